@@ -1,7 +1,7 @@
-"""Where the queries of a decoder look: cross-attention weights and how much of them falls on an object.
+"""Cross-attention weights of a decoder's queries, and their share on objects.
 
-The paper's Figure I (maps) and Table I b (attention on foreground and background). Fused attention does not return its
-weights, so they are computed again from what each layer's cross-attention was given.
+They reproduce the paper's Figure I (maps) and Table I b (attention on foreground and background). Fused attention does
+not return its weights, so they are recomputed from the inputs of each layer's cross-attention.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from m2f.model.transformer_decoder.standard import StandardTransformerDecoder
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """What the cross-attention of one layer looked at."""
+    """Cross-attention weights of one layer."""
 
     layer: int
-    """Decoder layer, from 1: its queries give prediction `layer` of a model with supervised queries."""
+    """Decoder layer, from 1. With supervised queries, the layer's output queries make prediction `layer`."""
     strides: tuple[int, ...]
-    """Of the feature levels that the layer saw, in the order of the pixels."""
+    """Strides of the layer's feature levels, in the order of the pixels."""
     shapes: tuple[tuple[int, int], ...]
     """(height, width) of these levels."""
     weights: Tensor
@@ -38,20 +38,20 @@ class AttentionMap:
 
     @property
     def level_name(self) -> str:
-        """`1/8`, or `1/32 + 1/16 + 1/8` where the layer saw all."""
+        """Return the name of the levels, such as `1/8`, or `1/32 + 1/16 + 1/8` for a layer with all three."""
         return " + ".join(f"1/{stride}" for stride in self.strides)
 
     def level_maps(self, image: int, query: int) -> tuple[Tensor, ...]:
-        """One map [height, width] of weights per level."""
+        """Return one map [height, width] of weights per level."""
         parts = self.weights[image, query].split([height * width for height, width in self.shapes])
         return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
 
 
 @contextmanager
 def recorded_attention(model: Segmenter) -> Iterator[list[AttentionMap]]:
-    """A list that is filled, layer by layer, by a forward pass inside the context; a second pass appends to it.
+    """Context manager that yields a list. Every forward pass inside it appends the maps of all layers.
 
-    Raises ConfigError for a model whose queries have no attention of their own to the image.
+    Raises ConfigError for a model whose queries have no separate cross-attention.
     """
     decoder = model.transformer_decoder
     if not isinstance(decoder, MaskedTransformerDecoder | StandardTransformerDecoder):
@@ -84,7 +84,10 @@ def recorded_attention(model: Segmenter) -> Iterator[list[AttentionMap]]:
 
 @torch.no_grad()
 def attention_weights(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """Weights [B, Q, T] of an `ProjectedAttention` or a `MaskPooling` for its inputs: float32, mean over heads."""
+    """Return the weights [B, Q, T] of a `ProjectedAttention` or `MaskPooling` for its inputs.
+
+    They are float32 and averaged over heads.
+    """
     if isinstance(module, MaskPooling):
         _, mask = inputs
         inside = mask[:, 0].float()
@@ -100,10 +103,10 @@ def attention_weights(module: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 def foreground_mass(weights: Tensor, shapes: Sequence[tuple[int, int]], masks: Tensor) -> Tensor:
-    """Share [N] of attention that falls on an object (Table I b).
+    """Return the share [N] of attention on an object (Table I b).
 
     `weights` [N, T] sum to 1 over the pixels of the levels `shapes`; `masks` [N, H, W] bool cover the whole input. A
-    pixel of a level counts as foreground by the share of its area that the mask covers.
+    pixel of a level counts as foreground in proportion to the area that the mask covers.
     """
     masks = masks.float()[:, None]
     cover = torch.cat([F.adaptive_avg_pool2d(masks, shape).flatten(1) for shape in shapes], dim=1)

@@ -1,4 +1,4 @@
-"""Memory that a forward and a backward pass need on a GPU, counted from tensors that have shapes but no values."""
+"""GPU memory of a forward and a backward pass, computed from tensors that have shapes but no values."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from m2f.model.structures import Predictions, Targets
 
 
 class Activations(NamedTuple):
-    """Bytes of one micro-batch beside weights, their gradients and the optimizer state."""
+    """Bytes used by one micro-batch, without weights, their gradients and the optimizer state."""
 
     kept: int
-    """When the loss is there: what the backward pass will need."""
+    """Bytes held when the loss is computed: what the backward pass needs."""
     peak: int
-    """At the worst moment of both passes."""
+    """Maximum bytes during both passes."""
 
 
 def count_activations(
@@ -42,10 +42,18 @@ def count_activations(
     *,
     pixel_decoder_fp32: bool = False,
 ) -> Activations:
-    """Forward, loss and backward of `images` of height and width `size` with `targets` segments each.
+    """Count the memory of forward pass, loss and backward pass.
 
-    `autocast` to 16 bits, which with `pixel_decoder_fp32` stops at the pixel decoder.
-    Counts what tensors take: workspaces of libraries and the allocator's unused rest come on top.
+    The count covers tensors. Library workspaces and unused memory of the allocator come on top.
+
+    Args:
+        config: settings of the model.
+        images: number of images in the micro-batch.
+        size: height and width of the images.
+        targets: segments per image.
+        autocast: whether autocast to 16 bits is active.
+        weights: data type of the weights.
+        pixel_decoder_fp32: whether the pixel decoder runs without autocast.
     """
     model = build_shapes(config, weights).train()
     model.pixel_decoder_fp32 = pixel_decoder_fp32
@@ -67,7 +75,7 @@ def count_activations(
 
 
 class LiveBytesCounter(TorchDispatchMode):
-    """Bytes of all storages that operations inside it made and that are still alive."""
+    """Counts the bytes of all live storages created by operations inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,12 +105,12 @@ class LiveBytesCounter(TorchDispatchMode):
 
 
 def _forget_gradient(parameter: Tensor) -> None:
-    """Gradients of weights are counted apart: ZeRO may give them away at once."""
+    """Drop the gradient of a weight. Gradients are counted separately, because ZeRO may release them at once."""
     parameter.grad = None
 
 
 def _use_kernel_shapes(model: nn.Module) -> None:
-    """Deformable attention takes what the fused kernel of GPUs does, and not what the CPU's form does."""
+    """Give deformable attention the memory use of the fused GPU kernel instead of the CPU implementation."""
     for module in model.modules():
         if isinstance(module, MSDeformAttn):
             module.attend = _attend_as_kernel  # type: ignore[method-assign]
@@ -113,7 +121,7 @@ def _attend_as_kernel(value: Tensor, offsets: Tensor, logits: Tensor, grid: Samp
 
 
 class _KernelShapes(torch.autograd.Function):
-    """Keeps and makes what `m2f.model.deform_attn.triton_op` does."""
+    """Saves and allocates the same tensors as `m2f.model.deform_attn.triton_op`."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
@@ -129,7 +137,7 @@ class _KernelShapes(torch.autograd.Function):
 
 
 def _targets(images: int, size: tuple[int, int], targets: int) -> Targets:
-    """Of the number and shape that `images` with `targets` segments each have."""
+    """Return targets of the right shapes for `images` with `targets` segments each."""
     of_images, of_targets = torch.zeros(images, dtype=torch.int64), torch.zeros(images, targets, dtype=torch.int64)
     return Targets(
         id_maps=torch.zeros(images, 1, *size, dtype=torch.uint8 if targets < 255 else torch.int16),
@@ -144,7 +152,10 @@ def _targets(images: int, size: tuple[int, int], targets: int) -> Targets:
 
 
 def _loss(predictions: Predictions, model: ModelConfig, targets: int, pilots: Pilots | None) -> Tensor:
-    """A loss of the criterion's size: every prediction matched with `targets` segments, which needs no matching."""
+    """Return a loss with the memory use of the criterion, with every prediction matched to `targets` segments.
+
+    No matching is solved.
+    """
     config, num_pilots = model.loss, 0 if pilots is None else pilots.target.shape[1]
     layers, images, queries, _ = predictions.class_logits[:, :, num_pilots:].shape
     known, targets = min(targets, model.pilots.max_targets), min(targets, queries)

@@ -1,4 +1,4 @@
-"""Models of known size: rows of the Mask2Former paper with what it prints; EoMT, PMT and DINOv3 with what they have."""
+"""Models of known size: rows of the Mask2Former paper with its printed numbers, and models of EoMT, PMT and DINOv3."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ class PaperModel:
 
     name: str
     table: str
-    """Of the Mask2Former paper, or EoMT, PMT or DINOv3."""
+    """Table of the Mask2Former paper; or EoMT, PMT or DINOv3."""
     config: ModelConfig
     size: tuple[int, int] | None = None
-    """Input (height, width); None for the mean over images of COCO."""
+    """Input (height, width) in pixels; None for the mean over images of COCO."""
     semantic: bool = False
-    """Whether semantic inference is part of the FLOPs."""
+    """Whether the FLOPs include semantic inference."""
     parameters: float | None = None
-    """Millions, as printed."""
+    """Parameters in millions, as printed."""
     flops: float | None = None
-    """Milliards of multiply-adds, as printed."""
+    """Multiply-adds in billions (10^9), as printed."""
 
 
 def paper_models() -> tuple[PaperModel, ...]:
-    """All rows, in the order of the tables."""
+    """Return all rows, in the order of the tables."""
     mask2former = (*_coco(), *_decoder_variants(), *_pixel_decoders(), *_query_counts(), *_maskformer(), *_ade20k())
     return (*mask2former, *_eomt(), *_pmt(), *_dinov3())
 
@@ -136,7 +136,7 @@ def _maskformer() -> Iterator[PaperModel]:
 
 
 def _ade20k() -> Iterator[PaperModel]:
-    """Semantic segmentation: one size of input, and the sum over queries is part of the FLOPs."""
+    """Yield the rows of semantic segmentation: one input size, and FLOPs that include the sum over queries."""
     rows: tuple[tuple[str, BackboneConfig, int, int, int], ...] = (
         ("R50", R50, 512, 44, 71),
         ("R101", R101, 512, 63, 90),
@@ -169,7 +169,10 @@ def _ade20k() -> Iterator[PaperModel]:
 
 
 def _eomt() -> Iterator[PaperModel]:
-    """Parameters and multiply-adds of the authors' models with 133 classes, without masks as in inference."""
+    """Yield the authors' models with 133 classes.
+
+    Parameters and multiply-adds are those of inference, which uses no attention masks.
+    """
     dinov2, dinov3 = "vit_{}_patch14_reg4_dinov2", "vit_{}_patch16_dinov3_qkvb"
     rows: tuple[tuple[str, str, int, int, int, float, float | None], ...] = (
         ("S 640", dinov2.format("small"), 640, 200, 3, 24.0, None),
@@ -201,7 +204,7 @@ def _eomt() -> Iterator[PaperModel]:
 
 
 def _pmt() -> Iterator[PaperModel]:
-    """Parameters of the authors' models with 133 classes, those of the frozen vision transformer included."""
+    """Yield the authors' models with 133 classes. Parameters include those of the frozen vision transformer."""
     for name, size, side, parameters in (
         ("S 640", "small", 640, 29.3),
         ("B 640", "base", 640, 116.1),
@@ -219,7 +222,10 @@ def _pmt() -> Iterator[PaperModel]:
 
 
 def _dinov3() -> Iterator[PaperModel]:
-    """Parameters of DINOv3's segmentation models with 150 classes, the frozen vision transformer included."""
+    """Yield DINOv3's segmentation models with 150 classes.
+
+    Parameters include those of the frozen vision transformer.
+    """
     for name, vit, width, parameters in (
         ("7B 896", "vit_7b_patch16_dinov3", 2048, 7643.4),
         ("L 896, width 2048", "vit_large_patch16_dinov3_qkvb", 2048, 995.1),

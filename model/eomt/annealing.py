@@ -1,4 +1,4 @@
-"""How the attention masks of EoMT vanish in the course of a training (section 3.3 of the paper)."""
+"""Annealing of EoMT's attention masks during training (section 3.3 of the paper)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from m2f.model.random_bits import GOLDEN, mix, signed, to_unit_interval
 from m2f.model.segmenter import TrainingContext
 
 _STREAM = 0x456F4D54
-"""Keeps these numbers apart from the points of the same image."""
+"""Separates these random numbers from the loss points of the same image."""
 
 
 def annealing_steps(config: EomtDecoderConfig, max_steps: int) -> tuple[tuple[int, int], ...]:
-    """Of each block with queries the first step with a probability below 1, and the first with 0."""
+    """Return two steps for each block with queries.
+
+    At the first step its mask probability starts to fall from 1; at the second it reaches 0.
+    """
     if config.annealing is not None:
         return config.annealing
     sixth = max_steps / 6
@@ -26,12 +29,15 @@ def annealing_steps(config: EomtDecoderConfig, max_steps: int) -> tuple[tuple[in
 
 
 def mask_probabilities(config: EomtDecoderConfig, step: int, max_steps: int) -> tuple[float, ...]:
-    """Probability of each block that a query is masked there, after `step` updates."""
+    """Return for each block the probability that a query is masked in it, after `step` updates."""
     return probabilities_at(annealing_steps(config, max_steps), config.annealing_power, step)
 
 
 def probabilities_at(windows: Sequence[tuple[int, int]], power: float, step: int) -> tuple[float, ...]:
-    """The same from the first step below 1 and the first at 0 of each block, and the exponent in between."""
+    """Return the mask probability of each block at `step`.
+
+    `windows` are the first and the last step of each block's decay from 1 to 0; `power` is its exponent.
+    """
     return tuple(
         1.0 if step < start else 0.0 if step >= end else (1 - (step - start) / (end - start)) ** power
         for start, end in windows
@@ -39,7 +45,7 @@ def probabilities_at(windows: Sequence[tuple[int, int]], power: float, step: int
 
 
 def uniform_draws(context: TrainingContext, blocks: int, queries: int) -> Tensor:
-    """Numbers [L, B, Q] in [0, 1), a function of seed, position of the image, block and query alone."""
+    """Return random numbers [L, B, Q] in [0, 1), a function of seed, position of the image, block and query only."""
     position = context.targets.position
     images = mix(position + signed((context.seed + _STREAM) * GOLDEN))
     counters = torch.arange(1, blocks * queries + 1, device=position.device).mul_(GOLDEN).view(blocks, 1, queries)

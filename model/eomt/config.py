@@ -11,7 +11,7 @@ from m2f.model.limits import FROM_0, FROM_1, STEPS_FROM_0, Section
 
 @dataclass(frozen=True, kw_only=True)
 class UpscalePixelDecoderConfig(Section):
-    """Transposed convolutions from the tokens of a plain vision transformer to embeddings of pixels (EoMT)."""
+    """Transposed convolutions from the tokens of a plain vision transformer to per-pixel embeddings (EoMT)."""
 
     kind: Literal["upscale"] = "upscale"
 
@@ -25,15 +25,14 @@ class EomtDecoderConfig(Section):
 
     kind: Literal["eomt"] = "eomt"
     num_queries: Annotated[int, FROM_1] = 200
-    """Segments that the model can predict in one image."""
+    """Number of queries: the maximum number of segments per image."""
     num_layers: Annotated[int, FROM_1] = 4
-    """Blocks of the backbone, counted from its top, that the queries pass; the authors take 3 for S and B, 4 for L
-    and 5 for giant."""
+    """Last blocks of the backbone that process the queries. The authors use 3 for S and B, 4 for L and 5 for giant."""
     annealing: Annotated[tuple[tuple[int, int], ...] | None, STEPS_FROM_0] = None
-    """For each of these blocks the steps at which its attention masks begin to vanish and are gone. None spreads them
-    over the run: the first begins at a sixth, the last at four sixths, each takes a sixth."""
+    """For each of these blocks, the steps at which its attention masks start to vanish and have vanished. None spreads
+    them over the run: the first block starts at one sixth and the last at four sixths, and each takes one sixth."""
     annealing_power: Annotated[float, FROM_0] = 0.9
-    """Exponent of the share of masks that is left in between."""
+    """Exponent of the decay of the mask probability between these steps; 1 is linear."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

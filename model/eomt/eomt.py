@@ -1,7 +1,7 @@
 """EoMT (Kerssies et al., "Your ViT is Secretly an Image Segmentation Model", CVPR 2025).
 
-Axis letters: L blocks that the queries pass, B images, Q queries, P class and register tokens, N patches, T all tokens,
-K classes, C channels of the vision transformer, h x w pixels of the masks.
+Axis letters: L blocks that process the queries, B images, Q queries, P class and register tokens, N patches, T all
+tokens, K classes, C channels of the vision transformer, h x w pixels of the masks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from m2f.model.structures import Predictions
 
 
 class Upscale(nn.Sequential):
-    """Patch tokens as a map [B, C, ., .] to embeddings of pixels, at stride 4 for patches of 16 pixels."""
+    """Turns patch tokens, as a map [B, C, ., .], into per-pixel embeddings.
+
+    The stride is 4 for patches of 16 pixels.
+    """
 
     def __init__(self, dim: int, patch: int) -> None:
         self.steps = max(1, int(math.log2(patch)) - 2)
@@ -36,7 +39,7 @@ class Upscale(nn.Sequential):
 
 
 class _UpscaleStep(nn.Module):
-    """Twice the size. The norm comes last: nothing follows it."""
+    """Doubles the size. The norm is the last operation; no activation follows it."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class _UpscaleStep(nn.Module):
 
 
 class QueryHeads(nn.Module):
-    """The queries, what makes classes and mask embeddings of them, and how much of the masks is left."""
+    """The queries, their class and mask heads, and the mask probability of each block."""
 
     def __init__(self, num_queries: int, num_layers: int, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -60,10 +63,10 @@ class QueryHeads(nn.Module):
         self.mask_embed = nn.Sequential(*hidden, nn.Linear(dim, dim))
         self.register_buffer("attn_mask_probs", torch.ones(num_layers))
         self.probabilities = (1.0,) * num_layers
-        """The buffer's numbers on the host, where they are decided on."""
+        """The values of the buffer `attn_mask_probs` on the host, where decisions depend on them."""
 
     def set_probabilities(self, probabilities: tuple[float, ...]) -> None:
-        """From now on, of each block that a query is masked there."""
+        """Set the mask probability of each block for the following steps."""
         if probabilities != self.probabilities:
             self.probabilities = probabilities
             for place, probability in enumerate(probabilities):
@@ -75,18 +78,18 @@ class QueryHeads(nn.Module):
             self.probabilities = tuple(self.attn_mask_probs.tolist())
 
     def tokens(self, images: int) -> Tensor:
-        """The queries [B, Q, C]."""
+        """Return the queries [B, Q, C] for a number of images."""
         rows = torch.arange(self.query_feat.num_embeddings, device=self.attn_mask_probs.device)
         return self.query_feat(rows).expand(images, -1, -1)
 
 
 class Encoded(NamedTuple):
-    """Images as tokens that the queries join."""
+    """Tokens of images before the queries join them."""
 
     tokens: Tensor
-    """[B, P + N, C]"""
+    """[B, P + N, C] class, register and patch tokens."""
     table: Tensor | None
-    """Of rotary positions, without the queries."""
+    """Table of rotary positions without rows for the queries, or None."""
     grid: Grid
     size: tuple[int, int]
     """Height and width of the images."""
@@ -96,15 +99,15 @@ class _Prediction(NamedTuple):
     class_logits: Tensor
     mask_embeddings: Tensor
     features: Tensor
-    """[B, C, ., .] of the padded image."""
+    """[B, C, ., .] per-pixel embeddings of the padded image."""
 
 
 class QuerySegmenter(Segmenter):
-    """Learned queries that pass blocks together with the tokens of a plain vision transformer.
+    """Learned queries that pass through blocks together with the tokens of a plain vision transformer.
 
-    A prediction is made before each of these blocks and after the last. In training it masks which patches the queries
-    see in the block, with a probability that falls to 0. Evaluation is never random: it masks the blocks whose
-    probability is at least a half, and returns the last prediction alone.
+    In training, a prediction is made before each of these blocks and after the last. It determines which patches each
+    query may attend to in the block. The mask is applied with a probability that falls to 0 during training. Evaluation
+    is deterministic: it masks the blocks whose probability is at least 0.5, and returns only the last prediction.
     """
 
     backbone: PlainVit
@@ -114,7 +117,7 @@ class QuerySegmenter(Segmenter):
     def decode(
         self, blocks: Sequence[nn.Module], norm: nn.Module, encoded: Encoded, context: TrainingContext | None
     ) -> Predictions:
-        """Let the queries pass `blocks`; `norm` is applied for predictions alone."""
+        """Pass the queries through `blocks` and return the predictions. `norm` is applied for predictions only."""
         heads, grid, tokens = self.transformer_decoder, encoded.grid, encoded.tokens
         queries = heads.tokens(tokens.shape[0])
         tokens = torch.cat([queries, tokens], dim=1)
@@ -137,7 +140,7 @@ class QuerySegmenter(Segmenter):
         return self._joined(predictions if self.training else predictions[-1:], encoded.size)
 
     def _predict(self, normalised: Tensor, grid: Grid) -> _Prediction:
-        """From normalised tokens [B, T, C], which go nowhere else."""
+        """Return the prediction of normalised tokens [B, T, C], which are used for nothing else."""
         heads, patches = self.transformer_decoder, math.prod(grid)
         queries = normalised[:, : heads.query_feat.num_embeddings]
         features = normalised[:, normalised.shape[1] - patches :].transpose(1, 2).unflatten(2, grid)
@@ -151,9 +154,10 @@ class QuerySegmenter(Segmenter):
 
     @torch.no_grad()
     def _attention_mask(self, prediction: _Prediction, tokens: Tensor, grid: Grid) -> Tensor:
-        """Which tokens (columns) each token may attend to, bool [B, 1, T, T]: a query only patches inside its mask.
+        """Return which tokens (columns) each token (row) may attend to, bool [B, 1, T, T].
 
-        Resizing features equals resizing logits, because both are linear. A query with an empty mask sees no patch.
+        Queries are restricted to patches inside their masks. Both operations are linear, so resizing features gives the
+        same result as resizing logits. A query with an empty mask attends to no patch.
         """
         resized = resize_for_attention(prediction.features, grid)
         with torch.autocast(tokens.device.type, enabled=False):
@@ -163,7 +167,7 @@ class QuerySegmenter(Segmenter):
         return mask
 
     def _joined(self, predictions: list[_Prediction], size: tuple[int, int]) -> Predictions:
-        """Without what lies in the padding of the images, which have this height and width."""
+        """Combine the predictions and remove the padding. `size` is (height, width) of the images."""
         rows, columns = (-(-side // self.pixel_decoder.stride) for side in size)
         classes, embeddings, features = zip(*predictions, strict=True)
         *earlier, last = (one[..., :rows, :columns] for one in features)
@@ -171,7 +175,7 @@ class QuerySegmenter(Segmenter):
 
 
 class Eomt(QuerySegmenter):
-    """A plain vision transformer whose last L blocks the queries pass."""
+    """A plain vision transformer whose last L blocks also process the queries."""
 
     def __init__(self, config: ModelConfig, backbone: PlainVit, num_classes: int) -> None:
         super().__init__(config)
@@ -190,11 +194,11 @@ class Eomt(QuerySegmenter):
         self.regions = ("backbone.embed", *blocks, "pixel_decoder")
 
     def set_progress(self, step: int, max_steps: int) -> None:
-        """See Segmenter."""
+        """Set the mask probabilities for the next step; see Segmenter."""
         self.transformer_decoder.set_probabilities(mask_probabilities(self._config, step, max_steps))
 
     def forward(self, images: Tensor, context: TrainingContext | None = None) -> Predictions:
-        """See Segmenter. Images may have any size; the masks have ceil(H / stride) rows."""
+        """Return predictions; see Segmenter. Images may have any size; masks have ceil(H / stride) rows."""
         vit = self.backbone
         first, blocks = len(vit.blocks) - self.transformer_decoder.num_layers, list(vit.blocks)
         tokens, table, grid = vit.embed(images)

@@ -1,1 +1,1 @@
-"""Writing a model as official checkpoint, Hugging Face folder, torch.export program or ONNX."""
+"""Export of models as official checkpoints, Hugging Face folders, torch.export programs and ONNX files."""

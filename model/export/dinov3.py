@@ -1,4 +1,4 @@
-"""Checkpoints of DINOv3's segmentation head: weights under its names, without a vision transformer that is frozen."""
+"""Checkpoints of DINOv3's segmentation head: weights under its names, without a frozen vision transformer."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ _FIXED = {
         "pre_norm": False,
     },
 }
-"""Settings that its code does not leave open."""
+"""Settings that DINOv3's code fixes."""
 _VIT = "segmentation_model.0.backbone."
 
 
 def export_dinov3(model: Segmenter, config: ModelConfig) -> OrderedDict[str, Tensor]:
-    """Weights under DINOv3's names, on the CPU; a frozen vision transformer is left out, as in the published file.
+    """Return weights under DINOv3's names, on the CPU.
 
-    Raises WeightsError naming what DINOv3 does not have.
+    A frozen vision transformer is left out, as in the published file. Raises WeightsError with the setting that DINOv3
+    does not have.
     """
     require_dinov3(config)
     is_frozen = not {"backbone", "backbone.vit"}.isdisjoint(config.freeze)
@@ -50,7 +51,7 @@ def export_dinov3(model: Segmenter, config: ModelConfig) -> OrderedDict[str, Ten
 
 
 def require_dinov3(config: ModelConfig) -> None:
-    """Raise WeightsError naming the first setting that DINOv3's segmentation head does not have."""
+    """Raise WeightsError with the first setting that DINOv3's segmentation head does not have."""
     for section, settings in _FIXED.items():
         for name, wanted in settings.items():
             found = getattr(getattr(config, section), name, None)

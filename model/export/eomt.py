@@ -1,4 +1,4 @@
-"""EoMT in Hugging Face's `config.json`: `eomt` (DINOv2) and `eomt_dinov3`, to settings and back."""
+"""Conversion between Hugging Face's `config.json` of EoMT and settings: `eomt` (DINOv2) and `eomt_dinov3`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _NAMES = {
         1024: "vit_large_patch16_dinov3_qkvb",
     },
 }
-"""Of timm, by width."""
+"""timm names of the vision transformers, by width."""
 _SHAPES = {384: (12, 6), 768: (12, 12), 1024: (24, 16), 1536: (40, 24)}
-"""Blocks and heads of these, by width."""
+"""Blocks and heads of these models, by width."""
 _SUPPORTED = {"hidden_act": "gelu", "num_channels": 3, "num_register_tokens": 4}
 _DEFAULTS: dict[str, Any] = {
     **_SUPPORTED,
@@ -43,11 +43,14 @@ _DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-6,
     "drop_path_rate": 0.0,
 }
-"""The library's own, which files may leave out."""
+"""The library's defaults, which files may leave out."""
 
 
 def read_eomt(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Backbone, pixel decoder and transformer decoder of a `config.json`. Raises WeightsError where ours lacks them."""
+    """Return backbone, pixel decoder and transformer decoder of a `config.json`.
+
+    Raises WeightsError if a value is not supported.
+    """
     values, kind = _DEFAULTS | dict(values), values["model_type"]
     patch, width = values["patch_size"], values["hidden_size"]
     wanted = _SUPPORTED | {"num_upscale_blocks": max(1, patch.bit_length() - 3), "use_gated_mlp": False}
@@ -78,7 +81,10 @@ def read_eomt(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def eomt_values(config: ModelConfig) -> dict[str, Any]:
-    """What a `config.json` says about the parts of a model. Raises WeightsError where the library has no such model."""
+    """Return the values of `config.json` that describe the model.
+
+    Raises WeightsError if the library has no such model.
+    """
     backbone, decoder = config.backbone, config.transformer_decoder
     assert isinstance(backbone, TimmBackboneConfig)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Write models in the formats of others: Hugging Face folders, torch.export and ONNX."""
+"""Export of models to other formats: Hugging Face folders, torch.export and ONNX."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ from m2f.model.weights.eomt import eomt_to_transformers
 from m2f.model.weights.names import to_hugging_face_names
 
 _OPSET = 20
-"""Operator set of the ONNX files, that of ONNX 1.15."""
+"""Operator set of the ONNX files: that of ONNX 1.15."""
 _SIDE_MULTIPLE = 32
-"""Sides of the images of an exported graph: the largest stride, so that no map is padded."""
+"""Divisor of the image sides in an exported graph: the largest stride, so that no map is padded."""
 _MIN_SIDE, _MAX_SIDE = 64, 16384
-"""Least and largest height and width, in pixels, of an image that an exported graph takes."""
+"""Minimum and maximum height and width, in pixels, of images in an exported graph."""
 
 
 class Inference(nn.Module):
-    """What is exported as a graph: pixels in, the last layer's predictions out."""
+    """The exported graph: takes pixels and returns the predictions of the last layer."""
 
     def __init__(self, model: Segmenter) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """RGB `images` [B, 3, H, W] float32 in 0..255 to class logits [B, Q, K + 1] ("no object" last) and mask logits
-        [B, Q, H / 4, W / 4]. 32 divides H and W.
+        """Return class logits [B, Q, K + 1] ("no object" last) and mask logits [B, Q, H / 4, W / 4].
+
+        `images` [B, 3, H, W] are RGB, float32 in 0..255. H and W must be divisible by 32.
         """
         batch, channels, height, width = images.shape
-        # As steps of 32 in the shape itself, torch.export sees the sizes of all maps as multiples of two numbers.
+        # Multiples of 32 in the shape itself let torch.export express the sizes of all maps by two numbers.
         images = images.view(
             batch, channels, height // _SIDE_MULTIPLE * _SIDE_MULTIPLE, width // _SIDE_MULTIPLE * _SIDE_MULTIPLE
         )
@@ -61,10 +62,21 @@ def export_hugging_face(
     shortest_edge: int = 800,
     max_size: int = 1333,
 ) -> None:
-    """Write a folder that `Mask2FormerForUniversalSegmentation.from_pretrained` opens, and its image processor.
+    """Write a folder that `Mask2FormerForUniversalSegmentation.from_pretrained` opens, with its image processor.
 
-    `labels` are the names of the classes; `shortest_edge` and `max_size` (pixels) are what images are resized to;
-    `notes` are kept under the key `m2f` of config.json. Raises WeightsError where Hugging Face has no such model.
+    An EoMT is written for `EomtForUniversalSegmentation` or `EomtDinov3ForUniversalSegmentation` instead.
+
+    Args:
+        model: model to write.
+        config: settings of the model.
+        folder: folder to write, created if necessary.
+        labels: names of the classes.
+        notes: stored under the key `m2f` of config.json.
+        shortest_edge: length in pixels to which the shorter side of images is resized.
+        max_size: maximum length of the longer side, in pixels.
+
+    Raises:
+        WeightsError: Hugging Face has no such model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_hugging_face_config(folder, config, labels, notes or {}, shortest_edge, max_size)
@@ -75,7 +87,10 @@ def export_hugging_face(
 
 
 def _unused_by_inference(state: Mapping[str, Tensor], num_classes: int, config: ModelConfig) -> dict[str, Tensor]:
-    """What Hugging Face's module holds besides our weights, so that nothing is reported missing when it is opened."""
+    """Return tensors that Hugging Face's module has besides our weights.
+
+    With them, it reports no missing tensors on loading.
+    """
     empty_weight = torch.ones(num_classes + 1)
     empty_weight[-1] = config.loss.no_object_weight
     unused = {"criterion.empty_weight": empty_weight}
@@ -88,10 +103,10 @@ def _unused_by_inference(state: Mapping[str, Tensor], num_classes: int, config: 
 
 
 def export_program(model: Segmenter, size: tuple[int, int] | None = None) -> torch.export.ExportedProgram:
-    """The graph of `Inference` for any number of images.
+    """Return the graph of `Inference` for any number of images, on the device of the model.
 
-    Height and width are free, from 64 and in steps of 32 pixels, or fixed to `size` where it is given. Raises
-    WeightsError for a size that is no such step. The graph runs on the device of the model.
+    Height and width are free multiples of 32 from 64 pixels up, or fixed to `size` if given. Raises WeightsError if
+    `size` is not such a multiple.
     """
     if size is not None and (min(size) < _MIN_SIDE or any(side % _SIDE_MULTIPLE for side in size)):
         raise WeightsError(
@@ -106,8 +121,8 @@ def export_program(model: Segmenter, size: tuple[int, int] | None = None) -> tor
         }
     height, width = size or (_MIN_SIDE, _MIN_SIDE + _SIDE_MULTIPLE)
     images = torch.zeros(2, 3, height, width, device=next(model.parameters()).device)
-    # Otherwise every map of one window, and every other size that may be 1, is a case of its own: slow to tell apart,
-    # and a Swin's graph would be for large images only.
+    # Otherwise every size that may be 1, such as the number of windows, is a separate case: tracing would be slow,
+    # and a Swin's graph would accept large images only.
     # pyrefly: ignore[missing-attribute] - the module gets `patch` when it is imported
     with torch.no_grad(), for_export(), export_settings.patch(backed_size_oblivious=True):
         program = torch.export.export(Inference(model).eval(), (images,), dynamic_shapes={"images": shapes})
@@ -116,30 +131,30 @@ def export_program(model: Segmenter, size: tuple[int, int] | None = None) -> tor
 
 
 def _allow_single_images(program: torch.export.ExportedProgram) -> None:
-    """Let a graph that was made for two images or more take one.
+    """Allow a single image in a graph that was traced for two images or more.
 
-    Tracing asks for the number only for the sake of strides, of which a single image has several valid ones.
+    Tracing depends on the number only through strides, of which a single image has several valid ones.
     """
     images = next(node for node in program.graph.nodes if node.name == "images")
     program.range_constraints[images.meta["val"].shape[0].node.expr] = ValueRanges(1, _MAX_SIDE)
 
 
 def write_program(program: torch.export.ExportedProgram, path: Path, notes: Mapping[str, str] | None = None) -> None:
-    """Save a graph that `torch.export.load` opens (.pt2), which gives the notes as `extra_files`."""
+    """Save a graph that `torch.export.load` opens (.pt2). The notes are its `extra_files`."""
     torch.export.save(program, path, extra_files=dict(notes or {}))
 
 
 def require_onnx() -> None:
-    """Raise WeightsError where the packages that write ONNX are not installed."""
+    """Raise WeightsError if the packages that write ONNX are not installed."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise WeightsError(f"ONNX needs the packages {' and '.join(missing)}: pip install 'm2f[export]'")
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, notes: Mapping[str, str] | None = None) -> None:
-    """Save a graph as ONNX, weights inside, the notes as `metadata_props`.
+    """Save a graph as ONNX with its weights; the notes become `metadata_props`.
 
-    Raises WeightsError as `require_onnx`, and where learned positions would have to be interpolated.
+    Raises WeightsError as `require_onnx`, and if the graph interpolates learned positions.
     """
     require_onnx()
     if any("_upsample_bicubic2d_aa" in str(node.target) for node in program.graph.nodes):
@@ -148,7 +163,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, notes: Mapping
             "model.backbone.options.img_size, for which they are stored (--size), or export as torch_export"
         )
     names = {"input_names": ["images"], "output_names": ["class_logits", "mask_logits"]}
-    # Fused attention returns another memory layout than the plain form that the conversion puts in its place.
+    # Fused attention returns another memory layout than the plain form that the conversion uses.
     with sdpa_kernel(SDPBackend.MATH):
         onnx_program = torch.onnx.export(program, dynamo=True, opset_version=_OPSET, verbose=False, **names)
     assert onnx_program is not None
@@ -157,5 +172,5 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, notes: Mapping
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, each tensor with its own memory: parts of packed matrices share theirs."""
+    """Return the tensors on the CPU, each with its own memory, because parts of packed matrices share theirs."""
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}

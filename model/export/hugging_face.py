@@ -1,4 +1,4 @@
-"""Recipes and folders of Hugging Face's Mask2Former and EoMT: `config.json` to settings, and back."""
+"""Conversion between settings and Hugging Face's `config.json` for Mask2Former and EoMT."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from m2f.model.export.eomt import EOMT_TYPES, eomt_values, read_eomt
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
-"""Names of the two files, as transformers writes them."""
+"""File names used by transformers."""
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 _RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
 _WIDTHS = (256, 512, 1024, 2048)
 """Channels of the four stages of these ResNets."""
 _EXPANSION = 4
-"""Output channels of a bottleneck over its inner ones."""
+"""Ratio of a bottleneck's output channels to its inner channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceModel:
-    """What a folder says about its model besides the weights."""
+    """Description of the model in a folder, without its weights."""
 
     config: ModelConfig
     labels: tuple[str, ...]
-    """Names of the classes, by class."""
+    """Names of the classes, in class order."""
     notes: Mapping[str, Any]
-    """What `write_hugging_face_config` was given as notes; empty for folders of others."""
+    """Notes given to `write_hugging_face_config`; empty if another program wrote the folder."""
     shortest_edge: int | None
     max_size: int | None
-    """What images are resized to, in pixels; None where the folder does not say, or says one fixed size."""
+    """Size in pixels to which images are resized; None if the folder states none, or one fixed size."""
 
 
 def is_hugging_face_folder(path: str | Path) -> bool:
-    """Whether a path is a folder with a `config.json`."""
+    """Return whether a path is a folder with a `config.json`."""
     return (Path(path) / CONFIG).is_file()
 
 
 def known_labels(path: str | Path) -> tuple[str, ...] | None:
-    """Names of the classes of a Mask2Former of Hugging Face, by class; empty where it was given none.
+    """Return the class names of a Hugging Face Mask2Former or EoMT in class order; empty if it has no real names.
 
-    None for what is no folder of such a model. Raises WeightsError for a `config.json` that cannot be read.
+    Return None if the path is not a folder of such a model. Raises WeightsError if `config.json` cannot be read.
     """
     if not is_hugging_face_folder(path):
         return None
@@ -69,9 +69,9 @@ def known_labels(path: str | Path) -> tuple[str, ...] | None:
 
 
 def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
-    """Settings of the model in a folder that `save_pretrained` wrote.
+    """Return the settings of the model in a folder that `save_pretrained` wrote.
 
-    Raises WeightsError for another model or for one whose arithmetic ours does not have.
+    Raises WeightsError for another kind of model, or for one with unsupported settings.
     """
     path = Path(folder) / CONFIG
     values = _read_json(path)
@@ -111,7 +111,7 @@ def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
 
 
 def _read_mask2former(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Backbone, pixel decoder and transformer decoder."""
+    """Return backbone, pixel decoder and transformer decoder of a Mask2Former."""
     _require(path, values, _SUPPORTED)
     return {
         "backbone": _read_backbone(path, values.get("backbone_config") or {}),
@@ -124,7 +124,7 @@ def _read_mask2former(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "transformer_decoder": MaskedTransformerDecoderConfig(
             num_queries=values["num_queries"],
-            num_layers=values["decoder_layers"] - 1,  # theirs counts the learnable queries
+            num_layers=values["decoder_layers"] - 1,  # decoder_layers also counts the learnable queries
             hidden_dim=values["hidden_dim"],
             num_heads=values["num_attention_heads"],
             feedforward_dim=values["dim_feedforward"],
@@ -141,9 +141,9 @@ def write_hugging_face_config(
     shortest_edge: int,
     max_size: int,
 ) -> None:
-    """Write `config.json` and `preprocessor_config.json`; `notes` are kept under the key `m2f`.
+    """Write `config.json` and `preprocessor_config.json`. The notes are stored under the key `m2f`.
 
-    Raises WeightsError for settings that Hugging Face's Mask2Former does not have.
+    Raises WeightsError for settings that Hugging Face's Mask2Former or EoMT does not have.
     """
     is_eomt = isinstance(config.transformer_decoder, EomtDecoderConfig)
     loss = config.loss
@@ -176,7 +176,7 @@ def write_hugging_face_config(
 
 
 def _mask2former_values(config: ModelConfig) -> dict[str, Any]:
-    """What `config.json` says about the parts of a model."""
+    """Return the values of `config.json` that describe the model."""
     pixels, queries = config.pixel_decoder, config.transformer_decoder
     if not isinstance(pixels, MSDeformAttnPixelDecoderConfig):
         raise WeightsError(
@@ -211,7 +211,7 @@ _SUPPORTED = {
     "pre_norm": False,
     "enforce_input_projection": False,
 }
-"""Settings that the library could have otherwise, and ours could not."""
+"""Settings that the library allows to differ, with the only values supported here."""
 
 _DEFAULTS: dict[str, Any] = {
     **_SUPPORTED,
@@ -237,9 +237,9 @@ _DEFAULTS: dict[str, Any] = {
     "use_auxiliary_loss": True,
     "ignore_value": 255,
 }
-"""The library's own defaults, which older files leave out."""
+"""The library's defaults, which older files leave out."""
 
-# The same for the two kinds of backbones.
+# Supported values of the two kinds of backbones.
 _SUPPORTED_SWIN = {
     "patch_size": 4,
     "mlp_ratio": 4.0,
@@ -318,7 +318,7 @@ def _write_backbone(config: ModelConfig) -> dict[str, Any]:
 
 
 def _require_supported(queries: MaskedTransformerDecoderConfig, pixels: MSDeformAttnPixelDecoderConfig) -> None:
-    """Raise WeightsError where the transformer decoder is a variant that Hugging Face does not have."""
+    """Raise WeightsError if the transformer decoder is a variant that Hugging Face does not have."""
     plain = MaskedTransformerDecoderConfig()
     for name in ("attention", "features", "queries", "cross_attention_first", "pre_norm"):
         value, wanted = getattr(queries, name), getattr(plain, name)
@@ -359,6 +359,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _scaled(values: Sequence[float] | None, factor: float, default: Sequence[float]) -> tuple[float, float, float]:
-    # Rounded, so that 123.675 comes back from 0.485.
+    # Rounded so that 0.485 * 255 gives exactly 123.675.
     red, green, blue = default if values is None else (round(value * factor, 9) for value in values)
     return (red, green, blue)

@@ -1,4 +1,4 @@
-"""Official checkpoints: weights under Detectron2's names, with the metadata that its loader asks for."""
+"""Official checkpoints: weights under Detectron2's names, with the metadata that its loader needs."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from m2f.model.weights.names import to_official_names
 from m2f.model.weights.pmt import pmt_to_authors
 
 _HEAD_VERSION = 2
-"""Of `MaskFormerHead`: without it the official loader moves the pixel decoder's names to where nothing looks for them,
-and trains or evaluates with random tensors (facebookresearch/Mask2Former, issue 95)."""
+"""Version of `MaskFormerHead`. Without it, the official loader renames the pixel decoder's weights to unused names, and
+trains or evaluates with random tensors (facebookresearch/Mask2Former, issue 95)."""
 _PIXEL_FEEDFORWARD = 1024
-"""Width in the encoder layers of the pixel decoder, which the official code does not take from its configuration."""
+"""Feed-forward width in the pixel decoder's encoder layers, which the official code does not read from its
+configuration."""
 _GROUPS = 32
-"""Of its GroupNorms; where they do not divide the channels, ours have fewer."""
+"""Groups of its GroupNorms. Our GroupNorms have fewer if 32 does not divide the channels."""
 _RESNETS = ("resnet50", "resnet101")
 _RESNET_OPTIONS = {"drop_path_rate"}
-"""Options of a ResNet that change no tensor."""
+"""Options of a ResNet that do not change any tensor."""
 
 
 def export_official(model: Segmenter, config: ModelConfig) -> OrderedDict[str, Tensor]:
-    """Weights under the official names, on the CPU. `config` is that of the model.
+    """Return weights under the official names, on the CPU. `config` must be that of the model.
 
-    Raises WeightsError naming the setting where the official code has no such model, though it may have such tensors.
+    Raises WeightsError with the setting that the official code does not support, even if the tensors would fit.
     """
     require_official(config)
     state = OrderedDict(
@@ -49,9 +50,10 @@ def export_official(model: Segmenter, config: ModelConfig) -> OrderedDict[str, T
 
 
 def write_official(model: Segmenter, config: ModelConfig, path: Path, notes: Mapping[str, str] | None = None) -> None:
-    """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth), the notes beside it.
+    """Write `export_official` as a Detectron2 checkpoint `{"model": ...}` (.pth) that also contains the notes.
 
-    A model with a ViT-Adapter becomes one of DINOv3, one with the decoder `pmt` one of its authors: tensors alone.
+    A model with a ViT-Adapter is written as a DINOv3 checkpoint, and one with the decoder `pmt` as one of PMT's
+    authors. Both contain tensors only.
     """
     if isinstance(config.backbone, ViTAdapterBackboneConfig):
         torch.save(export_dinov3(model, config), path)
@@ -63,7 +65,7 @@ def write_official(model: Segmenter, config: ModelConfig, path: Path, notes: Map
 
 
 def require_official(config: ModelConfig) -> None:
-    """Raise WeightsError naming the first setting that the official Mask2Former does not have."""
+    """Raise WeightsError with the first setting that the official Mask2Former does not have."""
     plain, queries, pixels = MaskedTransformerDecoderConfig(), config.transformer_decoder, config.pixel_decoder
     if not isinstance(queries, MaskedTransformerDecoderConfig):
         raise _unknown("transformer_decoder.kind", queries.kind, "masked")
@@ -78,7 +80,7 @@ def require_official(config: ModelConfig) -> None:
         raise _unknown("pixel_decoder.feedforward_dim", pixels.feedforward_dim, f"{_PIXEL_FEEDFORWARD}")
     if pixels.conv_dim % _GROUPS:
         raise _unknown("pixel_decoder.conv_dim", pixels.conv_dim, f"multiples of {_GROUPS}")
-    if pixels.num_heads != queries.num_heads:  # the tensors would fit, and compute something else
+    if pixels.num_heads != queries.num_heads:  # the tensors would fit, but the results would differ
         raise _unknown("pixel_decoder.num_heads", pixels.num_heads, "the number of model.transformer_decoder.num_heads")
     backbone = config.backbone
     if isinstance(backbone, SwinBackboneConfig):

@@ -1,1 +1,1 @@
-"""PMT: a plain mask transformer on the features of a vision transformer that stays frozen."""
+"""PMT: a plain mask transformer on the features of a frozen vision transformer."""

@@ -11,28 +11,28 @@ from m2f.model.limits import ABOVE_0, FROM_0, FROM_1, STEPS_FROM_0, Section
 
 @dataclass(frozen=True, kw_only=True)
 class PmtDecoderConfig(Section):
-    """Queries and patches in new blocks above a plain vision transformer (PMT, arXiv 2603.25398).
+    """Queries and patches in new blocks on top of a plain vision transformer (PMT, arXiv 2603.25398).
 
-    Needs `backbone.features` tokens and `pixel_decoder.kind` upscale; the authors freeze the backbone
-    (`freeze: [backbone]`). The new blocks have the backbone's width and heads.
+    Needs `backbone.features` tokens and `pixel_decoder.kind` upscale. The authors freeze the backbone (`freeze:
+    [backbone]`). The new blocks have the backbone's width and number of heads.
     """
 
     kind: Literal["pmt"] = "pmt"
     num_queries: Annotated[int, FROM_1] = 200
-    """Segments that the model can predict in one image."""
+    """Number of queries: the maximum number of segments per image."""
     num_layers: Annotated[int, FROM_1] = 6
-    """New blocks."""
+    """Number of new blocks."""
     mlp_ratio: Annotated[float, ABOVE_0] = 1.0
-    """Width inside the MLP of a new block, over the backbone's."""
+    """Hidden width of the MLP in a new block, relative to the backbone's width."""
     levels: Annotated[tuple[int, ...] | None, FROM_0] = None
-    """Blocks of the backbone, from 0, behind which its tokens are taken; their sum is what the new blocks start from.
-    None takes the last of each quarter: 5, 11, 17, 23 of 24."""
+    """Blocks of the backbone, from 0, whose output tokens are summed as the input of the new blocks. None takes the
+    last block of each quarter: 5, 11, 17 and 23 of 24."""
     annealing: Annotated[tuple[tuple[int, int], ...] | None, STEPS_FROM_0] = None
-    """For each new block the steps at which its attention masks begin to vanish and are gone. None takes the authors':
-    the first block in the first 3000 steps (at most a sixth of the run); the others begin evenly from 4/15 to 2/3 of
-    the run, each takes a sixth."""
+    """For each new block, the steps at which its attention masks start to vanish and have vanished. None uses the
+    authors' schedule. The first block takes the first 3000 steps, at most a sixth of the run. The others start evenly
+    from 4/15 to 2/3 of the run, and each takes a sixth."""
     annealing_power: Annotated[float, FROM_0] = 0.9
-    """Exponent of the share of masks that is left in between."""
+    """Exponent of the decay of the mask probability between these steps; 1 is linear."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

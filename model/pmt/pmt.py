@@ -24,17 +24,17 @@ from m2f.model.segmenter import TrainingContext
 from m2f.model.structures import Predictions
 
 _EPS = 1e-5
-"""Of the LayerNorms in and above the new blocks."""
+"""Epsilon of the LayerNorms in and after the new blocks."""
 _FIRST_WINDOW = 3000
 """Steps in which the authors' masks of the first block vanish."""
 _LARGEST_STRETCH = 2.0
-"""Positions are stretched by 1 / 2 to 2 in training, where the backbone has no rotary ones."""
+"""Largest factor by which training stretches positions, if the backbone has no rotary ones; the smallest is 1 / 2."""
 _STREAM = 0x506D7453
-"""Keeps these numbers apart from other ones of the same image."""
+"""Separates these random numbers from others of the same image."""
 
 
 class Lateral(nn.Module):
-    """One level of the backbone on its way to the new blocks: norm over the batch, residual MLP, learned scale."""
+    """Connection from one level of the backbone to the new blocks: batch norm, residual MLP and learned scale."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -43,13 +43,16 @@ class Lateral(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T, C] to the same; training takes the statistics of all tokens, prefix included."""
+        """Transform [B, T, C]; the shape stays the same.
+
+        In training, the statistics cover all tokens, class and register tokens included.
+        """
         features = self.norm(tokens.flatten(0, 1)[..., None, None]).view(tokens.shape)
         return (features + self.fc2(F.gelu(self.fc1(features)))) * self.scale
 
 
 class PmtDecoder(QueryHeads):
-    """The heads of the queries, the way from the backbone's levels to tokens, and the new blocks with their norm."""
+    """Query heads, lateral connections from the backbone's levels, and the new blocks with their final norm."""
 
     def __init__(self, config: PmtDecoderConfig, backbone: PlainVit, levels: int, num_classes: int) -> None:
         dim, heads = backbone.width, backbone.blocks[0].attn.num_heads
@@ -64,9 +67,9 @@ class PmtDecoder(QueryHeads):
 
 
 class Pmt(QuerySegmenter):
-    """New blocks, which the queries pass, above the sum of several levels of a plain vision transformer.
+    """New blocks with queries on top of the sum of several levels of a plain vision transformer.
 
-    With a frozen backbone (`model.freeze`) nothing is kept of it for a backward pass.
+    If the backbone is frozen (`model.freeze`), none of its activations are kept for a backward pass.
     """
 
     def __init__(self, config: ModelConfig, backbone: PlainVit, num_classes: int) -> None:
@@ -82,13 +85,13 @@ class Pmt(QuerySegmenter):
         self.regions = ("backbone.embed", *inner, "pixel_decoder")
 
     def set_progress(self, step: int, max_steps: int) -> None:
-        """See Segmenter."""
+        """Set the mask probabilities for the next step; see Segmenter."""
         windows = self._config.annealing or default_annealing(self._config.num_layers, max_steps)
         probabilities = probabilities_at(windows, self._config.annealing_power, step)
         self.transformer_decoder.set_probabilities(probabilities)
 
     def forward(self, images: Tensor, context: TrainingContext | None = None) -> Predictions:
-        """See Segmenter. Images may have any size; the masks have ceil(H / stride) rows."""
+        """Return predictions; see Segmenter. Images may have any size; masks have ceil(H / stride) rows."""
         decoder = self.transformer_decoder
         assert isinstance(decoder, PmtDecoder)
         features, table, grid = self.backbone.levels(images, self.levels)
@@ -99,7 +102,10 @@ class Pmt(QuerySegmenter):
         return self.decode(list(decoder.blocks), decoder.norm, encoded, context)
 
     def _own_positions(self, grid: Grid, device: torch.device, context: TrainingContext | None) -> Tensor:
-        """Rotary positions where the backbone has none, in training of each image stretched by another factor."""
+        """Return rotary positions for a backbone without them.
+
+        In training, each image is stretched by a random factor.
+        """
         angles = rotary_angles(grid, self.backbone.width // self.backbone.blocks[0].attn.num_heads, device)
         if self.training and context is not None:
             angles = angles * position_stretches(context)[:, None, None, None]
@@ -107,13 +113,13 @@ class Pmt(QuerySegmenter):
 
 
 def position_stretches(context: TrainingContext) -> Tensor:
-    """Factors [B], whose logarithm is uniform, a function of seed and position of the image alone."""
+    """Return factors [B] with a uniform logarithm, a function of seed and position of the image only."""
     keys = mix(context.targets.position + signed((context.seed + _STREAM) * GOLDEN))
     return _LARGEST_STRETCH ** (2 * to_unit_interval(mix(keys + GOLDEN)) - 1)
 
 
 def default_annealing(num_layers: int, max_steps: int) -> tuple[tuple[int, int], ...]:
-    """The authors' windows of steps in which the masks of each block vanish."""
+    """Return the steps between which the masks of each block vanish, as the authors choose them."""
     sixth, gaps = max_steps / 6, max(1, num_layers - 2)
     starts = [sixth * (1.6 + 2.4 * block / gaps) for block in range(num_layers - 1)]
     first = (0, min(_FIRST_WINDOW, int(sixth)))

@@ -1,1 +1,1 @@
-"""Counts of floating-point operations, by the paper's rules and as executed."""
+"""Counts of multiply-adds, by the paper's rules and as executed."""

@@ -9,7 +9,10 @@ RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet15
 
 
 def resnet(blocks: tuple[int, ...], size: tuple[int, int]) -> int:
-    """ResNet with bottlenecks that stride in their 3x3 convolution, as torchvision and the official configs have it."""
+    """Return the cost of a ResNet whose bottlenecks stride in their 3x3 convolution.
+
+    torchvision and the official configs use this variant.
+    """
     at = MapSize(*size).strided(2)
     total, channels = _batch_normed(at, 3, 64, 7), 64
     at = at.strided(2)  # max pooling
@@ -30,7 +33,10 @@ def _batch_normed(at: MapSize, inputs: int, outputs: int, kernel: int = 1) -> in
 
 
 def swin(embed_dim: int, depths: tuple[int, ...], window_size: int, size: tuple[int, int]) -> int:
-    """Swin transformer with a LayerNorm on every stage's output; maps are padded to whole windows inside each block."""
+    """Return the cost of a Swin Transformer with a LayerNorm on every stage's output.
+
+    Maps are padded to whole windows inside each block.
+    """
     patch = 4
     at = MapSize(*size).strided(patch)
     channels = embed_dim

@@ -1,4 +1,4 @@
-"""Multiply-adds that our model executes on a CPU, counted while it runs on tensors without values."""
+"""Multiply-adds that our model executes on a CPU, counted in a run on tensors without values."""
 
 from __future__ import annotations
 
@@ -19,53 +19,59 @@ from m2f.model.mask2former import build_model
 from m2f.model.segmenter import Segmenter
 
 Size = Sequence[int]
-"""Shape of a tensor, as the counter hands it over."""
+"""Shape of a tensor, as passed by the counter."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
 _END = 10**9
-"""More steps than any training has."""
+"""A step beyond the end of every training."""
 SHAPES_ONLY = FakeTensorMode()
-"""Tensors made in it have no values. One mode for all models: tensors of two modes do not mix."""
+"""Mode in which tensors have no values. All models share it, because tensors of two modes cannot be combined."""
 
 
 def build_shapes(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Segmenter:
-    """The recipe's model in evaluation mode with weights of `dtype`, with shapes but without values."""
+    """Return the recipe's model in evaluation mode, with weights of `dtype` that have shapes but no values."""
     with torch.device("meta"):
         model = build_model(config, pretrained_backbone=False)
     return _on_fake_cpu(model.to(dtype)).eval()
 
 
 def build_backbone_shapes(config: BackboneConfig) -> Backbone:
-    """The recipe's backbone in evaluation mode, with shapes but without values."""
+    """Return the recipe's backbone in evaluation mode, with shapes but without values."""
     with torch.device("meta"):
         backbone = build_backbone(config, pretrained=False)
     return _on_fake_cpu(backbone).eval()
 
 
 def _on_fake_cpu(module: Module) -> Module:
-    """Some initialisations work on the meta device only, and autocast everywhere but there."""
+    """Move a module from the meta device to a fake CPU.
+
+    Some initialisations work on the meta device only, but autocast does not work there.
+    """
     with SHAPES_ONLY:
         return module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers that training can change: frozen statistics are buffers and do not count, as in the paper's tables."""
+    """Return the number of trainable values.
+
+    Frozen statistics are buffers and do not count, as in the paper's tables.
+    """
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def executed_flops(model: Segmenter, size: tuple[int, int]) -> Flops:
-    """Multiply-adds of a forward pass of `build_shapes` with one image of this height and width.
+    """Return the multiply-adds of a forward pass with one image of this height and width.
 
-    The dense masks of the last layer are part of it, those of other layers are never made. The model is one at the end
-    of its training.
+    `model` comes from `build_shapes` and is counted in its state at the end of training. The dense masks of the last
+    layer are included; those of other layers are never computed.
     """
     total, backbone, pixel_decoder = _executed(model, size, ("", "backbone", "pixel_decoder"))
     return Flops(backbone, pixel_decoder, total - backbone - pixel_decoder)
 
 
 def executed_flops_inside(model: Segmenter, size: tuple[int, int], part: str) -> float:
-    """Those of a submodule, which may be called part by part."""
+    """Return the multiply-adds of a submodule, whose parts may be called separately."""
     return _executed(model, size, (part,))[0]
 
 
@@ -74,26 +80,26 @@ def _executed(model: Segmenter, size: tuple[int, int], parts: Sequence[str]) -> 
         model.set_progress(_END, _END)
         with _counter() as counter:
             model(torch.zeros(1, 3, *size)).mask_logits()
-    # Names begin with the class of the model.
+    # Names begin with the class name of the model.
     counts = {name.partition(".")[2]: sum(of.values()) / 2 for name, of in counter.get_flop_counts().items()}
     return [_of_part(counts, part) if part else counter.get_total_flops() / 2 for part in parts]
 
 
 def _of_part(counts: Mapping[str, float], part: str) -> float:
-    """Of a part of the model by the counts of modules, which may have been called one by one."""
+    """Sum the counts of a part of the model, whose modules may have been called separately."""
     names = {name for name in counts if f"{name}.".startswith(f"{part}.")}
     return sum(counts[name] for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
 def executed_backbone_flops(backbone: Backbone, size: tuple[int, int]) -> float:
-    """Multiply-adds of `build_backbone_shapes` for one image of this height and width."""
+    """Return the multiply-adds of a `build_backbone_shapes` backbone for one image of this height and width."""
     with torch.no_grad(), SHAPES_ONLY, _counter() as counter:
         backbone(torch.zeros(1, 3, *size))
     return counter.get_total_flops() / 2
 
 
 def _counter() -> FlopCounterMode:
-    """Counts what torch counts, and norms, resizes and samples as the formulas do; two per multiply-add."""
+    """Return a counter with additional formulas for norms, resizes and samples. It counts two per multiply-add."""
     aten = torch.ops.aten
     mapping: dict[Any, Callable[..., int]] = {
         aten.native_layer_norm: _per_input(NORM),
@@ -107,7 +113,7 @@ def _counter() -> FlopCounterMode:
         aten._embedding_bag_forward_only: _sampled_rows,
         torch.ops.torchvision.deform_conv2d: _deformable_convolution,
     }
-    # Before torch 2.12 the counter takes an operation apart unless it is listed with its overload.
+    # Before torch 2.12, the counter decomposes an operation unless its overload is listed.
     mapping |= {operation.default: count for operation, count in mapping.items()}
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
@@ -127,12 +133,12 @@ def _per_output(cost: int) -> Callable[..., int]:
 
 
 def _attention(query: Size, key: Size, value: Size, *args: object, out_shape: object, **kwargs: object) -> int:
-    """Products of queries with keys, and of weights with values."""
+    """Count the products of queries with keys and of weights with values."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _sampled_rows(table: Size, rows: Size, *args: object, out_shape: object, **kwargs: object) -> int:
-    """Weighted sums of table rows: deformable attention on CPU."""
+    """Count the weighted sums of table rows: deformable attention on CPU."""
     return 2 * math.prod(rows) * table[-1]
 
 

@@ -53,14 +53,16 @@ COCO_SIZES: Mapping[tuple[int, int], int] = MappingProxyType(
         (800, 1344): 2,
     }
 )
-"""Inputs that the paper's FLOPs on COCO are the mean of: how often each size, height and width in either order, occurs
-among the first 100 images (by id) of val2017 with the shorter side at 800, the longer at most 1333, padded to 32."""
+"""Input sizes over which the paper's FLOPs on COCO are averaged, with their frequency. They are those of the first 100
+images (by id) of val2017, with the shorter side at 800, the longer at most 1333, and padding to 32. Height and width
+are in either order."""
 
 
 def official_flops(config: ModelConfig, size: tuple[int, int], *, semantic: bool = False) -> Flops:
-    """Multiply-adds for an input of this height and width; `semantic` adds the semantic inference to them.
+    """Return the multiply-adds for an input of this height and width. `semantic` adds the semantic inference.
 
-    Backbones and heads that the paper does not use have no official code in it: what ours executes is counted.
+    Backbones and heads that the official code does not have are counted as this project executes them. Raises
+    ConfigError if `config.num_classes` is None.
     """
     if config.num_classes is None:
         raise ConfigError("model.num_classes is not known; set it from the category table of the data set")
@@ -78,7 +80,7 @@ def official_flops(config: ModelConfig, size: tuple[int, int], *, semantic: bool
 
 
 def mean_flops(config: ModelConfig, sizes: Mapping[tuple[int, int], int] = COCO_SIZES) -> Flops:
-    """Mean of `official_flops` over sizes and how often they occur."""
+    """Return the mean of `official_flops` over input sizes, weighted by their frequency."""
     images = sum(sizes.values())
     counted = [(count / images, official_flops(config, size)) for size, count in sizes.items()]
     return Flops(**{f.name: sum(share * getattr(flops, f.name) for share, flops in counted) for f in fields(Flops)})
@@ -103,7 +105,7 @@ def _transformer_decoder(
 
 
 def _backbone(config: BackboneConfig, size: tuple[int, int]) -> tuple[float, tuple[int, ...]]:
-    """Multiply-adds, and channels at strides 4, 8, 16 and 32."""
+    """Return the multiply-adds, and the channels at strides 4, 8, 16 and 32."""
     match config:
         case SwinBackboneConfig():
             channels = tuple(config.embed_dim * 2**stage for stage in range(4))

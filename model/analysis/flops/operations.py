@@ -1,7 +1,7 @@
-"""Cost of single operations, in the multiply-adds that the paper's tool (fvcore) counts.
+"""Costs of single operations, in the multiply-adds that the paper's tool (fvcore) counts.
 
-A product counts one per multiply-add. Norms, resizes and bilinear samples count the tool's estimates per element;
-activations, softmax, sums and dropout count nothing. Batches are of one image.
+Matrix products count one per multiply-add. Norms, resizes and bilinear samples count the tool's estimates per element.
+Activations, softmax, sums and dropout count as zero. Costs are for one image.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import math
 from dataclasses import dataclass
 
 NORM = 5
-"""LayerNorm and GroupNorm, per element."""
+"""LayerNorm and GroupNorm, multiply-adds per element."""
 BATCH_NORM = 2
-"""BatchNorm with fixed statistics, per element."""
+"""BatchNorm with fixed statistics, multiply-adds per element."""
 BILINEAR = 4
-"""Resize or sample, per element that it gives."""
+"""Bilinear resize or sampling, multiply-adds per output element."""
 NEAREST = 1
-"""Resize that copies, per element that it gives."""
+"""Nearest-neighbour resize, multiply-adds per output element."""
 
 STRIDES = (4, 8, 16, 32)
-"""Of the four maps of every backbone."""
+"""Strides of the four maps of every backbone."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Flops:
     pixel_decoder: float
     transformer_decoder: float
     inference: float = 0.0
-    """Masks at input size and, for semantic segmentation, their sum over queries."""
+    """Resizing of masks to the input size and, for semantic segmentation, their sum over queries."""
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Return the sum of all parts."""
         return self.backbone + self.pixel_decoder + self.transformer_decoder + self.inference
 
 
@@ -47,35 +47,35 @@ class MapSize:
 
     @property
     def pixels(self) -> int:
-        """Pixels or tokens."""
+        """Return the number of pixels or tokens."""
         return self.height * self.width
 
     def strided(self, stride: int) -> MapSize:
-        """The map after a convolution of this stride that keeps borders."""
+        """Return the map size after a padded convolution of this stride."""
         return MapSize(math.ceil(self.height / stride), math.ceil(self.width / stride))
 
 
 def pyramid(size: tuple[int, int]) -> tuple[MapSize, MapSize, MapSize, MapSize]:
-    """Maps at strides 4, 8, 16 and 32 of an input of this height and width."""
+    """Return the map sizes at strides 4, 8, 16 and 32 for an input of this height and width."""
     stride4, stride8, stride16, stride32 = (MapSize(*size).strided(stride) for stride in STRIDES)
     return stride4, stride8, stride16, stride32
 
 
 def convolution(pixels: int, inputs: int, outputs: int, kernel: int = 1, groups: int = 1) -> int:
-    """Convolution that gives so many pixels; a linear layer over tokens is one of kernel 1."""
+    """Return the cost of a convolution with `pixels` output pixels. A linear layer over tokens has kernel 1."""
     return pixels * inputs * outputs * kernel * kernel // groups
 
 
 def group_normed(pixels: int, inputs: int, outputs: int, kernel: int = 1) -> int:
-    """Convolution and GroupNorm."""
+    """Return the cost of a convolution with GroupNorm."""
     return convolution(pixels, inputs, outputs, kernel) + NORM * pixels * outputs
 
 
 def attention(queries: int, keys: int, channels: int) -> int:
-    """Products of queries with keys and of weights with values, all heads together."""
+    """Return the cost of the products of queries with keys and of weights with values, over all heads."""
     return 2 * queries * keys * channels
 
 
 def feed_forward(tokens: int, channels: int, hidden: int) -> int:
-    """Two linear layers."""
+    """Return the cost of two linear layers."""
     return 2 * tokens * channels * hidden

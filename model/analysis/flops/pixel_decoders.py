@@ -1,4 +1,4 @@
-"""Multiply-adds of the pixel decoders: as the official code runs those that it has, as ours does the others."""
+"""Multiply-adds of the pixel decoders, as in the official code or, for decoders it does not have, as in ours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from m2f.model.config import (
 
 
 def pixel_decoder(config: MultiScalePixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
-    """Multiply-adds for a backbone with these `channels` and `maps` at strides 4, 8, 16, 32."""
+    """Return the multiply-adds for a backbone with these `channels` and `maps` at strides 4, 8, 16, 32."""
     match config:
         case MSDeformAttnPixelDecoderConfig():
             return _ms_deform_attn(config, channels, maps)
@@ -46,7 +46,7 @@ def pixel_decoder(config: MultiScalePixelDecoderConfig, channels: Sequence[int],
 
 
 def _ms_deform_attn(config: MSDeformAttnPixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
-    """Deformable encoder over strides 8 to 32 and one FPN step to stride 4."""
+    """Return the cost of the deformable encoder over strides 8 to 32 and one FPN step to stride 4."""
     dim, (stride4, *others) = config.conv_dim, maps
     pixels = sum(at.pixels for at in others)
     projections = sum(group_normed(at.pixels, width, dim) for at, width in zip(others, channels[1:], strict=True))
@@ -61,7 +61,10 @@ def _ms_deform_attn(config: MSDeformAttnPixelDecoderConfig, channels: Sequence[i
 
 
 def _pyramid(dim: int, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
-    """FPN: the coarsest map is convolved, every finer one projected, added to and convolved."""
+    """Return the cost of an FPN.
+
+    The coarsest map is convolved. Every finer map is projected, added to the enlarged coarser one and convolved.
+    """
     *finer, coarsest = maps
     total = group_normed(coarsest.pixels, channels[-1], dim, 3)
     for at, width in zip(finer, channels[:-1], strict=True):
@@ -70,7 +73,7 @@ def _pyramid(dim: int, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
 
 
 def _mask_features(config: MultiScalePixelDecoderConfig, maps: Sequence[MapSize]) -> int:
-    """3x3 convolution at stride 4."""
+    """Return the cost of the 3x3 convolution at stride 4."""
     return convolution(maps[0].pixels, config.conv_dim, config.mask_dim, 3)
 
 

@@ -1,7 +1,7 @@
-"""Multiply-adds of the transformer decoders in the order of operations of the official code.
+"""Multiply-adds of the transformer decoders, with the operations of the official code.
 
-Ours differs where the algebra allows it: attention masks come from resized features, and masks of the layers between
-are never made dense. `m2f.model.analysis.flops.executed` counts that.
+Our decoders save some of them: attention masks come from resized features, and intermediate layers never compute dense
+masks. `m2f.model.analysis.flops.executed` counts our decoders.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from m2f.model.config import MaskedTransformerDecoderConfig, StandardTransformer
 def masked(
     config: MaskedTransformerDecoderConfig, in_dim: int, mask_dim: int, num_classes: int, maps: Sequence[MapSize]
 ) -> int:
-    """The paper's decoder and its ablations; `maps` at strides 4, 8, 16, 32, `in_dim` channels of the features."""
+    """Return the cost of the paper's decoder or one of its ablations.
+
+    `maps` are at strides 4, 8, 16, 32; `in_dim` is the number of channels of the features.
+    """
     queries, dim, mask_pixels = config.num_queries, config.hidden_dim, maps[0].pixels
     tokens_of_layers = _tokens_of_groups(config, [at.pixels for at in maps[1:]])
     total = 0
@@ -38,7 +41,10 @@ def masked(
 def standard(
     config: StandardTransformerDecoderConfig, in_dim: int, mask_dim: int, num_classes: int, maps: Sequence[MapSize]
 ) -> int:
-    """MaskFormer's decoder on a map of stride 32 with `in_dim` channels. Its code makes the masks of all layers."""
+    """Return the cost of MaskFormer's decoder on a map of stride 32 with `in_dim` channels.
+
+    MaskFormer's code computes the masks of all layers.
+    """
     queries, dim, tokens = config.num_queries, config.hidden_dim, maps[-1].pixels
     layer = 2 * convolution(queries + tokens, dim, dim) + attention(queries, tokens, dim)
     layer += 4 * convolution(queries, dim, dim) + attention(queries, queries, dim)
@@ -49,13 +55,13 @@ def standard(
 
 
 def _prediction_heads(queries: int, dim: int, mask_dim: int, num_classes: int) -> int:
-    """Norm, classes and mask embeddings of one layer, without its dense masks."""
+    """Return the cost of norm, classes and mask embeddings of one layer, without dense masks."""
     mask_embedding = 2 * convolution(queries, dim, dim) + convolution(queries, dim, mask_dim)
     return NORM * queries * dim + convolution(queries, dim, num_classes + 1) + mask_embedding
 
 
 def _tokens_of_groups(config: MaskedTransformerDecoderConfig, pixels: Sequence[int]) -> tuple[int, ...]:
-    """Tokens that the layers attend to in turn, from the pixels at strides 8, 16 and 32."""
+    """Return the numbers of tokens that the layers attend to in turn, from the pixels at strides 8, 16 and 32."""
     stride8, stride16, stride32 = pixels
     match config.features:
         case "multi_scale":
@@ -73,7 +79,7 @@ def _tokens_of_groups(config: MaskedTransformerDecoderConfig, pixels: Sequence[i
 
 
 def _cross_attention(config: MaskedTransformerDecoderConfig, tokens: int) -> int:
-    """Cross-attention of one layer, or of what replaces it."""
+    """Return the cost of one layer's cross-attention or its replacement."""
     queries, dim = config.num_queries, config.hidden_dim
     if config.attention == "mask_pooling":  # a mean of tokens and one projection of it
         return queries * tokens * dim + convolution(queries, dim, dim)
