@@ -1,1 +1,1 @@
-"""Bytes in local files and S3 behind one class."""
+"""Storage of bytes in local files and S3 with one interface."""

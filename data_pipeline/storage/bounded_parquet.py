@@ -1,6 +1,6 @@
-"""Parquet files that anybody may have written: what they stand for is checked before anything is decoded.
+"""Untrusted parquet files: the decoded size is checked before anything is decoded.
 
-A megabyte of runs may stand for 10^9 values, and a short code for a text of any length.
+A megabyte of run lengths can decode to 10^9 values, and a short dictionary code to a text of any length.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ import pyarrow.parquet as pq
 
 _ROWS_AT_ONCE = 4096
 _VALUES_PER_BYTE = 2
-"""Most values of a column per byte of the file. What we write has a column that hardly compresses, of 4 bytes a row."""
+"""Largest number of values of a column per byte of the file. Files of m2f have a column with 4 bytes per row that
+hardly compresses."""
 _MOST_VALUES = 1_000_000
-"""Allowed besides, for small files."""
+"""Number of values that is allowed in addition, for small files."""
 _COLUMNS = 4
-"""Most values of a whole table, in such columns: lists in files of ours are short, or alone."""
+"""Limit of the values of a whole table, as a multiple of the limit of a column. Lists in files of m2f are short, or the
+only column."""
 _MOST_COMPRESSED = 100
-"""Most bytes that a byte of the file stands for; those that we write stay below 10."""
+"""Largest number of decoded bytes per byte of the file. Files of m2f stay below 10."""
 _ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}
-"""What we write; others make long texts of short differences."""
+"""Encodings of files of m2f. Delta encodings are refused, because they expand short data to long texts."""
 _MOST_FIXED = 64
-"""Bytes of a value whose type has a fixed length; a SHA-256 has 32."""
+"""Largest number of bytes of a value of a fixed-length type. A SHA-256 has 32."""
 
 
 def check_sizes(data: bytes) -> None:
-    """Raise ValueError where a column says that it holds much more than the file's bytes can."""
+    """Raise ValueError if a column claims to hold much more than the bytes of the file can."""
     _check_sizes(pq.read_metadata(pa.BufferReader(data)), len(data))
 
 
 def read_bounded_table(data: bytes) -> pa.Table:
-    """The table in a file.
+    """Return the table in the bytes of a parquet file.
 
     Raises:
-        ValueError: it says that it holds much more than its bytes can, or texts of it become too long when decoded.
-        pa.ArrowException, OSError: it is damaged.
+        ValueError: the file claims to hold much more than its bytes can, or its decoded texts are too long.
+        pa.ArrowException, OSError: the file is damaged.
     """
     metadata = pq.read_metadata(pa.BufferReader(data))
     values = _check_sizes(metadata, len(data))
@@ -49,7 +51,7 @@ def read_bounded_table(data: bytes) -> pa.Table:
 
 
 def _check_sizes(metadata: pq.FileMetaData, size: int) -> Counter[str]:
-    """Values by column."""
+    """Check the sizes in the metadata and return the number of values by column. Raises ValueError."""
     values, sizes = Counter[str](), 0
     for index in range(metadata.num_columns):
         leaf = metadata.schema.column(index)
@@ -71,7 +73,7 @@ def _check_sizes(metadata: pq.FileMetaData, size: int) -> Counter[str]:
 
 
 def _check_texts(metadata: pq.FileMetaData, data: bytes) -> None:
-    """Texts come as codes with a dictionary; what they are without is counted first."""
+    """Raise ValueError if the decoded texts are too long. Texts are read as dictionary codes to count their bytes."""
     leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
     names = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=names)
@@ -84,7 +86,7 @@ def _check_texts(metadata: pq.FileMetaData, data: bytes) -> None:
 
 
 def _decoded_bytes(array: pa.Array) -> int:
-    """Bytes of the texts in an array."""
+    """Return the number of bytes of the decoded texts in an array."""
     if pa.types.is_dictionary(array.type):
         if len(array.dictionary) == 0:
             return 0
@@ -94,7 +96,7 @@ def _decoded_bytes(array: pa.Array) -> int:
         return _decoded_bytes(array.flatten())
     if pa.types.is_struct(array.type):
         return sum(_decoded_bytes(field) for field in array.flatten())
-    if pa.types.is_nested(array.type):  # maps and lists of fixed length, which no table of ours has
+    if pa.types.is_nested(array.type):  # maps and lists of fixed length, which tables of m2f do not have
         raise ValueError(f"a column has texts in a {array.type}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Arrays of many keys in parquet files: what is too much for memory, where one column is needed at a time."""
+"""Arrays of many keys in parquet files, for data that exceed memory and are used one column at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _KEY = "key"
 
 
 class ColumnFiles:
-    """Named one-dimensional arrays per integer key in a folder: a parquet file per `write`, with a list per array."""
+    """Named one-dimensional arrays per integer key, stored in a folder.
+
+    Each `write` makes one parquet file, in which each array is a list.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -23,7 +26,7 @@ class ColumnFiles:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, rows: Mapping[int, Mapping[str, np.ndarray]]) -> None:
-        """Store the arrays of some keys, which all have the same columns of the same types."""
+        """Store the arrays of some keys. All keys have the same columns with the same types."""
         first = next(iter(rows.values()))
         columns: dict[str, pa.Array] = {_KEY: pa.array(rows, type=pa.int64())}
         for name in first:
@@ -35,12 +38,12 @@ class ColumnFiles:
         self._paths.append(path)
 
     def column(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """Every key with its array of one column, file by file."""
+        """Yield each key with its array of one column, file by file."""
         for path in self._paths:
             yield from _lists(pq.read_table(path, columns=[_KEY, name]))
 
     def rows(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Every key with its arrays of all columns, file by file."""
+        """Yield each key with its arrays of all columns, file by file."""
         for path in self._paths:
             table = pq.read_table(path)
             keys, names = table[_KEY].to_pylist(), [name for name in table.column_names if name != _KEY]
@@ -49,7 +52,7 @@ class ColumnFiles:
 
 
 def _lists(table: pa.Table) -> Iterator[tuple[int, np.ndarray]]:
-    """Keys and arrays of a table with the key and one column."""
+    """Yield the keys and arrays of a table that has the key and one more column."""
     for keys, lists in zip(*(column.chunks for column in table.combine_chunks().columns), strict=True):
         offsets = lists.offsets.to_numpy()
         values = lists.values.to_numpy(zero_copy_only=False)

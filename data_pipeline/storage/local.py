@@ -1,4 +1,4 @@
-"""Objects as local files. Writes are atomic and durable: temporary file, fsync, rename, fsync of the folder."""
+"""Storage in local files. Writes are atomic and durable: temporary file, fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import BinaryIO, NoReturn
 from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
 from m2f.data_pipeline.storage.object_info import ObjectInfo, UnfinishedWrite
 
-_TEMPORARY = ".partial-"  # files of writes that are under way or were killed; never listed
+_TEMPORARY = ".partial-"  # files of running or killed writes; never listed
 _REFUSED_WRITES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-"""What `link` says on a file system that has none."""
+"""Error numbers of `link` on file systems without hard links."""
 
 
 class LocalStore:
-    """Files on a local or mounted file system. URLs are plain paths."""
+    """Store of files on a local or mounted file system. URLs are plain paths. Methods raise StorageError."""
 
     def get(self, url: str) -> bytes:
-        """The whole file."""
+        """Return the content of a file."""
         try:
             return Path(url).read_bytes()
         except OSError as error:
             _fail(url, error)
 
     def get_range(self, url: str, offset: int, length: int, etag: str | None) -> bytes:
-        """Exactly `length` bytes from `offset`. Files have no `etag`."""
+        """Return exactly `length` bytes from `offset` on. `etag` is ignored, because files have none."""
         try:
             with Path(url).open("rb", buffering=0) as file:
                 file.seek(offset)
@@ -46,7 +46,7 @@ class LocalStore:
         return data
 
     def get_file(self, url: str, path: Path) -> int:
-        """Copy the file to `path`; returns its size."""
+        """Copy a file to `path` and return its size in bytes."""
         try:
             with Path(url).open("rb") as source, replacing(path) as target:
                 shutil.copyfileobj(source, target, length=1 << 20)
@@ -55,18 +55,18 @@ class LocalStore:
             _fail(url, error)
 
     def stat(self, url: str) -> ObjectInfo:
-        """Size of the file."""
+        """Return the size of a file."""
         try:
             return ObjectInfo(Path(url).stat().st_size, None)
         except OSError as error:
             _fail(url, error)
 
     def exists(self, url: str) -> bool:
-        """Whether the file exists."""
+        """Return whether a file exists."""
         return Path(url).is_file()
 
     def put(self, url: str, data: bytes, if_absent: bool) -> None:
-        """Write a file; with `if_absent` never replace one."""
+        """Write a file. With `if_absent`, raise ObjectExistsError instead of replacing a file."""
         try:
             with replacing(Path(url), if_absent) as file:
                 file.write(data)
@@ -76,7 +76,7 @@ class LocalStore:
             _fail(url, error)
 
     def put_file(self, url: str, path: Path) -> None:
-        """Copy a file."""
+        """Copy the local file `path` to `url`."""
         try:
             with path.open("rb") as source, replacing(Path(url)) as file:
                 shutil.copyfileobj(source, file, length=1 << 20)
@@ -84,7 +84,7 @@ class LocalStore:
             _fail(url, error)
 
     def list(self, prefix: str) -> tuple[str, ...]:
-        """All files below a folder."""
+        """Return the sorted paths of all files in a folder and its subfolders."""
         root = prefix.rstrip("/") or "/"
         found = []
         for folder, _, names in os.walk(root):
@@ -92,23 +92,23 @@ class LocalStore:
         return tuple(sorted(found))
 
     def list_unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
-        """Temporary files below a folder, of writes that are under way or were killed."""
+        """Return the temporary files of running or killed writes in a folder and its subfolders."""
         names = sorted(Path(prefix).rglob(f"{_TEMPORARY}*"))
         return tuple(UnfinishedWrite(str(path)) for path in names if path.is_file())
 
     def delete_unfinished(self, write: UnfinishedWrite) -> None:
-        """Delete a temporary file where it exists."""
+        """Delete a temporary file if it exists."""
         self.delete(write.url)
 
     def delete(self, url: str) -> None:
-        """Delete a file where it exists."""
+        """Delete a file if it exists."""
         try:
             Path(url).unlink(missing_ok=True)
         except OSError as error:
             _fail(url, error)
 
     def delete_prefix(self, prefix: str) -> None:
-        """Delete a folder where it exists."""
+        """Delete a folder if it exists. The root of the file system is refused."""
         folder = Path(prefix)
         if folder.resolve() == Path(folder.resolve().anchor):
             raise StorageError(f"{prefix}: refusing to delete the root of the file system")
@@ -122,7 +122,12 @@ class LocalStore:
 
 @contextmanager
 def replacing(path: Path, if_absent: bool = False) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends without an error."""
+    """Yield a temporary file that replaces `path` if the block ends without an error.
+
+    Raises:
+        FileExistsError: `path` exists and `if_absent` is set.
+        StorageError: the file cannot be created, or the disk refuses the write.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
@@ -130,7 +135,7 @@ def replacing(path: Path, if_absent: bool = False) -> Iterator[BinaryIO]:
         _fail(str(path), error)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)  # mkstemp makes files that only their owner can read
+            os.fchmod(file.fileno(), 0o644)  # mkstemp makes files readable only by their owner
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -141,15 +146,15 @@ def replacing(path: Path, if_absent: bool = False) -> Iterator[BinaryIO]:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _REFUSED_WRITES:
-            _fail(str(path), error)  # whatever else the block reads
+            _fail(str(path), error)  # names `path`, although the block may use other files
         raise
     _sync_folder(path.parent)
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename a file. Raises FileExistsError, unlike `os.rename`, where the target exists.
+    """Rename a file. Unlike `os.rename`, raise FileExistsError if the target exists.
 
-    On a file system without hard links (exFAT, some network mounts) readers see an empty file for an instant.
+    On file systems without hard links (exFAT, some network mounts), readers see an empty file for a moment.
     """
     try:
         os.link(source, target)
@@ -158,7 +163,7 @@ def rename_new(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))  # of several writers, one may
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))  # only one of several writers succeeds
         os.replace(source, target)
     else:
         os.unlink(source)
@@ -174,7 +179,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _read_fully(file: BinaryIO, length: int) -> bytes:
     data = file.read(length)
-    while len(data) < length and (more := file.read(length - len(data))):  # raw reads may return less than asked for
+    while len(data) < length and (more := file.read(length - len(data))):  # raw reads may be short
         data += more
     return data
 

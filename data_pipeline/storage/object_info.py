@@ -1,4 +1,4 @@
-"""What a store says about an object without reading it."""
+"""Information of a store about objects and unfinished writes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object as it was when asked for."""
+    """Size and version of an object at the time of the request."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     etag: str | None
-    """Changes with every write of the object; None for files, whose checksums must do."""
+    """Version, which changes with every write of the object. None for local files; compare checksums there."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnfinishedWrite:
-    """What a write that was never completed has left in a store."""
+    """An incomplete write in a store."""
 
     url: str
-    """Object that was to be written; of a local write, its temporary file."""
+    """URL of the object to be written; for local writes, path of the temporary file."""
     upload: str = ""
-    """Id of a multipart upload; empty for a file."""
+    """Id of the multipart upload; empty for local files."""

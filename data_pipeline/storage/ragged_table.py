@@ -1,4 +1,4 @@
-"""Arrays by row as the bytes of one parquet file: numbers and words, and any number of values per row."""
+"""Tables as the bytes of one parquet file. Columns hold numbers or texts, one or any number of them per row."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from m2f.data_pipeline.storage.bounded_parquet import read_bounded_table
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
-    """Any number of values per row, joined."""
+    """A column with any number of values per row."""
 
     values: np.ndarray
-    """[V]"""
+    """[V] concatenated values of all rows."""
     counts: np.ndarray
-    """[rows] int64; they add up to V."""
+    """[rows] int64 number of values of each row; the sum is V."""
 
     @property
     def rows(self) -> np.ndarray:
-        """[V] int64 row of every value."""
+        """Return [V] int64: the row of each value."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
 
 Columns = Mapping[str, "np.ndarray | Ragged"]
-"""By name; all with the same number of rows. NaN among floats stands for no value."""
+"""Columns by name, all with the same number of rows. NaN in a column of floats means no value."""
 
 
 def table_bytes(columns: Columns) -> bytes:
-    """A parquet file; other programs read `Ragged` columns as lists, and NaN as null."""
+    """Return columns as the bytes of a parquet file. Other programs read `Ragged` as lists and NaN as null."""
     arrays = {name: _array(column) for name, column in columns.items()}
     buffer = io.BytesIO()
     pq.write_table(pa.table(arrays), buffer, compression="zstd")
@@ -42,7 +42,11 @@ def table_bytes(columns: Columns) -> bytes:
 
 
 def read_table_bytes(payload: bytes) -> dict[str, np.ndarray | Ragged]:
-    """What `table_bytes` wrote. Raises DataError for anything else, also where few bytes stand for many values."""
+    """Return the columns in bytes that `table_bytes` wrote.
+
+    Raises:
+        DataError: the bytes are not such a table, or decode to far more data than their size allows.
+    """
     try:
         table = read_bounded_table(payload).combine_chunks()
         return {name: _column(table[name]) for name in table.column_names}

@@ -1,6 +1,6 @@
-"""Objects in S3 and S3-compatible stores, over boto3.
+"""Storage in S3 and S3-compatible stores, with boto3.
 
-botocore's own retries are off: they do not cover a body that breaks midway. One loop here covers request and body.
+botocore's retries are disabled, because they do not cover a body that breaks off. One loop here retries both.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 FIRST_CONTACT_S = 20.0
-"""How long a store that has not answered yet is asked: a wrong endpoint is a mistake, no outage."""
+"""Seconds to retry a store that has never answered. Its endpoint is probably wrong, so longer waits are useless."""
 _CONNECT_TIMEOUT_S = 10.0
-"""A host that accepts no connection for so long is taken for unreachable; a shorter read timeout counts for both. The
-first answer may take no longer either."""
+"""Seconds after which a host that accepts no connection counts as unreachable; a shorter read timeout applies to both.
+The same limit applies to the first answer of a store."""
 _SAY_S = 60.0
-"""Seconds between two lines about requests that wait."""
+"""Seconds between two lines about waiting requests."""
 _ANSWERED: set[str | None] = set()
-"""Endpoints that have answered this process: from then on their silence is an outage."""
+"""Endpoints that have answered this process. Later failures to answer count as an outage."""
 _POOL_CONNECTIONS = 64
-"""Connections that are kept open: above the sum of all thread pools of a process that read or write."""
+"""Connections that are kept open; more than the number of threads of a process that read or write."""
 _BACKOFF_BASE_S = 0.1
 _BACKOFF_CAP_S = 20.0
-"""Attempt n waits a random time of at most base x 2^n and the cap."""
+"""Attempt n waits a random time of at most min(base x 2^n, cap) seconds."""
 _FILE_PART_BYTES = 32 * 1024 * 1024
-"""Files are read in ranges of this size, so that a broken body costs no more."""
+"""Size of the ranges in which files are read, which limits the bytes that a broken body costs."""
 _TRANSIENT_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
-"""HTTP statuses, and below error codes of S3, after which the same request may succeed."""
+"""HTTP statuses after which the same request may succeed, as do the S3 error codes below."""
 _TRANSIENT_CODES = frozenset(
     {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "InternalError", "ThrottlingException"}
 )
 _EXPIRED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
-"""Error codes after which the request is repeated with new credentials."""
+"""S3 error codes after which the request is repeated with new credentials."""
 
 
 class _BrokenBodyError(Exception):
-    """A body that ended early."""
+    """Raised if a response body ends early."""
 
 
 class S3Store:
-    """One S3 endpoint. Clients are made on first use, one per process, and shared by its threads."""
+    """Store behind one S3 endpoint. A process makes its client on first use and shares it between threads."""
 
     def __init__(
         self,
@@ -72,7 +72,14 @@ class S3Store:
         on_retry: Callable[[], None],
         on_wait: Callable[[str], None],
     ) -> None:
-        """`on_retry` is called for every repeated request, `on_wait` once a minute with a line while requests wait."""
+        """Set up the store without connecting to it.
+
+        Args:
+            config: settings of the store.
+            answered: whether the store has answered another process of this run.
+            on_retry: called for each repeated request.
+            on_wait: called with a line of text about once a minute while requests wait.
+        """
         self._config = config
         if answered:
             _ANSWERED.add(config.endpoint_url)
@@ -85,7 +92,7 @@ class S3Store:
 
     @contextmanager
     def until(self, stopped: threading.Event) -> Iterator[None]:
-        """Within it, this thread's failed requests are not repeated once `stopped` is set."""
+        """In this context, stop retrying this thread's requests once `stopped` is set."""
         self._thread.stopped = stopped
         try:
             yield
@@ -93,11 +100,11 @@ class S3Store:
             del self._thread.stopped
 
     def get(self, url: str) -> bytes:
-        """The whole object."""
+        """Return the content of an object."""
         return self._retrying(url, lambda client: _read_body(client.get_object(**_address(url))))
 
     def get_range(self, url: str, offset: int, length: int, etag: str | None) -> bytes:
-        """Exactly `length` bytes from `offset` of the object that has this `etag`."""
+        """Return exactly `length` bytes from `offset` on. Raise StorageError if the object has another `etag`."""
         if length == 0:
             return b""
         condition = {} if etag is None else {"IfMatch": etag}
@@ -112,7 +119,7 @@ class S3Store:
         return self._retrying(url, request)
 
     def get_file(self, url: str, path: Path) -> int:
-        """Copy the object to `path` in ranges, so that a broken connection costs one range; returns its size."""
+        """Copy an object to `path` and return its size. It is read in ranges; a broken connection costs one of them."""
         info = self.stat(url)
         with replacing(path) as file:
             for offset in range(0, info.size, _FILE_PART_BYTES):
@@ -120,12 +127,12 @@ class S3Store:
         return info.size
 
     def stat(self, url: str) -> ObjectInfo:
-        """Size and ETag."""
+        """Return size and ETag of an object."""
         response = self._retrying(url, lambda client: client.head_object(**_address(url)))
         return ObjectInfo(int(response["ContentLength"]), response.get("ETag"))
 
     def exists(self, url: str) -> bool:
-        """Whether the object exists."""
+        """Return whether an object exists."""
         try:
             self.stat(url)
         except MissingObjectError:
@@ -133,7 +140,7 @@ class S3Store:
         return True
 
     def put(self, url: str, data: bytes, if_absent: bool) -> None:
-        """Write an object; with `if_absent` never replace one."""
+        """Write an object. With `if_absent`, raise ObjectExistsError instead of replacing an object."""
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         attempts = 0
 
@@ -145,17 +152,17 @@ class S3Store:
         try:
             self._retrying(url, request)
         except ObjectExistsError:
-            # A repeated write may meet the object that its own first attempt left when only the answer was lost.
+            # If only the answer of the first attempt was lost, the retry finds the object that it wrote.
             if attempts == 1 or self.stat(url).size != len(data) or self.get(url) != data:
                 raise
 
     def put_file(self, url: str, path: Path) -> None:
-        """Upload a file of any size (in parts when it is large)."""
+        """Upload a file of any size; large files are uploaded in parts."""
         address = _address(url)
         self._retrying(url, lambda client: client.upload_file(str(path), address["Bucket"], address["Key"]))
 
     def list(self, prefix: str) -> tuple[str, ...]:
-        """All objects below a folder."""
+        """Return the sorted URLs of all objects below a folder."""
         bucket, folder = _split_folder(prefix)
 
         def request(client: Any) -> tuple[str, ...]:
@@ -165,21 +172,21 @@ class S3Store:
         return self._retrying(prefix, request)
 
     def delete(self, url: str) -> None:
-        """Delete an object where it exists. A store that allows no deletion keeps it, which is said."""
+        """Delete an object if it exists. If the store denies deletion, log a warning and keep it."""
         try:
             self._retrying(url, lambda client: client.delete_object(**_address(url)))
         except AccessDeniedError as error:
             log.warning("not deleted: %s", error)
 
     def delete_prefix(self, prefix: str) -> None:
-        """Delete a folder where it exists."""
+        """Delete all objects below a folder. A whole bucket is refused."""
         if not _split_folder(prefix)[1]:
             raise StorageError(f"{prefix}: refusing to delete a whole bucket; name a folder in it")
         for url in self.list(prefix):
             self.delete(url)
 
     def list_unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
-        """Multipart uploads below a folder that nobody completed. They cost money and no listing shows them."""
+        """Return the incomplete multipart uploads below a folder. They cost money, and listings do not show them."""
         bucket, folder = _split_folder(prefix)
 
         def request(client: Any) -> tuple[UnfinishedWrite, ...]:
@@ -190,7 +197,7 @@ class S3Store:
         return self._retrying(prefix, request)
 
     def delete_unfinished(self, write: UnfinishedWrite) -> None:
-        """Abort a multipart upload; nothing happens where it has ended."""
+        """Abort a multipart upload. An upload that has ended is ignored."""
         address = _address(write.url)
         try:
             self._retrying(write.url, lambda client: client.abort_multipart_upload(**address, UploadId=write.upload))
@@ -198,12 +205,17 @@ class S3Store:
             return
 
     def _retrying(self, url: str, request: Callable[[Any], T]) -> T:
-        """Run a request until it succeeds, cannot succeed, or patience ends. Raises OutageError for the last."""
+        """Run a request, and retry it after transient errors.
+
+        Raises:
+            OutageError: a store that answered before fails for longer than `storage.patience_s`.
+            StorageError: the request cannot succeed, the store has never answered, or the reading was stopped.
+        """
         began, renewed = time.monotonic(), False
         for attempt in itertools.count():
             try:
                 client = self._connect()
-                if attempt == 0:  # making a client takes a second, for which the store is not to blame
+                if attempt == 0:  # making a client takes a second, which is not the store's delay
                     began = time.monotonic()
                 result = request(client)
                 _ANSWERED.add(self._config.endpoint_url)
@@ -216,13 +228,13 @@ class S3Store:
                     self._forget_credentials()
                     renewed = True
                     self._on_retry()
-                    continue  # at once: a refusal is no outage
+                    continue  # without a pause, because a denial is not an outage
                 if not _is_passing(error):
                     if _response_error(error)[0]:
                         _ANSWERED.add(self._config.endpoint_url)
                     _fail(url, error)
             pause = random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2 ** min(attempt, 10)))
-            longest = 0.0 if self.answered else self._connect_timeout_s  # of one more attempt
+            longest = 0.0 if self.answered else self._connect_timeout_s  # duration of another attempt
             if time.monotonic() + pause + longest > began + self._patience_s:
                 self._give_up(url, error, attempt + 1, time.monotonic() - began)
             self._say_wait(url, error, time.monotonic() - began)
@@ -233,7 +245,7 @@ class S3Store:
 
     @property
     def answered(self) -> bool:
-        """Whether the store has answered this process, or answered the one that started it."""
+        """Return whether the store has answered this process or the process that started it."""
         return self._config.endpoint_url in _ANSWERED
 
     @property
@@ -245,7 +257,7 @@ class S3Store:
         return min(_CONNECT_TIMEOUT_S, self._config.read_timeout_s)
 
     def _pause(self, seconds: float) -> bool:
-        """Wait before the next attempt. Returns True, early, if what this thread reads is wanted no longer."""
+        """Wait before the next attempt. Return True, without further waiting, if this thread's reading was stopped."""
         stopped: threading.Event = getattr(self._thread, "stopped", None) or threading.Event()
         return stopped.wait(seconds)
 
@@ -261,7 +273,7 @@ class S3Store:
         ) from error
 
     def _say_wait(self, url: str, error: Exception, seconds: float) -> None:
-        """One line a minute, whichever thread waits."""
+        """Report a waiting request, at most once a minute for all threads."""
         now = time.monotonic()
         if seconds >= _SAY_S and now - self._said >= _SAY_S:
             self._said = now
@@ -271,7 +283,7 @@ class S3Store:
             )
 
     def _connect(self) -> Any:
-        """This process's client; one that came through a fork is not used."""
+        """Return the client of this process. A client inherited by a fork is replaced."""
         key = (os.getpid(), self.answered)
         with self._lock:
             if self._client is None or self._client_key != key:
@@ -281,7 +293,7 @@ class S3Store:
             return self._client
 
     def _forget_credentials(self) -> None:
-        """Look for credentials anew: temporary ones may have expired, and newer ones be there."""
+        """Discard the client, so that the next one looks up credentials again. Temporary ones may have expired."""
         with self._lock:
             self._client = None
 
@@ -301,7 +313,7 @@ def _make_client(config: StorageConfig, connect_timeout_s: float, read_timeout_s
         retries={"total_max_attempts": 1, "mode": "standard"},
         s3={"addressing_style": "path" if _endpoint(config) else "auto"},
     )
-    # A session of our own: boto3's default session is not safe to create from several threads.
+    # An own session, because creating boto3's default session is not thread-safe.
     session = boto3.session.Session()
     return session.client("s3", endpoint_url=config.endpoint_url, region_name=config.region, config=options)
 
@@ -337,7 +349,7 @@ def _read_body(response: Any) -> bytes:
 
 
 def _check_range(url: str, response: Any, offset: int, length: int) -> None:
-    """An object that is too short fails at once: asking again cannot make it longer."""
+    """Check the range of a response. A too short object raises StorageError, because a retry cannot succeed."""
     total = re.search(r"/(\d+)$", response.get("ContentRange", ""))
     if total and offset + length > int(total[1]):
         raise StorageError(
@@ -349,14 +361,14 @@ def _check_range(url: str, response: Any, offset: int, length: int) -> None:
 
 
 def _response_error(error: BaseException) -> tuple[int, str]:
-    """HTTP status and S3 error code; (0, "") for errors without an answer."""
+    """Return the HTTP status and S3 error code; (0, "") for errors without a response."""
     response = getattr(error, "response", None) or {}  # None on botocore's streaming errors
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return int(status), str(response.get("Error", {}).get("Code", ""))
 
 
 def _root(error: Exception) -> Exception:
-    """What lies behind boto3's wrapper around failed uploads."""
+    """Return the error inside boto3's wrapper for failed uploads; other errors unchanged."""
     from boto3.exceptions import S3UploadFailedError
 
     wrapped = error.__context__ if isinstance(error, S3UploadFailedError) else None
@@ -364,7 +376,7 @@ def _root(error: Exception) -> Exception:
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether the same request may succeed a moment later."""
+    """Return whether an error is transient, so that the same request may succeed later."""
     from botocore.exceptions import (
         ClientError,
         FlexibleChecksumError,
@@ -386,21 +398,21 @@ def _is_passing(error: Exception) -> bool:
         ResponseStreamingError,
         HTTPError,
         ConnectionError,
-        NoConnectionError,  # refused, not reached in time, or no address for the name: no ConnectionError of Python's
+        NoConnectionError,  # refused, timed out or unresolved; not a subclass of Python's ConnectionError
         TimeoutError,
     )
     return isinstance(error, (*passing, _BrokenBodyError))
 
 
 def _is_denied(error: Exception) -> bool:
-    """Whether the store does not accept the credentials. Of a HEAD request it says only 400 if they have expired."""
+    """Return whether the store rejects the credentials. For a HEAD request, expired ones give a plain status 400."""
     status, code = _response_error(error)
     unexplained = status == 400 and getattr(error, "operation_name", "") == "HeadObject"
     return status in (401, 403) or code in _EXPIRED_CODES or unexplained
 
 
 def _fail(url: str, error: Exception) -> NoReturn:
-    """Raise the StorageError for an error that no retry can cure."""
+    """Raise the StorageError for an error that a retry cannot cure."""
     from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
     status, code = _response_error(error)

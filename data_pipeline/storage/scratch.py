@@ -1,6 +1,6 @@
-"""Folders for files that only this process needs; what a killed process leaves is removed by the next one.
+"""Temporary folders of a process. The folders of killed processes are removed by later processes.
 
-A process holds a lock on a file in its folder for as long as it lives: the kernel lets go of it whatever ends it.
+A process holds a lock on a file in its folder as long as it lives. The kernel releases the lock however it ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from m2f.data_pipeline.errors import StorageError
 
 _PREFIX = "m2f-"
 _FULL = ("no space left", "disk quota exceeded", "inline_container", "iostream error")
-"""What the system, safetensors and (the last two) torch say where a write is refused."""
+"""Parts of the messages of the system, safetensors and torch (the last two) if a write is refused."""
 _LOCK = ".lock"
 _FILES = "files"
 _SWEEPING = threading.Lock()
@@ -27,12 +27,17 @@ _swept: set[str] = set()
 
 
 class ScratchFolder:
-    """A folder `path` on the local disk until `remove` is called or the context left."""
+    """Temporary folder `path` on the local disk, deleted by `remove` or at the end of the context."""
 
     def __init__(self, purpose: str, place: str | None = None) -> None:
-        """`purpose` is part of the name; `place` is the folder to make it in, by default that of temporary files.
+        """Create the folder. The first one of a process in `place` also removes folders of dead processes there.
 
-        The first one of a process sweeps what dead processes have left in `place`. Raises StorageError.
+        Args:
+            purpose: part of the folder's name.
+            place: parent folder; None uses the folder for temporary files.
+
+        Raises:
+            StorageError: the folder cannot be created.
         """
         try:
             place = place or tempfile.gettempdir()
@@ -42,7 +47,7 @@ class ScratchFolder:
             self.path.mkdir()
             descriptor, name = tempfile.mkstemp(dir=self.path)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            Path(name).rename(self.root / _LOCK)  # already locked when it can be found
+            Path(name).rename(self.root / _LOCK)  # locked before it becomes visible to `sweep`
         except OSError as error:
             raise StorageError(
                 f"{place or 'temporary files'}: no folder can be made there ({error}); free some space, or set TMPDIR "
@@ -51,12 +56,12 @@ class ScratchFolder:
         self._descriptor = descriptor
 
     def remove(self) -> None:
-        """Delete the folder; harmless when it is gone."""
+        """Delete the folder. A missing folder is ignored."""
         shutil.rmtree(self.root, ignore_errors=True)
         self._close()
 
     def keep(self) -> None:
-        """Leave the folder for a person to look at: nothing sweeps it."""
+        """Keep the folder for inspection. It is not removed automatically."""
         (self.root / _LOCK).unlink(missing_ok=True)
         self._close()
 
@@ -76,7 +81,7 @@ class ScratchFolder:
 
 @contextmanager
 def full_disk_named(what: str) -> Iterator[None]:
-    """Raise StorageError where the local disk does not hold `what`; other errors pass."""
+    """In this context, turn errors of a full local disk into a StorageError that names `what`. Others pass."""
     try:
         yield
     except Exception as error:
@@ -94,9 +99,13 @@ def require_room(
     place: str | None = None,
     remedy: str = "free some space, or set TMPDIR to a folder on a larger disk",
 ) -> None:
-    """Raise StorageError where the disk of `place` has less than `size` bytes left for `what`.
+    """Raise StorageError if the disk of `place` has less than `size` bytes free.
 
-    `place` is a folder that may not exist yet, by default that of temporary files.
+    Args:
+        size: bytes needed.
+        what: the data to be stored, for the message.
+        place: a folder, which may not exist yet; None uses the folder for temporary files.
+        remedy: last clause of the message.
     """
     folder = Path(place or tempfile.gettempdir()).absolute()
     while not folder.exists():
@@ -109,10 +118,10 @@ def require_room(
 
 
 def sweep(place: str) -> int:
-    """Delete the scratch folders in `place` of processes that do not live any more; how many there were.
+    """Delete the scratch folders of dead processes in `place` and return their number.
 
-    Folders without a lock stay, whatever their age: somebody has kept them to look at, or an earlier version left
-    them, and no sign tells these apart.
+    Folders without a lock file are kept, whatever their age. They were kept for inspection or come from an earlier
+    version, which cannot be distinguished.
     """
     removed = 0
     for lock in Path(place).glob(f"{_PREFIX}*/{_LOCK}"):
@@ -121,7 +130,7 @@ def sweep(place: str) -> int:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(lock.parent, ignore_errors=True)
                 removed += 1
-        except OSError:  # in use, another user's, or swept by a neighbour
+        except OSError:  # in use, owned by another user, or removed by another process
             continue
     return removed
 

@@ -1,7 +1,7 @@
-"""One door to bytes: `s3://bucket/key` URLs and local paths behind the same calls.
+"""Common interface to objects in S3 (`s3://bucket/key`) and local files.
 
-Local writes are atomic (temporary file, fsync, rename); S3 writes are atomic by nature. Requests that fail for a
-passing reason are retried with exponential backoff and full jitter; those that cannot succeed fail at once.
+Writes are atomic: S3 guarantees this, and local writes use a temporary file, fsync and rename. After transient errors,
+requests to S3 are retried with exponential backoff and full jitter. Requests that cannot succeed fail at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass
 class StorageCounters:
-    """What went through one Storage in this process, and what a cache kept from it."""
+    """Counters of one Storage in this process, and of the cache in front of it."""
 
     requests: int = 0
     retries: int = 0
@@ -34,7 +34,7 @@ class StorageCounters:
     bytes_written: int = 0
     cache_hits: int = 0
     bytes_cached: int = 0
-    """Bytes that came from the cache."""
+    """Bytes that were read from the cache."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(
@@ -47,7 +47,7 @@ class StorageCounters:
         cache_hits: int = 0,
         bytes_cached: int = 0,
     ) -> None:
-        """Add to the counters from any thread."""
+        """Add to the counters. Thread-safe."""
         with self._lock:
             self.requests += requests
             self.retries += retries
@@ -58,7 +58,7 @@ class StorageCounters:
 
 
 class _Store(Protocol):
-    """What a local and an S3 store have in common."""
+    """Common interface of the local and the S3 store."""
 
     def get(self, url: str) -> bytes: ...
     def get_range(self, url: str, offset: int, length: int, etag: str | None) -> bytes: ...
@@ -75,7 +75,10 @@ class _Store(Protocol):
 
 
 class Storage:
-    """Reads and writes whole objects and byte ranges. Safe in threads; picklable (clients are made per process)."""
+    """Reads and writes objects and byte ranges.
+
+    Thread-safe and picklable; each process makes its own client. Methods raise StorageError.
+    """
 
     def __init__(
         self,
@@ -83,9 +86,14 @@ class Storage:
         answered: bool = False,
         on_wait: Callable[[str], None] = LOGGER.warning,
     ) -> None:
-        """With `answered` the store is known to work, so that its silence is an outage; see `StorageConfig.patience_s`.
+        """Set up the stores without connecting to them.
 
-        `on_wait` gets one line a minute while requests wait; a copy in another process logs it.
+        Args:
+            config: settings of the S3 store; None uses the defaults.
+            answered: whether the S3 store is known to work, so that a failure to answer counts as an outage; see
+                `StorageConfig.patience_s`.
+            on_wait: called with a line of text about once a minute while requests wait. Copies in other processes log
+                the line instead.
         """
         self.config = config or StorageConfig()
         self._make_stores(answered, on_wait)
@@ -103,86 +111,87 @@ class Storage:
         self._make_stores(state["answered"], LOGGER.warning)
 
     def impatient(self, limit_s: float) -> Storage:
-        """The same stores, asked once and for at most `limit_s` seconds: for what is repeated anyway."""
+        """Return a Storage without retries and with a read timeout of at most `limit_s` seconds.
+
+        For requests that the caller repeats itself.
+        """
         config = replace(self.config, patience_s=0.0, read_timeout_s=min(limit_s, self.config.read_timeout_s))
         return type(self)(config, answered=True)
 
     @contextmanager
     def until(self, stopped: threading.Event) -> Iterator[None]:
-        """Within it, this thread's requests do not wait for the store any longer once `stopped` is set.
-
-        They raise StorageError then.
-        """
+        """In this context, this thread's requests raise StorageError instead of retrying once `stopped` is set."""
         with self._s3.until(stopped):
             yield
 
     def get(self, url: str) -> bytes:
-        """The whole object. Raises StorageError where it cannot be read."""
+        """Return the content of an object. Raises StorageError if it cannot be read."""
         data = self._store(url).get(url)
         self.counters.add(requests=1, bytes_read=len(data))
         return data
 
     def get_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
-        """Exactly `length` bytes from `offset`.
+        """Return exactly `length` bytes from `offset` on.
 
-        Raises StorageError where the object is shorter, or where it is not the one that had this `etag`.
+        Raises:
+            StorageError: the object is too short, or has another ETag than `etag`.
         """
         data = self._store(url).get_range(url, offset, length, etag)
         self.counters.add(requests=1, bytes_read=len(data))
         return data
 
     def get_file(self, url: str, path: str | os.PathLike[str]) -> None:
-        """Copy an object of any size to a local file, which appears only when it is complete."""
+        """Copy an object of any size to a local file. The file appears only when it is complete."""
         written = self._store(url).get_file(url, Path(path))
         self.counters.add(requests=1, bytes_read=written)
 
     def stat(self, url: str) -> ObjectInfo:
-        """Size and version. Raises StorageError where the object does not exist."""
+        """Return size and ETag of an object. Raises MissingObjectError if it does not exist."""
         self.counters.add(requests=1)
         return self._store(url).stat(url)
 
     def size(self, url: str) -> int:
-        """Size in bytes. Raises StorageError where the object does not exist."""
+        """Return the size of an object in bytes. Raises MissingObjectError if it does not exist."""
         return self.stat(url).size
 
     def exists(self, url: str) -> bool:
-        """Whether the object exists. Raises StorageError where that cannot be found out."""
+        """Return whether an object exists. Raises StorageError if this cannot be determined."""
         self.counters.add(requests=1)
         return self._store(url).exists(url)
 
     def put(self, url: str, data: bytes, if_absent: bool = False) -> None:
-        """Write an object atomically; with `if_absent`, raise ObjectExistsError rather than replace one."""
+        """Write an object atomically. With `if_absent`, raise ObjectExistsError instead of replacing one."""
         self._store(url).put(url, data, if_absent)
         self.counters.add(requests=1, bytes_written=len(data))
 
     def put_file(self, url: str, path: str | os.PathLike[str]) -> None:
-        """Write a local file of any size as an object, atomically."""
+        """Write a local file of any size as an object, atomically. Large files go to S3 in parts."""
         size = Path(path).stat().st_size
         self._store(url).put_file(url, Path(path))
         self.counters.add(requests=1, bytes_written=size)
 
     def list(self, prefix: str) -> tuple[str, ...]:
-        """Full URLs of all objects under a folder, recursive and sorted; empty where the folder does not exist."""
+        """Return the full URLs of all objects below a folder, sorted; empty if the folder does not exist."""
         self.counters.add(requests=1)
         return self._store(prefix).list(prefix)
 
     def delete(self, url: str) -> None:
-        """Delete an object; nothing happens where it does not exist."""
+        """Delete an object. A missing object is ignored."""
         self.counters.add(requests=1)
         self._store(url).delete(url)
 
     def delete_prefix(self, prefix: str) -> None:
-        """Delete a folder and everything in it. Refuses a whole bucket and the root of the file system."""
+        """Delete a folder and everything in it. A whole bucket and the root of the file system are refused."""
         self.counters.add(requests=1)
         self._store(prefix).delete_prefix(prefix)
 
     def list_unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
-        """Writes below a folder that are under way or were never completed: temporary files, multipart uploads."""
+        """Return running or incomplete writes below a folder: temporary files and multipart uploads."""
         self.counters.add(requests=1)
         return self._store(prefix).list_unfinished(prefix)
 
     def delete_unfinished(self, write: UnfinishedWrite) -> None:
-        """Free what such a write takes up."""
+        """Delete the data of an incomplete write."""
         self.counters.add(requests=1)
         self._store(write.url).delete_unfinished(write)
 
@@ -196,5 +205,5 @@ class Storage:
 
 
 def join(url: str, *parts: str) -> str:
-    """Append parts to a URL or local path with single slashes."""
+    """Append parts to a URL or local path, separated by single slashes."""
     return "/".join([url.rstrip("/") or "", *(part.strip("/") for part in parts)])

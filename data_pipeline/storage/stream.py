@@ -1,4 +1,4 @@
-"""A stored object of any size read once, from front to back, with its checksum."""
+"""Sequential read of a stored object of any size, with its checksum."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _BLOCK = 8_000_000  # bytes per read
 
 
 class ObjectStream:
-    """The bytes of an object in a window that only moves on: they are fetched once, and forgotten on request.
+    """Forward-moving window over the bytes of an object. Bytes are fetched once and freed on request.
 
-    Has `read`, `seek` and `tell`, so that `tarfile` can walk over it.
+    `tarfile` can read it through `read`, `seek` and `tell`.
     """
 
     def __init__(self, url: str, storage: Storage) -> None:
-        """Raises StorageError where the object does not exist."""
+        """Open an object. Raises StorageError if it does not exist."""
         info = storage.stat(url)
         self.url, self.size = url, info.size
         self._storage, self._etag = storage, info.etag
@@ -26,21 +26,21 @@ class ObjectStream:
         self._digest = hashlib.sha256()
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Bytes from an offset that is not discarded; fewer where the object ends. Raises StorageError."""
+        """Return up to `length` bytes from an offset that is not discarded; fewer at the end of the object."""
         assert offset >= self._start, "these bytes are discarded"
         self._fetch(offset + length)
         first = offset - self._start
         return bytes(memoryview(self._buffer)[first : first + length])
 
     def discard(self, offset: int) -> None:
-        """Free the bytes before this offset, which are not read again."""
-        offset = min(offset, self._end)  # what is not read yet still counts for the checksum
-        if offset - self._start > _BLOCK // 2:  # moving what remains costs time
+        """Free the bytes before an offset. They cannot be read again."""
+        offset = min(offset, self._end)  # bytes not fetched yet are still needed for the checksum
+        if offset - self._start > _BLOCK // 2:  # moving the remaining bytes costs time
             del self._buffer[: offset - self._start]
             self._start = offset
 
     def skip(self, offset: int) -> None:
-        """Read up to the byte before this offset and forget what is before that; it still counts for the checksum."""
+        """Fetch all bytes before an offset for the checksum, and discard them except the last one."""
         last = min(offset, self.size) - 1
         while self._end <= last:
             self.discard(self._end)
@@ -48,14 +48,14 @@ class ObjectStream:
         self.discard(last)
 
     def finish(self) -> str:
-        """Read what is left; the SHA-256 of the whole object as hex digits."""
+        """Read the rest of the object and return the SHA-256 of the whole object as hex digits."""
         while self._end < self.size:
             self._fetch(self._end + 1)
             self.discard(self._end)
         return self._digest.hexdigest()
 
     def is_zero_from(self, offset: int) -> bool:
-        """Read what is left; whether it holds nothing but zeros from an offset that is not discarded."""
+        """Return whether all bytes from an offset that is not discarded are zero. Reads to the first other byte."""
         while True:
             if any(self.read_at(offset, self._end - offset)):
                 return False
@@ -66,18 +66,18 @@ class ObjectStream:
             self._fetch(offset + 1)
 
     def read(self, count: int) -> bytes:
-        """The next bytes; fewer at the end."""
+        """Return the next `count` bytes; fewer at the end of the object."""
         data = self.read_at(self._position, min(count, max(0, self.size - self._position)))
         self._position += len(data)
         return data
 
     def seek(self, offset: int) -> int:
-        """Where `read` goes on."""
+        """Set the offset of the next `read` and return it."""
         self._position = offset
         return offset
 
     def tell(self) -> int:
-        """Where `read` goes on."""
+        """Return the offset of the next `read`."""
         return self._position
 
     @property
@@ -85,7 +85,7 @@ class ObjectStream:
         return self._start + len(self._buffer)
 
     def _fetch(self, end: int) -> None:
-        """Have everything up to `end`, in blocks."""
+        """Fetch all bytes before `end`, in blocks."""
         while self._end < min(end, self.size):
             count = min(_BLOCK, self.size - self._end)
             block = self._storage.get_range(self.url, self._end, count, self._etag)
