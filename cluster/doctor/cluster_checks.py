@@ -1,4 +1,4 @@
-"""The doctor on every node of a Ray cluster: one task each, and what only shows between nodes."""
+"""Checks of a Ray cluster for `m2f doctor`: one task on every node, and comparisons between nodes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ CLUSTER = "cluster"
 
 @dataclass(frozen=True)
 class NodeReport:
-    """Findings of one node, with what is compared between nodes."""
+    """Findings of one node, and the values that are compared between nodes."""
 
     findings: list[Finding]
     versions: tuple[str, str]
-    """Python and Ray."""
+    """Versions of Python and Ray."""
 
 
 def check_cluster(config: RunConfig | None) -> list[Finding]:
-    """Findings of all nodes of the connected cluster, and of the cluster itself."""
+    """Check all nodes of the connected cluster and the cluster itself, and return the findings."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     check = ray.remote(num_cpus=0, max_retries=0)(check_node)
     calls: dict[Any, Mapping[str, Any]] = {}
@@ -60,18 +60,21 @@ def check_cluster(config: RunConfig | None) -> list[Finding]:
 
 
 def check_node(config: RunConfig | None, gpus: int, name: str) -> NodeReport:
-    """Body of a task."""
+    """Check the node that runs this Ray task. `gpus` is the number of GPUs that Ray counts on the node `name`."""
     findings = run_checks(machine_checks(config, gpus), where=name)
     return NodeReport(findings, (platform.python_version(), ray.__version__))
 
 
 def read_clock() -> float:
-    """Body of a task."""
+    """Return the time of the node that runs this Ray task, as Unix time in seconds."""
     return time.time()
 
 
 def _check_clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
-    """Clocks of the nodes against this one; the second call of each, when its process has started."""
+    """Compare the clocks of the nodes with that of this machine.
+
+    Only the second call on each node counts, since the first one includes the start of a process.
+    """
     findings: list[Finding] = []
     clock = ray.remote(num_cpus=0)(read_clock)
     for node in nodes:
@@ -81,7 +84,7 @@ def _check_clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
             before = time.time()
             theirs = ray.get(here.remote(), timeout=NODE_TIMEOUT_S)
         except ray.exceptions.RayError:
-            continue  # the node has a failed finding already
+            continue  # the node already has a failed finding
         skew = theirs - (before + time.time()) / 2
         finding = skew_finding(skew, "the driver")
         if finding.state != "ok":
@@ -99,7 +102,7 @@ def _check_versions(versions: Mapping[tuple[str, str], list[str]]) -> Finding:
 
 
 def _capacity(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding]:
-    """Whether the run fits in the cluster as it is now."""
+    """Return findings on whether the run fits in the cluster at its present size."""
     if config is None:
         return []
     findings: list[Finding] = []

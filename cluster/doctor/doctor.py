@@ -1,4 +1,4 @@
-"""`m2f doctor`: tries what a run needs on a machine or a cluster, with a remedy for each problem."""
+"""`m2f doctor`: check what a run needs on a machine or a cluster, with a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "failed": "bold
 
 
 def run_checks(checks: Iterable[Check], where: str = HERE) -> list[Finding]:
-    """All findings, one check after the other; one that breaks is a failed one."""
+    """Run the checks one at a time and return their findings. A check that raises gives a failed finding."""
     findings: list[Finding] = []
     for check in checks:
         try:
@@ -37,7 +37,7 @@ def run_checks(checks: Iterable[Check], where: str = HERE) -> list[Finding]:
 
 
 def machine_checks(config: RunConfig | None, gpus: int | None = None) -> list[Check]:
-    """Checks of every machine; `gpus` is the number that Ray counts on this node, None off a cluster."""
+    """Return the checks of every machine. `gpus` is the number that Ray counts on this node; None without a cluster."""
     checks: list[Check] = [
         machine.check_versions,
         partial(machine.check_gpus, config, gpus),
@@ -54,7 +54,7 @@ def machine_checks(config: RunConfig | None, gpus: int | None = None) -> list[Ch
 
 
 def driver_checks(config: RunConfig | None, dashboard: str | None = None) -> list[Check]:
-    """Checks of the driver's machine alone; `dashboard` is the URL of the cluster that it is connected to."""
+    """Return the checks of the driver's machine only. `dashboard` is the dashboard URL of the connected cluster."""
     return [
         partial(services.check_data, config),
         partial(services.check_tracking, config),
@@ -63,12 +63,12 @@ def driver_checks(config: RunConfig | None, dashboard: str | None = None) -> lis
 
 
 def exit_status(findings: Sequence[Finding]) -> int:
-    """GAVE_UP where a check failed."""
+    """Return GAVE_UP if a check failed, else DONE."""
     return ExitStatus.GAVE_UP if any(finding.state == "failed" for finding in findings) else ExitStatus.DONE
 
 
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
-    """A table, and the sum in one line."""
+    """Print a table of the findings and a line with their numbers by state."""
     console = console or Console(highlight=False)
     of_nodes = {finding.where for finding in findings} != {HERE}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

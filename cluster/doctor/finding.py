@@ -1,4 +1,4 @@
-"""The result of a check of `m2f doctor`."""
+"""Result of a check of `m2f doctor`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ HERE = "here"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """Result of one check."""
 
     check: str
     state: State
     detail: str
     remedy: str = ""
-    """What to do; empty where nothing is to be done."""
+    """What the user should do; empty if nothing is needed."""
     where: str = HERE
-    """Node of a cluster."""
+    """Address of the checked node, or HERE without a cluster."""

@@ -24,14 +24,14 @@ from m2f.model.counted import counted
 
 GIB = 2**30
 SHM_REQUIRED, SHM_RECOMMENDED = GIB // 4, 2 * GIB
-"""Batches of all loader processes of a machine lie in shared memory; containers have 64 MiB unless told otherwise."""
+"""Free bytes of shared memory, which holds the batches of all loader processes. Containers have 64 MiB by default."""
 DISK_REQUIRED, DISK_RECOMMENDED = 1 * GIB, 10 * GIB
-"""Where temporary files are: checkpoints wait there for their upload."""
+"""Free bytes for temporary files. Checkpoints are stored there until they are uploaded."""
 REDUCE_TIMEOUT_S = 60.0
 
 
 def check_versions() -> Finding:
-    """Python and every library against the requirements of m2f."""
+    """Check Python and every library against the requirements of m2f."""
     python, requirements = _requirements()
     wrong = [] if platform.python_version() in python else [f"Python {platform.python_version()} (needs {python})"]
     found: dict[str, str] = {}
@@ -55,7 +55,10 @@ def check_versions() -> Finding:
 
 
 def _requirements() -> tuple[SpecifierSet, list[Requirement]]:
-    """Of training, by the running code: from its pyproject.toml, else from the installed package."""
+    """Return the required Python versions and packages for training.
+
+    They come from the pyproject.toml beside the running code, else from the installed package.
+    """
     project = Path(m2f.__file__).parents[1] / "pyproject.toml"
     if project.is_file():
         declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
@@ -67,7 +70,10 @@ def _requirements() -> tuple[SpecifierSet, list[Requirement]]:
 
 
 def check_gpus(config: RunConfig | None, expected: int | None) -> Finding:
-    """GPUs that torch sees against those that Ray counts on the node, or that the recipe needs on this machine."""
+    """Compare the number of GPUs that torch sees with the number that is needed.
+
+    That is the number that Ray counts on the node (`expected`); without a cluster, 1 if the recipe needs GPUs, else 0.
+    """
     import torch
 
     count = torch.cuda.device_count()
@@ -85,7 +91,7 @@ def check_gpus(config: RunConfig | None, expected: int | None) -> Finding:
 
 
 def check_collectives() -> Finding:
-    """An all-reduce between processes of this machine: all GPUs over NCCL, or two processes over gloo."""
+    """Run an all-reduce between processes of this machine: on all GPUs with NCCL, or in two processes with gloo."""
     import torch
 
     from m2f.cluster.train.launch import LaunchError, launch
@@ -112,7 +118,10 @@ def check_collectives() -> Finding:
 
 
 def all_reduce_once(folder: str, cuda: bool) -> None:
-    """Body of one process; the processes find each other in `folder`. Raises RuntimeError for a wrong sum."""
+    """Take part in an all-reduce as one process. The processes find each other through a file in `folder`.
+
+    Raises RuntimeError if the sum is wrong.
+    """
     import torch
     import torch.distributed as dist
 
@@ -134,7 +143,7 @@ def all_reduce_once(folder: str, cuda: bool) -> None:
 
 
 def check_shared_memory() -> Finding:
-    """Free space of /dev/shm."""
+    """Check the free space of /dev/shm."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return Finding("shared memory", "skipped", f"no {folder} on {platform.system()}")
@@ -149,7 +158,7 @@ def check_shared_memory() -> Finding:
 
 
 def check_compiler(config: RunConfig | None) -> Finding:
-    """What builds kernels: those of this project for GPUs, and those of `training.compile`."""
+    """Check for a compiler, which m2f's GPU kernels and `training.compile` need."""
     import torch
 
     from m2f.trainer.engine.compile import compiler_names, find_compiler
@@ -167,7 +176,7 @@ def check_compiler(config: RunConfig | None) -> Finding:
 
 
 def check_op_cache() -> Finding:
-    """The folders where Triton and torch.compile keep what they have built."""
+    """Check that the folders are writable in which Triton and torch.compile cache compiled kernels."""
     triton = Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
     folders = {
         "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR", triton)),
@@ -181,7 +190,7 @@ def check_op_cache() -> Finding:
 
 
 def check_disk(config: RunConfig | None) -> Finding:
-    """Free space of temporary files, of a local run folder and of the cache."""
+    """Check the free space for temporary files, for a local run folder and for the cache of shards."""
     needs = {Path(tempfile.gettempdir()): (DISK_REQUIRED, DISK_RECOMMENDED)}
     if config is not None:
         if "://" not in config.output:
@@ -199,7 +208,7 @@ def check_disk(config: RunConfig | None) -> Finding:
 
 
 def _nearest_folder(path: Path) -> Path:
-    """The folder itself, or the closest one above it that exists."""
+    """Return the folder itself, or its closest parent that exists."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 

@@ -1,4 +1,4 @@
-"""Checks of the services that a run uses: the store of shards and checkpoints, MLflow, clocks."""
+"""Checks of the services that a run uses: storage of shards and checkpoints, MLflow, clocks, and Ray's token."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from m2f.model.errors import UserError
 
 TIMEOUT_S = 5.0
 SKEW_WARNING_S, SKEW_ERROR_S = 5.0, 300.0
-"""S3 refuses requests of clocks that are 15 minutes off; metrics of two machines are out of order much earlier."""
+"""Clock differences in seconds for a warning and for a failure.
+
+S3 refuses requests if the clock is wrong by 15 minutes. Metrics of two machines get out of order much earlier.
+"""
 _TOKEN_REMEDY = "start all nodes with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (docs/cloud.md)"
 NO_RECIPE = "give a recipe to check it"
 
 
 def check_run_folder(config: RunConfig | None) -> Finding:
-    """Write, read and delete a small object where the run keeps its checkpoints."""
+    """Write, read and delete a small object in the run folder, which holds the checkpoints."""
     if config is None:
         return Finding("run folder", "skipped", NO_RECIPE)
     storage = _storage_without_retries(config)
@@ -46,7 +49,7 @@ def check_run_folder(config: RunConfig | None) -> Finding:
 
 
 def check_shards(config: RunConfig | None) -> Finding:
-    """The manifest of every data set that the run uses."""
+    """Read the manifest of every data set that the run uses."""
     if config is None:
         return Finding("shards", "skipped", NO_RECIPE)
     storage = _storage_without_retries(config)
@@ -63,7 +66,7 @@ def check_shards(config: RunConfig | None) -> Finding:
 
 
 def check_data(config: RunConfig | None) -> Finding:
-    """Whether the data suit the model and the task: the warnings that `m2f shard`, `stats` and `train` give, too."""
+    """Check that the data suit the model and the task, with the warnings of `m2f shard`, `stats` and `train`."""
     if config is None:
         return Finding("data", "skipped", NO_RECIPE)
     storage, queries = _storage_without_retries(config), config.model.transformer_decoder.num_queries
@@ -80,12 +83,12 @@ def check_data(config: RunConfig | None) -> Finding:
 
 
 def _used_datasets(config: RunConfig) -> list[str]:
-    """Names of all data sets of training and evaluation."""
+    """Return the names of all data sets of training and evaluation."""
     return sorted({item.dataset for item in config.data.train} | {item.dataset for item in config.evaluation.sets})
 
 
 def check_tracking(config: RunConfig | None) -> Finding:
-    """MLflow answers; a local database is only looked for, as it is made by the run."""
+    """Check that the MLflow server answers. A local database is not checked, because the run creates it."""
     from m2f.cluster.tracking.store import checked_uri, connect
     from m2f.cluster.tracking.tracking import tracking_uri
 
@@ -103,7 +106,7 @@ def check_tracking(config: RunConfig | None) -> Finding:
     try:
         started = time.monotonic()
         connect(uri).search_experiments(max_results=1)
-    except Exception as error:  # MLflow raises what its transport raises
+    except Exception as error:  # MLflow passes on the errors of its HTTP client
         detail = " ".join(str(error).split())[:200]
         remedy = "start the server, correct tracking.uri or MLFLOW_TRACKING_URI, or set MLFLOW_TRACKING_USERNAME"
         return Finding("MLflow", "failed", f"{uri} does not answer: {detail}", remedy)
@@ -111,7 +114,7 @@ def check_tracking(config: RunConfig | None) -> Finding:
 
 
 def check_clock(config: RunConfig | None) -> Finding:
-    """This machine's clock against that of the first server that sends a date."""
+    """Compare the clock of this machine with that of the first server that sends a date."""
     urls = [] if config is None else [config.storage.endpoint_url, config.tracking.uri]
     if config is not None and config.output.startswith("s3://"):
         urls.append(os.environ.get("AWS_ENDPOINT_URL", "https://s3.amazonaws.com"))
@@ -122,7 +125,7 @@ def check_clock(config: RunConfig | None) -> Finding:
 
 
 def skew_finding(skew: float, other: str) -> Finding:
-    """Finding for a clock that is `skew` seconds ahead of another one."""
+    """Return the finding for a clock that is `skew` seconds ahead of the clock of `other`."""
     detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {other}"
     remedy = "set the clock: timedatectl set-ntp true"
     if abs(skew) > SKEW_ERROR_S:
@@ -133,12 +136,15 @@ def skew_finding(skew: float, other: str) -> Finding:
 
 
 def clock_skew(url: str) -> float | None:
-    """Seconds that this machine is ahead of a server (within a second); None where it does not say."""
+    """Return the seconds by which this machine is ahead of a server, accurate to a second.
+
+    Return None if the server does not answer or sends no date.
+    """
     before = time.time()
     try:
         with urlopen(Request(url, method="HEAD"), timeout=TIMEOUT_S) as answer:
             date = answer.headers["Date"]
-    except HTTPError as error:  # an answer all the same
+    except HTTPError as error:  # an error response has a date, too
         date = error.headers["Date"]
     except (OSError, ValueError):
         return None
@@ -147,9 +153,10 @@ def clock_skew(url: str) -> float | None:
 
 
 def check_ray_token(dashboard: str | None = None) -> Finding:
-    """Whether whoever reaches Ray's ports may run code there; `dashboard` is the URL of a cluster that is there.
+    """Check that Ray requires a token, since otherwise anyone who reaches its ports can run code.
 
-    A cluster is asked, without a token: what is set here says nothing about the mode that it was started in.
+    `dashboard` is the dashboard URL of a running cluster, which gets a request without a token. The environment of this
+    process does not show in which mode that cluster was started.
     """
     if dashboard is not None:
         return _ask_without_token(dashboard)
@@ -165,7 +172,7 @@ def check_ray_token(dashboard: str | None = None) -> Finding:
 
 
 def _ask_without_token(dashboard: str) -> Finding:
-    """What the dashboard says to a list of jobs that nobody vouches for; who may list them may send one."""
+    """Request the list of jobs from the dashboard without a token. If that works, anyone can also submit jobs."""
     try:
         urlopen(f"{dashboard.rstrip('/')}/api/jobs/", timeout=TIMEOUT_S).close()
     except HTTPError as error:

@@ -1,1 +1,1 @@
-"""Opening a trained model, to predict on images or to export it."""
+"""Open a trained model, to predict on images or to export it."""

@@ -1,8 +1,8 @@
-"""Zip files for the evaluation servers of COCO and ADE20K, from a folder of predictions.
+"""Zip files for the evaluation servers of COCO and ADE20K, made from a folder of predictions.
 
-The names and the structure inside are those that cocodataset.org/#upload and sceneparsing.csail.mit.edu ask for: COCO
-wants `TYPE_SET_ALGORITHM_results` as the name of the zip, of the JSON file in it and, for panoptic results, of the
-folder of PNGs beside that; ADE20K wants one PNG per image, named like it.
+Names and structure follow cocodataset.org/#upload and sceneparsing.csail.mit.edu. COCO requires the name
+`TYPE_SET_ALGORITHM_results` for the zip file and for the JSON file in it. For panoptic results, the folder of PNGs
+beside the JSON file has the same name. ADE20K requires one PNG per image, named like the image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LIST_NAME = re.compile(r"(?:panoptic_)?image_info_(.+)")
 def check_submission(
     server: Server, task: Task, classes: Sequence[Category], listed: ImageList | None, algorithm: str
 ) -> None:
-    """Find out before hours of prediction what the server would refuse. Raises ConfigError."""
+    """Raise ConfigError, before hours of prediction, if the server would refuse the results."""
     if not re.fullmatch(r"[A-Za-z0-9-]+", algorithm):
         raise ConfigError(
             f"--algorithm is {algorithm!r}; use letters, digits and `-` only, as it is part of file names"
@@ -58,7 +58,7 @@ def check_submission(
 
 
 def write_submission(folder: Path, server: Server, task: Task, listed: ImageList | None, algorithm: str) -> Path:
-    """Zip the predictions in a folder that `m2f predict` wrote, beside them; returns the file."""
+    """Zip the predictions in `folder`, as `m2f predict` wrote them, and return the path of the zip file in `folder`."""
     if server == "ade20k":
         path = folder / f"ade20k_{algorithm}.zip"
         _zip(path, {image.name: image for image in sorted((folder / "labels").glob("*.png"))})
@@ -80,5 +80,5 @@ def write_submission(folder: Path, server: Server, task: Task, listed: ImageList
 def _zip(path: Path, members: dict[str, Path]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, file in members.items():
-            stored = zipfile.ZIP_STORED if name.endswith(".png") else None  # a PNG is compressed already
+            stored = zipfile.ZIP_STORED if name.endswith(".png") else None  # PNG files are already compressed
             archive.write(file, check_key(name, str(path)), compress_type=stored)

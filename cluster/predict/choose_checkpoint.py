@@ -1,4 +1,4 @@
-"""Which recipe a verb means by its first word, and which weights by `--checkpoint`."""
+"""Find the recipe that the first argument of a verb names, and the weights that `--checkpoint` names."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from m2f.trainer.checkpoint.folder import MANIFEST, RECIPE, list_checkpoints
 
 @dataclass(frozen=True)
 class ChosenWeights:
-    """A checkpoint of the run, or weights from elsewhere."""
+    """A checkpoint of the run, or other weights."""
 
     url: str
-    """Checkpoint folder or file of weights."""
+    """Path or URL of a checkpoint folder or weight file."""
     step: int | None
-    """Optimizer step; None where the weights are not a checkpoint of the run."""
+    """Optimizer step; None if the weights are not a checkpoint of the run."""
 
     @property
     def name(self) -> str:
-        """For folders and titles."""
+        """Name of the weights, for folders and titles."""
         if self.step is not None:
             return f"step_{self.step:08d}"
         return self.url.rstrip("/").rpartition("/")[2].rpartition(".")[0] or "weights"
 
 
 def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str | None]:
-    """The recipe of a YAML file, of a run's folder or URL, or of a checkpoint's, with the latter's address.
+    """Read the recipe of a YAML file, a run folder or a checkpoint folder, local or by URL.
 
-    Raises ConfigError where a folder is neither.
+    Return the recipe and, for a checkpoint folder, its path or URL; else None. Raises ConfigError if a folder is
+    neither a run nor a checkpoint.
     """
     if "://" not in source and not Path(source).is_dir():
         return load_recipe(source, overrides), None
@@ -47,18 +48,19 @@ def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str |
     config = with_absolute_paths(parse_recipe(storage.get(recipe).decode(), overrides, source=recipe))
     if storage.exists(join(url, MANIFEST)):
         return config, url
-    parent, _, name = url.rstrip("/").rpartition("/")  # it may have been moved or renamed
+    parent, _, name = url.rstrip("/").rpartition("/")  # the run folder may have been moved or renamed
     return replace(config, output=parent, name=name), None
 
 
 def choose_checkpoint(config: RunConfig, storage: Storage, wanted: str | None) -> ChosenWeights:
-    """The newest checkpoint of the run for None or `last`, the best for `best`, that of a step for a number.
+    """Return the weights that `wanted` names.
 
-    Everything else is a path or URL itself.
+    None and `last` mean the newest checkpoint of the run, `best` the best one, and a number the one of that step.
+    Anything else is a path or URL of weights.
 
     Raises:
-        ConfigError: the run has no checkpoint, none of that step, or none that was evaluated; a local path where
-            nothing is.
+        ConfigError: the run has no checkpoint, none of that step, or none that was evaluated; or a local path does not
+            exist.
     """
     if wanted is not None and not wanted.isdecimal() and wanted not in ("best", "last"):
         if "://" not in wanted and not Path(wanted).exists():
@@ -80,7 +82,11 @@ def choose_checkpoint(config: RunConfig, storage: Storage, wanted: str | None) -
 
 
 def _best_step(config: RunConfig, storage: Storage) -> int:
-    """By `training.checkpoint.best_metric`, else by the first headline number of the first set."""
+    """Return the step with the best value of `training.checkpoint.best_metric`.
+
+    If that is unset, the first headline metric of the newest evaluation counts. Raises ConfigError if no published
+    evaluation has the metric.
+    """
     entries = [entry for entry in read_entries(storage, queue_url(config)) if entry.status == "published"]
     metric = config.training.checkpoint.best_metric or (first_headline(entries[-1].metrics) if entries else None)
     best = None if metric is None else best_step({entry.step: entry.metrics for entry in entries}, metric)

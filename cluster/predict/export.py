@@ -1,4 +1,4 @@
-"""Write a trained model as one of the formats of `m2f export`, whole or not at all."""
+"""Write a trained model in one of the formats of `m2f export`. A failed export leaves no output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SUFFIXES: dict[Format, str] = {"official": ".pth", "hugging_face": "", "torch_e
 
 
 def check_output(format: Format, output: str, size: Sequence[int] | None) -> None:  # noqa: A002 - the word of the command line
-    """Raise ConfigError before any work where the output cannot be written."""
+    """Raise ConfigError, before any work, if the output cannot be written."""
     suffix = _SUFFIXES[format]
     if size is not None and format not in ("torch_export", "onnx"):
         raise ConfigError(f"--size is for the formats torch_export and onnx; {format} has none")
@@ -40,9 +40,9 @@ def check_output(format: Format, output: str, size: Sequence[int] | None) -> Non
 
 
 def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple[int, int] | None = None) -> str:  # noqa: A002
-    """Write the model to a path that does not exist yet; returns what was written, in words.
+    """Write the model to a path that does not exist yet, and return a description of what was written.
 
-    `size` (height, width) fixes that of a graph's images.
+    `size` is the fixed height and width of the images of a graph, in pixels. None allows all sides divisible by 32.
     """
     metadata = {METADATA_KEY: trained.identity.to_json()}
     match format:
@@ -76,7 +76,7 @@ def _write_hugging_face(trained: TrainedModel, folder: Path) -> None:
 
 
 def _write_atomically(output: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the output and rename, so that an interrupted export leaves no file under its name."""
+    """Write to a temporary path beside the output and rename it, so that a failed export leaves no output."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{os.getpid()}.partial.{output.name}")
     try:

@@ -1,11 +1,11 @@
-"""What `m2f predict` writes into its folder.
+"""Files that `m2f predict` writes into its folder.
 
 overlays/NAME.png                           the image beside its prediction
 panoptic.json, panoptic/NAME.png            COCO panoptic format
 instances.json, boxes.json                  COCO results, with masks and with boxes
 labels.json                                 both as a COCO annotation file, for viewers
 labels/NAME.png                             label maps of category ids
-images.json, categories.json                which image and category an id means
+images.json, categories.json                images and categories by id
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Prediction = PanopticResult | InstanceDetections | SemanticResult
 
 
 class JsonList:
-    """A JSON file with one list that grows entry by entry, so that its length is not limited by memory."""
+    """Writes a JSON file with one list entry by entry, so that memory does not limit its length."""
 
     def __init__(self, path: Path, opening: str = "[") -> None:
         self._file: TextIO = path.open("w", encoding="utf-8")
@@ -46,19 +46,19 @@ class JsonList:
         self._separator = "\n"
 
     def extend(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Append."""
+        """Append entries to the list."""
         for entry in entries:
             self._file.write(self._separator + json.dumps(entry))
             self._separator = ",\n"
 
     def close(self, closing: str = "]\n") -> None:
-        """End the list."""
+        """End the list with `closing` and close the file."""
         self._file.write("\n" + closing)
         self._file.close()
 
 
 class PredictionFolder:
-    """Takes predictions one by one. A context manager: the lists are whole when it ends without an error."""
+    """Context manager that writes predictions one by one. The files are complete when it ends without an error."""
 
     def __init__(self, folder: Path, classes: Sequence[Category], *, pictures: bool, shown_score: float | None) -> None:
         self._folder, self._classes, self._pictures = folder, classes, pictures
@@ -69,7 +69,7 @@ class PredictionFolder:
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
         self.num_empty = 0
-        """Images in which no segment is sure enough to be drawn."""
+        """Number of images without a segment, or without a detection of at least the score that is drawn."""
         folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
@@ -92,7 +92,7 @@ class PredictionFolder:
                 self._write_json("panoptic.json", content)
 
     def add(self, image: ImageInput, pixels: np.ndarray, prediction: Prediction) -> None:
-        """Write what was predicted for an image [H, W, 3] uint8 RGB."""
+        """Write the prediction for an image. `pixels` is [H, W, 3] uint8 RGB."""
         height, width = pixels.shape[:2]
         self._images.append(
             {"id": image.id, "file_name": image.url, "height": height, "width": width, "name": image.name}

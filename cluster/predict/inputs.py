@@ -1,4 +1,4 @@
-"""Images named on the command line: files, folders, patterns and `s3://` URLs, read ahead in threads."""
+"""Find the images named on the command line (files, folders, patterns, `s3://` URLs) and read them ahead in threads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.storage.storage import Storage
 
 READ_AHEAD = 4
-"""Decoded images that wait, and threads that fetch them."""
+"""Maximum number of images that are read ahead, and number of threads that read them."""
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,28 @@ class ImageInput:
     url: str
     """Path or URL."""
     name: str
-    """Of files that are made of it: the stem, with a number where several images share it."""
+    """Stem of the output files: that of the image, with a number if several images share it."""
     id: int
-    """From 1 in their order, or from an image list."""
+    """Id from an image list, else the position, counted from 1."""
     size: tuple[int, int] | None = None
-    """Height and width, from an image list."""
+    """Height and width in pixels from an image list; None without a list."""
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """A COCO file of images without annotations, as `image_info_test-dev2017.json`."""
+    """A COCO file that lists images without annotations, such as `image_info_test-dev2017.json`."""
 
     path: Path
     images: dict[str, tuple[int, int, int]]
-    """Id, height and width by file name."""
+    """Id, height and width of each image, by file name."""
     categories: dict[int, str]
-    """Names by id; empty where the file lists none."""
+    """Category names by id; empty if the file lists none."""
 
 
 def find_images(words: Sequence[str], storage: Storage) -> tuple[str, ...]:
-    """Paths and URLs of the files themselves, of those that match a pattern, and of all images in folders, each once.
+    """Return the paths and URLs that the words name, each once.
 
-    Raises DataError for a word that names no image.
+    A word is a file, a pattern, or a folder whose images are all included. Raises DataError if a word names no image.
     """
     found: list[str] = []
     for word in words:
@@ -65,13 +65,16 @@ def find_images(words: Sequence[str], storage: Storage) -> tuple[str, ...]:
 
 
 def number_images(urls: Sequence[str]) -> tuple[ImageInput, ...]:
-    """Images with ids from 1 and distinct names."""
+    """Return the images with ids from 1 and distinct names."""
     names = _distinct_names(urls)
     return tuple(ImageInput(url, name, i) for i, (url, name) in enumerate(zip(urls, names, strict=True), start=1))
 
 
 def _distinct_names(urls: Sequence[str]) -> list[str]:
-    """Stems, with a number where several files share one. Raises DataError for one that may not name a file."""
+    """Return the stems of the files, with a number appended if several share one.
+
+    Raises DataError if a stem is not allowed as a file name.
+    """
     names: dict[str, None] = {}
     for url in urls:
         stem = check_key(PurePosixPath(url).stem, f"{url!a}")
@@ -81,7 +84,7 @@ def _distinct_names(urls: Sequence[str]) -> list[str]:
 
 
 def read_image_list(path: Path) -> ImageList:
-    """Read a COCO file with `images`. Raises DataError naming it."""
+    """Read a COCO file with `images`. Raises DataError, which names the file, if it cannot be read."""
     try:
         document: dict[str, Any] = parse_json(path.read_bytes())
         images = {e["file_name"]: (int(e["id"]), int(e["height"]), int(e["width"])) for e in document["images"]}
@@ -96,10 +99,10 @@ def read_image_list(path: Path) -> ImageList:
 
 
 def listed_images(urls: Sequence[str], listed: ImageList) -> tuple[ImageInput, ...]:
-    """The images of a list, in its order; others are left out.
+    """Return the images that a list contains, in its order; other images are left out.
 
-    A base name is enough where it is the only one; else the folders in the list decide. Raises DataError for listed
-    images that are missing, and for those that could be several files.
+    A base name suffices if it is unique in the list; otherwise the folders in the list must match too. Raises
+    DataError if a listed image is missing or matches several files.
     """
     by_base: dict[str, list[str]] = {}
     for url in urls:
@@ -133,7 +136,7 @@ def listed_images(urls: Sequence[str], listed: ImageList) -> tuple[ImageInput, .
 def read_images(
     inputs: Sequence[ImageInput], storage: Storage, max_pixels: int = DatasetConfig.max_pixels
 ) -> Iterator[tuple[ImageInput, np.ndarray | DataError]]:
-    """Every image with its pixels [H, W, 3] uint8 RGB, or what is wrong with it, in order."""
+    """Yield every image in order with its pixels [H, W, 3] uint8 RGB, or with a DataError if it cannot be read."""
     waiting: deque[tuple[ImageInput, Future[np.ndarray | DataError]]] = deque()
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="images") as pool:
         for image in inputs:
@@ -146,7 +149,11 @@ def read_images(
 
 
 def read_image(image: ImageInput, storage: Storage, max_pixels: int) -> np.ndarray:
-    """RGB pixels [H, W, 3] uint8 as a viewer shows them, or as the image list states. Raises DataError naming it."""
+    """Read the RGB pixels [H, W, 3] uint8 of an image.
+
+    They are oriented as a viewer shows them, or to match the size in the image list. Raises DataError, which names the
+    image, if it cannot be read or has more than `max_pixels` pixels.
+    """
     try:
         data = storage.get(image.url)
         header = read_header(data)
@@ -175,7 +182,7 @@ def _on_disk(word: str) -> list[str]:
 
 
 def _in_bucket(word: str, storage: Storage) -> list[str]:
-    """`*` and `?` match within a folder, as on disk; `**` matches through folders."""
+    """Return the images below a URL that match. As on disk, `*` and `?` match within a folder, `**` across folders."""
     if not glob.has_magic(word):
         inside = [url for url in storage.list(word) if is_image_name(url)]
         return inside or ([word] if storage.exists(word) else [])

@@ -1,4 +1,4 @@
-"""Prediction with a trained model on images without annotations."""
+"""Predict with a trained model on images without annotations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from m2f.model.inference.precision import set_precision
 from m2f.model.structures import Predictions, SemanticResult
 
 MAX_WAITING_BATCHES = 4
-"""Images that wait for others of their shape, in batches; then the largest group goes, however small."""
+"""Maximum number of images that wait for others of their shape, in batches. Then the largest group is predicted."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,16 @@ class LoadedImage:
 
 
 class Predictor:
-    """A trained model for one task.
+    """Predicts one task with a trained model.
 
     Args:
-        min_score: lowest score, from 0 to 1, of segments (in place of the recipe's `object_threshold`), of detections
-            and of labelled pixels; None: the recipe's threshold for segments, everything else.
+        trained: the model, with the settings of its recipe.
+        task: "panoptic", "instance" or "semantic".
+        min_score: lowest score, from 0 to 1, of segments (replaces the recipe's `object_threshold`), detections and
+            labelled pixels. None: the recipe's threshold for segments, and no threshold for detections and pixels.
+
+    Raises:
+        ConfigError: the model does not support the task or the test-time settings do not, or `min_score` is invalid.
     """
 
     def __init__(self, trained: TrainedModel, task: Task, min_score: float | None = None) -> None:
@@ -69,28 +74,31 @@ class Predictor:
 
     @property
     def classes(self) -> tuple[Category, ...]:
-        """By label of the model."""
+        """Classes by label of the model."""
         return self._trained.classes
 
     def input_size(self, pixels: np.ndarray) -> tuple[int, int]:
-        """Height and width of the model's input for an image alone. Images of one size share a batch unchanged."""
+        """Return the height and width of the model's input for an image that is alone in its batch.
+
+        Images with equal input sizes can share a batch without additional padding.
+        """
         settings = self._trained.evaluation
         height, width = shortest_edge_size(pixels.shape[:2], settings.shortest_edge, settings.max_size)
         return -(-height // SIZE_MULTIPLE) * SIZE_MULTIPLE, -(-width // SIZE_MULTIPLE) * SIZE_MULTIPLE
 
     def predict(self, images: Sequence[LoadedImage]) -> Iterator[Prediction]:
-        """Predictions at the sizes of the images, which go through the model together.
+        """Predict a batch of images and yield the predictions at the sizes of the images.
 
-        Raises EvaluationError naming an image whose output is not finite.
+        Raises EvaluationError, which names the image, if an output is not finite.
         """
         for found in self.predict_tasks(images, (self._task,)):
             yield found[self._task]
 
     @torch.inference_mode()
     def predict_tasks(self, images: Sequence[LoadedImage], tasks: Sequence[Task]) -> Iterator[dict[Task, Prediction]]:
-        """The same by task, for several tasks from one run of the model.
+        """Predict several tasks with one forward pass, and yield for each image its predictions by task.
 
-        Raises ConfigError for a task that the model cannot do.
+        Raises ConfigError if the model does not support a task.
         """
         settings = self._trained.evaluation
         check_tasks(self._trained.task, tasks)
@@ -141,14 +149,14 @@ class Predictor:
 
 
 def prepare_model(trained: TrainedModel) -> None:
-    """Give the model the precision and the CUDA graphs of the recipe. Called once for a model."""
+    """Apply the recipe's precision and CUDA graphs to the model. Call this once per model."""
     set_precision(trained.model, trained.evaluation.precision)
     if trained.evaluation.cuda_graphs:
         replay_forward(trained.model)
 
 
 def prepare_process(trained: TrainedModel) -> None:
-    """`prepare_model`, and the threads of the recipe for this process."""
+    """Set the recipe's number of threads for this process and call `prepare_model`."""
     torch.set_num_threads(trained.evaluation.threads)
     prepare_model(trained)
 
@@ -156,7 +164,7 @@ def prepare_process(trained: TrainedModel) -> None:
 def predict_images(
     predictor: Predictor, images: Sequence[ImageInput], storage: Storage, folder: PredictionFolder, batch_size: int
 ) -> tuple[str, ...]:
-    """Predict every image into a folder; returns an error message for each image that cannot be used."""
+    """Write the predictions of all images to a folder; return an error message for each image that cannot be used."""
     problems: list[str] = []
     with Progress("predicting", len(images), "images") as progress:
 
@@ -179,7 +187,7 @@ def predict_images(
 def batches_by_shape(
     images: Iterable[LoadedImage], predictor: Predictor, batch_size: int
 ) -> Iterator[list[LoadedImage]]:
-    """Batches of images that the model sees at one size: none gets more padding than it has alone."""
+    """Yield batches of images with equal input sizes, so that no image gets more padding than it would have alone."""
     groups: dict[tuple[int, int], list[LoadedImage]] = {}
     for image in images:
         group = groups.setdefault(predictor.input_size(image.pixels), [])

@@ -1,4 +1,4 @@
-"""Where a model lies that is named by an address of the hub or of a registry."""
+"""Resolve addresses of models in the Hugging Face hub or in an MLflow registry."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from m2f.model.weights.hub import hub_folder
 from m2f.model.weights.sources import HUB
 
 REGISTERED = "models:/"
-"""Begins the address of a model in an MLflow registry."""
+"""Prefix of the address of a model in an MLflow registry."""
 
 
 def resolved_source(source: str) -> str:
-    """A local folder for `hub:OWNER/NAME` and `models:/NAME@ALIAS`, fetched where need be; else the word itself.
+    """Return a local folder for `hub:OWNER/NAME` or `models:/NAME@ALIAS`, and any other source unchanged.
 
-    What is fetched from a registry is removed when this process ends; models of the hub stay in its cache.
+    The model is downloaded if needed. Downloads from a registry are deleted when this process ends. Models of the hub
+    stay in its cache.
 
-    Raises WeightsError for a model of the hub that cannot be had, TrackingError for one of a registry, and
-    MissingExtraError where the registry's package is not installed.
+    Raises:
+        WeightsError: the model of the hub is not available.
+        TrackingError: the model of the registry is not available.
+        MissingExtraError: the package for the registry is not installed.
     """
     if source.startswith(HUB):
         return str(hub_folder(source))

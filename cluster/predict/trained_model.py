@@ -1,4 +1,4 @@
-"""A model with its weights and what its outputs mean, from a run, a recipe or a Hugging Face folder."""
+"""Open a model with its weights and classes, from a run, a recipe, a weight file or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ _WEIGHT_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """What prediction and export need."""
+    """A trained model with everything that prediction and export need."""
 
     model: Segmenter
-    """In evaluation mode."""
+    """The network, in evaluation mode."""
     config: ModelConfig
     task: Task
-    """What the model was trained for."""
+    """Task that the model was trained for."""
     classes: tuple[Category, ...]
-    """By label of the model."""
+    """Classes by label of the model."""
     evaluation: EvaluationConfig
-    """Sizes that images are resized to, and threads."""
+    """Settings for inference, such as image sizes, test-time augmentation, precision and threads."""
     weights: str
-    """Where the weights came from."""
+    """Path or URL from which the weights were loaded."""
     recipe: str = ""
-    """The recipe (YAML) that made the model; empty where it is not known."""
+    """Recipe (YAML) of the model; empty if it is not known."""
 
     @property
     def identity(self) -> ModelIdentity:
-        """Stored in every export."""
+        """Identity of the model, which is stored in every export."""
         return model_identity(LabelSpace(self.task, self.classes), self.config, self.evaluation, self.recipe)
 
     def notes(self) -> dict[str, Any]:
-        """What Hugging Face's files have no place for; `open_trained` reads it back."""
+        """Return metadata that Hugging Face's format has no field for. `open_trained` reads it back."""
         categories = describe_categories(self.classes)
         return {"task": self.task, "categories": categories, METADATA_KEY: self.identity.to_json()}
 
@@ -63,16 +63,19 @@ class TrainedModel:
 def open_trained(
     source: str, overrides: Sequence[str], checkpoint: str | None, device: str | None = None
 ) -> TrainedModel:
-    """Open the model that a word on the command line means.
+    """Open the model that an argument of the command line names.
 
-    `source` is a recipe, a folder or URL of a run or of one of its checkpoints, a file of weights with its identity,
-    a Hugging Face folder, or a model of the hub or a registry; `checkpoint` as in `choose_checkpoint`; `device` as in
-    `model_with_weights`.
+    Args:
+        source: a recipe, a run or checkpoint folder (local or URL), a weight file that contains its identity, a
+            Hugging Face folder, or a model of the hub or a registry.
+        overrides: settings of the recipe to change, as `section.key=value`.
+        checkpoint: see `choose_checkpoint`.
+        device: see `model_with_weights`.
 
     Raises:
         ConfigError: the source is none of these, or the run has no such checkpoint.
-        DataError: neither the weights name their classes nor are the recipe's training data there.
-        WeightsError: the weights cannot be read or are of another model.
+        DataError: the number of classes cannot be determined from the weights, the training data or the recipe.
+        WeightsError: the weights cannot be read, or belong to another model.
         CheckpointError: the weights differ from the manifest of their checkpoint.
     """
     source = resolved_source(source)
@@ -88,7 +91,7 @@ def open_trained(
 
 
 def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None, device: str | None) -> TrainedModel:
-    """A file of weights that holds the recipe of its model."""
+    """Open a weight file that contains the recipe of its model. Raises ConfigError for other weight files."""
     identity = read_identity(source, Storage()) if "://" in source or Path(source).is_file() else None
     if identity is None or not identity.recipe or checkpoint is not None:
         raise ConfigError(f"{source} are weights alone; give the recipe of their model, and --checkpoint {source}")
@@ -114,9 +117,10 @@ def _open_run(config: RunConfig, checkpoint: str | None, device: str | None) -> 
 
 
 def _numbered_classes(config: RunConfig, weights: str, storage: Storage) -> tuple[Category, ...]:
-    """Classes named by number, where neither weights nor data have names: as many as the class head of a file has.
+    """Return classes named by number, for weights and data without class names.
 
-    Raises DataError where the weights have no class head and the recipe no `model.num_classes`.
+    Their number is `model.num_classes`, else that of the class head in the weights. Raises DataError if there is
+    neither.
     """
     number = config.model.num_classes
     if number is None:
@@ -160,5 +164,5 @@ def _category(entry: dict[str, Any]) -> Category:
 
 
 def _classes_of_names(names: Sequence[str]) -> tuple[Category, ...]:
-    """Classes of which only the names are known: all are things, so that nothing is merged."""
+    """Return classes of which only the names are known. All are things, so that no segments are merged."""
     return tuple(Category(label, name, True, distinct_color(label)) for label, name in enumerate(names))
