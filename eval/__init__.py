@@ -1,1 +1,1 @@
-"""Metrics as mergeable states, inference, reports. Import from its modules only: `eval` is also a builtin."""
+"""Mergeable metrics, inference and reports. Import from its modules only, because `eval` is also a builtin."""

@@ -18,35 +18,36 @@ EXTRA_METRIC_TASKS: dict[ExtraMetric, tuple[Task, ...]] = {
     "class_agnostic": ("instance",),
     "cityscapes": ("instance", "semantic"),
 }
-"""Tasks whose predictions an extra metric judges."""
+"""Tasks to which each extra metric applies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeImage(Section):
-    """One forward pass per image, resized by `shortest_edge` and `max_size` of the evaluation."""
+    """One forward pass per image, resized according to `evaluation.shortest_edge` and `evaluation.max_size`."""
 
     kind: Literal["whole"] = "whole"
 
     def describe(self) -> str | None:
-        """Nothing to say: it is the usual way."""
+        """Return None, because this is the default."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiScale(Section):
-    """Class scores averaged over several sizes of the image: the papers' m.s. columns. Semantic task only."""
+    """Class scores averaged over several image sizes (the papers' m.s. columns). Semantic task only."""
 
     kind: Literal["multi_scale"] = "multi_scale"
     shortest_edges: Annotated[tuple[int, ...], PIXELS] = (256, 384, 512, 640, 768, 896)
-    """The shorter side at every size; officially 0.5, 0.75, 1, 1.25, 1.5 and 1.75 times that of one scale."""
+    """Length of the shorter side at every size. The official sizes are 0.5, 0.75, 1, 1.25, 1.5 and 1.75 times that of
+    single-scale evaluation."""
     max_size: Annotated[int, PIXELS] = 3584
-    """Longer side at most."""
+    """Largest length of the longer side."""
     flip: bool = True
-    """Every size also mirrored."""
+    """Also evaluate every size mirrored."""
     window: Annotated[int | None, PIXELS] = None
-    """Side of overlapping windows that every size is cut into, whose class scores are averaged; None: in one pass."""
+    """Side length of overlapping windows into which every size is cut, with averaged class scores; None: one pass."""
     stride: Annotated[int | None, PIXELS] = None
-    """Pixels from one window to the next, the last of a row or column is moved back; None takes `window`."""
+    """Distance between windows; the last one of a row or column is moved back to fit. None: the value of `window`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,23 +61,23 @@ class MultiScale(Section):
             )
 
     def describe(self) -> str | None:
-        """For titles of results."""
+        """Return a description for titles of results."""
         windows = "" if self.window is None else f", windows of {self.window} every {self.stride or self.window} pixels"
         return f"{len(self.shortest_edges)} scales{', flipped too' if self.flip else ''}{windows}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindows(Section):
-    """Overlapping windows, for images too large for one pass: class scores are averaged, segments joined across windows
-    where they agree (docs/evaluation.md has the rule)."""
+    """Overlapping windows, for images too large for one pass. Class scores are averaged. Segments that agree in the
+    overlap of windows are joined (rule in docs/evaluation.md)."""
 
     kind: Literal["windows"] = "windows"
     size: Annotated[int, PIXELS] = 1024
-    """Side of a window in pixels."""
+    """Side length of a window."""
     stride: Annotated[int, PIXELS] = 768
-    """Pixels from one window to the next; the last of a row or column is moved back to end with the image."""
+    """Distance between windows; the last one of a row or column is moved back to end with the image."""
     shortest_edge: Annotated[int | None, PIXELS] = None
-    """The image is brought to this shorter side before it is cut; None keeps its size."""
+    """Length to which the image's shorter side is resized before it is cut; None: keep the size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +87,7 @@ class SlidingWindows(Section):
             )
 
     def describe(self) -> str | None:
-        """For titles of results."""
+        """Return a description for titles of results."""
         return f"windows of {self.size} every {self.stride} pixels"
 
 
@@ -96,13 +97,13 @@ _LATER = {"multi_scale": ("window", "stride")}
 
 
 def stored_test_time(test_time: TestTime) -> dict[str, Any]:
-    """As results store them: without settings that the first results lack, where they say nothing."""
+    """Return the settings as results store them. Settings that are newer than the format are left out if None."""
     later = _LATER.get(test_time.kind, ())
     return {name: value for name, value in asdict(test_time).items() if value is not None or name not in later}
 
 
 def check_test_time(test_time: TestTime, tasks: Collection[Task], place: str) -> None:
-    """Raises ConfigError, which begins with `place`, for a test time that one of the tasks cannot have."""
+    """Raise ConfigError, starting with `place`, if a task does not support the test time."""
     if set(tasks) <= {"semantic"}:
         return
     if isinstance(test_time, MultiScale):
@@ -119,18 +120,18 @@ def check_test_time(test_time: TestTime, tasks: Collection[Task], place: str) ->
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet(Section):
-    """One named set that checkpoints are evaluated on."""
+    """One named image set on which checkpoints are evaluated."""
 
     dataset: str
-    """Name under `datasets`."""
+    """Name of the data set under `datasets`."""
     name: str | None = None
-    """What its results are called, in folders and in front of metrics; None takes the data set's name."""
+    """Name of its results, used in folders and as prefix of metrics; None: the name of the data set."""
     limit: Annotated[int | None, FROM_1] = None
-    """Only the first images; the results are labelled as a subset."""
+    """Evaluate only the first images, this many; the results are labelled as a subset."""
     tasks: tuple[Task, ...] | None = None
-    """Tasks of this set; None takes `evaluation.tasks`."""
+    """Tasks evaluated on this set; None: `evaluation.tasks`."""
     test_time: TestTime | None = None
-    """How its images go through the model; None takes `evaluation.test_time`."""
+    """How the model processes images of this set; None: `evaluation.test_time`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,55 +142,56 @@ class EvaluationSet(Section):
 
     @property
     def label(self) -> str:
-        """What its results are called."""
+        """Name of the results."""
         return self.name or self.dataset
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """What is computed for every evaluated checkpoint, and by whom."""
+    """What is computed for every evaluated checkpoint, and with which resources."""
 
     sets: tuple[EvaluationSet, ...] = ()
-    """If a recipe does not name them: its data set `val`, `valid` or `validation`, if it has one. `[]`: none."""
+    """Image sets to evaluate. Default: the recipe's data set `val`, `valid` or `validation`, if any. `[]`: none."""
     tasks: tuple[Task, ...] = ("panoptic",)
-    """panoptic: PQ; instance: mask AP; semantic: mIoU. All from one forward pass. If a recipe does not name them: the
-    task of the training, `data.task`."""
+    """panoptic: PQ; instance: mask AP; semantic: mIoU. All of them use one forward pass. Default in a recipe: the task
+    of the training, `data.task`."""
     test_time: TestTime = WHOLE_IMAGE
-    """How an image goes through the model: in `m2f predict`, and in sets that do not say it themselves."""
+    """How the model processes an image, in `m2f predict` and in sets without a `test_time` of their own."""
     extra_metrics: tuple[ExtraMetric, ...] = ()
-    """boundary: Boundary PQ and AP; box: AP of the boxes of instances; class_agnostic: recall of instances whatever
-    their class; cityscapes: the AP, IoU and iIoU of that benchmark. Each for those of the tasks that it judges."""
+    """boundary: Boundary PQ and AP; box: AP of the instances' boxes; class_agnostic: recall of instances regardless of
+    class; cityscapes: AP, IoU and iIoU of the Cityscapes benchmark. Each is computed for those tasks that it applies
+    to."""
     policy: Literal["every", "latest"] = "every"
-    """Evaluate every committed checkpoint, or drop stale ones that still wait."""
+    """every: evaluate every committed checkpoint; latest: drop a waiting checkpoint when a newer one is committed."""
     shortest_edge: Annotated[int, PIXELS] = 800
-    """Shorter side of an image in the network, unless the longer one would exceed `max_size`."""
+    """Length of an image's shorter side in the network, unless the longer one would exceed `max_size`."""
     max_size: Annotated[int, PIXELS] = 1333
-    """Longer side of an image in the network at most."""
+    """Largest length of an image's longer side in the network."""
     shrink: Literal["area", "bilinear"] = "area"
-    """How test images are resized: as `data.augment.shrink` says; `bilinear` is that of the official code."""
+    """Interpolation for resizing test images, see `data.augment.shrink`; `bilinear` is that of the official code."""
     batch_size: Annotated[int, FROM_1] = 1
-    """Images per forward; fixed by the manifest's order, so results do not depend on the actors."""
+    """Images per forward pass. Batches follow the order of the manifest, so results do not depend on the actors."""
     actors: Annotated[int, FROM_1] = 1
-    """Processes that evaluate at the same time."""
+    """Number of processes that evaluate in parallel."""
     num_cpus_per_actor: Annotated[float, FROM_0] = 1.0
-    """CPUs that Ray reserves for each of them."""
+    """CPUs that Ray reserves per actor."""
     num_gpus_per_actor: Annotated[float | Literal["auto"], FROM_0] = "auto"
-    """GPUs that Ray reserves for each of them; a part such as 0.25 lets several share one, also with a training rank.
-    `auto`: one where ranks leave some, else a share of a rank's; 0 without GPUs."""
+    """GPUs that Ray reserves per actor. A fraction such as 0.25 lets several actors share a GPU, also with a training
+    rank. auto: a GPU that training leaves free, else a share of a rank's GPU; 0 without GPUs."""
     resources_per_actor: Annotated[Mapping[str, float], FROM_0] = field(default_factory=dict)
-    """Custom Ray resources that each takes, for example `{evaluator: 1}`: it runs only on nodes that offer them."""
+    """Custom Ray resources per actor, such as `{evaluator: 1}`; actors run only on nodes that offer them."""
     threads: Annotated[int, FROM_1] = 1
-    """Torch threads per actor on CPU."""
+    """Torch threads per actor on CPUs."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Numbers in the forward pass of evaluations and of `m2f predict`. bf16: products and convolutions in bfloat16,
-    with weights that are cast once; made for GPUs, and scores differ in their last digits. fp32: all digits."""
+    """Number format of the forward pass in evaluations and in `m2f predict`. bf16: products and convolutions in
+    bfloat16 with weights cast once; intended for GPUs, and scores differ slightly. fp32: full precision."""
     cuda_graphs: bool = False
-    """Replay the model on GPUs as one CUDA graph per size of image, from the third image of a size on: the same
-    results, without the cost of launching a thousand kernels. Worth it for small images of few sizes."""
+    """On GPUs, replay the model as one CUDA graph per image size, from the third image of a size on. Results are the
+    same. It saves the launch of a thousand kernels per image, which helps for small images of few sizes."""
     hang_s: Annotated[float, SECONDS] = 1800.0
-    """Seconds without an answer to a call of eight images, after which an actor is replaced."""
+    """Time without an answer to a call of eight images after which an actor is presumed hung and replaced."""
     panels: Annotated[int, FROM_0] = 8
-    """Fixed images drawn per evaluation (image, truth, prediction), and half as many of the worst."""
+    """Fixed images drawn per evaluation (image, truth, prediction). Half as many of the worst are drawn as well."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,11 +204,11 @@ class EvaluationConfig(Section):
 
     @property
     def gpus_per_actor(self) -> float:
-        """GPUs of each actor; 0 while `auto` is not decided on."""
+        """GPUs per actor; 0 as long as `auto` is not resolved."""
         return 0.0 if self.num_gpus_per_actor == "auto" else self.num_gpus_per_actor
 
     def for_set(self, evaluated: EvaluationSet) -> EvaluationConfig:
-        """These settings with the set's own tasks and test time, and the extra metrics that judge them."""
+        """Return the settings with the set's own tasks and test time, and only the extra metrics for these tasks."""
         tasks = self.tasks if evaluated.tasks is None else evaluated.tasks
         judged = (metric for metric in self.extra_metrics if not set(tasks).isdisjoint(EXTRA_METRIC_TASKS[metric]))
         test_time = self.test_time if evaluated.test_time is None else evaluated.test_time

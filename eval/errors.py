@@ -4,4 +4,4 @@ from m2f.model.errors import UserError
 
 
 class EvaluationError(UserError):
-    """Results that cannot be computed, merged or published. Names the image, file or setting and the remedy."""
+    """Results cannot be computed, merged or published. The message names the image, file or setting, and the remedy."""

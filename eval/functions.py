@@ -1,7 +1,7 @@
 """Metrics for Python programs: `evaluate_panoptic`, `evaluate_instances` and `evaluate_semantic`.
 
-Each takes arrays, image by image, or the paths of files as `m2f score` does. `EvaluationResults` has `metrics()`
-and `per_class()` in per cent, `table()` as text, and the exact shares in `panoptic`, `instance` and `semantic`.
+Each function takes arrays, image by image, or paths of files as `m2f score` does. `EvaluationResults` has `metrics()`
+and `per_class()` in per cent, `table()` as text, and exact shares in `panoptic`, `instance` and `semantic`.
 
     from m2f.eval.functions import PanopticImage, evaluate_panoptic
 
@@ -50,11 +50,11 @@ class PanopticImage:
     id_map: np.ndarray
     """[H, W] integers, 0 for void."""
     labels: Mapping[int, int]
-    """Segment id -> class, from 0."""
+    """Class of each segment id, counted from 0."""
     crowds: Collection[int] = ()
     """Ids of annotated segments that are crowds."""
     areas: Mapping[int, float] = field(default_factory=dict)
-    """Areas that the annotation states, by segment id; pixels are counted where there is none."""
+    """Areas stated by the annotation, by segment id. Pixels are counted for segments without an entry."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +64,13 @@ class Instances:
     masks: np.ndarray | Sequence[Rle]
     """[N, H, W] bool, or COCO's run-length encodings."""
     labels: np.ndarray | Sequence[int]
-    """[N] classes, from 0."""
+    """[N] classes, counted from 0."""
     scores: np.ndarray | Sequence[float] | None = None
-    """[N] of detections; None of annotations."""
+    """[N] for detections; None for annotations."""
     is_crowd: np.ndarray | Sequence[bool] | None = None
-    """[N] of annotations; None: no instance is a crowd."""
+    """[N] for annotations; None: no instance is a crowd."""
     areas: np.ndarray | Sequence[float] | None = None
-    """[N] pixels that the annotation states; None counts those of the masks."""
+    """[N] areas in pixels, stated by the annotation; None: the pixels of the masks are counted."""
 
 
 def evaluate_panoptic(
@@ -82,18 +82,18 @@ def evaluate_panoptic(
     truth_masks: PathLike | None = None,
     prediction_masks: PathLike | None = None,
 ) -> EvaluationResults:
-    """PQ of a set of images, equal to panopticapi's.
+    """Compute PQ of a set of images. The result equals that of panopticapi.
 
     Args:
-        truth: annotated images; or the path of a COCO panoptic JSON file.
-        predictions: predicted images in the same order; or the path of a JSON file.
-        class_names: of images, the name of every class.
-        is_thing: of images, whether each class is a thing.
-        truth_masks: of paths, the folder of the annotated maps.
-        prediction_masks: of paths, the folder of the predicted maps.
+        truth: annotated images, or the path of a COCO panoptic JSON file.
+        predictions: predicted images in the same order, or the path of a JSON file.
+        class_names: name of every class; for images only.
+        is_thing: whether each class is a thing; for images only.
+        truth_masks: folder of the annotated maps; for paths only.
+        prediction_masks: folder of the predicted maps; for paths only.
 
     Raises:
-        EvaluationError: inputs that do not belong together, named by image or file.
+        EvaluationError: inputs do not match each other; names the image or file.
     """
     if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
         if truth_masks is None or prediction_masks is None:
@@ -129,16 +129,16 @@ def evaluate_instances(
     class_names: Sequence[str] | None = None,
     boxes: bool = False,
 ) -> EvaluationResults:
-    """Mask AP of a set of images, equal to pycocotools'.
+    """Compute mask AP of a set of images. The result equals that of pycocotools.
 
     Args:
-        truth: annotated images; or the path of a COCO instances JSON file.
-        predictions: detections in the same order; or the path of a JSON file of COCO results.
-        class_names: of images, the name of every class.
-        boxes: also the AP of boxes, as `box_AP`.
+        truth: annotated images, or the path of a COCO instances JSON file.
+        predictions: detections in the same order, or the path of a JSON file of COCO results.
+        class_names: name of every class; for images only.
+        boxes: also compute the AP of boxes, as `box_AP`.
 
     Raises:
-        EvaluationError: inputs that do not belong together, named by image or file.
+        EvaluationError: inputs do not match each other; names the image or file.
     """
     if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
         paths = _path("truth", truth), _path("predictions", predictions)
@@ -168,18 +168,18 @@ def evaluate_semantic(
     ignore: int = 255,
     void: int | None = None,
 ) -> EvaluationResults:
-    """mIoU and accuracies of a set of images, equal to detectron2's.
+    """Compute mIoU and accuracies of a set of images. The results equal those of detectron2.
 
     Args:
-        truth: annotated label maps [H, W] of integers; or the path of a folder of PNG files.
-        predictions: predicted label maps in the same order; or the path of a folder of files of the same names.
-        class_names: the name of every class; labels are their positions.
-        ignore: label of pixels of the truth that do not count.
-        void: label of predicted pixels without a class, each a miss of the truth's class; None: 255, or 65535 from 256
-            classes on.
+        truth: annotated label maps [H, W] of integers, or the path of a folder of PNG files.
+        predictions: predicted label maps in the same order, or the path of a folder of files with the same names.
+        class_names: name of every class; the label of a class is its position.
+        ignore: label of truth pixels that do not count.
+        void: label of predicted pixels without a class. Each counts as a miss of the truth's class. None: 255, or 65535
+            from 256 classes on.
 
     Raises:
-        EvaluationError: inputs that do not belong together, named by image or file.
+        EvaluationError: inputs do not match each other; names the image or file.
     """
     if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
         paths = _path("truth", truth), _path("predictions", predictions)
@@ -206,7 +206,7 @@ def _path(name: str, value: object) -> Path:
 
 
 def _pairs(truth: Iterable[_ImageT], predictions: Iterable[_ImageT]) -> Iterable[tuple[_ImageT, _ImageT]]:
-    """Images of both sides, one by one."""
+    """Yield pairs of images. Raises EvaluationError if one side has more images."""
     nothing = object()
     for number, (annotated, predicted) in enumerate(zip_longest(truth, predictions, fillvalue=nothing)):
         if annotated is nothing or predicted is nothing:

@@ -1,1 +1,1 @@
-"""Metric states that are keyed by image and merge in any order."""
+"""Metric states that hold records by image and merge in any order."""

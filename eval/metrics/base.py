@@ -1,7 +1,7 @@
-"""What every metric's state has in common: records keyed by image id that merge in any order to the same bits.
+"""Base of all metric states: records by image id, whose merge gives the same bits in any order.
 
-A state never holds sums. It holds one small record of arrays per image, so a batch that was evaluated twice counts
-once, and every reduction reads the records in ascending image id, whoever computed them and whenever they arrived.
+A state never holds sums. It holds one small record of arrays per image, so an image that was evaluated twice counts
+once. Reductions read the records in ascending image id, regardless of their origin and order of arrival.
 """
 
 from __future__ import annotations
@@ -31,25 +31,26 @@ UNREADABLE = (
     TypeError,
     AttributeError,
     MemoryError,  # a damaged header can state any shape
-    RuntimeError,  # a flag says that a member is encrypted, or compressed in an unknown way
+    RuntimeError,  # a flag marks a member as encrypted or as compressed with an unknown method
     struct.error,
     zlib.error,
     zipfile.BadZipFile,
 )
-"""What numpy and zipfile raise for bytes that are no npz file, or a damaged one."""
+"""Errors that numpy and zipfile raise for data that is not an npz file or is damaged."""
 
 
 def column(dtype: str, *row: int, beside: str | None = None) -> dict[str, Any]:
-    """Metadata of a record's field: an array [rows, *row] of this dtype, with any number of rows per image.
+    """Return the metadata of a record's field: an array [rows, *row] of this dtype, with any number of rows per image.
 
-    `beside`: of a float column that records of before lack, the column that has as many rows; NaN stands in for them.
+    `beside` marks a float column that older records lack. It names a column with the same number of rows; the missing
+    values become NaN.
     """
     return {"dtype": np.dtype(dtype), "row": row, "beside": beside}
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What one image contributes to a metric. Subclasses are frozen dataclasses whose fields are all `column`s."""
+    """Contribution of one image to a metric. Subclasses are frozen dataclasses whose fields are all `column`s."""
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -60,16 +61,16 @@ class Record:
             object.__setattr__(self, spec.name, array.reshape(-1, *spec.metadata["row"]))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The columns by name."""
+        """Return the columns by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def same_as(self, other: Record) -> bool:
-        """Whether both records hold the same bits."""
+        """Return whether both records hold the same bits."""
         mine, theirs = self.arrays(), other.arrays()
         return all(array.tobytes() == theirs[name].tobytes() for name, array in mine.items())
 
     def digest(self) -> bytes:
-        """Equal for records with the same bits."""
+        """Return a digest that is equal for records with the same bits."""
         parts = (part for array in self.arrays().values() for part in (len(array).to_bytes(8), array.tobytes()))
         return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
@@ -79,10 +80,10 @@ ResultT = TypeVar("ResultT", covariant=True)
 
 
 class MetricState(ABC, Generic[RecordT, ResultT]):
-    """Records of one metric keyed by image id. `settings` must be equal in states that merge; JSON values only."""
+    """Records of one metric by image id. States merge only if their `settings` (JSON values) are equal."""
 
     name: str
-    """Of the metric, for messages."""
+    """Name of the metric, for messages."""
 
     def __init__(self, record_type: type[RecordT], settings: dict[str, Any]) -> None:
         self._record_type = record_type
@@ -91,11 +92,11 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
         self._held_bytes = 0
         self._files: ColumnFiles | None = None
         self._spilled: dict[int, bytes] = {}
-        """Digests of the records that are in files."""
+        """Digests of the records that are in files, by image id."""
 
     @property
     def image_ids(self) -> tuple[int, ...]:
-        """Ids of the images in this state, ascending."""
+        """Ids of the images in this state, in ascending order."""
         return tuple(sorted({*self._records, *self._spilled}))
 
     @abstractmethod
@@ -103,14 +104,14 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
         """Reduce the records, in ascending image id, to the metric."""
 
     def add(self, image_id: int, record: RecordT) -> None:
-        """Keep the record of one image. Raises EvaluationError if another record of this image differs."""
+        """Add the record of one image. Raises EvaluationError if a different record of this image exists."""
         self._check_agrees(image_id, record)
         if image_id not in self._records and image_id not in self._spilled:
             self._records[image_id] = record
             self._held_bytes += sum(array.nbytes for array in record.arrays().values())
 
     def merge(self, other: Self) -> None:
-        """Take over the records of another state; those that both hold must be equal, else EvaluationError."""
+        """Add the records of another state. Raises EvaluationError if settings or records of an image differ."""
         if self._settings != other._settings:
             raise EvaluationError(
                 f"{self.name}: cannot merge states with different settings: {self._settings} and {other._settings}; "
@@ -122,9 +123,9 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
             self.add(image_id, record)
 
     def spill(self, folder: Path, above: int) -> None:
-        """Move the records to a parquet file under `folder` if they hold more than so many bytes.
+        """Move the records to a parquet file under `folder` if they hold more than `above` bytes.
 
-        Metrics have the same bits afterwards. `record` knows only what is in memory.
+        Metrics keep the same bits. `record` finds only records that are in memory.
         """
         if self._held_bytes <= above:
             return
@@ -144,30 +145,30 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
             )
 
     def _all_records(self) -> Iterator[tuple[int, RecordT]]:
-        """Every record, those in files too: one spilled part after the other, then what is in memory."""
+        """Yield all records: those in files, part by part, then those in memory."""
         if self._files is not None:
             for image_id, columns in self._files.rows():
                 yield image_id, self._record_type(**columns)
         yield from self._records.items()
 
     def record(self, image_id: int) -> RecordT:
-        """The record of an image in this state."""
+        """Return the record of an image, which must be in memory."""
         return self._records[image_id]
 
     def rows(self, name: str) -> np.ndarray:
-        """One column of all images joined along the rows, in ascending image id."""
+        """Return one column of all images, joined along the rows in ascending image id."""
         spec = self._spec(name)
         arrays = self._column(name)
         empty = np.empty((0, *spec.metadata["row"]), spec.metadata["dtype"])
         return np.concatenate([empty, *(arrays[image_id] for image_id in self.image_ids)])
 
     def row_counts(self, name: str) -> np.ndarray:
-        """Rows of one column per image [images] int64, in ascending image id."""
+        """Return the number of rows of one column per image: [images] int64, in ascending image id."""
         arrays = self._column(name)
         return np.array([len(arrays[image_id]) for image_id in self.image_ids], dtype=np.int64)
 
     def _column(self, name: str) -> dict[int, np.ndarray]:
-        """One column by image id, from memory and files."""
+        """Return one column by image id, from memory and files."""
         arrays = {image_id: getattr(record, name) for image_id, record in self._records.items()}
         if self._files is not None:
             row = self._spec(name).metadata["row"]
@@ -178,7 +179,7 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
         return next(f for f in fields(self._record_type) if f.name == name)
 
     def to_bytes(self) -> bytes:
-        """The state as a compressed npz file without pickles; equal states give equal bytes."""
+        """Return the state as a compressed npz file without pickles. Equal states give equal bytes."""
         header = np.frombuffer(json.dumps(self._settings, sort_keys=True).encode(), dtype=np.uint8)
         arrays = {"settings": header, "image_ids": np.array(self.image_ids, dtype=np.int64)}
         for spec in fields(self._record_type):
@@ -190,7 +191,7 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> Self:
-        """The state that `to_bytes` wrote. Raises EvaluationError for anything else; never unpickles."""
+        """Restore a state from `to_bytes`. Raises EvaluationError for any other content; never unpickles."""
         try:
             with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
                 state = cls(**json.loads(arrays["settings"].tobytes()))

@@ -1,4 +1,4 @@
-"""Box average precision as COCO defines it (pycocotools' COCOeval for boxes). Records go into the state of mask AP."""
+"""Box AP as COCO defines it (pycocotools' COCOeval for boxes). Its records go into the state of mask AP."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ class BoxTruth:
     """Annotated boxes of one image, in the order of the annotation."""
 
     boxes: np.ndarray
-    """[G, 4] float64 left, top, width, height in pixels."""
+    """[G, 4] float64: left, top, width, height in pixels."""
     labels: np.ndarray
-    """[G] int64 contiguous classes."""
+    """[G] int64 contiguous class indices."""
     areas: np.ndarray
-    """[G] float64 as the annotation states them: of COCO's objects that of the mask."""
+    """[G] float64 areas stated by the annotation; for COCO's objects that is the area of the mask."""
     is_crowd: np.ndarray
-    """[G] bool"""
+    """[G] bool: whether the annotation is a crowd."""
 
 
 @dataclass(frozen=True)
 class BoxDetections:
-    """Detected boxes of one image in canonical order (ties of scores keep it)."""
+    """Detected boxes of one image in canonical order, which is kept among equal scores."""
 
     boxes: np.ndarray
-    """[D, 4] float64 left, top, width, height in pixels."""
+    """[D, 4] float64: left, top, width, height in pixels."""
     labels: np.ndarray
-    """[D] int64 contiguous classes."""
+    """[D] int64 contiguous class indices."""
     scores: np.ndarray
-    """[D] float64"""
+    """[D] float64 scores."""
     areas: np.ndarray
-    """[D] float64 by which detections are small, medium or large: of masks their pixels, of mere boxes their own."""
+    """[D] float64 areas for the size ranges: pixels of masks, or areas of the boxes if there are no masks."""
 
 
 def match_boxes(
     truth: BoxTruth, detections: BoxDetections, limit: int, ranges: np.ndarray | None = None
 ) -> DetectionRecord:
-    """Greedy matching of one image by the IoU of boxes, as `match_by_iou` does it."""
+    """Match the detections of one image greedily by the IoU of boxes, as `match_by_iou` does."""
     ious = box_ious(detections.boxes, truth.boxes, truth.is_crowd)
     found = Scored(detections.labels, detections.scores, detections.areas, ious)
     return match_by_iou(truth.labels, truth.areas, truth.is_crowd, found, limit, ranges)
 
 
 def boxes_of_truth(truth: InstanceTruth) -> BoxTruth:
-    """The boxes of annotated masks."""
+    """Return the boxes of annotated masks."""
     return BoxTruth(mask_boxes(truth.masks), truth.labels, truth.areas, truth.is_crowd)
 
 
 def boxes_of_detections(detections: InstanceDetections) -> BoxDetections:
-    """The boxes of detected masks, whose sizes stay those of the masks."""
+    """Return the boxes of detected masks; their areas remain those of the masks."""
     boxes, areas = mask_boxes(detections.masks), mask_areas(detections.masks)
     index = detections.mask_index
     return BoxDetections(boxes[index], detections.labels, detections.scores, areas[index])

@@ -17,7 +17,7 @@ from m2f.eval.metrics.base import MetricState, Record, column
 from m2f.eval.metrics.overlaps import common_runs, compact_ids
 
 NUM_LABELS = 34
-"""Label ids are 0..33."""
+"""Number of label ids, which are 0 to 33."""
 AVERAGE_PIXELS = {
     24: 3462.4756337644,
     25: 3930.4788056518,
@@ -28,7 +28,7 @@ AVERAGE_PIXELS = {
     32: 6298.7200839748,
     33: 4672.3249222261,
 }
-"""Pixels of an average instance of the training set, by label id."""
+"""Average pixels of an instance in the training set, by label id."""
 GROUPS: dict[str, tuple[int, ...]] = {
     "flat": (7, 8),
     "construction": (11, 12, 13),
@@ -38,31 +38,31 @@ GROUPS: dict[str, tuple[int, ...]] = {
     "human": (24, 25),
     "vehicle": (26, 27, 28, 31, 32, 33),
 }
-"""The benchmark's categories of evaluated label ids."""
+"""Evaluated label ids of each category of the benchmark."""
 INSTANCE_GROUPS: dict[str, tuple[int, ...]] = {"human": (24, 25), "vehicle": (26, 27, 28, 29, 30, 31, 32, 33)}
-"""Categories with an iIoU. Any of these labels is right there, also caravan and trailer, which are not evaluated."""
+"""Categories with an iIoU. Any of these labels is correct there, including caravan and trailer, which have no IoU."""
 _EVALUATED = tuple(c.id for c in CATEGORIES.categories)
 """Labels with an IoU of their own."""
 
 
 @dataclass(frozen=True, eq=False)
 class CityscapesPixels(Record):
-    """Non-empty cells of one image's confusion matrix, and its instances."""
+    """Non-empty cells of one image's confusion matrix, and the image's instances."""
 
     cell: np.ndarray = field(metadata=column("int32"))
-    """truth * NUM_LABELS + prediction, ascending."""
+    """truth * NUM_LABELS + prediction, in ascending order."""
     pixels: np.ndarray = field(metadata=column("int64"))
     instance_label: np.ndarray = field(metadata=column("int32"))
     instance_pixels: np.ndarray = field(metadata=column("int64"))
     right_label: np.ndarray = field(metadata=column("int64"))
-    """Pixels of the instance with its label."""
+    """Pixels of the instance that are predicted with its label."""
     right_group: np.ndarray = field(metadata=column("int64"))
-    """Pixels of the instance with any label of its category."""
+    """Pixels of the instance that are predicted with any label of its category."""
 
 
 @dataclass(frozen=True)
 class CityscapesIoU:
-    """Shares, not per cent; None where neither truth nor prediction has a pixel. Means are over the others."""
+    """IoU and iIoU as shares, not per cent. None if neither truth nor prediction has a pixel; means leave those out."""
 
     iou: float | None
     iiou: float | None
@@ -77,7 +77,7 @@ class CityscapesIoU:
 
 
 class CityscapesIoUState(MetricState[CityscapesPixels, CityscapesIoU]):
-    """Confusions and instances per image."""
+    """Confusion cells and instances per image."""
 
     name = "Cityscapes IoU"
 
@@ -92,7 +92,7 @@ class CityscapesIoUState(MetricState[CityscapesPixels, CityscapesIoU]):
             raise EvaluationError(f"image {image_id}: {error}") from error
 
     def compute(self) -> CityscapesIoU:
-        """IoU and iIoU of all classes and categories, and their means."""
+        """Compute IoU and iIoU of all classes and categories, and their means."""
         confusion = np.zeros(NUM_LABELS**2, dtype=np.int64)
         np.add.at(confusion, self.rows("cell"), self.rows("pixels"))
         confusion = confusion.reshape(NUM_LABELS, NUM_LABELS)
@@ -126,7 +126,7 @@ class CityscapesIoUState(MetricState[CityscapesPixels, CityscapesIoU]):
 
 
 def count_cityscapes(truth: np.ndarray, predicted: np.ndarray) -> CityscapesPixels:
-    """Confusions and instances of one image. Raises ValueError for other sizes and for labels that do not exist."""
+    """Count one image. Raises ValueError if sizes differ or a label does not exist."""
     if truth.shape != predicted.shape:
         raise ValueError(f"the truth has the shape {truth.shape}, the prediction {predicted.shape}")
     truth_ids, predicted_labels, lengths = common_runs(truth, predicted)
@@ -155,7 +155,7 @@ def count_cityscapes(truth: np.ndarray, predicted: np.ndarray) -> CityscapesPixe
 
 
 def _iou(confusion: np.ndarray, labels: Sequence[int]) -> float | None:
-    """IoU of a set of labels; pixels whose truth is not evaluated are no errors."""
+    """Return the IoU of a set of labels. Pixels whose truth is not evaluated do not count as errors."""
     tp = int(confusion[np.ix_(labels, labels)].sum())
     fn = int(confusion[list(labels)].sum()) - tp
     fp = int(confusion[np.ix_([k for k in _EVALUATED if k not in labels], labels)].sum())

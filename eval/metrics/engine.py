@@ -1,8 +1,8 @@
-"""hotcoco, behind one door: what of it gives the reference's numbers, on input that was checked before.
+"""Adapter to hotcoco, limited to functions whose results equal those of the reference, on validated input.
 
-It believes what it reads: it would follow a path out of its folder, divide by areas of 0 and take a flag of 2. So
-callers check paths, flags, numbers and areas, and segments come as our own types. Ids of images never reach it, and
-classes do as 0, 1, 2, ...
+hotcoco does not validate its input: it follows paths out of the folder, divides by areas of 0 and accepts a flag of 2.
+So callers check paths, flags, numbers and areas, and segments are passed as our own types. Image ids are never passed,
+and classes are passed as 0, 1, 2, ...
 """
 
 from __future__ import annotations
@@ -20,38 +20,39 @@ from m2f.eval.metrics.panoptic_quality import PanopticRecord, TruthSegment
 from m2f.eval.metrics.rle import Rle
 
 _IMAGE = 1
-"""Every image is evaluated alone, under this id."""
+"""Id under which every image is evaluated alone."""
 
 
 class EngineRefusedError(ValueError):
-    """Files or tables that the engine does not take; it does not say which in terms of ours."""
+    """Files or tables that hotcoco rejects. Its message does not name our files and settings."""
 
 
 @dataclass(frozen=True)
 class PanopticPair:
-    """Two RGB maps of segment ids, and what the ids mean."""
+    """Two RGB maps of segment ids, with the meaning of the ids."""
 
     truth_map: Path
     segments: Mapping[int, TruthSegment]
-    """In the order of the annotation."""
+    """Annotated segments by id, in the order of the annotation."""
     predicted_map: Path
     labels: Mapping[int, int]
-    """Segment id -> contiguous class."""
+    """Contiguous class index of each predicted segment id."""
 
 
 def pairwise_ious(detected: Sequence[Rle], annotated: Sequence[Rle], is_crowd: Sequence[bool]) -> np.ndarray:
-    """IoU [D, G] float64 of masks of one size, bit for bit as pycocotools has it; at least one on each side.
+    """Return the IoU [D, G] float64 of masks of one size, bit-identical to pycocotools; each side needs at least one
+    mask.
 
-    For a crowd the intersection over the detection's area.
+    For crowds it is the intersection divided by the detection's area.
     """
     return mask_iou(detected, annotated, is_crowd)
 
 
 def match_panoptic_files(pair: PanopticPair) -> PanopticRecord:
-    """Matches and errors of one image, straight from its files, which must be PNGs of 8-bit RGB.
+    """Match one image directly from its files, which must be PNGs of 8-bit RGB.
 
-    The engine tells sums of every class: where a class has several matches, each row has their mean IoU, and no row has
-    an area. Raises EngineRefusedError for files and tables that do not fit together.
+    hotcoco returns only sums per class. So matches of one class all get their mean IoU, and no row has an area. Raises
+    EngineRefusedError for files and tables that do not match each other.
     """
     truth = [
         {"id": i, "category_id": s.label, "area": int(s.area), "iscrowd": int(s.is_crowd)}
@@ -81,7 +82,7 @@ def match_panoptic_files(pair: PanopticPair) -> PanopticRecord:
 
 
 def _record(per_class: Mapping[int, Mapping[str, Any]]) -> PanopticRecord:
-    """The record of one image from its sums by class, ascending."""
+    """Build the record of one image from its sums by class, in ascending order of class."""
     labels = list(per_class)
     sums = per_class.values()
     matches = [one["tp"] for one in sums]

@@ -1,8 +1,8 @@
-"""How much each type of error costs: the AP50 or PQ that would be gained if all errors of one type were repaired.
+"""Cost of each type of error: the AP50 or PQ gained if all errors of one type were fixed.
 
-Types, thresholds and repairs are those of TIDE (Bolya et al., ECCV 2020): the first type that holds of localisation,
-classification, duplicate, background and both. Panoptic segments do not overlap, so a duplicate there is a segment
-that fits badly to a segment of its class which another one fits.
+Types, thresholds and fixes are those of TIDE (Bolya et al., ECCV 2020). The first matching type applies, in the order
+localisation, classification, duplicate, background, both. Panoptic segments do not overlap, so a duplicate there is a
+segment that fits a segment of its class badly, while another prediction matches that segment.
 """
 
 from __future__ import annotations
@@ -21,72 +21,72 @@ from m2f.eval.metrics.rle import mask_ious
 from m2f.eval.metrics.segment_errors import Candidates
 
 FOREGROUND_IOU = 0.5
-"""From this IoU on a detection is right."""
+"""IoU from which a detection is correct; panoptic segments need a larger one."""
 BACKGROUND_IOU = 0.1
-"""Up to this IoU a detection has nothing to do with an annotation."""
+"""IoU up to which a detection is unrelated to an annotation."""
 MAX_IGNORED = 0.5
-"""A false detection with more of itself in crowds (or void) does not count."""
+"""A false detection with a larger share of its pixels in crowds (or void) does not count."""
 
 
 class ErrorType(IntEnum):
-    """Of a detection; MISSED is of an annotation."""
+    """Type of error of a detection; MISSED is the type of an annotation."""
 
     NONE = 0
     CLASSIFICATION = 1
     """Fits an annotation of another class."""
     LOCALISATION = 2
-    """Right class, IoU from 0.1 to 0.5. Repaired, it is a match with an IoU of 1."""
+    """Right class, IoU from 0.1 to 0.5. After the fix it is a match with an IoU of 1."""
     BOTH = 3
-    """Another class, and IoU from 0.1 to 0.5."""
+    """Another class, and an IoU from 0.1 to 0.5."""
     DUPLICATE = 4
     """Fits an annotation of its class that has a better detection."""
     BACKGROUND = 5
     """IoU of at most 0.1 with all annotations."""
     MISSED = 6
-    """No detection, also none that a repair would make fit."""
+    """Annotation without a detection, even after fixing others."""
 
 
 REPAIRED = (ErrorType.CLASSIFICATION, ErrorType.LOCALISATION)
-"""Errors whose detections become matches; those of the other types are removed."""
+"""Types whose detections become matches when fixed. Detections of all other types are removed."""
 
 
 @dataclass(frozen=True, eq=False)
 class ErrorRecord(Record):
-    """Detections that count and annotations without crowds of one image."""
+    """Detections that count, and annotations without crowds, of one image."""
 
     label: np.ndarray = field(metadata=column("int32"))
     score: np.ndarray = field(metadata=column("float64"))
-    """Best first inside a class; of panoptic segments their largest IoU."""
+    """Score of the detection, descending within a class. For panoptic segments it is their largest IoU."""
     iou: np.ndarray = field(metadata=column("float64"))
-    """With the annotation that it matches, or would match with the right class; 1 for errors of localisation."""
+    """IoU with the annotation that it matches, or would match if fixed; 1 for errors of localisation."""
     kind: np.ndarray = field(metadata=column("uint8"))
-    """ErrorType."""
+    """Value of ErrorType."""
     target: np.ndarray = field(metadata=column("int32"))
-    """Class after the repair."""
+    """Class after the fix."""
     repairable: np.ndarray = field(metadata=column("uint8"))
-    """1: the best detection for an annotation without match; others are removed with their type."""
+    """1 for the best detection of an unmatched annotation; all others are removed when their type is fixed."""
     truth_label: np.ndarray = field(metadata=column("int32"))
     truth_missed: np.ndarray = field(metadata=column("uint8"))
-    """0: matched; 1: MISSED; 2: unmatched, but the target of a repairable detection."""
+    """0: matched; 1: MISSED; 2: unmatched, but the target of a detection that can be fixed."""
 
 
 @dataclass(frozen=True)
 class ErrorCosts:
-    """Shares, not per cent."""
+    """Costs as shares, not per cent."""
 
     metric: Literal["AP50", "PQ"]
     value: float | None
-    """As it is; None where nothing counts."""
+    """The metric without any fix; None if nothing counts."""
     gains: Mapping[str, float]
-    """By type in lower case: the metric without errors of this type, less the metric as it is. Empty without value."""
+    """Metric with one type fixed, minus the unfixed metric, by type in lower case. Empty if `value` is None."""
     counts: Mapping[str, int]
-    """Errors by type."""
+    """Number of errors by type in lower case."""
     by_class: np.ndarray
-    """[K, types] int64 errors by the class of the detection, MISSED by that of the annotation; column NONE: matches."""
+    """[K, types] int64: errors by class of the detection, for MISSED of the annotation; column NONE holds matches."""
 
 
 class ErrorState(MetricState[ErrorRecord, ErrorCosts]):
-    """Errors per image of instances (AP50) or of panoptic segments (PQ)."""
+    """Errors per image, of instances (AP50) or panoptic segments (PQ)."""
 
     name = "error types"
 
@@ -96,7 +96,7 @@ class ErrorState(MetricState[ErrorRecord, ErrorCosts]):
         self.metric: Literal["AP50", "PQ"] = metric
 
     def compute(self) -> ErrorCosts:
-        """The metric as it is, and repaired type by type."""
+        """Compute the metric unfixed, and with each type fixed."""
         kind, label = self.rows("kind"), self.rows("label")
         missed = self.rows("truth_label")[self.rows("truth_missed") == 1]
         by_class = np.zeros((self.num_classes, len(ErrorType)), dtype=np.int64)
@@ -113,7 +113,7 @@ class ErrorState(MetricState[ErrorRecord, ErrorCosts]):
         )
 
     def _repaired(self, repaired: ErrorType | None) -> float | None:
-        """The metric without errors of a type."""
+        """Return the metric with errors of type `repaired` fixed; None fixes nothing."""
         kind, target, iou = self.rows("kind"), self.rows("target"), self.rows("iou")
         wrong = np.zeros(len(kind), dtype=bool) if repaired is None else kind == repaired
         mended = wrong & (self.rows("repairable") == 1) & (repaired in REPAIRED)
@@ -132,7 +132,7 @@ class ErrorState(MetricState[ErrorRecord, ErrorCosts]):
 def _average_precision(
     label: np.ndarray, score: np.ndarray, correct: np.ndarray, truth_count: np.ndarray
 ) -> float | None:
-    """Mean over the annotated classes, as COCO has it; None without one."""
+    """Return the mean over the annotated classes, as in COCO; None if there are none."""
     order = np.lexsort((-score, label))
     ends = np.searchsorted(label[order], np.arange(len(truth_count) + 1))
     values = []
@@ -143,7 +143,7 @@ def _average_precision(
 
 
 def _panoptic_quality(label: np.ndarray, iou: np.ndarray, correct: np.ndarray, truth_count: np.ndarray) -> float | None:
-    """Mean over the classes that occur; None without one."""
+    """Return the mean over the classes that occur; None if there are none."""
     predicted = np.bincount(label, minlength=len(truth_count))
     matched = np.bincount(label, weights=iou, minlength=len(truth_count))
     size = (predicted + truth_count) / 2  # = TP + FP / 2 + FN / 2
@@ -152,7 +152,7 @@ def _panoptic_quality(label: np.ndarray, iou: np.ndarray, correct: np.ndarray, t
 
 
 def instance_errors(truth: InstanceTruth, detections: InstanceDetections, limit: int = 100) -> ErrorRecord:
-    """Errors of one image among at most `limit` detections per class, matched as for AP50."""
+    """Return the errors of one image, among at most `limit` detections per class, matched as for AP50."""
     order = np.lexsort((-detections.scores, detections.labels))
     labels = detections.labels[order]
     order = order[np.arange(len(labels)) - np.searchsorted(labels, labels) < limit]
@@ -164,7 +164,7 @@ def instance_errors(truth: InstanceTruth, detections: InstanceDetections, limit:
     partner = np.full(len(order), -1)
     for d in np.flatnonzero((same & (iou >= FOREGROUND_IOU)).any(axis=1)):
         open_iou = np.where(free & same[d], iou[d], -1.0)
-        best = len(open_iou) - 1 - int(open_iou[::-1].argmax())  # of equals the later one, as in COCO
+        best = len(open_iou) - 1 - int(open_iou[::-1].argmax())  # among equal IoUs the later one, as in COCO
         if open_iou[best] >= FOREGROUND_IOU:
             free[best], partner[d] = False, best
     in_crowd = (overlaps >= FOREGROUND_IOU) & truth.is_crowd & (labels[:, None] == truth.labels)
@@ -174,7 +174,7 @@ def instance_errors(truth: InstanceTruth, detections: InstanceDetections, limit:
 
 
 def panoptic_errors(segments: Candidates) -> ErrorRecord:
-    """Errors of one image."""
+    """Return the errors of one image, with segments matched as for PQ."""
     labels = segments.predicted_labels
     fits = segments.iou > FOREGROUND_IOU
     matches = fits & (labels[:, None] == segments.truth_labels)
@@ -185,26 +185,26 @@ def panoptic_errors(segments: Candidates) -> ErrorRecord:
 
 
 class _Judged(NamedTuple):
-    """Predictions of one image beside its annotations."""
+    """Predictions of one image, with their relation to its annotations."""
 
     labels: np.ndarray
-    """[D] int"""
+    """[D] int classes."""
     scores: np.ndarray
-    """[D] float64"""
+    """[D] float64 scores."""
     iou: np.ndarray
-    """[D, G] float64"""
+    """[D, G] float64 IoU of predictions and annotations."""
     fits: np.ndarray
-    """[D, G] bool whether the IoU is enough for a match."""
+    """[D, G] bool: whether the IoU suffices for a match."""
     partner: np.ndarray
-    """[D] int annotation that each matches, or -1."""
+    """[D] int: index of the matched annotation, or -1."""
 
     def where(self, chosen: np.ndarray) -> _Judged:
-        """Those of the predictions."""
+        """Return the chosen predictions."""
         return _Judged(*(side[chosen] for side in self))
 
 
 def _record(found: _Judged, truth: np.ndarray, disjoint: bool) -> ErrorRecord:
-    """Types of predictions that all count, given the classes [G] of the annotations; `disjoint`: panoptic segments."""
+    """Classify predictions that count, given annotated classes `truth` [G]; `disjoint` stands for panoptic segments."""
     labels, scores, iou, fits, partner = found
     used = np.isin(np.arange(len(truth)), partner)
     if not len(truth):

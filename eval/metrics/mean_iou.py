@@ -1,7 +1,7 @@
 """Mean IoU and pixel accuracies of semantic segmentation as a mergeable state.
 
-Pixels without a truth label are dropped before anything is counted. Conventions differ in what a class without truth
-pixels counts: `miou` follows detectron2's SemSegEvaluator (the Mask2Former papers' numbers), the others go by name.
+Pixels without a truth label are dropped before counting. Conventions differ in how they treat a class without truth
+pixels. `miou` follows detectron2's SemSegEvaluator, as in the Mask2Former papers; the names of others state their rule.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from m2f.eval.metrics.overlaps import common_runs
 
 
 def ignore_label(num_classes: int) -> int:
-    """Value of pixels without a label in a truth label map: 255 (uint8), or 65535 (uint16) from 256 classes on."""
+    """Return the value of unlabelled pixels in a truth map: 255 (uint8), or 65535 (uint16) from 256 classes on."""
     return 255 if num_classes <= 255 else 65535
 
 
 @dataclass(frozen=True, eq=False)
 class ConfusionRecord(Record):
-    """Non-empty cells of one image's confusion matrix, ascending."""
+    """Non-empty cells of one image's confusion matrix, in ascending order."""
 
     cell: np.ndarray = field(metadata=column("int32"))
-    """truth * num_classes + prediction; num_classes^2 + truth where the prediction is void."""
+    """truth * num_classes + prediction; num_classes^2 + truth if the prediction is void."""
     pixels: np.ndarray = field(metadata=column("int64"))
 
 
 @dataclass(frozen=True)
 class MeanIoU:
-    """Shares, not per cent; None where no pixel has a label."""
+    """Scores as shares, not per cent; None if no pixel has a label."""
 
     miou: float | None
-    """Over the classes with truth pixels (detectron2)."""
+    """Mean over the classes with truth pixels (detectron2)."""
     miou_occurring: float | None
-    """Over the classes with truth or predicted pixels: a class that is only predicted counts 0 (mmseg, Cityscapes)."""
+    """Mean over classes with truth or predicted pixels; a class that is only predicted counts 0 (mmseg, Cityscapes)."""
     miou_all: float | None
-    """Over all classes: one that does not occur counts 0."""
+    """Mean over all classes; a class that does not occur counts 0."""
     fwiou: float | None
-    """IoU weighted by the classes' truth pixels."""
+    """Mean IoU weighted by the classes' truth pixels."""
     macc: float | None
     """Mean accuracy over the classes with truth pixels."""
     pacc: float | None
-    """Share of labelled pixels with the right class."""
+    """Share of labelled pixels with the correct class."""
     per_class: tuple[float | None, ...]
-    """IoU of every class; None where neither truth nor prediction has a pixel of it."""
+    """IoU of every class; None if neither truth nor prediction has a pixel of it."""
     truth_pixels: tuple[int, ...]
     """Labelled pixels of every class."""
 
 
 class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
-    """Sparse confusion matrices per image. Truth pixels of the value `ignore` have no label.
+    """Sparse confusion matrices per image. Truth pixels with the value `ignore` have no label.
 
-    Predicted pixels of the value `void` have no class: each is a miss of the truth's class and a false positive of
-    none. None: a prediction gives every pixel a class.
+    Predicted pixels with the value `void` have no class: each counts as a miss of the truth's class, and as a false
+    positive of no class. None: predictions give every pixel a class.
     """
 
     name = "mean IoU"
@@ -69,7 +69,7 @@ class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
         super().__init__(ConfusionRecord, settings if void is None else {**settings, "void": void})
 
     def update(self, image_id: int, truth: np.ndarray, predicted: np.ndarray) -> None:
-        """Count one image: label maps [H, W]. Raises EvaluationError naming it for sizes or labels amiss."""
+        """Count one image: label maps [H, W]. Raises EvaluationError with the image for wrong sizes or labels."""
         if truth.shape != predicted.shape:
             raise EvaluationError(
                 f"image {image_id}: the truth has the shape {truth.shape}, the prediction {predicted.shape}"
@@ -90,11 +90,11 @@ class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
         self.add(image_id, ConfusionRecord(cells, pixels[cells]))
 
     def confusion(self) -> np.ndarray:
-        """Pixels [K truth, K predicted] int64 of all images, without void."""
+        """Return the pixels [K truth, K predicted] int64 of all images, without void."""
         return self._counts()[: self.num_classes**2].reshape(self.num_classes, self.num_classes)
 
     def void_pixels(self) -> np.ndarray:
-        """Pixels [K] int64 of every class of the truth whose prediction is void."""
+        """Return, for every class of the truth, the pixels [K] int64 whose prediction is void."""
         return self._counts()[self.num_classes**2 :]
 
     def _counts(self) -> np.ndarray:
@@ -103,25 +103,25 @@ class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
         return counts
 
     def compute(self) -> MeanIoU:
-        """All conventions at once, from one confusion matrix."""
+        """Compute the scores of all conventions from one confusion matrix."""
         return self.of_classes(None)
 
     def of_classes(self, chosen: Collection[int] | None) -> MeanIoU:
-        """As `compute`, over some classes; None: over all."""
+        """Compute the scores as `compute` does, averaged over `chosen` classes; None: all."""
         return mean_iou_of(self.confusion(), self.void_pixels(), chosen)
 
 
 def split_cells(cells: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Class of the truth and of the prediction of cells of records; -1 where the prediction is void."""
+    """Return the classes of truth and prediction for cells of records; -1 if the prediction is void."""
     truth, predicted = np.divmod(cells, num_classes)
     void = cells >= num_classes**2
     return np.where(void, cells - num_classes**2, truth), np.where(void, -1, predicted)
 
 
 def mean_iou_of(confusion: np.ndarray, void_pixels: np.ndarray, chosen: Collection[int] | None = None) -> MeanIoU:
-    """All conventions at once, from pixels [K truth, K predicted], and [K truth] whose prediction is void.
+    """Compute all scores from pixels [K truth, K predicted] and pixels [K truth] whose prediction is void.
 
-    `chosen`: averages over these classes, pixels of whose truth count; None: over all.
+    With `chosen`, averages are over these classes and count only their truth pixels; None: all classes.
     """
     num_classes = len(confusion)
     counted = np.isin(np.arange(num_classes), range(num_classes) if chosen is None else list(chosen))

@@ -1,7 +1,7 @@
 """Panoptic quality (Kirillov et al., Panoptic Segmentation, CVPR 2019, section 4) as a mergeable state.
 
-Follows the COCO panoptic evaluation to the letter, crowd and void rules included, on id maps in memory: one table
-of overlaps per image gives every intersection and area.
+Follows the COCO panoptic evaluation exactly, including its rules for crowds and void. It works on id maps in memory;
+one table of overlaps per image gives all intersections and areas.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from m2f.eval.metrics.boundary import boundary_width, outline_map
 from m2f.eval.metrics.overlaps import InconsistentMapError, Overlaps, count_overlaps
 
 MATCH_IOU = 0.5
-"""A match needs a larger IoU than this, which makes matches unique."""
+"""A match needs a larger IoU than this. It makes matches unique."""
 MAX_IGNORED = 0.5
-"""An unmatched prediction with a larger share of void and crowd than this is not counted."""
+"""An unmatched prediction with a larger share of void and crowd than this does not count."""
 AREA_BOUNDS = (32.0**2, 96.0**2)
-"""Pixels from which on a segment is medium, and large."""
+"""Smallest areas of medium and of large segments, in pixels."""
 SIZES = ("small", "medium", "large")
 _ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
 class TruthSegment:
-    """One annotated segment; its pixels are those of the map that equal its id."""
+    """An annotated segment. Its pixels are those whose value in the map is its id."""
 
     label: int
-    """Contiguous class."""
+    """Contiguous class index."""
     area: float
-    """As the annotation states it; it enters the union in place of the pixel count."""
+    """Area stated by the annotation; it is used in the union instead of the pixel count."""
     is_crowd: bool
 
 
 @dataclass(frozen=True)
 class PanopticTruth:
-    """Ground truth of one image. Pixels with VOID_ID are void; an id without a segment is neither void nor segment."""
+    """Ground truth of one image. VOID_ID marks void. Any other id without a segment is neither void nor a segment."""
 
     id_map: np.ndarray
     """[H, W] integers."""
     segments: Mapping[int, TruthSegment]
-    """By id, in the order of the annotation (of several crowds of a class only the last protects predictions)."""
+    """Segments by id, in the order of the annotation. If a class has several crowds, only the last one counts."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class PanopticPrediction:
     """Prediction for one image."""
 
     id_map: np.ndarray
-    """[H, W] integers; VOID_ID = no segment."""
+    """[H, W] integers; VOID_ID for no segment."""
     labels: Mapping[int, int]
-    """Segment id -> contiguous class."""
+    """Contiguous class index of each segment id."""
 
 
 def _unknown() -> np.ndarray:
@@ -65,7 +65,7 @@ def _unknown() -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class PanopticRecord(Record):
-    """Matches and errors of one image, by class."""
+    """Matches and errors of one image, with their classes."""
 
     matched_label: np.ndarray = field(metadata=column("int32"))
     matched_iou: np.ndarray = field(metadata=column("float64"))
@@ -74,7 +74,7 @@ class PanopticRecord(Record):
     false_negative: np.ndarray = field(metadata=column("int32"))
     """Class of every unmatched annotated segment that counts."""
     matched_area: np.ndarray = field(default_factory=_unknown, metadata=column("float64", beside="matched_label"))
-    """As the annotation states it; NaN in all three columns of areas where they were not recorded."""
+    """Area stated by the annotation. In records without areas, all three area columns are NaN."""
     false_positive_area: np.ndarray = field(
         default_factory=_unknown, metadata=column("float64", beside="false_positive")
     )
@@ -82,57 +82,57 @@ class PanopticRecord(Record):
     false_negative_area: np.ndarray = field(
         default_factory=_unknown, metadata=column("float64", beside="false_negative")
     )
-    """As the annotation states it."""
+    """Area stated by the annotation."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """PQ = SQ x RQ, averaged over the classes that occur; shares, not per cent."""
+    """PQ = SQ x RQ, averaged over the classes that occur; as shares, not per cent."""
 
     pq: float
     sq: float
     rq: float
     num_classes: int
-    """Classes averaged: those with a match or an error."""
+    """Number of averaged classes: those with a match or an error."""
 
 
 @dataclass(frozen=True)
 class ClassQuality:
-    """Quality of one class; zeros where the class does not occur."""
+    """Quality of one class; zeros if the class does not occur."""
 
     pq: float
     sq: float
     rq: float
     iou: float
-    """Sum over the matches."""
+    """Sum of the IoUs of all matches."""
     true_positives: int
     false_positives: int
     false_negatives: int
 
     @property
     def occurs(self) -> bool:
-        """Whether the class counts in averages."""
+        """Whether the class has a match or an error, so that it counts in averages."""
         return self.true_positives + self.false_positives + self.false_negatives > 0
 
 
 @dataclass(frozen=True)
 class PanopticQuality:
-    """Panoptic quality of an image set; a split without any class that occurs is None."""
+    """Panoptic quality of an image set; None for a split in which no class occurs."""
 
     all: Quality | None
     things: Quality | None
     stuff: Quality | None
     per_class: tuple[ClassQuality, ...]
     by_size: Mapping[str, Quality | None] = field(default_factory=dict)
-    """Over all classes, of the annotated segments of one size, and of the false predictions of that size; empty where
-    records have no areas."""
+    """Quality over all classes by size: of annotated segments, and of false predictions of that size. Empty if records
+    have no areas."""
 
 
 class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
     """Matches and errors per image. `is_thing[label]` tells things from stuff.
 
-    With a `boundary_ratio` (see `m2f.eval.metrics.boundary`) it is Boundary PQ. `area_bounds`: pixels from which on a
-    segment is medium, and large.
+    With `boundary_ratio` (see `m2f.eval.metrics.boundary`) the metric is Boundary PQ. `area_bounds` holds the smallest
+    areas of medium and of large segments, in pixels.
     """
 
     name = "panoptic quality"
@@ -144,7 +144,7 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         area_bounds: Sequence[float] = AREA_BOUNDS,
     ) -> None:
         settings: dict[str, Any] = {"is_thing": list(is_thing), "boundary_ratio": boundary_ratio}
-        if tuple(area_bounds) != AREA_BOUNDS:  # states of before know no other ones
+        if tuple(area_bounds) != AREA_BOUNDS:  # older states have no others
             settings["area_bounds"] = list(area_bounds)
         super().__init__(PanopticRecord, settings)
         self.is_thing = tuple(is_thing)
@@ -152,14 +152,14 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         self.area_bounds = tuple(area_bounds)
 
     def update(self, image_id: int, truth: PanopticTruth, prediction: PanopticPrediction) -> None:
-        """Match one image. Raises EvaluationError where the two maps or the prediction's own tables disagree."""
+        """Match one image. Raises EvaluationError if the maps' sizes, or the prediction's map and labels, disagree."""
         try:
             self.add(image_id, match_panoptic(truth, prediction, self.boundary_ratio))
         except InconsistentMapError as error:
             raise EvaluationError(f"image {image_id}: {error}") from error
 
     def compute(self) -> PanopticQuality:
-        """Averages over all classes, things and stuff, and every class by itself."""
+        """Compute the averages over all classes, things and stuff, and the quality of every class."""
         per_class = self._per_class()
         pairs = list(zip(per_class, self.is_thing, strict=True))
         return PanopticQuality(
@@ -171,12 +171,12 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         )
 
     def _by_size(self) -> dict[str, Quality | None]:
-        """Averages over the classes that occur in each size."""
+        """Return the averages over the classes that occur in each size."""
         sides = ("matched_area", "false_positive_area", "false_negative_area")
         areas = [self.rows(side) for side in sides]
         if any(np.isnan(side).any() for side in areas):
             return {}
-        # On a bound a segment is of the larger size.
+        # A segment whose area equals a bound belongs to the larger size.
         sizes = [np.searchsorted(self.area_bounds, side, side="right") for side in areas]
         return {
             name: _average(self._per_class(*(side == position for side in sizes)))
@@ -189,10 +189,10 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         wrong: np.ndarray | slice = _ALL,
         missed: np.ndarray | slice = _ALL,
     ) -> tuple[ClassQuality, ...]:
-        """Every class from the chosen rows of matches, false positives and false negatives."""
+        """Compute every class from the chosen rows of matches, false positives and false negatives."""
         num_classes = len(self.is_thing)
         matched = self.rows("matched_label")[matches]
-        # bincount adds in the order of the rows: image by image, so the sums have the same bits for every sharding.
+        # bincount adds in row order, image by image, so the sums have the same bits for every sharding.
         iou = np.bincount(matched, weights=self.rows("matched_iou")[matches], minlength=num_classes)
         true_positives = np.bincount(matched, minlength=num_classes)
         false_positives = np.bincount(self.rows("false_positive")[wrong], minlength=num_classes)
@@ -203,9 +203,9 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         return tuple(_class_quality(*row) for row in counts)
 
     def image_quality(self, image_id: int) -> float | None:
-        """PQ of one image, all its segments taken as one class; None if nothing counts in it.
+        """Return the PQ of one image with all segments as one class; None if nothing counts in it.
 
-        For choosing and titling pictures, not for comparison with published numbers.
+        Used to choose and title pictures, not for comparison with published numbers.
         """
         record = self.record(image_id)
         tp, fp, fn = len(record.matched_label), len(record.false_positive), len(record.false_negative)
@@ -215,10 +215,10 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
 def match_panoptic(
     truth: PanopticTruth, prediction: PanopticPrediction, boundary_ratio: float | None = None
 ) -> PanopticRecord:
-    """Matches, false positives and false negatives of one image, matches in ascending (truth id, predicted id).
+    """Match one image: matches in ascending (truth id, predicted id), false positives and false negatives.
 
-    With a `boundary_ratio` a match also needs that much of the boundaries (Boundary PQ). Raises InconsistentMapError
-    where the maps or the prediction's own tables disagree.
+    With `boundary_ratio` a match also needs an IoU of the boundaries above MATCH_IOU (Boundary PQ). Raises
+    InconsistentMapError if the maps differ in size, or if the prediction's map and labels disagree.
     """
     overlaps = count_overlaps(truth.id_map, prediction.id_map)
     _check_tables_agree(prediction, overlaps.predicted_area)
@@ -259,14 +259,14 @@ def match_panoptic(
 
 
 def _count_outlines(truth: np.ndarray, predicted: np.ndarray, ratio: float) -> Overlaps:
-    """Overlaps of the segments' boundaries, whose area is their pixels."""
+    """Count the overlaps of the segments' boundaries, whose area is their number of pixels."""
     height, width = truth.shape
     steps = boundary_width((height, width), ratio)
     return count_overlaps(outline_map(truth, steps), outline_map(predicted, steps))
 
 
 def _ignored_share(predicted_id: int, label: int, truth: PanopticTruth, overlaps: Overlaps) -> float:
-    """Share of a predicted segment in void or in the last listed crowd of its class."""
+    """Return the share of a predicted segment in void or in the last listed crowd of its class."""
     crowds = [i for i, segment in truth.segments.items() if segment.is_crowd and segment.label == label]
     ignored = sum(overlaps.pixels.get((i, predicted_id), 0) for i in (VOID_ID, *crowds[-1:]))
     return ignored / overlaps.predicted_area[predicted_id]

@@ -1,4 +1,4 @@
-"""Confidence intervals over runs that differ in their seed: the one place that needs scipy.stats."""
+"""Confidence intervals over runs with different seeds. The only module that needs scipy.stats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 
 
 class SeedInterval(NamedTuple):
-    """A mean, or a difference of means, and its bounds."""
+    """A mean, or a difference of means, with its confidence bounds."""
 
     value: float
     low: float
@@ -19,13 +19,13 @@ class SeedInterval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> SeedInterval:
-    """Student's t interval of the mean of at least two runs."""
+    """Return Student's t interval of the mean of at least two runs."""
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
     return _interval(mean, error, len(values) - 1, confidence)
 
 
 def difference_interval(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> SeedInterval:
-    """Welch's t interval of the mean of `second` less that of `first`, at least two runs each."""
+    """Return Welch's t interval of the mean of `second` minus that of `first`, with at least two runs each."""
     errors = [statistics.variance(side) / len(side) for side in (first, second)]
     total = sum(errors)
     spread = sum(error**2 / (len(side) - 1) for error, side in zip(errors, (first, second), strict=True))
