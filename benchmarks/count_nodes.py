@@ -1,9 +1,9 @@
-"""`python -m benchmarks.count_nodes [SIDE] [IMAGES]`: operations of each region's graphs of a training step.
+"""`python -m benchmarks.count_nodes [SIDE] [IMAGES]`: count the operations in the graphs of a training step.
 
-The regions of an R50 are traced for tensors that have no values, in bfloat16 autocast, as `training.compile` does, and
-with the fused kernel of deformable attention as on GPUs. The counts of forward and backward are an upper bound of
-Inductor's kernels, which fuse neighbours; views are not counted. The last lines count what an eager step would launch
-for tensors that `m2f.model.constants` keeps.
+The regions of an R50 are traced as `training.compile` does, in bfloat16 autocast, with tensors that have no values. The
+fused kernel of deformable attention is used as on GPUs. The forward and backward counts are an upper bound of the
+kernels that Inductor generates, because it fuses neighbours; views are not counted. The last lines count the launches
+that an eager step saves because `m2f.model.constants` keeps tensors between steps.
 """
 
 from __future__ import annotations
@@ -33,17 +33,20 @@ REGIONS = ("backbone", "pixel_decoder", "transformer_decoder")
 
 @dataclass(frozen=True)
 class RegionCount:
-    """Operations of one region, without views."""
+    """Number of operations in one region, without views."""
 
     region: str
     forward: int
     backward: int
     fused_attention: int
-    """Of the forward ones: kernels of deformable attention."""
+    """Forward operations that are fused kernels of deformable attention."""
 
 
 def count_regions(model: nn.Module, images: Callable[[], Tensor]) -> tuple[RegionCount, ...]:
-    """Compile the regions of a model without values and count; `images` makes its input in the same mode."""
+    """Compile the regions of a model and count their operations.
+
+    Call it in the context of `without_values`. `images` creates the input of the model in the same context.
+    """
     graphs: dict[str, list[fx.GraphModule]] = {name: [] for name in REGIONS}
     for name in REGIONS:
         model.get_submodule(name).compile(backend=_keep_graphs(graphs[name]), dynamic=False, fullgraph=True)
@@ -78,7 +81,7 @@ def _is_view(operation: torch._ops.OpOverload) -> bool:
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts operations that are no views."""
+    """Counts the operations that are not views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +93,10 @@ class OperationCounter(TorchDispatchMode):
 
 
 def count_constants(model: nn.Module, side: int) -> dict[str, int]:
-    """Launches of one forward for what is kept between steps, without the operator's table of levels."""
+    """Count the launches of one forward pass for tensors that are kept between steps.
+
+    The table of levels inside the operator is not counted.
+    """
     shapes = [(side // stride, side // stride) for stride in (32, 16, 8)]
     norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
     counts = {}
@@ -110,7 +116,7 @@ def count_constants(model: nn.Module, side: int) -> dict[str, int]:
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Tensors have shapes alone, and the kernel of deformable attention takes them."""
+    """Create tensors that have only shapes, which the fused kernel of deformable attention accepts."""
     with patch.object(MSDeformAttn, "_is_fused", lambda self, value: True), FakeTensorMode():
         yield
 

@@ -1,4 +1,4 @@
-"""What the data benchmark compares with, written here: a mapper in Detectron2's way, and streaming by `webdataset`."""
+"""Peers of the data benchmark: a mapper in the style of Detectron2, written here, and streaming by `webdataset`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from m2f.data_pipeline.transforms.augment import AugmentParams
 
 @dataclass(frozen=True)
 class Mapped:
-    """What such a mapper hands to the model for one image."""
+    """Output of the mapper for one image of n segments."""
 
     image: Tensor
     """[3, H, W] uint8"""
     labels: Tensor
+    """[n] int64 category ids"""
     masks: Tensor
     """[n, H, W] bool, one mask per segment."""
 
@@ -33,13 +34,13 @@ Pixels = tuple[np.ndarray, np.ndarray]
 
 
 def decode(encoded: SyntheticImage) -> Pixels:
-    """Image and colour-coded ids by Pillow."""
+    """Decode image and colour-coded ids with Pillow."""
     with Image.open(io.BytesIO(encoded.jpeg)) as image, Image.open(io.BytesIO(encoded.id_png)) as ids:
         return np.asarray(image.convert("RGB")), np.asarray(ids.convert("RGB"))
 
 
 def map_image(encoded: SyntheticImage, image: np.ndarray, colors: np.ndarray, params: AugmentParams) -> Mapped:
-    """Flip, resize and pad or crop everything whole, then ids, then one mask per segment."""
+    """Flip, resize and pad or crop the whole image and ids, then extract one mask per segment."""
     image = _transform(image, params, Image.Resampling.BILINEAR, padding=128)
     colors = _transform(colors, params, Image.Resampling.NEAREST, padding=0)
     ids = segment_ids(colors)
@@ -53,13 +54,13 @@ def map_image(encoded: SyntheticImage, image: np.ndarray, colors: np.ndarray, pa
 
 
 def segment_ids(colors: np.ndarray) -> np.ndarray:
-    """[H, W] R + 256 G + 65536 B."""
+    """Return ids [H, W] int32 of colours [H, W, 3]: R + 256 G + 65536 B."""
     red, green, blue = (colors[..., channel].astype(np.int32) for channel in range(3))
     return red + 256 * green + 65536 * blue
 
 
 def collate(mapped: Sequence[Mapped]) -> tuple[Tensor, list[Tensor]]:
-    """Images in one tensor, and the masks of every image padded to its size."""
+    """Stack the images to [B, 3, H, W], and pad the masks of every image to [n, H, W]."""
     images = torch.stack([one.image for one in mapped])
     height, width = images.shape[-2:]
     padded = []
@@ -71,7 +72,10 @@ def collate(mapped: Sequence[Mapped]) -> tuple[Tensor, list[Tensor]]:
 
 
 def stream(urls: Sequence[str], storage: Storage | None = None) -> Iterator[dict[str, bytes]]:
-    """Samples of these tars, one tar after the other, as stock `webdataset` reads them; `s3://` through our client."""
+    """Yield the samples of these tars in order, read by unmodified `webdataset`.
+
+    With `storage`, URLs that begin with `s3://` are read through our client.
+    """
     if storage is not None:
         webdataset.gopen_schemes["s3"] = lambda url, mode, bufsize: io.BytesIO(storage.get(url))
     yield from webdataset.WebDataset(list(urls), shardshuffle=False)

@@ -1,10 +1,11 @@
-"""The first minutes on a GPU, in three calls of under ten minutes: what must be known first comes first.
+"""The first minutes on a GPU, in three calls of under ten minutes, the most important questions first.
 
     python -m benchmarks.first_gpu_minutes call 1|2|3 [--out FOLDER] [--recording FILE] [--dry-run]
 
-Every step is a process of its own with a time box, so that one that fails or hangs costs its box only. In the folder:
-results.jsonl with a line per step, log_N.txt with all that was printed. A table comes last. `step NAME` in place of
-`call N` runs one step here. A dry run takes the CPU and small sizes, and leaves out what only a GPU can do.
+Every step is a separate process with a time limit, so a step that fails or hangs does not delay the others beyond its
+limit. The folder then contains results.jsonl with one line per step, and log_N.txt with all output. A table is printed
+at the end. `step NAME` instead of `call N` runs one step in this process. A dry run uses the CPU and small sizes, and
+skips steps that need a GPU.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 WORTH_STARTING_S = 15.0
-"""A step with less time left is not started."""
+"""Seconds; a step is not started if less time is left in its call."""
 BRIEF = 400
-"""Characters of a finding in the table; results.jsonl has all of it."""
+"""Most characters of a finding in the table; results.jsonl contains all of it."""
 State = Literal["ok", "skipped", "failed", "timeout", "no time"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One question to the GPU."""
+    """One check or measurement on the GPU."""
 
     name: str
-    """Of a function of `module`, too."""
+    """Also the name of a function in `module`."""
     module: str
-    """In `benchmarks.gpu`."""
+    """Module in `benchmarks.gpu`."""
     seconds: float
-    """Its time box."""
+    """Time limit."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """Steps that share a loan of the GPU, in the order of importance."""
+    """Steps that share one time slot on the GPU, in order of importance."""
 
     seconds: float
     steps: tuple[Step, ...]
@@ -53,16 +54,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a step."""
+    """Outcome of a step."""
 
     step: str
     state: State
     seconds: float
     found: object
-    """As JSON holds it: what the step returned, or an error or reason as text."""
+    """JSON-serialisable return value of the step, or an error or reason as text."""
 
     def line(self) -> str:
-        """For a person."""
+        """Return a line of the printed table."""
         return f"{self.step:<16} {self.state:<8} {self.seconds:5.0f} s  {json.dumps(self.found)[:BRIEF]}"
 
 
@@ -106,7 +107,7 @@ STEPS = {step.name: step for call in CALLS.values() for step in call.steps}
 
 
 def run_call(number: str, arguments: Sequence[str], out: Path) -> list[Result]:
-    """All steps of a call that there is time for, each printed when it is done."""
+    """Run the steps of a call while time is left; print each result when the step ends."""
     call, began, results = CALLS[number], time.monotonic(), []
     for step in call.steps:
         left = call.seconds - (time.monotonic() - began)
@@ -130,7 +131,7 @@ def _in_process(step: Step, arguments: Sequence[str], out: Path, box_s: float, l
         try:
             status = process.wait(box_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            os.killpg(process.pid, signal.SIGKILL)  # also kills the processes that it started
             process.wait()
             result = Result(step.name, "timeout", time.monotonic() - began, f"longer than {box_s:.0f} s")
             _record(result, out)
@@ -144,16 +145,16 @@ def _in_process(step: Step, arguments: Sequence[str], out: Path, box_s: float, l
 
 
 def command_of(step: Step, arguments: Sequence[str]) -> list[str]:
-    """The process of a step, started in the repository."""
+    """Return the command that runs a step in the repository."""
     return [sys.executable, "-u", "-m", "benchmarks.first_gpu_minutes", "step", step.name, *arguments]
 
 
 def run_step(step: Step, out: Path, recording: Path | None, dry: bool) -> Result:
-    """One step in this process; its result is added to results.jsonl."""
+    """Run one step in this process and append its result to results.jsonl."""
     began = time.monotonic()
     state: State = "ok"
     if dry:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+        os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
     try:
         import torch
 
@@ -186,7 +187,7 @@ def _recorded(out: Path) -> list[Result]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 where a step failed or took too long."""
+    """Run a call or a step; return exit status 1 if a step failed or, in a call, exceeded its time limit."""
     parser = argparse.ArgumentParser(prog="first_gpu_minutes", allow_abbrev=False)
     parser.add_argument("kind", choices=("call", "step"))
     parser.add_argument("name", choices=(*CALLS, *STEPS), metavar="NAME", help="1, 2 or 3, or the name of a step")

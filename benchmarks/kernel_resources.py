@@ -1,7 +1,7 @@
 """`python -m benchmarks.kernel_resources [SM,...] [CHANNELS,...]`: registers, spills and barriers of the fused kernel.
 
-Every cut of the tables in `m2f.model.deform_attn.triton_op` is compiled for GPUs of these compute capabilities (90 is
-9.0) and channels per head, in bfloat16. No GPU is needed: Triton brings its assembler.
+Compiles every launch configuration of the tables in `m2f.model.deform_attn.triton_op` for these compute capabilities
+(90 is 9.0) and channels per head, in bfloat16. It needs no GPU, because Triton includes its assembler.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from m2f.model.deform_attn.tuning import LaunchConfig
 
 LEVELS, POINTS, WARP = 3, 4, 32
 REGISTERS = 65_536
-"""Of a multiprocessor of these GPUs."""
+"""Registers of one multiprocessor of these GPUs."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program of a compiled kernel takes."""
+    """Resources of one program of a compiled kernel."""
 
     registers: int
-    """Of each thread."""
+    """Registers per thread."""
     spilled: int
-    """Bytes of each thread that found no register."""
+    """Bytes per thread that do not fit into registers."""
     shared: int
-    """Bytes of shared memory."""
+    """Bytes of shared memory per program."""
     barriers: int
-    """Places where the warps of a program wait for each other."""
+    """Synchronisation points between the warps of a program in the code."""
 
     def warps_resident(self, num_warps: int, limit: int = 64) -> int:
-        """Warps that a multiprocessor holds at a time, by registers."""
+        """Return how many warps a multiprocessor can hold at a time, limited by registers and `limit`."""
         per_warp = -(-self.registers * WARP // 256) * 256
         return min(limit, REGISTERS // (per_warp * num_warps) * num_warps)
 
 
 def resources(kernel: Any, capability: int, dim: int, cut: LaunchConfig, **constants: bool) -> Resources:
-    """Compile a kernel for one cut and read what the assembler reports."""
+    """Compile a kernel for one launch configuration and parse the report of the assembler."""
     sizes = {"DIM": dim, "LANES": triton.next_power_of_2(dim), "LEVELS": LEVELS, "POINTS": POINTS, "BLOCK": cut.block}
     sizes |= {"SAMPLES": triton.next_power_of_2(LEVELS * POINTS), **constants}
     names = kernel.arg_names

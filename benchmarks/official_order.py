@@ -1,7 +1,7 @@
-"""The order of the published code: dense masks of every query, losses and results one image at a time.
+"""The published code's order of operations: dense masks of every query, losses and results one image at a time.
 
-Written from the paper (sections 3.2 and 3.3) and from what is known of the published code's order of operations, to
-measure against; the points are handed over, so that the results can be compared.
+A baseline for benchmarks, written from the paper (sections 3.2 and 3.3) and from the known order of operations of the
+published code. Callers pass the random points, so that results can be compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from m2f.model.structures import Predictions
 
 
 def official_pixel_decoder(model: Mask2Former) -> Mask2Former:
-    """A copy of the model whose pixel decoder computes in fp32 and samples level by level."""
+    """Return a copy of the model whose pixel decoder computes in fp32 and samples level by level."""
     model = deepcopy(model)
     for module in model.modules():
         if isinstance(module, MSDeformAttn):
@@ -47,7 +47,10 @@ def _sample_levels(value: Tensor, offsets: Tensor, logits: Tensor, grid: Samplin
 def dense_attention_masks(
     predictions: Predictions, sizes: Sequence[tuple[int, int]], heads: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Mask logits [B, Q, h, w] of all predictions; bool masks [B * heads, Q, T] (True: hidden) of all but the last."""
+    """Return the mask logits of all predictions, and the attention masks from all but the last.
+
+    Mask logits are [B, Q, h, w]. Attention masks are bool [B * heads, Q, T], True where attention is blocked.
+    """
     masks = [torch.einsum("bqc,bchw->bqhw", e, predictions.mask_features) for e in predictions.mask_embeddings]
     hidden = []
     for layer, mask in enumerate(masks[:-1]):
@@ -67,7 +70,7 @@ def official_loss(
     drawn: DrawnPoints,
     config: LossConfig,
 ) -> Tensor:
-    """Total loss of a micro-batch; `truth` holds the masks [N, H, W] of each image."""
+    """Return the total loss of a micro-batch; `truth` contains the masks [N, H, W] of each image."""
     num_masks = sum(len(own) for own in labels)
     total = predictions.class_logits.new_zeros(())
     for layer, (logits, classes) in enumerate(zip(masks, predictions.class_logits, strict=True)):
@@ -82,7 +85,7 @@ def official_loss(
 
 
 def _sample(maps: Tensor, points: Tensor) -> Tensor:
-    """[N, P] of maps [N, h, w] at points [N, P, 2]."""
+    """Sample maps [N, h, w] at points [N, P, 2] in [0, 1], bilinearly; return [N, P]."""
     return F.grid_sample(maps[:, None], 2 * points[:, :, None] - 1, align_corners=False)[:, 0, :, 0]
 
 
@@ -90,7 +93,7 @@ def _sample(maps: Tensor, points: Tensor) -> Tensor:
 def official_assignment(
     classes: Tensor, logits: Tensor, labels: Tensor, truth: Tensor, points: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor]:
-    """Queries and targets of one image and one prediction."""
+    """Match one image and one prediction; return the indices of queries and of their targets."""
     x, t = (_sample(maps, points.expand(len(maps), -1, -1)).float() for maps in (logits, truth))
     positive = F.binary_cross_entropy_with_logits(x, torch.ones_like(x), reduction="none")
     negative = F.binary_cross_entropy_with_logits(x, torch.zeros_like(x), reduction="none")
@@ -123,7 +126,7 @@ def _mask_losses(
     drawn: DrawnPoints,
     config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the matched masks of one prediction."""
+    """Return the mask loss and the dice loss, summed over the matched masks of one prediction."""
     matched = torch.cat([logits[image, queries] for image, (queries, _) in enumerate(pairs)])
     wanted = torch.cat([truth[image][targets] for image, (_, targets) in enumerate(pairs)])
     image = torch.cat([torch.full_like(targets, image) for image, (_, targets) in enumerate(pairs)])
@@ -142,14 +145,14 @@ def _mask_losses(
 
 
 def _at_original_size(masks: Tensor, geometry: ImageGeometry) -> Tensor:
-    """Mask logits [Q, H, W] of all queries, from [Q, h, w]."""
+    """Resize mask logits [Q, h, w] of all queries to [Q, H, W], the original size."""
     masks = F.interpolate(masks[None], geometry.padded_size, mode="bilinear")
     masks = masks[..., : geometry.resized_size[0], : geometry.resized_size[1]]
     return F.interpolate(masks, geometry.original_size, mode="bilinear")[0]
 
 
 def plain_semantic(class_logits: Tensor, masks: Tensor, geometry: ImageGeometry) -> Tensor:
-    """Label map [H, W]: the class with the largest sum of class probability times mask probability."""
+    """Return the label map [H, W]: the class with the largest sum of class probability times mask probability."""
     masks = _at_original_size(masks, geometry).sigmoid()
     return torch.einsum("qk,qhw->khw", class_logits.softmax(-1)[:, :-1], masks).argmax(0)
 
@@ -157,7 +160,7 @@ def plain_semantic(class_logits: Tensor, masks: Tensor, geometry: ImageGeometry)
 def plain_instance(
     class_logits: Tensor, masks: Tensor, geometry: ImageGeometry, config: PostprocessConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks [N, H, W], labels and scores of the best pairs of query and class."""
+    """Return masks [N, H, W], labels and scores of the best pairs of query and class."""
     logits = _at_original_size(masks, geometry)
     num_classes = class_logits.shape[-1] - 1
     scores, pairs = class_logits.softmax(-1)[:, :-1].flatten().topk(config.max_instances)
@@ -174,7 +177,7 @@ def plain_panoptic(
     is_thing: Sequence[bool],
     config: PostprocessConfig,
 ) -> Tensor:
-    """Segment map [H, W]: all queries upsampled, then filtered, then painted one by one."""
+    """Return the segment map [H, W] int32: upsample all queries, filter them, and paint them one by one."""
     masks = _at_original_size(masks, geometry).sigmoid()
     scores, labels = class_logits.softmax(-1).max(-1)
     keep = (labels != class_logits.shape[-1] - 1) & (scores > config.object_threshold)

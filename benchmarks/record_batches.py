@@ -1,7 +1,7 @@
-"""`python -m benchmarks.record_batches RECIPE FILE [KEY=VALUE ...]`: what a training sees, for a machine without data.
+"""`python -m benchmarks.record_batches RECIPE FILE [KEY=VALUE ...]`: record training batches in one file.
 
-Runs a recipe's own loader and keeps the images and targets of its first steps in one file, which
-`python -m benchmarks.train_recorded` trains from.
+Runs the recipe's own loader and saves the images and targets of the first steps.
+`python -m benchmarks.train_recorded` trains from the file on a machine without the data set.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from m2f.model.errors import ConfigError, UserError
 from m2f.trainer.data import open_shards
 
 MAX_MB = 30.0
-"""What travels to a machine beside the code and the packages that it lacks."""
+"""Default limit in 10^6 bytes, for machines that accept only small files beside code and packages."""
 
 
 def record(
     config: RunConfig, path: str | Path, steps: int | None, max_mb: float = MAX_MB, quality: int | None = 92
 ) -> int:
-    """Record the first `steps` steps of a recipe (None: as many as fit); returns their number.
+    """Record the first `steps` steps of a recipe (None: as many as fit) and return their number.
 
     Raises:
-        ConfigError: that many do not fit into `max_mb` (10^6 bytes).
+        ConfigError: fewer than `steps` steps (None: not even one) fit into `max_mb` (10^6 bytes).
         UserError: the data cannot be used.
     """
     storage = Storage(config.storage)
@@ -41,7 +41,7 @@ def record(
     spec = LoaderSpec(
         global_batch=job.training.global_batch, micro_batch=1, rank=0, world=1, start_step=0, seed=job.seed
     )
-    done, recipe = 0, dump_recipe(replace(config, output="runs"))  # where it will train, other folders exist
+    done, recipe = 0, dump_recipe(replace(config, output="runs"))  # the other machine has other folders
     with (
         closing(open_shards(job, storage).steps(job, storage, spec, order_start=0)) as loaded,
         RecordingWriter(path, recipe, job.model.num_classes, int(max_mb * 1e6), quality) as writer,

@@ -1,8 +1,13 @@
-"""Training images as the trainer gets them, in one file, for a machine that has neither the data set nor its tools.
+"""Recorded training batches in one file, for a machine that has neither the data set nor the tools to read it.
 
-The file is a zip: `recipe.yaml`; `images.json` with the targets of every image; `images/NNNNNN.jpg` (or `.png`) and
-`maps/NNNNNN.png`, its id maps below each other. Images are in the order of the training; a run that wants more of them
-begins again with the first, each time with random points of its own.
+The file is a zip archive:
+
+- `recipe.yaml`
+- `images.json`: the targets of every image
+- `images/NNNNNN.jpg` or `.png`: the augmented image
+- `maps/NNNNNN.png`: its id maps, stacked vertically
+
+Images are in training order. A longer run starts again with the first image, and draws new random points each time.
 """
 
 from __future__ import annotations
@@ -35,24 +40,24 @@ FORMAT = 1
 _RECIPE, _IMAGES = "recipe.yaml", "images.json"
 _STEPS_AHEAD = 2
 _MOST_PIXELS = 2**26
-_MEMBER_BYTES = 128  # of zip headers, at most
+_MEMBER_BYTES = 128  # upper limit of the zip headers of a member
 _JPEG_OPTIONS = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A recorded stream; the training data of a run."""
+    """A recording that is loaded into memory, used as the training data of a run."""
 
     recipe: str
     """The resolved recipe (YAML)."""
     num_classes: int
     examples: tuple[Example, ...]
     fingerprint: str
-    """Digest of the file."""
+    """SHA-256 of the file, in hexadecimal."""
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a file and decode its images. Raises DataError where it is none, damaged or newer than this code."""
+        """Read a file and decode its images. Raises DataError if it is no recording, damaged or of another format."""
         try:
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             with zipfile.ZipFile(path) as archive:
@@ -68,14 +73,14 @@ class Recording:
 
     @property
     def most_segments(self) -> int:
-        """Of any image."""
+        """Largest number of segments in an image."""
         return max(len(example.targets.labels) for example in self.examples)
 
     def check(self, storage: Storage) -> None:
-        """Nothing: everything is in memory."""
+        """Do nothing, because all data is in memory."""
 
     def steps(self, job: TrainJob, storage: Storage, spec: LoaderSpec, order_start: int) -> Generator[StepBatches]:
-        """One rank's endless steps, two of them prepared ahead."""
+        """Yield the steps of one rank without end; two steps are prepared ahead."""
         made = map_in_thread(lambda step: self._step(step, spec, order_start), count(spec.start_step), _STEPS_AHEAD)
         try:
             while True:
@@ -98,17 +103,17 @@ class Recording:
 
     @cached_property
     def _canvas(self) -> tuple[int, int] | None:
-        """Height and width of all images; None where they differ."""
+        """Height and width of all images; None if they differ."""
         shapes = {example.targets.id_maps.shape[1:] for example in self.examples}
         height, width = shapes.pop()
         return None if shapes else (height, width)
 
 
 class RecordingWriter:
-    """Writes a recording of at most `max_bytes`; a context manager, which deletes the file on an error."""
+    """Context manager that writes a recording of at most `max_bytes`, and deletes the file on an error."""
 
     def __init__(self, path: str | Path, recipe: str, num_classes: int, max_bytes: int, quality: int | None) -> None:
-        """`quality` of the JPEG images, 1 to 100; None keeps every pixel as it is, as PNG."""
+        """Create the file. `quality` is that of the JPEG images, 1 to 100; None writes lossless PNG."""
         self._path, self._max_bytes, self._quality = Path(path), max_bytes, quality
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._archive = zipfile.ZipFile(self._path, "w", zipfile.ZIP_STORED)
@@ -131,7 +136,7 @@ class RecordingWriter:
             self._path.unlink()
 
     def add(self, batches: Sequence[Batch]) -> bool:
-        """Append one step in micro-batches of one image; False where it does not fit, and is left out."""
+        """Append one step, given as micro-batches of one image. Return False, and add nothing, if it does not fit."""
         encoded = [_encode(batch, self._quality) for batch in batches]
         needed = sum(_size_of(entry, members) for entry, members in encoded)
         if self._bytes + needed > self._max_bytes:
@@ -145,7 +150,11 @@ class RecordingWriter:
 
 
 def _encode(batch: Batch, quality: int | None) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """What `images.json` says of a batch of one image, and its members by their names, which lack the number."""
+    """Encode a batch of one image.
+
+    Returns its entry in `images.json`, and its archive members by name. Names have a placeholder for the number of the
+    image.
+    """
     (image,), (maps,), (size,), targets = batch.images, batch.targets.id_maps, batch.sizes, batch.targets
     pixels, layers = image.permute(1, 2, 0).numpy(), maps.numpy()
     valid = targets.valid[0]
@@ -178,7 +187,7 @@ def _size_of(entry: Mapping[str, Any], members: Mapping[str, bytes]) -> int:
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A picture whose header and size promise no more than this machine can hold."""
+    """Return the bytes of a picture. Raises ValueError if it is compressed or its header states too many pixels."""
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
     data = archive.read(name)

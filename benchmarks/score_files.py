@@ -1,4 +1,4 @@
-"""Scoring files against the tools that read the same files: AP of COCO results, PQ of panoptic PNGs."""
+"""Scoring from files, compared with tools that read the same files: AP of COCO results, PQ of panoptic PNGs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
 
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _TOLERANCES = {"pycocotools": 0.0, "faster-coco-eval": 1e-15, "hotcoco": 0.0}
-"""The one adds up the mean in another order."""
+"""Largest relative error; faster-coco-eval sums the mean in another order."""
 
 
 @dataclass(frozen=True)
 class ScoreFiles:
-    """One set of images as files of both tasks."""
+    """Files of one image set, for instance and panoptic scoring."""
 
     instances: Path
     results: Path
@@ -40,7 +40,7 @@ class ScoreFiles:
 def write_instances(
     folder: Path, dataset: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
 ) -> tuple[Path, Path]:
-    """Truth and results as JSON with compressed run lengths."""
+    """Write ground truth and results as JSON with compressed run lengths; return both paths."""
     truth, found = folder / "instances.json", folder / "results.json"
     annotations = [_with_text(entry) for entry in dataset["annotations"]]
     truth.write_text(json.dumps({**dataset, "annotations": annotations}))
@@ -54,7 +54,10 @@ def _with_text(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(files: ScoreFiles, shape: str, slow_pq: Callable[[], Sequence[Tensor]], repeats: int) -> list[Measurement]:
-    """AP and PQ of the set by every tool, with times of the set; `slow_pq`: panopticapi's algorithm on these files."""
+    """Compare AP and PQ of the set with every tool; times are of the whole set.
+
+    `slow_pq` runs panopticapi's algorithm on the same maps.
+    """
     peers = {
         "pycocotools": lambda: _coco_stats(COCO, COCOeval, files),
         "faster-coco-eval": lambda: _coco_stats(faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster, files),

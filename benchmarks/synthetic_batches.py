@@ -1,4 +1,4 @@
-"""Batches with a given number of objects, as id maps for us and as stacks of masks for peers."""
+"""Synthetic batches with a given number of objects: id maps for our code, dense masks for peers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYERS, QUERIES, CHANNELS = 10, 100, 256
 
 
 def make_batch(images: int, size: int, objects: int, seed: int = 0) -> Batch:
-    """Random images that are cut into `objects` regions around random centres."""
+    """Return random images of `size` x `size` pixels, divided into `objects` regions around random centres."""
     generator = torch.Generator().manual_seed(seed)
     axis = torch.linspace(0, 1, size)
     coordinates = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))
@@ -47,7 +47,7 @@ def make_batch(images: int, size: int, objects: int, seed: int = 0) -> Batch:
 
 
 def random_predictions(images: int, size: int, device: torch.device) -> Predictions:
-    """Ten predictions of 100 queries for images of `size` pixels."""
+    """Return ten random predictions of 100 queries for images of `size` x `size` pixels."""
     generator = torch.Generator().manual_seed(0)
     shape = (LAYERS, images, QUERIES)
     tensors = (
@@ -59,15 +59,16 @@ def random_predictions(images: int, size: int, device: torch.device) -> Predicti
 
 
 def dense_masks(targets: Targets) -> list[Tensor]:
-    """Per image the masks [N, H, W] float32 of its valid targets, which peers take."""
+    """Return for each image the masks [N, H, W] float32 of its valid targets, as peers expect them."""
     images = zip(targets.id_maps, targets.layer, targets.local_id, targets.valid, strict=True)
     return [(maps[layer[valid]] == ids[valid, None, None]).float() for maps, layer, ids, valid in images]
 
 
 def sure_predictions(size: tuple[int, int], num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Last prediction of one image: class logits [100, K + 1], mask embeddings [100, 256], mask features [256, h, w].
+    """Return the last prediction of one image, with confident queries.
 
-    12 of the queries cover the image and are sure of their class; the other 88 are not.
+    The tensors are class logits [100, K + 1], mask embeddings [100, 256] and mask features [256, h, w]. 12 queries
+    cover the image with a high class score; the scores of the other 88 are low.
     """
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.linalg.qr(torch.randn(256, 100, generator=generator))[0].T.contiguous()

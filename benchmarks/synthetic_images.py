@@ -1,4 +1,4 @@
-"""Images for the data benchmark: as large as COCO's in pixels and bytes, with as many segments."""
+"""Synthetic images for the data benchmark, with about the size, bytes and segments of COCO's images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TABLE = CategoryTable(tuple(Category(n, f"class {n}", n % 3 > 0, distinct_color(
 
 @dataclass(frozen=True)
 class SyntheticImage:
-    """One image as files: for our shards, and in COCO panoptic form."""
+    """One image with its annotation, for our shards and in COCO panoptic format."""
 
     name: str
     jpeg: bytes
@@ -77,7 +77,7 @@ def make_image(index: int) -> SyntheticImage:
 
 
 def write_images(images: list[SyntheticImage], url: str, storage: Storage) -> Manifest:
-    """The images as shards of about 4 MB."""
+    """Write the images as shards of about 4 MB and return the manifest."""
     by_name = {image.name: image for image in images}
 
     def load(name: str) -> tuple[bytes, Annotation]:
@@ -89,7 +89,7 @@ def write_images(images: list[SyntheticImage], url: str, storage: Storage) -> Ma
 
 
 def write_long_manifest(small: Manifest, folder: Path, count: int, storage: Storage) -> None:
-    """A manifest of `count` samples whose rows are those of a small one over and over, without shards."""
+    """Write a manifest of `count` samples, without shards, by repeating the rows of a small manifest."""
     rows = pq.read_table(Path(small.url, SAMPLES_FILE))
     table = rows.take(pa.array(np.arange(count) % len(rows)))
     length = table["length"].to_numpy()

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.train_recorded FILE [KEY=VALUE ...]`: train from what `record_batches` recorded.
+"""`python -m benchmarks.train_recorded FILE [KEY=VALUE ...]`: train from a file that `record_batches` wrote.
 
-The trainer, its checkpoints and its launcher are those of `m2f train --launcher local`; only the images come from the
-file, and nothing goes to MLflow. Started again, it goes on from the last checkpoint. Needs neither the data set nor
-Ray, MLflow or webdataset.
+Trainer, checkpoints and launcher are those of `m2f train --launcher local`, but the images come from the file and
+nothing is sent to MLflow. The same command resumes from the last checkpoint. It needs neither the data set nor Ray,
+MLflow or webdataset.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from m2f.trainer.job import TrainJob
 
 
 def train_recorded(path: str, overrides: Sequence[str] = ()) -> str:
-    """Train on this machine; returns the run folder. Raises UserError and LaunchError."""
+    """Train on this machine and return the run folder.
+
+    Raises:
+        UserError: the recording or the settings cannot be used.
+        LaunchError: a rank failed.
+    """
     recording = Recording.load(path)
     config = with_absolute_paths(parse_recipe(recording.recipe, overrides, source=f"the recipe in {path}"))
     if config.training.max_epochs:
@@ -45,7 +50,7 @@ def train_recorded(path: str, overrides: Sequence[str] = ()) -> str:
 
 
 def train_rank(job: TrainJob, path: str) -> None:
-    """Body of one rank."""
+    """Train as one rank, in its own process."""
     from m2f.trainer.worker import run_worker  # DeepSpeed reads the environment when it is imported
 
     with stopped_by_signals() as control:

@@ -1,4 +1,4 @@
-"""Mask2Former of `transformers` with random weights, ours with the same ones, and its criterion alone."""
+"""Mask2Former of `transformers` with random weights, our model with the same weights, and the criterion alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ CONFIG = ModelConfig(num_classes=CLASSES)
 
 
 def twins() -> tuple[Mask2Former, Mask2FormerForUniversalSegmentation]:
-    """Ours and theirs: R50 with the frozen BatchNorm of the paper (theirs in evaluation mode), nine decoder layers."""
+    """Return our model and theirs with the same random weights.
+
+    Both are an R50 with nine decoder layers and the paper's frozen BatchNorm; theirs is in evaluation mode for that.
+    """
     torch.manual_seed(0)
     stages = ["stage1", "stage2", "stage3", "stage4"]
     backbone = ResNetConfig(out_features=stages, layer_type="bottleneck")
@@ -28,7 +31,7 @@ def twins() -> tuple[Mask2Former, Mask2FormerForUniversalSegmentation]:
 
 
 class Criterion(nn.Module):
-    """Their matching and losses, weighted and added up as in their model."""
+    """Matching and losses of `transformers`, weighted and summed as in its model."""
 
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class Criterion(nn.Module):
         self.weights = weights
 
     def forward(self, masks: Tensor, classes: Tensor, truth: list[Tensor], labels: list[Tensor]) -> Tensor:
-        """Total loss of mask logits [L, B, Q, h, w] and class logits [L, B, Q, K + 1]."""
+        """Return the total loss of mask logits [L, B, Q, h, w] and class logits [L, B, Q, K + 1]."""
         earlier = [
             {"masks_queries_logits": mask, "class_queries_logits": logits}
             for mask, logits in zip(masks[:-1], classes[:-1], strict=True)
@@ -54,12 +57,12 @@ class Criterion(nn.Module):
 
 
 def their_criterion() -> Criterion:
-    """For 100 queries and the classes of synthetic batches."""
+    """Return the criterion for 100 queries and the classes of synthetic batches."""
     return Criterion(Mask2FormerConfig(num_labels=CLASSES))
 
 
 def compile_parts(model: Mask2FormerForUniversalSegmentation) -> None:
-    """Compile its backbone and decoders at their first use, with a part that cannot be compiled left as it is."""
+    """Compile backbone and decoders at their first use; parts that cannot be compiled stay eager."""
     torch._dynamo.config.suppress_errors = True
     pixels = model.model.pixel_level_module
     for part in (pixels.encoder, pixels.decoder, model.model.transformer_module):
