@@ -43,7 +43,7 @@ class EvaluationTask:
     model_classes: tuple[Category, ...] | None = None
     """Classes by label of the model; None if they are unknown, and then the model has those of the data set."""
     drawn: tuple[int, ...] = ()
-    """Rows of the manifest of which panels are drawn, one row per call. Empty: the set is evaluated."""
+    """Rows of the manifest for which panels are drawn, one row per call. If empty, the set is evaluated."""
     dump: str | None = None
     """Folder or URL in which every call stores its predictions; None stores none."""
 

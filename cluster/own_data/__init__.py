@@ -1,1 +1,1 @@
-"""From a folder of images and annotations to a recipe."""
+"""Make a recipe from a folder of images and annotations, for `m2f init`."""

@@ -1,4 +1,4 @@
-"""Crop, queries, points, batch and steps for a data set and a machine, each with its reason."""
+"""Choose crop, queries, points, batch and steps for a data set and a machine, each with a reason."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from m2f.cluster.own_data.survey import Survey
 
 _GB_OF_A_CROP = 9.0
-"""GPU memory of one image of 1024 x 1024 in training with ResNet-50 under bf16_autocast, roughly."""
+"""Approximate GPU memory, in 10^9 bytes, that one 1024 x 1024 image needs in training (ResNet-50, bf16_autocast)."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What trains."""
+    """The GPUs of the machine that trains."""
 
     num_gpus: int
     gpu_gb: float
-    """Memory of the smallest GPU, 10^9 bytes."""
+    """Memory of the smallest GPU in 10^9 bytes; 0 without a GPU."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A value and why."""
+    """A value of a setting and the reason for it."""
 
     value: int
     reason: str
@@ -32,7 +32,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Choices:
-    """For the recipe."""
+    """Values of settings for the recipe."""
 
     crop: Choice
     queries: Choice
@@ -43,7 +43,7 @@ class Choices:
 
 
 def this_machine() -> Machine:
-    """GPUs as nvidia-smi lists them; importing torch to ask would take seconds."""
+    """Return the GPUs that nvidia-smi lists. Importing torch for this would take seconds."""
     if shutil.which("nvidia-smi") is None:
         return Machine(0, 0.0)
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -56,7 +56,7 @@ def this_machine() -> Machine:
 
 
 def choose(found: Survey, num_train: int, machine: Machine) -> Choices:
-    """Values that fit the data and the memory. `num_train` counts the images of training."""
+    """Choose values that fit the data and the memory. `num_train` is the number of training images."""
     limit = 256 if not machine.num_gpus else 1024 if machine.gpu_gb >= 20 else 640
     side = max(64, min(limit, math.ceil(found.long_side / 32) * 32))
     device = f"{machine.num_gpus} GPU of {machine.gpu_gb:.0f} GB" if machine.num_gpus else "no GPU"

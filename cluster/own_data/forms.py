@@ -1,4 +1,4 @@
-"""Which form a folder of own data has, with what shows it. Looks at names and a few files; writes nothing."""
+"""Detect the format ("form") of a folder of own data, with evidence. This reads names and files and writes nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from m2f.model.errors import ConfigError
 
 _LOOKED_AT = 20
 _VOC_LEGENDS = ("labelmap.txt", "class_names.txt")
-"""Of CVAT and datumaro; of labelme's conversion."""
+"""Legends of the VOC format: the first is written by CVAT and datumaro, the second by labelme's conversion."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,18 @@ class _Json:
 
 
 def find_forms(folder: Path) -> list[Form]:
-    """All forms that fit, the most certain first."""
+    """Return all forms that fit the folder. Folders of maps are considered only if no other form fits."""
     found = [_yolo(folder) or _yolo_list(folder), *_documents(folder), _cvat(folder), _voc(folder)]
     forms = [form for form in found if form is not None]
     return forms or find_maps(folder)
 
 
 def choose_form(folder: Path, wanted: str | None) -> Form:
-    """The only form that fits, or the wanted one. Raises ConfigError that lists what fits and the flag to decide."""
+    """Return the wanted form, or the only one that fits.
+
+    Raises ConfigError if no form or several forms fit, or the wanted one does not. The message lists the forms that fit
+    and the option that selects one.
+    """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; give the folder of the export, unpacked")
     forms = find_forms(folder)
@@ -85,7 +89,7 @@ def _yolo(folder: Path) -> Form | None:
 
 
 def _yolo_list(folder: Path) -> Form | None:
-    """Label Studio's export has a list of names in place of a data.yaml."""
+    """Detect the YOLO export of Label Studio, which has a list of names instead of a data.yaml."""
     path = folder / "classes.txt"
     if not (path.is_file() and (folder / "images").is_dir() and (folder / "labels").is_dir()):
         return None
@@ -94,7 +98,10 @@ def _yolo_list(folder: Path) -> Form | None:
 
 
 def _yolo_images(folder: Path, document: dict[str, Any], value: str) -> Path | None:
-    """The folder of a split. Roboflow writes `../train/images` for a folder beside the file, CVAT lists its images."""
+    """Return the image folder of a split.
+
+    Roboflow writes `../train/images` for a folder beside the file. CVAT names a file that lists the images.
+    """
     if not value:
         return None
     bare = re.sub(r"^(\.\./)+", "", value)
@@ -108,7 +115,10 @@ def _yolo_images(folder: Path, document: dict[str, Any], value: str) -> Path | N
 
 
 def _listed_folder(folder: Path, file: Path) -> Path | None:
-    """The folder of which a file lists all images, with any folders before it; None where it lists others or fewer."""
+    """Return the folder that contains exactly the images that a file lists, or None.
+
+    The paths in the file may start with any further folders.
+    """
     lines = [PurePosixPath(line.strip()) for line in file.read_text(errors="replace").splitlines() if line.strip()]
     names, parents = {line.name for line in lines}, {line.parent for line in lines}
     if len(parents) != 1:
@@ -119,7 +129,7 @@ def _listed_folder(folder: Path, file: Path) -> Path | None:
 
 
 def _documents(folder: Path) -> list[Form]:
-    """COCO and labelme. The first JSON of every folder tells what the others are."""
+    """Return the COCO and labelme forms. After a labelme file, the other JSON files of its folder are not read."""
     coco: list[_Json] = []
     labelme: list[Path] = []
     by_folder: dict[Path, list[Path]] = {}
@@ -168,16 +178,20 @@ def _coco_forms(folder: Path, files: Sequence[_Json]) -> list[Form]:
 
 
 def _is_painted(entry: dict[str, Any]) -> bool:
-    """Whether an annotation is a mask of CVAT, which marks all that were painted as crowds.
+    """Return whether an annotation is a painted mask of CVAT, which marks all such masks as crowds.
 
-    Its exports have `attributes`, COCO's own files have not.
+    CVAT's exports contain `attributes`; COCO's own files do not.
     """
     is_crowd = entry.get("iscrowd") == 1 and isinstance(entry.get("segmentation"), dict)
     return is_crowd and isinstance(entry.get("attributes"), dict)
 
 
 def _image_folder(folder: Path, file: _Json) -> Path:
-    """Where the images lie that the file lists first. Exports repeat names in the folders of other splits."""
+    """Return the folder with the first images that the file lists.
+
+    If several folders have them, prefer one that belongs to the file by its name or split, because exports repeat file
+    names in different splits.
+    """
     entries = [e for e in file.content["images"][:_LOOKED_AT] if isinstance(e, dict)]
     names = [str(e.get("file_name")).replace("\\", "/") for e in entries]
     near = (file.path.parent, file.path.parent / "images", folder, folder / "images")
@@ -231,7 +245,7 @@ def _cvat(folder: Path) -> Form | None:
 
 
 def _voc(folder: Path) -> Form | None:
-    """Only with maps that hold numbers: colour maps with a legend are another form."""
+    """Detect Pascal VOC with grey or palette maps. RGB maps with a legend are another form."""
     root = next(
         (p.parent for p in (folder / "SegmentationObject", *folder.rglob("SegmentationObject")) if p.is_dir()), None
     )

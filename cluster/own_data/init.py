@@ -1,4 +1,4 @@
-"""The steps of `m2f init`: find the form, count, choose, write, and prove that the recipe loads."""
+"""The steps of `m2f init`: detect the form, survey the data, choose settings, write the recipe and load it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from m2f.model.weights.sources import HUB
 
 
 def published_model(weights: str | None) -> ModelConfig | None:
-    """The model of a folder of Hugging Face or of one of the hub, whose notes alone are fetched; None for others.
+    """Return the model configuration of a Hugging Face folder or a model of the hub; None for other weights.
 
-    Raises WeightsError where the hub cannot be reached or has no such model.
+    Only the config files are downloaded. Raises WeightsError if the hub cannot be reached or has no such model.
     """
     if weights is None:
         return None
@@ -45,9 +45,9 @@ def published_model(weights: str | None) -> ModelConfig | None:
 
 @contextmanager
 def _named_classes(form: Form, wishes: Wishes, overwrite: bool) -> Iterator[None]:
-    """Write the file of classes where the form has none; where the block fails, what was there before is back.
+    """Write a file of classes if the form has none. If the block fails, restore the previous state.
 
-    Raises ConfigError where it exists.
+    Raises ConfigError if the file exists, unless `overwrite` is set.
     """
     names = category_file(wishes)
     if not form.classes:
@@ -69,7 +69,7 @@ def _named_classes(form: Form, wishes: Wishes, overwrite: bool) -> Iterator[None
 
 
 def notes(form: Form, found: Survey) -> list[str]:
-    """What the user should know about crowds."""
+    """Return messages for the user about crowds."""
     painted = [s.source for s in form.sets if isinstance(s.source, CocoInstancesSource) and s.source.crowds_are_objects]
     if painted:
         return [
@@ -83,9 +83,9 @@ def notes(form: Form, found: Survey) -> list[str]:
 
 
 def init(folder: Path, output: Path, args: Namespace) -> None:
-    """Write the recipe (and a list of classes, where there is none) and say what comes next.
+    """Write the recipe, and a list of classes if there is none, and print the next commands.
 
-    Raises UserError where no form or several fit, or nothing can be read.
+    Raises UserError if no form or several forms fit, or no image can be read.
     """
     wishes = Wishes(
         name=re.sub(r"[^\w-]", "-", output.stem),

@@ -1,4 +1,4 @@
-"""Folders of images and of maps whose names belong together."""
+"""Detect pairs of folders with images and maps whose file names match."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from m2f.model.errors import ConfigError
 _LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt", "labels.txt")
 _CATEGORY_FILES = ("classes.json", "categories.json")
 _NAMES_BY_VALUE = "id2label.json"
-"""Of Hugging Face: an object with the names of the values."""
+"""File of Hugging Face: a JSON object with the class name of each map value."""
 _SUFFIXES = ("_mask", "_L", "_label", "_labels", "_gt", "_seg")
-"""Of maps that lie in the folder of their images."""
+"""Name suffixes of maps that are in the same folder as their images."""
 _LOOKED_AT = 200
 _MOST_CLASSES = 64
 NO_NAMES = ""
-"""Path of a category file that is still to be written."""
+"""Placeholder for the path of a category file that is not written yet."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,15 @@ class _Pair:
     suffix: str
 
     def files(self) -> list[Path]:
-        """The maps."""
+        """Return the paths of the maps."""
         return sorted(path for path in self.maps.glob("*.png") if path.stem.endswith(self.suffix))
 
 
 def find_maps(folder: Path) -> list[Form]:
-    """The forms of image and map folders that fit. Raises ConfigError for colour maps without a legend."""
+    """Return the forms of image and map folders that fit.
+
+    Raises ConfigError for RGB maps without a legend, and for maps with too many values to be classes.
+    """
     pairs = _find_pairs(folder)
     if not pairs:
         return []
@@ -121,9 +124,10 @@ def _is_coco_stuff(legend: Path) -> bool:
 
 
 def _find_pairs(folder: Path) -> list[_Pair]:
-    """Pairs of folders in which nine of ten maps are named after an image, or of a folder that holds both.
+    """Return pairs of folders in which at least 90 % of the maps are named after an image.
 
-    Of several folders with these images, as splits repeat names, the one that is nearest to the maps.
+    One folder may hold both images and maps. If several folders contain the images, because splits repeat names, the
+    one nearest to the maps is used.
     """
     stems: dict[Path, dict[str, str]] = {}
     for parent, _, files in sorted(os.walk(folder)):
@@ -138,7 +142,7 @@ def _find_pairs(folder: Path) -> list[_Pair]:
         if not all(name.lower().endswith(".png") for name in names.values()) or not _looks_like_maps(maps, names):
             continue
         if maps.name == "SegmentationObject" and maps.with_name("SegmentationClass") in stems:
-            continue  # its values are numbers of objects
+            continue  # its values number the objects
         fitting = []
         for images, others in stems.items():
             suffix = _suffix(others, names) if images != maps and not _looks_like_maps(images, others) else None
@@ -150,13 +154,13 @@ def _find_pairs(folder: Path) -> list[_Pair]:
 
 
 def _nearness(pair: _Pair) -> tuple[bool, int]:
-    """How well the folders of a pair belong together: the same split, then as many folders above them as possible."""
+    """Return a key that ranks pairs: equal splits first, then the length of the common path."""
     images, maps = str(pair.images), str(pair.maps)
     return split_of(images) == split_of(maps), len(os.path.commonpath((images, maps)))
 
 
 def _suffix_inside(names: dict[str, str]) -> str | None:
-    """How the names of maps end, where half of a folder's files are the maps of the other half."""
+    """Return the name suffix of maps if about half of the files in a folder are maps of the other half, else None."""
     for suffix in _SUFFIXES:
         maps = [stem for stem in names if stem.endswith(suffix) and names[stem].lower().endswith(".png")]
         partners = sum(stem.removesuffix(suffix) in names for stem in maps)
@@ -166,7 +170,7 @@ def _suffix_inside(names: dict[str, str]) -> str | None:
 
 
 def _looks_like_maps(folder: Path, names: dict[str, str]) -> bool:
-    """By the name of the folder or of its files, as grey images look like maps too."""
+    """Return whether a folder or its first file is named like maps. Contents do not help: images may be grey, too."""
     words = ("mask", "label", "annot", "seg", "gt", "ground", "stuff", "map", "target")
     first = next(iter(names))
     named = folder.parent.name if split_of(folder.name) else folder.name
@@ -174,7 +178,7 @@ def _looks_like_maps(folder: Path, names: dict[str, str]) -> bool:
 
 
 def _suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
-    """What follows the image's stem in the names of the maps; None where they do not belong together."""
+    """Return the part of the maps' names after the stem of the image, or None if fewer than 90 % of the maps match."""
     first = next(iter(maps))
     for stem in sorted(images, key=len, reverse=True):
         if first.startswith(stem):
@@ -186,7 +190,7 @@ def _suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
 
 
 def _values(pairs: Sequence[_Pair]) -> tuple[int, ...]:
-    """All values of the first maps."""
+    """Return all values in the first maps (at most 200 per pair), sorted."""
     found: set[int] = set()
     for pair in pairs:
         for path in pair.files()[:_LOOKED_AT]:
@@ -195,7 +199,7 @@ def _values(pairs: Sequence[_Pair]) -> tuple[int, ...]:
 
 
 def _names_by_value(path: Path) -> dict[int, str] | None:
-    """Names of classes by the value of a map; None where the file is not there or holds something else."""
+    """Read the class names by map value; None if the file does not exist or has other contents."""
     try:
         document = parse_json(path.read_bytes())
     except (OSError, DocumentError):

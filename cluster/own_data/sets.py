@@ -1,4 +1,4 @@
-"""What was found in a folder of own data."""
+"""Types for the form and the splits that were detected in a folder of own data."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ Split = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class SourceSet:
-    """One source of a form."""
+    """One source of a form, with its split."""
 
     split: Split | None
-    """None where the names do not say."""
+    """Split of the source; None if the names do not show it."""
     source: SourceConfig
 
 
 @dataclass(frozen=True)
 class Form:
-    """A form that fits a folder."""
+    """A form (format of images and annotations) that fits a folder."""
 
     kind: str
     evidence: str
-    """What shows it, for the user."""
+    """Text for the user that says why the form fits."""
     sets: tuple[SourceSet, ...]
     classes: Mapping[int, str | None] = field(default_factory=dict)
-    """Values of label maps for which no file of categories is there, with the names that are known."""
+    """Values of label maps without a category file, with their names as far as known; empty if there is a file."""
 
 
 def split_of(path: str) -> Split | None:
-    """The split that a path names: its last part that is a word such as `train`, `train2017`, `instances_val`."""
+    """Return the split that a path names, as in `train`, `train2017` or `instances_val`; None without one.
+
+    If the path names several splits, the last one counts.
+    """
     words = re.findall(r"(?<![a-z])(train|training|val|valid|validation|test|testing)(?![a-z])", path.lower())
     if not words:
         return None

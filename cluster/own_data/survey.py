@@ -1,4 +1,4 @@
-"""What a data set holds: classes, sizes, objects and faults, counted from its sources."""
+"""Survey of data sets: classes, sizes, objects and faults, counted from the sources."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ _SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """Figures of all sets together; of at most 500 images of each where reading all would take long."""
+    """Statistics of all data sets together, from at most 500 evenly spaced images of each."""
 
     num_images: int
     num_read: int
+    """Number of images that were read."""
     class_counts: tuple[tuple[str, int], ...]
-    """Segments of every class, in class order."""
+    """Number of segments of every class, in class order."""
     long_side: int
-    """Median of the images' longer sides, pixels."""
+    """Median of the longer sides of the images, in pixels."""
     most_objects: int
-    """In one image."""
+    """Largest number of segments in one image."""
     object_share: float
-    """Median share of its image that an object covers."""
+    """Median share of its image that a segment covers, from 0 to 1."""
     largest_megapixels: float
     num_crowds: int
-    """Segments of several objects that nobody told apart."""
+    """Number of segments that are crowds: groups of objects that are not separated."""
     faults: tuple[str, ...]
+    """Messages about images and annotations that cannot be used."""
 
     def lines(self) -> list[str]:
-        """The figures, then all faults by kind with their counts, and the first ten of them."""
+        """Return text lines with the statistics, the faults counted by kind, and the first ten faults."""
         classes = ", ".join(f"{name} {count}" for name, count in self.class_counts[:12])
         more = f" and {len(self.class_counts) - 12} more" if len(self.class_counts) > 12 else ""
         lines = [
@@ -54,13 +56,13 @@ class Survey:
 
 
 def fault_kind(message: str) -> str:
-    """The message without what differs between equal faults: paths, names in quotes and numbers."""
+    """Return the kind of a fault: its message without paths, quoted names and numbers, at most 120 characters."""
     text = re.sub(r"\S*/\S*?(: |$|\s)", "", message)
     return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"'[^']*'", "'...'", text)).strip()[:120]
 
 
 def survey(datasets: Sequence[DatasetConfig]) -> Survey:
-    """Read the sources. Raises DataError where one cannot be opened or no image can be read."""
+    """Survey the sources of data sets. Raises DataError if a source cannot be opened or no image can be read."""
     faults: list[str] = []
     counts: Counter[str] = Counter()
     sides, shares, per_image, areas = [], [], [0], [0]
@@ -101,5 +103,5 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
         object_share=median(shares) if shares else 0.0,
         largest_megapixels=max(areas) / 1e6,
         num_crowds=num_crowds,
-        faults=tuple(dict.fromkeys(faults)),  # parts of one source list the same
+        faults=tuple(dict.fromkeys(faults)),  # parts of one source list the same faults
     )

@@ -1,4 +1,4 @@
-"""A commented recipe of at most 40 lines for a folder of own data."""
+"""Write a commented recipe of at most 40 lines for a folder of own data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TASK_OF: Mapping[str, Task] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """What the user asked for."""
+    """Options of `m2f init`."""
 
     name: str
     output: Path
@@ -37,22 +37,26 @@ class Wishes:
     tiles: bool = False
     weights: str | None = None
     published: ModelConfig | None = None
-    """The model of `weights`, where these say so: those of the hub, and folders of Hugging Face."""
+    """Model configuration of `weights` if they are a model of the hub or a Hugging Face folder; else None."""
 
 
 def task_of(form: Form, wishes: Wishes) -> Task:
-    """The task asked for, else what the form is made for."""
+    """Return the requested task, else the usual task of the form."""
     return wishes.task or _TASK_OF.get(form.kind, "instance")
 
 
 def datasets_of(form: Form, wishes: Wishes) -> dict[str, DatasetConfig]:
-    """Data sets by name: those of the form, divided where it has no validation set. Test sets are left alone."""
+    """Return the data sets for training and validation by name. Test sets are left out if there is a training set.
+
+    A form without a validation set is split into training and validation parts. So are all sets of a form without a
+    training set.
+    """
     task = task_of(form, wishes)
     background = "background" if task != "instance" and form.kind not in (*_TASK_OF, "voc") else None
     tiles = TileConfig() if wishes.tiles else None
     train = [found.source for found in form.sets if found.split in (None, "train")]
     val = [found.source for found in form.sets if found.split == "val"]
-    if not train:  # a folder named after another split is all there is
+    if not train:  # the folder only has sets that are named after another split
         train, val = [found.source for found in form.sets], []
     wanted = [("train", source, "train" if not val else None) for source in train]
     wanted += [("val", source, None) for source in val] or [("val", source, "val") for source in train]
@@ -76,12 +80,15 @@ def datasets_of(form: Form, wishes: Wishes) -> dict[str, DatasetConfig]:
 
 
 def category_file(wishes: Wishes) -> Path:
-    """Where the names of label maps go that came without."""
+    """Return the path of the file with class names, for label maps without one."""
     return wishes.output.with_suffix(".classes.json")
 
 
 def category_text(classes: Mapping[int, str | None]) -> str:
-    """A list of classes, those without a name to be named by the user; a pair is background and foreground."""
+    """Return a JSON list of classes. Classes without a name get a placeholder that the user can change.
+
+    If there are two classes and one has the value 0, the placeholders are background and foreground.
+    """
     pair = ("background", "foreground") if len(classes) == 2 and 0 in classes else None
     rows = [
         {"label": value, "name": name or (pair[i] if pair else f"class {value}"), "isthing": 0}
@@ -91,7 +98,7 @@ def category_text(classes: Mapping[int, str | None]) -> str:
 
 
 def recipe_text(form: Form, wishes: Wishes, choices: Choices) -> str:
-    """The recipe as YAML."""
+    """Return the recipe as YAML text."""
     task = task_of(form, wishes)
     datasets = datasets_of(form, wishes)
     train = ", ".join(f"{{dataset: {name}}}" for name in datasets if name.startswith("train"))
@@ -146,7 +153,10 @@ def recipe_text(form: Form, wishes: Wishes, choices: Choices) -> str:
 
 
 def _decoder(published: ModelConfig | None, queries: int) -> str:
-    """That of the published weights, with as many queries or more: others than theirs would begin anew."""
+    """Return the decoder settings. With published weights they are those of the weights, with at least their queries.
+
+    A smaller or changed decoder could not use all published weights.
+    """
     decoder = None if published is None else published.transformer_decoder
     if not isinstance(decoder, MaskedTransformerDecoderConfig):
         return f"{{num_queries: {queries}}}"
@@ -167,7 +177,7 @@ def _with_names(source: SourceConfig, wishes: Wishes) -> SourceConfig:
 
 
 def _flow(section: object) -> str:
-    """A section in YAML's flow style, without what equals its default; JSON strings are YAML."""
+    """Return a section in YAML's flow style without default values. Values are written as JSON, which is valid YAML."""
     items = []
     for entry in fields(section):  # pyrefly: ignore[bad-argument-type]
         value = getattr(section, entry.name)

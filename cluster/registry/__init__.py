@@ -1,1 +1,1 @@
-"""Models of runs in MLflow's registry: which checkpoint, what goes with it, and how it answers when it is served."""
+"""Models in MLflow's registry: choose a checkpoint, package it, register it, and serve predictions from it."""

@@ -1,4 +1,4 @@
-"""Results as a served model answers them: COCO's formats, with maps as PNG in base64, all of it JSON."""
+"""JSON responses of a served model: COCO formats, with maps as base64-encoded PNG."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from m2f.eval.report.coco_files import label_png
 
 
 def panoptic_answer(result: Result) -> dict[str, Any]:
-    """`segments_info` as in COCO's panoptic JSON, each with the name of its category, and `png`, the map of ids."""
+    """Return `segments_info` as in COCO's panoptic JSON, plus category names, and `png`, the map of segment ids."""
     annotation, png = result.to_coco_panoptic(0, "")
     named = zip(annotation["segments_info"], result.class_names, strict=True)
     return {"segments_info": [{**entry, "category": name} for entry, name in named], "png": _text(png)}
 
 
 def instances_answer(result: Result, lowest: np.ndarray | None, min_score: float) -> list[dict[str, Any]]:
-    """COCO results with masks and boxes (x, y, width, height), best first, each with the name of its category.
+    """Return COCO results with masks, boxes (x, y, width, height in pixels) and category names, best score first.
 
-    `lowest` [K] is the lowest score of each class that counts; None: everything from `min_score` on.
+    `lowest` [K] holds the lowest accepted score of each class; None accepts all. Detections below it or below
+    `min_score` are left out.
     """
     limits = np.full(len(result.names), min_score) if lowest is None else np.maximum(lowest, min_score)
     counted = result.scores >= limits[result.labels]
@@ -38,7 +39,7 @@ def instances_answer(result: Result, lowest: np.ndarray | None, min_score: float
 
 
 def semantic_answer(result: Result, classes: Sequence[Category]) -> dict[str, Any]:
-    """`png`: the map of category ids."""
+    """Return `png`, the map of category ids."""
     return {"png": _text(label_png(result.semantic, classes))}
 
 

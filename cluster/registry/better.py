@@ -1,4 +1,4 @@
-"""Whether a checkpoint is better than a registered model, on the images that both were evaluated on."""
+"""Decide whether a checkpoint is better than a registered model, on the images on which both were evaluated."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from m2f.eval.results.images import IMAGES_FILE
 from m2f.model.errors import UserError
 
 HEADLINES = ("PQ", "AP", "mIoU")
-"""The first of these that both sides have is judged by, unless another is wanted."""
+"""Metrics for the decision. The first one that both sides have is used, unless the user names one."""
 
 
 class RegistryError(UserError):
-    """A model that cannot be registered or found. Names the run, the model and the remedy."""
+    """A model cannot be registered or found. The message names the run or model, and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the paired interval says."""
+    """Result of a comparison by paired bootstrap: the interval of the difference and whether it lies above 0."""
 
     better: bool
     interval: Interval
@@ -34,15 +34,16 @@ class Verdict:
 
 
 def judge(champion: RunRecord, candidate: RunRecord, dataset: str, metric: str | None = None) -> Verdict:
-    """Better where the whole interval of the difference lies above 0.
+    """Compare two checkpoints. The candidate is better if the whole interval of the difference lies above 0.
 
     Args:
         champion: the registered checkpoint, with the results of its step.
         candidate: the checkpoint to register.
-        dataset: label of the evaluated set.
-        metric: `PQ`, `AP` or `mIoU`.
+        dataset: label of the evaluation set.
+        metric: `PQ`, `AP` or `mIoU`; None takes the first one that both have.
 
-    Raises RegistryError where one side was not evaluated on the set, or on other images or in another way.
+    Raises:
+        RegistryError: a side was not evaluated on the set, or the images or settings of the evaluations differ.
     """
     results = [_result(record, dataset) for record in (champion, candidate)]
     _check_comparable(champion, candidate, dataset, *results)
@@ -64,10 +65,10 @@ def judge(champion: RunRecord, candidate: RunRecord, dataset: str, metric: str |
 
 
 def check_weights(record: RunRecord, dataset: str, step: int, weights: str | None) -> None:
-    """Raise RegistryError where the results of a set were made with other weights than those of a checkpoint.
+    """Raise RegistryError if the results of a set belong to other weights than those of the checkpoint.
 
-    A step may have been trained again since it was evaluated. `weights` is the SHA-256 that the checkpoint states;
-    nothing is checked where it states none, or where there are no results.
+    This happens if a step was trained again after its evaluation. `weights` is the SHA-256 in the checkpoint; nothing
+    is checked if it has none, or if the set has no results.
     """
     found = record.results.get(dataset)
     if found is None or not weights:

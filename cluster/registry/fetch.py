@@ -1,7 +1,7 @@
-"""Images by URL for a served model: from named hosts alone, up to a size, never from an address inside the network.
+"""Download images by URL for a served model, with protection against server-side request forgery.
 
-The address that is checked is the one that is connected to, so that a name cannot change its meaning in between.
-Redirects are not followed.
+Only allowed hosts with public addresses are contacted, and the size is limited. The connection uses the address that
+was checked, so that a changed DNS answer (DNS rebinding) has no effect. Redirects are not followed.
 """
 
 from __future__ import annotations
@@ -19,34 +19,38 @@ from urllib.parse import SplitResult, urlsplit
 from m2f.model.errors import UserError
 
 MAX_BYTES = 32 * 2**20
-"""Of an image, encoded."""
+"""Maximum size of an encoded image, in bytes."""
 TIMEOUT_S = 10.0
-"""For everything: the connection, the answer and its body."""
+"""Seconds for the whole download: connection, response and body."""
 _CHUNK = 2**16
 _PORTS = {"http": 80, "https": 443}
 _OK = 200
 _TRANSLATED = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
-"""IPv6 addresses that stand for an IPv4 address, which may be a private one."""
+"""IPv6 networks whose addresses contain an IPv4 address, which may be private."""
 
 
 class FetchError(UserError):
-    """An image that may not or cannot be fetched. Names the host, never the rest of the URL, which may hold a key."""
+    """An image may not or cannot be downloaded.
+
+    The message names the host but never the rest of the URL, which may contain a key.
+    """
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is an address to fetch, and not an encoded image."""
+    """Return whether a text is an http(s) URL, not an encoded image."""
     return text[:8].lower().startswith(("http://", "https://"))
 
 
 def fetch_image(url: str, allowed: Collection[str], max_bytes: int = MAX_BYTES) -> bytes:
-    """The body behind a URL.
+    """Download a URL and return the body.
 
     Args:
-        url: http or https.
-        allowed: hosts as they stand in URLs, with `:PORT` where that is not the scheme's own.
-        max_bytes: longer bodies are refused, before they are read where the answer says its length.
+        url: http or https URL.
+        allowed: allowed hosts as in URLs, with `:PORT` if it is not the default port of the scheme.
+        max_bytes: maximum size of the body. If the response states a larger size, the body is not read.
 
-    Raises FetchError.
+    Raises:
+        FetchError: the host is not allowed or not public, or the download failed, is too large or took too long.
     """
     parts, host, port = _checked(url, allowed)
     deadline = time.monotonic() + TIMEOUT_S
@@ -65,7 +69,7 @@ def fetch_image(url: str, allowed: Collection[str], max_bytes: int = MAX_BYTES) 
         if answer.length is not None and answer.length > max_bytes:
             raise FetchError(_too_large(host, max_bytes))
         body = _body(answer, host, max_bytes)
-        if connection.late:  # a body without a length ends where the socket is shut down
+        if connection.late:  # without a length, a body seems complete when the timer shuts the socket down
             raise FetchError(_too_late(host))
         return body
     except (OSError, http.client.HTTPException) as error:
@@ -82,7 +86,7 @@ def _checked(url: str, allowed: Collection[str]) -> tuple[SplitResult, str, int]
         parts = urlsplit(url)
         host, scheme = (parts.hostname or "").lower(), parts.scheme.lower()
         port = parts.port or _PORTS.get(scheme, 0)
-    except ValueError:  # whose text quotes parts of the URL
+    except ValueError:  # its message quotes parts of the URL and is therefore not shown
         raise FetchError("the URL of the image cannot be read: its host or port is malformed") from None
     named = host if port == _PORTS.get(scheme) else f"{host}:{port}"
     if not host or scheme not in _PORTS or "@" in parts.netloc or any(ord(c) <= 32 or ord(c) > 126 for c in url):
@@ -97,7 +101,7 @@ def _checked(url: str, allowed: Collection[str]) -> tuple[SplitResult, str, int]
 
 
 def _public_address(host: str, port: int) -> str:
-    """An address of a host. Raises FetchError unless all that it has are public."""
+    """Resolve a host and return one of its addresses. Raises FetchError unless all of its addresses are public."""
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except OSError as error:
@@ -108,7 +112,7 @@ def _public_address(host: str, port: int) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the open internet."""
+    """Return whether an IP address belongs to the public internet."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -122,20 +126,20 @@ def is_public(address: str) -> bool:
 
 
 class _Connection(http.client.HTTPConnection):
-    """To an address, under the name of its host."""
+    """HTTP(S) connection to a given IP address, with the host's name for the Host header and for TLS."""
 
     def __init__(self, host: str, port: int, address: str, *, secure: bool) -> None:
         super().__init__(host, port, timeout=TIMEOUT_S)
         self._address, self._secure = address, secure
         self.late = False
-        """Whether the time was up."""
+        """Whether the timeout has expired."""
         self._opened: socket.socket | None = None
 
     def connect(self) -> None:
-        """Open the socket, with TLS that checks the name of the host where the URL is https."""
+        """Open the socket; for https, with TLS that verifies the name of the host."""
         opened = self._opened = self.sock = socket.create_connection((self._address, self.port), TIMEOUT_S)
         if self._secure:
-            # The handshake is a step of its own, so that the socket that is shut down is known before it begins.
+            # A separate handshake lets `give_up` know the TLS socket, so that it can also end a slow handshake.
             context = ssl.create_default_context()
             wrapped = context.wrap_socket(opened, server_hostname=self.host, do_handshake_on_connect=False)
             self._opened = self.sock = wrapped
@@ -146,10 +150,10 @@ class _Connection(http.client.HTTPConnection):
             raise TimeoutError
 
     def give_up(self) -> None:
-        """End whatever waits for the socket, also between bytes that arrive one by one."""
+        """Shut the socket down at the timeout, which also ends a transfer that trickles in byte by byte."""
         self.late = True
         if self._opened is not None:
-            with contextlib.suppress(OSError):  # closed, or another object's by now, which looks at `late`
+            with contextlib.suppress(OSError):  # already closed, or replaced by the TLS socket; `connect` checks `late`
                 socket.socket.shutdown(self._opened, socket.SHUT_RDWR)
 
 

@@ -1,4 +1,4 @@
-"""What a caller of a served model may send as an image, and the pixels that it means."""
+"""Decode the images that clients send to a served model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _MAX_VALUE = 255
 
 
 class ImageError(UserError):
-    """What was sent is no image. Says what is accepted."""
+    """The client sent something that is not an image. The message says what is accepted."""
 
 
 def images_of(column: Iterable[object]) -> list[object]:
-    """The images of a column. MLflow's server makes one row of a list of texts; each of them is an image."""
+    """Return the images of a column. MLflow's server turns a list of strings into one row; each string is an image."""
     found: list[object] = []
     for value in column:
         if isinstance(value, list | tuple | np.ndarray) and len(value) and _is_image(value[0]):
@@ -38,14 +38,16 @@ def _is_image(value: object) -> bool:
 
 
 def read_pixels(value: object, allowed: Collection[str] = ()) -> np.ndarray:
-    """RGB pixels [H, W, 3] uint8.
+    """Decode an image and return its RGB pixels [H, W, 3] uint8.
 
     Args:
-        value: the bytes of a JPEG, PNG, WebP, TIFF or BMP file; the same as base64 text, alone or in a `data:` URL; an
-            array or nested lists [H, W, 3] of RGB values from 0 to 255; an http(s) URL.
-        allowed: hosts whose URLs are fetched.
+        value: one of: the bytes of a JPEG, PNG, WebP, TIFF or BMP file; the same as base64 text, with or without a
+            `data:` URL prefix; an array or nested lists [H, W, 3] of integer RGB values from 0 to 255; an http(s) URL.
+        allowed: hosts from which URLs are downloaded.
 
-    Raises ImageError, or FetchError for a URL.
+    Raises:
+        ImageError: the value is not an image, or the image is too large.
+        FetchError: a URL may not or cannot be downloaded.
     """
     if isinstance(value, str):
         data = fetch_image(value, allowed) if is_url(value) else _decoded(value)
@@ -83,7 +85,7 @@ def _from_file(data: bytes) -> np.ndarray:
 def _from_array(value: object) -> np.ndarray:
     try:
         pixels = np.asarray(value)
-        if pixels.dtype == object:  # an array of lists, as pandas makes them
+        if pixels.dtype == object:  # an array of lists, as pandas creates it
             pixels = np.array(pixels.tolist())
     except ValueError as error:
         raise ImageError(f"the lists are no image [H, W, 3]: {error}") from error

@@ -1,10 +1,10 @@
-"""The folder of a registered model: weights, identity, recipe, thresholds, our wheel and exact requirements.
+"""Build the folder of a registered model: weights, identity, recipe, thresholds, m2f's wheel and exact requirements.
 
-MLmodel, requirements.txt, ...        MLflow's own
-model_code.py                         what loads the model
-code/m2f-VERSION-py3-none-any.whl     this program
-artifacts/checkpoint/                 a checkpoint folder with the weights alone
-artifacts/thresholds.json             thresholds by class, where they were chosen
+MLmodel, requirements.txt, ...        files of MLflow
+model_code.py                         code that loads the model
+code/m2f-VERSION-py3-none-any.whl     m2f itself
+artifacts/checkpoint/                 a checkpoint folder without optimizer state
+artifacts/thresholds.json             thresholds by class, if they were chosen
 """
 
 from __future__ import annotations
@@ -41,20 +41,22 @@ EXAMPLE_SIZE = (96, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class PackageContent:
-    """What a registered model is made of."""
+    """Contents of a registered model."""
 
     checkpoint: str
-    """Folder or URL."""
+    """Path or URL of the checkpoint folder."""
     trained: TrainedModel
-    """Opened from it."""
+    """Model opened from the checkpoint."""
     thresholds: Thresholds | None
+    """Thresholds by class; None to register without."""
     allowed_hosts: Sequence[str]
+    """Hosts from which the served model downloads images."""
 
 
 def package_digest(
     checkpoint: str, thresholds: Thresholds | None, allowed_hosts: Sequence[str], storage: Storage
 ) -> str:
-    """SHA-256 of weights, thresholds, hosts and code: equal contents are registered without a second upload."""
+    """Return the SHA-256 of weights, thresholds, hosts and code. Equal contents are not uploaded a second time."""
     name = weights_url(checkpoint, storage).rpartition("/")[2]
     weights = read_manifest(storage, checkpoint).files[name].sha256
     with ScratchFolder("wheel") as folder:
@@ -64,10 +66,10 @@ def package_digest(
 
 
 def build_package(content: PackageContent, folder: Path, storage: Storage, described: Model) -> Path:
-    """Make the folder of a model within an empty folder on this machine.
+    """Build the folder of a model inside an empty local folder, and return its path.
 
-    `described` names the logged model that it is for. Raises CheckpointError for weights that differ from their
-    manifest, StorageError where the storage does not answer.
+    `described` is the MLflow metadata of the logged model. Raises CheckpointError if the weights differ from their
+    manifest, and StorageError if the storage cannot be read.
     """
     project = this_project()
     wheel = write_wheel(folder, project)
@@ -78,7 +80,7 @@ def build_package(content: PackageContent, folder: Path, storage: Storage, descr
         artifacts["thresholds"] = str(path)
     package = folder / "package"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of MLflow about type hints, its own among them
+        warnings.simplefilter("ignore")  # MLflow warns about type hints, including its own
         from mlflow.pyfunc import save_model
 
         save_model(
@@ -97,7 +99,7 @@ def build_package(content: PackageContent, folder: Path, storage: Storage, descr
 
 
 def example_jpeg() -> bytes:
-    """A small picture of a disk before a sky, as an example of what is sent."""
+    """Return a small JPEG of a disk in front of a sky, as the input example of a model."""
     height, width = EXAMPLE_SIZE
     rows, columns = np.mgrid[:height, :width]
     picture = np.stack([120 + rows, 160 + rows // 2, np.full_like(rows, 220)], axis=-1).clip(0, 255).astype(np.uint8)
@@ -108,13 +110,13 @@ def example_jpeg() -> bytes:
 
 
 def _copy_checkpoint(content: PackageContent, folder: Path, storage: Storage) -> Path:
-    """Weights, identity and recipe of a checkpoint, under a manifest of just these."""
+    """Copy weights, identity and recipe of a checkpoint to a new folder, and write a manifest of these files."""
     manifest = read_manifest(storage, content.checkpoint)
     weights = weights_url(content.checkpoint, storage).rpartition("/")[2]
     folder.mkdir()
     present = [name for name in (weights, IDENTITY, RECIPE) if name in manifest.files]
     fetch(storage, content.checkpoint, present, manifest, folder)
-    if IDENTITY not in present:  # of version 0.1, which asked the training data for the classes
+    if IDENTITY not in present:  # version 0.1 read the classes from the training data instead
         (folder / IDENTITY).write_text(content.trained.identity.to_json(), encoding="utf-8")
     if RECIPE not in present:
         (folder / RECIPE).write_bytes(storage.get(join(content.checkpoint, RECIPE)))
@@ -125,12 +127,12 @@ def _copy_checkpoint(content: PackageContent, folder: Path, storage: Storage) ->
 
 
 def _staged_code(folder: Path) -> str:
-    """The code beside the other parts: MLflow notes the path that it is given, which is nobody's business."""
+    """Copy the loader to the temporary folder, because MLflow records its path and so would reveal the install path."""
     return str(shutil.copy2(Path(__file__).with_name("model_code.py"), folder / "model_code.py"))
 
 
 def _signature(trained: TrainedModel) -> ModelSignature:
-    """Any form of an image goes into the column; what is accepted is checked where it is read."""
+    """Return the signature of the model. The image column accepts any type, because `read_pixels` checks the values."""
     keys: dict[Any, str] = {"panoptic": "panoptic", "instance": "instances", "semantic": "semantic"}
     outputs = ["height", "width", *(keys[task] for task in EVALUABLE_TASKS[trained.task])]
     return ModelSignature(

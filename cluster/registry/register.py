@@ -1,4 +1,4 @@
-"""`m2f register`: one checkpoint of a run as a version in MLflow's registry, with all that it needs to answer."""
+"""`m2f register`: register a checkpoint of a run as a model version in MLflow, with everything needed to serve it."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.folder import pin, pins, unpin
 
 REGISTERED_PIN = "registered"
-"""Pin of a checkpoint that is in a registry; nobody takes it away by itself."""
+"""Pin that keeps a registered checkpoint from being deleted. It is not removed automatically."""
 PACKAGE_TAG = "m2f.package"
-"""Tag of a logged model and of a version: digest of what was uploaded."""
+"""Tag of a logged model and of a version: digest of the uploaded contents."""
 VERSIONS_TAG = "mlflow.modelVersions"
-"""Tag of a logged model by which MLflow's page of it names its versions."""
+"""Tag of a logged model that lists its registered versions for MLflow's web pages."""
 SEND_S = 60.0
 _OF_THE_STORES = ("tracking.", "storage.")
-"""Begin the settings that decide nothing about the model."""
+"""Prefixes of settings that do not affect the model."""
 RUN_TAG, STEP_TAG, COMMIT_TAG = "m2f.run_id", "m2f.step", "m2f.commit"
 WEIGHTS_TAG = "m2f.weights.sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What is to be registered, and under which condition."""
+    """Options of `m2f register`: what to register, and under which condition."""
 
     source: str
     """Run folder or recipe."""
@@ -55,41 +55,43 @@ class Wanted:
     checkpoint: str = "best"
     """`best`, `last` or a step."""
     name: str | None = None
-    """Of the registered model; None takes the run's name."""
+    """Name of the registered model; None takes the name of the run."""
     aliases: tuple[str, ...] = ()
     if_better: str | None = None
-    """Alias of the version that the checkpoint must be better than."""
+    """Alias of the version that the checkpoint must beat; None registers without a comparison."""
     dataset: str | None = None
-    """Label of the evaluated set; None takes the recipe's first one."""
+    """Label of the evaluation set; None takes the first one of the recipe."""
     metric: str | None = None
+    """Metric of the comparison, `PQ`, `AP` or `mIoU`; None takes the first one that both sides have."""
     precision: float | None = None
-    """That thresholds by class are chosen for; None: without thresholds."""
+    """Precision for which thresholds by class are chosen, above 0 and at most 1; None: no thresholds."""
     allowed_hosts: tuple[str, ...] = ()
+    """Hosts from which the served model downloads images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Registered:
-    """What came of it."""
+    """Outcome of a registration."""
 
     name: str
     version: str | None
-    """None where the checkpoint is not better and nothing was registered."""
+    """Version of the model; None if the checkpoint is not better and was not registered."""
     step: int
     uploaded: bool
-    """False where the same content was there already."""
+    """Whether the contents were uploaded. False if they were already there, or if nothing was registered."""
     verdict: Verdict | None
-    """None where nothing was compared."""
+    """Result of the comparison; None without a comparison."""
     thresholds: Thresholds | None
     store: str
 
 
 def register(wanted: Wanted, say: Callable[[str], None] = lambda line: None) -> Registered:
-    """Register a checkpoint; `say` gets a line for everything that takes long.
+    """Register a checkpoint. `say` is called with a line before each step that takes long.
 
     Raises:
-        RegistryError: the run is not in MLflow, or sides cannot be compared.
+        RegistryError: the run is not in MLflow, or the two sides cannot be compared.
         ConfigError, CheckpointError, DataError, StorageError: the run or the checkpoint cannot be read.
-        TrackingError: the store does not answer.
+        TrackingError: the MLflow store does not answer, or refuses the registration.
     """
     _check_overrides(wanted.overrides)
     config, copied = open_recipe(wanted.source, wanted.overrides)
@@ -113,7 +115,7 @@ def register(wanted: Wanted, say: Callable[[str], None] = lambda line: None) -> 
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for settings that the served model would not have: its recipe is the checkpoint's."""
+    """Raise ConfigError for settings without effect: a served model uses the recipe in its checkpoint."""
     dropped = [one for one in overrides if not one.lstrip("+").startswith(_OF_THE_STORES)]
     if dropped:
         raise ConfigError(
@@ -123,7 +125,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 
 class _Registration:
-    """One call of `register`."""
+    """State of one call of `register`."""
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class _Registration:
         self._record = self._candidate() if needed else None
 
     def run(self) -> Registered:
-        """Compare, pin, upload, register, in this order: nothing is written for a checkpoint that is not better."""
+        """Compare, pin, upload and register, in this order. Nothing is written if the checkpoint is not better."""
         verdict = self._compare()
         thresholds = self._thresholds()
         if verdict is not None and not verdict.better:
@@ -187,7 +189,7 @@ class _Registration:
         return record
 
     def _compare(self) -> Verdict | None:
-        """None where nothing is to be better, or nothing has the alias yet."""
+        """Compare with the version of the alias. Return None if no comparison is wanted or no version has the alias."""
         alias = self._wanted.if_better
         if alias is None or self._record is None or self._dataset is None:
             return None
@@ -228,7 +230,7 @@ class _Registration:
 
     @contextmanager
     def _pinned(self) -> Iterator[None]:
-        """Keep the checkpoint from now on; not where it cannot be registered after all."""
+        """Pin the checkpoint against deletion. If the block fails, remove the pin unless it existed before."""
         known = REGISTERED_PIN in pins(self._storage, self._chosen.url)
         pin(self._storage, self._chosen.url, REGISTERED_PIN)
         try:
@@ -239,7 +241,7 @@ class _Registration:
             raise
 
     def _log_figures(self, checkpoint: EvaluatedCheckpoint) -> None:
-        """Give the logged model what a published evaluation found, where an earlier version only made points."""
+        """Add the metrics of a published evaluation to the logged model. Earlier versions logged only curve points."""
         for entry in read_entries(self._storage, queue_url(self._config)):
             if entry.status == "published" and is_entry_of(entry, checkpoint):
                 tracking = Tracking(self._run, "registration")
@@ -249,7 +251,7 @@ class _Registration:
     def _model(
         self, checkpoint: EvaluatedCheckpoint, digest: str, thresholds: Thresholds | None
     ) -> tuple[LoggedModel, bool]:
-        """The logged model that holds this content, and whether it was uploaded just now."""
+        """Return the logged model with this content, uploading it if needed, and whether it was uploaded."""
         models = LoggedModels(self._client, self._run.run_id)
         model = models.ensure(checkpoint)
         if model is None:
@@ -289,7 +291,7 @@ class _Registration:
         verdict: Verdict | None,
         thresholds: Thresholds | None,
     ) -> ModelVersion:
-        """A version of the registered model with this content: the one that there is, or a new one."""
+        """Return the version of the registered model with this content. Create it if it does not exist."""
         try:
             self._client.create_registered_model(self._name)
         except MlflowException as error:
@@ -322,7 +324,7 @@ class _Registration:
 
 
 def is_entry_of(entry: Entry, checkpoint: EvaluatedCheckpoint) -> bool:
-    """Whether an evaluation is that of a checkpoint: of its commit, as a step may be trained again."""
+    """Return whether an evaluation belongs to a checkpoint. Commits decide, because a step may be trained again."""
     if not entry.commit:  # of version 0.1
         return entry.step == checkpoint.step and entry.folder == checkpoint.name
     return entry.commit == checkpoint.commit
@@ -335,7 +337,7 @@ def _description(
     verdict: Verdict | None,
     thresholds: Thresholds | None,
 ) -> str:
-    """What a page of the registry says of a version, in Markdown."""
+    """Return the Markdown description of a version for the registry's web page."""
     lines = [f"Step {checkpoint.step} of `{config.run_folder}`, {config.data.task} segmentation."]
     chosen = [m for m in model.metrics or () if m.key.rpartition("/")[2] in ("PQ", "AP", "mIoU")]
     lines += [f"- {m.key}: {m.value:.2f}" for m in sorted(chosen, key=lambda m: m.key)]
@@ -350,7 +352,7 @@ def _description(
 
 @contextmanager
 def _answering(uri: str) -> Iterator[None]:
-    """Raise TrackingError for what MLflow raises."""
+    """Convert MlflowException in the block to TrackingError."""
     try:
         yield
     except MlflowException as error:

@@ -1,4 +1,4 @@
-"""A registered model as MLflow's generic Python model: images in, COCO's formats out."""
+"""A registered model as MLflow's generic Python model: it takes images and returns COCO formats."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from m2f.eval.inference.evaluator import EVALUABLE_TASKS
 from m2f.model.errors import ConfigError, UserError
 
 IMAGE = "image"
-"""Column of what is sent."""
+"""Name of the input column."""
 CHECKPOINT = "checkpoint"
-"""Artifact: a checkpoint folder."""
+"""Name of the artifact with the checkpoint folder."""
 THRESHOLDS = "thresholds"
-"""Artifact: thresholds by class, where the model was registered with them."""
+"""Name of the artifact with thresholds by class, which exists if the model was registered with them."""
 ALLOWED_HOSTS = "allow_url"
-"""Key of MLflow's model_config: hosts from which images are fetched."""
+"""Key of MLflow's model_config: hosts from which images are downloaded."""
 
 
 class ServedModel(PythonModel):
-    """Answers one record for each image; docs/registry.md has its form."""
+    """MLflow model that returns one record per image; docs/registry.md describes the record."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Open weights and thresholds. Called once by MLflow."""
+        """Load weights and thresholds. MLflow calls this once."""
         config: Mapping[str, Any] = context.model_config or {}
         self._allowed = tuple(config.get(ALLOWED_HOSTS) or ())
         self._trained = open_trained(context.artifacts[CHECKPOINT], (), None)
@@ -45,14 +45,14 @@ class ServedModel(PythonModel):
         self._lowest: np.ndarray | None = None
         if (path := context.artifacts.get(THRESHOLDS)) is not None:
             self._lowest = Thresholds.from_json(Path(path).read_bytes(), path).lowest(self._trained.classes)
-        self._lock = threading.Lock()  # a server may call from several threads
+        self._lock = threading.Lock()  # a server may call `predict` from several threads
 
     def predict(  # type: ignore[bad-override] - of MLflow's own, which is annotated to return nothing
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """One answer per image of the column `image`.
+        """Return one record per image of the column `image`.
 
-        Raises MlflowException, which a server answers with status 400, for an image that cannot be read.
+        Raises MlflowException if an image cannot be read or a parameter is invalid. A server answers with status 400.
         """
         options = params or {}
         try:
@@ -88,7 +88,7 @@ class ServedModel(PythonModel):
         return answer
 
     def _results(self, pixels: np.ndarray, tasks: Sequence[Task]) -> list[tuple[Task, Result]]:
-        """One run of the network for all tasks."""
+        """Predict all tasks with one forward pass and return the results by task."""
         (image,) = number_images([IMAGE])
         with self._lock:
             predictor = Predictor(self._trained, tasks[0])

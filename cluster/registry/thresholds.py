@@ -1,4 +1,4 @@
-"""Thresholds of detections, class by class, that reach a stated precision on an evaluated set."""
+"""Score thresholds for detections, by class, that reach a given precision on an evaluation set."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from m2f.eval.metrics.resampled import InstanceImages
 from m2f.model.errors import UserError
 
 IOU = 0.5
-"""A detection is right where it overlaps an annotated instance of its class by more than this."""
+"""A detection is correct if its IoU with an annotated instance of its class is at least this."""
 
 
 class ThresholdError(UserError):
-    """Thresholds that cannot be chosen or read. Names the precision or the file."""
+    """Thresholds cannot be chosen or read. The message names the precision or the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassThreshold:
-    """Of one class. The figures are those on the set that the threshold was chosen on."""
+    """Threshold of one class, with precision and recall on the evaluation set on which it was chosen."""
 
     threshold: float | None
-    """Lowest score that counts; None where no threshold reaches the precision, and nothing of the class counts."""
+    """Lowest accepted score. None if no threshold reaches the precision; then all detections are rejected."""
     precision: float | None
-    """Share of the detections from the threshold on that are right."""
+    """Share of correct detections among those with at least this score; None without a threshold."""
     recall: float | None
-    """Share of the annotated instances that they find; None for a class without any."""
+    """Share of the annotated instances that these detections find; None if the class has no instances."""
     detections: int
-    """Detections from the threshold on."""
+    """Number of detections with at least this score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """Of all classes that are things, and what they were chosen for."""
+    """Thresholds of all thing classes, and the precision and evaluation set for which they were chosen."""
 
     precision: float
     dataset: str
-    """Name of the evaluated set."""
+    """Name of the evaluation set."""
     fingerprint: str
-    """Of its data."""
+    """Fingerprint of its data."""
     classes: Mapping[str, ClassThreshold]
-    """By name of the class."""
+    """Thresholds by class name."""
 
     def to_json(self) -> str:
-        """As it travels with a model."""
+        """Return the JSON text that is stored with a registered model."""
         return json.dumps({"iou": IOU, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str) -> Thresholds:
-        """Back from a file. Raises ThresholdError naming `source`."""
+        """Parse the JSON text of a file. Raises ThresholdError, which names `source`, if it is invalid."""
         try:
             content = parse_json(text)
             classes = {str(name): ClassThreshold(**row) for name, row in content.pop("classes").items()}
@@ -63,20 +63,24 @@ class Thresholds:
             raise ThresholdError(f"{source} holds no thresholds ({error}); register the checkpoint again") from error
 
     def lowest(self, classes: Sequence[Category]) -> np.ndarray:
-        """Lowest score that counts [K], by label; infinity for a class of which nothing counts."""
+        """Return the lowest accepted score [K] by label.
+
+        It is infinity for a class without a reachable threshold, and 0 for a class that is not listed.
+        """
         found = [self.classes.get(category.name) for category in classes]
         return np.array([0.0 if one is None else np.inf if one.threshold is None else one.threshold for one in found])
 
 
 def choose_thresholds(images: InstanceImages, names: Sequence[str], precision: float) -> dict[str, ClassThreshold]:
-    """For every class the lowest threshold whose detections are right in at least a share `precision` of the cases.
+    """Choose for every class the lowest threshold at which at least a share `precision` of the detections is correct.
 
     Args:
-        images: match records of all images; labels are positions in `names`.
-        names: of the classes.
-        precision: from 0 to 1.
+        images: match records of all images. Their labels are positions in `names`.
+        names: names of the classes.
+        precision: above 0 and at most 1.
 
-    Raises ThresholdError for another precision.
+    Raises:
+        ThresholdError: `precision` is out of range.
     """
     if not 0 < precision <= 1:
         raise ThresholdError(f"--precision is {precision}; it must be above 0 and at most 1")
@@ -95,7 +99,7 @@ def _choose(scores: np.ndarray, right: np.ndarray, truth: int, precision: float)
     order = np.argsort(-scores, kind="stable")
     scores, found = scores[order], np.cumsum(right[order])
     shares = found / np.arange(1, len(scores) + 1)
-    ends = np.append(scores[1:] != scores[:-1], True)[: len(scores)]  # equal scores pass a threshold together
+    ends = np.append(scores[1:] != scores[:-1], True)[: len(scores)]  # a threshold cannot separate equal scores
     fit = np.flatnonzero(ends & (shares >= precision))
     if not len(fit):
         return ClassThreshold(threshold=None, precision=None, recall=0.0 if truth else None, detections=0)

@@ -1,4 +1,4 @@
-"""This program as a wheel, and the exact versions of what it needs to predict: both travel with a registered model."""
+"""m2f as a wheel and the exact versions of its requirements, both of which are stored with a registered model."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ import m2f
 PACKAGE = "m2f"
 FOLDERS = ("model", "data_pipeline", "trainer", "eval", "cluster", "configs")
 SERVING = ("mlflow",)
-"""What a served model needs beside the program's own base."""
+"""Packages that a served model needs in addition to the dependencies of m2f."""
 _TOP = ("__init__.py", "__init__.pyi", "py.typed")
-"""Files of the package beside its folders."""
+"""Files of the package that are not in its folders."""
 _DATE = (2000, 1, 1, 0, 0, 0)
-"""Of every file in the wheel: equal code gives equal bytes."""
+"""Date of every file in the wheel. It is fixed, so that equal code gives equal bytes."""
 
 
 @dataclass(frozen=True)
 class Project:
-    """What an installer must know of this program."""
+    """Metadata of m2f for an installer."""
 
     version: str
     python: str
-    """Versions of Python, as `>=3.11`."""
+    """Required Python versions, such as `>=3.11`."""
     dependencies: tuple[str, ...]
-    """Requirements; those of an extra carry its marker."""
+    """Requirements; those of an extra have its marker."""
 
 
 def this_project() -> Project:
-    """From pyproject.toml in a checkout, whose installed metadata may be old; else from the installed metadata."""
+    """Return the metadata of m2f from pyproject.toml in a checkout, else from the installed package.
+
+    In a checkout, the installed metadata may be outdated.
+    """
     file = Path(m2f.__file__).resolve().parents[1] / "pyproject.toml"
     if not file.is_file():
         found = distribution(PACKAGE)
@@ -53,7 +56,7 @@ def this_project() -> Project:
 
 
 def write_wheel(folder: Path, project: Project) -> Path:
-    """Write the code that runs here as a wheel into `folder`; equal code gives an equal file."""
+    """Write the running code as a wheel into `folder` and return its path. Equal code gives an equal file."""
     home = m2f.HOME
     wheel = folder / f"{PACKAGE}-{project.version}-py3-none-any.whl"
     info = f"{PACKAGE}-{project.version}.dist-info"
@@ -77,9 +80,9 @@ def write_wheel(folder: Path, project: Project) -> Path:
 
 
 def exact_requirements(project: Project) -> tuple[str, ...]:
-    """`name==version` of everything that a served model imports, as it is installed here, by name.
+    """Return `name==version` for all requirements of a served model, direct and indirect, as installed here.
 
-    Packages that are not installed are left out: nothing has needed them.
+    They are sorted by name. Packages that are not installed are left out, because m2f has run without them.
     """
     found: dict[str, str] = {}
     waiting = [Requirement(one) for one in (*project.dependencies, *SERVING)]
@@ -96,14 +99,14 @@ def exact_requirements(project: Project) -> tuple[str, ...]:
                 known = distribution(name)
             except PackageNotFoundError:
                 continue
-            found[name] = version(name).partition("+")[0]  # an index has no builds with local names, as 2.11.0+cpu
+            found[name] = version(name).partition("+")[0]  # package indexes lack local builds such as 2.11.0+cpu
             needs = [Requirement(one) for one in known.requires or ()]
             waiting += [one for one in needs if one.marker is None or one.marker.evaluate({"extra": extra})]
     return tuple(f"{name}=={found[name]}" for name in sorted(found))
 
 
 def _code(home: Path) -> Iterator[tuple[str, Path]]:
-    """Files of the package by their path in it, in one order everywhere."""
+    """Yield the files of the package with their paths in it, in an order that is the same on every machine."""
     for folder in FOLDERS:
         top = home / folder
         for path in sorted(top.rglob("*")):
