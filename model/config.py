@@ -20,7 +20,7 @@ BackboneConfig = TimmBackboneConfig | SwinBackboneConfig | ViTAdapterBackboneCon
 
 @dataclass(frozen=True, kw_only=True)
 class MSDeformAttnPixelDecoderConfig(Section):
-    """Multi-scale deformable attention encoder with one FPN step to stride 4 (paper section 3.2.1)."""
+    """Multi-scale deformable attention encoder with one FPN step to stride 4 (paper section 4.1)."""
 
     kind: Literal["ms_deform_attn"] = "ms_deform_attn"
     conv_dim: Annotated[int, FROM_1] = 256
@@ -333,7 +333,7 @@ class PostprocessConfig(Section):
     max_instances: Annotated[int, FROM_1] = 100
     """Instance: number of (query, class) pairs kept per image."""
     semantic_resize: Literal["masks", "class_scores"] = "masks"
-    """Semantic: what is resized to the original image, the masks before the sum over queries or the summed class
+    """Semantic: tensor that is resized to the original image, the masks before the sum over queries or the summed class
     scores. The official code resizes class scores in models for semantic segmentation only, and masks in all others."""
 
 
@@ -359,7 +359,7 @@ class ModelConfig(Section):
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     """How predictions are converted to segments."""
     num_classes: Annotated[int | None, FROM_1] = None
-    """Number of classes without "no object"; None until the category table is known."""
+    """Number of classes without "no object". None until the category table of the data is read."""
     weights: str | None = None
     """Initial weights: a path, a URL, or `hub:OWNER/NAME[@REVISION]` for a model of the Hugging Face hub. A file may be
     one of this project, an official checkpoint, a Hugging Face folder, or published weights of the backbone alone. None

@@ -29,7 +29,7 @@ class MissingExtraError(UserError):
 def missing_extra(what: str, error: BaseException | None) -> MissingExtraError | None:
     """Return a MissingExtraError if `error` or one of its causes is a missing package of an extra, otherwise None.
 
-    `what` is the subject of the message: the feature that needs the package.
+    `what` names the feature that needs the package; it is the subject of the message.
     """
     while error is not None:
         name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""

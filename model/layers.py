@@ -50,7 +50,7 @@ def keep_in_graph(used: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm that keeps the memory format of its input, so that later convolutions keep theirs.
+    """GroupNorm that keeps the memory format of its input, so that later convolutions run in this format.
 
     On GPUs, GroupNorm of torch 2.11 always returns NCHW.
     """

@@ -33,7 +33,7 @@ class Segmenter(nn.Module):
     regions: tuple[str, ...] = ("backbone", "pixel_decoder", "transformer_decoder")
     """Submodules that can be compiled, each into one graph."""
     pixel_decoder_fp32: bool
-    """Whether the pixel decoder runs in fp32 without autocast."""
+    """Whether the pixel decoder has fp32 weights and runs without autocast."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ class Activations(NamedTuple):
     """Bytes used by one micro-batch, without weights, their gradients and the optimizer state."""
 
     kept: int
-    """Bytes held when the loss is computed: what the backward pass needs."""
+    """Bytes that the backward pass needs, measured after the loss is computed."""
     peak: int
     """Maximum bytes during both passes."""
 

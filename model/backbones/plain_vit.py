@@ -132,7 +132,7 @@ def rotations(angles: Tensor) -> Tensor:
 
 @kept(4)
 def rotary_angles(grid: Grid, dim: int, device: torch.device) -> Tensor:
-    """Return angles [N, dim] in float32, whatever the precision of the model.
+    """Return angles [N, dim] in float32, independent of the model's precision.
 
     Patch centres are mapped to [-1, 1] along each axis; y comes before x.
     """

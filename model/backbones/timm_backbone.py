@@ -178,7 +178,7 @@ def _read_weights(weights: str) -> dict[str, Tensor]:
 
 
 def _required_multiple(body: nn.Module) -> int:
-    """Return what must divide the sides of an image, so that no stage has to pad its map."""
+    """Return the number that must divide the sides of an image, so that no stage has to pad its map."""
     if isinstance(body, AnySizeHiera):
         return math.lcm(STRIDES[-1], body.multiple)
     sides = [STRIDES[-1]]
@@ -193,7 +193,7 @@ def _required_multiple(body: nn.Module) -> int:
 def _write_no_input(body: nn.Module) -> None:
     """Prevent stages from overwriting their inputs, which checkpointing keeps.
 
-    Before timm 1.0.31, a ReLU of the stem is a stage of its own and works in place.
+    Before timm 1.0.31, a ReLU of the stem is a separate stage and works in place.
     """
     if Version(timm.__version__) < Version("1.0.31"):
         for stage in body.children():

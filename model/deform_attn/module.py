@@ -189,7 +189,7 @@ class MSDeformAttn(nn.Module):
 
 @torch.compiler.assume_constant_result
 def _kernel_agrees(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
-    """Return the result of `_checked_kernel`. The wrapper is needed because torch.compile looks through caches."""
+    """Return the result of `_checked_kernel`. The wrapper is needed because torch.compile traces through caches."""
     return _checked_kernel(dtype, levels, heads, points, dim)
 
 

@@ -13,7 +13,7 @@ def _queries(
     reference_ptr, logits_ptr, queries, heads, reference_per_image,
     SAMPLES: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Load what all samples of a query share.
+    """Load the values that all samples of a query share.
 
     Return which queries exist, their output rows, their reference points, and maximum and sum of the softmax.
     """

@@ -63,7 +63,7 @@ class QueryHeads(nn.Module):
         self.mask_embed = nn.Sequential(*hidden, nn.Linear(dim, dim))
         self.register_buffer("attn_mask_probs", torch.ones(num_layers))
         self.probabilities = (1.0,) * num_layers
-        """The values of the buffer `attn_mask_probs` on the host, where decisions depend on them."""
+        """Copy of the buffer `attn_mask_probs` on the host, because Python code branches on the values."""
 
     def set_probabilities(self, probabilities: tuple[float, ...]) -> None:
         """Set the mask probability of each block for the following steps."""

@@ -105,8 +105,8 @@ def _unused_by_inference(state: Mapping[str, Tensor], num_classes: int, config: 
 def export_program(model: Segmenter, size: tuple[int, int] | None = None) -> torch.export.ExportedProgram:
     """Return the graph of `Inference` for any number of images, on the device of the model.
 
-    Height and width are free multiples of 32 from 64 pixels up, or fixed to `size` if given. Raises WeightsError if
-    `size` is not such a multiple.
+    Height and width are free multiples of 32 from 64 to 16384 pixels, or fixed to `size` if given. Raises WeightsError
+    if `size` is not a multiple of 32 or is below 64.
     """
     if size is not None and (min(size) < _MIN_SIDE or any(side % _SIDE_MULTIPLE for side in size)):
         raise WeightsError(
@@ -172,5 +172,5 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, notes: Mapping
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, each with its own memory, because parts of packed matrices share theirs."""
+    """Return the tensors on the CPU, each in its own memory, because parts of packed matrices share memory."""
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}

@@ -52,9 +52,9 @@ def is_hugging_face_folder(path: str | Path) -> bool:
 
 
 def known_labels(path: str | Path) -> tuple[str, ...] | None:
-    """Return the class names of a Hugging Face Mask2Former or EoMT in class order; empty if it has no real names.
+    """Return the class names of a Hugging Face Mask2Former or EoMT in class order; empty if the classes have no names.
 
-    Return None if the path is not a folder of such a model. Raises WeightsError if `config.json` cannot be read.
+    Return None if the path is not a folder of one of these models. Raises WeightsError if `config.json` cannot be read.
     """
     if not is_hugging_face_folder(path):
         return None

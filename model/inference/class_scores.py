@@ -19,7 +19,7 @@ from m2f.model.structures import SemanticResult
 class ClassScores:
     """Scores of one prediction: class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
 
-    `resize` selects what is resized from the input to the original size: masks or class scores.
+    `resize` selects the tensors that are resized from the input to the original size: masks or class scores.
     """
 
     def __init__(

@@ -41,9 +41,9 @@ class _Recording(NamedTuple):
 class ReplayedForward:
     """Runs `forward` directly for the first images of a size, records it with the second, and replays it afterwards.
 
-    The first pass does what a graph cannot contain, such as compiling kernels and choosing algorithms. A recording must
-    reproduce the direct result. Otherwise it is dropped with a warning and recording stops. The `max_recordings` most
-    recently used sizes are kept.
+    The first pass runs everything that a graph cannot contain, such as compiling kernels and choosing algorithms. A
+    recording must reproduce the direct result. Otherwise it is dropped with a warning and recording stops. The
+    `max_recordings` most recently used sizes are kept.
     """
 
     def __init__(self, forward: Forward, max_recordings: int = 16) -> None:

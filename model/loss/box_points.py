@@ -1,9 +1,9 @@
 """Points in boxes around targets, with weights that keep every weighted sum of a loss unbiased.
 
-Uniform points miss small targets: with 12544 points on 1024 x 1024 pixels there is one point per 84 pixels. This module
-draws some of the points in boxes around targets. Every point, whether uniform or in a box, has the weight omega / q.
-Here omega is the density that the loss asks for (1 if uniform), and q is the total density of all parts (the balance
-heuristic of Veach and Guibas, SIGGRAPH 1995). Weighted sums therefore have the same expectation as sums over points of
+Uniform points miss small targets: 12544 points on 1024 x 1024 pixels are one point per 84 pixels. This module draws
+some of the points in boxes around targets. Every point, whether uniform or in a box, has the weight omega / q. Here
+omega is the density of the unmodified loss (1 if uniform), and q is the total density of all parts. This is the balance
+heuristic of Veach and Guibas, SIGGRAPH 1995. Weighted sums therefore have the same expectation as sums over points of
 density omega.
 """
 
@@ -58,7 +58,7 @@ def move_into_boxes(points: Tensor, boxes: Tensor) -> Tensor:
 def deal_to_boxes(points: Tensor, boxes: Tensor, valid: Tensor, num_in_boxes: int) -> tuple[Tensor, Tensor]:
     """Move the last `num_in_boxes` points of each set into the boxes of the image's valid targets, in turn.
 
-    Without valid targets, the points stay where they are.
+    Without valid targets, the points do not move.
 
     Args:
         points: [l, B, P, 2] in the unit square.
@@ -113,7 +113,8 @@ def importance_density(logits: Tensor, num_kept: int, num_others: int, share_wit
     """Return the density omega [R, P] of importance-sampled points.
 
     The first `num_kept` points of a row are the most uncertain candidates; the next `num_others` are uniform. The
-    density is high if the logit is at least as near to 0 as at the kept points, and lower elsewhere.
+    density has two values: a high one if the logit is at least as near to 0 as at the kept points, and a lower one
+    elsewhere.
 
     Args:
         logits: [R, P] at all points of the rows.

@@ -1,8 +1,10 @@
 """Random points in the unit square for the matcher and the losses, independent of the batch composition.
 
-A training step draws uniform points for three purposes (paper section 3.3): one set per image and prediction for
-matching, a larger set of candidates per matched mask of which the most uncertain are kept, and a few fresh points per
-matched mask.
+A training step draws uniform points for three purposes (paper section 3.3):
+
+- matching: one set per image and prediction;
+- candidates: a larger set per matched mask, of which the most uncertain are kept;
+- fresh points: a few per matched mask.
 """
 
 from __future__ import annotations

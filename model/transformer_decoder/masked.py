@@ -44,8 +44,8 @@ AttentionGuide = Callable[[int, Tensor], Tensor | None]
 class DecoderLayer(nn.Module):
     """Cross-attention (or mask pooling), self-attention and a feed-forward network, each with residual and LayerNorm.
 
-    By default, as in the published code, cross-attention precedes self-attention and LayerNorm follows the residual.
-    Settings reverse both.
+    By default, as in the published code, cross-attention precedes self-attention, and LayerNorm follows the residual.
+    Settings can reverse both.
     """
 
     def __init__(self, config: MaskedTransformerDecoderConfig) -> None:
@@ -241,7 +241,7 @@ class MaskedTransformerDecoder(nn.Module):
     def _attention_masks(
         self, features: Sequence[Tensor], mask_features: Tensor, queries: Tensor, position: Tensor
     ) -> AttentionGuide:
-        """Return a function that gives the mask or the added logits of a layer from its index and input queries.
+        """Return a function from a layer's index and input queries to its attention mask or added logits.
 
         The first layer's mask comes from the initial queries, even if these are not supervised (equation 3). Initial
         queries of zeros all have the same mask.

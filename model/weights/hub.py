@@ -59,10 +59,8 @@ def pinned(text: str) -> str:
 def hub_folder(text: str, *, weights: bool = True) -> Path:
     """Return the local folder of a hub model, as `save_pretrained` writes it.
 
-    Without `weights`, it holds config files only.
-
-    Files in the cache are not downloaded again. Raises WeightsError if the hub is not reachable, has no such model, or
-    has no safetensors of it.
+    Without `weights`, the folder holds config files only. Files in the cache are not downloaded again. Raises
+    WeightsError if the hub is not reachable, has no such model, or has no safetensors of it.
     """
     address = HubAddress.parse(pinned(text))
     cached = _cached_folder(address)
@@ -156,9 +154,9 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _within(seconds: float, ask: Callable[[], _T]) -> _T:
-    """Return or raise what `ask` returns or raises; raise TimeoutError after `seconds`.
+    """Run `ask` in a thread and return its result or raise its error; raise TimeoutError after `seconds`.
 
-    After a timeout, the thread of `ask` continues in the background until it ends.
+    After a timeout, the thread continues in the background until `ask` ends.
     """
     outcome: list[_T] = []
     errors: list[BaseException] = []

@@ -86,8 +86,8 @@ def load_weights(
     Args:
         model: the model. It stays unchanged if an error is raised.
         source: file, folder or state dict.
-        class_rows: for every class of the model its label in the file, None to keep its initialisation. The row of
-            "no object" is always loaded.
+        class_rows: for every class of the model its label in the file, None to keep its initialisation.
+            The row of "no object" is always loaded.
         deltas: add the backbone of the file to the model's instead of replacing it.
         name: name of a state dict in error messages.
 

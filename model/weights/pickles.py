@@ -25,7 +25,7 @@ _NUMERIC = re.compile(r"[fiu][248]|[iu]1|b1")
 def read_pickle(file: BinaryIO) -> Any:
     """Return the contents of a pickle: plain values, OrderedDicts, tensors and `PickledArray`s.
 
-    Raises pickle.UnpicklingError, with the name, if the pickle asks for anything else.
+    Raises pickle.UnpicklingError with the name if the pickle uses any other type or function.
     """
     return _ArrayUnpickler(file, encoding="latin1").load()  # the encoding of Python 2 pickles
 

@@ -53,9 +53,9 @@ def _on_fake_cpu(module: Module) -> Module:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Return the number of trainable values.
+    """Return the number of parameter values, including those of frozen parts.
 
-    Frozen statistics are buffers and do not count, as in the paper's tables.
+    Statistics and affine values of frozen norms are buffers and do not count, as in the paper's tables.
     """
     return sum(parameter.numel() for parameter in module.parameters())
 

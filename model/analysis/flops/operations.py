@@ -24,7 +24,7 @@ STRIDES = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Flops:
-    """Multiply-adds for one image."""
+    """Multiply-adds for one image, by part of the model."""
 
     backbone: float
     pixel_decoder: float
