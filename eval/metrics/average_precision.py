@@ -1,7 +1,7 @@
 """Mask average precision as COCO defines it (pycocotools' COCOeval for segmentations), as a mergeable state.
 
-Equal to pycocotools bit for bit. Two things are fixed here that pycocotools leaves to its input: the size of a
-detection is always its number of pixels (never a box), and annotations need no ids (there an id of 0 loses a match).
+Results are bit-identical to pycocotools'. Two choices that pycocotools leaves to its input are fixed. The size of a
+detection is always its number of pixels, never a box. Annotations need no ids; in pycocotools an id of 0 loses a match.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from m2f.eval.metrics.instance_matching import (
 )
 
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
-"""Of pycocotools, computed as it does."""
+"""Recall thresholds of pycocotools, computed in the same way."""
 _THRESHOLD_BITS = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
-"""A bit per IoU threshold: flags of all thresholds travel as one number."""
+"""One bit per IoU threshold, so that flags of all thresholds are stored in one number."""
 
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """What COCOeval.accumulate and summarize give; -1 marks a class or a range without annotations."""
+    """Results of COCOeval.accumulate and summarize; -1 marks a class or area range without annotations."""
 
     max_dets: tuple[int, ...]
     precision: np.ndarray
-    """[thresholds, recalls, classes, areas, max_dets] float64"""
+    """[thresholds, recalls, classes, areas, max_dets] float64."""
     recall: np.ndarray
-    """[thresholds, classes, areas, max_dets] float64"""
+    """[thresholds, classes, areas, max_dets] float64."""
 
     @property
     def stats(self) -> dict[str, float]:
-        """The 12 numbers of COCO in their order; -1 where undefined. AP is at the largest `max_dets`."""
+        """The 12 numbers of COCO in their order; -1 if undefined. AP is at the largest `max_dets`."""
         return self.stats_at(self.max_dets[-1])
 
     def stats_at(self, limit: int) -> dict[str, float]:
-        """The numbers of COCO with AP, and recall by size, at one of `max_dets`."""
+        """Return the numbers of COCO, with AP and recall by size at `limit`, which must be one of `max_dets`."""
         areas = {"": 0, "s": 1, "m": 2, "l": 3}
         last = self.max_dets.index(limit)
         values = {"AP": _mean(self.precision[..., 0, last])}
@@ -58,21 +58,21 @@ class AveragePrecision:
         return values | {f"AR{size}": _mean(self.recall[..., a, last]) for size, a in areas.items() if size}
 
     def class_stats(self, label: int) -> dict[str, float]:
-        """The numbers of `stats` for one class; -1 where undefined."""
+        """Return the numbers of `stats` for one class; -1 if undefined."""
         at = slice(label, label + 1)
         return AveragePrecision(self.max_dets, self.precision[:, :, at], self.recall[:, at]).stats
 
     @property
     def per_class(self) -> tuple[float, ...]:
-        """AP of every class over all areas; -1 where it has no annotation."""
+        """AP of every class over all areas; -1 for a class without annotations."""
         return tuple(_mean(self.precision[:, :, k, 0, -1]) for k in range(self.precision.shape[2]))
 
 
 class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
     """Matched detections per image. `max_dets` limits detections per image and class, as in COCO.
 
-    With a `boundary_ratio` (see `m2f.eval.metrics.boundary`) it is Boundary AP. `area_bounds`: pixels from which on an
-    instance is medium, and large.
+    With `boundary_ratio` (see `m2f.eval.metrics.boundary`) the metric is Boundary AP. `area_bounds` holds the smallest
+    areas of medium and of large instances, in pixels.
     """
 
     name = "average precision"
@@ -89,7 +89,7 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
             "max_dets": sorted(max_dets),
             "boundary_ratio": boundary_ratio,
         }
-        if tuple(area_bounds) != AREA_BOUNDS:  # states of before know no other ones
+        if tuple(area_bounds) != AREA_BOUNDS:  # older states have no others
             settings["area_bounds"] = list(area_bounds)
         super().__init__(DetectionRecord, settings)
         self.num_classes = num_classes
@@ -98,7 +98,7 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
         self.area_bounds = tuple(area_bounds)
 
     def update(self, image_id: int, truth: InstanceTruth, detections: InstanceDetections) -> None:
-        """Match the detections of one image. Raises EvaluationError naming it for scores, sizes or classes amiss."""
+        """Match the detections of one image. Raises EvaluationError for wrong scores, sizes or classes."""
         if not np.isfinite(detections.scores).all():
             raise EvaluationError(
                 f"image {image_id}: a detection's score is not finite; the checkpoint's weights have overflowed, "
@@ -117,7 +117,7 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
         self.add(image_id, match_instances(truth, detections, limit, self.boundary_ratio, ranges))
 
     def compute(self) -> AveragePrecision:
-        """Precision at all recalls and final recall, for all thresholds, classes, areas and detection limits."""
+        """Compute precision at all recalls and final recall by threshold, class, area range and detection limit."""
         shape = (self.num_classes, NUM_AREAS, len(self.max_dets))
         precision = -np.ones((len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), *shape))
         recall = -np.ones((len(IOU_THRESHOLDS), *shape))
@@ -127,18 +127,18 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
         label, score = self.rows("label"), self.rows("score")
         matched, ignored = self.rows("matched"), self.rows("ignored")
         rank = rank_in_image_and_class(label, self.row_counts("label"))
-        # Classes together, best first; both sorts are stable, so ties stay in ascending image id.
+        # Group by class, best first. Both sorts are stable, so equal scores stay in ascending image id.
         order = np.lexsort((-score, label))
         starts = np.searchsorted(label[order], np.arange(self.num_classes + 1))
         for k in range(self.num_classes):
             rows = order[starts[k] : starts[k + 1]]
             most = rank[rows].max(initial=-1)
             for m, limit in enumerate(self.max_dets):
-                if m and most < self.max_dets[m - 1]:  # no image has more detections than the last limit
+                if m and most < self.max_dets[m - 1]:  # no image has more detections than the previous limit
                     precision[:, :, k, :, m], recall[:, k, :, m] = precision[:, :, k, :, m - 1], recall[:, k, :, m - 1]
                     continue
                 kept = rows[rank[rows] < limit]
-                # Flags of one class at a time: for all of them they would be forty bytes per detection, twice.
+                # Unpack flags of one class at a time; all of them would take forty bytes per detection, twice.
                 correct, wrong = (_unpack(hits[kept] & ~ignored[kept]) for hits in (matched, ~matched))
                 for a in np.flatnonzero(truth_count[k]):
                     curve = precision_at_recalls(correct[a], wrong[a], int(truth_count[k, a]))
@@ -147,13 +147,13 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
 
 
 def _unpack(bits: np.ndarray) -> np.ndarray:
-    """Bit masks [D, A] as flags [A, T, D]."""
+    """Convert bit masks [D, A] to flags [A, T, D]."""
     return (bits.T[:, None] & _THRESHOLD_BITS[:, None]) != 0
 
 
 def precision_at_recalls(correct: np.ndarray, wrong: np.ndarray, num_truth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Interpolated precision [T, R] and final recall [T] from flags [T, D] of detections in descending score."""
-    # Recall rises and precision has its maxima at correct detections, so nothing else has to be looked at.
+    """Return interpolated precision [T, R] and final recall [T] from flags [T, D] of detections in descending score."""
+    # Recall increases, and precision has its maxima, only at correct detections. So only these are evaluated.
     threshold, place = correct.nonzero()
     hits = np.bincount(threshold, minlength=len(correct))
     tp = np.arange(1.0, hits.max(initial=0) + 1)
@@ -170,6 +170,6 @@ def precision_at_recalls(correct: np.ndarray, wrong: np.ndarray, num_truth: int)
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean over what is defined, in the order that pycocotools adds it; -1 where nothing is."""
+    """Return the mean over defined values, added in pycocotools' order; -1 if there are none."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else -1.0

@@ -1,6 +1,6 @@
-"""Boundaries of masks (Cheng et al., Boundary IoU, CVPR 2021): the pixels of a mask near to its outline.
+"""Boundaries of masks (Cheng et al., Boundary IoU, CVPR 2021): the pixels of a mask close to its outline.
 
-The Boundary AP and PQ of that paper take the smaller of mask IoU and boundary IoU for every pair.
+Boundary AP and PQ of that paper use the smaller one of mask IoU and boundary IoU for every pair.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from m2f.data_pipeline.sample import VOID_ID
 from m2f.eval.metrics.rle import Rle, decode_mask, encode_masks, mask_boxes
 
 BOUNDARY_RATIO = 0.02
-"""Width of a boundary as a share of the image's diagonal: the paper's value for COCO, LVIS and panoptic Cityscapes."""
+"""Boundary width as a share of the image diagonal: the paper's value for COCO, LVIS and panoptic Cityscapes."""
 INTERIOR = -1
-"""Id of the pixels inside a segment that are not on its boundary."""
+"""Id of pixels that are inside a segment and not on its boundary."""
 
 
 def boundary_width(size: tuple[int, int], ratio: float) -> int:
-    """Pixels from the outline that still belong to the boundary, for an image of (height, width)."""
+    """Return the width of a boundary in pixels, at least 1, for an image of (height, width)."""
     height, width = size
     return max(1, round(ratio * float(np.sqrt(height**2 + width**2))))
 
 
 def mask_boundary(mask: np.ndarray, width: int) -> np.ndarray:
-    """The pixels of a mask [H, W] bool within `width` (in steps to any of 8 neighbours) of a pixel outside it.
+    """Return the pixels of a mask [H, W] bool within `width` of a pixel outside it, in steps to any of 8 neighbours.
 
-    Beyond the image everything is outside. One erosion with a large square is equal to `width` erosions with a 3 x 3.
+    Everything beyond the image is outside. One erosion with a large square equals `width` erosions with a 3 x 3 square.
     """
     padded = np.pad(mask.view(np.uint8), 1)
     return mask & ~cv2.erode(padded, _structuring_element(width))[1:-1, 1:-1].view(bool)
 
 
 def mask_boundaries(masks: Sequence[Rle], ratio: float) -> tuple[Rle, ...]:
-    """Run-length boundaries of run-length masks. Looks only at the smallest box of each mask, which is equal."""
+    """Return the boundaries of run-length masks as run-length masks. Only the box of each mask is processed."""
     outlines = []
     for mask, (x, y, w, h) in zip(masks, mask_boxes(masks).astype(int).tolist(), strict=True):
         pixels = decode_mask(mask)
@@ -46,9 +46,10 @@ def mask_boundaries(masks: Sequence[Rle], ratio: float) -> tuple[Rle, ...]:
 
 
 def outline_map(id_map: np.ndarray, width: int) -> np.ndarray:
-    """An id map [H, W] with INTERIOR in place of every pixel that is not on its segment's boundary; void stays.
+    """Return the id map [H, W] with INTERIOR for every pixel that is not on its segment's boundary; void is unchanged.
 
-    All segments at once: a pixel is inside its segment where its neighbourhood has only one id. Ids below 2**24.
+    All segments are processed at once: a pixel is interior if its neighbourhood contains only one id. Ids must be below
+    2**24.
     """
     padded = np.pad(id_map.astype(np.float32), 1, constant_values=-1)
     window = _structuring_element(width)

@@ -1,7 +1,7 @@
 """Instance AP as Cityscapes defines it (cityscapesScripts, evalInstanceLevelSemanticLabeling.py), as a mergeable state.
 
-It differs from COCO's: thresholds are strict, detections count with all their pixels whatever their rank, equal scores
-are one point of the curve, and the curve is integrated in steps. Groups of things that nobody told apart, void and
+It differs from COCO's AP. Thresholds are strict. Detections count with all their pixels regardless of rank. Equal
+scores are one point of the curve, which is integrated in steps. Groups of things that were not told apart, void, and
 instances below 100 pixels are neither right nor wrong.
 """
 
@@ -18,16 +18,16 @@ from m2f.eval.metrics.base import MetricState, Record, column
 from m2f.eval.metrics.overlaps import common_runs, compact_ids
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)
-"""A match needs a larger IoU."""
+"""IoU thresholds; a match needs a larger IoU."""
 MIN_PIXELS = 100
-"""Smaller annotated instances do not count."""
+"""Annotated instances with fewer pixels do not count."""
 FIRST_INSTANCE = 1000
-"""Ids below are plain label ids: stuff, or a group of things."""
+"""Smallest id of an instance. Smaller ids are plain label ids: stuff, or a group of things."""
 VOID_LABELS = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
 """Label ids that are not evaluated."""
 THING_LABELS = tuple(c.id for c in CATEGORIES.for_task("instance"))
 _BITS = 1 << np.arange(len(OVERLAPS), dtype=np.uint16)
-"""A bit per overlap: flags of all overlaps travel as one number."""
+"""One bit per overlap, so that flags of all overlaps are stored in one number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,28 +35,28 @@ class CityscapesDetection:
     """One detected instance."""
 
     mask: np.ndarray
-    """[H, W] bool"""
+    """[H, W] bool: pixels of the instance."""
     label: int
-    """Label id, 24 to 33; others are left out, as the benchmark does."""
+    """Label id, 24 to 33. Other labels are left out, as in the benchmark."""
     score: float
 
 
 @dataclass(frozen=True, eq=False)
 class CityscapesRecord(Record):
-    """Detections of one image that have a pixel; bit t of a mask belongs to OVERLAPS[t]."""
+    """Detections of one image that have a pixel. Bit t of a mask belongs to OVERLAPS[t]."""
 
     label: np.ndarray = field(metadata=column("int32"))
     score: np.ndarray = field(metadata=column("float64"))
     correct: np.ndarray = field(metadata=column("uint16"))
     wrong: np.ndarray = field(metadata=column("uint16"))
-    """Neither correct nor wrong: ignored."""
+    """Detections that are neither correct nor wrong are ignored."""
     truth_label: np.ndarray = field(metadata=column("int32"))
     """Label of every annotated instance that counts."""
 
 
 @dataclass(frozen=True)
 class CityscapesAP:
-    """Shares, not per cent; None where no annotated instance counts."""
+    """AP as shares, not per cent; None if no annotated instance counts."""
 
     ap: float | None
     """Mean over classes and overlaps."""
@@ -74,14 +74,14 @@ class CityscapesAPState(MetricState[CityscapesRecord, CityscapesAP]):
         super().__init__(CityscapesRecord, {})
 
     def update(self, image_id: int, truth: np.ndarray, detections: Iterable[CityscapesDetection]) -> None:
-        """Match one image: instance ids [H, W] as in gtFine_instanceIds.png. Detections are taken one at a time."""
+        """Match one image: instance ids [H, W] as in gtFine_instanceIds.png. Detections are consumed one at a time."""
         try:
             self.add(image_id, match_cityscapes(truth, detections))
         except ValueError as error:
             raise EvaluationError(f"image {image_id}: {error}") from error
 
     def compute(self) -> CityscapesAP:
-        """AP of every class at every overlap, and their means."""
+        """Compute the AP of every class at every overlap, and the means."""
         label, score, truth = self.rows("label"), self.rows("score"), self.rows("truth_label")
         correct, wrong = ((self.rows(name)[:, None] & _BITS) != 0 for name in ("correct", "wrong"))
         table = {}
@@ -98,7 +98,7 @@ class CityscapesAPState(MetricState[CityscapesRecord, CityscapesAP]):
 
 
 def match_cityscapes(truth: np.ndarray, detections: Iterable[CityscapesDetection]) -> CityscapesRecord:
-    """Right and wrong detections of one image at every overlap. Raises ValueError for a mask of another size."""
+    """Return right and wrong detections of one image at every overlap. Raises ValueError if a mask's size differs."""
     values, _, lengths = common_runs(truth, truth)
     ids, run_positions = compact_ids(values)
     positions = run_positions.repeat(lengths).reshape(truth.shape)
@@ -117,7 +117,7 @@ def match_cityscapes(truth: np.ndarray, detections: Iterable[CityscapesDetection
         if not pixels or detection.label not in THING_LABELS:
             continue
         own = truth_label == detection.label
-        # A small group is counted twice, as the benchmark does: as a group, and as too small.
+        # The benchmark counts a small group twice: as a group and as too small.
         ignored = shared[void].sum() + shared[own & grouped].sum() + shared[own & (truth_pixels < MIN_PIXELS)].sum()
         iou = np.where(own, shared / (truth_pixels + pixels - shared), 0.0)
         found.append(_Candidate(detection.label, detection.score, iou, float(ignored) / pixels))
@@ -136,13 +136,13 @@ class _Candidate:
     label: int
     score: float
     iou: np.ndarray
-    """With every truth id of its class."""
+    """IoU with every truth id of its class; 0 for others."""
     ignored: float
     """Share of its pixels in void, groups and small instances."""
 
 
 def _resolve_matches(found: list[_Candidate], counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Correct and wrong flags [D, T] of detections; of several on one instance the best score is correct."""
+    """Return correct and wrong flags [D, T]. If several detections match an instance, the best score is correct."""
     ious = np.array([f.iou for f in found]).reshape(len(found), len(counted))
     scores, ignored = np.array([f.score for f in found]), np.array([f.ignored for f in found])
     correct = np.zeros((len(found), len(OVERLAPS)), dtype=bool)
@@ -158,9 +158,9 @@ def _resolve_matches(found: list[_Candidate], counted: np.ndarray) -> tuple[np.n
 
 
 def _average_precision(score: np.ndarray, correct: np.ndarray, wrong: np.ndarray, num_truth: int) -> float:
-    """Area under the steps of precision over recall; a point per distinct score, and precision 1 at recall 0.
+    """Return the area under the steps of precision over recall.
 
-    No detection that counts gives 0.
+    The curve has one point per distinct score, and precision 1 at recall 0. Without any detection that counts it is 0.
     """
     counted_detections = correct | wrong
     if not counted_detections.any():

@@ -1,7 +1,7 @@
-"""Matching of detected with annotated instances, as COCO defines it (pycocotools' COCOeval).
+"""Match detected to annotated instances, as COCO defines it (pycocotools' COCOeval).
 
-Exact shortcuts: only pairs that can reach the lowest threshold are compared at all, the images of a call are matched
-together, and so are all thresholds and area ranges.
+The shortcuts are exact. Only pairs that can reach the lowest threshold are compared. All images of a call, all
+thresholds and all area ranges are matched together.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from m2f.eval.metrics.engine import pairwise_ious
 from m2f.eval.metrics.rle import Rle, chosen_masks, mask_areas
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-"""Of pycocotools, computed as it does."""
+"""IoU thresholds of pycocotools, computed in the same way."""
 AREA_RANGES: dict[str, tuple[float, float]] = {
     "all": (0.0, 1e10),
     "small": (0.0, 32.0**2),
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, 1e10),
 }
-"""Pixels, closed on both sides: an area of 1024 is small and medium."""
+"""Ranges in pixels, including both bounds: an area of 1024 is both small and medium."""
 NUM_AREAS = len(AREA_RANGES)
 AREA_BOUNDS = (32.0**2, 96.0**2)
-"""Pixels from which on COCO calls an instance medium, and large."""
+"""Smallest areas of medium and of large instances in COCO, in pixels."""
 _ALL_THRESHOLDS = np.uint16((1 << len(IOU_THRESHOLDS)) - 1)
-"""A bit per IoU threshold: flags of all thresholds travel as one number."""
+"""One bit per IoU threshold, so that flags of all thresholds are stored in one number."""
 _EVERY_RANGE = 1 << np.arange(NUM_AREAS, dtype=np.int64) * len(IOU_THRESHOLDS)
-"""The lowest bit of every area range in a set of (area range, threshold)."""
+"""Lowest bit of every area range in a set of (area range, threshold)."""
 _FIRST_THRESHOLDS = _EVERY_RANGE.sum() * ((1 << np.arange(len(IOU_THRESHOLDS) + 1, dtype=np.int64)) - 1)
-"""By number of thresholds: that many, the lowest, of every range."""
+"""Bits of the lowest thresholds of every range, indexed by their number."""
 
 
 @dataclass(frozen=True)
@@ -44,49 +44,49 @@ class InstanceTruth:
 
     masks: tuple[Rle, ...]
     labels: np.ndarray
-    """[G] int64 contiguous classes."""
+    """[G] int64 contiguous class indices."""
     areas: np.ndarray
-    """[G] float64 as the annotation states them."""
+    """[G] float64 areas stated by the annotation, in pixels."""
     is_crowd: np.ndarray
-    """[G] bool"""
+    """[G] bool: whether the instance is a crowd."""
     pixels: np.ndarray | None = None
-    """[G] of every mask; None: not counted yet."""
+    """[G] pixels of every mask; None: not counted yet."""
 
 
 @dataclass(frozen=True)
 class InstanceDetections:
-    """Detections of one image in canonical order (ties of scores keep it). Detections may share a mask."""
+    """Detections of one image in canonical order, which is kept among equal scores. Detections may share a mask."""
 
     masks: Sequence[Rle]
-    """One per distinct mask."""
+    """The distinct masks."""
     mask_index: np.ndarray
-    """[D] int64 into masks."""
+    """[D] int64 indices into `masks`."""
     labels: np.ndarray
-    """[D] int64 contiguous classes."""
+    """[D] int64 contiguous class indices."""
     scores: np.ndarray
-    """[D] float64"""
+    """[D] float64 scores."""
     areas: np.ndarray | None = None
     """[masks] pixels of every mask; None: not counted yet."""
 
 
 @dataclass(frozen=True, eq=False)
 class DetectionRecord(Record):
-    """Detections of one image, class by class and best first; bit t of a mask belongs to IOU_THRESHOLDS[t]."""
+    """Detections of one image, class by class and best first. Bit t of a mask belongs to IOU_THRESHOLDS[t]."""
 
     label: np.ndarray = field(metadata=column("int32"))
     score: np.ndarray = field(metadata=column("float64"))
     matched: np.ndarray = field(metadata=column("uint16", NUM_AREAS))
-    """Matched to an annotation, per area range."""
+    """Flags of detections matched to an annotation, per area range."""
     ignored: np.ndarray = field(metadata=column("uint16", NUM_AREAS))
-    """Neither right nor wrong, per area range."""
+    """Flags of detections that are neither right nor wrong, per area range."""
     truth_label: np.ndarray = field(metadata=column("int32"))
-    """Classes with annotations, ascending."""
+    """Classes with annotations, in ascending order."""
     truth_count: np.ndarray = field(metadata=column("int32", NUM_AREAS))
-    """Their annotations that count, per area range."""
+    """Number of annotations of each of these classes that count, per area range."""
 
 
 def area_ranges(bounds: Sequence[float] = AREA_BOUNDS) -> np.ndarray:
-    """[NUM_AREAS, 2] pixels, closed on both sides: all, small, medium, large; `bounds`: where the last two begin."""
+    """Return the area ranges [NUM_AREAS, 2] in pixels, bounds included. `bounds` start medium and large."""
     medium, large = bounds
     most = AREA_RANGES["all"][1]
     return np.array([(0.0, most), (0.0, medium), (medium, large), (large, most)])
@@ -99,7 +99,7 @@ def match_instances(
     boundary_ratio: float | None = None,
     ranges: np.ndarray | None = None,
 ) -> DetectionRecord:
-    """As `match_images`, of one image."""
+    """Match one image as `match_images` does."""
     return match_images([(truth, detections)], limit, boundary_ratio, ranges)[0]
 
 
@@ -109,9 +109,9 @@ def match_images(
     boundary_ratio: float | None = None,
     ranges: np.ndarray | None = None,
 ) -> list[DetectionRecord]:
-    """Greedy matching of every image by the IoU of masks, at most `limit` detections per class; see `_records`.
+    """Match the detections of every image greedily by mask IoU, at most `limit` per class; see `_records`.
 
-    With a `boundary_ratio` the IoU is the smaller one of masks and of boundaries, except for crowds.
+    With `boundary_ratio` the IoU is the smaller one of masks and boundaries, except for crowds.
     """
     truth = _join_truth([(t.labels, t.areas, t.is_crowd) for t, _ in images])
     areas = [mask_areas(d.masks) if d.areas is None else d.areas for _, d in images]
@@ -136,16 +136,16 @@ def match_images(
 
 @dataclass(frozen=True)
 class Scored:
-    """Detections of one image with what matching needs of them, in canonical order (ties of scores keep it)."""
+    """Detections of one image with the data for matching, in canonical order, which is kept among equal scores."""
 
     labels: np.ndarray
-    """[D] int64 contiguous classes."""
+    """[D] int64 contiguous class indices."""
     scores: np.ndarray
-    """[D] float64"""
+    """[D] float64 scores."""
     areas: np.ndarray
-    """[D] float64 pixels."""
+    """[D] float64 areas in pixels."""
     ious: np.ndarray
-    """[D, G] float64; for crowds the intersection over the detection."""
+    """[D, G] float64 IoU; for crowds the intersection divided by the detection's area."""
 
 
 def match_by_iou(
@@ -156,7 +156,7 @@ def match_by_iou(
     limit: int,
     ranges: np.ndarray | None = None,
 ) -> DetectionRecord:
-    """Greedy matching of one image by IoUs that are known, else as `match_images`. Annotations [G]."""
+    """Match one image greedily by known IoUs, otherwise as `match_images` does. Annotations are [G]."""
     truth = _join_truth([(truth_label, truth_area, is_crowd)])
     found = _join_found([(detections.labels, detections.scores)], detections.areas, limit)
     ious = detections.ious[found.source]
@@ -165,7 +165,7 @@ def match_by_iou(
 
 
 class _Truth(NamedTuple):
-    """Annotations of several images, image by image. [G]"""
+    """Annotations [G] of several images, image by image."""
 
     image: np.ndarray
     label: np.ndarray
@@ -174,33 +174,33 @@ class _Truth(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Detections of several images, image by image, class by class and best first. [D]"""
+    """Detections [D] of several images, image by image, class by class and best first."""
 
     image: np.ndarray
     label: np.ndarray
     score: np.ndarray
     area: np.ndarray
     source: np.ndarray
-    """Position before they were sorted."""
+    """Positions before sorting."""
     num_images: int
 
 
 class _Pairs(NamedTuple):
-    """A detection and an annotation of one class and image each. [P]"""
+    """Pairs [P] of a detection and an annotation of the same class and image."""
 
     detection: np.ndarray
     truth: np.ndarray
 
 
 def _join_truth(images: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> _Truth:
-    """Of labels, areas and crowd flags of every image."""
+    """Join labels, areas and crowd flags of all images."""
     image = np.repeat(np.arange(len(images)), [len(labels) for labels, _, _ in images])
     label, area, is_crowd = (np.concatenate(side) for side in zip(*images, strict=True))
     return _Truth(image, label.astype(np.int64), area, is_crowd.astype(bool))
 
 
 def _join_found(images: Sequence[tuple[np.ndarray, np.ndarray]], areas: np.ndarray, limit: int) -> _Found:
-    """At most `limit` of every image and class, of labels and scores of every image and areas of all."""
+    """Join labels and scores of all images with areas of all, keeping at most `limit` per image and class."""
     image = np.repeat(np.arange(len(images)), [len(labels) for labels, _ in images])
     label, score = (np.concatenate(side) for side in zip(*images, strict=True))
     label = label.astype(np.int64)
@@ -212,7 +212,7 @@ def _join_found(images: Sequence[tuple[np.ndarray, np.ndarray]], areas: np.ndarr
 
 
 def _near_pairs(found: _Found, truth: _Truth, truth_pixels: np.ndarray) -> _Pairs:
-    """Pairs that may match: the smaller mask is not too small for the lowest threshold, or the annotation a crowd."""
+    """Return pairs that can match: the smaller mask can reach the lowest threshold, or the annotation is a crowd."""
     num_classes = 1 + max(int(truth.label.max(initial=0)), int(found.label.max(initial=0)))
     keys, wanted = truth.image * num_classes + truth.label, found.image * num_classes + found.label
     order = keys.argsort(kind="stable")
@@ -229,20 +229,20 @@ def _near_pairs(found: _Found, truth: _Truth, truth_pixels: np.ndarray) -> _Pair
 
 
 class _Masks(NamedTuple):
-    """The masks of several images."""
+    """Masks of several images."""
 
     detected: Sequence[Sequence[Rle]]
-    """Of every image."""
+    """Detected masks of every image."""
     index: np.ndarray
-    """[D] of every detection, into the masks of its image."""
+    """[D] index of every detection into the masks of its image."""
     annotated: Sequence[Rle]
-    """Of all images."""
+    """Annotated masks of all images."""
     is_crowd: Sequence[bool]
-    """Of all images."""
+    """Crowd flags of the annotated masks of all images."""
 
 
 def _pair_ious(pairs: _Pairs, found: _Found, masks: _Masks) -> np.ndarray:
-    """IoU [P] of the pairs."""
+    """Return the IoU [P] of the pairs."""
     image, label = found.image[pairs.detection], found.label[pairs.detection]
     starts = np.flatnonzero(np.diff(image, prepend=-1) | np.diff(label, prepend=-1))
     index, truths = masks.index[pairs.detection].tolist(), pairs.truth.tolist()
@@ -256,7 +256,7 @@ def _pair_ious(pairs: _Pairs, found: _Found, masks: _Masks) -> np.ndarray:
         ).tolist()
         if len(columns) == 1 and len(rows) == end - start:
             ious += [value for (value,) in table]
-        elif len(rows) == end - start:  # one annotation for each detection
+        elif len(rows) == end - start:  # one annotation per detection
             ious += [row[columns[g]] for row, g in zip(table, truths[start:end], strict=True)]
         else:
             ious += [table[rows[m]][columns[g]] for m, g in zip(index[start:end], truths[start:end], strict=True)]
@@ -264,14 +264,14 @@ def _pair_ious(pairs: _Pairs, found: _Found, masks: _Masks) -> np.ndarray:
 
 
 def _outlined(masks: _Masks, pairs: _Pairs, found: _Found, ratio: float) -> _Masks:
-    """The masks, those of the pairs reduced to their boundaries."""
+    """Return the masks, with those that occur in `pairs` reduced to their boundaries."""
     images, index = found.image[pairs.detection], masks.index[pairs.detection]
     detected = [_outlines(own, index[images == image], ratio) for image, own in enumerate(masks.detected)]
     return masks._replace(detected=detected, annotated=_outlines(masks.annotated, pairs.truth, ratio))
 
 
 def _outlines(masks: Sequence[Rle], chosen: np.ndarray, ratio: float) -> list[Rle]:
-    """The masks, those that are chosen reduced to their boundaries."""
+    """Return the masks, with the chosen ones reduced to their boundaries."""
     positions = np.unique(chosen).tolist()
     outlined = list(masks)
     for position, boundary in zip(positions, mask_boundaries([masks[i] for i in positions], ratio), strict=True):
@@ -280,7 +280,7 @@ def _outlines(masks: Sequence[Rle], chosen: np.ndarray, ratio: float) -> list[Rl
 
 
 def class_agnostic_truth(truth: InstanceTruth) -> InstanceTruth:
-    """All instances as one class, in the order that pycocotools takes them with `useCats=0`: class by class."""
+    """Return all instances as one class, class by class: the order in which pycocotools takes them with `useCats=0`."""
     order = truth.labels.argsort(kind="stable")
     masks = tuple(truth.masks[i] for i in order)
     pixels = None if truth.pixels is None else truth.pixels[order]
@@ -288,7 +288,7 @@ def class_agnostic_truth(truth: InstanceTruth) -> InstanceTruth:
 
 
 def class_agnostic_detections(detections: InstanceDetections) -> InstanceDetections:
-    """All detections as one class; of equal scores the lower class goes first, as in pycocotools with `useCats=0`."""
+    """Return all detections as one class. Among equal scores the lower class is first, as with `useCats=0`."""
     order = detections.labels.argsort(kind="stable")
     labels = np.zeros_like(detections.labels)
     scores = detections.scores[order]
@@ -298,10 +298,10 @@ def class_agnostic_detections(detections: InstanceDetections) -> InstanceDetecti
 def _records(
     found: _Found, truth: _Truth, pairs: _Pairs, ious: np.ndarray, ranges: np.ndarray | None
 ) -> list[DetectionRecord]:
-    """Greedy matching, best score first, of every image.
+    """Match every image greedily, best score first.
 
-    A detection takes the free annotation with the highest IoU (the later one of equals); annotations that count go
-    before ignored ones; a crowd can be taken any number of times. `ranges` as `area_ranges` gives.
+    A detection takes the free annotation with the highest IoU, the later one among equals. Annotations that count
+    precede ignored ones. A crowd can be taken any number of times. `ranges` has the form of `area_ranges`.
     """
     bounds = area_ranges() if ranges is None else ranges
     truth_ignored = truth.is_crowd | _outside(truth.area, bounds)
@@ -323,15 +323,15 @@ def _records(
 def _match(
     num_detections: int, pairs: _Pairs, ious: np.ndarray, is_crowd: np.ndarray, truth_ignored: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Matched and ignored bits [D, A] uint16 from IoU [P], crowd flags [G] and ignored flags [A, G].
+    """Return matched and ignored bits [D, A] uint16 from IoU [P], crowd flags [G] and ignored flags [A, G].
 
-    Sets of (area range, threshold) are bits of one whole number, 10 for every range, so that a detection costs a few
-    operations for each annotation that it overlaps enough.
+    A set of (area range, threshold) is stored as the bits of one integer, 10 per range. So a detection costs a few
+    operations per annotation that it overlaps enough.
     """
     bits = len(IOU_THRESHOLDS)
     enough = ious >= IOU_THRESHOLDS[0]
     d, g, iou = pairs.detection[enough], pairs.truth[enough], ious[enough]
-    order = np.lexsort((-g, -iou, d))  # of a detection the highest IoU first, the later one of equals
+    order = np.lexsort((-g, -iou, d))  # per detection, the highest IoU first, and the later one among equals
     d, g, iou = d[order], g[order], iou[order]
     reached = _FIRST_THRESHOLDS[np.searchsorted(IOU_THRESHOLDS, iou, side="right")].tolist()
     counts = (_EVERY_RANGE @ ~truth_ignored * ((1 << bits) - 1)).tolist()
@@ -342,7 +342,7 @@ def _match(
     matched, ignored = [0] * num_detections, [0] * num_detections
     for detection, (start, end) in zip(detections, _stretches(first, len(d)), strict=True):
         open_bits = everything
-        for place in range(start, end):  # those that count go before ignored ones
+        for place in range(start, end):  # annotations that count precede ignored ones
             truth = truths[place]
             taken = open_bits & reached[place] & counts[truth] & free[truth]
             free[truth] ^= taken
@@ -360,24 +360,24 @@ def _match(
 
 
 def _stretches(starts: np.ndarray, length: int) -> list[tuple[int, int]]:
-    """Where each stretch begins and ends, of a sequence that is cut at the starts; the first start is 0."""
+    """Return start and end of each stretch of a sequence that is cut at `starts`, of which the first is 0."""
     bounds = [*starts.tolist(), length]
     return list(itertools.pairwise(bounds))
 
 
 def _by_range(sets: list[int]) -> np.ndarray:
-    """Sets of (area range, threshold) as bits of thresholds [D, A] uint16."""
+    """Convert sets of (area range, threshold) to bits of thresholds: [D, A] uint16."""
     shifts = np.arange(NUM_AREAS) * len(IOU_THRESHOLDS)
     return (np.array(sets, dtype=np.int64)[:, None] >> shifts & int(_ALL_THRESHOLDS)).astype(np.uint16)
 
 
 def _outside(areas: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """[A, N] whether each area lies outside each range."""
+    """Return whether each area is outside each range: [A, N]."""
     return (areas < bounds[:, :1]) | (areas > bounds[:, 1:])
 
 
 def rank_in_image_and_class(label: np.ndarray, per_image: np.ndarray) -> np.ndarray:
-    """Position of each row within its run of equal image and class; rows are sorted by class inside an image."""
+    """Return the position of each row within its image and class; rows of an image are sorted by class."""
     if not len(label):
         return np.zeros(0, dtype=np.int64)
     image = np.repeat(np.arange(len(per_image)), per_image)

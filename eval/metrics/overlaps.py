@@ -1,4 +1,4 @@
-"""How many pixels every pair of segments of two id maps shares, from one pass over the maps."""
+"""Count the pixels that segments of two id maps share, in one pass over the maps."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import numpy as np
 from m2f.data_pipeline.sample import VOID_ID
 
 DENSE_IDS = 512
-"""Ids below this are positions in the table of pairs already."""
+"""Ids below this are used directly as positions in the table of pairs."""
 
 
 class InconsistentMapError(ValueError):
-    """Maps that do not belong together, or a map and a table that do not."""
+    """Two maps, or a map and a table, that do not match each other."""
 
 
 class Overlaps(NamedTuple):
-    """Pixels of the ids of two maps and of their pairs; only what has a pixel."""
+    """Pixel counts of the ids of two maps and of pairs of ids; entries without a pixel are omitted."""
 
     truth_area: dict[int, int]
     predicted_area: dict[int, int]
     pixels: dict[tuple[int, int], int]
-    """(truth id, predicted id) -> shared pixels, in ascending order."""
+    """Shared pixels by (truth id, predicted id), in ascending order."""
 
     def iou(self, truth_id: int, predicted_id: int, truth_area: float) -> float:
-        """Intersection over union without the predicted pixels in the truth's void.
+        """Return the intersection over union, ignoring predicted pixels in void of the truth.
 
-        `truth_area` enters the union, as the annotation may state an area that differs from its pixels.
+        `truth_area` is used in the union, because the annotated area may differ from the number of pixels.
         """
         shared = self.pixels.get((truth_id, predicted_id), 0)
         in_void = self.pixels.get((VOID_ID, predicted_id), 0)
@@ -35,7 +35,7 @@ class Overlaps(NamedTuple):
 
 
 def count_overlaps(truth: np.ndarray, predicted: np.ndarray) -> Overlaps:
-    """Overlaps of two id maps [H, W] of integers. Raises InconsistentMapError if they differ in size."""
+    """Count the overlaps of two id maps [H, W] of integers. Raises InconsistentMapError if they differ in size."""
     if truth.shape != predicted.shape:
         raise InconsistentMapError(f"the truth has the shape {truth.shape}, the prediction {predicted.shape}")
     truth_values, predicted_values, lengths = common_runs(truth, predicted)
@@ -55,9 +55,9 @@ def count_overlaps(truth: np.ndarray, predicted: np.ndarray) -> Overlaps:
 
 
 def common_runs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Runs of neighbouring pixels over which both maps are constant: values of a, values of b, lengths [runs] int64.
+    """Return runs of neighbouring pixels in which both maps are constant: values of a and b, and lengths [runs] int64.
 
-    Segments are wide, so there are far fewer runs than pixels, and everything after this costs little.
+    Segments are wide, so there are far fewer runs than pixels, and processing runs is cheap.
     """
     flat_a, flat_b = a.ravel(), b.ravel()
     if not flat_a.size:
@@ -68,7 +68,7 @@ def common_runs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
 
 def compact_ids(ids: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """The different ids, ascending (a superset of those present), and the array of positions in them."""
+    """Return ids in ascending order (a superset of those present), and the position of each element in them."""
     largest = int(ids.max(initial=0))
     if largest < DENSE_IDS and int(ids.min(initial=0)) >= 0:
         return list(range(largest + 1)), ids

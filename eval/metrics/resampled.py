@@ -1,7 +1,7 @@
-"""PQ, AP and mIoU of image sets that were drawn again from the evaluated images, many draws at once.
+"""PQ, AP and mIoU of bootstrap samples of the evaluated images, for many draws at once.
 
-A draw is a weight per image: how often it was drawn. Every function takes weights [images, draws] and returns the
-metric of every draw; weights of one give the metric of the set itself. All classes are reduced at once, because the
+A draw gives every image a weight: how often it was drawn. Every function takes weights [images, draws] and returns the
+metric of every draw; weights of 1 give the metric of the original set. All classes are reduced at once, because the
 time of a thousand draws limits intervals.
 """
 
@@ -18,15 +18,15 @@ from m2f.eval.metrics.average_precision import RECALL_THRESHOLDS
 from m2f.eval.metrics.instance_matching import IOU_THRESHOLDS
 
 CHUNK_BYTES = 2**26
-"""What the weights of all detections may take at once."""
+"""Largest memory for the weights of all detections at a time, in bytes."""
 CLASSES_AT_ONCE = 64
 _REVERSED_STEP = 2.0
-"""More than any precision: keeps the running maximum of one class out of the next."""
+"""Larger than any precision, so that the running maximum of one class does not reach the next."""
 
 
 @dataclass(frozen=True, eq=False)
 class PanopticImages:
-    """Matches and errors by image, as `PanopticRecord` has them."""
+    """Matches and errors by image, with the columns of `PanopticRecord`."""
 
     matched_label: Ragged
     matched_iou: Ragged
@@ -36,7 +36,7 @@ class PanopticImages:
 
 @dataclass(frozen=True, eq=False)
 class InstanceImages:
-    """Detections by image over all areas, as `DetectionRecord` has them; bit t belongs to IoU threshold t."""
+    """Detections by image over all areas, as in `DetectionRecord`; bit t belongs to IoU threshold t."""
 
     label: Ragged
     score: Ragged
@@ -56,9 +56,10 @@ class SemanticImages:
 
 
 def draw_weights(image_ids: np.ndarray, draws: int) -> np.ndarray:
-    """How often every image [images] is in every draw of as many images with replacement: [images, draws] int32.
+    """Return how often every image [images] occurs in every draw with replacement: [images, draws] int32.
 
-    The same for the same ids, so that all runs that were evaluated on these images are drawn alike.
+    Each draw has as many images as the set. The same ids give the same draws, so that all runs evaluated on these
+    images are resampled alike.
     """
     count = len(image_ids)
     key = hashlib.blake2b(np.sort(image_ids.astype(np.int64)).tobytes(), digest_size=16).digest()
@@ -70,7 +71,7 @@ def draw_weights(image_ids: np.ndarray, draws: int) -> np.ndarray:
 
 
 def panoptic_qualities(images: PanopticImages, weights: np.ndarray) -> np.ndarray:
-    """PQ over the classes that occur in a draw [draws], shares; NaN where none does."""
+    """Return the PQ over the classes that occur in a draw: [draws], as shares; NaN if none occurs."""
     found, wrong, missed = images.matched_label, images.false_positive, images.false_negative
     parts = [
         (found, images.matched_iou.values),
@@ -86,7 +87,7 @@ def panoptic_qualities(images: PanopticImages, weights: np.ndarray) -> np.ndarra
 
 
 def mean_ious(images: SemanticImages, weights: np.ndarray) -> np.ndarray:
-    """mIoU over the classes with truth pixels in a draw [draws], shares; NaN where no pixel has a label."""
+    """Return the mIoU over the classes with truth pixels in a draw: [draws], as shares; NaN if no pixel has a label."""
     same = images.truth.values == images.predicted.values
     pixels = images.pixels.values.astype(np.float64)
     parts = [(images.truth, pixels * same), (images.truth, pixels), (images.predicted, pixels)]
@@ -103,10 +104,10 @@ def _mean_over_classes(
     weights: np.ndarray,
     reduce: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
 ) -> np.ndarray:
-    """Mean of numerator / denominator over the classes whose denominator is above 0, by draw.
+    """Return, by draw, the mean of numerator / denominator over the classes whose denominator is above 0.
 
-    `parts`: class of every row, and what it adds to the sum of its class; `reduce` turns the sums
-    [parts, classes, draws] into numerators and denominators.
+    `parts` holds the class of every row and the value that the row adds to its class. `reduce` converts the sums
+    [parts, classes, draws] to numerators and denominators.
     """
     num_classes = max((int(labels.values.max(initial=-1)) + 1 for labels, _ in parts), default=0)
     total, counted = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
@@ -122,7 +123,7 @@ def _mean_over_classes(
 
 
 def _by_image(labels: Ragged, values: np.ndarray, first: int, width: int) -> np.ndarray:
-    """[images, width] sums of the values by image and class, of the classes from `first` on."""
+    """Sum the values by image and class: [images, width], for the classes from `first` on."""
     chosen = (labels.values >= first) & (labels.values < first + width)
     cells = labels.rows[chosen] * width + (labels.values[chosen] - first)
     shape = len(labels.counts), width
@@ -130,7 +131,7 @@ def _by_image(labels: Ragged, values: np.ndarray, first: int, width: int) -> np.
 
 
 def average_precisions(images: InstanceImages, weights: np.ndarray) -> np.ndarray:
-    """AP over the classes with annotations in a draw [draws], shares; NaN where nothing is annotated."""
+    """Return the AP over the classes with annotations in a draw: [draws], as shares; NaN if there are none."""
     label = images.label.values
     order = np.lexsort((-images.score.values, label))
     detections = _Detections(
@@ -157,13 +158,13 @@ def average_precisions(images: InstanceImages, weights: np.ndarray) -> np.ndarra
 
 
 def image_precisions(images: InstanceImages) -> np.ndarray:
-    """AP of every image by itself [images], over the classes annotated in it; NaN where nothing is annotated."""
+    """Return the AP of every single image [images], over the classes annotated in it; NaN if there are none."""
     count = len(images.label.counts)
     num_classes = int(max(images.label.values.max(initial=0), images.truth_label.values.max(initial=0))) + 1
     counted = images.truth_count.values > 0
     pairs = (images.truth_label.rows * num_classes + images.truth_label.values)[counted]
     key = images.label.rows * num_classes + images.label.values
-    judged = np.flatnonzero(np.isin(key, pairs))  # a class without an annotation in the image has no AP there
+    judged = np.flatnonzero(np.isin(key, pairs))  # a class without annotations in the image has no AP there
     order = judged[np.lexsort((-images.score.values[judged], key[judged]))]
     present, group = np.unique(np.concatenate([pairs, key[order]]), return_inverse=True)
     truth_count = np.zeros((len(present), 1))
@@ -182,20 +183,20 @@ def image_precisions(images: InstanceImages) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class _Detections:
-    """Sorted by group, best first inside."""
+    """Detections sorted by group, best first within a group."""
 
     group: np.ndarray
-    """[D] int64"""
+    """[D] int64: group of each detection."""
     image: np.ndarray
-    """[D] int64"""
+    """[D] int64: position of its image."""
     matched: np.ndarray
-    """[D] uint16, a bit per IoU threshold."""
+    """[D] uint16, one bit per IoU threshold."""
     ignored: np.ndarray
-    """[D] uint16, a bit per IoU threshold."""
+    """[D] uint16, one bit per IoU threshold."""
 
 
 def _group_precisions(detections: _Detections, weights: np.ndarray, truth_count: np.ndarray) -> np.ndarray:
-    """Interpolated AP [groups, draws], mean over IoU thresholds, from weights [images, draws]."""
+    """Return the interpolated AP [groups, draws], averaged over IoU thresholds, from weights [images, draws]."""
     weighted = weights[detections.image]
     running = _running(weighted)
     starts = np.searchsorted(detections.group, np.arange(len(truth_count)))
@@ -222,24 +223,24 @@ def _group_precisions(detections: _Detections, weights: np.ndarray, truth_count:
 
 
 def _running(weighted: np.ndarray) -> np.ndarray:
-    """[N + 1, draws] sums of the rows before each position."""
+    """Return, for each position, the sum of all rows before it: [N + 1, draws]."""
     sums = np.zeros((len(weighted) + 1, weighted.shape[1]), dtype=np.int32)
     np.cumsum(weighted, axis=0, out=sums[1:])
     return sums
 
 
 def _envelope(precision: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """The best precision at or after each row [N, draws] inside its group [N]. Rows between hits never have it."""
+    """Return the best precision at or after each row [N, draws] of its group [N]. It always occurs at a hit."""
     offset = _REVERSED_STEP * (group[-1] - group)[:, None]
     raised = precision + offset
     return np.maximum.accumulate(raised[::-1], axis=0)[::-1] - offset
 
 
 def _newly_reached(recall: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """How many recall thresholds each row reaches that no row before it in its group does; `first`: rows of groups."""
+    """Count the recall thresholds that each row reaches first in its group; `first` holds the first rows of groups."""
     last = len(RECALL_THRESHOLDS) - 1
     reached = np.minimum((recall * last).astype(np.int32), last)
-    reached += RECALL_THRESHOLDS[np.minimum(reached + 1, last)] <= recall  # rounding: the thresholds decide
+    reached += RECALL_THRESHOLDS[np.minimum(reached + 1, last)] <= recall  # correct rounding errors by comparison
     reached -= RECALL_THRESHOLDS[np.minimum(reached, last)] > recall
     np.minimum(reached, last, out=reached)
     new = np.diff(reached, axis=0, prepend=-1)

@@ -1,7 +1,7 @@
-"""What went wrong with segments: missed, of another class, outlined badly, found twice, or predicted on background.
+"""Errors of segments: missed, of another class, with a bad outline, duplicate, or predicted on background.
 
-A mergeable state beside the metrics. Every annotated segment (no crowds) and every prediction that counts gets exactly
-one outcome; a pair shares one. For panoptic results MATCHED is what panoptic quality counts as true positives.
+A mergeable state besides the metrics. Every annotated segment (except crowds) and every prediction that counts gets
+exactly one outcome; a pair shares one. For panoptic results MATCHED equals the true positives of panoptic quality.
 """
 
 from __future__ import annotations
@@ -19,73 +19,73 @@ from m2f.eval.metrics.panoptic_quality import MATCH_IOU, MAX_IGNORED, PanopticPr
 from m2f.eval.metrics.rle import mask_areas, mask_ious
 
 OUTLINE_IOU = 0.1
-"""From this IoU on, a prediction of the right class is a bad outline; below, a miss and a background prediction."""
+"""IoU from which a prediction of the right class is a bad outline. Below it is a miss and a background prediction."""
 MIN_SCORE = 0.5
-"""Detections of instances below this score are left out: a model lists 100 for every image."""
+"""Detections of instances below this score are left out, because a model returns 100 for every image."""
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
-"""Pixels, upper bounds excluded."""
+"""Ranges of areas in pixels, without the upper bounds."""
 NO_SEGMENT = -1
-"""Class of the missing side where a segment has no partner."""
+"""Class of the missing side if a segment has no partner."""
 
 
 class Outcome(IntEnum):
-    """Of a segment or a pair of segments."""
+    """Outcome of a segment or of a pair of segments."""
 
     MATCHED = 0
     """Right class, IoU above 0.5."""
     OUTLINE = 1
     """Right class, IoU from 0.1 to 0.5."""
     CLASS = 2
-    """IoU above 0.5, another class."""
+    """Another class, IoU above 0.5."""
     MISSED = 3
     """An annotated segment that no prediction fits."""
     DUPLICATE = 4
-    """More than half of the prediction lies in a segment of its class that has another prediction."""
+    """A prediction with more than half of its area in segments of its class that have another prediction."""
     BACKGROUND = 5
-    """A prediction that no annotated segment fits."""
+    """A prediction that fits no annotated segment."""
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentRecord(Record):
-    """Segments and pairs of one image."""
+    """Segments and pairs of segments of one image."""
 
     truth: np.ndarray = field(metadata=column("int32"))
-    """Class of the annotated segment; NO_SEGMENT for a prediction alone."""
+    """Class of the annotated segment; NO_SEGMENT for a prediction without a partner."""
     predicted: np.ndarray = field(metadata=column("int32"))
-    """Class of the prediction; NO_SEGMENT for an annotated segment alone."""
+    """Class of the prediction; NO_SEGMENT for an annotated segment without a partner."""
     outcome: np.ndarray = field(metadata=column("uint8"))
     area: np.ndarray = field(metadata=column("float64"))
-    """Pixels of the annotated segment, else of the prediction."""
+    """Pixels of the annotated segment, or of the prediction if there is none."""
 
 
 @dataclass(frozen=True)
 class SegmentErrors:
-    """Counts over an image set."""
+    """Counts of outcomes over an image set."""
 
     confusion: np.ndarray
-    """[K + 1 truth, K + 1 predicted] int64: the last row and column are segments without a partner."""
+    """[K + 1 truth, K + 1 predicted] int64. The last row and column count segments without a partner."""
     by_class: np.ndarray
-    """[K, outcomes] int64, by the class of the annotated segment, or of the prediction that has none."""
+    """[K, outcomes] int64, by class of the annotated segment, or of the prediction if there is none."""
     by_size: np.ndarray
-    """[sizes, outcomes] int64"""
+    """[sizes, outcomes] int64."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Segments of one image and how they overlap; T annotated ones without crowds, P predicted ones."""
+    """Segments of one image and their overlaps: T annotated ones without crowds, P predicted ones."""
 
     truth_labels: np.ndarray
-    """[T] int"""
+    """[T] int class indices."""
     truth_areas: np.ndarray
-    """[T] pixels"""
+    """[T] areas in pixels."""
     predicted_labels: np.ndarray
-    """[P] int"""
+    """[P] int class indices."""
     predicted_areas: np.ndarray
-    """[P] pixels"""
+    """[P] areas in pixels."""
     iou: np.ndarray
-    """[P, T]"""
+    """[P, T] IoU of each pair."""
     inside: np.ndarray
-    """[P, T] share of the prediction that lies in the annotated segment."""
+    """[P, T] share of the prediction inside the annotated segment."""
     ignored: np.ndarray
     """[P] share of the prediction in void and in crowds of its class."""
 
@@ -100,11 +100,11 @@ class SegmentErrorState(MetricState[SegmentRecord, SegmentErrors]):
         self.num_classes = num_classes
 
     def update(self, image_id: int, candidates: Candidates) -> None:
-        """Count one image."""
+        """Add the outcomes of one image."""
         self.add(image_id, assign_outcomes(candidates))
 
     def image_quality(self, image_id: int) -> float | None:
-        """Matches over the mean number of annotated and predicted segments; None where an image has neither."""
+        """Return matches divided by the mean number of annotated and predicted segments; None without segments."""
         outcome = self.record(image_id).outcome
         matched = int((outcome == Outcome.MATCHED).sum())
         pairs = int(np.isin(outcome, (Outcome.MATCHED, Outcome.OUTLINE, Outcome.CLASS)).sum())
@@ -112,10 +112,10 @@ class SegmentErrorState(MetricState[SegmentRecord, SegmentErrors]):
         return matched / segments if segments else None
 
     def compute(self) -> SegmentErrors:
-        """Add up the images."""
+        """Sum the outcomes over the images."""
         truth, predicted, outcome = self.rows("truth"), self.rows("predicted"), self.rows("outcome")
         confusion = np.zeros((self.num_classes + 1, self.num_classes + 1), dtype=np.int64)
-        np.add.at(confusion, (truth, predicted), 1)  # NO_SEGMENT is -1: the last row or column
+        np.add.at(confusion, (truth, predicted), 1)  # NO_SEGMENT is -1, which indexes the last row or column
         by_class = np.zeros((self.num_classes, len(Outcome)), dtype=np.int64)
         np.add.at(by_class, (np.where(truth == NO_SEGMENT, predicted, truth), outcome), 1)
         by_size = np.zeros((len(SIZES), len(Outcome)), dtype=np.int64)
@@ -125,7 +125,7 @@ class SegmentErrorState(MetricState[SegmentRecord, SegmentErrors]):
 
 
 def assign_outcomes(segments: Candidates) -> SegmentRecord:
-    """Pair segments, best fit first: right class, then another class, then a bad outline; then the rest."""
+    """Pair segments, best IoU first: right class, then another class, then a bad outline. Then classify the rest."""
     same = segments.predicted_labels[:, None] == segments.truth_labels
     fits = segments.iou > MATCH_IOU
     stages = (
@@ -155,7 +155,7 @@ def assign_outcomes(segments: Candidates) -> SegmentRecord:
 
 
 def panoptic_candidates(truth: PanopticTruth, prediction: PanopticPrediction) -> Candidates:
-    """Segments of two id maps; IoU as panoptic quality has it, without the prediction's pixels in void."""
+    """Compare the segments of two id maps. The IoU is that of panoptic quality, without predicted pixels in void."""
     overlaps = count_overlaps(truth.id_map, prediction.id_map)
     truth_ids = [i for i, segment in truth.segments.items() if not segment.is_crowd]
     areas = [truth.segments[i].area for i in truth_ids]
@@ -181,11 +181,11 @@ def panoptic_candidates(truth: PanopticTruth, prediction: PanopticPrediction) ->
 
 
 def instance_candidates(truth: InstanceTruth, detections: InstanceDetections) -> Candidates:
-    """Annotated instances and confident detections of one image."""
+    """Compare annotated instances and confident detections of one image."""
     confident = np.flatnonzero(detections.scores >= MIN_SCORE)
     masks = tuple(detections.masks[i] for i in detections.mask_index[confident])
     labels, ordinary = detections.labels[confident], ~truth.is_crowd
-    inside = mask_ious(masks, truth.masks, np.ones_like(truth.is_crowd))  # of a crowd: shared over predicted pixels
+    inside = mask_ious(masks, truth.masks, np.ones_like(truth.is_crowd))  # for crowds: share of the predicted pixels
     in_crowd = np.where(truth.is_crowd & (labels[:, None] == truth.labels), inside, 0.0)
     return Candidates(
         truth_labels=truth.labels[ordinary],
