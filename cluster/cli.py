@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             status = _run_verb(list(sys.argv[1:] if argv is None else argv))
-        except SystemExit:  # argparse has printed a help page or an error
+        except SystemExit:  # raised by argparse after it has printed help or an error
             sys.stdout.flush()
             raise
         sys.stdout.flush()  # if the pipe is closed, a flush at interpreter shutdown would print a traceback

@@ -27,7 +27,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """One line of the table."""
+    """Size and speed of one model: a row of the table."""
 
     name: str
     table: str | None

@@ -28,7 +28,7 @@ _PIL_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 @dataclass(frozen=True, eq=False)
 class GivenImage:
-    """One image to predict."""
+    """An image as the caller gave it, with its pixels if they are already in memory."""
 
     input: ImageInput
     pixels: np.ndarray | None

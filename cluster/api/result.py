@@ -41,7 +41,7 @@ class Result:
     labels: np.ndarray
     """[N] int64 labels, from 0. Detections are sorted by descending score, classes of a label map by label."""
     scores: np.ndarray
-    """[N] float64 from 0 to 1; NaN for a label map, which has no scores."""
+    """[N] float64 scores from 0 to 1; NaN for the classes of a label map, which have no scores."""
     _found: Prediction
     _classes: tuple[Category, ...]
     _read: Callable[[], np.ndarray]

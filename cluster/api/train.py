@@ -123,7 +123,7 @@ def _run_of(summary: RunSummary, storage: Storage) -> Run:
     if summary.status == "failed":
         reason = summary.failures[-1].message if summary.failures else "no reason was noted"
         raise TrainingFailedError(f"the training in {summary.run_folder} gave up: {reason}")
-    assert summary.status != "lost"  # LeaseLostError is raised then
+    assert summary.status != "lost"  # LeaseLostError is raised in this case
     curves: dict[str, dict[int, float]] = {}
     for _, by_step in read_metrics(storage, summary.run_folder):
         for step, values in by_step.items():

@@ -69,7 +69,7 @@ class ClassTable:
     dataset: str
     metric: str
     rows: tuple[RunValues, ...]
-    """In the order of the data set's categories."""
+    """Rows of the classes: those of the baseline in the order of results.json, then those of other runs only."""
 
 
 @dataclass(frozen=True, kw_only=True)

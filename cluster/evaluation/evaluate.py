@@ -75,7 +75,7 @@ class Pool(Protocol):
         ...
 
     def close(self) -> None:
-        """End the actors."""
+        """End the actors of the pool."""
         ...
 
 

@@ -38,7 +38,7 @@ class EvaluationStatus:
 
     @property
     def idle(self) -> bool:
-        """Whether every entry is settled."""
+        """Return whether every entry is settled."""
         return all(e.settled for e in self.entries)
 
 

@@ -155,7 +155,7 @@ class EvaluationPool:
         return answers
 
     def close(self) -> None:
-        """End the actors."""
+        """Kill the actors. The pool cannot be used afterwards."""
         for slot in self._slots:
             ray.kill(slot.actor)
         self._slots = []

@@ -27,10 +27,10 @@ READ_AHEAD = 4
 
 @dataclass(frozen=True)
 class ImageInput:
-    """One image to predict."""
+    """An image to predict."""
 
     url: str
-    """Path or URL."""
+    """Path or URL of the image file."""
     name: str
     """Stem of the output files: that of the image, with a number if several images share it."""
     id: int

@@ -258,7 +258,7 @@ class _Registration:
             raise RegistryError(f"{self._run.uri} is an MLflow server without logged models; a registry needs MLflow 3")
         if (known := models.find_tagged(checkpoint.commit, PACKAGE_TAG, digest)) is not None:
             return known, False
-        if PACKAGE_TAG in model.tags:  # with other thresholds, or other hosts
+        if PACKAGE_TAG in model.tags:  # it holds other contents, such as other thresholds or hosts
             model = models.make(checkpoint, f"{checkpoint.model_name}-{digest[:8]}")
         self._say(f"opening {self._chosen.url}")
         content = PackageContent(
@@ -325,7 +325,7 @@ class _Registration:
 
 def is_entry_of(entry: Entry, checkpoint: EvaluatedCheckpoint) -> bool:
     """Return whether an evaluation belongs to a checkpoint. Commits decide, because a step may be trained again."""
-    if not entry.commit:  # of version 0.1
+    if not entry.commit:  # entries of version 0.1 have none
         return entry.step == checkpoint.step and entry.folder == checkpoint.name
     return entry.commit == checkpoint.commit
 
