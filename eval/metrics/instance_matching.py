@@ -86,7 +86,10 @@ class DetectionRecord(Record):
 
 
 def area_ranges(bounds: Sequence[float] = AREA_BOUNDS) -> np.ndarray:
-    """Return the area ranges [NUM_AREAS, 2] in pixels, bounds included. `bounds` start medium and large."""
+    """Return area ranges [NUM_AREAS, 2] in pixels, bounds included: all, small, medium, large.
+
+    `bounds` holds the smallest areas of medium and of large instances.
+    """
     medium, large = bounds
     most = AREA_RANGES["all"][1]
     return np.array([(0.0, most), (0.0, medium), (medium, large), (large, most)])

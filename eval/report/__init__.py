@@ -1,1 +1,1 @@
-"""Pages, pictures and files that show or pass on the results of an evaluation."""
+"""Pages, pictures and files that show or export the results of an evaluation."""

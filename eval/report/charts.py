@@ -1,7 +1,7 @@
-"""Charts as SVG text: curves, bars and a matrix, in the colours of the page that holds them.
+"""Charts as SVG text: curves, bars and a matrix, in the colours of the surrounding page.
 
-Text and grid take the page's text colour, so one chart serves light and dark screens and paper. Charts are 420 units
-wide: one fills a telephone, two or three stand side by side on a desk. docs/design.md says why matplotlib draws none.
+Text and grid have the page's text colour, so one chart suits light and dark screens and paper. Charts are 420 units
+wide: one fills a phone, two or three fit side by side on a desktop. docs/design.md explains why matplotlib is not used.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from itertools import groupby
 
 WIDTH = 420
 SERIES_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
-"""Told apart by colour-blind readers, on white and on black; runs beyond them start again with dashes."""
+"""Colours that colour-blind readers can tell apart on white and black. Further series repeat them with dashes."""
 GOOD, BAD = "#0072b2", "#d55e00"
 MAX_POINTS = 300
-"""Longer curves are drawn as means of equal pieces."""
+"""Largest number of points of a curve. Longer curves are drawn as means of equal parts."""
 SMALL_SIDE = 150
-"""Of the square of a small chart."""
+"""Side length of the square of a small chart."""
 DOTTED_POINTS = 15
-"""Curves of so few points show them."""
+"""Curves with at most this many points show them as dots."""
 ROW_HEIGHT = 18
 FONT_SIZE = 11
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 30, 34
@@ -36,11 +36,11 @@ Limits = tuple[tuple[float, float], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; points with a value that is not finite interrupt it."""
+    """One curve; points with non-finite values interrupt it."""
 
     name: str
     points: Sequence[tuple[float, float]]
-    """(x, y) in ascending x."""
+    """Points (x, y) in ascending x."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Bar:
     name: str
     value: float
     text: str
-    """Written behind the bar."""
+    """Text at the end of the row."""
     color: str = GOOD
 
 
 @dataclass(frozen=True)
 class _Axes:
-    """The axes of a line chart: their ticks, and where a point lies."""
+    """Axes of a line chart: their ticks, and the conversion of points to positions."""
 
     xs: Sequence[float]
     ys: Sequence[float]
@@ -92,9 +92,10 @@ class _Axes:
 
 
 def line_chart(title: str, series: Sequence[Series], x_label: str, limits: Limits | None = None) -> str:
-    """Curves over a common x axis with a legend. A series without points keeps its colour for other charts.
+    """Return a chart of curves over a common x axis, with a legend.
 
-    `limits` fixes what both axes cover; else they cover the points.
+    A series without points is not drawn, but keeps its colour for other charts. `limits` fixes the range of both axes,
+    which otherwise covers the points.
     """
     points = [p for one in series for p in one.points if math.isfinite(p[1])]
     heading = _text(0, 14, title, weight="bold")
@@ -115,7 +116,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, limits: Limit
 
 
 def small_chart(title: str, note: str, series: Sequence[Series]) -> str:
-    """Curves of points in 0..100 in a square without a legend, one of many beside each other; `note` stands right."""
+    """Return a small square chart without legend, for points from 0 to 100; `note` is written at its right."""
     side, top = SMALL_SIDE, 20
     parts = [_text(0, 12, shortened(title, 16), size=10), _text(side, 12, note, anchor="end", size=10, faint=True)]
     for tick in (0, 50, 100):
@@ -128,7 +129,7 @@ def small_chart(title: str, note: str, series: Sequence[Series]) -> str:
 
 
 def bar_chart(title: str, bars: Sequence[Bar], *, limits: tuple[float, float] | None = None) -> str:
-    """Horizontal bars from zero, negative ones to the left. `limits` fixes the scale."""
+    """Return a chart of horizontal bars from zero, with negative ones to the left; `limits` fixes the scale."""
     label_width = min(150.0, max((len(bar.name) for bar in bars), default=0) * _LETTER + 8)
     value_width = max((len(bar.text) for bar in bars), default=0) * _LETTER + 8
     low, high = limits or (min(0.0, *(b.value for b in bars)), max(0.0, *(b.value for b in bars)))
@@ -154,9 +155,9 @@ def bar_chart(title: str, bars: Sequence[Bar], *, limits: tuple[float, float] | 
 def matrix_chart(
     title: str, names: Sequence[str], shares: Sequence[Sequence[float]], texts: Sequence[Sequence[str]]
 ) -> str:
-    """A square matrix of shares in 0..1 as tinted cells; rows and columns have the same names; `texts` are tooltips.
+    """Return a square matrix of shares, 0 to 1, as tinted cells. Rows and columns share `names`; `texts` are tooltips.
 
-    Per cents are written into cells that are wide enough.
+    Cells that are wide enough show the share in per cent.
     """
     label_width = min(110.0, max(map(len, names)) * _LETTER + 8)
     cell = (WIDTH - label_width) / len(names)
@@ -181,7 +182,7 @@ def matrix_chart(
 
 
 def stacked(charts: Sequence[str]) -> str:
-    """Several charts one under another as one picture on white."""
+    """Return several charts below each other as one picture on white."""
     parts, top = [], 10.0
     for chart in charts:
         box = re.search(r'viewBox="0 0 \d+ (\d+)"', chart)
@@ -197,12 +198,12 @@ def stacked(charts: Sequence[str]) -> str:
 
 
 def series_color(position: int) -> str:
-    """Colour of the series at a position."""
+    """Return the colour of the series at `position`."""
     return SERIES_COLORS[position % len(SERIES_COLORS)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers, ascending, whose first and last enclose [low, high]; at least two."""
+    """Return about `count` round numbers, at least two, in ascending order, that enclose [low, high]."""
     if high - low < 1e-12 * max(1.0, abs(high)):
         low, high = low - max(0.5, abs(low) * 0.05), high + max(0.5, abs(high) * 0.05)
     rough = (high - low) / count
@@ -213,7 +214,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_label(value: float, among: Sequence[float]) -> str:
-    """A tick with as many decimals as the distance to its neighbours needs; thousands as k."""
+    """Return a tick's text with as many decimals as its distance to the next needs; large values in thousands (k)."""
     step = among[1] - among[0]
     if max(map(abs, among)) >= 10_000 and step >= 100:
         return f"{value / 1000:g}k"
@@ -224,7 +225,7 @@ def tick_label(value: float, among: Sequence[float]) -> str:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """At most MAX_POINTS points: each the mean of equally many neighbours."""
+    """Reduce points to at most MAX_POINTS, each the mean of equally many neighbours."""
     if len(points) <= MAX_POINTS:
         return points
     per_piece = math.ceil(len(points) / MAX_POINTS)
@@ -233,7 +234,7 @@ def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, floa
 
 
 def shortened(text: str, letters: int) -> str:
-    """The text, cut in its middle where it is longer: names differ at both ends."""
+    """Shorten a text to `letters` in its middle, because names differ at both ends."""
     if len(text) <= letters:
         return text
     kept = max(1, letters - 2)
@@ -241,7 +242,7 @@ def shortened(text: str, letters: int) -> str:
 
 
 def _pieces(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """Stretches of points with finite values."""
+    """Return the runs of points with finite values."""
     return [list(piece) for finite, piece in groupby(points, lambda point: math.isfinite(point[1])) if finite]
 
 

@@ -1,4 +1,4 @@
-"""Predictions of images in the formats that others read: COCO panoptic, COCO results and label maps."""
+"""Predictions of images in common formats: COCO panoptic, COCO results and label maps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from m2f.model.structures import UNLABELLED, PanopticSegment
 
 
 def panoptic_png(segment_map: np.ndarray) -> bytes:
-    """PNG of segment ids [H, W] as COCO colours them: id = R + 256 G + 65536 B."""
+    """Return a PNG of segment ids [H, W] in COCO's encoding: id = R + 256 G + 65536 B."""
     return encode_png(np.stack([segment_map >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8))
 
 
 def panoptic_annotation(
     image_id: int, file_name: str, segments: Sequence[PanopticSegment], classes: Sequence[Category]
 ) -> dict[str, Any]:
-    """The entry of one image in a COCO panoptic JSON. `classes` by label."""
+    """Return the entry of one image in a COCO panoptic JSON; `classes` are indexed by label."""
     described = [
         {
             "id": segment.id,
@@ -38,9 +38,9 @@ def panoptic_annotation(
 
 
 def mask_results(image_id: int, detections: InstanceDetections, classes: Sequence[Category]) -> list[dict[str, Any]]:
-    """Detections as COCO results with run-length masks, best first.
+    """Return detections as COCO results with run-length masks, best first.
 
-    Without boxes: where there are some, pycocotools takes the size of a detection from its box, which moves AP by size.
+    Boxes are left out: pycocotools would use the box as the size of a detection, which changes AP by size.
     """
     masks = [{"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")} for mask in detections.masks]
     return [
@@ -50,12 +50,12 @@ def mask_results(image_id: int, detections: InstanceDetections, classes: Sequenc
 
 
 def image_entry(image_id: int, file_name: str, size: tuple[int, int]) -> dict[str, Any]:
-    """The entry of one image in a COCO file; `size`: height and width."""
+    """Return the entry of one image in a COCO file; `size` is height and width in pixels."""
     return {"id": image_id, "file_name": file_name, "height": size[0], "width": size[1]}
 
 
 def as_annotations(results: Sequence[dict[str, Any]], first_id: int) -> list[dict[str, Any]]:
-    """Results of `mask_results` as annotations with boxes and areas, which viewers want, numbered from `first_id`."""
+    """Convert results of `mask_results` to annotations with boxes and areas, for viewers, numbered from `first_id`."""
     masks = [{**result["segmentation"], "counts": result["segmentation"]["counts"].encode()} for result in results]
     measured = zip(results, mask_boxes(masks).tolist(), mask_areas(masks).tolist(), strict=True)
     return [
@@ -65,7 +65,7 @@ def as_annotations(results: Sequence[dict[str, Any]], first_id: int) -> list[dic
 
 
 def box_results(image_id: int, detections: InstanceDetections, classes: Sequence[Category]) -> list[dict[str, Any]]:
-    """Detections as COCO results with the smallest boxes around their masks: x, y, width, height in pixels."""
+    """Return detections as COCO results with the smallest boxes around their masks: x, y, width, height in pixels."""
     boxes = mask_boxes(detections.masks).tolist()
     return [
         {"image_id": image_id, "category_id": classes[label].id, "bbox": boxes[mask], "score": score}
@@ -74,9 +74,10 @@ def box_results(image_id: int, detections: InstanceDetections, classes: Sequence
 
 
 def label_png(label_map: np.ndarray, classes: Sequence[Category]) -> bytes:
-    """PNG of labels [H, W] as the ids of their categories, 8 bits or, above 255, 16; see `unlabelled_value`.
+    """Return a PNG of labels [H, W] as category ids, with 8 bits or, for larger ids, 16 bits.
 
-    ADE20K's and Cityscapes' servers want such maps. Raises EvaluationError for ids that no PNG holds.
+    The servers of ADE20K and Cityscapes require such maps. See `unlabelled_value` for pixels without a label. Raises
+    EvaluationError for ids that no PNG can hold.
     """
     ids = [category.id for category in classes]
     if not 0 <= min(ids) <= max(ids) < 2**16 - 1:
@@ -88,7 +89,7 @@ def label_png(label_map: np.ndarray, classes: Sequence[Category]) -> bytes:
 
 
 def unlabelled_value(classes: Sequence[Category]) -> int:
-    """Value of pixels without a label in `label_png`: 0, or where a category has the id 0 the highest that fits."""
+    """Return the value of unlabelled pixels in `label_png`: 0, or the largest value if a category has id 0."""
     ids = [category.id for category in classes]
     if 0 not in ids:
         return 0
@@ -96,7 +97,7 @@ def unlabelled_value(classes: Sequence[Category]) -> int:
 
 
 def describe_categories(classes: Sequence[Category]) -> list[dict[str, Any]]:
-    """Categories as COCO files list them."""
+    """Return the categories in the form of COCO files."""
     return [{"id": c.id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in classes]
 
 

@@ -1,6 +1,6 @@
-"""The predictions of an evaluation as files that panopticapi, pycocotools and servers read.
+"""Predictions of an evaluation as files for panopticapi, pycocotools and evaluation servers.
 
-Actors store what their calls predicted, in any order and any number of times; then the driver joins it:
+Actors store the predictions of their calls, in any order and possibly repeatedly. Then the driver joins them:
 
 panoptic.json, panoptic/KEY.png   COCO panoptic format
 instances.json                    COCO results with run-length masks
@@ -37,13 +37,13 @@ from m2f.model.structures import PanopticResult
 
 _PARTS = "parts"
 _IMAGES = "images"
-"""Kind of the parts that say which images there are."""
+"""Kind of the parts that list the images."""
 _SEPARATOR = b",\n"
 _IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png"})
 
 
 class ResultDump:
-    """Predictions of the images of one call, until they are stored."""
+    """Collects the predictions of one call's images until they are stored."""
 
     def __init__(self, categories: CategoryTable) -> None:
         self._categories = categories
@@ -52,31 +52,31 @@ class ResultDump:
         self._images: dict[int, dict[str, Any]] = {}
 
     def add_panoptic(self, sample: DecodedSample, result: PanopticResult) -> None:
-        """Take the panoptic result of one image."""
+        """Add the panoptic result of one image."""
         name = self._png(sample)
         self._files[f"panoptic/{name}"] = panoptic_png(result.segment_map.cpu().numpy())
         annotation = panoptic_annotation(sample.image_id, name, result.segments, self._categories.for_task("panoptic"))
         self._entries.setdefault("panoptic", []).append(annotation)
 
     def add_instances(self, sample: DecodedSample, detections: InstanceDetections) -> None:
-        """Take the detections of one image, labelled with the classes of the instance task."""
+        """Add the detections of one image, labelled with the classes of the instance task."""
         self._note(sample)
         results = mask_results(sample.image_id, detections, self._categories.for_task("instance"))
         self._entries.setdefault("instances", []).extend(results)
 
     def add_labels(self, sample: DecodedSample, label_map: np.ndarray) -> None:
-        """Take the labels [H, W] of one image."""
+        """Add the label map [H, W] of one image."""
         self._files[f"labels/{self._png(sample)}"] = label_png(label_map, self._categories.for_task("semantic"))
 
     def store(self, storage: Storage, url: str, call: int) -> None:
-        """Write everything under the folder `url`; again for the same call replaces it by the same."""
+        """Write everything to the folder `url`. Storing the same call again writes the same files."""
         for name, data in self._files.items():
             storage.put(join(url, name), data)
         for kind, entries in {**self._entries, _IMAGES: list(self._images.values())}.items():
             storage.put(_part(url, kind, call), _SEPARATOR.join(json.dumps(entry).encode() for entry in entries))
 
     def _png(self, sample: DecodedSample) -> str:
-        """Name of an image's map. Raises DataError for a key that may not be part of a path."""
+        """Return the file name of an image's map. Raises DataError if the key must not be part of a path."""
         self._note(sample)
         return f"{check_key(sample.key, sample.source)}.png"
 
@@ -85,7 +85,7 @@ class ResultDump:
 
 
 def image_file_name(sample: DecodedSample) -> str:
-    """The image's file in the folder of images that the shards were made from; KEY.jpg where they do not tell."""
+    """Return the image's file name in the folder from which the shards were made, or KEY.jpg if it is unknown."""
     path = PurePosixPath(sample.source)
     name = path.relative_to(path.parts[0]).as_posix() if len(path.parts) > 1 else ""
     if path.suffix.lower() in _IMAGE_ENDINGS and key_problem(name) is None:
@@ -94,7 +94,7 @@ def image_file_name(sample: DecodedSample) -> str:
 
 
 def join_dump(storage: Storage, url: str, calls: int, categories: CategoryTable) -> None:
-    """Make the JSON files of the parts that all `calls` stored, and delete the parts."""
+    """Create the JSON files from the parts of all `calls`, and delete the parts."""
     present = set(storage.list(join(url, _PARTS)))
 
     def parts_of(kind: str) -> list[str]:
@@ -114,12 +114,12 @@ def join_dump(storage: Storage, url: str, calls: int, categories: CategoryTable)
 
 
 def _entries(content: bytes) -> list[dict[str, Any]]:
-    """The entries of a part."""
+    """Return the entries of a part."""
     return json.loads(b"[" + content + b"]")
 
 
 def _annotations(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Parts with results as parts with annotations, numbered from 1."""
+    """Convert parts with results to parts with annotations, numbered from 1."""
     first_id = 1
     for part in parts:
         annotations = as_annotations(_entries(part), first_id)
@@ -128,14 +128,14 @@ def _annotations(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _join(parts: Iterable[bytes], storage: Storage, url: str, around: tuple[str, str]) -> None:
-    """Through a local file: the detections of a large set do not fit into memory twice."""
+    """Join parts through a local file, because the detections of a large set do not fit into memory twice."""
     with ScratchFolder("dump") as folder:
         path = folder / "joined.json"
         with path.open("wb") as file:
             file.write(around[0].encode())
             separator = b""
             for content in parts:
-                if content:  # images without a detection leave an empty one
+                if content:  # images without a detection have an empty part
                     file.write(separator + content)
                     separator = _SEPARATOR
             file.write(around[1].encode())

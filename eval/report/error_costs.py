@@ -1,4 +1,4 @@
-"""What each type of error costs, for the page of an evaluation."""
+"""Section of an evaluation page on the cost of each type of error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEANINGS = {
 
 
 def error_costs(costs: ErrorCosts) -> str:
-    """A chart of the gains and a table; "" where nothing counts."""
+    """Return a chart of the gains and a table of meanings; "" if nothing counts."""
     if costs.value is None:
         return ""
     bars = [

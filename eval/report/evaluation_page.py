@@ -1,4 +1,4 @@
-"""One evaluation as an HTML page: metrics, classes, errors, confusion, precision and recall, and pictures."""
+"""HTML page of one evaluation: metrics, classes, errors, confusion, precision and recall, and pictures."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from m2f.eval.report.precision_recall import curves_by_class, curves_by_size, pr
 from m2f.eval.results.results import EvaluationResults
 
 CHART_CLASSES = 40
-"""Classes that a bar chart shows: the worst, where there are more."""
+"""Number of classes in a bar chart; if there are more, the worst ones."""
 MATRIX_CLASSES = 30
-"""Classes of a confusion matrix: those with the most errors."""
+"""Number of classes in a confusion matrix: those with the most errors."""
 TOP_CONFUSIONS = 15
 PICTURE_WIDTH = 1500
 NO_PARTNER = "(none)"
@@ -37,7 +37,7 @@ EXPLAINED = {
 
 
 def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], worst: Mapping[int, bytes]) -> str:
-    """The page, with everything inside. Panels are PNG by image id; those of the worst images in their order."""
+    """Return the self-contained page. Panels are PNG by image id; `worst` is shown in its own order."""
     sections = [Section("Metrics", _metrics(results)), Section("Classes", _classes(results))]
     if results.segments is not None:
         costs = "" if results.errors is None else error_costs(results.errors)
@@ -68,7 +68,7 @@ def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], wor
 
 
 def details_json(results: EvaluationResults) -> str:
-    """Errors, confusion and curves as JSON: what the page draws."""
+    """Return errors, confusion and curves, the data behind the page, as JSON."""
     content: dict[str, Any] = {"precision_recall": precision_recall(results)}
     if results.instance is not None:
         names = [c.name for c in results.categories.for_task("instance")]
@@ -98,7 +98,7 @@ def details_json(results: EvaluationResults) -> str:
 
 
 def to_jpeg(png: bytes) -> bytes:
-    """A panel small enough to be one of many on a page."""
+    """Convert a panel to a JPEG that is small enough for a page with many of them."""
     image = decode_picture(png)
     height, width = image.shape[:2]
     if width > PICTURE_WIDTH:
@@ -132,7 +132,7 @@ def _one_row(metrics: Mapping[str, float | None], names: Sequence[str]) -> str:
 
 
 def _classes(results: EvaluationResults) -> str:
-    """A chart per metric, worst classes last, and the whole table."""
+    """Return one chart per metric, with the worst classes last, and the complete table."""
     rows = results.per_class()
     charts = []
     for metric in ("PQ", "AP", "IoU"):
@@ -171,7 +171,7 @@ def _errors(results: EvaluationResults, errors: SegmentErrors) -> str:
 
 
 def _outcome_table(first: str, names: Sequence[str], counts: np.ndarray) -> str:
-    """Counts of every outcome, with its share of the row."""
+    """Return a table of the counts of every outcome, with their shares of the row."""
     rows = []
     for name, row in zip(names, counts.tolist(), strict=True):
         total = max(1, sum(row))
@@ -181,7 +181,7 @@ def _outcome_table(first: str, names: Sequence[str], counts: np.ndarray) -> str:
 
 
 def _confusion(results: EvaluationResults) -> str:
-    """Matrices and the most frequent confusions; "" where no task has them."""
+    """Return matrices and the most frequent confusions; "" if no task has any."""
     found: list[tuple[str, list[str], np.ndarray]] = []
     if results.segments is not None:
         found.append(("segments", [*_segment_names(results), NO_PARTNER], results.segments.confusion))
@@ -196,7 +196,7 @@ def _confusion(results: EvaluationResults) -> str:
 
 
 def _matrix(what: str, names: Sequence[str], counts: np.ndarray) -> str:
-    """Shares of every row; of many classes those with the most errors."""
+    """Return a matrix of the shares of every row, limited to the classes with the most errors."""
     wrong = counts - np.diag(counts.diagonal())
     erring = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:MATRIX_CLASSES]
     chosen = np.sort(erring)
@@ -212,7 +212,7 @@ def _matrix(what: str, names: Sequence[str], counts: np.ndarray) -> str:
 
 
 def _top_confusions(what: str, names: Sequence[str], counts: np.ndarray) -> str:
-    """Pairs of different classes; segments without a partner are in the table of errors."""
+    """Return a table of pairs of different classes. Segments without a partner are in the table of errors."""
     pairs = [(t, p, n) for t, p, n in _cells(counts) if t != p and NO_PARTNER not in (names[t], names[p])]
     top = sorted(pairs, key=lambda cell: -cell[2])[:TOP_CONFUSIONS]
     totals = counts.sum(axis=1).tolist()
@@ -247,7 +247,7 @@ def _labelled(rows: Sequence[str], columns: Sequence[str], counts: np.ndarray) -
 
 
 def _size_name(size: str) -> str:
-    """With the sides of squares that bound it."""
+    """Return the name of a size with the side lengths of squares that bound it."""
     low, high = (round(area**0.5) if area != float("inf") else None for area in SIZES[size])
     if high is None:
         return f"{size}, from {low} px"

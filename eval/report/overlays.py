@@ -1,4 +1,4 @@
-"""Overlays of the truths and predictions of every task, for panels."""
+"""Overlays of truth and predictions of every task, for panels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from m2f.eval.report.panels import Overlay, OverlaySegment
 from m2f.model.structures import UNLABELLED
 
 SHOWN_SCORE = 0.5
-"""Detections below this are left out of pictures; metrics count them all."""
+"""Pictures leave out detections below this score; metrics count all."""
 
 
 def panoptic_overlays(
     truth: PanopticTruth, prediction: PanopticPrediction, scores: dict[int, float], quality: float | None
 ) -> tuple[Overlay, Overlay]:
-    """Truth and prediction; crowds are drawn like other segments. `scores` by segment id, `quality` of the image."""
+    """Return truth, with crowds as other segments, and prediction; `scores` by segment id, `quality` of the image."""
     title = "prediction" if quality is None else f"prediction, PQ {100 * quality:.1f}"
     annotated = {i: OverlaySegment(segment.label) for i, segment in truth.segments.items()}
     predicted = predicted_segments(title, prediction.id_map, prediction.labels, scores)
@@ -31,7 +31,7 @@ def panoptic_overlays(
 def instance_overlays(
     truth: InstanceTruth, detections: InstanceDetections, size: tuple[int, int]
 ) -> tuple[Overlay, Overlay]:
-    """Truth with small instances over large ones, prediction with good detections over worse ones."""
+    """Return truth, with small instances on top, and prediction, with high scores on top."""
     by_area = np.argsort(-truth.areas, kind="stable")
     annotated = _flatten(
         "truth", [truth.masks[i] for i in by_area], [OverlaySegment(int(truth.labels[i])) for i in by_area], size
@@ -40,7 +40,7 @@ def instance_overlays(
 
 
 def semantic_overlays(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> tuple[Overlay, Overlay]:
-    """Truth and prediction; one segment per class."""
+    """Return truth and prediction, with one segment per class."""
     labelled = truth != ignore_label(num_classes)
     annotated = np.where(labelled, truth.astype(np.int32), UNLABELLED)
     return _labels("truth", annotated, num_classes), predicted_labels(predicted, num_classes)
@@ -49,14 +49,14 @@ def semantic_overlays(truth: np.ndarray, predicted: np.ndarray, num_classes: int
 def predicted_segments(
     title: str, id_map: np.ndarray, labels: Mapping[int, int], scores: Mapping[int, float]
 ) -> Overlay:
-    """A panoptic map [H, W] with labels and scores by segment id."""
+    """Return the overlay of a panoptic map [H, W], with labels and scores by segment id."""
     return Overlay(title, id_map, {i: OverlaySegment(label, scores[i]) for i, label in labels.items()})
 
 
 def predicted_instances(
     detections: InstanceDetections, size: tuple[int, int], shown_score: float = SHOWN_SCORE
 ) -> Overlay:
-    """Good detections over worse ones; those below `shown_score` are left out."""
+    """Return the overlay of detections with high scores on top, without those below `shown_score`."""
     shown = np.flatnonzero(detections.scores >= shown_score)[::-1]
     return _flatten(
         "prediction",
@@ -67,7 +67,7 @@ def predicted_instances(
 
 
 def predicted_labels(label_map: np.ndarray, num_classes: int) -> Overlay:
-    """A label map [H, W]; one segment per class, nothing where it is UNLABELLED."""
+    """Return the overlay of a label map [H, W]: one segment per class, none for UNLABELLED pixels."""
     return _labels("prediction", label_map, num_classes)
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: sections, tables, charts and pictures, for telephones, desks and paper."""
+"""A self-contained HTML page with sections, tables, charts and pictures, for phones, desktops and paper."""
 
 from __future__ import annotations
 
@@ -50,24 +50,24 @@ class Section:
 
     title: str
     body: str
-    """HTML."""
+    """Content as HTML."""
 
     @property
     def anchor(self) -> str:
-        """Its name in links."""
+        """Name of the section in links."""
         return "".join(letter if letter.isalnum() else "-" for letter in self.title.lower())
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table's cell: HTML, and the CSS class that says what it means."""
+    """Content of a table cell: HTML, and a CSS class that states its meaning."""
 
     html: str
     kind: str = ""
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The whole document; `lead` is HTML under the title."""
+    """Return the whole HTML document; `lead` is HTML below the title."""
     links = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
     bodies = "".join(f'<h2 id="{s.anchor}">{escape(s.title)}</h2>\n{s.body}\n' for s in sections)
     return printable(
@@ -79,7 +79,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
-    """A table that scrolls sideways where it is too wide; plain strings are escaped."""
+    """Return a table that scrolls sideways if it is too wide; plain strings are escaped."""
     kinds = [cell.kind if isinstance(cell, Cell) and cell.kind == "text" else "" for cell in rows[0]] if rows else []
     top = "".join(f'<th class="{k}">{escape(text)}</th>' for text, k in zip_longest(head, kinds, fillvalue=""))
     lines = ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
@@ -88,29 +88,29 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of plain text; `kind` is note or faint."""
+    """Return a paragraph of plain text; `kind` is empty, note or faint."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
 def headline(numbers: Mapping[str, str]) -> str:
-    """Few large numbers by name."""
+    """Return a few large numbers with their names."""
     shown = "".join(f"<span><b>{escape(value)}</b> {escape(name)}</span>" for name, value in numbers.items())
     return f'<p class="headline">{shown}</p>'
 
 
 def grid(items: Sequence[str], *, small: bool = False) -> str:
-    """Charts, or small ones, beside each other as far as they fit."""
+    """Return charts, or small ones, side by side as far as they fit."""
     cells = "".join(f"<div>{item}</div>" for item in items)
     return f'<div class="{"grid small" if small else "grid"}">{cells}</div>'
 
 
 def folded(summary: str, body: str) -> str:
-    """HTML that opens on a click."""
+    """Return HTML that opens on a click."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def picture(jpeg: bytes, text: str) -> str:
-    """A wide image inside the page; `text` describes it to those who do not see it."""
+    """Return a wide image embedded in the page; `text` is its alternative text."""
     data = base64.b64encode(jpeg).decode()
     return f'<div class="scroll"><img alt="{escape(text)}" src="data:image/jpeg;base64,{data}"></div>'
 

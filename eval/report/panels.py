@@ -1,4 +1,4 @@
-"""Pictures to judge a model by: image, truth and prediction side by side, and several of them on one sheet."""
+"""Panels with image, truth and prediction side by side, and sheets of several panels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.sample import VOID_ID
 
 COLUMN_PIXELS = (560, 960)
-"""Images are scaled so that their longer side lies in this range; in between they keep their size."""
+"""Range of the longer side. Images outside it are scaled; others keep their size."""
 JPEG_QUALITY = 85
 JPEG_PIXELS = 65_500
-"""The longest side that a JPEG file may have, rounded down."""
+"""Longest side of a JPEG file, rounded down."""
 GAP = 8
 HEADER = 30
 FONT_SIZE = 15
@@ -26,33 +26,33 @@ INK = (236, 238, 240)
 FILL_OPACITY = 0.55
 VOID_OPACITY = 0.4
 NAMED_PIXELS = 200
-"""Smaller segments are named only where the name fits inside."""
+"""Segments with fewer pixels get a name only if it fits inside."""
 GOLDEN_RATIO = 0.61803398875
 
 
 @dataclass(frozen=True)
 class OverlaySegment:
-    """How one segment is drawn."""
+    """Drawing data of one segment."""
 
     label: int
-    """Contiguous class; an index into the overlay's classes."""
+    """Contiguous class index into the overlay's classes."""
     score: float | None = None
-    """Written behind the class name; None for truth."""
+    """Score written after the class name; None for truth."""
 
 
 @dataclass(frozen=True)
 class Overlay:
-    """A picture's segments: truth or prediction of any task, flattened to one id map."""
+    """Segments of a picture: truth or prediction of any task, as one id map."""
 
     title: str
     id_map: np.ndarray
-    """[H, W] integers; VOID_ID and ids without a segment show the dimmed image."""
+    """[H, W] integers. VOID_ID and ids without a segment show the dimmed image."""
     segments: Mapping[int, OverlaySegment]
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Weights over an image, drawn as colours from none to the map's largest."""
+    """Weights over an image, drawn as colours that range from 0 to the map's maximum."""
 
     title: str
     values: np.ndarray
@@ -60,7 +60,7 @@ class HeatMap:
 
 
 def render_panel(image: np.ndarray, name: str, overlays: Sequence[Overlay], classes: Sequence[Category]) -> bytes:
-    """PNG of the image [H, W, 3] uint8 RGB followed by the overlays, left to right."""
+    """Return a PNG of the image [H, W, 3] uint8 RGB followed by its overlays, left to right."""
     scale = _scale(image.shape[:2])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     shown = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
@@ -70,9 +70,9 @@ def render_panel(image: np.ndarray, name: str, overlays: Sequence[Overlay], clas
 
 
 def render_heat(image: np.ndarray, outline: np.ndarray, name: str, heats: Sequence[HeatMap]) -> bytes:
-    """PNG of the image [H, W, 3] uint8 RGB with the outline of a mask [H, W] bool, followed by the same under each map.
+    """Return a PNG of the image [H, W, 3] uint8 RGB with the outline of a mask [H, W] bool, and a column for every map.
 
-    Every column shows the range of its own map.
+    The columns show the image under the map. Colours cover the range of each map separately.
     """
     scale = _scale(image.shape[:2])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
@@ -84,7 +84,7 @@ def render_heat(image: np.ndarray, outline: np.ndarray, name: str, heats: Sequen
 
 
 def contact_sheet(panels: Sequence[bytes], columns: int = 1) -> bytes:
-    """JPEG of several panels in rows of `columns`, all scaled to the width of the narrowest."""
+    """Return a JPEG of several panels in rows of `columns`, all scaled to the width of the narrowest."""
     images = [decode_picture(panel) for panel in panels]
     width = min(image.shape[1] for image in images)
     images = [_to_width(image, width) for image in images]
@@ -103,30 +103,30 @@ def contact_sheet(panels: Sequence[bytes], columns: int = 1) -> bytes:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """PNG of an RGB image [H, W, 3] uint8; equal pixels give equal bytes."""
+    """Return a PNG of an RGB image [H, W, 3] uint8. Equal pixels give equal bytes."""
     done, png = cv2.imencode(".png", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_PNG_COMPRESSION, 6])
     assert done
     return png.tobytes()
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
-    """JPEG of an RGB image [H, W, 3] uint8: a tenth of the PNG's size, for pictures that only people look at."""
+    """Return a JPEG of an RGB image [H, W, 3] uint8, a tenth of the PNG's size, for viewing only."""
     done, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     assert done
     return jpeg.tobytes()
 
 
 def decode_picture(picture: bytes) -> np.ndarray:
-    """RGB pixels [H, W, 3] uint8 of a panel or a sheet of panels."""
+    """Return the RGB pixels [H, W, 3] uint8 of a panel or a sheet of panels."""
     image = cv2.imdecode(np.frombuffer(picture, dtype=np.uint8), cv2.IMREAD_COLOR)
     assert image is not None
     return image[..., ::-1]
 
 
 def segment_color(category: Category, label: int, instance: int) -> tuple[int, int, int]:
-    """RGB colour of the instance-th segment of a class in its picture: the hue of the class, slightly varied.
+    """Return the RGB colour of segment number `instance` of a class: the hue of the class, slightly varied.
 
-    Classes without a colour of their own (black) get evenly spread hues.
+    Classes without a colour (black) get evenly spread hues.
     """
     if any(category.color):
         hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in category.color))
@@ -162,7 +162,7 @@ def _beside(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _heated(image: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The image [H, W, 3] under a map [h, w] of which every value keeps a visible cell of its own."""
+    """Draw a map [h, w] over the image [H, W, 3], so that each value stays visible as a separate cell."""
     height, width = image.shape[:2]
     strength = values / max(float(values.max()), np.finfo(np.float32).tiny)
     cells = cv2.resize(strength.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST)
@@ -183,7 +183,7 @@ def _titled(column: np.ndarray, title: str) -> np.ndarray:
 
 
 def draw_overlay(image: np.ndarray, overlay: Overlay, classes: Sequence[Category]) -> np.ndarray:
-    """An image [H, W, 3] uint8 RGB of any size with the tinted segments, thin contours and names of an overlay."""
+    """Draw tinted segments, thin contours and names of an overlay over an image [H, W, 3] uint8 RGB of any size."""
     height, width = image.shape[:2]
     present, positions = np.unique(overlay.id_map, return_inverse=True)
     positions = positions.reshape(overlay.id_map.shape).astype(np.float32)
@@ -203,7 +203,7 @@ def draw_overlay(image: np.ndarray, overlay: Overlay, classes: Sequence[Category
 def _palette(
     drawn: Sequence[int | None], overlay: Overlay, classes: Sequence[Category]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Colour [N, 3] and opacity [N, 1] of every id that is present; what is not drawn is darkened."""
+    """Return colour [N, 3] and opacity [N, 1] of every id that is present; ids that are not drawn are darkened."""
     colors = np.zeros((len(drawn), 3), dtype=np.float32)
     opacity = np.full((len(drawn), 1), VOID_OPACITY, dtype=np.float32)
     seen: dict[int, int] = {}
@@ -217,7 +217,7 @@ def _palette(
 
 
 def _contours(positions: np.ndarray) -> np.ndarray:
-    """[H, W] bool: pixels whose right or lower neighbour belongs to another segment."""
+    """Return [H, W] bool: pixels whose right or lower neighbour belongs to another segment."""
     edge = np.zeros(positions.shape, dtype=bool)
     edge[:, :-1] |= positions[:, :-1] != positions[:, 1:]
     edge[:-1] |= positions[:-1] != positions[1:]
@@ -231,9 +231,9 @@ def _write_names(
     overlay: Overlay,
     classes: Sequence[Category],
 ) -> None:
-    """Class names and scores inside the segments, or above those that are too narrow, never over one another.
+    """Write class names and scores into the segments, or above those that are too narrow, without overlaps.
 
-    Largest segments first.
+    The largest segments come first.
     """
     draw = ImageDraw.Draw(canvas, "RGBA")
     font = _font(FONT_SIZE)
@@ -263,7 +263,7 @@ def _write_names(
 
 
 def _innermost_point(mask: np.ndarray) -> tuple[int, int, float]:
-    """The pixel of a mask that is farthest from its border, and that distance."""
+    """Return the pixel of a mask that is farthest from its border, as x and y, and that distance."""
     padded = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     distance = cv2.distanceTransform(padded, cv2.DIST_L2, 3)
     row, column = np.unravel_index(int(distance.argmax()), distance.shape)
@@ -271,13 +271,13 @@ def _innermost_point(mask: np.ndarray) -> tuple[int, int, float]:
 
 
 def _top(column: np.ndarray) -> int:
-    """First row of the unbroken piece that ends a column of a mask."""
+    """Return the first row of the unbroken run at the end of a column of a mask."""
     gaps = np.flatnonzero(~column)
     return int(gaps[-1]) + 1 if gaps.size else 0
 
 
 def _inside(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The box moved into a picture of this width and height."""
+    """Return the box, moved into a picture of this width and height."""
     left, top, right, bottom = box
     dx = max(0.0, -left) - max(0.0, right - size[0] + 1)
     dy = max(0.0, -top) - max(0.0, bottom - size[1] + 1)

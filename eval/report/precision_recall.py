@@ -1,4 +1,4 @@
-"""Precision at every recall: the curves behind mask AP, as numbers and as charts."""
+"""Precision over recall: the curves behind mask AP, as numbers and as charts."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from m2f.eval.report.page import folded, grid, paragraph
 from m2f.eval.results.results import EvaluationResults
 
 PR_THRESHOLDS = {"IoU 0.50": 0, "IoU 0.75": 5}
-"""Positions in IOU_THRESHOLDS that get curves of their own, beside the mean over all."""
+"""Positions in IOU_THRESHOLDS that get their own curves, in addition to the mean over all thresholds."""
 OPEN_CHARTS = 24
-"""More small charts than these are folded away."""
+"""Largest number of small charts that are shown unfolded."""
 
 
 def precision_recall(results: EvaluationResults) -> dict[str, list[float]] | None:
-    """Precision at every recall, mean over classes with annotations; None without the instance task or annotations."""
+    """Return precision at every recall, averaged over annotated classes; None without AP or without annotations."""
     curves = None if results.instance is None else _mean_curves(results.instance.precision[..., 0, -1])
     return None if curves is None else {"recall": RECALL_THRESHOLDS.tolist(), **_named_curves(curves)}
 
 
 def curves_by_size(result: AveragePrecision) -> dict[str, list[float] | None]:
-    """Precision at every recall by size of the annotations, mean over IoU and classes; None for a size without any."""
+    """Return precision at every recall by size, averaged over IoU and classes; None for sizes without annotations."""
     sizes = {name: position for position, name in enumerate(AREA_RANGES) if name != "all"}
     curves = {name: _mean_curves(result.precision[..., position, -1]) for name, position in sizes.items()}
     return {name: None if curve is None else curve.mean(axis=0).tolist() for name, curve in curves.items()}
 
 
 def curves_by_class(result: AveragePrecision) -> list[dict[str, list[float]] | None]:
-    """The curves of `precision_recall` for every class; None for a class without annotations."""
+    """Return the curves of `precision_recall` for every class; None for a class without annotations."""
     precision = result.precision[..., 0, -1]  # [thresholds, recalls, classes]
     annotated = (precision[0, 0] > -1).tolist()
     return [_named_curves(precision[..., k]) if annotated[k] else None for k in range(precision.shape[-1])]
 
 
 def _mean_curves(precision: np.ndarray) -> np.ndarray | None:
-    """[thresholds, recalls] mean over the annotated classes of [thresholds, recalls, classes]; None without one."""
+    """Average [thresholds, recalls, classes] over the annotated classes; None if there are none."""
     annotated = precision[0, 0] > -1
     return precision[..., annotated].mean(axis=-1) if annotated.any() else None
 
 
 def _named_curves(curves: np.ndarray) -> dict[str, list[float]]:
-    """Of [thresholds, recalls]: two thresholds and the mean of all."""
+    """Return the curves of two thresholds and of the mean over all, from [thresholds, recalls]."""
     named = {name: curves[position].tolist() for name, position in PR_THRESHOLDS.items()}
     mean = f"mean of IoU {IOU_THRESHOLDS[0]:.2f} to {IOU_THRESHOLDS[-1]:.2f}"
     return named | {mean: curves.mean(axis=0).tolist()}
 
 
 def precision_recall_charts(results: EvaluationResults, curves: Mapping[str, Sequence[float]]) -> str:
-    """Mean curves, those by size, and a small chart for every class, the lowest AP first."""
+    """Return charts of the mean curves, of those by size, and of every class, the lowest AP first."""
     assert results.instance is not None
     by_size = {name: curve for name, curve in curves_by_size(results.instance).items() if curve is not None}
     overall = {name: curve for name, curve in curves.items() if name != "recall"}
