@@ -1,1 +1,1 @@
-"""Running a model on images for evaluation, whole, in windows or with test-time augmentation."""
+"""Inference for evaluation: on whole images, in windows or with test-time augmentation."""

@@ -1,4 +1,4 @@
-"""Attention on objects and beside them (Table I b), and pictures of it (Figure I)."""
+"""Attention inside and outside of objects (Table I b), and pictures of it (Figure I)."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from m2f.model.loss.point_sampling import LabelMaps
 from m2f.model.structures import BACKGROUND_ID, Predictions, Targets
 
 MATCHING_GRID = 112
-"""Points along each side of an image at which predictions and objects are compared: as many as training draws."""
+"""Points per side of the grid on which predictions and objects are compared. Training samples as many in total."""
 
 
 @dataclass(frozen=True)
 class MatchedObjects:
-    """Objects of one image and the queries that the last layer predicts them with, as far as there are queries."""
+    """Objects of one image with their matched queries of the last layer; objects beyond the queries are left out."""
 
     queries: Tensor
-    """[n] int64"""
+    """[n] int64 query indices."""
     labels: Tensor
     """[n] int64 contiguous classes."""
     masks: Tensor
-    """[n, H, W] bool over the model's input."""
+    """[n, H, W] bool masks at the size of the model's input."""
 
 
 def matched_objects(
     batch: EvalBatch, row: int, predictions: Predictions, task: Task, labels: Mapping[int, int], config: LossConfig
 ) -> MatchedObjects:
-    """Match the last prediction for one image with its targets, as in training but at the points of a grid."""
+    """Match the last layer's predictions of one image with its targets, as in training but at grid points."""
     height, width = (int(side) for side in batch.sizes[row])
     padded_height, padded_width = batch.images.shape[-2:]
     targets = _in_input(image_targets(batch.samples[row], task, labels), (height, width), (padded_height, padded_width))
@@ -62,14 +62,14 @@ def matched_objects(
 
 
 class AttentionMass:
-    """Mean share of attention that falls on the matched object, by layer, over all matched queries of all images."""
+    """Mean share of attention on the matched object, by layer, over all matched queries of all images."""
 
     def __init__(self) -> None:
         self._shares: dict[int, list[float]] = {}
         self._levels: dict[int, str] = {}
 
     def update(self, maps: Sequence[AttentionMap], image: int, objects: MatchedObjects) -> None:
-        """Add the objects of one image of the batch that the maps were recorded with."""
+        """Add the objects of image number `image` of the batch in which the maps were recorded."""
         for attention in maps:
             weights = attention.weights[image].cpu()[objects.queries]
             shares = foreground_mass(weights, attention.shapes, objects.masks)
@@ -78,12 +78,12 @@ class AttentionMass:
 
     @property
     def by_layer(self) -> dict[int, float | None]:
-        """Foreground share of every layer; None without a matched query."""
+        """Share of attention on objects for every layer; None without a matched query."""
         return {layer: fmean(shares) if shares else None for layer, shares in sorted(self._shares.items())}
 
     @property
     def by_level(self) -> dict[str, float | None]:
-        """Mean over the layers that look at the same level, and over all layers as `average` (Table I b)."""
+        """Mean share over the layers that attend to the same level, and over all layers as `average` (Table I b)."""
         groups: dict[str, list[float]] = {}
         for layer, share in self.by_layer.items():
             if share is not None:
@@ -93,7 +93,7 @@ class AttentionMass:
         return levels | {"average": fmean(chain.from_iterable(groups.values())) if groups else None}
 
     def table(self) -> str:
-        """Foreground and background by layer and by level, in per cent."""
+        """Return a table of attention on and outside of objects, by layer and by level, in per cent."""
         layers = [[f"layer {n}", self._levels[n], *_split(share)] for n, share in self.by_layer.items()]
         levels = [["all layers", name, *_split(share)] for name, share in self.by_level.items()]
         return columns(["attention", "level", "object", "elsewhere"], [*layers, *levels])
@@ -102,9 +102,9 @@ class AttentionMass:
 def attention_pictures(
     maps: Sequence[AttentionMap], image: int, query: int, size: tuple[int, int]
 ) -> tuple[HeatMap, ...]:
-    """Heat maps of one query of one image of the batch: of every level, the last layer that looks at it (Figure I a).
+    """Return heat maps of one query of one image of the batch: for every level, the last layer that attends to it.
 
-    They have the (height, width) of the image inside the padded input.
+    They have the (height, width) of the image inside the padded input (Figure I a).
     """
     height, width = size
     last: dict[int, HeatMap] = {}
@@ -120,14 +120,14 @@ def _split(share: float | None) -> tuple[float | None, float | None]:
 
 
 def _grid(height: float, width: float) -> Tensor:
-    """Points [P, 2] (x, y) that cover the part of the input that shows the image evenly."""
+    """Return points [P, 2] (x, y) that evenly cover the part of the input that shows the image."""
     steps = (torch.arange(MATCHING_GRID) + 0.5) / MATCHING_GRID
     y, x = torch.meshgrid(steps * height, steps * width, indexing="ij")
     return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
 def _in_input(targets: ImageTargets, size: tuple[int, int], padded: tuple[int, int]) -> Targets:
-    """Targets of one image, resized and padded as the model's input."""
+    """Return the targets of one image, resized and padded like the model's input."""
     resized = np.full((len(targets.id_maps), *padded), BACKGROUND_ID, dtype=targets.id_maps.dtype)
     for layer, id_map in zip(resized, targets.id_maps, strict=True):
         layer[: size[0], : size[1]] = cv2.resize(id_map, (size[1], size[0]), interpolation=cv2.INTER_NEAREST)

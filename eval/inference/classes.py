@@ -1,7 +1,7 @@
-"""A model's classes brought into the order of a data set, and both without what the other lacks.
+"""Reduce a model and a data set to the classes that both have, in the data set's order.
 
-Done once, before any metric: logits get the columns of the data set's table, annotations lose classes that the model
-does not have. Metrics, dumps and pictures then know one table.
+This happens once, before any metric: logits get the columns of the data set's table, and annotations lose classes that
+the model lacks. So metrics, dumps and pictures use a single table.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from m2f.model.structures import Predictions
 
 @dataclass(frozen=True)
 class EvaluatedClasses:
-    """What a model and a data set have in common."""
+    """Classes that a model and a data set have in common."""
 
     categories: CategoryTable
-    """Of the data set, without the classes that the model lacks."""
+    """Categories of the data set, without the classes that the model lacks."""
     columns: tuple[int, ...] | None
-    """Label in the model of every class that is evaluated; None where the model has these classes in this order."""
+    """Model label of every evaluated class; None if the model has exactly these classes in this order."""
     model_classes: tuple[Category, ...]
-    """By label of the model."""
+    """All classes of the model, by label."""
     note: str | None = None
-    """One line that says what is left out; None where both have the same classes."""
+    """One line that states what is left out; None if both have the same classes."""
 
     def select(self, predictions: Predictions) -> Predictions:
-        """Class logits with one column per evaluated class; what other classes have goes to "no object".
+        """Return predictions with one logit per evaluated class; all other classes are merged into "no object".
 
-        The probabilities of the evaluated classes are those of the whole model.
+        The probabilities of the evaluated classes are unchanged.
         """
         if self.columns is None:
             return predictions
         return predictions._replace(class_logits=select_columns(predictions.class_logits, self.columns))
 
     def restrict(self, batch: EvalBatch) -> EvalBatch:
-        """Annotations without the classes that the model lacks: their pixels have no label."""
+        """Remove annotations of classes that the model lacks; their pixels become unlabelled."""
         known = self.categories.by_id.keys()
         if all(s.category_id in known for sample in batch.samples for s in sample.annotation.segments):
             return batch
@@ -55,13 +55,13 @@ def evaluated_classes(
 ) -> EvaluatedClasses:
     """Match a data set's table with the classes of a model for `task`; None: the model has the data set's classes.
 
-    Raises DataError with both tables' differing rows where they contradict each other.
+    Raises DataError with the differing rows of both tables if they contradict each other.
     """
     own = table.for_task(task)
     if model_classes is None:
         return EvaluatedClasses(table, None, own)
     names = {category.name for category in model_classes}
-    # Stuff of a data set is no class for instances, but a thing of the model by its name is a contradiction.
+    # For instances, stuff of the data set is no class. But it contradicts a thing of the model with the same name.
     compared = tuple(c for c in table.categories if c in own or c.name in names)
     found = require_match(model_classes, compared, "the model", data_name)
     if found.labels == tuple(range(len(own))):
@@ -74,7 +74,7 @@ def evaluated_classes(
 
 
 def select_columns(class_logits: Tensor, columns: Sequence[int]) -> Tensor:
-    """Logits [..., K + 1] of a model as [..., len(columns) + 1] of these of its classes, "no object" last."""
+    """Convert logits [..., K + 1] to [..., len(columns) + 1] of the given classes, with "no object" last."""
     rest = [label for label in range(class_logits.shape[-1]) if label not in set(columns)]
     nothing = class_logits[..., rest[-1:]] if len(rest) == 1 else class_logits[..., rest].logsumexp(-1, keepdim=True)
     return torch.cat([class_logits[..., list(columns)], nothing], dim=-1)

@@ -1,4 +1,4 @@
-"""From a batch to metric states: one forward pass, the official post-processing, and every requested task's update."""
+"""Evaluate batches: one forward pass, the official post-processing, and an update of every requested task's metrics."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ EVALUABLE_TASKS: dict[Task, tuple[Task, ...]] = {
     "instance": ("instance",),
     "semantic": ("semantic",),
 }
-"""Tasks that a model trained for a task can be evaluated on."""
+"""Tasks on which a model trained for each task can be evaluated."""
 
 _CITYSCAPES = {(c.id, c.name) for c in CITYSCAPES.categories}
-"""Ids and names that the Cityscapes metrics need."""
+"""Ids and names of the categories that the Cityscapes metrics require."""
 
 _MakeOverlays = Callable[[], tuple[Overlay, Overlay]]
-"""Makes truth and prediction of one image ready to be drawn."""
+"""Function that prepares truth and prediction of one image for drawing."""
 
 
 def image_outputs(batch: EvalBatch, predictions: Predictions, layer: int = -1) -> Iterator[ImageOutput]:
-    """One layer's predictions, image by image. Raises EvaluationError naming an image whose output is not finite."""
+    """Yield one layer's predictions by image. Raises EvaluationError with the image if its output is not finite."""
     height, width = batch.images.shape[-2:]
     for row, sample in enumerate(batch.samples):
         resized_height, resized_width = batch.sizes[row].tolist()
@@ -68,7 +68,7 @@ def image_outputs(batch: EvalBatch, predictions: Predictions, layer: int = -1) -
 
 
 def check_finite(sample: DecodedSample, tensors: Iterable[Tensor]) -> None:
-    """Raises EvaluationError naming the image if what the model gave for it is not finite."""
+    """Raise EvaluationError with the image if the model's output for it is not finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise EvaluationError(
             f"image {sample.image_id} ({sample.source}): the model's output is not finite; "
@@ -77,7 +77,7 @@ def check_finite(sample: DecodedSample, tensors: Iterable[Tensor]) -> None:
 
 
 def check_tasks(model_task: Task, tasks: Collection[Task]) -> None:
-    """Raises ConfigError if a model trained for `model_task` cannot be evaluated on one of `tasks`."""
+    """Raise ConfigError if a model trained for `model_task` cannot be evaluated on one of `tasks`."""
     impossible = [task for task in tasks if task not in EVALUABLE_TASKS[model_task]]
     if impossible or not tasks:
         raise ConfigError(
@@ -87,7 +87,7 @@ def check_tasks(model_task: Task, tasks: Collection[Task]) -> None:
 
 
 def check_extra_metrics(categories: CategoryTable, metrics: Collection[ExtraMetric]) -> None:
-    """Raises ConfigError for the metrics of Cityscapes on a data set with other classes."""
+    """Raise ConfigError if Cityscapes metrics are requested for a data set with other classes."""
     if "cityscapes" in metrics and {(c.id, c.name) for c in categories.categories} != _CITYSCAPES:
         raise ConfigError(
             "evaluation.extra_metrics has 'cityscapes', but the data set has other classes than that benchmark; "
@@ -96,11 +96,12 @@ def check_extra_metrics(categories: CategoryTable, metrics: Collection[ExtraMetr
 
 
 class Evaluator:
-    """A model and what to measure of it. `model_task` is the task that it was trained for, so the classes it has.
+    """Evaluates a model. `model_task` is the task that it was trained for, which determines its classes.
 
-    With `EvaluatedClasses`, batches have gone through its `restrict`; a table alone says that the model has just these.
+    If `classes` is an `EvaluatedClasses`, batches must have passed through its `restrict`. A table means that the model
+    has exactly its classes.
 
-    The truth of every task comes from the same sample: a panoptic model gets PQ, AP of its things and mIoU in one pass.
+    The truth of all tasks comes from the same sample: a panoptic model gets PQ, AP of its things and mIoU in one pass.
     """
 
     def __init__(
@@ -131,12 +132,12 @@ class Evaluator:
         self._device = next(model.parameters()).device
         evaluated = categories.for_task(model_task)
         self._is_thing = [c.is_thing for c in evaluated]
-        # From the evaluated classes to those of the instance task; -1 for stuff, which is never detected.
+        # Maps the evaluated classes to those of the instance task; -1 for stuff, which is never detected.
         self._thing_labels = np.array([categories.labels("instance").get(c.id, -1) for c in evaluated])
 
     @torch.inference_mode()
     def evaluate_batch(self, batch: EvalBatch) -> EvaluationStates:
-        """States of the batch's images for all requested tasks, with panels (of the first task) of the chosen ones."""
+        """Return the states of the batch's images for all tasks, with panels of the first task for chosen images."""
         if isinstance(self._test_time, WholeImage):
             return self.score(batch, self.predict(batch))
         states = self._empty_states()
@@ -158,17 +159,17 @@ class Evaluator:
 
     @torch.inference_mode()
     def predict(self, batch: EvalBatch) -> Predictions:
-        """The model's predictions of all layers. Raises EvaluationError if it has other classes than the data set."""
+        """Return the predictions of all layers. Raises EvaluationError if model and data set differ in classes."""
         return self._forward(batch.images, batch.sizes)
 
     def _predict_part(self, sample: DecodedSample, image: Tensor, size: Tensor) -> Predictions:
-        """Predictions from a picture made of a sample's image."""
+        """Return the predictions for `image`, which is made from the sample's image."""
         predictions = self._forward(image, size)
         check_finite(sample, predictions[:3])
         return predictions
 
     def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
-        # Full precision and fixed algorithms: published numbers must not depend on the GPU that a batch met.
+        # Full precision and fixed algorithms, so that published numbers do not depend on the GPU of a batch.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             predictions = self._model(self._model.normalise(images.to(self._device), sizes.to(self._device)))
         expected = len(self._classes.model_classes)
@@ -181,7 +182,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def score(self, batch: EvalBatch, predictions: Predictions, layer: int = -1) -> EvaluationStates:
-        """States of the batch's images as `evaluate_batch` gives them, from one layer of their predictions."""
+        """Return the states of the batch's images, as `evaluate_batch` does, from one layer of their predictions."""
         states = self._empty_states()
         for sample, output in zip(batch.samples, image_outputs(batch, predictions, layer), strict=True):
             pictures: dict[Task, _MakeOverlays] = {}
@@ -201,7 +202,7 @@ class Evaluator:
         return EvaluationStates.empty(self._categories, self._tasks, self._extra_metrics)
 
     def _draw(self, sample: DecodedSample, pictures: Mapping[Task, _MakeOverlays], states: EvaluationStates) -> None:
-        """The panel of a sample, if it is one of those that are drawn."""
+        """Draw the panel of a sample, if it is among the chosen images."""
         if sample.image_id in self._panel_ids:
             shown = self._tasks[0]
             classes, overlays = self._categories.for_task(shown), pictures[shown]()
@@ -266,12 +267,12 @@ class Evaluator:
         return partial(semantic_overlays, truth, predicted, states.semantic.num_classes)
 
     def _category_ids(self, task: Task) -> np.ndarray:
-        """Category id of every class of a task."""
+        """Return the category id of every class of a task."""
         return np.array([c.id for c in self._categories.for_task(task)])
 
 
 def detect(output: ImageOutput, is_thing: Sequence[bool], config: PostprocessConfig) -> InstanceDetections:
-    """Detections of one image, labelled with the model's classes. Masks are encoded as they come, a few at a time."""
+    """Return detections of one image with the model's labels. Masks are encoded in small groups as they arrive."""
     masks: list[Rle] = []
     ranking = stream_instances(
         *output, is_thing, config, take=lambda group: masks.extend(encode_masks(group.cpu().numpy()))
@@ -285,7 +286,7 @@ def detect(output: ImageOutput, is_thing: Sequence[bool], config: PostprocessCon
 
 
 def cityscapes_detections(detections: InstanceDetections, category_ids: np.ndarray) -> Iterator[CityscapesDetection]:
-    """The same detections as the benchmark takes them, decoded one at a time; `category_ids` by class."""
+    """Yield detections in the benchmark's form, decoded one at a time; `category_ids` are indexed by class."""
     columns = detections.mask_index, category_ids[detections.labels], detections.scores
     for index, label, score in zip(*(column.tolist() for column in columns), strict=True):
         yield CityscapesDetection(decode_mask(detections.masks[index]), label, score)

@@ -1,4 +1,4 @@
-"""What a forward pass gives for one image, as the post-processing takes it."""
+"""Output of a forward pass for one image, in the form that the post-processing takes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from m2f.model.inference.mask_resize import ImageGeometry
 
 
 class ImageOutput(NamedTuple):
-    """What one layer of the model predicts for one image: the first arguments of the post-processing."""
+    """Predictions of one layer for one image: the first arguments of the post-processing."""
 
     class_logits: Tensor
-    """[Q, K + 1]"""
+    """[Q, K + 1] float, with "no object" last."""
     mask_embeddings: Tensor
-    """[Q, C]"""
+    """[Q, C] float."""
     mask_features: Tensor
-    """[C, h, w]"""
+    """[C, h, w] float."""
     geometry: ImageGeometry

@@ -1,4 +1,4 @@
-"""Quality of the predictions of every decoder layer (Figure II) and of their masks as proposals (Figure 3)."""
+"""Quality of the predictions after every decoder layer (Figure II), and of their masks as proposals (Figure 3)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from m2f.model.config import PostprocessConfig
 from m2f.model.structures import Predictions
 
 PROPOSALS = (10, 100)
-"""Proposals per image at which recall is measured; the paper has 100."""
+"""Numbers of proposals per image for which recall is measured; the paper uses 100."""
 SHOWN_METRICS = ("PQ", "PQ_th", "PQ_st", "AP", "mIoU")
-"""Columns of the table, as far as a task has them."""
+"""Columns of the table, if the evaluated tasks have them."""
 
 
 @dataclass(frozen=True)
 class LayerQuality:
-    """What the predictions after one layer are worth."""
+    """Quality of the predictions after one layer."""
 
     layer: int
-    """0 is the learnable queries before the decoder, where they are supervised."""
+    """Layer number; 0 stands for the learnable queries before the decoder, if they are supervised."""
     metrics: dict[str, float | None]
-    """Metrics of the evaluated tasks in per cent, and AR10 and AR100 of proposals; None where undefined."""
+    """Metrics of the evaluated tasks, and AR10 and AR100 of proposals, in per cent; None if undefined."""
 
 
 class LayerAnalysis:
@@ -45,7 +45,7 @@ class LayerAnalysis:
 
     @torch.inference_mode()
     def update(self, batch: EvalBatch) -> None:
-        """Score all layers on the images of a batch."""
+        """Evaluate all layers on the images of a batch."""
         predictions = self._evaluator.predict(batch)
         for layer in range(len(predictions.class_logits)):
             states = self._evaluator.score(batch, predictions, layer)
@@ -58,7 +58,7 @@ class LayerAnalysis:
                 self._proposals[layer].merge(proposals)
 
     def compute(self, subject: EvaluationSubject, num_layers: int) -> tuple[LayerQuality, ...]:
-        """Quality of all predictions of a decoder with so many layers: one more where its queries are supervised."""
+        """Return the quality after each of `num_layers` layers, and before the first if the queries are supervised."""
         results, first_layer = [], 1 + num_layers - len(self._states)
         for layer, (states, proposals) in enumerate(zip(self._states, self._proposals, strict=True), first_layer):
             recalls = proposals.compute().stats
@@ -79,7 +79,7 @@ class LayerAnalysis:
 
 
 def class_agnostic_proposals(output: ImageOutput) -> InstanceDetections:
-    """The mask of every query as a detection of the only class 0.
+    """Return the mask of every query as a detection of a single class 0.
 
     Its score is the probability of any class times the mean mask probability inside the mask.
     """
@@ -89,11 +89,11 @@ def class_agnostic_proposals(output: ImageOutput) -> InstanceDetections:
 
 
 def layer_table(layers: tuple[LayerQuality, ...]) -> str:
-    """One line per layer."""
+    """Return a table with one line per layer."""
     names = list(layers[0].metrics)
     return columns(["layer", *names], [[q.layer, *(q.metrics[name] for name in names)] for q in layers])
 
 
 def _any_class(class_logits: Tensor) -> Tensor:
-    """Logit [Q] whose softmax with "no object" is the probability of all classes together."""
+    """Return logits [Q] whose softmax against "no object" is the total probability of all classes."""
     return class_logits[:, :-1].float().logsumexp(-1)

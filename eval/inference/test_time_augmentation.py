@@ -1,6 +1,6 @@
-"""Predictions from several forward passes of one image: at other sizes and mirrored, or window by window.
+"""Predictions from several forward passes of one image: at several sizes and mirrored, or window by window.
 
-Several sizes follow the official procedure: every size, then the same mirrored, scores at the original size added up.
+Several sizes follow the official procedure: each size, then its mirror image; scores at the original size are summed.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.structures import PanopticResult, Predictions
 
 Predict = Callable[[Tensor, Tensor], Predictions]
-"""From images [1, 3, H, W] uint8 and the sizes [1, 2] of what they show inside the padding."""
+"""Function of images [1, 3, H, W] uint8 and of the sizes [1, 2] of their content without padding."""
 
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """What is predicted for one image at its original size, for the tasks that were asked for."""
+    """Predictions for one image at its original size, for the requested tasks."""
 
     panoptic: PanopticResult | None = None
     instance: InstanceDetections | None = None
-    """Labelled with the model's classes."""
+    """Detections with the model's labels."""
     label_map: Tensor | None = None
-    """[H, W] int64"""
+    """[H, W] int64 label map."""
 
 
 def predict_in_passes(
@@ -57,7 +57,7 @@ def predict_in_passes(
     config: PostprocessConfig,
     shrink: Shrink = "area",
 ) -> ImagePrediction:
-    """Predictions of an image [H, W, 3] uint8, from the same passes for all tasks; several sizes are for semantic."""
+    """Predict an image [H, W, 3] uint8, with the same passes for all tasks; MultiScale gives semantic results only."""
     if isinstance(test_time, MultiScale):
         views = list(_views(image, test_time, predict, config, shrink))
         return ImagePrediction(label_map=semantic_of_views(views, _size(image)).label_map)
@@ -78,7 +78,7 @@ def predict_in_passes(
 
     labels = None
     if "semantic" in tasks:
-        # Each at its own resolution, where scores are averaged; so it is scores that are resized afterwards.
+        # Scores are averaged at the window's own resolution, so it is scores that are resized afterwards.
         scored = (
             Window(place.area.top, place.area.left, ClassScores(*output, "class_scores")) for place, output in windows()
         )
@@ -109,7 +109,7 @@ def _views(
 
 
 def _scored_windows(image: np.ndarray, places: Sequence[WindowPlace], predict: Predict) -> Iterator[Window]:
-    """Predictions of windows at their own resolution, where scores are averaged; made as they are needed."""
+    """Yield the scores of windows at their own resolution, where they are averaged; each is computed on demand."""
     for place in places:
         crop = image[place.area.top : place.area.bottom, place.area.left : place.area.right]
         output = forward_padded(crop, _size(crop), predict)
@@ -117,7 +117,7 @@ def _scored_windows(image: np.ndarray, places: Sequence[WindowPlace], predict: P
 
 
 def forward_padded(image: np.ndarray, original_size: tuple[int, int], predict: Predict) -> ImageOutput:
-    """One forward pass of an image [h, w, 3], padded as evaluation batches are."""
+    """Run one forward pass of an image [h, w, 3], padded like evaluation batches."""
     height, width = _size(image)
     padded_height, padded_width = (-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (height, width))
     padded = np.empty((padded_height, padded_width, 3), dtype=np.uint8)

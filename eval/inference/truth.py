@@ -1,6 +1,6 @@
-"""What each metric compares with, from the annotation of a sample.
+"""Ground truth for each metric, from the annotation of a sample.
 
-Panoptic and semantic truth come from the partition `seg`. Instances come from the layers `inst` where the data set has
+Panoptic and semantic truth come from the partition `seg`. Instances come from the layers `inst` if the data set has
 them (COCO instances overlap and have their own areas and crowds), else from the things of `seg`.
 """
 
@@ -20,9 +20,9 @@ from m2f.eval.metrics.rle import encode_masks
 
 
 def panoptic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> PanopticTruth:
-    """The partition with all its segments, crowds included, in the order of the annotation.
+    """Return the partition with all of its segments, including crowds, in the order of the annotation.
 
-    `labels` maps category ids to classes. Raises EvaluationError naming the image if the sample has no partition.
+    `labels` maps category ids to classes. Raises EvaluationError with the image if the sample has no partition.
     """
     id_map = _partition(sample, "panoptic quality")
     segments = {
@@ -34,7 +34,7 @@ def panoptic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> Panoptic
 
 
 def instance_truth(sample: DecodedSample, labels: Mapping[int, int]) -> InstanceTruth:
-    """The annotated instances, crowds included. `labels` maps the ids of thing categories to classes."""
+    """Return the annotated instances, including crowds. `labels` maps ids of thing categories to classes."""
     annotation = sample.annotation
     if annotation.inst is not None:
         layers = annotation.inst
@@ -51,9 +51,9 @@ def instance_truth(sample: DecodedSample, labels: Mapping[int, int]) -> Instance
 
 
 def semantic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> np.ndarray:
-    """Label map [H, W] made from the partition; crowds keep their class, void is `ignore_label(len(labels))`.
+    """Return the label map [H, W] of the partition. Crowds keep their class; void is `ignore_label(len(labels))`.
 
-    uint8, or uint16 from 256 classes on. The same map that the Mask2Former papers score panoptic models with.
+    The map is uint8, or uint16 from 256 classes on. The Mask2Former papers evaluate panoptic models with the same map.
     """
     id_map = _partition(sample, "semantic labels")
     ignore = ignore_label(len(labels))
@@ -65,10 +65,11 @@ def semantic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> np.ndarr
 
 
 def cityscapes_truth(sample: DecodedSample) -> np.ndarray:
-    """Ids [H, W] int32 as gtFine_instanceIds.png has them, for a data set with the categories of Cityscapes.
+    """Return ids [H, W] int32 as in gtFine_instanceIds.png, for a data set with the categories of Cityscapes.
 
-    Label ids of stuff and of groups, 1000 times the label id plus a number for instances, 0 for void. Shards hold the
-    19 classes only: instances of caravans and trailers are void here, while in the files they make detections wrong.
+    Ids are label ids for stuff and groups, 1000 times the label id plus a number for instances, and 0 for void. Shards
+    contain the 19 classes only, so instances of caravans and trailers are void here. In the files they make overlapping
+    detections wrong.
     """
     id_map = _partition(sample, "Cityscapes metrics")
     ids = np.zeros(np.iinfo(id_map.dtype).max + 1, dtype=np.int32)

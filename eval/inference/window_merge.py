@@ -1,6 +1,6 @@
-"""Panoptic and instance predictions of windows that overlap, merged as they come: no mask of the whole image is held.
+"""Merge panoptic and instance predictions of overlapping windows as they arrive, without masks of the whole image.
 
-Of a window stays what its neighbours need (`windows` has the rule), and what it says about the pixels that it decides.
+For each window, only the data for its neighbours (rule in `windows`) and for the pixels that it decides are kept.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from m2f.model.structures import PanopticResult, PanopticSegment
 
 @dataclass(frozen=True)
 class _Map:
-    """The segments of a window that others still overlap."""
+    """Segments of a window that later windows may overlap."""
 
     area: Area
     ids: np.ndarray
-    """[h, w] int32: 0, or 1 + the place of a segment in `found`."""
+    """[h, w] int32: 0, or 1 + the position of a segment in `found`."""
     first: int
-    """Number of the first segment among those of all windows."""
+    """Number of the window's first segment among the segments of all windows."""
     found: Found
 
 
 class PanopticMerge:
-    """Takes the outputs of windows in their order; then `result`. Stuff of one class is one segment of the image."""
+    """Takes the outputs of windows in order, then gives `result`. All stuff of one class becomes one segment."""
 
     def __init__(self, size: tuple[int, int], is_thing: Sequence[bool], config: PostprocessConfig) -> None:
         self._is_thing, self._config = is_thing, config
         self._numbers = np.zeros(size, dtype=np.int32)
-        """1 + number of the segment of every pixel; 0 without one."""
+        """1 + segment number of every pixel; 0 for no segment."""
         self._open: list[_Map] = []
         self._segments: list[PanopticSegment] = []
         self._objects = Objects()
         self._stuff: dict[int, int] = {}
 
     def add(self, place: WindowPlace, output: ImageOutput) -> None:
-        """Post-process one window and join its segments to those before it."""
+        """Post-process one window and join its segments to those of earlier windows."""
         result = panoptic(*output, self._is_thing, self._config)
         segments = result.segments
         first = self._objects.add(len(segments))
@@ -77,7 +77,7 @@ class PanopticMerge:
             self._objects.join(other.first + one, window.first + two)
 
     def result(self, original_size: tuple[int, int]) -> PanopticResult:
-        """The segments of the image, each with the best score of its parts."""
+        """Return the segments of the image, each with the best score of its parts."""
         roots = [self._objects.of(number) for number in range(len(self._segments))]
         scores: dict[int, float] = {}
         largest: dict[int, int] = {}
@@ -98,7 +98,7 @@ class PanopticMerge:
 
     @staticmethod
     def _areas(numbers: np.ndarray, roots: Sequence[int]) -> np.ndarray:
-        """Pixels of every object, by its lowest number."""
+        """Return the pixels of every object, indexed by its lowest segment number."""
         of_numbers = np.bincount(numbers.ravel(), minlength=len(roots) + 1)[1:]
         areas = np.zeros(len(roots), dtype=np.int64)
         np.add.at(areas, np.array(roots, dtype=np.int64), of_numbers)
@@ -106,7 +106,7 @@ class PanopticMerge:
 
 
 def _consecutive(result: PanopticResult) -> np.ndarray:
-    """[H, W] int32 map of 1 + the place of every segment in the list."""
+    """Return an [H, W] int32 map of 1 + the position of every segment in the list."""
     table = np.zeros(max((s.id for s in result.segments), default=0) + 1, dtype=np.int32)
     table[[s.id for s in result.segments]] = np.arange(1, len(result.segments) + 1)
     return table[result.segment_map.cpu().numpy()]
@@ -114,18 +114,18 @@ def _consecutive(result: PanopticResult) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Masks:
-    """The detections of a window that others still overlap."""
+    """Detections of a window that later windows may overlap."""
 
     area: Area
     strips: dict[Area, list[Rle]]
-    """The masks inside the overlap with other windows."""
+    """Masks inside the overlap with each other window."""
     mask_index: np.ndarray
     first: int
     found: Found
 
 
 class InstanceMerge:
-    """Takes the outputs of windows in their order; then `result`."""
+    """Takes the outputs of windows in order, then gives `result`."""
 
     def __init__(self, size: tuple[int, int], is_thing: Sequence[bool], config: PostprocessConfig) -> None:
         self._size, self._is_thing, self._config = size, is_thing, config
@@ -134,13 +134,13 @@ class InstanceMerge:
         self._labels: list[int] = []
         self._scores: list[float] = []
         self._parts: list[int] = []
-        """Mask of every detection among `_cores`."""
+        """Position of every detection's mask in `_cores`."""
         self._cores: list[tuple[Area, Rle]] = []
         self._seen: list[float] = []
         """Pixels of every mask in its window."""
 
     def add(self, place: WindowPlace, output: ImageOutput) -> None:
-        """Post-process one window and join its detections to those before it."""
+        """Post-process one window and join its detections to those of earlier windows."""
         strips: dict[Area, list[Rle]] = {area: [] for area in place.overlaps}
         cores: list[Rle] = []
 
@@ -170,16 +170,16 @@ class InstanceMerge:
             return
         one, two = other.strips[common], window.strips[common]
         ious = mask_ious(one, two, np.zeros(len(two), dtype=bool))
-        # Two empty masks agree on nothing: pycocotools gives them no number.
+        # Two empty masks do not agree; pycocotools gives no number for them.
         ious = np.where((mask_areas(one)[:, None] > 0) & (mask_areas(two)[None] > 0), ious, 0.0)
         of_detections = ious[np.ix_(other.mask_index, window.mask_index)]
         for first, second in same_objects(other.found, window.found, of_detections):
             self._objects.join(other.first + first, window.first + second)
 
     def result(self, original_size: tuple[int, int]) -> InstanceDetections:
-        """The `max_instances` best objects of the image, with the best score of their parts.
+        """Return the `max_instances` best objects of the image, each with the best score of its parts.
 
-        An object has a pixel if a part of it has it in the window that decides the pixel.
+        An object contains a pixel if one of its parts contains it in the window that decides the pixel.
         """
         parts: dict[int, list[int]] = {}
         scores: dict[int, float] = {}
@@ -202,12 +202,12 @@ class InstanceMerge:
     def _is_kept(self, parts: Sequence[int], areas: np.ndarray) -> bool:
         distinct = sorted(set(parts))
         kept = sum(areas[distinct])
-        if len({self._cores[part][0] for part in distinct}) < len(distinct):  # two of one window may share pixels
+        if len({self._cores[part][0] for part in distinct}) < len(distinct):  # two masks of one window may share pixels
             kept = mask_areas([self._mask(distinct, self._size)])[0]
         return bool(kept > 0 and kept >= KEPT_SHARE * max(self._seen[part] for part in distinct))
 
     def _mask(self, parts: Sequence[int], original_size: tuple[int, int]) -> Rle:
-        """The union of the parts, in as many columns as they span: most objects are far smaller than the image."""
+        """Return the union of the parts, decoded only in the columns that they span: most objects are small."""
         pieces = [self._cores[part] for part in parts]
         left, right = min(core.left for core, _ in pieces), max(core.right for core, _ in pieces)
         canvas = np.zeros((self._size[0], right - left), dtype=bool)
@@ -221,7 +221,7 @@ class InstanceMerge:
 
 
 def _nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[H, W] of the nearest pixels of a map of another size."""
+    """Resize a map to [H, W] with nearest pixels."""
     if values.shape == size:
         return values
     return values[np.ix_(*(nearest_pixels(n, source) for n, source in zip(size, values.shape, strict=True)))]

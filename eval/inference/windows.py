@@ -1,9 +1,9 @@
-"""Windows over an image, and objects across them: which window decides a pixel, which segments are one object.
+"""Windows over an image, and objects across windows: which window decides a pixel, and which segments are one object.
 
-The rule, stated for users in docs/evaluation.md: a pixel is decided by the window whose border is farthest from it.
-Two segments of one class from two windows are one object if they agree where both windows see: by an IoU of at
-least 0.5 inside the overlap of the windows, each with at most one segment of the other window, best scores first.
-An object that keeps less than half of its largest part is left out: the windows that decide the rest disagree.
+docs/evaluation.md states the rule for users. A pixel is decided by the window whose border is farthest from it. Two
+segments of one class from two windows are one object if their IoU inside the overlap of the windows is at least 0.5.
+Each is paired with at most one segment of the other window, best scores first. An object that keeps less than half of
+its largest part is left out, because the windows that decide the other pixels contradict it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import NamedTuple, Self
 import numpy as np
 
 SAME_OBJECT_IOU = 0.5
-"""Agreement inside the overlap of two windows from which two segments are one object, as PQ matches segments."""
+"""IoU inside the overlap of two windows from which two segments are one object, as in PQ."""
 
 
 KEPT_SHARE = 0.5
-"""Share of the pixels of its largest part that an object must keep."""
+"""Share of its largest part's pixels that an object must keep."""
 
 
 class Area(NamedTuple):
-    """A rectangle of pixels of an image: rows `top` to `bottom`, columns `left` to `right`, ends excluded."""
+    """A rectangle of pixels of an image: rows `top` to `bottom` and columns `left` to `right`, ends excluded."""
 
     top: int
     left: int
@@ -32,37 +32,37 @@ class Area(NamedTuple):
     right: int
 
     def common(self, other: Area) -> Area | None:
-        """The pixels of both, None where there are none."""
+        """Return the intersection of both areas; None if it is empty."""
         top, left = max(self.top, other.top), max(self.left, other.left)
         bottom, right = min(self.bottom, other.bottom), min(self.right, other.right)
         return Area(top, left, bottom, right) if top < bottom and left < right else None
 
     def slices(self, origin: Area) -> tuple[slice, slice]:
-        """Rows and columns in an array that begins at the corner of `origin`."""
+        """Return rows and columns in an array that starts at the corner of `origin`."""
         rows = slice(self.top - origin.top, self.bottom - origin.top)
         return rows, slice(self.left - origin.left, self.right - origin.left)
 
 
 @dataclass(frozen=True)
 class WindowPlace:
-    """Where a window lies in the image."""
+    """Position of a window in the image."""
 
     area: Area
-    """What it sees."""
+    """Pixels that the window shows."""
     core: Area
-    """The pixels that it decides: the cores of all windows share the image out."""
+    """Pixels that the window decides. The cores of all windows partition the image."""
     overlaps: tuple[Area, ...]
-    """Its part in common with every other window, those before it and those after it in the order of windows."""
+    """Overlaps with every other window, in the order of windows, both earlier and later ones."""
 
 
 def window_starts(length: int, size: int, stride: int) -> list[int]:
-    """Where windows start along a side, the last one moved back to end with it."""
+    """Return the start positions of windows along a side; the last one is moved back to end with the side."""
     last = max(0, length - size)
     return [*range(0, last, stride), last]
 
 
 def window_places(image_size: tuple[int, int], size: int, stride: int) -> list[WindowPlace]:
-    """The windows of an image, row by row."""
+    """Return the windows of an image, row by row."""
     rows, columns = (_spans(length, size, stride) for length in image_size)
     areas = [Area(y.start, x.start, y.stop, x.stop) for y, x in product(rows.seen, columns.seen)]
     cores = [Area(y.start, x.start, y.stop, x.stop) for y, x in product(rows.decided, columns.decided)]
@@ -77,7 +77,7 @@ class _Spans(NamedTuple):
 
     seen: list[slice]
     decided: list[slice]
-    """Cut in the middle of every overlap of neighbours."""
+    """Spans decided by each window, cut in the middle of every overlap of neighbours."""
 
 
 def _spans(length: int, size: int, stride: int) -> _Spans:
@@ -90,43 +90,43 @@ def _spans(length: int, size: int, stride: int) -> _Spans:
 
 @dataclass(frozen=True)
 class Found:
-    """The segments of one window: class and score of each."""
+    """Segments of one window, with class and score of each."""
 
     labels: np.ndarray
-    """[n] int"""
+    """[n] int classes."""
     scores: np.ndarray
-    """[n] float"""
+    """[n] float scores."""
 
 
 class Objects:
-    """Segments of all windows by number, in the order in which they came, joined to objects."""
+    """Numbers the segments of all windows in order of arrival and joins them to objects (union-find)."""
 
     def __init__(self) -> None:
         self._parent: list[int] = []
 
     def add(self, count: int) -> int:
-        """The number of the first of `count` new segments."""
+        """Add `count` segments and return the number of the first."""
         first = len(self._parent)
         self._parent.extend(range(first, first + count))
         return first
 
     def of(self, segment: int) -> int:
-        """The lowest number among the segments of the same object."""
+        """Return the lowest number among the segments of the same object."""
         while self._parent[segment] != segment:
             self._parent[segment] = segment = self._parent[self._parent[segment]]
         return segment
 
     def join(self, first: int, second: int) -> Self:
-        """Make one object of two."""
+        """Join the objects of two segments into one."""
         low, high = sorted((self.of(first), self.of(second)))
         self._parent[high] = low
         return self
 
 
 def same_objects(one: Found, other: Found, ious: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of segments of two windows that are one object, from their IoU [n, m] inside the overlap of the windows.
+    """Return pairs of segments of two windows that are one object, given their IoU [n, m] inside the windows' overlap.
 
-    Pairs of higher scores (their sum) come first; equal ones in the order of the segments.
+    Pairs with a higher sum of scores come first; equal ones keep the order of the segments.
     """
     alike = (ious >= SAME_OBJECT_IOU) & (one.labels[:, None] == other.labels[None])
     rows, columns = alike.nonzero()
@@ -142,5 +142,5 @@ def same_objects(one: Found, other: Found, ious: np.ndarray) -> list[tuple[int, 
 
 
 def nearest_pixels(size: int, source: int) -> Sequence[int] | np.ndarray:
-    """For each of `size` pixels along a side the one of `source` pixels that its middle falls on."""
+    """Return, for each of `size` pixels along a side, the one of `source` pixels that contains its centre."""
     return ((2 * np.arange(size) + 1) * source) // (2 * size)
