@@ -1,4 +1,4 @@
-"""Readers: raw data sets of every supported form, as Samples by index."""
+"""Readers of raw data sets in all supported formats. A reader returns Samples by index."""
 
 from __future__ import annotations
 
@@ -56,48 +56,54 @@ from m2f.data_pipeline.sources import (
 
 
 class Reader(Protocol):
-    """A raw data set with random access. Picklable; `subset` makes what one task needs small to send."""
+    """A raw data set with random access. Picklable; `subset` reduces it to the samples that one task needs."""
 
     @property
     def categories(self) -> CategoryTable:
-        """Categories in the order of the source."""
+        """Return the categories in the order of the source."""
         ...
 
     @property
     def keys(self) -> Sequence[str]:
-        """Keys of all samples in the source's order; unique."""
+        """Return the unique keys of all samples in the order of the source."""
         ...
 
     @property
     def unusable(self) -> Sequence[UnusableAnnotation]:
-        """Annotations that are left out because their file alone shows that they cannot be used."""
+        """Return the annotations that are left out because their annotation file shows that they are unusable."""
         ...
 
     def source(self, index: int) -> str:
-        """Where a sample comes from, as in Sample.source."""
+        """Return the origin of a sample; see Sample.source."""
         ...
 
     def files(self, index: int) -> tuple[Path, ...]:
-        """The image and map files that a sample is made of, always in the same order; none where there are no files."""
+        """Return the image and map files of a sample in a fixed order; empty if it is not made from files."""
         ...
 
     def read(self, index: int) -> Sample:
-        """One sample, fully checked. Raises DataError naming the file and the problem."""
+        """Read and check one sample. Raises DataError with the file and the problem."""
         ...
 
     def size_hint(self, index: int) -> int:
-        """Bytes that the sample will roughly take in a shard, found without reading it."""
+        """Return the approximate size of the sample in a shard in bytes, without reading the sample."""
         ...
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """A reader of only these samples, in this order."""
+        """Return a reader of the given samples, in the given order."""
         ...
 
 
 def open_reader(source: SourceConfig, max_pixels: int = DatasetConfig.max_pixels, *, skip_bad: bool = False) -> Reader:
-    """Reader of a raw data set. Raises DataError where files are missing, unreadable or contradict each other.
+    """Return the reader of a raw data set.
 
-    Unless `skip_bad`, annotations that their file alone shows to be unusable are refused, too.
+    Args:
+        source: settings of the source.
+        max_pixels: limit of height x width of an image.
+        skip_bad: accept unusable annotations that the annotation file shows; they are left out.
+
+    Raises:
+        DataError: files are missing, unreadable or contradict each other, or annotations are unusable.
     """
     reader = _open(source, max_pixels)
     if not skip_bad:
@@ -106,9 +112,12 @@ def open_reader(source: SourceConfig, max_pixels: int = DatasetConfig.max_pixels
 
 
 def open_dataset(dataset: DatasetConfig) -> tuple[Reader, tuple[UnusableAnnotation, ...]]:
-    """Reader of a data set's source, or a part of it, with what its settings add; and all its unusable annotations.
+    """Return the reader of a data set and the unusable annotations of its source.
 
-    Raises DataError as `open_reader` does, and where there is no source.
+    The reader applies the settings `background`, `part` and `tiles`.
+
+    Raises:
+        DataError: the data set has no source, or its files are missing, unreadable or contradict each other.
     """
     if dataset.source is None:
         raise DataError("there is no source to read; set datasets.<name>.source")
@@ -122,7 +131,7 @@ def open_dataset(dataset: DatasetConfig) -> tuple[Reader, tuple[UnusableAnnotati
 
 
 def dataset_fingerprint(dataset: DatasetConfig) -> str:
-    """As `source_fingerprint`, with the settings that change what is made of the source."""
+    """Return the fingerprint of the source together with the settings `part`, `background` and `tiles`."""
     assert dataset.source is not None
     own = source_fingerprint(dataset.source)
     settings = {name: getattr(dataset, name) for name in ("part", "background", "tiles")}
@@ -175,17 +184,17 @@ def _open(source: SourceConfig, max_pixels: int) -> Reader:
 
 
 def source_fingerprint(source: SourceConfig) -> str:
-    """Hex digest of the source's settings and of the content of its annotation files; part of a shard plan's identity.
+    """Return a hex digest of the settings and the annotation files of a source. It is part of a shard plan's identity.
 
-    Names of folders do not count, so that a data set may move. Images are not read: they are checked one by one when
-    they are written.
+    Folder names are not included, so that a data set can be moved. Images are not included; they are checked when they
+    are written to shards.
     """
     digest = hashlib.sha256(source.kind.encode())
     files: tuple[str | None, ...] = ()
     match source:
         case SyntheticSource():
-            # Earlier versions had these defaults as constants: at them the settings stay out of the digest, so the
-            # defaults must not change.
+            # Earlier versions had these values as constants. At their defaults they are left out of the digest, which
+            # keeps old digests valid, so the defaults must not change.
             new = {"small_share", "small_diameters"}
             settings = {
                 name: value
@@ -198,12 +207,12 @@ def source_fingerprint(source: SourceConfig) -> str:
         case CocoPanopticSource():
             files = (source.panoptic_json, source.instances_json)
         case CocoInstancesSource():
-            if source.crowds_are_objects:  # sets of earlier versions have it off
+            if source.crowds_are_objects:  # left out if off, to keep digests of earlier versions
                 digest.update(b"crowds are objects")
             files = (source.instances_json,)
         case LabelMapSource() | HuggingFaceSource():
             digest.update(repr(source.void).encode())
-            if isinstance(source, LabelMapSource) and source.suffix:  # sets of earlier versions have none
+            if isinstance(source, LabelMapSource) and source.suffix:  # left out if empty, to keep old digests
                 digest.update(source.suffix.encode())
             files = (source.categories,)
         case YoloSegSource():

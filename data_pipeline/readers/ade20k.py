@@ -1,4 +1,4 @@
-"""ADE20K in the layout of the 2016 challenge: 150 classes, of which 100 are things."""
+"""Reader of ADE20K in the layout of the 2016 challenge: 150 classes, 100 of them things."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from m2f.data_pipeline.sources import Ade20kSource
 
 _UNKNOWN = "are no classes of the challenge (labels 0 to 150, instances 1 to 100)"
 _THINGS = CATEGORIES_150.for_task("instance")
-"""The instance maps number the 100 things from 1, in the order of the 150 classes."""
+"""The 100 things in the order of the 150 classes. Instance maps number them from 1."""
 _IS_STUFF = np.array([not (c := CATEGORIES_150.by_id.get(value)) or not c.is_thing for value in range(256)])
-"""[256] bool by label: void and stuff, which the instance maps do not number."""
+"""[256] bool by label: whether it is void or stuff, which instance maps do not contain."""
 
 
 def open_ade20k(source: Ade20kSource, max_pixels: int) -> MapReader:
-    """Reader of the set, panoptic where `instances` are given, else semantic. Raises DataError for missing files."""
+    """Return the reader of the data set: panoptic if `instances` is given, otherwise semantic.
+
+    Raises:
+        DataError: files are missing.
+    """
     images = require_folder(source.images)
     folders = [require_folder(f) for f in (source.annotations, source.instances) if f is not None]
     decoder = SemanticMaps() if source.instances is None else PanopticMaps()
@@ -33,24 +37,24 @@ def open_ade20k(source: Ade20kSource, max_pixels: int) -> MapReader:
 
 @dataclass(frozen=True)
 class SemanticMaps:
-    """Values 1 to 150; 0 is void."""
+    """Decoder of label maps with the labels 1 to 150; 0 is void."""
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """A segment per class present."""
+        """Return one segment for each class in the map."""
         return partition(read_index_map(maps[0], max_pixels), _classify_label, maps[0], _UNKNOWN)
 
 
 @dataclass(frozen=True)
 class PanopticMaps:
-    """Label map and instance map (red: thing class from 1 to 100, green: number of the instance, 0 = none).
+    """Decoder of a label map and an instance map (red: thing class from 1 to 100; green: instance number, 0 = none).
 
-    Joined as the official preparation does (facebookresearch/Mask2Former, datasets/prepare_ade20k_pan_seg.py): stuff
-    comes from the label map, things from the instance map, which wins where both claim a pixel. Pixels that the label
-    map gives to a thing and the instance map to no instance are void.
+    Both are merged as in the official preparation (facebookresearch/Mask2Former, datasets/prepare_ade20k_pan_seg.py).
+    Stuff comes from the label map and things from the instance map, which has priority. Pixels of a thing in the label
+    map without an instance are void.
     """
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """A segment per instance and per class of stuff."""
+        """Return one segment for each instance and each stuff class."""
         labels, colors = read_index_map(maps[0], max_pixels), read_color_map(maps[1], max_pixels)
         if labels.shape != colors.shape:
             raise DataError(

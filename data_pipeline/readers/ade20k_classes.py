@@ -1,8 +1,8 @@
-"""Class lists of ADE20K: the 150 of the challenge and the 847 of the full release's benchmark.
+"""Class lists of ADE20K: the 150 classes of the challenge and the 847 classes of the benchmark of the full release.
 
 The 150 classes have the colours of the challenge's palette. The 847 classes are those of facebookresearch/MaskFormer,
-datasets/prepare_ade20k_full_sem_seg.py, by their index in the release; names keep their first synonym where it is
-unique. Things are what the challenge's instance track counts (datasets/ade20k_instance_catid_mapping.txt there).
+datasets/prepare_ade20k_full_sem_seg.py, by their index in the release. Names are reduced to the first synonym if it is
+unique. Things are the classes of the challenge's instance track (datasets/ade20k_instance_catid_mapping.txt there).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _rgb(text: str) -> tuple[int, int, int]:
 
 
 def _entries(text: str) -> list[tuple[str, str]]:
-    """First word and rest of every entry."""
+    """Return the first word and the rest of each entry; entries are separated by semicolons."""
     pairs = (" ".join(entry.split()).split(" ", 1) for entry in text.split(";"))
     return [(first, rest) for first, rest in pairs]
 
@@ -187,12 +187,12 @@ CATEGORIES_150 = CategoryTable(
         for value, (color, name) in enumerate(_entries(_CLASSES_150), start=1)
     )
 )
-"""By label value. Names are those of objectInfo150.txt."""
+"""The 150 classes by label value. Names are those of objectInfo150.txt."""
 
 
 @cache
 def categories_847() -> CategoryTable:
-    """By index in the release, in the order of the benchmark."""
+    """Return the 847 classes in the order of the benchmark. Their ids are the indices in the release."""
     things = frozenset(_THINGS_847.split())
     return CategoryTable(
         tuple(

@@ -1,4 +1,4 @@
-"""The full release of ADE20K (2021): images beside `_seg.png` files that hold class and instance in their colours."""
+"""Reader of the full release of ADE20K (2021). The colours of `_seg.png` files encode class and instance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m2f.data_pipeline.sources import Ade20kFullSource
 
 
 def open_ade20k_full(source: Ade20kFullSource, max_pixels: int) -> MapReader:
-    """Reader of all images under a folder of the release. Raises DataError for images without `_seg.png`."""
+    """Return the reader of all images below a folder of the release. Raises DataError if a `_seg.png` is missing."""
     folder = require_folder(source.folder)
     categories = categories_847() if source.categories is None else read_category_file(source.categories, ())[0]
     records = pair_files(folder, folder, image_endings=(".jpg",), map_endings=("_seg.png",), base_names=True)
@@ -28,18 +28,18 @@ def open_ade20k_full(source: Ade20kFullSource, max_pixels: int) -> MapReader:
 
 @dataclass(frozen=True)
 class ObjectMaps:
-    """Class = 256 * (R div 10) + G, which is `name_ndx` of the JSON beside the image; B tells its instances apart.
+    """Decoder of `_seg.png`. The class is 256 * (R div 10) + G, `name_ndx` in the image's JSON; B is the instance.
 
-    Whole objects only: maps of their parts are other files. Classes outside the table are void.
+    The maps hold whole objects; maps of parts are separate files. Classes that are not in the table are void.
     """
 
     categories: CategoryTable
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """A segment per instance and per class of stuff."""
+        """Return one segment for each instance and each stuff class."""
         colors = read_color_map(maps[0], max_pixels)
         classes = (colors & 255) // 10 * 256 + (colors >> 8 & 255)
-        # Every value is void or known, so there is nothing to complain about.
+        # Every value is a known class or void, so the message for unknown values is never used.
         return partition(classes * np.uint32(256) + (colors >> 16), self._classify, maps[0], "")
 
     def _classify(self, value: int) -> Region | None:

@@ -1,4 +1,4 @@
-"""The file in which users describe the classes of label maps: a JSON list of {label, name, color, isthing}."""
+"""The user's description of the classes in label maps: a JSON list of {label, name, color, isthing}."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from m2f.data_pipeline.readers.files import read_json
 def read_category_file(
     path: str, void: Collection[int], *, things: bool | None = None
 ) -> tuple[CategoryTable, frozenset[int]]:
-    """Categories in the order of the file, and the values of void: those given and entries with `"ignore": true`.
+    """Return the categories in the order of the file, and all void labels.
 
-    A COCO file with `categories`, or this list alone, will do as well: its `id` is the label. Entries without `isthing`
-    are what `things` says; None refuses them.
+    A COCO file with `categories`, or a list of COCO categories, is also accepted; `id` is then the label.
+
+    Args:
+        path: the JSON file.
+        void: labels that are void, in addition to entries with `"ignore": true`.
+        things: whether entries without `isthing` are things. None refuses such entries.
 
     Raises:
-        DataError: entries that cannot be understood, a category whose label is void, or no category at all.
+        DataError: an entry is invalid, the label of a category is in `void`, or there is no category.
     """
     document = read_json(path)
     entries = document.get("categories") if isinstance(document, dict) else document

@@ -1,4 +1,4 @@
-"""Cityscapes, from its instance maps or from its panoptic JSON.
+"""Readers of Cityscapes: from its instance maps, or from its panoptic JSON.
 
 Class list: https://github.com/mcordts/cityscapesScripts, cityscapesscripts/helpers/labels.py.
 """
@@ -24,7 +24,7 @@ from m2f.data_pipeline.sources import CityscapesPanopticSource, CityscapesSource
 _IMAGE_ENDING = "_leftImg8bit.png"
 _MAP_ENDINGS = ("_gtFine_instanceIds.png", "_gtCoarse_instanceIds.png")
 _LAST_LABEL = 33
-"""Largest label id of Cityscapes (labels.py of cityscapesScripts), evaluated or not."""
+"""Largest label id of Cityscapes (labels.py of cityscapesScripts), including labels that are not evaluated."""
 # Label id, name and colour of the 19 evaluated classes, as in labels.py.
 _STUFF = {
     7: ("road", (128, 64, 128)),
@@ -52,22 +52,28 @@ _THINGS = {
 CATEGORIES = CategoryTable(
     tuple(Category(label, name, label in _THINGS, color) for label, (name, color) in sorted((_STUFF | _THINGS).items()))
 )
-"""The 19 classes of the benchmark by label id; in this order their positions are the train ids."""
+"""The 19 classes of the benchmark, by label id. Their positions are the train ids."""
 
 
 def open_cityscapes(source: CityscapesSource, max_pixels: int) -> MapReader:
-    """Reader of the instance maps, which hold all that the label maps do. Raises DataError for missing files."""
+    """Return the reader of the instance maps, which contain all information of the label maps.
+
+    Raises:
+        DataError: files are missing.
+    """
     images, annotations = require_folder(source.images), require_folder(source.annotations)
     records = pair_files(images, annotations, image_endings=(_IMAGE_ENDING,), map_endings=_MAP_ENDINGS, base_names=True)
     return MapReader(images, CATEGORIES, InstanceIds(), records, max_pixels)
 
 
 def open_cityscapes_panoptic(source: CityscapesPanopticSource, max_pixels: int) -> CocoPanopticReader:
-    """Reader of the COCO panoptic form that `createPanopticImgs.py` makes.
+    """Return the reader of the COCO panoptic format that `createPanopticImgs.py` writes.
 
-    Its JSON names images `<id>_gtFine_leftImg8bit.png`, without their city; the real `<city>/<id>_leftImg8bit.png` is
-    found by the id. What DeepLab2 keeps of the JSON, its annotations, is enough. Raises DataError where an image is
-    missing.
+    Its JSON names images `<id>_gtFine_leftImg8bit.png`, without the city. The id identifies the real file
+    `<city>/<id>_leftImg8bit.png`. A JSON with only `annotations`, as DeepLab2 keeps it, is sufficient.
+
+    Raises:
+        DataError: an image is missing, or the JSON cannot be used.
     """
     images, path = require_folder(source.images), source.panoptic_json
     document = coco_json.read_document(path, ("annotations",))
@@ -93,7 +99,7 @@ def open_cityscapes_panoptic(source: CityscapesPanopticSource, max_pixels: int) 
 
 
 def _image_entry(image_id: str, file: Path) -> dict[str, Any]:
-    """What the JSON would say about an image."""
+    """Return the entry of an image for `images`, made from its file."""
     try:
         header = read_header(read_bytes(file))
     except BrokenImageError as error:
@@ -102,7 +108,10 @@ def _image_entry(image_id: str, file: Path) -> dict[str, Any]:
 
 
 def _category_entries(annotations: Sequence[Any], path: str) -> list[dict[str, Any]]:
-    """The 19 classes by label id or by train id, whichever most segments use; their own ids are always of labels."""
+    """Return entries of the 19 classes with label ids or train ids, whichever most segments use as category id.
+
+    The ids of segments always contain label ids, so they show which of the two the category ids are.
+    """
     segments = [segment for entry in annotations for segment in coco_json.read_segments(entry, path)]
     named = [_label_and_category(segment) for segment in segments]
     train_ids = {c.id: train_id for train_id, c in enumerate(CATEGORIES.categories)}
@@ -116,7 +125,10 @@ def _category_entries(annotations: Sequence[Any], path: str) -> list[dict[str, A
 
 
 def _label_and_category(segment: Any) -> tuple[int, int]:
-    """Label in the id of a segment, and its category; -1 and -2 for an odd segment, which is left out later."""
+    """Return the label in the id of a segment, and its category id.
+
+    For an invalid segment return -1 and -2; it is left out later.
+    """
     try:
         own, category = coco_json.whole_number(segment, "id", ""), coco_json.whole_number(segment, "category_id", "")
     except DataError:
@@ -125,21 +137,21 @@ def _label_and_category(segment: Any) -> tuple[int, int]:
 
 
 def _renamed(record: PanopticRecord, name: str) -> PanopticRecord:
-    """The record with its image's real name, keyed by the id."""
+    """Return the record with the real file name of its image and a key made from the id."""
     key = make_key(f"{record.image.source_id}.png")
     return replace(record, key=key, image=replace(record.image, file_name=name))
 
 
 @dataclass(frozen=True)
 class InstanceIds:
-    """16-bit values: a label id, or 1000 times a label id plus the number of the instance.
+    """Decoder of 16-bit values: a label id, or 1000 times a label id plus the instance number.
 
-    Things that carry only their label id are groups, whose members nobody told apart: crowds. Labels outside the 19
-    classes are void.
+    A thing with only a label id is a group of objects that were not separated, and becomes a crowd. Labels outside the
+    19 classes are void.
     """
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """A segment per instance, group and class of stuff."""
+        """Return one segment for each instance, each group and each stuff class."""
         values = read_index_map(maps[0], max_pixels)
         return partition(values, _classify, maps[0], f"belong to no label of Cityscapes (0 to {_LAST_LABEL})")
 

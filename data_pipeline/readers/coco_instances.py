@@ -1,4 +1,4 @@
-"""COCO instance data sets."""
+"""Reader of COCO instance data sets."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from m2f.data_pipeline.sources import CocoInstancesSource
 
 @dataclass(frozen=True)
 class CocoInstancesReader:
-    """Images with polygons or RLE masks that may overlap. Images without annotations are kept."""
+    """Reader of images with polygons or RLE masks, which may overlap. Images without annotations are kept."""
 
     images: Path
     categories: CategoryTable
     records: tuple[tuple[CocoImage, Sequence[Mapping[str, Any]]], ...]
-    """Every image with its annotations."""
+    """Images with their annotations."""
     max_pixels: int
     unusable: tuple[UnusableAnnotation, ...] = ()
 
     @classmethod
     def open(cls, source: CocoInstancesSource, max_pixels: int) -> Self:
-        """Read and check the annotation file. Raises DataError where it cannot be used as a whole."""
+        """Read and check the annotation file. Raises DataError if the file as a whole is unusable."""
         folder = require_folder(source.images)
         path = source.instances_json
         document = coco_json.read_document(path, ("images", "annotations", "categories"))
@@ -56,19 +56,19 @@ class CocoInstancesReader:
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Keys in the order of the annotation file."""
+        """Return the keys in the order of the annotation file."""
         return tuple(make_key(image.file_name) for image, _ in self.records)
 
     def source(self, index: int) -> str:
-        """Folder and name of the image."""
+        """Return folder and name of the image."""
         return f"{self.images.name}/{self.records[index][0].file_name}"
 
     def files(self, index: int) -> tuple[Path, ...]:
-        """The image; annotations are in the JSON."""
+        """Return the image file. Annotations come from the JSON file."""
         return (self.images / self.records[index][0].file_name,)
 
     def read(self, index: int) -> Sample:
-        """One image with its instances in layers."""
+        """Read one image with its instances in layers. Raises DataError if the image is unusable."""
         image, annotations = self.records[index]
         file = load_image(self.images / image.file_name, image.height, image.width, self.max_pixels)
         found = instance_layers(annotations, image.height, image.width, self.categories, self.source(index))
@@ -86,21 +86,24 @@ class CocoInstancesReader:
         )
 
     def size_hint(self, index: int) -> int:
-        """Size of the image file plus an allowance for masks."""
+        """Return the size of the image file plus an estimate for masks, in bytes."""
         return size_on_disk(self.images / self.records[index][0].file_name) + ANNOTATION_BYTES
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """A reader of only these images."""
+        """Return a reader of the given images, in the given order."""
         return replace(self, records=tuple(self.records[i] for i in indices), unusable=())
 
 
 def check_annotations(
     groups: Mapping[str, Sequence[Mapping[str, Any]]], categories: CategoryTable, path: str
 ) -> tuple[dict[str, list[Mapping[str, Any]]], list[UnusableAnnotation]]:
-    """The annotations of known categories and with a flag for crowds, each with an id of its own, and the others.
+    """Return the usable annotations by image, each with a unique id, and the unusable ones.
 
-    Nothing depends on ids, so that annotations without a usable one get a number. Raises DataError where none has a
-    segmentation.
+    A usable annotation has a known category and a valid crowd flag. Nothing else depends on ids, so annotations with a
+    missing, repeated or invalid id get a new one.
+
+    Raises:
+        DataError: no annotation has a segmentation.
     """
     entries = [entry for group in groups.values() for entry in group]
     if entries and not any("segmentation" in entry for entry in entries):
@@ -114,7 +117,7 @@ def check_annotations(
             try:
                 where = f"annotation {str(entry.get('id'))[:40]}"
                 coco_json.known_category(entry, categories, where)
-                stated_flag(entry, "iscrowd", where)  # often odd in all of a file, which is to be said at once
+                stated_flag(entry, "iscrowd", where)  # often invalid throughout a file, so report it early
             except DataError as error:
                 unusable.append(UnusableAnnotation(path, str(error)))
                 continue
@@ -129,7 +132,7 @@ def check_annotations(
 
 
 def _usable_id(entry: Mapping[str, Any]) -> int | None:
-    """The id of an annotation; None where it is missing or no whole number of 62 bits."""
+    """Return the id of an annotation; None if it is missing or not an integer of at most 62 bits."""
     try:
         own = coco_json.whole_number(entry, "id", "")
     except DataError:

@@ -1,4 +1,4 @@
-"""The parts of COCO JSON files that panoptic and instance data sets share: images, categories, annotations."""
+"""Parsing of the parts of COCO JSON files that panoptic and instance data sets share."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 
 Box = tuple[float, float, float, float]
 NUMBERED = "/numbered"
-"""Field of annotations whose id is not the file's."""
+"""Field that marks annotations with a new id instead of the one in the file."""
 READ_SIZES = "images whose size the JSON does not state, read from the files"
 MAX_CATEGORY_ID = 2**31 - 1
-"""The manifest stores ids of categories in 32 bits."""
+"""Largest category id. The manifest stores category ids in 32 bits."""
 MAX_AREA = 1e15
-"""Far above any image; the manifest stores sums of areas in 64 bits."""
+"""Largest area, far above any image. The manifest stores sums of areas in 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,40 +31,43 @@ class CocoImage:
     """An entry of `images`."""
 
     id: int
-    """Its id where all are whole numbers of at most 18 digits (COCO), else its position in the file (Cityscapes,
-    Mapillary)."""
+    """Id in the file if all ids are integers of at most 18 digits (COCO), otherwise the position in the file
+    (Cityscapes, Mapillary)."""
     source_id: str
-    """Its id as text, by which annotations refer to it."""
+    """Id as text, which annotations refer to."""
     file_name: str
     height: int
     width: int
     size_is_read: bool = False
-    """Whether the size comes from the image file, because the JSON does not state it."""
+    """Whether the size was read from the image file, because the JSON does not state it."""
 
     @property
     def repairs(self) -> tuple[str, ...]:
-        """As in Sample.repairs."""
+        """Return the repairs of the entry; see Sample.repairs."""
         return (READ_SIZES,) if self.size_is_read else ()
 
 
 def read_document(path: str, required: Collection[str]) -> dict[str, Any]:
-    """A COCO JSON file that has all required lists. Raises DataError naming what is missing."""
+    """Read a COCO JSON file. Raises DataError, with the missing names, if it lacks one of the required lists."""
     document = read_json(path)
     require_lists(document, required, path)
     return document
 
 
 def require_lists(document: Any, required: Collection[str], path: str) -> None:
-    """Raise DataError naming the lists that a COCO document lacks."""
+    """Raise DataError, with the missing names, if a COCO document lacks one of the required lists."""
     missing = [name for name in required if not isinstance(document, dict) or not isinstance(document.get(name), list)]
     if missing:
         raise DataError(f"{path} has no list {some(missing)}; it is not a COCO annotation file")
 
 
 def read_images(document: Mapping[str, Any], path: str, folder: Path | None = None) -> tuple[CocoImage, ...]:
-    """All images, in the order of the file. Sizes that the file does not state are read from the images in `folder`.
+    """Return all images in the order of the file.
 
-    Raises DataError for an empty set, missing fields and repeated ids.
+    Sizes that the file does not state are read from the image files in `folder`, if that is given.
+
+    Raises:
+        DataError: there is no image, a field is missing or invalid, or an id is repeated.
     """
     if not document["images"]:
         raise DataError(f"{path} lists no image; the data set is empty")
@@ -83,13 +86,17 @@ def read_images(document: Mapping[str, Any], path: str, folder: Path | None = No
             height, width = (whole_number(entry, side, where) for side in ("height", "width"))
             images.append(CocoImage(number, identity, name, height, width))
     require_unique((image.source_id for image in images), f"{path}: image ids")
-    if all(re.fullmatch(r"-?\d{1,18}", image.source_id) for image in images):  # the manifest holds 64 bits
+    if all(re.fullmatch(r"-?\d{1,18}", image.source_id) for image in images):  # the manifest stores 64 bits
         images = [replace(image, id=int(image.source_id)) for image in images]
     return tuple(images)
 
 
 def id_text(entry: Any, name: str, where: str) -> str:
-    """An id, whole number or text, in one form: 7, "7" and "007" are the same. Raises DataError naming the entry."""
+    """Return an id, an integer or a text, as normalised text: 7, "7" and "007" are equal.
+
+    Raises:
+        DataError: the id is missing or invalid. The message names the entry.
+    """
     value = field(entry, name, where)
     if isinstance(value, str) and value:
         return value.lstrip("0") or "0" if value.isascii() and value.isdigit() else value
@@ -97,7 +104,11 @@ def id_text(entry: Any, name: str, where: str) -> str:
 
 
 def read_categories(document: Mapping[str, Any], path: str, things_only: bool) -> CategoryTable:
-    """The category table; `things_only` for instance files, whose categories do not say."""
+    """Return the category table. With `things_only`, for instance files, all categories are things.
+
+    Raises:
+        DataError: there is no category, or an entry is invalid.
+    """
     categories = []
     for number, entry in enumerate(document["categories"]):
         where = f"{path}: categories[{number}]"
@@ -110,7 +121,7 @@ def read_categories(document: Mapping[str, Any], path: str, things_only: bool) -
 
 
 def read_color(entry: Mapping[str, Any], number: int, where: str) -> tuple[int, int, int]:
-    """RGB colour of a category, or a generated one where the file gives none. Raises DataError for a senseless one."""
+    """Return the RGB colour of a category, or a generated one if the file has none. Raises DataError if invalid."""
     match entry.get("color"):
         case None:
             return distinct_color(number)
@@ -123,7 +134,7 @@ def read_color(entry: Mapping[str, Any], number: int, where: str) -> tuple[int, 
 def group_by_image(
     document: Mapping[str, Any], images: Collection[CocoImage], path: str
 ) -> tuple[dict[str, list[dict[str, Any]]], list[UnusableAnnotation]]:
-    """Annotations by `source_id` of their image, and those that belong to none of the images."""
+    """Return the annotations by `source_id` of their image, and those that belong to none of the images."""
     groups: dict[str, list[dict[str, Any]]] = {image.source_id: [] for image in images}
     strangers = []
     for number, entry in enumerate(document["annotations"]):
@@ -142,7 +153,7 @@ def group_by_image(
 
 
 def known_category(entry: Any, categories: CategoryTable, where: str) -> Category:
-    """The category of an annotation. Raises DataError for an id that is odd or not in the table."""
+    """Return the category of an annotation. Raises DataError if its id is invalid or not in the table."""
     number = whole_number(entry, "category_id", where)
     if number not in categories.by_id:
         raise DataError(f"{where}: category_id is {str(number)[:40]}, which `categories` does not define")
@@ -150,18 +161,18 @@ def known_category(entry: Any, categories: CategoryTable, where: str) -> Categor
 
 
 def require_unique(ids: Any, what: str) -> None:
-    """Raise DataError that lists ids which appear more than once."""
+    """Raise DataError, with a list of the repeated ids, if ids are not unique."""
     repeated = [i for i, count in Counter(ids).items() if count > 1]
     if repeated:
         raise DataError(f"{what} must be unique; these appear more than once: {some(repeated)}")
 
 
 def whole_number(entry: Any, name: str, where: str) -> int:
-    """A field that must be a whole number (also one written as text). Raises DataError naming the entry."""
+    """Return a required field as an integer, which may be written as text. Raises DataError if it is not an integer."""
     value = field(entry, name, where)
     try:
         number = int(value)
-    except (TypeError, ValueError, OverflowError):  # JSON knows Infinity
+    except (TypeError, ValueError, OverflowError):  # Python's JSON parser accepts Infinity
         raise DataError(f"{where}: {name} is {repr(value)[:40]}, not a whole number") from None
     if isinstance(value, float) and number != value:
         raise DataError(f"{where}: {name} is {value!r}, not a whole number")
@@ -169,7 +180,7 @@ def whole_number(entry: Any, name: str, where: str) -> int:
 
 
 def category_id(entry: Any, name: str, where: str) -> int:
-    """The id of a category in its table: a whole number of 32 bits, as the manifest stores it. Raises DataError."""
+    """Return the id of a category, an integer of 32 bits as stored in the manifest. Raises DataError if invalid."""
     number = whole_number(entry, name, where)
     if not -MAX_CATEGORY_ID <= number <= MAX_CATEGORY_ID:
         raise DataError(f"{where}: {name} is {str(number)[:40]}; ids of categories have 32 bits, number them anew")
@@ -177,7 +188,7 @@ def category_id(entry: Any, name: str, where: str) -> int:
 
 
 def read_segments(entry: Any, where: str) -> list[Any]:
-    """The segments of a panoptic annotation. Raises DataError naming the entry."""
+    """Return the list of segments of a panoptic annotation. Raises DataError if there is none."""
     segments = field(entry, "segments_info", where)
     if not isinstance(segments, list):
         raise DataError(f"{where}: segments_info is not a list")
@@ -185,7 +196,7 @@ def read_segments(entry: Any, where: str) -> list[Any]:
 
 
 def stated_box(entry: Mapping[str, Any], where: str) -> Box | None:
-    """The bounding box as the file states it; None where it gives none (or an empty list). Raises DataError."""
+    """Return the bounding box stated in the file; None if it is missing or empty. Raises DataError if invalid."""
     match entry.get("bbox"):
         case None | []:
             return None
@@ -197,7 +208,7 @@ def stated_box(entry: Mapping[str, Any], where: str) -> Box | None:
 
 
 def stated_area(entry: Mapping[str, Any], where: str) -> float | None:
-    """The area as the file states it; None where it gives none. Raises DataError for one that is no area."""
+    """Return the area stated in the file; None if it is missing. Raises DataError if it is invalid."""
     match entry.get("area"):
         case None:
             return None
@@ -208,7 +219,7 @@ def stated_area(entry: Mapping[str, Any], where: str) -> float | None:
 
 
 def _is_finite(value: float) -> bool:
-    """Whether a number of JSON fits a float: its whole numbers can have thousands of digits."""
+    """Return whether a JSON number is a finite float. Its integers can have thousands of digits."""
     try:
         return math.isfinite(value)
     except OverflowError:

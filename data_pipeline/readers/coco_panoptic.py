@@ -1,4 +1,4 @@
-"""COCO panoptic data sets, optionally with the instance annotations of the same images."""
+"""Reader of COCO panoptic data sets, optionally with instance annotations of the same images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Instances = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class PanopticRecord:
-    """What the JSON files say about one image."""
+    """Annotations of one image from the JSON files."""
 
     key: str
     image: CocoImage
@@ -47,12 +47,12 @@ class PanopticRecord:
     segments: Sequence[Mapping[str, Any]]
     instances: Instances | None
     unusable_ids: frozenset[int] = frozenset()
-    """Of segments that are left out; their pixels are void."""
+    """Ids of segments that are left out. Their pixels are void."""
 
 
 @dataclass(frozen=True)
 class CocoPanopticReader:
-    """Images, a JSON with segments, and PNGs whose colours are segment ids."""
+    """Reader of images, a JSON file with segments, and PNGs whose colours are segment ids."""
 
     images: Path
     masks: Path
@@ -63,12 +63,12 @@ class CocoPanopticReader:
 
     @classmethod
     def open(cls, source: CocoPanopticSource, max_pixels: int) -> Self:
-        """Read and check the annotation files. Raises DataError where one cannot be used as a whole."""
+        """Read and check the annotation files. Raises DataError if one of them as a whole is unusable."""
         return cls.of(read_json(source.panoptic_json), source, max_pixels)
 
     @classmethod
     def of(cls, document: Any, source: CocoPanopticSource, max_pixels: int) -> Self:
-        """Check the content of `source.panoptic_json`. Raises DataError as `open` does."""
+        """Build a reader from the content of `source.panoptic_json`. Raises DataError if it is unusable."""
         images, masks = require_folder(source.images), require_folder(source.panoptic_masks)
         path = source.panoptic_json
         coco_json.require_lists(document, ("images", "annotations", "categories"), path)
@@ -81,20 +81,20 @@ class CocoPanopticReader:
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Keys in the order of the annotation file."""
+        """Return the keys in the order of the annotation file."""
         return tuple(record.key for record in self.records)
 
     def source(self, index: int) -> str:
-        """Folder and name of the image."""
+        """Return folder and name of the image."""
         return f"{self.images.name}/{self.records[index].image.file_name}"
 
     def files(self, index: int) -> tuple[Path, ...]:
-        """The image and its panoptic map."""
+        """Return the files of the image and of its panoptic map."""
         record = self.records[index]
         return self.images / record.image.file_name, self.masks / record.mask_name
 
     def read(self, index: int) -> Sample:
-        """One image with its panoptic map and, where the source has them, its instances in layers."""
+        """Read one image with its panoptic map and, if the source has them, its instances in layers."""
         record = self.records[index]
         image = record.image
         file = load_image(self.images / image.file_name, image.height, image.width, self.max_pixels)
@@ -120,15 +120,18 @@ class CocoPanopticReader:
         )
 
     def size_hint(self, index: int) -> int:
-        """Size of the image file plus an allowance for maps."""
+        """Return the size of the image file plus an estimate for maps, in bytes."""
         return size_on_disk(self.images / self.records[index].image.file_name) + ANNOTATION_BYTES
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """A reader of only these images."""
+        """Return a reader of the given images, in the given order."""
         return replace(self, records=tuple(self.records[i] for i in indices), unusable=())
 
     def _read_map(self, record: PanopticRecord) -> tuple[np.ndarray, tuple[Segment, ...], list[str]]:
-        """The map, its segments, and what cannot be used: segments whose pixels are void, and why."""
+        """Return the map, its segments, and a text with the reason for each unusable segment.
+
+        Pixels of unusable or unlisted segments are void.
+        """
         path = self.masks / record.mask_name
         ids = read_color_map(path, self.max_pixels)
         if ids.shape != (record.image.height, record.image.width):
@@ -201,7 +204,7 @@ def _read_records(
 def _usable_segments(
     entries: Sequence[Any], categories: CategoryTable
 ) -> tuple[list[Mapping[str, Any]], list[str], frozenset[int]]:
-    """Segments that can be used; what is wrong with the others; and those ids of them that could be read."""
+    """Return the usable segments, the problems of the others, and the readable ids of the others."""
     usable, problems, unusable_ids = [], [], set()
     own_ids = [_colour_id(entry) for entry in entries]
     count = Counter(own_ids)
@@ -222,7 +225,7 @@ def _usable_segments(
 
 
 def _colour_id(entry: Any) -> int | None:
-    """The id of a segment; None where it is no number that a colour can hold."""
+    """Return the id of a segment; None if it is not an integer from 1 to 2^24 - 1, which a colour can hold."""
     try:
         own = whole_number(entry, "id", "")
     except DataError:
@@ -233,9 +236,13 @@ def _colour_id(entry: Any) -> int | None:
 def _with_instances(
     records: tuple[PanopticRecord, ...], categories: CategoryTable, path: str, panoptic_path: str
 ) -> tuple[tuple[PanopticRecord, ...], list[UnusableAnnotation]]:
-    """The same records with the instances of another file, which may know more images but not fewer.
+    """Return the records with the instances of another file, and the unusable annotations of that file.
 
-    Its category ids are its own: classes are found in the panoptic table by name.
+    The file must list all images of the records and may list more. Its category ids may differ, because classes are
+    matched with the panoptic table by name.
+
+    Raises:
+        DataError: images are missing, the file is unusable, or a class is not in the panoptic table.
     """
     document = coco_json.read_document(path, ("images", "annotations", "categories"))
     images = {coco_json.id_text(entry, "id", f"{path}: images[{i}]") for i, entry in enumerate(document["images"])}
@@ -257,9 +264,10 @@ def _with_instances(
 
 
 def _ids_by_name(used: Sequence[Category], categories: CategoryTable, path: str, panoptic_path: str) -> dict[int, int]:
-    """Id in the instance file -> id in the panoptic file, of the classes that instances use.
+    """Return the id in the panoptic file by the id in the instance file, for all classes that instances use.
 
-    Raises DataError where the panoptic file has no thing of that name.
+    Raises:
+        DataError: the panoptic file has no thing with the name of a class.
     """
     if not used:
         return {}

@@ -1,4 +1,4 @@
-"""Data sets that users read with their own Python code; docs/datasets.md has an example."""
+"""Reader for data sets that users load with their own Python code; docs/datasets.md has an example."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample
 
 @dataclass(frozen=True)
 class CustomReader:
-    """A reader made of names and a function that loads what belongs to a name.
+    """Reader built from a list of names and a function that loads image and annotation of a name.
 
-    Names become keys: they must be unique, and stay unique without their extensions.
+    Keys are made from the names, which must be unique even without their extensions.
     """
 
     categories: CategoryTable
     names: tuple[str, ...]
     load: Callable[[str], tuple[bytes, Annotation]]
-    """Name -> content of a JPEG or PNG file and its ground truth."""
+    """Function from a name to the content of an image file and its ground truth. TIFF, BMP and WebP become PNG."""
     max_pixels: int
     indices: tuple[int, ...]
-    """Position of every name in the whole data set; the image ids."""
+    """Position of each name in the whole data set, which is its image id."""
 
     @classmethod
     def of(
@@ -40,30 +40,30 @@ class CustomReader:
         load: Callable[[str], tuple[bytes, Annotation]],
         max_pixels: int,
     ) -> Self:
-        """Raises DataError where names would share a key."""
+        """Build a reader. Raises DataError if two names would have the same key."""
         unique_keys(names)
         return cls(categories, tuple(names), load, max_pixels, tuple(range(len(names))))
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Keys in the order of the names."""
+        """Return the keys in the order of the names."""
         return tuple(make_key(name) for name in self.names)
 
     @property
     def unusable(self) -> tuple[UnusableAnnotation, ...]:
-        """None: there is no file that lists annotations."""
+        """Return an empty tuple, because there is no annotation file."""
         return ()
 
     def source(self, index: int) -> str:
-        """The name."""
+        """Return the name of the sample."""
         return self.names[index]
 
     def files(self, index: int) -> tuple[Path, ...]:
-        """None that are known: count `version` of the source up where they change."""
+        """Return an empty tuple, because the files are unknown. Increase `version` of the source if they change."""
         return ()
 
     def read(self, index: int) -> Sample:
-        """One sample. Raises DataError where image, maps and segments do not fit each other."""
+        """Load and check one sample. Raises DataError if image, maps and segments do not match."""
         name = self.names[index]
         image, annotation = self.load(name)
         height, width = check_annotation(annotation, self.categories, name)
@@ -80,11 +80,11 @@ class CustomReader:
         )
 
     def size_hint(self, index: int) -> int:
-        """Size of the first image plus an allowance for maps: others are not known before they are loaded."""
+        """Return the size of the first image plus an estimate for maps, in bytes. Other sizes are not known yet."""
         return self._first_image_bytes + ANNOTATION_BYTES
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """A reader of only these samples."""
+        """Return a reader of the given samples, in the given order."""
         return replace(
             self,
             names=tuple(self.names[i] for i in indices),
@@ -97,9 +97,11 @@ class CustomReader:
 
 
 def check_annotation(annotation: Annotation, categories: CategoryTable, where: str) -> tuple[int, int]:
-    """Height and width of an annotation. Raises DataError where maps and segments do not fit each other.
+    """Check an annotation and return its height and width.
 
-    Every id in a map must be a segment's, every segment of `seg` must have a pixel, and categories must be known.
+    Raises:
+        DataError: there is no map, the maps differ in size, a category is unknown, segment ids repeat, an id in a map
+            has no segment, or a segment of `seg` has no pixel.
     """
     seg, inst = annotation.seg, annotation.inst
     if seg is None and inst is None:

@@ -1,4 +1,4 @@
-"""What all readers do with files: find them, name samples after them, load and check images."""
+"""File functions of all readers: finding files, making keys from their names, and loading and checking images."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from m2f.data_pipeline.image_file import (
 from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.readers.source_files import read_file
 
-_MAX_KEY = 80  # with the longest member suffix a tar name stays below 100 characters
+_MAX_KEY = 80  # with the longest suffix of a member, names in a tar stay below 100 characters
 ANNOTATION_BYTES = 12_000
-"""Rough size of a sample's other tar members, for estimates."""
+"""Rough size in bytes of the members of a sample other than the image, for estimates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,19 @@ class LoadedImage:
 
 
 def load_image(path: Path, height: int, width: int, max_pixels: int) -> LoadedImage:
-    """Read an image and prove that it decodes to height x width. Raises DataError naming the file."""
+    """Read an image file and check it like `check_image`. Raises DataError that names the file."""
     return check_image(read_bytes(path), height, width, max_pixels, str(path))
 
 
 def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str) -> LoadedImage:
-    """Prove that the content of an image file decodes to height x width. Raises DataError beginning with the name.
+    """Check that the content of an image file decodes to `height` x `width`, and return it.
 
-    JPEG and PNG files of 8 bits stay as they are. TIFF, BMP, WebP and 16-bit files become 8-bit RGB PNGs without loss
-    but for the lower 8 of 16 bits, as `decode_rgb` reads them.
+    JPEG and PNG files with 8 bits are unchanged. TIFF, BMP, WebP and 16-bit files are converted to 8-bit RGB PNGs
+    without loss, except that the lower 8 of 16 bits are dropped; see `decode_rgb`.
+
+    Raises:
+        DataError: the image is damaged, has another size, is not supported or exceeds `max_pixels`. The message begins
+            with `name`.
     """
     try:
         header = read_header(data)
@@ -62,7 +66,7 @@ def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str
 
 
 def shown_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image as viewers show it; zeros where it cannot be read: `load_image` reports that."""
+    """Return height and width of an image as viewers show it. If it is unreadable return zeros; reading reports it."""
     try:
         header = read_header(path.read_bytes())
     except (OSError, BrokenImageError):
@@ -71,7 +75,7 @@ def shown_size(path: Path) -> tuple[int, int]:
 
 
 def require_size(header: ImageHeader, max_pixels: int) -> None:
-    """Raise BrokenImageError for an image that is too large to decode."""
+    """Raise BrokenImageError if an image has more than `max_pixels` pixels."""
     if header.height * header.width > max_pixels:
         raise BrokenImageError(
             f"{header.width} x {header.height} pixels are more than max_pixels ({max_pixels}); shrink the image or "
@@ -80,7 +84,7 @@ def require_size(header: ImageHeader, max_pixels: int) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Content of a file. Raises DataError naming it."""
+    """Return the content of a file. Raises DataError that names the file if it cannot be read."""
     try:
         return read_file(path)
     except FileNotFoundError:
@@ -90,7 +94,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: str) -> Any:
-    """Content of a JSON file. Raises DataError naming it."""
+    """Return the content of a JSON file. Raises DataError that names the file if it is missing or invalid."""
     require_file(path)
     try:
         return parse_json(Path(path).read_bytes())
@@ -99,14 +103,14 @@ def read_json(path: str) -> Any:
 
 
 def require_file(path: str) -> None:
-    """Raise DataError where there is no such file."""
+    """Raise DataError if a path is not an existing local file."""
     _require_local(path)
     if not Path(path).is_file():
         raise DataError(f"{path} does not exist or is no file; check the paths under datasets.<name>.source")
 
 
 def require_folder(path: str) -> Path:
-    """The folder as a Path. Raises DataError where there is none."""
+    """Return a folder as a Path. Raises DataError if it is not an existing local folder."""
     _require_local(path)
     if not Path(path).is_dir():
         raise DataError(f"{path} does not exist or is no folder; check the paths under datasets.<name>.source")
@@ -121,16 +125,20 @@ def _require_local(path: str) -> None:
 
 
 def relative_name(name: Any, where: str) -> str:
-    """A file name from an annotation file, which must stay inside its folder; `./` before it is allowed."""
+    """Return a file name from an annotation file. A leading `./` is allowed.
+
+    Raises:
+        DataError: the name is not a valid path inside its folder.
+    """
     check_key(str(PurePosixPath(name)) if isinstance(name, str) and name else name, f"{where}: file_name")
     return name
 
 
 def make_key(file_name: str) -> str:
-    """Sample key of a relative file name without its extension.
+    """Return the sample key for a relative file name, made from the name without its extension.
 
-    Other characters than ASCII letters, digits, `_` and `-` would confuse tar tools (webdataset cuts names at the first
-    dot); names that have some are cleaned and get a digest, so that different names stay different.
+    Keys have only ASCII letters, digits, `_` and `-`, because others confuse tar tools (webdataset splits names at the
+    first dot). In other names and in long names, a digest is added so that different names have different keys.
     """
     stem = str(PurePosixPath(file_name).with_suffix(""))
     clean = re.sub(r"[^A-Za-z0-9_-]", "-", stem)
@@ -140,7 +148,7 @@ def make_key(file_name: str) -> str:
 
 
 def unique_keys(file_names: Iterable[str]) -> tuple[str, ...]:
-    """Keys of file names. Raises DataError naming two files that share one."""
+    """Return the keys for file names. Raises DataError if two files would have the same key."""
     first: dict[str, str] = {}
     for name in file_names:
         if (other := first.setdefault(make_key(name), name)) is not name:
@@ -149,7 +157,7 @@ def unique_keys(file_names: Iterable[str]) -> tuple[str, ...]:
 
 
 def size_on_disk(path: Path) -> int:
-    """Size of a file; 0 where it is missing, which reading it will report."""
+    """Return the size of a file in bytes; 0 if it is missing, which is reported when it is read."""
     try:
         return path.stat().st_size
     except OSError:

@@ -1,4 +1,4 @@
-"""Folders of images and three-channel maps, the form of Hugging Face's instance segmentation examples."""
+"""Reader of images and three-channel maps, the format of Hugging Face's instance segmentation examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from m2f.data_pipeline.sources import HuggingFaceSource
 
 
 def open_huggingface(source: HuggingFaceSource, max_pixels: int) -> MapReader:
-    """Reader of the set. Raises DataError for files without a partner and faults of the categories file."""
+    """Return the reader of the data set.
+
+    Raises:
+        DataError: an image or map has no partner, or the categories file is invalid.
+    """
     images, annotations = require_folder(source.images), require_folder(source.annotations)
     categories, void = read_category_file(source.categories, source.void, things=True)
     decoder = ClassAndInstanceMaps(categories.by_id | dict.fromkeys(void))
@@ -27,16 +31,17 @@ def open_huggingface(source: HuggingFaceSource, max_pixels: int) -> MapReader:
 
 @dataclass(frozen=True)
 class ClassAndInstanceMaps:
-    """Red is the class, green + 256 blue the number of the instance (blue is 0 unless there are more than 255).
+    """Decoder of maps in which red is the class and green + 256 blue the instance number.
 
-    Every pair of a thing class and a number is one instance; the numbers of stuff do not count.
+    Blue is 0 for up to 255 instances. Each pair of a thing class and a number is one instance. Numbers of stuff are
+    ignored.
     """
 
     categories: Mapping[int, Category | None]
-    """By class; None for void."""
+    """Category by class; None for void."""
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """A segment per instance and per class of stuff."""
+        """Return one segment for each instance and each stuff class."""
         return partition(
             read_color_map(maps[0], max_pixels),
             self._classify,

@@ -1,4 +1,4 @@
-"""Folders of images and class maps with the same stems (CamVid, Pascal VOC, own data)."""
+"""Reader of images and class maps with the same file stems (CamVid, Pascal VOC, your own data)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from m2f.data_pipeline.sources import LabelMapSource
 
 
 def open_label_maps(source: LabelMapSource, max_pixels: int) -> MapReader:
-    """Reader of the set. Raises DataError for files without a partner and faults of the categories file."""
+    """Return the reader of the data set.
+
+    Raises:
+        DataError: an image or map has no partner, or the categories file is invalid.
+    """
     images, labels = require_folder(source.images), require_folder(source.labels)
     categories, void = read_category_file(source.categories, source.void, things=False)
     regions: dict[int, Region | None] = {c.id: Region(c, c.id) for c in categories.categories}
@@ -27,13 +31,13 @@ def open_label_maps(source: LabelMapSource, max_pixels: int) -> MapReader:
 
 @dataclass(frozen=True)
 class LabelMaps:
-    """Every class that is present in an image becomes one segment, stuff and things alike."""
+    """Decoder of class maps. Each class in an image becomes one segment, for stuff and things alike."""
 
     regions: Mapping[int, Region | None]
-    """By pixel value; None for void."""
+    """Region by pixel value; None for void."""
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """A segment per class present."""
+        """Return one segment for each class in the map."""
         return partition(
             read_index_map(maps[0], max_pixels),
             self.regions.__getitem__,

@@ -1,4 +1,4 @@
-"""What data sets have in common whose ground truth is one or two maps per image with pixels that name their segment."""
+"""Common reader of data sets with one or two maps per image whose pixel values identify segments."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import Annotation, Sample
 
 OTHER_MAP_ENDINGS = (".tif", ".tiff", ".bmp")
-"""How names of maps without loss may end beside `.png`, in any case."""
+"""File name endings of lossless maps other than `.png`; case is ignored."""
 _LOSSY_ENDINGS = (".jpg", ".jpeg", ".webp")
 
 
 class MapDecoder(Protocol):
-    """How a data set writes its maps. Picklable."""
+    """Decoder of the maps of a data set. Picklable."""
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """Ground truth of one image from its map files. Raises DataError naming the file and the problem."""
+        """Return the ground truth of one image from its map files. Raises DataError with the file and the problem."""
         ...
 
 
@@ -49,16 +49,16 @@ class MapRecord:
     """The files of one image."""
 
     index: int
-    """Position in the whole data set; the image id."""
+    """Position in the whole data set, which is the image id."""
     key: str
     image: str
-    """Relative to the folder of the images."""
+    """Path of the image relative to the folder of images."""
     maps: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
 class MapReader:
-    """Images with map files; the decoder makes segments of the maps."""
+    """Reader of images with map files. The decoder converts the maps into segments."""
 
     images: Path
     categories: CategoryTable
@@ -68,25 +68,25 @@ class MapReader:
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Keys in the order of the file names."""
+        """Return the keys in the order of the file names."""
         return tuple(record.key for record in self.records)
 
     @property
     def unusable(self) -> tuple[UnusableAnnotation, ...]:
-        """None: there is no file that lists annotations."""
+        """Return an empty tuple, because there is no annotation file."""
         return ()
 
     def source(self, index: int) -> str:
-        """Folder and name of the image."""
+        """Return folder and name of the image."""
         return f"{self.images.name}/{self.records[index].image}"
 
     def files(self, index: int) -> tuple[Path, ...]:
-        """The image and its maps."""
+        """Return the files of the image and of its maps."""
         record = self.records[index]
         return self.images / record.image, *record.maps
 
     def read(self, index: int) -> Sample:
-        """One image with its segments."""
+        """Read one image with its segments. Raises DataError if the image or a map is unusable."""
         record = self.records[index]
         annotation = self.decoder.decode(record.maps, self.max_pixels)
         assert annotation.seg is not None
@@ -104,16 +104,16 @@ class MapReader:
         )
 
     def size_hint(self, index: int) -> int:
-        """Size of the image file plus an allowance for the map."""
+        """Return the size of the image file plus an estimate for the map, in bytes."""
         return size_on_disk(self.images / self.records[index].image) + ANNOTATION_BYTES
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """A reader of only these images."""
+        """Return a reader of the given images, in the given order."""
         return replace(self, records=tuple(self.records[i] for i in indices))
 
 
 def read_index_map(path: Path, max_pixels: int) -> np.ndarray:
-    """Values [H, W] uint8 or uint16 of a grey or palette map. Raises DataError naming the file."""
+    """Return the values [H, W] uint8 or uint16 of a grey or palette map. Raises DataError if it is unusable."""
     data = read_bytes(path)
     try:
         require_size(read_header(data), max_pixels)
@@ -123,7 +123,7 @@ def read_index_map(path: Path, max_pixels: int) -> np.ndarray:
 
 
 def read_color_map(path: Path, max_pixels: int) -> np.ndarray:
-    """R + 256 G + 65536 B [H, W] uint32 of a colour map. Raises DataError naming the file."""
+    """Return the values R + 256 G + 65536 B, [H, W] uint32, of a colour map. Raises DataError if it is unusable."""
     data = read_bytes(path)
     try:
         header = read_header(data)
@@ -145,17 +145,21 @@ def pair_files(
     other_map_endings: tuple[str, ...] = (),
     base_names: bool = False,
 ) -> tuple[MapRecord, ...]:
-    """Records of all images with their file of the same stem in every folder of maps, in the order of stems.
+    """Pair all images with the files of the same stem in each folder of maps, and return them in the order of stems.
 
-    A stem is the name relative to its folder without its ending. Raises DataError for files without a partner.
+    A stem is the path relative to its folder without its ending.
 
     Args:
-        images: folder of the images; folders below it count too.
-        maps: folders of the maps, in the order in which the decoder takes them.
-        image_endings: how names of images end, in any case.
-        map_endings: how names of maps end, in any case.
-        other_map_endings: the same for images that have no map of `map_endings`.
-        base_names: keys are stems without folders, for data sets that keep these unique.
+        images: folder of the images; subfolders are included.
+        maps: folders of the maps, in the order that the decoder expects.
+        image_endings: file name endings of images; case is ignored.
+        map_endings: file name endings of maps; case is ignored.
+        other_map_endings: endings of maps that are used if an image has no map with one of `map_endings`.
+        base_names: make keys from stems without folders, for data sets in which these are unique.
+
+    Raises:
+        DataError: there is no image, a file has no partner, two files have the same stem or key, or maps have a lossy
+            format.
     """
     image_names = _names_by_stem(images, image_endings)
     if images in maps:  # `a.png` beside its map `a_mask.png`
@@ -187,7 +191,7 @@ def pair_files(
 
 
 def _refuse_lossy(folder: Path, stems: set[str]) -> None:
-    """Raise DataError where maps of these stems are there, in formats that change values."""
+    """Raise DataError if maps with these stems exist in a lossy format, which changes values."""
     lossy = _names_by_stem(folder, _LOSSY_ENDINGS)
     if found := sorted(lossy[stem] for stem in stems & lossy.keys()):
         raise DataError(
@@ -197,7 +201,7 @@ def _refuse_lossy(folder: Path, stems: set[str]) -> None:
 
 
 def _names_by_stem(folder: Path, endings: tuple[str, ...]) -> dict[str, str]:
-    """Relative names of all files with one of these endings, by stem."""
+    """Return the relative names of all files with one of the endings, by stem."""
     names: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -1,4 +1,4 @@
-"""Mapillary Vistas 1.2 and 2.0, from its instance maps."""
+"""Reader of the instance maps of Mapillary Vistas 1.2 and 2.0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from m2f.data_pipeline.sources import MapillarySource
 
 
 def open_mapillary(source: MapillarySource, max_pixels: int) -> MapReader:
-    """Reader of the set. Raises DataError for files without a partner and faults of the config file."""
+    """Return the reader of the data set.
+
+    Raises:
+        DataError: an image or map has no partner, or the config file is invalid.
+    """
     images, instances = require_folder(source.images), require_folder(source.instances)
     labels = _read_labels(source.config_json)
     categories = CategoryTable(tuple(category for category in labels if category is not None))
@@ -27,13 +31,13 @@ def open_mapillary(source: MapillarySource, max_pixels: int) -> MapReader:
 
 @dataclass(frozen=True)
 class InstanceMaps:
-    """16-bit values: 256 times the position of the label in the config file plus the number of the instance."""
+    """Decoder of 16-bit values: 256 times the position of the label in the config file plus the instance number."""
 
     labels: tuple[Category | None, ...]
-    """None for labels that are not evaluated: void."""
+    """Category by position in the config file. Labels that are not evaluated are void (None)."""
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """A segment per instance and per class of stuff. These maps do not mark crowds."""
+        """Return one segment for each instance and each stuff class. The maps do not mark crowds."""
         last = len(self.labels) - 1
         return partition(
             read_index_map(maps[0], max_pixels),
@@ -54,7 +58,7 @@ class InstanceMaps:
 
 
 def _read_labels(path: str) -> tuple[Category | None, ...]:
-    """The labels of a config file by position; 1.2 evaluates 65 of 66, all but `void--unlabeled`."""
+    """Return the labels of a config file by position. Version 1.2 evaluates 65 of 66, all except `void--unlabeled`."""
     document = read_json(path)
     entries = document.get("labels") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not 0 < len(entries) <= 256:

@@ -1,4 +1,4 @@
-"""COCO segmentations (polygons, compressed and uncompressed RLE) as layers of an id map."""
+"""Conversion of COCO segmentations (polygons, compressed and uncompressed RLE) into layers of an id map."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m2f.data_pipeline.readers.run_lengths import DamagedRunsError, check_counts
 from m2f.data_pipeline.sample import Segment, id_dtype
 
 _MAX_POLYGON_EXTENT = 10
-"""Coordinates beyond this many image sides are refused."""
+"""Limit of polygon coordinates as a multiple of the longer image side. Larger ones are refused."""
 NUMBERED_IDS = "annotations with a missing, repeated or unusable id, numbered anew"
 SHORT_RINGS = "objects with stray rings of at most two points, which were left out"
 NO_PIXELS = "objects whose mask has no pixel (normalised coordinates?)"
@@ -26,34 +26,42 @@ OUTSIDE = "objects outside the frame of their image (rescaled images, or x and y
 OVERHANGING = "objects of whose polygons more than a fifth lies outside the frame (rescaled images?)"
 OTHER_AREA = "segments whose pixels are less than half or more than twice their stated area (rescaled images?)"
 _TELLING_AREA = 100
-"""Pixels; in smaller segments the border is much of the area."""
+"""Smallest area in pixels that is checked. In smaller segments the border is much of the area."""
 _TELLING_SHARE = 0.5
 _OVERHANG = 0.2
-"""Share of an object's area beyond the frame that is worth a word; annotators cross the border by a pixel or two."""
+"""Share of an object's area outside the frame above which it is reported. Annotators often exceed the frame by a pixel
+or two."""
 _MAX_RLE_PIXELS = 2**32
-"""pycocotools counts in 32 bits."""
+"""Limit of height x width, because pycocotools counts in 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceLayers:
-    """The instances of one image."""
+    """The instances of one image in layers."""
 
     inst: np.ndarray
-    """[Y, H, W] uint8 or uint16."""
+    """[Y, H, W] uint8 or uint16 local ids; 0 is background."""
     segments: tuple[Segment, ...]
     left_out: tuple[str, ...]
-    """Annotations that cannot be used: which, and why."""
+    """Unusable annotations, one text each with the reason; see Sample.left_out."""
     repairs: tuple[str, ...]
-    """As in Sample.repairs."""
+    """Repaired or doubtful annotations; see Sample.repairs."""
 
 
 def instance_layers(
     annotations: Sequence[Mapping[str, Any]], height: int, width: int, categories: CategoryTable, where: str
 ) -> InstanceLayers:
-    """Layers and segments of one image's instances, crowds included.
+    """Return layers and segments of one image's instances, including crowds.
 
-    An annotation that covers no pixel (a polygon thinner than the grid) keeps its segment: the official evaluation
-    counts it. Annotations that cannot be used are left out and named.
+    An annotation without a pixel (a polygon thinner than the grid) keeps its segment, because the official evaluation
+    counts it. Unusable annotations are left out and listed in the result.
+
+    Args:
+        annotations: COCO annotations of the image.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        categories: category table of the data set.
+        where: description of the image for messages.
     """
     usable: list[Mapping[str, Any]] = []
     rles, left_out = [], []
@@ -89,16 +97,17 @@ def instance_layers(
     repairs += disagreements(
         (segment.area, pixels)
         for segment, (pixels, _), share in zip(segments, measured, outside, strict=True)
-        if share <= _OVERHANG  # else the reason is known
+        if share <= _OVERHANG  # otherwise the overhang explains the difference
     )
     repairs += [SHORT_RINGS for entry in usable if any(map(_is_short, _ring_list(entry["segmentation"])))]
     return InstanceLayers(inst=inst, segments=tuple(segments), left_out=tuple(left_out), repairs=tuple(repairs))
 
 
 def disagreements(areas: Iterable[tuple[float, int]]) -> list[str]:
-    """What is doubtful about segments, given their stated areas and pixels; as in Sample.repairs.
+    """Return texts for Sample.repairs about doubtful segments, given pairs of stated area and number of pixels.
 
-    A polygon's area differs from its pixels along its border, so that small segments and small differences say nothing.
+    The area of a polygon differs from its pixels along its border. Small segments and small differences are therefore
+    accepted.
     """
     found = []
     for stated, pixels in areas:
@@ -110,9 +119,9 @@ def disagreements(areas: Iterable[tuple[float, int]]) -> list[str]:
 
 
 def share_outside(rings: Sequence[Sequence[float]], height: int, width: int) -> float:
-    """Share of the area of polygons (rings x, y, x, y, ...) that lies outside the frame, 0 to 1.
+    """Return the share, 0 to 1, of the area of polygons (rings x, y, x, y, ...) that lies outside the frame.
 
-    1 only where nothing of them touches the frame; 0 for polygons without an area, and where it is small.
+    It is 1 only if all rings are completely outside. If some are inside, an area below 100 pixels counts as 0.
     """
     points = [np.asarray(ring, np.float64).reshape(-1, 2) for ring in rings]
     if all((ring >= 0).all() and (ring <= (width, height)).all() for ring in points):
@@ -132,7 +141,7 @@ def _ring_area(ring: np.ndarray) -> float:
 
 
 def _clipped(ring: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The ring [P, 2] cut at the four sides of the frame, one after the other (Sutherland and Hodgman)."""
+    """Clip a ring [P, 2] at the four sides of the frame, one after the other (Sutherland and Hodgman, 1974)."""
     for axis, limit, sign in ((0, 0.0, 1), (0, float(width), -1), (1, 0.0, 1), (1, float(height), -1)):
         depth = sign * (ring[:, axis] - limit)
         after, next_depth = np.roll(ring, -1, axis=0), np.roll(depth, -1)
@@ -147,9 +156,10 @@ def _clipped(ring: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _checked(entry: Mapping[str, Any], height: int, width: int, name: str) -> Any:
-    """The RLE of an annotation, at the image's size exactly as pycocotools makes it.
+    """Return the RLE of an annotation at the size of the image, exactly as pycocotools makes it.
 
-    Raises DataError naming the annotation where a field of it cannot be used.
+    Raises:
+        DataError: a field of the annotation is invalid. The message names the annotation.
     """
     stated_area(entry, name)
     stated_box(entry, name)
@@ -161,12 +171,12 @@ def _ring_list(segmentation: Any) -> list[Any]:
 
 
 def _is_short(ring: Any) -> bool:
-    """Whether this is a ring of at most two points, which encloses nothing; annotation tools leave some behind."""
+    """Return whether a ring has at most two points and thus no area. Annotation tools write such rings."""
     return isinstance(ring, list) and len(ring) in (0, 2, 4)
 
 
 def _rings(segmentation: Any) -> tuple[tuple[float, ...], ...] | None:
-    """Rings of a polygon segmentation that `_decode` has read; None for run lengths."""
+    """Return the rings of a valid polygon segmentation; None for run lengths."""
     if not isinstance(segmentation, list):
         return None
     return tuple(tuple(map(float, ring)) for ring in segmentation if not _is_short(ring))
@@ -175,9 +185,10 @@ def _rings(segmentation: Any) -> tuple[tuple[float, ...], ...] | None:
 def stack_layers(
     masks: Iterable[np.ndarray], count: int, height: int, width: int
 ) -> tuple[np.ndarray, list[int], list[tuple[int, Box]]]:
-    """Put masks [H, W] with ids 1..count into as few layers as first-fit needs, so that no two overlap in a layer.
+    """Distribute masks [H, W] with ids 1..count over layers by first fit, so that masks in a layer do not overlap.
 
-    Returns the layers [Y, H, W] (at least one), the layer of every mask, and its pixels and bounding box.
+    Returns the layers [Y, H, W] (at least one), the layer of each mask, and the pixel count and bounding box of each
+    mask.
     """
     layers = [np.zeros((height, width), id_dtype(count))]
     layer_of: list[int] = []
@@ -196,10 +207,8 @@ def stack_layers(
 
 
 def pixel_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """x, y, width, height of the smallest box around the non-zero pixels of a mask [H, W] bool or uint8; zeros where
-    there is none.
-    """
-    if mask.flags.f_contiguous:  # as pycocotools makes them
+    """Return x, y, width and height of the bounding box of a mask [H, W] bool or uint8; zeros for an empty mask."""
+    if mask.flags.f_contiguous:  # masks of pycocotools are
         y, x, height, width = cv2.boundingRect(mask.T.view(np.uint8))
     else:
         x, y, width, height = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
@@ -207,9 +216,10 @@ def pixel_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def read_rle(segmentation: Any, height: int, width: int, name: str) -> Any:
-    """Compressed RLE, as pycocotools takes it, of polygons or run lengths that were checked first.
+    """Check polygons or run lengths, and return them as compressed RLE for pycocotools.
 
-    Raises DataError beginning with the name for what is neither, or does not fit to the size of its image.
+    Raises:
+        DataError: the segmentation is invalid or does not match the size of the image. The message begins with `name`.
     """
     if height * width >= _MAX_RLE_PIXELS:
         raise DataError(f"{name}: its image of {width} x {height} pixels is too large; run lengths have 32 bits")
@@ -225,7 +235,7 @@ def read_rle(segmentation: Any, height: int, width: int, name: str) -> Any:
 
 
 def checked_areas(texts: Sequence[str], height: int, width: int) -> np.ndarray | None:
-    """Pixels [N] int64 of masks given as compressed RLEs; None where one of them cannot be used."""
+    """Return the pixels [N] int64 of masks given as compressed RLEs; None if one of them is invalid."""
     if height * width >= _MAX_RLE_PIXELS:
         return None
     try:
@@ -236,7 +246,7 @@ def checked_areas(texts: Sequence[str], height: int, width: int) -> np.ndarray |
 
 
 def compressed_texts(segmentations: Sequence[Any], height: int, width: int) -> list[str] | None:
-    """The run lengths of all masks; None where one is no compressed RLE of this size."""
+    """Return the run lengths of all masks as texts; None if one is not a compressed RLE of this size."""
     size = [height, width]
     texts = [s["counts"] for s in segmentations if type(s) is dict and s.get("size") == size and _is_text(s)]
     return texts if len(texts) == len(segmentations) else None
@@ -247,20 +257,20 @@ def _is_text(segmentation: dict[str, Any]) -> bool:
 
 
 def _checked_rle(counts: Any, height: int, width: int, name: str) -> Any:
-    """An RLE for pycocotools, which itself trusts its input."""
+    """Check run lengths and return them as RLE for pycocotools, which does not check its input."""
     check_counts(counts, height, width, name)
     rle: Any = {"counts": counts, "size": [height, width]}
     return coco_mask.frPyObjects(rle, height, width) if isinstance(counts, list) else rle
 
 
 def _polygons(polygons: list[Any], height: int, width: int, name: str) -> Any:
-    # Rings of two points enclose nothing: the others of the object count, as in pycocotools.
+    # Rings of two points have no area. Only the other rings of the object are used, as in pycocotools.
     polygons = [ring for ring in polygons if not _is_short(ring)] or polygons
     for polygon in polygons:
-        # pycocotools would silently take four numbers for a box.
+        # pycocotools would interpret four numbers as a box.
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             raise DataError(f"{name}: a polygon needs an even number of at least 6 coordinates: {str(polygon)[:60]}")
-        # It also walks along every edge: senseless coordinates would take all memory, or crash it.
+        # It also walks along each edge, so huge coordinates would use up the memory or crash the process.
         reach = _MAX_POLYGON_EXTENT * max(height, width)
         if not _are_numbers_within(polygon, reach):
             raise DataError(f"{name}: a polygon has coordinates far outside the {width} x {height} pixels of its image")

@@ -1,4 +1,4 @@
-"""Compressed run lengths of COCO, read for many masks at once: what pycocotools and hotcoco believe unread."""
+"""Validation of COCO's compressed run lengths for many masks at once. pycocotools and hotcoco do not validate them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import numpy as np
 from m2f.data_pipeline.errors import DataError
 
 _LONGEST = 7
-"""Characters of one number; more are over 35 bits."""
+"""Largest number of characters of one number, which is 35 bits."""
 _TOGETHER = 2000
-"""Texts that are read at once, which bounds memory."""
+"""Number of texts that are parsed together, which limits memory."""
 
 
 class DamagedRunsError(ValueError):
-    """A text that is no compressed run lengths."""
+    """Raised if a text is not in the format of compressed run lengths."""
 
 
 def text_areas(texts: Sequence[str], height: int, width: int) -> np.ndarray:
-    """Pixels [M] int64 of every mask; -1 where a run is negative or they do not add up to height x width.
+    """Return [M] int64: the pixels of each mask, or -1 if a run is negative or the sum is not height x width.
 
-    Raises DamagedRunsError where a text is not of this form.
+    Raises:
+        DamagedRunsError: a text is not in the format of compressed run lengths.
     """
     parts = [_areas(texts[start : start + _TOGETHER], height * width) for start in range(0, len(texts), _TOGETHER)]
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
 def check_counts(counts: Any, height: int, width: int, name: str) -> None:
-    """Check one mask's `counts`, a text or a list of runs. Raises DataError beginning with the name."""
+    """Check `counts` of one mask, a text or a list of runs. Raises DataError, beginning with `name`, if invalid."""
     if isinstance(counts, list):
         if not all(type(run) is int for run in counts):  # 400.5, true
             raise DataError(f"{name}: its RLE is damaged; runs are whole numbers")
@@ -44,20 +45,21 @@ def check_counts(counts: Any, height: int, width: int, name: str) -> None:
 
 
 def _areas(texts: Sequence[str], pixels: int) -> np.ndarray:
-    """As `text_areas`, of a few texts.
+    """Return the result of `text_areas` for a limited number of texts.
 
-    From the fourth run of a text on, its numbers are differences to the run before last. So every second number of all
-    texts is summed up, in two arrays; the runs of one text are a stretch of each, less what came before the stretch.
+    From the fourth run of a text on, a number is the difference to the run before the previous one. The even and the
+    odd numbers of all texts are therefore summed up cumulatively, in two arrays. The runs of one text are a stretch of
+    each array, minus the sum before the stretch.
     """
     values, starts = _numbers(texts)
-    first = values[starts[:-1]]  # counted apart: it belongs to neither sequence
+    first = values[starts[:-1]]  # handled separately, because it belongs to neither sequence
     values[starts] = 0
     total, areas, sound = first.copy(), np.zeros_like(first), first >= 0
     for parity in (0, 1):
         sums = np.cumsum(values[parity::2])
         stretches = (starts + 1 - parity) // 2
         begin, count = stretches[:-1], np.diff(stretches)
-        # A stretch of runs 0, 2, 4, ... begins with the zero that was put for run 0, one of runs 1, 3, ... does not.
+        # A stretch of runs 0, 2, 4, ... begins with the zero that replaced run 0; one of runs 1, 3, ... does not.
         is_background = (starts[:-1] & 1) == parity
         before = np.where(is_background, sums[begin], np.where(begin > 0, sums[begin - 1], 0))
         added = np.where(count > 0, np.add.reduceat(sums, stretches)[:-1] - before * count, 0)
@@ -68,17 +70,21 @@ def _areas(texts: Sequence[str], pixels: int) -> np.ndarray:
 
 
 def _numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The signed numbers [R + 2] int64 of all texts, then two zeros, and where each text's begin [M + 1]."""
+    """Parse all texts. Return [R + 2] int64: their R signed numbers and two zeros, and [M + 1]: the start of each text.
+
+    Raises:
+        DamagedRunsError: a text is not in the format of compressed run lengths.
+    """
     try:
         data = "".join(texts).encode("ascii")
     except (TypeError, UnicodeEncodeError):
         raise DamagedRunsError from None
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    codes = np.frombuffer(data, np.uint8) - np.uint8(48)  # what is below wraps and is above 63
-    ends = np.cumsum(lengths)  # of every text
+    codes = np.frombuffer(data, np.uint8) - np.uint8(48)  # smaller codes wrap around to values above 63
+    ends = np.cumsum(lengths)  # end of each text
     if not lengths.all() or codes.max(initial=0) > 63 or (codes[ends - 1] >= 32).any():
         raise DamagedRunsError
-    is_last = codes < 32  # of a number, which has 5 bits per character, the lowest first
+    is_last = codes < 32  # last character of a number; each has 5 bits, the lowest first
     before = (~is_last).nonzero()[0]
     starts = np.append(ends - lengths, len(codes))
     starts -= np.searchsorted(before, starts)

@@ -1,6 +1,7 @@
-"""Drawing for the synthetic set: six shapes told apart by outline alone, four textures told apart by pattern alone.
+"""Drawing of the synthetic data set: six shapes that differ only in outline, and four textures that differ in pattern.
 
-Their colours are random and drawn alike for every shape and every texture, so that no class can be told by colour.
+Colours are random, with one distribution for all shapes and one for all textures. Colour therefore does not reveal the
+class.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ SHAPES = ("disk", "square", "triangle", "star", "cross", "ring")
 TEXTURES = ("stripes", "checkers", "dots", "clouds")
 
 _SUPERSAMPLING = 4
-"""Samples per pixel and axis of a shape's coverage, so that edges are smooth."""
+"""Number of samples per pixel and axis for the coverage of a shape, which gives smooth edges."""
 _RING_HOLE = 0.5
-"""Radius of the hole as a share of the ring's."""
+"""Radius of the hole as a share of the radius of the ring."""
 
 
 def shape_coverage(shape: str, diameter: float, angle: float) -> np.ndarray:
-    """Share [S, S] float32 of every pixel that a centred, rotated shape covers; S is the diameter plus a border."""
+    """Return [S, S] float32: the share of each pixel that a centred, rotated shape covers.
+
+    S is the diameter, rounded up, plus a border of one pixel on each side. The angle is in radians.
+    """
     size = int(np.ceil(diameter)) + 2
     canvas = np.zeros((size * _SUPERSAMPLING,) * 2, np.uint8)
     radius, middle = diameter / 2 * _SUPERSAMPLING, size / 2 * _SUPERSAMPLING
@@ -35,7 +39,7 @@ def shape_coverage(shape: str, diameter: float, angle: float) -> np.ndarray:
 
 
 def texture(name: str, height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """Pattern [H, W] float32 in 0..1, which mixes the two colours of a region."""
+    """Return a random pattern [H, W] float32 from 0 to 1, by which the two colours of a region are mixed."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle = random.uniform(0, np.pi)
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -59,7 +63,7 @@ def texture(name: str, height: int, width: int, random: np.random.Generator) -> 
 
 
 def _outline(shape: str) -> np.ndarray:
-    """Corners [P, 2] of a polygon in the unit circle."""
+    """Return the corners [P, 2] of a shape inside the unit circle."""
     match shape:
         case "square":
             return _spokes([1.0] * 4, first=np.pi / 4)
@@ -78,6 +82,9 @@ def _outline(shape: str) -> np.ndarray:
 
 
 def _spokes(radii: list[float], first: float) -> np.ndarray:
-    """Points at these distances from the centre, in equal angles beginning at `first` (clockwise from the right)."""
+    """Return [P, 2] points with the given distances from the centre, at equally spaced angles.
+
+    The first angle, in radians and clockwise from the right, is `first`.
+    """
     angles = first + np.arange(len(radii)) * 2 * np.pi / len(radii)
     return np.array(radii)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)

@@ -1,4 +1,4 @@
-"""Size, time and content of source files, which tell later whether one has changed."""
+"""Size, modification time and digest of source files, used to detect changes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """A file as it was when it was read."""
+    """State of a file when it was read."""
 
     size: int
+    """Size in bytes."""
     mtime_ns: int
-    """Time of its last change, as the file system says."""
+    """Modification time in nanoseconds, from the file system."""
     digest: bytes
-    """SHA-256 of its content."""
+    """SHA-256 of the content."""
 
 
 _RECORD: ContextVar[dict[Path, FileState] | None] = ContextVar("record", default=None)
@@ -27,7 +28,10 @@ _RECORD: ContextVar[dict[Path, FileState] | None] = ContextVar("record", default
 
 @contextmanager
 def recorded_reads() -> Iterator[dict[Path, FileState]]:
-    """The state of every file that `read_file` reads in this block: so that none is read twice for its digest."""
+    """Record the state of each file that `read_file` reads in this context.
+
+    Files then need not be read again for their digests.
+    """
     record: dict[Path, FileState] = {}
     token = _RECORD.set(record)
     try:
@@ -37,9 +41,9 @@ def recorded_reads() -> Iterator[dict[Path, FileState]]:
 
 
 def read_file(path: Path) -> bytes:
-    """Content of a file. Raises OSError."""
+    """Return the content of a file, and record its state in `recorded_reads`. Raises OSError."""
     with path.open("rb") as file:
-        found = os.fstat(file.fileno())  # before the content: a change while it is read is noticed next time
+        found = os.fstat(file.fileno())  # before the content, so that a change during the read is detected next time
         data = file.read()
     record = _RECORD.get()
     if record is not None:
@@ -48,7 +52,7 @@ def read_file(path: Path) -> bytes:
 
 
 def file_state(path: Path) -> FileState | None:
-    """The state of a file; None where it cannot be read."""
+    """Read a file and return its state; None if it cannot be read."""
     with recorded_reads() as record:
         try:
             read_file(path)

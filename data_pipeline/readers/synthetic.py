@@ -1,7 +1,7 @@
-"""A set that the project makes itself: textured shapes on textured ground, also as genuine COCO files.
+"""Synthetic data set of shapes on textured ground, also available as COCO files.
 
-Things are told apart by shape and stuff by pattern, never by colour. Objects hide parts of each other and some are
-tiny, so a model has to learn shapes, order and context. Every image is a pure function of (seed, index).
+Things differ by shape and stuff by pattern, never by colour. Objects hide parts of each other, and some are tiny, so a
+model has to learn shapes, order and context. Each image is a pure function of seed and index.
 """
 
 from __future__ import annotations
@@ -35,47 +35,47 @@ CATEGORIES = CategoryTable(
 _IDS = {category.name: category.id for category in CATEGORIES.categories}
 _JPEG_OPTIONS = (
     *(cv2.IMWRITE_JPEG_QUALITY, 92),
-    *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),  # thin coloured rims stay sharp
+    *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),  # keeps thin coloured rims sharp
 )
 
 
 @dataclass(frozen=True)
 class SyntheticReader:
-    """Makes images in memory as they are asked for."""
+    """Reader that generates images in memory on demand."""
 
     config: SyntheticSource
     indices: Sequence[int]
 
     @classmethod
     def open(cls, source: SyntheticSource) -> Self:
-        """All images of a set."""
+        """Return the reader of all images of a data set."""
         return cls(source, range(source.num_images))
 
     @property
     def categories(self) -> CategoryTable:
-        """Six shapes and four textures."""
+        """Return the categories: six shapes (things) and four textures (stuff)."""
         return CATEGORIES
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Keys by seed and index."""
+        """Return the keys, which are made from seed and index."""
         return tuple(self._key(index) for index in self.indices)
 
     @property
     def unusable(self) -> tuple[UnusableAnnotation, ...]:
-        """None: there is no file that lists annotations."""
+        """Return an empty tuple, because there is no annotation file."""
         return ()
 
     def source(self, index: int) -> str:
-        """A file name as if the image had been written to a folder `images`."""
+        """Return the path that the image would have in a folder `images`."""
         return f"images/{self._key(self.indices[index])}.jpg"
 
     def files(self, index: int) -> tuple[Path, ...]:
-        """None: images are made in memory."""
+        """Return an empty tuple, because images are generated in memory."""
         return ()
 
     def read(self, index: int) -> Sample:
-        """Make one image. Its instances are the visible parts of the things, in one layer."""
+        """Generate one image. Its instances are the visible parts of the things, in one layer."""
         number = self.indices[index]
         drawn = draw_image(self.config.seed, number, self.config.small_share, self.config.small_diameters)
         image_id = self.config.image_id_start + number
@@ -98,11 +98,11 @@ class SyntheticReader:
         )
 
     def size_hint(self, index: int) -> int:
-        """What an image of this kind takes on average."""
+        """Return the mean size of a sample in bytes."""
         return 18_000
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """A reader of only these images."""
+        """Return a reader of the given images, in the given order."""
         return replace(self, indices=tuple(self.indices[i] for i in indices))
 
     def _key(self, number: int) -> str:
@@ -110,9 +110,9 @@ class SyntheticReader:
 
 
 def write_synthetic_coco(folder: str | Path, source: SyntheticSource) -> CocoPanopticSource:
-    """Write the set as COCO files (images, panoptic JSON and PNGs, instances JSON); returns how to read them.
+    """Write the data set as COCO files: images, panoptic JSON and PNGs, and instances JSON.
 
-    The COCO readers give the same samples as SyntheticReader.
+    Returns the source settings to read them. The COCO readers return the same samples as SyntheticReader.
     """
     root = Path(folder)
     for name in ("images", "panoptic"):
@@ -152,7 +152,7 @@ def _segments(drawn: SyntheticImage) -> tuple[Segment, ...]:
             is_crowd=False,
             area=float(areas[local_id]),
             bbox=pixel_box(drawn.seg == local_id),
-            source_id=1009 * local_id,  # spreads over two colour channels of the panoptic PNG
+            source_id=1009 * local_id,  # ids use two colour channels of the panoptic PNG
             map="seg",
         )
         for local_id, name in enumerate(drawn.names, start=1)

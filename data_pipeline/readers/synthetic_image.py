@@ -1,4 +1,4 @@
-"""Images of the synthetic set: regions of stuff, objects that hide parts of each other, small objects on top."""
+"""Images of the synthetic data set: stuff regions, objects that hide parts of each other, and small objects on top."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES, shape_coverage, t
 from m2f.data_pipeline.sources import SyntheticSource
 
 _SIDE = (128, 192)
-"""Least and largest height and width in pixels: small enough to train on a CPU in minutes."""
+"""Smallest and largest height and width in pixels, small enough to train on a CPU in minutes."""
 _OBJECTS = (4, 12)
-"""Least and largest number of objects, some of which find no place."""
+"""Smallest and largest number of objects. Some of them may not find a place."""
 _REGIONS = (1, 3)
-"""Least and largest number of regions of stuff."""
+"""Smallest and largest number of stuff regions."""
 _LARGE = (30.0, 60.0)
-"""Diameters in pixels of objects that are not small."""
+"""Smallest and largest diameter in pixels of objects that are not small."""
 _TILT = 0.15
-"""Shapes are turned by at most this angle in radians: enough to vary, little enough to learn in minutes."""
+"""Largest rotation of shapes in radians: enough to vary, and little enough to learn in minutes."""
 _OVERLAP_SHARE = 0.7
-"""Share of large objects that are placed across the edge of an earlier one."""
+"""Share of large objects that are placed across the edge of an earlier object."""
 _MIN_VISIBLE = 0.4
-"""Every object keeps at least this share of its pixels."""
+"""Smallest visible share of the pixels of each object."""
 _TRIES = 30
-"""Places that are tried for an object before it is left out."""
+"""Number of places that are tried for an object before it is left out."""
 _MIN_CONTRAST = 110.0
-"""Euclidean RGB distance between an object and the mean of what it covers."""
+"""Smallest Euclidean RGB distance between the colour of an object and the mean colour of the pixels it covers."""
 _GROUND = ((20.0, 60.0), (45.0, 80.0))
-"""Brightness of a texture's darker tone, and how much brighter its other tone is."""
+"""Range of the brightness of a texture's darker tone, and range of the difference to its brighter tone."""
 _TINT = 20.0
-"""Largest deviation of a tone's channels from grey."""
+"""Largest deviation of the channels of a tone from grey."""
 _RIM = 0.2
-"""Brightness of an object's rim as a share of its fill's."""
+"""Brightness of an object's rim as a share of the brightness of its fill."""
 _NOISE = 3.0
 """Standard deviation of the noise in grey levels."""
 
 
 @dataclass(frozen=True)
 class SyntheticImage:
-    """A drawn image with its truth. Every pixel belongs to a segment; segment i has local id i + 1."""
+    """A generated image with its ground truth. Each pixel belongs to a segment; segment i has local id i + 1."""
 
     image: np.ndarray
-    """[H, W, 3] uint8 RGB"""
+    """[H, W, 3] uint8 RGB."""
     seg: np.ndarray
-    """[H, W] uint8 local ids"""
+    """[H, W] uint8 local ids."""
     names: tuple[str, ...]
-    """Shape or texture of every segment."""
+    """Shape or texture of each segment."""
     hidden: tuple[float, ...]
-    """Share of every segment's pixels that later objects hide; 0 for stuff."""
+    """Share of each object's pixels that later objects hide; 0 for stuff."""
     diameters: tuple[float, ...]
-    """Drawn diameter of every object; 0 for stuff."""
+    """Diameter of each object in pixels as drawn at random; 0 for stuff."""
 
 
 @dataclass
@@ -59,15 +59,15 @@ class _Canvas:
     """An image under construction."""
 
     image: np.ndarray
-    """[H, W, 3] float32"""
+    """[H, W, 3] float32 RGB."""
     seg: np.ndarray
-    """[H, W] uint8, ids from 1"""
+    """[H, W] uint8 ids from 1."""
     names: list[str]
     full_areas: list[int]
-    """Pixels of every object before anything hid it; 0 for stuff."""
+    """Pixels of each object before later objects hide some of them; 0 for stuff."""
     diameters: list[float]
     centers: list[tuple[float, float]] = field(default_factory=list)
-    """x, y of the objects so far"""
+    """x and y of the objects so far."""
 
 
 def draw_image(
@@ -76,23 +76,23 @@ def draw_image(
     small_share: float = SyntheticSource.small_share,
     small_diameters: tuple[float, float] = SyntheticSource.small_diameters,
 ) -> SyntheticImage:
-    """Draw one image: a pure function of its arguments, of which the last two are as in SyntheticSource."""
+    """Generate one image, a pure function of the arguments. The last two are settings of SyntheticSource."""
     random = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
     canvas = _draw_ground(random)
     count = int(random.integers(_OBJECTS[0], _OBJECTS[1] + 1))
     num_small = int(random.binomial(count, small_share))
     for _ in range(count - num_small):
         _add_object(canvas, random.uniform(*_LARGE), random)
-    for _ in range(num_small):  # last, so that none of them is hidden
+    for _ in range(num_small):  # last, so that they are not hidden
         _add_object(canvas, random.uniform(*small_diameters), random)
     return _finish(canvas, random)
 
 
 def _draw_ground(random: np.random.Generator) -> _Canvas:
-    """Regions around random points, each with a texture of its own in two greyish tones.
+    """Return a canvas with regions around random points, each with a different texture in two greyish tones.
 
-    Objects are brighter and colourful, so that few images teach what is an object; which one it is, only its
-    outline tells.
+    Objects are brighter and colourful, so few images suffice to learn what an object is. Only the outline shows its
+    class.
     """
     height, width = (int(side) for side in random.integers(_SIDE[0], _SIDE[1] + 1, size=2))
     names = [str(n) for n in random.permutation(TEXTURES)[: random.integers(_REGIONS[0], _REGIONS[1] + 1)]]
@@ -111,7 +111,7 @@ def _draw_ground(random: np.random.Generator) -> _Canvas:
 
 
 def _add_object(canvas: _Canvas, diameter: float, random: np.random.Generator) -> None:
-    """Put a random shape on top where it hides no earlier object too much; leave it out where no place is found."""
+    """Add a random shape at a place where it hides no earlier object too much. If none is found, add nothing."""
     name = str(random.choice(SHAPES))
     coverage = shape_coverage(name, diameter, random.uniform(-_TILT, _TILT))
     size = len(coverage)
@@ -135,7 +135,7 @@ def _add_object(canvas: _Canvas, diameter: float, random: np.random.Generator) -
 
 
 def _propose_center(canvas: _Canvas, diameter: float, random: np.random.Generator) -> tuple[float, float]:
-    """Somewhere, or for most large objects across the edge of an earlier one."""
+    """Return a random x and y; for 70 % of the large objects, a place across the edge of an earlier object."""
     height, width = canvas.seg.shape
     if not canvas.centers or diameter < _LARGE[0] or random.random() > _OVERLAP_SHARE:
         return random.uniform(0, width), random.uniform(0, height)
@@ -169,7 +169,7 @@ def _paint(image: np.ndarray, coverage: np.ndarray, random: np.random.Generator)
 
 
 def _contrasting(color: np.ndarray, distance: float, random: np.random.Generator) -> np.ndarray:
-    """A random bright colour at least this far from another one."""
+    """Return a random bright colour with at least this RGB distance from another colour."""
     while True:
         candidate = random.permutation([random.uniform(60, 120), random.uniform(60, 255), random.uniform(220, 255)])
         if np.linalg.norm(candidate - color) >= distance:
@@ -177,7 +177,7 @@ def _contrasting(color: np.ndarray, distance: float, random: np.random.Generator
 
 
 def _finish(canvas: _Canvas, random: np.random.Generator) -> SyntheticImage:
-    """Add noise and leave out stuff that objects cover completely."""
+    """Add noise, remove stuff that objects cover completely, and return the image."""
     noisy = canvas.image + _NOISE * random.standard_normal(canvas.image.shape, np.float32)
     areas = np.bincount(canvas.seg.ravel(), minlength=len(canvas.names) + 1)[1:]
     kept = np.flatnonzero(areas)

@@ -1,4 +1,4 @@
-"""Annotations that cannot be used, as their file alone shows."""
+"""Annotations that are unusable according to their annotation file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class UnusableAnnotation:
-    """One annotation that a reader leaves out, and why."""
+    """One annotation that a reader leaves out, with the reason."""
 
     source: str
-    """The annotation file."""
+    """Path of the annotation file."""
     message: str
-    """Begins with the name of the annotation."""
+    """Name of the annotation and the reason."""
 
 
 def require_none(found: Sequence[UnusableAnnotation]) -> None:
-    """Raise one DataError that names the annotations and the remedy, where there is one."""
+    """Raise DataError, with a list of the annotations and the remedy, if there are any."""
     if not found:
         return
     listed = [f"  {entry.source}: {entry.message}" for entry in found[:_SHOWN]]

@@ -1,1 +1,1 @@
-"""Readers that give another reader's samples changed: a part of them, with a background, or in tiles."""
+"""Adaptations of readers: a part of the samples, a background class, or tiles."""

@@ -1,4 +1,4 @@
-"""Instance data with a class for everything else: a panoptic map beside the layers, for semantic training too."""
+"""Background class for instance data: adds a panoptic map, which also allows semantic training."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BackgroundReader:
-    """Samples of another reader, with a map in which later objects lie on earlier ones, above a background."""
+    """Wraps a reader of instances and adds a panoptic map with a background class to its samples.
+
+    Later objects cover earlier ones in the map.
+    """
 
     reader: Any
-    """A Reader whose samples have layers of instances only."""
+    """Wrapped Reader, whose samples have only instance layers."""
     categories: CategoryTable
 
     @classmethod
     def open(cls, reader: Reader, name: str) -> Self:
-        """Add a stuff class of this name. Raises DataError where there is one already."""
+        """Wrap a reader and add a stuff class with this name. Raises DataError if a class has this name already."""
         listed = reader.categories.categories
         if name in {category.name for category in listed}:
             raise DataError(f"datasets.<name>.background is {name}, which is a class already; choose another name")
@@ -38,38 +41,44 @@ class BackgroundReader:
 
     @property
     def keys(self) -> Sequence[str]:
-        """As in the reader below."""
+        """Return the value of the wrapped reader."""
         return self.reader.keys
 
     @property
     def unusable(self) -> Sequence[UnusableAnnotation]:
-        """As in the reader below."""
+        """Return the value of the wrapped reader."""
         return self.reader.unusable
 
     def source(self, index: int) -> str:
-        """As in the reader below."""
+        """Return the value of the wrapped reader."""
         return self.reader.source(index)
 
     def files(self, index: int) -> tuple[Path, ...]:
-        """As in the reader below."""
+        """Return the value of the wrapped reader."""
         return self.reader.files(index)
 
     def size_hint(self, index: int) -> int:
-        """As in the reader below."""
+        """Return the value of the wrapped reader."""
         return self.reader.size_hint(index)
 
     def read(self, index: int) -> Sample:
-        """One image with its map. Raises DataError where the source has a map of its own."""
+        """Read one image and add the map. Raises DataError if the source already has a map."""
         sample = self.reader.read(index)
         return replace(sample, annotation=with_background(sample.annotation, self.categories.categories[-1]))
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """A reader of only these images."""
+        """Return a reader of the given images, in the given order."""
         return replace(self, reader=self.reader.subset(indices))
 
 
 def with_background(annotation: Annotation, ground: Category) -> Annotation:
-    """The same layers and a panoptic map: objects in their order, later ones on top, the rest of the image `ground`."""
+    """Return an annotation with the same layers and a panoptic map.
+
+    Objects are painted in their order, so later ones cover earlier ones. All other pixels get the class `ground`.
+
+    Raises:
+        DataError: the annotation already has a map, or has no instance layers.
+    """
     if annotation.seg is not None or annotation.inst is None:
         raise DataError("datasets.<name>.background is for sources of instances; this one labels every pixel already")
     instances = [segment for segment in annotation.segments if segment.map == "inst"]

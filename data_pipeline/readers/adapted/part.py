@@ -1,4 +1,4 @@
-"""The training and the validation part of a source that has no split of its own."""
+"""Split of a source into a training and a validation part."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from m2f.data_pipeline.source_parts import PartConfig
 
 
 def part_indices(keys: Sequence[str], part: PartConfig) -> tuple[int, ...]:
-    """Positions of the keys that belong to this part, in order. The parts share no group and together hold all keys.
+    """Return the positions of the keys of a part, in order.
 
-    Raises DataError for a bad expression, and where there are fewer than two groups.
+    Groups are ranked by a hash. The two parts share no group and together contain all keys.
+
+    Raises:
+        DataError: the regular expression is invalid, or there are fewer than two groups.
     """
     groups = [_group(key, part.group) for key in keys]
     ranked = sorted(set(groups), key=lambda group: hashlib.sha256(group.encode()).digest())

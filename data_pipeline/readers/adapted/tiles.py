@@ -1,4 +1,4 @@
-"""Large images cut into tiles, each a sample of its own."""
+"""Cutting of large images into tiles, each of which is a sample."""
 
 from __future__ import annotations
 
@@ -26,27 +26,31 @@ if TYPE_CHECKING:
 
 
 class Tile(NamedTuple):
-    """A part of an image, or all of it."""
+    """A part of an image, or a whole image."""
 
     index: int
-    """Position in the whole data set; the image id."""
+    """Position in the whole data set, which is the image id."""
     key: str
     image: int
-    """Position of its image in the reader."""
+    """Position of the image in the wrapped reader."""
     window: tuple[int, int, int, int] | None
-    """Top, left, bottom, right in pixels; None for all of the image."""
+    """Top, left, bottom and right in pixels; None for the whole image."""
 
 
 @dataclass(frozen=True)
 class TileReader:
-    """Samples of another reader, of which those above a size come in tiles. Every tile decodes its image anew."""
+    """Wraps a reader and cuts images above a size into tiles. Each tile decodes its image again."""
 
     reader: Any
     tiles: tuple[Tile, ...]
 
     @classmethod
     def open(cls, reader: Reader, config: TileConfig) -> Self:
-        """Look at the size of every image. Raises DataError where keys of tiles clash with others."""
+        """Wrap a reader. Reads the header of each image for its size.
+
+        Raises:
+            DataError: the key of a tile is also the key of another sample.
+        """
         tiles: list[Tile] = []
         for image, key in enumerate(reader.keys):
             files = reader.files(image)
@@ -64,38 +68,38 @@ class TileReader:
 
     @property
     def categories(self) -> CategoryTable:
-        """As in the reader below."""
+        """Return the value of the wrapped reader."""
         return self.reader.categories
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Keys of tiles are NAME_yTOP_xLEFT, from the top left row by row."""
+        """Return the keys. Keys of tiles are NAME_yTOP_xLEFT, row by row from the top left."""
         return tuple(tile.key for tile in self.tiles)
 
     @property
     def unusable(self) -> Sequence[UnusableAnnotation]:
-        """As in the reader below."""
+        """Return the value of the wrapped reader."""
         return self.reader.unusable
 
     def source(self, index: int) -> str:
-        """The image and where the tile lies."""
+        """Return the origin of the image and the position of the tile."""
         tile = self.tiles[index]
         place = "" if tile.window is None else f" (tile at x {tile.window[1]}, y {tile.window[0]})"
         return f"{self.reader.source(tile.image)}{place}"
 
     def files(self, index: int) -> tuple[Path, ...]:
-        """The files of the whole image."""
+        """Return the files of the whole image."""
         return self.reader.files(self.tiles[index].image)
 
     def size_hint(self, index: int) -> int:
-        """Bytes of a tile as PNG, roughly."""
+        """Return the approximate size of a tile in bytes: 2 bytes per pixel, as PNG."""
         window = self.tiles[index].window
         if window is None:
             return self.reader.size_hint(self.tiles[index].image)
         return (window[2] - window[0]) * (window[3] - window[1]) * 2
 
     def read(self, index: int) -> Sample:
-        """One tile, as PNG, with its objects cut at its border."""
+        """Read one tile as PNG, with objects cut at its border. An image that is not cut keeps its file."""
         tile = self.tiles[index]
         sample = self.reader.read(tile.image)
         common = {"key": tile.key, "image_id": tile.index, "source": self.source(index)}
@@ -104,7 +108,7 @@ class TileReader:
         top, left, bottom, right = tile.window
         orientation = frame_orientation(read_header(sample.image), sample.height, sample.width)
         pixels = decode_rgb(sample.image, orientation)[top:bottom, left:right]
-        is_first = top == left == 0  # what was left out or mended is counted once per image
+        is_first = top == left == 0  # count left-out and repaired annotations once per image
         return replace(
             sample,
             **common,
@@ -118,7 +122,7 @@ class TileReader:
         )
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """A reader of only these tiles."""
+        """Return a reader of the given tiles, in the given order."""
         chosen = [self.tiles[i] for i in indices]
         images = sorted({tile.image for tile in chosen})
         place = {image: i for i, image in enumerate(images)}
@@ -127,14 +131,17 @@ class TileReader:
 
 
 def _cuts(length: int, side: int) -> list[tuple[int, int]]:
-    """Nearly equal intervals of at most `side` pixels."""
+    """Divide a length into nearly equal intervals of at most `side` pixels."""
     count = math.ceil(length / side)
     ends = [length * i // count for i in range(count + 1)]
     return list(pairwise(ends))
 
 
 def crop_annotation(annotation: Annotation, window: tuple[int, int, int, int]) -> Annotation:
-    """The segments within a window, numbered anew; areas and boxes are those of the remaining pixels."""
+    """Return the annotation within a window (top, left, bottom, right).
+
+    Segments get new ids. Their areas and boxes are computed from the remaining pixels. Polygons are dropped.
+    """
     top, left, bottom, right = window
     segments: list[Segment] = []
     seg = inst = None
@@ -149,7 +156,7 @@ def crop_annotation(annotation: Annotation, window: tuple[int, int, int, int]) -
 
 
 def _crop_layers(layers: np.ndarray, segments: Sequence[Segment], name: str) -> tuple[np.ndarray, list[Segment]]:
-    """Layers [Y, h, w] with new ids, and the segments that still have a pixel."""
+    """Return the used layers [Y, h, w] with new ids, and the segments that still have a pixel."""
     kept: list[Segment] = []
     own = [segment for segment in segments if segment.map == name]
     pixels = np.bincount(layers.ravel(), minlength=1 + max((segment.id for segment in own), default=0))

@@ -1,1 +1,1 @@
-"""Readers of what labelling tools export."""
+"""Readers of the export formats of labelling tools."""

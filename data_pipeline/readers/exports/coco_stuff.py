@@ -1,4 +1,4 @@
-"""COCO-Stuff pixel maps: 182 classes, things and stuff alike, without objects."""
+"""Reader of COCO-Stuff pixel maps: 182 classes, both things and stuff, without separate objects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _VOID = 255
 
 
 def open_coco_stuff(source: CocoStuffSource, max_pixels: int) -> MapReader:
-    """Reader of `stuffthingmaps`: a pixel is the class id minus 1. Id 0 of labels.txt is `unlabeled`, void here."""
+    """Return the reader of `stuffthingmaps`. A pixel value is the class id minus 1.
+
+    Id 0 of labels.txt, `unlabeled`, is not a class; value 255 is void. Raises DataError if files are missing.
+    """
     images, labels = require_folder(source.images), require_folder(source.labels)
     rows = [row for row in read_legend(source.label_names).categories if row.id > 0]
     categories = CategoryTable(tuple(Category(row.id, row.name, row.id <= _LAST_THING, row.color) for row in rows))

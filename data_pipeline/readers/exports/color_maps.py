@@ -1,4 +1,4 @@
-"""Folders of images and RGB maps whose colours are classes, with a legend (CamVid, CVAT, own data)."""
+"""Reader of images and RGB maps whose colours are classes, with a legend (CamVid, CVAT, your own data)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from m2f.data_pipeline.sources import ColorMapSource
 
 
 def open_color_maps(source: ColorMapSource, max_pixels: int) -> MapReader:
-    """Reader of the set. Raises DataError for files without a partner, and two classes of one colour."""
+    """Return the reader of the data set.
+
+    Raises:
+        DataError: an image or map has no partner, the legend is invalid, or two classes have the same colour.
+    """
     images, labels = require_folder(source.images), require_folder(source.labels)
     listed = read_legend(source.legend).categories
     void = {name.lower() for name in source.void}
@@ -37,13 +41,13 @@ def open_color_maps(source: ColorMapSource, max_pixels: int) -> MapReader:
 
 @dataclass(frozen=True)
 class ColorMaps:
-    """Every class that is present in an image becomes one segment."""
+    """Decoder of colour maps. Each class in an image becomes one segment."""
 
     regions: Mapping[int, Region | None]
-    """By R + 256 G + 65536 B."""
+    """Region by R + 256 G + 65536 B; None for void."""
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """A segment per class present."""
+        """Return one segment for each class in the map."""
         return partition(
             read_color_map(maps[0], max_pixels), self._classify, maps[0], "(R, G, B) are not in the legend; add them"
         )

@@ -1,4 +1,4 @@
-"""CVAT for images 1.1: an XML file with the shapes of all images."""
+"""Reader of `CVAT for images 1.1`: an XML file with the shapes of all images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ from m2f.data_pipeline.sources import CvatSource
 
 
 def open_cvat(source: CvatSource, max_pixels: int) -> CocoInstancesReader:
-    """Reader of the set. Shapes of one label and group are one object; shapes lie in the order of `z_order`."""
+    """Return the reader of the data set.
+
+    Shapes with the same label and group form one object. Shapes are stacked in the order of `z_order`.
+
+    Raises:
+        DataError: the XML file is invalid, is a video export, or names no class or image.
+    """
     images = require_folder(source.images)
     root = read_xml(source.annotations)
     if root.find("track") is not None:
@@ -45,7 +51,7 @@ def open_cvat(source: CvatSource, max_pixels: int) -> CocoInstancesReader:
             except DataError as error:
                 message = f"image {name}, shape {number} ({shape.tag}) {error}"
                 unusable.append(UnusableAnnotation(source.annotations, message))
-        parts.sort(key=lambda pair: pair[0])  # stable: shapes of one level keep the order of the file
+        parts.sort(key=lambda pair: pair[0])  # stable, so that shapes of one level keep the order of the file
         drawn.append(DrawnImage(name, height, width, tuple(part for _, part in parts)))
     return drawn_reader(images, categories, drawn, max_pixels, unusable)
 
@@ -75,7 +81,11 @@ def _part(shape: Element, label_ids: dict[str, int], height: int, width: int) ->
 
 
 def _mask(shape: Element, height: int, width: int) -> dict[str, object]:
-    """Runs row by row within the mask's own window, beginning with background."""
+    """Return the mask of a shape as COCO run lengths of the whole image.
+
+    CVAT writes runs row by row within the window of the mask, beginning with background. Raises DataError if they are
+    invalid.
+    """
     x, y, w, h = (whole_number(shape.attrib, name, "it") for name in ("left", "top", "width", "height"))
     runs = _numbers(shape.get("rle", ""))
     if (

@@ -1,4 +1,4 @@
-"""labelme: a JSON file per image with its shapes."""
+"""Reader of labelme exports: a JSON file per image with its shapes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,17 @@ from m2f.data_pipeline.sources import LabelmeSource
 
 _FARTHEST = 1e7
 _NO_CLASS = ("__ignore__", "_background_")
-"""Labels by which labelme's own examples mark what is no object."""
+"""Labels that labelme's examples use for regions that are not objects."""
 
 
 def open_labelme(source: LabelmeSource, max_pixels: int) -> CocoInstancesReader:
-    """Reader of all JSON files below the folder. Shapes of one label and `group_id` are one object."""
+    """Return the reader of all JSON files below the folder. Other JSON files are ignored.
+
+    Shapes with the same label and `group_id` form one object.
+
+    Raises:
+        DataError: a JSON file is invalid, or there is no class or no image.
+    """
     folder, images = require_folder(source.annotations), require_folder(source.images)
     files = [path for path in sorted(folder.rglob("*.json")) if not is_hidden_copy(path.name)]
     documents = [(path, document) for path in files if is_labelme(document := read_json(str(path)))]
@@ -56,7 +62,7 @@ def open_labelme(source: LabelmeSource, max_pixels: int) -> CocoInstancesReader:
 
 
 def is_labelme(document: Any) -> bool:
-    """Whether a JSON document is one of labelme's."""
+    """Return whether a JSON document was written by labelme."""
     return isinstance(document, dict) and isinstance(document.get("shapes"), list) and "imagePath" in document
 
 
@@ -65,7 +71,10 @@ def _shapes(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _image_name(path: Path, document: dict[str, Any], images: Path) -> str:
-    """Name relative to the images: where `imagePath` points to, or the file of that name in the folder of images."""
+    """Return the image's path relative to the folder of images.
+
+    If `imagePath` points outside that folder, only its file name is used.
+    """
     stated = PureWindowsPath(str(document["imagePath"])).as_posix()  # labelme on Windows writes backslashes
     target, root = (path.parent / stated).resolve(), images.resolve()
     name = target.relative_to(root).as_posix() if target.is_relative_to(root) else target.name

@@ -1,4 +1,4 @@
-"""Legends that tools write beside colour maps: a line per class with its name and colour, or its name alone."""
+"""Legends of colour maps: text files with one line per class, with its name and colour or only its name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ _FORMS = (
     r"(?P<id>\d+)\s*:\s*(?P<name>.+)",  # labels.txt of COCO-Stuff
 )
 _NAME = r"(?P<name>[^:,]+)"
-"""A line of labelme's class_names.txt, where no line is of another form."""
+"""A line of labelme's class_names.txt. Used only if no line of the file has another form."""
 
 
 def read_legend(path: str) -> CategoryTable:
-    """Stuff classes in the order of the lines, numbered from 0 where the lines do not say. Raises DataError."""
+    """Return stuff classes in the order of the lines. Lines without an id are numbered from 0.
+
+    Raises:
+        DataError: the file is missing, a line is invalid, or there is no class.
+    """
     require_file(path)
     lines = [line.strip() for line in read_bytes(Path(path)).decode("utf-8-sig", errors="replace").splitlines()]
     rows = [line for line in lines if line and not line.startswith("#")]
@@ -30,7 +34,7 @@ def read_legend(path: str) -> CategoryTable:
         match = next((found for form in forms if (found := re.fullmatch(form, row))), None)
         if match is None:
             if row is rows[0]:
-                continue  # the heading of a CSV
+                continue  # header line of a CSV file
             raise DataError(f"{path}: {row[:60]!r} is no class; a line is `name:r,g,b::`, `name,r,g,b` or `r g b name`")
         parts = match.groupdict()
         number = int(parts["id"]) if parts.get("id") else len(categories)

@@ -1,4 +1,4 @@
-"""Objects of labelling tools, drawn in one or several parts, as records of the reader of COCO instances."""
+"""Conversion of objects from labelling tools, drawn in one or several parts, into records of CocoInstancesReader."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from m2f.data_pipeline.readers.masks import read_rle
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 
 _MAX_PIXELS = 2**30
-"""The image's size is what an annotation file claims; masks are painted before the image is read."""
+"""Limit of height x width. The annotation file states the size, and masks are painted before the image is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectPart:
-    """A shape that an annotator drew."""
+    """A shape drawn by an annotator."""
 
     category_id: int
     shape: list[float] | dict[str, Any]
-    """A ring x, y, x, y, ... in pixels, or compressed run lengths of COCO."""
+    """A ring x, y, x, y, ... in pixels, or an RLE with COCO's compressed run lengths."""
     group: str | None = None
-    """Parts of one image with the same group and category are one object."""
+    """Parts of an image with the same group and category form one object. None makes the part an object."""
 
 
 @dataclass(frozen=True, slots=True)
 class DrawnImage:
-    """An image and its shapes, the lowest first."""
+    """An image and its shapes, from the lowest to the top."""
 
     file_name: str
-    """Relative to the folder of the images."""
+    """Path relative to the folder of images."""
     height: int
     width: int
     parts: tuple[ObjectPart, ...]
 
 
 def named_categories(names: Sequence[str]) -> CategoryTable:
-    """Things with these names, numbered from 0. Raises DataError for none, or a name given twice."""
+    """Return things with the given names and ids from 0. Raises DataError if there are none or names repeat."""
     if not names:
         raise DataError("the annotations name no class; label at least one object, or list the classes")
     require_unique(names, "names of classes")
@@ -59,7 +59,11 @@ def drawn_reader(
     max_pixels: int,
     unusable: Sequence[UnusableAnnotation],
 ) -> CocoInstancesReader:
-    """Reader of images with drawn objects. Raises DataError for no image, or file names that clash."""
+    """Return the reader of images with drawn objects.
+
+    Raises:
+        DataError: there is no image, or two images would have the same key.
+    """
     if not drawn:
         raise DataError(f"{images} holds no annotated image; the data set is empty")
     unique_keys(image.file_name for image in drawn)
@@ -73,7 +77,7 @@ def drawn_reader(
 
 
 def _join(image: DrawnImage) -> list[Mapping[str, Any]]:
-    """One COCO annotation per object, at the place of its first part."""
+    """Return one COCO annotation per object, ordered by the first part of each object."""
     objects: dict[tuple[int, str], list[ObjectPart]] = {}
     for number, part in enumerate(image.parts):
         name = f"alone {number}" if part.group is None else f"group {part.group}"
@@ -85,7 +89,7 @@ def _join(image: DrawnImage) -> list[Mapping[str, Any]]:
 
 
 def _union(shapes: list[Any], height: int, width: int) -> Any:
-    """Rings stay rings; where one part is a mask, the union of all as run lengths."""
+    """Return the union of shapes: rings unchanged if all are rings, otherwise the union as run lengths."""
     if all(isinstance(shape, list) for shape in shapes):
         return shapes
     if len(shapes) == 1:
@@ -96,9 +100,10 @@ def _union(shapes: list[Any], height: int, width: int) -> Any:
 
 
 def encode_window(mask: np.ndarray, x: int, y: int, height: int, width: int) -> dict[str, Any]:
-    """Run lengths of a mask [h, w] bool whose upper left corner lies at x, y of an image; cut at its frame.
+    """Return the RLE of a mask [h, w] bool with its upper left corner at x, y of an image. It is cut at the frame.
 
-    Raises DataError for a mask outside the frame, and an image too large to be one.
+    Raises:
+        DataError: the mask is outside the frame, or the stated size of the image exceeds 2^30 pixels.
     """
     if height * width > _MAX_PIXELS:
         raise DataError(f"belongs to an image of {width} x {height} pixels, more than {_MAX_PIXELS}")

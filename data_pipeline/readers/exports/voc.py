@@ -1,4 +1,4 @@
-"""Pascal VOC segmentation: class maps and object maps, with palettes."""
+"""Reader of Pascal VOC segmentation: class maps and object maps with palettes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ VOC_CLASSES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 _VOID = 255
-"""Borders and difficult regions."""
+"""Value of borders and difficult regions in both maps."""
 
 
 def open_voc(source: VocSource, max_pixels: int) -> MapReader:
-    """Reader of the images that have a class map (of `image_set`, if given). Class 0 is background."""
+    """Return the reader of the images in `image_set`, or of all images with a class map. Class 0 is background.
+
+    Raises:
+        DataError: an image or a map is missing, or there are none.
+    """
     images, classes = require_folder(source.images), require_folder(source.class_maps)
     objects = require_folder(source.object_maps)
     names = [category.name for category in read_legend(source.legend).categories] if source.legend else VOC_CLASSES
@@ -53,12 +57,12 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
 
 @dataclass(frozen=True)
 class VocMaps:
-    """A segment per object; the class map tells its class."""
+    """Decoder of a class map and an object map: the object map separates objects, the class map gives their class."""
 
     categories: Mapping[int, Category]
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """A segment per pair of class and object; pixels of a thing without an object are a crowd."""
+        """Return one segment for each pair of class and object. Thing pixels without an object form a crowd."""
         classes, objects = (read_index_map(path, max_pixels).astype(np.uint32) for path in maps)
         if classes.shape != objects.shape:
             raise DataError(f"{maps[1]} is of another size than {maps[0]}")

@@ -1,4 +1,4 @@
-"""XML from files that anybody may have written: a tree or one error, at bounded cost."""
+"""XML from untrusted files. Parsing has bounded cost and raises one type of error."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ MAX_XML_DEPTH = 32
 
 
 def read_xml(path: str) -> Element:
-    """Root of an XML file. Raises DataError for one that is broken, too large, too deep or declares a document type.
+    """Return the root of an XML file.
 
-    Entities that stand for others, which could grow without bound or read other files, need such a declaration.
+    Raises:
+        DataError: the file is invalid, too large, nested too deeply or declares a document type. Without such a
+            declaration there are no custom entities, which could expand without bound or read other files.
     """
     require_file(path)
     if (size := Path(path).stat().st_size) > MAX_XML_BYTES:

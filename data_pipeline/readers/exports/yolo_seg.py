@@ -1,4 +1,4 @@
-"""YOLO segmentation: a text file per image, a line per object, coordinates as shares of the image's sides."""
+"""Reader of YOLO segmentation: a text file per image, a line per object, and coordinates as shares of the sides."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from m2f.data_pipeline.sources import YoloSegSource
 
 
 def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader:
-    """Reader of the set. An image without a text file shows no object, as the format says.
+    """Return the reader of the data set. By the format's rules, an image without a text file has no object.
 
-    A line is an object. Exports join the rings of an object by lines there and back, which have no area.
+    Each line is one object. Exports connect several rings of an object by line segments there and back, which have no
+    area.
+
+    Raises:
+        DataError: the class file is invalid, or there is no image.
     """
     images, labels = require_folder(source.images), require_folder(source.labels)
     categories = read_yolo_classes(source.data_yaml)
@@ -40,9 +44,12 @@ def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader
 
 
 def read_yolo_classes(path: str) -> CategoryTable:
-    """The classes of a data.yaml: `names` as a list, or a mapping from 0 on. Raises DataError naming the file.
+    """Return the classes of a data.yaml or of a text file.
 
-    A file `.txt` has a name on each line.
+    In a YAML file, `names` is a list or a mapping with the keys 0, 1, 2, ... A `.txt` file has one name per line.
+
+    Raises:
+        DataError: the file is missing or invalid. The message names the file.
     """
     require_file(path)
     if path.endswith(".txt"):
