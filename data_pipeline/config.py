@@ -76,8 +76,8 @@ class LargeScaleJitter(Section):
     """Largest random scale. Scales are drawn uniformly between `min_scale` and `max_scale`."""
     shrink: Literal["area", "bilinear"] = "area"
     """Interpolation for resizing. `area`: area averaging if the image shrinks, otherwise bilinear. `bilinear`: Pillow's
-    antialiased interpolation, which gives the official code's pixels. It resizes the whole image before the crop, which
-    is slower."""
+    antialiased interpolation, equal to the official code pixel for pixel. It resizes the whole image before the crop,
+    which is slower."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -232,7 +232,7 @@ class DataConfig(Section):
     replaced by the next good sample of the order. 0 stops at the first."""
     accept_changes: bool = False
     """Resume although data sets, weights, filters, seed, chunk_mb, lanes or window have changed. The new order then
-    starts at its first position. False refuses to resume."""
+    starts at its first position. False refuses to resume after such a change."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ class OutageError(StorageError):
 
 
 class AccessDeniedError(StorageError):
-    """Raised if the store denies these credentials access."""
+    """Raised if the store denies access with the current credentials."""
 
 
 class MissingObjectError(StorageError):

@@ -60,7 +60,7 @@ class CocoPanopticSource(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CocoInstancesSource(Section):
-    """COCO instances format: polygons, or compressed or uncompressed RLE. Overlapping objects are kept, in layers."""
+    """COCO instances format: polygons, or compressed or uncompressed RLE. Overlapping objects are stored in layers."""
 
     kind: Literal["coco_instances"] = "coco_instances"
     images: str
@@ -85,7 +85,7 @@ class LabelMapSource(Section):
     void: tuple[int, ...] = (255,)
     """Pixel values without a label."""
     suffix: str = ""
-    """Suffix that the stem of a map has after the stem of its image, for example `_mask`."""
+    """Text between the image's stem and the extension of its map. With `_mask`, `a.jpg` belongs to `a_mask.png`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ class ColorMapSource(Section):
     void: tuple[str, ...] = ("void", "unlabeled", "unlabelled")
     """Names in the legend that are not classes; case is ignored. Their pixels have no label."""
     suffix: str = ""
-    """Suffix that the stem of a map has after the stem of its image, for example `_L`."""
+    """Text between the image's stem and the extension of its map. With `_L`, `a.png` belongs to `a_L.png`."""
 
 
 @dataclass(frozen=True, kw_only=True)

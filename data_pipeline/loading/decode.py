@@ -64,11 +64,11 @@ RawBatch = tuple[RawExample | None, ...]
 """A micro-batch before decoding; None is a filler."""
 
 BatchResult = Batch | RawBatch | UserError
-"""A batch. If samples are unusable, the raw batch with errors in their place. UserError for an error that ends it."""
+"""A batch, or the raw batch with errors in place of its unusable samples, or an error that ends loading."""
 
 
 class MicroBatchDataset(Dataset[BatchResult]):
-    """Decodes, augments and collates raw batches. Errors are returned, because torch would change their type."""
+    """Decodes, augments and collates raw batches. Errors are returned, because torch would change a raised error."""
 
     def __init__(self, transforms: Sequence[TrainTransform]) -> None:
         self._transforms = transforms  # of every data set

@@ -208,7 +208,7 @@ def stack_layers(
 
 def pixel_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """Return x, y, width and height of the bounding box of a mask [H, W] bool or uint8; zeros for an empty mask."""
-    if mask.flags.f_contiguous:  # masks of pycocotools are
+    if mask.flags.f_contiguous:  # true for masks of pycocotools
         y, x, height, width = cv2.boundingRect(mask.T.view(np.uint8))
     else:
         x, y, width, height = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))

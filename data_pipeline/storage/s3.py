@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 FIRST_CONTACT_S = 20.0
 """Seconds to retry a store that has never answered. Its endpoint is probably wrong, so longer waits are useless."""
 _CONNECT_TIMEOUT_S = 10.0
-"""Seconds after which a host that accepts no connection counts as unreachable; a shorter read timeout applies to both.
-The same limit applies to the first answer of a store."""
+"""Seconds to wait for a connection. A shorter storage.read_timeout_s takes precedence. The same limit applies to
+responses until the store has answered once."""
 _SAY_S = 60.0
 """Seconds between two lines about waiting requests."""
 _ANSWERED: set[str | None] = set()
@@ -313,7 +313,7 @@ def _make_client(config: StorageConfig, connect_timeout_s: float, read_timeout_s
         retries={"total_max_attempts": 1, "mode": "standard"},
         s3={"addressing_style": "path" if _endpoint(config) else "auto"},
     )
-    # An own session, because creating boto3's default session is not thread-safe.
+    # A separate session, because creating boto3's default session is not thread-safe.
     session = boto3.session.Session()
     return session.client("s3", endpoint_url=config.endpoint_url, region_name=config.region, config=options)
 
@@ -349,7 +349,7 @@ def _read_body(response: Any) -> bytes:
 
 
 def _check_range(url: str, response: Any, offset: int, length: int) -> None:
-    """Check the range of a response. A too short object raises StorageError, because a retry cannot succeed."""
+    """Check the range of a response. If the object is too short, raise StorageError, since a retry cannot succeed."""
     total = re.search(r"/(\d+)$", response.get("ContentRange", ""))
     if total and offset + length > int(total[1]):
         raise StorageError(
