@@ -66,7 +66,7 @@ class TrainState:
 
     @staticmethod
     def from_json(data: bytes, source: str) -> TrainState:
-        """Parse the content of `state.json`. Raises CheckpointError with the name `source`."""
+        """Parse the content of `state.json`. Raises CheckpointError naming `source`."""
         try:
             content = parse_json(data)
             losses = content.pop("losses", {"recent": ()})  # states of version 0.1.0 have none

@@ -55,7 +55,7 @@ def evaluated_classes(
 ) -> EvaluatedClasses:
     """Match a data set's table with the classes of a model for `task`; None: the model has the data set's classes.
 
-    Raises DataError with the differing rows of both tables if they contradict each other.
+    Raises DataError showing the differing rows of both tables if they contradict each other.
     """
     own = table.for_task(task)
     if model_classes is None:

@@ -53,7 +53,7 @@ _MakeOverlays = Callable[[], tuple[Overlay, Overlay]]
 
 
 def image_outputs(batch: EvalBatch, predictions: Predictions, layer: int = -1) -> Iterator[ImageOutput]:
-    """Yield one layer's predictions by image. Raises EvaluationError with the image if its output is not finite."""
+    """Yield one layer's predictions by image. Raises EvaluationError naming the image if its output is not finite."""
     height, width = batch.images.shape[-2:]
     for row, sample in enumerate(batch.samples):
         resized_height, resized_width = batch.sizes[row].tolist()
@@ -68,7 +68,7 @@ def image_outputs(batch: EvalBatch, predictions: Predictions, layer: int = -1) -
 
 
 def check_finite(sample: DecodedSample, tensors: Iterable[Tensor]) -> None:
-    """Raise EvaluationError with the image if the model's output for it is not finite."""
+    """Raise EvaluationError naming the image if the model's output for it is not finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise EvaluationError(
             f"image {sample.image_id} ({sample.source}): the model's output is not finite; "

@@ -22,7 +22,7 @@ from m2f.eval.metrics.rle import encode_masks
 def panoptic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> PanopticTruth:
     """Return the partition with all of its segments, including crowds, in the order of the annotation.
 
-    `labels` maps category ids to classes. Raises EvaluationError with the image if the sample has no partition.
+    `labels` maps category ids to classes. Raises EvaluationError naming the image if the sample has no partition.
     """
     id_map = _partition(sample, "panoptic quality")
     segments = {

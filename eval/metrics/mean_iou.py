@@ -69,7 +69,7 @@ class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
         super().__init__(ConfusionRecord, settings if void is None else {**settings, "void": void})
 
     def update(self, image_id: int, truth: np.ndarray, predicted: np.ndarray) -> None:
-        """Count one image: label maps [H, W]. Raises EvaluationError with the image for wrong sizes or labels."""
+        """Count one image: label maps [H, W]. Raises EvaluationError naming the image for wrong sizes or labels."""
         if truth.shape != predicted.shape:
             raise EvaluationError(
                 f"image {image_id}: the truth has the shape {truth.shape}, the prediction {predicted.shape}"

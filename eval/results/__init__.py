@@ -1,1 +1,1 @@
-"""The numbers of an evaluation, computed from metric states."""
+"""Results of an evaluation, computed from metric states."""

@@ -1,7 +1,7 @@
-"""Metrics that are computed only where `evaluation.extra_metrics` asks for them, under names of their own, in per cent.
+"""Metrics that are computed only if `evaluation.extra_metrics` requests them; in per cent, with names of their own.
 
-boundary_*: Boundary PQ and Boundary AP. box_*: AP of boxes. class_agnostic_*: recall of instances as if there were
-one class. cityscapes_*: AP, IoU and iIoU as that benchmark defines them.
+boundary_*: Boundary PQ and Boundary AP. box_*: AP of boxes. class_agnostic_*: recall of instances with all classes as
+one. cityscapes_*: AP, IoU and iIoU as the Cityscapes benchmark defines them.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from m2f.eval.metrics.cityscapes_iou import CityscapesIoU
 from m2f.eval.metrics.panoptic_quality import PanopticQuality
 
 Numbers = dict[str, float | None]
-"""None where a number is undefined."""
+"""Values by name; None for an undefined value."""
 
 
 class Group(NamedTuple):
-    """What one table shows."""
+    """Content of one table."""
 
     title: str
     prefix: str
-    """What metrics have in front of the names here."""
+    """Prefix of the metrics' full names."""
     numbers: Numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraResults:
-    """None for what was not asked for."""
+    """Results of the extra metrics; None for those that were not requested."""
 
     boundary_panoptic: PanopticQuality | None = None
     boundary_instance: AveragePrecision | None = None
@@ -40,7 +40,7 @@ class ExtraResults:
     cityscapes_semantic: CityscapesIoU | None = None
 
     def groups(self) -> list[Group]:
-        """The numbers of every metric that was asked for."""
+        """Return the values of every requested metric."""
         groups: list[Group] = []
         if self.boundary_panoptic is not None:
             groups.append(Group("boundary", "boundary_", _panoptic_numbers(self.boundary_panoptic)))
@@ -70,11 +70,11 @@ class ExtraResults:
         return groups
 
     def metrics(self) -> Numbers:
-        """All numbers by name."""
+        """Return all values by full name."""
         return {f"{g.prefix}{name}": value for g in self.groups() for name, value in g.numbers.items()}
 
     def of_class(self, category: Category, label: int, thing_label: int | None) -> Numbers:
-        """Numbers of one category, which is class `label` of the panoptic task, `thing_label` of the instance task."""
+        """Return the values of one category: class `label` of the panoptic task, `thing_label` of the instance task."""
         row: Numbers = {}
         if self.boundary_panoptic is not None:
             quality = self.boundary_panoptic.per_class[label]
@@ -103,7 +103,7 @@ def _panoptic_numbers(result: PanopticQuality) -> Numbers:
 
 
 def _defined(value: float) -> float | None:
-    """Per cent of one of COCO's numbers, which are -1 where nothing is annotated."""
+    """Convert one of COCO's values, which are -1 without annotations, to per cent; None for -1."""
     return None if value < 0 else 100 * value
 
 

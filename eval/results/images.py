@@ -1,7 +1,7 @@
-"""What every image contributed to PQ, AP and mIoU, as one parquet file beside the results.
+"""Contribution of every image to PQ, AP and mIoU, as one parquet file beside the results.
 
-Its first columns are for people: the id of the image and its own PQ, AP and mIoU in per cent, None where nothing in it
-counts. The lists behind them are its match records, from which `m2f compare` draws image sets for intervals.
+The first columns are for readers: the id of the image and its own PQ, AP and mIoU in per cent, None if nothing in it
+counts. The columns of lists after them are match records, from which `m2f compare` resamples images for intervals.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from m2f.eval.metrics.resampled import (
 
 IMAGES_FILE = "images.parquet"
 _AT_ONCE = 256
-"""Images whose own figures are computed at once."""
+"""Number of images whose own values are computed at once."""
 _ImagesT = TypeVar("_ImagesT", PanopticImages, InstanceImages, SemanticImages)
 
 
@@ -40,13 +40,13 @@ class ImageRecords:
     """Records of all images of one evaluated set; None for a task that was not evaluated."""
 
     image_ids: np.ndarray
-    """[I] int64, ascending."""
+    """[I] int64, in ascending order."""
     panoptic: PanopticImages | None = None
     instance: InstanceImages | None = None
     semantic: SemanticImages | None = None
 
     def resampled(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """PQ, AP and mIoU [draws] in per cent of draws with these weights [images, draws]; NaN where undefined."""
+        """Return PQ, AP and mIoU [draws] in per cent for draws with weights [images, draws]; NaN if undefined."""
         values: dict[str, np.ndarray] = {}
         if self.panoptic is not None:
             values["PQ"] = 100 * panoptic_qualities(self.panoptic, weights)
@@ -57,7 +57,7 @@ class ImageRecords:
         return values
 
     def own_values(self) -> dict[str, np.ndarray]:
-        """PQ, AP and mIoU [I] in per cent of every image by itself; NaN where nothing in it counts."""
+        """Return PQ, AP and mIoU [I] of every single image in per cent; NaN if nothing in it counts."""
         values: dict[str, np.ndarray] = {}
         if self.panoptic is not None:
             values["PQ"] = 100 * _one_by_one(self.panoptic, panoptic_qualities)
@@ -71,7 +71,7 @@ class ImageRecords:
 def image_records(
     panoptic: PanopticQualityState | None, instance: AveragePrecisionState | None, semantic: MeanIoUState | None
 ) -> ImageRecords:
-    """The records of complete states, which hold the same images."""
+    """Return the records of complete states, which all hold the same images."""
     held = [state for state in (panoptic, instance, semantic) if state is not None]
     return ImageRecords(
         image_ids=np.array(held[0].image_ids if held else [], dtype=np.int64),
@@ -82,7 +82,7 @@ def image_records(
 
 
 def image_table(records: ImageRecords, names: Mapping[int, str] | None = None) -> bytes:
-    """The parquet file; `names` adds what every image is called, by its id."""
+    """Return the parquet file. `names` adds a column with the name of every image, by image id."""
     columns: dict[str, np.ndarray | Ragged] = {"image_id": records.image_ids}
     if names is not None:
         columns["name"] = np.array([names[i] for i in records.image_ids.tolist()], dtype=object)
@@ -94,7 +94,7 @@ def image_table(records: ImageRecords, names: Mapping[int, str] | None = None) -
 
 
 def read_image_records(payload: bytes) -> ImageRecords:
-    """What `image_table` wrote. Raises EvaluationError for anything else."""
+    """Parse the output of `image_table`. Raises EvaluationError for any other content."""
     try:
         columns = read_table_bytes(payload)
         return ImageRecords(
@@ -118,7 +118,7 @@ def _from_columns(kind: type[_ImagesT], task: str, columns: Mapping[str, np.ndar
 
 
 def _of(kind: type[_ImagesT], state: MetricState) -> _ImagesT:
-    """Columns of a state's records; of those by area the first, which is that of all areas."""
+    """Return the columns of a state's records; of columns by area range, only the first range (all areas)."""
     columns = {}
     for one in fields(kind):
         values = state.rows(one.name)
@@ -133,7 +133,7 @@ def _semantic_images(state: MeanIoUState) -> SemanticImages:
 
 
 def _one_by_one(images: _ImagesT, metric: Callable[[_ImagesT, np.ndarray], np.ndarray]) -> np.ndarray:
-    """A metric of every image by itself [I]."""
+    """Return a metric of every single image: [I]."""
     columns = {one.name: getattr(images, one.name) for one in fields(images)}
     count = len(next(iter(columns.values())).counts)
     found = []

@@ -1,6 +1,6 @@
-"""Results of one evaluation: as JSON, as headline metrics for a tracker, and as a table for a terminal.
+"""Results of one evaluation: as JSON, as metrics for experiment tracking, and as a table for a terminal.
 
-Everything here is in per cent, as papers print it; the metric modules themselves compute shares.
+All values here are in per cent, as in papers; the metric modules compute shares.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from m2f.model.counted import counted
 
 Number = float | int | None
 CLASS_DETAILS = ("AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""Numbers by class that the JSON file and the page have, for which a terminal is too narrow."""
+"""Values by class in the JSON file and the page; a terminal is too narrow for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSubject:
-    """What was evaluated on what."""
+    """What was evaluated, and on which data."""
 
     dataset: str
-    """Name under `datasets`."""
+    """Name of the data set under `datasets`."""
     name: str | None = None
-    """Of the evaluation set, where it is not the data set's."""
+    """Name of the evaluation set, if it differs from that of the data set."""
     fingerprint: str
-    """Of the data set's manifest."""
+    """Fingerprint of the data set's manifest."""
     subset: str | None = None
-    """How the images were chosen, for example `first 500 of 5000`; None = all of them."""
+    """How the images were chosen, such as `first 500 of 5000`; None: all of them."""
     classes: str | None = None
-    """Which classes are left out because the model or the data set lacks them; None: both have the same."""
+    """Classes that are left out because the model or the data set lacks them; None: both have the same classes."""
     test_time: str | None = None
-    """How images went through the model, where not in one pass of the whole image."""
+    """How the model processed the images; None for one pass of the whole image."""
     step: int | None = None
-    """Optimizer step of the checkpoint; None for weights that are not a checkpoint."""
+    """Optimizer step of the checkpoint; None for weights without a checkpoint."""
     settings: EvaluationSettings | None = None
-    """What else decides the numbers; None where only one way is known."""
+    """Other settings that determine the results; None if they are not known."""
 
     @property
     def label(self) -> str:
-        """What the results are called."""
+        """Name of the results."""
         return self.name or self.dataset
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResults:
-    """Everything that one evaluation found; None for a task that was not requested."""
+    """All results of one evaluation; None for a task that was not requested."""
 
     subject: EvaluationSubject
     categories: CategoryTable
@@ -67,11 +67,11 @@ class EvaluationResults:
     segments: SegmentErrors | None = None
     errors: ErrorCosts | None = None
     pixels: np.ndarray | None = None
-    """[K truth, K predicted] int64 of the semantic task."""
+    """[K truth, K predicted] int64: pixels of the semantic task."""
     extra: ExtraResults = field(default_factory=ExtraResults)
 
     def metrics(self) -> dict[str, float | None]:
-        """Every number of the set in per cent, under names that MLflow accepts; None where it is undefined."""
+        """Return every metric of the set in per cent, with names that MLflow accepts; None if undefined."""
         values: dict[str, float | None] = {}
         if self.panoptic is not None:
             splits = (("", self.panoptic.all), ("_th", self.panoptic.things), ("_st", self.panoptic.stuff))
@@ -85,11 +85,11 @@ class EvaluationResults:
         return values | self.extra.metrics()
 
     def headline(self, prefix: str = "val") -> dict[str, float]:
-        """The defined numbers as `prefix/PQ`, `prefix/PQ_th`, `prefix/AP`, `prefix/mIoU` and so on, in per cent."""
+        """Return the defined metrics in per cent as `prefix/PQ`, `prefix/PQ_th`, `prefix/AP`, `prefix/mIoU` etc."""
         return {f"{prefix}/{name}": value for name, value in self.metrics().items() if value is not None}
 
     def per_class(self) -> list[dict[str, Any]]:
-        """One row per category with the numbers of the requested tasks; None where a class does not occur."""
+        """Return one row per category with the values of the requested tasks; None if a class does not occur."""
         only_things = self.panoptic is None and self.semantic is None
         labels = self.categories.labels("panoptic")
         thing_labels = self.categories.labels("instance")
@@ -112,7 +112,7 @@ class EvaluationResults:
         return rows
 
     def to_json(self) -> str:
-        """The content of results.json."""
+        """Return the content of results.json."""
         content = {
             "unit": "per cent",
             **asdict(self.subject),
@@ -136,7 +136,7 @@ class EvaluationResults:
         return counts
 
     def table(self, per_class: bool = True) -> str:
-        """The results as plain text, at most about 100 columns wide."""
+        """Return the results as plain text, at most about 100 columns wide."""
         metrics = self.metrics()
         blocks = [self._title()]
         if self.panoptic is not None:
@@ -196,7 +196,7 @@ def _semantic(result: MeanIoU) -> dict[str, float | None]:
 
 
 def _defined(value: float) -> float | None:
-    """Per cent of one of COCO's numbers, which are -1 where nothing is annotated."""
+    """Convert one of COCO's values, which are -1 without annotations, to per cent; None for -1."""
     return None if value < 0 else 100 * value
 
 
@@ -205,7 +205,7 @@ def _percent(share: float | None) -> float | None:
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Lines of aligned columns: words to the left, numbers to the right; `-` for None."""
+    """Return lines with aligned columns: text to the left, numbers to the right, `-` for None."""
     cells = [list(head), *([_cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     words = [all(isinstance(row[i], str) for row in rows) for i in range(len(head))]

@@ -1,4 +1,4 @@
-"""What besides weights and data decides the numbers of an evaluation."""
+"""Settings that determine the results of an evaluation, besides weights and data."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _FIRST = {"shrink": "area", "precision": "fp32"}
-"""What there was alone when the first results were named: no part of their digests."""
+"""Former fixed values of settings. They are left out of digests, so that digests of older results stay valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Settings of one evaluated set, as they are stored with its results."""
+    """Settings of one evaluated set, as stored with its results."""
 
     tasks: tuple[str, ...]
     extra_metrics: tuple[str, ...]
@@ -22,19 +22,19 @@ class EvaluationSettings:
     max_size: int
     shrink: str = "area"
     precision: str = "fp32"
-    """Numbers of the forward pass."""
+    """Number format of the forward pass."""
     batch_size: int
     limit: int | None
     test_time: Mapping[str, Any]
-    """Form of test-time augmentation, with its settings."""
+    """Kind of test-time augmentation, with its settings."""
     postprocess: Mapping[str, Any]
-    """Thresholds of `model.postprocess`."""
+    """Thresholds in `model.postprocess`."""
     weights: str | None
-    """SHA-256 of the weights as the checkpoint's manifest states it; None for weights that are no checkpoint's."""
+    """SHA-256 of the weights from the checkpoint's manifest; None for weights without a checkpoint."""
 
     @property
     def digest(self) -> str:
-        """Eight hexadecimal digits that name these settings, equal for equal settings."""
+        """Eight hexadecimal digits that identify these settings."""
         values = asdict(self)
         for name, value in _FIRST.items():
             if values[name] == value:

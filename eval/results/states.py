@@ -1,4 +1,4 @@
-"""The states of all tasks of one evaluation together, with its panels: what an actor returns and a driver merges."""
+"""Metric states of all tasks of one evaluation with its panels: returned by actors and merged by the driver."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class EvaluationStates:
     instance: AveragePrecisionState | None = None
     semantic: MeanIoUState | None = None
     segments: SegmentErrorState | None = None
-    """Of the panoptic task, else of the instance task; None where neither is requested."""
+    """Segment errors of the panoptic task, else of the instance task; None if neither is requested."""
     errors: ErrorState | None = None
-    """Of the same task."""
+    """Error types of the same task."""
     boundary_panoptic: PanopticQualityState | None = None
     boundary_instance: AveragePrecisionState | None = None
     box_instance: AveragePrecisionState | None = None
@@ -61,7 +61,7 @@ class EvaluationStates:
 
     @classmethod
     def empty(cls, categories: CategoryTable, tasks: Collection[Task], extra: Collection[ExtraMetric] = ()) -> Self:
-        """States without an image of these tasks, and of the extra metrics that judge them."""
+        """Return empty states for these tasks, and for the extra metrics that apply to them."""
         things, classes = (categories.for_task(task) for task in ("instance", "panoptic"))
         is_thing = [c.is_thing for c in classes]
         of_segments: Task | None = next((task for task in ("panoptic", "instance") if task in tasks), None)
@@ -89,18 +89,18 @@ class EvaluationStates:
         return states
 
     def metric_states(self) -> dict[str, MetricState]:
-        """The states by name: those of tasks, that of segments and those of extra metrics."""
+        """Return the states by name: those of tasks, segments, errors and extra metrics."""
         states = {name: getattr(self, name) for name in _STATE_TYPES}
         return {task: state for task, state in states.items() if state is not None}
 
     @property
     def image_ids(self) -> tuple[int, ...]:
-        """Images that every requested task has seen, ascending."""
+        """Images that every state contains, in ascending order."""
         seen = [set(state.image_ids) for state in self.metric_states().values()]
         return tuple(sorted(set.intersection(*seen))) if seen else ()
 
     def merge(self, other: Self) -> None:
-        """Take over the images of another evaluation of the same tasks. Raises EvaluationError if the two disagree."""
+        """Add the images of another evaluation of the same tasks. Raises EvaluationError if the two disagree."""
         mine, theirs = self.metric_states(), other.metric_states()
         if mine.keys() != theirs.keys():
             raise EvaluationError(f"cannot merge evaluations of {sorted(mine)} and of {sorted(theirs)}")
@@ -109,12 +109,12 @@ class EvaluationStates:
         self.panels |= other.panels
 
     def spill(self, folder: Path, above: int) -> None:
-        """Move what a metric holds to files under `folder`, where it is more than so many bytes; see `MetricState`."""
+        """Move the records of every metric with more than `above` bytes to files under `folder`, see `MetricState`."""
         for name, state in self.metric_states().items():
             state.spill(folder / name, above)
 
     def compute(self, categories: CategoryTable, subject: EvaluationSubject) -> EvaluationResults:
-        """Reduce every state."""
+        """Compute the results of every state."""
         return EvaluationResults(
             subject=subject,
             categories=categories,
@@ -133,7 +133,7 @@ class EvaluationStates:
         return ExtraResults(**{name: state.compute() for name in names if (state := getattr(self, name)) is not None})
 
     def to_bytes(self) -> bytes:
-        """Everything as one npz file without pickles; equal states give equal bytes."""
+        """Return everything as one npz file without pickles. Equal states give equal bytes."""
         parts = {f"state.{task}": state.to_bytes() for task, state in self.metric_states().items()}
         parts |= {f"panel.{image_id}": self.panels[image_id] for image_id in sorted(self.panels)}
         buffer = io.BytesIO()
@@ -143,7 +143,7 @@ class EvaluationStates:
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> Self:
-        """What `to_bytes` wrote. Raises EvaluationError for anything else; never unpickles."""
+        """Restore the output of `to_bytes`. Raises EvaluationError for any other content; never unpickles."""
         states = cls()
         try:
             with np.load(io.BytesIO(payload), allow_pickle=False) as parts:
@@ -162,10 +162,10 @@ class EvaluationStates:
 
 
 def image_qualities(states: EvaluationStates) -> dict[int, float]:
-    """How good every image's prediction is, from 0 to 1, by image id: to choose pictures, not to publish.
+    """Return the quality of every image's prediction, 0 to 1, by image id: for choosing pictures, not for publication.
 
-    PQ of the image, else the share of instances that were found, else pixel accuracy; images in which nothing counts
-    are left out.
+    The quality is the PQ of the image, else its share of matched instances, else its pixel accuracy. Images in which
+    nothing counts are left out.
     """
     if states.semantic is not None and states.segments is None:
         found = {
@@ -186,7 +186,7 @@ def _pixel_accuracy(record: ConfusionRecord, num_classes: int) -> float | None:
 
 
 def check_complete(states: EvaluationStates, expected_ids: Collection[int]) -> None:
-    """Refuse to publish: raises EvaluationError unless exactly the expected images were evaluated for every task."""
+    """Check before publishing: raise EvaluationError unless every task has exactly the expected images."""
     expected = set(expected_ids)
     for task, state in states.metric_states().items():
         evaluated = set(state.image_ids)

@@ -1,7 +1,7 @@
-"""Results in the file formats of the Cityscapes benchmark.
+"""Scoring of results in the file formats of the Cityscapes benchmark.
 
-Truth is found by `*_gtFine_instanceIds.png`; a result belongs to the truth whose `<city>_<sequence>_<frame>` its name
-begins with, in whatever folder.
+Truth files are named `*_gtFine_instanceIds.png`. The name of a result starts with the `<city>_<sequence>_<frame>` of
+its truth; it may be in any folder.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ TRUTH_ENDING = "_gtFine_instanceIds.png"
 def cityscapes_instance_scoring(
     truth: Path, predictions: Path
 ) -> Scoring[tuple[Path, Path], CityscapesRecord, CityscapesAP]:
-    """Instance AP. A result is a text file with lines `MASK LABEL_ID SCORE`; masks are relative to it, non-zero inside.
+    """Prepare instance AP. A result is a text file with lines `MASK LABEL_ID SCORE`.
 
-    Raises EvaluationError for missing and ambiguous files.
+    Paths of masks are relative to the text file; pixels of an instance are non-zero. Raises EvaluationError for missing
+    and ambiguous files.
     """
     pairs = _pairs(truth, predictions, ".txt")
     return Scoring(
@@ -51,7 +52,7 @@ def cityscapes_instance_scoring(
 def cityscapes_semantic_scoring(
     truth: Path, predictions: Path
 ) -> Scoring[tuple[Path, Path], CityscapesPixels, CityscapesIoU]:
-    """IoU and iIoU of classes and categories. A result is a PNG of label ids (not train ids).
+    """Prepare IoU and iIoU of classes and categories. A result is a PNG of label ids (not train ids).
 
     Raises EvaluationError for missing and ambiguous files.
     """
@@ -60,7 +61,7 @@ def cityscapes_semantic_scoring(
 
 
 def _pairs(truth: Path, predictions: Path, ending: str) -> list[tuple[Path, Path]]:
-    """Truth and result of every image, in the order of the truth's paths."""
+    """Return truth and result of every image, in the order of the truth's paths."""
     require_folder(truth, "gtFine")
     require_folder(predictions, f"the results, as {ending} files")
     maps = sorted(truth.rglob(f"*{TRUTH_ENDING}"))
@@ -84,7 +85,7 @@ def _pairs(truth: Path, predictions: Path, ending: str) -> list[tuple[Path, Path
 @dataclass(frozen=True)
 class _ScoreInstances:
     root: Path
-    """Masks must be inside."""
+    """Folder that must contain all masks."""
 
     def __call__(self, pair: tuple[Path, Path]) -> CityscapesRecord:
         truth, result = pair
@@ -96,7 +97,7 @@ class _ScoreInstances:
             raise EvaluationError(f"{result}: {error}") from error
 
     def _detections(self, result: Path) -> Iterator[CityscapesDetection]:
-        """One at a time; of lines with the same mask the last stays, in the place of the first, as in the benchmark."""
+        """Yield detections one at a time. If lines share a mask, the last replaces the first, as in the benchmark."""
         by_mask = {}
         for number, line in enumerate(result.read_text().splitlines(), start=1):
             mask, label, score = _parse(line, f"{result}, line {number}")

@@ -1,4 +1,4 @@
-"""Files that `m2f score` compares: JSON and PNG, with errors that name them."""
+"""Files compared by `m2f score`: JSON and PNG, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from m2f.eval.errors import EvaluationError
 
 CATEGORIES_FILE = "categories.json"
 _PLAIN_RGB = bytes([8, 2, 0, 0, 0])
-"""Of a PNG's header: bits, colour type, compression, filter, interlace."""
+"""Bytes of a PNG header: bit depth, colour type, compression, filter, interlace."""
 MAX_PIXELS = 2**28
-"""Larger maps are refused before they are decoded."""
+"""Larger maps are rejected before decoding."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredCategory:
-    """A category of the truth's JSON."""
+    """A category in the JSON file of the truth."""
 
     id: int
     name: str
     is_thing: bool | None
-    """None where the file does not say."""
+    """None if the file does not state it."""
 
 
 def read_document(path: Path, *lists: str) -> dict[str, Any]:
-    """A JSON object with these lists. Raises EvaluationError naming the file and what is missing."""
+    """Read a JSON object with these lists. Raises EvaluationError naming the file and what is missing."""
     document = read_json(path)
     if isinstance(document, list):
         raise EvaluationError(
@@ -50,20 +50,20 @@ def read_document(path: Path, *lists: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file. Raises EvaluationError naming it."""
+    """Read a JSON file. Raises EvaluationError naming the file."""
     return parse_file(read_bytes(path), path)
 
 
 def parse_file(data: bytes, path: Path) -> Any:
-    """Values of the JSON that a file holds. Raises EvaluationError naming it."""
+    """Parse the JSON content of a file. Raises EvaluationError naming the file."""
     try:
         return json.loads(data)
-    except (ValueError, RecursionError) as error:  # brackets nested thousands deep are no JSON of ours
+    except (ValueError, RecursionError) as error:  # thousands of nested brackets are not valid input either
         raise EvaluationError(f"{path} is not valid JSON: {error}") from error
 
 
 def read_categories(document: Mapping[str, Any], path: Path) -> tuple[ScoredCategory, ...]:
-    """The categories of a COCO file in its order. Raises EvaluationError for an id that is missing, odd or repeated."""
+    """Return a COCO file's categories in its order. Raises EvaluationError for a missing, invalid or repeated id."""
     listed = []
     for position, entry in enumerate(document["categories"]):
         number = whole(entry, "id", f"{path}: categories[{position}]")
@@ -79,17 +79,17 @@ def read_categories(document: Mapping[str, Any], path: Path) -> tuple[ScoredCate
 
 @dataclass(frozen=True, slots=True)
 class PredictedClasses:
-    """Category ids of a file of predictions as those of the truth."""
+    """Relation between category ids of predictions and those of the truth."""
 
     truth_id: Mapping[int, int] | None
-    """By id in the predictions; None where nothing says what their ids mean: they are the truth's then."""
+    """Truth's id by the predictions' id; None if no table describes their ids, which are then those of the truth."""
     dropped: frozenset[int] = frozenset()
-    """Ids of the predictions whose classes the truth lacks: they are not scored."""
+    """Ids of the predictions whose classes the truth lacks. They are not scored."""
     note: str | None = None
-    """One line where one of the two tables lacks classes."""
+    """One line, if one of the two tables lacks classes."""
 
     def labels(self, labels: Mapping[int, int]) -> dict[int, int]:
-        """Class by category id of the predictions, given the class by category id of the truth."""
+        """Return the class by category id of the predictions, given the class by category id of the truth."""
         if self.truth_id is None:
             return dict(labels)
         return {predicted: labels[true] for predicted, true in self.truth_id.items()}
@@ -100,9 +100,9 @@ def match_predictions(
 ) -> PredictedClasses:
     """Find the classes of predictions in the truth's table by name.
 
-    Their table is the list `categories` in the file, else `categories.json` beside it, as `m2f predict` and
-    `m2f eval --dump` write it. `kinds`: whether thing and stuff are compared. Raises EvaluationError with both tables'
-    rows where they contradict each other.
+    Their table is the list `categories` in the file, else `categories.json` beside it, which `m2f predict` and
+    `m2f eval --dump` write. With `kinds`, thing and stuff are compared too. Raises EvaluationError showing the rows of
+    both tables if they contradict each other.
     """
     beside = predictions.with_name(CATEGORIES_FILE)
     if isinstance(document, dict) and isinstance(document.get("categories"), list):
@@ -133,7 +133,7 @@ def _kind(entry: Mapping[str, Any], path: Path) -> bool | None:
 
 
 def flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
-    """A field that is 0, 1, true or false; false where it is missing. Raises EvaluationError naming entry and value."""
+    """Return a field that is 0, 1, true or false; false if missing. Raises EvaluationError naming entry and value."""
     try:
         return stated_flag(entry, name, where)
     except DataError as error:
@@ -141,7 +141,7 @@ def flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
 
 
 def area_of(entry: Any, where: str) -> float:
-    """The stated area, a finite number of at least 0. Raises EvaluationError naming entry and value."""
+    """Return the stated area, a finite number of at least 0. Raises EvaluationError naming entry and value."""
     require(entry, "area", where)
     try:
         area = stated_area(entry, where)
@@ -153,7 +153,7 @@ def area_of(entry: Any, where: str) -> float:
 
 
 def whole(entry: Any, name: str, where: str) -> int:
-    """A field that is a whole number. Raises EvaluationError naming entry and value."""
+    """Return a field that is an integer. Raises EvaluationError naming entry and value."""
     try:
         return whole_number(entry, name, where)
     except DataError as error:
@@ -161,14 +161,14 @@ def whole(entry: Any, name: str, where: str) -> int:
 
 
 def require(entry: Any, name: str, where: str) -> Any:
-    """A field of a JSON object. Raises EvaluationError beginning with `where` if it is not there."""
+    """Return a field of a JSON object. Raises EvaluationError, starting with `where`, if it is missing."""
     if not isinstance(entry, dict) or name not in entry:
         raise EvaluationError(f"{where} has no `{name}`: {str(entry)[:80]}")
     return entry[name]
 
 
 def mask_file(folder: Path, entry: Any, where: str) -> Path:
-    """The file in `folder` that an annotation names. Raises EvaluationError beginning with `where`."""
+    """Return the file in `folder` that an annotation names. Raises EvaluationError, starting with `where`."""
     name = require(entry, "file_name", where)
     if (problem := key_problem(name)) is not None:
         raise EvaluationError(f"{where}: file_name {name!a:.100} {problem}; it must name a file in {folder}")
@@ -176,12 +176,12 @@ def mask_file(folder: Path, entry: Any, where: str) -> Path:
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Segment ids [H, W] of a COCO panoptic PNG. Raises EvaluationError naming the file."""
+    """Return the segment ids [H, W] of a COCO panoptic PNG. Raises EvaluationError naming the file."""
     return _read_map(path, decode_id_png, ("rgb", "rgba"), "a panoptic map is an RGB PNG, id = R + 256 G + 65536 B")
 
 
 def is_plain_id_map(path: Path) -> bool:
-    """Whether a file is a whole PNG of 8-bit RGB, not interlaced, without transparency, and within the pixel limit."""
+    """Return whether a file is a PNG of 8-bit RGB, not interlaced, without transparency and within MAX_PIXELS."""
     data = read_bytes(path)
     try:
         header = read_header(data)
@@ -192,19 +192,19 @@ def is_plain_id_map(path: Path) -> bool:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Values [H, W] of a grey or palette PNG, 8 or 16 bits. Raises EvaluationError naming the file."""
+    """Return the values [H, W] of a grey or palette PNG with 8 or 16 bits. Raises EvaluationError naming the file."""
     return _read_map(path, decode_index_png, ("gray", "palette"), "a label map is a grey or palette PNG")
 
 
 def require_folder(path: Path, what: str) -> Path:
-    """The folder itself. Raises EvaluationError if there is none."""
+    """Return the folder. Raises EvaluationError if it does not exist."""
     if not path.is_dir():
         raise EvaluationError(f"{path} is no folder; it should hold {what}")
     return path
 
 
 def some(values: Sequence[object], limit: int = 5) -> str:
-    """The first few values for a message."""
+    """Return the first few values as text for a message."""
     return ", ".join(map(str, values[:limit])) + (f" and {len(values) - limit} more" if len(values) > limit else "")
 
 
@@ -222,7 +222,7 @@ def _read_map(path: Path, decode: Callable[[bytes], np.ndarray], modes: Sequence
 
 
 def read_bytes(path: Path) -> bytes:
-    """Raises EvaluationError naming a file that cannot be read."""
+    """Read a file. Raises EvaluationError naming a file that cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Boxes of COCO's instance files: those that the files state, else those of the masks.
+"""Boxes of COCO's instance files: those stated in the files, else those of the masks.
 
-As in pycocotools, annotations have the size that they state. Detections have that of their stated box, else of their
-mask.
+As in pycocotools, annotations have the area that they state. Detections have the area of their stated box, else of
+their mask.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from m2f.eval.score.instance_files import Entry, ImageEntries, InstanceFiles
 
 
 def box_truth(image: ImageEntries, truth: InstanceTruth, files: InstanceFiles) -> BoxTruth:
-    """The boxes of the annotations of one image. Raises EvaluationError naming an annotation whose box is none."""
+    """Return the boxes of one image's annotations. Raises EvaluationError naming the annotation of an invalid box."""
     found = boxes_of_truth(truth)
     names = [files.annotation(image, i) for i in range(len(image.annotations))]
     stated = _stated(image.annotations, names)
@@ -34,7 +34,7 @@ def box_truth(image: ImageEntries, truth: InstanceTruth, files: InstanceFiles) -
 def box_detections(
     image: ImageEntries, detections: InstanceDetections, dropped: frozenset[int], files: InstanceFiles
 ) -> BoxDetections:
-    """The boxes of the results of one image but for those of the `dropped` categories; else as `box_truth`."""
+    """Return the boxes of the results of one image, without those of `dropped` categories; errors as in `box_truth`."""
     kept = [
         (i, entry)
         for i, entry in enumerate(image.results)
@@ -48,7 +48,7 @@ def box_detections(
 
 
 def _stated(entries: Sequence[Entry], names: Sequence[str]) -> np.ndarray:
-    """[N, 4] left, top, width, height; NaN where an entry states no box."""
+    """Return stated boxes [N, 4] as left, top, width, height; NaN for an entry without a box."""
     boxes = np.full((len(entries), 4), np.nan)
     for position, entry in enumerate(entries):
         box = entry.get("bbox")
@@ -58,7 +58,7 @@ def _stated(entries: Sequence[Entry], names: Sequence[str]) -> np.ndarray:
             raise EvaluationError(
                 f"{names[position]} has the bbox {str(box)[:80]}; it must be left, top, width and height in pixels"
             )
-        if any(box):  # boxes of zeros, as the official code writes them, say nothing
+        if any(box):  # boxes of zeros, as the official code writes them, carry no information
             boxes[position] = box
     return boxes
 

@@ -1,6 +1,6 @@
-"""Annotations and results of COCO's instance files, image by image, checked before anything computes with them.
+"""Annotations and results of COCO's instance files by image, validated before use.
 
-What the tools that match masks would believe unread is refused here: sizes, flags, areas, scores, classes and masks.
+Validated are sizes, flags, areas, scores, classes and masks, which the tools that match masks accept unchecked.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from m2f.eval.score.plain_results import PlainResult, as_entry, read_plain_resul
 
 Entry = dict[str, Any]
 Result = Entry | PlainResult
-"""A result as its file has it; all of one file are of one kind."""
+"""A result as read from its file. All results of a file have the same type."""
 
 
 @dataclass(frozen=True)
 class ImageEntries:
-    """The entries of one image, as the files have them."""
+    """Entries of one image, as read from the files."""
 
     id: int | str
     height: int
@@ -42,27 +42,27 @@ class ImageEntries:
 
 @dataclass(frozen=True)
 class InstanceFiles:
-    """Where entries are from, for messages."""
+    """Files that contain the entries, for messages."""
 
     truth: Path
     predictions: Path
 
     def annotation(self, image: ImageEntries, position: int) -> str:
-        """Name of an annotation."""
+        """Return a description of an annotation."""
         entry = image.annotations[position]
         own = entry.get("id", f"number {position}") if isinstance(entry, dict) else f"number {position}"
         return f"{self.truth}: image {image.id}: annotation {str(own)[:40]}"
 
     def result(self, image: ImageEntries, position: int) -> str:
-        """Name of a result."""
+        """Return a description of a result."""
         return f"{self.predictions}: image {image.id}: result {image.result_numbers[position]}"
 
 
 def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles) -> list[ImageEntries]:
-    """Every image in ascending id, with its annotations and results in the order of their files.
+    """Return every image in ascending id, with its annotations and results in the order of their files.
 
-    Annotations of images that are not listed are left out. Raises EvaluationError for images that cannot be told apart
-    or have no usable size, and for results of images that are not listed.
+    Annotations of unlisted images are left out. Raises EvaluationError for images with invalid or repeated ids or with
+    unusable sizes, and for results of unlisted images.
     """
     truth, predictions = files.truth, files.predictions
     if not isinstance(results, list):
@@ -81,7 +81,7 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
         if (image := images.get(image_id)) is not None:
             image.annotations.append(entry)
     number = 0
-    for image_id, group in itertools.groupby(results, _image_of):  # results of an image mostly follow each other
+    for image_id, group in itertools.groupby(results, _image_of):  # results of an image are mostly consecutive
         image = images.get(image_id) if isinstance(image_id, int | float | str) else None
         if image is None:
             if image_id is None:
@@ -96,21 +96,21 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
 
 
 def _image_of(result: Any) -> Any:
-    """Id of the image of a result; None where it has none."""
+    """Return the image id of a result; None if it has none."""
     if type(result) is PlainResult:
         return result.image_id
     return result.get("image_id") if isinstance(result, dict) else None
 
 
 def read_results(predictions: Path, *, with_boxes: bool) -> Any:
-    """The content of a file of results: as `PlainResult`s where boxes are not asked for and all entries are plain."""
+    """Read a file of results, as `PlainResult`s if boxes are not requested and all entries are plain."""
     data = read_bytes(predictions)
     plain = None if with_boxes else read_plain_results(data)
     return parse_file(data, predictions) if plain is None else plain
 
 
 def _listed_images(listed: Sequence[Any], truth: Path) -> dict[Any, ImageEntries]:
-    """The images without entries, by id, ascending."""
+    """Return the images without entries, by id in ascending order."""
     found: dict[Any, ImageEntries] = {}
     for number, entry in enumerate(listed):
         image_id = require(entry, "id", f"{truth}: images[{number}]")
@@ -130,7 +130,7 @@ def _listed_images(listed: Sequence[Any], truth: Path) -> dict[Any, ImageEntries
 
 
 def without_results(images: Sequence[ImageEntries], predictions: Path) -> str | None:
-    """A line about the images that have no result, which is right where nothing was found; None if all have one."""
+    """Return a line about images without results, which are valid if nothing was found; None if all have results."""
     missing = [image.id for image in images if not image.results]
     if not missing:
         return None
@@ -138,16 +138,16 @@ def without_results(images: Sequence[ImageEntries], predictions: Path) -> str | 
 
 
 class MaskPixels(NamedTuple):
-    """Pixels of the masks of one image; None where they are no sound run lengths in the form of text."""
+    """Pixels of the masks of one image; None unless all masks are valid run lengths in text form."""
 
     annotations: np.ndarray | None
-    """[G] int64"""
+    """[G] int64 pixels of the annotations."""
     results: np.ndarray | None
-    """[D] int64"""
+    """[D] int64 pixels of the results."""
 
 
 def mask_pixels(images: Sequence[ImageEntries]) -> list[MaskPixels]:
-    """Read the run lengths of some images at once, which is faster than each alone."""
+    """Read the run lengths of several images at once, which is faster than one by one."""
     sides = [side for image in images for side in (_texts(image, image.annotations), _texts(image, image.results))]
     sizes = [(image.height, image.width) for image in images for _ in range(2)]
     found: list[np.ndarray | None] = [None] * len(sides)
@@ -162,7 +162,7 @@ def mask_pixels(images: Sequence[ImageEntries]) -> list[MaskPixels]:
 
 
 def _texts(image: ImageEntries, entries: Sequence[Result]) -> list[str] | None:
-    """The run lengths of all masks; None where one has another form or size."""
+    """Return the run lengths of all masks; None if one has another form or size."""
     masks = [entry.segmentation for entry in entries if type(entry) is PlainResult]
     if len(masks) < len(entries):
         segmentations = [entry.get("segmentation") for entry in entries if isinstance(entry, dict)]
@@ -175,7 +175,7 @@ def _texts(image: ImageEntries, entries: Sequence[Result]) -> list[str] | None:
 def truth_of(
     image: ImageEntries, labels: Mapping[int, int], files: InstanceFiles, pixels: np.ndarray | None = None
 ) -> InstanceTruth:
-    """The annotations of one image; `labels`: class by category id; `pixels` of their masks where these are sound.
+    """Return the annotations of one image. `labels` maps category ids to classes; `pixels` are those of valid masks.
 
     Raises EvaluationError naming the annotation.
     """
@@ -194,7 +194,7 @@ def truth_of(
 
 
 def _areas(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
-    """[N] float64 as the annotations state them."""
+    """Return the stated areas: [N] float64."""
     areas = [entry.get("area") for entry in entries]
     if set(map(type, areas)) <= {float, int}:
         found = np.array(areas)
@@ -204,7 +204,7 @@ def _areas(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
 
 
 def _crowds(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
-    """[N] bool"""
+    """Return the crowd flags: [N] bool."""
     stated = [entry.get("iscrowd") for entry in entries]
     if set(map(type, stated)) <= {int, bool, type(None)} and {0, 1, None}.issuperset(stated):
         return np.array(stated, dtype=bool)
@@ -218,7 +218,7 @@ def detections_of(
     files: InstanceFiles,
     pixels: np.ndarray | None = None,
 ) -> InstanceDetections:
-    """The results of one image but for those of the `dropped` categories; else as `truth_of`."""
+    """Return the results of one image, without those of `dropped` categories; other arguments as in `truth_of`."""
     results, numbers = image.results, range(len(image.results))
     if dropped:
         numbers = [i for i in numbers if category_of(results[i]) not in dropped]
@@ -245,12 +245,12 @@ def detections_of(
 
 
 def category_of(result: Result) -> Any:
-    """Its category id as the file has it; None where it has none."""
+    """Return the category id of a result as in its file; None if it has none."""
     return result.category_id if isinstance(result, PlainResult) else result.get("category_id")
 
 
 def _scores(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
-    """[D] float64, finite."""
+    """Return the scores: [D] float64, all finite."""
     scores = [entry.get("score") for entry in entries]
     if set(map(type, scores)) <= {float}:
         found = np.array(scores, dtype=np.float64)
@@ -266,14 +266,14 @@ def _scores(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
 def _is_finite(score: float) -> bool:
     try:
         return math.isfinite(score)
-    except OverflowError:  # whole numbers of JSON can have thousands of digits
+    except OverflowError:  # integers in JSON can have thousands of digits
         return False
 
 
 def _labels(
     entries: Sequence[Entry], labels: Mapping[int, int], files: InstanceFiles, name: Callable[[int], str]
 ) -> np.ndarray:
-    """[N] int64 classes."""
+    """Return the classes: [N] int64."""
     try:
         return np.array([labels[entry["category_id"]] for entry in entries], dtype=np.int64)
     except (KeyError, TypeError):
@@ -289,7 +289,7 @@ def _labels(
 def _masks(
     image: ImageEntries, entries: Sequence[Entry], name: Callable[[int], str], pixels: np.ndarray | None
 ) -> tuple[Any, ...]:
-    """The masks, checked but where their `pixels` are known."""
+    """Return the masks, which are validated unless their `pixels` are known."""
     try:
         segmentations = [entry["segmentation"] for entry in entries]
     except KeyError:

@@ -1,8 +1,8 @@
-"""Mask AP of COCO results, with the rules and the numbers of pycocotools and boundary-iou-api.
+"""Mask AP of COCO results, by the rules of pycocotools and boundary-iou-api and with equal results.
 
-Three things do not depend on the file here: the size of a detection is that of its mask, also where the results carry
-boxes (pycocotools would take the box's area), annotations with id 0 can be matched, and annotations that share an id
-count one by one (pycocotools keeps the last of them).
+Three differences make the result independent of details of the files. The size of a detection is that of its mask,
+even if the results contain boxes (pycocotools would use the box). Annotations with id 0 can be matched. Annotations
+that share an id all count (pycocotools keeps the last one).
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ def instance_scoring(
     detailed: bool = False,
     options: ScoreOptions = EVERYTHING,
 ) -> Scoring[ImageEntries, DetectionRecord, AveragePrecision]:
-    """The 12 numbers of COCO over the images of the truth; `class_agnostic`: as if there were one class, and AR1000.
+    """Prepare the 12 metrics of COCO over the images of the truth.
 
-    `boxes`: also those of boxes; `detailed`: also, of all classes, errors and confusion. Raises EvaluationError for
-    JSON files that are unusable and for results of unknown images.
+    `class_agnostic` treats all classes as one and adds AR1000. `boxes` adds the metrics of boxes. `detailed` adds
+    errors and confusion, if all classes are scored. Raises EvaluationError for unusable JSON files and for results of
+    unknown images.
     """
     document = read_document(truth, "images", "annotations", "categories")
     categories = tuple(sorted(read_categories(document, truth), key=lambda c: c.id))
@@ -127,7 +128,7 @@ def instance_scoring(
 
 
 def _unknown(images: Sequence[ImageEntries], known: Mapping[int, int], dropped: Collection[int]) -> frozenset[int]:
-    """Category ids of the results that mean nothing."""
+    """Return category ids of the results that are neither known nor dropped."""
     found = {category_of(result) for image in images for result in image.results}
     return frozenset(one for one in found if isinstance(one, int) and one not in known and one not in dropped)
 
@@ -139,7 +140,7 @@ def _results(
     num_images: int,
     result: AveragePrecision,
 ) -> EvaluationResults:
-    """The same for a page and for Python."""
+    """Return the results for a page and for Python."""
     details = {name: more[name].compute() for name in ("segments", "errors") if name in more}
     return EvaluationResults(
         subject=subject,
@@ -157,22 +158,22 @@ def _results(
 class _ScoreImages:
     files: InstanceFiles
     labels: Mapping[int, int]
-    """Category id of the truth -> class."""
+    """Class by category id of the truth."""
     predicted_labels: Mapping[int, int]
-    """Category id of the predictions -> class."""
+    """Class by category id of the predictions."""
     dropped: frozenset[int]
     """Category ids of the predictions that are not scored."""
     class_agnostic: bool
     limit: int
     boundary_ratio: float | None
     ranges: np.ndarray
-    """Of areas, see `area_ranges`."""
+    """Ranges of areas, see `area_ranges`."""
 
     def __call__(self, images: Sequence[ImageEntries]) -> list[DetectionRecord]:
         return self.match(self.read(images))
 
     def read(self, images: Sequence[ImageEntries]) -> list[tuple[InstanceTruth, InstanceDetections]]:
-        """Both sides of every image."""
+        """Return truth and detections of every image."""
         return [
             (
                 truth_of(image, self.labels, self.files, pixels.annotations),
@@ -182,7 +183,7 @@ class _ScoreImages:
         ]
 
     def match(self, images: Sequence[tuple[InstanceTruth, InstanceDetections]]) -> list[DetectionRecord]:
-        """The records for AP of masks."""
+        """Return the records for mask AP."""
         if self.class_agnostic:
             images = [(class_agnostic_truth(truth), class_agnostic_detections(found)) for truth, found in images]
         return match_images(images, self.limit, self.boundary_ratio, self.ranges)
@@ -190,13 +191,13 @@ class _ScoreImages:
 
 @dataclass(frozen=True)
 class _ScoreMore:
-    """As `_ScoreImages`, of some classes or with further metrics."""
+    """Does the work of `_ScoreImages` for some classes, or with additional metrics."""
 
     image: _ScoreImages
     metrics: frozenset[str]
-    """Of box, segments and errors."""
+    """Additional metrics, out of box, segments and errors."""
     chosen: frozenset[int] | None
-    """Classes; None: all."""
+    """Classes to keep; None: all."""
 
     def __call__(self, images: Sequence[ImageEntries]) -> list[Judged[DetectionRecord]]:
         sides = self.image.read(images)
@@ -248,7 +249,7 @@ def _report(
 
 
 def _by_class(categories: Sequence[ScoredCategory], result: AveragePrecision) -> dict[str, Any]:
-    """AP and every number of each category, by id, and their names."""
+    """Return AP, all metrics and the name of each category, by id."""
     if not categories:
         return {"per_class": {}}
     return {

@@ -1,4 +1,4 @@
-"""Which images and classes are scored, and how: what `m2f score` takes beside the files."""
+"""Options of `m2f score` besides the files: which images and classes are scored, and how."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ RecordT = TypeVar("RecordT", PanopticRecord, DetectionRecord)
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """Every default scores everything, as the official code does."""
+    """Options of a scoring. The defaults score everything, as the official code does."""
 
     images: tuple[str, ...] | None = None
     """Ids of images, or names of label maps; None: all."""
     classes: tuple[str, ...] | None = None
     """Names or ids of classes; None: all."""
     ignore_unknown: bool = False
-    """Leave out predictions of categories that the truth does not list."""
+    """Whether to leave out predictions of categories that the truth does not list."""
     area_bounds: tuple[float, float] = AREA_BOUNDS
-    """Pixels from which on a segment is medium, and large."""
+    """Smallest areas of medium and of large segments, in pixels."""
     by_size: bool = False
-    """Also PQ by size, which takes longer."""
+    """Whether to add PQ by size, which takes longer."""
     max_dets: tuple[int, ...] | None = None
-    """Detections per image and class, ascending; None: as the official code."""
+    """Limits of detections per image and class, ascending; None: those of the official code."""
 
     def __post_init__(self) -> None:
         medium, large = self.area_bounds
@@ -51,7 +51,7 @@ EVERYTHING = ScoreOptions()
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """One name or id per line; empty lines do not count. Raises EvaluationError naming the file."""
+    """Return the names or ids in a file, one per line, without empty lines. Raises EvaluationError naming the file."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -63,7 +63,7 @@ def read_names(path: Path) -> tuple[str, ...]:
 
 
 def chosen_images(listed: Iterable[object], options: ScoreOptions, where: str) -> Collection[str] | None:
-    """The wanted ids, as text; None: all. Raises EvaluationError for some that the truth does not list."""
+    """Return the chosen ids as text; None: all. Raises EvaluationError for ids that the truth does not list."""
     if options.images is None:
         return None
     known = {str(one) for one in listed}
@@ -73,7 +73,7 @@ def chosen_images(listed: Iterable[object], options: ScoreOptions, where: str) -
 
 
 def chosen_labels(categories: Sequence[ScoredCategory], options: ScoreOptions, where: str) -> frozenset[int] | None:
-    """Positions of the wanted classes; None: all. Raises EvaluationError for some that the truth does not list."""
+    """Return the positions of the chosen classes; None: all. Raises EvaluationError for classes that are not listed."""
     if options.classes is None:
         return None
     by_name = {c.name: label for label, c in enumerate(categories)}
@@ -88,18 +88,18 @@ def chosen_labels(categories: Sequence[ScoredCategory], options: ScoreOptions, w
 
 @dataclass(frozen=True)
 class OnlyClasses(Generic[Job, RecordT]):
-    """Work of which only rows of some classes are kept: matching never crosses classes."""
+    """Work that keeps only rows of some classes. This is exact, because matching never crosses classes."""
 
     work: Callable[[Job], RecordT]
     labels: frozenset[int]
 
     def __call__(self, job: Job) -> RecordT:
-        """The record of a job, without rows of other classes."""
+        """Return the record of a job, without rows of other classes."""
         return only_classes(self.work(job), self.labels)
 
 
 def only_classes(record: RecordT, labels: Collection[int]) -> RecordT:
-    """The rows of some classes of a record of one image."""
+    """Return an image's record with the rows of some classes only."""
     columns = {
         "label": ("label", "score", "matched", "ignored"),
         "truth_label": ("truth_label", "truth_count"),
@@ -117,7 +117,7 @@ def only_classes(record: RecordT, labels: Collection[int]) -> RecordT:
 
 
 def notes_of(options: ScoreOptions, num_images: int, unknown: Collection[object] = ()) -> list[str]:
-    """Lines for the title of a table: what was not scored."""
+    """Return lines for the title of a table that state what was not scored."""
     notes = []
     if options.images is not None:
         notes.append(f"SUBSET: {num_images} images that were named")
@@ -131,12 +131,12 @@ def notes_of(options: ScoreOptions, num_images: int, unknown: Collection[object]
 
 
 def table_of(categories: Sequence[ScoredCategory], *, things: bool = False) -> CategoryTable:
-    """The classes for a page; `things`: all are things, whatever the file says."""
+    """Return the category table for a page; with `things`, all classes are things regardless of the file."""
     return CategoryTable(tuple(Category(c.id, c.name, things or bool(c.is_thing), (0, 0, 0)) for c in categories))
 
 
 def subject_of(predictions: Path, options: ScoreOptions, num_images: int) -> EvaluationSubject:
-    """What was scored, for a page."""
+    """Return a description of what was scored, for a page."""
     return EvaluationSubject(
         dataset=predictions.name,
         fingerprint="",

@@ -1,4 +1,4 @@
-"""PQ of panoptic results in COCO format, with the rules and the numbers of panopticapi and boundary-iou-api."""
+"""PQ of panoptic results in COCO format, by the rules of panopticapi and boundary-iou-api and with equal results."""
 
 from __future__ import annotations
 
@@ -74,11 +74,10 @@ class PanopticFiles:
 def panoptic_scoring(
     files: PanopticFiles, *, boundary: bool, detailed: bool = False, options: ScoreOptions = EVERYTHING
 ) -> Scoring[_Pair, PanopticRecord, PanopticQuality]:
-    """PQ, or Boundary PQ, over the annotations of the truth. Predictions of other images are not looked at.
+    """Prepare PQ, or Boundary PQ, over the annotations of the truth. Predictions of other images are ignored.
 
-    `detailed`: also PQ by size, as `by_size` of the options, and, of all classes, errors and confusion.
-
-    Raises EvaluationError for JSON files that are unusable and for images without a prediction.
+    `detailed` adds PQ by size, as `options.by_size` does. If all classes are scored, it adds errors and confusion to
+    PQ. Raises EvaluationError for unusable JSON files and for images without a prediction.
     """
     document = read_document(files.truth, "annotations", "categories")
     categories = read_categories(document, files.truth)
@@ -133,7 +132,7 @@ def panoptic_scoring(
 def _unknown(
     predictions: Mapping[str, Any], ids: Sequence[str], known: Mapping[int, int], dropped: Collection[int]
 ) -> frozenset[int]:
-    """Category ids of the predictions that mean nothing."""
+    """Return category ids of the predictions that are neither known nor dropped."""
     entries = (entry for i in ids for entry in predictions[i].get("segments_info", ()) if isinstance(entry, dict))
     found = {entry.get("category_id") for entry in entries}
     return frozenset(one for one in found if isinstance(one, int) and one not in known and one not in dropped)
@@ -146,7 +145,7 @@ def _results(
     num_images: int,
     quality: PanopticQuality,
 ) -> EvaluationResults:
-    """The same for a page and for Python."""
+    """Return the results for a page and for Python."""
     details = {name: state.compute() for name, state in more.items()}
     return EvaluationResults(
         subject=subject,
@@ -163,14 +162,14 @@ def _results(
 class _ScoreImage:
     files: PanopticFiles
     labels: Mapping[int, int]
-    """Category id of the truth -> class."""
+    """Class by category id of the truth."""
     predicted_labels: Mapping[int, int]
-    """Category id of the predictions -> class."""
+    """Class by category id of the predictions."""
     dropped: frozenset[int]
     """Category ids of the predictions that are not scored."""
     boundary_ratio: float | None
     detailed: bool = True
-    """Whether records need the size of every segment; else the engine's sums are enough."""
+    """Whether records need the area of every segment; otherwise the sums of the engine suffice."""
 
     def __call__(self, job: _Pair) -> PanopticRecord:
         truth, prediction = job
@@ -182,18 +181,18 @@ class _ScoreImage:
         except InconsistentMapError as error:
             path = self.files.prediction_masks / prediction["file_name"]
             raise EvaluationError(f"{where} ({path}): {error}") from error
-        except TypeError as error:  # null, a list or a word where a number should be
+        except TypeError as error:  # null, a list or text in place of a number
             raise EvaluationError(
                 f"{where}: a segment in {self.files.truth} or {self.files.predictions} has a field of the wrong type "
                 f"({error})"
             ) from error
 
     def _record_of_engine(self, truth: dict[str, Any], prediction: dict[str, Any], where: str) -> PanopticRecord | None:
-        """The record from the engine; None where it does not take the files, so that ours judges or names the fault."""
+        """Return the engine's record; None if it rejects the files, so that our code scores them or names the error."""
         predicted_where = f"{self.files.predictions}: {where}"
         listed = require(prediction, "segments_info", predicted_where)
         if self.dropped and any(require(s, "category_id", predicted_where) in self.dropped for s in listed):
-            return None  # their pixels have to go, too
+            return None  # their pixels have to be removed too
         pair = PanopticPair(
             truth_map=mask_file(self.files.truth_masks, truth, f"{self.files.truth}: {where}"),
             segments=self._truth_segments(truth, f"{self.files.truth}: {where}"),
@@ -233,7 +232,7 @@ class _ScoreImage:
     def _segments(
         self, annotation: dict[str, Any], where: str, labels: Mapping[int, int]
     ) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Id, class and entry of every segment; of a repeated id the last entry stays, as in panopticapi."""
+        """Yield id, class and entry of every segment. Callers keep the last entry of an id, as panopticapi does."""
         for entry in require(annotation, "segments_info", where):
             require(entry, "id", where)
             segment_id, category = whole(entry, "id", where), require(entry, "category_id", where)
@@ -247,7 +246,7 @@ class _ScoreImage:
 
 @dataclass(frozen=True)
 class _ScoreDetails:
-    """As `_ScoreImage`, with errors and confusion."""
+    """Does the work of `_ScoreImage`, with errors and confusion."""
 
     image: _ScoreImage
 
@@ -261,7 +260,7 @@ class _ScoreDetails:
 
 
 def _truth_segment(entry: dict[str, Any], label: int, where: str) -> TruthSegment:
-    """Raises EvaluationError for an area of 0 too: the official code divides by it."""
+    """Return the segment. Raises EvaluationError also for an area of 0, by which the official code would divide."""
     area, is_crowd = area_of(entry, where), flag(entry, "iscrowd", where)
     if area == 0 and not is_crowd:
         raise EvaluationError(f"{where}: area is 0; a segment of the map has pixels, state how many")

@@ -1,4 +1,4 @@
-"""Work on many images in several processes of this machine, with results in order and a bounded number in flight."""
+"""Process many images in several local processes, with ordered results and a bounded number of pending jobs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from m2f.eval.errors import EvaluationError
 CHUNK = 16
 """Jobs per message to a worker."""
 START_SECONDS = 4.0
-"""What starting processes costs, most of it imports, with room for slow disks: less saved time is not worth it."""
+"""Cost of starting processes, mostly imports, with a margin for slow disks. It must be exceeded by the time saved."""
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 def map_jobs(work: Callable[[Sequence[Job]], Sequence[Result]], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
-    """What `work(jobs)` gives for every job, in order. It gets at most `CHUNK` of them at a time.
+    """Yield the result of `work` for every job, in order. `work` gets at most `CHUNK` jobs at a time.
 
-    Work and jobs are pickled, jobs are taken only as workers become free.
+    Work and jobs are pickled. Jobs are taken only as workers become free.
 
-    The first jobs are done in this process, and all are where processes would cost more time than they save. Raises
-    what the work raises, and EvaluationError where a worker dies.
+    The first jobs run in this process. So do all others if starting processes would cost more time than they save.
+    Raises the errors of `work`, and EvaluationError if a worker dies.
     """
     tried = len(jobs) if workers == 1 else CHUNK
     start = time.perf_counter()
@@ -51,7 +51,7 @@ def _map_in_processes(
     work: Callable[[Sequence[Job]], Sequence[Result]], jobs: Iterable[Job], workers: int
 ) -> Iterator[Result]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])  # imported once, not once per worker
+    context.set_forkserver_preload([work.__module__])  # import it once instead of once per worker
     pool = ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,))
     waiting = iter(jobs)
     chunks = iter(lambda: tuple(itertools.islice(waiting, CHUNK)), ())

@@ -1,7 +1,7 @@
-"""Results of COCO's instance files of which every entry has the plain form, read without a dictionary for each.
+"""Fast reader for COCO instance results in which every entry has the plain form, without a dictionary per entry.
 
-msgspec checks the types while it parses. What it refuses may still be right (an image id such as 7.0, polygons), so
-callers read such files as JSON and judge entry by entry.
+msgspec checks the types while it parses. An entry that it rejects may still be valid (an image id such as 7.0, or
+polygons), so callers read such files as JSON and check every entry.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ class RunLengths(msgspec.Struct, gc=False, frozen=True):
     """A mask as compressed run lengths."""
 
     size: tuple[int, int]
-    """Height, width."""
+    """Height and width in pixels."""
     counts: str
 
 
 class PlainResult(msgspec.Struct, gc=False, frozen=True):
-    """One detection with a mask as compressed run lengths. Its box, if it states one, is left out."""
+    """One detection with a mask as compressed run lengths. A box is ignored."""
 
     image_id: int | str
     category_id: int
@@ -32,7 +32,7 @@ _DECODER = msgspec.json.Decoder(list[PlainResult])
 
 
 def read_plain_results(data: bytes) -> list[PlainResult] | None:
-    """The results; None where an entry has another form or this is no JSON."""
+    """Parse the results; return None if an entry has another form or the data are not JSON."""
     try:
         return _DECODER.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -40,5 +40,5 @@ def read_plain_results(data: bytes) -> list[PlainResult] | None:
 
 
 def as_entry(result: PlainResult) -> dict[str, Any]:
-    """The result as JSON has it."""
+    """Return the result as parsed from JSON."""
     return msgspec.to_builtins(result)

@@ -1,4 +1,4 @@
-"""One scoring of result files: the work on every image, the state that collects it, and the report at the end."""
+"""Scoring of result files: the work on each image, the state that collects it, and the final report."""
 
 from __future__ import annotations
 
@@ -22,62 +22,63 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """What `m2f score` found."""
+    """Result of `m2f score`."""
 
     content: dict[str, Any]
-    """For the JSON file: shares with full precision."""
+    """Content of the JSON file: shares in full precision."""
     table: str
-    """For the terminal: per cent."""
+    """Text for the terminal, in per cent."""
 
 
 @dataclass(frozen=True)
 class Judged(Generic[R]):
-    """Records of one image where more than one metric is computed."""
+    """Records of one image, if more than one metric is computed."""
 
     record: R
-    """For `Scoring.state`."""
+    """Record for `Scoring.state`."""
     more: Mapping[str, Record]
-    """For `Scoring.more`, by name."""
+    """Records for `Scoring.more`, by name."""
 
 
 @dataclass(frozen=True)
 class OneByOne(Generic[Job, R]):
-    """Work on some images, one after the other."""
+    """Work on several images, one after the other."""
 
     work: Callable[[Job], R | Judged[R]]
 
     def __call__(self, jobs: Sequence[Job]) -> list[R | Judged[R]]:
-        """What the work gives for every job."""
+        """Return the result of the work for every job."""
         return [self.work(job) for job in jobs]
 
 
 @dataclass(frozen=True)
 class Scoring(Generic[Job, R, Result]):
-    """What is to be done; nothing but JSON and file names has been read so far."""
+    """A prepared scoring. Only JSON files and file names have been read so far."""
 
     jobs: Sequence[Job]
-    """One per image."""
+    """One job per image."""
     work: Callable[[Sequence[Job]], Sequence[R | Judged[R]]]
-    """Reads the files of some images and compares them. Pickled for worker processes."""
+    """Reads the files of several images and compares them. Pickled for worker processes."""
     state: MetricState[R, Result]
     report: Callable[[Result], ScoreReport]
     results: Callable[[Result], EvaluationResults] | None = None
-    """The same for an HTML page and for Python; None for the metrics of Cityscapes."""
+    """Converts the result for an HTML page and for Python; None for Cityscapes metrics."""
     more: Mapping[str, MetricState] = field(default_factory=dict)
-    """Of further metrics; `work` gives a record for each, and `results` looks at them."""
+    """States of additional metrics, by name; `work` returns a record for each, and `results` reads them."""
     names: Sequence[str] = ()
-    """What the image of every job is called."""
+    """Name of every job's image."""
 
     def run(self, workers: int, advance: Callable[[int], None]) -> ScoreReport:
-        """Score all images in at most so many processes, one image at a time in each; `advance` hears of every image.
+        """Score all images in at most `workers` processes; `advance` is called after every image.
 
-        Images are keyed by position: ids may be words, and sums are made in the order of the jobs. Raises UserError
-        naming the image or file for everything that does not fit together.
+        A process handles at most CHUNK images at a time. Images are keyed by their position, because ids may be text;
+        sums are made in the order of the jobs. Raises UserError naming the image or file if inputs do not match each
+        other.
         """
         return self.report(self.evaluate(workers, advance))
 
     def image_table(self) -> bytes:
-        """Figures and records of every image as parquet, after a run; see `m2f.eval.results.images`."""
+        """Return values and records of every image as parquet, after a run; see `m2f.eval.results.images`."""
         state = self.state
         records = image_records(
             state if isinstance(state, PanopticQualityState) else None,
@@ -87,12 +88,12 @@ class Scoring(Generic[Job, R, Result]):
         return image_table(records, dict(enumerate(self.names)))
 
     def evaluated(self, workers: int = 1) -> EvaluationResults:
-        """The results for a page and for Python. Raises as `run` does."""
+        """Score all images and return the results for a page and for Python. Raises the errors of `run`."""
         assert self.results is not None
         return self.results(self.evaluate(workers, lambda _: None))
 
     def evaluate(self, workers: int, advance: Callable[[int], None]) -> Result:
-        """As `run`, without the report."""
+        """Score all images as `run` does, and return the metric without a report."""
         workers = max(1, min(workers, math.ceil(len(self.jobs) / CHUNK)))
         for position, found in enumerate(map_jobs(self.work, self.jobs, workers)):
             self.state.add(position, found.record if isinstance(found, Judged) else found)
@@ -104,5 +105,5 @@ class Scoring(Generic[Job, R, Result]):
 
 
 def percent(share: float | None) -> float | None:
-    """For tables; None stays, and so does what pycocotools marks as undefined with -1."""
+    """Convert a share to per cent for tables; None for None and for pycocotools' undefined values (-1)."""
     return None if share is None or share < 0 else 100 * share

@@ -1,4 +1,4 @@
-"""mIoU and accuracies of label maps, in the conventions of detectron2 and of others by name."""
+"""mIoU and accuracies of label maps, in the convention of detectron2 and, by name, in others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from m2f.eval.score.options import (
 from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, percent
 
 MAX_CLASSES = 10_000
-"""A confusion matrix of more would not fit into memory."""
+"""A larger confusion matrix would not fit into memory."""
 
 
 def semantic_scoring(
@@ -37,11 +37,11 @@ def semantic_scoring(
     class_names: tuple[str, ...] | None = None,
     options: ScoreOptions = EVERYTHING,
 ) -> Scoring[str, ConfusionRecord, MeanIoU]:
-    """mIoU over all PNG files under `truth`; predictions have the same relative names.
+    """Prepare mIoU over all PNG files under `truth`; predictions have the same relative names.
 
-    `void`: value of predicted pixels without a class; None: 255, or 65535 from 256 classes on. `class_names`: of every
-    class; None calls them by number. Raises EvaluationError for folders without maps and for
-    missing predictions.
+    `void` is the value of predicted pixels without a class; None: 255, or 65535 from 256 classes on. `class_names`
+    holds the name of every class; None: their numbers. Raises EvaluationError for folders without maps and for missing
+    predictions.
     """
     if not 1 <= num_classes <= MAX_CLASSES:
         raise EvaluationError(f"{num_classes} classes; from 1 to {MAX_CLASSES} can be scored")
@@ -73,7 +73,7 @@ def _results(
     num_images: int,
     result: MeanIoU,
 ) -> EvaluationResults:
-    """The same for a page and for Python."""
+    """Return the results for a page and for Python."""
     return EvaluationResults(
         subject=subject,
         categories=table,
@@ -86,7 +86,7 @@ def _results(
 
 
 def label_maps(truth: Path, predictions: Path) -> list[str]:
-    """Relative names of the truth's maps, sorted. Raises EvaluationError if a prediction is missing."""
+    """Return the sorted relative names of the truth's maps. Raises EvaluationError if a prediction is missing."""
     require_folder(truth, "the label maps of the truth")
     require_folder(predictions, "the predicted label maps")
     names = sorted(path.relative_to(truth).as_posix() for path in truth.rglob("*.png"))

@@ -219,7 +219,7 @@ def set_aside(storage: Storage, url: str) -> None:
 def verify_sizes(storage: Storage, url: str) -> CheckpointManifest:
     """Check that every file of a checkpoint exists with the right size, and return its manifest.
 
-    Raises CheckpointError with the file's name if the checkpoint is damaged. Raises StorageError if the storage does
+    Raises CheckpointError naming the file if the checkpoint is damaged. Raises StorageError if the storage does
     not answer, and NewerFormatError if a newer version of this program wrote the manifest.
     """
     manifest = read_manifest(storage, url)

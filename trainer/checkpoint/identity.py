@@ -92,7 +92,7 @@ class ModelIdentity:
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str) -> Self:
-        """Parse the stored text. Raises CheckpointError with the name `source`."""
+        """Parse the stored text. Raises CheckpointError naming `source`."""
         try:
             content = parse_json(text)
             if content["version"] != _VERSION:

@@ -83,7 +83,7 @@ def backbone_start(backbone: BackboneConfig) -> tuple[StartWeights, ...]:
 def fetched_weights(weights: str, storage: Storage) -> Iterator[Path]:
     """Provide weights from a URL, a file or a local folder at a local path.
 
-    Raises CheckpointError with file and checkpoint if the weights of a checkpoint differ from its manifest.
+    Raises CheckpointError naming file and checkpoint if the weights of a checkpoint differ from its manifest.
     """
     with ScratchFolder("weights") as folder:
         path = Path(weights)
@@ -118,7 +118,7 @@ def known_class_rows(identity: ModelIdentity | None, weights: str, storage: Stor
     """Return, for every class of a new run, the label of the same name in its start weights; None: use the head
     unchanged.
 
-    Raises DataError with the rows of both tables if they contradict each other.
+    Raises DataError showing the rows of both tables if they contradict each other.
     """
     if identity is None:
         return None

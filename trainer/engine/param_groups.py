@@ -26,9 +26,9 @@ def build_param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[s
     """Return groups `{name, params, lr, weight_decay}` for torch.optim.AdamW.
 
     Norms, `nn.Embedding` and the position tables of Swin have no weight decay, unless `decay_everything` is set. All
-    other parameters decay, including biases. Parameters under the submodule `backbone` use `lr *
-    backbone_lr_multiplier`, multiplied by `layer_decay` for every block between the parameter and the head. Raises
-    TrainingError if nothing is trainable, or if `layer_decay` is set for a backbone without blocks.
+    other parameters decay, including biases. Parameters under the submodule `backbone` use
+    `lr * backbone_lr_multiplier`, multiplied by `layer_decay` for every block between the parameter and the head.
+    Raises TrainingError if nothing is trainable, or if `layer_decay` is set for a backbone without blocks.
     """
     merged: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()

@@ -30,7 +30,7 @@ _MALFORMED = (
 def safe_loads() -> Iterator[None]:
     """Make `torch.load` safe in this process, including calls by DeepSpeed.
 
-    A file that requires more raises CheckpointError with the file and the rejected name. Applies to all threads.
+    A file that requires more raises CheckpointError naming the file and the rejected name. Applies to all threads.
     """
     load = torch.load
     torch.load = _safe(load)
