@@ -34,7 +34,7 @@ class OptimizerConfig(Section):
     backbone_lr_multiplier: Annotated[float, FROM_0] = 0.1
     """Learning rate of the backbone, as a multiple of `lr`."""
     layer_decay: Annotated[float, PART] = 1.0
-    """Factor by which the backbone's learning rate shrinks per block, counted from the top; 1: no decay."""
+    """Factor on the backbone's learning rate per block, counted from the top; 1: all blocks have the same rate."""
     layer_decay_from: Literal["head", "top"] = "head"
     """Where the full rate applies. head: to the head; the top block is one factor below it, and layers before the first
     block are one factor below that block. top: to the top block; layers before the first block have that block's

@@ -44,7 +44,7 @@ class TrainJob:
     identity: ModelIdentity | None = None
     """Classes, task and input of the model, stored with every checkpoint; None if only the tensors matter."""
     lease: int = 0
-    """Number of the lease under which the run folder is written; 0 for a run that no other process can write to."""
+    """Number of the lease under which the run folder is written; 0 for a run whose folder no other process uses."""
     attempt: str = ""
     """Name of this start of the ranks in the run folder; empty without a supervisor."""
     evaluates: bool = False

@@ -79,7 +79,7 @@ class Ranks:
 
     def count(self, name: str, more: int = 0) -> int:
         """Add `more` to a counter shared by all ranks; return it. No collective; one thread may call it at any time."""
-        if self._store is None:  # a separate connection, which requests that block on the other one cannot delay
+        if self._store is None:  # a separate connection: blocking requests on the other one cannot delay it
             self._store = dist.distributed_c10d._get_default_store().clone()
         return self._store.add(f"m2f/{name}", more)
 

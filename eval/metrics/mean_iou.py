@@ -1,7 +1,7 @@
 """Mean IoU and pixel accuracies of semantic segmentation as a mergeable state.
 
 Pixels without a truth label are dropped before counting. Conventions differ in how they treat a class without truth
-pixels. `miou` follows detectron2's SemSegEvaluator, as in the Mask2Former papers; the names of others state their rule.
+pixels. `miou` follows detectron2's SemSegEvaluator, as in the Mask2Former papers; `MeanIoU` states the others.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """PQ, AP and mIoU of bootstrap samples of the evaluated images, for many draws at once.
 
 A draw gives every image a weight: how often it was drawn. Every function takes weights [images, draws] and returns the
-metric of every draw; weights of 1 give the metric of the original set. All classes are reduced at once, because the
-time of a thousand draws limits intervals.
+metric of every draw; weights of 1 give the metric of the original set. Classes are reduced in bulk, because a thousand
+draws would otherwise take too long.
 """
 
 from __future__ import annotations

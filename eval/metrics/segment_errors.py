@@ -1,7 +1,7 @@
 """Errors of segments: missed, of another class, with a bad outline, duplicate, or predicted on background.
 
-A mergeable state besides the metrics. Every annotated segment (except crowds) and every prediction that counts gets
-exactly one outcome; a pair shares one. For panoptic results MATCHED equals the true positives of panoptic quality.
+A mergeable state in addition to the metrics. Every annotated segment (except crowds) and every prediction that counts
+gets exactly one outcome; a pair shares one. For panoptic results MATCHED equals the true positives of panoptic quality.
 """
 
 from __future__ import annotations

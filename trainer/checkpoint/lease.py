@@ -95,7 +95,7 @@ class Lease:
             except LeaseLostError as error:
                 self._lost = error
                 return
-            except StorageError:  # an outage is no loss: retry
+            except StorageError:  # an outage does not lose the lease: retry
                 continue
 
     def _beat(self, storage: Storage) -> None:
@@ -136,7 +136,7 @@ def take(storage: Storage, run_folder: str, say: Callable[[str], None], timing: 
         record = LeaseRecord(number + 1, uuid.uuid4().hex, this_process(), found)
         try:
             storage.put(record_url(run_folder, record.number), record.to_json(), if_absent=True)
-        except ObjectExistsError:  # another contender was faster: wait for its end
+        except ObjectExistsError:  # another contender was faster: check that one
             continue
         return record
 

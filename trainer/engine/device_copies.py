@@ -20,7 +20,7 @@ class DeviceCopies:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """Yield the micro-batches of a step on the device, ready for work on its current stream.
+        """Return the micro-batches of a step on the device, ready for work on its current stream.
 
         The copy of the first one starts at once. The copy of each further one starts before the previous one is
         yielded.

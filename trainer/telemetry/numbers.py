@@ -84,7 +84,7 @@ class RankSpread:
     slowest_over_median: float
     """Time of the slowest rank divided by that of the median rank."""
     slow: float
-    """Number of ranks that were much slower than the median rank in the last reports."""
+    """Ranks that were much slower than the median rank in the last reports, counted separately by kind of work."""
 
 
 @dataclass(frozen=True)
