@@ -24,6 +24,7 @@ class Backend(NamedTuple):
     """A fused attention kernel that accepts masks."""
 
     name: str
+    """Name in messages."""
     kind: SDPBackend
     allow: Callable[[bool], None]
     """Enable (True) or disable (False) the kernel in this process."""
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     dim: int
     """Channels per head."""
     is_added: bool = False
+    """Whether the mask is added to the logits instead of being boolean."""
     queries: int = _QUERIES
 
     def __str__(self) -> str:

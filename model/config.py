@@ -28,9 +28,9 @@ class MSDeformAttnPixelDecoderConfig(Section):
     mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
     num_layers: Annotated[int, FROM_1] = 6
-    """Layers of the encoder."""
+    """Number of encoder layers."""
     num_heads: Annotated[int, FROM_1] = 8
-    """Attention heads per layer."""
+    """Attention heads in every layer; must divide `conv_dim`."""
     num_points: Annotated[int, FROM_1] = 4
     """Sampling points per head and level."""
     feedforward_dim: Annotated[int, FROM_1] = 1024
@@ -103,7 +103,7 @@ class FaPNPixelDecoderConfig(Section):
     mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
     offset_groups: Annotated[int, FROM_1] = 8
-    """Groups of channels, each sampled at its own offsets."""
+    """Groups of channels, each sampled at its own offsets; must divide `conv_dim`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,9 +120,9 @@ class TransformerFPNPixelDecoderConfig(Section):
     mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
     num_layers: Annotated[int, FROM_1] = 6
-    """Layers of the encoder."""
+    """Number of encoder layers."""
     num_heads: Annotated[int, FROM_1] = 8
-    """Attention heads per layer."""
+    """Attention heads in every layer; must divide `conv_dim`."""
     feedforward_dim: Annotated[int, FROM_1] = 2048
     """Channels inside the feed-forward block of a layer."""
     dropout: Annotated[float, BELOW_1] = 0.1
@@ -168,9 +168,9 @@ class MaskedTransformerDecoderConfig(Section):
     num_layers: Annotated[int, FROM_1] = 9
     """Decoder layers. The official recipes write 10 for these 9 because they also count the initial queries."""
     hidden_dim: Annotated[int, FROM_1] = 256
-    """Channels of a query."""
+    """Channels of a query; 4 and `num_heads` must divide it."""
     num_heads: Annotated[int, FROM_1] = 8
-    """Attention heads per layer."""
+    """Attention heads in every layer."""
     feedforward_dim: Annotated[int, FROM_1] = 2048
     """Channels inside the feed-forward block of a layer."""
     dropout: Annotated[float, BELOW_1] = 0.0
@@ -219,11 +219,11 @@ class StandardTransformerDecoderConfig(Section):
     num_queries: Annotated[int, FROM_1] = 100
     """Number of queries: the maximum number of segments per image."""
     num_layers: Annotated[int, FROM_1] = 6
-    """Layers of the decoder."""
+    """Number of decoder layers."""
     hidden_dim: Annotated[int, FROM_1] = 256
-    """Channels of a query."""
+    """Channels of a query; 4 and `num_heads` must divide it."""
     num_heads: Annotated[int, FROM_1] = 8
-    """Attention heads per layer."""
+    """Attention heads in every layer."""
     feedforward_dim: Annotated[int, FROM_1] = 2048
     """Channels inside the feed-forward block of a layer."""
     dropout: Annotated[float, BELOW_1] = 0.1

@@ -16,12 +16,15 @@ class Range:
     """Allowed values of a number, and its unit. For a list or a mapping, the range applies to every number in it."""
 
     low: float = -math.inf
+    """Smallest allowed value."""
     high: float = math.inf
+    """Largest allowed value."""
     above: bool = False
     """Whether `low` itself is excluded."""
     below: bool = False
     """Whether `high` itself is excluded."""
     unit: str = ""
+    """Unit shown in messages and in the documentation; empty if there is none."""
 
     def __contains__(self, number: float) -> bool:
         """Return whether the number is finite and within the range."""

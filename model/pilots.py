@@ -51,6 +51,7 @@ class Pilots(NamedTuple):
     keys: Tensor
     """[B, N] int64, 64 random bits for every target."""
     mask_noise: float
+    """Expected number of flipped attention-mask cells, as a share of the target's cells."""
     first_prediction: int
     """Index of the first prediction with a loss. Before the decoder, all pilots of one class are equal and cannot be
     supervised."""
@@ -73,6 +74,7 @@ class PilotGuides(NamedTuple):
     keys: Tensor
     """[B, N] int64, 64 random bits for every target."""
     mask_noise: float
+    """Expected number of flipped attention-mask cells, as a share of the target's cells."""
 
     @torch.no_grad()
     def attention_mask(self, layer: int, levels: Sequence[int]) -> Tensor:

@@ -21,7 +21,7 @@ class TrainingContext:
     targets: Targets
     """Targets of the same images; their `position` keys every random number."""
     seed: int
-    """Seed of the run."""
+    """Seed of the run. Together with `targets.position` it keys the model's counter-based random numbers."""
     pilots: Pilots | None = None
     """Additional queries, which come first in the predictions. None if the decoder does not support pilots."""
 

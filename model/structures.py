@@ -98,6 +98,7 @@ class PanopticSegment:
     label: int
     """Contiguous class index."""
     is_thing: bool
+    """Whether the class is a thing class."""
     score: float
     """Class probability of the query; the highest one if stuff segments were merged."""
     area: int
@@ -111,6 +112,7 @@ class PanopticResult:
     segment_map: Tensor
     """[H, W] int32 segment ids; 0 is void."""
     segments: tuple[PanopticSegment, ...]
+    """Segments in the order of the queries; empty if no query passes the thresholds."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class InstanceResult:
     mask_index: Tensor
     """[D] int64 index into `masks`."""
     labels: Tensor
-    """[D] int64 contiguous classes."""
+    """[D] int64 contiguous class of every instance."""
     scores: Tensor
     """[D] float32 class probability times the mean mask probability inside the mask."""
 

@@ -83,6 +83,7 @@ class SamplingGrid(NamedTuple):
     """Reference points of the queries in one forward pass, without their learned offsets."""
 
     shapes: Shapes
+    """(height, width) of every level."""
     sizes: Tensor
     """[L, 1, 2] float32 (width, height) of every level."""
     reference: Tensor

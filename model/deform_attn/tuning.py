@@ -19,6 +19,7 @@ class LaunchConfig(NamedTuple):
     block: int
     """Queries per program."""
     num_warps: int
+    """Warps (32 threads each) per program."""
 
 
 class Autotuner:

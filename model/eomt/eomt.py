@@ -91,6 +91,7 @@ class Encoded(NamedTuple):
     table: Tensor | None
     """Table of rotary positions without rows for the queries, or None."""
     grid: Grid
+    """Rows and columns of patches."""
     size: tuple[int, int]
     """Height and width of the images."""
 

@@ -37,6 +37,7 @@ class HuggingFaceModel:
     """Description of the model in a folder, without its weights."""
 
     config: ModelConfig
+    """Settings of the model."""
     labels: tuple[str, ...]
     """Names of the classes, in class order."""
     notes: Mapping[str, Any]

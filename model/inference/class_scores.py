@@ -89,7 +89,9 @@ class Window(NamedTuple):
     """A prediction of part of the resized image, at the model's resolution."""
 
     top: int
+    """First row of the window in the resized image, in pixels."""
     left: int
+    """First column of the window in the resized image, in pixels."""
     scores: ClassScores
 
     @property

@@ -118,7 +118,7 @@ class InstanceRanking(NamedTuple):
     mask_index: Tensor
     """[D] int64 index into the masks."""
     labels: Tensor
-    """[D] int64 contiguous classes."""
+    """[D] int64 contiguous class of every instance."""
     scores: Tensor
     """[D] float32 scores, descending."""
 

@@ -55,6 +55,7 @@ class PendingPilots:
     copy: HostCopy
     """[2, B, N] int64: the target index, and 1 if the pilot is valid, else 0."""
     first_prediction: int
+    """Index of the first prediction in which pilots have a loss."""
 
     @staticmethod
     def start(pilots: Pilots, targets: Targets) -> PendingPilots:

@@ -45,6 +45,7 @@ class PendingMatching:
     costs: HostCopy
     """The costs [L, B, Q, N], followed by [B, N] flags that are 1 for targets to match and otherwise 0, flattened."""
     cost_shape: torch.Size
+    """Shape (L, B, Q, N) of the costs."""
 
     def result(self) -> Matching:
         """Wait for the costs and solve the images in threads. Meanwhile the device continues with queued work."""

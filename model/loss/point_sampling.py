@@ -80,8 +80,11 @@ class LabelMaps(NamedTuple):
     """[B, Y, (H + 1) * (W + 1)] int32 (four uint8 ids) or int64 (four int16 ids). The order is upper left, upper right,
     lower left, lower right. Outside the map is the ignore id, which no target has."""
     id_dtype: torch.dtype
+    """Data type of the id maps: uint8 or int16."""
     height: int
+    """Height of the id maps in pixels."""
     width: int
+    """Width of the id maps in pixels."""
 
     @staticmethod
     def pack(id_maps: Tensor) -> LabelMaps:

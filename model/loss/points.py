@@ -23,11 +23,11 @@ class RowIndex(NamedTuple):
     """Identifies the mask of each of R rows: prediction l, image b of the micro-batch, target n of that image."""
 
     layer: Tensor
-    """[R] int64"""
+    """[R] int64 index l of the prediction."""
     image: Tensor
-    """[R] int64"""
+    """[R] int64 index b of the image in the micro-batch."""
     target: Tensor
-    """[R] int64"""
+    """[R] int64 index n of the target in its image."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RowPoints:
     group: Tensor
     """[R] int64 index into the G base sets."""
     shift: Tensor
-    """[R, 2] in [0, 1), multiples of 2^-23."""
+    """[R, 2] shift of every row, in [0, 1), multiples of 2^-23."""
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Return the points [r, P, 2] as (x, y) of a slice of the rows."""

@@ -21,7 +21,7 @@ class PmtDecoderConfig(Section):
     num_queries: Annotated[int, FROM_1] = 200
     """Number of queries: the maximum number of segments per image."""
     num_layers: Annotated[int, FROM_1] = 6
-    """Number of new blocks."""
+    """Number of new blocks on top of the backbone."""
     mlp_ratio: Annotated[float, ABOVE_0] = 1.0
     """Hidden width of the MLP in a new block, relative to the backbone's width."""
     levels: Annotated[tuple[int, ...] | None, FROM_0] = None

@@ -34,6 +34,7 @@ class LoadReport:
     """Result for every tensor of a file and of the model. Names are those of this project."""
 
     layout: Layout
+    """Naming scheme of the file."""
     loaded: tuple[str, ...]
     """Weights of the model that were loaded from the file, including resized ones."""
     renamed: int

@@ -26,6 +26,7 @@ class PackagedWeights:
     file: str
     """Path relative to the folder of the module."""
     sha256: str
+    """SHA-256 of the file, in hexadecimal."""
     model: str
     """Name of the timm model."""
     head: tuple[str, ...]
@@ -33,6 +34,7 @@ class PackagedWeights:
     pixel_mean: tuple[float, float, float]
     """RGB mean that the weights were trained with, 0 to 255."""
     pixel_std: tuple[float, float, float]
+    """RGB standard deviation that the weights were trained with, 0 to 255."""
 
 
 _KNOWN = (

@@ -27,9 +27,9 @@ class HubAddress:
     """Address of a model on the Hugging Face hub."""
 
     repo: str
-    """Repository as OWNER/NAME."""
+    """Repository in the form OWNER/NAME."""
     revision: str = "main"
-    """Branch, tag or commit."""
+    """Branch, tag or full commit hash."""
 
     @classmethod
     def parse(cls, text: str, setting: str = "model.weights") -> Self:

@@ -43,7 +43,9 @@ class MapSize:
     """Size of a feature map, or of a sequence of tokens with width 1."""
 
     height: int
+    """Height in pixels."""
     width: int
+    """Width in pixels; 1 for a sequence of tokens, whose length is the height."""
 
     @property
     def pixels(self) -> int:
