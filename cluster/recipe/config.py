@@ -22,7 +22,7 @@ class ClusterConfig(Section):
     """Number of processes, their resources, and the cluster they run on."""
 
     address: str | None = None
-    """Address of a running Ray cluster; None starts a local one for the run."""
+    """Address of a running Ray cluster. None uses RAY_ADDRESS, or starts a local cluster for the run."""
     num_workers: Annotated[int | tuple[int, int] | Literal["auto"], FROM_1] = "auto"
     """Number of training workers. `auto`: one per available GPU, or one without GPUs. `[min, max]`: as many as fit into
     the cluster; the run shrinks if nodes are lost and grows if nodes are added. It keeps its global batch, data order
@@ -82,8 +82,8 @@ class TrackingConfig(Section):
     experiment: str = "m2f"
     """Name of the MLflow experiment of the run; it is created if it does not exist."""
     parent: str | None = None
-    """Parent run in MLflow, to group the runs of a sweep or of several seeds: its id or its name. A run of that name
-    is created if the experiment has none."""
+    """Id or name of the parent run in MLflow, to group the runs of a sweep or of several seeds. A run of that name is
+    created if the experiment has none. None: the MLflow run that this process has open, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ def is_preempted(cloud: Cloud, metadata: str) -> bool:
                 url = f"{metadata}/computeMetadata/v1/instance/preempted"
                 return _ask(url, {"Metadata-Flavor": "Google"}).strip() == "TRUE"
     except HTTPError as error:
-        if error.code != 404:  # AWS: no notice
+        if error.code != 404:  # AWS answers 404 without a notice
             LOGGER.warning("%s: %s", metadata, error)
     except (URLError, OSError) as error:
         LOGGER.warning("%s: %s", metadata, error)

@@ -1,1 +1,1 @@
-"""Writing a run to MLflow through a journal on disk."""
+"""Write a run to MLflow through a journal on disk."""

@@ -56,7 +56,7 @@ class EvaluatedCheckpoint:
     step: int
     run_name: str
     weights: str | None
-    """SHA-256 of the evaluated weights; None where no manifest states it."""
+    """SHA-256 of the evaluated weights; None if no manifest contains it."""
 
     @property
     def model_name(self) -> str:
@@ -113,7 +113,7 @@ class LoggedModels:
         self._experiment = run.info.experiment_id
         self._of_run = {name: run.data.tags[name] for name in _SHARED_TAGS if name in run.data.tags}
         self._has_models = self._knows_models()
-        if EXPERIMENT_KIND not in client.get_experiment(self._experiment).tags:  # made by an earlier version
+        if EXPERIMENT_KIND not in client.get_experiment(self._experiment).tags:  # created by an earlier version
             client.set_experiment_tag(self._experiment, EXPERIMENT_KIND, MODEL_TRAINING)
 
     def ensure(self, checkpoint: EvaluatedCheckpoint) -> LoggedModel | None:

@@ -111,7 +111,7 @@ def _oldest(client: MlflowClient, experiment: str, name: str) -> str | None:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
+    except (KeyError, OSError):  # in a container, the user may have no name
         return str(os.getuid())
 
 

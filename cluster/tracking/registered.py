@@ -27,7 +27,8 @@ def model_folder(address: str, tracking: str | None = None, folder: str | None =
 
     Args:
         address: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or `models:/MODEL_ID` of a logged model.
-        tracking: URI of the store; None uses MLFLOW_TRACKING_URI. MLFLOW_REGISTRY_URI, if set, names the registry.
+        tracking: URI of the store; None uses MLFLOW_TRACKING_URI, or MLflow's current store if that is not set.
+            MLFLOW_REGISTRY_URI, if set, names the registry.
         folder: destination of the files. With None, files on this machine are used in place, and others are fetched
             into a temporary folder that is removed when this process ends.
 

@@ -45,7 +45,7 @@ class Sender:
         self._stopped = False
 
     def stop(self) -> None:
-        """Stop sending."""
+        """Send no more entries."""
         self._stopped = True
 
     def send_some(self) -> bool:

@@ -105,5 +105,5 @@ def store_key(name: str) -> str:
 
 def brief(error: Exception) -> str:
     """Return the error's message in one line of at most 203 characters, or its type without a message."""
-    text = " ".join(str(error).partition("[SQL:")[0].split()) or type(error).__name__  # SQLAlchemy adds the statement
+    text = " ".join(str(error).partition("[SQL:")[0].split()) or type(error).__name__  # SQLAlchemy appends the SQL
     return text if len(text) <= 200 else text[:200] + "..."

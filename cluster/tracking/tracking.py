@@ -80,8 +80,8 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
     `resumed.<setting>`. With a `lease`, pending entries of earlier lease holders are taken over.
 
     Raises:
-        TrackingError: the store cannot be reached or refuses the run; a server only at the first start.
-        TrackingAwayError: a server that had answered did not answer for `storage.patience_s`; only at the first start.
+        TrackingError: the store cannot be reached or refuses the run. A server is contacted only to create a run.
+        TrackingAwayError: while creating a run, a server that had answered did not answer for `storage.patience_s`.
     """
     uri, spool, parameters = tracking_uri(config), _spool_folder(config), flatten(config)
     _prepare(config, uri)

@@ -202,7 +202,7 @@ def classify(error: BaseException) -> FailureKind:
 def failure_of(error: AttemptError | None, ending: Ending | None) -> Failure:
     """Return why an attempt ended before the last step. `ending` is the record that a rank wrote to the run folder."""
     if ending is not None and ending.kind == "stalled":
-        return Failure(None, "death", ending.message)  # the error only says that processes are gone
+        return Failure(None, "death", ending.message)  # the error only reports that processes ended
     if error is None:
         if ending is not None:
             return Failure(None, "preemption", ending.message)

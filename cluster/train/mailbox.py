@@ -1,4 +1,4 @@
-"""Bounded mailbox between rank 0 and the driver, as an actor: rank 0 posts events, the driver polls them."""
+"""Bounded mailbox between rank 0 and the driver, run as a Ray actor: rank 0 posts events, and the driver polls them."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def _worker(
 ) -> None:
     """Main function of one process: run the target, and send its error to the parent if it fails."""
     os.environ.update(environment)
-    end_with_parent(signal.SIGKILL)  # the next holder of the lease may be training already
+    end_with_parent(signal.SIGKILL)  # an orphaned rank could write beside the next holder of the lease
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the parent decides
     lock = threading.Lock()
 
@@ -220,7 +220,7 @@ def _worker(
         pipe.close()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # no interpreter shutdown: it could wait for threads of a broken process group
+        os._exit(1)  # skips the interpreter's shutdown, which could wait for threads of a broken process group
     end_process(0)
 
 

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the recipe. A message is printed first, because importing the readers takes a while."""
+    """Write the recipe. A message is printed first, because importing the readers takes some seconds."""
     folder = Path(args.folder)
     print_out(f"looking at {folder}")
     output = Path(args.output or f"{folder.resolve().name}.yaml")

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, config: RunConfig) -> int:
-    """Train in this process and print where the results are; return the exit status."""
+    """Train in this process and print the location of the results; return the exit status."""
     live = sys.stdout.isatty() and not args.plain
     if args.launcher == "local":
         from m2f.cluster.train.local import train_locally
