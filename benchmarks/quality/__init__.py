@@ -1,1 +1,1 @@
-"""Judged comparisons: arms of a recipe, trained with several seeds, and tables of their differences."""
+"""Comparisons of training methods: variants of a recipe (arms), trained with several seeds, and their differences."""

@@ -1,12 +1,12 @@
-"""`python -m benchmarks.quality.agreement FOLDER`: losses of ours and of `transformers` over the first training steps.
+"""`python -m benchmarks.quality.agreement FOLDER`: compare the losses of our training with those of `transformers`.
 
-Both begin with the same weights and get the same batches of our loader, the same points and the same normalisers; each
-is trained by its own losses. Two things would part the trainings though both are right:
+Both start with the same weights and use the same batches of our loader, the same points and the same normalisers. Each
+is trained with its own losses. Two effects would make correct trainings diverge:
 
-- Rounding grows a thousandfold within 20 steps. So both compute in 64 bits, and what 32 bits give stands beside it.
-- In a new model the sampling points of deformable attention lie exactly on centres of pixels, where the derivative of
-  bilinear interpolation jumps: rounding decides which one is taken, and a step of AdamW makes much of it. So the
-  offsets are moved by up to a quarter of a pixel first, alike for both.
+- Rounding errors grow a thousandfold within 20 steps. Both therefore compute in 64 bits; the table also shows 32 bits.
+- In a new model the sampling points of deformable attention lie exactly on pixel centres. The derivative of bilinear
+  interpolation jumps there, rounding decides which side is used, and AdamW amplifies the difference. The offsets are
+  therefore first moved by up to a quarter of a pixel, equally for both.
 """
 
 from __future__ import annotations
@@ -48,28 +48,28 @@ from m2f.trainer.job import TrainJob
 from m2f.trainer.start_model import start_model
 
 TOLERANCE = 1e-3
-"""Of the relative difference of both losses, at any step."""
+"""Largest allowed relative difference of the losses at any step."""
 _MOST_MOVED = 0.25
-"""Of a pixel."""
+"""Largest initial shift of a sampling point, in pixels."""
 
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Total losses of one step."""
+    """Total loss of one step in both trainings."""
 
     ours: float
     theirs: float
 
     @property
     def error(self) -> float:
-        """Of ours, relative to theirs."""
+        """Absolute difference of the losses, relative to theirs."""
         return abs(self.ours - self.theirs) / abs(self.theirs)
 
 
 def compare_losses(
     job: TrainJob, ours: Mask2Former, batches: Iterable[Batch], dtype: torch.dtype
 ) -> Iterator[StepLosses]:
-    """Train on the batches, each of which is a whole step, and yield the losses of every step."""
+    """Train both on the batches, one step per batch, and yield the losses of every step."""
     theirs = their_twin(ours, job.model).to(dtype).train()
     ours = ours.to(dtype).train()
     update_ours, update_theirs = PlainStep(ours, job.training), PlainStep(theirs, job.training)
@@ -92,7 +92,7 @@ def _our_loss(model: Mask2Former, pixels: Tensor, targets: Targets, points: Poin
 
 @contextmanager
 def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """With this type by default, to which tensors also go where the code says `float()`, as our losses do."""
+    """Use `dtype` as the default, and as the result of `Tensor.float()`, which our losses call."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -104,7 +104,7 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def move_offsets(model: nn.Module) -> None:
-    """Move the sampling points of deformable attention off the centres of pixels, by the same amounts every time."""
+    """Move the sampling points of deformable attention off the pixel centres, by the same amounts at every call."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("sampling_offsets.bias"):
@@ -112,7 +112,7 @@ def move_offsets(model: nn.Module) -> None:
 
 
 def losses_of_recipe(config: RunConfig, steps: int, dtype: torch.dtype) -> list[StepLosses]:
-    """Of the first steps of a recipe, from its own start weights but for the offsets."""
+    """Return the losses of the first steps of a recipe, from its initial weights with moved offsets."""
     make_shards(config)
     storage = Storage(config.storage)
     job = compose_job(config, storage)
@@ -125,7 +125,7 @@ def losses_of_recipe(config: RunConfig, steps: int, dtype: torch.dtype) -> list[
 
 
 def table(name: str, double: Sequence[StepLosses], single: Sequence[StepLosses]) -> str:
-    """Every step in 64 and 32 bits, under the largest difference and whether that is small enough in 64 bits."""
+    """Return a verdict on the 64-bit losses, and a Markdown table of every step in 64 and 32 bits."""
     verdict = "agree" if agree(double) else "FAILS: differ"
     head = (
         f"{name}: the losses of {len(double)} steps {verdict}. The largest relative difference is "
@@ -141,12 +141,12 @@ def table(name: str, double: Sequence[StepLosses], single: Sequence[StepLosses])
 
 
 def agree(losses: Sequence[StepLosses]) -> bool:
-    """Whether all steps are within the tolerance."""
+    """Return whether all steps are within the tolerance."""
     return all(one.error <= TOLERANCE for one in losses)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """0 if all losses agree."""
+    """Run the comparison; return exit status 0 if all losses agree in 64 bits."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.agreement", description=__doc__)
     parser.add_argument("folder", type=Path, help="where shards go")
     parser.add_argument("--sets", nargs="+", choices=[one.name for one in IMAGE_SETS], default=["shapes"])

@@ -1,4 +1,4 @@
-"""What is compared: image sets, arms, and which pairs of arms are judged by which margin."""
+"""Image sets, arms, and the pairs of arms that are compared."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from m2f.cluster.recipe.load import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METRICS = ("PQ", "PQ_small", "PQ_medium", "PQ_large", "AP", "APs", "APm", "APl", "mIoU")
-"""Of the validation set, in per cent; sizes are those of the truth, bounds 32 x 32 and 96 x 96 pixels."""
+"""Metrics of the validation set in per cent; size bounds are 32 x 32 and 96 x 96 pixels of the ground truth."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A recipe with its training and validation images, and overrides of it."""
+    """A recipe with its training and validation images, and overrides."""
 
     name: str
     recipe: Path
     seeds: int
-    """With how many seeds arms are compared here; with fewer than five they are reported and not judged."""
+    """Number of seeds per arm; with fewer than five, arms are reported but not judged."""
     overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, as overrides of the recipe."""
+    """A training variant, as overrides of the recipe."""
 
     name: str
     overrides: tuple[str, ...] = ()
     trainer: Literal["m2f", "transformers"] = "m2f"
-    """Whose network, losses and loop; the batches are those of our loader, the evaluation is ours."""
+    """Source of network, losses and training loop. Our loader and our evaluation are used for both."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms whose runs of the same seed are subtracted."""
+    """Two arms; differences are between their runs with the same seed."""
 
     arm: str
     reference: str
     margin: float = 1.0
-    """Points of a metric by which the arm may be worse and still has no loss."""
+    """Points of a metric by which the arm may be worse and still counts as no loss."""
 
 
 _SHAPES = Path(__file__).with_name("shapes.yaml")
@@ -64,9 +64,9 @@ IMAGE_SETS = (
     ImageSet("nuclei", CONFIGS / "nuclei_panoptic_lite0.yaml", 2, (_ONE_PROCESS, "training.micro_batch=8")),
     ImageSet("camvid", CONFIGS / "camvid_semantic_lite0.yaml", 1, (_ONE_PROCESS, "training.micro_batch=8")),
 )
-"""`shapes`: the demo's, with overlapping objects, a quarter of them small. `small_shapes`: more than half of the
-objects have diameters of 4 to 12 pixels. A micro-batch is a whole step, as the loss of `transformers` knows no other
-normalisers. `nuclei` and `camvid` read their images below M2F_DATA."""
+"""`shapes` is the demo's set, with overlapping objects, a quarter of them small. In `small_shapes`, more than half of
+the objects have diameters of 4 to 12 pixels. A micro-batch is a whole step, because the loss of `transformers` has only
+per-batch normalisers. `nuclei` and `camvid` read images below M2F_DATA."""
 
 _FEW = "model.loss.num_points=1024"
 _MATCHING = "model.loss.matching_box_share=0.5"
@@ -78,13 +78,13 @@ ARMS = (
     Arm("uniform_8192", ("model.loss.num_points=8192",)),
     Arm("transformers", (_FEW,), trainer="transformers"),
 )
-"""`transformers` is the peer of `base`: with the same start weights, images and optimizer."""
+"""`transformers` is the peer of `base`, with the same initial weights, images and optimizer."""
 PILOT_ARMS = (
     Arm("base_2500", (_FEW, "training.max_steps=2500")),
     Arm("base_1250", (_FEW, "training.max_steps=1250")),
     Arm("pilots_1500", (_FEW, "training.max_steps=1500", "model.pilots.max_targets=100")),
 )
-"""Of other lengths than the recipe, for `shapes`; `base_1250` has half of the steps of `base_2500`."""
+"""Arms for `shapes` with another number of steps; `base_1250` has half the steps of `base_2500`."""
 ALL_ARMS = ARMS + PILOT_ARMS
 
 COMPARISONS = (
@@ -102,7 +102,7 @@ COMPARISONS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One arm on one image set with one seed."""
+    """One training: an arm, an image set and a seed."""
 
     image_set: ImageSet
     arm: Arm
@@ -110,11 +110,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its run folder, log and CPU record."""
+        """Name of the run folder, log and CPU record."""
         return f"{self.image_set.name}-{self.arm.name}-{self.seed}"
 
     def config(self, folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-        """Its recipe, with everything it writes below `folder`; `overrides` hold for all runs of a comparison."""
+        """Return the recipe, which writes only below `folder`. `overrides` are those of all runs of a comparison."""
         places = [
             f"datasets.{part}.shards={folder / 'shards' / self.image_set.name / part}" for part in ("train", "val")
         ]
@@ -123,5 +123,5 @@ class Run:
 
 
 def runs_of(sets: Iterable[ImageSet], arms: Sequence[Arm], seeds: Sequence[int]) -> list[Run]:
-    """All runs; those of one seed and set follow each other, so that pairs are complete early."""
+    """Return all runs. Those of one set and seed are consecutive, so that pairs are complete early."""
     return [Run(image_set, arm, seed) for image_set in sets for seed in seeds for arm in arms]

@@ -1,4 +1,4 @@
-"""What a setting must show before recipes name it, which runs that takes, and what was found."""
+"""Criteria (bars) that a setting must meet before recipes use it, the runs they need, and verdicts."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from benchmarks.quality.differences import Difference, Results, cpu_ratio, paire
 from benchmarks.quality.point_costs import Costs
 
 SMALL_GAIN = 0.2
-"""Relative gain in AP of small objects that box points must have."""
+"""Least relative gain in AP of small objects that box points must have."""
 MANY_MARGIN = 1.5
-"""Points of PQ that 1024 box points may be behind 8192 uniform ones."""
+"""Points of PQ by which 1024 box points may be below 8192 uniform points."""
 MOST_COST = 0.35
-"""CPU time of matching and losses that 1024 box points may take of that of 8192 uniform ones."""
+"""Largest CPU time of matching and losses with 1024 box points, as a share of 8192 uniform points."""
 PILOT_COST = 0.7
-"""CPU seconds that pilots may take for the PQ that the base reaches in 2,500 steps."""
+"""Largest share of the base's CPU seconds for 2,500 steps in which pilots must reach the same PQ."""
 _BOX_ARMS = ("box_matching", "box_points")
 _UNIFORM = "uniform_8192"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A metric of a comparison on an image set, over the judged seeds."""
+    """A criterion for one metric of a comparison on an image set, over the judged seeds."""
 
     image_set: str
     comparison: Comparison
     metric: str
     least_gain: float | None = None
-    """Share of the reference that must be gained; None: no loss is enough."""
+    """Least gain as a share of the reference; None: no loss is sufficient."""
     most_cost: float | None = None
-    """CPU seconds of training that the arm may take, as a share of the reference's; None: any number."""
+    """Largest CPU time of training, as a share of the reference's; None: not limited."""
 
     def __str__(self) -> str:
         wanted = "no loss" if self.least_gain is None else f"a gain of at least {100 * self.least_gain:g} %"
@@ -48,7 +48,7 @@ _BOX_BARS = tuple(
         Bar("shapes", Comparison(arm, _UNIFORM, MANY_MARGIN), "PQ"),
         Bar("small_shapes", Comparison(arm, "base"), "APs", SMALL_GAIN),
         Bar("small_shapes", Comparison(arm, "base"), "APm"),
-        # Together they are the objects from 1,024 pixels on; an average over classes cannot be made of two others.
+        # Both sizes, because class averages of objects from 1,024 pixels on cannot be combined from two averages.
         Bar("small_shapes", Comparison(arm, "base"), "PQ_medium"),
         Bar("small_shapes", Comparison(arm, "base"), "PQ_large"),
     )
@@ -58,7 +58,7 @@ BARS = (*_BOX_BARS, Bar("shapes", Comparison("pilots_1500", "base_2500"), "PQ", 
 
 @dataclass(frozen=True)
 class Part:
-    """Runs that are to be reported together."""
+    """Runs that are reported together."""
 
     what: str
     image_set: str
@@ -76,7 +76,7 @@ PARTS = (
 
 
 def judge(bar: Bar, results: Results) -> str:
-    """`holds`, `FAILS` or `not decided`, the bar, and what was found or which runs are missing."""
+    """Return a line with the verdict (`holds`, `FAILS` or `not decided`), the bar, and the result or missing runs."""
     needed = [(arm, seed) for arm in (bar.comparison.arm, bar.comparison.reference) for seed in range(JUDGED_SEEDS)]
     if missing := [key for key in needed if key not in results]:
         return f"FAILS: {bar}: not run: {_listed(missing)}"
@@ -104,7 +104,7 @@ def _verdict(bar: Bar, found: Difference) -> str:
 
 
 def judge_costs(costs: Iterable[Costs]) -> list[str]:
-    """Whether box points cost little, for every measured micro-batch."""
+    """Return a verdict on the cost of box points for every measured micro-batch."""
     lines = []
     for one in costs:
         for arm in _BOX_ARMS:
@@ -116,7 +116,7 @@ def judge_costs(costs: Iterable[Costs]) -> list[str]:
 
 
 def missing_runs(part: Part, results: Results) -> str | None:
-    """A line that names the runs of a part that are missing; None if it is complete."""
+    """Return a line that lists the missing runs of a part; None if it is complete."""
     missing = [(arm, seed) for arm in part.arms for seed in range(part.seeds) if (arm, seed) not in results]
     if not missing:
         return None
@@ -126,20 +126,20 @@ def missing_runs(part: Part, results: Results) -> str | None:
 
 
 def all_lines(results: Mapping[str, Results], costs: Sequence[Costs]) -> list[str]:
-    """Every bar and every part that is not complete; `results` are those of finished runs by image set."""
+    """Return lines for all incomplete parts, bars and costs. `results` are finished runs by image set."""
     gaps = [line for part in PARTS if (line := missing_runs(part, results[part.image_set])) is not None]
     judged = [judge(bar, results[bar.image_set]) for bar in BARS]
     return [*gaps, *judged, *(judge_costs(costs) or ["FAILS: cost of points: not measured"])]
 
 
 def _listed(runs: Sequence[tuple[str, int]]) -> str:
-    """`base 0-2, box_points 0 3`."""
+    """Format arms and seeds, for example `base 0-2, box_points 0 3`."""
     arms = dict.fromkeys(arm for arm, _ in runs)
     return ", ".join(f"{arm} {_ranges([seed for name, seed in runs if name == arm])}" for arm in arms)
 
 
 def _ranges(seeds: Sequence[int]) -> str:
-    """Of ascending numbers, those that follow each other as one range."""
+    """Format ascending numbers; consecutive ones become a range."""
     starts = [one for one in seeds if one - 1 not in seeds]
     ends = [one for one in seeds if one + 1 not in seeds]
     return " ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))

@@ -1,4 +1,4 @@
-"""Differences between arms over seeds, and what they are called."""
+"""Differences between arms over seeds, and their verdicts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from m2f.eval.metrics.seed_interval import SeedInterval, mean_interval
 MAX_SEEDS = 100
 
 Results = Mapping[tuple[str, int], RunResult]
-"""Finished runs of one image set by arm and seed."""
+"""Evaluated runs of one image set by arm and seed."""
 
 
 def read_results(folders: Sequence[Path], image_set: ImageSet) -> Results:
-    """Runs that reached the last step that any run of their arm has reached."""
+    """Return the runs that reached the last step of any run of their arm."""
     found = {
         (arm.name, seed): result
         for arm in ALL_ARMS
@@ -31,7 +31,7 @@ def read_results(folders: Sequence[Path], image_set: ImageSet) -> Results:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one metric, between runs of the same seeds."""
+    """Difference of one metric between two arms, over the seeds that both have."""
 
     seeds: int
     interval: SeedInterval
@@ -41,11 +41,11 @@ class Difference:
 
     @property
     def relative(self) -> float | None:
-        """The mean difference as a share of the reference; None where that is 0."""
+        """Mean difference as a share of the reference; None if the reference is 0."""
         return self.interval.value / self.reference if self.reference else None
 
     def verdict(self, margin: float) -> str:
-        """`gain`, `no loss` (not worse by as much as `margin`), `loss` or `not decided`."""
+        """Return `gain`, `no loss` (worse by less than `margin`), `loss` or `not decided`, from the interval."""
         if self.interval.low > 0:
             return "gain"
         if self.interval.low > -margin:
@@ -54,7 +54,7 @@ class Difference:
 
 
 def paired_difference(comparison: Comparison, metric: str, results: Results) -> Difference | None:
-    """None with fewer than two seeds that both arms have."""
+    """Return the difference of a metric; None if both arms share fewer than two seeds."""
     sides = [
         {seed: r.metrics[metric] for (name, seed), r in results.items() if name == arm and metric in r.metrics}
         for arm in (comparison.arm, comparison.reference)
@@ -68,7 +68,7 @@ def paired_difference(comparison: Comparison, metric: str, results: Results) -> 
 
 
 def cpu_ratio(comparison: Comparison, results: Results) -> float | None:
-    """Of the means over the seeds that both arms have; None without one."""
+    """Return the ratio of CPU seconds of training over the seeds that both arms have; None if there are none."""
     sides = [
         {seed: r.cpu.training for (name, seed), r in results.items() if name == arm and r.cpu is not None}
         for arm in (comparison.arm, comparison.reference)

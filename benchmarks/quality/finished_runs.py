@@ -1,4 +1,4 @@
-"""What run folders and CPU records of a comparison say, and how they are kept when the run folders go."""
+"""Results and CPU time of the runs of a comparison, and how to keep them without the run folders."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from m2f.cluster.compare.records import parse_results
 
 @dataclass(frozen=True)
 class RunResult:
-    """The newest evaluation of a run, and what the run has cost so far."""
+    """Newest evaluation of a run, and its CPU time so far."""
 
     step: int
     images: int
     metrics: Mapping[str, float]
-    """In per cent; undefined ones are missing."""
+    """Metrics in per cent; undefined ones are missing."""
     cpu: CpuSeconds | None
-    """None where a process was killed, whose seconds are not known."""
+    """None if a process was killed, because its CPU time is then unknown."""
 
 
 @dataclass(frozen=True)
 class CpuSeconds:
-    """Of all processes of a run, with their starts."""
+    """CPU time of all processes of a run, including their starts."""
 
     training: float
     evaluation: float
 
 
 def read_run(folders: Sequence[Path], run: Run) -> RunResult | None:
-    """From the folder in which the run got furthest; None while it has no evaluation."""
+    """Read a run from the folder with its latest step; return None if it has no evaluation."""
     found = [(result, folder) for folder in folders if (result := _newest_evaluation(folder, run)) is not None]
     if not found:
         return None
@@ -44,7 +44,7 @@ def read_run(folders: Sequence[Path], run: Run) -> RunResult | None:
 
 
 def keep_run(folder: Path, kept: Path, run: Run) -> None:
-    """Copy from `folder` to `kept` what `read_run` reads of a run that has an evaluation: a few kilobytes."""
+    """Copy the files that `read_run` needs, a few kilobytes, to `kept`; do nothing without an evaluation."""
     evaluation = _newest_evaluation(folder, run)
     if evaluation is None:
         return
@@ -64,7 +64,7 @@ def _cpu_record(folder: Path, run: Run) -> Path:
 
 
 def read_cpu(record: Path) -> CpuSeconds | None:
-    """The sum over the processes of a run; None where one has no end."""
+    """Sum the CPU time over the processes of a run; return None if one has no end or there is no record."""
     lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     ends = [line for line in lines if line["event"] == "end"]
     if not ends or 2 * len(ends) != len(lines):

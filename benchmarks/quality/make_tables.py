@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality.make_tables FOLDER ...`: every table of a comparison, from run folders, as Markdown."""
+"""`python -m benchmarks.quality.make_tables FOLDER ...`: print all tables of a comparison as Markdown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from m2f.cluster.terminal import print_out
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print the tables of every image set with finished runs, the costs of points, and all bars."""
+    """Print the tables of every image set with evaluated runs, the cost of points, and all bars; return 0."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.make_tables", description=__doc__)
     parser.add_argument(
         "folders", type=Path, nargs="+", help="what run_arms, and point_costs with --save, wrote to, or --keep"
@@ -64,7 +64,7 @@ def _keep(finished: Mapping[str, Results], folders: Sequence[Path], kept: Path) 
 
 
 def _finished(image_set: ImageSet, results: Results, overrides: Sequence[str]) -> Results:
-    """The runs that reached the last step of their recipe."""
+    """Return the runs that reached the last step of their recipe."""
     there = {name for name, _ in results}
     last = {
         arm.name: Run(image_set, arm, 0).config(Path(), overrides).training.max_steps
@@ -79,7 +79,7 @@ def _seen_metrics(results: Results) -> list[str]:
 
 
 def spread_table(results: Results) -> str:
-    """Mean and standard deviation over the seeds of every arm, and CPU seconds."""
+    """Return a table of mean and standard deviation over seeds, and CPU seconds, for every arm."""
     some = next(iter(results.values()))
     metrics = _seen_metrics(results)
     rows = [_spread_row(arm, results, metrics) for arm in ALL_ARMS if any(name == arm.name for name, _ in results)]
@@ -97,7 +97,7 @@ def _spread_row(arm: Arm, results: Results, metrics: Sequence[str]) -> list[str]
 
 
 def _mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """`mean (standard deviation)`."""
+    """Format as `mean (standard deviation)`; the mean alone for one value, `-` for none."""
     if not values:
         return "-"
     mean = f"{statistics.fmean(values):.{digits}f}"
@@ -105,7 +105,7 @@ def _mean_and_spread(values: Sequence[float], digits: int) -> str:
 
 
 def difference_table(results: Results) -> str:
-    """Paired differences of all comparisons with their intervals and verdicts, and the ratio of CPU seconds."""
+    """Return a table of the paired differences, intervals, verdicts and CPU ratios of all comparisons."""
     rows = [
         _difference_row(comparison, metric, found, cpu_ratio(comparison, results))
         for comparison in COMPARISONS

@@ -1,4 +1,4 @@
-"""The optimizer step of a plain loop in torch, with a recipe's optimizer, schedule and moving average."""
+"""Optimizer step in plain PyTorch, with the optimizer, schedule and moving average of a recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PlainStep:
         self._average = {name: tensor.detach().clone() for name, tensor in self._trained()}
 
     def __call__(self, loss: Tensor, step: int) -> None:
-        """Update the weights after `step` finished steps."""
+        """Run the backward pass of `loss` and update the weights; `step` is the number of finished steps."""
         loss.backward()
         nn.utils.clip_grad_norm_(self._model.parameters(), self._training.optimizer.clip_norm or math.inf)
         factor = lr_factor(self._training.schedule, step, self._training.max_steps)
@@ -35,15 +35,15 @@ class PlainStep:
         self._update_average(step + 1)
 
     def weights(self) -> dict[str, Tensor]:
-        """Of the model; what is trained as its moving average where there is one."""
+        """Return the state dict, with moving averages for trained parameters if the recipe keeps them."""
         return self._model.state_dict() | self._average
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides the weights of the model."""
+        """Return the state for a checkpoint, without the weights of the model."""
         return {"adamw": self._adamw.state_dict(), "average": self._average}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         self._adamw.load_state_dict(state["adamw"])
         self._average = state["average"]
 
@@ -54,7 +54,7 @@ class PlainStep:
 
     @torch.no_grad()
     def _update_average(self, number: int) -> None:
-        """With the decay that our trainer has after step `number`."""
+        """Update the average with the decay that our trainer uses after step `number`."""
         decay = min(self._training.ema_decay, (1 + number) / (10 + number))
         for name, parameter in self._trained():
             self._average[name].lerp_(parameter, 1 - decay)

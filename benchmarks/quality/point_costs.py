@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality.point_costs`: CPU time of matching, losses and backward pass, by kind of points."""
+"""`python -m benchmarks.quality.point_costs`: measure CPU time of matching, losses and backward pass for every arm."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ COSTS_FILE = "point_costs.json"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one micro-batch and of the model that predicts it."""
+    """Sizes of one micro-batch and of the model's predictions."""
 
     images: int
     canvas: int
-    """Height and width in pixels."""
+    """Height and width of the images in pixels."""
     targets: int
     layers: int
-    """Predictions of the decoder."""
+    """Number of predictions of the decoder."""
     queries: int
     channels: int
-    """Of mask embeddings."""
+    """Channels of the mask embeddings."""
 
     def __str__(self) -> str:
         return (
@@ -47,11 +47,11 @@ class Sizes:
 
 
 SIZES = (Sizes(4, 128, 12, 4, 32, 96), Sizes(2, 256, 50, 4, 120, 96), Sizes(1, 1024, 11, 10, 100, 256))
-"""The shapes recipe, the nuclei recipe, and the R50 of the paper."""
+"""Sizes of the shapes recipe, the nuclei recipe, and the R50 of the paper."""
 
 
 def measure(sizes: Sizes, losses: Sequence[LossConfig], repeats: int) -> list[float]:
-    """Median CPU seconds for each of the settings, run in turn on one thread."""
+    """Return the median CPU seconds of each setting, measured in turn."""
     predictions, targets = _inputs(sizes)
     seconds: list[list[float]] = [[] for _ in losses]
     for _ in range(repeats + 1):
@@ -61,7 +61,7 @@ def measure(sizes: Sizes, losses: Sequence[LossConfig], repeats: int) -> list[fl
             total = compute_losses(predictions, targets, CounterPoints(0), normalizers, config, CLASSES).total
             torch.autograd.grad(total, predictions[:3])
             taken.append(time.process_time() - began)
-    return [statistics.median(taken[1:]) for taken in seconds]  # the first one warms up
+    return [statistics.median(taken[1:]) for taken in seconds]  # without the warm-up run
 
 
 def _inputs(sizes: Sizes) -> tuple[Predictions, Targets]:
@@ -78,15 +78,15 @@ def _inputs(sizes: Sizes) -> tuple[Predictions, Targets]:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one micro-batch."""
+    """CPU time for one micro-batch."""
 
     sizes: str
     milliseconds: Mapping[str, float]
-    """Of CPU time, by arm."""
+    """Milliseconds of CPU time by arm."""
 
 
 def measure_all(all_sizes: Sequence[Sizes], repeats: int) -> list[Costs]:
-    """Of every arm that our trainer trains."""
+    """Measure every arm that our trainer trains."""
     arms = [arm for arm in ARMS if arm.trainer == "m2f"]
     losses = [Run(IMAGE_SETS[0], arm, 0).config(Path("unused")).model.loss for arm in arms]
     names = [arm.name for arm in arms]
@@ -97,13 +97,13 @@ def measure_all(all_sizes: Sequence[Sizes], repeats: int) -> list[Costs]:
 
 
 def read_costs(folder: Path) -> list[Costs]:
-    """What `--save` wrote; nothing where it did not."""
+    """Read the figures that `--save` wrote; return an empty list if there are none."""
     path = folder / COSTS_FILE
     return [Costs(**content) for content in json.loads(path.read_text())] if path.exists() else []
 
 
 def costs_table(costs: Sequence[Costs]) -> str:
-    """Milliseconds of every arm, and the ratio of each to the last one."""
+    """Return a table of milliseconds of every arm, with the ratio to the last arm."""
     names = list(costs[0].milliseconds)
     rows = [
         [
@@ -116,7 +116,7 @@ def costs_table(costs: Sequence[Costs]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print the table."""
+    """Measure all sizes, print the table, and return 0."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.point_costs", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the figures there for make_tables")

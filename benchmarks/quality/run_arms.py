@@ -1,6 +1,6 @@
 """`python -m benchmarks.quality.run_arms FOLDER`: train arms with several seeds, each run in a process on one core.
 
-Interrupted, runs stop after a checkpoint; the same command goes on with what is not finished.
+On an interrupt, runs stop after a checkpoint. The same command continues with the unfinished runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ONE_CORE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVI
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """0 if every run is finished."""
+    """Train the requested runs; return exit status 0 if all are finished."""
     arguments = parse(words)
     folder = arguments.folder.absolute()
     sets = [one for one in IMAGE_SETS if one.name in arguments.sets]
@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.run_arms", description=__doc__)
     parser.add_argument("folder", type=Path, help="where shards, run folders, logs and CPU records go")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings of all runs")
@@ -60,14 +60,14 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_shards(config: RunConfig) -> None:
-    """Of all data sets, in this process; what is there is kept."""
+    """Write the shards of all data sets in this process; existing shards are kept."""
     for dataset in config.datasets.values():
         assert dataset.source is not None
         write_dataset(open_reader(dataset.source), dataset, Storage())
 
 
 class Pool:
-    """Processes of runs, at most some at a time."""
+    """Runs training processes, at most `processes` at a time."""
 
     def __init__(self, folder: Path, overrides: Sequence[str], processes: int, kept: Sequence[Path] = ()) -> None:
         self._folder, self._overrides, self._processes = folder, overrides, processes
@@ -76,7 +76,10 @@ class Pool:
         self._stopped = False
 
     def work(self, runs: Sequence[Run], seconds: float) -> int:
-        """Train what is not finished, in order; 0 if all is then. SIGINT, SIGTERM and the end of `seconds` stop it."""
+        """Train the unfinished runs in order; return 0 if all are finished, else 1.
+
+        SIGINT, SIGTERM and the end of `seconds` stop all processes after a checkpoint.
+        """
         waiting = [run for run in runs if not self._is_finished(run)]
         print_out(f"{len(waiting)} of {len(runs)} runs to train")
         until = time.monotonic() + seconds
@@ -109,7 +112,7 @@ class Pool:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | _ONE_CORE,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+                start_new_session=True,  # Ctrl-C must reach only this process, which sends one SIGTERM to each run
             )
         print_out(f"{run.name}: started, log {log}")
 

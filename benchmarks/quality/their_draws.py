@@ -1,4 +1,4 @@
-"""The points that the criterion of `transformers` draws, so that ours can be given the same ones."""
+"""Recording of the random points that the criterion of `transformers` draws, to replay them in ours."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from m2f.model.loss.points import GivenPoints
 from m2f.model.structures import Targets
 
 Assignment = Sequence[tuple[Tensor, Tensor]]
-"""Queries and targets of every image, of one prediction."""
+"""Matched queries and targets of every image, for one prediction."""
 
 
 @dataclass(frozen=True)
 class RecordedDraws:
-    """One pass through the criterion, in its own order: the last prediction, then the others from the first on."""
+    """Draws of one pass through the criterion, in its order: the last prediction, then the others from the first."""
 
     drawn: list[Tensor] = field(default_factory=list)
-    """Of every prediction: matching points of each image, candidates and fresh points of the matched masks."""
+    """For every prediction: matching points of each image, then candidates and fresh points of the matched masks."""
     assigned: list[Assignment] = field(default_factory=list)
-    """Of every prediction."""
+    """Assignment of every prediction."""
 
     def points(self, targets: Targets) -> GivenPoints:
-        """The same points by prediction, image and target, for our criterion."""
+        """Return the same points by prediction, image and target, for our criterion."""
         last = len(self.assigned) - 1
         order = [last, *range(last)]
         return replayed(self.drawn, [self.assigned[order.index(layer)] for layer in range(last + 1)], order, targets)
@@ -37,7 +37,7 @@ class RecordedDraws:
 
 @contextmanager
 def recorded_draws(criterion: Mask2FormerLoss) -> Iterator[RecordedDraws]:
-    """Record what one pass draws and how it matches; nothing else may call `torch.rand` meanwhile."""
+    """Record draws and assignments of one pass; no other code may call `torch.rand` inside the context."""
     draws, rand = RecordedDraws(), torch.rand
 
     def recorded(*arguments: Any, **options: Any) -> Tensor:
@@ -55,13 +55,15 @@ def recorded_draws(criterion: Mask2FormerLoss) -> Iterator[RecordedDraws]:
 def replayed(
     drawn: Sequence[Tensor], assignments: Sequence[Assignment], order: Sequence[int], targets: Targets
 ) -> GivenPoints:
-    """Draws in the official order (per prediction: each image, candidates, fresh) by prediction, image and target.
+    """Sort draws of the official order by prediction, image and target.
+
+    The official order is, for each prediction: points of each image, candidates, fresh points.
 
     Args:
-        drawn: what was drawn, one after the other.
-        assignments: of every prediction, by its number.
-        order: numbers of the predictions as they were drawn for.
-        targets: of the micro-batch.
+        drawn: draws in their order.
+        assignments: assignment of every prediction, by its index.
+        order: indices of the predictions in the order of the draws.
+        targets: targets of the micro-batch.
     """
     layers, (images, most) = len(order), targets.valid.shape
     per_layer = [drawn[i : i + images + 2] for i in range(0, len(drawn), images + 2)]

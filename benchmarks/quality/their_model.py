@@ -1,4 +1,4 @@
-"""Mask2Former of `transformers` for a recipe, with the recipe's backbone, and its weights under our names."""
+"""Mask2Former of `transformers` for a recipe, with the recipe's backbone, and conversion of weight names."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from m2f.model.weights.names import to_hugging_face_names, to_own_names
 
 _BACKBONE = "backbone."
 _THEIR_BACKBONE = "model.pixel_level_module.encoder.backbone."
-_EXPANSION = 4  # of a bottleneck's channels
+_EXPANSION = 4  # channel expansion of a bottleneck
 
 
 class _Encoder(nn.Module):
-    """Our backbone in the place of theirs; its name decides on learning rates, as in our model."""
+    """Our backbone in place of theirs. The attribute name `backbone` selects its learning rate, as in our model."""
 
     def __init__(self, backbone: nn.Module, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -34,18 +34,18 @@ class _Encoder(nn.Module):
         self.channels = list(channels)
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
-        """Maps at strides 4, 8, 16 and 32 of images [B, 3, H, W]."""
+        """Return feature maps at strides 4, 8, 16 and 32 of images [B, 3, H, W]."""
         return BackboneOutput(feature_maps=self.backbone(pixel_values))
 
 
 def their_twin(ours: Mask2Former, config: ModelConfig) -> Mask2FormerForUniversalSegmentation:
-    """Their network and criterion with the weights of ours, and a copy of its backbone.
+    """Return their network and criterion with the weights of ours and a copy of our backbone.
 
-    Raises WeightsError for a recipe whose decoders `transformers` does not have.
+    Raises WeightsError if `transformers` does not have the decoders of the recipe.
     """
     channels: tuple[int, ...] = ours.backbone.channels  # type: ignore[assignment]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You'd better set embed_dim")  # for the speed of a kernel that CPUs lack
+        warnings.filterwarnings("ignore", "You'd better set embed_dim")  # speed of a kernel that CPUs lack
         theirs = Mask2FormerForUniversalSegmentation(_their_config(config, channels))
     theirs.model.pixel_level_module.encoder = _Encoder(deepcopy(ours.backbone), channels)
     state = to_their_names(ours.state_dict())
@@ -54,13 +54,13 @@ def their_twin(ours: Mask2Former, config: ModelConfig) -> Mask2FormerForUniversa
 
 
 def their_loss(theirs: Mask2FormerForUniversalSegmentation, pixels: Tensor, targets: Targets) -> Tensor:
-    """Total loss [] of a micro-batch; `pixels` [B, 3, H, W] as our model normalises them."""
+    """Return the total loss [] of a micro-batch; `pixels` [B, 3, H, W] are normalised by our model."""
     labels = [own[valid] for own, valid in zip(targets.labels, targets.valid, strict=True)]
     return theirs(pixel_values=pixels, mask_labels=dense_masks(targets), class_labels=labels).loss.view(())
 
 
 def to_their_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of ours under the names of `their_twin`."""
+    """Rename weights of our model to the names of `their_twin`."""
     heads = {name: tensor for name, tensor in own.items() if not name.startswith(_BACKBONE)}
     backbone = {
         _THEIR_BACKBONE + name.removeprefix(_BACKBONE): tensor
@@ -71,7 +71,7 @@ def to_their_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_our_names(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of `their_twin` under the names of ours."""
+    """Rename weights of `their_twin` to the names of our model."""
     heads = {name: tensor for name, tensor in theirs.items() if not name.startswith(_THEIR_BACKBONE)}
     backbone = {
         _BACKBONE + name.removeprefix(_THEIR_BACKBONE): tensor
@@ -82,7 +82,10 @@ def to_our_names(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _their_config(config: ModelConfig, channels: tuple[int, ...]) -> Mask2FormerConfig:
-    """With a small ResNet of as many channels in place of the backbone: what their pixel decoder is made for."""
+    """Return their configuration, with a small ResNet of the same channels as the backbone.
+
+    It only determines the input channels of their pixel decoder.
+    """
     options = {"layers": (1, 1, 1, 1), "channels": tuple(width // _EXPANSION for width in channels)}
     stand_in = replace(config, backbone=TimmBackboneConfig(name="resnet50", options=options))
     labels = [str(label) for label in range(config.num_classes or 0)]

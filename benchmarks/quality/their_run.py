@@ -1,4 +1,4 @@
-"""A run of the peer `transformers`: its training in a process of its own, then our evaluation of its weights."""
+"""A run of the peer `transformers`: training in a separate process, then our evaluation of its weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.job import TrainJob
 
 WEIGHTS = "weights.safetensors"
-"""What the training leaves in the run folder once it is done."""
+"""File that a completed training leaves in the run folder."""
 
 
 def train_theirs(config: RunConfig) -> bool:
-    """Train, or go on with it, and evaluate; False where a signal stopped the training after a checkpoint.
+    """Train or resume, then evaluate; return False if a signal stopped the training after a checkpoint.
 
-    Raises LaunchError where the training fails, and what `evaluate_sets` raises.
+    Raises:
+        LaunchError: the training failed.
+        EvaluationError, DataError, StorageError: see `evaluate_sets`.
     """
     config = settled_run(config, this_machine(), beside=False)
     launch(train_rank, (compose_job(config),), 1, worker_environment(config))
@@ -37,7 +39,7 @@ def train_theirs(config: RunConfig) -> bool:
 
 
 def train_rank(job: TrainJob) -> None:
-    """Body of the training process, which alone imports `transformers`."""
+    """Train in the training process, the only one that imports `transformers`."""
     with stopped_by_signals() as control:
         from benchmarks.quality.plain_loop import train_plainly
 

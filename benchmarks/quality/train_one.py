@@ -1,4 +1,4 @@
-"""One run in this process, and its CPU seconds: `python -m benchmarks.quality.train_one FOLDER SET ARM SEED ...`."""
+"""`python -m benchmarks.quality.train_one FOLDER SET ARM SEED ...`: train one run and record its CPU seconds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from benchmarks.quality.arms import Run
     from m2f.cluster.recipe.config import RunConfig
 
-# Whatever is imported here, the rank's process imports again when it starts.
+# Imports here are lazy, because the rank's process repeats them when it starts.
 
 
 def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
-    """Train until the end or a signal, and evaluate the last checkpoint. 0 if the run is finished.
+    """Train until the end or a signal, and evaluate the last checkpoint; return 0 if the run is finished.
 
-    A line is added to the run's CPU record before and after, so that a process that was killed is noticed: its seconds
-    are missing. Training is what the rank's process took, with its start; evaluation what this one took.
+    The CPU record of the run gets a line before and after, so that killed processes are detected. `training_s` is the
+    CPU time of the rank's process, including its start; `evaluation_s` is that of this process.
     """
     config = run.config(folder, overrides)
     record = folder / "cpu" / f"{run.name}.jsonl"
@@ -37,7 +37,7 @@ def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
 
 
 def _train(run: Run, config: RunConfig) -> bool:
-    """Whether the run is trained and evaluated."""
+    """Train and evaluate; return whether both are complete."""
     if run.arm.trainer == "transformers":
         from benchmarks.quality.their_run import train_theirs
 
@@ -65,7 +65,7 @@ def _add(record: Path, line: dict[str, object]) -> None:
 
 
 def named(image_set: str, arm: str, seed: str) -> Run:
-    """The run that command line words name."""
+    """Return the run with these names from the command line."""
     from benchmarks.quality.arms import ALL_ARMS, IMAGE_SETS, Run
 
     sets, arms = ({one.name: one for one in table} for table in (IMAGE_SETS, ALL_ARMS))
