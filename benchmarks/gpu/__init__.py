@@ -1,1 +1,1 @@
-"""Steps of the first minutes on a GPU: one function each, which returns what it found as JSON can hold it."""
+"""Steps of the first minutes on a GPU; each step is a function that returns a JSON-serialisable result."""

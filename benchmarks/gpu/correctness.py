@@ -1,4 +1,4 @@
-"""Whether training and inference on this GPU give what they give on the CPU."""
+"""Checks that training and inference give the same results on this GPU as on the CPU."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ USED = (
         "benchmarks.bench_zero",
     ),
 )
-"""What the other steps import, and what a person with this machine would use."""
+"""Modules that the other steps import, and modules that users of this machine need."""
 REPORTS = (("nvidia-smi",), ("nvcc", "--version"), ("free", "-g"), ("df", "-h", "/tmp", "/dev/shm"))
 
 
 def machine(stage: Stage) -> dict[str, object]:
-    """The machine, its libraries, and whether all modules can be imported."""
+    """Report the machine, its library versions, and modules that cannot be imported."""
     for command in REPORTS:
         if shutil.which(command[0]) is not None:
             print(subprocess.run(command, capture_output=True, text=True).stdout, flush=True)
@@ -64,7 +64,10 @@ def machine(stage: Stage) -> dict[str, object]:
 
 
 def parity(stage: Stage) -> dict[str, object]:
-    """One step on the CPU in fp32 and here in fp32 and bf16: losses, gradients, and what the host waits for."""
+    """Compare one step in fp32 and bf16 on this device with fp32 on the CPU.
+
+    Returns the relative errors of losses and gradients, and how often the host waits for the device.
+    """
     torch.backends.cudnn.allow_tf32 = False
     size = stage.pick(256, 64)
 
@@ -90,7 +93,7 @@ def parity(stage: Stage) -> dict[str, object]:
 
 
 def graphs(stage: Stage) -> dict[str, object]:
-    """Inference that replays CUDA graphs against the pass as it is, for sizes in turn."""
+    """Compare inference that replays CUDA graphs with the eager forward pass, for alternating sizes."""
     stage.need_gpu()
     from m2f.model.inference.cuda_graphs import ReplayedForward
 
@@ -115,7 +118,10 @@ def graphs(stage: Stage) -> dict[str, object]:
 
 
 def probe(stage: Stage) -> dict[str, object]:
-    """The memory probe says what does not fit, and leaves weights, statistics and random numbers as they were."""
+    """Check the memory probe.
+
+    It must report a batch that does not fit, and must not change weights, statistics or random numbers.
+    """
     native = TimmBackboneConfig(name="resnet10t", norm="native", options={"channels": (16, 32, 48, 64)})
     workload = make_workload(replace(small_model(), backbone=native), 2, 64, "fp32", stage.device, objects=5)
     before = {name: tensor.clone() for name, tensor in workload.module.state_dict().items()}
@@ -140,7 +146,7 @@ def _random_state(stage: Stage) -> Tensor:
 
 
 def determinism(stage: Stage) -> dict[str, object]:
-    """The same step twice with deterministic algorithms."""
+    """Run the same step twice with deterministic algorithms and compare the gradients bit by bit."""
 
     def gradients() -> Tensor:
         workload = make_workload(stage.config, 2, stage.pick(256, 64), "bf16_autocast", stage.device, objects=6)
@@ -154,7 +160,7 @@ def determinism(stage: Stage) -> dict[str, object]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read at the first product on a GPU
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # must be set before the first product on a GPU
     torch.use_deterministic_algorithms(True)
     try:
         yield

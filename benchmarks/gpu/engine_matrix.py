@@ -1,4 +1,4 @@
-"""ZeRO stages and precisions on one rank: they learn as plain AdamW does, and go on where they were saved."""
+"""Checks of ZeRO stages and precisions on one rank: same losses as plain AdamW, and correct resuming."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from m2f.trainer.engine.param_groups import build_param_groups
 
 STEPS = 4
 SAVED = 3
-"""Steps before the state is saved."""
+"""Number of steps before the state is saved."""
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to train."""
+    """One combination of training settings."""
 
     stage: int
     precision: Precision
@@ -54,7 +54,7 @@ MODES = (
 
 
 def engine(stage: Stage) -> dict[str, object]:
-    """Every mode on its own; one that fails leaves the others."""
+    """Test every mode separately; an error in one mode does not stop the others."""
     for name, text in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("DS_ACCELERATOR", stage.device.type)):
         os.environ.setdefault(name, text)
     dist.init_process_group(stage.pick("nccl", "gloo"), store=dist.HashStore(), rank=0, world_size=1)
@@ -76,7 +76,7 @@ def _workload(stage: Stage, precision: Precision) -> Workload:
 
 
 def _plain_losses(stage: Stage) -> list[float]:
-    """Of some steps in fp32 without DeepSpeed."""
+    """Return the losses of STEPS steps in fp32 without DeepSpeed."""
     workload = _workload(stage, "fp32")
     adamw = torch.optim.AdamW(build_param_groups(workload.module, OptimizerConfig()), fused=True)
     losses: list[float] = []

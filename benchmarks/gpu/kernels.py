@@ -1,4 +1,4 @@
-"""Deformable attention and masked attention on this GPU, held against float64."""
+"""Deformable attention and masked attention on this GPU, compared with float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Case:
     shapes: Sequence[tuple[int, int]]
     images: int
     queries: int | None
-    """None: every pixel of every level is one."""
+    """Number of queries; None: every pixel of every level is a query."""
     heads: int
     dim: int
     points: int
@@ -55,7 +55,10 @@ ODD = (
 
 
 def msda(stage: Stage) -> dict[str, object]:
-    """The kernel and its gradients against float64: shapes, dtypes and ways of cutting. A dry run interprets it."""
+    """Compare the fused kernel and its gradients with float64 for several shapes, dtypes and launch configurations.
+
+    A dry run uses Triton's interpreter. Raises AssertionError if an error exceeds TOLERANCE.
+    """
     from m2f.model.deform_attn.module import _checked_kernel
     from m2f.model.deform_attn.triton_op import BACKWARD, FORWARD
 
@@ -80,7 +83,7 @@ def msda(stage: Stage) -> dict[str, object]:
 
 
 def _kernel_error(case: Case, dtype: torch.dtype, device: torch.device) -> float:
-    """The largest distance of output and gradients."""
+    """Return the largest relative distance of output and gradients from float64."""
     from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
 
     generator = torch.Generator(device).manual_seed(0)
@@ -92,7 +95,7 @@ def _kernel_error(case: Case, dtype: torch.dtype, device: torch.device) -> float
     queries, levels = case.queries or pixels, len(case.shapes)
     samples = (case.images, queries, case.heads, levels, case.points)
     value = random(case.images, pixels, case.heads, case.dim).to(dtype).requires_grad_()
-    # Odd multiples of 1/32 of a pixel: gradients jump at borders of pixels, where rounding would decide.
+    # Odd multiples of 1/32 pixel: gradients jump at pixel borders, and rounding would decide which one is taken.
     offsets = (((32 * random(*samples, 2)).round() + 0.5) / 16).requires_grad_()
     logits = random(*samples).to(dtype).requires_grad_()
     reference = torch.rand(case.images, queries, 2, device=device, generator=generator)
@@ -116,10 +119,10 @@ def _in_plain_steps(case: Case, value: Tensor, reference: Tensor, offsets: Tenso
 
 
 def sdpa(stage: Stage) -> dict[str, object]:
-    """Masked attention of 100 queries to the tokens of every level: time and distance from float64 per backend."""
+    """Measure masked attention of 100 queries to the tokens of a level: time and error against float64 per backend."""
     stage.need_gpu()
     rows: dict[str, object] = {}
-    # 1600 tokens: a remainder of 64 by 128, which one backend has been wrong at.
+    # 1600 tokens leave a remainder of 64 modulo 128, for which one backend has returned wrong results.
     for images, tokens in ((2, 1024), (2, 4096), (2, 16384), (1, 1050), (1, 1600), (1, 4200), (1, 16800)):
         attend, exact = _masked_attention(images, tokens, stage.device)
         for name, backends in BACKENDS.items():
@@ -137,7 +140,7 @@ def sdpa(stage: Stage) -> dict[str, object]:
 def _masked_attention(
     images: int, tokens: int, device: torch.device
 ) -> tuple[Callable[[], Sequence[Tensor]], Sequence[Tensor]]:
-    """A run in bfloat16 that gives output and gradients, and what float64 gives."""
+    """Return a function that computes output and gradients in bfloat16, and the float64 results."""
     generator = torch.Generator(device).manual_seed(0)
 
     def heads(length: int) -> Tensor:
@@ -159,10 +162,10 @@ def _masked_attention(
 
 @contextlib.contextmanager
 def only_config(autotuner: Autotuner, config: LaunchConfig) -> Iterator[None]:
-    """A kernel cut in one way."""
+    """Restrict a kernel to one launch configuration."""
     table, fixed = autotuner.table, torch.backends.cudnn.deterministic
     autotuner.table = (config,)
-    torch.backends.cudnn.deterministic = True  # the first of a table is taken untried
+    torch.backends.cudnn.deterministic = True  # then the first entry of the table is used without timing
     try:
         yield
     finally:

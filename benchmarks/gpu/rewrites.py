@@ -1,4 +1,4 @@
-"""What rewrites of the model would bring: each alone against the step as it is, in one process."""
+"""Speed of possible rewrites of the model: each one alone against the current step, in one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPEATS = 10
 
 
 def rewrites(stage: Stage) -> dict[str, object]:
-    """Milliseconds of a step at 2 and 8 images, as it is and with each change; 2 images also compiled."""
+    """Return the milliseconds of a step with 2 and 8 images, unchanged and with each change; 2 images also compiled."""
     stage.need_gpu()
     from m2f.trainer.engine.compile import compile_regions
 
@@ -75,7 +75,7 @@ def _tf32() -> Iterator[None]:
 
 
 def kept_constants(self: FrozenBatchNorm2d, features: Tensor) -> Tensor:
-    """`FrozenBatchNorm2d.forward` with scale and shift computed once."""
+    """Replacement of `FrozenBatchNorm2d.forward` that computes scale and shift once."""
     constants = self.__dict__.get("_kept_constants")
     if constants is None or constants[0].dtype != features.dtype:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -86,7 +86,7 @@ def kept_constants(self: FrozenBatchNorm2d, features: Tensor) -> Tensor:
 
 
 def group_norm_channels_last(self: nn.GroupNorm, features: Tensor) -> Tensor:
-    """`nn.GroupNorm.forward` [B, C, H, W] over memory in channels_last, for the compiler to fuse."""
+    """Replacement of `nn.GroupNorm.forward` for features [B, C, H, W] in channels_last, for the compiler to fuse."""
     batch, channels, height, width = features.shape
     rows = features.permute(0, 2, 3, 1)
     groups = rows.reshape(batch, height * width, self.num_groups, channels // self.num_groups).float()

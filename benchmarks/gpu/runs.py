@@ -1,4 +1,4 @@
-"""A real run that is stopped and goes on, and the kernels under NVIDIA's memory checker."""
+"""A training run that is stopped and resumed, and the kernels under NVIDIA's memory checker."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from safetensors.torch import load_file, save_file
 from benchmarks.gpu.stage import Skipped, Stage
 
 TRAIN_S, END_S = 75.0, 60.0
-"""How long a part of the run goes on, and how long it has to save its checkpoint."""
+"""Seconds until a part of the run is stopped, and seconds that it then has to save its checkpoint."""
 WARM_UP = 5
-"""Steps that do not count for the time of a step."""
+"""First steps of a part, which the mean time of a step leaves out."""
 
 
 def train(stage: Stage) -> dict[str, object]:
-    """Two parts of one run from recorded batches; the first ends by SIGTERM. Its weights go to the results, halved."""
+    """Train one run from recorded batches in two parts; each gets SIGTERM after TRAIN_S if it still runs.
+
+    Traces of the parts, and the final weights in half precision, are copied to the results.
+    """
     if stage.recording is None:
         raise Skipped("needs --recording FILE, made by `python -m benchmarks.record_batches RECIPE FILE`")
     with tempfile.TemporaryDirectory(prefix="m2f-gpu-run-") as runs:
@@ -58,7 +61,7 @@ def _part(command: list[str]) -> int:
 
 
 def _summary(trace: Path) -> dict[str, object]:
-    """First and last step, their losses, and the mean time of a step."""
+    """Return first and last step, their losses, and the mean time of a step."""
     steps = [json.loads(line) for line in trace.read_text(encoding="utf-8").splitlines()]
     if not steps:
         return {"steps": 0}
@@ -71,7 +74,7 @@ def _summary(trace: Path) -> dict[str, object]:
 
 
 def _keep_weights(checkpoints: Path, target: Path) -> None:
-    """Of the newest checkpoint, small enough to travel."""
+    """Write the weights of the newest checkpoint to `target` in half precision, so that the file is small."""
     newest = sorted(checkpoints.glob("*/weights.safetensors"))[-1:]
     for path in newest:
         tensors = load_file(path)
@@ -79,7 +82,7 @@ def _keep_weights(checkpoints: Path, target: Path) -> None:
 
 
 def sanitizer(stage: Stage) -> list[str]:
-    """The kernels of deformable attention, with every access of memory checked."""
+    """Run the kernels of deformable attention with compute-sanitizer, which checks every memory access."""
     stage.need_gpu()
     if shutil.which("compute-sanitizer") is None:
         raise Skipped("needs compute-sanitizer, a part of CUDA's toolkit")
@@ -90,7 +93,7 @@ def sanitizer(stage: Stage) -> list[str]:
 
 
 def try_kernels() -> None:
-    """Body of the process that is checked."""
+    """Run the kernels, in the process that is checked."""
     from m2f.model.deform_attn.module import _checked_kernel
 
     print("accepted", _checked_kernel(torch.bfloat16, 3, 8, 4, 32), _checked_kernel(torch.float32, 3, 4, 4, 24))

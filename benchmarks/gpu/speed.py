@@ -1,4 +1,4 @@
-"""How fast this GPU is, and how fast the model is on it: the project's benchmarks, and one step looked into."""
+"""Speed of this GPU and of the model on it: the project's benchmarks, and a profile of a training step."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ IN_TRAIN = (
     *((8, "against_transformers"), (2, "against_transformers"), (8, "against_official_order")),
     *((8, "without_matching"), (8, "at_their_best")),
 )
-"""Images and comparison, the most important first."""
+"""Number of images and comparison, the most important first."""
 SLOWEST = 12
-"""Kernels that are named."""
+"""Number of kernels that are listed."""
 
 
 def ceilings(stage: Stage) -> str:
-    """What the device can do at best."""
+    """Measure the peak rates of the device."""
     return device_ceilings.describe(stage.device, tiny=stage.dry)
 
 
 def bench_msda(stage: Stage) -> list[str]:
-    """Deformable attention against grid_sample."""
+    """Compare deformable attention with `grid_sample`."""
     return _rows(stage, ("msda",))
 
 
 def bench_train(stage: Stage) -> list[str]:
-    """The training step against `transformers`, the official order and itself; what fails leaves the others."""
+    """Compare the training step with `transformers`, the official order and itself without matching.
+
+    An error in one comparison does not stop the others.
+    """
     stage.need_gpu()
     from benchmarks.bench_train_step import _Case
 
@@ -58,24 +61,27 @@ def bench_train(stage: Stage) -> list[str]:
 
 
 def bench_inference(stage: Stage) -> list[str]:
-    """Inference against `transformers`."""
+    """Compare inference with `transformers`."""
     stage.need_gpu()
     return _rows(stage, ("inference",))
 
 
 def bench_zero(stage: Stage) -> list[str]:
-    """What DeepSpeed costs."""
+    """Measure the cost of DeepSpeed."""
     return _rows(stage, ("zero",), tiny=True)
 
 
 def bench_rest(stage: Stage) -> list[str]:
-    """The parts of the model on their own."""
+    """Measure the parts of the model separately."""
     stage.need_gpu()
     return _rows(stage, ("attention", "heads", "matcher", "postproc"), tiny=True)
 
 
 def step_b2(stage: Stage) -> dict[str, object]:
-    """The step of the flagship recipe, 2 images a GPU: by events, as the host queues it, and its memory."""
+    """Measure a step of the R50 COCO panoptic model with 2 images per GPU.
+
+    Returns its time by CUDA events, the time that the host needs to queue it, and its peak memory.
+    """
     step = training_step(
         make_workload(stage.config, 2, stage.pick(1024, 64), stage.pick("bf16_autocast", "fp32"), stage.device)
     )
@@ -93,7 +99,7 @@ def step_b2(stage: Stage) -> dict[str, object]:
 
 
 def profile(stage: Stage) -> dict[str, object]:
-    """Kernels of a step by their time; a trace of 2 images goes to the results."""
+    """List the kernels of a step by time; write a trace of 2 images to the results."""
     activities = [ProfilerActivity.CPU, *stage.pick([ProfilerActivity.CUDA], [])]
     facts: dict[str, object] = {}
     for images in stage.pick((2, 8), (1,)):
@@ -126,7 +132,7 @@ def profile(stage: Stage) -> dict[str, object]:
 
 
 def _rows(stage: Stage, names: Sequence[str], tiny: bool = False) -> list[str]:
-    """Some benchmarks of the project; raises the first error after all have had their turn."""
+    """Run some benchmarks and return their lines; raise the first error after all have run."""
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     results: list[Measurement] = []
@@ -145,7 +151,7 @@ def _rows(stage: Stage, names: Sequence[str], tiny: bool = False) -> list[str]:
 
 
 def _keep(stage: Stage, results: Sequence[Measurement]) -> None:
-    """Add to the results of this call."""
+    """Append the measurements to rows.jsonl of this call."""
     with (stage.out / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write(json_lines(results, Setting.now(stage.device, "")) + "\n")
 

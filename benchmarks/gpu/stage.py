@@ -1,4 +1,4 @@
-"""What every step is given, and the models, batches and clocks that several of them use."""
+"""Input of every step, and models, batches and timers that several steps share."""
 
 from __future__ import annotations
 
@@ -32,55 +32,55 @@ COCO_CLASSES = 133
 
 
 class Skipped(Exception):
-    """A step that this machine cannot do; the message says what it needs."""
+    """This machine cannot run the step; the message states what is missing."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a step runs."""
+    """Device, output folder and input of a step."""
 
     device: torch.device
     out: Path
-    """Folder of what is kept."""
+    """Folder for results."""
     recording: Path | None = None
-    """What `benchmarks.record_batches` wrote."""
+    """File that `benchmarks.record_batches` wrote."""
 
     @property
     def dry(self) -> bool:
-        """On a CPU, with everything small: only to see that the step works."""
+        """Whether this is a dry run: on a CPU with small sizes, only to check that the step works."""
         return self.device.type == "cpu"
 
     def pick(self, real: T, tiny: T) -> T:
-        """`tiny` in a dry run."""
+        """Return `tiny` in a dry run, otherwise `real`."""
         return tiny if self.dry else real
 
     def need_gpu(self) -> None:
-        """Raises Skipped in a dry run."""
+        """Raise Skipped in a dry run."""
         if self.dry:
             raise Skipped("needs a GPU")
 
     @property
     def config(self) -> ModelConfig:
-        """The R50 model of COCO panoptic; the small one in a dry run."""
+        """Configuration of the R50 model for COCO panoptic; of `small_model` in a dry run."""
         return self.pick(ModelConfig(num_classes=COCO_CLASSES), small_model())
 
 
 class Workload(NamedTuple):
-    """A model on a device and what it is trained on."""
+    """A model on a device, a batch, and its normalizers."""
 
     module: TrainingModule
     batch: Batch
     normalizers: Normalizers
 
     def backward(self) -> torch.Tensor:
-        """Forward and backward; the total loss."""
+        """Run forward and backward pass; return the total loss."""
         total = self.module(self.batch, self.normalizers).total
         total.backward()
         return total.detach()
 
 
 def small_model() -> ModelConfig:
-    """Every part of the R50 model, in seconds on a CPU."""
+    """Return a small model with every part of the R50 model, which runs within seconds on a CPU."""
     return ModelConfig(
         backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": (16, 32, 48, 64)}),
         pixel_decoder=MSDeformAttnPixelDecoderConfig(
@@ -97,7 +97,7 @@ def small_model() -> ModelConfig:
 def make_workload(
     config: ModelConfig, images: int, size: int, precision: Precision, device: torch.device, objects: int = 10
 ) -> Workload:
-    """The same weights and images at every call, whatever the device."""
+    """Build a model and a batch; weights and images are the same at every call and on every device."""
     assert config.num_classes is not None
     torch.manual_seed(0)
     model = build_model(config, pretrained_backbone=False)
@@ -110,7 +110,7 @@ def make_workload(
 
 
 def training_step(workload: Workload) -> Callable[[], None]:
-    """A whole step of the optimizer, with so small a rate that every repetition sees the same losses."""
+    """Return an optimizer step whose learning rate is so small that all repetitions have the same loss."""
     optimizer = torch.optim.AdamW(build_param_groups(workload.module, OptimizerConfig(lr=1e-12)), fused=True)
 
     def step() -> None:
@@ -123,7 +123,10 @@ def training_step(workload: Workload) -> Callable[[], None]:
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Median of a run after two: by events on a GPU, by the clock of the host (twice) on a CPU."""
+    """Return the median milliseconds of `run` after two warm-up calls.
+
+    On a GPU it times `repeats` runs with CUDA events, on a CPU two runs with the host's clock.
+    """
     run()
     run()
     times: list[float] = []
@@ -144,11 +147,11 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
 
 
 def described(error: BaseException) -> str:
-    """An error in a line of a table."""
+    """Format an error for a line of a table."""
     return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """Of two tensors, relative to the length of the second."""
+    """Return the norm of the difference of two tensors, relative to the norm of the second."""
     ours, exact = ours.detach().double(), exact.detach().double()
     return float((ours - exact).norm() / (exact.norm() + 1e-30))
