@@ -79,7 +79,7 @@ class RayReporter:
             case CommitReport(checkpoint):
                 if self._is_first:
                     self._mailbox.post.remote(event)
-                # No ray.train.Checkpoint, because Ray accepts only checkpoints in its own folder, one per attempt.
+                # No ray.train.Checkpoint: Ray accepts only those in its own folder, and ours must outlive the attempt.
                 ray.train.report(
                     {"step": checkpoint.step, "checkpoint": checkpoint.url},
                     checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
