@@ -12,8 +12,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 IMPORTED = [
     "torch._dynamo",
-    "deepspeed",
-    "m2f.trainer.worker",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports Inductor; DeepSpeed asks for it wherever ZeRO is on
     "m2f.cluster.train.local_rank",
     "tests.trainer.rank_main",
 ]

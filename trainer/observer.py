@@ -113,7 +113,9 @@ class Observer:
             storage=traffic,
             throughput=pace,
             system=system_use(numbers),
-            ranks=rank_spread(numbers, slow=sum(count >= SLOW_REPORTS for count in self._slow.values())),
+            ranks=rank_spread(
+                numbers, slow=len({rank for (rank, _), count in self._slow.items() if count >= SLOW_REPORTS})
+            ),
             grad_norm=grad_norm,
             lr=training.optimizer.lr * run.engine.lr_factor,
             images=state.position,

@@ -46,10 +46,10 @@ def task_of(form: Form, wishes: Wishes) -> Task:
 
 
 def datasets_of(form: Form, wishes: Wishes) -> dict[str, DatasetConfig]:
-    """Return the data sets for training and validation by name. Test sets are left out if there is a training set.
+    """Return the data sets for training and validation by name. Test sets are left out unless there is nothing else.
 
-    A form without a validation set is split into training and validation parts. So are all sets of a form without a
-    training set.
+    A form without a validation set is split into training and validation parts. So are the validation sets of a form
+    without a training set, or its test sets if there are no others.
     """
     task = task_of(form, wishes)
     background = "background" if task != "instance" and form.kind not in (*_TASK_OF, "voc") else None
@@ -57,7 +57,7 @@ def datasets_of(form: Form, wishes: Wishes) -> dict[str, DatasetConfig]:
     train = [found.source for found in form.sets if found.split in (None, "train")]
     val = [found.source for found in form.sets if found.split == "val"]
     if not train:  # the folder only has sets that are named after another split
-        train, val = [found.source for found in form.sets], []
+        train, val = val or [found.source for found in form.sets], []
     wanted = [("train", source, "train" if not val else None) for source in train]
     wanted += [("val", source, None) for source in val] or [("val", source, "val") for source in train]
     datasets: dict[str, DatasetConfig] = {}

@@ -37,13 +37,17 @@ def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str |
     """Read the recipe of a YAML file, a run folder or a checkpoint folder, local or by URL.
 
     Return the recipe and, for a checkpoint folder, its path or URL; else None. Raises ConfigError if a folder is
-    neither a run nor a checkpoint.
+    neither a run nor a checkpoint; a Hugging Face model has no recipe.
     """
     if "://" not in source and not Path(source).is_dir():
         return load_recipe(source, overrides), None
     url = source if "://" in source else str(Path(source).resolve())
     storage, recipe = Storage(), join(url, RECIPE)
     if not storage.exists(recipe):
+        if storage.exists(join(url, "config.json")):
+            raise ConfigError(
+                f"{source} is a Hugging Face model, which names no data sets; give a recipe, and --checkpoint {source}"
+            )
         raise ConfigError(f"{url} has neither a {RECIPE} (a run) nor a config.json (a Hugging Face model)")
     config = with_absolute_paths(parse_recipe(storage.get(recipe).decode(), overrides, source=recipe))
     if storage.exists(join(url, MANIFEST)):

@@ -13,11 +13,11 @@ from m2f.model.errors import ConfigError
 if TYPE_CHECKING:
     from m2f.cluster.analyze.analyze import AnalysisSubject
 
-SUMMARY = "size and speed of models; quality by decoder layer; where attention goes"
+SUMMARY = "analyze models: size and speed, quality by decoder layer, distribution of attention"
 ANALYSES = {
-    "table": "parameters and multiply-adds of the recipes' models, or of all models of the paper without a recipe",
-    "layers": "metrics of every decoder layer's prediction, and recall of its masks as proposals",
-    "attention": "share of attention on objects by layer and level, and pictures of it",
+    "table": "parameters and multiply-adds of the models of recipes; without a recipe, of all models of the paper",
+    "layers": "metrics of the predictions of each decoder layer, and recall of their masks as proposals",
+    "attention": "share of attention on objects by layer and level, with pictures",
 }
 
 
@@ -27,16 +27,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="RECIPE",
-        help="table: YAML files; else one, and the name of a data set (default: the first that the recipe evaluates); "
-        f"{OVERRIDE} changes a setting",
+        help="table: recipes; otherwise one recipe and a data set (default: the first evaluation set); "
+        f"{OVERRIDE} overrides a setting",
     )
     add_checkpoint(parser)
-    parser.add_argument("--images", type=count, default=100, metavar="N", help="how many, spread evenly (default 100)")
-    parser.add_argument("--pictures", type=int, default=8, metavar="N", help="attention: how many (default 8)")
-    parser.add_argument("--output", metavar="DIR", help="folder for results as JSON and pictures (default: none)")
-    parser.add_argument("--size", default="512x512", metavar="HxW", help="table: input (default 512x512)")
-    parser.add_argument("--seconds", action="store_true", help="table: also CPU seconds of a forward pass")
-    parser.add_argument("--markdown", action="store_true", help="table: as Markdown")
+    parser.add_argument(
+        "--images", type=count, default=100, metavar="N", help="number of images, evenly spaced (default 100)"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=8, metavar="N", help="attention: number of pictures (default 8)"
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder for JSON results and pictures (default: none)")
+    parser.add_argument(
+        "--size", default="512x512", metavar="HxW", help="table: input size in pixels (default 512x512)"
+    )
+    parser.add_argument("--seconds", action="store_true", help="table: also measure CPU seconds per forward pass")
+    parser.add_argument("--markdown", action="store_true", help="table: print Markdown")
 
 
 def run(args: argparse.Namespace) -> int:

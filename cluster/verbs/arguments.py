@@ -19,21 +19,21 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the recipe")
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="override settings of the recipe")
 
 
 def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
     """Add arguments for the recipe, followed by names or paths and overrides in any order; `what` is their help."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name as coco_panoptic_r50+cross_attention")
-    parser.add_argument("words", nargs="*", metavar=metavar, help=f"{what}; {OVERRIDE} changes a setting")
+    parser.add_argument("words", nargs="*", metavar=metavar, help=f"{what}; {OVERRIDE} overrides a setting")
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="STEP|best|last|PATH",
-        help="step of a checkpoint of the run, its best or last one, or a checkpoint folder or file of weights; "
-        "default: the last one",
+        help="step of a checkpoint, the best or last one of the run, a checkpoint folder, or a file of weights; "
+        "default: last",
     )
 
 
@@ -42,7 +42,7 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="RECIPE|FOLDER",
-        help="YAML file of a run, folder of a run or checkpoint, or Hugging Face folder",
+        help="recipe of a run, run folder, checkpoint folder, or Hugging Face folder",
     )
 
 

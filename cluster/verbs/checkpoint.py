@@ -15,23 +15,24 @@ if TYPE_CHECKING:
     from m2f.trainer.checkpoint.folder import CheckpointManifest
     from m2f.trainer.reporting import CommittedCheckpoint
 
-SUMMARY = "list the checkpoints of a run, verify every byte, take out the weights, or delete what is left over"
+SUMMARY = "list, verify or export the checkpoints of a run, or delete leftover files"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=("ls", "verify", "export", "gc"),
-        help="ls: a table, with files and sizes compared; verify: read all files and compare checksums; export: write "
-        "the weights to --output (their moving average where the run keeps one), for every verb that takes weights; "
-        "gc: delete checkpoints that were never committed, set aside as damaged or committed too late, and files and "
-        "uploads that were never completed; refused while the run trains",
+        help="ls: list checkpoints and check file sizes; verify: read all files and compare checksums; export: write "
+        "the weights (their moving average if the run has one) to --output; gc: delete checkpoints that were never "
+        "committed, are damaged or were committed too late, and incomplete files and uploads; refused during training",
     )
     add_recipe(parser)
-    parser.add_argument("--step", type=int, help="this checkpoint only; default: all (export: the newest)")
-    parser.add_argument("--output", metavar="PATH", help="export: a new file, NAME.safetensors")
-    parser.add_argument("--dry-run", action="store_true", help="gc: list what would be deleted")
-    parser.add_argument("--no-average", action="store_true", help="export: the weights themselves, not their average")
+    parser.add_argument("--step", type=int, help="only this checkpoint; default: all (export: the newest)")
+    parser.add_argument("--output", metavar="PATH", help="export: file to create, NAME.safetensors")
+    parser.add_argument("--dry-run", action="store_true", help="gc: list files without deleting them")
+    parser.add_argument(
+        "--no-average", action="store_true", help="export: write the weights instead of their moving average"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

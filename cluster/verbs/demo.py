@@ -8,11 +8,11 @@ from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err
 from m2f.cluster.verbs.arguments import add_overrides
 
-SUMMARY = "make data, shard, train, evaluate and show pictures, in minutes on a laptop"
+SUMMARY = "run the whole workflow on synthetic data, in minutes on a laptop"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="runs", metavar="DIR", help="folder for all that is written (default runs)")
+    parser.add_argument("--output", default="runs", metavar="DIR", help="output folder (default runs)")
     add_overrides(parser)
 
 

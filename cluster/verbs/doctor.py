@@ -12,19 +12,23 @@ if TYPE_CHECKING:
     from m2f.cluster.doctor.finding import Finding
     from m2f.cluster.recipe.config import RunConfig
 
-SUMMARY = "check this machine or a cluster, for a recipe or in general, with remedies"
+SUMMARY = "check this machine or a cluster, optionally for a recipe, and suggest remedies"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file: check what it needs, too")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="recipe whose requirements are checked, too")
     add_overrides(parser)
     parser.add_argument(
         "--address",
         metavar="URL|ADDRESS",
-        help="every node of a cluster: http://HEAD:8265 sends a job, HEAD:6379 or auto connects from one of its nodes",
+        help="check every node of a cluster: http://HEAD:8265 submits a job; HEAD:6379 or auto connects from a node",
     )
     parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="variable of the job; no secrets; repeatable"
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="environment variable of the job (no secrets); repeatable",
     )
 
 

@@ -6,19 +6,19 @@ import argparse
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
-from m2f.cluster.verbs.arguments import add_checkpoint, add_overrides, add_trained
+from m2f.cluster.verbs.arguments import add_checkpoint, add_overrides
 from m2f.model.errors import ConfigError
 
 SUMMARY = "evaluate a checkpoint on the recipe's evaluation sets"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_trained(parser)
+    parser.add_argument("source", metavar="RECIPE|FOLDER", help="YAML file of a run, or folder of a run or checkpoint")
     add_overrides(parser)
     add_checkpoint(parser)
     parser.add_argument("--output", metavar="DIR", help="folder for results; default: evaluations/ in the run folder")
     parser.add_argument(
-        "--dump", metavar="DIR", help="folder or URL for the predictions in COCO formats and as label maps, by data set"
+        "--dump", metavar="DIR", help="folder or URL for predictions by data set, in COCO formats and as label maps"
     )
 
 

@@ -8,7 +8,7 @@ from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_checkpoint, add_overrides, add_trained
 
-SUMMARY = "write a trained model as official checkpoint, Hugging Face folder, torch.export program or ONNX"
+SUMMARY = "export a trained model as official checkpoint, Hugging Face folder, torch.export program or ONNX"
 FORMATS = ("official", "hugging_face", "torch_export", "onnx")
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trained(parser)
     add_overrides(parser)
     add_checkpoint(parser)
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="output format")
     parser.add_argument(
         "--output", required=True, metavar="PATH", help="file (.pth, .pt2, .onnx), or folder for hugging_face"
     )
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         type=int,
         metavar=("HEIGHT", "WIDTH"),
-        help="fix the size of a graph's images (divisible by 32); without it they may have any such size",
+        help="fixed input size of torch_export and onnx, divisible by 32; default: any size divisible by 32",
     )
 
 

@@ -14,11 +14,11 @@ from m2f.model.errors import ConfigError
 if TYPE_CHECKING:
     from m2f.data_pipeline.shards.index import IndexReport
 
-SUMMARY = "write a manifest for WebDataset tars made by others; the tars stay as they are"
+SUMMARY = "write a manifest for existing WebDataset tars, without changing them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("urls", nargs="+", metavar="URL", help="tars, or folders or s3:// prefixes that hold tars")
+    parser.add_argument("urls", nargs="+", metavar="URL", help="tars, or folders or s3:// prefixes with tars")
     parser.add_argument("--output", required=True, metavar="URL", help="folder or s3:// prefix for the manifest")
     parser.add_argument(
         "--categories", required=True, metavar="FILE", help="JSON list of {label, name, isthing, color}, or a COCO JSON"
@@ -26,19 +26,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels",
         choices=("classes", "instances", "panoptic"),
-        help="what the map of tars made by others holds: classes in grey; class in red and instance in green and blue; "
-        "ids of a COCO panoptic PNG beside JSON with segments_info. Shards of m2f need no option",
+        help="encoding of the maps: classes: grey values; instances: class in red, instance in green and blue; "
+        "panoptic: COCO panoptic PNG with segments_info in JSON. Not needed for shards of m2f",
     )
     parser.add_argument("--image", default="jpg", metavar="EXT", help="extension of the image (default jpg or jpeg)")
-    parser.add_argument("--map", default="png", metavar="EXT", help="extension of the map of labels (default png)")
+    parser.add_argument("--map", default="png", metavar="EXT", help="extension of the label map (default png)")
     parser.add_argument("--json", default="json", metavar="EXT", help="panoptic: extension of the JSON (default json)")
     parser.add_argument(
-        "--void", metavar="N,N", default="", help="labels that say nothing besides 255 (instances: and 0)"
+        "--void", metavar="N,N", default="", help="labels of void pixels, besides 255 (instances: and 0)"
     )
-    parser.add_argument("--max-pixels", type=count, metavar="N", help="refuse larger images (default 178956970)")
+    parser.add_argument(
+        "--max-pixels", type=count, metavar="N", help="refuse images with more pixels (default 178956970)"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be indexed")
-    parser.add_argument("--threads", type=count, metavar="N", help="tars that are read at once (default: cores)")
-    parser.add_argument("--report", metavar="FILE", help="JSON file or URL for all that was found")
+    parser.add_argument(
+        "--threads", type=count, metavar="N", help="tars to read in parallel (default: number of cores)"
+    )
+    parser.add_argument("--report", metavar="FILE", help="JSON file or URL for the complete report")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,21 +8,30 @@ from pathlib import Path
 from m2f.cluster.terminal import print_out
 from m2f.model.errors import ConfigError
 
-SUMMARY = "look at a folder of images and annotations, and write a recipe for it"
+SUMMARY = "write a recipe for a folder of images and annotations"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="export of a labelling tool, unpacked")
-    parser.add_argument("--output", metavar="FILE", help="recipe to write; default FOLDER's name with .yaml, here")
-    parser.add_argument("--form", metavar="KIND", help="form of the data, where more than one fits")
+    parser.add_argument("folder", metavar="FOLDER", help="folder with the unpacked export of a labelling tool")
     parser.add_argument(
-        "--task", choices=("panoptic", "instance", "semantic"), help="default: what the form is made for"
+        "--output", metavar="FILE", help="recipe to write; default: FOLDER's name with .yaml, in the current folder"
     )
-    parser.add_argument("--val-share", type=float, default=0.2, help="part for validation, where there is no split")
-    parser.add_argument("--group", metavar="REGEX", help="keep images together whose names begin with the same match")
-    parser.add_argument("--tiles", action="store_true", help="cut images above 20 megapixels into tiles")
+    parser.add_argument("--form", metavar="KIND", help="format of the data, if several match")
+    parser.add_argument(
+        "--task", choices=("panoptic", "instance", "semantic"), help="default: the task that the format is meant for"
+    )
+    parser.add_argument(
+        "--val-share",
+        type=float,
+        default=0.2,
+        help="share of images for validation if the data have no split (default 0.2)",
+    )
+    parser.add_argument(
+        "--group", metavar="REGEX", help="put images whose names start with the same match into the same split"
+    )
+    parser.add_argument("--tiles", action="store_true", help="cut images of more than 20 megapixels into tiles")
     parser.add_argument("--weights", metavar="FILE|URL|hub:OWNER/NAME", help="trained model to start from")
-    parser.add_argument("--overwrite", action="store_true", help="replace a recipe that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing recipe")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,21 +14,23 @@ from m2f.model.errors import ConfigError
 if TYPE_CHECKING:
     from m2f.cluster.recipe.config import RunConfig
 
-SUMMARY = "predict requests, traffic, cache, memory and largest micro-batch of training on so many ranks"
+SUMMARY = "predict requests, traffic, cache, memory and maximum micro-batch of training on N ranks"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--world", type=count, metavar="N", help="ranks (default cluster.num_workers; of auto 1)")
+    parser.add_argument(
+        "--world", type=count, metavar="N", help="number of ranks (default: maximum of cluster.num_workers; 1 for auto)"
+    )
     parser.add_argument(
         "--batch",
         type=count,
         metavar="N",
-        help="images per rank and step (default: training.global_batch over the ranks)",
+        help="images per rank and step (default: training.global_batch divided by the ranks)",
     )
-    parser.add_argument("--per-machine", type=count, default=8, metavar="N", help="ranks of a machine (default 8)")
-    parser.add_argument("--speed", type=float, default=40.0, metavar="X", help="images/s of a rank (default 40)")
-    parser.add_argument("--gpu-gb", type=float, default=80.0, metavar="X", help="memory of a GPU (default 80)")
+    parser.add_argument("--per-machine", type=count, default=8, metavar="N", help="ranks per machine (default 8)")
+    parser.add_argument("--speed", type=float, default=40.0, metavar="X", help="images/s per rank (default 40)")
+    parser.add_argument("--gpu-gb", type=float, default=80.0, metavar="X", help="memory per GPU in GB (default 80)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained, c
 from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 
-SUMMARY = "predict images: pictures to look at, and files in COCO formats or label maps"
+SUMMARY = "predict images, and write pictures and files in COCO formats or label maps"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,30 +19,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="+",
         metavar="IMAGE",
-        help=f"JPEG or PNG files, folders of them, 'quoted patterns*.jpg', here or s3://; {OVERRIDE} changes a setting",
+        help=f"JPEG or PNG files, folders or 'quoted*.jpg' patterns, local or s3://; {OVERRIDE} overrides a setting",
     )
     add_checkpoint(parser)
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for what is written")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output folder")
     parser.add_argument(
-        "--task", choices=("panoptic", "instance", "semantic"), help="default: what the model was trained for"
+        "--task", choices=("panoptic", "instance", "semantic"), help="default: the task that the model was trained for"
     )
     parser.add_argument(
         "--min-score",
         type=float,
         metavar="S",
-        help="leave out segments, detections and pixels of a lower score, from 0 to 1 (default: segments by the "
-        "recipe's object_threshold; all detections, pictures from 0.5; all pixels)",
+        help="leave out segments, detections and pixels with a lower score, from 0 to 1 (default: object_threshold of "
+        "the recipe for segments; 0 for detections, 0.5 in pictures; 0 for pixels)",
     )
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), help="numbers of the forward pass (default: evaluation.precision)"
+        "--precision", choices=("fp32", "bf16"), help="precision of the forward pass (default: evaluation.precision)"
     )
-    parser.add_argument("--batch", type=count, default=1, metavar="N", help="images of one shape together (default 1)")
-    parser.add_argument("--no-pictures", action="store_true", help="write the files alone")
     parser.add_argument(
-        "--image-info", metavar="FILE", help="COCO list of images: their ids, and which of those given are predicted"
+        "--batch", type=count, default=1, metavar="N", help="images of equal shape per batch (default 1)"
     )
-    parser.add_argument("--submission", choices=("coco", "ade20k"), help="also write the zip for this server")
-    parser.add_argument("--algorithm", default="mask2former", metavar="NAME", help="in the names of a submission")
+    parser.add_argument("--no-pictures", action="store_true", help="write only the files")
+    parser.add_argument(
+        "--image-info", metavar="FILE", help="COCO JSON with the ids of images; only images in it are predicted"
+    )
+    parser.add_argument(
+        "--submission", choices=("coco", "ade20k"), help="also write the zip file for this benchmark server"
+    )
+    parser.add_argument(
+        "--algorithm",
+        default="mask2former",
+        metavar="NAME",
+        help="name of the algorithm in the submission's file names",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,13 +10,15 @@ from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, c
 from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 
-SUMMARY = "picture of some images with their annotations, as they are in the shards"
+SUMMARY = "draw a contact sheet of images and annotations from the shards"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_and_names(parser, "DATASET", "name under `datasets`, default the first")
+    add_recipe_and_names(parser, "DATASET", "name under `datasets` (default: the first)")
     parser.add_argument("--output", default="sheet.png", metavar="FILE", help="PNG file or URL (default sheet.png)")
-    parser.add_argument("--images", type=count, default=12, metavar="N", help="how many, spread evenly (default 12)")
+    parser.add_argument(
+        "--images", type=count, default=12, metavar="N", help="number of images, evenly spaced (default 12)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,40 +10,49 @@ from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_overrides
 from m2f.model.errors import ConfigError
 
-SUMMARY = "register a checkpoint in MLflow, with all that it needs to be served"
+SUMMARY = "register a checkpoint in MLflow, with everything needed to serve it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder or URL, or its recipe")
+    parser.add_argument("run", metavar="RUN", help="run folder or URL, or recipe of the run")
     add_overrides(parser)
     parser.add_argument(
-        "--checkpoint", default="best", metavar="C", help="best (default), last or a step; it is pinned, so it is kept"
+        "--checkpoint",
+        default="best",
+        metavar="C",
+        help="best (default), last or a step; it is pinned, so that it is never deleted",
     )
-    parser.add_argument("--name", metavar="NAME", help="of the registered model; default: the run's name")
+    parser.add_argument("--name", metavar="NAME", help="name of the registered model; default: the run's name")
     parser.add_argument(
-        "--alias", action="append", default=[], metavar="A", help="gets the alias, as champion; repeatable"
+        "--alias",
+        action="append",
+        default=[],
+        metavar="A",
+        help="alias for the new version, for example champion; repeatable",
     )
     parser.add_argument(
         "--if-better",
         metavar="A",
-        help="only where the 95 %% interval of the paired difference to the version with this alias, over the same "
-        "images, lies above 0; the alias then moves. Exit status 1 where it does not",
+        help="register only if the model is better than the version with this alias on the same images (95 %% interval "
+        "of the paired difference above 0), and move the alias; otherwise exit status 1",
     )
-    parser.add_argument("--set", metavar="SET", help="evaluation set to judge by; default: the recipe's first")
-    parser.add_argument("--metric", choices=("PQ", "AP", "mIoU"), help="to judge by; default: the first that both have")
+    parser.add_argument("--set", metavar="SET", help="evaluation set for the comparison; default: the recipe's first")
+    parser.add_argument(
+        "--metric", choices=("PQ", "AP", "mIoU"), help="metric for the comparison; default: the first that both have"
+    )
     parser.add_argument(
         "--precision",
         type=float,
         metavar="P",
-        help="choose for every class of things the lowest score from which detections on SET are right in this share "
-        "of the cases, from 0 to 1; they travel with the model",
+        help="store with the model, for every thing class, the lowest score threshold that reaches this precision on "
+        "SET, from 0 to 1",
     )
     parser.add_argument(
         "--allow-url",
         action="append",
         default=[],
         metavar="HOST",
-        help="let the served model fetch images from this host; repeatable (default: from none)",
+        help="allow the served model to fetch images from this host; repeatable (default: no hosts)",
     )
 
 

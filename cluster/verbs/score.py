@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 SUMMARY = "score result files: panoptic, instances, semantic or Cityscapes"
 KINDS = {
-    "panoptic": "PQ of COCO panoptic results, as panopticapi and boundary-iou-api",
-    "instances": "mask AP of COCO results, as pycocotools and boundary-iou-api",
-    "semantic": "mIoU and accuracies of label maps, as detectron2",
+    "panoptic": "PQ of COCO panoptic results, equal to panopticapi and boundary-iou-api",
+    "instances": "mask AP of COCO results, equal to pycocotools and boundary-iou-api",
+    "semantic": "mIoU and accuracies of label maps, equal to detectron2",
     "cityscapes-instances": "instance AP of Cityscapes results",
     "cityscapes-semantic": "IoU and iIoU of Cityscapes results",
 }
@@ -36,26 +36,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
     for name, kind in parsers.items():
         metavar = "FILE" if name in ("panoptic", "instances") else "DIR"
-        kind.add_argument("--truth", required=True, type=Path, metavar=metavar, help="annotations")
-        kind.add_argument("--predictions", required=True, type=Path, metavar=metavar, help="results")
-        kind.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all numbers, shares from 0 to 1")
-        kind.add_argument("--workers", type=count, metavar="N", help="processes (default: one per processor)")
+        kind.add_argument("--truth", required=True, type=Path, metavar=metavar, help="ground truth")
+        kind.add_argument("--predictions", required=True, type=Path, metavar=metavar, help="predictions to score")
+        kind.add_argument(
+            "--output", type=Path, metavar="FILE", help="JSON file for all numbers, with ratios from 0 to 1"
+        )
+        kind.add_argument("--workers", type=count, metavar="N", help="number of processes (default: one per core)")
     _add_options(parsers)
     panoptic, instances, semantic = (parsers[name] for name in ("panoptic", "instances", "semantic"))
-    panoptic.add_argument("--truth-masks", required=True, type=Path, metavar="DIR", help="its maps")
-    panoptic.add_argument("--prediction-masks", required=True, type=Path, metavar="DIR", help="their maps")
+    panoptic.add_argument(
+        "--truth-masks", required=True, type=Path, metavar="DIR", help="folder of the PNG maps of the ground truth"
+    )
+    panoptic.add_argument(
+        "--prediction-masks", required=True, type=Path, metavar="DIR", help="folder of the PNG maps of the predictions"
+    )
     for kind in (panoptic, instances):
         kind.add_argument("--boundary", action="store_true", help="match by the smaller of mask and boundary IoU")
     instances.add_argument(
-        "--class-agnostic", action="store_true", help="all classes as one, as for proposals; adds AR1000"
+        "--class-agnostic", action="store_true", help="treat all classes as one, as for proposals; adds AR1000"
     )
     semantic.add_argument("--num-classes", required=True, type=int, metavar="K", help="labels are 0 to K - 1")
-    semantic.add_argument("--ignore", type=int, default=255, metavar="V", help="value without label (default 255)")
+    semantic.add_argument(
+        "--ignore", type=int, default=255, metavar="V", help="value of pixels without a label (default 255)"
+    )
     semantic.add_argument(
         "--void",
         type=int,
         metavar="V",
-        help="value of predictions without a class, which miss (default 255; 65535 from 256 classes on)",
+        help="value of pixels predicted without a class, counted as wrong (default 255; 65535 for 256 or more classes)",
     )
 
 
@@ -63,31 +71,43 @@ def _add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     """Add options that select images and classes, and options for additional outputs and metrics."""
     for name in ("panoptic", "instances", "semantic"):
         kind = parsers[name]
-        kind.add_argument("--report", type=Path, metavar="FILE", help="HTML page with charts, errors and confusion")
-        kind.add_argument("--per-image", type=Path, metavar="FILE", help="parquet file with the figures of every image")
-        kind.add_argument("--images", type=Path, metavar="FILE", help="score only these: one id or name a line")
-        kind.add_argument("--classes", nargs="+", metavar="C", help="score only these: names or ids")
+        kind.add_argument(
+            "--report", type=Path, metavar="FILE", help="HTML page to write, with charts, errors and confusion matrix"
+        )
+        kind.add_argument(
+            "--per-image", type=Path, metavar="FILE", help="parquet file to write, with metrics per image"
+        )
+        kind.add_argument(
+            "--images", type=Path, metavar="FILE", help="score only the images in this file, one id or name per line"
+        )
+        kind.add_argument("--classes", nargs="+", metavar="C", help="score only these classes, by name or id")
     for name in ("panoptic", "instances"):
         kind = parsers[name]
         kind.add_argument(
-            "--ignore-unknown", action="store_true", help="leave out predictions of categories that the truth lacks"
+            "--ignore-unknown",
+            action="store_true",
+            help="ignore predictions of categories that the ground truth does not have",
         )
         kind.add_argument(
             "--area-bounds",
             nargs=2,
             type=float,
             metavar="A",
-            help="pixels from which on a segment is medium, and large (default 1024 9216)",
+            help="minimum areas of medium and large segments in pixels (default 1024 9216)",
         )
     parsers["panoptic"].add_argument(
-        "--by-size", action="store_true", help="also PQ of small, medium and large segments; takes longer"
+        "--by-size", action="store_true", help="also compute PQ of small, medium and large segments (slower)"
     )
     instances = parsers["instances"]
-    instances.add_argument("--boxes", action="store_true", help="also the AP of boxes: stated ones, else of masks")
     instances.add_argument(
-        "--max-dets", nargs="+", type=int, metavar="N", help="detections per image and class (default 1 10 100)"
+        "--boxes", action="store_true", help="also compute box AP, from given boxes or boxes around masks"
     )
-    parsers["semantic"].add_argument("--class-names", type=Path, metavar="FILE", help="names of classes, one a line")
+    instances.add_argument(
+        "--max-dets", nargs="+", type=int, metavar="N", help="maximum detections per image and class (default 1 10 100)"
+    )
+    parsers["semantic"].add_argument(
+        "--class-names", type=Path, metavar="FILE", help="file with class names, one per line"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,16 +9,18 @@ from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
 from m2f.model.errors import UserError
 
-SUMMARY = "write raw data sets as shards; goes on where it was, and writes shards of changed files again"
+SUMMARY = "write raw data sets as shards; resumes after an interruption and rewrites shards of changed files"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    add_recipe_and_names(parser, "DATASET", "names under `datasets`, default all that have a source")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out annotations and samples that cannot be used")
-    parser.add_argument("--redo", action="store_true", help="delete the shards and write all of them again")
+    add_recipe_and_names(parser, "DATASET", "names under `datasets` (default: all that have a source)")
+    parser.add_argument("--skip-bad", action="store_true", help="skip invalid annotations and samples")
+    parser.add_argument("--redo", action="store_true", help="delete existing shards and write all shards again")
     parser.add_argument(
-        "--keep-going", action="store_true", help="after a shard or data set that fails write the others, then list all"
+        "--keep-going",
+        action="store_true",
+        help="if a shard or data set fails, write the others and list all failures at the end",
     )
 
 

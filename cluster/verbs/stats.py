@@ -9,11 +9,11 @@ from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
 from m2f.model.counted import counted
 
-SUMMARY = "table of classes of sharded data sets: images, segments, pixels"
+SUMMARY = "show images, segments and pixels by class of sharded data sets"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_and_names(parser, "DATASET", "names under `datasets`, default all")
+    add_recipe_and_names(parser, "DATASET", "names under `datasets` (default: all)")
 
 
 def run(args: argparse.Namespace) -> int:

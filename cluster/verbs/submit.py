@@ -14,35 +14,47 @@ from m2f.model.errors import ConfigError
 if TYPE_CHECKING:
     from m2f.cluster.submit.ray_jobs import JobClient, JobInfo
 
-SUMMARY = "train a recipe on a Ray cluster or on Kubernetes; given again, it follows the job that runs"
+SUMMARY = "train a recipe on a Ray cluster or on Kubernetes; a second call follows the running job"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE|ID", help="YAML file; --stop and --status also take the id of a job")
+    parser.add_argument("recipe", metavar="RECIPE|ID", help="recipe; --stop and --status also accept the id of a job")
     add_overrides(parser)
     parser.add_argument(
         "--address", metavar="URL", help="dashboard of the cluster, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS"
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--detach", action="store_true", help="return when the job is sent; default: follow it")
-    what.add_argument("--stop", action="store_true", help="end the run's job; it saves a checkpoint first")
-    what.add_argument("--status", action="store_true", help="say how the run's jobs stand")
+    what.add_argument(
+        "--detach", action="store_true", help="return after submitting the job; default: follow its output"
+    )
+    what.add_argument("--stop", action="store_true", help="stop the run's job after it has saved a checkpoint")
+    what.add_argument("--status", action="store_true", help="show the status of the run's jobs")
     what.add_argument(
         "--kuberay",
         metavar="TEMPLATE",
         nargs="?",
         const="",
-        help="write a RayJob for Kubernetes from a file like cluster/cloud/kuberay.yaml",
+        help="write a RayJob for Kubernetes from a template such as cluster/cloud/kuberay.yaml",
     )
-    parser.add_argument("--output", metavar="FILE", help="with --kuberay: where to write; default: standard output")
-    parser.add_argument("--apply", action="store_true", help="with --kuberay: hand it to kubectl")
+    parser.add_argument("--output", metavar="FILE", help="with --kuberay: output file; default: standard output")
+    parser.add_argument("--apply", action="store_true", help="with --kuberay: apply the RayJob with kubectl")
     parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="variable of the job; no secrets; repeatable"
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="environment variable of the job (no secrets); repeatable",
     )
     parser.add_argument(
-        "--shared", action="append", default=[], metavar="FOLDER", help="folder that every node mounts; repeatable"
+        "--shared",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="folder that all nodes mount at the same path; repeatable",
     )
-    parser.add_argument("--installed", action="store_true", help="the nodes have m2f: send the recipe alone")
+    parser.add_argument(
+        "--installed", action="store_true", help="m2f is installed on the nodes: upload only the recipe"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

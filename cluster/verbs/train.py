@@ -21,7 +21,7 @@ _STATUS = {
     "drained": ExitStatus.DRAINED,
 }
 
-SUMMARY = "train a recipe; started again, it resumes from the last checkpoint"
+SUMMARY = "train a recipe; a second start resumes from the last checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,20 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         choices=("ray", "local"),
         default="ray",
-        help="ray (default): with evaluations beside the training; local: plain processes on this machine, with "
-        "evaluations after the last step, or beside the training if it may end early",
+        help="ray (default): evaluates during training; local: plain processes on this machine, evaluates after the "
+        "last step, or during training with training.early_stopping",
     )
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="start again where something kills this process, within cluster.max_failures; jobs of `m2f submit` do",
+        help="restart the training if its process is killed or the storage or Ray fails, within cluster.max_failures; "
+        "jobs of `m2f submit` use this",
     )
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="start a new run: if the run folder exists, in NAME-2 (or -3, ...) beside it",
+        help="start a new run; if the run folder exists, use NAME-2 (or -3, ...) beside it",
     )
-    parser.add_argument("--plain", action="store_true", help="lines of a log also on a terminal, no live view")
+    parser.add_argument("--plain", action="store_true", help="print log lines instead of the live view")
 
 
 def run(args: argparse.Namespace) -> int:

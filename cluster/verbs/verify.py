@@ -14,16 +14,20 @@ if TYPE_CHECKING:
     from m2f.data_pipeline.shards.verify import Depth, Verification
     from m2f.data_pipeline.storage.storage import Storage
 
-SUMMARY = "check sharded data sets: sizes, or every byte, sample and label"
+SUMMARY = "verify sharded data sets: sizes only, or every byte, sample and label"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("urls", nargs="+", metavar="URL", help="folder or s3:// prefix with a dataset.json")
     depth = parser.add_mutually_exclusive_group()
-    depth.add_argument("--quick", action="store_true", help="manifest, presence and size of all shards (default)")
-    depth.add_argument("--full", action="store_true", help="read every byte: checksums, pixels, labels")
-    parser.add_argument("--threads", type=count, metavar="N", help="shards that are read at once (default: cores)")
-    parser.add_argument("--report", metavar="FILE", help="JSON file or URL for all that was found")
+    depth.add_argument(
+        "--quick", action="store_true", help="check the manifest, and existence and size of all shards (default)"
+    )
+    depth.add_argument("--full", action="store_true", help="read everything: check checksums, pixels and labels")
+    parser.add_argument(
+        "--threads", type=count, metavar="N", help="shards to read in parallel (default: number of cores)"
+    )
+    parser.add_argument("--report", metavar="FILE", help="JSON file or URL for the complete report")
 
 
 def run(args: argparse.Namespace) -> int:

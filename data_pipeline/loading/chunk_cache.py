@@ -18,7 +18,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -154,13 +154,9 @@ class ChunkCache:
     def _sizes(self) -> dict[str, int]:
         """Return the bytes of each chunk on the disk, including those of other processes."""
         sizes = {}
-        with os.scandir(self._chunks) as entries:
-            for entry in entries:
-                if entry.name.endswith(_CHUNK_SUFFIX):
-                    try:
-                        sizes[entry.name.removesuffix(_CHUNK_SUFFIX)] = entry.stat().st_size
-                    except FileNotFoundError:  # another process evicted it
-                        continue
+        for path in self._chunks.glob(f"*{_CHUNK_SUFFIX}"):  # none if the folder was deleted during the run
+            with suppress(FileNotFoundError):  # another process evicted it
+                sizes[path.name.removesuffix(_CHUNK_SUFFIX)] = path.stat().st_size
         return sizes
 
 

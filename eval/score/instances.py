@@ -129,8 +129,8 @@ def instance_scoring(
 
 def _unknown(images: Sequence[ImageEntries], known: Mapping[int, int], dropped: Collection[int]) -> frozenset[int]:
     """Return category ids of the results that are neither known nor dropped."""
-    found = {category_of(result) for image in images for result in image.results}
-    return frozenset(one for one in found if isinstance(one, int) and one not in known and one not in dropped)
+    found = {one for image in images for result in image.results if isinstance(one := category_of(result), int)}
+    return frozenset(found - known.keys() - set(dropped))
 
 
 def _results(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -134,8 +134,8 @@ def _unknown(
 ) -> frozenset[int]:
     """Return category ids of the predictions that are neither known nor dropped."""
     entries = (entry for i in ids for entry in predictions[i].get("segments_info", ()) if isinstance(entry, dict))
-    found = {entry.get("category_id") for entry in entries}
-    return frozenset(one for one in found if isinstance(one, int) and one not in known and one not in dropped)
+    found = {one for entry in entries if isinstance(one := entry.get("category_id"), int)}
+    return frozenset(found - known.keys() - set(dropped))
 
 
 def _results(
@@ -191,7 +191,7 @@ class _ScoreImage:
         """Return the engine's record; None if it rejects the files, so that our code scores them or names the error."""
         predicted_where = f"{self.files.predictions}: {where}"
         listed = require(prediction, "segments_info", predicted_where)
-        if self.dropped and any(require(s, "category_id", predicted_where) in self.dropped for s in listed):
+        if any(self._is_dropped(entry, predicted_where) for entry in listed):
             return None  # their pixels have to be removed too
         pair = PanopticPair(
             truth_map=mask_file(self.files.truth_masks, truth, f"{self.files.truth}: {where}"),
@@ -220,7 +220,7 @@ class _ScoreImage:
     def _prediction(self, annotation: dict[str, Any], where: str) -> PanopticPrediction:
         where = f"{self.files.predictions}: {where}"
         listed = require(annotation, "segments_info", where)
-        gone = [require(s, "id", where) for s in listed if require(s, "category_id", where) in self.dropped]
+        gone = [require(entry, "id", where) for entry in listed if self._is_dropped(entry, where)]
         if gone:
             annotation = {**annotation, "segments_info": [s for s in listed if s["id"] not in gone]}
         labels = {
@@ -229,6 +229,10 @@ class _ScoreImage:
         id_map = read_ids(mask_file(self.files.prediction_masks, annotation, where))
         return PanopticPrediction(np.where(np.isin(id_map, gone), 0, id_map) if gone else id_map, labels)
 
+    def _is_dropped(self, entry: dict[str, Any], where: str) -> bool:
+        category = require(entry, "category_id", where)
+        return isinstance(category, Hashable) and category in self.dropped
+
     def _segments(
         self, annotation: dict[str, Any], where: str, labels: Mapping[int, int]
     ) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -236,7 +240,7 @@ class _ScoreImage:
         for entry in require(annotation, "segments_info", where):
             require(entry, "id", where)
             segment_id, category = whole(entry, "id", where), require(entry, "category_id", where)
-            if category not in labels:
+            if not isinstance(category, Hashable) or category not in labels:
                 raise EvaluationError(
                     f"{where}: segment {segment_id} has the category {category!r:.40}, which {self.files.truth} "
                     "does not list"

@@ -12,6 +12,7 @@ from m2f.data_pipeline.readers.coco_json import whole_number
 from m2f.data_pipeline.readers.exports.object_parts import (
     DrawnImage,
     ObjectPart,
+    check_canvas,
     drawn_reader,
     encode_window,
     named_categories,
@@ -95,8 +96,9 @@ def _mask(shape: Element, height: int, width: int) -> dict[str, object]:
         or any(r % 1 for r in runs)
     ):
         raise DataError(f"has run lengths that do not fill its window of {w} x {h} pixels")
-    values = np.repeat(np.arange(len(runs)) % 2, np.array(runs, np.int64)).reshape(h, w)
-    return encode_window(values.astype(bool), x, y, height, width)
+    check_canvas(height, width)
+    values = np.repeat(np.arange(len(runs)) % 2 == 1, np.array(runs, np.int64)).reshape(h, w)
+    return encode_window(values, x, y, height, width)
 
 
 def _number(shape: Element, name: str) -> float:

@@ -99,14 +99,19 @@ def _union(shapes: list[Any], height: int, width: int) -> Any:
     return {"size": [height, width], "counts": _text(merged)}
 
 
+def check_canvas(height: int, width: int) -> None:
+    """Raise DataError if an image of this stated size has more than 2^30 pixels, before memory is taken for it."""
+    if height * width > _MAX_PIXELS:
+        raise DataError(f"belongs to an image of {width} x {height} pixels, more than {_MAX_PIXELS}")
+
+
 def encode_window(mask: np.ndarray, x: int, y: int, height: int, width: int) -> dict[str, Any]:
     """Return the RLE of a mask [h, w] bool with its upper left corner at x, y of an image. It is cut at the frame.
 
     Raises:
         DataError: the mask is outside the frame, or the stated size of the image exceeds 2^30 pixels.
     """
-    if height * width > _MAX_PIXELS:
-        raise DataError(f"belongs to an image of {width} x {height} pixels, more than {_MAX_PIXELS}")
+    check_canvas(height, width)
     if not (-mask.shape[1] < x < width and -mask.shape[0] < y < height):
         raise DataError(f"has a mask outside the {width} x {height} pixels of its image")
     whole = np.zeros((height, width), np.uint8, order="F")

@@ -39,7 +39,8 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
         stems = sorted(path.stem for path in classes.glob("*.png"))
     else:
         require_file(source.image_set)
-        stems = [line.split()[0] for line in read_bytes(Path(source.image_set)).decode().splitlines() if line.strip()]
+        lines = read_bytes(Path(source.image_set)).decode(errors="replace").splitlines()
+        stems = [line.split()[0] for line in lines if line.strip()]
     files = {path.stem: path.name for path in images.iterdir()}
     alone = [s for s in stems if s not in files or not all((f / f"{s}.png").is_file() for f in (classes, objects))]
     if alone or not stems:

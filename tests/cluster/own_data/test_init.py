@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from m2f.cluster.cli import main
 from m2f.cluster.own_data.choices import Machine, choose
-from m2f.cluster.own_data.sets import split_of
+from m2f.cluster.own_data.sets import Form, SourceSet, split_of
 from m2f.cluster.own_data.survey import Survey, fault_kind
+from m2f.cluster.own_data.write_recipe import Wishes, datasets_of
 from m2f.cluster.recipe.load import load_recipe
 from m2f.data_pipeline.readers import open_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.model.export.hugging_face import write_hugging_face_config
 from m2f.model.weights.architecture import require_same_architecture
 from tests.tool_exports import EXPORTS
@@ -140,3 +143,21 @@ def test_choices_follow_machine_and_data(machine, crop, micro):
 
 def test_a_kind_of_fault_has_no_names_and_numbers():
     assert fault_kind("/a/b.txt: line 3 has class 9") == fault_kind("/a/c.txt: line 14 has class 12")
+
+
+@pytest.mark.parametrize(
+    ("splits", "train", "val"),
+    [
+        (("train", "val", "test"), ["train"], ["val"]),
+        (("train", "test"), ["train"], ["train"]),
+        (("val", "test"), ["val"], ["val"]),
+        ((None, "test"), [None], [None]),
+        (("test",), ["test"], ["test"]),
+    ],
+)
+def test_a_test_set_trains_only_if_there_is_nothing_else(splits, train, val):
+    sets = tuple(SourceSet(split, SyntheticSource(num_images=4, seed=i)) for i, split in enumerate(splits))
+    found = datasets_of(Form("synthetic", "", sets), Wishes(name="set", output=Path("set.yaml")))
+    seeds = {part: [d.source.seed for name, d in found.items() if name.startswith(part)] for part in ("train", "val")}
+    assert [splits[seed] for seed in seeds["train"]] == train
+    assert [splits[seed] for seed in seeds["val"]] == val

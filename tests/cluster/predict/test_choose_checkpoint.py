@@ -10,7 +10,7 @@ import pytest
 
 from m2f.cluster.evaluation.queue import Entry, queue_url
 from m2f.cluster.predict import choose_checkpoint as module
-from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
+from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.recipe.stored import fresh_name
@@ -67,3 +67,9 @@ def test_a_fresh_run_takes_the_first_folder_that_does_not_exist(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.yaml").write_text(RECIPE)
     assert fresh_name(config) == "run-3"
+
+
+def test_a_hugging_face_folder_names_no_data_to_evaluate_on(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"give a recipe, and --checkpoint {tmp_path}"):
+        open_recipe(str(tmp_path), ())

@@ -49,6 +49,6 @@ def test_every_number_has_a_range_and_measures_have_units():
 
 def test_the_text_range_and_unit_of_a_setting_are_printed():
     assert (
-        "- `log_every_steps` (int, default 20, at least 1, in steps): Steps from one point of the curves, and line of "
-        "the log, to the next."
+        "- `log_every_steps` (int, default 20, at least 1, in steps): Steps between two log lines and points of the "
+        "curves."
     ) in explain("training").splitlines()

@@ -189,7 +189,7 @@ def test_flatten_has_one_entry_per_setting():
 def test_explain_shows_types_defaults_and_docstrings():
     text = explain("training.schedule")
     assert "## training.schedule (kind: poly)" in text
-    assert "- `milestones` (tuple[int, ...], required, at least 1, in steps): Steps at which the rate drops." in text
+    assert "- `milestones` (tuple[int, ...], required, at least 1, in steps): Steps at which the learning rate" in text
     assert "- `every_steps` (int, default 5000, at least 1, in steps)" in explain("training")
 
 

@@ -1,3 +1,4 @@
+import multiprocessing
 from dataclasses import replace
 
 import huggingface_hub.constants
@@ -6,6 +7,7 @@ import torch
 
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.recipe.stored import STORED_RECIPE
+from m2f.cluster.train import processes
 from m2f.cluster.train.local import train_locally
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
@@ -54,6 +56,8 @@ def labels(config):
 
 @pytest.fixture
 def hub(config, labels, tmp_path, monkeypatch):
+    # A fork would keep the addresses that huggingface_hub has read from the environment when it was imported.
+    monkeypatch.setattr(processes, "_START", multiprocessing.get_context("spawn"))
     folder = tmp_path / "model"
     there = replace(config.model, num_classes=len(labels))
     torch.manual_seed(0)

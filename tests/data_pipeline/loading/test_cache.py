@@ -3,6 +3,7 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -130,6 +131,17 @@ def test_a_full_disk_makes_the_cache_smaller_and_says_so_once(tmp_path, monkeypa
     assert "data.cache.max_gb" in caplog.text
     assert sum(held(tmp_path).values()) < 4000
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_cache_folder_that_is_deleted_during_a_run_costs_a_warning(tmp_path, caplog):
+    cache = cache_in(tmp_path / "cache")
+    cache.read("a", 1000, lambda: content("a"))
+    shutil.rmtree(tmp_path / "cache")
+    with caplog.at_level(logging.WARNING):
+        for name in "bc":
+            assert cache.read(name, 1000, lambda name=name: content(name)) == content(name)
+    assert len(caplog.records) == 1
+    assert "No such file or directory" in caplog.text
 
 
 def test_an_unusable_cache_folder_is_named(tmp_path):

@@ -144,6 +144,27 @@ def test_a_cvat_mask_outside_its_image_is_named(tmp_path, change):
     assert len(reader.unusable) == 6
 
 
+def test_a_cvat_mask_of_a_stated_size_takes_no_memory(tmp_path):
+    tool_exports.cvat(tmp_path)
+    path = tmp_path / "annotations.xml"
+    side = 10**6
+    hostile = path.read_text().replace('width="64" height="64"', f'width="{side}" height="{side}"')
+    hostile = hostile.replace('rle="0, 100"', f'rle="0, {side**2}"').replace(
+        'width="10" height="10"', f'width="{side}" height="{side}"'
+    )
+    assert str(side**2) in hostile
+    path.write_text(hostile)
+    with pytest.raises(DataError, match=r"of 1000000 x 1000000 pixels, more than"):
+        open_reader(_source("cvat", tmp_path))
+
+
+def test_a_list_of_images_that_is_no_text_is_one_message(tmp_path):
+    tool_exports.voc(tmp_path)
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_bytes(b"im0\n\xff\xfe\n")
+    with pytest.raises(DataError, match="1 of 2 names lack an image"):
+        open_reader(_source("voc", tmp_path))
+
+
 @pytest.mark.parametrize("points", [[[500, 500], [510, 510]], [[-50, -50], [4, 4]], [[1e300, 1], [4, 4]]])
 def test_a_labelme_mask_outside_its_image_is_named(tmp_path, points):
     tool_exports.labelme(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 from m2f.data_pipeline.image_file import encode_png
 from m2f.eval.errors import EvaluationError
 from m2f.eval.score.instances import instance_scoring
+from m2f.eval.score.options import EVERYTHING, ScoreOptions
 from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
 from m2f.model.errors import UserError
 
@@ -17,7 +18,7 @@ def _run(scoring):
     return scoring.run(1, lambda count: None).content
 
 
-def _panoptic(folder, segment=(), category=(), predicted=()):
+def _panoptic(folder, segment=(), category=(), predicted=(), options=EVERYTHING):
     base = {"id": 1, "category_id": 3, "area": 6, "iscrowd": 0}
     (folder / "x.png").write_bytes(encode_png(np.full((2, 3, 3), (1, 0, 0), np.uint8)))
     categories = [{"id": 3, "name": "car", "isthing": 1} | dict(category)]
@@ -36,6 +37,7 @@ def _panoptic(folder, segment=(), category=(), predicted=()):
                 prediction_masks=folder,
             ),
             boundary=False,
+            options=options,
         )
     )
 
@@ -68,7 +70,7 @@ def test_panoptic_faults_are_one_message(tmp_path, changes, message):
 SQUARE = [[2, 2, 40, 2, 40, 40, 2, 40]]
 
 
-def _instances(folder, annotation=(), image=(), result=(), images=()):
+def _instances(folder, annotation=(), image=(), result=(), images=(), options=EVERYTHING):
     square = {"segmentation": SQUARE, "category_id": 5, "image_id": 1}
     truth = {
         "images": [{"id": 1, "height": 60, "width": 60} | dict(image), *images],
@@ -77,7 +79,9 @@ def _instances(folder, annotation=(), image=(), result=(), images=()):
     }
     (folder / "gt.json").write_text(json.dumps(truth))
     (folder / "found.json").write_text(json.dumps([square | {"score": 0.9}, square | {"score": 0.5} | dict(result)]))
-    scoring = instance_scoring(folder / "gt.json", folder / "found.json", boundary=False, class_agnostic=False)
+    scoring = instance_scoring(
+        folder / "gt.json", folder / "found.json", boundary=False, class_agnostic=False, options=options
+    )
     return scoring.run(1, lambda count: None)
 
 
@@ -187,3 +191,12 @@ def test_cases_of_public_bug_reports(case, message):
         return
     with pytest.raises(UserError, match=message):
         score()
+
+
+@pytest.mark.parametrize("category", [[5], {}, None, "5"])
+def test_what_is_no_id_is_not_ignored_as_an_unknown_category(tmp_path, category):
+    options = ScoreOptions(ignore_unknown=True)
+    with pytest.raises(EvaluationError, match="image 7: segment 1 has the category"):
+        _panoptic(tmp_path, predicted={"category_id": category}, options=options)
+    with pytest.raises(EvaluationError, match="image 1: result 1 has the category"):
+        _instances(tmp_path, result={"category_id": category}, options=options)
