@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from types import MappingProxyType
 from typing import assert_never
 
@@ -64,26 +65,39 @@ def official_flops(config: ModelConfig, size: tuple[int, int], *, semantic: bool
     Backbones and heads that the official code does not have are counted as this project executes them. Raises
     ConfigError if `config.num_classes` is None.
     """
-    if config.num_classes is None:
-        raise ConfigError("model.num_classes is not known; set it from the category table of the data set")
-    decoder, pixels = config.transformer_decoder, config.pixel_decoder
-    if isinstance(decoder, EomtDecoderConfig | PmtDecoderConfig) or isinstance(pixels, UpscalePixelDecoderConfig):
-        return executed_flops(build_shapes(config), size)
-    backbone, channels = _backbone(config.backbone, size)
-    maps, area = pyramid(size), size[0] * size[1]
-    return Flops(
-        backbone=backbone,
-        pixel_decoder=pixel_decoder(pixels, channels, maps),
-        transformer_decoder=_transformer_decoder(decoder, pixels, config.num_classes, channels[-1], maps),
-        inference=decoder.num_queries * area * (BILINEAR + (config.num_classes if semantic else 0)),
-    )
+    return flops_counter(config)(size, semantic)
 
 
 def mean_flops(config: ModelConfig, sizes: Mapping[tuple[int, int], int] = COCO_SIZES) -> Flops:
     """Return the mean of `official_flops` over input sizes, weighted by their frequency."""
-    images = sum(sizes.values())
-    counted = [(count / images, official_flops(config, size)) for size, count in sizes.items()]
+    images, count_flops = sum(sizes.values()), flops_counter(config)
+    counted = [(count / images, count_flops(size, False)) for size, count in sizes.items()]
     return Flops(**{f.name: sum(share * getattr(flops, f.name) for share, flops in counted) for f in fields(Flops)})
+
+
+def flops_counter(config: ModelConfig) -> Callable[[MapSize, bool], Flops]:
+    """Return `official_flops` as a function of `size` and `semantic`. Modules that are executed are built once.
+
+    Raises ConfigError if `config.num_classes` is None.
+    """
+    num_classes, decoder, pixels = config.num_classes, config.transformer_decoder, config.pixel_decoder
+    if num_classes is None:
+        raise ConfigError("model.num_classes is not known; set it from the category table of the data set")
+    if isinstance(decoder, EomtDecoderConfig | PmtDecoderConfig) or isinstance(pixels, UpscalePixelDecoderConfig):
+        model = build_shapes(config)
+        return lambda size, semantic: executed_flops(model, size)
+    backbone_flops, channels = _backbone(config.backbone)
+
+    def count(size: MapSize, semantic: bool) -> Flops:
+        maps, area = pyramid(size), size[0] * size[1]
+        return Flops(
+            backbone=backbone_flops(size),
+            pixel_decoder=pixel_decoder(pixels, channels, maps),
+            transformer_decoder=_transformer_decoder(decoder, pixels, num_classes, channels[-1], maps),
+            inference=decoder.num_queries * area * (BILINEAR + (num_classes if semantic else 0)),
+        )
+
+    return count
 
 
 def _transformer_decoder(
@@ -104,16 +118,16 @@ def _transformer_decoder(
             assert_never(decoder)
 
 
-def _backbone(config: BackboneConfig, size: tuple[int, int]) -> tuple[float, tuple[int, ...]]:
-    """Return the multiply-adds, and the channels at strides 4, 8, 16 and 32."""
+def _backbone(config: BackboneConfig) -> tuple[Callable[[MapSize], float], tuple[int, ...]]:
+    """Return the multiply-adds as a function of the input size, and the channels at strides 4, 8, 16 and 32."""
     match config:
         case SwinBackboneConfig():
             channels = tuple(config.embed_dim * 2**stage for stage in range(4))
-            return swin(config.embed_dim, config.depths, config.window_size, size), channels
+            return partial(swin, config.embed_dim, config.depths, config.window_size), channels
         case TimmBackboneConfig(name=name) if name in RESNET_BLOCKS and not config.options:
-            return resnet(RESNET_BLOCKS[name], size), (256, 512, 1024, 2048)
+            return partial(resnet, RESNET_BLOCKS[name]), (256, 512, 1024, 2048)
         case TimmBackboneConfig() | ViTAdapterBackboneConfig():
             backbone = build_backbone_shapes(config)
-            return executed_backbone_flops(backbone, size), backbone.channels
+            return partial(executed_backbone_flops, backbone), backbone.channels
         case _:
             assert_never(config)
