@@ -1,7 +1,7 @@
-"""Multi-scale deformable attention against one `grid_sample` per level, as peers implement it.
+"""Benchmark of multi-scale deformable attention against one `grid_sample` per level, as peers implement it.
 
-The inputs are values, offsets and logits, so both sides include the softmax and the computation of locations. With one
-image, both sides are also compared with float64.
+The inputs are values, offsets and logits, so both sides include the softmax and the computation of the sampling
+locations. With one image, both sides are also compared with a float64 result.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
 
 
 class _Case:
-    """One input, and every implementation of attention to it."""
+    """One set of inputs, and every implementation of attention on them."""
 
     def __init__(
         self, images: int, size: tuple[int, int], dtype: torch.dtype, device: torch.device, repeats: int
@@ -55,13 +55,13 @@ class _Case:
             return torch.randn(shape, generator=generator, device=device)
 
         self.value = random(images, self.pixels, HEADS, DIM).to(dtype).requires_grad_()
-        # Odd multiples of 1/32 pixel: gradients jump at pixel borders, and rounding would decide which one is taken.
+        # Odd multiples of 1/32 pixel avoid the pixel borders, where the gradient jumps and rounding would pick a side.
         self.offsets = (((32 * random(*samples, 2)).round() + 0.5) / 16).requires_grad_()
         self.logits = random(*samples).requires_grad_()
         self.cotangent = random(images, self.pixels, HEADS * DIM).to(dtype)
 
     def results(self, ours: str) -> list[Measurement]:
-        """Measure the forward pass alone, and with the backward pass."""
+        """Measure the forward pass alone, then together with the backward pass."""
         if self.images == 1:
             self._check_against_float64((ours, PEER))
         return [self._measure(backward, ours) for backward in (False, True)]
@@ -80,7 +80,7 @@ class _Case:
         )
 
     def _run(self, form: str, backward: bool) -> Sequence[Tensor]:
-        """Return the attended values and, with `backward`, the gradients of all inputs, of one implementation."""
+        """Run one implementation; return the attended values and, with `backward`, the gradients of all inputs."""
         with torch.set_grad_enabled(backward):
             output = self._attend(form, self.value, self.offsets, self.logits)
         if not backward:

@@ -13,7 +13,7 @@ LAYERS, QUERIES, CHANNELS = 10, 100, 256
 
 
 def make_batch(images: int, size: int, objects: int, seed: int = 0) -> Batch:
-    """Return random images of `size` x `size` pixels, divided into `objects` regions around random centres."""
+    """Return a batch of random images [size, size], each divided into `objects` regions around random centres."""
     generator = torch.Generator().manual_seed(seed)
     axis = torch.linspace(0, 1, size)
     coordinates = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))
@@ -47,7 +47,7 @@ def make_batch(images: int, size: int, objects: int, seed: int = 0) -> Batch:
 
 
 def random_predictions(images: int, size: int, device: torch.device) -> Predictions:
-    """Return ten random predictions of 100 queries for images of `size` x `size` pixels."""
+    """Return random predictions of ten decoder layers with 100 queries, for images of `size` x `size` pixels."""
     generator = torch.Generator().manual_seed(0)
     shape = (LAYERS, images, QUERIES)
     tensors = (
@@ -59,16 +59,16 @@ def random_predictions(images: int, size: int, device: torch.device) -> Predicti
 
 
 def dense_masks(targets: Targets) -> list[Tensor]:
-    """Return for each image the masks [N, H, W] float32 of its valid targets, as peers expect them."""
+    """Return the masks [N, H, W] float32 of the valid targets of each image, in the form that peers expect."""
     images = zip(targets.id_maps, targets.layer, targets.local_id, targets.valid, strict=True)
     return [(maps[layer[valid]] == ids[valid, None, None]).float() for maps, layer, ids, valid in images]
 
 
 def sure_predictions(size: tuple[int, int], num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the last prediction of one image, with confident queries.
+    """Return the last prediction for one image of `size` (height, width) pixels, with confident queries.
 
-    The tensors are class logits [100, K + 1], mask embeddings [100, 256] and mask features [256, h, w]. 12 queries
-    cover the image with a high class score; the scores of the other 88 are low.
+    The tensors are class logits [100, K + 1], mask embeddings [100, 256] and mask features [256, H / 4, W / 4]. Twelve
+    queries with high class scores cover the image; the scores of the other 88 are low.
     """
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.linalg.qr(torch.randn(256, 100, generator=generator))[0].T.contiguous()

@@ -1,4 +1,4 @@
-"""Synthetic images for the data benchmark, with about the size, bytes and segments of COCO's images."""
+"""Synthetic images for the data benchmark, similar to COCO's in size, file size and number of segments."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ TABLE = CategoryTable(tuple(Category(n, f"class {n}", n % 3 > 0, distinct_color(
 
 @dataclass(frozen=True)
 class SyntheticImage:
-    """One image with its annotation, for our shards and in COCO panoptic format."""
+    """One image with its annotation, both for our shards and in COCO panoptic format."""
 
     name: str
     jpeg: bytes
     annotation: Annotation
     id_png: bytes
-    """Colour PNG whose colours are `source_id`s: R + 256 G + 65536 B."""
+    """Colour PNG that encodes the `source_id` of each pixel's segment as R + 256 G + 65536 B."""
 
 
 def make_image(index: int) -> SyntheticImage:
-    """Noise of all scales (a JPEG of about 110 KB) and 18 segments with ragged borders."""
+    """Return a noise image of several scales (a JPEG of about 110 KB) with up to 18 segments with ragged borders."""
     rng = np.random.default_rng(index)
     height, width = SIZE
     image = sum(
@@ -89,7 +89,7 @@ def write_images(images: list[SyntheticImage], url: str, storage: Storage) -> Ma
 
 
 def write_long_manifest(small: Manifest, folder: Path, count: int, storage: Storage) -> None:
-    """Write a manifest of `count` samples, without shards, by repeating the rows of a small manifest."""
+    """Write a manifest of `count` samples by repeating the rows of a small manifest. No shards are written."""
     rows = pq.read_table(Path(small.url, SAMPLES_FILE))
     table = rows.take(pa.array(np.arange(count) % len(rows)))
     length = table["length"].to_numpy()

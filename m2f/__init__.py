@@ -6,8 +6,8 @@
     result = model.predict("photo.jpg")
     result.overlay().save("found.png")
 
-The names in `__all__` are public and documented in docs/python.md. Each is imported when it is first used. The
-subpackages are `m2f.model`, `m2f.data_pipeline`, `m2f.trainer`, `m2f.eval` and `m2f.cluster`.
+The names in `__all__` are public and documented in docs/python.md. Each name is imported on first use. The subpackages
+are `m2f.model`, `m2f.data_pipeline`, `m2f.trainer`, `m2f.eval` and `m2f.cluster`.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Speed of this GPU and of the model on it: the project's benchmarks, and a profile of a training step."""
+"""Steps that measure the speed of this GPU and of the model: benchmarks, and a profile of a training step."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ IN_TRAIN = (
     *((8, "against_transformers"), (2, "against_transformers"), (8, "against_official_order")),
     *((8, "without_matching"), (8, "at_their_best")),
 )
-"""Number of images and comparison, the most important first."""
+"""Batch size and comparison of each measurement of the training step, the most important first."""
 SLOWEST = 12
-"""Number of kernels that are listed."""
+"""Number of kernels in the list of the slowest ones."""
 
 
 def ceilings(stage: Stage) -> str:
-    """Measure the peak rates of the device."""
+    """Measure the peak rates of the device and return them in one line."""
     return device_ceilings.describe(stage.device, tiny=stage.dry)
 
 
@@ -36,14 +36,14 @@ def bench_msda(stage: Stage) -> list[str]:
 
 
 def bench_train(stage: Stage) -> list[str]:
-    """Compare the training step with `transformers`, the official order and itself without matching.
+    """Compare the training step with `transformers`, with the official order, and with itself without matching.
 
     An error in one comparison does not stop the others.
     """
     stage.need_gpu()
     from benchmarks.bench_train_step import _Case
 
-    torch.backends.cudnn.allow_tf32 = False  # logits of both sides must agree to 1e-3
+    torch.backends.cudnn.allow_tf32 = False  # TF32 would break the required agreement of the logits to 1e-3
     results: list[Measurement] = []
     lines: list[str] = []
     for images, comparison in IN_TRAIN:
@@ -67,7 +67,7 @@ def bench_inference(stage: Stage) -> list[str]:
 
 
 def bench_zero(stage: Stage) -> list[str]:
-    """Measure the cost of DeepSpeed."""
+    """Measure the overhead of DeepSpeed."""
     return _rows(stage, ("zero",), tiny=True)
 
 
@@ -80,7 +80,8 @@ def bench_rest(stage: Stage) -> list[str]:
 def step_b2(stage: Stage) -> dict[str, object]:
     """Measure a step of the R50 COCO panoptic model with 2 images per GPU.
 
-    Returns its time by CUDA events, the time that the host needs to queue it, and its peak memory.
+    Returns its time by CUDA events and the time that the host needs to queue it, in milliseconds, and its peak memory
+    in 10^9 bytes. A dry run returns only the time.
     """
     step = training_step(
         make_workload(stage.config, 2, stage.pick(1024, 64), stage.pick("bf16_autocast", "fp32"), stage.device)
@@ -99,7 +100,7 @@ def step_b2(stage: Stage) -> dict[str, object]:
 
 
 def profile(stage: Stage) -> dict[str, object]:
-    """List the kernels of a step by time; write a trace of 2 images to the results."""
+    """Profile a step with 2 and 8 images; return times and slowest kernels. Write the trace of 2 images to `out`."""
     activities = [ProfilerActivity.CPU, *stage.pick([ProfilerActivity.CUDA], [])]
     facts: dict[str, object] = {}
     for images in stage.pick((2, 8), (1,)):
@@ -151,7 +152,7 @@ def _rows(stage: Stage, names: Sequence[str], tiny: bool = False) -> list[str]:
 
 
 def _keep(stage: Stage, results: Sequence[Measurement]) -> None:
-    """Append the measurements to rows.jsonl of this call."""
+    """Append the measurements to rows.jsonl in the output folder."""
     with (stage.out / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write(json_lines(results, Setting.now(stage.device, "")) + "\n")
 

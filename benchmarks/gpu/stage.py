@@ -1,4 +1,4 @@
-"""Input of every step, and models, batches and timers that several steps share."""
+"""The input of every step, and the models, batches and timers that several steps share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COCO_CLASSES = 133
 
 
 class Skipped(Exception):
-    """This machine cannot run the step; the message states what is missing."""
+    """Raised if this machine cannot run a step; the message states what is missing."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Stage:
     out: Path
     """Folder for results."""
     recording: Path | None = None
-    """File that `benchmarks.record_batches` wrote."""
+    """File written by `benchmarks.record_batches`; None if a step needs none."""
 
     @property
     def dry(self) -> bool:
@@ -61,7 +61,7 @@ class Stage:
 
     @property
     def config(self) -> ModelConfig:
-        """Configuration of the R50 model for COCO panoptic; of `small_model` in a dry run."""
+        """Configuration of the R50 model for COCO panoptic segmentation; in a dry run, that of `small_model`."""
         return self.pick(ModelConfig(num_classes=COCO_CLASSES), small_model())
 
 
@@ -73,14 +73,14 @@ class Workload(NamedTuple):
     normalizers: Normalizers
 
     def backward(self) -> torch.Tensor:
-        """Run forward and backward pass; return the total loss."""
+        """Run the forward and the backward pass; return the total loss []."""
         total = self.module(self.batch, self.normalizers).total
         total.backward()
         return total.detach()
 
 
 def small_model() -> ModelConfig:
-    """Return a small model with every part of the R50 model, which runs within seconds on a CPU."""
+    """Return the configuration of a small model with every part of the R50 model. It runs within seconds on a CPU."""
     return ModelConfig(
         backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": (16, 32, 48, 64)}),
         pixel_decoder=MSDeformAttnPixelDecoderConfig(
@@ -97,7 +97,10 @@ def small_model() -> ModelConfig:
 def make_workload(
     config: ModelConfig, images: int, size: int, precision: Precision, device: torch.device, objects: int = 10
 ) -> Workload:
-    """Build a model and a batch; weights and images are the same at every call and on every device."""
+    """Build a model and a batch of `images` images of `size` x `size` pixels with `objects` objects each.
+
+    Weights and images are the same at every call and on every device.
+    """
     assert config.num_classes is not None
     torch.manual_seed(0)
     model = build_model(config, pretrained_backbone=False)
@@ -110,7 +113,7 @@ def make_workload(
 
 
 def training_step(workload: Workload) -> Callable[[], None]:
-    """Return an optimizer step whose learning rate is so small that all repetitions have the same loss."""
+    """Return a function that runs one training step, with a learning rate so small that all losses are equal."""
     optimizer = torch.optim.AdamW(build_param_groups(workload.module, OptimizerConfig(lr=1e-12)), fused=True)
 
     def step() -> None:
@@ -123,9 +126,9 @@ def training_step(workload: Workload) -> Callable[[], None]:
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Return the median milliseconds of `run` after two warm-up calls.
+    """Return the median time of `run` in milliseconds, after two warm-up calls.
 
-    On a GPU it times `repeats` runs with CUDA events, on a CPU two runs with the host's clock.
+    On a GPU, `repeats` runs are timed with CUDA events; on a CPU, two runs with the host's clock.
     """
     run()
     run()
@@ -147,7 +150,7 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
 
 
 def described(error: BaseException) -> str:
-    """Format an error for a line of a table."""
+    """Return the type of an error and the first 200 characters of its message, for a line of a table."""
     return f"{type(error).__name__}: {str(error)[:200]}"
 
 

@@ -1,4 +1,4 @@
-"""Training of Mask2Former of `transformers` with its own losses, in a plain loop over batches of our loader."""
+"""Train the Mask2Former of `transformers` with its own losses, in a plain loop over batches of our loader."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ CHECKPOINT = "checkpoint.pt"
 
 
 def train_plainly(job: TrainJob, control: Control) -> None:
-    """Train from the checkpoint in the run folder, otherwise from the initial weights of our trainer.
+    """Train from the checkpoint in the run folder, or else from the initial weights of our trainer.
 
-    It writes a checkpoint every `training.checkpoint.every_steps` and when `control` requests a stop. After the last
-    step it writes the weights under our names. Raises ConfigError for settings that the peer does not support.
+    A checkpoint is written every `training.checkpoint.every_steps` steps, and when `control` requests a stop. After the
+    last step, the weights are written under our names. Raises ConfigError for settings that the peer does not support.
     """
     training = job.training
     if training.settled_precision != "fp32" or training.micro_batch < training.global_batch:
@@ -55,7 +55,7 @@ def train_plainly(job: TrainJob, control: Control) -> None:
 
 
 class _Loop:
-    """Model and optimizer state of the training; resumes from the checkpoint if there is one."""
+    """Model and optimizer state of a training run, which resumes from the checkpoint if there is one."""
 
     def __init__(self, job: TrainJob, folder: Path) -> None:
         self._job, self._folder, self._storage = job, folder, Storage(job.storage)
@@ -63,7 +63,7 @@ class _Loop:
         self._theirs = their_twin(self._ours, job.model).train()
         self._update = PlainStep(self._theirs, job.training)
         self.done = 0
-        torch.manual_seed(job.seed)  # for the random points of the peer
+        torch.manual_seed(job.seed)  # the peer draws its loss points from torch's generator
         path = folder / CHECKPOINT
         if path.exists():
             state = torch.load(path, weights_only=True)
@@ -74,7 +74,7 @@ class _Loop:
             print_out(f"resumed after step {self.done}")
 
     def open_batches(self) -> Generator[StepBatches]:
-        """Load the batches of the remaining steps; every batch is a whole step."""
+        """Return the batches of the remaining steps; one batch is one step."""
         batch = self._job.training.global_batch
         spec = LoaderSpec(
             global_batch=batch, micro_batch=batch, rank=0, world=1, start_step=self.done, seed=self._job.seed
@@ -101,7 +101,7 @@ class _Loop:
         os.replace(new, self._folder / CHECKPOINT)
 
     def save_weights(self) -> None:
-        """Write the weights under our names; the moving average if there is one."""
+        """Write the weights under our names; if the recipe keeps a moving average, write the average instead."""
         weights = {name: tensor.detach().contiguous() for name, tensor in to_our_names(self._update.weights()).items()}
         new = self._folder / f"{WEIGHTS}.new"
         save_file(weights, new)

@@ -1,4 +1,4 @@
-"""Recording of the random points that the criterion of `transformers` draws, to replay them in ours."""
+"""Record the random points that the criterion of `transformers` draws, to replay them in ours."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from m2f.model.loss.points import GivenPoints
 from m2f.model.structures import Targets
 
 Assignment = Sequence[tuple[Tensor, Tensor]]
-"""Matched queries and targets of every image, for one prediction."""
+"""Indices of the matched queries and of their targets for every image, for one prediction."""
 
 
 @dataclass(frozen=True)
 class RecordedDraws:
-    """Draws of one pass through the criterion, in its order: the last prediction, then the others from the first."""
+    """Draws of one pass through the criterion, in its order: first the last prediction, then the others in sequence."""
 
     drawn: list[Tensor] = field(default_factory=list)
     """For every prediction: matching points of each image, then candidates and fresh points of the matched masks."""
     assigned: list[Assignment] = field(default_factory=list)
-    """Assignment of every prediction."""
+    """Assignment of every prediction, in the order of the criterion."""
 
     def points(self, targets: Targets) -> GivenPoints:
-        """Return the same points by prediction, image and target, for our criterion."""
+        """Return the recorded points for our criterion, indexed by prediction, image and target."""
         last = len(self.assigned) - 1
         order = [last, *range(last)]
         return replayed(self.drawn, [self.assigned[order.index(layer)] for layer in range(last + 1)], order, targets)
@@ -55,13 +55,13 @@ def recorded_draws(criterion: Mask2FormerLoss) -> Iterator[RecordedDraws]:
 def replayed(
     drawn: Sequence[Tensor], assignments: Sequence[Assignment], order: Sequence[int], targets: Targets
 ) -> GivenPoints:
-    """Sort draws of the official order by prediction, image and target.
+    """Return draws of the official order, sorted by prediction, image and target.
 
     The official order is, for each prediction: points of each image, candidates, fresh points.
 
     Args:
-        drawn: draws in their order.
-        assignments: assignment of every prediction, by its index.
+        drawn: random numbers in the order in which they were drawn.
+        assignments: assignments, indexed by prediction.
         order: indices of the predictions in the order of the draws.
         targets: targets of the micro-batch.
     """

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Literal, assert_never
 
 HEADLINE = ("PQ", "AP", "mIoU")
-"""Headline metric of each task."""
+"""Headline metrics of the tasks, in order of preference."""
 
 
 def first_headline(metrics: Mapping[str, float]) -> str | None:
-    """Return the name of the metric that ranks checkpoints if the recipe names none; None without a headline metric."""
+    """Return the metric that ranks checkpoints if the recipe names none; None if there is no headline metric."""
     names = (name for title in HEADLINE for name in sorted(metrics) if name.rpartition("/")[2] == title)
     return next(names, None)
 
 
 def best_step(metrics: Mapping[int, Mapping[str, float]], name: str) -> int | None:
-    """Return the step with the highest value of a metric, the earliest if several tie; None if no step has it."""
+    """Return the step with the highest value of a metric, or the earliest if several tie; None if none has it."""
     values = {step: numbers[name] for step, numbers in metrics.items() if name in numbers}
     return min(values, key=lambda step: (-values[step], step)) if values else None
 

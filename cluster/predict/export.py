@@ -25,7 +25,10 @@ _SUFFIXES: dict[Format, str] = {"official": ".pth", "hugging_face": "", "torch_e
 
 
 def check_output(format: Format, output: str, size: Sequence[int] | None) -> None:  # noqa: A002 - the word of the command line
-    """Raise ConfigError, before any work, if the output cannot be written."""
+    """Raise ConfigError if the output cannot be written, WeightsError if the packages for ONNX are missing.
+
+    Called before any work is done.
+    """
     suffix = _SUFFIXES[format]
     if size is not None and format not in ("torch_export", "onnx"):
         raise ConfigError(f"--size is for the formats torch_export and onnx; {format} has none")
@@ -40,9 +43,10 @@ def check_output(format: Format, output: str, size: Sequence[int] | None) -> Non
 
 
 def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple[int, int] | None = None) -> str:  # noqa: A002
-    """Write the model to a path that does not exist yet, and return a description of what was written.
+    """Write the model to a path that does not exist yet, and return a description of the output.
 
-    `size` is the fixed height and width of the images of a graph, in pixels. None allows all sides divisible by 32.
+    `size` fixes the height and width in pixels of the images that an exported graph accepts. With None, the graph
+    accepts all sizes whose sides are divisible by 32.
     """
     metadata = {METADATA_KEY: trained.identity.to_json()}
     match format:

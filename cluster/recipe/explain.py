@@ -20,8 +20,8 @@ from m2f.model.limits import Range, ranges_of
 def explain(section: str = "") -> str:
     """Return the documentation of a section (`training.optimizer`) and its subsections; "" is the whole recipe.
 
-    All kinds of a section with several kinds (`data.augment`) are described. For lists and mappings of sections, the
-    section of their items is described.
+    If a section has several kinds, such as `data.augment`, all of them are described. For a list or mapping of
+    sections, the section of its items is described.
 
     Raises:
         ConfigError: the section does not exist.
@@ -38,7 +38,7 @@ def explain(section: str = "") -> str:
 
 
 def _sections_of_field(classes: tuple[type, ...], name: str) -> tuple[tuple[type, ...], list[str]]:
-    """Return the sections in the field `name` of any of the classes, and the names of all fields with sections."""
+    """Return the sections in the field `name` of the classes, and the names of all fields that contain sections."""
     inner = {field: sections_in(hint) for cls in classes for field, hint in type_hints(cls).items()}
     known = [field for field, sections in inner.items() if sections]
     return inner.get(name, ()), known
@@ -84,7 +84,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 @lru_cache
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the docstring below each field. It is read from the source, because Python keeps no such docstrings."""
+    """Return the docstring below each field. It is parsed from the source, because Python does not store it."""
     tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
     docs: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Create the identity that is stored with weights from a recipe and the classes of its data."""
+"""Create the identity that is stored with a model's weights, from its recipe and the classes of its data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from m2f.trainer.checkpoint.identity import InputRules, ModelIdentity
 
 
 def identity_of(config: RunConfig, classes: Sequence[Category]) -> ModelIdentity:
-    """Return the identity of a model of this recipe; `classes` are in the order of their labels."""
+    """Return the identity of the model that a recipe trains; `classes` are in label order."""
     space = LabelSpace(config.data.task, tuple(classes))
     return model_identity(space, config.model, config.evaluation, dump_recipe(config))
 
 
 def model_identity(space: LabelSpace, model: ModelConfig, evaluation: EvaluationConfig, recipe: str) -> ModelIdentity:
-    """Return the identity of a model from its parts. `recipe` is YAML, or empty if unknown."""
+    """Return the identity of a model from its parts. `recipe` is YAML, or "" if it is unknown."""
     return ModelIdentity(
         label_spaces=(space,),
         input=InputRules(

@@ -1,4 +1,4 @@
-"""Tables of settings that have been deleted or renamed since earlier versions, and functions that apply them."""
+"""Tables of settings that were deleted or renamed since earlier versions, and functions that apply the tables."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from m2f.trainer.config import TrainingConfig
 
 @dataclass(frozen=True)
 class Retired:
-    """A deleted setting. It is dropped if it has its old default; any other value is an error."""
+    """A deleted setting. A recipe may still contain its old default; any other value is an error."""
 
     path: str
     """Dotted path; `*` matches one name or index, as in `datasets.*.source.seed`."""
     default: object
     """Old default as parsed YAML: a list for a tuple, a mapping for a section."""
     remedy: str
-    """What to do instead, in the imperative, for the end of the message."""
+    """What to do instead, in the imperative; it ends the error message."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ RENAMED: tuple[Renamed, ...] = ()
 
 
 def apply_renames(tree: Any, problems: list[str], renamed: Sequence[Renamed] = RENAMED) -> list[str]:
-    """Rename settings in the tree of a recipe in place, and return a hint for each.
+    """Rename settings in the tree of a recipe in place, and return one hint per renamed setting.
 
     If a section has both names, a message is added to `problems`.
     """
@@ -76,7 +76,7 @@ def renamed_path(path: str, renamed: Sequence[Renamed] = RENAMED) -> str:
 def drop_retired(tree: Any, problems: list[str], retired: Sequence[Retired] = RETIRED) -> None:
     """Remove deleted settings from the tree of a recipe in place.
 
-    For each one that does not have its old default, a message is added to `problems`.
+    For each setting whose value is not the old default, a message is added to `problems`.
     """
     for setting in retired:
         for path, section, key in _find_settings(tree, setting.path):
@@ -88,8 +88,8 @@ def drop_retired(tree: Any, problems: list[str], retired: Sequence[Retired] = RE
 def raise_collective_timeout(tree: Any) -> str | None:
     """Raise `training.collective_timeout_s` in a recipe stored by a version without `storage.patience_s`.
 
-    The timeout must exceed the default patience plus the stall timeout. Returns a message; None without a change. To be
-    called before `drop_retired`, which removes the setting that identifies these recipes.
+    The timeout must exceed the default patience plus the stall timeout. Returns a message, or None if nothing changes.
+    Call this before `drop_retired`, which removes the setting that identifies these recipes.
     """
     stored = [
         section

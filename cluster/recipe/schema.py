@@ -1,4 +1,4 @@
-"""JSON Schema of recipes, for completion and checks in editors."""
+"""JSON Schema of recipes, with which editors complete and check settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m2f.model.limits import Range, ranges_of
 def recipe_schema() -> dict[str, Any]:
     """Return a draft 2020-12 schema with names, types, ranges, defaults and descriptions of all settings.
 
-    Unknown settings are refused. Checks across settings are not included.
+    The schema rejects unknown settings. It does not express constraints between settings.
     """
     schema = TypeAdapter(RunConfig).json_schema()
     found = {"RunConfig": schema, **schema["$defs"]}
@@ -39,7 +39,7 @@ def _all_sections(section: type) -> set[type]:
 
 
 def _limit(schema: Any, allowed: Range) -> None:
-    """Add the range to the schema of every number in a setting, also inside lists and mappings."""
+    """Add the range to the schema of every number in a setting, including numbers inside lists and mappings."""
     if isinstance(schema, list):
         for item in schema:
             _limit(item, allowed)

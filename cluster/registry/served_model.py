@@ -1,4 +1,4 @@
-"""A registered model as MLflow's generic Python model: it takes images and returns COCO formats."""
+"""A registered model as an MLflow `PythonModel`, which takes images and returns predictions in COCO formats."""
 
 from __future__ import annotations
 
@@ -45,14 +45,16 @@ class ServedModel(PythonModel):
         self._lowest: np.ndarray | None = None
         if (path := context.artifacts.get(THRESHOLDS)) is not None:
             self._lowest = Thresholds.from_json(Path(path).read_bytes(), path).lowest(self._trained.classes)
-        self._lock = threading.Lock()  # a server may call `predict` from several threads
+        self._lock = threading.Lock()  # because a server may call `predict` from several threads
 
     def predict(  # type: ignore[bad-override] - of MLflow's own, which is annotated to return nothing
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
         """Return one record per image of the column `image`.
 
-        Raises MlflowException if an image cannot be read or a parameter is invalid. A server answers with status 400.
+        `params` may contain `task`, `min_score` (from 0 to 1) and `thresholds`; False ignores the thresholds by class.
+        Raises MlflowException, which a server returns as status 400, if an image cannot be read or a parameter is
+        invalid.
         """
         options = params or {}
         try:

@@ -30,7 +30,7 @@ class ClassThreshold:
     precision: float | None
     """Share of correct detections among those with at least this score; None without a threshold."""
     recall: float | None
-    """Share of the annotated instances that these detections find; None if the class has no instances."""
+    """Share of the annotated instances that these detections match; None if the class has no instances."""
     detections: int
     """Number of detections with at least this score."""
 
@@ -43,7 +43,7 @@ class Thresholds:
     dataset: str
     """Name of the evaluation set."""
     fingerprint: str
-    """Fingerprint of its data."""
+    """Fingerprint of the data of the evaluation set."""
     classes: Mapping[str, ClassThreshold]
     """Thresholds by class name."""
 
@@ -53,7 +53,7 @@ class Thresholds:
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str) -> Thresholds:
-        """Parse the JSON text of a file. Raises ThresholdError, which names `source`, if it is invalid."""
+        """Parse the JSON text of the file `source`. Raises ThresholdError, which names the file, if it is invalid."""
         try:
             content = parse_json(text)
             classes = {str(name): ClassThreshold(**row) for name, row in content.pop("classes").items()}
@@ -65,14 +65,14 @@ class Thresholds:
     def lowest(self, classes: Sequence[Category]) -> np.ndarray:
         """Return the lowest accepted score [K] by label.
 
-        It is infinity for a class without a reachable threshold, and 0 for a class that is not listed.
+        The score is infinity if no threshold reaches the precision for a class, and 0 if the class is not listed.
         """
         found = [self.classes.get(category.name) for category in classes]
         return np.array([0.0 if one is None else np.inf if one.threshold is None else one.threshold for one in found])
 
 
 def choose_thresholds(images: InstanceImages, names: Sequence[str], precision: float) -> dict[str, ClassThreshold]:
-    """Choose for every class the lowest threshold at which at least a share `precision` of the detections is correct.
+    """Choose the lowest threshold of every class at which the share of correct detections is at least `precision`.
 
     Args:
         images: match records of all images. Their labels are positions in `names`.

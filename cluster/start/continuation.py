@@ -1,4 +1,4 @@
-"""Check before the start whether a run can continue from its checkpoints with the present recipe."""
+"""Check, before a run starts, whether it can continue from its checkpoints with the current recipe."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Stored:
     recipe: str
     task: str
     classes: tuple[Category, ...] | None
-    """None for a checkpoint of a version before 0.2 whose data sets no longer exist."""
+    """None if a version before 0.2 wrote the checkpoint and the manifest of its data cannot be read."""
 
 
 def check_continuation(job: TrainJob, storage: Storage) -> None:
@@ -64,12 +64,12 @@ def _check_order(order: str, job: TrainJob, storage: Storage, checkpoint: str) -
     try:
         state = TrainState.from_json(storage.get(url), url)
     except (CheckpointError, MissingObjectError):
-        return  # a damaged checkpoint; the ranks use the previous one
+        return  # the checkpoint is damaged, so the ranks will use the previous one
     state.in_order(order, checkpoint, job.data.accept_changes)
 
 
 def newest_recipe(storage: Storage, run_folder: str) -> str | None:
-    """Return the recipe (YAML) of the newest readable checkpoint of a run folder; None without one."""
+    """Return the recipe (YAML) of the newest readable checkpoint of a run folder; None if there is none."""
     found = (_read(storage, checkpoint.url) for checkpoint in list_checkpoints(storage, run_folder))
     return next((stored.recipe for stored in found if stored is not None), None)
 

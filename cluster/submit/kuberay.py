@@ -1,4 +1,4 @@
-"""Create a KubeRay `RayJob` from a recipe and a template of the cluster, and check it before it is sent."""
+"""Create a KubeRay `RayJob` from a recipe and a template of the cluster, and validate it before it is applied."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BY_DIGEST = re.compile(r"\S+@sha256:[0-9a-f]{64}")
 RECIPE_FOLDER = "/etc/m2f"
 APPLY_TIMEOUT_S = 60
 MAX_NAME_LENGTH = 30
-"""Maximum number of characters of a run's name in the name of its RayJob, which may have 47 characters."""
+"""Number of characters of the run's name that are kept in the name of its RayJob. KubeRay allows 47 in total."""
 
 
 class KubeRayError(UserError):
@@ -32,7 +32,7 @@ class KubeRayError(UserError):
 
 
 def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> str:
-    """Return YAML of a ConfigMap with the recipe, and of the RayJob that trains it.
+    """Return the YAML of a ConfigMap that holds the recipe, and of the RayJob that trains it.
 
     Args:
         config: recipe for the cluster, see `m2f.cluster.submit.submit.bind_to_cluster`.
@@ -70,7 +70,7 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
 
 
 class _ReadableDumper(yaml.SafeDumper):
-    """YAML dumper that writes strings of several lines as block scalars."""
+    """YAML dumper that writes multi-line strings as block scalars."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -81,7 +81,7 @@ _ReadableDumper.add_representer(str, _represent_text)
 
 
 def kubectl_apply(text: str) -> None:
-    """Apply objects with kubectl, which prints its actions. Raises KubeRayError if it is missing or fails."""
+    """Apply objects with kubectl, which prints what it does. Raises KubeRayError if kubectl is missing or fails."""
     try:
         subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=True, timeout=APPLY_TIMEOUT_S)
     except FileNotFoundError as error:
@@ -91,14 +91,14 @@ def kubectl_apply(text: str) -> None:
 
 
 def schema_problems(ray_job: object) -> list[str]:
-    """Return a message with its path for everything that KubeRay or Kubernetes would refuse or silently drop."""
+    """Return a message, with the path, for every field that KubeRay or Kubernetes would refuse or silently drop."""
     validator = Draft202012Validator(yaml.safe_load(SCHEMA.read_text(encoding="utf-8")))
     errors = sorted(validator.iter_errors(ray_job), key=lambda error: error.json_path)
     return [f"{error.json_path.removeprefix('$.')}: {error.message[:200]}" for error in errors]
 
 
 def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
-    """Return messages about a valid cluster on which the run would not start or would not be robust."""
+    """Return messages about settings of a valid cluster that would keep the run from starting or make it fragile."""
     problems: list[str] = []
     head, groups = spec["headGroupSpec"], spec["workerGroupSpecs"]
     if head["rayStartParams"].get("num-cpus") != "0":
@@ -115,7 +115,7 @@ def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
 
 
 def _image_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
-    """Return messages about images without a digest. A tag can be moved to another image, a digest cannot."""
+    """Return messages about images without a digest. A tag can be moved to a different image; a digest cannot."""
     images = [container.get("image", "") for container in pod["containers"]]
     return [
         f"{group}: image is {image}; name it by the digest that `docker push` prints, as registry/m2f@sha256:..."
@@ -139,7 +139,7 @@ def _pod_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
 def _pod_resources(group: Mapping[str, Any]) -> dict[str, float]:
     """Return the Ray resources of one pod of a group."""
     limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
-    cores = str(limits.get("cpu", "inf"))  # no limit: all cores; str, because YAML parses 8 as a number
+    cores = str(limits.get("cpu", "inf"))  # without a limit, all cores; str() because YAML parses 8 as a number
     gpus = sum(float(amount) for name, amount in limits.items() if name.endswith("/gpu"))
     cpus = float(cores.removesuffix("m")) / 1000 if cores.endswith("m") else float(cores)
     return {"CPU": cpus, "GPU": gpus, **_custom_resources(group)}
@@ -148,7 +148,7 @@ def _pod_resources(group: Mapping[str, Any]) -> dict[str, float]:
 def _custom_resources(group: Mapping[str, Any]) -> dict[str, float]:
     """Return the custom Ray resources of one pod of a group.
 
-    They are in `resources`, or as JSON quoted for the shell in `rayStartParams`.
+    They are read from `resources`, or from `rayStartParams`, which contains them as shell-quoted JSON.
     """
     if "resources" in group:
         return {name: float(amount) for name, amount in group["resources"].items() if amount.isdecimal()}

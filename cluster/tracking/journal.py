@@ -1,6 +1,6 @@
-"""File of entries to be sent: one writer appends, and reading continues after the last committed entry.
+"""Journal file of entries to send: one writer appends, and reading resumes after the last committed entry.
 
-Appended entries survive the death of the process. Entries that were read but not committed are read again. If the disk
+Appended entries survive a crash of the process. Entries that were read but not committed are read again. If the disk
 refuses an entry, the file is truncated to its previous length, so that the next entry is not corrupted.
 """
 
@@ -40,10 +40,10 @@ def kind_of(entry: Entry) -> Kind | None:
 
 
 class Journal:
-    """Journal of JSON lines in `path`; `path` + `.sent` stores the number of bytes already sent."""
+    """Journal of JSON lines in `path`. The file `path` + `.sent` stores the number of bytes that were already sent."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError if the folder of `path` cannot be created."""
+        """Open the journal. Raises OSError if the folder of `path` cannot be created."""
         self.path = path
         self._mark = path.with_name(path.name + ".sent")
         self._lock = threading.Lock()
@@ -93,12 +93,12 @@ class Journal:
         return self.path.with_name(self.path.name + ".refused")
 
     def set_aside(self, entries: Sequence[Entry]) -> None:
-        """Append entries to `refused`. Raises OSError."""
+        """Append entries to `refused`. Raises OSError if the file cannot be written."""
         with self.refused.open("a", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(entry, ensure_ascii=True)}\n" for entry in entries)
 
     def remove(self) -> None:
-        """Delete the files. The mark is deleted first, so that a crash in between resends entries and skips none."""
+        """Delete the files: first the `.sent` file, so a crash in between can only resend entries, not skip any."""
         self._mark.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
         self._sent = 0
@@ -111,7 +111,7 @@ class Journal:
 
 
 def _write_whole(file: BinaryIO, data: bytes) -> None:
-    while data:  # a nearly full disk may accept only a part
+    while data:  # a nearly full disk may accept only part of the data
         data = data[file.write(data) :]
 
 

@@ -1,7 +1,8 @@
 """Evaluated checkpoints as logged models of MLflow, with tables of metrics per class.
 
 The models are external: MLflow stores their metrics and the URL of their checkpoint, whose files stay in the run
-folder. All operations are idempotent, because a process may die after it has sent an entry and before it notes that.
+folder. All operations are idempotent, because a process may die after it has sent an entry and before it has recorded
+that.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ MODEL_TYPE = "segmentation"
 EXTERNAL_TAG = "mlflow.model.isExternal"
 TABLES_TAG = "mlflow.loggedArtifacts"
 _SHARED_TAGS = ("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
-"""Tags of the run that its models copy."""
+"""Tags of the run that are copied to its models."""
 METRICS_PER_CALL = 1000
 TABLE_ATTEMPTS = 3
 """Attempts to write rows of a table that other processes may overwrite."""
@@ -89,14 +90,14 @@ class SetFigures:
     """Rows of the table of classes."""
 
     def point(self, key: str, value: float, time_ms: int, step: int, model_id: str | None) -> Metric:
-        """Return a metric of the run that is linked with this data set and, unless `model_id` is None, with a model."""
+        """Return a metric of the run that is linked to this data set and, unless `model_id` is None, to a model."""
         digest = digest_of(self.data)
         return Metric(key, value, time_ms, step, model_id, dataset_name=self.data.name, dataset_digest=digest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptCheckpoints:
-    """Checkpoints that a run had at one point in time."""
+    """Checkpoints that a run had at a given time."""
 
     names: Collection[str]
     """Names of their folders."""
@@ -117,7 +118,7 @@ class LoggedModels:
             client.set_experiment_tag(self._experiment, EXPERIMENT_KIND, MODEL_TRAINING)
 
     def ensure(self, checkpoint: EvaluatedCheckpoint) -> LoggedModel | None:
-        """Return the model of a checkpoint; create, complete or link it with the run if that is still missing.
+        """Return the model of a checkpoint. Create it, complete it or link it to the run if that has not been done yet.
 
         Returns None if the server does not support logged models.
         """
@@ -136,7 +137,7 @@ class LoggedModels:
         return self._complete(self._create(checkpoint, name), checkpoint.step)
 
     def find_tagged(self, commit: str, tag: str, value: str) -> LoggedModel | None:
-        """Return a model of a commit whose tag has this value; None without one."""
+        """Return a model of a commit whose tag `tag` has this value; None if there is none."""
         query = f"source_run_id = '{self._run_id}' AND tags.`{COMMIT_TAG}` = '{commit}'"
         return next((model for model in self._all(query) if model.tags.get(tag) == value), None)
 
@@ -160,7 +161,7 @@ class LoggedModels:
         return model
 
     def link_data(self, sets: Sequence[SetFigures]) -> None:
-        """Log the evaluated data sets as inputs of the run, except for those that it has."""
+        """Log the evaluated data sets as inputs of the run, except those that are already logged."""
         inputs = self._client.get_run(self._run_id).inputs
         known = {(one.dataset.name, one.dataset.digest) for one in (inputs.dataset_inputs if inputs else ())}
         new = [one.data for one in sets if (one.data.name, digest_of(one.data)) not in known]
@@ -180,8 +181,8 @@ class LoggedModels:
     def add_metrics(self, model: LoggedModel | None, points: Sequence[Metric]) -> None:
         """Log metrics for the run and the model, without duplicates.
 
-        Metrics that the model has are skipped. A metric that the run has must come with its stored value and time, so
-        that MLflow ignores it for the run.
+        Metrics that the model already has are skipped. If the run already has a metric, its point must have the stored
+        value and time, so that MLflow ignores the duplicate.
         """
         known = {(metric.key, metric.dataset_digest) for metric in (model.metrics or () if model else ())}
         new = [point for point in points if (point.key, point.dataset_digest) not in known]
@@ -200,7 +201,7 @@ class LoggedModels:
         return True
 
     def _find(self, commit: str) -> LoggedModel | None:
-        """Return the oldest model of a commit; None without one."""
+        """Return the oldest model of a commit; None if there is none."""
         query = f"source_run_id = '{self._run_id}' AND tags.`{COMMIT_TAG}` = '{commit}'"
         return min(self._all(query), key=lambda m: (m.creation_timestamp, m.model_id), default=None)
 
@@ -214,7 +215,7 @@ class LoggedModels:
                 return
 
     def _describe_external(self, model: LoggedModel) -> None:
-        """Log the MLmodel file from which MLflow knows, on loading, that the model's files are elsewhere."""
+        """Log the MLmodel file that tells MLflow that the files of the model are stored elsewhere."""
         described = Model(
             artifact_path=model.artifact_location,
             run_id=self._run_id,
@@ -227,7 +228,7 @@ class LoggedModels:
 
 
 def digest_of(data: DataInput) -> str:
-    """Return the digest for MLflow, which allows at most 36 characters. The profile has the whole fingerprint."""
+    """Return the digest for MLflow, which allows at most 36 characters. The profile contains the whole fingerprint."""
     return data.fingerprint[:36]
 
 
@@ -243,7 +244,8 @@ def write_table(client: MlflowClient, run_id: str, step: int, figures: SetFigure
     """Write the rows of a step to the table of the set's classes, replacing earlier rows of that step.
 
     The format is that of `MlflowClient.log_table`, which cannot replace rows. Several processes may write one table.
-    Therefore the table is read again, and written again if another process has overwritten these rows.
+    The table is therefore read back, and written again if another process has overwritten these rows, at most
+    TABLE_ATTEMPTS times.
     """
     path = f"per_class/{figures.label}.json"
     wanted = [{"step": step, **row} for row in figures.per_class]
@@ -259,7 +261,7 @@ def write_table(client: MlflowClient, run_id: str, step: int, figures: SetFigure
 
 
 def _put_rows(client: MlflowClient, run_id: str, path: str, step: int, wanted: Sequence[Mapping[str, Any]]) -> None:
-    """Write the table with the rows of a step replaced. Its columns are all those that any row has."""
+    """Write the table with the rows of a step replaced. Its columns are the union of the columns of all rows."""
     rows = [row for row in _table_rows(client, run_id, path) if row.get("step") != step]
     rows += [dict(row) for row in wanted]
     rows.sort(key=lambda row: row["step"])

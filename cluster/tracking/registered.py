@@ -1,4 +1,4 @@
-"""Resolve registered models by their address, `models:/NAME@ALIAS`, and fetch their files."""
+"""Resolve addresses of registered models, such as `models:/NAME@ALIAS`, and fetch the files of the models."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.errors import UserError
 
 CHECKPOINT_FOLDER = "artifacts/checkpoint"
-"""Path inside a registered model of the checkpoint folder with weights, identity and recipe."""
+"""Path, inside a registered model, of the checkpoint folder with weights, identity and recipe."""
 
 
 def model_folder(address: str, tracking: str | None = None, folder: str | None = None) -> Path:
-    """Return the checkpoint folder of a registered model, and fetch it from the store if necessary.
+    """Return the local checkpoint folder of a registered model; fetch it from the store if it is remote.
 
     Args:
         address: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or `models:/MODEL_ID` of a logged model.
@@ -65,7 +65,7 @@ def model_folder(address: str, tracking: str | None = None, folder: str | None =
 
 
 def _location(address: str, client: MlflowClient) -> str:
-    """Return the location of a model's files from its store. MLflow itself would use the store of the process."""
+    """Return the location of a model's files in the client's store. MLflow would use the process-wide store."""
     words = address.removeprefix("models:/").strip("/")
     name, at, alias = words.rpartition("@")
     if at:
@@ -93,7 +93,7 @@ def find_version(client: MlflowClient, name: str, alias: str) -> ModelVersion | 
 
 
 def registry_client(uri: str) -> MlflowClient:
-    """Return a client of a store and its registry. MLFLOW_REGISTRY_URI, if set, names another registry."""
+    """Return a client of a store and its registry. MLFLOW_REGISTRY_URI, if set, names a separate registry."""
     connect(uri)  # configures MLflow and checks the URI
     return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
 

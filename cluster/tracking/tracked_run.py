@@ -1,4 +1,4 @@
-"""Description of a run folder's MLflow run for the processes that write to it."""
+"""Description of the MLflow run of a run folder, for the processes that write to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from m2f.data_pipeline.config import StorageConfig
 
 @dataclass(frozen=True)
 class RunLease:
-    """The lease of a run folder, with which another process checks whether it may still write."""
+    """The lease of a run folder. A process that writes to MLflow checks with it whether it may still write."""
 
     run_folder: str
     number: int
@@ -19,7 +19,7 @@ class RunLease:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """Everything that a process needs to write to an MLflow run. Can be sent to another process."""
+    """Everything that a process needs to write to an MLflow run. It can be pickled."""
 
     uri: str
     run_id: str

@@ -76,12 +76,12 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
     """Create the MLflow run of this run folder, or continue the run in `tracking.json`. Only the driver calls this.
 
     The inputs of the run are the data sets with their fingerprints, and its tags name the commit of the code.
-    Continuing a run contacts no server. Settings, code and data that have changed are logged as tags
-    `resumed.<setting>`. With a `lease`, pending entries of earlier lease holders are taken over.
+    Continuing a run contacts no server, unless `tracking.json` is damaged. Settings, code and data that have changed
+    are logged as tags `resumed.<setting>`. With a `lease`, pending entries of earlier lease holders are taken over.
 
     Raises:
-        TrackingError: the store cannot be reached or refuses the run. A server is contacted only to create a run.
-        TrackingAwayError: while creating a run, a server that had answered did not answer for `storage.patience_s`.
+        TrackingError: the store cannot be reached or refuses the run. It is contacted only to create or find a run.
+        TrackingAwayError: a server that had answered before did not answer for `storage.patience_s`.
     """
     uri, spool, parameters = tracking_uri(config), _spool_folder(config), flatten(config)
     _prepare(config, uri)
@@ -95,7 +95,7 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
         remade = known.lacks_evaluations
         run = TrackedRun(uri=uri, run_id=known.run_id, spool=spool, lease=held, remade=remade)
         _continue_journals(run, (known.parameters or parameters) | (known.facts or facts), parameters | facts)
-        if stored.folder != config.run_folder:  # moved; a damaged record is restored from this tag
+        if stored.folder != config.run_folder:  # it was moved; a damaged `tracking.json` is restored from this tag
             Journal(run.journal("driver")).append({"tag": FOLDER_TAG, "value": config.run_folder})
     else:
         run_id = _start_run(config, uri, parameters, facts, inputs)
@@ -111,7 +111,7 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
 
 
 def find_run(config: RunConfig) -> TrackedRun | None:
-    """Return the MLflow run of this run folder, to add results to it; None without one."""
+    """Return the MLflow run of this run folder, to add results to it; None if there is none."""
     known = _known_run(config, Storage(config.storage), tracking_uri(config))
     if known is None:
         return None
@@ -134,9 +134,10 @@ def tracking_uri(config: RunConfig) -> str:
 
 
 class Tracking:
-    """Writes one process's metrics to an MLflow run. No method raises; only `close`, `finish` and `abandon` block.
+    """Writes one process's metrics to an MLflow run. Logging neither raises nor waits for the server.
 
-    `writer` names the journal ("driver", "rank0", "evaluation"). Only one running process may use a name.
+    Only `close`, `finish` and `abandon` block. `writer` names the journal ("driver", "rank0", "evaluation"). Only one
+    running process may use a name.
     """
 
     def __init__(self, run: TrackedRun, writer: str, interval_s: float = 2.0) -> None:
@@ -182,9 +183,9 @@ class Tracking:
         self._append({"tag": store_key(name), "value": value[:MAX_PARAM_CHARS]})
 
     def finish(self, status: RunStatus, timeout_s: float = 60.0, kept: KeptCheckpoints | None = None) -> bool:
-        """Set the final status, send all pending entries, also those in journals of other processes, and close.
+        """Set the final status, send all pending entries, including those in journals of other processes, and close.
 
-        Each journal has `timeout_s` seconds. Returns whether everything was sent.
+        Waits at most `timeout_s` seconds for each journal. Returns whether everything was sent.
         """
         if self._run.lease is not None:
             _adopt_journals(self._run, self._run.lease.number)
@@ -239,7 +240,7 @@ class Tracking:
     def _send_all(self) -> None:
         pause_s = self._interval_s
         while True:
-            is_closing = self._closing.is_set()  # read before sending, so that entries appended before `close` are sent
+            is_closing = self._closing.is_set()  # read before sending, so entries appended before `close` are sent
             more = self._sender.send_some()
             if self._sender.trouble:
                 pause_s = min(MAX_PAUSE_S, pause_s * 2)
@@ -264,7 +265,10 @@ def _local(config: RunConfig, uri: str) -> Path | None:
 
 
 def _prepare(config: RunConfig, uri: str) -> None:
-    """Prepare the local store if `uri` is one. To be called before any other access. Raises TrackingError."""
+    """Prepare the local store if `uri` is its URI. Call this before any other access to it.
+
+    Raises TrackingError if the store cannot be created or upgraded.
+    """
     database = _local(config, uri)
     if database is not None:
         with named_store(uri):
@@ -274,7 +278,7 @@ def _prepare(config: RunConfig, uri: str) -> None:
 def _continued(config: RunConfig, known: RunRecord, uri: str) -> StoredRun | None:
     """Return the recorded run; None if it is missing in the store or belongs to another run folder.
 
-    Raises TrackingError.
+    Raises TrackingError if the local database cannot be read.
     """
     database = _local(config, uri)
     if database is None:
@@ -298,7 +302,7 @@ def _known_run(config: RunConfig, storage: Storage, uri: str) -> RunRecord | Non
 
 
 def _tagged_run(config: RunConfig, uri: str) -> str | None:
-    """Return the id of the newest run with the tag of this run folder; None without one."""
+    """Return the id of the newest run with the tag of this run folder; None if there is none."""
     local = _local(config, uri)
     if local is not None and not local.exists():
         return None
@@ -382,7 +386,7 @@ def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
 
 
 def _adopt_journals(run: TrackedRun, newest: int) -> None:
-    """Move unsent entries of processes under leases up to `newest` to the driver's journal, except for their status.
+    """Move unsent entries, except statuses, of processes with leases up to `newest` to the driver's journal.
 
     At the start of a run, entries of earlier evaluations go to the evaluation journal of this lease instead, so that a
     single process creates models and tables.
@@ -405,7 +409,10 @@ def _adopt_journals(run: TrackedRun, newest: int) -> None:
 
 
 def _continue_journals(run: TrackedRun, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Take over unsent entries of earlier processes, and log what has changed. Raises TrackingError."""
+    """Take over unsent entries of earlier processes, and log what has changed.
+
+    Raises TrackingError if the journals cannot be written.
+    """
     try:
         if run.lease is not None:
             _adopt_journals(run, run.lease.number - 1)

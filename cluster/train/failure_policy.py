@@ -1,4 +1,4 @@
-"""Decisions of the supervisor after a failure, as pure functions of the failures so far."""
+"""Pure functions that decide what the supervisor does after a failure, from the failures so far."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class Failure:
     message: str
     """Type and text of the error, without a traceback."""
     micro_batch: int = 0
-    """memory: number of images per micro-batch that did not fit."""
+    """Only for kind `memory`: number of images per micro-batch that did not fit."""
     positions: PositionRange | None = None
-    """spike: positions of its samples in the data order."""
+    """Only for kind `spike`: positions of the samples in the data order."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class AttemptError:
     story: str
     """Full details, to be written to a file."""
     other: BaseException | None = None
-    """Set if no rank has an error, for example because the ranks could not be started."""
+    """Error of the attempt if no rank has one, for example because the ranks could not be started."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Attempt:
 
     failure: Failure
     checkpoint_step: int
-    """Step of the newest committed checkpoint at its end; 0 without a checkpoint."""
+    """Step of the newest committed checkpoint at the end of the attempt; 0 if there is none."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
     - A mistake stops the run. So does an outage, because the ranks have already waited for the storage.
     - An error stops the run if it repeats with the same message without a new checkpoint in between.
     - Deaths and other errors are retried up to `max_failures` times without progress, with exponential backoff.
-    - Preemptions and a lack of room are retried and do not count.
-    - A lack of memory halves the micro-batch and does not count. A micro-batch of one image stops the run.
-    - After a loss spike, its samples are left out.
+    - Preemptions and a lack of room are retried and do not count as failures.
+    - If memory runs out, the micro-batch is halved; this does not count. A micro-batch of one image stops the run.
+    - A loss spike counts as a failure; the run continues from a checkpoint before it and skips its samples.
     """
     streak = history.without_progress()
     last = streak[-1].failure

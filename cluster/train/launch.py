@@ -22,7 +22,7 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Silent:
-    """Adapter for a target that posts no messages: drops the last argument, `post`."""
+    """Adapter for a target that posts no messages: it drops the last argument, `post`."""
 
     target: Callable[..., None]
 
@@ -36,9 +36,9 @@ def launch(
     num_workers: int,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Run `target(*arguments)` in `num_workers` processes with torch's launch variables, and wait for all of them.
+    """Run `target(*arguments)` in `num_workers` processes with torch's launch variables set, and wait for all of them.
 
-    The first SIGINT or SIGTERM sends SIGTERM to the processes. The second one kills them.
+    On the first SIGINT or SIGTERM, the processes get SIGTERM. On the second, they are killed.
 
     Raises:
         UserError: the root cause is a mistake that the user can correct.

@@ -1,4 +1,4 @@
-"""Driver side of events and evaluations: print them and forward them to MLflow."""
+"""Driver side of events and evaluations: prints them and forwards them to MLflow."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from m2f.trainer.reporting import Event, LogReporter, Notice, Reporters, StepRep
 
 
 class RunRelay:
-    """Reporter of the driver; also tracks the progress of the attempt."""
+    """Reporter of the driver. It also records the progress of the current attempt."""
 
     def __init__(
         self, max_steps: int, tracked: TrackedRun, settled: tuple[Entry, ...], view: LiveView | None = None
     ) -> None:
-        """`settled` evaluations are not printed again. A `view` is started here and replaces the log lines."""
+        """`settled` evaluations are not printed again. If a `view` is given, it is started and replaces log lines."""
         self._tracking = Tracking(tracked, "driver")
         self._view = view
         self._tracking_reporter = TrackingReporter(self._tracking)
@@ -53,7 +53,7 @@ class RunRelay:
             self._view.begin_attempt(workers)
 
     def report(self, event: Event) -> None:
-        """Show and track an event of rank 0."""
+        """Show an event of rank 0 and forward it to MLflow."""
         self._reporter.report(event)
         match event:
             case StepReport(step):
@@ -62,19 +62,19 @@ class RunRelay:
                 self.resumed = event
 
     def track_stored(self, storage: Storage, run_folder: str) -> None:
-        """Track the points in `metrics/` of the run folder, since a process may have died before it tracked them."""
+        """Log the points in `metrics/` of the run folder to MLflow, in case a process died before it logged them."""
         for url, points in read_metrics(storage, run_folder, self._read):
             taken = [self._tracking_reporter.track(step, values) for step, values in points.items()]
             if all(taken):  # otherwise the disk is full, and the file is read again at the end
                 self._read.add(url)
 
     def track_evaluations(self, config: RunConfig, storage: Storage, entries: Iterable[Entry]) -> None:
-        """Track the results of published evaluations in a store that does not have them."""
+        """Log the results of published evaluations to a store that does not have them."""
         for entry in entries:
             if entry.status == "published":
                 checkpoint = evaluated_checkpoint(config, storage, entry.checkpoint, entry.step, entry.commit)
                 self._tracking.log_evaluation(checkpoint, stored_figures(config, storage, entry))
-                self._tracking.log_metrics(entry.step, entry.metrics)  # also those of sets whose files are damaged
+                self._tracking.log_metrics(entry.step, entry.metrics)  # including those of sets with damaged files
                 place = place_of(entry.step)
                 if "://" not in config.run_folder:
                     self._tracking.log_artifact(join(config.run_folder, place), place)
@@ -101,8 +101,8 @@ class RunRelay:
     def close(self, status: RunStatus | None, kept: KeptCheckpoints | None = None) -> None:
         """Send pending entries and set the status of the MLflow run.
 
-        With `status` None, another process has taken over the run, and nothing is sent. `kept` holds the remaining
-        checkpoints if the run evaluates.
+        If `status` is None, another process has taken over the run, and nothing is sent. `kept` holds the remaining
+        checkpoints; None if the run does not evaluate.
         """
         if self._view is not None:
             self._view.stop((status or "lost").lower().replace("killed", "stopped"))

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """Parse comma-separated integers. Raises ConfigError."""
+    """Parse comma-separated integers. Raises ConfigError if a part is not an integer."""
     try:
         return tuple(int(number) for number in text.split(",") if number)
     except ValueError:
@@ -97,7 +97,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _summary(found: IndexReport, target: str, report: str | None) -> str:
-    """Return a text about what was indexed and what could not be indexed."""
+    """Return text that states what was indexed and lists the faults."""
     what = (
         f"{counted(found.num_samples, 'sample')} of {counted(found.num_shards, 'tar')}, {found.num_bytes / 1e6:,.1f} MB"
     )

@@ -1,6 +1,6 @@
 """`m2f score`: metrics of result files.
 
-The numbers are equal to those of panopticapi, pycocotools, boundary-iou-api and cityscapesscripts.
+The results are equal to those of panopticapi, pycocotools, boundary-iou-api and cityscapesscripts.
 """
 
 from __future__ import annotations
