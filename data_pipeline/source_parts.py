@@ -1,4 +1,4 @@
-"""Settings that use a part of a source, or tiles of its images (standard library only)."""
+"""Settings that select a part of a source or cut its images into tiles (standard library only)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ class TileConfig(Section):
     """Tiling of large images when shards are written. Objects are cut at tile borders."""
 
     above_megapixels: Annotated[float, MEGAPIXELS] = 20.0
-    """Images with more megapixels (10^6 pixels) than this are cut."""
+    """Images with more megapixels (10^6 pixels) than this are cut into tiles."""
     side: Annotated[int, PIXELS] = 2048
     """Longest side of a tile in pixels. The tiles of an image have nearly equal sizes and do not overlap."""

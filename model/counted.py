@@ -4,6 +4,8 @@ from __future__ import annotations
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """Return a number with its noun, such as `1 shard` or `1,200 shards`. `plural` is needed if it is not the noun plus
-    s."""
+    """Return a number with its noun, such as `1 shard` or `1,200 shards`.
+
+    Pass `plural` if it is not the noun plus "s".
+    """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -1,4 +1,4 @@
-"""Ranges of settings, written in annotations such as `lr: Annotated[float, ABOVE_0] = 1e-4` (standard library only)."""
+"""Ranges of settings, given in annotations such as `lr: Annotated[float, ABOVE_0] = 1e-4` (standard library only)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Range:
         return math.isfinite(number) and high_enough and low_enough
 
     def __str__(self) -> str:
-        """Return text such as `above 0` or `at least 0 and below 1`, or `finite` if there are no limits."""
+        """Return a text such as `above 0` or `at least 0 and below 1`, or `finite` if there are no limits."""
         parts = []
         if self.low > -math.inf:
             parts.append(f"{'above' if self.above else 'at least'} {self.low:g}")
@@ -60,8 +60,10 @@ GIGABYTES = Range(0, above=True, unit="GB")
 
 
 class Section:
-    """Base class of all sections of a recipe. It checks the ranges of sections built in Python and read from a file
-    alike."""
+    """Base class of all sections of a recipe.
+
+    Creating a section checks its ranges, whether it is built in Python or read from a file.
+    """
 
     def __post_init__(self) -> None:
         """Raise ConfigError if a number is outside the range of its setting."""

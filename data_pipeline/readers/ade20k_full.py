@@ -28,9 +28,10 @@ def open_ade20k_full(source: Ade20kFullSource, max_pixels: int) -> MapReader:
 
 @dataclass(frozen=True)
 class ObjectMaps:
-    """Decoder of `_seg.png`. The class is 256 * (R div 10) + G, `name_ndx` in the image's JSON; B is the instance.
+    """Decoder of `_seg.png` files.
 
-    The maps hold whole objects; maps of parts are separate files. Classes that are not in the table are void.
+    The class index is 256 * (R // 10) + G, which is `name_ndx` in the image's JSON. B is the instance. The maps hold
+    whole objects; object parts are in separate files. Classes that are not in the table are void.
     """
 
     categories: CategoryTable

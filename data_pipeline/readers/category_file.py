@@ -16,12 +16,12 @@ def read_category_file(
 ) -> tuple[CategoryTable, frozenset[int]]:
     """Return the categories in the order of the file, and all void labels.
 
-    A COCO file with `categories`, or a list of COCO categories, is also accepted; `id` is then the label.
+    A COCO file with `categories`, or a list of COCO categories, is also accepted; its `id` is then the label.
 
     Args:
         path: the JSON file.
         void: labels that are void, in addition to entries with `"ignore": true`.
-        things: whether entries without `isthing` are things. None refuses such entries.
+        things: whether entries without `isthing` are things. If None, such entries are errors.
 
     Raises:
         DataError: an entry is invalid, the label of a category is in `void`, or there is no category.

@@ -63,7 +63,10 @@ class CocoPanopticReader:
 
     @classmethod
     def open(cls, source: CocoPanopticSource, max_pixels: int) -> Self:
-        """Read and check the annotation files. Raises DataError if one of them as a whole is unusable."""
+        """Read and check the annotation files. Raises DataError if a whole file is unusable.
+
+        Single unusable annotations are left out and listed in `unusable`.
+        """
         return cls.of(read_json(source.panoptic_json), source, max_pixels)
 
     @classmethod
@@ -85,7 +88,7 @@ class CocoPanopticReader:
         return tuple(record.key for record in self.records)
 
     def source(self, index: int) -> str:
-        """Return folder and name of the image."""
+        """Return the image's location for messages, as `folder/file name`."""
         return f"{self.images.name}/{self.records[index].image.file_name}"
 
     def files(self, index: int) -> tuple[Path, ...]:
@@ -128,9 +131,10 @@ class CocoPanopticReader:
         return replace(self, records=tuple(self.records[i] for i in indices), unusable=())
 
     def _read_map(self, record: PanopticRecord) -> tuple[np.ndarray, tuple[Segment, ...], list[str]]:
-        """Return the map, its segments, and a text with the reason for each unusable segment.
+        """Return the map [H, W] of local ids, its segments, and one message per fault.
 
-        Pixels of unusable or unlisted segments are void.
+        Segments that cannot be used and ids that are not listed are faults; their pixels become void. Raises DataError
+        if the map and the image differ in size.
         """
         path = self.masks / record.mask_name
         ids = read_color_map(path, self.max_pixels)
@@ -204,7 +208,7 @@ def _read_records(
 def _usable_segments(
     entries: Sequence[Any], categories: CategoryTable
 ) -> tuple[list[Mapping[str, Any]], list[str], frozenset[int]]:
-    """Return the usable segments, the problems of the others, and the readable ids of the others."""
+    """Return the usable segments, a message for each unusable one, and the valid ids among the unusable ones."""
     usable, problems, unusable_ids = [], [], set()
     own_ids = [_colour_id(entry) for entry in entries]
     count = Counter(own_ids)
@@ -225,7 +229,7 @@ def _usable_segments(
 
 
 def _colour_id(entry: Any) -> int | None:
-    """Return the id of a segment; None if it is not an integer from 1 to 2^24 - 1, which a colour can hold."""
+    """Return the id of a segment; None if it is not an integer from 1 to 2^24 - 1, the range of RGB colours."""
     try:
         own = whole_number(entry, "id", "")
     except DataError:
@@ -236,7 +240,7 @@ def _colour_id(entry: Any) -> int | None:
 def _with_instances(
     records: tuple[PanopticRecord, ...], categories: CategoryTable, path: str, panoptic_path: str
 ) -> tuple[tuple[PanopticRecord, ...], list[UnusableAnnotation]]:
-    """Return the records with the instances of another file, and the unusable annotations of that file.
+    """Return the records with the instances of the file `path`, and the unusable annotations of that file.
 
     The file must list all images of the records and may list more. Its category ids may differ, because classes are
     matched with the panoptic table by name.
@@ -264,10 +268,10 @@ def _with_instances(
 
 
 def _ids_by_name(used: Sequence[Category], categories: CategoryTable, path: str, panoptic_path: str) -> dict[int, int]:
-    """Return the id in the panoptic file by the id in the instance file, for all classes that instances use.
+    """Map category ids of the instance file to those of the panoptic file, for the classes in `used`.
 
     Raises:
-        DataError: the panoptic file has no thing with the name of a class.
+        DataError: the panoptic file lacks the name of a class, or the two files contradict each other.
     """
     if not used:
         return {}

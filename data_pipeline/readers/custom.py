@@ -19,7 +19,7 @@ from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample
 
 @dataclass(frozen=True)
 class CustomReader:
-    """Reader built from a list of names and a function that loads image and annotation of a name.
+    """Reader built from a list of names and a function that loads the image and annotation for a name.
 
     Keys are made from the names, which must be unique even without their extensions.
     """
@@ -27,7 +27,8 @@ class CustomReader:
     categories: CategoryTable
     names: tuple[str, ...]
     load: Callable[[str], tuple[bytes, Annotation]]
-    """Function from a name to the content of an image file and its ground truth. TIFF, BMP and WebP become PNG."""
+    """Function that takes a name and returns the bytes of an image file and its ground truth. TIFF, BMP and WebP images
+    are converted to PNG."""
     max_pixels: int
     indices: tuple[int, ...]
     """Position of each name in the whole data set, which is its image id."""
@@ -63,7 +64,7 @@ class CustomReader:
         return ()
 
     def read(self, index: int) -> Sample:
-        """Load and check one sample. Raises DataError if image, maps and segments do not match."""
+        """Load and check one sample. Raises DataError if its image, maps and segments do not match."""
         name = self.names[index]
         image, annotation = self.load(name)
         height, width = check_annotation(annotation, self.categories, name)
@@ -80,7 +81,7 @@ class CustomReader:
         )
 
     def size_hint(self, index: int) -> int:
-        """Return the size of the first image plus an estimate for maps, in bytes. Other sizes are not known yet."""
+        """Return the size of the first image plus an estimate for maps, in bytes, without loading other images."""
         return self._first_image_bytes + ANNOTATION_BYTES
 
     def subset(self, indices: Sequence[int]) -> Self:

@@ -10,7 +10,7 @@ import numpy as np
 from m2f.data_pipeline.errors import DataError
 
 _LONGEST = 7
-"""Largest number of characters of one number, which is 35 bits."""
+"""Maximum characters of one number; each holds 5 bits, so 35 bits together."""
 _TOGETHER = 2000
 """Number of texts that are parsed together, which limits memory."""
 
@@ -20,7 +20,9 @@ class DamagedRunsError(ValueError):
 
 
 def text_areas(texts: Sequence[str], height: int, width: int) -> np.ndarray:
-    """Return [M] int64: the pixels of each mask, or -1 if a run is negative or the sum is not height x width.
+    """Return the area of each mask in pixels, [M] int64.
+
+    The area is -1 if a run is negative or if the runs do not add up to height x width.
 
     Raises:
         DamagedRunsError: a text is not in the format of compressed run lengths.
@@ -30,7 +32,11 @@ def text_areas(texts: Sequence[str], height: int, width: int) -> np.ndarray:
 
 
 def check_counts(counts: Any, height: int, width: int, name: str) -> None:
-    """Check `counts` of one mask, a text or a list of runs. Raises DataError, beginning with `name`, if invalid."""
+    """Check the `counts` of one mask, given as a text or as a list of runs.
+
+    Raises:
+        DataError: they are invalid; its message begins with `name`.
+    """
     if isinstance(counts, list):
         if not all(type(run) is int for run in counts):  # 400.5, true
             raise DataError(f"{name}: its RLE is damaged; runs are whole numbers")
@@ -47,9 +53,9 @@ def check_counts(counts: Any, height: int, width: int, name: str) -> None:
 def _areas(texts: Sequence[str], pixels: int) -> np.ndarray:
     """Return the result of `text_areas` for a limited number of texts.
 
-    From the fourth run of a text on, a number is the difference to the run before the previous one. The even and the
-    odd numbers of all texts are therefore summed up cumulatively, in two arrays. The runs of one text are a stretch of
-    each array, minus the sum before the stretch.
+    From the fourth run of a text on, each number is the difference from the run two places before it. Runs are
+    therefore cumulative sums over every second number. They are computed for all texts at once, in one array for even
+    positions and one for odd. The runs of one text are a stretch of each array, minus the sum before the stretch.
     """
     values, starts = _numbers(texts)
     first = values[starts[:-1]]  # handled separately, because it belongs to neither sequence
@@ -70,7 +76,10 @@ def _areas(texts: Sequence[str], pixels: int) -> np.ndarray:
 
 
 def _numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Parse all texts. Return [R + 2] int64: their R signed numbers and two zeros, and [M + 1]: the start of each text.
+    """Parse M texts that hold R numbers together.
+
+    Return the signed numbers followed by two zeros, [R + 2] int64, and the position of each text's first number
+    followed by R, [M + 1].
 
     Raises:
         DamagedRunsError: a text is not in the format of compressed run lengths.

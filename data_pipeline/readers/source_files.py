@@ -30,7 +30,7 @@ _RECORD: ContextVar[dict[Path, FileState] | None] = ContextVar("record", default
 def recorded_reads() -> Iterator[dict[Path, FileState]]:
     """Record the state of each file that `read_file` reads in this context.
 
-    Files then need not be read again for their digests.
+    This avoids reading the files a second time to compute their digests.
     """
     record: dict[Path, FileState] = {}
     token = _RECORD.set(record)
@@ -41,7 +41,7 @@ def recorded_reads() -> Iterator[dict[Path, FileState]]:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the content of a file, and record its state in `recorded_reads`. Raises OSError."""
+    """Return the content of a file. Inside `recorded_reads`, also record its state. Raises OSError."""
     with path.open("rb") as file:
         found = os.fstat(file.fileno())  # before the content, so that a change during the read is detected next time
         data = file.read()

@@ -1,4 +1,4 @@
-"""Tar headers for `tarfile` with limits, because an extended header can claim any size and cause any amount of work."""
+"""Tar headers with limits for `tarfile`: without them, an extended header can claim any size and cause endless work."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ _EXTENDED = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-"""Types of extended headers, which hold more fields of the member after them."""
+"""Types of extended headers, which hold further fields of the member that follows."""
 _MAX_HEADER_BYTES = 64_000
-"""Limit of an extended header, and of all global headers of a tar together. File names and times need some hundred
-bytes."""
+"""Limit of an extended header, and of all global headers of a tar together. File names and times need a few
+hundred bytes."""
 _MAX_CHAIN = 8
-"""Limit of extended headers before one member, because `tarfile` recurses for each. Usual tars have up to three."""
+"""Limit of extended headers before one member, because `tarfile` recurses for each. Ordinary tars have up to three."""
 _LONG_NUMBER = re.compile(rb"\d{31}")
-"""Run of digits that `tarfile` would search again from each digit. A size or time has up to 20 digits."""
+"""A run of digits so long that `tarfile`, which searches it again from each digit, takes quadratic time. Sizes and
+times have up to 20 digits."""
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """Tar header with limits. Reading it raises tarfile.ReadError if it would cost much more than a usual header."""
+    """Tar header with limits. Reading one raises tarfile.ReadError if it would cost far more than usual."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> Self:
         state = cast("Any", archive)

@@ -1,4 +1,4 @@
-"""Information of a store about objects and unfinished writes."""
+"""Metadata of stored objects and of unfinished writes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class ObjectInfo:
     size: int
     """Size in bytes."""
     etag: str | None
-    """Version, which changes with every write of the object. None for local files; compare checksums there."""
+    """Version of the object, which changes with every write. None for local files; compare their checksums instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnfinishedWrite:
-    """An incomplete write in a store."""
+    """A write in a store that is still running or was cut off."""
 
     url: str
     """URL of the object to be written; for local writes, path of the temporary file."""

@@ -90,7 +90,7 @@ class Storage:
 
         Args:
             config: settings of the S3 store; None uses the defaults.
-            answered: whether the S3 store is known to work, so that a failure to answer counts as an outage; see
+            answered: whether the S3 store has answered before. If so, a later failure counts as an outage; see
                 `StorageConfig.patience_s`.
             on_wait: called with a line of text about once a minute while requests wait. Copies in other processes log
                 the line instead.
@@ -113,7 +113,7 @@ class Storage:
     def impatient(self, limit_s: float) -> Storage:
         """Return a Storage without retries and with a read timeout of at most `limit_s` seconds.
 
-        For requests that the caller repeats itself.
+        For callers that retry requests themselves.
         """
         config = replace(self.config, patience_s=0.0, read_timeout_s=min(limit_s, self.config.read_timeout_s))
         return type(self)(config, answered=True)
@@ -131,10 +131,10 @@ class Storage:
         return data
 
     def get_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
-        """Return exactly `length` bytes from `offset` on.
+        """Return exactly `length` bytes, starting at byte `offset`.
 
         Raises:
-            StorageError: the object is too short, or has another ETag than `etag`.
+            StorageError: the object is too short, or its ETag is not `etag`.
         """
         data = self._store(url).get_range(url, offset, length, etag)
         self.counters.add(requests=1, bytes_read=len(data))
@@ -160,7 +160,7 @@ class Storage:
         return self._store(url).exists(url)
 
     def put(self, url: str, data: bytes, if_absent: bool = False) -> None:
-        """Write an object atomically. With `if_absent`, raise ObjectExistsError instead of replacing one."""
+        """Write an object atomically. With `if_absent`, raise ObjectExistsError if it already exists."""
         self._store(url).put(url, data, if_absent)
         self.counters.add(requests=1, bytes_written=len(data))
 
@@ -181,7 +181,10 @@ class Storage:
         self._store(url).delete(url)
 
     def delete_prefix(self, prefix: str) -> None:
-        """Delete a folder and everything in it. A whole bucket and the root of the file system are refused."""
+        """Delete a folder and everything in it, if it exists.
+
+        Raises StorageError for a whole bucket or the root of the file system.
+        """
         self.counters.add(requests=1)
         self._store(prefix).delete_prefix(prefix)
 
@@ -191,7 +194,7 @@ class Storage:
         return self._store(prefix).list_unfinished(prefix)
 
     def delete_unfinished(self, write: UnfinishedWrite) -> None:
-        """Delete the data of an incomplete write."""
+        """Delete the temporary file or the uploaded parts of an incomplete write."""
         self.counters.add(requests=1)
         self._store(write.url).delete_unfinished(write)
 

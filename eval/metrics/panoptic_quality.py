@@ -1,7 +1,7 @@
 """Panoptic quality (Kirillov et al., Panoptic Segmentation, CVPR 2019, section 4) as a mergeable state.
 
-Follows the COCO panoptic evaluation exactly, including its rules for crowds and void. It works on id maps in memory;
-one table of overlaps per image gives all intersections and areas.
+Follows the COCO panoptic evaluation exactly, including its rules for crowds and void. All intersections
+and areas of an image come from one table of overlaps between its two id maps.
 """
 
 from __future__ import annotations
@@ -19,29 +19,33 @@ from m2f.eval.metrics.boundary import boundary_width, outline_map
 from m2f.eval.metrics.overlaps import InconsistentMapError, Overlaps, count_overlaps
 
 MATCH_IOU = 0.5
-"""A match needs a larger IoU than this. It makes matches unique."""
+"""IoU that a match must exceed. Above 0.5, a segment can match at most one other."""
 MAX_IGNORED = 0.5
-"""An unmatched prediction with a larger share of void and crowd than this does not count."""
+"""An unmatched prediction is ignored if a larger share of its area than this lies in void and crowd."""
 AREA_BOUNDS = (32.0**2, 96.0**2)
-"""Smallest areas of medium and of large segments, in pixels."""
+"""Smallest area of a medium and of a large segment, in pixels."""
 SIZES = ("small", "medium", "large")
 _ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
 class TruthSegment:
-    """An annotated segment. Its pixels are those whose value in the map is its id."""
+    """An annotated segment. Its pixels have its id in the map."""
 
     label: int
     """Contiguous class index."""
     area: float
-    """Area stated by the annotation; it is used in the union instead of the pixel count."""
+    """Area in pixels, as stated by the annotation. The union uses it instead of the pixel count."""
     is_crowd: bool
 
 
 @dataclass(frozen=True)
 class PanopticTruth:
-    """Ground truth of one image. VOID_ID marks void. Any other id without a segment is neither void nor a segment."""
+    """Ground truth of one image.
+
+    VOID_ID marks void. Pixels with another id that has no segment count as background: they belong to no segment, and
+    predictions on them are not ignored.
+    """
 
     id_map: np.ndarray
     """[H, W] integers."""
@@ -54,7 +58,7 @@ class PanopticPrediction:
     """Prediction for one image."""
 
     id_map: np.ndarray
-    """[H, W] integers; VOID_ID for no segment."""
+    """[H, W] integers; VOID_ID means no segment."""
     labels: Mapping[int, int]
     """Contiguous class index of each segment id."""
 
@@ -117,22 +121,22 @@ class ClassQuality:
 
 @dataclass(frozen=True)
 class PanopticQuality:
-    """Panoptic quality of an image set; None for a split in which no class occurs."""
+    """Panoptic quality of an image set. A group (all, things or stuff) in which no class occurs is None."""
 
     all: Quality | None
     things: Quality | None
     stuff: Quality | None
     per_class: tuple[ClassQuality, ...]
     by_size: Mapping[str, Quality | None] = field(default_factory=dict)
-    """Quality over all classes by size: of annotated segments, and of false predictions of that size. Empty if records
-    have no areas."""
+    """Quality over all classes by segment size. Matches and misses have the size of the annotated segment, false
+    positives that of the prediction. Empty if records have no areas."""
 
 
 class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
-    """Matches and errors per image. `is_thing[label]` tells things from stuff.
+    """Matches and errors per image. `is_thing[label]` is whether the class with this label is a thing.
 
     With `boundary_ratio` (see `m2f.eval.metrics.boundary`) the metric is Boundary PQ. `area_bounds` holds the smallest
-    areas of medium and of large segments, in pixels.
+    area of a medium and of a large segment, in pixels.
     """
 
     name = "panoptic quality"
@@ -144,7 +148,7 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         area_bounds: Sequence[float] = AREA_BOUNDS,
     ) -> None:
         settings: dict[str, Any] = {"is_thing": list(is_thing), "boundary_ratio": boundary_ratio}
-        if tuple(area_bounds) != AREA_BOUNDS:  # older states have no others
+        if tuple(area_bounds) != AREA_BOUNDS:  # saved states without this entry use the default
             settings["area_bounds"] = list(area_bounds)
         super().__init__(PanopticRecord, settings)
         self.is_thing = tuple(is_thing)
@@ -152,7 +156,11 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         self.area_bounds = tuple(area_bounds)
 
     def update(self, image_id: int, truth: PanopticTruth, prediction: PanopticPrediction) -> None:
-        """Match one image. Raises EvaluationError if the maps' sizes, or the prediction's map and labels, disagree."""
+        """Match the segments of one image.
+
+        Raises:
+            EvaluationError: the maps differ in size, or the prediction's map and labels disagree.
+        """
         try:
             self.add(image_id, match_panoptic(truth, prediction, self.boundary_ratio))
         except InconsistentMapError as error:
@@ -171,7 +179,7 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         )
 
     def _by_size(self) -> dict[str, Quality | None]:
-        """Return the averages over the classes that occur in each size."""
+        """Return the average quality by size, each over the classes with a match or an error of that size."""
         sides = ("matched_area", "false_positive_area", "false_negative_area")
         areas = [self.rows(side) for side in sides]
         if any(np.isnan(side).any() for side in areas):
@@ -189,7 +197,7 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         wrong: np.ndarray | slice = _ALL,
         missed: np.ndarray | slice = _ALL,
     ) -> tuple[ClassQuality, ...]:
-        """Compute every class from the chosen rows of matches, false positives and false negatives."""
+        """Compute the quality of every class from the selected rows: matches, false positives and false negatives."""
         num_classes = len(self.is_thing)
         matched = self.rows("matched_label")[matches]
         # bincount adds in row order, image by image, so the sums have the same bits for every sharding.
@@ -203,9 +211,9 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         return tuple(_class_quality(*row) for row in counts)
 
     def image_quality(self, image_id: int) -> float | None:
-        """Return the PQ of one image with all segments as one class; None if nothing counts in it.
+        """Return the PQ of one image, pooled over all classes; None if it has no match and no error.
 
-        Used to choose and title pictures, not for comparison with published numbers.
+        Used to choose and caption pictures. It is not comparable with published numbers.
         """
         record = self.record(image_id)
         tp, fp, fn = len(record.matched_label), len(record.false_positive), len(record.false_negative)
@@ -215,10 +223,13 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
 def match_panoptic(
     truth: PanopticTruth, prediction: PanopticPrediction, boundary_ratio: float | None = None
 ) -> PanopticRecord:
-    """Match one image: matches in ascending (truth id, predicted id), false positives and false negatives.
+    """Match the segments of one image, and return its matches, false positives and false negatives.
 
-    With `boundary_ratio` a match also needs an IoU of the boundaries above MATCH_IOU (Boundary PQ). Raises
-    InconsistentMapError if the maps differ in size, or if the prediction's map and labels disagree.
+    Matches are in ascending order of (truth id, predicted id). With `boundary_ratio`, the IoU of a match is the smaller
+    one of the mask IoU and the boundary IoU (Boundary PQ).
+
+    Raises:
+        InconsistentMapError: the maps differ in size, or the prediction's map and labels disagree.
     """
     overlaps = count_overlaps(truth.id_map, prediction.id_map)
     _check_tables_agree(prediction, overlaps.predicted_area)
@@ -259,14 +270,14 @@ def match_panoptic(
 
 
 def _count_outlines(truth: np.ndarray, predicted: np.ndarray, ratio: float) -> Overlaps:
-    """Count the overlaps of the segments' boundaries, whose area is their number of pixels."""
+    """Count the overlaps of the segments' boundaries. Areas in the result are numbers of boundary pixels."""
     height, width = truth.shape
     steps = boundary_width((height, width), ratio)
     return count_overlaps(outline_map(truth, steps), outline_map(predicted, steps))
 
 
 def _ignored_share(predicted_id: int, label: int, truth: PanopticTruth, overlaps: Overlaps) -> float:
-    """Return the share of a predicted segment in void or in the last listed crowd of its class."""
+    """Return the share of a predicted segment's area in void or in the last listed crowd of its class."""
     crowds = [i for i, segment in truth.segments.items() if segment.is_crowd and segment.label == label]
     ignored = sum(overlaps.pixels.get((i, predicted_id), 0) for i in (VOID_ID, *crowds[-1:]))
     return ignored / overlaps.predicted_area[predicted_id]

@@ -1,7 +1,8 @@
 """Errors of segments: missed, of another class, with a bad outline, duplicate, or predicted on background.
 
-A mergeable state in addition to the metrics. Every annotated segment (except crowds) and every prediction that counts
-gets exactly one outcome; a pair shares one. For panoptic results MATCHED equals the true positives of panoptic quality.
+The state is mergeable, and is computed in addition to the metrics. Every annotated segment except crowds, and every
+prediction that is not ignored, gets exactly one outcome. The two segments of a pair share an outcome. For panoptic
+results, MATCHED counts the true positives of panoptic quality.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from m2f.eval.metrics.panoptic_quality import MATCH_IOU, MAX_IGNORED, PanopticPr
 from m2f.eval.metrics.rle import mask_areas, mask_ious
 
 OUTLINE_IOU = 0.1
-"""IoU from which a prediction of the right class is a bad outline. Below it is a miss and a background prediction."""
+"""Lowest IoU at which a prediction of the right class has a bad outline. Below it, the two segments are not paired."""
 MIN_SCORE = 0.5
-"""Detections of instances below this score are left out, because a model returns 100 for every image."""
+"""Detections of instances below this score are left out, because a model returns 100 detections for every image."""
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
-"""Ranges of areas in pixels, without the upper bounds."""
+"""Ranges of areas in pixels; the upper bound is excluded."""
 NO_SEGMENT = -1
-"""Class of the missing side if a segment has no partner."""
+"""Stands for the class of the missing partner if a segment is not paired."""
 
 
 class Outcome(IntEnum):
@@ -38,11 +39,11 @@ class Outcome(IntEnum):
     CLASS = 2
     """Another class, IoU above 0.5."""
     MISSED = 3
-    """An annotated segment that no prediction fits."""
+    """An annotated segment without a paired prediction."""
     DUPLICATE = 4
-    """A prediction with more than half of its area in segments of its class that have another prediction."""
+    """An unpaired prediction that lies, by more than half of its area, in paired annotated segments of its class."""
     BACKGROUND = 5
-    """A prediction that fits no annotated segment."""
+    """Any other unpaired prediction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class SegmentErrors:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Segments of one image and their overlaps: T annotated ones without crowds, P predicted ones."""
+    """Segments of one image and their overlaps: T annotated segments without crowds, and P predictions."""
 
     truth_labels: np.ndarray
     """[T] int class indices."""
@@ -85,9 +86,9 @@ class Candidates:
     iou: np.ndarray
     """[P, T] IoU of each pair."""
     inside: np.ndarray
-    """[P, T] share of the prediction inside the annotated segment."""
+    """[P, T] share of the prediction's area inside the annotated segment."""
     ignored: np.ndarray
-    """[P] share of the prediction in void and in crowds of its class."""
+    """[P] share of the prediction's area in void and in crowds of its class."""
 
 
 class SegmentErrorState(MetricState[SegmentRecord, SegmentErrors]):
@@ -104,7 +105,7 @@ class SegmentErrorState(MetricState[SegmentRecord, SegmentErrors]):
         self.add(image_id, assign_outcomes(candidates))
 
     def image_quality(self, image_id: int) -> float | None:
-        """Return matches divided by the mean number of annotated and predicted segments; None without segments."""
+        """Return matches divided by the mean of annotated and predicted segments; None if there are no segments."""
         outcome = self.record(image_id).outcome
         matched = int((outcome == Outcome.MATCHED).sum())
         pairs = int(np.isin(outcome, (Outcome.MATCHED, Outcome.OUTLINE, Outcome.CLASS)).sum())
@@ -155,7 +156,7 @@ def assign_outcomes(segments: Candidates) -> SegmentRecord:
 
 
 def panoptic_candidates(truth: PanopticTruth, prediction: PanopticPrediction) -> Candidates:
-    """Compare the segments of two id maps. The IoU is that of panoptic quality, without predicted pixels in void."""
+    """Compare the segments of two id maps. As in panoptic quality, the IoU leaves out predicted pixels in void."""
     overlaps = count_overlaps(truth.id_map, prediction.id_map)
     truth_ids = [i for i, segment in truth.segments.items() if not segment.is_crowd]
     areas = [truth.segments[i].area for i in truth_ids]
@@ -181,11 +182,11 @@ def panoptic_candidates(truth: PanopticTruth, prediction: PanopticPrediction) ->
 
 
 def instance_candidates(truth: InstanceTruth, detections: InstanceDetections) -> Candidates:
-    """Compare annotated instances and confident detections of one image."""
+    """Compare the annotated instances of one image with its detections of at least MIN_SCORE."""
     confident = np.flatnonzero(detections.scores >= MIN_SCORE)
     masks = tuple(detections.masks[i] for i in detections.mask_index[confident])
     labels, ordinary = detections.labels[confident], ~truth.is_crowd
-    inside = mask_ious(masks, truth.masks, np.ones_like(truth.is_crowd))  # for crowds: share of the predicted pixels
+    inside = mask_ious(masks, truth.masks, np.ones_like(truth.is_crowd))  # crowds: share of predicted pixels
     in_crowd = np.where(truth.is_crowd & (labels[:, None] == truth.labels), inside, 0.0)
     return Candidates(
         truth_labels=truth.labels[ordinary],

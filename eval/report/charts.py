@@ -1,7 +1,8 @@
 """Charts as SVG text: curves, bars and a matrix, in the colours of the surrounding page.
 
-Text and grid have the page's text colour, so one chart suits light and dark screens and paper. Charts are 420 units
-wide: one fills a phone, two or three fit side by side on a desktop. docs/design.md explains why matplotlib is not used.
+Text and grid use the page's text colour, so a chart suits light and dark screens and paper. Charts are 420 units wide:
+one fills a phone's screen, and two or three fit side by side on a desktop's. docs/design.md says why
+matplotlib is not used.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from itertools import groupby
 
 WIDTH = 420
 SERIES_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
-"""Colours that colour-blind readers can tell apart on white and black. Further series repeat them with dashes."""
+"""Colours that colour-blind readers can tell apart on white and on black. Further series repeat them, dashed."""
 GOOD, BAD = "#0072b2", "#d55e00"
 MAX_POINTS = 300
-"""Largest number of points of a curve. Longer curves are drawn as means of equal parts."""
+"""Largest number of points of a curve. Longer curves are averaged over groups of neighbouring points."""
 SMALL_SIDE = 150
-"""Side length of the square of a small chart."""
+"""Side length of a small chart's square, in units."""
 DOTTED_POINTS = 15
-"""Curves with at most this many points show them as dots."""
+"""Curves with at most this many points mark each point with a dot."""
 ROW_HEIGHT = 18
 FONT_SIZE = 11
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 30, 34
@@ -36,7 +37,7 @@ Limits = tuple[tuple[float, float], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; points with non-finite values interrupt it."""
+    """One curve. A point with a non-finite y leaves a gap."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -116,7 +117,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, limits: Limit
 
 
 def small_chart(title: str, note: str, series: Sequence[Series]) -> str:
-    """Return a small square chart without legend, for points from 0 to 100; `note` is written at its right."""
+    """Return a small square chart without legend, for points from 0 to 100; `note` is in the top right corner."""
     side, top = SMALL_SIDE, 20
     parts = [_text(0, 12, shortened(title, 16), size=10), _text(side, 12, note, anchor="end", size=10, faint=True)]
     for tick in (0, 50, 100):
@@ -129,7 +130,7 @@ def small_chart(title: str, note: str, series: Sequence[Series]) -> str:
 
 
 def bar_chart(title: str, bars: Sequence[Bar], *, limits: tuple[float, float] | None = None) -> str:
-    """Return a chart of horizontal bars from zero, with negative ones to the left; `limits` fixes the scale."""
+    """Return a chart of horizontal bars from zero; negative bars extend to the left. `limits` fixes the scale."""
     label_width = min(150.0, max((len(bar.name) for bar in bars), default=0) * _LETTER + 8)
     value_width = max((len(bar.text) for bar in bars), default=0) * _LETTER + 8
     low, high = limits or (min(0.0, *(b.value for b in bars)), max(0.0, *(b.value for b in bars)))
@@ -182,7 +183,7 @@ def matrix_chart(
 
 
 def stacked(charts: Sequence[str]) -> str:
-    """Return several charts below each other as one picture on white."""
+    """Return several charts, stacked vertically, as one SVG picture on a white background."""
     parts, top = [], 10.0
     for chart in charts:
         box = re.search(r'viewBox="0 0 \d+ (\d+)"', chart)
@@ -214,18 +215,21 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_label(value: float, among: Sequence[float]) -> str:
-    """Return a tick's text with as many decimals as its distance to the next needs; large values in thousands (k)."""
+    """Return the text of a tick, with as many decimals as the spacing of the ticks `among` needs.
+
+    Thousands are written as k if a tick is 10 000 or more and the spacing is at least 100.
+    """
     step = among[1] - among[0]
     if max(map(abs, among)) >= 10_000 and step >= 100:
         return f"{value / 1000:g}k"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    if step * 10**decimals % 1 > 1e-6:  # 2.5 needs one more than 2
+    if step * 10**decimals % 1 > 1e-6:  # a spacing of 2.5 needs one more decimal than one of 2
         decimals += 1
     return f"{value:.{decimals}f}"
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """Reduce points to at most MAX_POINTS, each the mean of equally many neighbours."""
+    """Reduce a curve to at most MAX_POINTS points, each the mean of a group of neighbours."""
     if len(points) <= MAX_POINTS:
         return points
     per_piece = math.ceil(len(points) / MAX_POINTS)
@@ -234,7 +238,7 @@ def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, floa
 
 
 def shortened(text: str, letters: int) -> str:
-    """Shorten a text to `letters` in its middle, because names differ at both ends."""
+    """Shorten a text to `letters` characters by cutting out its middle, because names differ at their ends."""
     if len(text) <= letters:
         return text
     kept = max(1, letters - 2)

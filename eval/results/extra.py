@@ -1,7 +1,9 @@
-"""Metrics that are computed only if `evaluation.extra_metrics` requests them; in per cent, with names of their own.
+"""Optional metrics in per cent, computed only if `evaluation.extra_metrics` lists them. Each has a prefix:
 
-boundary_*: Boundary PQ and Boundary AP. box_*: AP of boxes. class_agnostic_*: recall of instances with all classes as
-one. cityscapes_*: AP, IoU and iIoU as the Cityscapes benchmark defines them.
+- boundary_: Boundary PQ and Boundary AP.
+- box_: AP of boxes.
+- class_agnostic_: recall of instances, regardless of class.
+- cityscapes_: AP, IoU and iIoU as the Cityscapes benchmark defines them.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from m2f.eval.metrics.cityscapes_iou import CityscapesIoU
 from m2f.eval.metrics.panoptic_quality import PanopticQuality
 
 Numbers = dict[str, float | None]
-"""Values by name; None for an undefined value."""
+"""Values by name, in per cent; None for an undefined value."""
 
 
 class Group(NamedTuple):
-    """Content of one table."""
+    """Values of one metric, shown as one table."""
 
     title: str
     prefix: str
@@ -40,7 +42,7 @@ class ExtraResults:
     cityscapes_semantic: CityscapesIoU | None = None
 
     def groups(self) -> list[Group]:
-        """Return the values of every requested metric."""
+        """Return one group for every requested metric."""
         groups: list[Group] = []
         if self.boundary_panoptic is not None:
             groups.append(Group("boundary", "boundary_", _panoptic_numbers(self.boundary_panoptic)))
@@ -70,11 +72,14 @@ class ExtraResults:
         return groups
 
     def metrics(self) -> Numbers:
-        """Return all values by full name."""
+        """Return all values by full name (prefix and name)."""
         return {f"{g.prefix}{name}": value for g in self.groups() for name, value in g.numbers.items()}
 
     def of_class(self, category: Category, label: int, thing_label: int | None) -> Numbers:
-        """Return the values of one category: class `label` of the panoptic task, `thing_label` of the instance task."""
+        """Return the values of one category.
+
+        `label` is its class index in the panoptic task, and `thing_label` that in the instance task (None for stuff).
+        """
         row: Numbers = {}
         if self.boundary_panoptic is not None:
             quality = self.boundary_panoptic.per_class[label]
@@ -103,7 +108,7 @@ def _panoptic_numbers(result: PanopticQuality) -> Numbers:
 
 
 def _defined(value: float) -> float | None:
-    """Convert one of COCO's values, which are -1 without annotations, to per cent; None for -1."""
+    """Convert a COCO value, 0 to 1, to per cent. Return None for -1, which COCO uses if there are no annotations."""
     return None if value < 0 else 100 * value
 
 

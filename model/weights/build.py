@@ -1,4 +1,4 @@
-"""Models with the weights of a file, and with the backbone's own weights if the file has none."""
+"""Build a model with the weights of a file. A backbone that the file lacks gets its own pretrained weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def build_with_weights(
 ) -> tuple[Segmenter, LoadReport]:
     """Return the model of a recipe with the weights of a file or folder, and the load report.
 
-    Heads on frozen vision transformers are published without the transformer. The backbone then gets the weights that
-    the recipe names. See `load_weights` for `class_rows` and `deltas`.
+    Published heads on frozen vision transformers do not include the transformer. For such a file, the backbone gets the
+    weights that the recipe names. See `load_weights` for `class_rows` and `deltas`.
 
     Raises:
         WeightsError: as `load_weights`, and if the file has no backbone and the recipe names no weights for it.

@@ -36,10 +36,11 @@ _CLASS_HEADS = (
     "network.class_head.weight",
     "decoder.class_head.weight",
 )
-"""Name suffixes of the class head: ours and the official one, Hugging Face's, and those of EoMT's and PMT's authors."""
+"""Name suffixes of the class head: of this project and the official code, of Hugging Face, and of the authors of EoMT
+and PMT."""
 
 _LEGACY_TORCH = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-"""Magic number of torch files from before version 1.6. In pickles that contain such a file, it occurs later."""
+"""Magic number of torch files from before version 1.6. It occurs further in if a pickle embeds such a file."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 def count_classes(path: str | Path) -> int | None:
     """Return the number of classes of the class head in a file or folder, without "no object".
 
-    Return None if there is no class head. Raises WeightsError as `read_state` does.
+    Return None if there is no class head or more than one. Raises WeightsError as `read_state` does.
     """
     heads = [tensor for name, tensor in read_state(path).items() if name.endswith(_CLASS_HEADS)]
     return len(heads[0]) - 1 if len(heads) == 1 else None
@@ -79,9 +80,8 @@ def count_classes(path: str | Path) -> int | None:
 def weights_sha256(path: str | Path) -> str:
     """Return the SHA-256 of the file that `read_state` reads.
 
-    For several files, hash the lines that `sha256sum` prints.
-
-    Raises WeightsError if a file is missing or unreadable.
+    For several files, return the SHA-256 of the lines that `sha256sum` prints for them. Raises WeightsError if a file
+    is missing or unreadable.
     """
     path = Path(path)
     files = _folder_files(path) if path.is_dir() else (path,)
@@ -144,14 +144,15 @@ def _is_mapping(content: Any) -> bool:
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """Return tensors unchanged and numeric arrays as tensors, otherwise None."""
+    """Return a tensor unchanged, a numeric array as a tensor, and None for any other value."""
     if isinstance(value, PickledArray):
         return None if value.values is None else torch.from_numpy(value.values)
     return value if isinstance(value, Tensor) else None
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """Explain a reader's error. torch's own message suggests loading the file unsafely, so it is not shown."""
+    """Return the cause of a reader's error. torch's own message is not shown, as it suggests loading the file
+    unsafely."""
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:
         return f"it asks for {asked[1]}; files of weights need nothing but tensors, so nothing of it was executed"

@@ -1,4 +1,4 @@
-"""Weights in installed Python packages, for machines that reach a package index but no model hub."""
+"""Weights in installed Python packages, for machines that can reach a package index but no model hub."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedWeights:
-    """A weights file in a package. Its tensors are those of a timm model in the same order, under other names."""
+    """A weights file in a package. It has the tensors of a timm model, in the same order but under other names."""
 
     name: str
-    """Name in `package:NAME`, and of the m2f extra that installs it."""
+    """NAME in `package:NAME`, and the name of the m2f extra that installs the package."""
     module: str
     """Top-level module of the package, which is located but not imported."""
     file: str
@@ -30,7 +30,7 @@ class PackagedWeights:
     model: str
     """Name of the timm model."""
     head: tuple[str, ...]
-    """Modules of that model after its last feature map."""
+    """Modules of the timm model after its last feature map; the backbone does not have them."""
     pixel_mean: tuple[float, float, float]
     """RGB mean that the weights were trained with, 0 to 255."""
     pixel_std: tuple[float, float, float]
@@ -52,7 +52,7 @@ _KNOWN = (
 
 
 def packaged_weights(weights: str) -> PackagedWeights:
-    """Return the weights that `package:NAME` names. Raises ConfigError for an unknown name."""
+    """Return the entry for `package:NAME`. Raises ConfigError for an unknown name."""
     for known in _KNOWN:
         if weights == f"{PACKAGE}{known.name}":
             return known
@@ -61,7 +61,7 @@ def packaged_weights(weights: str) -> PackagedWeights:
 
 
 def weights_path(weights: str) -> Path:
-    """Return the file that a backbone's weights setting names: a path, or a file in an installed package.
+    """Return the path of the file that `model.backbone.weights` names, either directly or as `package:NAME`.
 
     Raises ConfigError if the package is not installed or its file has an unexpected checksum.
     """

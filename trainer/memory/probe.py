@@ -1,4 +1,7 @@
-"""Probe before the first step whether the largest micro-batch fits into GPU memory, without a collective inside it."""
+"""Probe before the first step whether the largest micro-batch fits into GPU memory.
+
+A trial pass contains no collective, so a rank that runs out of memory does not block the others.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,14 @@ from m2f.trainer.reporting import Notice, Reporter
 def probe_memory(
     module: TrainingModule, job: TrainJob, data: TrainingData, device: torch.device, ranks: Ranks, reporter: Reporter
 ) -> TrainJob:
-    """Return the job with the largest micro-batch that fits on every rank; unchanged on CPU. A collective.
+    """Return the job with the largest micro-batch that fits on every rank; unchanged on CPU.
 
-    Tries a forward and a backward pass with images of the largest size and as many segments as any image of the data.
-    Then tries half as many images, and so on. Reserves memory for ZeRO and evaluation actors. Raises OutOfMemoryError
-    if a single image does not fit.
+    Runs a forward and a backward pass on images of the largest size, each with as many segments as any image of the
+    data. The number of images is halved until they fit. Memory for ZeRO and for evaluation actors is reserved
+    meanwhile. A collective: every rank must call it.
+
+    Raises:
+        OutOfMemoryError: a single image does not fit.
     """
     if device.type != "cuda":
         return job
@@ -69,7 +75,10 @@ def largest_that_fits(fits: Callable[[int], bool], micro_batch: int) -> int:
 
 
 def worst_batch(job: TrainJob, size: int, targets: int) -> Batch:
-    """Return `size` images of the largest shape, each with `targets` segments, at most one per query or per pilot."""
+    """Return a batch of `size` images of the largest shape, each with `targets` segments.
+
+    `targets` is capped at the number of queries or at `pilots.max_targets`, whichever is larger.
+    """
     height, width = largest_shape(job.data.augment)
     assert job.model.num_classes is not None
     targets = max(1, min(targets, max(job.model.transformer_decoder.num_queries, job.model.pilots.max_targets)))
@@ -109,7 +118,7 @@ def largest_shape(config: AugmentConfig) -> tuple[int, int]:
 
 
 def _fits(module: TrainingModule, batch: Batch, beside: int) -> bool:
-    """Return whether forward and backward fit, with `beside` bytes reserved for other uses during a step."""
+    """Return whether a forward and a backward pass fit into memory beside `beside` bytes for other uses."""
     device = batch.images.device
     one = torch.ones((), device=device)
     rest = None
@@ -133,8 +142,8 @@ def _fits(module: TrainingModule, batch: Batch, beside: int) -> bool:
 def _untouched(module: nn.Module) -> Iterator[None]:
     """Use the stored statistics of BatchNorms, and restore all buffers afterwards.
 
-    In training mode they would learn from the artificial images. Synchronised ones would wait for all ranks, forever if
-    one of them runs out of memory.
+    In training mode, BatchNorms would learn from the artificial images. Synchronised ones would also wait for all
+    ranks, and would hang if one of them runs out of memory.
     """
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]

@@ -24,19 +24,19 @@ _PEAK_TFLOPS = {
 }
 """Dense bf16 peak of tensor cores, from vendor data sheets. The first name contained in the device's name applies."""
 _PASSES = 3
-"""Forward passes that a training pass counts for. As usual, the backward pass counts for two: one for the gradients of
-a layer's weights, one for those of its input. Recomputation by checkpointing does not count."""
+"""Cost of a training pass in units of forward passes. By convention the backward pass costs two: one for the gradients
+of a layer's weights, and one for the gradients of its input. Recomputation by checkpointing does not count."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the bf16 FLOP/s of a GPU, given its name in CUDA; None if it is unknown."""
+    """Return the peak bf16 FLOP/s of a GPU, given its name as CUDA reports it; None if it is unknown."""
     return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def training_multiply_adds(config: ModelConfig, size: tuple[int, int]) -> float:
-    """Return the multiply-adds of a forward and a backward pass of one image of this height and width.
+    """Return the multiply-adds of a forward and a backward pass for one image of `size` (height, width).
 
-    Frozen parts compute no gradients of weights, and no gradients at all if nothing before them is trained.
+    A frozen part computes no weight gradients, and no gradients at all if no part before it is trained.
     """
     model = build_shapes(config)
     flops = executed_flops(model, size)
@@ -52,7 +52,7 @@ def training_multiply_adds(config: ModelConfig, size: tuple[int, int]) -> float:
 class Utilization:
     """Model FLOPs divided by the peak of all GPUs in bf16, regardless of the run's precision.
 
-    Counting runs the model once per input size, without values: it takes seconds, and is skipped if the peak is
+    FLOPs are counted once per input size, on tensors without values. This takes seconds and is skipped if the peak is
     unknown.
     """
 

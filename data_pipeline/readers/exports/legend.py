@@ -1,4 +1,4 @@
-"""Legends of colour maps: text files with one line per class, with its name and colour or only its name."""
+"""Legends of colour maps: text files with one class per line, given by name and colour or by name only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAME = r"(?P<name>[^:,]+)"
 
 
 def read_legend(path: str) -> CategoryTable:
-    """Return stuff classes in the order of the lines. Lines without an id are numbered from 0.
+    """Return the classes of a legend, all as stuff, in file order. Classes without an id are numbered from 0.
 
     Raises:
         DataError: the file is missing, a line is invalid, or there is no class.

@@ -29,7 +29,7 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
     """Return the reader of the images in `image_set`, or of all images with a class map. Class 0 is background.
 
     Raises:
-        DataError: an image or a map is missing, or there are none.
+        DataError: an image or a map is missing, or no image is listed.
     """
     images, classes = require_folder(source.images), require_folder(source.class_maps)
     objects = require_folder(source.object_maps)
@@ -58,12 +58,16 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
 
 @dataclass(frozen=True)
 class VocMaps:
-    """Decoder of a class map and an object map: the object map separates objects, the class map gives their class."""
+    """Decoder of an image's two maps: the object map separates objects, and the class map gives their classes."""
 
     categories: Mapping[int, Category]
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """Return one segment for each pair of class and object. Thing pixels without an object form a crowd."""
+        """Return one segment for each pair of class and object. Thing pixels without an object form a crowd.
+
+        Raises:
+            DataError: the maps differ in size or contain an unknown class.
+        """
         classes, objects = (read_index_map(path, max_pixels).astype(np.uint32) for path in maps)
         if classes.shape != objects.shape:
             raise DataError(f"{maps[1]} is of another size than {maps[0]}")
