@@ -28,11 +28,11 @@ ON_ANY_DEVICE = (
     "postproc",
     "zero",
 )
-"""Names of benchmarks; each name stands for the function `run` of `benchmarks.bench_NAME`."""
+"""Names of the benchmarks that run on any device. NAME selects the function `run` of `benchmarks.bench_NAME`."""
 
 
 def run(name: str, tiny: bool, device: torch.device) -> list[Measurement]:
-    """Import and run one benchmark; only the packages that it needs must be installed."""
+    """Import and run one benchmark. Only the packages that this benchmark needs must be installed."""
     benchmark = importlib.import_module(f"benchmarks.bench_{name}").run
     return benchmark(tiny) if name in ON_CPU else benchmark(tiny, device=device)
 
@@ -57,7 +57,7 @@ def main() -> None:
             began = time.monotonic()
             results += run(name, arguments.tiny, arguments.device)
             print(f"{number}/{len(wanted)} {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    finally:  # keep the results measured before a failure
+    finally:  # keeps the results that were measured before a failure
         print(f"{markdown(results, setting)}\n\n{json_lines(results, setting)}")
         if arguments.save is not None:
             print(f"\nwritten: {save(results, setting, arguments.save)}")

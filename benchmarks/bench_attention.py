@@ -1,4 +1,4 @@
-"""Masked cross-attention of one decoder layer, forward and backward, against `nn.MultiheadAttention`.
+"""Benchmark of masked cross-attention in one decoder layer, forward and backward, against `nn.MultiheadAttention`.
 
 The peer gets a separate mask for every head, as in the published code, and its attention weights are discarded. Both
 sides include the projections of keys and values.

@@ -1,4 +1,4 @@
-"""The data pipeline from shards to batches of 1024 x 1024, against peers, and the start-up of a rank.
+"""Benchmarks of the data pipeline, from shards to batches of 1024 x 1024 pixels, and of the start-up of a rank.
 
 - Stages and their sum: CPU time per image, against a mapper in the style of Detectron2 (Pillow, whole images, one mask
   per segment) on the same files with the same random numbers. `exact` is our mode that reproduces the official pixels;
@@ -62,7 +62,7 @@ _SERVER_START_S = 30.0
 
 
 def run(tiny: bool) -> list[Measurement]:
-    """Measure stages, reading and start-up; times are milliseconds per image, except for the start-up."""
+    """Measure stages, reading and start-up. Times are in milliseconds per image, except for the start-up."""
     count, repeats = (12, 3) if tiny else (96, 7)
     images = [make_image(index) for index in range(count)]
     with tempfile.TemporaryDirectory() as folder, _s3_server() as s3:
@@ -74,7 +74,7 @@ def run(tiny: bool) -> list[Measurement]:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The inputs of all stages, in the order of the manifest."""
+    """Inputs of all stages, in the order of the manifest."""
 
     images: list[SyntheticImage]
     members: list[Members]
@@ -146,8 +146,7 @@ def _reading(manifest: Manifest, repeats: int) -> Measurement:
 def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Measurement]:
     """Compare the pipeline from S3 to batches; both sides decode and augment with our code.
 
-    It reads several epochs, so that the batches that our loader has started but not finished at the end are a small
-    share.
+    Several epochs are read, so that batches that our loader has started but not finished at the end hardly count.
     """
     urls = EPOCHS * [manifest.shard_url(shard) for shard in range(len(manifest.shards))]
     count = EPOCHS * manifest.num_samples
@@ -173,7 +172,7 @@ def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Measu
 
 
 def _start_up(small: Manifest, folder: Path, count: int, repeats: int) -> Measurement:
-    """Compare the start of a rank, until it knows its first images, with parsing the panoptic JSON of all images."""
+    """Compare the start of a rank, up to the choice of its first images, with parsing the panoptic JSON of the set."""
     write_long_manifest(small, folder / "long", count, Storage())
     parsed = folder / "panoptic.json"
     parsed.write_text(json.dumps(_panoptic_json(count)))
@@ -199,7 +198,7 @@ def _first_images(url: str) -> object:
 
 def _grown_memory(url: str) -> int:
     """Return the peak growth in bytes of a fresh process when it opens the data set."""
-    _first_images(_small_sibling(url))  # exclude what libraries allocate once
+    _first_images(_small_sibling(url))  # excludes one-time allocations of libraries
     before = _status("VmRSS")
     kept = _first_images(url)
     return max(0, _status("VmHWM") - before) if kept else 0
@@ -279,7 +278,7 @@ def _exact_error(ours: Example, theirs: peer.Mapped) -> float:
 
 
 def _area_error(ours: Example, theirs: peer.Mapped) -> float:
-    """Return the largest difference of a segment's area, as a share of the image."""
+    """Return the largest difference between areas of a segment, as a share of the image area."""
     areas = {int(n): int((ours.targets.id_maps[0] == n).sum()) for n in ours.targets.local_id}
     return max(abs(areas.get(n, 0) - int(mask.sum())) / mask.numel() for n, mask in enumerate(theirs.masks, start=1))
 

@@ -1,7 +1,7 @@
-"""A training step of EoMT (ViT-S, 200 queries) against `transformers`: forward with masks, matching, loss, backward.
+"""Benchmark of a training step of EoMT (ViT-S, 200 queries) against `transformers`, including matching and backward.
 
 Both have the same weights, images and targets. `transformers` draws its own random points, so only the logits must
-agree closely; losses may differ by the effect of other points.
+agree closely; losses may differ because of different points.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from m2f.trainer.engine.module import TrainingModule
 
 QUERIES, OBJECTS = 200, 10
 LOSS_TOLERANCE = 0.03
-"""Relative difference; losses at different random points differ by about one per cent."""
+"""Largest relative difference of the losses. Losses at different random points differ by about one per cent."""
 LOGITS_TOLERANCE = 1e-4
 
 
@@ -85,7 +85,7 @@ def _twins(size: int, device: torch.device) -> tuple[nn.Module, Segmenter, Model
 
 @torch.no_grad()
 def _require_equal(ours: Segmenter, theirs: nn.Module, batch: Batch) -> None:
-    """Assert that the last predictions agree in training mode, which uses attention masks."""
+    """Assert that the last predictions agree in training mode, in which attention masks are used."""
     pixels = ours.normalise(batch.images)
     found, expected = ours(pixels), theirs(pixels)
     error = max(

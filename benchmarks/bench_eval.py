@@ -1,9 +1,9 @@
-"""Metrics per image against the reference tools.
+"""Benchmarks of metrics against the reference tools.
 
 - PQ of id maps in memory: against panopticapi's algorithm (a sort of 64-bit pairs, written here for the comparison), on
   the same maps and on two PNG files per image.
 - AP in memory: against pycocotools on the same run lengths.
-- Both from files, with all checks of `m2f score`: against tools that read the same files.
+- PQ and AP from files, with all checks of `m2f score`: against tools that read the same files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticQualit
 from m2f.eval.metrics.rle import encode_masks, mask_areas
 from m2f.eval.score.panoptic import PanopticFiles
 
-os.environ.setdefault("RAYON_NUM_THREADS", "1")  # threads of hotcoco, which reads this at its first use
+os.environ.setdefault("RAYON_NUM_THREADS", "1")  # number of threads of hotcoco, which reads this variable on first use
 SIZE = (480, 640)
 CLASSES = 20
 
@@ -55,7 +55,7 @@ class _IdMaps:
     """[H, W] uint8 ids: things in front of stuff, with a strip of void (0)."""
     predicted: np.ndarray
     label_of: dict[int, int]
-    """Class of every id in either map."""
+    """Class of every id in the two maps."""
 
 
 def _id_maps(seed: int) -> _IdMaps:
@@ -128,7 +128,7 @@ def _slow_quality(
 
 
 def _wide(i: Any) -> Any:
-    """Map an id to one that uses all three colour channels, as in COCO."""
+    """Map an id to a larger one that uses all three colour channels, as ids in COCO do."""
     return i * 1_000_003 % 2**24
 
 
@@ -230,7 +230,7 @@ def _mean_iou(images: Sequence[_IdMaps]) -> Measurement:
 
 
 def _detections(one: _IdMaps, seed: int) -> InstanceDetections:
-    """Return 100 detections that share 40 masks: moved things, half of them with a random class."""
+    """Return 100 detections that share 40 masks of shifted things; half of them have a random class."""
     rng = np.random.default_rng(seed)
     ids = [i for i in _present(one.truth, one) if i > 2]
     chosen = rng.choice(ids, 40)

@@ -1,7 +1,8 @@
-"""A training step with a frozen vision transformer against one that trains it: ViT-S/16 with a ViT-Adapter.
+"""Benchmark of a training step with a frozen vision transformer against full training: ViT-S/16 with a ViT-Adapter.
 
-A backward pass costs two forward passes. If the transformer takes the share b of a forward pass, freezing it reduces a
-step to 1 - 2 b / 3. The last row measures b: its ratio is 1 / b, the whole forward pass over the transformer's.
+A backward pass costs two forward passes. If the transformer takes the share b of a forward pass, freezing it reduces
+the time of a step to the share 1 - 2 b / 3. The last row measures b: its ratio is that of the whole forward pass to the
+transformer's, 1 / b.
 """
 
 from __future__ import annotations

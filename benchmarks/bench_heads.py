@@ -1,4 +1,4 @@
-"""Attention masks, matching, losses and their backward pass, from the outputs of ten predictions.
+"""Benchmark of attention masks, matching, losses and their backward pass, for ten predictions.
 
 The first peer is the published code's order of operations with the same points; losses and all gradients must agree.
 The second peer is the criterion of `transformers`, without attention masks.
@@ -67,7 +67,7 @@ def _case(images: int, size: int, objects: int, device: torch.device, repeats: i
 def _criteria(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Measurement:
     """Compare matching and losses with those of `transformers`.
 
-    The peer also computes the mask logits of all queries, and draws other points.
+    The peer also computes the mask logits of all queries, and draws different points.
     """
     predictions = Predictions(*(tensor.requires_grad_() for tensor in random_predictions(images, size, device)[:3]))
     targets, config = make_batch(images, size, objects).targets.to(device), LossConfig()

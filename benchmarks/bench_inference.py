@@ -1,7 +1,8 @@
-"""From a normalised image to its panoptic result, against `transformers` followed by the plain procedure.
+"""Benchmark of inference, from a normalised image to its panoptic result, against `transformers`.
 
-A network with random weights has no confident queries. Post-processing therefore runs on a generated prediction of the
-same shape, in which twelve queries compete for pixels. The logits of the networks and the results must agree.
+The peer's post-processing is `official_order.plain_panoptic`. A network with random weights has no
+confident queries. Post-processing therefore runs on a generated prediction of the same shape, in which twelve queries
+compete for pixels. The logits of both networks and both results must agree.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
     pixels = torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     _check_agreement(ours(pixels), theirs(pixel_values=pixels))
     replay_forward(ours)
-    own_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last  # as `normalise` returns it
+    own_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last  # as `normalise` returns
     our_pixels = pixels.contiguous(memory_format=own_format)
     geometry = ImageGeometry(size, size, size)
     classes, embeddings, features = (tensor.to(device) for tensor in sure_predictions(size, CLASSES))
-    masks = torch.einsum("qc,chw->qhw", embeddings, features)  # the forward of transformers ends with such a product
+    masks = torch.einsum("qc,chw->qhw", embeddings, features)  # the forward pass of transformers ends with this product
     precision = torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
 
     def run_ours() -> Sequence[Tensor]:

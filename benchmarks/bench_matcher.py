@@ -1,4 +1,4 @@
-"""Matching alone: all predictions and images at once, against one image and one prediction after the other.
+"""Benchmark of matching alone: all predictions and images at once, against one image and prediction at a time.
 
 The time of the peer does not include its dense mask logits. Both use the same points and must find the same pairs.
 """

@@ -1,4 +1,4 @@
-"""The forward pass of the whole R50 model against `transformers` with the same weights."""
+"""Benchmark of the forward pass of the whole R50 model against `transformers` with the same weights."""
 
 from __future__ import annotations
 

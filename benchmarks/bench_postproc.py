@@ -1,4 +1,4 @@
-"""From the last prediction of one large image to its results, against the plain procedure: all queries at full size.
+"""Benchmark of post-processing one large image, against a baseline that resizes all queries to full size.
 
 Both sides include the product of embeddings and features, which is the last operation of the published model.
 """
@@ -28,7 +28,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
     """Measure `sure_predictions` at the size of a Cityscapes image; `tiny`: panoptic only."""
     class_logits, embeddings, features = (tensor.to(device) for tensor in sure_predictions(SIZE, CLASSES))
     torch.manual_seed(0)
-    class_logits = class_logits + 0.1 * torch.randn(class_logits.shape).to(device)  # no two instances score the same
+    class_logits = class_logits + 0.1 * torch.randn(class_logits.shape).to(device)  # makes all scores distinct
     geometry = ImageGeometry(SIZE, SIZE, SIZE)
     where = (class_logits, embeddings, features, geometry)
     repeats = 20 if device.type != "cpu" else 1 if tiny else 5
@@ -76,5 +76,5 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
 
 
 def _in_order(areas: Tensor, labels: Tensor, scores: Tensor) -> Sequence[Tensor]:
-    """Sort each tensor on its own, because instances with almost equal scores may be in another order."""
+    """Sort each tensor separately, because instances with almost equal scores may be in a different order."""
     return [values.double().sort().values for values in (areas, labels, scores)]

@@ -1,9 +1,9 @@
-"""A whole training step of the R50 model: forward, matching, loss, backward, clipping, AdamW.
+"""Benchmark of a whole training step of the R50 model: forward, matching, loss, backward, clipping, AdamW.
 
 The peers have the same weights, images and targets:
 
 - `transformers` as it is and, on a GPU, in its fastest form (channels-last weights, compiled parts). It draws its own
-  random points: class and mask logits must agree, and losses may differ by the effect of other points.
+  random points: class and mask logits must agree, and losses may differ because of different points.
 - The published code's order of operations.
 - Our own step without matching, which shows the cost of matching.
 
@@ -42,12 +42,12 @@ from m2f.trainer.engine.param_groups import build_param_groups
 
 OBJECTS = 10
 LOSS_TOLERANCE = 0.03
-"""Relative difference; losses at different random points differ by about one per cent."""
+"""Largest relative difference of the losses. Losses at different random points differ by about one per cent."""
 SAME_POINTS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}
-"""Relative difference of losses at the same points, by precision."""
+"""Largest relative difference of losses at the same points, by precision."""
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "_scaled_dot_product")
-"""Prefixes of the operations that count as floor, including convolution_backward."""
+"""Name prefixes of the operations that count towards the floor, including convolution_backward."""
 
 Step = Callable[[], Sequence[Tensor]]
 
@@ -71,7 +71,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
 
 @dataclass(frozen=True)
 class _Case:
-    """Size of the batch, device, and number of timed runs."""
+    """One comparison: size of the batch, device, and number of timed runs."""
 
     images: int
     size: int
@@ -83,7 +83,7 @@ class _Case:
         return "fp32" if self.device.type == "cpu" else "bf16"
 
     def against_transformers(self) -> Measurement:
-        """Compare with `transformers`, neither compiled."""
+        """Compare with `transformers`; neither side is compiled."""
         workload = _workload(self)
         result = self._measure(
             "R50 training step", "transformers", workload.our_step(), workload.their_step(), LOSS_TOLERANCE
@@ -91,7 +91,7 @@ class _Case:
         return replace(result, floor_ms=_time_of_products(workload.our_step(), self.device))
 
     def at_their_best(self) -> Measurement:
-        """Compare with `transformers`, both compiled and channels-last. Our layout follows from the images."""
+        """Compare with `transformers`; both are compiled and channels-last. Our layout follows from the images."""
         workload = _workload(self)
         compile_regions(workload.ours)
         compile_parts(workload.theirs.to(memory_format=torch.channels_last))
@@ -99,7 +99,7 @@ class _Case:
         return self._measure("R50 training step, compiled", "transformers, compiled", *steps, LOSS_TOLERANCE)
 
     def against_official_order(self) -> Measurement:
-        """Compare with the official order at the same points, so that losses must agree."""
+        """Compare with the official order of operations at the same points, so the losses must agree."""
         workload = _workload(self)
         tolerance = SAME_POINTS_TOLERANCE[self.precision]
         return self._measure(
@@ -186,7 +186,7 @@ def _workload(case: _Case) -> _Workload:
 
 
 def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
-    """Return an optimizer step whose learning rate is so small that all repetitions have the same loss."""
+    """Return a function that runs one training step, with a learning rate so small that all losses are equal."""
     optimizer = torch.optim.AdamW(build_param_groups(model, OptimizerConfig(lr=1e-12)), fused=True)
 
     def step() -> Sequence[Tensor]:

@@ -1,4 +1,4 @@
-"""Cost of DeepSpeed: a ZeRO-1 step of one rank against plain AdamW, and of two ranks against DDP."""
+"""Benchmark of DeepSpeed: a ZeRO-1 step of one rank against plain AdamW, and of two ranks against DDP."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _case(size: int, device: torch.device, repeats: int) -> Measurement:
     precision = "fp32" if device.type == "cpu" else "bf16_autocast"
     torch.manual_seed(0)
     plain = TrainingModule(build_model(CONFIG, pretrained_backbone=False), CONFIG, 0, precision).to(device)
-    # The rate is so small that all repetitions see the same weights.
+    # The learning rate is so small that the weights are practically constant.
     optimizer = OptimizerConfig(lr=1e-12, clip_norm=CLIP_NORM)
     training = TrainingConfig(
         max_steps=1,

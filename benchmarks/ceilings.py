@@ -1,4 +1,4 @@
-"""Peak rates of a device, and the minimum time of a training step at these rates, as a reference for all figures."""
+"""Peak rates of a device and the minimum time of a training step at these rates, as a reference for measurements."""
 
 from __future__ import annotations
 

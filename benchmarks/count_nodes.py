@@ -1,9 +1,9 @@
 """`python -m benchmarks.count_nodes [SIDE] [IMAGES]`: count the operations in the graphs of a training step.
 
-The regions of an R50 are traced as `training.compile` does, in bfloat16 autocast, with tensors that have no values. The
-fused kernel of deformable attention is used as on GPUs. The forward and backward counts are an upper bound of the
-kernels that Inductor generates, because it fuses neighbours; views are not counted. The last lines count the launches
-that an eager step saves because `m2f.model.constants` keeps tensors between steps.
+The compiled regions of the R50 model are traced as by `training.compile`, in bfloat16 autocast and without tensor
+values. The fused kernel of deformable attention is used as on GPUs. The forward and backward counts are upper bounds of
+the number of kernels that Inductor generates, because it fuses neighbouring operations; views are not counted. The last
+lines count the launches that an eager step saves because `m2f.model.constants` keeps tensors between steps.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def decode(encoded: SyntheticImage) -> Pixels:
 
 
 def map_image(encoded: SyntheticImage, image: np.ndarray, colors: np.ndarray, params: AugmentParams) -> Mapped:
-    """Flip, resize and pad or crop the whole image and ids, then extract one mask per segment."""
+    """Flip, resize, and pad or crop the whole image and its ids, then extract one mask per segment."""
     image = _transform(image, params, Image.Resampling.BILINEAR, padding=128)
     colors = _transform(colors, params, Image.Resampling.NEAREST, padding=0)
     ids = segment_ids(colors)
@@ -60,7 +60,7 @@ def segment_ids(colors: np.ndarray) -> np.ndarray:
 
 
 def collate(mapped: Sequence[Mapped]) -> tuple[Tensor, list[Tensor]]:
-    """Stack the images to [B, 3, H, W], and pad the masks of every image to [n, H, W]."""
+    """Stack the images to [B, 3, H, W], and pad the masks of each image to [n, H, W] of the same size."""
     images = torch.stack([one.image for one in mapped])
     height, width = images.shape[-2:]
     padded = []
@@ -72,7 +72,7 @@ def collate(mapped: Sequence[Mapped]) -> tuple[Tensor, list[Tensor]]:
 
 
 def stream(urls: Sequence[str], storage: Storage | None = None) -> Iterator[dict[str, bytes]]:
-    """Yield the samples of these tars in order, read by unmodified `webdataset`.
+    """Yield the samples of these tars in order, as unmodified `webdataset` reads them.
 
     With `storage`, URLs that begin with `s3://` are read through our client.
     """

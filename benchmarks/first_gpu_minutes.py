@@ -1,4 +1,4 @@
-"""The first minutes on a GPU, in three calls of under ten minutes, the most important questions first.
+"""Checks and measurements for the first minutes on a GPU, in three calls of under ten minutes each.
 
     python -m benchmarks.first_gpu_minutes call 1|2|3 [--out FOLDER] [--recording FILE] [--dry-run]
 
@@ -26,9 +26,9 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 WORTH_STARTING_S = 15.0
-"""Seconds; a step is not started if less time is left in its call."""
+"""Minimum time in seconds that must be left in a call to start another step."""
 BRIEF = 400
-"""Most characters of a finding in the table; results.jsonl contains all of it."""
+"""Maximum number of characters of a finding in the table; results.jsonl contains the whole finding."""
 State = Literal["ok", "skipped", "failed", "timeout", "no time"]
 
 
@@ -37,11 +37,11 @@ class Step:
     """One check or measurement on the GPU."""
 
     name: str
-    """Also the name of a function in `module`."""
+    """Name of the step and of the function in `module` that runs it."""
     module: str
-    """Module in `benchmarks.gpu`."""
+    """Name of a module in `benchmarks.gpu`."""
     seconds: float
-    """Time limit."""
+    """Time limit in seconds."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _in_process(step: Step, arguments: Sequence[str], out: Path, box_s: float, l
         try:
             status = process.wait(box_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # also kills the processes that it started
+            os.killpg(process.pid, signal.SIGKILL)  # kills the step and the processes that it started
             process.wait()
             result = Result(step.name, "timeout", time.monotonic() - began, f"longer than {box_s:.0f} s")
             _record(result, out)

@@ -23,7 +23,7 @@ from m2f.model.deform_attn.tuning import LaunchConfig
 
 LEVELS, POINTS, WARP = 3, 4, 32
 REGISTERS = 65_536
-"""Registers of one multiprocessor of these GPUs."""
+"""Number of registers of one multiprocessor of these GPUs."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Resources:
     registers: int
     """Registers per thread."""
     spilled: int
-    """Bytes per thread that do not fit into registers."""
+    """Bytes per thread that are spilled because they do not fit into registers."""
     shared: int
     """Bytes of shared memory per program."""
     barriers: int
-    """Synchronisation points between the warps of a program in the code."""
+    """Number of instructions in the code that synchronise the warps of a program."""
 
     def warps_resident(self, num_warps: int, limit: int = 64) -> int:
         """Return how many warps a multiprocessor can hold at a time, limited by registers and `limit`."""

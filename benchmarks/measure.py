@@ -1,4 +1,4 @@
-"""Comparison of our code with a peer in one process: check agreement, then time both in turn."""
+"""Compare our code with a peer in one process: check that both agree, then time them in turn."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def compare(
     with without_tf32():
         error = max(relative_error(a, b) for a, b in zip(ours(), peer(), strict=True))
     assert error <= tolerance, f"{case} {shape}: ours and {peer_name} differ by {error:.1e}, more than {tolerance:.1e}"
-    if device.type != "cpu":  # changing TF32 triggers a recompilation, which must not be timed
+    if device.type != "cpu":  # changing TF32 triggers a recompilation, which must not be part of the timing
         ours(), peer()
     our_times, peer_times = interleaved(ours, peer, repeats, _clock(device))
     result = Measurement(case, shape, our_times, peer_name, peer_times, error)
@@ -162,6 +162,6 @@ def count_waits(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def relative_error(ours: Tensor, peer: Tensor) -> float:
-    """Return the largest absolute difference, relative to the peer's largest absolute value."""
+    """Return the largest absolute difference, divided by the peer's largest absolute value."""
     scale = float(peer.detach().abs().max()) or 1.0
     return float((ours.detach() - peer.detach()).abs().max()) / scale

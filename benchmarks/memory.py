@@ -27,7 +27,7 @@ def peak_growth(run: Callable[[], object], device: torch.device) -> float | None
         return (torch.cuda.max_memory_allocated(device) - before) / 2**30
     if not _RESET.exists():
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # else memory that the allocator still holds would hide new allocations
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that the allocator still holds would hide new allocations
     _RESET.write_text("5")  # resets the peak, see proc(5)
     before = _kibibytes("VmRSS")
     run()

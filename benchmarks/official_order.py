@@ -1,7 +1,7 @@
-"""The published code's order of operations: dense masks of every query, losses and results one image at a time.
+"""Baseline with the published code's order of operations: dense masks of all queries, one image at a time.
 
-A baseline for benchmarks, written from the paper (sections 3.2 and 3.3) and from the known order of operations of the
-published code. Callers pass the random points, so that results can be compared.
+It is written from the paper (sections 3.2 and 3.3) and from the known order of operations of the published code.
+Callers pass the random points, so that results can be compared.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def plain_semantic(class_logits: Tensor, masks: Tensor, geometry: ImageGeometry)
 def plain_instance(
     class_logits: Tensor, masks: Tensor, geometry: ImageGeometry, config: PostprocessConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return masks [N, H, W], labels and scores of the best pairs of query and class."""
+    """Return the masks [N, H, W], labels [N] and scores [N] of the best pairs of query and class."""
     logits = _at_original_size(masks, geometry)
     num_classes = class_logits.shape[-1] - 1
     scores, pairs = class_logits.softmax(-1)[:, :-1].flatten().topk(config.max_instances)

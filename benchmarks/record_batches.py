@@ -23,7 +23,7 @@ from m2f.model.errors import ConfigError, UserError
 from m2f.trainer.data import open_shards
 
 MAX_MB = 30.0
-"""Default limit in 10^6 bytes, for machines that accept only small files beside code and packages."""
+"""Default limit in 10^6 bytes, for machines that accept only small files besides code and packages."""
 
 
 def record(
@@ -41,7 +41,7 @@ def record(
     spec = LoaderSpec(
         global_batch=job.training.global_batch, micro_batch=1, rank=0, world=1, start_step=0, seed=job.seed
     )
-    done, recipe = 0, dump_recipe(replace(config, output="runs"))  # the other machine has other folders
+    done, recipe = 0, dump_recipe(replace(config, output="runs"))  # the training machine has different folders
     with (
         closing(open_shards(job, storage).steps(job, storage, spec, order_start=0)) as loaded,
         RecordingWriter(path, recipe, job.model.num_classes, int(max_mb * 1e6), quality) as writer,

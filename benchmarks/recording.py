@@ -7,7 +7,7 @@ The file is a zip archive:
 - `images/NNNNNN.jpg` or `.png`: the augmented image
 - `maps/NNNNNN.png`: its id maps, stacked vertically
 
-Images are in training order. A longer run starts again with the first image, and draws new random points each time.
+Images are in training order. A longer run starts over with the first image, and draws new random points each time.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ FORMAT = 1
 _RECIPE, _IMAGES = "recipe.yaml", "images.json"
 _STEPS_AHEAD = 2
 _MOST_PIXELS = 2**26
-_MEMBER_BYTES = 128  # upper limit of the zip headers of a member
+_MEMBER_BYTES = 128  # upper bound of the zip headers of a member, in bytes
 _JPEG_OPTIONS = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording that is loaded into memory, used as the training data of a run."""
+    """A recording in memory, which serves as the training data of a run."""
 
     recipe: str
     """The resolved recipe (YAML)."""
@@ -57,7 +57,7 @@ class Recording:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a file and decode its images. Raises DataError if it is no recording, damaged or of another format."""
+        """Read a file and decode its images. Raises DataError if it is damaged or not a recording of this format."""
         try:
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             with zipfile.ZipFile(path) as archive:
@@ -80,7 +80,7 @@ class Recording:
         """Do nothing, because all data is in memory."""
 
     def steps(self, job: TrainJob, storage: Storage, spec: LoaderSpec, order_start: int) -> Generator[StepBatches]:
-        """Yield the steps of one rank without end; two steps are prepared ahead."""
+        """Yield the steps of one rank endlessly; two steps are prepared ahead."""
         made = map_in_thread(lambda step: self._step(step, spec, order_start), count(spec.start_step), _STEPS_AHEAD)
         try:
             while True:
@@ -113,14 +113,14 @@ class RecordingWriter:
     """Context manager that writes a recording of at most `max_bytes`, and deletes the file on an error."""
 
     def __init__(self, path: str | Path, recipe: str, num_classes: int, max_bytes: int, quality: int | None) -> None:
-        """Create the file. `quality` is that of the JPEG images, 1 to 100; None writes lossless PNG."""
+        """Create the file. `quality` is the JPEG quality from 1 to 100; None writes lossless PNG."""
         self._path, self._max_bytes, self._quality = Path(path), max_bytes, quality
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._archive = zipfile.ZipFile(self._path, "w", zipfile.ZIP_STORED)
         self._archive.writestr(_RECIPE, recipe)
         self._num_classes = num_classes
         self._entries: list[dict[str, Any]] = []
-        self._bytes = len(recipe) + 3 * _MEMBER_BYTES  # the recipe, the list of images, the end
+        self._bytes = len(recipe) + 3 * _MEMBER_BYTES  # for the recipe, the list of images and the end of the archive
 
     def __enter__(self) -> Self:
         return self
@@ -152,8 +152,8 @@ class RecordingWriter:
 def _encode(batch: Batch, quality: int | None) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Encode a batch of one image.
 
-    Returns its entry in `images.json`, and its archive members by name. Names have a placeholder for the number of the
-    image.
+    Returns its entry in `images.json`, and its archive members by name. The names contain a placeholder for the number
+    of the image.
     """
     (image,), (maps,), (size,), targets = batch.images, batch.targets.id_maps, batch.sizes, batch.targets
     pixels, layers = image.permute(1, 2, 0).numpy(), maps.numpy()

@@ -1,4 +1,4 @@
-"""Scoring from files, compared with tools that read the same files: AP of COCO results, PQ of panoptic PNGs."""
+"""Compare scoring from files with tools that read the same files: AP of COCO results, PQ of panoptic PNGs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
 
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _TOLERANCES = {"pycocotools": 0.0, "faster-coco-eval": 1e-15, "hotcoco": 0.0}
-"""Largest relative error; faster-coco-eval sums the mean in another order."""
+"""Largest relative error. It is not 0 because faster-coco-eval sums the mean in a different order."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _with_text(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(files: ScoreFiles, shape: str, slow_pq: Callable[[], Sequence[Tensor]], repeats: int) -> list[Measurement]:
-    """Compare AP and PQ of the set with every tool; times are of the whole set.
+    """Compare AP and PQ of the set with every tool; times are for the whole set.
 
     `slow_pq` runs panopticapi's algorithm on the same maps.
     """

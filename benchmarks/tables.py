@@ -1,4 +1,4 @@
-"""Results as a Markdown table and as JSON lines, with a header of machine, software and date."""
+"""Format results as a Markdown table and as JSON lines, with a header of machine, software and date."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Setting:
     commit: str
     """Commit of this repository; ends with + if files differ from it."""
     tf32: bool
-    """Whether matrix products of fp32 may round to TF32."""
+    """Whether fp32 matrix products may round to TF32."""
     tf32_convolutions: bool
     """Whether fp32 convolutions may round to TF32. Comparisons of results disable both."""
     ceilings: str
@@ -42,7 +42,7 @@ class Setting:
 
     @classmethod
     def now(cls, device: torch.device, ceilings: str) -> Self:
-        """Return the setting of this machine and moment."""
+        """Return the setting of this machine at this moment."""
         return cls(
             day=date.today().isoformat(),
             hardware=_hardware(device),
@@ -65,7 +65,7 @@ class Setting:
 
     @property
     def file_name(self) -> str:
-        """Day and hardware as a file name without suffix."""
+        """File name without suffix, made of day and hardware."""
         return f"{self.day}_{re.sub('[^a-z0-9]+', '_', self.hardware.lower()).strip('_')}"
 
 
@@ -82,7 +82,7 @@ def json_lines(results: Sequence[Measurement], setting: Setting) -> str:
 
 
 def save(results: Sequence[Measurement], setting: Setting, folder: Path) -> Path:
-    """Write both formats to files named after day and hardware; return the path of the table."""
+    """Write both formats to files in a folder, named by `file_name`; return the path of the Markdown table."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{setting.file_name}.md"
     path.write_text(markdown(results, setting) + "\n")

@@ -18,7 +18,8 @@ CONFIG = ModelConfig(num_classes=CLASSES)
 def twins() -> tuple[Mask2Former, Mask2FormerForUniversalSegmentation]:
     """Return our model and theirs with the same random weights.
 
-    Both are an R50 with nine decoder layers and the paper's frozen BatchNorm; theirs is in evaluation mode for that.
+    Both are an R50 with nine decoder layers and the paper's frozen BatchNorm. Theirs is in evaluation mode, which
+    freezes BatchNorm.
     """
     torch.manual_seed(0)
     stages = ["stage1", "stage2", "stage3", "stage4"]
@@ -62,7 +63,7 @@ def their_criterion() -> Criterion:
 
 
 def compile_parts(model: Mask2FormerForUniversalSegmentation) -> None:
-    """Compile backbone and decoders at their first use; parts that cannot be compiled stay eager."""
+    """Compile the backbone and the decoders on first use; parts that cannot be compiled stay eager."""
     torch._dynamo.config.suppress_errors = True
     pixels = model.model.pixel_level_module
     for part in (pixels.encoder, pixels.decoder, model.model.transformer_module):

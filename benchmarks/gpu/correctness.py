@@ -33,7 +33,7 @@ USED = (
         "benchmarks.bench_zero",
     ),
 )
-"""Modules that the other steps import, and modules that users of this machine need."""
+"""Modules that other steps import, and modules that users of this machine need."""
 REPORTS = (("nvidia-smi",), ("nvcc", "--version"), ("free", "-g"), ("df", "-h", "/tmp", "/dev/shm"))
 
 
@@ -93,7 +93,7 @@ def parity(stage: Stage) -> dict[str, object]:
 
 
 def graphs(stage: Stage) -> dict[str, object]:
-    """Compare inference that replays CUDA graphs with the eager forward pass, for alternating sizes."""
+    """Compare inference by CUDA graph replay with the eager forward pass, for alternating image sizes."""
     stage.need_gpu()
     from m2f.model.inference.cuda_graphs import ReplayedForward
 
@@ -160,7 +160,7 @@ def determinism(stage: Stage) -> dict[str, object]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # must be set before the first product on a GPU
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # must be set before the first matrix product on a GPU
     torch.use_deterministic_algorithms(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Checks of ZeRO stages and precisions on one rank: same losses as plain AdamW, and correct resuming."""
+"""Checks of ZeRO stages and precisions on one rank: losses must equal those of plain AdamW, also after resuming."""
 
 from __future__ import annotations
 

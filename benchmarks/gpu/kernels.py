@@ -1,4 +1,4 @@
-"""Deformable attention and masked attention on this GPU, compared with float64."""
+"""Checks of deformable and masked attention on this GPU against float64 results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Case:
     shapes: Sequence[tuple[int, int]]
     images: int
     queries: int | None
-    """Number of queries; None: every pixel of every level is a query."""
+    """Number of queries. None makes every pixel of every level a query."""
     heads: int
     dim: int
     points: int
@@ -95,7 +95,7 @@ def _kernel_error(case: Case, dtype: torch.dtype, device: torch.device) -> float
     queries, levels = case.queries or pixels, len(case.shapes)
     samples = (case.images, queries, case.heads, levels, case.points)
     value = random(case.images, pixels, case.heads, case.dim).to(dtype).requires_grad_()
-    # Odd multiples of 1/32 pixel: gradients jump at pixel borders, and rounding would decide which one is taken.
+    # Odd multiples of 1/32 pixel avoid the pixel borders, where the gradient jumps and rounding would pick a side.
     offsets = (((32 * random(*samples, 2)).round() + 0.5) / 16).requires_grad_()
     logits = random(*samples).to(dtype).requires_grad_()
     reference = torch.rand(case.images, queries, 2, device=device, generator=generator)
@@ -119,7 +119,7 @@ def _in_plain_steps(case: Case, value: Tensor, reference: Tensor, offsets: Tenso
 
 
 def sdpa(stage: Stage) -> dict[str, object]:
-    """Measure masked attention of 100 queries to the tokens of a level: time and error against float64 per backend."""
+    """Measure masked attention of 100 queries to the tokens of a level: ms and error against float64 per backend."""
     stage.need_gpu()
     rows: dict[str, object] = {}
     # 1600 tokens leave a remainder of 64 modulo 128, for which one backend has returned wrong results.
@@ -165,7 +165,7 @@ def only_config(autotuner: Autotuner, config: LaunchConfig) -> Iterator[None]:
     """Restrict a kernel to one launch configuration."""
     table, fixed = autotuner.table, torch.backends.cudnn.deterministic
     autotuner.table = (config,)
-    torch.backends.cudnn.deterministic = True  # then the first entry of the table is used without timing
+    torch.backends.cudnn.deterministic = True  # uses the first entry of the table, without timing
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Speed of possible rewrites of the model: each one alone against the current step, in one process."""
+"""Measure possible rewrites of the model: each one alone, against the current step in the same process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ REPEATS = 10
 
 
 def rewrites(stage: Stage) -> dict[str, object]:
-    """Return the milliseconds of a step with 2 and 8 images, unchanged and with each change; 2 images also compiled."""
+    """Return the milliseconds of a step with 2 and 8 images, unchanged and with each change.
+
+    The step with 2 images is also measured compiled.
+    """
     stage.need_gpu()
     from m2f.trainer.engine.compile import compile_regions
 

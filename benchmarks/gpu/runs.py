@@ -1,4 +1,4 @@
-"""A training run that is stopped and resumed, and the kernels under NVIDIA's memory checker."""
+"""Steps that stop and resume a training run, and run the kernels under NVIDIA's memory checker."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from benchmarks.gpu.stage import Skipped, Stage
 TRAIN_S, END_S = 75.0, 60.0
 """Seconds until a part of the run is stopped, and seconds that it then has to save its checkpoint."""
 WARM_UP = 5
-"""First steps of a part, which the mean time of a step leaves out."""
+"""Number of first steps of a part that do not count in the mean time of a step."""
 
 
 def train(stage: Stage) -> dict[str, object]:
-    """Train one run from recorded batches in two parts; each gets SIGTERM after TRAIN_S if it still runs.
+    """Train one run from recorded batches in two parts. Each part gets SIGTERM after TRAIN_S seconds if it still runs.
 
-    Traces of the parts, and the final weights in half precision, are copied to the results.
+    The traces of both parts, and the final weights in half precision, are copied to the results.
     """
     if stage.recording is None:
         raise Skipped("needs --recording FILE, made by `python -m benchmarks.record_batches RECIPE FILE`")
@@ -93,7 +93,7 @@ def sanitizer(stage: Stage) -> list[str]:
 
 
 def try_kernels() -> None:
-    """Run the kernels, in the process that is checked."""
+    """Run the kernels. Called in the process that compute-sanitizer checks."""
     from m2f.model.deform_attn.module import _checked_kernel
 
     print("accepted", _checked_kernel(torch.bfloat16, 3, 8, 4, 32), _checked_kernel(torch.float32, 3, 4, 4, 24))

@@ -1,1 +1,1 @@
-"""Comparisons of training methods: variants of a recipe (arms), trained with several seeds, and their differences."""
+"""Comparison of training methods: train variants of a recipe (arms) with several seeds and judge their differences."""

@@ -1,7 +1,7 @@
 """`python -m benchmarks.quality.agreement FOLDER`: compare the losses of our training with those of `transformers`.
 
 Both start with the same weights and use the same batches of our loader, the same points and the same normalisers. Each
-is trained with its own losses. Two effects would make correct trainings diverge:
+is trained with its own losses. Two effects would make correct training runs diverge:
 
 - Rounding errors grow a thousandfold within 20 steps. Both therefore compute in 64 bits; the table also shows 32 bits.
 - In a new model the sampling points of deformable attention lie exactly on pixel centres. The derivative of bilinear
@@ -55,14 +55,14 @@ _MOST_MOVED = 0.25
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Total loss of one step in both trainings."""
+    """Total loss of one step in both training runs."""
 
     ours: float
     theirs: float
 
     @property
     def error(self) -> float:
-        """Absolute difference of the losses, relative to theirs."""
+        """Absolute difference of the losses, divided by theirs."""
         return abs(self.ours - self.theirs) / abs(self.theirs)
 
 
@@ -92,7 +92,7 @@ def _our_loss(model: Mask2Former, pixels: Tensor, targets: Targets, points: Poin
 
 @contextmanager
 def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Use `dtype` as the default, and as the result of `Tensor.float()`, which our losses call."""
+    """In the block, use `dtype` as the default type and as the result of `Tensor.float()`, which our losses call."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

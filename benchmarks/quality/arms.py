@@ -12,17 +12,17 @@ from m2f.cluster.recipe.load import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METRICS = ("PQ", "PQ_small", "PQ_medium", "PQ_large", "AP", "APs", "APm", "APl", "mIoU")
-"""Metrics of the validation set in per cent; size bounds are 32 x 32 and 96 x 96 pixels of the ground truth."""
+"""Metrics on the validation set, in per cent. Ground-truth areas of 32 x 32 and 96 x 96 pixels separate the sizes."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A recipe with its training and validation images, and overrides."""
+    """A recipe, which has training and validation images, and overrides."""
 
     name: str
     recipe: Path
     seeds: int
-    """Number of seeds per arm; with fewer than five, arms are reported but not judged."""
+    """Number of seeds per arm. With fewer than five, arms are reported without a verdict."""
     overrides: tuple[str, ...] = ()
 
 
@@ -33,17 +33,17 @@ class Arm:
     name: str
     overrides: tuple[str, ...] = ()
     trainer: Literal["m2f", "transformers"] = "m2f"
-    """Source of network, losses and training loop. Our loader and our evaluation are used for both."""
+    """Whose network, losses and training loop are used. Both use our loader and our evaluation."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms; differences are between their runs with the same seed."""
+    """Two arms. Their difference is computed between runs with the same seed."""
 
     arm: str
     reference: str
     margin: float = 1.0
-    """Points of a metric by which the arm may be worse and still counts as no loss."""
+    """Number of metric points by which the arm may be worse and still count as `no loss`."""
 
 
 _SHAPES = Path(__file__).with_name("shapes.yaml")
@@ -84,7 +84,7 @@ PILOT_ARMS = (
     Arm("base_1250", (_FEW, "training.max_steps=1250")),
     Arm("pilots_1500", (_FEW, "training.max_steps=1500", "model.pilots.max_targets=100")),
 )
-"""Arms for `shapes` with another number of steps; `base_1250` has half the steps of `base_2500`."""
+"""Arms for `shapes` with a different number of steps, such as `base_1250` with half the steps of `base_2500`."""
 ALL_ARMS = ARMS + PILOT_ARMS
 
 COMPARISONS = (
@@ -102,7 +102,7 @@ COMPARISONS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training: an arm, an image set and a seed."""
+    """One training run: an arm, an image set and a seed."""
 
     image_set: ImageSet
     arm: Arm
@@ -114,7 +114,7 @@ class Run:
         return f"{self.image_set.name}-{self.arm.name}-{self.seed}"
 
     def config(self, folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-        """Return the recipe, which writes only below `folder`. `overrides` are those of all runs of a comparison."""
+        """Return the run's recipe, which writes only below `folder`. `overrides` apply to all runs of a comparison."""
         places = [
             f"datasets.{part}.shards={folder / 'shards' / self.image_set.name / part}" for part in ("train", "val")
         ]

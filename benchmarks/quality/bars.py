@@ -1,4 +1,4 @@
-"""Criteria (bars) that a setting must meet before recipes use it, the runs they need, and verdicts."""
+"""Criteria (bars) that a setting must meet before recipes use it, with the runs that they need and their verdicts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from benchmarks.quality.differences import Difference, Results, cpu_ratio, paire
 from benchmarks.quality.point_costs import Costs
 
 SMALL_GAIN = 0.2
-"""Least relative gain in AP of small objects that box points must have."""
+"""Minimum relative gain in AP of small objects that box points must reach."""
 MANY_MARGIN = 1.5
-"""Points of PQ by which 1024 box points may be below 8192 uniform points."""
+"""Number of PQ points by which 1024 box points may fall below 8192 uniform points."""
 MOST_COST = 0.35
-"""Largest CPU time of matching and losses with 1024 box points, as a share of 8192 uniform points."""
+"""Maximum CPU time of matching and losses with 1024 box points, as a share of that with 8192 uniform points."""
 PILOT_COST = 0.7
-"""Largest share of the base's CPU seconds for 2,500 steps in which pilots must reach the same PQ."""
+"""Maximum CPU time in which pilots must reach the same PQ, as a share of the base's CPU time for 2,500 steps."""
 _BOX_ARMS = ("box_matching", "box_points")
 _UNIFORM = "uniform_8192"
 
@@ -29,9 +29,9 @@ class Bar:
     comparison: Comparison
     metric: str
     least_gain: float | None = None
-    """Least gain as a share of the reference; None: no loss is sufficient."""
+    """Minimum gain as a share of the reference; None if `no loss` suffices."""
     most_cost: float | None = None
-    """Largest CPU time of training, as a share of the reference's; None: not limited."""
+    """Maximum CPU time of training, as a share of the reference's; None for no limit."""
 
     def __str__(self) -> str:
         wanted = "no loss" if self.least_gain is None else f"a gain of at least {100 * self.least_gain:g} %"

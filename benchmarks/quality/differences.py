@@ -1,4 +1,4 @@
-"""Differences between arms over seeds, and their verdicts."""
+"""Compute differences between arms over seeds, and verdicts on them."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def read_results(folders: Sequence[Path], image_set: ImageSet) -> Results:
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference of one metric between two arms, over the seeds that both have."""
+    """Difference in one metric between two arms, over the seeds that both have."""
 
     seeds: int
     interval: SeedInterval
     """95 % Student's t interval of the mean of the paired differences."""
     reference: float
-    """Mean of the reference over these seeds."""
+    """Mean value of the reference arm over these seeds."""
 
     @property
     def relative(self) -> float | None:
-        """Mean difference as a share of the reference; None if the reference is 0."""
+        """Mean difference as a share of `reference`; None if that is 0."""
         return self.interval.value / self.reference if self.reference else None
 
     def verdict(self, margin: float) -> str:
@@ -54,7 +54,7 @@ class Difference:
 
 
 def paired_difference(comparison: Comparison, metric: str, results: Results) -> Difference | None:
-    """Return the difference of a metric; None if both arms share fewer than two seeds."""
+    """Return the difference in a metric; None if the arms share fewer than two seeds."""
     sides = [
         {seed: r.metrics[metric] for (name, seed), r in results.items() if name == arm and metric in r.metrics}
         for arm in (comparison.arm, comparison.reference)

@@ -1,4 +1,4 @@
-"""Results and CPU time of the runs of a comparison, and how to keep them without the run folders."""
+"""Read the results and CPU time of the runs of a comparison, and keep them without the run folders."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class RunResult:
     step: int
     images: int
     metrics: Mapping[str, float]
-    """Metrics in per cent; undefined ones are missing."""
+    """Metrics in per cent; undefined metrics are missing."""
     cpu: CpuSeconds | None
-    """None if a process was killed, because its CPU time is then unknown."""
+    """CPU time; None if a process was killed, because its CPU time is then unknown."""
 
 
 @dataclass(frozen=True)
 class CpuSeconds:
-    """CPU time of all processes of a run, including their starts."""
+    """CPU time in seconds of all processes of a run, including their start-up."""
 
     training: float
     evaluation: float
@@ -44,7 +44,7 @@ def read_run(folders: Sequence[Path], run: Run) -> RunResult | None:
 
 
 def keep_run(folder: Path, kept: Path, run: Run) -> None:
-    """Copy the files that `read_run` needs, a few kilobytes, to `kept`; do nothing without an evaluation."""
+    """Copy the files that `read_run` needs, a few kilobytes, to `kept`. Do nothing if there is no evaluation."""
     evaluation = _newest_evaluation(folder, run)
     if evaluation is None:
         return
@@ -64,7 +64,7 @@ def _cpu_record(folder: Path, run: Run) -> Path:
 
 
 def read_cpu(record: Path) -> CpuSeconds | None:
-    """Sum the CPU time over the processes of a run; return None if one has no end or there is no record."""
+    """Sum the CPU time of the processes of a run. Return None if there is no record, or a process has not ended."""
     lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     ends = [line for line in lines if line["event"] == "end"]
     if not ends or 2 * len(ends) != len(lines):

@@ -97,7 +97,7 @@ def _spread_row(arm: Arm, results: Results, metrics: Sequence[str]) -> list[str]
 
 
 def _mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """Format as `mean (standard deviation)`; the mean alone for one value, `-` for none."""
+    """Format values as `mean (standard deviation)`, one value as itself, and no value as `-`."""
     if not values:
         return "-"
     mean = f"{statistics.fmean(values):.{digits}f}"

@@ -1,4 +1,4 @@
-"""Optimizer step in plain PyTorch, with the optimizer, schedule and moving average of a recipe."""
+"""An optimizer step in plain PyTorch, with the optimizer, schedule and moving average of a recipe."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def measure(sizes: Sizes, losses: Sequence[LossConfig], repeats: int) -> list[fl
             total = compute_losses(predictions, targets, CounterPoints(0), normalizers, config, CLASSES).total
             torch.autograd.grad(total, predictions[:3])
             taken.append(time.process_time() - began)
-    return [statistics.median(taken[1:]) for taken in seconds]  # without the warm-up run
+    return [statistics.median(taken[1:]) for taken in seconds]  # leaves out the warm-up run
 
 
 def _inputs(sizes: Sizes) -> tuple[Predictions, Targets]:
@@ -97,7 +97,7 @@ def measure_all(all_sizes: Sequence[Sizes], repeats: int) -> list[Costs]:
 
 
 def read_costs(folder: Path) -> list[Costs]:
-    """Read the figures that `--save` wrote; return an empty list if there are none."""
+    """Read the measurements that `--save` wrote; return an empty list if there are none."""
     path = folder / COSTS_FILE
     return [Costs(**content) for content in json.loads(path.read_text())] if path.exists() else []
 

@@ -28,7 +28,7 @@ _ONE_CORE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVI
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Train the requested runs; return exit status 0 if all are finished."""
+    """Train the requested runs; return exit status 0 if all are finished, else 1."""
     arguments = parse(words)
     folder = arguments.folder.absolute()
     sets = [one for one in IMAGE_SETS if one.name in arguments.sets]
@@ -78,7 +78,7 @@ class Pool:
     def work(self, runs: Sequence[Run], seconds: float) -> int:
         """Train the unfinished runs in order; return 0 if all are finished, else 1.
 
-        SIGINT, SIGTERM and the end of `seconds` stop all processes after a checkpoint.
+        On SIGINT, on SIGTERM or after `seconds`, all processes stop after a checkpoint.
         """
         waiting = [run for run in runs if not self._is_finished(run)]
         print_out(f"{len(waiting)} of {len(runs)} runs to train")

@@ -26,7 +26,7 @@ _EXPANSION = 4  # channel expansion of a bottleneck
 
 
 class _Encoder(nn.Module):
-    """Our backbone in place of theirs. The attribute name `backbone` selects its learning rate, as in our model."""
+    """Adapter that puts our backbone in place of theirs. The attribute name `backbone` selects its learning rate."""
 
     def __init__(self, backbone: nn.Module, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def their_twin(ours: Mask2Former, config: ModelConfig) -> Mask2FormerForUniversa
     """
     channels: tuple[int, ...] = ours.backbone.channels  # type: ignore[assignment]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You'd better set embed_dim")  # speed of a kernel that CPUs lack
+        warnings.filterwarnings("ignore", "You'd better set embed_dim")  # uses a kernel that CPUs lack
         theirs = Mask2FormerForUniversalSegmentation(_their_config(config, channels))
     theirs.model.pixel_level_module.encoder = _Encoder(deepcopy(ours.backbone), channels)
     state = to_their_names(ours.state_dict())

@@ -1,4 +1,4 @@
-"""A run of the peer `transformers`: training in a separate process, then our evaluation of its weights."""
+"""Run the peer `transformers`: train it in a separate process, then evaluate its weights with our evaluation."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.job import TrainJob
 
 WEIGHTS = "weights.safetensors"
-"""File that a completed training leaves in the run folder."""
+"""File that exists in the run folder once training has finished."""
 
 
 def train_theirs(config: RunConfig) -> bool:
-    """Train or resume, then evaluate; return False if a signal stopped the training after a checkpoint.
+    """Train or resume, then evaluate; return False if a signal stopped training after a checkpoint.
 
     Raises:
-        LaunchError: the training failed.
+        LaunchError: training failed.
         EvaluationError, DataError, StorageError: see `evaluate_sets`.
     """
     config = settled_run(config, this_machine(), beside=False)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
-    """Train until the end or a signal, and evaluate the last checkpoint; return 0 if the run is finished.
+    """Train until the end or a signal, and evaluate the last checkpoint. Return 0 if the run is finished, else 1.
 
     The CPU record of the run gets a line before and after, so that killed processes are detected. `training_s` is the
     CPU time of the rank's process, including its start; `evaluation_s` is that of this process.
@@ -37,7 +37,7 @@ def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
 
 
 def _train(run: Run, config: RunConfig) -> bool:
-    """Train and evaluate; return whether both are complete."""
+    """Train and evaluate the run; return whether both are complete."""
     if run.arm.trainer == "transformers":
         from benchmarks.quality.their_run import train_theirs
 
@@ -65,7 +65,7 @@ def _add(record: Path, line: dict[str, object]) -> None:
 
 
 def named(image_set: str, arm: str, seed: str) -> Run:
-    """Return the run with these names from the command line."""
+    """Return the run that these names from the command line select."""
     from benchmarks.quality.arms import ALL_ARMS, IMAGE_SETS, Run
 
     sets, arms = ({one.name: one for one in table} for table in (IMAGE_SETS, ALL_ARMS))
