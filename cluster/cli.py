@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             status = _run_verb(list(sys.argv[1:] if argv is None else argv))
-        except SystemExit:  # raised by argparse after it has printed help or an error
+        except SystemExit:  # argparse raises this after it has printed help or an error
             sys.stdout.flush()
             raise
         sys.stdout.flush()  # if the pipe is closed, a flush at interpreter shutdown would print a traceback
@@ -113,7 +113,7 @@ def _run_verb(words: list[str]) -> int:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean `m2f {close[0]}`?" if close else f"verbs: {', '.join(VERBS)}"
         return _fail(f"m2f: no such verb `{verb}`; {hint}")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_NOISE)  # Ray reads it at import
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_NOISE)  # Ray reads this at import
     if logging.lastResort is not None:  # the handler that prints warnings of all modules
         logging.lastResort.setFormatter(_PrintableFormatter())
     module, args = parse_verb(words)

@@ -27,7 +27,7 @@ RECIPE = m2f.HOME / "configs" / "demo.yaml"
 def run_demo(output: str, overrides: Sequence[str] = ()) -> RunSummary:
     """Run `configs/demo.yaml` under `output`, print the results and return the summary of the run.
 
-    An interrupted demo continues. `overrides` are further `section.key=value` settings. Raises UserError if an input
+    An interrupted demo resumes. `overrides` are further `section.key=value` settings. Raises UserError if an input
     cannot be used or an output cannot be written.
     """
     started = time.monotonic()
@@ -50,10 +50,7 @@ def demo_config(output: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def describe(summary: RunSummary) -> str:
-    """Return the text that a demo prints: scores of its checkpoints, paths of report and pictures, command for curves.
-
-    It also lists evaluations that failed.
-    """
+    """Return the text that a demo prints: scores, failed evaluations, paths of report and pictures, and a command."""
     lines = [f"run {summary.status}: {summary.run_folder}", "", metrics_table(summary.evaluations)]
     published = [entry for entry in summary.evaluations if entry.status == "published"]
     if published:

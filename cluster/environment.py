@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 OWN_CLUSTER = "M2F_OWN_CLUSTER"
-"""Environment variable: address of the temporary Ray cluster that m2f started here. RAY_ADDRESS has the same value."""
+"""Environment variable with the address of m2f's temporary Ray cluster here. RAY_ADDRESS has the same value."""
 
 
 @contextmanager
@@ -42,5 +42,5 @@ def usable_cores() -> int:
 
 def uses_ray(address: str | None) -> bool:
     """Return whether `address` or RAY_ADDRESS names a Ray cluster, or this process is connected to one."""
-    ray = sys.modules.get("ray")  # not imported here: that takes a second
+    ray = sys.modules.get("ray")  # Ray is not imported for this, because that takes a second
     return address is not None or "RAY_ADDRESS" in os.environ or (ray is not None and ray.is_initialized())

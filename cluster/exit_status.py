@@ -49,7 +49,7 @@ def end_process(status: int) -> NoReturn:
 
     Functions registered with `atexit` still run. Call this only when all work is done.
     """
-    atexit._run_exitfuncs()  # private, but present since Python 2
+    atexit._run_exitfuncs()  # a private function that has existed since Python 2
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""The paper's analyses of a trained model: quality by decoder layer, and attention on and off objects."""
+"""Analyses of the paper, for a trained model: quality by decoder layer, and attention on and off objects."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class AnalysisSubject:
 
     @property
     def title(self) -> str:
-        """One line with data set, number of images and checkpoint, and a second one if only some classes count."""
+        """Title that names data set, number of images and checkpoint, with a second line if only some classes count."""
         what = "weights" if self.step is None else f"checkpoint of step {self.step}"
         title = f"{self.dataset}: {len(self.indices)} of {counted(self.manifest.num_samples, 'image')}, {what}"
         return title if self.classes.note is None else f"{title}\nSOME CLASSES: {self.classes.note}"

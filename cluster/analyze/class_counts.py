@@ -1,4 +1,4 @@
-"""Number of classes of a recipe's model, from the shards, else the source, else the known public data set."""
+"""Find the number of classes of a recipe's model: from the shards, else the source, else the known public data set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from m2f.model.errors import ConfigError
 
 @dataclass(frozen=True)
 class _Published:
-    """A public data set with a fixed number of classes."""
+    """Class counts of a public data set, whose classes never change."""
 
     name: str
     classes: int
@@ -63,7 +63,7 @@ class CountedModel:
 
     model: ModelConfig
     assumed: str | None = None
-    """Message that says where the number comes from if neither shards nor source exist; None otherwise."""
+    """Message about the origin of the number if neither shards nor source exist; otherwise None."""
 
 
 def with_class_count(config: RunConfig) -> CountedModel:

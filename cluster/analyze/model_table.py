@@ -1,4 +1,4 @@
-"""Table of the size and speed of models: those of the paper and those of recipes."""
+"""Table of the size and speed of models, both those of the paper and those of recipes."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def paper_sizes(models: Sequence[PaperModel], size: Size, *, timed: bool) -> Ite
 def recipe_size(config: RunConfig, size: Size, *, timed: bool) -> ModelSize:
     """Measure a recipe's model. Its number of classes is `model.num_classes`, else that of the training data.
 
-    If the data set is not on this machine, the number may be that of the published data set; a message then says so.
-    Raises ConfigError if the number of classes cannot be determined.
+    If the data set is not on this machine, the number may be that of the published data set; a message then reports
+    this. Raises ConfigError if the number of classes cannot be determined.
     """
     counted = with_class_count(config)
     if counted.assumed is not None:
@@ -74,7 +74,7 @@ def recipe_size(config: RunConfig, size: Size, *, timed: bool) -> ModelSize:
 def cpu_seconds_per_image(config: ModelConfig, size: Size) -> float:
     """Return the median CPU time of a forward pass with one image and random weights, summed over all threads.
 
-    Unlike wall time, CPU time hardly depends on other processes of the machine, which share only the caches.
+    Unlike wall time, CPU time hardly depends on other processes of the machine, because these share only the caches.
     """
     model = build_model(config, pretrained_backbone=False).eval()
     images = torch.zeros(1, 3, *size)

@@ -28,7 +28,7 @@ from m2f.eval.metrics.rle import decode_mask
 from m2f.model.extras import naming_extras
 
 Truth: TypeAlias = PanopticImage | Instances | np.ndarray
-"""Annotation of one image. An array is a label map [H, W] of integers."""
+"""Annotation of one image. An array is a label map [H, W] of integer labels."""
 
 _MAX_ID = 2**24
 """Segment ids must be below this, as in COCO's maps."""
@@ -70,7 +70,7 @@ class Dataset:
     def write(self, folder: str | os.PathLike[str]) -> int:
         """Write shards and their manifest into a folder or `s3://` URL, and return the number of images.
 
-        If the folder already holds this data set, its shards are kept. Needs the extra `train`.
+        If the folder already contains this data set, the existing shards are kept. Needs the extra `train`.
 
         Raises:
             DataError: an annotation does not fit its image or the classes (the message names the position of the
@@ -200,7 +200,7 @@ class Dataset:
 
 
 def _digest(files: Sequence[bytes], annotations: Sequence[Annotation]) -> int:
-    """Return a checksum of images and annotations. It serves as the version of the source."""
+    """Return a checksum of images and annotations. It is used as the version of the source."""
     value = 0
     for file, annotation in zip(files, annotations, strict=True):
         value = zlib.crc32(file, value)

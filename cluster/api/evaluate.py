@@ -25,8 +25,8 @@ def evaluate(
 ) -> dict[str, EvaluationResults]:
     """Evaluate a checkpoint on every evaluation set of its recipe. Nothing is written.
 
-    Up to 500 images are evaluated in this process. More images, several evaluation actors or a named cluster use Ray
-    if it is installed. The results are equal in both cases.
+    Up to 500 images are evaluated in this process. For more images, several evaluation actors or a named cluster, Ray
+    is used if it is installed. Both ways give equal results.
 
     Args:
         source: a run folder or checkpoint folder (local or `s3://`), a model of an MLflow registry
@@ -53,7 +53,7 @@ def evaluate(
 
 @contextmanager
 def own_threads() -> Iterator[None]:
-    """Restore torch's number of threads after the block, since evaluation in this process sets the recipe's number."""
+    """Restore torch's number of threads after the block, because an evaluation in this process changes it."""
     before = torch.get_num_threads()
     try:
         yield

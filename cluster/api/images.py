@@ -81,7 +81,7 @@ def loaded_images(given: Sequence[GivenImage], storage: Storage) -> Iterator[Loa
 def to_pixels(image: Image.Image | np.ndarray | torch.Tensor, channels: Channels, where: str) -> np.ndarray:
     """Return the pixels as [H, W, 3] uint8 RGB.
 
-    Raises DataError for an unsupported type, shape or value range. The message starts with `where` and names what was
+    Raises DataError for an unsupported type, shape or value range. The message starts with `where` and states what was
     found and what is required.
     """
     if isinstance(image, Image.Image):
@@ -142,7 +142,7 @@ def _from_tensor(image: torch.Tensor, where: str) -> np.ndarray:
 
 
 def _looks_like_file(name: str) -> bool:
-    """Return whether a name means one file.
+    """Return whether a name denotes a single file.
 
     A local path does so if it exists or is not a pattern. A URL does so if it has the suffix of an image and is not a
     pattern.

@@ -110,7 +110,7 @@ class Result:
         """Draw the objects on the image, tinted, outlined and named; return a PIL image of the same size.
 
         Only detections with a score of at least `min_score` are drawn, the highest score on top. `min_score` does not
-        apply to other tasks. Raises DataError if the file of the image no longer exists.
+        apply to other tasks. Raises DataError if the image file no longer exists.
         """
         found = self._found
         if isinstance(found, InstanceDetections):
@@ -164,7 +164,7 @@ class Result:
         )
 
     def _repr_png_(self) -> bytes:
-        """Return the overlay as PNG bytes. Notebooks show it."""
+        """Return the overlay as PNG bytes, which notebooks display."""
         file = io.BytesIO()
         self.overlay().save(file, "PNG")
         return file.getvalue()
@@ -197,7 +197,7 @@ def make_result(
     size: tuple[int, int],
     read: Callable[[], np.ndarray],
 ) -> Result:
-    """Make a `Result` from a prediction and move its maps to the CPU. `read` returns the pixels of the image."""
+    """Create a `Result` from a prediction and move its maps to the CPU. `read` returns the pixels of the image."""
     task: Task
     if isinstance(found, PanopticResult):
         task = "panoptic"

@@ -27,12 +27,12 @@ Launcher = Literal["ray", "local"]
 
 @dataclass(frozen=True)
 class Run:
-    """Outcome of a training: its scores, curves and checkpoints."""
+    """Outcome of a training run: scores, curves and checkpoints."""
 
     folder: str
     """Path or URL of the run folder."""
     status: Literal["finished", "stopped", "drained"]
-    """How the training ended.
+    """How the run ended.
 
     "finished": the run is complete. "stopped": a signal stopped it. "drained": its machine is about to be preempted.
     Another call to `m2f.train` continues a stopped or drained run.
@@ -56,7 +56,7 @@ class Run:
 
 
 class TrainingFailedError(RuntimeError):
-    """The training gave up. The message gives the reason; earlier checkpoints remain in the run folder."""
+    """The run failed and was given up. The message states why; earlier checkpoints remain in the run folder."""
 
 
 def train(

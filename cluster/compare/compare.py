@@ -36,18 +36,18 @@ CLASS_METRICS = ("PQ", "AP", "IoU")
 """Columns of per_class in results.json that are compared for each class."""
 HEADLINES = ("PQ", "AP", "mIoU")
 IDENTITY = ("name", "output")
-"""Settings that always differ between runs and are therefore not reported."""
+"""Settings that always differ between runs. Their differences are not reported."""
 OF_THE_MODEL = ("weights",)
-"""Evaluation settings that always differ between checkpoints and are therefore not reported."""
+"""Evaluation settings that always differ between checkpoints. Their differences are not reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """One number of one run."""
+    """One value of one run, with its difference to the baseline."""
 
     value: float | None
     delta: float | None = None
-    """Difference to the baseline; None for the baseline itself and if one of the two has no value."""
+    """Difference to the baseline; None for the baseline itself, or if one of the two values is missing."""
     best: bool = False
     """Whether this is the best value of the runs or ties with it. False for all runs if the known values are equal."""
 
@@ -105,7 +105,7 @@ class Comparison:
     intervals: tuple[Interval, ...]
     """95 % intervals of differences to the baseline."""
     notes: tuple[str, ...]
-    """Messages about missing results and about everything that makes numbers hard to compare."""
+    """Messages about missing results and about anything that makes numbers hard to compare."""
 
 
 def compare_runs(
@@ -216,7 +216,7 @@ def _run_values(
 
 
 def _first_set(runs: Sequence[RunRecord], by_run: Sequence[Mapping[str, float]]) -> str | None:
-    """Return the set that the baseline's recipe evaluates first. The paper's numbers belong to this set."""
+    """Return the set that the baseline's recipe evaluates first. The paper's numbers refer to this set."""
     recipe = runs[0].recipe
     named = recipe.get("evaluation.sets.0.name") or recipe.get("evaluation.sets.0.dataset")
     sets = [set_and_metric(name)[0] for name in by_run[0] if not is_of_training(name)]
@@ -232,7 +232,7 @@ def _listed(values: Mapping[str, float]) -> str:
 
 
 def _speed(runs: Sequence[RunRecord]) -> tuple[RunValues, ...]:
-    """Return throughput, data wait, time and memory, each if at least one run logged it."""
+    """Return throughput, data wait, time and memory; measures that no run logged are omitted."""
 
     def measure(name: str, key: str, reduce: Callable[[list[float]], float], *, higher: bool = False) -> RunValues:
         found = [[value for _, value in run.curves.get(key, ())] for run in runs]
@@ -253,9 +253,8 @@ def _speed(runs: Sequence[RunRecord]) -> tuple[RunValues, ...]:
 
 
 def _hours(step_times: Curve) -> float | None:
-    """Return the hours spent in steps, or None without step times.
-
-    Each logged step time stands for all steps since the previous logged one.
+    """Return the hours spent in steps, or None if no step times were logged. Each logged step time counts for all steps
+    since the previous logged one.
     """
     if not step_times:
         return None

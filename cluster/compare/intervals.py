@@ -28,7 +28,7 @@ NOT_OF_A_SIDE = ("name", "output", "seed")
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A difference to the baseline, or the mean over the baseline's seeds, with its bounds."""
+    """Interval of a difference to the baseline, or of the mean over the baseline's seeds."""
 
     metric: str
     """Set and metric, such as `val/PQ`."""
@@ -41,15 +41,15 @@ class Interval:
     low: float
     high: float
     images: int | None = None
-    """Number of images from which sets are drawn; None over seeds."""
+    """Number of images from which sets are drawn; None for an interval over seeds."""
     runs: tuple[int, ...] = ()
-    """Number of runs of each side, the baseline's first; empty over images."""
+    """Number of runs of each side, the baseline's first; empty for an interval over images."""
 
 
 def image_intervals(runs: Sequence[RunRecord], metrics: Sequence[str], draws: int = DRAWS) -> list[Interval]:
     """Return the intervals of every run against the first run, for the `metrics` that image records contain.
 
-    Runs that were evaluated on other images than the first run are left out.
+    Runs that were evaluated on different images than the first run are omitted.
     """
     intervals: list[Interval] = []
     for dataset in dict.fromkeys(set_and_metric(name)[0] for name in metrics):
@@ -78,7 +78,7 @@ def _same_images(run: RunRecord, baseline: ImageRecords, dataset: str) -> bool:
 def _of_draws(metric: str, differences: np.ndarray, run: str, baseline: str, images: int) -> Interval | None:
     """Return the middle CONFIDENCE share of the differences as an interval, or None if it is undefined.
 
-    The first difference is that of the original set and gives the value; the others are those of the draws.
+    The first difference is that of the original set and becomes the value; the others are those of the draws.
     """
     drawn = differences[1:][np.isfinite(differences[1:])]
     if not np.isfinite(differences[0]) or not len(drawn):

@@ -12,7 +12,7 @@ from m2f.eval.report.page import Cell, Section, folded, grid, page, paragraph, t
 from m2f.model.counted import counted
 
 SHOWN_CLASSES = 20
-"""Number of largest gains, and of largest losses, in a chart. The table below the chart has all classes."""
+"""Number of largest gains, and of largest losses, in a chart. The table below the chart contains all classes."""
 
 
 def as_page(comparison: Comparison) -> str:
@@ -66,7 +66,7 @@ def _cell(cell: str | Number, kind: str) -> Cell:
 
 
 def _classes(comparison: Comparison, report: Report) -> str:
-    """Return charts of gains and losses, and folded tables of all classes that open on a click."""
+    """Return charts of gains and losses, and collapsed tables of all classes."""
     others = list(enumerate(comparison.runs))[1:]
     charts = [_change_chart(one, position, run.name) for one in comparison.classes for position, run in others]
     tables = [

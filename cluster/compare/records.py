@@ -32,7 +32,7 @@ from m2f.trainer.checkpoint.commits import read_metrics
 Curve = tuple[tuple[int, float], ...]
 """(step, value) points in ascending order of steps, one per step."""
 NOT_COMPARED = {"train/eta_s", "train/images"}
-"""Metrics that are not compared, because their history says nothing about the quality or speed of a run."""
+"""Metrics that are not compared, because they say nothing about the quality or speed of a run."""
 GROUPS_NOT_COMPARED = ("train/storage/", "train/ranks/", "system/")
 """Name prefixes of further metrics that are not compared."""
 MAX_RUNS = 50
@@ -58,7 +58,7 @@ class SetResult:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """Everything that a comparison uses of one run."""
+    """Data of one run that a comparison uses."""
 
     name: str
     source: str
@@ -197,7 +197,7 @@ class _Store:
         return tuple(sorted(by_step.items()))
 
     def _images(self, run: Run, place: str, notes: list[str]) -> ImageRecords | None:
-        """Return the image records beside results.json, or None if there are none, as in earlier versions."""
+        """Return the image records stored beside results.json; None if there are none, as in earlier versions."""
         path = f"{place}/{IMAGES_FILE}"
         try:
             if (moved := moved_artifacts(self.uri, run.info.artifact_uri)) is not None:
@@ -217,7 +217,7 @@ class _Store:
             with ScratchFolder("compare") as folder:
                 local = self._client.download_artifacts(run.info.run_id, path, str(folder))
                 return Path(local).read_bytes()
-        except Exception as error:  # artifact stores raise errors of any type; the rest of the run is still shown
+        except Exception as error:  # artifact stores raise any type; the rest of the run is still shown
             notes.append(f"{path} cannot be read ({_brief(error)})")
             return None
 
@@ -230,7 +230,7 @@ def _open_store(uri: str | None, wanted: str, experiment: str | None) -> _Store:
         )
     database = uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).exists():
-        raise CompareError(f"there is no MLflow database {database}")  # MLflow would create an empty one
+        raise CompareError(f"there is no MLflow database {database}")  # MLflow would create an empty database
     if database != uri and (problem := schema_problem(Path(database))) is not None:
         raise CompareError(problem)  # MLflow would migrate its tables
     return _Store(uri, experiment)
@@ -238,7 +238,7 @@ def _open_store(uri: str | None, wanted: str, experiment: str | None) -> _Store:
 
 @contextmanager
 def _answering(uri: str) -> Iterator[None]:
-    """Convert errors of the MLflow client in the block to one CompareError. Errors about invalid requests pass."""
+    """Convert errors of the MLflow client in the block to one CompareError. Errors about invalid requests stay."""
     try:
         yield
     except Exception as error:
@@ -258,9 +258,9 @@ def _is_folder(wanted: str) -> bool:
 
 
 def _read_folder(folder: str, step: int | None) -> RunRecord:
-    """Read a run folder: recipe and evaluations from its files, training curves from its MLflow run if that answers.
+    """Read a run folder: recipe and evaluations from its files, and training curves from its MLflow run.
 
-    Otherwise the training curves also come from the files of the folder.
+    If MLflow does not answer, the training curves are also read from the files of the folder.
     """
     storage = Storage()
     folder = folder.rstrip("/")
@@ -317,7 +317,7 @@ def _parse_images(payload: bytes, where: str, notes: list[str]) -> ImageRecords 
 
 
 def _tracked_record(storage: Storage, folder: str, known: Mapping[str, Any] | None) -> RunRecord:
-    """Return status, version and training curves from MLflow, or the training curves in the folder without MLflow."""
+    """Return status, version and training curves from MLflow. If that fails, return only the curves in the folder."""
     bare = RunRecord(name=folder, source=folder)
     if known is None:
         return replace(bare, curves=_stored_curves(storage, folder), notes=("no tracking.json, so not in MLflow",))

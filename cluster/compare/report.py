@@ -10,9 +10,9 @@ from m2f.cluster.compare.compare import ClassTable, Comparison
 from m2f.cluster.compare.tables import Number, Report, Table, build_report, largest_changes, number_text
 
 TEXT_WIDTH = 120
-"""Columns of a terminal. Runs that do not fit go to further blocks, each of which repeats the baseline."""
+"""Width of a table in characters. Runs that do not fit are shown in further blocks, each with the baseline."""
 SHOWN_CLASSES = 8
-"""Number of largest gains, and of largest losses, that text shows per run. HTML and JSON have all classes."""
+"""Number of largest gains, and of largest losses, that text shows per run. HTML and JSON contain all classes."""
 VALUE_WIDTH = 14
 
 
@@ -59,7 +59,7 @@ def as_json(comparison: Comparison) -> str:
 
 
 def aligned(*rows: Sequence[str | Number]) -> str:
-    """Format rows as aligned columns: the first to the left, the others to the right. The first row is the head."""
+    """Format rows as aligned columns: the first to the left, the others to the right. The first row is the header."""
     lines = [[*map(str, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -79,7 +79,7 @@ def _runs(comparison: Comparison, report: Report) -> str:
 def _blocks(table: Table, first: str, runs: int) -> list[str]:
     """Split a table into blocks of TEXT_WIDTH columns, each with the baseline, as many runs as fit, and the paper.
 
-    A table without rows gives no block.
+    A table without rows has no blocks.
     """
     if not table.rows:
         return []

@@ -10,7 +10,7 @@ from m2f.cluster.compare.compare import ClassTable, Comparison, RunValues, Value
 
 @dataclass(frozen=True)
 class Number:
-    """A formatted number of one run."""
+    """Formatted number of one run."""
 
     text: str
     delta: str = ""
@@ -97,7 +97,7 @@ def _number(value: Value, row: RunValues) -> Number:
 
 
 def number_text(value: float | None) -> str:
-    """Format a number with two decimals, or two significant digits if it is below 0.1; None gives `-`."""
+    """Format a number with two decimals, or two significant digits if it is below 0.1. None becomes `-`."""
     if value is None:
         return "-"
     return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
@@ -106,7 +106,7 @@ def number_text(value: float | None) -> str:
 def largest_changes(table: ClassTable, run: int, count: int) -> tuple[list[tuple[RunValues, float]], int]:
     """Return the `count` largest gains and `count` largest losses of the run at position `run`, best first.
 
-    Also return the number of changes in between that are left out.
+    Also return the number of omitted changes between them.
     """
     deltas = [(row, row.values[run].delta) for row in table.rows]
     changes = sorted(((row, delta) for row, delta in deltas if delta is not None), key=lambda change: -change[1])

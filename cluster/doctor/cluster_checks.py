@@ -31,7 +31,7 @@ class NodeReport:
 
 
 def check_cluster(config: RunConfig | None) -> list[Finding]:
-    """Check all nodes of the connected cluster and the cluster itself, and return the findings."""
+    """Check the connected cluster and all of its nodes, and return the findings."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     check = ray.remote(num_cpus=0, max_retries=0)(check_node)
     calls: dict[Any, Mapping[str, Any]] = {}
@@ -84,7 +84,7 @@ def _check_clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
             before = time.time()
             theirs = ray.get(here.remote(), timeout=NODE_TIMEOUT_S)
         except ray.exceptions.RayError:
-            continue  # the node already has a failed finding
+            continue  # the node already has a finding about the failure
         skew = theirs - (before + time.time()) / 2
         finding = skew_finding(skew, "the driver")
         if finding.state != "ok":
@@ -102,7 +102,7 @@ def _check_versions(versions: Mapping[tuple[str, str], list[str]]) -> Finding:
 
 
 def _capacity(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding]:
-    """Return findings on whether the run fits in the cluster at its present size."""
+    """Return findings on whether the run fits into the cluster at its current size."""
     if config is None:
         return []
     findings: list[Finding] = []

@@ -23,7 +23,7 @@ _STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "failed": "bold
 
 
 def run_checks(checks: Iterable[Check], where: str = HERE) -> list[Finding]:
-    """Run the checks one at a time and return their findings. A check that raises gives a failed finding."""
+    """Run the checks one at a time and return their findings. An exception in a check becomes a failed finding."""
     findings: list[Finding] = []
     for check in checks:
         try:
@@ -37,7 +37,7 @@ def run_checks(checks: Iterable[Check], where: str = HERE) -> list[Finding]:
 
 
 def machine_checks(config: RunConfig | None, gpus: int | None = None) -> list[Check]:
-    """Return the checks of every machine. `gpus` is the number that Ray counts on this node; None without a cluster."""
+    """Return the checks of every machine. `gpus` is the number that Ray counts on this node; None without Ray."""
     checks: list[Check] = [
         machine.check_versions,
         partial(machine.check_gpus, config, gpus),

@@ -118,7 +118,7 @@ def check_collectives() -> Finding:
 
 
 def all_reduce_once(folder: str, cuda: bool) -> None:
-    """Take part in an all-reduce as one process. The processes find each other through a file in `folder`.
+    """Take part in an all-reduce as one of its processes. The processes find each other through a file in `folder`.
 
     Raises RuntimeError if the sum is wrong.
     """
@@ -176,7 +176,7 @@ def check_compiler(config: RunConfig | None) -> Finding:
 
 
 def check_op_cache() -> Finding:
-    """Check that the folders are writable in which Triton and torch.compile cache compiled kernels."""
+    """Check that the folders in which Triton and torch.compile cache kernels are writable."""
     triton = Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
     folders = {
         "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR", triton)),

@@ -22,7 +22,8 @@ TIMEOUT_S = 5.0
 SKEW_WARNING_S, SKEW_ERROR_S = 5.0, 300.0
 """Clock differences in seconds for a warning and for a failure.
 
-S3 refuses requests if the clock is wrong by 15 minutes. Metrics of two machines get out of order much earlier.
+S3 refuses requests if the clock is wrong by 15 minutes. Metrics of two machines are out of order at much smaller
+differences.
 """
 _TOKEN_REMEDY = "start all nodes with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (docs/cloud.md)"
 NO_RECIPE = "give a recipe to check it"
@@ -66,7 +67,7 @@ def check_shards(config: RunConfig | None) -> Finding:
 
 
 def check_data(config: RunConfig | None) -> Finding:
-    """Check that the data suit the model and the task, with the warnings of `m2f shard`, `stats` and `train`."""
+    """Check that the data fit the model and the task, with the warnings of `m2f shard`, `stats` and `train`."""
     if config is None:
         return Finding("data", "skipped", NO_RECIPE)
     storage, queries = _storage_without_retries(config), config.model.transformer_decoder.num_queries
@@ -106,7 +107,7 @@ def check_tracking(config: RunConfig | None) -> Finding:
     try:
         started = time.monotonic()
         connect(uri).search_experiments(max_results=1)
-    except Exception as error:  # MLflow passes on the errors of its HTTP client
+    except Exception as error:  # MLflow does not convert the errors of its HTTP client
         detail = " ".join(str(error).split())[:200]
         remedy = "start the server, correct tracking.uri or MLFLOW_TRACKING_URI, or set MLFLOW_TRACKING_USERNAME"
         return Finding("MLflow", "failed", f"{uri} does not answer: {detail}", remedy)
@@ -144,7 +145,7 @@ def clock_skew(url: str) -> float | None:
     try:
         with urlopen(Request(url, method="HEAD"), timeout=TIMEOUT_S) as answer:
             date = answer.headers["Date"]
-    except HTTPError as error:  # an error response has a date, too
+    except HTTPError as error:  # an error response also has a date
         date = error.headers["Date"]
     except (OSError, ValueError):
         return None
@@ -155,8 +156,8 @@ def clock_skew(url: str) -> float | None:
 def check_ray_token(dashboard: str | None = None) -> Finding:
     """Check that Ray requires a token, since otherwise anyone who reaches its ports can run code.
 
-    `dashboard` is the dashboard URL of a running cluster, which gets a request without a token. The environment of this
-    process does not show in which mode that cluster was started.
+    `dashboard` is the dashboard URL of a running cluster, which gets a request without a token. The request is needed
+    because this process's environment does not show in which mode the cluster was started.
     """
     if dashboard is not None:
         return _ask_without_token(dashboard)

@@ -1,1 +1,1 @@
-"""Evaluation of checkpoints: the actors, their pool, and the service that evaluates every checkpoint of a run."""
+"""Evaluation of checkpoints: actors, their pool, and the service that evaluates every checkpoint of a run."""

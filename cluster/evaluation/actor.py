@@ -1,4 +1,4 @@
-"""The evaluation actor: it keeps the model of one checkpoint and computes metric states of groups of images.
+"""The evaluation actor, which keeps the model of one checkpoint and computes metric states of groups of images.
 
 This module also defines the groups, so that results do not depend on the actor that computes them.
 """
@@ -41,7 +41,7 @@ class EvaluationTask:
     """Path or URL of the model's weights."""
     evaluated: EvaluationSet
     model_classes: tuple[Category, ...] | None = None
-    """Classes by label of the model; None if they are unknown, and then the model has those of the data set."""
+    """Classes of the model by label. None if they are unknown; the classes of the data set are then used."""
     drawn: tuple[int, ...] = ()
     """Rows of the manifest for which panels are drawn, one row per call. If empty, the set is evaluated."""
     dump: str | None = None
@@ -151,7 +151,7 @@ class EvaluationActor:
     def _model(self, task: EvaluationTask, classes: EvaluatedClasses) -> Segmenter:
         wanted = task.weights, len(classes.model_classes)
         if self._loaded is None or self._loaded[0] != wanted:
-            self._loaded = None  # free the memory of the previous model first
+            self._loaded = None  # frees the memory of the previous model first
             config = replace(self._config.model, num_classes=len(classes.model_classes))
             model = model_with_weights(config, task.weights, self._storage, device=self._device)
             set_precision(model, self._config.evaluation.precision)

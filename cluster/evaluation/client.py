@@ -29,7 +29,8 @@ MAX_STARTS = 4
 class EvaluationClient:
     """The driver's handle of the evaluation service.
 
-    The service is a detached actor. Ray restarts it after a crash; this class creates it again if it died for good.
+    The service is a detached actor. Ray restarts it after a crash; this class creates it again if it is permanently
+    dead.
     """
 
     def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
@@ -39,7 +40,7 @@ class EvaluationClient:
         self._deaths = 0
         self._next_start = 0.0
         self.lost: str | None = None
-        """Why the service is gone for good; None while there is one. A continued run processes the stored queue."""
+        """Why the service was given up; None while it exists. A continued run processes the stored queue."""
         _end_earlier(self._name)
         self._service = self._start()
 
@@ -52,7 +53,7 @@ class EvaluationClient:
             return None
         try:
             status = ray.get(self._service.status.remote(), timeout=PATIENCE_S)
-        except ActorDiedError as error:  # it died for good; in all other cases Ray restarts it
+        except ActorDiedError as error:  # it is permanently dead; in all other cases Ray restarts it
             self._replace(error)
             return None
         except (RayActorError, GetTimeoutError):
@@ -75,12 +76,12 @@ class EvaluationClient:
 
     def _start(self) -> Any:
         service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationService)
-        return service.options(  # on the driver's node, which holds the journal of MLflow points
+        return service.options(  # runs on the driver's node, which holds the journal of MLflow points
             name=self._name, namespace=NAMESPACE, lifetime="detached", label_selector=this_node()
         ).remote(self._config, self._tracked, make_pool)
 
     def _replace(self, error: ActorDiedError) -> None:
-        """Create the service again after its actor died for good, with a pause that doubles every time.
+        """Create the service again after its actor died permanently, with a pause that doubles each time.
 
         Give up after MAX_STARTS attempts in a row and set `lost`.
         """

@@ -84,7 +84,7 @@ OnProgress = Callable[[EvaluationSet, int, int], None]
 
 
 def check_sets(config: RunConfig) -> None:
-    """Check before training for mistakes that would make every evaluation fail.
+    """Check, before training, for mistakes that would make every evaluation fail.
 
     Raises:
         ConfigError: a model of `data.task` does not support an evaluated task, or a set does not support a metric.
@@ -139,9 +139,9 @@ def evaluate_sets(
 def name_of_results(storage: Storage, place: str, results: EvaluationResults) -> str:
     """Return the name under which results are stored: the label of the set, or `LABEL.DIGEST`.
 
-    The digest is appended if `place` already holds results of other settings or weights under the label. `m2f eval`
-    with other settings therefore does not overwrite published files and points. Results of version 0.1 record no
-    settings; they count as the same results if their metrics are equal. Damaged results count as different.
+    The digest is appended if `place` already contains results for this label with different settings or weights.
+    `m2f eval` with different settings therefore does not overwrite published files and points. Results of version 0.1
+    record no settings; they count as the same if their metrics are equal. Damaged results count as different.
     """
     label, settings = results.subject.label, results.subject.settings
     url = join(place, label, "results.json")
@@ -243,7 +243,7 @@ def _draw_worst(
 ) -> dict[int, bytes]:
     """Draw panels of the `count` images with the lowest quality and return them by image id, the worst first.
 
-    A second pass is needed, because the worst images are known only after the evaluation.
+    This needs a second pass, because the worst images are known only after the evaluation.
     """
     worst = sorted(qualities, key=lambda image_id: (qualities[image_id], image_id))[:count]
     if not worst:

@@ -1,4 +1,4 @@
-"""Evaluation in this process, without Ray."""
+"""Pool that evaluates in this process, without Ray."""
 
 from __future__ import annotations
 

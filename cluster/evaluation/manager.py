@@ -54,7 +54,7 @@ class EvaluationManager:
         policy: which waiting entry is evaluated next, see `choose`.
         evaluate: `evaluate(entry, report)` computes and publishes one entry and returns its headline metrics. After an
             OutageError the entry is evaluated again; any other error except LeaseLostError fails only this entry.
-            Publishing twice must be harmless: a process may die after publication and before the queue is updated.
+            Publishing must be idempotent, because a process may die after publication and before the queue is updated.
         release: called at least once for every settled entry.
         look_s: pause between two calls of `find`, in seconds.
     """
@@ -106,7 +106,7 @@ class EvaluationManager:
             except LeaseLostError as error:
                 LOGGER.warning("no more evaluations: %s", error)
                 return
-            except StorageError as error:  # from the queue or a pin: evaluating the step again gives the same results
+            except StorageError as error:  # of the queue or a pin; evaluating again gives the same results
                 self._queue.put_back()
                 LOGGER.warning("evaluations wait for the storage: %s", error)
                 self._closing.wait(RETRY_S)

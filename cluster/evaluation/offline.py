@@ -1,6 +1,6 @@
 """Evaluation of one checkpoint on all sets of a recipe, for `m2f eval` and `m2f.evaluate`.
 
-A few images are evaluated in this process, because Ray takes long to start. Without Ray, all images are.
+Few images are evaluated in this process, because Ray takes long to start. If Ray is not installed, all images are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from m2f.eval.config import EvaluationSet
 from m2f.model.errors import ConfigError
 
 FEW_IMAGES = 500
-"""Up to this number of images, evaluation in this process is at least as fast as one Ray actor with its start."""
+"""Up to this number of images, evaluation in this process is at least as fast as starting a Ray actor for it."""
 
 
 def evaluate_checkpoint(

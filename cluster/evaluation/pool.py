@@ -57,7 +57,7 @@ class BatchLedger:
         return self._waiting.popleft()
 
     def finish(self, batch: int) -> bool:
-        """Mark a batch as done. Return False for a late duplicate, whose result must not be used."""
+        """Mark a batch as done. Return False for a late duplicate; the caller must not use its result."""
         known = batch in self.done
         self.done.add(batch)
         return not known
@@ -88,7 +88,7 @@ class _Slot:
     ping_after: float = 0.0
     """Monotonic time in seconds of the next ping at the earliest."""
     answered: bool = False
-    """Whether the actor ever answered a ping. Otherwise it may wait for resources and is not presumed hung."""
+    """Whether the actor has ever answered a ping. Until then it may wait for resources and is not presumed hung."""
     deaths: int = 0
     """Number of times in a row that the actor could not be created."""
 
@@ -190,7 +190,7 @@ class EvaluationPool:
             slot.benched = True
             ledger.fail(batch, f"its actor died ({type(error).__name__})")
         except RayTaskError as error:
-            if isinstance(error.cause, OutageError):  # not caused by a batch
+            if isinstance(error.cause, OutageError):  # the failure was not caused by a batch
                 raise error.cause from None
             ledger.fail(batch, f"{type(error.cause).__name__}: {error.cause}")
         else:
@@ -202,7 +202,7 @@ class EvaluationPool:
         slot.ping_after = time.monotonic() + PING_PAUSE_S
         try:
             ray.get(ref)
-        except ActorDiedError as error:  # it died for good; in all other cases Ray restarts the actor
+        except ActorDiedError as error:  # it is permanently dead; in all other cases Ray restarts the actor
             slot.deaths += 1
             if slot.deaths >= MAX_ATTEMPTS:
                 raise EvaluationError(f"an evaluation actor could not be started: {error}") from None
@@ -246,7 +246,7 @@ class EvaluationPool:
 def _next_ready(flights: dict[Any, _Flight]) -> list[Any]:
     """Wait up to POLL_S for a call to end and return the finished calls.
 
-    Without calls in flight, when every actor waits for its next ping, sleep for PING_PAUSE_S.
+    If no calls are in flight, because every actor waits for its next ping, sleep for PING_PAUSE_S.
     """
     if not flights:
         time.sleep(PING_PAUSE_S)

@@ -43,7 +43,7 @@ def figures_of(config: RunConfig, storage: Storage, evaluation: SetEvaluation, l
 
 
 def stored_figures(config: RunConfig, storage: Storage, entry: Entry) -> tuple[SetFigures, ...]:
-    """Return the metrics of a published step, read from its files. Sets without intact results are left out."""
+    """Return the metrics of a published step, read from its files. Sets without intact results are omitted."""
     found = []
     for evaluated in config.evaluation.sets:
         url = join(config.run_folder, place_of(entry.step), evaluated.label, "results.json")

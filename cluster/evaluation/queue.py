@@ -67,7 +67,7 @@ class EvaluationQueue:
     """Queue of evaluations in one JSON file, which is written after every change.
 
     Only one process may write the file; its threads may share the queue. An entry that was running when its process
-    died waits again. A damaged file is rebuilt at the start of a run, see `rebuild`.
+    died becomes waiting again. A damaged file is rebuilt at the start of a run, see `rebuild`.
     """
 
     def __init__(self, storage: Storage, url: str, check: Callable[[], None] = lambda: None) -> None:
@@ -80,7 +80,7 @@ class EvaluationQueue:
         self.put_back()
 
     def entries(self) -> tuple[Entry, ...]:
-        """Return all entries in ascending order of steps."""
+        """Return all entries in ascending order of their steps."""
         with self._lock:
             return _ordered(self._entries.values())
 

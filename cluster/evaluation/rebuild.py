@@ -37,7 +37,7 @@ def restore_queue(config: RunConfig, storage: Storage) -> str | None:
     storage.put(f"{url}.damaged", storage.get(url))
     entries = rebuilt_entries(config, storage)
     for entry in entries:
-        if not entry.settled:  # a failed evaluation had removed the pin
+        if not entry.settled:  # an earlier failed evaluation has removed the pin
             pin(storage, entry.checkpoint, EVALUATION_PIN)
     storage.put(url, json.dumps([asdict(entry) for entry in entries], indent=1).encode())
     counts = Counter(entry.status for entry in entries)

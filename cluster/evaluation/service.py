@@ -137,7 +137,7 @@ def release(storage: Storage, entry: Entry, entries: Iterable[Entry], metric: st
         pin(storage, entry.checkpoint, BEST_PIN)
         for step in known.keys() - {best}:
             unpin(storage, known[step].checkpoint, BEST_PIN)
-    if entry.detail != WITHDRAWN:  # the folder of a withdrawn commit may now hold a later one
+    if entry.detail != WITHDRAWN:  # the folder of a withdrawn commit may now contain a later commit
         unpin(storage, entry.checkpoint, EVALUATION_PIN)
 
 

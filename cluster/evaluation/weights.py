@@ -19,9 +19,10 @@ from m2f.trainer.checkpoint.weights import fetched_weights, read_identity
 
 
 def model_classes(config: RunConfig, weights: str, storage: Storage) -> tuple[Category, ...] | None:
-    """Return the classes of weights by label: their own, else those of the recipe's training data.
+    """Return the classes of the weights by label: those stored with them, else those of the recipe's training data.
 
-    Return None if both are unknown. Raises ConfigError if the weights belong to another task or model than the recipe.
+    Return None if both are unknown. Raises ConfigError if the weights belong to a different task or model than the
+    recipe.
     """
     identity = read_identity(weights, storage)
     if identity is not None:
@@ -41,7 +42,7 @@ def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, d
 
     Raises:
         EvaluationError: the weights do not cover the whole model.
-        WeightsError: the weights belong to another model.
+        WeightsError: the weights belong to a different model.
         CheckpointError: the weights differ from the manifest of their checkpoint.
     """
     with fetched_weights(weights, storage) as path:
