@@ -30,7 +30,7 @@ from m2f.model.errors import UserError
 OBJECT_STORE_BYTES = 400_000_000
 """Object store of a local cluster, in bytes. Ray's default, 30 % of the memory, would leave too little for training."""
 MAX_PLACE_BYTES = 14
-"""Longest path of the temporary folder under which Ray puts its sockets, in bytes.
+"""Maximum length in bytes of the path of the temporary folder in which Ray creates its sockets.
 
 The names of our folder, of Ray's session and of the socket add 91 bytes.
 """
@@ -112,7 +112,7 @@ def local_or_existing(
 
 
 def _reach(address: str, cluster: ClusterConfig) -> None:
-    """Connect to the cluster. Only a restarted driver waits for it: its predecessor may have died with the cluster."""
+    """Connect to the cluster. A restarted driver waits for it, because both may have died together."""
     is_new = RESTARTED not in os.environ
     began, told = time.monotonic(), False
     while True:
@@ -223,7 +223,7 @@ def _local_environment() -> Iterator[None]:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds all ports to loopback, see `on_loopback`
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_worker_niceness": "0",  # with Ray's 15, ranks get almost no CPU time beside other processes
+        "RAY_worker_niceness": "0",  # with Ray's niceness of 15, ranks get almost no CPU time when other processes run
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": loopback_name,
     }
@@ -233,7 +233,7 @@ def _local_environment() -> Iterator[None]:
 
 @contextmanager
 def _private_folder() -> Iterator[str]:
-    """Create a session folder inside a folder that only this user may enter: Ray makes its own readable to everybody.
+    """Create a session folder inside a folder that only this user may enter: Ray's is readable to everybody.
 
     It is in /tmp if TMPDIR is longer than MAX_PLACE_BYTES, because paths of Unix sockets have at most 107 bytes.
     """
@@ -241,7 +241,7 @@ def _private_folder() -> Iterator[str]:
     folder = ScratchFolder("ray", place=temporary if len(os.fsencode(temporary)) <= MAX_PLACE_BYTES else "/tmp")
     try:
         yield str(folder.path)
-    except ClusterError:  # its message refers to the logs in this folder
+    except ClusterError:  # the error message refers to the logs in this folder
         folder.keep()
         raise
     except BaseException:

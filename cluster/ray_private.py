@@ -148,7 +148,7 @@ def quiet_job_client() -> None:
 def ray_version_of(client: JobSubmissionClient) -> str | None:
     """Return the cluster's Ray version, or None if the server did not report it.
 
-    The public `get_version` returns the version of the Jobs API instead.
+    The public `get_version` returns the version of the Jobs API.
     """
     with _expected():
         return client._server_ray_version
@@ -157,7 +157,7 @@ def ray_version_of(client: JobSubmissionClient) -> str | None:
 def pack_working_dir(folder: Path, archive: Path) -> None:
     """Write the archive that Ray would make of a `working_dir`.
 
-    It honours .rayignore, and equal files give equal bytes.
+    It honours .rayignore, and equal files result in equal bytes.
     """
     with _expected():
         from ray._private.runtime_env.packaging import create_package

@@ -1,6 +1,6 @@
 """Watchdog that ends a driver with one clear message if Ray's head or the local raylet dies.
 
-Without it, Ray's C++ code ends the driver with status 1 and no Python error. Ray does so at the next message to a dead
+Without this watchdog, Ray's C++ code ends the driver with status 1 and no Python error: at the next message to a dead
 raylet, or a minute after the death of the GCS.
 """
 
@@ -23,7 +23,8 @@ from m2f.cluster.terminal import print_err
 LOOK_S = 0.5
 CONNECT_S = 5.0
 HEAD_PATIENCE_S = 30.0
-"""Seconds for which the GCS of an external cluster may refuse connections: its owner may restart it. Ray waits 60 s."""
+"""Seconds for which the GCS of an external cluster may refuse connections, because its owner may restart it. Ray waits
+60 s."""
 _REMEDY = (
     "the system may have killed it, for want of memory perhaps. A run goes on from its last checkpoint when it is "
     "started again"
@@ -51,7 +52,7 @@ def watching(is_ours: bool) -> Iterator[None]:
 def _watch(is_over: Callable[[], bool], raylet: str | None, gcs: str, patience_s: float) -> None:
     """Check raylet and GCS every LOOK_S until `is_over` returns True.
 
-    A lasting connection shows the end of the raylet. The GCS is checked with a new connection each time.
+    The end of the raylet closes a persistent connection. The GCS is checked with a new connection each time.
     """
     link = None if raylet is None else _connect_local(raylet)
     heard = time.monotonic()
@@ -90,7 +91,7 @@ def _connect_local(path: str) -> socket.socket | None:
 
 
 def _has_ended(link: socket.socket) -> bool:
-    """Wait up to LOOK_S and return whether the raylet has closed the connection. It never sends data."""
+    """Wait up to LOOK_S and return whether the raylet has closed the connection. The raylet never sends data on it."""
     try:
         return link.recv(1) == b""
     except TimeoutError:
@@ -110,7 +111,7 @@ def _listens(address: str) -> bool:
 def _end(message: str) -> NoReturn:
     """Print the message and exit at once with status OUTAGE.
 
-    A regular exit could hang, because Ray calls may block in any thread. A later start recovers what is left behind,
+    A regular exit could hang, because Ray calls may block in any thread. The next start cleans up what is left behind,
     as it does after a kill.
     """
     print_err(f"m2f: {message}")

@@ -41,7 +41,7 @@ def evaluate(
     Raises:
         ConfigError: the source is none of these, the recipe has no evaluation sets, or the checkpoint does not exist.
         DataError: a set cannot be read, or its classes contradict those of the model.
-        EvaluationError: images could not be evaluated, or the weights belong to another model.
+        EvaluationError: images could not be evaluated, or the weights belong to a different model.
     """
     config, own = open_recipe(resolved_source(os.fspath(source)), overrides_of(settings))
     wanted = own if checkpoint is None else str(checkpoint)

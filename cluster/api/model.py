@@ -200,7 +200,7 @@ def load(
 
     Raises:
         ConfigError: the source is none of these, the run has no such checkpoint, or the device is not available.
-        WeightsError: the weights cannot be read, or belong to another model.
+        WeightsError: the weights cannot be read, or belong to a different model.
         DataError: neither the weights nor the recipe name the classes.
         StorageError: the storage cannot be read.
         CheckpointError: the weights differ from the manifest of their checkpoint.

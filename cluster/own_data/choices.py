@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from m2f.cluster.own_data.survey import Survey
 
 _GB_OF_A_CROP = 9.0
-"""Approximate GPU memory, in 10^9 bytes, that one 1024 x 1024 image needs in training (ResNet-50, bf16_autocast)."""
+"""Approximate GPU memory in 10^9 bytes for training with one 1024 x 1024 image (ResNet-50, bf16_autocast)."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs of the machine that trains."""
+    """GPUs of the machine that trains."""
 
     num_gpus: int
     gpu_gb: float

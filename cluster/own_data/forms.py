@@ -1,4 +1,4 @@
-"""Detect the format ("form") of a folder of own data, with evidence. This reads names and files and writes nothing."""
+"""Detect the format ("form") of a folder of user data, with evidence. This module only reads, and writes nothing."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def find_forms(folder: Path) -> list[Form]:
 def choose_form(folder: Path, wanted: str | None) -> Form:
     """Return the wanted form, or the only one that fits.
 
-    Raises ConfigError if no form or several forms fit, or the wanted one does not. The message lists the forms that fit
-    and the option that selects one.
+    Raises ConfigError if no form or several forms fit, or if the wanted form does not fit. The message lists the forms
+    that fit and the option that selects one.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; give the folder of the export, unpacked")
@@ -129,7 +129,7 @@ def _listed_folder(folder: Path, file: Path) -> Path | None:
 
 
 def _documents(folder: Path) -> list[Form]:
-    """Return the COCO and labelme forms. After a labelme file, the other JSON files of its folder are not read."""
+    """Return the COCO and labelme forms. After a labelme file, other JSON files of its folder are not read."""
     coco: list[_Json] = []
     labelme: list[Path] = []
     by_folder: dict[Path, list[Path]] = {}
@@ -189,8 +189,8 @@ def _is_painted(entry: dict[str, Any]) -> bool:
 def _image_folder(folder: Path, file: _Json) -> Path:
     """Return the folder with the first images that the file lists.
 
-    If several folders have them, prefer one that belongs to the file by its name or split, because exports repeat file
-    names in different splits.
+    If several folders have them, a folder whose name or split matches the file is preferred, because exports repeat
+    file names in different splits.
     """
     entries = [e for e in file.content["images"][:_LOOKED_AT] if isinstance(e, dict)]
     names = [str(e.get("file_name")).replace("\\", "/") for e in entries]
@@ -245,7 +245,7 @@ def _cvat(folder: Path) -> Form | None:
 
 
 def _voc(folder: Path) -> Form | None:
-    """Detect Pascal VOC with grey or palette maps. RGB maps with a legend are another form."""
+    """Detect Pascal VOC with grey or palette maps. RGB maps with a legend are a different form."""
     root = next(
         (p.parent for p in (folder / "SegmentationObject", *folder.rglob("SegmentationObject")) if p.is_dir()), None
     )

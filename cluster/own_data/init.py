@@ -45,7 +45,7 @@ def published_model(weights: str | None) -> ModelConfig | None:
 
 @contextmanager
 def _named_classes(form: Form, wishes: Wishes, overwrite: bool) -> Iterator[None]:
-    """Write a file of classes if the form has none. If the block fails, restore the previous state.
+    """Write a file of classes if the form has none. If the block fails, the previous state is restored.
 
     Raises ConfigError if the file exists, unless `overwrite` is set.
     """
@@ -69,7 +69,7 @@ def _named_classes(form: Form, wishes: Wishes, overwrite: bool) -> Iterator[None
 
 
 def notes(form: Form, found: Survey) -> list[str]:
-    """Return messages for the user about crowds."""
+    """Return messages for the user about crowd annotations."""
     painted = [s.source for s in form.sets if isinstance(s.source, CocoInstancesSource) and s.source.crowds_are_objects]
     if painted:
         return [

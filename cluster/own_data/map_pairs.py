@@ -142,7 +142,7 @@ def _find_pairs(folder: Path) -> list[_Pair]:
         if not all(name.lower().endswith(".png") for name in names.values()) or not _looks_like_maps(maps, names):
             continue
         if maps.name == "SegmentationObject" and maps.with_name("SegmentationClass") in stems:
-            continue  # its values number the objects
+            continue  # the values of these maps number the objects
         fitting = []
         for images, others in stems.items():
             suffix = _suffix(others, names) if images != maps and not _looks_like_maps(images, others) else None
@@ -160,7 +160,7 @@ def _nearness(pair: _Pair) -> tuple[bool, int]:
 
 
 def _suffix_inside(names: dict[str, str]) -> str | None:
-    """Return the name suffix of maps if about half of the files in a folder are maps of the other half, else None."""
+    """Return the maps' name suffix if about half of the files in a folder are maps of the other half, else None."""
     for suffix in _SUFFIXES:
         maps = [stem for stem in names if stem.endswith(suffix) and names[stem].lower().endswith(".png")]
         partners = sum(stem.removesuffix(suffix) in names for stem in maps)
@@ -170,7 +170,7 @@ def _suffix_inside(names: dict[str, str]) -> str | None:
 
 
 def _looks_like_maps(folder: Path, names: dict[str, str]) -> bool:
-    """Return whether a folder or its first file is named like maps. Contents do not help: images may be grey, too."""
+    """Return whether a folder or its first file is named like maps. Contents do not help: images may also be grey."""
     words = ("mask", "label", "annot", "seg", "gt", "ground", "stuff", "map", "target")
     first = next(iter(names))
     named = folder.parent.name if split_of(folder.name) else folder.name
@@ -199,7 +199,7 @@ def _values(pairs: Sequence[_Pair]) -> tuple[int, ...]:
 
 
 def _names_by_value(path: Path) -> dict[int, str] | None:
-    """Read the class names by map value; None if the file does not exist or has other contents."""
+    """Read the class names by map value; None if the file does not exist or has different contents."""
     try:
         document = parse_json(path.read_bytes())
     except (OSError, DocumentError):

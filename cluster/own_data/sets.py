@@ -30,11 +30,11 @@ class Form:
     """Text for the user that says why the form fits."""
     sets: tuple[SourceSet, ...]
     classes: Mapping[int, str | None] = field(default_factory=dict)
-    """Values of label maps without a category file, with their names as far as known; empty if there is a file."""
+    """Values of label maps with their names, if known; empty if there is a category file."""
 
 
 def split_of(path: str) -> Split | None:
-    """Return the split that a path names, as in `train`, `train2017` or `instances_val`; None without one.
+    """Return the split that a path names, as in `train`, `train2017` or `instances_val`; None if it names none.
 
     If the path names several splits, the last one counts.
     """

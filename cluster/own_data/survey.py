@@ -31,7 +31,7 @@ class Survey:
     most_objects: int
     """Largest number of segments in one image."""
     object_share: float
-    """Median share of its image that a segment covers, from 0 to 1."""
+    """Median share of the image area that a segment covers, from 0 to 1."""
     largest_megapixels: float
     num_crowds: int
     """Number of segments that are crowds: groups of objects that are not separated."""
@@ -103,5 +103,5 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
         object_share=median(shares) if shares else 0.0,
         largest_megapixels=max(areas) / 1e6,
         num_crowds=num_crowds,
-        faults=tuple(dict.fromkeys(faults)),  # parts of one source list the same faults
+        faults=tuple(dict.fromkeys(faults)),  # the parts of one source list the same faults
     )

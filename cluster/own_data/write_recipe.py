@@ -46,17 +46,17 @@ def task_of(form: Form, wishes: Wishes) -> Task:
 
 
 def datasets_of(form: Form, wishes: Wishes) -> dict[str, DatasetConfig]:
-    """Return the data sets for training and validation by name. Test sets are left out unless there is nothing else.
+    """Return the data sets for training and validation by name. Test sets are omitted unless there is nothing else.
 
-    A form without a validation set is split into training and validation parts. So are the validation sets of a form
-    without a training set, or its test sets if there are no others.
+    A form without a validation set is split into training and validation parts. If a form has no training set, its
+    validation sets are split, or its test sets if it has only these.
     """
     task = task_of(form, wishes)
     background = "background" if task != "instance" and form.kind not in (*_TASK_OF, "voc") else None
     tiles = TileConfig() if wishes.tiles else None
     train = [found.source for found in form.sets if found.split in (None, "train")]
     val = [found.source for found in form.sets if found.split == "val"]
-    if not train:  # the folder only has sets that are named after another split
+    if not train:  # the folder only has sets that are named after a different split
         train, val = val or [found.source for found in form.sets], []
     wanted = [("train", source, "train" if not val else None) for source in train]
     wanted += [("val", source, None) for source in val] or [("val", source, "val") for source in train]
@@ -80,7 +80,7 @@ def datasets_of(form: Form, wishes: Wishes) -> dict[str, DatasetConfig]:
 
 
 def category_file(wishes: Wishes) -> Path:
-    """Return the path of the file with class names, for label maps without one."""
+    """Return the path of the file with class names that is written for label maps without such a file."""
     return wishes.output.with_suffix(".classes.json")
 
 
@@ -153,9 +153,10 @@ def recipe_text(form: Form, wishes: Wishes, choices: Choices) -> str:
 
 
 def _decoder(published: ModelConfig | None, queries: int) -> str:
-    """Return the decoder settings. With published weights they are those of the weights, with at least their queries.
+    """Return the decoder settings.
 
-    A smaller or changed decoder could not use all published weights.
+    For published weights, these are the settings of the weights, with at least as many queries. A smaller or changed
+    decoder could not use all of the weights.
     """
     decoder = None if published is None else published.transformer_decoder
     if not isinstance(decoder, MaskedTransformerDecoderConfig):

@@ -18,7 +18,7 @@ from m2f.trainer.checkpoint.folder import MANIFEST, RECIPE, list_checkpoints
 
 @dataclass(frozen=True)
 class ChosenWeights:
-    """A checkpoint of the run, or other weights."""
+    """Checkpoint of the run, or other weights."""
 
     url: str
     """Path or URL of a checkpoint folder or weight file."""
@@ -36,8 +36,8 @@ class ChosenWeights:
 def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str | None]:
     """Read the recipe of a YAML file, a run folder or a checkpoint folder, local or by URL.
 
-    Return the recipe and, for a checkpoint folder, its path or URL; else None. Raises ConfigError if a folder is
-    neither a run nor a checkpoint; a Hugging Face model has no recipe.
+    Return the recipe and the path or URL of the checkpoint folder; the latter is None otherwise. Raises ConfigError if
+    a folder is neither a run nor a checkpoint; a Hugging Face model has no recipe.
     """
     if "://" not in source and not Path(source).is_dir():
         return load_recipe(source, overrides), None
@@ -59,7 +59,7 @@ def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str |
 def choose_checkpoint(config: RunConfig, storage: Storage, wanted: str | None) -> ChosenWeights:
     """Return the weights that `wanted` names.
 
-    None and `last` mean the newest checkpoint of the run, `best` the best one, and a number the one of that step.
+    None and `last` mean the newest checkpoint of the run, `best` the best checkpoint, and a number that of a step.
     Anything else is a path or URL of weights.
 
     Raises:

@@ -58,7 +58,7 @@ class JsonList:
 
 
 class PredictionFolder:
-    """Context manager that writes predictions one by one. The files are complete when it ends without an error."""
+    """Context manager that writes predictions one by one. The files are complete if the block ends without an error."""
 
     def __init__(self, folder: Path, classes: Sequence[Category], *, pictures: bool, shown_score: float | None) -> None:
         self._folder, self._classes, self._pictures = folder, classes, pictures
@@ -69,7 +69,7 @@ class PredictionFolder:
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
         self.num_empty = 0
-        """Number of images without a segment, or without a detection of at least the score that is drawn."""
+        """Number of images without any segment, or without any detection whose score is high enough to be drawn."""
         folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:

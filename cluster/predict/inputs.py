@@ -1,4 +1,4 @@
-"""Find the images named on the command line (files, folders, patterns, `s3://` URLs) and read them ahead in threads."""
+"""Find the images that the command line names (files, folders, patterns, `s3://` URLs) and prefetch them in threads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.storage.storage import Storage
 
 READ_AHEAD = 4
-"""Maximum number of images that are read ahead, and number of threads that read them."""
+"""Maximum number of prefetched images, and number of threads that read them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ImageInput:
     id: int
     """Id from an image list, else the position, counted from 1."""
     size: tuple[int, int] | None = None
-    """Height and width in pixels from an image list; None without a list."""
+    """Height and width in pixels from an image list; None if there is no list."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def read_image_list(path: Path) -> ImageList:
 
 
 def listed_images(urls: Sequence[str], listed: ImageList) -> tuple[ImageInput, ...]:
-    """Return the images that a list contains, in its order; other images are left out.
+    """Return the images that a list contains, in its order; other images are omitted.
 
     A base name suffices if it is unique in the list; otherwise the folders in the list must match too. Raises
     DataError if a listed image is missing or matches several files.
@@ -151,8 +151,8 @@ def read_images(
 def read_image(image: ImageInput, storage: Storage, max_pixels: int) -> np.ndarray:
     """Read the RGB pixels [H, W, 3] uint8 of an image.
 
-    They are oriented as a viewer shows them, or to match the size in the image list. Raises DataError, which names the
-    image, if it cannot be read or has more than `max_pixels` pixels.
+    The pixels are oriented as a viewer shows them, or so that they match the size in the image list. Raises DataError,
+    which names the image, if it cannot be read or has more than `max_pixels` pixels.
     """
     try:
         data = storage.get(image.url)

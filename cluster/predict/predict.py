@@ -32,7 +32,7 @@ from m2f.model.inference.precision import set_precision
 from m2f.model.structures import Predictions, SemanticResult
 
 MAX_WAITING_BATCHES = 4
-"""Maximum number of images that wait for others of their shape, in batches. Then the largest group is predicted."""
+"""Maximum number of batches of images that wait for others of their shape. At this limit, the largest group is predicted."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Predictor:
             labelled pixels. None: the recipe's threshold for segments, and no threshold for detections and pixels.
 
     Raises:
-        ConfigError: the model does not support the task or the test-time settings do not, or `min_score` is invalid.
+        ConfigError: the model or the test-time settings do not support the task, or `min_score` is invalid.
     """
 
     def __init__(self, trained: TrainedModel, task: Task, min_score: float | None = None) -> None:
@@ -74,11 +74,11 @@ class Predictor:
 
     @property
     def classes(self) -> tuple[Category, ...]:
-        """Classes by label of the model."""
+        """Classes of the model, by label."""
         return self._trained.classes
 
     def input_size(self, pixels: np.ndarray) -> tuple[int, int]:
-        """Return the height and width of the model's input for an image that is alone in its batch.
+        """Return the height and width in pixels of the model's input for an image that is alone in its batch.
 
         Images with equal input sizes can share a batch without additional padding.
         """

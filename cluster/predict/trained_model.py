@@ -41,7 +41,7 @@ class TrainedModel:
     task: Task
     """Task that the model was trained for."""
     classes: tuple[Category, ...]
-    """Classes by label of the model."""
+    """Classes of the model, by label."""
     evaluation: EvaluationConfig
     """Settings for inference, such as image sizes, test-time augmentation, precision and threads."""
     weights: str
@@ -75,7 +75,7 @@ def open_trained(
     Raises:
         ConfigError: the source is none of these, or the run has no such checkpoint.
         DataError: the number of classes cannot be determined from the weights, the training data or the recipe.
-        WeightsError: the weights cannot be read, or belong to another model.
+        WeightsError: the weights cannot be read, or belong to a different model.
         CheckpointError: the weights differ from the manifest of their checkpoint.
     """
     source = resolved_source(source)
@@ -164,5 +164,5 @@ def _category(entry: dict[str, Any]) -> Category:
 
 
 def _classes_of_names(names: Sequence[str]) -> tuple[Category, ...]:
-    """Return classes of which only the names are known. All are things, so that no segments are merged."""
+    """Return classes for which only names are known. All become things, so that no segments are merged."""
     return tuple(Category(label, name, True, distinct_color(label)) for label, name in enumerate(names))

@@ -42,7 +42,7 @@ def ablations() -> dict[str, Ablation]:
 
 
 def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
-    """Return file and overrides of a recipe, given as a path, as the `NAME` of a file in `configs/`, or as `NAME+ROW`.
+    """Return the file and the overrides of a recipe, given as a path, a `NAME` of a file in `configs/`, or `NAME+ROW`.
 
     A path is returned even if the file does not exist; the caller's attempt to open it reports the error.
 
@@ -79,7 +79,7 @@ def _ablation(name: str, content: Mapping[str, Any]) -> Ablation:
 
 
 def _overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())  # JSON is YAML on one line
+    return tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())  # JSON is valid YAML on one line
 
 
 def _nearest(name: str, known: Mapping[str, object]) -> str:

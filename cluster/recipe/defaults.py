@@ -14,7 +14,7 @@ _VALIDATION_NAMES = ("val", "valid", "validation")
 
 
 def fill_defaults(tree: dict[str, Any]) -> None:
-    """Set the defaults of `evaluation`: the task of the training, and the validation set if there is one.
+    """Set the defaults of `evaluation`: the task of the training data, and the validation set if there is one.
 
     Changes the tree in place. Malformed sections are left unchanged; the checks of the whole recipe report them.
     """
@@ -35,7 +35,8 @@ def fill_defaults(tree: dict[str, Any]) -> None:
 def take_input_rules(tree: dict[str, Any]) -> list[str]:
     """Set the pixel mean and standard deviation that packaged backbone weights expect, unless the recipe sets them.
 
-    Changes the tree in place. Returns a message for each value that was set, and for each one that differs.
+    Changes the tree in place. Returns a message for each value that was set, and for each value in the recipe that
+    differs.
     """
     model = tree.get("model")
     backbone = model.get("backbone") if isinstance(model, dict) else None
@@ -45,7 +46,7 @@ def take_input_rules(tree: dict[str, Any]) -> list[str]:
     try:
         known = packaged_weights(weights)
     except ConfigError:
-        return []  # the checks of the whole recipe report it
+        return []  # the checks of the whole recipe report this
     rules = {"pixel_mean": list(known.pixel_mean), "pixel_std": list(known.pixel_std)}
     taken = {name: values for name, values in rules.items() if name not in model}
     other = {name: values for name, values in rules.items() if name in model and model[name] != values}

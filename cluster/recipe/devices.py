@@ -21,7 +21,7 @@ from m2f.trainer.precision import Capability, sensible_precision
 LARGE_ON_CPU = 512
 """Side of an image in pixels above which a CPU needs many seconds per image."""
 RANK_SHARE = 0.75
-"""Share of a GPU for a rank beside evaluation actors. Above 0.5, so that Ray never puts two ranks on one GPU."""
+"""Share of a GPU for a rank that shares it with actors. Above 0.5, so that Ray never puts two ranks on one GPU."""
 _UNKNOWN_TYPE: Capability = (8, 0)
 _OLD_TYPES: Mapping[str, Capability] = {"V100": (7, 0), "T4": (7, 5), "P100": (6, 0), "P4": (6, 1), "K80": (3, 7)}
 """Compute capability of GPUs without bf16, by Ray's name for their type."""
@@ -43,13 +43,13 @@ class SeenDevices:
     found: str = "torch sees"
     """Beginning of a sentence about the GPUs, for messages."""
     cores: int = 0
-    """CPU cores of this machine; 0 if the training runs elsewhere."""
+    """CPU cores of this machine; 0 if training runs elsewhere."""
     may_grow: bool = False
     """Whether the devices belong to a cluster that may grow."""
 
     @property
     def none(self) -> str:
-        """Part of a sentence that says that there is no GPU, for messages."""
+        """Part of a sentence stating that there is no GPU, for messages."""
         return f"{self.found} no GPU" + (" now" if self.may_grow else "")
 
 
@@ -73,7 +73,7 @@ def settle(config: RunConfig, seen: SeenDevices, stored: Precision | None = None
             `num_workers` is reduced to the number of GPUs, and actors evaluate on the CPU if there are no GPUs.
         seen: the available devices.
         stored: precision of the checkpoint that the run continues from; None for a new run.
-        beside: whether evaluations run during the training; otherwise they run after it, on the same device.
+        beside: whether evaluations run during training; otherwise they run after it, on the same device.
 
     Raises:
         ConfigError: the recipe requests GPUs that do not exist, or could put two ranks on one GPU.
@@ -251,7 +251,7 @@ def _training(
     room = max(1, (there - _kept_for_evaluation(config, there, beside)) // each)
     workers = cluster.num_workers
     if workers == "auto":
-        may_share = asked != "auto" and asked <= 0.5  # two ranks could be put on one GPU
+        may_share = asked != "auto" and asked <= 0.5  # because Ray could put two ranks on one GPU
         workers = 1 if may_share else min(room, config.training.global_batch)
     elif asked == "auto" and not seen.may_grow and cluster.max_workers > there:
         warnings.append(
@@ -266,7 +266,7 @@ def _training(
 
 
 def _kept_for_evaluation(config: RunConfig, there: int, beside: bool) -> int:
-    """Return the number of GPUs reserved for evaluation actors, if the recipe gives whole GPUs to them."""
+    """Return the number of GPUs reserved for evaluation actors, if the recipe assigns whole GPUs to them."""
     evaluation = config.evaluation
     asked = evaluation.num_gpus_per_actor
     if not beside or not evaluation.sets or asked == "auto" or asked < 1:

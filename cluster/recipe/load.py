@@ -59,7 +59,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 def recipe_of_tree(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
     """Build a RunConfig like `load_recipe`, from nested dictionaries, lists and scalars.
 
-    Raises ConfigError with all problems, also for values that YAML cannot represent.
+    Raises ConfigError with all problems, including values that YAML cannot represent.
     """
     try:
         text = yaml.safe_dump(_to_tree(tree))
@@ -76,8 +76,8 @@ def recipe_of_tree(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> Ru
 def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe") -> RunConfig:
     """Build a RunConfig from the text of a stored recipe.
 
-    Unlike `load_recipe`, paths stay as written, and old names of settings cause no hint. Possible secrets in URLs,
-    which earlier versions stored, are removed with a warning. Raises ConfigError, whose message names `source`.
+    In contrast to `load_recipe`, paths stay as written, and old names of settings cause no hint. Possible secrets in
+    URLs, which earlier versions stored, are removed with a warning. Raises ConfigError, whose message names `source`.
     """
     return _build_recipe(text, overrides, source, is_stored=True)[0]
 
@@ -100,7 +100,7 @@ def _build_recipe(
     fill_defaults(tree)
     hints += take_input_rules(tree)
     config = _build(RunConfig, tree, "", problems)
-    if not is_stored:  # a stored name may be of an earlier timm; building the model reports it
+    if not is_stored:  # a stored name may be that of an earlier timm version; building the model reports this
         problems += _unknown_backbones(tree)
     require_no_problems(source, problems)
     assert isinstance(config, RunConfig)
@@ -127,7 +127,7 @@ def require_no_problems(source: str, problems: Sequence[str]) -> None:
 
 
 def dump_recipe(config: RunConfig) -> str:
-    """Return the complete recipe with all defaults as YAML; loading it gives an equal RunConfig."""
+    """Return the complete recipe with all defaults as YAML; loading the text returns an equal RunConfig."""
     return yaml.safe_dump(_to_tree(config), sort_keys=False, width=100)
 
 
@@ -257,7 +257,7 @@ def _build(hint: Any, value: Any, path: str, problems: list[str], default: Any =
 
 
 def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: list[str], default: Any) -> Any:
-    """Build one dataclass. The member of a union is chosen by `kind` before its settings are checked."""
+    """Build one dataclass. For a union, `kind` selects the member before its settings are checked."""
     where = f"`{path}`" if path else "the recipe"
     if value is None:
         value = {}
@@ -343,7 +343,7 @@ def _choose_section(sections: tuple[type, ...], value: Mapping[str, Any], defaul
 
 
 def kind_tag(section: type) -> str | None:
-    """Return the value of a section's `kind: Literal[...]` field; None without one."""
+    """Return the value of a section's `kind: Literal[...]` field; None if it has no such field."""
     hint = type_hints(section).get("kind")
     return get_args(hint)[0] if get_origin(hint) is Literal else None
 

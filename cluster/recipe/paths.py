@@ -45,7 +45,7 @@ def _source(source: SourceConfig) -> SourceConfig:
 
 
 def _absolute(path: str) -> str:
-    """Return the absolute path. `..` is removed only if the result is the same place, in spite of symbolic links."""
+    """Return the absolute path. `..` is removed only if symbolic links do not change the result."""
     if "://" in path:
         return path
     full = str(Path(path).expanduser().absolute())

@@ -18,8 +18,8 @@ from m2f.trainer.checkpoint.folder import list_checkpoints
 def with_pinned_weights(config: RunConfig, storage: Storage) -> RunConfig:
     """Return the recipe with `model.weights: hub:...` pinned to a commit, so that all starts use the same weights.
 
-    A run with checkpoints does not need the weights any more. It keeps the commit of its first start without
-    contacting the hub. Raises WeightsError if the model does not exist or the hub cannot be reached.
+    A run with checkpoints no longer needs the weights. It keeps the commit of its first start without contacting the
+    hub. Raises WeightsError if the model does not exist or the hub cannot be reached.
     """
     weights = config.model.weights
     if weights is None or not weights.startswith(HUB):
@@ -36,7 +36,7 @@ def with_pinned_weights(config: RunConfig, storage: Storage) -> RunConfig:
 
 
 def _stored_weights(config: RunConfig, storage: Storage) -> str:
-    """Return `model.weights` of the recipe in the run folder; "" without one."""
+    """Return `model.weights` of the recipe in the run folder; "" if there is none."""
     url = join(config.run_folder, STORED_RECIPE)
     if not storage.exists(url):
         return ""

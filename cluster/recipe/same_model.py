@@ -28,10 +28,10 @@ def model_changes(stored: str, now: str, optimizer: bool = False) -> tuple[str, 
     """Return lines `setting: stored -> now` for the settings in which the models of two recipes (YAML) differ.
 
     Settings that only one of the recipes has belong to another version of m2f and are ignored, except for timm
-    options. With `optimizer`, settings that the optimizer state depends on are compared, too.
+    options. With `optimizer`, settings that the optimizer state depends on are also compared.
 
     Raises:
-        ConfigError: a recipe is not valid YAML, or has a deleted setting with another value than its old default.
+        ConfigError: a recipe is not valid YAML, or has a deleted setting whose value is not its old default.
     """
     before, after = (_settings(text, optimizer) for text in (stored, now))
     for settings in (before, after):
@@ -42,7 +42,7 @@ def model_changes(stored: str, now: str, optimizer: bool = False) -> tuple[str, 
 
 
 def require_same_model(identity: ModelIdentity, config: RunConfig, weights: str) -> None:
-    """Raise ConfigError if the weights belong to another task or model; the message lists the different settings."""
+    """Raise ConfigError if the weights belong to a different task or model; the message lists the differences."""
     if config.data.task not in identity.tasks:
         raise ConfigError(
             f"{weights} is a model for the task {' and '.join(identity.tasks)}, but data.task is {config.data.task}; "

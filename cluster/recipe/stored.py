@@ -17,7 +17,7 @@ STORED_RECIPE = "recipe.yaml"
 def store_recipe(storage: Storage, config: RunConfig, has_progress: bool) -> tuple[str, ...]:
     """Store the resolved recipe in the run folder, or return a line for each setting that differs from the stored one.
 
-    `has_progress` is set if the run has a checkpoint. Without one, the stored recipe is overwritten.
+    `has_progress` states whether the run has a checkpoint. If not, the stored recipe is overwritten.
     """
     url = join(config.run_folder, STORED_RECIPE)
     if not has_progress or not storage.exists(url):

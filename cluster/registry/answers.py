@@ -24,7 +24,7 @@ def instances_answer(result: Result, lowest: np.ndarray | None, min_score: float
     """Return COCO results with masks, boxes (x, y, width, height in pixels) and category names, best score first.
 
     `lowest` [K] holds the lowest accepted score of each class; None accepts all. Detections below it or below
-    `min_score` are left out.
+    `min_score` are omitted.
     """
     limits = np.full(len(result.names), min_score) if lowest is None else np.maximum(lowest, min_score)
     counted = result.scores >= limits[result.labels]

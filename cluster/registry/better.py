@@ -68,7 +68,7 @@ def check_weights(record: RunRecord, dataset: str, step: int, weights: str | Non
     """Raise RegistryError if the results of a set belong to other weights than those of the checkpoint.
 
     This happens if a step was trained again after its evaluation. `weights` is the SHA-256 in the checkpoint; nothing
-    is checked if it has none, or if the set has no results.
+    is checked if it is unknown, or if the set has no results.
     """
     found = record.results.get(dataset)
     if found is None or not weights:

@@ -30,7 +30,7 @@ _TRANSLATED = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff
 
 
 class FetchError(UserError):
-    """An image may not or cannot be downloaded.
+    """Downloading an image is not allowed, or failed.
 
     The message names the host but never the rest of the URL, which may contain a key.
     """
@@ -86,7 +86,7 @@ def _checked(url: str, allowed: Collection[str]) -> tuple[SplitResult, str, int]
         parts = urlsplit(url)
         host, scheme = (parts.hostname or "").lower(), parts.scheme.lower()
         port = parts.port or _PORTS.get(scheme, 0)
-    except ValueError:  # its message quotes parts of the URL and is therefore not shown
+    except ValueError:  # the error message quotes parts of the URL and is therefore not shown
         raise FetchError("the URL of the image cannot be read: its host or port is malformed") from None
     named = host if port == _PORTS.get(scheme) else f"{host}:{port}"
     if not host or scheme not in _PORTS or "@" in parts.netloc or any(ord(c) <= 32 or ord(c) > 126 for c in url):
@@ -150,7 +150,7 @@ class _Connection(http.client.HTTPConnection):
             raise TimeoutError
 
     def give_up(self) -> None:
-        """Shut the socket down at the timeout, which also ends a transfer that trickles in byte by byte."""
+        """Shut the socket down at the timeout, which also ends a transfer that arrives byte by byte."""
         self.late = True
         if self._opened is not None:
             with contextlib.suppress(OSError):  # already closed, or replaced by the TLS socket; `connect` checks `late`

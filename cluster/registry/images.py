@@ -47,7 +47,7 @@ def read_pixels(value: object, allowed: Collection[str] = ()) -> np.ndarray:
 
     Raises:
         ImageError: the value is not an image, or the image is too large.
-        FetchError: a URL may not or cannot be downloaded.
+        FetchError: downloading a URL is not allowed, or failed.
     """
     if isinstance(value, str):
         data = fetch_image(value, allowed) if is_url(value) else _decoded(value)

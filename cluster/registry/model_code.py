@@ -7,7 +7,7 @@ from mlflow.models import set_model
 
 try:
     import m2f  # noqa: F401
-except ModuleNotFoundError:  # use the wheel that is stored with the model
+except ModuleNotFoundError:  # uses the wheel that is stored with the model
     sys.path.extend(str(wheel) for wheel in (Path(__file__).parent / "code").glob("m2f-*.whl"))
 
 from m2f.cluster.registry.served_model import ServedModel

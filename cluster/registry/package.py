@@ -41,14 +41,14 @@ EXAMPLE_SIZE = (96, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class PackageContent:
-    """Contents of a registered model."""
+    """Content of a registered model."""
 
     checkpoint: str
     """Path or URL of the checkpoint folder."""
     trained: TrainedModel
-    """Model opened from the checkpoint."""
+    """The model, opened from the checkpoint."""
     thresholds: Thresholds | None
-    """Thresholds by class; None to register without."""
+    """Thresholds by class; None to register without thresholds."""
     allowed_hosts: Sequence[str]
     """Hosts from which the served model downloads images."""
 
@@ -56,7 +56,7 @@ class PackageContent:
 def package_digest(
     checkpoint: str, thresholds: Thresholds | None, allowed_hosts: Sequence[str], storage: Storage
 ) -> str:
-    """Return the SHA-256 of weights, thresholds, hosts and code. Equal contents are not uploaded a second time."""
+    """Return the SHA-256 of weights, thresholds, hosts and code. Equal content is not uploaded a second time."""
     name = weights_url(checkpoint, storage).rpartition("/")[2]
     weights = read_manifest(storage, checkpoint).files[name].sha256
     with ScratchFolder("wheel") as folder:

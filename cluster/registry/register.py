@@ -58,7 +58,7 @@ class Wanted:
     """Name of the registered model; None takes the name of the run."""
     aliases: tuple[str, ...] = ()
     if_better: str | None = None
-    """Alias of the version that the checkpoint must beat; None registers without a comparison."""
+    """Alias of the version that the checkpoint must beat; None registers it without a comparison."""
     dataset: str | None = None
     """Label of the evaluation set; None takes the first one of the recipe."""
     metric: str | None = None
@@ -80,13 +80,13 @@ class Registered:
     uploaded: bool
     """Whether the contents were uploaded. False if they were already there, or if nothing was registered."""
     verdict: Verdict | None
-    """Result of the comparison; None without a comparison."""
+    """Result of the comparison; None if there was none."""
     thresholds: Thresholds | None
     store: str
 
 
 def register(wanted: Wanted, say: Callable[[str], None] = lambda line: None) -> Registered:
-    """Register a checkpoint. `say` is called with a line before each step that takes long.
+    """Register a checkpoint. `say` is called with a line of text before each step that takes long.
 
     Raises:
         RegistryError: the run is not in MLflow, or the two sides cannot be compared.
@@ -115,7 +115,7 @@ def register(wanted: Wanted, say: Callable[[str], None] = lambda line: None) -> 
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for settings without effect: a served model uses the recipe in its checkpoint."""
+    """Raise ConfigError for settings that have no effect, because a served model uses the recipe in its checkpoint."""
     dropped = [one for one in overrides if not one.lstrip("+").startswith(_OF_THE_STORES)]
     if dropped:
         raise ConfigError(
@@ -258,7 +258,7 @@ class _Registration:
             raise RegistryError(f"{self._run.uri} is an MLflow server without logged models; a registry needs MLflow 3")
         if (known := models.find_tagged(checkpoint.commit, PACKAGE_TAG, digest)) is not None:
             return known, False
-        if PACKAGE_TAG in model.tags:  # it holds other contents, such as other thresholds or hosts
+        if PACKAGE_TAG in model.tags:  # it has different content, such as different thresholds or hosts
             model = models.make(checkpoint, f"{checkpoint.model_name}-{digest[:8]}")
         self._say(f"opening {self._chosen.url}")
         content = PackageContent(
@@ -325,7 +325,7 @@ class _Registration:
 
 def is_entry_of(entry: Entry, checkpoint: EvaluatedCheckpoint) -> bool:
     """Return whether an evaluation belongs to a checkpoint. Commits decide, because a step may be trained again."""
-    if not entry.commit:  # entries of version 0.1 have none
+    if not entry.commit:  # entries of version 0.1 have no commit
         return entry.step == checkpoint.step and entry.folder == checkpoint.name
     return entry.commit == checkpoint.commit
 

@@ -1,4 +1,4 @@
-"""m2f as a wheel and the exact versions of its requirements, both of which are stored with a registered model."""
+"""Write m2f as a wheel and list exact versions of its requirements, for storage with a registered model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SERVING = ("mlflow",)
 _TOP = ("__init__.py", "__init__.pyi", "py.typed")
 """Files of the package that are not in its folders."""
 _DATE = (2000, 1, 1, 0, 0, 0)
-"""Date of every file in the wheel. It is fixed, so that equal code gives equal bytes."""
+"""Date of every file in the wheel. It is fixed, so that equal code results in equal bytes."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def this_project() -> Project:
 
 
 def write_wheel(folder: Path, project: Project) -> Path:
-    """Write the running code as a wheel into `folder` and return its path. Equal code gives an equal file."""
+    """Write the running code as a wheel into `folder` and return its path. Equal code results in an equal file."""
     home = m2f.HOME
     wheel = folder / f"{PACKAGE}-{project.version}-py3-none-any.whl"
     info = f"{PACKAGE}-{project.version}.dist-info"
@@ -82,7 +82,7 @@ def write_wheel(folder: Path, project: Project) -> Path:
 def exact_requirements(project: Project) -> tuple[str, ...]:
     """Return `name==version` for all requirements of a served model, direct and indirect, as installed here.
 
-    They are sorted by name. Packages that are not installed are left out, because m2f has run without them.
+    They are sorted by name. Packages that are not installed are omitted, because m2f has run without them.
     """
     found: dict[str, str] = {}
     waiting = [Requirement(one) for one in (*project.dependencies, *SERVING)]
@@ -106,7 +106,7 @@ def exact_requirements(project: Project) -> tuple[str, ...]:
 
 
 def _code(home: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files of the package with their paths in it, in an order that is the same on every machine."""
+    """Yield the files of the package with their paths inside it, in an order that is the same on every machine."""
     for folder in FOLDERS:
         top = home / folder
         for path in sorted(top.rglob("*")):
