@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from m2f.data_pipeline.categories import Task
 from m2f.data_pipeline.source_parts import PartConfig, TileConfig
-from m2f.data_pipeline.sources import CustomSource as CustomSource  # users' code imports it from here, too
+from m2f.data_pipeline.sources import CustomSource as CustomSource  # re-exported: users' code imports it from here
 from m2f.data_pipeline.sources import SourceConfig
 from m2f.model.errors import ConfigError
 from m2f.model.limits import (

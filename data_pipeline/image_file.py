@@ -218,8 +218,9 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
 
 
 def _exact_pixels(data: bytes) -> np.ndarray:
-    """Return the stored pixels of a TIFF or BMP file: [H, W] uint8 or uint16 grey values or palette indices, or
-    [H, W, 3] uint8 colours.
+    """Return the stored pixels of a TIFF or BMP file.
+
+    They are grey values or palette indices, [H, W] uint8 or uint16, or colours, [H, W, 3] uint8.
 
     Raises:
         BrokenImageError: the stored values may differ from those that were labelled.

@@ -9,7 +9,7 @@ from m2f.data_pipeline.errors import DataError
 
 
 def field(entry: Any, name: str, where: str) -> Any:
-    """Return a required field. Raises DataError, beginning with `where`, if it is missing."""
+    """Return a required field. Raises DataError if it is missing; the message begins with `where`."""
     if not isinstance(entry, dict) or name not in entry:
         raise DataError(f"{where} has no field {name!r}")
     return entry[name]

@@ -36,7 +36,7 @@ def key_problem(key: object) -> str | None:
 
 
 def check_key(key: object, where: str) -> str:
-    """Return `key` as a str. Raises DataError, beginning with `where`, if it is invalid."""
+    """Return `key` as a str. Raises DataError if it is invalid; the message begins with `where`."""
     if (problem := key_problem(key)) is not None:
         raise DataError(f"{where}: the name {key!a:.100} {problem}; rename it there")
     assert isinstance(key, str)

@@ -31,7 +31,7 @@ _NAME_SCHEMES = ("hf-hub", "hf_hub", "hub", "local-dir")
 def url_problem(text: str) -> str | None:
     """Return why a URL may not be stored, as the end of a sentence, or None if it may.
 
-    Texts that are not URLs may be stored, too. The result does not repeat the text.
+    Texts that are not URLs may be stored. The result does not repeat the text.
     """
     text = _PASSED_OVER.sub("", text)
     scheme, authority, path, extra = _split(text)
@@ -70,7 +70,7 @@ def _kind(scheme: str) -> str:
 
 
 def _split(text: str) -> tuple[str, str | None, str, str]:
-    """Return scheme, authority, path with its first slash, and the rest from ? or # on.
+    """Return scheme, authority, path with its first slash, and the rest, which starts with ? or #.
 
     The authority is None if the text is not a URL.
     """

@@ -68,8 +68,10 @@ class MultiScale(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindows(Section):
-    """Overlapping windows, for images too large for one pass. Class scores are averaged. Segments that agree in the
-    overlap of windows are joined (rule in docs/evaluation.md)."""
+    """Overlapping windows, for images too large for one pass.
+
+    Class scores are averaged. Segments that agree in the overlap of windows are joined (rule in docs/evaluation.md).
+    """
 
     kind: Literal["windows"] = "windows"
     size: Annotated[int, PIXELS] = 1024
@@ -103,7 +105,7 @@ def stored_test_time(test_time: TestTime) -> dict[str, Any]:
 
 
 def check_test_time(test_time: TestTime, tasks: Collection[Task], place: str) -> None:
-    """Raise ConfigError, starting with `place`, if a task does not support the test time."""
+    """Raise ConfigError if a task does not support the test time; the message starts with `place`."""
     if set(tasks) <= {"semantic"}:
         return
     if isinstance(test_time, MultiScale):
@@ -125,9 +127,10 @@ class EvaluationSet(Section):
     dataset: str
     """Name of the data set under `datasets`."""
     name: str | None = None
-    """Name of its results, used in folders and as prefix of metrics; None: the name of the data set."""
+    """Name of the set's results, used in folder names and as a prefix of metrics; None: the name of the data set."""
     limit: Annotated[int | None, FROM_1] = None
-    """Evaluate only the first images, this many; the results are labelled as a subset."""
+    """Number of images to evaluate, taken from the start of the set. The results are labelled as a subset. None: all
+    images."""
     tasks: tuple[Task, ...] | None = None
     """Tasks evaluated on this set; None: `evaluation.tasks`."""
     test_time: TestTime | None = None
@@ -186,12 +189,13 @@ class EvaluationConfig(Section):
     """Number format of the forward pass in evaluations and in `m2f predict`. bf16: products and convolutions in
     bfloat16 with weights cast once; intended for GPUs, and scores differ slightly. fp32: full precision."""
     cuda_graphs: bool = False
-    """On GPUs, replay the model as one CUDA graph per image size, from the third image of a size on. Results are the
-    same. It saves the launch of a thousand kernels per image, which helps for small images of few sizes."""
+    """On GPUs, replay the model as one CUDA graph per image size, starting with the third image of a size. Results are
+    the same. This saves about a thousand kernel launches per image, which matters for small images of few sizes."""
     hang_s: Annotated[float, SECONDS] = 1800.0
-    """Time without an answer to a call of eight images after which an actor is presumed hung and replaced."""
+    """Seconds without an answer to a call of eight images after which an actor is presumed hung and replaced."""
     panels: Annotated[int, FROM_0] = 8
-    """Fixed images drawn per evaluation (image, truth, prediction). Half as many of the worst are drawn as well."""
+    """Number of fixed images that every evaluation draws as panels (image, truth, prediction). Half as many of the
+    worst images are drawn in addition."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

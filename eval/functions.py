@@ -93,7 +93,7 @@ def evaluate_panoptic(
         prediction_masks: folder of the predicted maps; for paths only.
 
     Raises:
-        EvaluationError: inputs do not match each other; names the image or file.
+        EvaluationError: inputs do not match each other. The message names the image or file.
     """
     if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
         if truth_masks is None or prediction_masks is None:
@@ -138,7 +138,7 @@ def evaluate_instances(
         boxes: also compute the AP of boxes, as `box_AP`.
 
     Raises:
-        EvaluationError: inputs do not match each other; names the image or file.
+        EvaluationError: inputs do not match each other. The message names the image or file.
     """
     if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
         paths = _path("truth", truth), _path("predictions", predictions)
@@ -174,12 +174,12 @@ def evaluate_semantic(
         truth: annotated label maps [H, W] of integers, or the path of a folder of PNG files.
         predictions: predicted label maps in the same order, or the path of a folder of files with the same names.
         class_names: name of every class; the label of a class is its position.
-        ignore: label of truth pixels that do not count.
+        ignore: label of truth pixels that are left out.
         void: label of predicted pixels without a class. Each counts as a miss of the truth's class. None: 255, or 65535
-            from 256 classes on.
+            for 256 or more classes.
 
     Raises:
-        EvaluationError: inputs do not match each other; names the image or file.
+        EvaluationError: inputs do not match each other. The message names the image or file.
     """
     if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
         paths = _path("truth", truth), _path("predictions", predictions)

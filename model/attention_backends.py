@@ -117,8 +117,10 @@ def first_trouble(backend: Backend, device: torch.device) -> str | None:
 
 
 def _error(backend: Backend, case: Case, device: torch.device) -> float:
-    """Return the largest difference of output and gradients from the plain formula, relative to the largest value of
-    each."""
+    """Return the largest relative difference of output and gradients from the plain formula.
+
+    Each difference is relative to the largest value of its tensor.
+    """
     torch.manual_seed(0)
 
     def heads(length: int) -> Tensor:  # the same strides as in the model, where heads are slices of the channels

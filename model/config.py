@@ -208,11 +208,10 @@ class MaskedTransformerDecoderConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class StandardTransformerDecoderConfig(Section):
-    """MaskFormer's transformer decoder, which is DETR's (Cheng et al., NeurIPS 2021; Table XIb of the Mask2Former
-    paper).
+    """MaskFormer's transformer decoder, which is DETR's.
 
-    It attends to one map of stride 32: the encoder's with the pixel decoder `transformer_fpn`, otherwise the
-    backbone's.
+    Source: Cheng et al., NeurIPS 2021; Table XIb of the Mask2Former paper. It attends to one map of stride 32: the
+    encoder's with the pixel decoder `transformer_fpn`, otherwise the backbone's.
     """
 
     kind: Literal["standard"] = "standard"

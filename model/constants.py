@@ -1,7 +1,4 @@
-"""Cache for tensors that depend on sizes only.
-
-Making one anew takes about ten kernel launches in every forward pass.
-"""
+"""Cache for tensors that depend only on sizes. Building one takes about ten kernel launches per forward pass."""
 
 from __future__ import annotations
 

@@ -27,8 +27,10 @@ class TrainingContext:
 
 
 class Segmenter(nn.Module):
-    """Base class of models with the parts `backbone`, `pixel_decoder` and `transformer_decoder`, which recipes can
-    freeze."""
+    """Base class of all models.
+
+    A model has the parts `backbone`, `pixel_decoder` and `transformer_decoder`, which recipes can freeze.
+    """
 
     regions: tuple[str, ...] = ("backbone", "pixel_decoder", "transformer_decoder")
     """Submodules that can be compiled, each into one graph."""
@@ -43,19 +45,20 @@ class Segmenter(nn.Module):
         self.pixel_mean, self.pixel_std = config.pixel_mean, config.pixel_std
 
     def forward(self, images: Tensor, context: TrainingContext | None = None) -> Predictions:
-        """Return predictions for `images` [B, 3, H, W], as `normalise` returns them. `context` is given in training
-        only."""
+        """Return predictions for `images` [B, 3, H, W], as `normalise` returns them.
+
+        `context` is given in training only.
+        """
         raise NotImplementedError
 
     def set_progress(self, step: int, max_steps: int) -> None:
-        """Receive the number of finished steps and of all steps before every training step.
-
-        The base class ignores them.
-        """
+        """Prepare a training step, given the numbers of finished and of all steps. The base class does nothing."""
 
     def freeze(self, parts: Sequence[FreezablePart]) -> None:
-        """Exclude these parts from training: their weights get no gradients; norms and dropouts stay in evaluation
-        mode."""
+        """Exclude these parts from training.
+
+        Their weights get no gradients. Their norms and dropouts stay in evaluation mode.
+        """
         self._frozen = tuple(parts)
         for part in parts:
             self.get_submodule(part).requires_grad_(False)
@@ -70,12 +73,12 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Normalise RGB `images` [B, 3, H, W] in 0..255 to float32 with zero mean and unit variance, on the same
-        device.
+        """Normalise RGB `images` [B, 3, H, W] in 0..255 to zero mean and unit variance.
 
-        Pixels outside each image's (height, width) in `sizes` [B, 2] become 0, as if padding came after normalisation.
-        On an accelerator the result is channels-last, so all maps of a convolutional backbone are too. On a CPU it is
-        contiguous: repacking the kernels for every image would cost more than channels-last saves.
+        The result is float32, on the same device. Pixels outside each image's (height, width) in `sizes` [B, 2] become
+        0, as if padding came after normalisation. On an accelerator the result is channels-last, so all maps of a
+        convolutional backbone are too. On a CPU it is contiguous: repacking the kernels for every image would cost more
+        than channels-last saves.
         """
         # Filled on the device, because a copy from the host would wait for all queued work.
         mean, std = (

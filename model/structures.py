@@ -74,7 +74,7 @@ class Targets:
     valid: Tensor
     """[B, N] bool; valid targets come first in every row."""
     weight: Tensor
-    """[B] float32: 1, or 0 for a sample that only fills a rank's micro-batch and must not count."""
+    """[B] float32: 1, or 0 for a filler, which only completes a rank's micro-batch and must not affect losses."""
     dataset: Tensor
     """[B] int64 index of the data set in the mixture."""
     position: Tensor

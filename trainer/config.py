@@ -36,9 +36,9 @@ class OptimizerConfig(Section):
     layer_decay: Annotated[float, PART] = 1.0
     """Factor on the backbone's learning rate per block, counted from the top; 1: all blocks have the same rate."""
     layer_decay_from: Literal["head", "top"] = "head"
-    """Where the full rate applies. head: to the head; the top block is one factor below it, and layers before the first
-    block are one factor below that block. top: to the top block; layers before the first block have that block's
-    rate."""
+    """Part of the model that has the full rate. head: the head; the top block is one factor below it, and layers before
+    the first block are one factor below that block. top: the top block; layers before the first block have the rate of
+    that block."""
     layer_decay_spared: Annotated[int, FROM_0] = 0
     """Number of top blocks that keep the full rate regardless of `layer_decay`."""
     decay_everything: bool = False
@@ -132,7 +132,7 @@ class ZeroConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
-    """How often checkpoints are saved and how many are kept."""
+    """Frequency of checkpoints, and the number that is kept."""
 
     every_steps: Annotated[int, STEPS] = 5000
     """Steps between checkpoints. Another one is saved after the last step."""
@@ -141,7 +141,7 @@ class CheckpointConfig(Section):
     best_metric: str | None = None
     """Evaluation metric, such as `val/PQ`, whose best checkpoint is kept in addition."""
     upload_timeout_s: Annotated[float, SECONDS] = 3600.0
-    """How long rank 0 waits for each rank's files before it abandons the checkpoint and the attempt fails."""
+    """Seconds that rank 0 waits for each rank's files before it abandons the checkpoint and the attempt fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ class TrainingConfig(Section):
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """What DeepSpeed partitions among the ranks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """How often checkpoints are saved and which ones are kept."""
+    """Frequency of checkpoints, and which ones are kept."""
     ema_decay: Annotated[float, BELOW_1] = 0.0
     """Decay of the moving average of the weights, which evaluations then use; 0 keeps no average."""
     log_every_steps: Annotated[int, STEPS] = 20
@@ -222,12 +222,12 @@ class TrainingConfig(Section):
     threads: Annotated[int, FROM_1] = 1
     """Torch threads per rank on CPUs."""
     collective_timeout_s: Annotated[float, SECONDS] = 1200.0
-    """How long a rank waits for the others before the attempt ends. If data or the run folder are in S3, set it above
-    the sum of `storage.patience_s` and `stall_timeout_s`, since a rank may wait that long for the storage."""
+    """Seconds that a rank waits for the others before the attempt ends. If data or the run folder are in S3, set it
+    above the sum of `storage.patience_s` and `stall_timeout_s`, since a rank may wait that long for the storage."""
     stall_timeout_s: Annotated[float, SECONDS_FROM_0] = 300.0
-    """Longest time that a rank may spend in one phase of a step (data, forward pass, update, ...). After it the run has
-    stalled: the stacks of all ranks are written and the attempt ends. Must be less than `collective_timeout_s`, which
-    would otherwise end the attempt first, with less information. 0 switches it off."""
+    """Longest time in seconds that a rank may spend in one phase of a step (data, forward pass, update, ...). If a rank
+    takes longer, the run has stalled: the stacks of all ranks are written and the attempt ends. Must be less than
+    `collective_timeout_s`, which would otherwise end the attempt first, with less information. 0 switches it off."""
 
     @property
     def settled_precision(self) -> Precision:

@@ -89,8 +89,9 @@ def open_batches(
     *,
     pin: bool = False,
 ) -> Generator[StepBatches]:
-    """Yield this rank's batches from `state.position` on, without the steps in `job.skipped`. Close it to stop the
-    loader.
+    """Yield this rank's batches from `state.position` on, without the steps in `job.skipped`.
+
+    Close it to stop the loader.
 
     `neighbors` are the ranks that share the machine's cache. With `pin`, batches are in pinned memory.
 

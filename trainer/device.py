@@ -37,7 +37,7 @@ def take_device() -> torch.device:
 
 
 def require_own_device(device: torch.device, ranks: Ranks) -> None:
-    """Raise TrainingError on all ranks if two of them use the same GPU. A collective."""
+    """Raise TrainingError on all ranks if two of them use the same GPU. Every rank must call it."""
     name = ""
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"

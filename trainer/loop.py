@@ -86,7 +86,7 @@ class _Loop:
         return self._end("finished", state)
 
     def _is_due(self, step: int) -> bool:
-        """Return whether the outcome of `step` is needed at once, for a report, a checkpoint or the end of the run."""
+        """Return whether a report, a checkpoint or the end of the run needs the outcome of `step` immediately."""
         training = self._training
         often = (training.log_every_steps, training.checkpoint.every_steps)
         return step >= training.max_steps or any(step % every == 0 for every in often)
@@ -246,7 +246,7 @@ class _Loop:
 
     def _save(self, state: TrainState) -> None:
         self._observer.enter("checkpoint")
-        self._announce(self._run.saver.finish())  # report every commit, even if the next one follows at once
+        self._announce(self._run.saver.finish())  # report every commit, even if the next one follows immediately
         self._run.saver.save(self._run.engine, state, self._uncommitted)
         self._uncommitted.clear()
 

@@ -95,7 +95,10 @@ class Observer:
         self._trace.write(record)
 
     def report(self, state: TrainState, loss: LossValues, grad_norm: float) -> StepMetrics | None:
-        """Report the metrics of all ranks since the last report; return them on rank 0, else None. A collective."""
+        """Report the metrics of all ranks since the last report.
+
+        Return them on rank 0, otherwise None. Every rank must call it.
+        """
         run, watch = self._run, self._stopwatch
         traffic = self._traffic.read(run.ranks)
         own = measure_rank(run.ranks.rank, watch.steps, watch.phases, self._micro_batch, run.job.run_folder)

@@ -13,7 +13,10 @@ _TENSOR_CORES: Capability = (7, 0)
 
 
 def sensible_precision(capabilities: Sequence[Capability]) -> Precision:
-    """Return the meaning of `training.precision: auto` on these GPUs, decided by the oldest; none: CPU."""
+    """Return the precision that `training.precision: auto` selects for these GPUs.
+
+    The oldest one decides; empty means CPU.
+    """
     least = min(capabilities, default=(0, 0))
     if least >= _BF16:
         return "bf16_autocast"

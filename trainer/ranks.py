@@ -84,23 +84,29 @@ class Ranks:
         return self._store.add(f"m2f/{name}", more)
 
     def neighbors(self) -> tuple[int, ...]:
-        """Return the ranks on this machine, including this one. A collective."""
+        """Return the ranks on this machine, including this one. Every rank must call it."""
         hosts = self.gather(socket.gethostname())
         return tuple(rank for rank, host in enumerate(hosts) if host == hosts[self.rank])
 
     def broadcast(self, value: T) -> T:
-        """Return rank 0's picklable value on every rank. A collective."""
+        """Return rank 0's picklable value on every rank. Every rank must call it."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def run_on_rank0(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0; return its result on every rank. If it raises, all ranks raise. A collective."""
+        """Call `make` on rank 0; return its result on every rank.
+
+        If it raises, all ranks raise. Every rank must call this method.
+        """
         box = self.run_on_all(lambda: [make()] if self.is_first else [])
         return self.broadcast(box)[0]
 
     def run_on_all(self, make: Callable[[], T]) -> T:
-        """Call `make` on every rank; return this rank's result. If it raises on any rank, all raise. A collective."""
+        """Call `make` on every rank; return this rank's result.
+
+        If it raises on any rank, all raise. Every rank must call this method.
+        """
         box: list[T] = []
         error = None
         try:

@@ -87,7 +87,7 @@ class Reporter(Protocol):
     """Receives the events of a run."""
 
     def report(self, event: Event) -> None:
-        """Handle `event`. Must return at once, and must not raise if a service behind it is down."""
+        """Handle `event`. Must not block, and must not raise if the service that it reports to is down."""
         ...
 
 

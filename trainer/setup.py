@@ -86,7 +86,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
 
 
 def settle_device(ranks: Ranks, reporter: Reporter) -> torch.device:
-    """Return this rank's device after selecting the attention implementations that suit it. A collective.
+    """Return this rank's device after selecting the attention implementations that suit it. Every rank must call it.
 
     Raises TrainingError on all ranks if two of them use the same GPU.
     """

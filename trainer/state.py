@@ -41,7 +41,10 @@ class TrainState:
         )
 
     def inside(self, positions: PositionRange) -> bool:
-        """Return whether the run is within these positions and past their start, so a spike may be in the weights."""
+        """Return whether the run has consumed at least one of these positions and none after them.
+
+        If so, a spike there may have changed the weights.
+        """
         return positions.start < self.position <= positions.stop
 
     def in_order(self, fingerprint: str, url: str, accept_changes: bool) -> TrainState:

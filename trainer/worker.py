@@ -63,9 +63,9 @@ def prepare_process(job: TrainJob) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
-    """Provide the default process group: an existing one, else NCCL on GPUs or gloo on CPUs, set up from the
-    environment.
+    """Provide the default process group during the context.
 
+    An existing group is used. Otherwise the group is set up from the environment, with NCCL on GPUs and gloo on CPUs.
     After an error an NCCL group is not destroyed: destroying it waits for operations that the failed rank never enters,
     and the error would never be raised.
     """

@@ -213,7 +213,7 @@ def upcoming_chunks(
 ) -> list[tuple[int, int]]:
     """Return the pairs (data set, chunk) that some of `world` ranks use, in the order of first use.
 
-    Covers `count` positions from `start` on. `ranks` are the ranks of interest.
+    Covers `count` positions, starting at `start`. `ranks` are the ranks of interest.
     """
     refs = order.refs(start, count)
     mine = np.isin(np.arange(start, start + count) % world, ranks)

@@ -20,7 +20,7 @@ from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 
 _REFETCHES = 3
-"""Further reads of a sample with a wrong checksum. They cure transmission errors, but not damage in the store."""
+"""Further reads of a sample with a wrong checksum. They correct transmission errors, but not damage in the store."""
 _THREADS = 8
 """Number of concurrent ranged reads, enough to hide the latency of an object store."""
 _KEPT_BYTES = 1 << 30

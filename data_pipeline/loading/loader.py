@@ -1,7 +1,7 @@
 """Loader of batches in a given order: this process fetches, worker processes decode and augment.
 
 The loader has no state for a checkpoint. A loader that starts at step s yields exactly the batches that an
-uninterrupted one yields from step s on, with any number of workers. Prefetched batches are discarded at a restart.
+uninterrupted loader yields from that step, with any number of workers. Prefetched batches are discarded at a restart.
 """
 
 from __future__ import annotations
@@ -357,8 +357,9 @@ def _start_worker(_: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Exit when the training process exits, even if it is killed. The parent of a worker is the fork server, which
-    stays alive then.
+    """Exit when the training process exits, even if it is killed.
+
+    The parent of a worker is the fork server, which stays alive then.
     """
     training = multiprocessing.parent_process()
     assert training is not None

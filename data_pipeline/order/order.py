@@ -115,7 +115,7 @@ class DatasetOrder:
         return SampleRef(self.dataset, epoch.number, int(epoch.rows[position - epoch.start]))
 
     def refs(self, start: int, count: int) -> SampleRefs:
-        """Return the samples at `count` positions from `start` on."""
+        """Return the samples at `count` consecutive positions, starting at `start`."""
         parts, position = [np.zeros(0, dtype=np.int64)], start
         while position < start + count:
             epoch = self._epoch_at(position)
@@ -191,7 +191,7 @@ class MixtureOrder:
         raise AssertionError("the last share is 1 and takes what the others left")
 
     def refs(self, start: int, count: int) -> SampleRefs:
-        """Return the samples at `count` positions from `start` on."""
+        """Return the samples at `count` consecutive positions, starting at `start`."""
         dataset, index = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         left = np.arange(count)  # free places, which are consecutive positions of the later children
         for child, share in zip(self.children, self.shares, strict=True):
@@ -225,7 +225,7 @@ class OffsetOrder:
         return self.order.at(position - self.start)
 
     def refs(self, start: int, count: int) -> SampleRefs:
-        """Return the samples at `count` positions from `start` on."""
+        """Return the samples at `count` consecutive positions, starting at `start`."""
         return self.order.refs(start - self.start, count)
 
 

@@ -40,7 +40,11 @@ class CocoInstancesReader:
 
     @classmethod
     def open(cls, source: CocoInstancesSource, max_pixels: int) -> Self:
-        """Read and check the annotation file. Raises DataError if the file as a whole is unusable."""
+        """Read and check the annotation file.
+
+        Raises DataError if the whole file is unusable. Single unusable annotations are left out and listed in
+        `unusable`.
+        """
         folder = require_folder(source.images)
         path = source.instances_json
         document = coco_json.read_document(path, ("images", "annotations", "categories"))
@@ -60,7 +64,7 @@ class CocoInstancesReader:
         return tuple(make_key(image.file_name) for image, _ in self.records)
 
     def source(self, index: int) -> str:
-        """Return folder and name of the image."""
+        """Return the image's location for messages, as `folder/file name`."""
         return f"{self.images.name}/{self.records[index][0].file_name}"
 
     def files(self, index: int) -> tuple[Path, ...]:

@@ -77,7 +77,7 @@ class MapReader:
         return ()
 
     def source(self, index: int) -> str:
-        """Return folder and name of the image."""
+        """Return the image's location for messages, as `folder/file name`."""
         return f"{self.images.name}/{self.records[index].image}"
 
     def files(self, index: int) -> tuple[Path, ...]:

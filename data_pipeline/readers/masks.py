@@ -26,7 +26,7 @@ OUTSIDE = "objects outside the frame of their image (rescaled images, or x and y
 OVERHANGING = "objects of whose polygons more than a fifth lies outside the frame (rescaled images?)"
 OTHER_AREA = "segments whose pixels are less than half or more than twice their stated area (rescaled images?)"
 _TELLING_AREA = 100
-"""Smallest area in pixels that is checked. In smaller segments the border is much of the area."""
+"""Smallest area in pixels that is checked. In smaller segments, the border is a large part of the area."""
 _TELLING_SHARE = 0.5
 _OVERHANG = 0.2
 """Share of an object's area outside the frame above which it is reported. Annotators often exceed the frame by a pixel

@@ -16,7 +16,7 @@ from m2f.data_pipeline.storage.bounded_parquet import check_sizes
 SAMPLES_FILE = "samples.parquet"
 """Name of the file in the folder of a data set."""
 _ROWS_AT_ONCE = 4096
-"""Number of rows per decoding step, so that decoding needs little memory beside the resulting arrays."""
+"""Number of rows per decoding step, so that decoding needs little memory in addition to the resulting arrays."""
 
 _TEXT_BYTES = 4 * MAX_KEY
 
@@ -50,7 +50,8 @@ class Columns:
     """Access to the columns of samples.parquet as NumPy arrays with narrow types.
 
     Every rank holds a manifest, so time and memory matter. pyarrow's `read_table` and `to_numpy` would import
-    pyarrow.dataset and pandas and take twice of both. Decoding a few rows at a time is cheaper than whole columns.
+    pyarrow.dataset and pandas, and need twice the time and memory. Decoding a few rows at a time is cheaper than whole
+    columns.
     """
 
     data: bytes

@@ -36,7 +36,7 @@ OnProgress = Callable[[int, int], None]
 """Callback with the numbers of samples and bytes read since the last call; runs in the caller's thread."""
 
 _PROGRESS_INTERVAL_S = 0.5
-"""Longest time between checks for progress while tars are read."""
+"""Seconds between checks for progress while tars are read, at most."""
 _USUAL_VOID: dict[Labels, set[int]] = {"classes": {255}, "instances": {0, 255}, "panoptic": set()}
 """Labels that are void by convention in data sets of this form."""
 _PLAN_PREFIX = "adopted-"

@@ -232,7 +232,7 @@ class Manifest:
         return name if _is_elsewhere(name) else join(self.url, name)
 
     def check_shard(self, shard: int, storage: Storage) -> ObjectInfo:
-        """Return size and ETag of a shard in the store.
+        """Return the size and the ETag of a shard in the store.
 
         Raises:
             StorageError: the shard is missing, or its size differs from the manifest.

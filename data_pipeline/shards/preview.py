@@ -131,7 +131,7 @@ def _name_segment(picture: np.ndarray, mask: np.ndarray, name: str) -> None:
 
 
 def _tile(sample: DecodedSample, num_segments: int, categories: CategoryTable) -> _Tile:
-    """Return image and annotation side by side below the sample's key. Their longer side has _TILE pixels."""
+    """Return the image and its annotation side by side, below the sample's key. Their longer side has _TILE pixels."""
     height, width = sample.size
     scale = _TILE / max(height, width)
     size = max(1, round(height * scale)), max(1, round(width * scale))

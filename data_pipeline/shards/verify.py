@@ -29,7 +29,7 @@ OnProgress = Callable[[int, int], None]
 
 _REWRITE = "copy the shard again from where it is whole, or delete the data set and write it again (m2f shard)"
 _PROGRESS_INTERVAL_S = 0.5
-"""Longest time between checks for progress while shards are read."""
+"""Seconds between checks for progress while shards are read, at most."""
 _TAR_HEADER_BYTES = 512
 
 
@@ -221,7 +221,10 @@ def _sample_problem(manifest: Manifest, row: int, data: bytes) -> str | None:
 
 
 def _member_problem(manifest: Manifest, row: int, member: int, data: bytes) -> str | None:
-    """Return what is wrong with the tar header before a member's data; None if other tar tools read it alike."""
+    """Return the fault of the tar header before a member's data.
+
+    Return None if other tar tools read it in the same way.
+    """
     offset, length = int(manifest.member_offsets[row][member]), int(manifest.member_lengths[row][member])
     name = manifest.member_names[manifest.member_codes[row][member]]
     header = data[max(0, offset - _TAR_HEADER_BYTES) : offset]

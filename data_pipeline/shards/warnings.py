@@ -8,7 +8,7 @@ from m2f.data_pipeline.categories import CategoryTable, Task
 from m2f.data_pipeline.shards.manifest import Manifest
 
 _TELLING_AREA = 100
-"""Smallest mean pixels per object for `area_warning`. In smaller objects the border is much of the area."""
+"""Smallest mean pixels per object for `area_warning`. In smaller objects, the border is a large part of the area."""
 _TELLING_ROWS = 5
 _USUAL_RATIO = (0.8, 1.25)
 """Normal range of counted pixels divided by stated areas. Polygons gain and lose pixels along their border."""

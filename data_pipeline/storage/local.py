@@ -31,7 +31,7 @@ class LocalStore:
             _fail(url, error)
 
     def get_range(self, url: str, offset: int, length: int, etag: str | None) -> bytes:
-        """Return exactly `length` bytes from `offset` on. `etag` is ignored, because files have none."""
+        """Return exactly `length` bytes, starting at byte `offset`. `etag` is ignored, because files have none."""
         try:
             with Path(url).open("rb", buffering=0) as file:
                 file.seek(offset)
@@ -66,7 +66,7 @@ class LocalStore:
         return Path(url).is_file()
 
     def put(self, url: str, data: bytes, if_absent: bool) -> None:
-        """Write a file. With `if_absent`, raise ObjectExistsError instead of replacing a file."""
+        """Write a file. With `if_absent`, raise ObjectExistsError if it already exists."""
         try:
             with replacing(Path(url), if_absent) as file:
                 file.write(data)

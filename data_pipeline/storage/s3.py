@@ -1,6 +1,7 @@
 """Storage in S3 and S3-compatible stores, with boto3.
 
-botocore's retries are disabled, because they do not cover a body that breaks off. One loop here retries both.
+botocore's retries are disabled, because they do not cover a response body that breaks off. One loop in this module
+retries failed requests and broken bodies.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _BACKOFF_BASE_S = 0.1
 _BACKOFF_CAP_S = 20.0
 """Attempt n waits a random time of at most min(base x 2^n, cap) seconds."""
 _FILE_PART_BYTES = 32 * 1024 * 1024
-"""Size of the ranges in which files are read, which limits the bytes that a broken body costs."""
+"""Size of the ranges in which files are read. It limits the bytes that must be read again after a broken body."""
 _TRANSIENT_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
 """HTTP statuses after which the same request may succeed, as do the S3 error codes below."""
 _TRANSIENT_CODES = frozenset(
@@ -104,7 +105,10 @@ class S3Store:
         return self._retrying(url, lambda client: _read_body(client.get_object(**_address(url))))
 
     def get_range(self, url: str, offset: int, length: int, etag: str | None) -> bytes:
-        """Return exactly `length` bytes from `offset` on. Raise StorageError if the object has another `etag`."""
+        """Return exactly `length` bytes, starting at byte `offset`.
+
+        Raise StorageError if the object's ETag is not `etag`.
+        """
         if length == 0:
             return b""
         condition = {} if etag is None else {"IfMatch": etag}
@@ -140,7 +144,7 @@ class S3Store:
         return True
 
     def put(self, url: str, data: bytes, if_absent: bool) -> None:
-        """Write an object. With `if_absent`, raise ObjectExistsError instead of replacing an object."""
+        """Write an object. With `if_absent`, raise ObjectExistsError if it already exists."""
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         attempts = 0
 
@@ -412,7 +416,7 @@ def _is_denied(error: Exception) -> bool:
 
 
 def _fail(url: str, error: Exception) -> NoReturn:
-    """Raise the StorageError for an error that a retry cannot cure."""
+    """Raise the StorageError for an error that a retry cannot fix."""
     from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
     status, code = _response_error(error)

@@ -1,6 +1,7 @@
 """Temporary folders of a process. The folders of killed processes are removed by later processes.
 
-A process holds a lock on a file in its folder as long as it lives. The kernel releases the lock however it ends.
+A process holds a lock on a file in its folder as long as it lives. The kernel releases the lock when the process ends,
+even if it is killed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from m2f.data_pipeline.errors import StorageError
 
 _PREFIX = "m2f-"
 _FULL = ("no space left", "disk quota exceeded", "inline_container", "iostream error")
-"""Parts of the messages of the system, safetensors and torch (the last two) if a write is refused."""
+"""Parts of error messages about a full disk, from the operating system, safetensors and torch (the last two)."""
 _LOCK = ".lock"
 _FILES = "files"
 _SWEEPING = threading.Lock()
@@ -81,7 +82,10 @@ class ScratchFolder:
 
 @contextmanager
 def full_disk_named(what: str) -> Iterator[None]:
-    """In this context, turn errors of a full local disk into a StorageError that names `what`. Others pass."""
+    """In this context, turn errors of a full local disk into a StorageError that names `what`.
+
+    Other errors pass unchanged.
+    """
     try:
         yield
     except Exception as error:
@@ -120,8 +124,8 @@ def require_room(
 def sweep(place: str) -> int:
     """Delete the scratch folders of dead processes in `place` and return their number.
 
-    Folders without a lock file are kept, whatever their age. They were kept for inspection or come from an earlier
-    version, which cannot be distinguished.
+    Folders without a lock file are kept, regardless of their age. They were either kept for inspection or come from an
+    earlier version; the two cannot be distinguished.
     """
     removed = 0
     for lock in Path(place).glob(f"{_PREFIX}*/{_LOCK}"):

@@ -1,7 +1,7 @@
 """Common interface to objects in S3 (`s3://bucket/key`) and local files.
 
 Writes are atomic: S3 guarantees this, and local writes use a temporary file, fsync and rename. After transient errors,
-requests to S3 are retried with exponential backoff and full jitter. Requests that cannot succeed fail at once.
+requests to S3 are retried with exponential backoff and full jitter. Requests that cannot succeed fail immediately.
 """
 
 from __future__ import annotations

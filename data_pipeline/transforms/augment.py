@@ -175,7 +175,7 @@ def draw_scale_jitter(rng: np.random.Generator, size: tuple[int, int], config: S
 def _scaled_axis(side: int, part: int, start: int, canvas: int) -> tuple[int, int]:
     """Return the length of an axis and the start of a part of it, after scaling the part to `canvas` pixels.
 
-    Before the scaling, the axis has `side` pixels and the part covers `part` pixels from `start` on.
+    Before the scaling, the axis has `side` pixels and the part covers `part` pixels, starting at `start`.
     """
     scaled = max(canvas, round(side * canvas / part))
     return scaled, min(round(start * canvas / part), scaled - canvas)
@@ -301,7 +301,7 @@ def _pad(array: np.ndarray, canvas: tuple[int, int], value: int, axis: int) -> n
 def _whole_axis(source: int, scaled: int, offset: int, canvas_length: int) -> AxisCrop:
     """Return the crop of an axis that scales all `source` pixels to `scaled` pixels.
 
-    At most `canvas_length` pixels from `offset` on are kept.
+    At most `canvas_length` pixels are kept, starting at `offset`.
     """
     return AxisCrop(0, source, source, scaled / source, offset, min(scaled, canvas_length))
 

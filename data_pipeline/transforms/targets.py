@@ -132,7 +132,7 @@ def _remap(
     # cv2.LUT is eight times as fast as indexing, but supports only 8-bit maps.
     id_maps = np.stack([cv2.LUT(m, table) if m.dtype == np.uint8 else table[m] for m in maps])
     if crowd and len(id_maps) > 1:
-        # A crowd lies in one layer. Its pixels are ignored in all other layers, too, unless they belong to an instance.
+        # A crowd lies in one layer. Its pixels are also ignored in all other layers, unless they belong to an instance.
         crowded = (id_maps == ignore).any(axis=0)
         id_maps[(id_maps == BACKGROUND_ID) & crowded] = ignore
     return ImageTargets(

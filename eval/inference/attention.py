@@ -24,7 +24,8 @@ from m2f.model.loss.point_sampling import LabelMaps
 from m2f.model.structures import BACKGROUND_ID, Predictions, Targets
 
 MATCHING_GRID = 112
-"""Points per side of the grid on which predictions and objects are compared. Training samples as many in total."""
+"""Points per side of the grid on which predictions and objects are compared. Its 112 x 112 points are as many as
+training samples by default."""
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ def check_extra_metrics(categories: CategoryTable, metrics: Collection[ExtraMetr
 class Evaluator:
     """Evaluates a model. `model_task` is the task that it was trained for, which determines its classes.
 
-    If `classes` is an `EvaluatedClasses`, batches must have passed through its `restrict`. A table means that the model
-    has exactly its classes.
+    If `classes` is an `EvaluatedClasses`, batches must have passed through its `restrict`. If `classes` is a table, the
+    model has exactly the classes of the table.
 
     The truth of all tasks comes from the same sample: a panoptic model gets PQ, AP of its things and mIoU in one pass.
     """

@@ -78,7 +78,7 @@ def predict_in_passes(
 
     labels = None
     if "semantic" in tasks:
-        # Scores are averaged at the window's own resolution, so it is scores that are resized afterwards.
+        # Scores are averaged at the window's own resolution, so scores, not masks, are resized afterwards.
         scored = (
             Window(place.area.top, place.area.left, ClassScores(*output, "class_scores")) for place, output in windows()
         )

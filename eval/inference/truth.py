@@ -53,7 +53,8 @@ def instance_truth(sample: DecodedSample, labels: Mapping[int, int]) -> Instance
 def semantic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> np.ndarray:
     """Return the label map [H, W] of the partition. Crowds keep their class; void is `ignore_label(len(labels))`.
 
-    The map is uint8, or uint16 from 256 classes on. The Mask2Former papers evaluate panoptic models with the same map.
+    The map is uint8, or uint16 for 256 or more classes. The Mask2Former papers evaluate panoptic models with the same
+    map.
     """
     id_map = _partition(sample, "semantic labels")
     ignore = ignore_label(len(labels))
@@ -68,8 +69,8 @@ def cityscapes_truth(sample: DecodedSample) -> np.ndarray:
     """Return ids [H, W] int32 as in gtFine_instanceIds.png, for a data set with the categories of Cityscapes.
 
     Ids are label ids for stuff and groups, 1000 times the label id plus a number for instances, and 0 for void. Shards
-    contain the 19 classes only, so instances of caravans and trailers are void here. In the files they make overlapping
-    detections wrong.
+    contain only the 19 classes, so instances of caravans and trailers are void here. With the original files,
+    detections that overlap them are false positives.
     """
     id_map = _partition(sample, "Cityscapes metrics")
     ids = np.zeros(np.iinfo(id_map.dtype).max + 1, dtype=np.int32)

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 SAME_OBJECT_IOU = 0.5
-"""IoU inside the overlap of two windows from which two segments are one object, as in PQ."""
+"""Lowest IoU, inside the overlap of two windows, at which two segments are one object; the threshold of PQ."""
 
 
 KEPT_SHARE = 0.5

@@ -72,7 +72,7 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
     """Matched detections per image. `max_dets` limits detections per image and class, as in COCO.
 
     With `boundary_ratio` (see `m2f.eval.metrics.boundary`) the metric is Boundary AP. `area_bounds` holds the smallest
-    areas of medium and of large instances, in pixels.
+    area of a medium and of a large instance, in pixels.
     """
 
     name = "average precision"
@@ -89,7 +89,7 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
             "max_dets": sorted(max_dets),
             "boundary_ratio": boundary_ratio,
         }
-        if tuple(area_bounds) != AREA_BOUNDS:  # older states have no others
+        if tuple(area_bounds) != AREA_BOUNDS:  # saved states without this entry use the default
             settings["area_bounds"] = list(area_bounds)
         super().__init__(DetectionRecord, settings)
         self.num_classes = num_classes

@@ -1,6 +1,6 @@
 """Boundaries of masks (Cheng et al., Boundary IoU, CVPR 2021): the pixels of a mask close to its outline.
 
-Boundary AP and PQ of that paper use the smaller one of mask IoU and boundary IoU for every pair.
+Boundary AP and PQ of that paper use the smaller of mask IoU and boundary IoU for every pair.
 """
 
 from __future__ import annotations

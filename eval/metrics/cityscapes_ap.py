@@ -1,8 +1,8 @@
 """Instance AP as Cityscapes defines it (cityscapesScripts, evalInstanceLevelSemanticLabeling.py), as a mergeable state.
 
 It differs from COCO's AP. Thresholds are strict. Detections count with all their pixels regardless of rank. Equal
-scores are one point of the curve, which is integrated in steps. Groups of things that were not told apart, void, and
-instances below 100 pixels are neither right nor wrong.
+scores are one point of the curve, which is integrated in steps. Detections on groups of unseparated things, on void and
+on instances below 100 pixels are ignored.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from m2f.eval.metrics.base import MetricState, Record, column
 from m2f.eval.metrics.overlaps import common_runs, compact_ids
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)
-"""IoU thresholds; a match needs a larger IoU."""
+"""IoU thresholds, which a match must exceed."""
 MIN_PIXELS = 100
-"""Annotated instances with fewer pixels do not count."""
+"""Annotated instances with fewer pixels are ignored."""
 FIRST_INSTANCE = 1000
 """Smallest id of an instance. Smaller ids are plain label ids: stuff, or a group of things."""
 VOID_LABELS = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
@@ -51,12 +51,12 @@ class CityscapesRecord(Record):
     wrong: np.ndarray = field(metadata=column("uint16"))
     """Detections that are neither correct nor wrong are ignored."""
     truth_label: np.ndarray = field(metadata=column("int32"))
-    """Label of every annotated instance that counts."""
+    """Label of every annotated instance that is not ignored."""
 
 
 @dataclass(frozen=True)
 class CityscapesAP:
-    """AP as shares, not per cent; None if no annotated instance counts."""
+    """AP as shares, not per cent; None if no annotated instance is evaluated."""
 
     ap: float | None
     """Mean over classes and overlaps."""
@@ -98,7 +98,7 @@ class CityscapesAPState(MetricState[CityscapesRecord, CityscapesAP]):
 
 
 def match_cityscapes(truth: np.ndarray, detections: Iterable[CityscapesDetection]) -> CityscapesRecord:
-    """Return right and wrong detections of one image at every overlap. Raises ValueError if a mask's size differs."""
+    """Return true and false positives of one image at every overlap. Raises ValueError if a mask's size differs."""
     values, _, lengths = common_runs(truth, truth)
     ids, run_positions = compact_ids(values)
     positions = run_positions.repeat(lengths).reshape(truth.shape)
@@ -142,7 +142,10 @@ class _Candidate:
 
 
 def _resolve_matches(found: list[_Candidate], counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return correct and wrong flags [D, T]. If several detections match an instance, the best score is correct."""
+    """Return flags of true and of false positives, [D, T] each.
+
+    If several detections match an instance, the one with the best score is correct.
+    """
     ious = np.array([f.iou for f in found]).reshape(len(found), len(counted))
     scores, ignored = np.array([f.score for f in found]), np.array([f.ignored for f in found])
     correct = np.zeros((len(found), len(OVERLAPS)), dtype=bool)
@@ -160,7 +163,8 @@ def _resolve_matches(found: list[_Candidate], counted: np.ndarray) -> tuple[np.n
 def _average_precision(score: np.ndarray, correct: np.ndarray, wrong: np.ndarray, num_truth: int) -> float:
     """Return the area under the steps of precision over recall.
 
-    The curve has one point per distinct score, and precision 1 at recall 0. Without any detection that counts it is 0.
+    The curve has one point per distinct score, and precision 1 at recall 0. It is 0 if there is no detection, or if all
+    are ignored.
     """
     counted_detections = correct | wrong
     if not counted_detections.any():

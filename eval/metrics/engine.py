@@ -40,10 +40,9 @@ class PanopticPair:
 
 
 def pairwise_ious(detected: Sequence[Rle], annotated: Sequence[Rle], is_crowd: Sequence[bool]) -> np.ndarray:
-    """Return the IoU [D, G] float64 of masks of one size, bit-identical to pycocotools; each side needs at least one
-    mask.
+    """Return the IoU [D, G] float64 of masks of one size, bit-identical to pycocotools.
 
-    For crowds it is the intersection divided by the detection's area.
+    Each side needs at least one mask. For crowds it is the intersection divided by the detection's area.
     """
     return mask_iou(detected, annotated, is_crowd)
 

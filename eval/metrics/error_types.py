@@ -21,11 +21,11 @@ from m2f.eval.metrics.rle import mask_ious
 from m2f.eval.metrics.segment_errors import Candidates
 
 FOREGROUND_IOU = 0.5
-"""IoU from which a detection is correct; panoptic segments need a larger one."""
+"""Lowest IoU of a correct detection; panoptic segments must exceed it."""
 BACKGROUND_IOU = 0.1
-"""IoU up to which a detection is unrelated to an annotation."""
+"""Highest IoU at which a detection and an annotation count as unrelated."""
 MAX_IGNORED = 0.5
-"""A false detection with a larger share of its pixels in crowds (or void) does not count."""
+"""A false detection is ignored if a larger share of its pixels than this lies in crowds (or void)."""
 
 
 class ErrorType(IntEnum):
@@ -52,7 +52,7 @@ REPAIRED = (ErrorType.CLASSIFICATION, ErrorType.LOCALISATION)
 
 @dataclass(frozen=True, eq=False)
 class ErrorRecord(Record):
-    """Detections that count, and annotations without crowds, of one image."""
+    """Detections and annotations of one image, without ignored detections and without crowds."""
 
     label: np.ndarray = field(metadata=column("int32"))
     score: np.ndarray = field(metadata=column("float64"))
@@ -76,7 +76,7 @@ class ErrorCosts:
 
     metric: Literal["AP50", "PQ"]
     value: float | None
-    """The metric without any fix; None if nothing counts."""
+    """The metric without any fix; None if it is undefined."""
     gains: Mapping[str, float]
     """Metric with one type fixed, minus the unfixed metric, by type in lower case. Empty if `value` is None."""
     counts: Mapping[str, int]
@@ -204,7 +204,10 @@ class _Judged(NamedTuple):
 
 
 def _record(found: _Judged, truth: np.ndarray, disjoint: bool) -> ErrorRecord:
-    """Classify predictions that count, given annotated classes `truth` [G]; `disjoint` stands for panoptic segments."""
+    """Classify the predictions that are not ignored, given annotated classes `truth` [G].
+
+    `disjoint` is set for panoptic segments.
+    """
     labels, scores, iou, fits, partner = found
     used = np.isin(np.arange(len(truth)), partner)
     if not len(truth):

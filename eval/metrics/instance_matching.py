@@ -29,7 +29,7 @@ AREA_RANGES: dict[str, tuple[float, float]] = {
 """Ranges in pixels, including both bounds: an area of 1024 is both small and medium."""
 NUM_AREAS = len(AREA_RANGES)
 AREA_BOUNDS = (32.0**2, 96.0**2)
-"""Smallest areas of medium and of large instances in COCO, in pixels."""
+"""Smallest area of a medium and of a large instance in COCO, in pixels."""
 _ALL_THRESHOLDS = np.uint16((1 << len(IOU_THRESHOLDS)) - 1)
 """One bit per IoU threshold, so that flags of all thresholds are stored in one number."""
 _EVERY_RANGE = 1 << np.arange(NUM_AREAS, dtype=np.int64) * len(IOU_THRESHOLDS)
@@ -78,11 +78,11 @@ class DetectionRecord(Record):
     matched: np.ndarray = field(metadata=column("uint16", NUM_AREAS))
     """Flags of detections matched to an annotation, per area range."""
     ignored: np.ndarray = field(metadata=column("uint16", NUM_AREAS))
-    """Flags of detections that are neither right nor wrong, per area range."""
+    """Flags of detections that are ignored, as neither true nor false positives, per area range."""
     truth_label: np.ndarray = field(metadata=column("int32"))
     """Classes with annotations, in ascending order."""
     truth_count: np.ndarray = field(metadata=column("int32", NUM_AREAS))
-    """Number of annotations of each of these classes that count, per area range."""
+    """Number of annotations of each of these classes that are not ignored, per area range."""
 
 
 def area_ranges(bounds: Sequence[float] = AREA_BOUNDS) -> np.ndarray:
@@ -114,7 +114,7 @@ def match_images(
 ) -> list[DetectionRecord]:
     """Match the detections of every image greedily by mask IoU, at most `limit` per class; see `_records`.
 
-    With `boundary_ratio` the IoU is the smaller one of masks and boundaries, except for crowds.
+    With `boundary_ratio` the IoU of a pair is the smaller of its mask IoU and its boundary IoU, except for crowds.
     """
     truth = _join_truth([(t.labels, t.areas, t.is_crowd) for t, _ in images])
     areas = [mask_areas(d.masks) if d.areas is None else d.areas for _, d in images]
@@ -303,8 +303,9 @@ def _records(
 ) -> list[DetectionRecord]:
     """Match every image greedily, best score first.
 
-    A detection takes the free annotation with the highest IoU, the later one among equals. Annotations that count
-    precede ignored ones. A crowd can be taken any number of times. `ranges` has the form of `area_ranges`.
+    A detection takes the free annotation with the highest IoU, and the last one among equal IoUs. Ignored annotations
+    are taken only if no other one matches. A crowd can be taken any number of times. `ranges` has the form of
+    `area_ranges`.
     """
     bounds = area_ranges() if ranges is None else ranges
     truth_ignored = truth.is_crowd | _outside(truth.area, bounds)
@@ -334,7 +335,7 @@ def _match(
     bits = len(IOU_THRESHOLDS)
     enough = ious >= IOU_THRESHOLDS[0]
     d, g, iou = pairs.detection[enough], pairs.truth[enough], ious[enough]
-    order = np.lexsort((-g, -iou, d))  # per detection, the highest IoU first, and the later one among equals
+    order = np.lexsort((-g, -iou, d))  # per detection, the highest IoU first, and the last one among equals
     d, g, iou = d[order], g[order], iou[order]
     reached = _FIRST_THRESHOLDS[np.searchsorted(IOU_THRESHOLDS, iou, side="right")].tolist()
     counts = (_EVERY_RANGE @ ~truth_ignored * ((1 << bits) - 1)).tolist()
@@ -345,7 +346,7 @@ def _match(
     matched, ignored = [0] * num_detections, [0] * num_detections
     for detection, (start, end) in zip(detections, _stretches(first, len(d)), strict=True):
         open_bits = everything
-        for place in range(start, end):  # annotations that count precede ignored ones
+        for place in range(start, end):  # annotations that are not ignored come first
             truth = truths[place]
             taken = open_bits & reached[place] & counts[truth] & free[truth]
             free[truth] ^= taken

@@ -17,7 +17,7 @@ from m2f.eval.metrics.overlaps import common_runs
 
 
 def ignore_label(num_classes: int) -> int:
-    """Return the value of unlabelled pixels in a truth map: 255 (uint8), or 65535 (uint16) from 256 classes on."""
+    """Return the value of unlabelled pixels in a truth map: 255 (uint8), or 65535 (uint16) for 256 or more classes."""
     return 255 if num_classes <= 255 else 65535
 
 

@@ -59,7 +59,7 @@ def draw_weights(image_ids: np.ndarray, draws: int) -> np.ndarray:
     """Return how often every image [images] occurs in every draw with replacement: [images, draws] int32.
 
     Each draw has as many images as the set. The same ids give the same draws, so that all runs evaluated on these
-    images are resampled alike.
+    images are resampled in the same way.
     """
     count = len(image_ids)
     key = hashlib.blake2b(np.sort(image_ids.astype(np.int64)).tobytes(), digest_size=16).digest()
@@ -123,7 +123,7 @@ def _mean_over_classes(
 
 
 def _by_image(labels: Ragged, values: np.ndarray, first: int, width: int) -> np.ndarray:
-    """Sum the values by image and class: [images, width], for the classes from `first` on."""
+    """Sum the values by image and class: [images, width], for `width` classes starting at `first`."""
     chosen = (labels.values >= first) & (labels.values < first + width)
     cells = labels.rows[chosen] * width + (labels.values[chosen] - first)
     shape = len(labels.counts), width

@@ -21,7 +21,11 @@ SHOWN_SCORE = 0.5
 def panoptic_overlays(
     truth: PanopticTruth, prediction: PanopticPrediction, scores: dict[int, float], quality: float | None
 ) -> tuple[Overlay, Overlay]:
-    """Return truth, with crowds as other segments, and prediction; `scores` by segment id, `quality` of the image."""
+    """Return the overlays of truth and prediction.
+
+    Crowds of the truth are drawn like other segments. `scores` are by segment id; `quality` is the PQ of the image, 0
+    to 1, for the title.
+    """
     title = "prediction" if quality is None else f"prediction, PQ {100 * quality:.1f}"
     annotated = {i: OverlaySegment(segment.label) for i, segment in truth.segments.items()}
     predicted = predicted_segments(title, prediction.id_map, prediction.labels, scores)
@@ -31,7 +35,7 @@ def panoptic_overlays(
 def instance_overlays(
     truth: InstanceTruth, detections: InstanceDetections, size: tuple[int, int]
 ) -> tuple[Overlay, Overlay]:
-    """Return truth, with small instances on top, and prediction, with high scores on top."""
+    """Return the overlays of truth, with small instances on top, and prediction, with high scores on top."""
     by_area = np.argsort(-truth.areas, kind="stable")
     annotated = _flatten(
         "truth", [truth.masks[i] for i in by_area], [OverlaySegment(int(truth.labels[i])) for i in by_area], size
@@ -40,7 +44,7 @@ def instance_overlays(
 
 
 def semantic_overlays(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> tuple[Overlay, Overlay]:
-    """Return truth and prediction, with one segment per class."""
+    """Return the overlays of truth and prediction, with one segment per class."""
     labelled = truth != ignore_label(num_classes)
     annotated = np.where(labelled, truth.astype(np.int32), UNLABELLED)
     return _labels("truth", annotated, num_classes), predicted_labels(predicted, num_classes)

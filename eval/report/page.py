@@ -99,13 +99,13 @@ def headline(numbers: Mapping[str, str]) -> str:
 
 
 def grid(items: Sequence[str], *, small: bool = False) -> str:
-    """Return charts, or small ones, side by side as far as they fit."""
+    """Return charts side by side, as many per row as fit. `small` is for small charts."""
     cells = "".join(f"<div>{item}</div>" for item in items)
     return f'<div class="{"grid small" if small else "grid"}">{cells}</div>'
 
 
 def folded(summary: str, body: str) -> str:
-    """Return HTML that opens on a click."""
+    """Return HTML that is collapsed until the reader clicks on `summary`."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 

@@ -1,7 +1,7 @@
 """Contribution of every image to PQ, AP and mIoU, as one parquet file beside the results.
 
-The first columns are for readers: the id of the image and its own PQ, AP and mIoU in per cent, None if nothing in it
-counts. The columns of lists after them are match records, from which `m2f compare` resamples images for intervals.
+The first columns are for readers: the id of the image and its own PQ, AP and mIoU in per cent, None if undefined. The
+list columns after them are match records, from which `m2f compare` resamples images for intervals.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ImageRecords:
         return values
 
     def own_values(self) -> dict[str, np.ndarray]:
-        """Return PQ, AP and mIoU [I] of every single image in per cent; NaN if nothing in it counts."""
+        """Return PQ, AP and mIoU [I] of every single image in per cent; NaN if undefined."""
         values: dict[str, np.ndarray] = {}
         if self.panoptic is not None:
             values["PQ"] = 100 * _one_by_one(self.panoptic, panoptic_qualities)

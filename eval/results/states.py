@@ -165,7 +165,7 @@ def image_qualities(states: EvaluationStates) -> dict[int, float]:
     """Return the quality of every image's prediction, 0 to 1, by image id: for choosing pictures, not for publication.
 
     The quality is the PQ of the image. Without PQ it is the number of matched instances divided by the mean number of
-    annotated and detected ones, else the pixel accuracy. Images in which nothing counts are left out.
+    annotated and detected ones, else the pixel accuracy. Images whose quality is undefined are left out.
     """
     if states.semantic is not None and states.segments is None:
         found = {

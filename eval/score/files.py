@@ -82,7 +82,8 @@ class PredictedClasses:
     """Relation between category ids of predictions and those of the truth."""
 
     truth_id: Mapping[int, int] | None
-    """Truth's id by the predictions' id; None if no table describes their ids, which are then those of the truth."""
+    """Truth's category id by the predictions' category id. None if no table describes the predictions' ids; they are
+    then those of the truth."""
     dropped: frozenset[int] = frozenset()
     """Ids of the predictions whose classes the truth lacks. They are not scored."""
     note: str | None = None
@@ -161,14 +162,17 @@ def whole(entry: Any, name: str, where: str) -> int:
 
 
 def require(entry: Any, name: str, where: str) -> Any:
-    """Return a field of a JSON object. Raises EvaluationError, starting with `where`, if it is missing."""
+    """Return a field of a JSON object. Raises EvaluationError if it is missing; the message starts with `where`."""
     if not isinstance(entry, dict) or name not in entry:
         raise EvaluationError(f"{where} has no `{name}`: {str(entry)[:80]}")
     return entry[name]
 
 
 def mask_file(folder: Path, entry: Any, where: str) -> Path:
-    """Return the file in `folder` that an annotation names. Raises EvaluationError, starting with `where`."""
+    """Return the file in `folder` that an annotation names.
+
+    Raises EvaluationError for an invalid name; the message starts with `where`.
+    """
     name = require(entry, "file_name", where)
     if (problem := key_problem(name)) is not None:
         raise EvaluationError(f"{where}: file_name {name!a:.100} {problem}; it must name a file in {folder}")

@@ -1,6 +1,6 @@
 """Annotations and results of COCO's instance files by image, validated before use.
 
-Validated are sizes, flags, areas, scores, classes and masks, which the tools that match masks accept unchecked.
+Sizes, flags, areas, scores, classes and masks are validated, because the libraries that match masks do not check them.
 """
 
 from __future__ import annotations

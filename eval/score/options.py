@@ -22,7 +22,7 @@ RecordT = TypeVar("RecordT", PanopticRecord, DetectionRecord)
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """Options of a scoring. The defaults score everything, as the official code does."""
+    """Options of one scoring run. The defaults score everything, as the official code does."""
 
     images: tuple[str, ...] | None = None
     """Ids of images, or names of label maps; None: all."""

@@ -105,7 +105,7 @@ class LiveBytesCounter(TorchDispatchMode):
 
 
 def _forget_gradient(parameter: Tensor) -> None:
-    """Drop the gradient of a weight. Gradients are counted separately, because ZeRO may release them at once."""
+    """Drop the gradient of a weight. Gradients are counted separately, because ZeRO may release them immediately."""
     parameter.grad = None
 
 

@@ -24,7 +24,7 @@ def name_problem(name: str) -> str | None:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """Return `did you mean A, B?`, or a hint how to list all names if none is similar."""
+    """Return `did you mean A, B?`, or a hint on how to list all names if none is similar."""
     close = difflib.get_close_matches(name, sorted(known), n=5)
     return f"did you mean {', '.join(close)}?" if close else "`timm.list_models()` lists all names"
 

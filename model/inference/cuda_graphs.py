@@ -34,7 +34,7 @@ class _Recording(NamedTuple):
     def replay(self, images: Tensor) -> Predictions:
         self.images.copy_(images)
         self.graph.replay()
-        classes, embeddings, features = (tensor.clone() for tensor in self.predictions[:3])  # evaluation has no others
+        classes, embeddings, features = (tensor.clone() for tensor in self.predictions[:3])  # the rest is for training
         return Predictions(classes, embeddings, features)
 
 
@@ -74,7 +74,7 @@ class ReplayedForward:
     def _checked(self, images: Tensor, expected: Predictions) -> _Recording | None:
         """Return a recording that reproduces `expected`.
 
-        If that fails, warn, return None and stop recording for good.
+        If that fails, warn, return None and stop recording permanently.
         """
         try:
             recording = self._record(images)

@@ -59,7 +59,7 @@ class PendingPilots:
 
     @staticmethod
     def start(pilots: Pilots, targets: Targets) -> PendingPilots:
-        """Queue the copy and return at once. Pilots of images with weight 0 are marked as not valid."""
+        """Queue the copy and return immediately. Pilots of images with weight 0 are marked as not valid."""
         counted = pilots.valid & (targets.weight > 0)[:, None]
         return PendingPilots(HostCopy(torch.stack((pilots.target, counted.long()))), pilots.first_prediction)
 

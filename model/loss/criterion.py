@@ -37,7 +37,7 @@ class Normalizers(NamedTuple):
     class_weight_sum: Tensor
     """[] sum of the class weights of all queries of one prediction: 1 if matched, otherwise `no_object_weight`."""
     num_micro_batches: Tensor
-    """[] number of micro-batches with at least one image that counts."""
+    """[] number of micro-batches with at least one real image, not only fillers."""
 
 
 class Losses(NamedTuple):
@@ -178,7 +178,7 @@ def _class_denominator(targets: Targets, num_queries: int, normalizers: Normaliz
     if config.class_norm == "per_rank":
         own = count_normalizers(targets, num_queries, config).class_weight_sum
         denominator = own * normalizers.num_micro_batches
-    return torch.where(denominator > 0, denominator, 1.0)  # if nothing counts, every numerator is 0 too
+    return torch.where(denominator > 0, denominator, 1.0)  # if all weights are 0, every numerator is 0 as well
 
 
 def _class_losses(

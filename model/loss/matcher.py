@@ -82,10 +82,10 @@ def start_matching(
     config: LossConfig,
     boxes: Tensor | None = None,
 ) -> PendingMatching:
-    """Queue the costs of all predictions and images and one copy of them to the host, and return at once.
+    """Queue the computation of all costs and one copy of them to the host, and return immediately.
 
-    The arguments are those of `matching_cost`. The device runs what the caller queues before calling `result` while the
-    host solves the assignment.
+    The arguments are those of `matching_cost`. The host solves the assignment in `result`. Meanwhile the device runs
+    the work that the caller has queued after this call.
     """
     counted = targets.valid & (targets.weight > 0)[:, None]
     cost = matching_cost(predictions, targets, label_maps, points, config, boxes)

@@ -151,8 +151,10 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """Return the cause of a reader's error. torch's own message is not shown, as it suggests loading the file
-    unsafely."""
+    """Return the cause of a reader's error.
+
+    The message of torch is not shown, because it suggests loading the file unsafely.
+    """
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:
         return f"it asks for {asked[1]}; files of weights need nothing but tensors, so nothing of it was executed"

@@ -50,7 +50,7 @@ class LoadReport:
     head_alone: bool = False
     """Whether the file has no backbone, so that the backbone kept its own initial weights."""
     class_rows: str | None = None
-    """How many rows of the class head came from the file, if its classes differ from the model's."""
+    """Number of class-head rows that came from the file, if its classes differ from the model's."""
 
     @property
     def complete(self) -> bool:
@@ -104,7 +104,7 @@ def load_weights(
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from error
     converted = _match_timm_names(target, own, layout)
-    if layout in ("eomt", "pmt") and _MASK_PROBABILITIES in target:  # files of finished trainings may not have them
+    if layout in ("eomt", "pmt") and _MASK_PROBABILITIES in target:  # files of finished training runs may not have them
         converted.setdefault(_MASK_PROBABILITIES, torch.zeros_like(target[_MASK_PROBABILITIES]))
     if layout == "official" and is_maskformer(state):
         require_maskformer(converted, target, name)

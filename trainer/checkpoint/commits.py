@@ -1,7 +1,7 @@
 """List of a run's commits, read by the supervisor and the evaluation service, and metrics per commit.
 
 <run folder>/commits/00000042-3-0123456789abcdef             step, lease and digest of the manifest; an empty object
-<run folder>/commits/00000042-3-0123456789abcdef.withdrawn   the run went back behind this commit, or it is damaged
+<run folder>/commits/00000042-3-0123456789abcdef.withdrawn   the commit is damaged, or was undone by a rollback
 <run folder>/metrics/00000042-3.json                         metrics by step since the previous commit
 
 Rank 0 writes metrics before the manifest of the checkpoint, and the entry in `commits/` after it. Needs no torch.

@@ -181,7 +181,7 @@ def newest_step(storage: Storage, run_folder: str) -> int:
 
 
 def parse_folder(url: str) -> tuple[int, int]:
-    """Return step and lease of a checkpoint folder, given its name or URL; lease 0 if the name has none."""
+    """Return the step and the lease of a checkpoint folder, given its name or URL; lease 0 if the name has none."""
     match = _FOLDER.search(f"/{url.rstrip('/').rpartition('/')[2]}/_")
     assert match is not None, url
     return int(match[2]), int(match[3] or 0)
@@ -253,7 +253,7 @@ def fetch(storage: Storage, url: str, paths: Sequence[str], manifest: Checkpoint
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Return size and SHA-256 of a local file."""
+    """Return the size in bytes and the SHA-256 of a local file."""
     with path.open("rb") as file:
         return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
@@ -297,8 +297,8 @@ def folders_to_delete(
     """Return the names of the checkpoint folders to delete, given the URLs of all objects.
 
     These are folders older than the `keep` newest committed steps, without a pin, and not written under a higher lease.
-    Commits in `ignored` folders do not count. Neither do steps after `newest`: the run has gone back behind them, or
-    they are damaged.
+    Commits in `ignored` folders are not counted. Nor are steps after `newest`: they are damaged, or the run was rolled
+    back to before them.
     """
     found = [file for file in _matches(urls) if file.folder.step <= newest]
     counted = {file.folder.step for file in found if file.path == MANIFEST and file.folder.name not in ignored}

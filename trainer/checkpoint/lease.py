@@ -79,7 +79,7 @@ class Lease:
         check_lease(self._storage, self._run_folder, self.number)
 
     def close(self) -> None:
-        """End the thread, and release the lease so that the next contender can take over at once."""
+        """End the thread, and release the lease so that the next contender can take over immediately."""
         self._closing.set()
         self._thread.join()
         if self._renews and self._lost is None:

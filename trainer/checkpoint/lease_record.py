@@ -59,7 +59,7 @@ class LeaseRecord:
 
     number: int
     nonce: str
-    """Random value that tells a repeated write by one contender from a write by another."""
+    """Random value that distinguishes a repeated write by one contender from a write by another."""
     holder: Holder
     found: tuple[str, ...]
     """Names of the checkpoint folders that were committed when the lease was taken."""

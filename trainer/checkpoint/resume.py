@@ -52,7 +52,7 @@ class Restart:
 
     @property
     def weights_only(self) -> bool:
-        """Whether the optimizer starts afresh, because ZeRO stages partition and name its state differently."""
+        """Whether the optimizer starts without state, because ZeRO stages partition and name its state differently."""
         return self.saved_stage != self.state.zero_stage
 
     @property
@@ -92,7 +92,8 @@ def open_restart(
 
     The checkpoint must fit `expected`, the state of a fresh start; with `accept_changes` its data order may differ.
     Damaged candidates before it, and those within a `skipped` range, are set aside. Raises CheckpointError if the
-    checkpoint does not fit or no candidate is usable, and StorageError if the storage does not answer. A collective.
+    checkpoint does not fit or no candidate is usable, and StorageError if the storage does not answer. Every rank must
+    call it.
     """
     problems = []
     for checkpoint in candidates:

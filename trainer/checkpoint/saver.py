@@ -71,7 +71,7 @@ class CheckpointSaver:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def check_room(self, engine: Engine) -> None:
-        """Check before the first step whether the disks have room for a checkpoint. A collective.
+        """Check before the first step whether the disks have room for a checkpoint. Every rank must call it.
 
         The local disk must hold the files of all ranks on this machine; the disk of a local run folder must hold those
         of all ranks. Raises StorageError on all ranks if one has too little room.

@@ -42,8 +42,10 @@ def stated_sha256(weights: str, storage: Storage) -> str | None:
 
 
 def start_file(weights: str, storage: Storage) -> str:
-    """Resolve `model.weights`: for a checkpoint folder its weights, without averaging; for a model of the hub its cache
-    folder, after downloading if necessary; otherwise the value itself.
+    """Return the path that a value of `model.weights` refers to.
+
+    For a checkpoint folder, this is its weights file, without averaging. For a model of the hub, it is its cache
+    folder, after downloading if necessary. Other values are returned unchanged.
     """
     if weights.startswith(HUB):
         return str(hub_folder(weights))
@@ -115,10 +117,10 @@ def read_identity(weights: str, storage: Storage) -> ModelIdentity | None:
 
 
 def known_class_rows(identity: ModelIdentity | None, weights: str, storage: Storage) -> tuple[int | None, ...] | None:
-    """Return, for every class of a new run, the label of the same name in its start weights; None: use the head
-    unchanged.
+    """Return, for every class of a new run, the label of the same name in its start weights.
 
-    Raises DataError showing the rows of both tables if they contradict each other.
+    Return None if the class head can be used unchanged. Raises DataError showing the rows of both tables if they
+    contradict each other.
     """
     if identity is None:
         return None
@@ -133,7 +135,10 @@ def known_class_rows(identity: ModelIdentity | None, weights: str, storage: Stor
 
 
 def _rows_by_label(identity: ModelIdentity, weights: str) -> tuple[int | None, ...] | None:
-    """Match by names in a Hugging Face folder, which does not tell things from stuff; repeated names match nothing."""
+    """Match classes by name in a Hugging Face folder, which does not distinguish things from stuff.
+
+    Repeated names match nothing.
+    """
     labels = None if "://" in weights else known_labels(weights)
     if not labels:
         return None

@@ -22,7 +22,7 @@ class DeviceCopies:
     def start(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         """Return the micro-batches of a step on the device, ready for work on its current stream.
 
-        The copy of the first one starts at once. The copy of each further one starts before the previous one is
+        The copy of the first one starts immediately. The copy of each further one starts before the previous one is
         yielded.
         """
         return self._in_turn(batches, self._copy(batches[0]))

@@ -27,7 +27,7 @@ class WeightAverage:
         torch._foreach_lerp_(list(self._parts.values()), current, 1 - decay)
 
     def gathered(self) -> dict[str, Tensor]:
-        """Return the averages on CPU on rank 0, and an empty dict on other ranks. A collective."""
+        """Return the averages on CPU on rank 0, and an empty dict on other ranks. Every rank must call it."""
         averages = {}
         for name, parameter in self._parameters.items():
             part, shape = self._parts[name], _whole_shape(parameter)

@@ -146,7 +146,10 @@ class Engine:
             state["step"] = state["step"].clone()
 
     def weights(self) -> dict[str, Tensor]:
-        """Return all weights of the model in fp32 on CPU on rank 0, and an empty dict on other ranks. A collective."""
+        """Return all weights of the model in fp32 on CPU on rank 0, and an empty dict on other ranks.
+
+        Every rank must call it.
+        """
         model = self.module.model
         if self._has_masters:
             return _master_weights(model)
@@ -157,7 +160,10 @@ class Engine:
         return _gathered_weights(model)
 
     def averaged_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """Return `weights` with moving averages for the trained ones; None if no average is kept. A collective."""
+        """Return `weights` with moving averages for the trained ones; None if no average is kept.
+
+        Every rank must call it.
+        """
         return None if self._average is None else weights | self._average.gathered()
 
     def load_average(self, weights: Mapping[str, Tensor] | None) -> None:
@@ -170,7 +176,7 @@ class Engine:
             self._average.load(weights)
 
     def _clip_plain_gradients(self) -> Tensor:
-        """Clip gradients without ZeRO, where DeepSpeed would apply the update even if gradients are not finite."""
+        """Clip gradients without ZeRO. DeepSpeed itself would then apply updates with non-finite gradients."""
         assert self._skips is not None
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm or math.inf)
@@ -285,7 +291,10 @@ def _gathered_weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _master_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the state dict on rank 0, with the optimizer's fp32 copies of 16-bit trained weights. A collective."""
+    """Return the state dict on rank 0, with the optimizer's fp32 copies of 16-bit trained weights.
+
+    Every rank must call it.
+    """
     _import_deepspeed()
     from deepspeed.utils import safe_get_full_fp32_param
 

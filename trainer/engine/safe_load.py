@@ -64,7 +64,7 @@ def _classes_of_deepspeed() -> list[Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Describe the error in our own words, because torch's message advises to load the file unsafely."""
+    """Describe the error in our own words, because torch's message advises loading the file unsafely."""
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:
         return f"asks for {asked[1]}, which no checkpoint of this program does; nothing of it was executed"

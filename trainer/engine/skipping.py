@@ -23,13 +23,13 @@ def device_can_decide() -> bool:
 class DeviceSkips:
     """Makes a fused AdamW leave weights, moments and step counters unchanged if the gradient norm is not finite.
 
-    DeepSpeed's optimizer of ZeRO 1 and 2 reads the norm to the host twice per parameter group and once more. It also
-    copies a constant to the device for every group, and measures and links every tensor separately. Its arithmetic is
-    unchanged.
+    DeepSpeed's optimizer of ZeRO 1 and 2 copies the norm to the host twice per parameter group, and once more for the
+    step. It also copies a constant to the device for every group. It computes the norm of every tensor, and links every
+    tensor to its flat buffer, in a separate call. This class avoids these calls and leaves the arithmetic unchanged.
     """
 
     def __init__(self, adamw: torch.optim.AdamW, zero: Any | None) -> None:
-        """`zero` is DeepSpeed's optimizer around `adamw`, None without ZeRO."""
+        """Install the replacements. `zero` is DeepSpeed's optimizer around `adamw`; None without ZeRO."""
         self._adamw, self._zero = adamw, zero
         if zero is not None:
             self._measure = zero.scaled_global_norm
@@ -44,7 +44,7 @@ class DeviceSkips:
 
     @contextmanager
     def decided_on_device(self) -> Iterator[None]:
-        """Inside, DeepSpeed treats every norm as finite and keeps the weights as views of its flat buffers."""
+        """In this context, DeepSpeed treats every norm as finite and keeps the weights as views of its flat buffers."""
         from deepspeed.runtime.zero import stage_1_and_2
 
         zero = self._zero
@@ -64,10 +64,10 @@ class DeviceSkips:
         return norm
 
     def _norm_of_group(self, gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
-        """Return the L2 norm of a parameter group over all ranks: [] float32 on the device, finite if all gradients
-        are.
+        """Return the L2 norm of a parameter group's gradients over all ranks.
 
-        Replaces DeepSpeed's `get_grad_norm_direct` with one call for all tensors. Norms of tensors are float64.
+        It is [] float32 on the device, and finite if all gradients are. Replaces DeepSpeed's `get_grad_norm_direct`
+        with one call for all tensors. Norms of tensors are float64.
         """
         import deepspeed.comm
 

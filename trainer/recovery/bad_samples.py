@@ -18,7 +18,9 @@ class BadSamples:
         self._causes: dict[str, str] = {}
 
     def note(self, mine: Sequence[Substitution]) -> list[Substitution]:
-        """Add this rank's substitutions of a step; return those of all ranks, ordered by position. A collective.
+        """Add this rank's substitutions of a step; return those of all ranks, ordered by position.
+
+        Every rank must call it.
 
         Raises DataError on all ranks if more distinct samples are bad than the limit allows.
         """

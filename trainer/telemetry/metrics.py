@@ -58,7 +58,10 @@ class Traffic:
         self._before = self._now()
 
     def read(self, ranks: Ranks) -> StorageTraffic:
-        """Return requests, retries, megabytes and cache hits of all ranks since the last reading. A collective."""
+        """Return requests, retries, megabytes and cache hits of all ranks since the last reading.
+
+        Every rank must call it.
+        """
         now = self._now()
         total = ranks.sum(torch.tensor(now, dtype=torch.float64) - torch.tensor(self._before, dtype=torch.float64))
         self._before = now
@@ -71,13 +74,19 @@ class Traffic:
 
 
 def sum_over_ranks(terms: Tensor, ranks: Ranks) -> LossValues:
-    """Sum the losses of one step over ranks, given each rank's `loss_terms` on CPU, left unchanged. A collective."""
+    """Sum the losses of one step over ranks, given each rank's `loss_terms` on CPU, which stay unchanged.
+
+    Every rank must call it.
+    """
     kinds = ranks.sum(terms.clone()).tolist()
     return LossValues(sum(kinds), *kinds)
 
 
 def non_finite_keys(keys: Sequence[Sequence[str]], losses: Sequence[Losses], ranks: Ranks) -> list[str]:
-    """Return the sorted keys of the step's images, on any rank, whose own loss is not finite. A collective."""
+    """Return the sorted keys of all images of the step, on any rank, whose own loss is not finite.
+
+    Every rank must call it.
+    """
     mine = [
         key
         for batch_keys, loss in zip(keys, losses, strict=True)

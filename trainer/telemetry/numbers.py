@@ -49,7 +49,7 @@ class SystemUse:
     process_gb: float
     disk_free_gb: float
     gpu_memory_gb: float | None = None
-    """None on CPU, as the two fields below."""
+    """Maximum over the GPUs, in GB. On CPU, this field and the next two are None."""
     gpu_image_gb: float | None = None
     gpu_percent: float | None = None
 
@@ -65,9 +65,9 @@ class NodeUse:
     """Resident memory of all ranks on the machine, in GB."""
     disk_free_gb: float
     gpu_memory_gb: float | None = None
-    """Largest peak of any of its GPUs; None on CPU, as the field below."""
+    """Largest peak of any of its GPUs, in GB. On CPU, this field and the next one are None."""
     gpu_percent: float | None = None
-    """Mean over its GPUs."""
+    """Mean utilisation of its GPUs, in per cent."""
 
     def numbers(self) -> dict[str, float | None]:
         """Return all fields except the host, by name."""
@@ -84,7 +84,8 @@ class RankSpread:
     slowest_over_median: float
     """Time of the slowest rank divided by that of the median rank."""
     slow: float
-    """Ranks that were much slower than the median rank in the last reports, counted separately by kind of work."""
+    """Number of ranks that were much slower than the median rank in the last reports. Each kind of work is counted
+    separately."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class StepMetrics:
     nodes: tuple[NodeUse, ...] = ()
     """Machines, ordered by host."""
     mfu: float | None = None
-    """Model FLOPs divided by the peak of all GPUs; None if the peak is unknown."""
+    """Model FLOPs divided by the peak of all GPUs, 0 to 1; None if the peak is unknown."""
 
     def values(self) -> dict[str, float]:
         """Return the known metrics under their names in MLflow and in `metrics/` of the run folder."""
@@ -136,12 +137,12 @@ class RankNumbers:
     process_gb: float
     """Resident memory of the process, in GB."""
     cpu_percent: float
-    """CPU utilisation of the machine."""
+    """CPU utilisation of the machine, in per cent."""
     memory_percent: float
-    """Memory in use on the machine."""
+    """Memory in use on the machine, in per cent."""
     disk_free_gb: float
-    """Free space of the temporary folder, where checkpoints are written first, or of a local run folder if that has
-    less."""
+    """Free space in GB of the temporary folder, to which checkpoints are written first, or of a local run folder if
+    that has less."""
     gpu_memory_gb: float | None = None
     """Peak of allocated GPU memory since the last report, in GB."""
     gpu_image_gb: float | None = None

@@ -18,7 +18,7 @@ REQUEST_S = 5.0
 """Longest wait, in seconds, for one answer of the storage or of the shared counter."""
 FRESH_S = 60.0
 """Seconds for which a detected outage excuses a rank. A process that waits for the storage sleeps up to 20 s before it
-retries, and the ranks that wait for it notice the outage only now and then."""
+retries, and the ranks that wait for it check for the outage only occasionally."""
 SAY_S = 60.0
 _COUNTER = "storage_waits"
 

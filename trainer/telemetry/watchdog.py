@@ -114,7 +114,7 @@ class Watchdog:
             while not self._closing.wait(self._look_s):
                 mark = self._clock.mark
                 limit_s = self._limit_of(mark.phase)
-                # Fires only if this thread does not get to run, or hangs itself further down.
+                # Fires only if this thread does not get to run, or itself hangs in the code below.
                 faulthandler.dump_traceback_later(limit_s + 2 * GATHER_S, exit=True, file=sys.__stderr__ or last_words)
                 seconds = time.monotonic() - mark.since
                 # Check well before the limit: an outage may end just before it, when the waiting process has not

@@ -24,7 +24,7 @@ Size = Sequence[int]
 Module = TypeVar("Module", bound=nn.Module)
 
 _END = 10**9
-"""A step beyond the end of every training."""
+"""A step after the end of any training run."""
 SHAPES_ONLY = FakeTensorMode()
 """Mode in which tensors have no values. All models share it, because tensors of two modes cannot be combined."""
 
