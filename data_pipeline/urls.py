@@ -1,4 +1,4 @@
-"""Check of URLs before they are stored in a recipe, checkpoint, job, log or in MLflow: none may hold a secret.
+"""Check URLs before they are stored in a recipe, checkpoint, job, log or in MLflow: none may hold a secret.
 
 A URL is refused if it has more than scheme, host, port and path, whatever the rest looks like, because a token cannot
 be distinguished from a name.

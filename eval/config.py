@@ -38,16 +38,18 @@ class MultiScale(Section):
 
     kind: Literal["multi_scale"] = "multi_scale"
     shortest_edges: Annotated[tuple[int, ...], PIXELS] = (256, 384, 512, 640, 768, 896)
-    """Length of the shorter side at every size. The official sizes are 0.5, 0.75, 1, 1.25, 1.5 and 1.75 times that of
-    single-scale evaluation."""
+    """Lengths of the shorter side in pixels, one per size. The official sizes are 0.5, 0.75, 1, 1.25, 1.5 and 1.75
+    times that of single-scale evaluation."""
     max_size: Annotated[int, PIXELS] = 3584
-    """Largest length of the longer side."""
+    """Largest length of the longer side in pixels."""
     flip: bool = True
     """Also evaluate every size mirrored."""
     window: Annotated[int | None, PIXELS] = None
-    """Side length of overlapping windows into which every size is cut, with averaged class scores; None: one pass."""
+    """Side length in pixels of overlapping windows into which every size is cut; class scores are averaged. None: one
+    pass."""
     stride: Annotated[int | None, PIXELS] = None
-    """Distance between windows; the last one of a row or column is moved back to fit. None: the value of `window`."""
+    """Distance between windows in pixels. The last one of a row or column is moved back to fit. None: the value of
+    `window`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,11 +77,11 @@ class SlidingWindows(Section):
 
     kind: Literal["windows"] = "windows"
     size: Annotated[int, PIXELS] = 1024
-    """Side length of a window."""
+    """Side length of a window in pixels."""
     stride: Annotated[int, PIXELS] = 768
-    """Distance between windows; the last one of a row or column is moved back to end with the image."""
+    """Distance between windows in pixels. The last one of a row or column is moved back to end with the image."""
     shortest_edge: Annotated[int | None, PIXELS] = None
-    """Length to which the image's shorter side is resized before it is cut; None: keep the size."""
+    """Length in pixels to which the image's shorter side is resized before the image is cut; None: keep the size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,9 +169,9 @@ class EvaluationConfig(Section):
     policy: Literal["every", "latest"] = "every"
     """every: evaluate every committed checkpoint; latest: drop a waiting checkpoint when a newer one is committed."""
     shortest_edge: Annotated[int, PIXELS] = 800
-    """Length of an image's shorter side in the network, unless the longer one would exceed `max_size`."""
+    """Length in pixels of an image's shorter side in the network, unless the longer one would exceed `max_size`."""
     max_size: Annotated[int, PIXELS] = 1333
-    """Largest length of an image's longer side in the network."""
+    """Largest length in pixels of an image's longer side in the network."""
     shrink: Literal["area", "bilinear"] = "area"
     """Interpolation for resizing test images, see `data.augment.shrink`; `bilinear` is that of the official code."""
     batch_size: Annotated[int, FROM_1] = 1
@@ -186,7 +188,7 @@ class EvaluationConfig(Section):
     threads: Annotated[int, FROM_1] = 1
     """Torch threads per actor on CPUs."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the forward pass in evaluations and in `m2f predict`. bf16: products and convolutions in
+    """Numeric precision of the forward pass in evaluations and in `m2f predict`. bf16: products and convolutions in
     bfloat16 with weights cast once; intended for GPUs, and scores differ slightly. fp32: full precision."""
     cuda_graphs: bool = False
     """On GPUs, replay the model as one CUDA graph per image size, starting with the third image of a size. Results are

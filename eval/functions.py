@@ -66,9 +66,9 @@ class Instances:
     labels: np.ndarray | Sequence[int]
     """[N] classes, counted from 0."""
     scores: np.ndarray | Sequence[float] | None = None
-    """[N] for detections; None for annotations."""
+    """[N] scores of detections; None for annotations."""
     is_crowd: np.ndarray | Sequence[bool] | None = None
-    """[N] for annotations; None: no instance is a crowd."""
+    """[N] crowd flags of annotations; None: no instance is a crowd."""
     areas: np.ndarray | Sequence[float] | None = None
     """[N] areas in pixels, stated by the annotation; None: the pixels of the masks are counted."""
 

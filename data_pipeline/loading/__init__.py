@@ -1,1 +1,1 @@
-"""Reading of samples from shards, and their decoding into batches in worker processes."""
+"""Read samples from shards, and decode them into batches in worker processes."""

@@ -1,4 +1,4 @@
-"""Fetching of samples whose future uses are known.
+"""Fetch samples whose future uses are known.
 
 Chunks are read ahead by ranged reads, samples are verified, and their bytes are kept while they are still needed. If a
 checksum is wrong, the bytes are read again. A sample that stays damaged is returned as an error.

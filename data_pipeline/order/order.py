@@ -171,8 +171,8 @@ class DatasetOrder:
 class MixtureOrder:
     """Child orders interleaved by exact shares.
 
-    Of the first P positions, child k has P times its share, with a deviation of at most one per earlier child. Each
-    child is read at its own positions 0, 1, 2, ... in turn.
+    Child k has its exact share of the first P positions, with a deviation of at most one per earlier child. Each child
+    is read at its own positions 0, 1, 2, ... in turn.
     """
 
     children: tuple[Order, ...]

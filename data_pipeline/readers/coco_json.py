@@ -1,4 +1,4 @@
-"""Parsing of the parts of COCO JSON files that panoptic and instance data sets share."""
+"""Parse the parts of COCO JSON files that panoptic and instance data sets share."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def read_color(entry: Mapping[str, Any], number: int, where: str) -> tuple[int, 
 def group_by_image(
     document: Mapping[str, Any], images: Collection[CocoImage], path: str
 ) -> tuple[dict[str, list[dict[str, Any]]], list[UnusableAnnotation]]:
-    """Return the annotations by `source_id` of their image, and those that belong to none of the images."""
+    """Return the annotations by `source_id` of their image, and those whose image is not listed."""
     groups: dict[str, list[dict[str, Any]]] = {image.source_id: [] for image in images}
     strangers = []
     for number, entry in enumerate(document["annotations"]):

@@ -1,4 +1,4 @@
-"""Conversion of COCO segmentations (polygons, compressed and uncompressed RLE) into layers of an id map."""
+"""Convert COCO segmentations (polygons, compressed and uncompressed RLE) into layers of an id map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawing of the synthetic data set: six shapes that differ only in outline, and four textures that differ in pattern.
+"""Draw the synthetic data set: six shapes that differ only in outline, and four textures that differ in pattern.
 
 Colours are random, with one distribution for all shapes and one for all textures. Colour therefore does not reveal the
 class.

@@ -1,4 +1,4 @@
-"""Decoding of samples from WebDataset tars that other programs wrote (foreign samples).
+"""Decode samples from WebDataset tars that other programs wrote (foreign samples).
 
 `m2f index` writes a manifest for such tars and does not change them. The manifest describes their form. In memory, a
 foreign sample has two more members, its form and its identity. Their names have a slash, so they cannot collide with

@@ -1,4 +1,4 @@
-"""Verification of a data set against its manifest: quickly by sizes, or in full down to each sample.
+"""Verify a data set against its manifest, either quickly by sizes or in full, down to each sample.
 
 Each fault names the object, the sample, the byte and the remedy. Verification continues after a fault.
 """

@@ -1,4 +1,4 @@
-"""Writing of shards. They can be written in any order and on any machine; the manifest is committed last.
+"""Write shards, in any order and on any machine. The manifest is committed last.
 
     plan = plan_shards(reader, config, source_fingerprint)
     parts = complete_parts(plan, storage)                       complete parts of an interrupted run

@@ -10,7 +10,7 @@ _BLOCK = 8_000_000  # bytes per read
 
 
 class ObjectStream:
-    """Forward-moving window over the bytes of an object. Bytes are fetched once and freed on request.
+    """Window that moves forward over the bytes of an object. Bytes are fetched once and freed on request.
 
     `tarfile` can read it through `read`, `seek` and `tell`.
     """

@@ -1,4 +1,4 @@
-"""Conversion of a decoded sample into an augmented image with targets."""
+"""Convert a decoded sample into an augmented image with targets."""
 
 from __future__ import annotations
 

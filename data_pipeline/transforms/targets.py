@@ -1,4 +1,4 @@
-"""Conversion of an annotation into the targets of one task, at source size, by one table look-up per map."""
+"""Convert an annotation into the targets of one task, at source size, by one table look-up per map."""
 
 from __future__ import annotations
 

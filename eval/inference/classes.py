@@ -61,7 +61,7 @@ def evaluated_classes(
     if model_classes is None:
         return EvaluatedClasses(table, None, own)
     names = {category.name for category in model_classes}
-    # For instances, stuff of the data set is no class. But it contradicts a thing of the model with the same name.
+    # In the instance task, stuff is not a class, but stuff with the name of a thing of the model is a contradiction.
     compared = tuple(c for c in table.categories if c in own or c.name in names)
     found = require_match(model_classes, compared, "the model", data_name)
     if found.labels == tuple(range(len(own))):

@@ -44,11 +44,11 @@ class AveragePrecision:
 
     @property
     def stats(self) -> dict[str, float]:
-        """The 12 numbers of COCO in their order; -1 if undefined. AP is at the largest `max_dets`."""
+        """COCO's 12 metrics in their order; -1 if undefined. AP is at the largest `max_dets`."""
         return self.stats_at(self.max_dets[-1])
 
     def stats_at(self, limit: int) -> dict[str, float]:
-        """Return the numbers of COCO, with AP and recall by size at `limit`, which must be one of `max_dets`."""
+        """Return COCO's metrics, with AP and recall by size at `limit`, which must be one of `max_dets`."""
         areas = {"": 0, "s": 1, "m": 2, "l": 3}
         last = self.max_dets.index(limit)
         values = {"AP": _mean(self.precision[..., 0, last])}
@@ -153,7 +153,7 @@ def _unpack(bits: np.ndarray) -> np.ndarray:
 
 def precision_at_recalls(correct: np.ndarray, wrong: np.ndarray, num_truth: int) -> tuple[np.ndarray, np.ndarray]:
     """Return interpolated precision [T, R] and final recall [T] from flags [T, D] of detections in descending score."""
-    # Recall increases, and precision has its maxima, only at correct detections. So only these are evaluated.
+    # Recall increases, and precision has its maxima, only at correct detections, so only these are evaluated.
     threshold, place = correct.nonzero()
     hits = np.bincount(threshold, minlength=len(correct))
     tp = np.arange(1.0, hits.max(initial=0) + 1)

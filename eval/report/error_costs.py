@@ -19,7 +19,7 @@ MEANINGS = {
 
 
 def error_costs(costs: ErrorCosts) -> str:
-    """Return a chart of the gains and a table of meanings; "" if nothing counts."""
+    """Return a chart of the gains and a table of meanings; "" if the metric is undefined."""
     if costs.value is None:
         return ""
     bars = [

@@ -196,7 +196,7 @@ def _semantic(result: MeanIoU) -> dict[str, float | None]:
 
 
 def _defined(value: float) -> float | None:
-    """Convert one of COCO's values, which are -1 without annotations, to per cent; None for -1."""
+    """Convert a COCO value, 0 to 1, to per cent. Return None for -1, which COCO uses if there are no annotations."""
     return None if value < 0 else 100 * value
 
 

@@ -22,7 +22,7 @@ class EvaluationSettings:
     max_size: int
     shrink: str = "area"
     precision: str = "fp32"
-    """Number format of the forward pass."""
+    """Numeric precision of the forward pass."""
     batch_size: int
     limit: int | None
     test_time: Mapping[str, Any]

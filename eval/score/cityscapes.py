@@ -38,7 +38,7 @@ TRUTH_ENDING = "_gtFine_instanceIds.png"
 def cityscapes_instance_scoring(
     truth: Path, predictions: Path
 ) -> Scoring[tuple[Path, Path], CityscapesRecord, CityscapesAP]:
-    """Prepare instance AP. A result is a text file with lines `MASK LABEL_ID SCORE`.
+    """Prepare the scoring of instance AP. A result is a text file with lines `MASK LABEL_ID SCORE`.
 
     Paths of masks are relative to the text file; pixels of an instance are non-zero. Raises EvaluationError for missing
     and ambiguous files.
@@ -52,7 +52,7 @@ def cityscapes_instance_scoring(
 def cityscapes_semantic_scoring(
     truth: Path, predictions: Path
 ) -> Scoring[tuple[Path, Path], CityscapesPixels, CityscapesIoU]:
-    """Prepare IoU and iIoU of classes and categories. A result is a PNG of label ids (not train ids).
+    """Prepare the scoring of IoU and iIoU of classes and categories. A result is a PNG of label ids (not train ids).
 
     Raises EvaluationError for missing and ambiguous files.
     """

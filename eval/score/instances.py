@@ -77,7 +77,7 @@ def instance_scoring(
     detailed: bool = False,
     options: ScoreOptions = EVERYTHING,
 ) -> Scoring[ImageEntries, DetectionRecord, AveragePrecision]:
-    """Prepare the 12 metrics of COCO over the images of the truth.
+    """Prepare the scoring of COCO's 12 metrics over the images of the truth.
 
     `class_agnostic` treats all classes as one and adds AR1000. `boxes` adds the metrics of boxes. `detailed` adds
     errors and confusion, if all classes are scored. Raises EvaluationError for unusable JSON files and for results of

@@ -74,7 +74,9 @@ class PanopticFiles:
 def panoptic_scoring(
     files: PanopticFiles, *, boundary: bool, detailed: bool = False, options: ScoreOptions = EVERYTHING
 ) -> Scoring[_Pair, PanopticRecord, PanopticQuality]:
-    """Prepare PQ, or Boundary PQ, over the annotations of the truth. Predictions of other images are ignored.
+    """Prepare the scoring of PQ, or Boundary PQ, over the annotations of the truth.
+
+    Predictions of other images are ignored.
 
     `detailed` adds PQ by size, as `options.by_size` does. If all classes are scored, it adds errors and confusion to
     PQ. Raises EvaluationError for unusable JSON files and for images without a prediction.

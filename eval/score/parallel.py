@@ -28,8 +28,8 @@ def map_jobs(work: Callable[[Sequence[Job]], Sequence[Result]], jobs: Sequence[J
 
     Work and jobs are pickled. Jobs are taken only as workers become free.
 
-    The first jobs run in this process. So do all others if starting processes would cost more time than they save.
-    Raises the errors of `work`, and EvaluationError if a worker dies.
+    The first jobs run in this process. All others also run in it if starting processes would cost more time than they
+    save. Raises the errors of `work`, and EvaluationError if a worker dies.
     """
     tried = len(jobs) if workers == 1 else CHUNK
     start = time.perf_counter()

@@ -105,5 +105,5 @@ class Scoring(Generic[Job, R, Result]):
 
 
 def percent(share: float | None) -> float | None:
-    """Convert a share to per cent for tables; None for None and for pycocotools' undefined values (-1)."""
+    """Convert a share to per cent for tables. Return None for None and for pycocotools' undefined value (-1)."""
     return None if share is None or share < 0 else 100 * share

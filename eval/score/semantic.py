@@ -37,7 +37,7 @@ def semantic_scoring(
     class_names: tuple[str, ...] | None = None,
     options: ScoreOptions = EVERYTHING,
 ) -> Scoring[str, ConfusionRecord, MeanIoU]:
-    """Prepare mIoU over all PNG files under `truth`; predictions have the same relative names.
+    """Prepare the scoring of mIoU over all PNG files under `truth`; predictions have the same relative names.
 
     `void` is the value of predicted pixels without a class; None: 255, or 65535 for 256 or more classes. `class_names`
     holds the name of every class; None: their numbers. Raises EvaluationError for folders without maps and for missing

@@ -1,4 +1,4 @@
-"""Check of timm model names, mostly without importing timm, which takes seconds."""
+"""Check timm model names, usually without importing timm, which takes seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion between Hugging Face's `config.json` of EoMT and settings: `eomt` (DINOv2) and `eomt_dinov3`."""
+"""Convert between Hugging Face's `config.json` of EoMT and settings: `eomt` (DINOv2) and `eomt_dinov3`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion between settings and Hugging Face's `config.json` for Mask2Former and EoMT."""
+"""Convert between settings and Hugging Face's `config.json` for Mask2Former and EoMT."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ _SUPPORTED = {
     "pre_norm": False,
     "enforce_input_projection": False,
 }
-"""Settings that the library allows to differ, with the only values supported here."""
+"""Settings that the library lets users change, with the only values supported here."""
 
 _DEFAULTS: dict[str, Any] = {
     **_SUPPORTED,

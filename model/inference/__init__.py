@@ -1,1 +1,1 @@
-"""Conversion of raw predictions to panoptic, instance and semantic results."""
+"""Convert raw predictions to panoptic, instance and semantic results."""

@@ -1,1 +1,1 @@
-"""Reading of weights, those of this project and of others, without executing pickles."""
+"""Read weights of this project and of others without executing pickles."""

@@ -1,4 +1,4 @@
-"""Conversion between the weight names of DINOv3's segmentation head (ViT-Adapter and Mask2Former) and ours.
+"""Convert between the weight names of DINOv3's segmentation head (ViT-Adapter and Mask2Former) and ours.
 
 The head equals that of the official Mask2Former under other names, so its tensors are converted through the canonical
 names. The published file has no vision transformer, which is published separately.

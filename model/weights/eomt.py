@@ -1,4 +1,4 @@
-"""Conversion between weight names of EoMT: those of its authors, of transformers, and ours."""
+"""Convert between three sets of weight names of EoMT: those of its authors, those of transformers, and ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading of weights files in any common format without executing code in them.
+"""Read weights files in any common format without executing code in them.
 
 The first bytes determine the format, not the file name. Safetensors contain no code. Torch files are read with
 `weights_only`. Plain pickles, which Detectron2 publishes, are read by an unpickler that supports arrays only.

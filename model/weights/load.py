@@ -1,4 +1,4 @@
-"""Loading of weights in any supported layout into a model, with a report on every tensor."""
+"""Load weights in any supported layout into a model, with a report on every tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion between weight names of PMT's authors, whose files have no backbone, and ours."""
+"""Convert between the weight names of PMT's authors, whose files have no backbone, and ours."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def _in_backbone(module_name: str) -> bool:
 def _depths(model: nn.Module, config: OptimizerConfig) -> dict[nn.Parameter, int]:
     """Return, for every backbone parameter, the exponent of `layer_decay` in its learning rate.
 
-    Parameters outside blocks (downsampling, norms) count with the block before them. Those before the first block are
-    deepest.
+    Parameters outside blocks (downsampling, norms) have the exponent of the block before them. Those before the first
+    block have the largest exponent.
     """
     named = [
         (name, p) for name, p in model.named_parameters() if p.requires_grad and _in_backbone(name.rpartition(".")[0])

@@ -42,7 +42,10 @@ def backbone_lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> flo
 
 
 def _warm_then_poly(step: int, warmup_steps: int, max_steps: int, power: float) -> float:
-    """Rise linearly from 0 to 1 in `warmup_steps`, then fall as a polynomial to 0 at `max_steps`; 0 before step 0."""
+    """Return a factor that rises linearly from 0 to 1 in `warmup_steps`, then falls polynomially to 0 at `max_steps`.
+
+    It is 0 before step 0.
+    """
     if step < 0:
         return 0.0
     if step < warmup_steps:

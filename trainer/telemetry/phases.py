@@ -15,7 +15,10 @@ and optimizer; report: losses and metrics of all ranks; checkpoint: waiting for 
 
 
 class Mark(NamedTuple):
-    """Progress of a rank. All ranks enter the same phases in the same order, so the lowest count is furthest behind."""
+    """Progress of a rank.
+
+    All ranks enter the same phases in the same order, so the rank with the lowest count is furthest behind.
+    """
 
     count: int
     """Phases entered so far."""

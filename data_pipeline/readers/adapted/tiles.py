@@ -1,4 +1,4 @@
-"""Cutting of large images into tiles, each of which is a sample."""
+"""Cut large images into tiles, each of which is a sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion of objects from labelling tools, drawn in one or several parts, into records of CocoInstancesReader."""
+"""Convert objects from labelling tools, drawn in one or several parts, into records of CocoInstancesReader."""
 
 from __future__ import annotations
 
