@@ -112,7 +112,7 @@ def local_or_existing(
 
 
 def _reach(address: str, cluster: ClusterConfig) -> None:
-    """Connect to the cluster. A restarted driver waits for it, because both may have died together."""
+    """Connect to the cluster. Only a restarted driver waits: both may have died together."""
     is_new = RESTARTED not in os.environ
     began, told = time.monotonic(), False
     while True:

@@ -1,6 +1,6 @@
 """Watchdog that ends a driver with one clear message if Ray's head or the local raylet dies.
 
-Without this watchdog, Ray's C++ code ends the driver with status 1 and no Python error: at the next message to a dead
+Without it, Ray's C++ code ends the driver with status 1 and no Python error. This happens at the next message to a dead
 raylet, or a minute after the death of the GCS.
 """
 
@@ -23,8 +23,10 @@ from m2f.cluster.terminal import print_err
 LOOK_S = 0.5
 CONNECT_S = 5.0
 HEAD_PATIENCE_S = 30.0
-"""Seconds for which the GCS of an external cluster may refuse connections, because its owner may restart it. Ray waits
-60 s."""
+"""Seconds for which the GCS of an external cluster may refuse connections, because its owner may restart it.
+
+Ray itself waits 60 s.
+"""
 _REMEDY = (
     "the system may have killed it, for want of memory perhaps. A run goes on from its last checkpoint when it is "
     "started again"

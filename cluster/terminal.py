@@ -29,7 +29,7 @@ def print_err(text: str) -> None:
 def first_lines(items: Sequence[object], limit: int, rest: str) -> list[str]:
     """Return an indented line for each of the first `limit` items, and a line with the number of further items.
 
-    `rest` is appended to the last line, for example to say where to find the further items.
+    `rest` is appended to the last line, for example to name the file with the further items.
     """
     more = [f"  and {len(items) - limit} more{rest}"] if len(items) > limit else []
     return [f"  {item}" for item in items[:limit]] + more
@@ -128,7 +128,7 @@ class Progress:
 
 
 def _rich_progress(stream: TextIO) -> RichProgress:
-    """Return a live progress line. Imports rich here, since only terminals need it."""
+    """Return a live progress line. Rich is imported here, because only terminals need it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

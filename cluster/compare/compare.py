@@ -253,8 +253,9 @@ def _speed(runs: Sequence[RunRecord]) -> tuple[RunValues, ...]:
 
 
 def _hours(step_times: Curve) -> float | None:
-    """Return the hours spent in steps, or None if no step times were logged. Each logged step time counts for all steps
-    since the previous logged one.
+    """Return the hours spent in steps, or None if no step times were logged.
+
+    Each logged step time counts for all steps since the previous logged one.
     """
     if not step_times:
         return None

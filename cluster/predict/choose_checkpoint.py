@@ -36,7 +36,7 @@ class ChosenWeights:
 def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str | None]:
     """Read the recipe of a YAML file, a run folder or a checkpoint folder, local or by URL.
 
-    Return the recipe and the path or URL of the checkpoint folder; the latter is None otherwise. Raises ConfigError if
+    Return the recipe, and the path or URL of the checkpoint folder, or None if it is not one. Raises ConfigError if
     a folder is neither a run nor a checkpoint; a Hugging Face model has no recipe.
     """
     if "://" not in source and not Path(source).is_dir():

@@ -1,1 +1,1 @@
-"""Write the shards of raw data sets, in this process for small jobs, else with Ray tasks."""
+"""Write shards of raw data sets: small jobs in this process, others with Ray tasks."""

@@ -1,7 +1,7 @@
 """Job that writes the missing shards of one data set and then its manifest.
 
-Writing a shard again gives the same bytes. An interrupted job can therefore be started again; it skips shards with a
-receipt. Small jobs run in this process, because Ray takes longer to start.
+Writing a shard again produces the same bytes. An interrupted job can therefore be started again; it skips shards that
+have a receipt. Small jobs run in this process, because Ray takes longer to start.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from m2f.model.errors import UserError
 
 FEW_IMAGES = 300
 FEW_BYTES = 50_000_000
-"""Number of images and bytes that this process writes in about the time that Ray takes to start."""
+"""Numbers of images and bytes that this process writes in about the time that Ray takes to start."""
 Write = Callable[[Sequence[int]], Iterator[ShardPart | ShardFailure]]
 """Function that writes the shards with the given indices and yields a part or failure for each, as they finish."""
 
@@ -56,22 +56,25 @@ def run_shard_job(
 ) -> ShardReport:
     """Write the missing shards of one data set, then its manifest.
 
-    Shards are written again if their source files have changed. Unusable annotations that show when the source is
-    opened end the job at once, unless `skip_bad` is set. Unusable samples that show later do not end it early. After
-    the last shard the report is stored beside the shards, also if the data set cannot be committed.
+    Shards are written again if their source files have changed. Unusable annotations that are found when the source is
+    opened end the job at once, unless `skip_bad` is set. Unusable samples that are found later do not end it early.
+    After the last shard, the report is stored beside the shards, even if the data set cannot be committed.
 
     Args:
         name: name of the data set.
         dataset: its settings, with a source.
         cluster: settings of the Ray cluster.
         storage: storage of the shards.
-        skip_bad: whether to leave out samples that cannot be used. Otherwise they keep the manifest from being written.
+        skip_bad: whether to leave out samples that cannot be used. Otherwise they prevent the manifest from being
+            written.
         keep_going: whether to write all other shards if one cannot be written. Otherwise the job ends at once.
         redo: whether to write all shards again.
-        ray_until: keeps Ray running, if this job starts it, until the stack is closed. This serves further data sets.
+        ray_until: keeps Ray running, if this job starts it, until the stack is closed. This way, further data sets can
+            use it.
 
     Raises:
-        DataError: the source is missing or unusable, the target holds another data set, or samples cannot be used.
+        DataError: the source is missing or unusable, the target contains a different data set, or samples cannot be
+            used.
         ShardJobError: a shard could not be written.
         StorageError, ClusterError: the storage or Ray cannot be reached.
     """
@@ -197,7 +200,7 @@ def _compare_sources(name: str, reader: Reader, plan: ShardPlan, storage: Storag
 def _source_notes(changes: SourceChanges, has_files: bool) -> tuple[str, ...]:
     """Return messages about changed source files.
 
-    `has_files` says that the source has files, so that a committed data set should have recorded them.
+    `has_files` states whether the source has files, which a committed data set should have recorded.
     """
     notes = []
     if changes.changed:

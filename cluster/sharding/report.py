@@ -20,7 +20,7 @@ class ShardJobError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class ShardFailure:
-    """Index of a shard that could not be written, and the error message."""
+    """Index of a shard that could not be written, with the error message."""
 
     index: int
     message: str
@@ -43,7 +43,7 @@ class ShardReport:
     elapsed_s: float
     """Duration of the job in seconds."""
     problems: tuple[SampleProblem, ...]
-    """Samples that cannot be used, and single unusable annotations of other samples."""
+    """Samples that cannot be used, and unusable annotations of usable samples."""
     repairs: tuple[tuple[str, int], ...] = ()
     """Descriptions of repairs to samples, with their counts."""
     notes: tuple[str, ...] = ()

@@ -1,1 +1,1 @@
-"""Checks and decisions before the first rank of a run starts."""
+"""Checks and decisions that are made before the first rank of a run starts."""

@@ -1,4 +1,4 @@
-"""Initial weights of the backbone of a new run: resolve `model.backbone.pretrained: auto`, warn of random weights."""
+"""Choose initial backbone weights of a new run: resolve `model.backbone.pretrained: auto`, warn of random weights."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def settle_backbone(
 
     Args:
         config: the recipe. Its explicit settings of the backbone stay.
-        stored: whether a continued run was started with published weights; None for a new run.
-        problem: returns why the published weights of a timm model are not available; None if they are.
+        stored: whether a continued run started from published weights; None for a new run.
+        problem: returns why the published weights of a timm model are not available, or None if they are.
         is_frozen: returns whether a backbone has frozen norms.
     """
     backbone = config.model.backbone
@@ -56,7 +56,7 @@ def settle_backbone(
             return BackboneStart(config)
         case TimmBackboneConfig(pretrained=False):
             return _random(config, backbone, "as model.backbone.pretrained is false", is_frozen, stated=True)
-        case TimmBackboneConfig(norm="group"):  # meant for random weights; published weights have other norms
+        case TimmBackboneConfig(norm="group"):  # was meant for random weights; published weights have different norms
             return BackboneStart(_with_pretrained(config, False))
         case TimmBackboneConfig(options=options) if options:
             reason = "published ones may not fit model.backbone.options; model.backbone.pretrained: true takes them"

@@ -43,6 +43,6 @@ def images_per_epoch(config: RunConfig, storage: Storage) -> float:
 def steps_of(epochs: float, images: float, global_batch: int) -> int:
     """Return the number of steps for `epochs` passes over `images` images, at least 1.
 
-    It is rounded up, so the last step may begin another pass.
+    The number is rounded up, so the last step may begin another pass.
     """
     return max(1, math.ceil(Fraction(str(epochs)) * Fraction(images) / global_batch))

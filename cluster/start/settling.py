@@ -22,8 +22,8 @@ from m2f.trainer.config import Precision
 def settled_run(config: RunConfig, seen: SeenDevices, *, beside: bool) -> RunConfig:
     """Return the recipe with `auto` resolved, and print the decisions; see `settle` and `settle_backbone`.
 
-    A continued run keeps its precision and its choice of initial backbone weights. `beside` is set if evaluations run
-    during the training.
+    A continued run keeps its precision and its choice of initial backbone weights. `beside` states whether evaluations
+    run during training.
     """
     stored = _stored_choices(config)
     config = announced(settle(config, seen, stored.precision, beside=beside))
@@ -42,7 +42,7 @@ def this_machine() -> SeenDevices:
 
 @dataclass(frozen=True)
 class _Choices:
-    """Decisions of an earlier start of the run; all None for a new run."""
+    """Decisions made at an earlier start of the run; all None for a new run."""
 
     precision: Precision | None = None
     pretrained: bool | None = None

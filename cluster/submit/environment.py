@@ -1,4 +1,4 @@
-"""Environment variables that may be passed to a job: a list of names that contain no secrets.
+"""Environment variables that may be passed to a job: an allowlist of names whose values contain no secrets.
 
 Ray stores the environment of a job and shows it in the dashboard. Other variables must be set where the nodes start
 Ray, because all processes of a job inherit the environment of their node.
@@ -20,7 +20,7 @@ FAMILIES = (
     *("CUBLAS_", "CUDA_", "CUDNN_", "FI_", "GLOO_", "GOMP_", "KMP_", "MKL_", "NCCL_", "NVIDIA_", "NVTE_", "OMP_"),
     *("OPENBLAS_", "PYTORCH_", "RAY_TRAIN_", "TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TRITON_", "UCX_"),
 )
-"""Prefixes of allowed names: settings of libraries for computation and communication, which have no passwords."""
+"""Prefixes of allowed names: settings of libraries for computation and communication, which contain no passwords."""
 NAMES = frozenset(
     [
         *("AWS_CA_BUNDLE", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"),

@@ -62,16 +62,16 @@ class JobInfo:
     """Run time in seconds so far or in total; None before the start."""
     metadata: Mapping[str, str]
     error: str = ""
-    """Ray's error type of a failed job; "" without one."""
+    """Ray's error type of a failed job; "" if there is none."""
 
     @property
     def ended(self) -> bool:
-        """Whether it finished, failed or was stopped."""
+        """Whether the job finished, failed or was stopped."""
         return JobStatus(self.status).is_terminal()
 
     @property
     def exit_status(self) -> int:
-        """Exit status of the command; without one, an ExitStatus that follows from the state of the job.
+        """Exit status of the command; if it is unknown, an ExitStatus derived from the state of the job.
 
         A job whose process was lost with its node or with Ray has status OUTAGE, because another job can continue it.
         """
@@ -96,7 +96,7 @@ class JobClient:
     """Client for the jobs of one cluster, through its dashboard (`http://HEAD:8265`).
 
     Raises:
-        JobError: the dashboard does not answer, or the token is missing or wrong. All methods raise it, too.
+        JobError: the dashboard does not answer, or the token is missing or wrong. All methods also raise it.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -122,7 +122,7 @@ class JobClient:
             return _job_info(self._client.get_job_info(job_id))
 
     def submit(self, job: JobRequest) -> bool:
-        """Submit a job; return False if its id exists, because another process has submitted it first."""
+        """Submit a job. Return False if its id already exists, because another process has submitted it."""
         with _job_errors(self.address):
             try:
                 self._client.submit_job(
@@ -138,7 +138,7 @@ class JobClient:
         return True
 
     def stop(self, job_id: str) -> JobInfo:
-        """Ask a job to stop, wait until it has ended, and return it. A training run saves a checkpoint first."""
+        """Ask a job to stop, wait until it has ended, and return its state. A training run saves a checkpoint first."""
         with _job_errors(self.address):
             self._client.stop_job(job_id)
             while not (job := self.job(job_id)).ended:
@@ -162,7 +162,7 @@ class JobClient:
             print_err(f"\ndetached; {job_id} keeps running, `m2f submit --stop {job_id}` ends it")
             return ExitStatus.INTERRUPTED
         print_out(job.describe())
-        if job.status == JobStatus.FAILED and job.exit_code is None:  # it never ran, or was lost with its node
+        if job.status == JobStatus.FAILED and job.exit_code is None:  # the command never ran, or was lost with its node
             print_err(job.message)
         return job.exit_status
 

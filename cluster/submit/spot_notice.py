@@ -21,7 +21,7 @@ POLL_S = 2.0
 TIMEOUT_S = 2.0
 METADATA: dict[Cloud, str] = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
 NOTICE_S: dict[Cloud, int] = {"aws": 110, "gcp": 25}
-"""Seconds that the machine keeps running after the notice, minus a margin."""
+"""Seconds that the machine keeps running after the notice, minus a safety margin."""
 
 
 def watch(cloud: Cloud, drain: Callable[[int], None], metadata: str | None = None, poll_s: float = POLL_S) -> None:

@@ -35,7 +35,7 @@ class ChosenJob:
 
     job_id: str
     is_new: bool
-    """False if the cluster already has the job."""
+    """Whether the job is new; False if the cluster already has it."""
 
 
 def submit_training(
@@ -51,7 +51,8 @@ def submit_training(
         installed: m2f is installed on the cluster; only the recipe is sent.
 
     Raises:
-        ConfigError: the recipe cannot run on another machine, or a job with other settings trains in its run folder.
+        ConfigError: the recipe cannot run on another machine, or a job with different settings trains in its run
+            folder.
         UploadError: the upload is too large.
         JobError: the cluster refuses the job.
     """
@@ -78,14 +79,14 @@ def submit_doctor(client: JobClient, config: RunConfig | None, env: Mapping[str,
     recipe = None if config is None else dump_recipe(replace(config, cluster=replace(config.cluster, address=None)))
     command = ["python", "-m", "m2f.cluster.cli", "doctor", *(() if recipe is None else (RECIPE,)), "--address", "auto"]
     job_id = f"m2f-doctor-{secrets.token_hex(4)}"
-    env = {**env, "COLUMNS": str(shutil.get_terminal_size().columns)}  # its table is shown on this terminal
+    env = {**env, "COLUMNS": str(shutil.get_terminal_size().columns)}  # the job's table is shown on this terminal
     with ScratchFolder("submit") as folder:
         client.submit(JobRequest(job_id, shlex.join(command), pack(folder, recipe), env, metadata={}))
     return job_id
 
 
 def job_name(config: RunConfig) -> str:
-    """Return the prefix of the ids of a run's jobs. `-1`, `-2`, ... follow, because Ray accepts an id only once."""
+    """Return the prefix of the ids of a run's jobs. `-1`, `-2`, ... is appended, because Ray accepts an id once."""
     return f"m2f-{config.name.replace('.', '-')}-{run_digest(config)}"
 
 
@@ -97,7 +98,7 @@ def run_digest(config: RunConfig) -> str:
 def choose_job(config: RunConfig, digest: str, jobs: Iterable[JobInfo]) -> ChosenJob:
     """Return the active job of this run, or a new one with the next free id.
 
-    Raises ConfigError if the active job has another recipe.
+    Raises ConfigError if the active job has a different recipe.
     """
     earlier = jobs_of(config, jobs)
     for job in earlier:
@@ -147,7 +148,7 @@ def bind_to_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
 
 
 def _paths(config: RunConfig) -> dict[str, str]:
-    """Return the paths that a run reads and writes, by setting. Caches are left out: each machine has its own."""
+    """Return the paths that a run reads and writes, by setting. Caches are omitted: each machine has its own."""
     used = [item.dataset for item in config.data.train] + [item.dataset for item in config.evaluation.sets]
     paths = {"output": config.output}
     paths |= {f"datasets.{name}.shards": config.datasets[name].shards for name in used}

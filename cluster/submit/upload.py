@@ -1,7 +1,7 @@
 """Pack the upload of a Ray job: this machine's code of m2f and the recipe, in one archive.
 
-Ray unpacks the archive in the working directory of the driver and of every worker, so all run the same code. It does
-not contain libraries; they are part of the cluster's image or environment.
+Ray unpacks the archive in the working directory of the driver and of every worker, so all processes run the same code.
+The archive does not contain libraries; they are part of the cluster's image or environment.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ LIMIT_BYTES = 100 * 2**20
 IGNORE_FILE = ".rayignore"
 _PROJECT_FILES = ("pyproject.toml", IGNORE_FILE)
 _NAMED_FOLDERS = 5
-"""Number of folders in the error message about a large upload."""
+"""Number of folders that the error message about a large upload lists."""
 _RECIPE_TIME = 946684800
 """Modification time of the recipe in the archive, 2000-01-01 (Unix time).
 
-It is fixed, so that equal content gives an equal archive, which Ray uploads only once."""
+It is fixed, so that equal content results in an equal archive, which Ray uploads only once."""
 
 
 class UploadError(UserError):

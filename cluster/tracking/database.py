@@ -1,9 +1,9 @@
 """Create the sqlite file of an MLflow store atomically, and upgrade it to the schema of the installed MLflow.
 
-MLflow creates and upgrades its tables in about fifty steps that take several seconds. A process that is killed
-meanwhile leaves tables that no later start can complete, and a second process may read them. Therefore both happen in
-a copy, under a lock. The file uses sqlite's rollback journal, because a write-ahead log does not work on network file
-systems, and is lost if a user copies only the file. MLflow itself waits 20 s for other writers.
+MLflow creates and upgrades its tables in about fifty steps that take several seconds. If a process is killed during
+this time, it leaves tables that MLflow cannot complete later, and a second process may read them. Therefore both happen
+in a copy, under a lock. The file uses sqlite's rollback journal, because a write-ahead log does not work on network
+file systems, and is lost if a user copies only the file. MLflow itself waits 20 s for other writers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from m2f.data_pipeline.storage.local import rename_new
 LOGGER = logging.getLogger(__name__)
 _MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations"
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
-"""Errors of `flock` on a file system without locks. Creation and upgrades are safe without a lock, too."""
+"""Errors of `flock` on a file system without locks. Creation and upgrades are safe even without a lock."""
 _POLL_S = 0.1
 _SAY_S = 5.0
 
@@ -40,9 +40,8 @@ _SAY_S = 5.0
 def database_lock(path: Path, patience_s: float) -> Iterator[bool]:
     """Hold an exclusive lock on `path`.lock among the processes of this machine. It is released if its holder dies.
 
-    Gives True if the lock is held, False on a file system without locks.
-
-    Raises TrackingError after `patience_s` seconds, OSError if the file cannot be created.
+    Yields True if the lock is held, False on a file system without locks. Raises TrackingError after `patience_s`
+    seconds, OSError if the file cannot be created.
     """
     lock = path.with_name(f"{path.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ def database_lock(path: Path, patience_s: float) -> Iterator[bool]:
 
 
 def make_database(path: Path, connect: Callable[[str], MlflowClient]) -> None:
-    """Create the file if it does not exist or is empty. Raises OSError and the errors of MLflow."""
+    """Create the file if it does not exist or is empty. Raises OSError, or any error of MLflow."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size:
         return
@@ -79,15 +78,16 @@ def make_database(path: Path, connect: Callable[[str], MlflowClient]) -> None:
 
 
 def clear_partials(path: Path) -> None:
-    """Delete partial copies of the file that killed processes have left. To be called under the lock."""
+    """Delete partial copies of the file that killed processes have left. Call this while holding the lock."""
     for left in path.parent.glob(f".partial-*-{path.name}*"):
         left.unlink(missing_ok=True)
 
 
 def upgrade_database(path: Path, patience_s: float) -> None:
-    """Upgrade the tables to the schema of the installed MLflow if they have an older one. To be called under the lock.
+    """Upgrade the tables to the schema of the installed MLflow if they have an older one.
 
-    A copy of the old file stays beside it as NAME.before-REVISION. If the process is killed, the file is unchanged.
+    Call this while holding the lock. A copy of the old file is kept beside it as NAME.before-REVISION. If the process
+    is killed, the file is unchanged.
 
     Raises:
         TrackingError: a newer MLflow wrote the file, or its tables cannot be upgraded.
@@ -102,7 +102,7 @@ def upgrade_database(path: Path, patience_s: float) -> None:
     LOGGER.warning(f"tracking: upgrading {path} to the schema of MLflow {mlflow.__version__}; it stays as {kept.name}")
     try:
         with closing(open_database(path, patience_s)) as database, closing(open_database(path, patience_s)) as reader:
-            database.execute("PRAGMA locking_mode=EXCLUSIVE")  # held beyond ROLLBACK, until the copy back
+            database.execute("PRAGMA locking_mode=EXCLUSIVE")  # held beyond ROLLBACK, until the copy is back
             database.execute("BEGIN IMMEDIATE")  # keeps other writers out
             _copy(reader, partial)
             os.replace(partial, kept)
@@ -152,7 +152,7 @@ def _upgrade(partial: Path, uri: str) -> None:
 
 
 def _refuse_busy(status: int, remaining: int, total: int) -> None:
-    """Raise OperationalError if a step of a backup failed. The connection has already waited.
+    """Raise OperationalError if a step of a backup failed. The connection has already waited for the lock.
 
     Without this callback, `backup` would retry forever.
     """
@@ -197,7 +197,7 @@ def _copy(source: sqlite3.Connection, target: Path) -> None:
 
 
 def _revision(path: Path) -> str:
-    """Return the revision of the schema; "" without one, as in a file that MLflow did not create."""
+    """Return the revision of the schema; "" if there is none, as in a file that MLflow did not create."""
     with closing(open_database(path)) as database:
         has_one = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone()
         found = database.execute("SELECT version_num FROM alembic_version").fetchone() if has_one else None
@@ -206,7 +206,7 @@ def _revision(path: Path) -> str:
 
 @lru_cache
 def _scripts() -> ScriptDirectory:
-    return ScriptDirectory(str(_MIGRATIONS))  # cached, because it reads seventy files
+    return ScriptDirectory(str(_MIGRATIONS))  # cached, because computing it reads seventy files
 
 
 def _newest_revision() -> str:

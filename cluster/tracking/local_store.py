@@ -49,7 +49,7 @@ _ADDRESSES = (
 
 
 def local_database(run_folder: str) -> Path:
-    """Return the sqlite file of a run without another store: its own if that holds a run, else that of `output`."""
+    """Return the sqlite file of a run that sets no store: its own file if that holds a run, else that of `output`."""
     own, shared = _databases(run_folder)
     return own if own.exists() and _holds_runs(own) else shared
 
@@ -72,7 +72,7 @@ def artifact_root(database: Path, shared: bool) -> str:
 def prepare(database: Path, shared: bool, connect: Callable[[str], MlflowClient], patience_s: float) -> None:
     """Create the store, or upgrade its schema to the installed MLflow and correct its paths if it was moved.
 
-    Raises TrackingError, OSError, sqlite3.Error and the errors of MLflow.
+    Raises TrackingError (see `upgrade_database`), OSError, sqlite3.Error, or any error of MLflow.
     """
     with database_lock(database, patience_s) as is_held:
         if is_held:  # without the lock, partial copies may belong to a running process
@@ -84,14 +84,14 @@ def prepare(database: Path, shared: bool, connect: Callable[[str], MlflowClient]
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run as its database records it."""
+    """A run, as recorded in its database."""
 
     folder: str
-    """Run folder from its tag; "" without one."""
+    """Run folder from the run's tag; "" if it has no tag."""
 
 
 def find_stored(database: Path, run_id: str) -> StoredRun | None:
-    """Return a run of a database; None if the run or the database does not exist. Raises sqlite3.Error."""
+    """Return a run of a database; None if either does not exist. Raises sqlite3.Error if it is unreadable."""
     if not database.exists():
         return None
     with closing(open_database(database)) as connection:
@@ -169,7 +169,7 @@ def _holds_runs(database: Path) -> bool:
 
 
 def _relocate(database: Path, root: str, patience_s: float) -> None:
-    """Correct the locations of artifacts, run folders and checkpoints if the store was moved. Others stay unchanged."""
+    """If the store was moved, correct its locations of artifacts, run folders and checkpoints; others stay."""
     with closing(open_database(database, patience_s)) as connection:
         rows = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
         moved = [old for (old,) in rows if old and old != root and _is_root_of_store(old, root.rpartition("/")[2])]

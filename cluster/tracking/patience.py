@@ -1,4 +1,4 @@
-"""Calls of a tracking server with retries: briefly before its first answer, for `storage.patience_s` afterwards."""
+"""Call a tracking server with retries: briefly before its first answer, for `storage.patience_s` afterwards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from m2f.data_pipeline.errors import OutageError
 T = TypeVar("T")
 LOGGER = logging.getLogger(__name__)
 FIRST_CONTACT_S = 20.0
-"""Seconds to retry before the first answer. A server that never answered counts as a wrong address, not an outage."""
+"""Seconds to retry before the first answer. A server that never answers counts as a wrong address, not as an outage."""
 _FIRST_REQUEST_S = 10.0
 _HASTE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": f"{_FIRST_REQUEST_S:.0f}"}
-"""Environment variables of MLflow for the first contact. MLflow reads them with every request."""
+"""Environment variables of MLflow for the first contact. MLflow reads them at every request."""
 _SAY_S = 60.0
 _MAX_PAUSE_S = 20.0
 _TOO_MANY = 429

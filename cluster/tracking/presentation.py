@@ -20,7 +20,7 @@ from m2f.data_pipeline.urls import without_secrets
 
 EXPERIMENT_KIND = "mlflow.experimentKind"
 MODEL_TRAINING = "custom_model_development"
-"""Value of the tag above that makes the UI open an experiment on runs and models instead of GenAI traces.
+"""Value of the tag EXPERIMENT_KIND that makes the UI open an experiment on runs and models instead of GenAI traces.
 
 In MLflow 3.17, the UI's own switch between GenAI and model training takes precedence.
 """
@@ -79,7 +79,7 @@ def parent_run(client: MlflowClient, experiment: str, wanted: str | None, uri: s
         return _run_of_id(client, experiment, wanted, uri)
     if (found := _oldest(client, experiment, wanted)) is None:
         made = client.create_run(experiment, run_name=wanted).info.run_id
-        client.set_terminated(made)  # it only groups other runs
+        client.set_terminated(made)  # this run only groups other runs
         found = _oldest(client, experiment, wanted) or made
         if found != made:  # another driver created it first
             client.delete_run(made)

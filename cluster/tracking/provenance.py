@@ -47,7 +47,7 @@ def code_facts(folder: Path = CODE) -> dict[str, str]:
 
 
 def data_inputs(config: RunConfig, storage: Storage) -> tuple[DataInput, ...]:
-    """Return the data sets for training, then those for evaluation. Data sets without shards are left out."""
+    """Return the data sets for training, then those for evaluation. Data sets without shards are omitted."""
     used = [("training", item.dataset) for item in config.data.train]
     used += [("evaluation", chosen.dataset) for chosen in config.evaluation.sets]
     found = [data_input(config, context, name, storage) for context, name in dict.fromkeys(used)]

@@ -31,7 +31,7 @@ def record_url(run_folder: str) -> str:
 
 
 def write_record(storage: Storage, run_folder: str, record: RunRecord) -> None:
-    """Store the record."""
+    """Store the record in the run folder."""
     storage.put(record_url(run_folder), json.dumps(asdict(record), indent=1).encode())
 
 
@@ -43,7 +43,7 @@ def record_evaluations(storage: Storage, run_folder: str) -> None:
 
 
 def read_record(storage: Storage, run_folder: str) -> RunRecord | None:
-    """Return the record; None without one. Raises ValueError if it is damaged.
+    """Return the record; None if there is none. Raises ValueError if it is damaged.
 
     Credentials in URLs, which earlier versions stored, are removed.
     """

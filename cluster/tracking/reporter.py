@@ -29,8 +29,9 @@ class TrackingReporter:
     def track(self, step: int, values: Mapping[str, float]) -> bool:
         """Log values by name under `train/`; names under `system/`, which MLflow shows separately, stay unchanged.
 
-        A step that a restart repeats is left out: its values are the same, or the curve keeps those of a loss spike
-        that was rolled back. Returns False if the disk refuses the values; the step can then be tracked again.
+        Steps that a restart repeats are not logged again. Their values are the same, unless a loss spike was rolled
+        back; the curve then keeps the values of the spike. Returns False if the disk refuses the values; the step can
+        then be tracked again.
         """
         if step in self._steps:
             return True

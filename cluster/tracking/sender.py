@@ -51,7 +51,7 @@ class Sender:
     def send_some(self) -> bool:
         """Send a batch of pending entries and commit them.
 
-        Returns False if no entry is pending, the store does not answer, or this process may not send any more.
+        Returns False if no entry is pending, the store does not answer, or this process may no longer send.
         """
         try:
             if not self._may_send():
@@ -150,7 +150,7 @@ class Sender:
         points = [point if entry["replaces"] else self._as_stored(client, point) for point in points]
         models.add_metrics(model, points)
         self._note_sent(points)
-        for one in sets if model is not None else ():  # MLflow's client needs logged models to read a table
+        for one in sets if model is not None else ():  # reading a table with MLflow's client requires logged models
             write_table(client, self._run.run_id, checkpoint.step, one)
 
     def _as_stored(self, client: MlflowClient, metric: Metric) -> Metric:
@@ -175,14 +175,14 @@ class Sender:
         return self._models
 
     def _look(self, client: MlflowClient) -> None:
-        """Query the last stored step of each metric, unless it is known."""
+        """Query the last stored step of each metric, unless it is already known."""
         if self._latest is None:
             self._steps.clear()
             metrics = client.get_run(self._run.run_id).data.to_proto().metrics
             self._latest = {metric.key: metric.step for metric in metrics}
 
     def _new_points(self, client: MlflowClient, group: list[Entry]) -> list[Metric]:
-        """Return the metrics of the entries, each once. Those that the store has at their step are left out.
+        """Return the metrics of the entries, each once. Metrics that the store already has at their step are omitted.
 
         Entries that replace stored values are always included.
         """

@@ -45,13 +45,13 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs every error that it also raises
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs every error that is also raised
     return MlflowClient(tracking_uri=checked_uri(uri))
 
 
 @contextmanager
 def named_store(uri: str) -> Iterator[None]:
-    """Convert any error of a store, a driver or a proxy to a TrackingError with a remedy."""
+    """Convert any error of a store, a driver or a proxy in the block to a TrackingError with a remedy."""
     try:
         yield
     except TrackingError:
@@ -72,17 +72,17 @@ def named_store(uri: str) -> Iterator[None]:
 
 
 def is_refusal(error: MlflowException, uri: str) -> bool:
-    """Return whether the store itself refuses a request permanently. A proxy's 404 page does not count."""
+    """Return whether the error is a permanent refusal by the store itself. A proxy's 404 page does not count."""
     return error.error_code in _REFUSALS and (isinstance(error, RestException) or not uri.startswith("http"))
 
 
 def is_busy(error: Exception) -> bool:
-    """Return whether the error says that others wrote to a sqlite file for longer than MLflow waits."""
+    """Return whether the error means that others wrote to a sqlite file for longer than MLflow waits."""
     return "database is locked" in str(error)
 
 
 def ui_command(uri: str) -> str:
-    """Return how to open the store's UI: a command for a sqlite file, otherwise the URI.
+    """Return how to open the store's UI: the command for a sqlite file, otherwise the URI.
 
     The path in the command is relative if the file is below the current folder.
     """
