@@ -1,4 +1,4 @@
-"""Validation of keys that come from files and become part of a path or URL.
+"""Validate keys that come from files and become part of a path or URL.
 
 Sample keys, data set names, names of checkpoint files and names of masks in annotation files all name files inside
 some folder. The check prevents such a name from pointing outside that folder.

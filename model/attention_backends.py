@@ -1,4 +1,4 @@
-"""Selection of PyTorch's fused attention kernels by comparing them with the plain formula on this GPU.
+"""Select PyTorch's fused attention kernels by comparing them with the plain formula on this GPU.
 
 On recent GPUs PyTorch prefers cuDNN. Its kernel has returned wrong gradients with masks: NaN for lengths with remainder
 64 modulo 128 (pytorch#196678). Therefore each process tests every kernel once on its own GPU.

@@ -1,4 +1,4 @@
-"""Assignment of a GPU to every rank, and the check that no two ranks share one."""
+"""Assign a GPU to every rank, and check that no two ranks share one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choice of the precision that suits the devices. Independent of torch."""
+"""Choose the precision that suits the devices. Does not import torch."""
 
 from __future__ import annotations
 

@@ -359,7 +359,7 @@ def _start_worker(_: int) -> None:
 def _exit_with_parent() -> None:
     """Exit when the training process exits, even if it is killed.
 
-    The parent of a worker is the fork server, which stays alive then.
+    The parent of a worker is the fork server, which would stay alive in that case.
     """
     training = multiprocessing.parent_process()
     assert training is not None

@@ -1,4 +1,4 @@
-"""Prediction of read costs before anything is read: simulates one epoch of the order on all ranks."""
+"""Predict read costs before anything is read, by simulating one epoch of the order on all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection of the samples of a data set that a run uses, and their uses per epoch. It needs only the manifest."""
+"""Select the samples of a data set that a run uses, and their number of uses per epoch, from the manifest alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation of COCO's compressed run lengths for many masks at once. pycocotools and hotcoco do not validate them."""
+"""Validate COCO's compressed run lengths, for many masks in one call. pycocotools and hotcoco do not validate them."""
 
 from __future__ import annotations
 

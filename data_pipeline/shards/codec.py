@@ -1,4 +1,4 @@
-"""Encoding of a sample as members of a tar, and decoding.
+"""Encode a sample as members of a tar, and decode it.
 
 A sample has these members. Their order is also the order of their names:
 

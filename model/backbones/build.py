@@ -1,4 +1,4 @@
-"""Construction of backbones, which turn images into feature maps at strides 4, 8, 16 and 32."""
+"""Build backbones, which turn images into feature maps at strides 4, 8, 16 and 32."""
 
 from __future__ import annotations
 

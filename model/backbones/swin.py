@@ -49,7 +49,7 @@ class SwinTransformer(nn.Module):
         The maps are channels-last in memory.
         """
         tokens = self.patch_embed(images)
-        # Drawn before the blocks, so that checkpointed blocks draw nothing when they are recomputed.
+        # Drawn before the blocks, so that recomputing a checkpointed block draws no random numbers.
         is_drawn = self.training and self.drop_path > 0
         scales = draw_drop_path_scales(self.drop_path, sum(self._depths), tokens) if is_drawn else None
         maps = []

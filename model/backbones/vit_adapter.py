@@ -103,7 +103,7 @@ class ViTAdapter(nn.Module):
         # The residual stream keeps the parameters' dtype: float32 under autocast.
         tokens = torch.cat(flat, dim=1).to(self.level_embed.dtype)
         places = _places(shapes, grid, tokens.device)
-        # Drawn before the extractors, so that checkpointed ones draw nothing when they are recomputed.
+        # Drawn before the extractors, so that recomputing a checkpointed one draws no random numbers.
         scales: Sequence[Tensor | None] = [None] * sum(_EXTRACTORS)
         if self.training and self.drop_path > 0:
             kept = torch.rand(len(scales), len(tokens), 1, 1, device=tokens.device) >= self.drop_path

@@ -1,1 +1,1 @@
-"""Export of models as official checkpoints, Hugging Face folders, torch.export programs and ONNX files."""
+"""Export models as official checkpoints, Hugging Face folders, torch.export programs and ONNX files."""

@@ -1,4 +1,4 @@
-"""Export of models to other formats: Hugging Face folders, torch.export and ONNX."""
+"""Export models to other formats: Hugging Face folders, torch.export and ONNX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resizing of mask logits from stride 4 to the original image, in bands of rows to bound memory.
+"""Resize mask logits from stride 4 to the original image, in bands of rows to bound memory.
 
 The results equal those of resizing whole masks.
 """

@@ -4,7 +4,8 @@
 <run folder>/commits/00000042-3-0123456789abcdef.withdrawn   the commit is damaged, or was undone by a rollback
 <run folder>/metrics/00000042-3.json                         metrics by step since the previous commit
 
-Rank 0 writes metrics before the manifest of the checkpoint, and the entry in `commits/` after it. Needs no torch.
+Rank 0 writes metrics before the manifest of the checkpoint, and the entry in `commits/` after it. Does not import
+torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Layout of a checkpoint folder, when a checkpoint is valid, and which folders are kept. Needs no torch or DeepSpeed.
+"""Layout of a checkpoint folder, when a checkpoint is valid, and which folders are kept.
+
+Imports neither torch nor DeepSpeed.
 
 <run folder>/checkpoints/step_00000042-3/     step and number of the lease (see `lease_record`); older folders have none
     engine/*.pt             DeepSpeed's files of every rank

@@ -2,7 +2,7 @@
 
 A contender relies on its own clock and on successful reads. If the holder's beat changes, the holder is alive and the
 contender is refused. The contender takes the next number if the holder provably ended, or if the beat stays unchanged
-for `Timing.unchanged_s` during which the store answers. Time in which the store does not answer does not count.
+for `Timing.unchanged_s` during which the store answers. Time in which the store does not answer is not counted.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _await_end(storage: Storage, run_folder: str, number: int, say: Callable[[st
         now = time.monotonic()
         if seen is None:
             first = beat if first is None else first
-        else:  # a slow answer counts as a quick one: the holder's writes are as slow
+        else:  # capped, because a slow store also delays the holder's beats
             unchanged += min(now - seen, 2 * timing.poll_s)
         seen = now
         if beat != first:

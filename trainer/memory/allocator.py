@@ -1,4 +1,4 @@
-"""Configuration of torch's GPU memory allocator. Independent of torch."""
+"""Configure torch's GPU memory allocator. Does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detection of errors that mean a lack of GPU memory."""
+"""Detect errors that mean a lack of GPU memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detection of loss spikes with robust statistics. Decisions are the same on all ranks and after every resume."""
+"""Detect loss spikes with robust statistics. Decisions are the same on all ranks and after every resume."""
 
 from __future__ import annotations
 

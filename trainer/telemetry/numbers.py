@@ -1,4 +1,4 @@
-"""Metrics of a training step, over all ranks and of one rank. Independent of torch."""
+"""Metrics of a training step, over all ranks and of one rank. Does not import torch."""
 
 from __future__ import annotations
 
