@@ -24,7 +24,8 @@ def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
     """Return the training job of a recipe. The number of classes comes from the categories of the training data.
 
     Raises:
-        DataError, StorageError: a manifest of `data.train` is missing, damaged, or has other categories than the rest.
+        DataError, StorageError: a manifest of `data.train` is missing or damaged, or its categories differ from those
+            of the rest.
         ConfigError: the recipe sets `model.num_classes` to another number.
     """
     storage = storage or Storage(config.storage)
@@ -70,7 +71,7 @@ def adjusted_job(config: RunConfig, job: TrainJob, adjustments: Adjustments) -> 
 
 
 def _num_classes(config: RunConfig, manifests: list[Manifest]) -> int:
-    mixture_labels(manifests, config.data.task)  # raises an error if the categories of the data sets differ
+    mixture_labels(manifests, config.data.task)  # raises an error if the categories of data sets differ
     found = len(manifests[0].categories.for_task(config.data.task))
     if config.model.num_classes not in (None, found):
         raise ConfigError(

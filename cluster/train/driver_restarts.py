@@ -1,4 +1,4 @@
-"""Restart the driver of a run from a small parent process that watches it (`m2f train --restart`)."""
+"""Restart the driver of a run from a small parent process that supervises it (`m2f train --restart`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def note_end() -> None:
     Otherwise the parent treats exit status 1 as an outage: Ray's core calls `exit(1)` if Ray's head or raylet dies.
     """
     if number := os.environ.get(END_PIPE):
-        with suppress(OSError):  # the parent has exited
+        with suppress(OSError):  # the parent process has exited
             os.write(int(number), b".")
 
 
@@ -38,7 +38,7 @@ def run_restarted(command: Sequence[str], config: RunConfig) -> int:
     """Run the driver of a run, restart it after failures, and return the exit status of the last driver.
 
     The driver restarts if a signal kills it, or if it exits because of an outage or because its machine is about to be
-    taken away (see `ExitStatus`). It does not restart after any other exit. A new driver continues from the newest
+    preempted (see `ExitStatus`). After any other exit, it does not restart. A new driver continues from the newest
     checkpoint. Deaths and outages count against `cluster.max_failures`; every new checkpoint resets the count.
 
     SIGINT and SIGTERM are passed on to the driver. On Linux, the driver gets SIGTERM if this process dies.
@@ -106,7 +106,7 @@ class _Driver:
         return ExitStatus.OUTAGE if status == ExitStatus.GAVE_UP and not decided else status
 
     def wait(self, seconds: float) -> None:
-        """Wait before the next start; return early if a stop is requested."""
+        """Wait before the next start. Return early if a stop is requested."""
         deadline = time.monotonic() + seconds
         while not self.is_stopping and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
@@ -119,5 +119,5 @@ class _Driver:
 
 
 def _end_with_parent() -> None:
-    """Run in the new process: an orphaned driver would keep training beside the next driver of the run."""
+    """Called in the new process, because an orphaned driver would keep training alongside the run's next driver."""
     end_with_parent(signal.SIGTERM)

@@ -1,8 +1,8 @@
 """Choose the number of workers of each attempt, which can change if `cluster.num_workers` is a range.
 
-The number never changes during an attempt. A run shrinks if a worker is lost: the next attempt uses the workers that
-are left. A run grows if the cluster has had room for more workers for `PATIENCE_S`: the attempt is asked to end after
-a checkpoint. In both cases, the next attempt repartitions the optimizer state for its number of ranks.
+The number never changes during an attempt. A run shrinks if a worker is lost: the next attempt uses the remaining
+workers. A run grows if the cluster has had room for more workers for `PATIENCE_S`: the attempt is asked to end after a
+checkpoint. In both cases, the next attempt repartitions the optimizer state for its number of ranks.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Resize:
     before: int
     after: int
     seconds: float
-    """From the end of the previous attempt to the moment when this one resumes."""
+    """Seconds from the end of the previous attempt until the new one resumes."""
     steps_redone: int
-    """Reported steps that were lost because no checkpoint contained them."""
+    """Number of reported steps that were lost because no checkpoint contained them."""
 
     def __str__(self) -> str:
         size = f"from {self.before} to {counted(self.after, 'worker')}"
@@ -41,7 +41,7 @@ class Resize:
 
 
 def next_size(free: int, config: ClusterConfig, waited_s: float) -> int | None:
-    """Return the number of workers to start if there is room for `free`; None to keep waiting."""
+    """Return the number of workers to start if there is room for `free` workers; None to keep waiting."""
     if free >= config.max_workers:
         return config.max_workers
     return free if free >= config.min_workers and waited_s >= PATIENCE_S else None
@@ -69,9 +69,9 @@ class Sizes:
         self.resizes: list[Resize] = []
 
     def next(self) -> int | None:
-        """Return the number of workers of the attempt that starts now; None if it has to wait.
+        """Return the number of workers for the attempt that starts now; None if it must wait.
 
-        A run with a fixed number of workers never waits here. It waits in Ray, because a pending placement group is
+        A run with a fixed number of workers never waits here. It waits inside Ray, where its pending placement group is
         visible to the autoscaler and to other runs of the cluster.
         """
         is_fixed = self._config.min_workers == self._config.max_workers
@@ -83,9 +83,9 @@ class Sizes:
         return size
 
     def look(self, relay: RunRelay) -> None:
-        """Note when the attempt resumes, and whether there is room for more workers.
+        """Record when the attempt resumes, and whether there is room for more workers.
 
-        To be called repeatedly while an attempt runs. The free resources are checked every `LOOK_S` seconds.
+        Call this repeatedly while an attempt runs. The free resources are checked every `LOOK_S` seconds.
         """
         assert self._size is not None
         if relay.resumed is not None and not self._noted:
@@ -105,7 +105,7 @@ class Sizes:
             self.growing = True
 
     def ended(self, relay: RunRelay) -> None:
-        """Note the time and the last reported step at the end of an attempt."""
+        """Record the time and the last reported step at the end of an attempt."""
         self._ended_at, self._ended_step = self._clock(), relay.last_step
 
     def _next_of_range(self) -> int | None:

@@ -18,11 +18,11 @@ class Evaluations(Protocol):
 
     @property
     def lost(self) -> str | None:
-        """Why evaluations have stopped; None while they work. Pending ones run when the run is continued."""
+        """Why evaluations have stopped; None while they work. Pending evaluations run when the run is continued."""
         ...
 
     def training_ended(self) -> None:
-        """Notify that training has ended, so that evaluations may use the whole machine."""
+        """Tell the evaluations that training has ended, so that they may use the whole machine."""
         ...
 
     def status(self) -> EvaluationStatus | None:
@@ -46,11 +46,11 @@ class Launcher(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
     def evaluations(self, tracked: TrackedRun) -> Evaluations:
-        """Return the evaluations of the run. Called once, and only if the recipe has evaluation sets."""
+        """Return the evaluations of the run. This is called once, and only if the recipe has evaluation sets."""
         ...
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
-        """Return the free resources of each node. Only used if the number of workers may change."""
+        """Return the free resources of each node. This is only called if the number of workers may change."""
         ...
 
     def start(self, job: TrainJob, workers: int) -> None:
@@ -70,7 +70,7 @@ class Launcher(Protocol):
         ...
 
     def error(self) -> AttemptError | None:
-        """Return how the attempt failed; None if all ranks returned. Valid once no rank is running."""
+        """Return how the attempt failed; None if all ranks returned. The result is valid once no rank is running."""
         ...
 
     @property

@@ -65,7 +65,7 @@ class LiveView:
         self._live.start()
 
     def stop(self, outcome: str) -> None:
-        """Draw the panel a last time with `outcome` as its stage, and leave it on the screen."""
+        """Draw the panel one last time, with `outcome` as its stage, and leave it on the screen."""
         self._stage, self._evaluating, self._keys = outcome, None, ""
         self._live.stop()
 
@@ -74,7 +74,7 @@ class LiveView:
         self._keys = "stopping after a checkpoint, Ctrl-C again ends at once"
 
     def begin_attempt(self, workers: int) -> None:
-        """Show that workers are starting. Every call but the first counts as a restart."""
+        """Show that workers are starting. Every call after the first counts as a restart."""
         self._stage, self._workers, self._heard, self._interval_s = "starting", workers, self._clock(), 0.0
         self._restarts += 1
 
@@ -182,7 +182,7 @@ class LiveView:
 def sparkline(values: Sequence[float] | deque[float], width: int) -> str:
     """Return a bar chart of up to `width` characters; each bar is the mean of a segment of the values.
 
-    The bars are scaled between the smallest and the largest mean. Infinite values and NaN are left out.
+    The bars are scaled between the smallest and the largest mean. Infinite values and NaN are omitted.
     """
     numbers = [value for value in values if abs(value) < float("inf")]
     if not numbers:
@@ -220,7 +220,7 @@ def _machines(system: SystemUse) -> str:
 
 
 def _evaluated(published: Sequence[Entry]) -> str:
-    """Return the last result, and the best one if it belongs to another step.
+    """Return the last result, and the best one if it belongs to a different step.
 
     Results are compared by the first headline metric of the first evaluation set.
     """

@@ -30,8 +30,8 @@ from m2f.trainer.reporting import Event
 def train_locally(config: RunConfig, live: bool = False) -> RunSummary:
     """Train a recipe on this machine's GPUs or CPU and return a summary of the run.
 
-    `cluster.num_workers` processes are started; the maximum if it is a range. The supervisor is the same as with Ray:
-    it restarts after failures within `cluster.max_failures`, tracks the run and applies adjustments. This process
+    `cluster.num_workers` processes are started; if it is a range, its maximum counts. The supervisor is the same as with
+    Ray: it restarts after failures within `cluster.max_failures`, tracks the run and applies adjustments. This process
     evaluates the checkpoints: during training if `training.early_stopping` is set, otherwise after the last step.
     SIGINT or SIGTERM stops the run after a checkpoint. With `live`, the terminal shows a panel instead of log lines.
 
@@ -65,7 +65,7 @@ class LocalLauncher:
         return LocalEvaluations(self._config, tracked)
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
-        """Return nothing: the number of workers is fixed, so no caller needs it."""
+        """Return an empty result: the number of workers is fixed, so no caller needs it."""
         return ()
 
     def start(self, job: TrainJob, workers: int) -> None:
@@ -107,7 +107,7 @@ class LocalLauncher:
         return False
 
     def describe_wait(self) -> str:
-        """Return "": local processes start at once and wait for nothing."""
+        """Return "", because local processes start at once and wait for nothing."""
         return ""
 
 
@@ -125,7 +125,7 @@ class LocalEvaluations:
             self._service = EvaluationService(config, tracked, lambda config: LocalPool(config, gpu))
 
     def training_ended(self) -> None:
-        """Start evaluating, unless evaluations already run beside the training."""
+        """Start evaluating, unless evaluations already run during training."""
         if self._service is None:
             print_out("all steps are done; evaluating checkpoints in this process")
             self._service = EvaluationService(self._config, self._tracked, LocalPool)
@@ -141,7 +141,7 @@ class LocalEvaluations:
     def close(self) -> tuple[Entry, ...]:
         """Send pending MLflow entries if no evaluation is running, and return the stored entries.
 
-        A running evaluation ends with this process and is repeated when the run is continued.
+        A running evaluation is lost when this process ends, and repeated when the run is continued.
         """
         if self._service is not None and self._service.status().idle:
             self._service.close()

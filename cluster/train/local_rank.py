@@ -1,4 +1,4 @@
-"""One rank of a local run, in its own process. Imports little, to keep the start of the process fast."""
+"""One rank of a local run, in its own process. It imports little, so that the process starts quickly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train_rank(job: TrainJob, post: Post) -> None:
 
         try:
             run_worker(job, PostReporter(post) if os.environ["RANK"] == "0" else Reporters(), control)
-        except PeersError as error:  # the driver classifies this rank's own error
+        except PeersError as error:  # lets the driver classify this rank's own error
             raise (error.__cause__ or error) from None
 
 
@@ -40,7 +40,7 @@ class PostReporter:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[ManualControl]:
-    """Give a control that SIGINT or SIGTERM sets to stop. All ranks use it, so that the signal kills none of them."""
+    """Yield a control that SIGINT or SIGTERM sets to stop. All ranks use it, so that the signal kills none of them."""
     control = ManualControl()
 
     def stop(number: signal.Signals) -> None:

@@ -26,8 +26,8 @@ class Mailbox:
     def poll(self, stop: bool) -> tuple[Event, ...]:
         """Return all events since the last poll, in order.
 
-        `stop` asks the ranks to end after a checkpoint. The driver repeats it with every poll, because a restarted
-        actor has lost it.
+        `stop` asks the ranks to end after a checkpoint. The driver repeats it at every poll, because a restarted actor
+        has lost it.
         """
         self._stop = stop
         events = tuple(self._events)
@@ -35,5 +35,5 @@ class Mailbox:
         return events
 
     def stop_requested(self) -> bool:
-        """Return the `stop` of the driver's last poll."""
+        """Return the value of `stop` in the driver's last poll."""
         return self._stop

@@ -27,13 +27,13 @@ from m2f.trainer.errors import RankDiedError
 from m2f.trainer.reporting import STALL_EXIT
 
 ECHO_S = 5.0
-"""Seconds that the other ranks have to report their own errors after one rank has failed, before they are killed."""
+"""Seconds after the failure of a rank in which the other ranks can report their errors before they are killed."""
 TERM_S = 10.0
 """Seconds to wait for a killed process to end."""
 POST_S = 2.0
-"""Seconds that a message waits for another thread's message. Limited so that a stalled rank can still end itself."""
+"""Seconds that a message waits for another thread's message. It is limited, so a stalled rank can still end itself."""
 _START = multiprocessing.get_context("spawn")
-_MOST_TEXT = 25_000  # characters of an error, and of its traceback: together they fit into the buffer of an unread pipe
+_MOST_TEXT = 25_000  # characters of an error and of its traceback, which together fit into the buffer of an unread pipe
 
 Post = Callable[[Any], None]
 """Function that sends a message to the parent process."""
@@ -129,7 +129,7 @@ class RankProcesses:
 
     @property
     def errors(self) -> dict[int, RankError]:
-        """Errors of failed ranks, by rank. Complete once no process is running."""
+        """Errors of failed ranks, by rank. The errors are complete once no process is running."""
         return {rank.index: rank.error for rank in self._ranks if rank.error is not None}
 
     @property
@@ -140,11 +140,12 @@ class RankProcesses:
     def receive(self, wait_s: float) -> list[Any]:
         """Wait up to `wait_s` seconds for a message and return the messages of all ranks.
 
-        Returns earlier if all ranks have ended. Kills the remaining ranks once `ECHO_S` has passed since a failure.
+        Returns earlier if all ranks have ended. The remaining ranks are killed once `ECHO_S` seconds have passed since
+        a failure.
         """
         until = min(time.monotonic() + wait_s, self._deadline)
         while self._running:
-            # Closed pipes are left out, because they are always ready; a rank closes its pipe shortly before it ends.
+            # Closed pipes are skipped, because they are always ready; a rank closes its pipe shortly before it ends.
             pipes = [rank.pipe for rank in self._running.values() if rank.is_open]
             for ready in wait([*self._running, *pipes], max(0.0, until - time.monotonic())):
                 if isinstance(ready, int):
@@ -201,8 +202,8 @@ def _worker(
 ) -> None:
     """Main function of one process: run the target, and send its error to the parent if it fails."""
     os.environ.update(environment)
-    end_with_parent(signal.SIGKILL)  # an orphaned rank could write beside the next holder of the lease
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the parent decides
+    end_with_parent(signal.SIGKILL)  # an orphaned rank could write alongside the next holder of the lease
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends SIGINT to all processes, but the parent decides
     lock = threading.Lock()
 
     def post(message: Any) -> None:
@@ -230,7 +231,7 @@ def _portable(error: BaseException) -> BaseException:
         data = pickle.dumps(error)
         if len(data) <= _MOST_TEXT and isinstance(pickle.loads(data), type(error)):
             return error
-    except Exception:  # pickling an arbitrary error class can raise anything
+    except Exception:  # pickling an arbitrary error can raise anything
         pass
     return RuntimeError(f"{type(error).__name__}: {error}"[:_MOST_TEXT])
 
@@ -242,7 +243,7 @@ def _launch_variables(rank: int, num_workers: int, port: int) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_workers),
         "LOCAL_WORLD_SIZE": str(num_workers),
-        "LOCAL_SIZE": str(num_workers),  # DeepSpeed's device count on CPU
+        "LOCAL_SIZE": str(num_workers),  # the device count that DeepSpeed uses on CPUs
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback),

@@ -39,7 +39,7 @@ RANK_GAUGES = {
 
 
 class PrometheusReporter:
-    """Reporter that sets gauges, which Ray's agent on each node exports. Must be created inside a Ray worker."""
+    """Reporter that sets gauges, which Ray's agent on each node exports. It must be created inside a Ray worker."""
 
     def __init__(self, run: str, rank: int) -> None:
         self._tags = {"run": run}

@@ -1,4 +1,4 @@
-"""Training on Ray: Ray Train runs the ranks of an attempt, and evaluation actors run beside them.
+"""Training on Ray: Ray Train runs the ranks of an attempt, and evaluation actors run alongside them.
 
 An attempt is one call of `TorchTrainer.fit()` with `max_failures=0`, in its own thread.
 """
@@ -59,7 +59,7 @@ def run_training(config: RunConfig, live: bool = False) -> RunSummary:
 
 @contextmanager
 def _seen_devices(config: RunConfig) -> Iterator[SeenDevices]:
-    """Give the devices of the cluster that the run will use; this machine's if a local cluster will be started."""
+    """Yield the devices of the cluster that the run will use, or of this machine if a local cluster will be started."""
     may_grow = names_cluster(config.cluster.address)
     if not may_grow and not ray.is_initialized():
         yield this_machine()
@@ -86,7 +86,7 @@ class RayLauncher:
             stack.enter_context(connect(self._config))
             self._scratch = str(stack.enter_context(ScratchFolder("ray-train")))
             check_gpus(self._config, ray.cluster_resources().get("GPU", 0), may_grow)
-            # On the driver's node, so that it survives the loss of worker nodes.
+            # Runs on the driver's node, so that it survives the loss of worker nodes.
             mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=this_node())(Mailbox)
             self._mailbox = mailbox.remote()
             if self._cluster.min_workers < self._cluster.max_workers:
@@ -98,14 +98,14 @@ class RayLauncher:
         self._stack.close()
 
     def evaluations(self, tracked: TrackedRun) -> EvaluationClient:
-        """Return evaluations that run in a pool of actors beside the training."""
+        """Return evaluations that run in a pool of actors during training."""
         return EvaluationClient(self._config, tracked)
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
         """Return the free resources of the nodes that are alive and not draining.
 
-        Also requests resources for `max_workers` from the autoscaler. No workers are pending that it could count, and
-        Ray Train overwrites the request at the end of every attempt, so every call repeats it.
+        Also requests resources for `max_workers` from the autoscaler. Without this request, the autoscaler sees no
+        pending workers. Every call repeats it, because Ray Train overwrites it at the end of every attempt.
         """
         request_resources(bundles=[self._cluster.needs] * self._cluster.max_workers)
         leaving = draining_nodes()
@@ -131,14 +131,14 @@ class RayLauncher:
         return self._thread is not None and self._thread.is_alive()
 
     def poll(self, stop: bool, wait_s: float) -> Sequence[Event]:
-        """Wait up to `wait_s` seconds and return the events in the mailbox; nothing if it does not answer."""
+        """Wait up to `wait_s` seconds and return the events in the mailbox; none if it does not answer."""
         if self._thread is not None:
             self._thread.join(wait_s)
         else:
             time.sleep(wait_s)
         try:
             return ray.get(self._mailbox.poll.remote(stop), timeout=PATIENCE_S)
-        except RayError:  # Ray restarts the mailbox
+        except RayError:  # Ray restarts the mailbox after its death
             return ()
 
     def error(self) -> AttemptError | None:

@@ -26,7 +26,7 @@ class ResourceRequest:
 
 
 def resource_requests(config: RunConfig) -> list[ResourceRequest]:
-    """Return the requests of a run; the minimum of workers if `cluster.num_workers` is a range."""
+    """Return the requests of a run. If `cluster.num_workers` is a range, its minimum counts."""
     found = [ResourceRequest("training", config.cluster.min_workers, config.cluster.needs)]
     settings = config.evaluation
     if settings.sets:
@@ -40,7 +40,7 @@ def resource_requests(config: RunConfig) -> list[ResourceRequest]:
 def count_fitting(nodes: Iterable[Mapping[str, float]], needs: Mapping[str, float]) -> int:
     """Return how many processes fit into the free resources of the nodes.
 
-    A process without needs counts `sys.maxsize` times per node.
+    A process that needs nothing counts `sys.maxsize` times per node.
     """
 
     def fitting(node: Mapping[str, float]) -> int:

@@ -1,6 +1,7 @@
 """The supervisor of a training run: a launcher runs the ranks of an attempt, and this module decides what follows.
 
-It forwards the reports of ranks and evaluations to the user and to MLflow, and handles Ctrl-C. It does not need Ray.
+It forwards the reports of ranks and evaluations to the user and to MLflow, and handles Ctrl-C. This module does not
+need Ray.
 """
 
 from __future__ import annotations
@@ -76,11 +77,11 @@ class RunSummary:
     run_folder: str
     status: Status
     checkpoint: CommittedCheckpoint | None
-    """The newest checkpoint; None without one."""
+    """The newest checkpoint; None if there is none."""
     failures: tuple[Failure, ...]
-    """Why attempts ended early. The last entry is the reason if the run failed."""
+    """Reasons why attempts ended early. If the run failed, the last entry is the reason."""
     resizes: tuple[Resize, ...]
-    """Changes of the number of workers, with their cost."""
+    """Changes in the number of workers, with their cost."""
     evaluations: tuple[Entry, ...]
     tracked: TrackedRun
 
@@ -103,7 +104,7 @@ def run_supervised(config: RunConfig, launcher: Launcher, live: bool = False) ->
 
 
 class _Supervisor:
-    """One supervised run, between entering and leaving the launcher."""
+    """State of one supervised run, while the launcher is entered."""
 
     def __init__(
         self,
@@ -207,7 +208,7 @@ class _Supervisor:
             failure = failure_of(error, ending)
             if self._interrupts and failure.kind in ("death", "room"):  # the signal came before a rank could handle it
                 return "stopped"
-            if failure.kind == "room":  # not a failure; retried after each timeout of Ray
+            if failure.kind == "room":  # this is not a failure; it is retried after each timeout of Ray
                 print_err(f"no room yet: {self._launcher.describe_wait()}")
                 continue
             self._failures.append(failure)
@@ -228,11 +229,11 @@ class _Supervisor:
         return "finished" if self._is_trained() else "stopped"
 
     def _is_trained(self) -> bool:
-        """Whether all steps are done, or early stopping has ended the run."""
+        """Return whether all steps are done or early stopping has ended the run."""
         return self._early_stop is not None or self._newest_step() >= self._config.training.max_steps
 
     def _attempt(self, number: int, workers: int) -> tuple[AttemptError | None, Ending | None]:
-        """Run one attempt; return the errors of its ranks and the record that a rank left, None each without one.
+        """Run one attempt; return the errors of its ranks and the record that a rank left. Each is None if missing.
 
         If there is room for more workers, the ranks are asked to end after a checkpoint.
         """
@@ -273,7 +274,7 @@ class _Supervisor:
         return "failed"
 
     def _wait_for_room(self) -> int | None:
-        """Wait for resources and return the number of workers of the next attempt; None if the run is to end."""
+        """Wait for resources and return the number of workers for the next attempt; None if the run must end."""
         silence = _Silence(self._config, self._launcher)
         while (workers := self._sizes.next()) is None:
             self._pause(POLL_S)
@@ -305,7 +306,7 @@ class _Supervisor:
         try:
             settled = {entry.commit for entry in evaluations.entries() if entry.settled}
             return {commit.name for commit in list_commits(self._storage, self._config.run_folder)} <= settled
-        except StorageError as error:  # training is done, so waiting for the storage does no harm
+        except StorageError as error:  # training is done, so it does no harm to wait for the storage
             LOGGER.warning("evaluations wait for the storage: %s", error)
             return False
 
@@ -362,7 +363,7 @@ class _Silence:
         self._broken = False
 
     def note(self, heard: bool) -> None:
-        """Print the message if it is due. Called at every poll; `heard` is set if a report has arrived."""
+        """Print the message if it is due. This is called at every poll; `heard` states whether a report has arrived."""
         self._broken = self._broken or heard
         now = time.monotonic()
         if self._broken or now - self._said < SILENCE_S:

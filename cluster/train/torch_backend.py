@@ -24,7 +24,7 @@ class WorkerGpu:
 
     node: str
     assigned: str | None
-    """Id of the GPU that Ray assigned to the worker; None without one."""
+    """Id of the GPU that Ray assigned to the worker; None if it has none."""
     is_seen: bool
     """Whether torch sees a GPU in the worker."""
     torch: str

@@ -1,4 +1,4 @@
-"""Code that runs inside a Ray Train worker: the training loop, with a reporter and a control that use the mailbox.
+"""Code that runs in a Ray Train worker: the training loop, with a reporter and a control that use the mailbox.
 
 It is a separate module so that Ray pickles the worker function by reference.
 """
@@ -39,7 +39,7 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
     """Train on this rank until the run is done, stopped or drained."""
     settings = arguments["settings"]
     context = ray.train.get_context()
-    os.environ["LOCAL_SIZE"] = str(context.get_local_world_size())  # DeepSpeed's device count on CPU
+    os.environ["LOCAL_SIZE"] = str(context.get_local_world_size())  # the device count that DeepSpeed uses on CPUs
     _take_gpu(ray.get_gpu_ids())
     from m2f.trainer.worker import run_worker  # deepspeed reads the environment when it is imported
 
@@ -50,7 +50,7 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
     try:
         run_worker(settings.job, reporter, control)
     except PeersError as error:
-        raise (error.__cause__ or error) from None  # pickling on the way to the supervisor drops the cause
+        raise (error.__cause__ or error) from None  # pickling for the supervisor drops the cause
 
 
 def _take_gpu(assigned: list[Any]) -> None:
@@ -89,7 +89,7 @@ class RayReporter:
 
 
 class RayControl:
-    """Control that polls the driver's request to stop in a thread, and Ray's notice of a preempted worker node."""
+    """Control that polls the driver's request to stop in a thread, and Ray's notice that a worker node is preempted."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox

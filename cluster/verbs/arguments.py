@@ -60,7 +60,7 @@ def list_faults(faults: Sequence[object], report: str | None) -> list[str]:
 
 
 def use_token() -> None:
-    """Enable token authentication if a token is set. To be called before Ray is imported and reads its settings."""
+    """Enable token authentication if a token is set. Call this before Ray is imported and reads its settings."""
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
@@ -72,7 +72,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def choose_datasets(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Return the wanted data sets, or all if none is given. Raises ConfigError for an unknown name."""
+    """Return the requested data sets, or all if none is given. Raises ConfigError for an unknown name."""
     for name in wanted:
         if name not in known:
             raise ConfigError(f"no data set {name!r} under `datasets` (known: {', '.join(known)})")

@@ -85,7 +85,7 @@ def _collect(storage: Storage, run_folder: str, dry_run: bool) -> int:
 
 
 def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> int:
-    """Write the weights of a checkpoint to `output`, after comparing their checksum.
+    """Verify the checksum of a checkpoint's weights and write them to `output`.
 
     With `averaged`, the moving average is written if the checkpoint has one.
     """
@@ -133,7 +133,7 @@ def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: 
 
 
 def _verify_bytes(storage: Storage, url: str, manifest: CheckpointManifest) -> None:
-    """Read all files one after another and compare checksums. Raises CheckpointError for the first that differs."""
+    """Read all files one at a time and compare checksums. Raises CheckpointError for the first file that differs."""
     from m2f.data_pipeline.storage.scratch import ScratchFolder
     from m2f.trainer.checkpoint.folder import fetch
 

@@ -94,7 +94,7 @@ def _render(comparison: Comparison, form: str, output: Path | None) -> str:
 
 
 def _write_curves(comparison: Comparison, output: Path) -> str | None:
-    """Write the curves as an SVG file beside a Markdown file, and return its name; None without curves."""
+    """Write the curves as an SVG file beside a Markdown file, and return its name; None if there are no curves."""
     from m2f.cluster.compare.page import plot_svg
     from m2f.eval.report.charts import stacked
 

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         run = find_run(config) if weights.step is not None else None
         tracking = Tracking(run, "offline-evaluation") if run is not None else None
-    except TrackingError as error:  # for example a read-only run; the results must not be lost
+    except TrackingError as error:  # for example, the run is read-only; the results must not be lost
         print_err(f"warning: the results do not go to MLflow: {error}")
     with ScratchFolder("evaluation") as scratch:
         for evaluation in evaluations:

@@ -66,7 +66,7 @@ def check_hosts(hosts: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Register the checkpoint. Return exit status 1 if `--if-better` is given and it is not better."""
+    """Register the checkpoint. Return exit status 1 if `--if-better` is given and the checkpoint is not better."""
     print_err(f"{args.run}: loading PyTorch and MLflow")
     from m2f.cluster.registry.register import Wanted, register
 

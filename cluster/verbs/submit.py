@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Submit, follow, stop or show a job, or write a RayJob.
 
-    Returns the exit status of a job that is followed, 130 if Ctrl-C detaches from it.
+    Returns the exit status of a job that is followed, or 130 if Ctrl-C detaches from it.
     """
     if args.kuberay is not None:
         return _write_ray_job(args)
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _stop_or_show(client: JobClient, args: argparse.Namespace) -> int:
-    """Carry out `--stop` or `--status`. Return exit status 1 if there is no job or the last one failed."""
+    """Carry out `--stop` or `--status`. Return exit status 1 if there is no job or the last job failed."""
     jobs = _named_jobs(client, args)
     if not jobs:
         print_err("the cluster knows no job of this run")

@@ -66,7 +66,7 @@ def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verificat
 
 
 def _summary(found: Verification, report: str | None) -> str:
-    """Return a text that says that the data set is complete, or lists its faults."""
+    """Return text that states that the data set is complete, or lists its faults."""
     what = f"{counted(found.num_samples, 'sample')} in {counted(found.num_shards, 'shard')}"
     what += f", {found.num_bytes / 1e6:,.1f} MB"
     if found.passed:
