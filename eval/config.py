@@ -101,7 +101,10 @@ _LATER = {"multi_scale": ("window", "stride")}
 
 
 def stored_test_time(test_time: TestTime) -> dict[str, Any]:
-    """Return the settings as results store them. Settings that the first results lack are left out if None."""
+    """Return the settings as results store them.
+
+    Settings that were added after the first version are left out if None.
+    """
     later = _LATER.get(test_time.kind, ())
     return {name: value for name, value in asdict(test_time).items() if value is not None or name not in later}
 

@@ -1,4 +1,4 @@
-"""Cache for tensors that depend only on sizes. Building one takes about ten kernel launches per forward pass."""
+"""Cache for tensors that depend only on sizes. Building them would take about ten kernel launches per forward pass."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class ZeroConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
-    """Frequency of checkpoints, and the number that is kept."""
+    """Number of steps between checkpoints, and number of checkpoints that are kept."""
 
     every_steps: Annotated[int, STEPS] = 5000
     """Steps between checkpoints. Another one is saved after the last step."""
@@ -204,7 +204,7 @@ class TrainingConfig(Section):
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """What DeepSpeed partitions among the ranks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Frequency of checkpoints, and which ones are kept."""
+    """When checkpoints are saved, and which ones are kept."""
     ema_decay: Annotated[float, BELOW_1] = 0.0
     """Decay of the moving average of the weights, which evaluations then use; 0 keeps no average."""
     log_every_steps: Annotated[int, STEPS] = 20

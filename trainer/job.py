@@ -46,7 +46,7 @@ class TrainJob:
     lease: int = 0
     """Number of the lease under which the run folder is written; 0 for a run whose folder no other process uses."""
     attempt: str = ""
-    """Name of this start of the ranks in the run folder; empty without a supervisor."""
+    """Name of this attempt (one start of the ranks) in the run folder; empty without a supervisor."""
     evaluates: bool = False
     """Whether checkpoints are evaluated, and kept until their evaluation ends."""
     evaluator_bytes: int = 0

@@ -1,4 +1,4 @@
-"""The user's description of the classes in label maps: a JSON list of {label, name, color, isthing}."""
+"""Read the user's description of the classes in label maps: a JSON list of {label, name, color, isthing}."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ def open_huggingface(source: HuggingFaceSource, max_pixels: int) -> MapReader:
 class ClassAndInstanceMaps:
     """Decoder of maps in which red is the class and green + 256 blue the instance number.
 
-    Blue is 0 for up to 255 instances. Each pair of a thing class and a number is one instance. Numbers of stuff are
-    ignored.
+    Blue is 0 for up to 255 instances. Each pair of a thing class and a number is one instance. Instance numbers of
+    stuff are ignored.
     """
 
     categories: Mapping[int, Category | None]

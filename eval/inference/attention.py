@@ -94,7 +94,7 @@ class AttentionMass:
         return levels | {"average": fmean(chain.from_iterable(groups.values())) if groups else None}
 
     def table(self) -> str:
-        """Return a table of attention on and outside of objects, by layer and by level, in per cent."""
+        """Return a table of attention inside and outside of objects, by layer and by level, in per cent."""
         layers = [[f"layer {n}", self._levels[n], *_split(share)] for n, share in self.by_layer.items()]
         levels = [["all layers", name, *_split(share)] for name, share in self.by_level.items()]
         return columns(["attention", "level", "object", "elsewhere"], [*layers, *levels])

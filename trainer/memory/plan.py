@@ -39,7 +39,7 @@ class MemoryPlan:
         return self.states + self.fixed + images * self.per_image
 
     def largest_micro_batch(self, gpu_bytes: float) -> int:
-        """Return the number of images that fit at once into a GPU of that size; 0 if not even one fits."""
+        """Return the number of images per forward pass that fit into a GPU of that size; 0 if not even one fits."""
         return max(0, int((_USABLE * gpu_bytes - self.states - self.fixed) // self.per_image))
 
 
