@@ -96,7 +96,7 @@ class Comparison:
     runs: tuple[RunRecord, ...]
     metrics: tuple[RunValues, ...]
     steps: Mapping[str, tuple[int | None, ...]]
-    """The evaluated step of every run, by evaluation set; None for a run without an evaluation."""
+    """The evaluated step of every run, by evaluation set; None for a run that was not evaluated."""
     paper: PaperResult | None
     speed: tuple[RunValues, ...]
     differences: tuple[Difference, ...]
@@ -163,7 +163,7 @@ def compare_runs(
 def _metric_values(run: RunRecord, step: int | None) -> dict[str, float]:
     """Return the run's metrics at the compared step of every set, and its last training metrics.
 
-    Infinite values and NaN are left out.
+    Infinite values and NaN are omitted.
     """
     values: dict[str, float] = {}
     for name, curve in run.curves.items():

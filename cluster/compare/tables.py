@@ -40,7 +40,7 @@ class Report:
     title: str
     """Names of the compared runs."""
     paper: str | None
-    """Recipe and table of the paper's column; None without such a column."""
+    """Recipe and table of the paper's column; None if there is no such column."""
     metrics: Table
     intervals: Table
     speed: Table

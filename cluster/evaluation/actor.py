@@ -94,7 +94,7 @@ class EvaluationActor:
         """Return None, to show that the actor is alive."""
 
     def peak_memory(self) -> MemoryPeak:
-        """Return the peak memory of this process so far. The GPU value is 0 without a GPU."""
+        """Return the peak memory of this process so far. The GPU value is 0 if there is no GPU."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return MemoryPeak(host, torch.cuda.max_memory_allocated(self._device) if self._device != "cpu" else 0)
 

@@ -144,7 +144,7 @@ class EvaluationPool:
     def ask(self, method: str) -> list[Any]:
         """Call a method without arguments on the actors and return the answers that arrive within ASK_S.
 
-        Actors that have not answered a ping yet are left out.
+        Actors that have not answered a ping yet are not called.
         """
         refs = [getattr(slot.actor, method).remote() for slot in self._slots if slot.answered]
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=ASK_S) if refs else ([], [])

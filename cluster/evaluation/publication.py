@@ -62,7 +62,7 @@ def stored_figures(config: RunConfig, storage: Storage, entry: Entry) -> tuple[S
 
 
 def kept_checkpoints(storage: Storage, run_folder: str) -> KeptCheckpoints:
-    """Return the names of the checkpoints that the run folder holds now, and the newest step."""
+    """Return the names of the checkpoints that are now in the run folder, and the newest step."""
     found = list_checkpoints(storage, run_folder)
     newest = max((checkpoint.step for checkpoint in found), default=0)
     return KeptCheckpoints(names=frozenset(checkpoint.name for checkpoint in found), newest=newest)

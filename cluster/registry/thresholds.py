@@ -28,7 +28,7 @@ class ClassThreshold:
     threshold: float | None
     """Lowest accepted score. None if no threshold reaches the precision; then all detections are rejected."""
     precision: float | None
-    """Share of correct detections among those with at least this score; None without a threshold."""
+    """Share of correct detections among those with at least this score; None if there is no threshold."""
     recall: float | None
     """Share of the annotated instances that these detections match; None if the class has no instances."""
     detections: int

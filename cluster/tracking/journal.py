@@ -116,7 +116,7 @@ def _write_whole(file: BinaryIO, data: bytes) -> None:
 
 
 def _parse(line: bytes) -> Entry | None:
-    """Return the entry; None for an incomplete line that a killed writer left."""
+    """Return the entry of a line; None for an incomplete line that a killed writer left."""
     try:
         entry = parse_json(line)
     except ValueError:

@@ -157,7 +157,7 @@ def _same(one: str, other: str) -> bool:
 def _holds_runs(database: Path) -> bool:
     """Return whether the database holds runs; True if it cannot be read.
 
-    Version 0.1 could leave an incomplete file without tables when it was killed; such a file holds no runs.
+    Version 0.1 could leave a file without tables when it was killed; such a file contains no runs.
     """
     try:
         with closing(open_database(database)) as connection:

@@ -30,9 +30,10 @@ from m2f.trainer.reporting import Event
 def train_locally(config: RunConfig, live: bool = False) -> RunSummary:
     """Train a recipe on this machine's GPUs or CPU and return a summary of the run.
 
-    `cluster.num_workers` processes are started; if it is a range, its maximum counts. The supervisor is the same as with
-    Ray: it restarts after failures within `cluster.max_failures`, tracks the run and applies adjustments. This process
-    evaluates the checkpoints: during training if `training.early_stopping` is set, otherwise after the last step.
+    `cluster.num_workers` processes are started; if it is a range, its maximum counts. The supervisor is the same as
+    with Ray: it restarts after failures within `cluster.max_failures`, tracks the run and applies adjustments. This
+    process evaluates the checkpoints: during training if `training.early_stopping` is set, otherwise after the last
+    step.
     SIGINT or SIGTERM stops the run after a checkpoint. With `live`, the terminal shows a panel instead of log lines.
 
     Raises:
