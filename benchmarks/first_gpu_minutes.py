@@ -54,7 +54,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of a step."""
+    """Outcome of one step, as stored in results.jsonl."""
 
     step: str
     state: State

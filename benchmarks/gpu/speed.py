@@ -61,7 +61,7 @@ def bench_train(stage: Stage) -> list[str]:
 
 
 def bench_inference(stage: Stage) -> list[str]:
-    """Compare inference with `transformers`."""
+    """Compare inference of the R50 model with `transformers`."""
     stage.need_gpu()
     return _rows(stage, ("inference",))
 

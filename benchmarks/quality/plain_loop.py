@@ -89,7 +89,7 @@ class _Loop:
         return float(loss.detach())
 
     def save(self) -> None:
-        """Replace the checkpoint atomically."""
+        """Write the checkpoint, replacing the previous one atomically."""
         state = {
             "step": self.done,
             "model": self._theirs.state_dict(),

@@ -43,7 +43,7 @@ class PlainStep:
         return {"adamw": self._adamw.state_dict(), "average": self._average}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore a state that the method `state` returned."""
         self._adamw.load_state_dict(state["adamw"])
         self._average = state["average"]
 

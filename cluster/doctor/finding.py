@@ -11,7 +11,7 @@ HERE = "here"
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check."""
+    """Result of one check, with a remedy if it did not pass."""
 
     check: str
     state: State

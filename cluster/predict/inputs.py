@@ -27,7 +27,7 @@ READ_AHEAD = 4
 
 @dataclass(frozen=True)
 class ImageInput:
-    """An image to predict."""
+    """An image to predict, with its names and id in the output."""
 
     url: str
     """Path or URL of the image file."""

@@ -71,7 +71,7 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Registered:
-    """Outcome of a registration."""
+    """Outcome of a call of `register`."""
 
     name: str
     version: str | None

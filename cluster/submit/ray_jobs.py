@@ -117,7 +117,7 @@ class JobClient:
         return [_job_info(job) for job in jobs if job.submission_id is not None]
 
     def job(self, job_id: str) -> JobInfo:
-        """Return one job."""
+        """Return the job with this id."""
         with _job_errors(self.address):
             return _job_info(self._client.get_job_info(job_id))
 

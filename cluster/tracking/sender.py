@@ -45,7 +45,7 @@ class Sender:
         self._stopped = False
 
     def stop(self) -> None:
-        """Send no more entries."""
+        """Stop sending: no further entry is sent."""
         self._stopped = True
 
     def send_some(self) -> bool:

@@ -39,6 +39,7 @@ _MISTAKES = (
     TypeError,
     ValueError,
 )
+"""Types of errors that a restart would repeat, unless an earlier rule of `classify` applies."""
 _ECHOES = (
     "connection reset by peer",
     "connection closed by peer",
@@ -51,6 +52,7 @@ _ECHOES = (
     "distbackenderror",
     "collective",
 )
+"""Parts of error messages that occur if a peer of the rank has failed."""
 MAX_BACKOFF_S = 60.0
 _FREE: tuple[FailureKind, ...] = ("preemption", "room", "memory")
 """Kinds that do not count against `max_failures`."""
@@ -122,7 +124,7 @@ class Retry:
 
 @dataclass(frozen=True)
 class Stop:
-    """Decision to give up."""
+    """Decision to give up the run."""
 
     reason: str
 

@@ -100,7 +100,7 @@ class LiveView:
         self._evaluating = progress
 
     def evaluated(self, entry: Entry) -> None:
-        """Add a settled evaluation."""
+        """Add the result of a settled evaluation to the panel."""
         self._evaluated.append(entry)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

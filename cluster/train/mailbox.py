@@ -20,7 +20,7 @@ class Mailbox:
         self._stop = False
 
     def post(self, event: Event) -> None:
-        """Add an event."""
+        """Add an event; drop the oldest event if the mailbox is full."""
         self._events.append(event)
 
     def poll(self, stop: bool) -> tuple[Event, ...]:

@@ -72,7 +72,7 @@ _TRACKED_STATUS: dict[Status, RunStatus | None] = {
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Outcome of a run."""
+    """Outcome of a supervised run."""
 
     run_folder: str
     status: Status

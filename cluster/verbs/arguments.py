@@ -14,11 +14,13 @@ OVERRIDE = "section.key=value"
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add arguments for the recipe and its overrides."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name as coco_panoptic_r50+cross_attention")
     add_overrides(parser)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for overrides, which are words `section.key=value`."""
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="override settings of the recipe")
 
 
@@ -29,6 +31,7 @@ def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: st
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--checkpoint`, see `m2f.cluster.predict.choose_checkpoint`."""
     parser.add_argument(
         "--checkpoint",
         metavar="STEP|best|last|PATH",
