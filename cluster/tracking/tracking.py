@@ -187,8 +187,7 @@ class Tracking:
 
         Waits at most `timeout_s` seconds for each journal. Returns whether everything was sent.
         """
-        if self._run.lease is not None:
-            _adopt_journals(self._run, self._run.lease.number)
+        adopted = self._adopted()
         if kept is not None:
             self.note_kept(kept)
         self._append({"status": status})
@@ -196,7 +195,20 @@ class Tracking:
         for path in sorted(Path(self._run.spool).glob("*.jsonl")) if sent else ():
             left = Tracking(replace(self._run, lease=None), path.stem, self._interval_s)
             sent = left.close(timeout_s) and sent
-        return sent
+        return sent and adopted
+
+    def _adopted(self) -> bool:
+        """Take over the journals of the processes of this lease. Returns whether the disk had room for that."""
+        try:
+            if self._run.lease is not None:
+                _adopt_journals(self._run, self._run.lease.number)
+        except OSError as error:
+            LOGGER.warning(
+                f"tracking: {self._run.spool}: points of other processes of this run are not sent ({error}); free some "
+                "space, and start the run again to send them"
+            )
+            return False
+        return True
 
     def abandon(self) -> None:
         """Stop sending, because another process has taken over the run; that process sends the journal."""

@@ -14,7 +14,9 @@ from mlflow import MlflowClient
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.journal import Journal
 from m2f.cluster.tracking.reporter import TrackingReporter
+from m2f.cluster.tracking.tracked_run import RunLease
 from m2f.cluster.tracking.tracking import Tracking, TrackingError, create_run, find_run
+from m2f.data_pipeline.config import StorageConfig
 from tests.mounts import fill, read_only, small_disk
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -117,6 +119,22 @@ def test_a_full_disk_loses_no_point_that_is_reported_again(run, config, tmp_path
         assert all(reporter.track(step, {"loss": float(step)}) for step in range(2, 201))
         assert tracking.close(PATIENCE_S)
     assert sorted(history(run)) == [(step, float(step)) for step in range(1, 201)]
+
+
+def test_a_full_disk_at_the_end_leaves_the_outcome_of_the_run_and_the_points_for_later(run, config, tmp_path, caplog):
+    with small_disk(tmp_path / "small", "64k") as disk:
+        held = dataclasses.replace(run, spool=str(disk), lease=RunLease(config.run_folder, 1, StorageConfig()))
+        evaluation = Journal(held.journal("evaluation"))
+        evaluation.append({"metrics": {"val/PQ": 50.0}, "step": 4, "time_ms": 1})
+        tracking = Tracking(held, "driver", interval_s=0.05)
+        filler = fill(disk)
+        assert not tracking.finish("FINISHED", 1.0)
+        assert "free some space, and start the run again" in caplog.text
+        assert evaluation.path.exists()
+        filler.unlink()
+        again = dataclasses.replace(held, lease=RunLease(config.run_folder, 2, StorageConfig()))
+        assert Tracking(again, "driver", interval_s=0.05).finish("FINISHED", PATIENCE_S)
+        assert not evaluation.path.exists()
 
 
 def test_what_a_full_disk_refuses_leaves_no_half_line(tmp_path):
