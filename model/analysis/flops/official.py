@@ -75,7 +75,7 @@ def mean_flops(config: ModelConfig, sizes: Mapping[tuple[int, int], int] = COCO_
     return Flops(**{f.name: sum(share * getattr(flops, f.name) for share, flops in counted) for f in fields(Flops)})
 
 
-def flops_counter(config: ModelConfig) -> Callable[[MapSize, bool], Flops]:
+def flops_counter(config: ModelConfig) -> Callable[[tuple[int, int], bool], Flops]:
     """Return `official_flops` as a function of `size` and `semantic`. Modules that are executed are built once.
 
     Raises ConfigError if `config.num_classes` is None.
@@ -88,7 +88,7 @@ def flops_counter(config: ModelConfig) -> Callable[[MapSize, bool], Flops]:
         return lambda size, semantic: executed_flops(model, size)
     backbone_flops, channels = _backbone(config.backbone)
 
-    def count(size: MapSize, semantic: bool) -> Flops:
+    def count(size: tuple[int, int], semantic: bool) -> Flops:
         maps, area = pyramid(size), size[0] * size[1]
         return Flops(
             backbone=backbone_flops(size),
@@ -118,7 +118,7 @@ def _transformer_decoder(
             assert_never(decoder)
 
 
-def _backbone(config: BackboneConfig) -> tuple[Callable[[MapSize], float], tuple[int, ...]]:
+def _backbone(config: BackboneConfig) -> tuple[Callable[[tuple[int, int]], float], tuple[int, ...]]:
     """Return the multiply-adds as a function of the input size, and the channels at strides 4, 8, 16 and 32."""
     match config:
         case SwinBackboneConfig():
