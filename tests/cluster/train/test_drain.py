@@ -19,7 +19,7 @@ from m2f.trainer.checkpoint.folder import list_checkpoints, newest_step
 from tests.ray_private import announce_preemption
 from tests.waiting import PATIENCE_S, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 RECIPE = """
 name: drained

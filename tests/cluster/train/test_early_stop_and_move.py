@@ -15,7 +15,7 @@ from m2f.trainer.checkpoint.folder import newest_step
 from m2f.trainer.config import CheckpointConfig, EarlyStoppingConfig
 from tests.cluster.tiny_run import small_sets, tiny_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture
@@ -24,7 +24,10 @@ def config(tmp_path, monkeypatch):
     return tiny_config(tmp_path, "made", small_sets(str(tmp_path), Storage()))
 
 
-@pytest.mark.parametrize("train", [train_locally, pytest.param(run_training, marks=pytest.mark.cluster)])
+ON_RAY = [pytest.mark.cluster, pytest.mark.soak]  # the supervisor decides, which both launchers have
+
+
+@pytest.mark.parametrize("train", [train_locally, pytest.param(run_training, marks=ON_RAY)])
 def test_a_run_ends_early_and_stays_ended(config, capsys, train):
     nothing_is_better = EarlyStoppingConfig(metric="val/PQ", patience=1, min_delta=100.0)
     checkpoint = CheckpointConfig(every_steps=2, keep=3)

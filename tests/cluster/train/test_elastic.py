@@ -119,6 +119,7 @@ def history(run, metric):
     return {point.step: point.value for point in points}
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):

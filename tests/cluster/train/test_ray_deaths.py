@@ -15,7 +15,7 @@ from m2f.trainer.checkpoint.folder import newest_step
 from tests.cluster.tiny_run import EVERY, STEPS, assert_equal_weights, small_sets, tiny_config, tracked_points
 from tests.waiting import PATIENCE_S, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 HERE = Path(__file__).parent
 
 

@@ -21,7 +21,7 @@ from tests.cluster.tiny_run import EVERY, STEPS, assert_equal_files, small_sets,
 from tests.gateway import Outage
 from tests.waiting import PATIENCE_S, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 MOMENTS = {
     "read": lambda method, path: method == "GET" and "/shards/train/" in path and ".tar" in path,
     "upload": lambda method, path: method in ("PUT", "POST") and "/disturbed/checkpoints/" in path,

@@ -41,7 +41,7 @@ from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
 from tests.ray_private import WorkerGroupStartupTimeoutError
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
