@@ -1,6 +1,7 @@
-"""Starts ranks as forks of a process that has imported what they need, which takes each of them ten seconds of a core.
+"""Start method for the ranks of tests: forks of a server that has already imported torch, DeepSpeed and m2f.
 
-Ranks of users are spawned; tests whose driver is a process of its own, and those of Ray, see that.
+These imports take each spawned rank about ten seconds of CPU time. Users' ranks are spawned. Tests with a driver in a
+separate process, and tests on Ray, cover that.
 """
 
 import multiprocessing
@@ -12,14 +13,14 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 IMPORTED = [
     "torch._dynamo",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports Inductor; DeepSpeed asks for it wherever ZeRO is on
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports Inductor; DeepSpeed imports it if ZeRO is on
     "m2f.cluster.train.local_rank",
     "tests.trainer.rank_main",
 ]
 
 
 class Forks:
-    """As much of a context of `multiprocessing` as those who start ranks use."""
+    """The part of a `multiprocessing` context that starts ranks: `Pipe` and `Process`."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -27,13 +28,13 @@ class Forks:
         self.Pipe = self._context.Pipe
 
     def Process(self, target, args, name=None):
-        with chdir(REPOSITORY):  # what is imported is looked for from here
+        with chdir(REPOSITORY):  # the server finds `tests` in its working directory
             forkserver.ensure_running()
         return self._context.Process(target=_in_environment, args=(dict(os.environ), target, args), name=name)
 
 
 def _in_environment(environment, target, arguments):
-    """The server's environment is that of the first test."""
+    """Run the target in the environment of the caller, because the server has that of the first test."""
     os.environ.clear()
     os.environ.update(environment)
     target(*arguments)

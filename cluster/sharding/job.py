@@ -118,10 +118,20 @@ def run_shard_job(
         failures=tuple(failures),
         committed=not failures and (skip_bad or not problems),
     )
+    return _commit_and_report(plan, parts.values(), report, storage, skip_bad)
+
+
+def _commit_and_report(
+    plan: ShardPlan, parts: Iterable[ShardPart], report: ShardReport, storage: Storage, skip_bad: bool
+) -> ShardReport:
+    """Write the manifest if nothing speaks against it, store the report in any case, and return it.
+
+    Raises DataError or ShardJobError if the data set is not committed.
+    """
     refusal = None
     if report.committed:
         try:
-            commit_manifest(plan, parts.values(), storage, skip_bad=skip_bad)
+            commit_manifest(plan, parts, storage, skip_bad=skip_bad)
         except DataError as error:  # no sample is left, or another data set was committed first; still store the report
             refusal, report = error, replace(report, committed=False)
     storage.put(join(plan.target, REPORT_FILE), json.dumps(asdict(report), indent=1).encode())

@@ -32,7 +32,7 @@ TERM_S = 10.0
 """Seconds to wait for a killed process to end."""
 POST_S = 2.0
 """Seconds that a message waits for another thread's message. It is limited, so a stalled rank can still end itself."""
-_START = multiprocessing.get_context("spawn")
+_START = multiprocessing.get_context("spawn")  # a rank inherits neither threads nor a CUDA context
 _MOST_TEXT = 25_000  # characters of an error and of its traceback, which together fit into the buffer of an unread pipe
 
 Post = Callable[[Any], None]

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="+",
         metavar="IMAGE",
-        help=f"JPEG or PNG files, folders or 'quoted*.jpg' patterns, local or s3://; {OVERRIDE} overrides a setting",
+        help=f"image files, folders or 'quoted*.jpg' patterns, local or s3://; {OVERRIDE} overrides a setting",
     )
     add_checkpoint(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="output folder")

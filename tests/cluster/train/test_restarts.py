@@ -122,6 +122,7 @@ def test_the_driver_follows_a_parent_that_is_killed(start):
     parent, child = start("heeds")
     parent.kill()
     child.wait(PATIENCE_S)
+    assert not child.is_running()
 
 
 def test_the_local_launcher_has_a_driver_too_and_its_mistakes_are_said_once(tmp_path, capfd):
