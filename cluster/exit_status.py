@@ -29,11 +29,11 @@ class ExitStatus(IntEnum):
 
 MEANINGS = {
     ExitStatus.DONE: "done",
-    ExitStatus.GAVE_UP: "the job ran and failed, or found faults",
-    ExitStatus.MISTAKE: "a mistake that one message explains",
-    ExitStatus.STOPPED: "train: stopped by its user after a checkpoint",
-    ExitStatus.OUTAGE: "storage or cluster away for too long; worth another start",
-    ExitStatus.DRAINED: "train: the machine goes away, a checkpoint is saved; worth another start",
+    ExitStatus.GAVE_UP: "the job failed, or a check found problems",
+    ExitStatus.MISTAKE: "a user error, explained by one message",
+    ExitStatus.STOPPED: "train: stopped by the user after a checkpoint",
+    ExitStatus.OUTAGE: "the storage or Ray cluster did not respond for too long; a restart may help",
+    ExitStatus.DRAINED: "train: the machine is about to be preempted; a checkpoint is saved, restart to continue",
     ExitStatus.INTERRUPTED: "Ctrl-C",
 }
 """Descriptions of the statuses in `m2f --help`."""

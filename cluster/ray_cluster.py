@@ -124,8 +124,8 @@ def _reach(address: str, cluster: ClusterConfig) -> None:
             reason = f"cannot reach the Ray cluster at {address}: {_first_line(error)}"
             if is_new:
                 raise ClusterError(
-                    f"{reason}. Correct cluster.address (now {cluster.address!r}; RAY_ADDRESS counts where it is "
-                    "null), or start the cluster"
+                    f"{reason}. Correct cluster.address (now {cluster.address!r}; if it is null, RAY_ADDRESS is "
+                    "used), or start the cluster"
                 ) from error
             if time.monotonic() - began > RECONNECT_S:
                 raise ClusterAwayError(f"{reason}. Start the run again when the cluster is back") from error
@@ -150,8 +150,8 @@ def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]
         )
     except Exception as error:
         raise ClusterError(
-            f"a local Ray cluster does not start: {_first_line(error)}. Its logs are in {folder}; free some memory, or "
-            "name a running cluster in cluster.address"
+            f"cannot start a local Ray cluster: {_first_line(error)}. Its logs are in {folder}; free some memory, or "
+            "set cluster.address to a running cluster"
         ) from error
 
 
@@ -165,7 +165,7 @@ def cluster_devices(may_grow: bool) -> SeenDevices:
     gpus, found = gpus_of_nodes(node["Resources"] for node in nodes), "the Ray cluster has"
     is_here = [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]
     if gpus and is_here and not gpus_of_machine() and not _sees_gpu():
-        found = f"Ray counts {counted(len(gpus), 'GPU')} on {socket.gethostname()}, where torch sees"
+        found = f"Ray reports {counted(len(gpus), 'GPU')} on {socket.gethostname()}, where torch sees"
         gpus = ()
     return SeenDevices(gpus, found=found, may_grow=may_grow)
 
@@ -193,7 +193,7 @@ def _sees_gpu() -> bool:
 
     A task checks this because Ray hides all GPUs from a driver that runs as a job.
     """
-    print_err("looking for the GPU that Ray counts here")
+    print_err("checking whether torch sees the GPU that Ray reports on this machine")
     try:
         return ray.get(ray.remote(num_cpus=0, num_gpus=0.001)(_is_gpu_seen).remote(), timeout=_PROBE_S)
     except ray.exceptions.RayError:  # all GPUs are in use

@@ -28,8 +28,8 @@ HEAD_PATIENCE_S = 30.0
 Ray itself waits 60 s.
 """
 _REMEDY = (
-    "the system may have killed it, for want of memory perhaps. A run goes on from its last checkpoint when it is "
-    "started again"
+    "the system may have killed it, for example because memory ran out. Start the run again to continue from its last "
+    "checkpoint"
 )
 
 
@@ -65,11 +65,11 @@ def _watch(is_over: Callable[[], bool], raylet: str | None, gcs: str, patience_s
             link.close()
             link = _connect_local(raylet or "")
             if link is None and not is_over():
-                _end(f"Ray's raylet on this machine has died: {_REMEDY}")
+                _end(f"Ray's raylet on this machine died: {_REMEDY}")
         if _listens(gcs):
             heard = time.monotonic()
         elif time.monotonic() - heard >= patience_s and not is_over():
-            _end(f"the head of the Ray cluster has died, its GCS at {gcs} does not listen any more: {_REMEDY}")
+            _end(f"the head of the Ray cluster died, its GCS at {gcs} no longer accepts connections: {_REMEDY}")
     if link is not None:
         link.close()
 

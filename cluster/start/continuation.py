@@ -51,7 +51,7 @@ def check_continuation(job: TrainJob, storage: Storage) -> None:
         changes = model_changes(stored.recipe, job.recipe, optimizer=True)
         if changes:
             raise CheckpointError(
-                f"checkpoint {checkpoint.url} is of another model than the recipe's (checkpoint -> recipe):\n  "
+                f"the model of checkpoint {checkpoint.url} differs from the recipe's (checkpoint -> recipe):\n  "
                 + "\n  ".join(changes)
                 + f"\n{START_ANEW}"
             )

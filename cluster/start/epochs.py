@@ -26,7 +26,7 @@ def with_steps(config: RunConfig, storage: Storage) -> RunConfig:
     steps = steps_of(training.max_epochs, images, training.global_batch)
     print_out(
         f"training.max_epochs {training.max_epochs:g}: {steps:,} steps of {training.global_batch} images, "
-        f"{images:,.0f} images an epoch"
+        f"{images:,.0f} images per epoch"
     )
     return replace(config, training=replace(training, max_steps=steps, max_epochs=0.0))
 

@@ -55,7 +55,7 @@ def begin_run(config: RunConfig, job: TrainJob, lease: int, storage: Storage) ->
     changed = store_recipe(storage, config, has_progress=bool(list_checkpoints(storage, config.run_folder)))
     if changed:
         lines = "\n  ".join(changed)
-        print_err(f"settings differ from those that {config.run_folder} was started with:\n  {lines}")
+        print_err(f"settings differ from those of the first start of {config.run_folder}:\n  {lines}")
     queries = config.model.transformer_decoder.num_queries
     for name in dict.fromkeys(item.dataset for item in config.data.train):
         manifest = Manifest.load(config.datasets[name].shards, storage)
@@ -76,6 +76,6 @@ def _num_classes(config: RunConfig, manifests: list[Manifest]) -> int:
     if config.model.num_classes not in (None, found):
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, but the data sets have {found} classes for the task "
-            f"{config.data.task}; remove the setting, it follows from the data"
+            f"{config.data.task}; remove the setting, which is derived from the data"
         )
     return found

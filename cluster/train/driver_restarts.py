@@ -67,7 +67,7 @@ def run_restarted(command: Sequence[str], config: RunConfig) -> int:
 def _failure(status: int) -> Failure:
     """Return why a driver that may be restarted has ended."""
     if status == ExitStatus.DRAINED:
-        return Failure(None, "preemption", "the machine of the driver is about to be taken away")
+        return Failure(None, "preemption", "the driver's machine is about to be preempted")
     if status == ExitStatus.OUTAGE:
         return Failure(None, "death", "the driver ended because the storage or Ray did not answer")
     return Failure(None, "death", f"the driver was killed ({signal.Signals(-status).name})")

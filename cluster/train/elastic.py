@@ -101,7 +101,7 @@ class Sizes:
         elif self._room_since is None:
             self._room_since = now
         elif now - self._room_since >= PATIENCE_S:
-            print_out(f"room for more than {counted(self._size, 'worker')}: starting again after a checkpoint")
+            print_out(f"resources for more than {counted(self._size, 'worker')} are free; restarts after a checkpoint")
             self.growing = True
 
     def ended(self, relay: RunRelay) -> None:

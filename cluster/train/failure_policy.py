@@ -144,32 +144,34 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
     if last.kind == "memory":
         return _halve(last.micro_batch)
     if last.kind == "mistake":
-        return Stop("the same would happen again")
+        return Stop("a restart would fail in the same way")
     if last.kind == "outage":
-        return Stop("the run goes on from its last checkpoint when it is started again")
+        return Stop("start the run again to continue from its last checkpoint")
     if last.kind == "preemption":
-        return Retry(0.0, "the node was taken back")
+        return Retry(0.0, "the node was preempted")
     if last.kind == "room":
-        return Retry(0.0, "the cluster had no room for the workers")
+        return Retry(0.0, "the cluster had too few free resources for the workers")
     if last.kind == "error" and any(a.failure.message == last.message for a in streak[:-1]):
-        return Stop("the same error came back without a new checkpoint in between")
+        return Stop("the same error occurred again without a new checkpoint in between")
     spent = sum(a.failure.kind not in _FREE for a in streak)
     if spent > max_failures:
         return Stop(f"{counted(spent, 'failure')} without a new checkpoint; cluster.max_failures allows {max_failures}")
     if last.positions is not None:
-        return Retry(0.0, f"from the checkpoint before, without {last.positions}", SkipPositions(last.positions))
+        return Retry(
+            0.0, f"from the checkpoint before the spike, skipping {last.positions}", SkipPositions(last.positions)
+        )
     return Retry(min(2.0 ** (spent - 1), MAX_BACKOFF_S), f"failure {spent} of at most {max_failures} without progress")
 
 
 def _halve(micro_batch: int) -> Retry | Stop:
     if micro_batch <= 1:
         return Stop(
-            "a single image does not fit into memory; make data.augment smaller, use more workers with a higher "
-            "training.zero.stage, or set training.zero.offload_optimizer"
+            "a single image does not fit into memory; reduce the image size in data.augment, use more workers with a "
+            "higher training.zero.stage, or set training.zero.offload_optimizer"
         )
     half = micro_batch // 2
     size = f"{counted(half, 'image')} per micro-batch"
-    reason = f"with {size} instead of {micro_batch} and more of them, the same global batch"
+    reason = f"with {size} instead of {micro_batch}, and more micro-batches for the same global batch"
     return Retry(0.0, reason, SmallerMicroBatch(half))
 
 
@@ -229,7 +231,7 @@ def root_cause(errors: Mapping[int, BaseException]) -> Failure:
     for failure in failures:
         if failure.kind != "collateral":
             return failure
-    return Failure(None, "death", f"every rank lost its peers ({failures[0].message})")
+    return Failure(None, "death", f"every rank lost the connection to its peers ({failures[0].message})")
 
 
 def _failure(rank: int, error: BaseException) -> Failure:

@@ -53,7 +53,7 @@ def launch(
             signals += 1
             if signals > 1:
                 raise KeyboardInterrupt
-            sys.stderr.write("stopping after a last checkpoint; once more to end at once\n")
+            sys.stderr.write("stopping after a final checkpoint; press Ctrl-C again to stop immediately\n")
             ranks.ask_to_stop()
 
         with handling(stop):

@@ -71,7 +71,7 @@ class LiveView:
 
     def interrupted(self) -> None:
         """Show that the user has asked the run to stop."""
-        self._keys = "stopping after a checkpoint, Ctrl-C again ends at once"
+        self._keys = "stopping after a checkpoint, Ctrl-C again stops immediately"
 
     def begin_attempt(self, workers: int) -> None:
         """Show that workers are starting. Every call after the first counts as a restart."""
@@ -168,7 +168,7 @@ class LiveView:
         if self._restarts > 0:
             parts.append(f"{self._restarts} {'restart' if self._restarts == 1 else 'restarts'}")
         if self._is_silent():
-            parts.append(f"nothing heard for {format_duration(self._clock() - self._heard)}")
+            parts.append(f"no report for {format_duration(self._clock() - self._heard)}")
         if self._keys:
             parts.append(self._keys)
         return SEPARATOR.join(parts)

@@ -189,12 +189,12 @@ class RankProcesses:
 def describe_exit(code: int) -> str:
     """Describe how a process ended, with a remedy if one is known. A negative `code` is the number of a signal."""
     if code == STALL_EXIT:
-        return "ended itself because the run stood still (see the event above)"
+        return "exited because training stalled (see the event above)"
     if code >= 0:
         return f"exited with status {code}"
     name = signal.Signals(-code).name
     hint = " (often the kernel's out-of-memory killer: see dmesg)" if -code == signal.SIGKILL else ""
-    return f"was ended by {name}{hint}"
+    return f"was killed by {name}{hint}"
 
 
 def _worker(

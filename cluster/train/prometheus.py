@@ -12,29 +12,29 @@ from ray.util.metrics import Counter, Gauge
 from m2f.trainer.reporting import CommitReport, Event, Notice, RankReport, StepReport
 
 RUN_GAUGES = {
-    "images_per_s": ("m2f_images_per_second", "Images that all ranks trained on, per second."),
-    "data_wait_share": ("m2f_data_wait_ratio", "Share of the time in which rank 0 waited for data."),
+    "images_per_s": ("m2f_images_per_second", "Training throughput in images per second, over all ranks."),
+    "data_wait_share": ("m2f_data_wait_ratio", "Fraction of time that rank 0 waits for data."),
     "loss/total": ("m2f_loss", "Loss of the last reported step."),
     "grad_norm": ("m2f_grad_norm", "Norm of the gradients before clipping."),
-    "mfu": ("m2f_mfu_ratio", "FLOPs of the model over the bf16 peak of all GPUs."),
+    "mfu": ("m2f_mfu_ratio", "Model FLOP/s divided by the bf16 peak of all GPUs."),
     "skipped_steps": ("m2f_skipped_steps", "Updates skipped since the start of the run."),
-    "ranks/count": ("m2f_ranks", "Training workers."),
+    "ranks/count": ("m2f_ranks", "Number of training workers."),
     "ranks/slowest_over_median": (
         "m2f_slowest_rank_ratio",
-        "Slowest rank over the median, in its own work.",
+        "Time of the slowest rank divided by that of the median rank.",
     ),
-    "ranks/slow": ("m2f_slow_ranks", "Ranks that were much slower than the median in the last reports."),
-    "eta_s": ("m2f_eta_seconds", "Time left at the present pace."),
+    "ranks/slow": ("m2f_slow_ranks", "Number of ranks much slower than the median in the last reports."),
+    "eta_s": ("m2f_eta_seconds", "Estimated time until the last step."),
 }
 RANK_GAUGES = {
     "step_s": ("m2f_rank_step_seconds", 1.0, "Time per step."),
-    "data_s": ("m2f_rank_data_wait_seconds", 1.0, "Waiting for data, per step."),
-    "forward_s": ("m2f_rank_forward_seconds", 1.0, "Forward passes and losses, per step."),
-    "exchange_s": ("m2f_rank_exchange_seconds", 1.0, "Waiting for the other ranks before the forward pass, per step."),
+    "data_s": ("m2f_rank_data_wait_seconds", 1.0, "Time waiting for data, per step."),
+    "forward_s": ("m2f_rank_forward_seconds", 1.0, "Time of forward passes and losses, per step."),
+    "exchange_s": ("m2f_rank_exchange_seconds", 1.0, "Time waiting for other ranks before the forward pass, per step."),
     "process_gb": ("m2f_rank_process_bytes", 1e9, "Resident memory of the process."),
-    "gpu_memory_gb": ("m2f_rank_gpu_memory_bytes", 1e9, "Most that tensors took on the GPU."),
-    "gpu_image_gb": ("m2f_rank_gpu_image_bytes", 1e9, "What one image of a micro-batch took of it."),
-    "gpu_percent": ("m2f_rank_gpu_utilization_percent", 1.0, "Share of time in which the GPU did something."),
+    "gpu_memory_gb": ("m2f_rank_gpu_memory_bytes", 1e9, "Peak of allocated GPU memory since the last report."),
+    "gpu_image_gb": ("m2f_rank_gpu_image_bytes", 1e9, "Part of the GPU memory peak per image of a micro-batch."),
+    "gpu_percent": ("m2f_rank_gpu_utilization_percent", 1.0, "Percentage of time that the GPU was busy."),
 }
 
 
@@ -44,11 +44,11 @@ class PrometheusReporter:
     def __init__(self, run: str, rank: int) -> None:
         self._tags = {"run": run}
         self._rank_tags = {"run": run, "rank": str(rank)}
-        self._step = Gauge("m2f_step", "Optimizer steps done.", ("run",))
+        self._step = Gauge("m2f_step", "Completed optimizer steps.", ("run",))
         self._run = {key: Gauge(name, text, ("run",)) for key, (name, text) in RUN_GAUGES.items()}
         self._rank = {key: Gauge(name, text, ("run", "rank")) for key, (name, _, text) in RANK_GAUGES.items()}
-        self._checkpoint = Gauge("m2f_checkpoint_step", "Step of the newest whole checkpoint.", ("run",))
-        self._events = Counter("m2f_events", "Events of the run's journal.", ("run", "kind"))
+        self._checkpoint = Gauge("m2f_checkpoint_step", "Step of the newest checkpoint.", ("run",))
+        self._events = Counter("m2f_events", "Number of events of the run, by kind.", ("run", "kind"))
         self._is_first = rank == 0
 
     def report(self, event: Event) -> None:

@@ -160,7 +160,7 @@ class RayLauncher:
         """Describe the resources that a worker needs and those that are free in the cluster."""
         free = ray.available_resources()
         needs = [f"{amount:g} {name} ({free.get(name, 0):g} free now)" for name, amount in self._cluster.needs.items()]
-        return f"each of at least {counted(self._cluster.min_workers, 'worker')} needs {' and '.join(needs)}"
+        return f"the run needs at least {counted(self._cluster.min_workers, 'worker')}, each with {' and '.join(needs)}"
 
     def _trainer(self, job: TrainJob, workers: int) -> TorchTrainer:
         cluster = self._cluster
@@ -188,7 +188,7 @@ def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
     if training + evaluating <= available:
         return
     message = (
-        f"the run asks for {training:g} GPUs to train and {evaluating:g} to evaluate, and the cluster has "
+        f"the run needs {training:g} GPUs for training and {evaluating:g} for evaluation, but the cluster has "
         f"{available:g}; lower cluster.num_workers, cluster.num_gpus_per_worker, evaluation.actors or "
         "evaluation.num_gpus_per_actor"
     )

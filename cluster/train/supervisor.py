@@ -166,7 +166,7 @@ class _Supervisor:
                 self._relay.close(_TRACKED_STATUS[status], kept)
         waiting = sum(not entry.settled for entry in entries)
         if waiting:
-            print_out(f"{counted(waiting, 'evaluation')} still to do, when the run is continued")
+            print_out(f"{counted(waiting, 'evaluation')} pending until the run is continued")
         return RunSummary(
             run_folder=self._config.run_folder,
             status=status,
@@ -209,7 +209,7 @@ class _Supervisor:
             if self._interrupts and failure.kind in ("death", "room"):  # the signal came before a rank could handle it
                 return "stopped"
             if failure.kind == "room":  # this is not a failure; it is retried after each timeout of Ray
-                print_err(f"no room yet: {self._launcher.describe_wait()}")
+                print_err(f"waiting for free resources: {self._launcher.describe_wait()}")
                 continue
             self._failures.append(failure)
             history = history.after(Attempt(failure, step))
@@ -297,7 +297,7 @@ class _Supervisor:
         self._evaluations.training_ended()
         while not self._interrupts and not self._are_commits_settled(self._evaluations):
             if self._evaluations.lost is not None:
-                print_err(f"no evaluation: their service cannot start ({self._evaluations.lost})")
+                print_err(f"evaluations stopped: the evaluation service cannot start ({self._evaluations.lost})")
                 return
             self._pause(look_s(self._config.run_folder))
         self._update(0.0)
@@ -307,7 +307,7 @@ class _Supervisor:
             settled = {entry.commit for entry in evaluations.entries() if entry.settled}
             return {commit.name for commit in list_commits(self._storage, self._config.run_folder)} <= settled
         except StorageError as error:  # training is done, so it does no harm to wait for the storage
-            LOGGER.warning("evaluations wait for the storage: %s", error)
+            LOGGER.warning("evaluations are waiting for the storage: %s", error)
             return False
 
     def _update(self, wait_s: float) -> bool:
@@ -349,7 +349,7 @@ class _Supervisor:
         self._interrupts += 1
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        print_err("stopping after a checkpoint; once more to end at once")
+        print_err("stopping after a checkpoint; press Ctrl-C again to stop immediately")
         self._relay.interrupted()
 
 
@@ -358,7 +358,7 @@ class _Silence:
 
     def __init__(self, config: RunConfig, launcher: Launcher) -> None:
         self._launcher = launcher
-        self._hint = "; training.compile makes the first step take minutes" if config.training.compile else ""
+        self._hint = "; with training.compile, the first step takes minutes" if config.training.compile else ""
         self._since = self._said = time.monotonic()
         self._broken = False
 

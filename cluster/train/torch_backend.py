@@ -59,9 +59,9 @@ def unseen_gpus(workers: Sequence[WorkerGpu]) -> str | None:
     names = [f"rank {rank} on node {worker.node} (GPU {worker.assigned})" for rank, worker in blind[:10]]
     rest = f" and {len(blind) - 10} more" if len(blind) > 10 else ""
     return (
-        f"torch sees no GPU where Ray counts one: {', '.join(names)}{rest}; {first.torch}. Look at `nvidia-smi` and "
-        f"`m2f doctor` on {first.node}; mend the driver or take the node out of the cluster, or train on the CPU with "
-        "cluster.num_gpus_per_worker=0. A node without a GPU is started with `ray start --num-gpus=0`"
+        f"torch sees no GPU where Ray assigned one: {', '.join(names)}{rest}; {first.torch}. Run `nvidia-smi` and "
+        f"`m2f doctor` on {first.node}; fix the driver, remove the node from the cluster, or train on the CPU with "
+        "cluster.num_gpus_per_worker=0. Start nodes without a GPU with `ray start --num-gpus=0`"
     )
 
 

@@ -111,4 +111,4 @@ class RayControl:
             try:
                 self._stop = ray.get(self._mailbox.stop_requested.remote(), timeout=30)
             except ray.exceptions.RayError as error:
-                LOGGER.debug("the mailbox does not answer: %s", error)
+                LOGGER.debug("the mailbox does not respond: %s", error)

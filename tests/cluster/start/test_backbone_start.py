@@ -52,7 +52,7 @@ def test_what_a_backbone_begins_with(backbone, options, pretrained, warning):
     assert (found.warning is None) == (not warning)
     for part in warning:
         assert part in str(found.warning)
-    assert ("norms stay frozen" in (found.warning or "")) == ("norm to group" in warning)
+    assert ("norm layers stay frozen" in (found.warning or "")) == ("norm to group" in warning)
 
 
 def test_norms_that_random_weights_must_not_have():

@@ -35,7 +35,7 @@ def test_epochs_become_steps_which_one_line_says(config, capsys):
     batch = config.training.global_batch
     steps = found.training.max_steps
     assert (steps, found.training.max_epochs) == (-(-3 * images // batch), 0)
-    said = f"training.max_epochs 3: {steps:,} steps of {batch} images, {images:.0f} images an epoch\n"
+    said = f"training.max_epochs 3: {steps:,} steps of {batch} images, {images:.0f} images per epoch\n"
     assert capsys.readouterr().out == said
     assert with_steps(config, Storage()) is config
 

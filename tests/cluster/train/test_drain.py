@@ -135,5 +135,5 @@ def test_a_drained_node_costs_at_most_one_step_and_with_the_drivers_node_ends_it
     assert after == list(range(after[0], after[-1] + 1))
     assert before[-1] - after[0] + 1 <= 1  # steps that were done twice
     assert newest_step(Storage(), config.run_folder) == after[-1]
-    assert "starting again in 0 s: the node was taken back" in said()
+    assert "starting again in 0 s: the node was preempted" in said()
     assert "run drained: " in said()

@@ -60,7 +60,7 @@ def test_ranks_meet_over_loopback(start, tmp_path):
         ("mistake", "ConfigError training.lr is -1"),
         ("error", "LaunchError rank 1: ZeroDivisionError: division by zero\n(exit codes: rank 0: 1, rank 1: 1)\nTrace"),
         ("unpicklable", "LaunchError rank 1: RuntimeError: Local: only here"),
-        ("kill", "LaunchError rank 1: RankDiedError: rank 1 was ended by SIGKILL (often the kernel's out-of-memory"),
+        ("kill", "LaunchError rank 1: RankDiedError: rank 1 was killed by SIGKILL (often the kernel's out-of-memory"),
     ],
 )
 def test_the_root_cause_is_shown_and_not_its_echo_on_a_lower_rank(start, how, expected):
@@ -77,10 +77,10 @@ def test_a_signal_asks_every_rank_to_stop(start, tmp_path):
     wait_until(lambda: process.poll() is not None or all((tmp_path / f"ready{r}").exists() for r in (0, 1)))
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert "stopping after a last checkpoint" in finish(process, 0)
+    assert "stopping after a final checkpoint" in finish(process, 0)
     assert all((tmp_path / f"stopped{r}").exists() for r in (0, 1))
 
 
 def test_exits_are_described():
     assert describe_exit(3) == "exited with status 3"
-    assert describe_exit(-15) == "was ended by SIGTERM"
+    assert describe_exit(-15) == "was killed by SIGTERM"

@@ -71,11 +71,11 @@ def test_the_panel_shows_the_run():
         assert text in picture, picture
     drawn(view, 60)
     clock.now += 100
-    assert "nothing heard for 1:48" in drawn(view)
+    assert "no report for 1:48" in drawn(view)
     view.begin_attempt(7)
     assert "starting 7 workers \u00b7 1 restart" in drawn(view)
     view.interrupted()
-    assert "1 restart \u00b7 stopping after a checkpoint, Ctrl-C again ends at once" in drawn(view)
+    assert "1 restart \u00b7 stopping after a checkpoint, Ctrl-C again stops immediately" in drawn(view)
 
 
 @pytest.mark.parametrize(

@@ -96,13 +96,13 @@ def test_an_unclear_error_stops_when_it_comes_back_unchanged():
 
 def test_preemptions_cost_nothing():
     taken = [("preemption", 0)] * 20
-    assert decide(history(*taken), max_failures=0) == Retry(0.0, "the node was taken back")
+    assert decide(history(*taken), max_failures=0) == Retry(0.0, "the node was preempted")
     assert isinstance(decide(history(*taken, ("death", 0)), max_failures=1), Retry)
 
 
 def test_a_lack_of_room_is_waited_out():
     for no_room in (history(*[("room", 0)] * 20), history(("death", 0), ("room", 0))):
-        assert decide(no_room, max_failures=1) == Retry(0.0, "the cluster had no room for the workers")
+        assert decide(no_room, max_failures=1) == Retry(0.0, "the cluster had too few free resources for the workers")
     assert isinstance(decide(history(*[("room", 0)] * 20, ("death", 0)), max_failures=1), Retry)
 
 

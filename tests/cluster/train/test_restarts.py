@@ -68,7 +68,7 @@ def test_a_driver_that_ends_by_itself_has_decided(tmp_path, waits, status):
 
 
 @pytest.mark.parametrize(
-    ("status", "why"), [(69, "the storage or Ray did not answer"), (75, "is about to be taken away")]
+    ("status", "why"), [(69, "the storage or Ray did not answer"), (75, "is about to be preempted")]
 )
 def test_outages_and_machines_that_go_away_are_worth_another_start(tmp_path, waits, capsys, status, why):
     assert run_restarted(driver(tmp_path, [status, 3]), watched(tmp_path)) == 3

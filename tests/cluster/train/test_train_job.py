@@ -240,7 +240,7 @@ def test_a_bug_on_one_rank_stops_the_run_at_once_and_is_shown_first(cluster, con
     assert any("more objects than the model has queries" in line for line in said)
     lines = [line for line in said if not line.startswith("warning: ")]
     assert lines[0] == "attempt 1 ended at checkpoint step 0 on rank 1: ValueError: the colour of sample 9 is wrong"
-    assert lines[-1] == "  giving up: the same would happen again"
+    assert lines[-1] == "  giving up: a restart would fail in the same way"
     assert len(lines) == 3
     (story,) = (Path(buggy.run_folder) / "failures").iterdir()
     assert "the colour of sample 9 is wrong" in story.read_text()
@@ -264,7 +264,7 @@ def test_a_store_that_refuses_too_little_memory_and_a_spike(cluster, config, cal
     assert "ended at checkpoint step 4 on rank 1: OutOfMemoryError: out of memory in step 5 with 2 images at" in short
     assert "starting again in 0 s: with 1 image per micro-batch instead of 2" in short
     assert "ended at checkpoint step 8 on rank 0: LossSpikeError: after step 9 the loss is" in spiked
-    assert "from the checkpoint before, without positions 28 to 35 of the data order" in spiked
+    assert "from the checkpoint before the spike, skipping positions 28 to 35 of the data order" in spiked
     adjustments = read_adjustments(Storage(), troubled.run_folder)
     assert (adjustments.micro_batch, adjustments.skipped) == (1, (PositionRange(28, 36),))
     checkpoints = sorted((Path(troubled.run_folder) / "checkpoints").glob("step_*/state.json"))
@@ -292,6 +292,6 @@ def test_too_few_gpus_are_said_at_once():
         " evaluation: {sets: [{dataset: d}], actors: 2, num_gpus_per_actor: 1}}"
     )
     check_gpus(config, 10, may_grow=False)
-    with pytest.raises(ClusterError, match="8 GPUs to train and 2 to evaluate, and the cluster has 8"):
+    with pytest.raises(ClusterError, match="8 GPUs for training and 2 for evaluation, but the cluster has 8"):
         check_gpus(config, 8, may_grow=False)
     check_gpus(config, 0, may_grow=True)

@@ -117,7 +117,7 @@ def test_a_killed_rank_is_started_again_and_checkpoints_are_evaluated_at_the_end
     summary = train_locally(config)
     assert summary.status == "finished"
     assert [failure.kind for failure in summary.failures] == ["death"]
-    assert "on rank 1: RankDiedError: rank 1 was ended by SIGKILL" in capsys.readouterr().err
+    assert "on rank 1: RankDiedError: rank 1 was killed by SIGKILL" in capsys.readouterr().err
     assert logged_losses(config) == calm  # to the last bit
     assert [(entry.step, entry.status) for entry in summary.evaluations] == [(s, "published") for s in (4, 8, 10)]
     results = json.loads((Path(config.run_folder) / "evaluations/step_00000010/val/results.json").read_text())

@@ -34,7 +34,7 @@ def test_ranks_without_their_gpu_are_named_with_their_nodes():
     assert unseen_gpus([worker("a"), worker("b", assigned=None, is_seen=False)]) is None, "a rank on the CPU needs none"
     problem = unseen_gpus([worker("a"), worker("b", "1", is_seen=False), worker("c", "0", is_seen=False)])
     assert problem is not None
-    assert "rank 1 on node b (GPU 1), rank 2 on node c (GPU 0); torch 2.9.0 with CUDA 12.8. Look" in problem
+    assert "rank 1 on node b (GPU 1), rank 2 on node c (GPU 0); torch 2.9.0 with CUDA 12.8. Run" in problem
     assert "`nvidia-smi` and `m2f doctor` on b;" in problem
     assert "cluster.num_gpus_per_worker=0" in problem
     many = unseen_gpus([worker("b", is_seen=False)] * 64)
@@ -71,14 +71,14 @@ def test_a_cluster_of_one_machine_has_the_gpus_that_torch_sees(nodes, driver, ta
     monkeypatch.setattr(ray_cluster, "_sees_gpu", lambda: task)  # None: is not asked
     seen = cluster_devices(may_grow=True)
     assert len(seen.gpus) == gpus
-    assert ("Ray counts 1 GPU on" in seen.none) == (task is False)
+    assert ("Ray reports 1 GPU on" in seen.none) == (task is False)
 
 
 def test_auto_then_trains_on_the_cpu_and_says_so(tmp_path):
     config = tiny_config(tmp_path, "run", {name: DatasetConfig(shards="s") for name in ("train", "val")})
-    settled = settle(config, SeenDevices((), "Ray counts 1 GPU on n1, where torch sees", may_grow=True))
+    settled = settle(config, SeenDevices((), "Ray reports 1 GPU on n1, where torch sees", may_grow=True))
     assert settled.config.cluster.gpus_per_worker == 0
-    assert settled.warnings[0].startswith("Ray counts 1 GPU on n1, where torch sees no GPU now: training on its CPUs.")
+    assert settled.warnings[0].startswith("Ray reports 1 GPU on n1, where torch sees no GPU now: training on its CPUs.")
 
 
 def test_what_ends_the_start_of_workers_is_the_users_message(tmp_path):
@@ -88,7 +88,7 @@ def test_what_ends_the_start_of_workers_is_the_users_message(tmp_path):
     launcher._error = cloudpickle.loads(cloudpickle.dumps(ControllerError(TrainingError("rank 1 on node b"))))
     error = launcher.error()
     failure = failure_of(error, None)
-    assert decide(AttemptHistory().after(Attempt(failure, 0)), 3) == Stop("the same would happen again")
+    assert decide(AttemptHistory().after(Attempt(failure, 0)), 3) == Stop("a restart would fail in the same way")
     with pytest.raises(TrainingError, match="rank 1 on node b"):
         _Supervisor._give_up(SimpleNamespace(), error, failure)  # type: ignore[arg-type]
 
@@ -112,7 +112,7 @@ def test_a_run_on_such_a_cluster_ends_in_one_message(tmp_path, monkeypatch, caps
         assert not cluster_devices(may_grow=True).gpus
         seen = SeenDevices((GPU, GPU), "the Ray cluster has", may_grow=True)  # as where its GPUs are on other nodes
         monkeypatch.setattr(ray_launcher, "cluster_devices", lambda _: seen)
-        with pytest.raises(TrainingError, match=r"torch sees no GPU where Ray counts one: rank 0 on node .* rank 1 on"):
+        with pytest.raises(TrainingError, match=r"torch sees no GPU where Ray assigned one: rank 0 on .* rank 1 on"):
             ray_launcher.run_training(config)
     finally:
         ray.shutdown()
