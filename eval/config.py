@@ -55,11 +55,11 @@ class MultiScale(Section):
         super().__post_init__()
         sizes = self.shortest_edges
         if not sizes or len(set(sizes)) < len(sizes):
-            raise ConfigError(f"test_time.shortest_edges is {list(sizes)}; name at least one size, each once")
+            raise ConfigError(f"test_time.shortest_edges is {list(sizes)}; list at least one size, without duplicates")
         if self.stride is not None and self.stride > (self.window or 0):
             raise ConfigError(
-                f"test_time: windows of {self.window} pixels every {self.stride} leave gaps; let stride be at most "
-                "window"
+                f"test_time: window is {self.window} pixels and stride is {self.stride}, which leaves gaps; "
+                "set stride to at most window"
             )
 
     def describe(self) -> str | None:
@@ -87,7 +87,8 @@ class SlidingWindows(Section):
         super().__post_init__()
         if self.size < self.stride:
             raise ConfigError(
-                f"test_time: windows of {self.size} pixels every {self.stride} leave gaps; let stride be at most size"
+                f"test_time: size is {self.size} pixels and stride is {self.stride}, which leaves gaps; "
+                "set stride to at most size"
             )
 
     def describe(self) -> str | None:
@@ -115,13 +116,13 @@ def check_test_time(test_time: TestTime, tasks: Collection[Task], place: str) ->
         return
     if isinstance(test_time, MultiScale):
         raise ConfigError(
-            f"{place} has test_time.kind=multi_scale, which averages class scores of pixels, but the tasks "
-            f"{list(tasks)}; give it `tasks: [semantic]`"
+            f"{place} has test_time.kind=multi_scale, which averages class scores of pixels and supports only the "
+            f"semantic task, but the tasks are {list(tasks)}; set `tasks: [semantic]`"
         )
     if isinstance(test_time, SlidingWindows) and test_time.size == test_time.stride:
         raise ConfigError(
-            f"{place} has windows of test_time.size={test_time.size} every {test_time.stride} pixels, which do not "
-            f"overlap, and the tasks {list(tasks)}: objects would be cut where windows meet; let stride be below size"
+            f"{place} has test_time.size={test_time.size} and a stride of {test_time.stride} pixels, so windows do not "
+            f"overlap and the tasks {list(tasks)} would cut objects at window borders; set stride below size"
         )
 
 
@@ -145,7 +146,7 @@ class EvaluationSet(Section):
         super().__post_init__()
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ConfigError(
-                f"evaluation.sets.name is {self.name!r}; use letters, digits, '_', '-' and '.', as it names a folder"
+                f"evaluation.sets.name is {self.name!r}; use letters, digits, '_', '-' and '.' (it is a folder name)"
             )
 
     @property
@@ -227,7 +228,7 @@ class EvaluationConfig(Section):
         labels = [s.label for s in self.sets]
         for evaluated in self.sets:
             if labels.count(evaluated.label) > 1:
-                raise ConfigError(f"evaluation.sets: two are called {evaluated.label!r}; give each a `name` of its own")
+                raise ConfigError(f"evaluation.sets: two sets are named {evaluated.label!r}; give each a unique `name`")
             tasks = evaluated.tasks if evaluated.tasks is not None else self.tasks
             test_time = self.test_time if evaluated.test_time is None else evaluated.test_time
             check_test_time(test_time, tasks, f"evaluation.sets: {evaluated.label!r}")
@@ -238,6 +239,6 @@ class EvaluationConfig(Section):
             judged = EXTRA_METRIC_TASKS[metric]
             if requested.isdisjoint(judged):
                 raise ConfigError(
-                    f"evaluation.extra_metrics has {metric!r}, which judges {' and '.join(judged)}, but "
-                    f"evaluation.tasks is {list(self.tasks)}; add one of these or remove the metric"
+                    f"evaluation.extra_metrics has {metric!r}, which applies to {' and '.join(judged)}, but "
+                    f"evaluation.tasks is {list(self.tasks)}; add one of these tasks or remove the metric"
                 )

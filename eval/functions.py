@@ -97,7 +97,7 @@ def evaluate_panoptic(
     """
     if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
         if truth_masks is None or prediction_masks is None:
-            raise EvaluationError("evaluate_panoptic: files need truth_masks and prediction_masks, the folders of maps")
+            raise EvaluationError("evaluate_panoptic: paths require truth_masks and prediction_masks, folders of maps")
         files = PanopticFiles(
             truth=_path("truth", truth),
             truth_masks=Path(truth_masks),
@@ -106,7 +106,7 @@ def evaluate_panoptic(
         )
         return panoptic_scoring(files, boundary=False, detailed=True).evaluated()
     if class_names is None or is_thing is None or len(class_names) != len(is_thing):
-        raise EvaluationError("evaluate_panoptic: images need class_names and is_thing, one of each for every class")
+        raise EvaluationError("evaluate_panoptic: images require class_names and is_thing, with one entry per class")
     states, table = _states(class_names, is_thing, "panoptic")
     assert states.panoptic is not None
     assert states.segments is not None
@@ -144,7 +144,7 @@ def evaluate_instances(
         paths = _path("truth", truth), _path("predictions", predictions)
         return instance_scoring(*paths, boundary=False, class_agnostic=False, boxes=boxes, detailed=True).evaluated()
     if class_names is None:
-        raise EvaluationError("evaluate_instances: images need class_names, one for every class")
+        raise EvaluationError("evaluate_instances: images require class_names, with one entry per class")
     states, table = _states(class_names, [True] * len(class_names), "instance", ["box"] if boxes else [])
     assert states.instance is not None
     assert states.segments is not None
@@ -201,7 +201,9 @@ SUBJECT = EvaluationSubject(dataset="images", fingerprint="")
 
 def _path(name: str, value: object) -> Path:
     if not isinstance(value, str | os.PathLike):
-        raise EvaluationError(f"{name} is {type(value).__name__}, but the other side is a path; give paths or images")
+        raise EvaluationError(
+            f"{name} is {type(value).__name__}, but the other one is a path; pass two paths or images"
+        )
     return Path(value)
 
 
@@ -212,7 +214,7 @@ def _pairs(truth: Iterable[_ImageT], predictions: Iterable[_ImageT]) -> Iterable
         if annotated is nothing or predicted is nothing:
             shorter = "truth" if annotated is nothing else "predictions"
             raise EvaluationError(
-                f"{shorter} has {number} images, the other side more; give one for each, in one order"
+                f"{shorter} has {number} images, fewer than the other side; pass the same images in the same order"
             )
         yield annotated, predicted  # type: ignore[misc]
 
@@ -232,7 +234,7 @@ def _states(
 def _check_labels(number: int, labels: Iterable[int], num_classes: int) -> None:
     wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong:
-        raise EvaluationError(f"image {number}: a segment has the class {wrong[0]}, outside 0..{num_classes - 1}")
+        raise EvaluationError(f"image {number}: a segment has class {wrong[0]}, outside 0..{num_classes - 1}")
 
 
 def _panoptic_truth(image: PanopticImage) -> PanopticTruth:
@@ -269,7 +271,7 @@ def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
     if isinstance(masks, np.ndarray):
         if masks.ndim != 3 or masks.dtype != bool:
             raise EvaluationError(
-                f"image {number}: masks are {masks.dtype} of the shape {masks.shape}; they must be bool [N, H, W]"
+                f"image {number}: masks are {masks.dtype} with shape {masks.shape}; they must be bool [N, H, W]"
             )
         masks = encode_masks(masks)
     _check_length(number, "labels", len(image.labels), len(masks))

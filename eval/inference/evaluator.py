@@ -71,8 +71,8 @@ def check_finite(sample: DecodedSample, tensors: Iterable[Tensor]) -> None:
     """Raise EvaluationError naming the image if the model's output for it is not finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise EvaluationError(
-            f"image {sample.image_id} ({sample.source}): the model's output is not finite; "
-            "its weights have diverged, evaluate an earlier checkpoint"
+            f"image {sample.image_id} ({sample.source}): the model's output is not finite "
+            "because its weights have diverged; evaluate an earlier checkpoint"
         )
 
 
@@ -90,8 +90,8 @@ def check_extra_metrics(categories: CategoryTable, metrics: Collection[ExtraMetr
     """Raise ConfigError if Cityscapes metrics are requested for a data set with other classes."""
     if "cityscapes" in metrics and {(c.id, c.name) for c in categories.categories} != _CITYSCAPES:
         raise ConfigError(
-            "evaluation.extra_metrics has 'cityscapes', but the data set has other classes than that benchmark; "
-            "remove it, or evaluate on shards of Cityscapes"
+            "evaluation.extra_metrics has 'cityscapes', but the data set does not have the classes of Cityscapes; "
+            "remove the metric or evaluate on shards of Cityscapes"
         )
 
 
@@ -175,8 +175,8 @@ class Evaluator:
         expected = len(self._classes.model_classes)
         if predictions.class_logits.shape[-1] != expected + 1:
             raise EvaluationError(
-                f"the model has {predictions.class_logits.shape[-1] - 1} classes, the data set {expected} "
-                f"for its task; evaluate on a data set with the category table of training"
+                f"the model has {predictions.class_logits.shape[-1] - 1} classes, but the data set has {expected} "
+                f"for this task; evaluate on a data set with the category table used in training"
             )
         return self._classes.select(predictions)
 

@@ -101,6 +101,6 @@ def _label(sample: DecodedSample, segment: Segment, labels: Mapping[int, int]) -
     if label is None:
         raise EvaluationError(
             f"image {sample.image_id} ({sample.source}): segment {segment.id} has category {segment.category_id}, "
-            "which is not among the classes that are evaluated; the data set and the model disagree"
+            "which is not an evaluated class; the classes of data set and model differ"
         )
     return label

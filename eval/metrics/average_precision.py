@@ -101,8 +101,8 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
         """Match the detections of one image. Raises EvaluationError for wrong scores, sizes or classes."""
         if not np.isfinite(detections.scores).all():
             raise EvaluationError(
-                f"image {image_id}: a detection's score is not finite; the checkpoint's weights have overflowed, "
-                "evaluate an earlier one"
+                f"image {image_id}: a detection's score is not finite because the weights have overflowed; "
+                "evaluate an earlier checkpoint"
             )
         sizes = {tuple(mask["size"]) for mask in (*truth.masks, *detections.masks)}
         if len(sizes) > 1:

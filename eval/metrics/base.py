@@ -140,8 +140,8 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
         changed = known is not None and not known.same_as(record)
         if changed or (spilled is not None and spilled != record.digest()):
             raise EvaluationError(
-                f"{self.name}: image {image_id} was evaluated twice with different outcomes; two images share the id, "
-                "or the checkpoint or the data changed in between: evaluate again from the start"
+                f"{self.name}: image {image_id} was evaluated twice with different results; two images share the id, "
+                "or the checkpoint or the data changed in between; evaluate again from the start"
             )
 
     def _all_records(self) -> Iterator[tuple[int, RecordT]]:
@@ -202,6 +202,6 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
                     state.add(image_id, state._record_type(**dict(zip(names, columns, strict=True))))
         except UNREADABLE as error:
             raise EvaluationError(
-                f"{cls.name}: {len(payload)} bytes are not a stored state ({error}); evaluate again"
+                f"{cls.name}: cannot read a stored state from {len(payload)} bytes ({error}); evaluate again"
             ) from error
         return state

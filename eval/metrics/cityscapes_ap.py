@@ -111,7 +111,7 @@ def match_cityscapes(truth: np.ndarray, detections: Iterable[CityscapesDetection
     found = []
     for detection in detections:
         if detection.mask.shape != truth.shape:
-            raise ValueError(f"a mask has the shape {detection.mask.shape}, the truth {truth.shape}")
+            raise ValueError(f"a mask has shape {detection.mask.shape}, but the truth has {truth.shape}")
         shared = np.bincount(positions[detection.mask], minlength=len(ids))
         pixels = int(shared.sum())
         if not pixels or detection.label not in THING_LABELS:

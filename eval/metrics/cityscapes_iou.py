@@ -128,14 +128,14 @@ class CityscapesIoUState(MetricState[CityscapesPixels, CityscapesIoU]):
 def count_cityscapes(truth: np.ndarray, predicted: np.ndarray) -> CityscapesPixels:
     """Count one image. Raises ValueError if sizes differ or a label does not exist."""
     if truth.shape != predicted.shape:
-        raise ValueError(f"the truth has the shape {truth.shape}, the prediction {predicted.shape}")
+        raise ValueError(f"the truth has shape {truth.shape}, but the prediction has {predicted.shape}")
     truth_ids, predicted_labels, lengths = common_runs(truth, predicted)
     ids, positions = compact_ids(truth_ids)
     values = np.array(ids)
     labels = np.where(values < 1000, values, values // 1000)
     for side, largest in (("truth", labels.max(initial=0)), ("prediction", predicted.max(initial=0))):
         if largest >= NUM_LABELS:
-            raise ValueError(f"the {side} has label id {largest}; those of Cityscapes are 0..{NUM_LABELS - 1}")
+            raise ValueError(f"the {side} has label id {largest}; label ids of Cityscapes are 0..{NUM_LABELS - 1}")
     cell = positions.astype(np.intp) * NUM_LABELS + predicted_labels
     by_id = np.bincount(cell, weights=lengths, minlength=len(ids) * NUM_LABELS).astype(np.int64)
     by_id = by_id.reshape(len(ids), NUM_LABELS)

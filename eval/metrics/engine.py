@@ -58,7 +58,7 @@ def match_panoptic_files(pair: PanopticPair) -> PanopticRecord:
         for i, s in pair.segments.items()
     ]
     if any(s.area != entry["area"] for s, entry in zip(pair.segments.values(), truth, strict=True)):
-        raise EngineRefusedError("an area is no whole number")
+        raise EngineRefusedError("an area is not an integer")
     predicted = [{"id": i, "category_id": label, "area": 0, "iscrowd": 0} for i, label in pair.labels.items()]
     categories = sorted({s.label for s in pair.segments.values()}.union(pair.labels.values()))
     names = {"truth": pair.truth_map.name, "predicted": pair.predicted_map.name}

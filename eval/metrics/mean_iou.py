@@ -72,7 +72,7 @@ class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
         """Count one image: label maps [H, W]. Raises EvaluationError naming the image for wrong sizes or labels."""
         if truth.shape != predicted.shape:
             raise EvaluationError(
-                f"image {image_id}: the truth has the shape {truth.shape}, the prediction {predicted.shape}"
+                f"image {image_id}: the truth has shape {truth.shape}, but the prediction has {predicted.shape}"
             )
         truth_labels, predicted_labels, lengths = common_runs(truth, predicted)
         labelled = truth_labels != self.ignore

@@ -37,7 +37,7 @@ class Overlaps(NamedTuple):
 def count_overlaps(truth: np.ndarray, predicted: np.ndarray) -> Overlaps:
     """Count the overlaps of two id maps [H, W] of integers. Raises InconsistentMapError if they differ in size."""
     if truth.shape != predicted.shape:
-        raise InconsistentMapError(f"the truth has the shape {truth.shape}, the prediction {predicted.shape}")
+        raise InconsistentMapError(f"the truth has shape {truth.shape}, but the prediction has {predicted.shape}")
     truth_values, predicted_values, lengths = common_runs(truth, predicted)
     truth_ids, rows = compact_ids(truth_values)
     predicted_ids, columns = compact_ids(predicted_values)

@@ -286,10 +286,10 @@ def _ignored_share(predicted_id: int, label: int, truth: PanopticTruth, overlaps
 def _check_tables_agree(prediction: PanopticPrediction, area: Mapping[int, int]) -> None:
     unlisted = [i for i, pixels in area.items() if pixels and i != VOID_ID and i not in prediction.labels]
     if unlisted:
-        raise InconsistentMapError(f"the predicted map has ids that no segment lists: {unlisted[:5]}")
+        raise InconsistentMapError(f"the predicted map has ids that are missing in the segment list: {unlisted[:5]}")
     empty = [i for i in prediction.labels if not area.get(i)]
     if empty:
-        raise InconsistentMapError(f"predicted segments without a pixel: {empty[:5]}")
+        raise InconsistentMapError(f"predicted segments have no pixels in the map: {empty[:5]}")
 
 
 def _class_quality(iou: float, tp: int, fp: int, fn: int) -> ClassQuality:

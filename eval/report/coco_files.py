@@ -82,7 +82,7 @@ def label_png(label_map: np.ndarray, classes: Sequence[Category]) -> bytes:
     ids = [category.id for category in classes]
     if not 0 <= min(ids) <= max(ids) < 2**16 - 1:
         raise EvaluationError(
-            f"category ids from {min(ids)} to {max(ids)} do not fit into the 16 bits of a PNG; leave out label maps"
+            f"category ids from {min(ids)} to {max(ids)} do not fit into a 16-bit PNG; leave out the semantic task"
         )
     values = np.array([*ids, unlabelled_value(classes)], dtype=np.uint8 if max(ids) < 255 else np.uint16)
     return encode_png(values[np.where(label_map == UNLABELLED, len(ids), label_map)])

@@ -9,12 +9,12 @@ from m2f.eval.report.charts import BAD, Bar, bar_chart
 from m2f.eval.report.page import Cell, grid, paragraph, table
 
 MEANINGS = {
-    "classification": "fits something of another class",
+    "classification": "would match an annotation of another class",
     "localisation": "right class, IoU from 0.1 to 0.5",
     "both": "another class, IoU from 0.1 to 0.5",
-    "duplicate": "its object has a better prediction",
-    "background": "IoU of at most 0.1 with everything",
-    "missed": "annotated, and no prediction could be repaired to fit it",
+    "duplicate": "another prediction already matches its annotation",
+    "background": "IoU of at most 0.1 with every annotation",
+    "missed": "annotation that no corrected prediction would match",
 }
 
 
@@ -27,8 +27,8 @@ def error_costs(costs: ErrorCosts) -> str:
     ]
     meanings = [[name, Cell(escape(MEANINGS[name]), "text")] for name in costs.gains]
     lead = (
-        f"How much {costs.metric} ({100 * costs.value:.1f}) would rise if all errors of one type were repaired, and in "
-        "brackets how many there are. The gains do not add up."
+        f"Gain in {costs.metric} (now {100 * costs.value:.1f}) if all errors of one type were corrected, with the "
+        "number of errors in brackets. Gains are not additive."
     )
     return paragraph(lead, "faint") + grid(
         [bar_chart(f"gain in {costs.metric} by type of error", bars), table(["type", "meaning"], meanings)]

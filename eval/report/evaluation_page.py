@@ -29,10 +29,10 @@ NO_PARTNER = "(none)"
 EXPLAINED = {
     Outcome.MATCHED: ("found", "right class, IoU above 0.5"),
     Outcome.OUTLINE: ("bad outline", "right class, IoU from 0.1 to 0.5"),
-    Outcome.CLASS: ("wrong class", "IoU above 0.5, another class"),
-    Outcome.MISSED: ("missed", "annotated, but nothing fits"),
-    Outcome.DUPLICATE: ("duplicate", "mostly inside a segment of its class that is found already"),
-    Outcome.BACKGROUND: ("invented", "predicted, but nothing annotated fits"),
+    Outcome.CLASS: ("wrong class", "another class, IoU above 0.5"),
+    Outcome.MISSED: ("missed", "annotated segment without a paired prediction"),
+    Outcome.DUPLICATE: ("duplicate", "mostly inside segments of its class that are already paired"),
+    Outcome.BACKGROUND: ("invented", "prediction without a paired annotated segment"),
 }
 
 
@@ -49,7 +49,7 @@ def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], wor
     if curves is not None:
         sections.append(Section("Precision and recall", precision_recall_charts(results, curves)))
     if worst:
-        lead = paragraph("The images with the lowest quality of all that were evaluated, the worst first.", "faint")
+        lead = paragraph("The evaluated images with the lowest quality, worst first.", "faint")
         sections.append(Section("Worst images", lead + _pictures(worst)))
     if panels:
         lead = paragraph("The same images in every evaluation: image, truth, prediction.", "faint")
@@ -57,9 +57,9 @@ def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], wor
     subject = results.subject
     step = "" if subject.step is None else f" at step {subject.step:,}"
     data = f", data {subject.fingerprint[:12]}" if subject.fingerprint else ""
-    lead = paragraph(f"{results.num_images:,} images{data}; all figures in per cent.", "faint")
+    lead = paragraph(f"{results.num_images:,} images{data}; all values in per cent.", "faint")
     if subject.subset is not None:
-        lead = paragraph(f"A subset: {subject.subset}. Not comparable with figures of the whole set.", "note") + lead
+        lead = paragraph(f"Subset: {subject.subset}. Not comparable with results of the whole set.", "note") + lead
     if subject.test_time is not None:
         lead = paragraph(f"Test time: {subject.test_time}.", "note") + lead
     metrics = results.metrics()
@@ -190,7 +190,7 @@ def _confusion(results: EvaluationResults) -> str:
     found = [one for one in found if one[2].any()]
     if not found:
         return ""
-    explained = "Truth by row, prediction by column, per cent of the row. Segments are paired as under Errors."
+    explained = "Rows: truth; columns: prediction; per cent of the row. Segments are paired as under Errors."
     lead = paragraph(f"{explained} Bad outlines are included.", "faint")
     return lead + grid([_matrix(*one) for one in found]) + grid([_top_confusions(*one) for one in found])
 
@@ -221,9 +221,9 @@ def _top_confusions(what: str, names: Sequence[str], counts: np.ndarray) -> str:
         for t, p, n in top
     ]
     return (
-        table(["truth", "taken for", what, "of the truth"], rows)
+        table(["truth", "predicted as", what, "share of the true class"], rows)
         if rows
-        else paragraph(f"No class of {what} is confused.")
+        else paragraph(f"No {what} have a wrong class.")
     )
 
 

@@ -113,7 +113,7 @@ def _from_columns(kind: type[_ImagesT], task: str, columns: Mapping[str, np.ndar
         return None
     found = {name: columns[f"{task}_{name}"] for name in names}
     if not all(isinstance(column, Ragged) for column in found.values()):
-        raise DataError(f"the columns of {task} are no lists")
+        raise DataError(f"the columns of {task} are not lists")
     return kind(**found)  # type: ignore[arg-type]
 
 

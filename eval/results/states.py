@@ -156,7 +156,7 @@ class EvaluationStates:
                         setattr(states, key, _STATE_TYPES[key].from_bytes(part))
         except UNREADABLE as error:
             raise EvaluationError(
-                f"{len(payload)} bytes are not stored evaluation states ({error}); evaluate again"
+                f"cannot read evaluation states from {len(payload)} bytes ({error}); evaluate again"
             ) from error
         return states
 

@@ -66,7 +66,7 @@ def _pairs(truth: Path, predictions: Path, ending: str) -> list[tuple[Path, Path
     require_folder(predictions, f"the results, as {ending} files")
     maps = sorted(truth.rglob(f"*{TRUTH_ENDING}"))
     if not maps:
-        raise EvaluationError(f"{truth} has no file named *{TRUTH_ENDING}")
+        raise EvaluationError(f"{truth} contains no file named *{TRUTH_ENDING}")
     by_frame: dict[str, list[Path]] = {}
     for path in sorted(predictions.rglob(f"*{ending}")):
         by_frame.setdefault("_".join(path.stem.split("_")[:3]), []).append(path)
@@ -74,11 +74,11 @@ def _pairs(truth: Path, predictions: Path, ending: str) -> list[tuple[Path, Path
     if missing := [frame for frame in frames if frame not in by_frame]:
         raise EvaluationError(
             f"{predictions} has no result for {len(missing)} of {len(maps)} images: {some(missing)}; "
-            f"files are looked for as <city>_<sequence>_<frame>*{ending}"
+            f"the expected name is <city>_<sequence>_<frame>*{ending}"
         )
     for frame in frames:
         if len(by_frame[frame]) > 1:
-            raise EvaluationError(f"{frame} has several results: {some(by_frame[frame])}; keep one")
+            raise EvaluationError(f"{frame} has several results: {some(by_frame[frame])}; keep only one")
     return [(path, by_frame[frame][0]) for path, frame in zip(maps, frames, strict=True)]
 
 
@@ -116,7 +116,7 @@ def _parse(line: str, where: str) -> tuple[str, int, float]:
     except ValueError:
         raise EvaluationError(f"{where}: {line[:80]!r} is not `MASK LABEL_ID SCORE`") from None
     if not -1 <= parsed[1] < NUM_LABELS or not math.isfinite(parsed[2]):
-        raise EvaluationError(f"{where}: {line[:80]!r} has no label id of Cityscapes or no finite score")
+        raise EvaluationError(f"{where}: {line[:80]!r} needs a label id of Cityscapes and a finite score")
     return parsed
 
 

@@ -41,7 +41,7 @@ def read_document(path: Path, *lists: str) -> dict[str, Any]:
     document = read_json(path)
     if isinstance(document, list):
         raise EvaluationError(
-            f"{path} is a list, as COCO results of `m2f score instances` are, but an object with `{lists[0]}` is needed"
+            f"{path} is a list, like COCO results for `m2f score instances`; it must be an object with `{lists[0]}`"
         )
     for name in lists:
         if not isinstance(document, dict) or not isinstance(document.get(name), list):
@@ -72,7 +72,7 @@ def read_categories(document: Mapping[str, Any], path: Path) -> tuple[ScoredCate
         raise EvaluationError(f"{path}: two categories have the same id")
     if len(listed) > MAX_CATEGORIES:
         raise EvaluationError(
-            f"{path} lists {len(listed)} categories, more than {MAX_CATEGORIES}; it is no list of classes"
+            f"{path} lists {len(listed)} categories, more than {MAX_CATEGORIES}; it is not a list of classes"
         )
     return tuple(listed)
 
@@ -203,7 +203,7 @@ def read_labels(path: Path) -> np.ndarray:
 def require_folder(path: Path, what: str) -> Path:
     """Return the folder. Raises EvaluationError if it does not exist."""
     if not path.is_dir():
-        raise EvaluationError(f"{path} is no folder; it should hold {what}")
+        raise EvaluationError(f"{path} is not a folder; it must contain {what}")
     return path
 
 
@@ -219,7 +219,7 @@ def _read_map(path: Path, decode: Callable[[bytes], np.ndarray], modes: Sequence
         if header.ext != "png" or header.mode not in modes:
             raise BrokenImageError(f"it is a {header.mode} {header.ext}, but {expected}")
         if header.height * header.width > MAX_PIXELS:
-            raise BrokenImageError(f"{header.width} x {header.height} pixels are more than {MAX_PIXELS}")
+            raise BrokenImageError(f"{header.width} x {header.height} pixels exceed the limit of {MAX_PIXELS}")
         return decode(data)
     except BrokenImageError as error:
         raise EvaluationError(f"{path}: {error}") from error

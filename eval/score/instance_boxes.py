@@ -56,7 +56,7 @@ def _stated(entries: Sequence[Entry], names: Sequence[str]) -> np.ndarray:
             continue
         if not isinstance(box, list) or len(box) != 4 or not all(_is_number(side) for side in box) or min(box[2:]) < 0:
             raise EvaluationError(
-                f"{names[position]} has the bbox {str(box)[:80]}; it must be left, top, width and height in pixels"
+                f"{names[position]} has bbox {str(box)[:80]}; it must be left, top, width and height in pixels"
             )
         if any(box):  # boxes of zeros, as the official code writes them, carry no information
             boxes[position] = box

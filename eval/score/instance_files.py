@@ -67,17 +67,19 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
     truth, predictions = files.truth, files.predictions
     if not isinstance(results, list):
         raise EvaluationError(
-            f"{predictions} is no list of results, each with image_id, category_id, segmentation and score; "
-            "an object with `annotations` is for `m2f score panoptic`"
+            f"{predictions} is not a list of results with image_id, category_id, segmentation and score; "
+            "score an object with `annotations` with `m2f score panoptic`"
         )
     if any("segments_info" in entry for entry in document["annotations"][:1] if isinstance(entry, dict)):
-        raise EvaluationError(f"{truth} has panoptic annotations; give those of instances, as instances_val2017.json")
+        raise EvaluationError(f"{truth} has panoptic annotations; use instances, such as instances_val2017.json")
     images = _listed_images(document["images"], truth)
     what = f"{truth}: an annotation"
     for position, entry in enumerate(document["annotations"]):  # subsets are made by shortening `images`
         image_id = require(entry, "image_id", what)
         if not isinstance(image_id, int | float | str):
-            raise EvaluationError(f"{truth}: image_id of annotation number {position} is {str(image_id)[:40]}, no id")
+            raise EvaluationError(
+                f"{truth}: image_id of annotation number {position} is {str(image_id)[:40]}, not an id"
+            )
         if (image := images.get(image_id)) is not None:
             image.annotations.append(entry)
     number = 0
@@ -87,8 +89,8 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
             if image_id is None:
                 require(results[number], "image_id", f"{predictions}: result {number}")
             raise EvaluationError(
-                f"{predictions}: result {number} is of image {repr(image_id)[:40]}, which {truth} does not list; "
-                "score the results of the same images, with the same ids"
+                f"{predictions}: result {number} is for image {repr(image_id)[:40]}, which {truth} does not list; "
+                "results must use the image ids of the truth"
             )
         image.results.extend(group)
         image.result_numbers.extend(range(number, number := number + len(image.results) - len(image.result_numbers)))
@@ -115,17 +117,17 @@ def _listed_images(listed: Sequence[Any], truth: Path) -> dict[Any, ImageEntries
     for number, entry in enumerate(listed):
         image_id = require(entry, "id", f"{truth}: images[{number}]")
         if type(image_id) not in (int, str):
-            raise EvaluationError(f"{truth}: images[{number}] has the id {str(image_id)[:40]}; ids are numbers or text")
+            raise EvaluationError(f"{truth}: images[{number}] has id {str(image_id)[:40]}; ids are integers or text")
         where = f"{truth}: image {image_id}"
         if image_id in found:
-            raise EvaluationError(f"{where} is listed twice; every image needs an id of its own")
+            raise EvaluationError(f"{where} is listed twice; image ids must be unique")
         height, width = (whole(entry, side, where) for side in ("height", "width"))
         if height < 1 or width < 1 or height * width > MAX_PIXELS:
             size = " x ".join(str(side) if side < 1e12 else "more than 1e12" for side in (width, height))
-            raise EvaluationError(f"{where} has {size} pixels; sizes are from 1 pixel to {MAX_PIXELS} pixels in all")
+            raise EvaluationError(f"{where} has {size} pixels; it must have from 1 to {MAX_PIXELS} pixels in total")
         found[image_id] = ImageEntries(image_id, height, width, [], [], [])
     if len({type(image_id) for image_id in found}) > 1:
-        raise EvaluationError(f"{truth}: some ids of images are numbers and some are text; use one kind")
+        raise EvaluationError(f"{truth}: some image ids are integers and some are text; use one type")
     return {image_id: found[image_id] for image_id in sorted(found)}
 
 
@@ -134,7 +136,7 @@ def without_results(images: Sequence[ImageEntries], predictions: Path) -> str | 
     missing = [image.id for image in images if not image.results]
     if not missing:
         return None
-    return f"{len(missing)} of {len(images)} images have no result in {predictions}, and count as such: {some(missing)}"
+    return f"{len(missing)} of {len(images)} images have no result in {predictions} (no detections): {some(missing)}"
 
 
 class MaskPixels(NamedTuple):
@@ -259,7 +261,7 @@ def _scores(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
     for position, entry in enumerate(entries):
         score = require(entry, "score", name(position))
         if not isinstance(score, int | float) or not _is_finite(score):
-            raise EvaluationError(f"{name(position)} has the score {repr(score)[:40]}, which is no number")
+            raise EvaluationError(f"{name(position)} has score {repr(score)[:40]}, which is not a finite number")
     return np.array(scores, dtype=np.float64)
 
 
@@ -281,7 +283,7 @@ def _labels(
             category = require(entry, "category_id", name(position))
             if not isinstance(category, int | float | str) or category not in labels:
                 raise EvaluationError(
-                    f"{name(position)} has the category {category!r:.40}, which {files.truth} does not list"
+                    f"{name(position)} has category {category!r:.40}, which {files.truth} does not list"
                 ) from None
         raise
 
@@ -294,7 +296,7 @@ def _masks(
         segmentations = [entry["segmentation"] for entry in entries]
     except KeyError:
         position = next(i for i, entry in enumerate(entries) if "segmentation" not in entry)
-        what = " is a box without `segmentation`; masks are scored" if "bbox" in entries[position] else ""
+        what = " has a box but no `segmentation`; scoring requires masks" if "bbox" in entries[position] else ""
         raise EvaluationError(name(position) + (what or " has no `segmentation`")) from None
     if pixels is not None:
         return tuple(segmentations)

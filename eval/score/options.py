@@ -41,10 +41,10 @@ class ScoreOptions:
         medium, large = self.area_bounds
         if not 0 < medium < large < float("inf"):
             raise EvaluationError(
-                f"area bounds are {medium:g} and {large:g} pixels; both must be above 0, the second larger"
+                f"area bounds are {medium:g} and {large:g} pixels; both must be above 0, and the second must be larger"
             )
         if self.max_dets is not None and (not self.max_dets or min(self.max_dets) < 1):
-            raise EvaluationError(f"limits of detections are {list(self.max_dets)}; each must be at least 1")
+            raise EvaluationError(f"detection limits are {list(self.max_dets)}; each must be at least 1")
 
 
 EVERYTHING = ScoreOptions()
@@ -55,10 +55,10 @@ def read_names(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path} cannot be read as lines of text: {error}") from error
+        raise EvaluationError(f"{path} cannot be read as text: {error}") from error
     names = tuple(line.strip() for line in lines if line.strip())
     if not names:
-        raise EvaluationError(f"{path} has no line")
+        raise EvaluationError(f"{path} contains no names")
     return names
 
 
@@ -81,7 +81,7 @@ def chosen_labels(categories: Sequence[ScoredCategory], options: ScoreOptions, w
     if missing := [name for name in options.classes if name not in by_name]:
         raise EvaluationError(
             f"{where} does not list {len(missing)} of the classes to score: {some(missing)}; "
-            f"there are {some([c.name for c in categories], 20)}"
+            f"listed: {some([c.name for c in categories], 20)}"
         )
     return frozenset(by_name[name] for name in options.classes)
 
@@ -120,12 +120,12 @@ def notes_of(options: ScoreOptions, num_images: int, unknown: Collection[object]
     """Return lines for the title of a table that state what was not scored."""
     notes = []
     if options.images is not None:
-        notes.append(f"SUBSET: {num_images} images that were named")
+        notes.append(f"SUBSET: {num_images} selected images")
     if options.classes is not None:
         notes.append(f"SOME CLASSES: {some(options.classes, 10)}")
     if unknown:
         notes.append(
-            f"left out: predictions of categories that the truth does not list ({some(sorted(map(str, unknown)))})"
+            f"ignored: predictions of categories that the truth does not list ({some(sorted(map(str, unknown)))})"
         )
     return notes
 
@@ -140,6 +140,6 @@ def subject_of(predictions: Path, options: ScoreOptions, num_images: int) -> Eva
     return EvaluationSubject(
         dataset=predictions.name,
         fingerprint="",
-        subset=None if options.images is None else f"{num_images} images that were named",
+        subset=None if options.images is None else f"{num_images} selected images",
         classes=None if options.classes is None else f"only {some(options.classes, 10)}",
     )

@@ -86,7 +86,7 @@ def panoptic_scoring(
     if silent := [c.name for c in categories if c.is_thing is None]:
         raise EvaluationError(
             f"{files.truth}: {len(silent)} categories have no `isthing` (0 or 1), so things and stuff cannot "
-            f"be told apart: {some(silent)}"
+            f"be distinguished: {some(silent)}"
         )
     chosen = chosen_labels(categories, options, str(files.truth))
     truth = document["annotations"]
@@ -244,7 +244,7 @@ class _ScoreImage:
             segment_id, category = whole(entry, "id", where), require(entry, "category_id", where)
             if not isinstance(category, Hashable) or category not in labels:
                 raise EvaluationError(
-                    f"{where}: segment {segment_id} has the category {category!r:.40}, which {self.files.truth} "
+                    f"{where}: segment {segment_id} has category {category!r:.40}, which {self.files.truth} "
                     "does not list"
                 )
             yield segment_id, labels[category], entry
@@ -269,7 +269,7 @@ def _truth_segment(entry: dict[str, Any], label: int, where: str) -> TruthSegmen
     """Return the segment. Raises EvaluationError also for an area of 0, by which the official code would divide."""
     area, is_crowd = area_of(entry, where), flag(entry, "iscrowd", where)
     if area == 0 and not is_crowd:
-        raise EvaluationError(f"{where}: area is 0; a segment of the map has pixels, state how many")
+        raise EvaluationError(f"{where}: area is 0; it must be the segment's number of pixels")
     return TruthSegment(label, area, is_crowd)
 
 

@@ -65,7 +65,7 @@ def _map_in_processes(
             yield from pending.popleft().result()
     except BrokenProcessPool as error:
         raise EvaluationError(
-            "a worker process died, most likely for want of memory; use fewer of them (--workers)"
+            "a worker process died, probably because memory ran out; use fewer processes (--workers)"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -44,9 +44,9 @@ def semantic_scoring(
     predictions.
     """
     if not 1 <= num_classes <= MAX_CLASSES:
-        raise EvaluationError(f"{num_classes} classes; from 1 to {MAX_CLASSES} can be scored")
+        raise EvaluationError(f"the number of classes is {num_classes}; it must be from 1 to {MAX_CLASSES}")
     if class_names is not None and len(class_names) != num_classes:
-        raise EvaluationError(f"there are {len(class_names)} names for {num_classes} classes; give one for each")
+        raise EvaluationError(f"there are {len(class_names)} names for {num_classes} classes; list one name per class")
     shown = tuple(map(str, range(num_classes))) if class_names is None else class_names
     categories = tuple(ScoredCategory(label, name, False) for label, name in enumerate(shown))
     chosen = chosen_labels(categories, options, "the table of classes")
@@ -91,9 +91,9 @@ def label_maps(truth: Path, predictions: Path) -> list[str]:
     require_folder(predictions, "the predicted label maps")
     names = sorted(path.relative_to(truth).as_posix() for path in truth.rglob("*.png"))
     if not names:
-        raise EvaluationError(f"{truth} has no PNG file")
+        raise EvaluationError(f"{truth} contains no PNG files")
     if missing := [name for name in names if not (predictions / name).is_file()]:
-        raise EvaluationError(f"{predictions} lacks {len(missing)} of {len(names)} maps: {some(missing)}")
+        raise EvaluationError(f"{predictions} does not contain {len(missing)} of {len(names)} maps: {some(missing)}")
     return names
 
 
@@ -109,13 +109,15 @@ class _ScoreImage:
         state = MeanIoUState(self.num_classes, self.ignore, self.void)
         truth, predicted = read_labels(self.truth / name), read_labels(self.predictions / name)
         if truth.shape != predicted.shape:
-            raise EvaluationError(f"{name}: the truth has the shape {truth.shape}, the prediction {predicted.shape}")
+            raise EvaluationError(
+                f"{name}: the truth has shape {truth.shape}, but the prediction has {predicted.shape}"
+            )
         try:
             state.update(0, truth, predicted)
         except EvaluationError as error:
             raise EvaluationError(
-                f"{name}: {str(error).removeprefix('image 0: ')}; --num-classes counts the labels from 0, and --ignore "
-                "is the truth's value for pixels without one"
+                f"{name}: {str(error).removeprefix('image 0: ')}; labels must be below --num-classes, and --ignore "
+                "is the value of unlabelled pixels in the truth"
             ) from error
         return state.record(0)
 
@@ -133,7 +135,10 @@ def _report(
     void = int(state.void_pixels().sum())
     if void:
         labelled = int(state.confusion().sum()) + void
-        notes = [*notes, f"{void:,} of {labelled:,} labelled pixels are void ({state.void}) in predictions: missed"]
+        notes = [
+            *notes,
+            f"{void:,} of {labelled:,} labelled pixels are predicted as void ({state.void}): missed",
+        ]
     numbers = {
         "mIoU": result.miou,
         "mIoU_union": result.miou_occurring,

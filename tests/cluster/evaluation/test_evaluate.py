@@ -90,7 +90,7 @@ def test_fixed_and_worst_images_tables_and_the_page(small):
     assert len(whole.panels) == 4
     assert len(whole.worst) == 2
     assert decode_picture(files["worst.jpg"]).shape[1] > 1000
-    assert b"A subset: first 3 of 10" in subset.files()["report.html"]
+    assert b"Subset: first 3 of 10" in subset.files()["report.html"]
     assert files["report.html"].count(b"<img") == 6
     assert whole.results.headline("val").keys() >= {"val/boundary_PQ", "val/box_AP", "val/class_agnostic_AR100"}
     assert scaled.results.table().startswith("val_ms: 2 images, SUBSET (first 2 of 10), 2 scales, flipped too")

@@ -163,7 +163,7 @@ def test_diverged_weights_name_the_image():
 
 
 def test_model_with_the_classes_of_another_table_is_refused():
-    with pytest.raises(EvaluationError, match="the model has 2 classes, the data set 4"):
+    with pytest.raises(EvaluationError, match="the model has 2 classes, but the data set has 4"):
         evaluator_of(Oracle("instance")).evaluate_batch(batch_of(1))
 
 

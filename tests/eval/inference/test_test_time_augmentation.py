@@ -206,9 +206,9 @@ def test_diverged_weights_name_the_image(model):
 
 
 def test_invalid_settings_are_refused():
-    with pytest.raises(ConfigError, match="leave gaps; let stride be at most size"):
+    with pytest.raises(ConfigError, match="leaves gaps; set stride to at most size"):
         SlidingWindows(size=100, stride=101)
-    with pytest.raises(ConfigError, match="name at least one size, each once"):
+    with pytest.raises(ConfigError, match="list at least one size, without duplicates"):
         MultiScale(shortest_edges=())
     with pytest.raises(ConfigError, match=r"'val' has test_time.kind=multi_scale.*`tasks: \[semantic\]`"):
         EvaluationConfig(sets=(EvaluationSet(dataset="val", test_time=MultiScale()),))

@@ -312,7 +312,7 @@ def test_an_evaluation_takes_all_tasks_from_the_same_windows():
 
 def test_settings_that_would_cut_objects_are_refused():
     cut = SlidingWindows(size=64, stride=64)
-    with pytest.raises(ConfigError, match=r"'val' has windows of test_time.size=64 every 64 pixels, which do not over"):
+    with pytest.raises(ConfigError, match=r"'val' has test_time.size=64 and a stride of 64 pixels, so windows do not"):
         EvaluationConfig(sets=(EvaluationSet(dataset="val", test_time=cut),))
     with pytest.raises(ConfigError, match=r"'val' has test_time.kind=multi_scale"):
         EvaluationConfig(sets=(EvaluationSet(dataset="val"),), test_time=MultiScale())

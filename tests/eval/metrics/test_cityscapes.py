@@ -132,7 +132,7 @@ def test_classes_without_truth_are_none_and_without_detections_zero():
     state.update(1, np.full((20, 20), 24000, np.uint16), [detection(np.ones((20, 20)), label=26)])
     result = state.compute()
     assert (result.ap, result.per_class[24], result.per_class[26]) == (0.0, (0.0, 0.0), None)
-    with pytest.raises(EvaluationError, match="image 3: a mask has the shape"):
+    with pytest.raises(EvaluationError, match="image 3: a mask has shape"):
         state.update(3, np.zeros((2, 2), np.uint16), [detection(np.ones((3, 2)))])
 
 

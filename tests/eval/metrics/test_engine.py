@@ -127,5 +127,5 @@ def test_other_kinds_of_files_go_to_our_own_reading(tmp_path, mode):
 
 def test_an_area_that_is_no_whole_number_is_not_for_the_engine(tmp_path):
     id_map = write(tmp_path / "x.png", np.ones((4, 5), np.int64))
-    with pytest.raises(EngineRefusedError, match="no whole number"):
+    with pytest.raises(EngineRefusedError, match="not an integer"):
         match_panoptic_files(PanopticPair(id_map, {1: TruthSegment(0, 20.5, False)}, id_map, {1: 0}))

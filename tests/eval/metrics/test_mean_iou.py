@@ -111,5 +111,5 @@ def test_image_without_labels_and_empty_state():
 def test_labels_outside_the_table_name_the_image():
     with pytest.raises(EvaluationError, match="image 9: the truth has labels from 0 to 7"):
         MeanIoUState(3).update(9, np.array([[0, 7]]), np.array([[0, 0]]))
-    with pytest.raises(EvaluationError, match="image 9: the truth has the shape"):
+    with pytest.raises(EvaluationError, match="image 9: the truth has shape"):
         MeanIoUState(3).update(9, np.zeros((1, 2), np.uint8), np.zeros((2, 1), np.int64))

@@ -182,9 +182,9 @@ def test_split_without_classes_is_none_and_keeps_the_other():
 
 def test_inconsistent_predictions_name_the_image():
     truth = truth_of([[1, 1]], {1: (0, False)})
-    with pytest.raises(EvaluationError, match=r"image 12: .*no segment lists: \[5\]"):
+    with pytest.raises(EvaluationError, match=r"image 12: .*missing in the segment list: \[5\]"):
         PanopticQualityState(IS_THING).update(12, truth, prediction_of([[5, 5]], {}))
-    with pytest.raises(EvaluationError, match=r"image 12: .*without a pixel: \[6\]"):
+    with pytest.raises(EvaluationError, match=r"image 12: .*no pixels in the map: \[6\]"):
         PanopticQualityState(IS_THING).update(12, truth, prediction_of([[5, 5]], {5: 0, 6: 1}))
     with pytest.raises(EvaluationError, match=r"image 12: .*shape"):
         PanopticQualityState(IS_THING).update(12, truth, prediction_of([[5]], {5: 0}))
@@ -264,7 +264,7 @@ def test_images_have_a_quality_of_their_own():
 
 @pytest.mark.parametrize("payload", [b"", b"not an archive", b"PK\x03\x04 broken"])
 def test_foreign_bytes_are_refused(payload):
-    with pytest.raises(EvaluationError, match="not a stored state"):
+    with pytest.raises(EvaluationError, match="cannot read a stored state"):
         PanopticQualityState.from_bytes(payload)
 
 

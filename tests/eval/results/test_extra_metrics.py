@@ -188,7 +188,7 @@ def test_the_ids_of_cityscapes_come_back_from_shards(seed):
 
 
 def test_metrics_that_judge_nothing_are_refused():
-    with pytest.raises(ConfigError, match=r"'class_agnostic', which judges instance, but evaluation\.tasks is"):
+    with pytest.raises(ConfigError, match=r"'class_agnostic', which applies to instance, but evaluation\.tasks is"):
         EvaluationConfig(tasks=("semantic",), extra_metrics=("class_agnostic",))
     sets = (EvaluationSet(dataset="val", tasks=("semantic",)),)
     config = EvaluationConfig(sets=sets, tasks=TASKS, extra_metrics=EXTRA)
@@ -202,13 +202,13 @@ def test_metrics_that_judge_nothing_are_refused():
 def test_metrics_of_cityscapes_need_its_classes():
     other = replace(CATEGORIES, categories=CATEGORIES.categories[:-1])
     config = EvaluationConfig(tasks=TASKS, extra_metrics=("cityscapes",))
-    with pytest.raises(ConfigError, match="the data set has other classes than that benchmark"):
+    with pytest.raises(ConfigError, match="the data set does not have the classes of Cityscapes"):
         Evaluator(Guessing(), other, config, model_task="panoptic", postprocess=POSTPROCESS)
 
 
 def test_two_sets_of_one_name_are_refused():
-    with pytest.raises(ConfigError, match="two are called 'val'; give each a `name` of its own"):
+    with pytest.raises(ConfigError, match="two sets are named 'val'; give each a unique `name`"):
         EvaluationConfig(sets=(EvaluationSet(dataset="val"), EvaluationSet(dataset="val", limit=5)))
     EvaluationConfig(sets=(EvaluationSet(dataset="val"), EvaluationSet(dataset="val", name="start", limit=5)))
-    with pytest.raises(ConfigError, match="as it names a folder"):
+    with pytest.raises(ConfigError, match="it is a folder name"):
         EvaluationSet(dataset="val", name="../val")

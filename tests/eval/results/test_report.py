@@ -67,7 +67,7 @@ def test_states_of_other_tasks_and_foreign_bytes_are_refused():
     with pytest.raises(EvaluationError, match="cannot merge evaluations of"):
         states_of([1]).merge(states_of([2], tasks=("semantic",)))
     for payload in (b"", b"PK\x03\x04", b"something else"):
-        with pytest.raises(EvaluationError, match="not stored evaluation states"):
+        with pytest.raises(EvaluationError, match="cannot read evaluation states"):
             EvaluationStates.from_bytes(payload)
 
 

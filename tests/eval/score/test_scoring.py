@@ -191,11 +191,11 @@ def test_faults_of_panoptic_files_are_named(tmp_path):
 
     check(r"no prediction for 1 of 2 images: city_1", in_predictions(lambda a: a.pop(0)))
     check(r"an annotation has no `image_id`", in_predictions(lambda a: a.append({})))
-    check(r"image city_0: segment \d+ has the category 8", in_segments(lambda s: s[0].update(category_id=8)))
-    check(r"image city_0 .*0.png\): .*ids that no segment lists", in_segments(lambda s: s.pop()))
-    check(r"image city_0 .*without a pixel: \[77\]", in_segments(lambda s: s.append({"id": 77, "category_id": 3})))
+    check(r"image city_0: segment \d+ has category 8", in_segments(lambda s: s[0].update(category_id=8)))
+    check(r"image city_0 .*0.png\): .*ids that are missing in the segment list", in_segments(lambda s: s.pop()))
+    check(r"image city_0 .*no pixels in the map: \[77\]", in_segments(lambda s: s.append({"id": 77, "category_id": 3})))
     check(r"0.png does not exist", in_maps(lambda path: path.unlink()))
-    check(r"image city_0 .*\(60, 80\), the prediction \(4, 5\)", in_maps(lambda p: write_ids(p, np.zeros((4, 5), int))))
+    check(r"image city_0 .*\(60, 80\), but .* has \(4, 5\)", in_maps(lambda p: write_ids(p, np.zeros((4, 5), int))))
     check(r"0.png: it is a gray png, but", in_maps(lambda p: write_labels(p, np.zeros((4, 5), np.uint8))))
     check(r"truth.json is not valid JSON", lambda files: files.truth.write_text("{"))
     check(r"truth.json has no list `categories`", lambda f: edit(f.truth, lambda content: content.pop("categories")))
@@ -317,12 +317,12 @@ def test_faults_of_instance_files_are_named(tmp_path):
         with pytest.raises(UserError, match=message):
             run(instance_scoring(truth, found, boundary=False, class_agnostic=False))
 
-    check(r"result 3 is of image 99, which .* does not list", lambda r: r[3].update(image_id=99))
-    check(r"result 3 is of image '1', which", lambda r: r[3].update(image_id="1"))
-    check(r"result 3 is a box without `segmentation`", lambda r: r[3].update(bbox=r[3].pop("segmentation")))
-    check(r"result 0 has the category 7, which .*truth.json does not list", lambda r: r[0].update(category_id=7))
-    check(r"image \d+: result 0 has the category \[2\], which", lambda r: r[0].update(category_id=[2]))
-    check(r"has the score nan", lambda r: r[0].update(score=float("nan")))
+    check(r"result 3 is for image 99, which .* does not list", lambda r: r[3].update(image_id=99))
+    check(r"result 3 is for image '1', which", lambda r: r[3].update(image_id="1"))
+    check(r"result 3 has a box but no `segmentation`", lambda r: r[3].update(bbox=r[3].pop("segmentation")))
+    check(r"result 0 has category 7, which .*truth.json does not list", lambda r: r[0].update(category_id=7))
+    check(r"image \d+: result 0 has category \[2\], which", lambda r: r[0].update(category_id=[2]))
+    check(r"has score nan", lambda r: r[0].update(score=float("nan")))
     check(r"has no `score`", lambda r: r[0].pop("score"))
     check(r"has no `segmentation`", lambda r: r[0].pop("segmentation"))
     check(r"its RLE is 9 x 8, the image 120 x 100", lambda r: r[0].update(segmentation={"size": [8, 9], "counts": "0"}))
@@ -412,16 +412,16 @@ def test_faults_of_label_maps_are_named(tmp_path):
         with pytest.raises(EvaluationError, match=message):
             run(semantic_scoring(truth, found, num_classes=num_classes, ignore=255))
 
-    check("found is no folder")
+    check("found is not a folder")
     found.mkdir()
-    check("lacks 1 of 1 maps: x.png")
+    check("does not contain 1 of 1 maps: x.png")
     write_labels(found / "x.png", np.full((4, 4), 9, np.uint8))
     check("x.png: the prediction has labels from 9 to 9")
     write_labels(found / "x.png", np.zeros((4, 5), np.uint8))
-    check(r"x.png: the truth has the shape \(4, 4\)")
+    check(r"x.png: the truth has shape \(4, 4\)")
     (found / "x.png").write_bytes(b"no image")
     check("x.png: it is neither a JPEG nor a PNG")
-    check("0 classes", num_classes=0)
+    check("number of classes is 0", num_classes=0)
 
 
 def street_files(folder):
@@ -460,10 +460,10 @@ def test_faults_of_cityscapes_files_are_named(tmp_path):
 
     check(r"leftImg8bit.txt, line 2: 'person' is not `MASK LABEL_ID SCORE`", "masks/cars.png 26 0.5\nperson\n")
     check(r"line 1: the mask \.\./a.png is outside", "../a.png 24 0.9\n")
-    check(r"line 1: .*no label id", "masks/cars.png 99 0.9\n")
+    check(r"line 1: .*needs a label id", "masks/cars.png 99 0.9\n")
     check(r"nothing.png does not exist", "masks/nothing.png 24 0.9\n")
     write_labels(found / "masks" / "small.png", np.ones((2, 2), np.uint8))
-    check(r"leftImg8bit.txt: a mask has the shape \(2, 2\)", "masks/small.png 24 0.9\n")
+    check(r"leftImg8bit.txt: a mask has shape \(2, 2\)", "masks/small.png 24 0.9\n")
     text.with_name("aachen_000001_000019_again.txt").write_text("")
     check(r"aachen_000001_000019 has several results", "")
     with pytest.raises(EvaluationError, match=r"no result for 1 of 1 images: aachen_000001_000019"):
