@@ -78,7 +78,7 @@ class MultiStepSchedule(Section):
         super().__post_init__()
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ConfigError(
-                f"training.schedule.milestones is {list(self.milestones)}; each must be above the one before it"
+                f"training.schedule.milestones is {list(self.milestones)}; each must be larger than the previous one"
             )
 
 
@@ -233,15 +233,15 @@ class TrainingConfig(Section):
     def settled_precision(self) -> Precision:
         """The precision, once resolved. Raises ValueError for `auto`, which no part of a rank may resolve by itself."""
         if self.precision == "auto":
-            raise ValueError("training.precision is auto; decide on it before a model, an engine or a plan is made")
+            raise ValueError("training.precision is auto; resolve it before building a model, engine or memory plan")
         return self.precision
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.max_steps) == bool(self.max_epochs):
-            both = f"both training.max_steps ({self.max_steps}) and training.max_epochs ({self.max_epochs:g}) are given"
-            problem = both if self.max_steps else "neither training.max_steps nor training.max_epochs is given"
-            raise ConfigError(f"{problem}; give one of them, and leave the other one out or at 0")
+            both = f"both training.max_steps ({self.max_steps}) and training.max_epochs ({self.max_epochs:g}) are set"
+            problem = both if self.max_steps else "neither training.max_steps nor training.max_epochs is set"
+            raise ConfigError(f"{problem}; set one of them, and leave the other one unset or at 0")
         if self.precision in ("bf16", "fp16") and self.zero.stage == 0:
             raise ConfigError(
                 f"training.precision {self.precision} needs training.zero.stage 1, 2 or 3, which keep fp32 copies of "
@@ -249,11 +249,11 @@ class TrainingConfig(Section):
             )
         if self.pixel_decoder_fp32 and self.precision in ("bf16", "fp16"):
             raise ConfigError(
-                f"training.pixel_decoder_fp32 needs weights in fp32, and training.precision {self.precision} has them "
+                f"training.pixel_decoder_fp32 needs fp32 weights, but training.precision {self.precision} keeps them "
                 f"in 16 bits; set the precision to {self.precision}_autocast"
             )
         if self.compile and self.zero.stage == 3:
             raise ConfigError(
                 "training.compile needs training.zero.stage 0, 1 or 2; it is 3, which gathers weights in hooks that a "
-                "graph does not run. Lower the stage, or set training.compile to false"
+                "compiled graph does not run. Lower the stage, or set training.compile to false"
             )

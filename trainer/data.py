@@ -74,7 +74,7 @@ class ShardedData:
 def open_shards(job: TrainJob, storage: Storage) -> ShardedData:
     """Load the manifests and build the order. Raises DataError, StorageError, or TrainingError for an invalid job."""
     if len(job.shards) != len(job.data.train):
-        raise TrainingError(f"{len(job.shards)} shard folders for {len(job.data.train)} data sets in data.train")
+        raise TrainingError(f"{len(job.shards)} shard folders, but data.train has {len(job.data.train)} data sets")
     manifests = tuple(Manifest.load(url, storage) for url in job.shards)
     return ShardedData(manifests, build_order(manifests, job.seed, job.data))
 
@@ -100,7 +100,7 @@ def open_batches(
     global_batch, position = job.training.global_batch, state.position
     if position % global_batch:
         raise TrainingError(
-            f"the run has consumed {position} images, which training.global_batch ({global_batch}) does not divide; "
+            f"the run has consumed {position} images, not a multiple of training.global_batch ({global_batch}); "
             "keep the global batch of the checkpoint"
         )
     spec = LoaderSpec(

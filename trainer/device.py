@@ -29,8 +29,9 @@ def take_device() -> torch.device:
     index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if index >= count:
         raise TrainingError(
-            f"rank {os.environ.get('RANK', '0')} is to use GPU {index} of this machine (LOCAL_RANK), but torch sees "
-            f"{count}; start fewer ranks (cluster.num_workers), or name more GPUs in CUDA_VISIBLE_DEVICES"
+            f"rank {os.environ.get('RANK', '0')} needs the GPU with index {index} (LOCAL_RANK), but torch sees only "
+            f"{count} on this machine; start fewer ranks (cluster.num_workers), or list more GPUs in "
+            "CUDA_VISIBLE_DEVICES"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -50,8 +51,8 @@ def shared_device(names: Sequence[str]) -> str | None:
     for rank, name in enumerate(names):
         if name and (first := names.index(name)) != rank:
             return (
-                f"ranks {first} and {rank} have the same GPU ({name}), and NCCL connects no two ranks on one; lower "
-                "cluster.num_workers, or raise cluster.num_gpus_per_worker above 0.5: below 1 it leaves room for an "
-                "evaluation actor, not for another rank"
+                f"ranks {first} and {rank} share one GPU ({name}), which NCCL does not support; lower "
+                "cluster.num_workers, or raise cluster.num_gpus_per_worker above 0.5: a value below 1 leaves room for "
+                "an evaluation actor, not for another rank"
             )
     return None

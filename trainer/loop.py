@@ -202,7 +202,7 @@ class _Loop:
         if state.losses.high == config.steps:
             usual, deviation = before.usual()
             positions = PositionRange(state.losses.start, state.position)
-            message = f"the loss is {loss:.4g} where {usual:.4g} +- {deviation:.2g} is usual ({positions})"
+            message = f"the loss is {loss:.4g}, but is usually {usual:.4g} +- {deviation:.2g} ({positions})"
             self._notify("spike", state.step, message)
             if config.action == "roll_back":
                 raise LossSpikeError(f"after step {state.step} {message}", positions.start, positions.stop)
@@ -215,7 +215,7 @@ class _Loop:
 
     def _report_substitutions(self, state: TrainState, batches: StepBatches) -> None:
         for found in self._bad_samples.note(batches.substitutions):  # a collective
-            message = f"{found.cause}; {found.substitute!r} takes its place at position {found.position}"
+            message = f"{found.cause}; replaced by {found.substitute!r} at position {found.position}"
             self._notify("substituted", state.step, message)
 
     def _report_skip(self, state: TrainState, step: QueuedStep) -> None:
@@ -230,7 +230,7 @@ class _Loop:
             raise TrainingError(
                 f"{state.skipped} updates in a row were skipped after step {state.step}, more than "
                 f"training.max_skipped_steps ({self._training.max_skipped_steps}); the last: {message}. "
-                "Lower training.optimizer.lr, or look at these images"
+                "Lower training.optimizer.lr, or check these images"
             )
 
     def _end(self, kind: NoticeKind, state: TrainState) -> TrainState:
@@ -239,7 +239,7 @@ class _Loop:
         assert commit is not None
         self._announce(commit)
         if kind == "drained" and self._run.ranks.is_first:
-            ending = Ending("drained", "a machine of the run is about to go away")
+            ending = Ending("drained", "a machine of the run is about to shut down")
             write_ending(self._run.storage, self._run.job.run_folder, self._run.job.attempt, ending)
         self._notify(kind, state.step, f"checkpoint {commit.url}")
         return state

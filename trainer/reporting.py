@@ -153,4 +153,4 @@ def _memory(system: SystemUse) -> str:
     """Return the peak of allocated GPU memory, and the part of it per image of a micro-batch."""
     if system.gpu_memory_gb is None:
         return ""
-    return f"  GPU {system.gpu_memory_gb:.1f} GB, {system.gpu_image_gb or 0.0:.2f} GB an image"
+    return f"  GPU {system.gpu_memory_gb:.1f} GB, {system.gpu_image_gb or 0.0:.2f} GB per image"

@@ -77,7 +77,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
         stack.enter_context(closing(saver))
         saver.check_room(engine)
         if state.order_start and state.order_start == state.position and ranks.is_first:
-            message = f"changed: a new order begins at image {state.position} of the run"
+            message = f"changed: a new order starts at image {state.position} of the run"
             reporter.report(Notice("data", state.step, message))
         on_gpu = device.type == "cuda"
         batches = open_batches(job, data, storage, state, ranks.rank, ranks.neighbors(), pin=on_gpu)

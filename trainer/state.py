@@ -58,9 +58,9 @@ class TrainState:
         if accept_changes:
             return replace(self, order_fingerprint=fingerprint, order_start=self.position)
         raise CheckpointError(
-            f"checkpoint {url} belongs to another order of the data: the data sets, their weights, filters, the seed "
-            "or data.chunk_mb, data.lanes or data.window have changed; set them back, let the run go on with a new "
-            "order (data.accept_changes=true), or start a new run from its weights"
+            f"checkpoint {url} was trained with another data order: the data sets, their weights or filters, the seed, "
+            "data.chunk_mb, data.lanes or data.window changed; revert the change, continue with a new order "
+            "(data.accept_changes=true), or start a new run from its weights"
         )
 
     def to_json(self) -> bytes:
@@ -75,4 +75,6 @@ class TrainState:
             losses = content.pop("losses", {"recent": ()})  # states of version 0.1.0 have none
             return TrainState(**content, losses=LossHistory(**losses | {"recent": tuple(losses["recent"])}))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{source} is not the state of a run ({error}); resume from an older one") from error
+            raise CheckpointError(
+                f"{source} is not a valid training state ({error}); resume from an older checkpoint"
+            ) from error

@@ -23,7 +23,7 @@ from tests.trainer.tiny_job import Recorder
         (["GPU-a of x", "GPU-b of x"], None),
         (["GPU-a of x", "GPU-a of y"], None),
         (["", ""], None),
-        (["GPU-a of x", "GPU-b of x", "GPU-a of x"], r"ranks 0 and 2 have the same GPU \(GPU-a of x\).*num_workers"),
+        (["GPU-a of x", "GPU-b of x", "GPU-a of x"], r"ranks 0 and 2 share one GPU \(GPU-a of x\).*num_workers"),
     ],
 )
 def test_no_two_ranks_have_one_gpu(names, problem):
@@ -51,7 +51,7 @@ def test_a_rank_takes_the_gpu_of_its_index(monkeypatch):
     assert take_device() == torch.device("cuda", 0)
     assert taken == [0]
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(TrainingError, match=r"is to use GPU 1 of this machine .* but torch sees 1; start fewer ranks"):
+    with pytest.raises(TrainingError, match=r"needs the GPU with index 1 .* torch sees only 1 .*; start fewer ranks"):
         take_device()
 
 

@@ -30,7 +30,7 @@ def test_every_event_but_that_of_a_rank_is_one_readable_line():
     assert out.getvalue().splitlines() == [
         "step   20/1000  loss 31.2500 (class 11.0000, mask 10.2500, dice 10.0000)  grad 123  lr 0.0001"
         "  12.3 images/s  data wait 3 %  read 4.2 MB and 1.0 MB cached with 2 retries"
-        "  GPU 34.2 GB, 1.88 GB an image  left 1:01:01",
+        "  GPU 34.2 GB, 1.88 GB per image  left 1:01:01",
         "step 20: checkpoint runs/a/checkpoints/step_00000020",
         "step 21: skipped: the loss of img_7 is not finite",
     ]

@@ -186,7 +186,7 @@ def test_bad_samples_are_replaced_and_reported(whole_runs):
     assert run["state"]["position"] == 32
     events = [message for kind, _, message in run["events"] if kind == "substituted"]
     assert events
-    assert all("is damaged" in message and "takes its place at position" in message for message in events)
+    assert all("is damaged" in message and "; replaced by " in message for message in events)
 
 
 def test_changed_data_need_leave_and_begin_anew(whole_runs):
@@ -196,7 +196,7 @@ def test_changed_data_need_leave_and_begin_anew(whole_runs):
     state = run["accepted"]["state"]
     assert (state["step"], state["position"], state["order_start"]) == (6, 24, 12)
     assert state["order_fingerprint"] != run["before"]["state"]["order_fingerprint"]
-    assert ["data", 3, "changed: a new order begins at image 12 of the run"] in run["accepted"]["events"]
+    assert ["data", 3, "changed: a new order starts at image 12 of the run"] in run["accepted"]["events"]
 
 
 def test_traffic_is_reported(whole_runs):
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole_runs):
     for rank in (0, 1):
         error = whole_runs.seen("misfits", rank)["seed"]["error"]
         assert "CheckpointError" in error
-        assert "another order of the data" in error
+        assert "another data order" in error
 
 
 def test_another_zero_stage_keeps_weights_and_average_and_says_what_it_drops(whole_runs):
@@ -216,7 +216,7 @@ def test_another_zero_stage_keeps_weights_and_average_and_says_what_it_drops(who
     assert runs["to 3"]["losses"] == {step: whole[step] for step in "123"}
     assert runs["to 5"]["losses"]["4"] == pytest.approx(whole["4"], rel=1e-5)  # from the same weights
     for to, before in (("to 5", 1), ("to 6", 3)):
-        message = f"training.zero.stage was {before}: weights, but optimizer state from zero"
+        message = f"training.zero.stage was {before}: weights are kept, optimizer state is reset"
         assert message in [text for kind, _, text in runs[to]["events"] if kind == "weights"]
     assert runs["to 6"]["state"]["zero_stage"] == 0
     saved = (whole_runs.folder / f"crossed1/checkpoints/step_{step:08d}/ema.safetensors" for step in (5, 6))

@@ -33,7 +33,7 @@ def test_what_is_no_state_is_refused(content):
 
 def test_a_checkpoint_of_another_order_is_refused():
     assert replace(STATE, step=4).in_order("abc", "run/checkpoints/step_00000001", False).step == 4
-    with pytest.raises(CheckpointError, match="another order of the data"):
+    with pytest.raises(CheckpointError, match="another data order"):
         STATE.in_order("xyz", "run/checkpoints/step_00000001", False)
 
 

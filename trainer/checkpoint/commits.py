@@ -156,7 +156,7 @@ def read_metrics(
                 points = points_by_step(storage.get(url))
             except ValueError as error:
                 LOGGER.warning(
-                    f"{url} cannot be read ({error}); points of its steps that MLflow does not have yet are lost"
+                    f"{url} cannot be read ({error}); metrics of its steps that MLflow does not have yet are lost"
                 )
                 points = {}
             yield url, points

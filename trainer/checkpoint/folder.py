@@ -112,7 +112,7 @@ def read_receipt(storage: Storage, url: str, rank: int) -> Receipt | None:
         return Receipt(content["attempt"], _entries(content["files"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{address} cannot be read ({error}); start again, the checkpoint is saved anew"
+            f"{address} cannot be read ({error}); restart the run to save the checkpoint again"
         ) from error
 
 
@@ -129,11 +129,11 @@ def read_manifest(storage: Storage, url: str) -> CheckpointManifest:
         version = int(content["version"])
         if version > _VERSION:
             raise NewerFormatError(
-                f"{address} has format {version}, and this version of m2f reads up to {_VERSION}; use the m2f that "
-                f"wrote it, or train under another name. To go on from an older checkpoint, delete {url}"
+                f"{address} has format {version}, but this version of m2f only supports formats up to {_VERSION}; use "
+                f"the m2f that wrote it, or train under another name. To resume from an older checkpoint, delete {url}"
             )
         if version != _VERSION:
-            raise ValueError(f"there is no format {version}")
+            raise ValueError(f"unknown format {version}")
         return CheckpointManifest(
             content["step"], content["world_size"], content["zero_stage"], files=_entries(content["files"])
         )
@@ -332,7 +332,7 @@ def orphan_folders(storage: Storage, run_folder: str, in_use: int) -> tuple[tupl
 
 def _why_orphan(paths: set[str]) -> str:
     if MANIFEST in paths:
-        return "committed after another process had taken the run over"
+        return "committed after another process took over the run"
     return "set aside as damaged" if DAMAGED in paths else "never committed"
 
 

@@ -22,8 +22,8 @@ IDENTITY = "identity.json"
 METADATA_KEY = "m2f.identity"
 """Key of the same text in the metadata of weights and exported models."""
 START_ANEW = (
-    "set it back, or train under another name from its weights (model.weights), which keeps the rows of the classes "
-    "that both have"
+    "revert the change, or train under another name from its weights (model.weights), which keeps the class-head rows "
+    "of shared classes"
 )
 _VERSION = 1
 
@@ -96,7 +96,7 @@ class ModelIdentity:
         try:
             content = parse_json(text)
             if content["version"] != _VERSION:
-                raise CheckpointError(f"{source} was written by a newer version of this program; update it")
+                raise CheckpointError(f"{source} was written by a newer version of m2f; upgrade m2f")
             return cls(
                 label_spaces=tuple(LabelSpace.from_json(space, source) for space in content["label_spaces"]),
                 input=_input_rules(content["input"]),
@@ -108,7 +108,7 @@ class ModelIdentity:
                 ),
             )
         except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
-            raise CheckpointError(f"{source} does not say what the weights mean ({error}); restore it") from error
+            raise CheckpointError(f"{source} is not a valid model identity ({error}); restore it") from error
 
 
 def store_identity(folder: Path, identity: ModelIdentity | None) -> dict[str, str]:
@@ -151,14 +151,14 @@ def require_same_classes(task: str, classes: tuple[Category, ...] | None, now: M
     space = now.label_spaces[0]
     if task != space.task:
         raise CheckpointError(
-            f"checkpoint {url} is of a model for the task {task}, and data.task is {space.task}; {START_ANEW}"
+            f"checkpoint {url} is of a model for the task {task}, but data.task is {space.task}; {START_ANEW}"
         )
     if classes is None or [(c.name, c.is_thing) for c in classes] == [(c.name, c.is_thing) for c in space.classes]:
         return  # ids and colours do not affect the weights
     rows = zip_longest(classes, space.classes)
     differing = tuple((a, b) for a, b in rows if a is None or b is None or (a.name, a.is_thing) != (b.name, b.is_thing))
     raise CheckpointError(
-        f"checkpoint {url} has other classes than the training data, label by label; {START_ANEW}:\n  "
+        f"checkpoint {url} and the training data have different classes; {START_ANEW}. Differences by label:\n  "
         + ClassMatch("conflict", (), differing).describe_rows("checkpoint", "data")
     )
 

@@ -153,7 +153,7 @@ def _await_end(storage: Storage, run_folder: str, number: int, say: Callable[[st
                 return
             beat = _read_beat(storage, f"{address}.beat")
         except StorageError as error:
-            say(f"{run_folder}: waiting for the store, to see whether {holder} still trains here ({error})")
+            say(f"{run_folder}: waiting for the storage to check whether {holder} is still training here ({error})")
             unchanged, seen = 0.0, None
             time.sleep(timing.poll_s)
             continue
@@ -171,7 +171,7 @@ def _await_end(storage: Storage, run_folder: str, number: int, say: Callable[[st
         if unchanged >= timing.unchanged_s:
             return
         if not told and unchanged > 2 * timing.renew_s:
-            say(f"{run_folder}: {holder} holds lease {number}; waiting {timing.unchanged_s:.0f} s for a sign of life")
+            say(f"{run_folder}: waiting {timing.unchanged_s:.0f} s for {holder} to renew lease {number}")
             told = True
         time.sleep(timing.poll_s)
 

@@ -102,7 +102,7 @@ def read_record(storage: Storage, run_folder: str, number: int) -> LeaseRecord:
         return LeaseRecord(content["number"], content["nonce"], holder, tuple(content["found"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{url} cannot be read ({error}); if no process trains in this run folder, delete its folder lease/"
+            f"{url} cannot be read ({error}); if no process is training in this run folder, delete its lease/ folder"
         ) from error
 
 
@@ -111,8 +111,8 @@ def check_lease(storage: Storage, run_folder: str, number: int) -> None:
     if number and storage.exists(record_url(run_folder, number + 1)):
         holder = read_record(storage, run_folder, number + 1).holder
         raise LeaseLostError(
-            f"{run_folder}: {holder} took this run over with lease {number + 1}, because the holder of lease {number} "
-            "gave no sign of life; this process ends and leaves the folder alone"
+            f"{run_folder}: {holder} took over this run with lease {number + 1}, because the holder of lease {number} "
+            "did not renew it; this process exits without further changes to the folder"
         )
 
 

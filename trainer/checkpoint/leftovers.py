@@ -76,5 +76,5 @@ def end_outdated_writes(storage: Storage, run_folder: str) -> int:
                 storage.delete_unfinished(write)
                 ended += 1
     except StorageError as error:
-        LOGGER.warning(f"uploads that were never completed stay in the store: {error}")
+        LOGGER.warning(f"incomplete uploads remain in the storage: {error}")
     return ended

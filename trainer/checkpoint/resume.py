@@ -102,16 +102,16 @@ def open_restart(
             if isinstance(found, Restart):
                 _set_aside(candidates[: len(problems)], storage, ranks, lease)
                 if found.weights_only and ranks.is_first:
-                    message = f"training.zero.stage was {found.saved_stage}: weights, but optimizer state from zero"
+                    message = f"training.zero.stage was {found.saved_stage}: weights are kept, optimizer state is reset"
                     reporter.report(Notice("weights", checkpoint.step, message))
                 yield found
                 return
         problems.append(found)
         if ranks.is_first:
-            reporter.report(Notice("damaged", checkpoint.step, f"{found}; trying the one before"))
+            reporter.report(Notice("damaged", checkpoint.step, f"{found}; trying the previous checkpoint"))
     if problems:
         raise CheckpointError(
-            f"none of the {len(problems)} checkpoints can be used: {'; '.join(problems)}; repair one, or start again "
+            f"none of the {len(problems)} checkpoints can be used: {'; '.join(problems)}; repair one, or start over "
             "under another run name"
         )
     yield None
@@ -169,7 +169,8 @@ def _named(url: str) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(
-            f"checkpoint {url} is refused: {error}; find out who wrote it, and delete it to go on from the one before"
+            f"checkpoint {url} is rejected: {error}; find out who wrote it, and delete it to resume from the "
+            "previous one"
         ) from error
 
 
@@ -184,7 +185,7 @@ def _inspect(
     except CheckpointError as error:
         return str(error)
     inside = next(filter(state.inside, skipped), None)
-    return f"checkpoint {url} was taken in a loss spike ({inside})" if inside else (manifest, state)
+    return f"checkpoint {url} was saved during a loss spike ({inside})" if inside else (manifest, state)
 
 
 def _folder_of_machine(ranks: Ranks, folder: Path) -> Path:

@@ -44,7 +44,7 @@ def find_compiler(device: str) -> str | None:
 def compiler_names(device: str) -> str:
     """Describe in words the compilers that `find_compiler` looks for."""
     language, variable = ("C++", "CXX") if device == "cpu" else ("C", "CC")
-    return f"a {language} compiler ({' or '.join(_compilers(device))}; {variable} names another)"
+    return f"a {language} compiler ({' or '.join(_compilers(device))}; set {variable} to use another)"
 
 
 def _compilers(device: str) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def build_param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[s
             decays = config.decay_everything or _decays(module, name)
             merged.setdefault((_in_backbone(module_name), depth, decays), []).append(parameter)
     if not merged:
-        raise TrainingError("the model has no trainable parameter; check the backbone's and the model's settings")
+        raise TrainingError("the model has no trainable parameters; check model.freeze and model.backbone")
     return [
         {
             "name": f"{f'backbone_{depth}' if depth else 'backbone' if in_backbone else 'head'}"
@@ -76,7 +76,7 @@ def _depths(model: nn.Module, config: OptimizerConfig) -> dict[nn.Parameter, int
             blocks.append(block[1])
         index[parameter] = len(blocks)
     if named and not blocks:
-        raise TrainingError("training.optimizer.layer_decay needs a backbone that is made of blocks; set it to 1")
+        raise TrainingError("training.optimizer.layer_decay needs a backbone with blocks; set it to 1")
     full = len(blocks) if config.layer_decay_from == "top" else len(blocks) + 1
     lowest = 1 if config.layer_decay_from == "top" else 0
     spared = len(blocks) - config.layer_decay_spared

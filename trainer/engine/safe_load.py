@@ -67,8 +67,8 @@ def _reason(error: Exception) -> str:
     """Describe the error in our own words, because torch's message advises loading the file unsafely."""
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:
-        return f"asks for {asked[1]}, which no checkpoint of this program does; nothing of it was executed"
-    return f"is not what DeepSpeed writes ({type(error).__name__}: {str(error).partition('. ')[0]:.200})"
+        return f"references {asked[1]}, which is not allowed in a checkpoint; nothing in it was executed"
+    return f"is not a valid checkpoint file ({type(error).__name__}: {str(error).partition('. ')[0]:.200})"
 
 
 def _check_names(content: Any, file: str) -> None:
@@ -76,7 +76,7 @@ def _check_names(content: Any, file: str) -> None:
     if isinstance(content, Mapping):
         for name, value in content.items():
             if isinstance(name, str) and ("/" in name or key_problem(name)):
-                raise CheckpointError(f"{file} has the name {name!a:.100}, which could lead out of its folder")
+                raise CheckpointError(f"{file} contains the name {name!a:.100}, which could point outside its folder")
             _check_names(value, file)
     elif isinstance(content, list | tuple):
         for value in content:

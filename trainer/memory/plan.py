@@ -74,7 +74,7 @@ def format_memory(plan: MemoryPlan, world: int, stage: int, gpu_gb: float) -> st
         [
             f"GPU memory    {plan.peak(plan.micro_batch) / 1e9:,.2f} GB with {counted(plan.micro_batch, 'image')} of "
             f"{height} x {width} at once: {plan.states / 1e9:,.2f} GB of weights, gradients and optimizer state "
-            f"(ZeRO {stage} on {counted(world, 'rank')}), {plan.fixed / 1e9:,.2f} GB and "
+            f"(ZeRO {stage} on {counted(world, 'rank')}), {plan.fixed / 1e9:,.2f} GB fixed and "
             f"{plan.per_image / 1e9:,.2f} GB per image",
             f"              {fits} into a GPU of {gpu_gb:g} GB (training.micro_batch)",
         ]

@@ -58,7 +58,8 @@ def probe_memory(
         return job
     if ranks.is_first:
         message = (
-            f"{wanted} images at once (training.micro_batch) do not fit; going on with {found} and more micro-batches"
+            f"{wanted} images at once (training.micro_batch) do not fit into GPU memory; continuing with {found} and "
+            "more micro-batches"
         )
         reporter.report(Notice("memory", 0, message))
     return job.with_micro_batch(found)

@@ -69,7 +69,7 @@ def read_adjustments(storage: Storage, run_folder: str) -> Adjustments:
         return Adjustments(None if micro_batch is None else _count(micro_batch, 1), skipped, reasons)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{url} cannot be read ({error}); repair it, or delete it to start without its changes"
+            f"{url} cannot be read ({error}); repair it, or delete it to start without its adjustments"
         ) from error
 
 
@@ -82,5 +82,5 @@ def adjust(storage: Storage, run_folder: str, change: Change, reason: str) -> Ad
 
 def _count(value: object, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{value!r} where a whole number of at least {least} belongs")
+        raise ValueError(f"found {value!r}, expected an integer of at least {least}")
     return value

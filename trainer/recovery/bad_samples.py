@@ -31,7 +31,7 @@ class BadSamples:
         self._causes |= {substitution.key: substitution.cause for substitution in found}
         if len(self._causes) > self._limit:
             raise DataError(
-                f"{len(self._causes)} samples stay bad, more than data.max_bad_samples ({self._limit}): "
+                f"{len(self._causes)} samples are bad, more than data.max_bad_samples ({self._limit}): "
                 f"{'; '.join(self._causes.values())}"
             )
         return found

@@ -37,11 +37,11 @@ def read_ending(storage: Storage, run_folder: str, attempt: str) -> Ending | Non
         content = parse_json(storage.get(url))
         if content["kind"] in get_args(Kind):
             return Ending(content["kind"], str(content["message"]))
-        LOGGER.warning(f"{url}: an attempt cannot end as {content['kind']!r}; the exit of its processes is judged")
+        LOGGER.warning(f"{url} has unknown kind {content['kind']!r}; using the exit codes of the processes instead")
     except MissingObjectError:
         return None
     except (ValueError, TypeError, KeyError) as error:
-        LOGGER.warning(f"{url} cannot be read ({error}); the exit of the processes is judged")
+        LOGGER.warning(f"{url} cannot be read ({error}); using the exit codes of the processes instead")
     return None
 
 

@@ -114,10 +114,10 @@ class SlowRank:
     """Time of the median rank."""
 
     def __str__(self) -> str:
-        what = "waits for data" if self.work == "data" else "computes its forward passes"
+        what = "waiting for data" if self.work == "data" else "on forward passes"
         return (
-            f"rank {self.rank} on {self.host} {what} for {self.seconds:.2f} s per step, "
-            f"the median rank for {self.usual:.2f} s"
+            f"rank {self.rank} on {self.host} spends {self.seconds:.2f} s per step {what}, "
+            f"the median rank {self.usual:.2f} s"
         )
 
 

@@ -58,7 +58,7 @@ class Trace:
                 self._path.replace(_older(self._path))
         except OSError as error:
             self._broken = True
-            LOGGER.warning(f"no trace from here on: {self._path} cannot be written ({error})")
+            LOGGER.warning(f"tracing stopped: {self._path} cannot be written ({error})")
 
     def close(self) -> None:
         """Close the file. With a remote run folder, upload it."""
@@ -90,7 +90,7 @@ class Trace:
                 if path.exists():
                     self._storage.put_file(join(self._url.rpartition("/")[0], path.name), path)
             except (StorageError, OSError) as error:  # a failed trace must not fail the run
-                LOGGER.warning(f"the trace {path.name} is not uploaded: {error}")
+                LOGGER.warning(f"trace {path.name} cannot be uploaded: {error}")
 
 
 def _older(path: Path) -> Path:

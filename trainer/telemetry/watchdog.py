@@ -211,13 +211,13 @@ def describe_stall(found: Sequence[RankStacks], world_size: int) -> str:
     last = [stacks for stacks in found if stacks.count == min(s.count for s in found)]
     slow = [stacks for stacks in last if not stacks.in_collective] or last
     if silent:
-        causes = [f"{_ranks(silent)} gave no sign of life"]
+        causes = [f"{_ranks(silent)} did not respond"]
         waiting = [stacks.rank for stacks in found]
     else:
         causes = [f"rank {s.rank} on {s.host} has been in `{s.phase}` for {s.seconds:.0f} s at {s.place}" for s in slow]
         waiting = sorted({stacks.rank for stacks in found} - {stacks.rank for stacks in slow})
-    rest = f"; {_ranks(waiting)} waited for it" if waiting else ""
-    return f"the run stands still: {', '.join(causes)}{rest}"
+    rest = f"; {_ranks(waiting)} waited" if waiting else ""
+    return f"training stalled: {', '.join(causes)}{rest}"
 
 
 def join_stacks(message: str, found: Sequence[RankStacks]) -> str:

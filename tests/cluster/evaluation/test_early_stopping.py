@@ -76,8 +76,8 @@ def test_a_metric_that_no_evaluation_has_is_said_with_those_that_it_has():
 @pytest.mark.parametrize(
     ("training", "message"),
     [
-        ("{}", "neither training.max_steps nor training.max_epochs is given"),
-        ("{max_steps: 3, max_epochs: 2}", r"both training.max_steps \(3\) and training.max_epochs \(2\) are given"),
+        ("{}", "neither training.max_steps nor training.max_epochs is set"),
+        ("{max_steps: 3, max_epochs: 2}", r"both training.max_steps \(3\) and training.max_epochs \(2\) are set"),
         ("{max_steps: 3, early_stopping: {metric: PQ}}", r"'PQ', but evaluation.sets has no such set; .* val/"),
         ("{max_steps: 3, early_stopping: {patience: 0, metric: val/PQ}}", "patience is 0; it must be at least 1"),
         ("{max_steps: 3, early_stopping: {metrc: val/PQ}}", "did you mean `metric`"),

@@ -125,7 +125,7 @@ def test_missing_keys_and_missing_kinds_are_named():
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("training.max_steps=0", "neither training.max_steps nor training.max_epochs is given"),
+        ("training.max_steps=0", "neither training.max_steps nor training.max_epochs is set"),
         ("data.train.0.dataset=other", "data.train: no data set 'other' under `datasets` (known: train, val)"),
         ("data.train=[]", "data.train is empty"),
         ("data.train=train", "`data.train`: expected a list, got the value 'train'"),
@@ -291,7 +291,7 @@ def test_all_numbers_out_of_range_are_listed_at_once():
         ("data.augment={kind: lsj, min_scale: 2, max_scale: 1}", "data.augment.min_scale is 2, above max_scale"),
         ("data.augment={kind: scale, max_size: 100}", "data.augment.max_size is 100, below the smallest"),
         ("data.augment={kind: scale, shortest_edges: []}", "data.augment.shortest_edges is empty"),
-        ("training.schedule={kind: multi_step, milestones: [5, 3]}", "each must be above the one before it"),
+        ("training.schedule={kind: multi_step, milestones: [5, 3]}", "each must be larger than the previous one"),
         ("evaluation.max_size=10", "evaluation.max_size is 10, below evaluation.shortest_edge"),
     ],
 )

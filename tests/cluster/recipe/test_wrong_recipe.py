@@ -23,7 +23,7 @@ PROBLEMS = [
     "training.global_batch is 0; it must be at least 1",
     "training.optimizer.lr is inf; it must be finite, above 0",
     "training.optimizer.betas is [1.5, 0.999]; each must be at least 0 and below 1",
-    "training.schedule.milestones is [8, 4]; each must be above the one before it",
+    "training.schedule.milestones is [8, 4]; each must be larger than the previous one",
     "`model.backbone.name` is 'resnet500', which timm does not have; did you mean resnet50, ",
 ]
 

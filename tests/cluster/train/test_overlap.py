@@ -137,7 +137,7 @@ def overlap(config, calm, start, kind: str, rng: random.Random) -> None:
         first.process.send_signal(signal.SIGCONT)
     first.process.wait(LONGEST_S)
     if kind == "stop":
-        assert "took this run over with lease 2" in first.log.read_text()
+        assert "took over this run with lease 2" in first.log.read_text()
     if "does not take the last points" in second.log.read_text():  # the first was stopped with the database locked
         start(config).process.wait(LONGEST_S)
     check(config, calm)

@@ -114,7 +114,7 @@ def test_a_checkpoint_of_a_newer_format_is_no_damage_and_stops_the_run(storage, 
     newer = json.loads(storage.get(join(url, MANIFEST))) | {"version": 2}
     storage.put(join(url, MANIFEST), json.dumps(newer).encode())
     for look in (lambda: read_manifest(storage, url), lambda: newest_whole(storage, run_folder)):
-        with pytest.raises(NewerFormatError, match=r"step_00000005/manifest\.json has format 2, and .* reads up to 1"):
+        with pytest.raises(NewerFormatError, match=r"step_00000005/manifest\.json has format 2, but .* up to 1"):
             look()
 
 
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_a_newer_format_is_no_damage_and_stops_the_run(storage, 
 def test_a_damaged_receipt_is_a_message(storage, run_folder, content):
     url = checkpoint_url(run_folder, 5)
     storage.put(join(url, "receipts/rank_00000.json"), content.encode())
-    with pytest.raises(CheckpointError, match=r"rank_00000\.json cannot be read .*; start again"):
+    with pytest.raises(CheckpointError, match=r"rank_00000\.json cannot be read .*; restart the run"):
         read_receipt(storage, url, 0)
 
 

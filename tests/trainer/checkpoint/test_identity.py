@@ -61,5 +61,5 @@ def test_ranks_refuse_a_checkpoint_of_other_classes_or_another_task(tmp_path):
     turned = replace(MADE, label_spaces=(LabelSpace("panoptic", CLASSES[::-1]),))
     with pytest.raises(CheckpointError, match=r"checkpoint: id 7 'car' \(thing\); data: id 2 'sky' \(stuff\)"):
         require_own_checkpoint(Storage(), urls, turned)
-    with pytest.raises(CheckpointError, match=r"for the task panoptic, and data\.task is semantic"):
+    with pytest.raises(CheckpointError, match=r"for the task panoptic, but data\.task is semantic"):
         require_own_checkpoint(Storage(), urls, replace(MADE, label_spaces=(LabelSpace("semantic", CLASSES),)))

@@ -165,7 +165,7 @@ def test_an_outage_of_the_store_counts_against_nobody(storage, run_folder, monke
 def test_a_holder_learns_that_it_lost_the_lease(storage, run_folder):
     with hold_lease(storage, run_folder, timing=QUICK) as lease:
         store_lease(storage, run_folder, 2, elsewhere())
-        with pytest.raises(LeaseLostError, match="node-7 took this run over with lease 2"):
+        with pytest.raises(LeaseLostError, match="node-7 took over this run with lease 2"):
             lease.check()
         lease._thread.join(120)  # ends when it has found out
         with pytest.raises(LeaseLostError):
@@ -222,7 +222,7 @@ def test_a_child_works_under_the_lease_of_its_parent(storage, run_folder, monkey
 
 def test_a_record_that_cannot_be_read_is_named(storage, run_folder):
     storage.put(record_url(run_folder, 1), b"{")
-    with pytest.raises(CheckpointError, match=r"lease/000001 cannot be read .*delete its folder lease/"):
+    with pytest.raises(CheckpointError, match=r"lease/000001 cannot be read .*delete its lease/ folder"):
         take(storage, run_folder, print, QUICK)
 
 

@@ -102,7 +102,7 @@ def test_gc_lists_and_then_deletes_what_no_run_needs(run_folder, recipe, capsys)
     assert main(["checkpoint", "gc", recipe, "--dry-run"]) == 0
     listed = capsys.readouterr().out
     for line in (
-        f"folder  {late}: committed after another process had taken the run over",
+        f"folder  {late}: committed after another process took over the run",
         f"folder  {never}: never committed",
         f"folder  {damaged}: set aside as damaged",
         "5 to delete; nothing was changed",

@@ -61,7 +61,7 @@ def test_a_machine_without_a_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(TrainingError, match=r"compile needs a C.* compiler \(.* names another\).*apt-get install"):
+    with pytest.raises(TrainingError, match=r"compile needs a C.* compiler \(.* to use another\).*apt-get install"):
         compile_regions(torch.nn.Module())
 
 

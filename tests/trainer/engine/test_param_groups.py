@@ -101,5 +101,5 @@ def test_blocks_are_found_in_convolutional_backbones(name, options, blocks):
 
 
 def test_a_backbone_without_blocks_cannot_have_layer_decay():
-    with pytest.raises(TrainingError, match="layer_decay needs a backbone that is made of blocks"):
+    with pytest.raises(TrainingError, match="layer_decay needs a backbone with blocks"):
         build_param_groups(Toy(), OptimizerConfig(layer_decay=0.9))

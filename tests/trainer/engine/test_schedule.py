@@ -39,7 +39,7 @@ def test_a_cosine_begins_behind_the_warmup_and_falls_to_zero():
 
 
 def test_milestones_that_do_not_rise_are_refused():
-    with pytest.raises(ConfigError, match=r"milestones is \[20, 10\]; each must be above the one before it"):
+    with pytest.raises(ConfigError, match=r"milestones is \[20, 10\]; each must be larger than the previous one"):
         MultiStepSchedule(milestones=(20, 10))
 
 

@@ -108,7 +108,7 @@ def test_memory_per_image_is_what_a_micro_batch_of_them_took(monkeypatch):
 def test_a_rank_is_slow_where_it_takes_much_longer_than_the_median_alone():
     numbers = [rank_numbers(0), rank_numbers(1, data_s=0.4), rank_numbers(2, forward_s=1.6), rank_numbers(3)]
     assert [str(found) for found in slow_ranks(numbers)] == [
-        "rank 1 on a waits for data for 0.40 s per step, the median rank for 0.10 s",
-        "rank 2 on a computes its forward passes for 1.60 s per step, the median rank for 1.00 s",
+        "rank 1 on a spends 0.40 s per step waiting for data, the median rank 0.10 s",
+        "rank 2 on a spends 1.60 s per step on forward passes, the median rank 1.00 s",
     ]
     assert slow_ranks([rank_numbers(0), rank_numbers(1)]) == []

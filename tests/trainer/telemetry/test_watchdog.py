@@ -17,19 +17,18 @@ SLOW = replace(WAITING, rank=1, host="b", count=6, phase="data", in_collective=F
 
 def test_the_rank_that_got_least_far_is_named():
     assert describe_stall([WAITING, SLOW, replace(WAITING, rank=2)], 3) == (
-        "the run stands still: rank 1 on b has been in `data` for 9 s at loader.py:5 in get: x(); "
-        "ranks 0, 2 waited for it"
+        "training stalled: rank 1 on b has been in `data` for 9 s at loader.py:5 in get: x(); ranks 0, 2 waited"
     )
 
 
 def test_among_ranks_that_got_equally_far_those_that_wait_for_others_are_not_to_blame():
     found = [replace(WAITING, count=6, phase="backward"), replace(SLOW, phase="backward")]
     assert "rank 1 on b has been in `backward`" in describe_stall(found, 2)
-    assert describe_stall(found, 2).endswith("; rank 0 waited for it")
+    assert describe_stall(found, 2).endswith("; rank 0 waited")
 
 
 def test_a_rank_without_a_sign_of_life_comes_first():
-    assert describe_stall([WAITING], 2) == "the run stands still: rank 1 gave no sign of life; rank 0 waited for it"
+    assert describe_stall([WAITING], 2) == "training stalled: rank 1 did not respond; rank 0 waited"
 
 
 @pytest.mark.parametrize("wait", [Ranks.exchange, Ranks.gather, dist.all_reduce.__wrapped__])
@@ -87,7 +86,7 @@ def test_a_rank_that_sleeps_ends_the_attempt_with_the_stacks_of_all(launcher, tr
     assert "rank 1 on " in message
     assert "has been in `data` for" in message
     assert "in fall_asleep: time.sleep(600)" in message
-    assert "rank 0 waited for it" in message
+    assert "rank 0 waited" in message
     (stacks,) = (launcher.folder / "stalled" / "failures").glob("stall-*/stacks.txt")
     assert str(stacks) in message
     text = stacks.read_text()
