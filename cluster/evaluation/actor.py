@@ -105,8 +105,8 @@ class EvaluationActor:
         """
         if self._device != "cpu" and not torch.cuda.is_available():
             raise EvaluationError(
-                f"evaluation.num_gpus_per_actor is {self._config.evaluation.gpus_per_actor:g}, and torch sees no GPU "
-                f"on {socket.gethostname()}; look at `nvidia-smi` and `m2f doctor` there, or set it to 0"
+                f"evaluation.num_gpus_per_actor is {self._config.evaluation.gpus_per_actor:g}, but torch sees no GPU "
+                f"on {socket.gethostname()}; run `nvidia-smi` and `m2f doctor` there, or set it to 0"
             )
         settings = self._config.evaluation.for_set(task.evaluated)
         manifest = self._manifest(task.evaluated.dataset)

@@ -56,4 +56,4 @@ def unknown_metric(config: EarlyStoppingConfig, entries: Sequence[Entry]) -> str
     if not published or any(config.metric in entry.metrics for entry in published):
         return None
     known = ", ".join(sorted(published[-1].metrics)) or "none"
-    return f"training.early_stopping.metric is {config.metric!r}, which no evaluation has; they have: {known}"
+    return f"training.early_stopping.metric is {config.metric!r}, which no evaluation computes; available: {known}"

@@ -104,11 +104,11 @@ class EvaluationManager:
                 self._settle(entry)
                 self._release(entry)
             except LeaseLostError as error:
-                LOGGER.warning("no more evaluations: %s", error)
+                LOGGER.warning("evaluations stopped: %s", error)
                 return
             except StorageError as error:  # of the queue or a pin; evaluating again gives the same results
                 self._queue.put_back()
-                LOGGER.warning("evaluations wait for the storage: %s", error)
+                LOGGER.warning("evaluations are waiting for the storage: %s", error)
                 self._closing.wait(RETRY_S)
 
     def _settle(self, entry: Entry) -> None:

@@ -68,7 +68,9 @@ class BatchLedger:
             return
         self._failures[batch] = self._failures.get(batch, 0) + 1
         if self._failures[batch] >= self._max_attempts:
-            raise EvaluationError(f"evaluation batch {batch} failed {self._failures[batch]} times, last: {reason}")
+            raise EvaluationError(
+                f"evaluation batch {batch} failed {self._failures[batch]} times, last error: {reason}"
+            )
         self._waiting.append(batch)
 
 
@@ -137,7 +139,9 @@ class EvaluationPool:
                     last_result = time.monotonic()
                 elif time.monotonic() - last_result > QUIET_WARNING_S:
                     last_result = time.monotonic()
-                    LOGGER.warning("no evaluation result for %.0f s; do the actors have resources?", QUIET_WARNING_S)
+                    LOGGER.warning(
+                        "no evaluation result for %.0f s; check whether the actors have resources", QUIET_WARNING_S
+                    )
         finally:
             self._abandon(flights)
 
@@ -222,7 +226,7 @@ class EvaluationPool:
             owes = bool(slot.batches) or (slot.pinging and slot.answered)
             if not owes or now - slot.since <= self._hang_s:
                 continue
-            LOGGER.warning("an evaluation actor gave no answer for %.0f s and is replaced", self._hang_s)
+            LOGGER.warning("replacing an evaluation actor that did not respond for %.0f s", self._hang_s)
             ray.kill(slot.actor)
             overdue, slot.batches = slot.batches, set()
             slot.actor, slot.answered = self._spawn(), False
@@ -230,7 +234,7 @@ class EvaluationPool:
             for ref in [ref for ref, flight in flights.items() if flight.slot is slot]:
                 del flights[ref]
             for batch in sorted(overdue):
-                ledger.fail(batch, f"its actor gave no answer for {self._hang_s:g} s (evaluation.hang_s)")
+                ledger.fail(batch, f"its actor did not respond for {self._hang_s:g} s (evaluation.hang_s)")
 
     def _abandon(self, flights: dict[Any, _Flight]) -> None:
         """Cancel the calls in flight, which are late duplicates or belong to a failed evaluation.

@@ -116,7 +116,7 @@ class EvaluationQueue:
             choice = choose(list(waiting), policy)
             if choice.next is None:
                 return None, ()
-            reason = "a newer one was waiting"
+            reason = "a newer checkpoint was waiting"
             dropped = [replace(waiting[step], status="dropped", detail=reason) for step in choice.dropped]
             taken = replace(waiting[choice.next], status="running")
             self._store(taken, *dropped)
@@ -182,7 +182,7 @@ def read_entries(storage: Storage, url: str) -> tuple[Entry, ...]:
         return tuple(_read_row(row) for row in parse_json(storage.get(url)))
     except (ValueError, TypeError, AttributeError) as error:
         raise EvaluationError(
-            f"{url}: not a queue of evaluations ({error}); `m2f train` makes it again from the results"
+            f"{url} is not a valid evaluation queue ({error}); `m2f train` rebuilds it from the results"
         ) from error
 
 
@@ -191,7 +191,7 @@ def _read_row(row: Any) -> Entry:
     numbers = (entry.step, entry.queued_ms, *entry.metrics.values())
     texts = (entry.checkpoint, entry.detail, entry.commit)
     if entry.status not in get_args(Status) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a strange entry: {row!r:.80}")
+        raise ValueError(f"invalid entry: {row!r:.80}")
     if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
-        raise ValueError(f"an entry with a number that is none: {row!r:.80}")
+        raise ValueError(f"entry with an invalid number: {row!r:.80}")
     return entry

@@ -18,8 +18,8 @@ from m2f.trainer.checkpoint.folder import EVALUATION_PIN, MANIFEST, checkpoint_u
 from m2f.trainer.checkpoint.weights import stated_sha256, weights_url
 from m2f.trainer.errors import CheckpointError
 
-DELETED = "the queue was damaged, and this checkpoint had no results and is deleted"
-SUPERSEDED = "a newer one was evaluated"
+DELETED = "the queue was damaged, and this deleted checkpoint had no results"
+SUPERSEDED = "a newer checkpoint was evaluated"
 
 
 def restore_queue(config: RunConfig, storage: Storage) -> str | None:
@@ -42,7 +42,7 @@ def restore_queue(config: RunConfig, storage: Storage) -> str | None:
     storage.put(url, json.dumps([asdict(entry) for entry in entries], indent=1).encode())
     counts = Counter(entry.status for entry in entries)
     return (
-        f"{url} was damaged ({reason}) and is made again from commits and results: {counts['published']} published, "
+        f"{url} was damaged ({reason}) and has been rebuilt from commits and results: {counts['published']} published, "
         f"{counts['waiting']} to evaluate; the damaged file is kept as {url}.damaged"
     )
 

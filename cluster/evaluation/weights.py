@@ -49,7 +49,7 @@ def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, d
         model, report = build_with_weights(config, path)
     if not report.complete:
         raise EvaluationError(
-            f"{weights} does not hold the whole model of the recipe with {config.num_classes} classes: {report}"
+            f"{weights} does not contain all weights of the recipe's model with {config.num_classes} classes: {report}"
         )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settle_attention(place)

@@ -80,7 +80,7 @@ def run_shard_job(
     """
     started = time.monotonic()
     if dataset.source is None:
-        raise DataError(f"datasets.{name} has no source to make shards from; set datasets.{name}.source")
+        raise DataError(f"datasets.{name} has no source to create shards from; set datasets.{name}.source")
     reader, unusable = open_dataset(dataset)
     plan = plan_shards(reader, dataset, dataset_fingerprint(dataset))
     existing = None if redo else committed_document(plan, storage)
@@ -202,7 +202,7 @@ def _compare_sources(name: str, reader: Reader, plan: ShardPlan, storage: Storag
     """Return the changes of source files. Print a line if contents must be compared, because that takes a while."""
 
     def announce() -> None:
-        print_err(f"{name}: times of source files differ from those of the shards; comparing their contents")
+        print_err(f"{name}: modification times of source files differ from the recorded ones; comparing their contents")
 
     return compare_sources(reader, plan.target, len(plan.shard_keys), storage, announce)
 
@@ -215,15 +215,15 @@ def _source_notes(changes: SourceChanges, has_files: bool) -> tuple[str, ...]:
     notes = []
     if changes.changed:
         notes.append(
-            f"changed: {counted(len(changes.changed), 'source file')}; written again: "
-            f"{counted(len(changes.shards), 'shard')}, made of {some(changes.changed, 3)}"
+            f"changed: {counted(len(changes.changed), 'source file')} ({some(changes.changed, 3)}); "
+            f"rewritten: {counted(len(changes.shards), 'shard')}"
         )
     if changes.num_missing:
-        notes.append(f"no longer there: {counted(changes.num_missing, 'source file')}; the shards made of them stay")
+        notes.append(f"missing: {counted(changes.num_missing, 'source file')}; the existing shards are kept")
     if has_files and not changes.digests:
         notes.append(
-            "these shards are from before m2f kept track of source files: changed files are not noticed; --redo writes "
-            "the data set again"
+            "these shards were written before m2f tracked source files, so changed files are not detected; --redo "
+            "rewrites the data set"
         )
     return tuple(notes)
 
@@ -262,7 +262,7 @@ def _stored_report(
     try:
         stored = parse_json(storage.get(url)) if storage.exists(url) else {"problems": []}
     except DocumentError as error:
-        raise ShardJobError(f"{url} is not valid JSON ({error}); delete it, the shards need it not") from error
+        raise ShardJobError(f"{url} is not valid JSON ({error}); delete it, the shards do not need it") from error
     return ShardReport(
         dataset=name,
         target=plan.target,

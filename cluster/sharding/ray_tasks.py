@@ -62,6 +62,6 @@ def _task_result(ref: ray.ObjectRef, index: int, plan: ShardPlan) -> ShardPart:
         reason = text.splitlines()[0] if text else type(error).__name__
         raise ShardJobError(
             f"{plan.target}: shard {index:05d} failed {TASK_RETRIES + 1} times: {type(error).__name__}: {reason}. "
-            "If workers run out of memory, lower cluster.shard_tasks or datasets.<name>.shard_mb. The shards that are "
-            "written stay; run again to write the rest"
+            "If workers run out of memory, lower cluster.shard_tasks or datasets.<name>.shard_mb. Finished shards are "
+            "kept; run again to write the rest"
         ) from error

@@ -61,7 +61,7 @@ class ShardReport:
             f"{self.num_bytes / 1e6:.1f} MB"
         ]
         if not self.written_shards:
-            lines[0] += ", all there already"
+            lines[0] += ", no new shards written"
         else:
             lines[0] += f"; wrote {counted(self.written_shards, 'shard')} in {format_duration(self.elapsed_s)}"
         lines += [f"  {note}" for note in self.notes]

@@ -104,5 +104,5 @@ def test_damaged_results_and_queues_are_one_message(tmp_path, text):
     with pytest.raises(CompareError, match=r"a results.json is damaged"):
         parse_results(text)
     if text != "{}":  # an empty queue
-        with pytest.raises(EvaluationError, match=r"not a queue of evaluations"):
+        with pytest.raises(EvaluationError, match=r"is not a valid evaluation queue"):
             read_entries(Storage(), str(tmp_path / "queue.json"))

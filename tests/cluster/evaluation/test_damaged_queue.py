@@ -89,7 +89,9 @@ def run(tmp_path) -> Run:
 def test_verbs_that_only_read_a_damaged_queue_say_what_repairs_it(tmp_path, content):
     path = tmp_path / "queue.json"
     path.write_text(content)
-    with pytest.raises(EvaluationError, match=r"queue\.json: not a queue of .*; `m2f train` makes it again from the"):
+    with pytest.raises(
+        EvaluationError, match=r"queue\.json is not a valid evaluation queue .*; `m2f train` rebuilds it from"
+    ):
         read_entries(Storage(), str(path))
 
 
@@ -114,7 +116,7 @@ def test_results_of_the_same_weights_are_published_and_the_rest_waits(run):
     run.damage()
     said = restore_queue(run.config, run.storage)
     assert said is not None
-    assert "made again from commits and results: 1 published, 3 to evaluate" in said
+    assert "rebuilt from commits and results: 1 published, 3 to evaluate" in said
     assert run.statuses() == [(10, "published"), (20, "waiting"), (30, "waiting"), (40, "waiting")]
     assert read_entries(run.storage, queue_url(run.config))[0].metrics == {"val/PQ": 41.0, "small/PQ": 41.0}
     assert pins(run.storage, last) == (EVALUATION_PIN,)

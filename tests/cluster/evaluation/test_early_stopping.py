@@ -70,7 +70,7 @@ def test_a_metric_that_no_evaluation_has_is_said_with_those_that_it_has():
     assert unknown_metric(CONFIG, []) is None
     assert unknown_metric(CONFIG, ledger(1.0)) is None
     said = unknown_metric(CONFIG, [entry(1, 1.0, metric="val/mIoU")])
-    assert said == "training.early_stopping.metric is 'val/PQ', which no evaluation has; they have: val/mIoU"
+    assert said == "training.early_stopping.metric is 'val/PQ', which no evaluation computes; available: val/mIoU"
 
 
 @pytest.mark.parametrize(

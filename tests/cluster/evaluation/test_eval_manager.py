@@ -109,7 +109,7 @@ def test_latest_drops_what_is_stale(tmp_path):
 
 def test_a_damaged_queue_is_named(tmp_path):
     (tmp_path / "queue.json").write_text("[1, 2")
-    with pytest.raises(EvaluationError, match=r"queue\.json: not a queue of evaluations"):
+    with pytest.raises(EvaluationError, match=r"queue\.json is not a valid evaluation queue"):
         queue_in(tmp_path)
 
 

@@ -36,7 +36,7 @@ def test_a_poison_batch_is_named():
     ledger.take(idle=True)
     ledger.fail(7, "died")
     ledger.take(idle=True)
-    with pytest.raises(EvaluationError, match="batch 7 failed 2 times, last: ValueError: bad pixel"):
+    with pytest.raises(EvaluationError, match="batch 7 failed 2 times, last error: ValueError: bad pixel"):
         ledger.fail(7, "ValueError: bad pixel")
 
 
@@ -105,10 +105,10 @@ def test_results_do_not_depend_on_actors_that_die_five_times(pool, folder):
 @pytest.mark.cluster
 def test_a_batch_that_kills_its_actor_fails_the_evaluation_and_the_pool_lives_on(pool, folder):
     (folder / "poison_dies_5").touch()
-    with pytest.raises(EvaluationError, match="batch 5 failed 3 times, last: its actor died"):
+    with pytest.raises(EvaluationError, match="batch 5 failed 3 times, last error: its actor died"):
         results_of(pool, "poison", 8)
     (folder / "error_raises_2").touch()
-    with pytest.raises(EvaluationError, match="batch 2 failed 3 times, last: ValueError: bad pixel"):
+    with pytest.raises(EvaluationError, match="batch 2 failed 3 times, last error: ValueError: bad pixel"):
         results_of(pool, "error", 8)
     assert len(results_of(pool, "after", 8)) == 8
 
@@ -129,6 +129,8 @@ def test_an_actor_that_hangs_is_replaced(pool, folder):
 def test_a_batch_on_which_actors_hang_is_named(pool, folder, monkeypatch):
     monkeypatch.setattr(pool, "_hang_s", 1.5)
     (folder / "tar_hangs_4").touch()
-    with pytest.raises(EvaluationError, match=r"batch 4 failed 3 times, last: its actor gave no answer for 1\.5 s"):
+    with pytest.raises(
+        EvaluationError, match=r"batch 4 failed 3 times, last error: its actor did not respond for 1\.5 s"
+    ):
         results_of(pool, "tar", 6)
     assert len(results_of(pool, "after tar", 6)) == 6

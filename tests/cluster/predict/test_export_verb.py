@@ -160,7 +160,7 @@ def test_export_errors_are_one_message(tmp_path, capsys, recipe, hugging_face):
         ((recipe, *official, tmp_path / "new.pth"), "has no checkpoint; train first"),
         (
             (recipe, "model.num_classes=8", *given, *official, tmp_path / "new.pth"),
-            "does not hold the whole model of the recipe with 8 classes",
+            "does not contain all weights of the recipe's model with 8 classes",
         ),
         (
             (recipe, "model.pixel_decoder.feedforward_dim=41", *given, *official, tmp_path / "new.pth"),

@@ -81,12 +81,12 @@ def test_a_changed_image_is_noticed_and_said(tmp_path, job):
     coco = CocoSet(tmp_path)
     first = job(coco)
     assert (first.written_shards, first.notes) == (1, ())
-    assert "all there already" in job(coco).summary()
+    assert "no new shards written" in job(coco).summary()
     path = tmp_path / "images" / "a.jpg"
     coco.files["a.jpg"] += b"\0"
     report = job(coco)
     assert report.written_shards == 1
-    assert f"changed: 1 source file; written again: 1 shard, made of {path}" in report.summary()
+    assert f"changed: 1 source file ({path}); rewritten: 1 shard" in report.summary()
     assert job(coco).written_shards == 0
     assert job(coco, redo=True).written_shards == 1
 
@@ -95,7 +95,7 @@ def test_a_data_set_with_a_file_that_became_bad_is_withdrawn_until_it_is_mended(
     coco = CocoSet(tmp_path)
     job(coco)
     good, coco.files["a.jpg"] = coco.files["a.jpg"], b"no image"
-    with pytest.raises(DataError, match=r"changed: 1 source file;(.|\n)*a.jpg: it is neither a JPEG"):
+    with pytest.raises(DataError, match=r"changed: 1 source file \((.|\n)*a.jpg: it is neither a JPEG"):
         job(coco, skip_bad=False)
     assert not (tmp_path / "shards" / "dataset.json").exists()
     coco.files["a.jpg"] = good
@@ -113,9 +113,9 @@ def test_missing_files_and_old_shards_are_said(tmp_path, job, capsys):
     (tmp_path / "images" / "a.jpg").unlink()
     report = job(coco)
     assert report.written_shards == 0
-    assert report.notes == ("no longer there: 1 source file; the shards made of them stay",)
+    assert report.notes == ("missing: 1 source file; the existing shards are kept",)
     shutil.rmtree(tmp_path / "shards" / "sources")
-    assert "--redo writes the data set again" in job(coco).summary()
+    assert "--redo rewrites the data set" in job(coco).summary()
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_a_killed_rank_is_started_again_and_checkpoints_are_evaluated_at_the_end
     capsys.readouterr()
     rebuilt = train_locally(config).evaluations
     assert [replace(entry, queued_ms=0) for entry in summary.evaluations] == list(rebuilt)
-    assert "made again from commits and results: 3 published, 0 to evaluate" in capsys.readouterr().err
+    assert "rebuilt from commits and results: 3 published, 0 to evaluate" in capsys.readouterr().err
 
 
 def test_points_that_the_driver_did_not_track_are_tracked_by_the_next_start(make_config, calm, monkeypatch):

@@ -97,7 +97,7 @@ def test_an_evaluation_does_not_take_the_cpu_silently(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = tiny_config(tmp_path, "run", {name: DatasetConfig(shards="s") for name in ("train", "val")})
     actor = EvaluationActor(replace(config, evaluation=replace(config.evaluation, num_gpus_per_actor=1)))
-    with pytest.raises(EvaluationError, match=r"num_gpus_per_actor is 1, and torch sees no GPU on .*; look at"):
+    with pytest.raises(EvaluationError, match=r"num_gpus_per_actor is 1, but torch sees no GPU on .*; run"):
         actor.evaluate(EvaluationTask("w", config.evaluation.sets[0]), 0)
 
 
