@@ -39,14 +39,14 @@ def run(name: str, tiny: bool, device: torch.device) -> list[Measurement]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join([*ON_CPU, *ON_ANY_DEVICE])}; all if none")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, minutes on a laptop")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join([*ON_CPU, *ON_ANY_DEVICE])}; default all")
+    parser.add_argument("--tiny", action="store_true", help="use small sizes; takes minutes on a laptop")
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu (one thread) or cuda")
-    parser.add_argument("--save", metavar="FOLDER", type=Path, help="also write DAY_HARDWARE.md and .jsonl there")
+    parser.add_argument("--save", metavar="FOLDER", type=Path, help="also write DAY_HARDWARE.md and .jsonl to FOLDER")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - {*ON_CPU, *ON_ANY_DEVICE}
     if unknown:
-        parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
+        parser.error(f"unknown benchmarks: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     setting = Setting.now(arguments.device, ceilings.describe(arguments.device, arguments.tiny))
     benchmarks = (ON_CPU if arguments.device.type == "cpu" else ()) + ON_ANY_DEVICE
@@ -60,7 +60,7 @@ def main() -> None:
     finally:  # keeps the results that were measured before a failure
         print(f"{markdown(results, setting)}\n\n{json_lines(results, setting)}")
         if arguments.save is not None:
-            print(f"\nwritten: {save(results, setting, arguments.save)}")
+            print(f"\nwrote {save(results, setting, arguments.save)}")
 
 
 if __name__ == "__main__":

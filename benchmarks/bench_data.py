@@ -101,7 +101,7 @@ def _stages(inputs: _Inputs, repeats: int) -> list[Measurement]:
     area = max(_area_error(*pair) for pair in zip(examples, mapped, strict=True))
     exact = max(_exact_error(*pair) for pair in zip(_augment(inputs.samples, EXACT), mapped, strict=True))
     assert decoders <= 1 / 255, f"the JPEG decoders differ by {255 * decoders:.0f} grey levels"
-    assert exact <= decoders, "the exact mode differs from the peer by more than the decoded images do"
+    assert exact <= decoders, "the exact mode differs from the peer by more than the decoders differ"
     assert area < 0.01, f"a segment differs by {area:.1%} of its image"
 
     def measure(case: str, error: float, ours: Callable[[], object], theirs: Callable[[], object]) -> Measurement:

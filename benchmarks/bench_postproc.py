@@ -38,7 +38,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
 
     def our_panoptic() -> Sequence[Tensor]:
         result = panoptic(*where, IS_THING, CONFIG)
-        assert len(result.segments) >= 8, "without segments the times say nothing"
+        assert len(result.segments) >= 8, "too few segments for meaningful times"
         return [result.segment_map.double()]
 
     def our_instance() -> Sequence[Tensor]:

@@ -110,7 +110,7 @@ def count_constants(model: nn.Module, side: int) -> dict[str, int]:
     counts["position embeddings of both decoders"] = 2 * counter.count
     with OperationCounter() as counter:
         SamplingGrid.of_pixels(shapes)
-    counts["centres of pixels"] = counter.count
+    counts["pixel centres"] = counter.count
     return counts
 
 
@@ -134,7 +134,7 @@ def main(side: int = 1024, images: int = 2) -> None:
     for count in counts:
         print(f"{count.region}: {count.forward} forward, {count.backward} backward ({count.fused_attention} fused)")
     for name, number in constants.items():
-        print(f"kept: {number} launches for {name}")
+        print(f"launches saved by keeping {name}: {number}")
 
 
 if __name__ == "__main__":

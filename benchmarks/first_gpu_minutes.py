@@ -133,7 +133,7 @@ def _in_process(step: Step, arguments: Sequence[str], out: Path, box_s: float, l
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # kills the step and the processes that it started
             process.wait()
-            result = Result(step.name, "timeout", time.monotonic() - began, f"longer than {box_s:.0f} s")
+            result = Result(step.name, "timeout", time.monotonic() - began, f"stopped after {box_s:.0f} s")
             _record(result, out)
             return result
     recorded = _recorded(out)[lines:]
@@ -190,13 +190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a call or a step; return exit status 1 if a step failed or, in a call, exceeded its time limit."""
     parser = argparse.ArgumentParser(prog="first_gpu_minutes", allow_abbrev=False)
     parser.add_argument("kind", choices=("call", "step"))
-    parser.add_argument("name", choices=(*CALLS, *STEPS), metavar="NAME", help="1, 2 or 3, or the name of a step")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results; default runs/gpu")
-    parser.add_argument("--recording", type=Path, help="what benchmarks.record_batches wrote, for the step `train`")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with small sizes")
+    parser.add_argument("name", choices=(*CALLS, *STEPS), metavar="NAME", help="call (1, 2 or 3) or name of a step")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for results; default runs/gpu")
+    parser.add_argument("--recording", type=Path, help="file of benchmarks.record_batches, for the step `train`")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU with small sizes")
     arguments = parser.parse_args(argv)
     if (arguments.kind == "call") != (arguments.name in CALLS):
-        parser.error(f"there is no {arguments.kind} {arguments.name}")
+        parser.error(f"{arguments.name} is not a {arguments.kind}")
     out = arguments.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     recording = None if arguments.recording is None else arguments.recording.absolute()

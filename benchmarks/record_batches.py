@@ -61,15 +61,13 @@ def record(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="record_batches", description=__doc__, allow_abbrev=False)
     parser.add_argument("recipe", help="YAML file; its shards must exist (m2f shard)")
-    parser.add_argument("file", help="the recording, a zip file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings in place of the recipe's")
-    parser.add_argument("--steps", type=int, help="training steps; default: as many as fit")
-    parser.add_argument("--max-mb", type=float, default=MAX_MB, help=f"largest size of the file; default {MAX_MB:g}")
+    parser.add_argument("file", help="recording to write, a zip file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the recipe")
+    parser.add_argument("--steps", type=int, help="number of training steps; default: as many as fit")
+    parser.add_argument("--max-mb", type=float, default=MAX_MB, help=f"maximum file size in MB; default {MAX_MB:g}")
     kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--quality", type=int, default=92, help="of the JPEG images, 1 to 100; default 92")
-    kept.add_argument(
-        "--lossless", action="store_true", help="keep every pixel as it is (PNG, about five times larger)"
-    )
+    kept.add_argument("--quality", type=int, default=92, help="JPEG quality, 1 to 100; default 92")
+    kept.add_argument("--lossless", action="store_true", help="store lossless PNG, about five times larger")
     arguments = parser.parse_args()
     quality = None if arguments.lossless else arguments.quality
     try:
@@ -80,9 +78,7 @@ def main() -> int:
         return 2
     images = steps * config.training.global_batch
     size = Path(arguments.file).stat().st_size
-    print(
-        f"{arguments.file}: {steps} steps, {images} images, {size / 1e6:.1f} MB ({size / images / 1e3:.1f} KB an image)"
-    )
+    print(f"{arguments.file}: {steps} steps, {images} images, {size / 1e6:.1f} MB ({size / images / 1e3:.1f} KB/image)")
     return 0
 
 

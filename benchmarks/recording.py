@@ -63,7 +63,7 @@ class Recording:
             with zipfile.ZipFile(path) as archive:
                 listed = json.loads(archive.read(_IMAGES))
                 if listed["format"] != FORMAT:
-                    raise DataError(f"{path} has format {listed['format']}, and this version reads {FORMAT}")
+                    raise DataError(f"{path} has format {listed['format']}, but this version reads {FORMAT}")
                 examples = tuple(_read_example(archive, n, entry) for n, entry in enumerate(listed["images"]))
                 return cls(archive.read(_RECIPE).decode(), listed["num_classes"], examples, digest)
         except (OSError, zipfile.BadZipFile, BrokenImageError, LookupError, TypeError, ValueError) as error:
@@ -193,7 +193,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> bytes:
     data = archive.read(name)
     header = read_header(data)
     if header.height * header.width > _MOST_PIXELS:
-        raise ValueError(f"{name} has {header.height} x {header.width} pixels")
+        raise ValueError(f"{name} has {header.height} x {header.width} pixels, too many")
     return data
 
 

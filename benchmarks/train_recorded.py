@@ -33,7 +33,7 @@ def train_recorded(path: str, overrides: Sequence[str] = ()) -> str:
     recording = Recording.load(path)
     config = with_absolute_paths(parse_recipe(recording.recipe, overrides, source=f"the recipe in {path}"))
     if config.training.max_epochs:
-        raise ConfigError("training.max_epochs needs the data set, to count its images; give training.max_steps")
+        raise ConfigError("training.max_epochs needs the data set to count its images; set training.max_steps")
     config = announced(settle(config, SeenDevices(gpus_of_machine()), beside=False))
     job = TrainJob(
         run_folder=config.run_folder,
@@ -59,8 +59,8 @@ def train_rank(job: TrainJob, path: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="train_recorded", description=__doc__, allow_abbrev=False)
-    parser.add_argument("file", help="what record_batches wrote")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings in place of the recipe's")
+    parser.add_argument("file", help="file written by record_batches")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the recipe")
     arguments = parser.parse_args()
     try:
         print(f"run folder: {train_recorded(arguments.file, arguments.overrides)}")

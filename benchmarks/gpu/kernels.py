@@ -77,7 +77,7 @@ def msda(stage: Stage) -> dict[str, object]:
                 wrong.append(f"{name} {tuple(config)}: {error:.1e}")
     print(worst, flush=True)
     if wrong:
-        raise AssertionError(f"{len(wrong)} of {len(worst)} are wrong, among them {'; '.join(wrong[:5])}")
+        raise AssertionError(f"{len(wrong)} errors above TOLERANCE in {len(worst)} cases: {'; '.join(wrong[:5])}")
     accepted = None if stage.dry else _checked_kernel(torch.bfloat16, 3, 8, 4, 32)
     return {"worst": f"{max(worst.values()):.1e}", "cases": len(worst), "accepted by the model's own trial": accepted}
 

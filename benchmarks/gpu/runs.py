@@ -27,7 +27,7 @@ def train(stage: Stage) -> dict[str, object]:
     The traces of both parts, and the final weights in half precision, are copied to the results.
     """
     if stage.recording is None:
-        raise Skipped("needs --recording FILE, made by `python -m benchmarks.record_batches RECIPE FILE`")
+        raise Skipped("needs --recording FILE, written by `python -m benchmarks.record_batches RECIPE FILE`")
     with tempfile.TemporaryDirectory(prefix="m2f-gpu-run-") as runs:
         return _train_in(Path(runs), stage, stage.recording)
 
@@ -85,7 +85,7 @@ def sanitizer(stage: Stage) -> list[str]:
     """Run the kernels of deformable attention with compute-sanitizer, which checks every memory access."""
     stage.need_gpu()
     if shutil.which("compute-sanitizer") is None:
-        raise Skipped("needs compute-sanitizer, a part of CUDA's toolkit")
+        raise Skipped("needs compute-sanitizer from the CUDA toolkit")
     command = ["compute-sanitizer", "--tool", "memcheck", sys.executable, "-m", "benchmarks.gpu.runs"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-3000:], done.stderr[-1000:], flush=True)

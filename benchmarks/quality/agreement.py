@@ -126,10 +126,10 @@ def losses_of_recipe(config: RunConfig, steps: int, dtype: torch.dtype) -> list[
 
 def table(name: str, double: Sequence[StepLosses], single: Sequence[StepLosses]) -> str:
     """Return a verdict on the 64-bit losses, and a Markdown table of every step in 64 and 32 bits."""
-    verdict = "agree" if agree(double) else "FAILS: differ"
+    verdict = "agree" if agree(double) else "differ (FAILS)"
     head = (
         f"{name}: the losses of {len(double)} steps {verdict}. The largest relative difference is "
-        f"{max(one.error for one in double):.1e} in 64 bits (bar {TOLERANCE:g}) and "
+        f"{max(one.error for one in double):.1e} in 64 bits (limit {TOLERANCE:g}) and "
         f"{max(one.error for one in single):.1e} in 32 bits."
     )
     rows = [
@@ -148,12 +148,12 @@ def agree(losses: Sequence[StepLosses]) -> bool:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the comparison; return exit status 0 if all losses agree in 64 bits."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.agreement", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where shards go")
+    parser.add_argument("folder", type=Path, help="folder for shards")
     parser.add_argument("--sets", nargs="+", choices=[one.name for one in IMAGE_SETS], default=["shapes"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings of all runs")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="also write DAY_HARDWARE_transformers_losses.md there")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings for all runs")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="also write DIR/DAY_HARDWARE_transformers_losses.md")
     arguments = parser.parse_args(words)
     torch.set_num_threads(1)
     setting = Setting.now(CPU, ceilings="")
@@ -171,7 +171,7 @@ def main(words: Sequence[str] | None = None) -> int:
         path = arguments.save / f"{setting.file_name}_transformers_losses.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n\n".join(tables) + "\n")
-        print_out(f"written: {path}")
+        print_out(f"wrote {path}")
     return 0 if is_good else 1
 
 

@@ -82,7 +82,7 @@ def judge(bar: Bar, results: Results) -> str:
         return f"FAILS: {bar}: not run: {_listed(missing)}"
     found = paired_difference(bar.comparison, bar.metric, results)
     if found is None:
-        return f"FAILS: {bar}: the set has no {bar.metric}"
+        return f"FAILS: {bar}: the results have no {bar.metric}"
     value, low, high = found.interval
     relative = "" if found.relative is None else f", {100 * found.relative:+.1f} %"
     verdict, cost = _verdict(bar, found), ""

@@ -31,11 +31,11 @@ def main(words: Sequence[str] | None = None) -> int:
     """Print the tables of every image set with evaluated runs, the cost of points, and all bars; return 0."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.make_tables", description=__doc__)
     parser.add_argument(
-        "folders", type=Path, nargs="+", help="what run_arms, and point_costs with --save, wrote to, or --keep"
+        "folders", type=Path, nargs="+", help="folders written by run_arms, point_costs --save, or --keep"
     )
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the results of finished runs there first")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="first copy the results of finished runs to DIR")
     parser.add_argument(
-        "--overrides", nargs="*", default=[], metavar="section.key=value", help="as the runs were trained with"
+        "--overrides", nargs="*", default=[], metavar="section.key=value", help="settings used to train the runs"
     )
     arguments = parser.parse_args(words)
     folders: list[Path] = arguments.folders
@@ -113,7 +113,7 @@ def difference_table(results: Results) -> str:
         if (found := paired_difference(comparison, metric, results)) is not None
     ]
     head = ["arms", "metric", "seeds", "difference", "relative", "95 % interval", "verdict", "margin", "CPU s, ratio"]
-    return markdown(head, rows) if rows else "No comparison has two seeds yet."
+    return markdown(head, rows) if rows else "No comparison has results of two seeds yet."
 
 
 def _difference_row(comparison: Comparison, metric: str, found: Difference, ratio: float | None) -> list[str]:

@@ -34,8 +34,8 @@ def train_plainly(job: TrainJob, control: Control) -> None:
     training = job.training
     if training.settled_precision != "fp32" or training.micro_batch < training.global_batch:
         raise ConfigError(
-            f"training.precision is {training.precision} and training.micro_batch {training.micro_batch}; transformers "
-            f"is trained in fp32 with a micro-batch of training.global_batch, which is {training.global_batch}"
+            f"training.precision is {training.precision} and training.micro_batch {training.micro_batch}; training "
+            f"transformers requires fp32 and a micro-batch of training.global_batch, which is {training.global_batch}"
         )
     folder = Path(job.run_folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Measure all sizes, print the table, and return 0."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.point_costs", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the figures there for make_tables")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="also write the results to FOLDER, for make_tables")
     arguments = parser.parse_args(words)
     torch.set_num_threads(1)
     costs = measure_all(SIZES, arguments.repeats)

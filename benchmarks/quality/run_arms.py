@@ -40,21 +40,21 @@ def main(words: Sequence[str] | None = None) -> int:
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.run_arms", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where shards, run folders, logs and CPU records go")
-    parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings of all runs")
+    parser.add_argument("folder", type=Path, help="folder for shards, runs, logs and CPU records")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings for all runs")
     parser.add_argument("--sets", nargs="+", choices=[one.name for one in IMAGE_SETS], default=["shapes"])
     names = [one.name for one in ALL_ARMS]
     own = [one.name for one in ARMS if one.trainer == "m2f"]
     parser.add_argument(
-        "--arms", nargs="+", choices=names, default=own, help="default: those of m2f with the steps of the recipe"
+        "--arms", nargs="+", choices=names, default=own, help="default: arms of m2f with the recipe's number of steps"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument(
-        "--kept", type=Path, nargs="*", default=[], metavar="DIR", help="runs whose results lie there are not trained"
+        "--kept", type=Path, nargs="*", default=[], metavar="DIR", help="skip runs whose results are in these folders"
     )
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument("--processes", type=int, default=1, help="maximum number of parallel runs")
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="after so many, stop all runs after a checkpoint"
+        "--minutes", type=float, default=float("inf"), help="time limit, after which all runs stop after a checkpoint"
     )
     return parser.parse_args(words)
 

@@ -48,7 +48,7 @@ def _train(run: Run, config: RunConfig) -> bool:
     summary = train_locally(config)
     if failed := [entry.step for entry in summary.evaluations if entry.status == "failed"]:
         place = f"{summary.run_folder}/evaluations"
-        print_err(f"the evaluation of step {failed[-1]} failed; delete {place} and start again to repeat it")
+        print_err(f"evaluation of step {failed[-1]} failed; to repeat it, delete {place} and run again")
     return summary.status == "finished" and not failed
 
 

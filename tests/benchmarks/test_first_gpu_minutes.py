@@ -80,7 +80,7 @@ def test_a_step_that_fails_is_recorded_with_its_error(tmp_path, monkeypatch):
 def test_a_step_is_not_taken_as_a_call_nor_a_call_as_a_step(words, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--dry-run"])
-    assert "there is no" in capsys.readouterr().err
+    assert " is not a " in capsys.readouterr().err
 
 
 def test_milliseconds_warms_up_and_distance_is_relative(tmp_path):

@@ -64,5 +64,5 @@ def test_an_interrupted_run_ends_with_the_same_weights(job, tmp_path):
 
 def test_settings_that_the_peer_lacks_are_refused(job, tmp_path):
     training = dataclasses.replace(job.training, micro_batch=2)
-    with pytest.raises(ConfigError, match=r"training\.micro_batch 2; transformers is trained in fp32"):
+    with pytest.raises(ConfigError, match=r"training\.micro_batch 2; training transformers requires fp32"):
         train_plainly(dataclasses.replace(job, training=training, run_folder=str(tmp_path)), ManualControl())

@@ -139,7 +139,7 @@ def test_files_that_are_no_recording_are_refused(lossless, tmp_path):
     with pytest.raises(DataError, match=r"images/000000.png is compressed"):
         Recording.load(path)
     write(**{"images.json": json.dumps(json.loads(members["images.json"]) | {"format": 2})})
-    with pytest.raises(DataError, match="has format 2, and this version reads 1"):
+    with pytest.raises(DataError, match="has format 2, but this version reads 1"):
         Recording.load(path)
 
 

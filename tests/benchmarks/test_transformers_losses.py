@@ -73,7 +73,7 @@ def test_the_table_says_whether_losses_agree():
     assert not agree([near, far])
     lines = table("shapes, seed 0", [near, far], [far, far]).splitlines()
     assert lines[0].startswith(
-        "shapes, seed 0: the losses of 2 steps FAILS: differ. The largest relative difference is 2"
+        "shapes, seed 0: the losses of 2 steps differ (FAILS). The largest relative difference is 2"
     )
     assert lines[-1] == "| 2 | 50.00000 | 50.10000 | 2.0e-03 | 2.0e-03 |"
     assert table("shapes, seed 0", [near], [far]).startswith("shapes, seed 0: the losses of 1 steps agree.")
