@@ -82,7 +82,7 @@ def test_a_row_of_the_table_changes_what_its_name_says_and_states_the_result(nam
     [
         ("coco_panoptic_r5", "did you mean coco_panoptic_r50"),
         ("coco_panoptic_r50+cross_atention", "did you mean cross_attention"),
-        ("ade20k_semantic_r50+12ep", "goes with coco_instance_r50, coco_panoptic_r50, not with ade20k_semantic_r50"),
+        ("ade20k_semantic_r50+12ep", "applies to coco_instance_r50, coco_panoptic_r50, not to ade20k_semantic_r50"),
         ("configs/none.yaml", "cannot read the recipe"),
     ],
 )

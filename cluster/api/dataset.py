@@ -78,7 +78,10 @@ class Dataset:
             MissingExtraError: the extra `train` is not installed.
         """
         if len(self.images) != len(self.annotations) or not self.images:
-            raise DataError(f"{len(self.images)} images and {len(self.annotations)} annotations; give one for each")
+            raise DataError(
+                f"{len(self.images)} images and {len(self.annotations)} annotations; give at least one "
+                "image and one annotation per image"
+            )
         with naming_extras("Dataset.write"):
             from m2f.data_pipeline.shards.write import write_dataset
         table = self._table
@@ -99,7 +102,7 @@ class Dataset:
         storage = Storage()
         given = given_images(self.images, self.channels, storage)
         if len(given) != len(self.images):
-            raise DataError(f"images name {len(given)} files for {len(self.annotations)} annotations; name each file")
+            raise DataError(f"images match {len(given)} files for {len(self.annotations)} annotations; list each file")
         return [encode_png(loaded.pixels) for loaded in loaded_images(given, storage)]
 
     @cached_property
@@ -108,10 +111,12 @@ class Dataset:
         kinds = {type(truth) for truth in self.annotations}
         if len(kinds) != 1 or not kinds <= {PanopticImage, Instances, np.ndarray}:
             listed = ", ".join(sorted(kind.__name__ for kind in kinds))
-            raise DataError(f"annotations are {listed}; give one kind: PanopticImage, Instances or label maps (arrays)")
+            raise DataError(
+                f"annotations are {listed}; use only one of PanopticImage, Instances or label maps (arrays)"
+            )
         if things is None:
             if PanopticImage in kinds:
-                raise DataError("is_thing is missing: segments of PanopticImage need it for every class")
+                raise DataError("is_thing is missing: PanopticImage annotations require it for every class")
             things = [Instances in kinds] * len(self.names)
         if len(things) != len(self.names) or not self.names:
             raise DataError(f"{len(self.names)} names and {len(things)} values of is_thing; give one of each per class")
@@ -126,15 +131,21 @@ class Dataset:
         where = f"annotation {position}"
         values = truth.id_map if isinstance(truth, PanopticImage) else truth
         if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer) or values.size == 0:
-            raise DataError(f"{where} is a map {values.dtype} {list(values.shape)}; it must be integers [H, W]")
+            raise DataError(
+                f"{where} is a {values.dtype} map of shape {list(values.shape)}; it must be integers [H, W]"
+            )
         if not isinstance(truth, PanopticImage):
             values = np.where(values == self.ignore, _NO_LABEL, values.astype(np.int64))
         if not 0 <= values.min() <= values.max() < _MAX_ID:
             raise DataError(
-                f"{where} has values from {values.min()} to {values.max()}; they must be from 0 to {_MAX_ID}"
+                f"{where} has values from {values.min()} to {values.max()}; they must be at least 0 and below {_MAX_ID}"
             )
         classify = self._segment_of(truth) if isinstance(truth, PanopticImage) else self._class_of
-        known = "have no label in `labels`" if isinstance(truth, PanopticImage) else f"are not below {len(self.names)}"
+        known = (
+            "have no valid label in `labels`"
+            if isinstance(truth, PanopticImage)
+            else f"are not below {len(self.names)}"
+        )
         return partition(values.astype(np.uint32), classify, where, f"{known}, and names has {len(self.names)} classes")
 
     def _segment_of(self, truth: PanopticImage) -> Callable[[int], Region | None]:
@@ -165,7 +176,7 @@ class Dataset:
         if not len(masks) == len(labels) == len(crowds):
             raise DataError(f"{where} has {len(masks)} masks, {len(labels)} labels and {len(crowds)} crowd flags")
         if wrong := [label for label in labels if not 0 <= label < len(self.names)]:
-            raise DataError(f"{where} has the label {wrong[0]}; names has the labels 0 to {len(self.names) - 1}")
+            raise DataError(f"{where} has the label {wrong[0]}; names defines the labels 0 to {len(self.names) - 1}")
         height, width = self._size(position, masks)
         inst, layers, measured = stack_layers(masks, len(masks), height, width)
         categories = self._table.categories
@@ -189,7 +200,9 @@ class Dataset:
     def _size(self, position: int, masks: Sequence[np.ndarray]) -> tuple[int, int]:
         shapes = {mask.shape for mask in masks}
         if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
-            raise DataError(f"annotation {position} has masks of the shapes {sorted(shapes)}; all must be [H, W]")
+            raise DataError(
+                f"annotation {position} has masks of the shapes {sorted(shapes)}; all must have one shape [H, W]"
+            )
         if shapes:
             height, width = shapes.pop()
             return height, width

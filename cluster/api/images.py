@@ -106,7 +106,9 @@ def to_pixels(image: Image.Image | np.ndarray | torch.Tensor, channels: Channels
 
 def _from_pil(image: Image.Image, where: str) -> np.ndarray:
     if image.mode not in _PIL_MODES:
-        raise DataError(f"{where} is a PIL image of mode {image.mode}, which has no stated range; convert it to RGB")
+        raise DataError(
+            f"{where} is a PIL image of mode {image.mode}, which has no defined value range; convert it to RGB"
+        )
     return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 

@@ -164,7 +164,7 @@ class Model:
             raise ConfigError(f"task is {task!r}; it must be one of {', '.join(self.tasks)}")
         if task is not None and task not in self.tasks:
             raise ConfigError(
-                f"task is {task!r}, but this model was trained for {self.task!r}: it can do {', '.join(self.tasks)}"
+                f"task is {task!r}, but this model was trained for {self.task!r}: it supports {', '.join(self.tasks)}"
             )
         if min_score is not None and not 0 <= min_score <= 1:
             raise ConfigError(f"min_score is {min_score}; it must be from 0 to 1")
@@ -212,7 +212,7 @@ def load(
         chosen = None if checkpoint is None else str(checkpoint)
         return Model(open_trained(place, overrides, chosen, where))
     if checkpoint is not None:
-        raise ConfigError(f"checkpoint is {checkpoint!r} beside a recipe; give the run's folder without recipe")
+        raise ConfigError(f"checkpoint is {checkpoint!r}, but recipe is also set; give the run folder without recipe")
     return Model(open_trained(os.fspath(recipe), overrides, place, where))
 
 
@@ -225,7 +225,7 @@ def overrides_of(settings: Mapping[str, Any] | None) -> list[str]:
         dumped = {name: yaml.safe_dump(value, default_flow_style=True) for name, value in (settings or {}).items()}
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"settings: only dictionaries, lists, texts, numbers and None can be set ({error})"
+            f"settings: only dictionaries, lists, strings, numbers and None can be set ({error})"
         ) from error
     return [f"{name}={text.removesuffix(_END_OF_SCALAR)}" for name, text in dumped.items()]
 

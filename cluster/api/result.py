@@ -85,8 +85,8 @@ class Result:
         """
         if not isinstance(self._found, PanopticResult):
             raise ConfigError(
-                f"this result has no map of segments: the task was {self.task}; a model trained for panoptic "
-                "segmentation gives one with predict(..., task='panoptic')"
+                f"this result has no segment map, because its task is {self.task}; use predict(..., task='panoptic') "
+                "with a model trained for panoptic segmentation"
             )
         return self._found.segment_map.numpy()
 
@@ -102,8 +102,8 @@ class Result:
         if isinstance(self._found, PanopticResult):
             return np.array([-1, *self.labels], dtype=np.int64)[self._found.segment_map.numpy()]
         raise ConfigError(
-            "this result has no map of labels: the task was instance; a model trained for panoptic or semantic "
-            "segmentation gives one with predict(..., task='semantic')"
+            "this result has no label map, because its task is instance; use predict(..., task='semantic') with a "
+            "model trained for panoptic or semantic segmentation"
         )
 
     def overlay(self, min_score: float = SHOWN_SCORE) -> Image.Image:

@@ -121,8 +121,8 @@ def _write_missing_shards(config: RunConfig, storage: Storage) -> None:
 
 def _run_of(summary: RunSummary, storage: Storage) -> Run:
     if summary.status == "failed":
-        reason = summary.failures[-1].message if summary.failures else "no reason was noted"
-        raise TrainingFailedError(f"the training in {summary.run_folder} gave up: {reason}")
+        reason = summary.failures[-1].message if summary.failures else "no reason was recorded"
+        raise TrainingFailedError(f"training in {summary.run_folder} failed: {reason}")
     assert summary.status != "lost"  # LeaseLostError is raised in this case
     curves: dict[str, dict[int, float]] = {}
     for _, by_step in read_metrics(storage, summary.run_folder):

@@ -55,15 +55,17 @@ def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
     base, *names = text.split("+")
     files = {path.stem: path for path in CONFIGS.rglob("*.yaml") if path != TABLE}
     if base not in files:
-        raise ConfigError(f"no recipe is called {base!r}{_nearest(base, files)}; give a path or a name of configs/")
+        raise ConfigError(
+            f"no recipe is named {base!r}{_nearest(base, files)}; give a path or the name of a file in configs/"
+        )
     overrides: list[str] = []
     for name in names:
         ablation = ablations().get(name)
         if ablation is None:
-            raise ConfigError(f"{text}: no ablation is called {name!r}{_nearest(name, ablations())} (see {TABLE})")
+            raise ConfigError(f"{text}: no ablation is named {name!r}{_nearest(name, ablations())} (see {TABLE})")
         if base not in ablation.published:
             raise ConfigError(
-                f"{text}: the ablation {name!r} goes with {', '.join(ablation.published)}, not with {base}"
+                f"{text}: the ablation {name!r} applies to {', '.join(ablation.published)}, not to {base}"
             )
         overrides += ablation.overrides_of(base)
     if names:

@@ -43,7 +43,7 @@ class ClusterConfig(Section):
         super().__post_init__()
         if self.max_workers < self.min_workers:
             raise ConfigError(
-                f"cluster.num_workers is [{self.min_workers}, {self.max_workers}]; give the smaller first"
+                f"cluster.num_workers is [{self.min_workers}, {self.max_workers}]; put the smaller number first"
             )
 
     @property
@@ -116,10 +116,14 @@ class RunConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ConfigError(f"name is {self.name!r}; use letters, digits, '_', '-' and '.', as it names a folder")
+            raise ConfigError(
+                f"name is {self.name!r}; use letters, digits, '_', '-' and '.', because it is a folder name"
+            )
         for dataset in self.datasets:
             if (problem := key_problem(dataset)) is not None:
-                raise ConfigError(f"datasets: the name {dataset!a} {problem}; choose another, as it names a folder")
+                raise ConfigError(
+                    f"datasets: the name {dataset!a} {problem}; choose another, because it is a folder name"
+                )
         known = ", ".join(sorted(self.datasets)) or "none"
         named = [("data.train", m.dataset) for m in self.data.train]
         named += [("evaluation.sets", s.dataset) for s in self.evaluation.sets]
@@ -133,12 +137,12 @@ class RunConfig(Section):
         if self.model.freeze and self.training.precision in ("bf16", "fp16"):
             raise ConfigError(
                 f"model.freeze is {list(self.model.freeze)} and training.precision {self.training.precision}, which "
-                f"would round the frozen weights, too; set training.precision to {self.training.precision}_autocast"
+                f"would also round the frozen weights; set training.precision to {self.training.precision}_autocast"
             )
         if self.training.compile and isinstance(self.data.augment, ScaleJitter):
             raise ConfigError(
-                "training.compile is true, but data.augment makes images of many sizes, each compiled anew; "
-                "set data.augment.kind to lsj or shortest_edge, or training.compile to false"
+                "training.compile is true, but data.augment makes images of many sizes, and each size is "
+                "compiled separately; set data.augment.kind to lsj or shortest_edge, or training.compile to false"
             )
 
     def _check_early_stopping(self) -> None:
@@ -146,7 +150,7 @@ class RunConfig(Section):
         labels = [evaluated.label for evaluated in self.evaluation.sets]
         if stopping is None or stopping.metric.rpartition("/")[0] in labels:
             return
-        known = f"; it begins with one of {', '.join(f'{label}/' for label in labels)}" if labels else ""
+        known = f"; it must start with one of {', '.join(f'{label}/' for label in labels)}" if labels else ""
         raise ConfigError(
             f"training.early_stopping.metric is {stopping.metric!r}, but evaluation.sets has no such set"
             f"{known or ', as it is empty'}"

@@ -112,8 +112,8 @@ def require_gpus(config: RunConfig, seen: SeenDevices) -> None:
         return
     if asked <= 0.5 and cluster.max_workers > 1:
         raise ConfigError(
-            f"cluster.num_gpus_per_worker is {asked:g} with {cluster.max_workers} workers, so that two ranks could get "
-            "one GPU, which NCCL does not connect; set it above 0.5 (the rest is for an evaluation actor), or "
+            f"cluster.num_gpus_per_worker is {asked:g} with {cluster.max_workers} workers, so two ranks could share "
+            "one GPU, which NCCL does not support; set it above 0.5 (the rest is for an evaluation actor), or set "
             "cluster.num_workers to 1"
         )
     if seen.may_grow:
@@ -121,10 +121,10 @@ def require_gpus(config: RunConfig, seen: SeenDevices) -> None:
     needed = math.ceil(asked) * cluster.min_workers
     if needed > len(seen.gpus):
         raise ConfigError(
-            f"cluster.num_gpus_per_worker is {asked:g} with {counted(cluster.min_workers, 'worker')}, and "
+            f"cluster.num_gpus_per_worker is {asked:g} with {counted(cluster.min_workers, 'worker')}, but "
             f"{seen.found} {len(seen.gpus) or 'none'}; set cluster.num_workers and cluster.num_gpus_per_worker to "
-            "auto, which take what is there, or num_gpus_per_worker to 0 to train on the CPU. If there are more GPUs, "
-            "see nvidia-smi, CUDA_VISIBLE_DEVICES and `m2f doctor`"
+            "auto to use the available GPUs, or num_gpus_per_worker to 0 to train on the CPU. If there are more GPUs, "
+            "check nvidia-smi, CUDA_VISIBLE_DEVICES and `m2f doctor`"
         )
 
 
@@ -201,7 +201,7 @@ def device_index(assigned: Sequence[Any], visible: str | None) -> int:
         return int(own)
     if own not in shown:
         raise ConfigError(
-            f"Ray gave GPU {own} to a worker, but CUDA_VISIBLE_DEVICES is {visible!r}; leave this variable to Ray"
+            f"Ray assigned GPU {own} to a worker, but CUDA_VISIBLE_DEVICES is {visible!r}; let Ray set this variable"
         )
     return shown.index(own)
 
@@ -218,7 +218,7 @@ def _hints(config: RunConfig, seen: SeenDevices) -> tuple[str, ...]:
     augment, training, workers = config.data.augment, config.training, config.cluster.max_workers
     if isinstance(augment, LargeScaleJitter) and augment.size > LARGE_ON_CPU:
         hints.append(
-            f"images of {augment.size} x {augment.size} pixels (data.augment.size) are made for GPUs; for a trial on "
+            f"images of {augment.size} x {augment.size} pixels (data.augment.size) are meant for GPUs; for a trial on "
             "the CPU set data.augment.size=256"
         )
     if 2 * workers * training.threads <= seen.cores:
@@ -237,7 +237,7 @@ def _training(
     if asked == "auto" and not there:
         if seen.may_grow:
             warnings.append(
-                f"{seen.none}: training on its CPUs. If it grows by GPUs, set cluster.num_gpus_per_worker to 1"
+                f"{seen.none}: training on its CPUs. If GPUs are added, set cluster.num_gpus_per_worker to 1"
             )
         return 1 if cluster.num_workers == "auto" else cluster.num_workers, 0.0
     if asked != "auto" and not asked:
@@ -255,8 +255,8 @@ def _training(
         workers = 1 if may_share else min(room, config.training.global_batch)
     elif asked == "auto" and not seen.may_grow and cluster.max_workers > there:
         warnings.append(
-            f"cluster.num_workers is {cluster.max_workers}, and {seen.found} {counted(there, 'GPU')}, one for each "
-            f"worker: training with {counted(there, 'worker')} and the same global batch"
+            f"cluster.num_workers is {cluster.max_workers}, but {seen.found} {counted(there, 'GPU')}, and each worker "
+            f"needs one: training with {counted(there, 'worker')} and the same global batch"
         )
         workers = there
     if asked != "auto":
@@ -291,8 +291,8 @@ def _share_of_rank(config: RunConfig, ranks: int, free: int, beside: bool) -> fl
     if left <= (0.5 if ranks > 1 else 0):
         raise ConfigError(
             f"evaluation.num_gpus_per_actor is {asked:g}, and {counted(evaluation.actors, 'actor')} on the "
-            f"{counted(ranks, 'GPU')} of the ranks would leave {max(0.0, left):g} of one to a rank, which needs more "
-            "than half if there are several; set it to auto, or to 0 to evaluate on the CPU"
+            f"{counted(ranks, 'GPU')} of the ranks would leave {max(0.0, left):g} of a GPU per rank. Several ranks "
+            "need more than 0.5 each; set it to auto, or to 0 to evaluate on the CPU"
         )
     return min(RANK_SHARE, left)
 
@@ -322,7 +322,7 @@ def _evaluating(
     left = 1 - gpus if gpus < 1 else 0.0
     if not left:
         warnings.append(
-            f"evaluation runs on the CPU: cluster.num_gpus_per_worker {gpus:g} leaves no GPU to it. Set that to auto "
+            f"evaluation runs on the CPU: cluster.num_gpus_per_worker {gpus:g} leaves no GPU for it. Set that to auto "
             f"or {RANK_SHARE:g}, so that a rank and an evaluation actor share one"
         )
         return 0.0

@@ -32,7 +32,7 @@ def explain(section: str = "") -> str:
         classes, known = _sections_of_field(classes, name)
         if not classes:
             where = f"`{'.'.join(known_path)}`" if known_path else "the recipe"
-            raise ConfigError(f"--explain {section}: `{name}` is no section of {where}{suggestion(name, known)}")
+            raise ConfigError(f"--explain {section}: `{name}` is not a section of {where}{suggestion(name, known)}")
         known_path.append(name)
     return "\n".join(line for cls in classes for line in _describe(cls, section)).rstrip() + "\n"
 

@@ -65,7 +65,7 @@ def recipe_of_tree(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> Ru
         text = yaml.safe_dump(_to_tree(tree))
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"the recipe: only dictionaries, lists, texts, numbers and None can be set ({error})"
+            f"the recipe: only dictionaries, lists, strings, numbers and None can be set ({error})"
         ) from error
     config, hints = _build_recipe(text, overrides, "the recipe")
     for hint in hints:
@@ -162,7 +162,7 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     except DocumentError as error:
         raise ConfigError(f"{source}: not valid YAML\n  {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: a recipe is a YAML mapping of sections, this is {_describe_value(tree)}")
+        raise ConfigError(f"{source}: a recipe must be a YAML mapping of sections, but this is {_describe_value(tree)}")
     return tree
 
 
@@ -193,7 +193,7 @@ def _without_secrets(node: Any, source: str, path: str = "") -> Any:
         return [_without_secrets(child, source, _join(path, index)) for index, child in enumerate(node)]
     if not isinstance(node, str) or (kept := without_secrets(node)) == node:
         return node
-    LOGGER.warning(f"{source}: the URL in `{path}` may hold a secret and is read as {kept}; change that secret")
+    LOGGER.warning(f"{source}: the URL in `{path}` may contain a secret, so it is read as {kept}; change that secret")
     return kept
 
 
@@ -202,7 +202,7 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
     path, equals, text = override.partition("=")
     keys = renamed_path(path.strip()).split(".")
     if not equals or not all(keys):
-        problems.append(f"`{override}`: an override is written section.key=value, for example training.max_steps=100")
+        problems.append(f"`{override}`: write an override as section.key=value, for example training.max_steps=100")
         return
     try:
         value = parse_yaml(text)
@@ -215,7 +215,7 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
         last = depth == len(keys) - 1
         if isinstance(node, list):
             if not key.isdecimal() or int(key) >= len(node):
-                problems.append(f"`{override}`: `{here}` is a list of {len(node)}; `{key}` is not an index into it")
+                problems.append(f"`{override}`: `{here}` is a list of length {len(node)}; `{key}` is not a valid index")
                 return
             key = int(key)
         elif not isinstance(node, dict):

@@ -33,10 +33,12 @@ class Renamed:
 
 
 RETIRED: tuple[Retired, ...] = (
-    Retired("data.augment_on", "cpu", "leave it out: the loader's processes augment all images"),
-    Retired("cluster.backend", "auto", "leave it out: workers with GPUs use nccl, others gloo"),
-    Retired("storage.max_attempts", 8, "leave it out, and set storage.patience_s: requests are repeated for so long"),
-    Retired("storage.connect_timeout_s", 10.0, "leave it out, and set storage.read_timeout_s, which it never exceeds"),
+    Retired("data.augment_on", "cpu", "remove it: the loader's processes augment all images"),
+    Retired("cluster.backend", "auto", "remove it: workers with GPUs use nccl, others gloo"),
+    Retired("storage.max_attempts", 8, "remove it, and set storage.patience_s: requests are retried for that time"),
+    Retired(
+        "storage.connect_timeout_s", 10.0, "remove it, and set storage.read_timeout_s, which also limits connecting"
+    ),
 )
 """All deleted settings."""
 
@@ -53,12 +55,10 @@ def apply_renames(tree: Any, problems: list[str], renamed: Sequence[Renamed] = R
     for rename in renamed:
         for path, section, key in _find_settings(tree, rename.path):
             if rename.name in section:
-                problems.append(
-                    f"`{path}` is the old name of `{rename.name}`, which is set beside it; keep the new one"
-                )
+                problems.append(f"`{path}` is the old name of `{rename.name}`, and both are set; keep the new one")
             else:
                 section[rename.name] = section[key]
-                hints.append(f"`{path}` is now called `{rename.name}`; the next version will not know the old name")
+                hints.append(f"`{path}` is now called `{rename.name}`; the next version will not accept the old name")
             del section[key]
     return hints
 
@@ -82,7 +82,7 @@ def drop_retired(tree: Any, problems: list[str], retired: Sequence[Retired] = RE
         for path, section, key in _find_settings(tree, setting.path):
             value = section.pop(key)
             if value != setting.default:
-                problems.append(f"`{path}` is {value!r}, but this version does not have the setting; {setting.remedy}")
+                problems.append(f"`{path}` is {value!r}, but this version has no such setting; {setting.remedy}")
 
 
 def raise_collective_timeout(tree: Any) -> str | None:

@@ -46,12 +46,12 @@ def require_same_model(identity: ModelIdentity, config: RunConfig, weights: str)
     if config.data.task not in identity.tasks:
         raise ConfigError(
             f"{weights} is a model for the task {' and '.join(identity.tasks)}, but data.task is {config.data.task}; "
-            f"set data.task={identity.tasks[0]}, or give the weights of another model"
+            f"set data.task={identity.tasks[0]}, or use weights of another model"
         )
     changes = model_changes(identity.recipe, dump_recipe(config))
     if changes:
         raise ConfigError(
-            f"{weights} is another model than the recipe's; set these back, or give the weights of this model "
+            f"the model of {weights} differs from the recipe's; restore these settings, or use other weights "
             f"(weights -> recipe):\n  " + "\n  ".join(changes)
         )
 
@@ -60,7 +60,7 @@ def _settings(recipe: str, optimizer: bool) -> dict[str, str]:
     try:
         tree = parse_yaml(recipe) or {}
     except DocumentError as error:
-        raise ConfigError(f"the recipe of the weights is not valid YAML ({error}); give other weights") from error
+        raise ConfigError(f"the recipe of the weights is not valid YAML ({error}); use other weights") from error
     problems: list[str] = []
     apply_renames(tree, problems)
     drop_retired(tree, problems)

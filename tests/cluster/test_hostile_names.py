@@ -76,5 +76,5 @@ data: {train: [{dataset: NAME}]}
 training: {max_steps: 1}
 """
     assert parse_recipe(recipe.replace("NAME", "city/val")).datasets
-    with pytest.raises(ConfigError, match=r"datasets: the name .* choose another, as it names a folder"):
+    with pytest.raises(ConfigError, match=r"datasets: the name .* choose another, because it is a folder name"):
         parse_recipe(recipe.replace("NAME", f"'{name}'"))

@@ -84,7 +84,7 @@ def test_a_recipe_that_an_earlier_version_stored_loads_without_its_secret(recipe
         "https://host",
         "(removed: it may have held a secret)",
     )
-    assert "runs/kept/recipe.yaml: the URL in `tracking.uri` may hold a secret" in caplog.text
+    assert "runs/kept/recipe.yaml: the URL in `tracking.uri` may contain a secret" in caplog.text
     assert "tophush" not in caplog.text
     assert "tophush" not in str(flatten_tree(parse_yaml(text)))
     recipe.write_text(text)

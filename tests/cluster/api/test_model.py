@@ -85,7 +85,7 @@ def test_detections_equal_those_of_the_verb(painted, scenes, written):
     theirs = np.array([box["bbox"] for box in boxes])
     assert (ours[:, :2] == theirs[:, :2]).all()
     assert (ours[:, 2:] - ours[:, :2] == theirs[:, 2:]).all()
-    with pytest.raises(m2f.UserError, match="the task was instance"):
+    with pytest.raises(m2f.UserError, match="its task is instance"):
         _ = results[0].semantic
     with pytest.raises(m2f.UserError, match="task='panoptic'"):
         _ = results[0].panoptic
@@ -272,7 +272,7 @@ def test_the_users_threads_stay_as_they_are(places):
         ({"source": "official.pth"}, "give the recipe of their model"),
         ({"source": "nowhere"}, "nowhere"),
         ({"source": "theirs", "device": "tpu:9"}, "device is 'tpu:9', which cannot be used here"),
-        ({"source": "official.pth", "recipe": "x.yaml", "checkpoint": 3}, "checkpoint is 3 beside a recipe"),
+        ({"source": "official.pth", "recipe": "x.yaml", "checkpoint": 3}, "checkpoint is 3, but recipe is also set"),
     ],
 )
 def test_what_cannot_be_loaded_is_said(places, monkeypatch, options, message):

@@ -93,7 +93,7 @@ def test_what_auto_means(settings, gpus, workers, each, actor, precision):
         (
             {"workers": 2},
             [H100],
-            "cluster.num_workers is 2, and torch sees 1 GPU, .* with 1 worker and the same global",
+            "cluster.num_workers is 2, but torch sees 1 GPU, .* with 1 worker and the same global",
         ),
     ],
 )
@@ -107,9 +107,9 @@ def test_what_is_warned_of(settings, gpus, warning):
 @pytest.mark.parametrize(
     ("settings", "gpus", "problem"),
     [
-        ({"gpus": 1}, [], "num_gpus_per_worker is 1 with 1 worker, and torch sees none; set .* to auto"),
-        ({"gpus": 1, "workers": 2}, [H100], "with 2 workers, and torch sees 1; set"),
-        ({"gpus": 0.5, "workers": 2}, [H100] * 2, "two ranks could get one GPU, which NCCL does not connect"),
+        ({"gpus": 1}, [], "num_gpus_per_worker is 1 with 1 worker, but torch sees none; set .* to auto"),
+        ({"gpus": 1, "workers": 2}, [H100], "with 2 workers, but torch sees 1; set"),
+        ({"gpus": 0.5, "workers": 2}, [H100] * 2, "two ranks could share one GPU, which NCCL does not support"),
     ],
 )
 def test_gpus_that_are_not_there_are_refused(settings, gpus, problem):
@@ -123,8 +123,7 @@ def test_a_cluster_may_get_what_it_lacks():
     settled = settle(recipe(), seen)
     assert settled.config.cluster.num_gpus_per_worker == 0
     assert settled.warnings == (
-        "the Ray cluster has no GPU now: training on its CPUs. If it grows by GPUs, set cluster.num_gpus_per_worker "
-        "to 1",
+        "the Ray cluster has no GPU now: training on its CPUs. If GPUs are added, set cluster.num_gpus_per_worker to 1",
     )
 
 
@@ -203,7 +202,7 @@ def test_a_rank_takes_the_gpu_that_ray_gave_to_it(assigned, visible, index):
 
 
 def test_a_gpu_that_cuda_does_not_show_is_refused():
-    with pytest.raises(ConfigError, match="Ray gave GPU 2 to a worker, but CUDA_VISIBLE_DEVICES is '0,1'"):
+    with pytest.raises(ConfigError, match="Ray assigned GPU 2 to a worker, but CUDA_VISIBLE_DEVICES is '0,1'"):
         device_index([2], "0,1")
 
 

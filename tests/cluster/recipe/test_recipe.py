@@ -108,8 +108,8 @@ def test_every_problem_is_reported_at_once_with_its_path():
         "`data.task`: input should be 'panoptic', 'instance' or 'semantic'",
         "`datasets.train.source.kind`: no such kind 'synthetik'; did you mean `synthetic`?",
         "`training.max_steps`: input should be a valid integer",
-        "`data.train` is a list of 1; `7` is not an index into it",
-        "`nonsense`: an override is written section.key=value",
+        "`data.train` is a list of length 1; `7` is not a valid index",
+        "`nonsense`: write an override as section.key=value",
         "`cluster.num_workers`: expected a number, got true",
     ):
         assert expected in message
@@ -202,7 +202,7 @@ def test_explain_covers_every_section_of_the_whole_recipe():
 
 
 def test_explain_of_an_unknown_section_suggests_one():
-    with pytest.raises(ConfigError, match="`optimiser` is no section of `training`; did you mean `optimizer`"):
+    with pytest.raises(ConfigError, match="`optimiser` is not a section of `training`; did you mean `optimizer`"):
         explain("training.optimiser")
 
 

@@ -61,7 +61,7 @@ def test_one_message_names_setting_value_and_remedy_beside_other_problems():
         parse_recipe(RECIPE.replace("data:\n", "data:\n  augment_on: device\n"), ["sed=1"], source="r.yaml")
     message = str(caught.value)
     assert message.startswith("r.yaml: 2 problems\n")
-    assert "`data.augment_on` is 'device', but this version does not have the setting; leave it out" in message
+    assert "`data.augment_on` is 'device', but this version has no such setting; remove it" in message
     assert "`sed`: no such setting" in message
 
 

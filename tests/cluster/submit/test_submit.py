@@ -260,7 +260,7 @@ def test_status_takes_a_recipe_by_name_or_the_id_of_a_job(monkeypatch, capsys):
         assert main(["submit", "--status", word]) == 0
         assert capsys.readouterr().out.startswith(job.job_id)
     assert main(["submit", "--status", "other-2"]) == 2
-    assert "http://head:8265 has no job other-2, and it is no recipe: no recipe is called" in capsys.readouterr().err
+    assert "http://head:8265 has no job other-2, and it is no recipe: no recipe is named" in capsys.readouterr().err
 
 
 def test_job_names_differ_between_run_folders():
