@@ -160,7 +160,11 @@ def _overview() -> str:
     lines += [f"  {verb:<11}{importlib.import_module(module).SUMMARY}" for verb, module in VERBS.items()]
     lines += ["", "exit statuses:", *(f"  {status:<11d}{MEANINGS[status]}" for status in ExitStatus)]
     return "\n".join(
-        [*lines, "", "m2f VERB --help explains a verb; m2f config --explain all settings of a recipe; m2f --version."]
+        [
+            *lines,
+            "",
+            "m2f VERB --help: options of a verb; m2f config --explain: all settings; m2f --version: installed version.",
+        ]
     )
 
 

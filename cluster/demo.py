@@ -37,7 +37,7 @@ def run_demo(output: str, overrides: Sequence[str] = ()) -> RunSummary:
         for name, dataset in config.datasets.items():
             print_out(run_shard_job(name, dataset, config.cluster, storage).summary())
         summary = run_training(config, live=sys.stdout.isatty())
-    print_out(f"\n{describe(summary)}\n\n{format_duration(time.monotonic() - started)} in all")
+    print_out(f"\n{describe(summary)}\n\ntotal time {format_duration(time.monotonic() - started)}")
     return summary
 
 
@@ -59,7 +59,7 @@ def describe(summary: RunSummary) -> str:
         lines += [f"pictures:  {last}/val/panels.jpg  (image, truth, prediction)"]
     lines += [f"curves:    {ui_command(summary.tracked.uri)}"]
     failed = [entry for entry in summary.evaluations if entry.status == "failed"]
-    lines += [f"the evaluation of step {entry.step} failed: {entry.detail}" for entry in failed]
+    lines += [f"evaluation of step {entry.step} failed: {entry.detail}" for entry in failed]
     return "\n".join(lines)
 
 

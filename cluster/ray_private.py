@@ -34,7 +34,7 @@ def _expected() -> Iterator[None]:
         yield
     except (ImportError, AttributeError) as error:
         raise RayVersionError(
-            f"Ray {metadata.version('ray')} lacks a private part that m2f needs ({error}). m2f is tested with Ray "
+            f"Ray {metadata.version('ray')} lacks a private API that m2f needs ({error}). m2f is tested with Ray "
             f"{TESTED}; install it: pip install 'ray[default,train]{TESTED}'"
         ) from error
 

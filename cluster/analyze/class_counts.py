@@ -78,10 +78,10 @@ def with_class_count(config: RunConfig) -> CountedModel:
         published = _published(dataset)
         if published is None:
             raise ConfigError(
-                f"{error}; make its shards (m2f shard), or give the number of classes: model.num_classes=80"
+                f"{error}; write its shards with m2f shard, or set the number of classes: model.num_classes=80"
             ) from error
         number = published.count(task) + (dataset.background is not None and task != "instance")
-        assumed = f"{config.name}: {number} classes, as {published.name} has them; neither shards nor source are here"
+        assumed = f"{config.name}: assuming the {number} classes of {published.name}; neither shards nor source found"
         return CountedModel(replace(config.model, num_classes=number), assumed)
     return CountedModel(replace(config.model, num_classes=len(table.for_task(task))))
 

@@ -128,7 +128,7 @@ def compare_runs(
     if len(runs) > 1 and not any(all(name in values for values in by_run) for name in names):
         evaluated = "; ".join(f"{run.name}: {_listed(values)}" for run, values in zip(runs, by_run, strict=True))
         raise CompareError(
-            f"these runs have no metric in common ({evaluated}). Compare curves of training with "
+            f"these runs have no metric in common ({evaluated}). Compare training curves with "
             "--metric train/loss/total, or evaluate the runs on the same set with m2f eval"
         )
     paper = next((row for run in runs if (row := paper_result(run.recipe.get("name", ""))) is not None), None)
@@ -183,7 +183,7 @@ def _chosen_metrics(by_run: Sequence[Mapping[str, float]], wanted: Sequence[str]
     for one in wanted:
         found = [name for name in known if one in (name, set_and_metric(name)[1])]
         if not found:
-            raise CompareError(f"no run has the metric {one!r} at the compared step; there are: {', '.join(known)}")
+            raise CompareError(f"no run has the metric {one!r} at the compared step; available: {', '.join(known)}")
         chosen += found
     return list(dict.fromkeys(chosen))
 
@@ -309,7 +309,7 @@ def _compare_classes(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[str
                     f"classes:\n  {found.describe_rows(first, name)}"
                 )
             if (note := describe_subset(found, first, name)) is not None:
-                notes.append(f"{dataset}: {note}; averages are over other classes")
+                notes.append(f"{dataset}: {note}; their averages are over different classes")
     return notes
 
 
@@ -353,7 +353,9 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
         notes += _settings_notes(dataset, found)
         steps = {at for run in runs if (at := compared_step(dataset, run.curves, step)) is not None}
         if len(steps) > 1 and step is None:
-            notes.append(f"{dataset}: the newest evaluations are of different steps; --step N compares at one")
+            notes.append(
+                f"{dataset}: the newest evaluations are of different steps; use --step N to compare at the same step"
+            )
         missing = [run.name for run in runs if compared_step(dataset, run.curves, step) is None]
         if missing:
             at = "" if step is None else f" at step {step}"

@@ -152,9 +152,7 @@ def interval_notes(runs: Sequence[RunRecord], intervals: Sequence[Interval], set
         if baseline is not None:
             others = [run.name for run in evaluated if run.name in others and not _same_images(run, baseline, dataset)]
             if others:
-                notes.append(
-                    f"{dataset}: no intervals over images for {', '.join(others)}: other images were evaluated"
-                )
+                notes.append(f"{dataset}: no intervals over images for {', '.join(others)}: evaluated on other images")
     differences = [one for one in intervals if one.baseline is not None]
     if differences and not any(one.kind == "seeds" for one in differences):
         notes.append(

@@ -32,7 +32,7 @@ def as_page(comparison: Comparison) -> str:
         sections.append(Section("Classes", _classes(comparison, report)))
     lead = "".join(paragraph(note, "note") for note in comparison.notes)
     if len(names) > 1:
-        lead = paragraph(f"Differences are to {names[0]}; the best value of a row is bold.", "faint") + lead
+        lead = paragraph(f"Differences are relative to {names[0]}; the best value of a row is bold.", "faint") + lead
         texts = range(1, len(differences.head))
         body = _table(differences, texts) if differences.rows else paragraph("The recipes do not differ.")
         sections.append(Section(differences.title, body))

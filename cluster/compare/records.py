@@ -109,7 +109,7 @@ def read_runs(
         store = store or _open_store(uri, experiment or "m2f", experiment)
         records += [store.read(run, step) for run in store.search(query)]
     if not records:
-        raise CompareError("no run to compare: name run folders, or MLflow runs, or an --experiment")
+        raise CompareError("no run to compare; give run folders, MLflow runs or an --experiment")
     return _with_distinct_names(records)
 
 
@@ -153,7 +153,9 @@ class _Store:
         except MlflowException as error:
             raise CompareError(f"--filter is {query!r}: {error.message}") from error
         if not runs:
-            raise CompareError(f"no run at {self.uri} passes the filter {query!r}" if query else "no run there yet")
+            raise CompareError(
+                f"no run at {self.uri} matches the filter {query!r}" if query else "the experiment has no runs"
+            )
         return list(runs)
 
     def read(self, run: Run, step: int | None) -> RunRecord:
@@ -225,12 +227,12 @@ class _Store:
 def _open_store(uri: str | None, wanted: str, experiment: str | None) -> _Store:
     if uri is None:
         raise CompareError(
-            f"{wanted!r} is no run folder (it has no recipe.yaml), and no MLflow server is named: give a run folder, "
+            f"{wanted!r} is not a run folder (it has no recipe.yaml), and no MLflow server is set; give a run folder, "
             "or set --tracking or MLFLOW_TRACKING_URI"
         )
     database = uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).exists():
-        raise CompareError(f"there is no MLflow database {database}")  # MLflow would create an empty database
+        raise CompareError(f"the MLflow database {database} does not exist")  # MLflow would create an empty database
     if database != uri and (problem := schema_problem(Path(database))) is not None:
         raise CompareError(problem)  # MLflow would migrate its tables
     return _Store(uri, experiment)
@@ -320,7 +322,9 @@ def _tracked_record(storage: Storage, folder: str, known: Mapping[str, Any] | No
     """Return status, version and training curves from MLflow. If that fails, return only the curves in the folder."""
     bare = RunRecord(name=folder, source=folder)
     if known is None:
-        return replace(bare, curves=_stored_curves(storage, folder), notes=("no tracking.json, so not in MLflow",))
+        return replace(
+            bare, curves=_stored_curves(storage, folder), notes=("no tracking.json, so its MLflow run is unknown",)
+        )
     try:
         uri = uri_of_moved(folder, without_secrets(known["uri"]), known["run_id"])
         store = _open_store(uri, known["run_id"], None)
@@ -329,7 +333,7 @@ def _tracked_record(storage: Storage, folder: str, known: Mapping[str, Any] | No
         return replace(bare, status=run.info.status, version=version, curves=store.curves(run))
     except CompareError as error:
         curves = _stored_curves(storage, folder)
-        found = "curves of training are those of the run folder" if curves else "no curves of training"
+        found = "training curves are read from the run folder" if curves else "no training curves"
         return replace(bare, curves=curves, notes=(f"{found}: {error}",))
 
 
@@ -401,7 +405,7 @@ def _choices(wanted: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(wanted, names, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f" (there are: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else " (it is empty)"
+    return f" (available: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else " (it is empty)"
 
 
 def _brief(error: Exception) -> str:

@@ -67,7 +67,7 @@ def aligned(*rows: Sequence[str | Number]) -> str:
 
 
 def _runs(comparison: Comparison, report: Report) -> str:
-    lines = [report.title + (" (* the best)" if len(comparison.runs) > 1 else "")]
+    lines = [report.title + (" (* = best)" if len(comparison.runs) > 1 else "")]
     for run in comparison.runs:
         about = ", ".join(part for part in (run.source, run.status, run.version and f"m2f {run.version}") if part)
         lines.append(f"  {run.name}: {about}")
@@ -105,7 +105,7 @@ def _class_blocks(table: Table, of_class: ClassTable) -> list[str]:
             for row, delta in changes
         ]
         if left_out:
-            rows.insert(SHOWN_CLASSES, [f"({left_out} between)", "", "", ""])
+            rows.insert(SHOWN_CLASSES, [f"({left_out} more)", "", "", ""])
         if rows:
             blocks.append(aligned([table.title, table.head[1], table.head[1 + run], "delta"], *rows))
     return blocks

@@ -53,7 +53,10 @@ def check_cluster(config: RunConfig | None) -> list[Finding]:
         findings += report.findings
         versions.setdefault(report.versions, []).append(name)
     for call in late:
-        detail, remedy = f"no answer in {NODE_TIMEOUT_S:.0f} s", "the node is overloaded or cut off; see the dashboard"
+        detail, remedy = (
+            f"no response in {NODE_TIMEOUT_S:.0f} s",
+            "the node is overloaded or unreachable; see the dashboard",
+        )
         findings.append(Finding("node", "failed", detail, remedy, _address(calls[call])))
     findings.sort(key=lambda finding: finding.where)
     return [*findings, _check_versions(versions), *_check_clocks(nodes), *_capacity(config, nodes)]
@@ -89,7 +92,7 @@ def _check_clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
         finding = skew_finding(skew, "the driver")
         if finding.state != "ok":
             findings.append(Finding(finding.check, finding.state, finding.detail, finding.remedy, _address(node)))
-    return findings or [Finding("clocks", "ok", "all nodes agree", where=CLUSTER)]
+    return findings or [Finding("clocks", "ok", "the clocks of all nodes agree", where=CLUSTER)]
 
 
 def _check_versions(versions: Mapping[tuple[str, str], list[str]]) -> Finding:
@@ -98,7 +101,7 @@ def _check_versions(versions: Mapping[tuple[str, str], list[str]]) -> Finding:
             f"Python {python}, Ray {version}: {', '.join(names)}" for (python, version), names in versions.items()
         )
         return Finding("same versions", "failed", detail, "start all nodes from one image", CLUSTER)
-    return Finding("same versions", "ok", "Python and Ray of all nodes", where=CLUSTER)
+    return Finding("same versions", "ok", "all nodes have the same Python and Ray", where=CLUSTER)
 
 
 def _capacity(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding]:
@@ -108,9 +111,9 @@ def _capacity(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Fin
     findings: list[Finding] = []
     for request in resource_requests(config):
         capacity = count_fitting((node["Resources"] for node in nodes), request.needs)
-        detail = f"{request}, and room for {capacity}"
+        detail = f"{request}; the cluster has room for {capacity}"
         if capacity < request.count:
-            remedy = "lower the recipe's numbers, or let the cluster grow"
+            remedy = "request fewer resources in the recipe, or add nodes"
             findings.append(Finding("resources", "warning", detail, remedy, CLUSTER))
         else:
             findings.append(Finding("resources", "ok", detail, where=CLUSTER))

@@ -31,7 +31,9 @@ def run_checks(checks: Iterable[Check], where: str = HERE) -> list[Finding]:
         except Exception as error:
             name = getattr(check, "__name__", None) or getattr(getattr(check, "func", None), "__name__", "check")
             detail = traceback.format_exception_only(error)[-1].strip()
-            finding = Finding(name.removeprefix("check_"), "failed", detail, "this is a defect of the check: report it")
+            finding = Finding(
+                name.removeprefix("check_"), "failed", detail, "this is a bug in the check; please report it"
+            )
         findings.append(replace(finding, where=where))
     return findings
 
@@ -74,7 +76,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in (*(("node",) if of_nodes else ()), "check", "state"):
         table.add_column(column, no_wrap=True)
-    table.add_column("found, and what to do", overflow="fold")
+    table.add_column("finding and remedy", overflow="fold")
     for finding in findings:
         style = _STYLES[finding.state]
         text = finding.detail + (f"\n-> {finding.remedy}" if finding.remedy else "")

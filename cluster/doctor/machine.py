@@ -49,7 +49,7 @@ def check_versions() -> Finding:
     shown = " ".join(f"{name} {found[name]}" for name in ("torch", "deepspeed", "ray", "mlflow") if name in found)
     detail = f"Python {platform.python_version()}, {shown}"
     if not SpecifierSet(TESTED).contains(found["ray"], prereleases=True):
-        remedy = f"m2f uses private parts of Ray and is tested with {TESTED}: pip install 'ray[default,train]{TESTED}'"
+        remedy = f"m2f uses private APIs of Ray and is tested with {TESTED}: pip install 'ray[default,train]{TESTED}'"
         return Finding("versions", "warning", detail, remedy)
     return Finding("versions", "ok", detail)
 
@@ -82,10 +82,10 @@ def check_gpus(config: RunConfig | None, expected: int | None) -> Finding:
         cluster = None if config is None else config.cluster
         needed = 1 if cluster is not None and cluster.gpus_per_worker > 0 else 0
     if count < needed:
-        remedy = f"check nvidia-smi, the driver against CUDA {torch.version.cuda}, and `--gpus all` of the container"
-        return Finding("GPUs", "failed", f"torch sees {count}, {needed} are needed", remedy)
+        remedy = f"check nvidia-smi, driver support for CUDA {torch.version.cuda}, and `--gpus all` of the container"
+        return Finding("GPUs", "failed", f"torch sees {count}, but {needed} are needed", remedy)
     if not count:
-        return Finding("GPUs", "ok", "none, and none is needed" if config or expected == 0 else "none")
+        return Finding("GPUs", "ok", "none, and none needed" if config or expected == 0 else "none")
     first = torch.cuda.get_device_properties(0)
     return Finding("GPUs", "ok", f"{count} x {first.name}, {first.total_memory / GIB:.0f} GiB")
 
@@ -106,14 +106,14 @@ def check_collectives() -> Finding:
         remedy = (
             "run again with NCCL_DEBUG=INFO; in a container try --shm-size=16g and --ipc=host"
             if gpus
-            else "name the network device of this machine in GLOO_SOCKET_IFNAME (see `ip address`)"
+            else "set GLOO_SOCKET_IFNAME to the network interface of this machine (see `ip address`)"
         )
         return Finding("collectives", "failed", f"{name}: {str(error).splitlines()[0]}", remedy)
     took = time.monotonic() - started
     return Finding(
         "collectives",
         "ok",
-        f"{name} all-reduce over {counted(ranks, 'process', 'processes')}, {took:.0f} s with their start",
+        f"{name} all-reduce over {counted(ranks, 'process', 'processes')}, {took:.0f} s including startup",
     )
 
 
@@ -137,7 +137,7 @@ def all_reduce_once(folder: str, cuda: bool) -> None:
         values = torch.full((2**18,), rank + 1.0, device=device)
         dist.all_reduce(values)
         if not bool((values == ranks * (ranks + 1) / 2).all()):
-            raise RuntimeError("the sum over processes is wrong")
+            raise RuntimeError("all-reduce returned a wrong sum")
     finally:
         dist.destroy_process_group()
 
@@ -149,11 +149,11 @@ def check_shared_memory() -> Finding:
         return Finding("shared memory", "skipped", f"no {folder} on {platform.system()}")
     free = shutil.disk_usage(folder).free
     detail = f"{_gib(free)} free in {folder}"
-    remedy = "docker run --shm-size=16g; on Kubernetes mount an emptyDir of medium Memory at /dev/shm"
+    remedy = "use docker run --shm-size=16g; on Kubernetes mount an emptyDir with medium: Memory at /dev/shm"
     if free < SHM_REQUIRED:
-        return Finding("shared memory", "failed", detail + "; loader processes would die", remedy)
+        return Finding("shared memory", "failed", detail + "; loader processes would crash", remedy)
     if free < SHM_RECOMMENDED:
-        return Finding("shared memory", "warning", detail + "; enough for small batches only", remedy)
+        return Finding("shared memory", "warning", detail + "; only enough for small batches", remedy)
     return Finding("shared memory", "ok", detail)
 
 
@@ -169,10 +169,10 @@ def check_compiler(config: RunConfig | None) -> Finding:
     if path is not None:
         return Finding("compiler", "ok", path)
     if config is not None and not gpus and not config.training.compile:
-        return Finding("compiler", "ok", "none, and none is needed")
-    user = "kernels for GPUs need" if gpus else "training.compile needs"
+        return Finding("compiler", "ok", "none, and none needed")
+    user = "GPU kernels need" if gpus else "training.compile needs"
     state = "warning" if config is None and not gpus else "failed"
-    return Finding("compiler", state, f"{user} {compiler_names(device)}", "apt-get install g++")
+    return Finding("compiler", state, f"none found; {user} {compiler_names(device)}", "apt-get install g++")
 
 
 def check_op_cache() -> Finding:
@@ -184,8 +184,10 @@ def check_op_cache() -> Finding:
     }
     closed = {name: folder for name, folder in folders.items() if not _is_writable(folder)}
     if closed:
-        detail = f"{' and '.join(map(str, closed.values()))} cannot be written; GPUs and training.compile build there"
-        return Finding("op cache", "warning", detail, f"set {' and '.join(closed)} to a folder that can be")
+        detail = (
+            f"cannot write to {' and '.join(map(str, closed.values()))}, the cache of GPU kernels and compiled code"
+        )
+        return Finding("op cache", "warning", detail, f"set {' and '.join(closed)} to a writable folder")
     return Finding("op cache", "ok", ", ".join(map(str, folders.values())))
 
 

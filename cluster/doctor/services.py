@@ -25,7 +25,7 @@ SKEW_WARNING_S, SKEW_ERROR_S = 5.0, 300.0
 S3 refuses requests if the clock is wrong by 15 minutes. Metrics of two machines are out of order at much smaller
 differences.
 """
-_TOKEN_REMEDY = "start all nodes with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (docs/cloud.md)"
+_TOKEN_REMEDY = "start all nodes with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN (docs/cloud.md)"
 NO_RECIPE = "give a recipe to check it"
 
 
@@ -45,7 +45,12 @@ def check_run_folder(config: RunConfig | None) -> Finding:
     except UserError as error:
         return Finding("run folder", "failed", str(error), _storage_remedy(config.run_folder))
     if not same:
-        return Finding("run folder", "failed", f"{url} reads back differently", "the store is broken; use another one")
+        return Finding(
+            "run folder",
+            "failed",
+            f"{url}: bytes read differ from bytes written",
+            "the storage is faulty; use another one",
+        )
     return Finding("run folder", "ok", f"{config.run_folder}: write, read, delete in {took * 1000:.0f} ms")
 
 
@@ -62,8 +67,8 @@ def check_shards(config: RunConfig | None) -> Finding:
         except UserError as error:
             return Finding("shards", "failed", f"{name}: {error}", _storage_remedy(shards))
         if document is None:
-            return Finding("shards", "failed", f"{name}: no manifest in {shards}", f"m2f shard RECIPE {name}")
-    return Finding("shards", "ok", f"manifests of {', '.join(used)} read")
+            return Finding("shards", "failed", f"{name}: no manifest in {shards}", f"run m2f shard RECIPE {name}")
+    return Finding("shards", "ok", f"read the manifests of {', '.join(used)}")
 
 
 def check_data(config: RunConfig | None) -> Finding:
@@ -80,7 +85,7 @@ def check_data(config: RunConfig | None) -> Finding:
         found += data_warnings(name, manifest, config.data.task, queries)
     if found:
         return Finding("data", "warning", "\n".join(text.removeprefix("warning: ") for text in found))
-    return Finding("data", "ok", f"{', '.join(used)} suit the model and the task")
+    return Finding("data", "ok", f"{', '.join(used)} match the model and the task")
 
 
 def _used_datasets(config: RunConfig) -> list[str]:
@@ -97,7 +102,7 @@ def check_tracking(config: RunConfig | None) -> Finding:
         given = os.environ.get("MLFLOW_TRACKING_URI")
         uri = tracking_uri(config) if config is not None else given and checked_uri(given)
     except UserError as error:
-        return Finding("MLflow", "failed", str(error), "name a tracking server")
+        return Finding("MLflow", "failed", str(error), "set tracking.uri to a tracking server")
     if not uri:
         return Finding("MLflow", "skipped", NO_RECIPE + ", or set MLFLOW_TRACKING_URI")
     if uri.startswith("sqlite:///"):
@@ -110,8 +115,8 @@ def check_tracking(config: RunConfig | None) -> Finding:
     except Exception as error:  # MLflow does not convert the errors of its HTTP client
         detail = " ".join(str(error).split())[:200]
         remedy = "start the server, correct tracking.uri or MLFLOW_TRACKING_URI, or set MLFLOW_TRACKING_USERNAME"
-        return Finding("MLflow", "failed", f"{uri} does not answer: {detail}", remedy)
-    return Finding("MLflow", "ok", f"{uri} answers in {(time.monotonic() - started) * 1000:.0f} ms")
+        return Finding("MLflow", "failed", f"request to {uri} failed: {detail}", remedy)
+    return Finding("MLflow", "ok", f"{uri} responds in {(time.monotonic() - started) * 1000:.0f} ms")
 
 
 def check_clock(config: RunConfig | None) -> Finding:
@@ -130,7 +135,7 @@ def skew_finding(skew: float, other: str) -> Finding:
     detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {other}"
     remedy = "set the clock: timedatectl set-ntp true"
     if abs(skew) > SKEW_ERROR_S:
-        return Finding("clock", "failed", detail + "; S3 refuses requests of wrong clocks", remedy)
+        return Finding("clock", "failed", detail + "; S3 rejects requests if the clock is wrong", remedy)
     if abs(skew) > SKEW_WARNING_S:
         return Finding("clock", "warning", detail, remedy)
     return Finding("clock", "ok", f"agrees with {other}")
@@ -163,13 +168,13 @@ def check_ray_token(dashboard: str | None = None) -> Finding:
         return _ask_without_token(dashboard)
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode == "disabled":
-        detail = "RAY_AUTH_MODE=disabled: whoever reaches a port of Ray runs code on its nodes"
+        detail = "RAY_AUTH_MODE=disabled: anyone who can reach a port of Ray can run code on its nodes"
         return Finding("Ray token", "warning", detail, _TOKEN_REMEDY)
     given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     if mode == "token" and not given and not (Path.home() / ".ray" / "auth_token").is_file():
-        remedy = "set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head"
-        return Finding("Ray token", "failed", "RAY_AUTH_MODE=token, and there is no token", remedy)
-    return Finding("Ray token", "ok", "given" if given else "m2f makes one for every local cluster")
+        remedy = "set RAY_AUTH_TOKEN to the output of `ray get-auth-token` on the head"
+        return Finding("Ray token", "failed", "RAY_AUTH_MODE=token, but no token is set", remedy)
+    return Finding("Ray token", "ok", "set" if given else "not set; m2f generates one for each local cluster")
 
 
 def _ask_without_token(dashboard: str) -> Finding:
@@ -178,12 +183,14 @@ def _ask_without_token(dashboard: str) -> Finding:
         urlopen(f"{dashboard.rstrip('/')}/api/jobs/", timeout=TIMEOUT_S).close()
     except HTTPError as error:
         if error.code in (401, 403):
-            return Finding("Ray token", "ok", f"{dashboard} refuses whoever has no token")
-        detail = f"{dashboard} answers {error.code} without a token, which says nothing"
+            return Finding("Ray token", "ok", f"{dashboard} rejects requests without a token")
+        detail = (
+            f"{dashboard} returned HTTP {error.code} to a request without a token; cannot tell whether it needs one"
+        )
         return Finding("Ray token", "warning", detail, _TOKEN_REMEDY)
     except (OSError, ValueError) as error:
-        return Finding("Ray token", "warning", f"{dashboard} could not be asked ({error})", "start its dashboard")
-    detail = f"{dashboard} takes jobs without a token: whoever reaches it runs code on the nodes"
+        return Finding("Ray token", "warning", f"{dashboard} cannot be reached ({error})", "start the dashboard")
+    detail = f"{dashboard} accepts jobs without a token: anyone who can reach it can run code on the nodes"
     return Finding("Ray token", "failed", detail, _TOKEN_REMEDY)
 
 
@@ -195,6 +202,6 @@ def _storage_remedy(url: str) -> str:
     if not url.startswith("s3://"):
         return "correct the path or its permissions"
     return (
-        "correct storage.endpoint_url and storage.region; give the machine a role, or set AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY where its processes start"
+        "correct storage.endpoint_url and storage.region; give the machine an IAM role, or set AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY in the environment of its processes"
     )

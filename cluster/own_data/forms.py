@@ -48,19 +48,19 @@ def choose_form(folder: Path, wanted: str | None) -> Form:
     that fit and the option that selects one.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder; give the folder of the export, unpacked")
+        raise ConfigError(f"{folder} is not a folder; give the folder of the unpacked export")
     forms = find_forms(folder)
     listed = "\n".join(f"  --form {form.kind}: {form.evidence}" for form in forms)
     chosen = [form for form in forms if wanted in (None, form.kind)]
     if not forms:
         raise ConfigError(
-            f"{folder} has no form that m2f knows: no data.yaml with labels/, COCO or labelme JSON, CVAT XML, "
-            "SegmentationClass/, or folders of images and of PNG maps with the same names. docs/own_data.md lists them"
+            f"{folder} is not in a supported format: found no data.yaml with labels/, COCO or labelme JSON, CVAT XML, "
+            "SegmentationClass/, or folders of images and PNG maps with equal names. docs/own_data.md lists the formats"
         )
     if not chosen:
-        raise ConfigError(f"--form {wanted} does not fit {folder}; what fits:\n{listed}")
+        raise ConfigError(f"{folder} does not match --form {wanted}; it matches:\n{listed}")
     if len(chosen) > 1:
-        raise ConfigError(f"{folder} fits more than one form; choose one:\n{listed}")
+        raise ConfigError(f"{folder} matches several formats; choose one:\n{listed}")
     return chosen[0]
 
 
@@ -84,7 +84,7 @@ def _yolo(folder: Path) -> Form | None:
             source = YoloSegSource(images=f"{folder}/images", labels=f"{folder}/labels", data_yaml=str(path))
             sets = [SourceSet(None, source)]
         if sets:
-            return Form("yolo_seg", f"{path.name} names classes and folders of images", tuple(sets))
+            return Form("yolo_seg", f"{path.name} lists classes and image folders", tuple(sets))
     return None
 
 
@@ -174,7 +174,7 @@ def _coco_forms(folder: Path, files: Sequence[_Json]) -> list[Form]:
             )
             sets["coco_instances"].append(SourceSet(split, source))
     names = ", ".join(str(file.path.relative_to(folder)) for file in files[:4])
-    return [Form(kind, f"COCO lists in {names}", tuple(found)) for kind, found in sets.items() if found]
+    return [Form(kind, f"COCO annotations in {names}", tuple(found)) for kind, found in sets.items() if found]
 
 
 def _is_painted(entry: dict[str, Any]) -> bool:
@@ -268,5 +268,9 @@ def _voc(folder: Path) -> Form | None:
     lists = {split_of(path.stem): path for path in sorted((root / "ImageSets/Segmentation").glob("*.txt"))}
     splits = [(split, str(lists[split])) for split in ("train", "val") if split in lists] or [(None, None)]
     sets = tuple(SourceSet(split, replace(whole, image_set=path)) for split, path in splits)
-    named = f"with {Path(legend).name}" if legend else f"the classes of Pascal VOC, as {_VOC_LEGENDS[0]} is not there"
+    named = (
+        f"with {Path(legend).name}"
+        if legend
+        else f"with the classes of Pascal VOC, because {_VOC_LEGENDS[0]} is missing"
+    )
     return Form("voc", f"folders SegmentationClass and SegmentationObject, {named}", sets)

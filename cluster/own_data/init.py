@@ -54,7 +54,7 @@ def _named_classes(form: Form, wishes: Wishes, overwrite: bool) -> Iterator[None
         yield
         return
     if names.exists() and not overwrite:
-        raise ConfigError(f"{names} exists; name another recipe with --output, or replace both with --overwrite")
+        raise ConfigError(f"{names} exists; choose another recipe with --output, or replace both with --overwrite")
     before = names.read_bytes() if names.exists() else None
     names.write_text(category_text(form.classes), encoding="utf-8")
     try:
@@ -64,7 +64,7 @@ def _named_classes(form: Form, wishes: Wishes, overwrite: bool) -> Iterator[None
         if before is not None:
             names.write_bytes(before)
         raise
-    todo = "" if all(form.classes.values()) else ": give the classes their names there"
+    todo = "" if all(form.classes.values()) else ": edit it to name the classes"
     print_out(f"wrote {names}{todo}")
 
 
@@ -73,13 +73,13 @@ def notes(form: Form, found: Survey) -> list[str]:
     painted = [s.source for s in form.sets if isinstance(s.source, CocoInstancesSource) and s.source.crowds_are_objects]
     if painted:
         return [
-            "masks with `iscrowd: 1` are taken as objects, as CVAT marks every painted mask so "
+            "masks with `iscrowd: 1` are treated as objects, because CVAT sets it for every painted mask "
             "(source.crowds_are_objects)"
         ]
     if not found.num_crowds:
         return []
     hint = "; if they are objects, set source.crowds_are_objects" if form.kind == "coco_instances" else ""
-    return [f"{counted(found.num_crowds, 'segment')} of these are crowds, which no query learns{hint}"]
+    return [f"{counted(found.num_crowds, 'segment')} of these are crowds, which are ignored in training{hint}"]
 
 
 def init(folder: Path, output: Path, args: Namespace) -> None:
@@ -100,19 +100,19 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
     form = choose_form(folder, args.form)
     print_out(f"{form.kind}: {form.evidence}")
     if any(found.split == "test" for found in form.sets) and any(found.split != "test" for found in form.sets):
-        print_out("the test set is left alone")
+        print_out("the test set is not used")
     datasets = datasets_of(form, wishes)
     with _named_classes(form, wishes, args.overwrite):
         found = survey(tuple(datasets.values()))
     print_out("\n".join([*found.lines(), *notes(form, found)]))
     if found.largest_megapixels > 20 and not wishes.tiles:
-        print_out(f"the largest image has {found.largest_megapixels:.0f} megapixels: --tiles cuts such images")
+        print_out(f"the largest image has {found.largest_megapixels:.0f} megapixels; use --tiles to cut such images")
     num_train = sum(len(open_dataset(d)[0].keys) for name, d in datasets.items() if name.startswith("train"))
     text = recipe_text(form, wishes, choose(found, num_train, this_machine()))
     output.write_text(text, encoding="utf-8")
     load_recipe(output)
     skip = " --skip-bad" if found.faults else ""
-    naming = "" if all(form.classes.values()) else f", when the classes in {category_file(wishes)} have their names"
+    naming = "" if all(form.classes.values()) else f", after naming the classes in {category_file(wishes)}"
     print_out(
         f"wrote {output} for task {task_of(form, wishes)}. Next{naming}:\n"
         f"  m2f shard {output}{skip}\n  m2f train {output}"

@@ -83,8 +83,8 @@ def find_maps(folder: Path) -> list[Form]:
     texts = next((found for root in roots if (found := _names_by_value(root / _NAMES_BY_VALUE)) is not None), {})
     if len(wanted) > _MOST_CLASSES:
         raise ConfigError(
-            f"{pairs[0].maps}: {len(wanted)} different values are numbers of objects, not of classes; write a "
-            "categories file (docs/datasets.md) or export another form"
+            f"{pairs[0].maps}: the maps have {len(wanted)} different values, probably ids of objects, not classes; "
+            "write a categories file (docs/datasets.md), or export in another format"
         )
     classes = {value: texts.get(value) for value in (*wanted, *(texts if wanted else ()))}
     return [Form("label_maps", f"{names}: {mode} maps", _splits(pairs, sets), dict(sorted(classes.items())))]
@@ -102,8 +102,8 @@ def _color_forms(pairs: Sequence[_Pair], legend: Path | None, named: Path | None
         forms.append(Form("huggingface", f"{names}: RGB maps, with {named.name}", _splits(pairs, ids)))
     if not forms:
         raise ConfigError(
-            f"{pairs[0].maps} holds RGB maps, and no legend says what their colours mean; put one of "
-            f"{', '.join(_LEGENDS[:3])} (or classes.json, where red is the class and green the object) beside it"
+            f"{pairs[0].maps} contains RGB maps without a legend of their colours; add one of "
+            f"{', '.join(_LEGENDS[:3])} (or classes.json, if red is the class and green the object) beside it"
         )
     return forms
 

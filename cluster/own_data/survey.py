@@ -45,13 +45,13 @@ class Survey:
         lines = [
             f"{counted(self.num_images, 'image')} ({self.num_read} read), median longer side {self.long_side} pixels; "
             f"at most {counted(self.most_objects, 'segment')} per image, the median covers {self.object_share:.2%}",
-            f"segments of each class: {classes}{more}",
+            f"segments by class: {classes}{more}",
         ]
         if self.faults:
             kinds = Counter(fault_kind(fault) for fault in self.faults)
             lines.append(f"{counted(len(self.faults), 'fault')}:")
             lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
-            lines += ["the first of them:", *(f"  {fault}" for fault in self.faults[:_SHOWN])]
+            lines += ["first faults:", *(f"  {fault}" for fault in self.faults[:_SHOWN])]
         return lines
 
 

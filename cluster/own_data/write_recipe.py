@@ -122,12 +122,15 @@ def recipe_text(form: Form, wishes: Wishes, choices: Choices) -> str:
     ]
     if wishes.weights is None:
         lines += [
-            "  # Published weights of the backbone, if the hub is reached. Those of a whole model tune faster, as in",
+            "  # Published backbone weights, if the hub is reachable. Weights of a whole model converge faster, as in",
             "  # configs/finetune: m2f init --weights hub:facebook/mask2former-swin-tiny-coco-instance, or a FILE",
             "  backbone: {kind: timm, name: resnet50, pretrained: auto}",
         ]
     else:
-        lines += ["  # Classes are matched by name; the others start anew.", f"  weights: {json.dumps(wishes.weights)}"]
+        lines += [
+            "  # Classes are matched by name; other classes are newly initialised.",
+            f"  weights: {json.dumps(wishes.weights)}",
+        ]
     if wishes.published is not None:
         parts = {name: getattr(wishes.published, name) for name in ("backbone", "pixel_decoder")}
         lines += [f"  {name}: {_flow(part)}" for name, part in parts.items() if part != getattr(ModelConfig(), name)]
@@ -139,7 +142,7 @@ def recipe_text(form: Form, wishes: Wishes, choices: Choices) -> str:
         f"  global_batch: {choices.global_batch}",
         f"  micro_batch: {choices.micro_batch.value}  # {choices.micro_batch.reason}",
         "  precision: auto",
-        "  # The backbone is trained before: it learns at a tenth of the rate.",
+        "  # The backbone is pretrained, so its learning rate is a tenth of the others.",
         "  optimizer: {lr: 1.0e-4, backbone_lr_multiplier: 0.1}",
         f"  checkpoint: {{every_steps: {max(1, choices.steps.value // 5)}, keep: 2}}",
         "evaluation:",

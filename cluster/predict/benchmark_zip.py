@@ -33,27 +33,27 @@ def check_submission(
         )
     if server == "ade20k":
         if task != "semantic":
-            raise ConfigError(f"ADE20K's server takes label maps, not {task} results; give --task semantic")
+            raise ConfigError(f"the ADE20K server accepts label maps, not {task} results; give --task semantic")
         if [c.id for c in classes] != [c.id for c in CATEGORIES_150.categories]:
             raise ConfigError(
-                f"ADE20K's server knows the ids 1 to 150, but the model has {len(classes)} classes with ids from "
-                f"{min(c.id for c in classes)} to {max(c.id for c in classes)}; predict with a model of the ADE20K "
+                f"the ADE20K server expects ids 1 to 150, but the model has {len(classes)} classes with ids from "
+                f"{min(c.id for c in classes)} to {max(c.id for c in classes)}; use a model trained on the ADE20K "
                 "challenge data"
             )
         return
     if task == "semantic":
-        raise ConfigError("COCO's servers take panoptic results and masks; give --task panoptic or --task instance")
+        raise ConfigError("the COCO servers accept panoptic results and masks; give --task panoptic or --task instance")
     if listed is None:
         raise ConfigError(
-            "COCO's servers need the ids of their images: give --image-info "
+            "the COCO servers need the ids of their images; give --image-info "
             + ("panoptic_image_info_test-dev2017.json" if task == "panoptic" else "image_info_test-dev2017.json")
         )
     submitted = [c for c in classes if c.is_thing or task == "panoptic"]
     if foreign := [c for c in submitted if listed.categories.get(c.id) != c.name]:
         raise ConfigError(
-            f"the model's category {foreign[0].id} ({foreign[0].name}) and {len(foreign) - 1} others are not those of "
-            f"{listed.path}; panoptic results need panoptic_image_info_*.json, and a model of COCO its training data, "
-            "which hold the names"
+            f"the model's category {foreign[0].id} ({foreign[0].name}) and {len(foreign) - 1} others do not match "
+            f"{listed.path}; panoptic results need panoptic_image_info_*.json, and a model of COCO needs its training "
+            "data, which contain the names"
         )
 
 

@@ -46,7 +46,7 @@ def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str |
     if not storage.exists(recipe):
         if storage.exists(join(url, "config.json")):
             raise ConfigError(
-                f"{source} is a Hugging Face model, which names no data sets; give a recipe, and --checkpoint {source}"
+                f"{source} is a Hugging Face model without data sets; give a recipe, and --checkpoint {source}"
             )
         raise ConfigError(f"{url} has neither a {RECIPE} (a run) nor a config.json (a Hugging Face model)")
     config = with_absolute_paths(parse_recipe(storage.get(recipe).decode(), overrides, source=recipe))
@@ -68,12 +68,12 @@ def choose_checkpoint(config: RunConfig, storage: Storage, wanted: str | None) -
     """
     if wanted is not None and not wanted.isdecimal() and wanted not in ("best", "last"):
         if "://" not in wanted and not Path(wanted).exists():
-            raise ConfigError(f"--checkpoint {wanted}: there is no such file or folder")
+            raise ConfigError(f"--checkpoint {wanted}: no such file or folder")
         return ChosenWeights(wanted, None)
     found = list_checkpoints(storage, config.run_folder)
     if not found:
         raise ConfigError(
-            f"{config.run_folder} has no checkpoint; train first, or give --checkpoint the path of a file of weights"
+            f"{config.run_folder} has no checkpoint; train first, or give a weight file with --checkpoint"
         )
     if wanted in (None, "last"):
         return ChosenWeights(found[0].url, found[0].step)
@@ -82,7 +82,7 @@ def choose_checkpoint(config: RunConfig, storage: Storage, wanted: str | None) -
         if checkpoint.step == step:
             return ChosenWeights(checkpoint.url, checkpoint.step)
     steps = ", ".join(str(checkpoint.step) for checkpoint in found)
-    raise ConfigError(f"{config.run_folder} has no checkpoint of step {step}; there are {steps}")
+    raise ConfigError(f"{config.run_folder} has no checkpoint of step {step}; available steps: {steps}")
 
 
 def _best_step(config: RunConfig, storage: Storage) -> int:

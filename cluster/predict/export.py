@@ -31,11 +31,11 @@ def check_output(format: Format, output: str, size: Sequence[int] | None) -> Non
     """
     suffix = _SUFFIXES[format]
     if size is not None and format not in ("torch_export", "onnx"):
-        raise ConfigError(f"--size is for the formats torch_export and onnx; {format} has none")
+        raise ConfigError(f"--size applies only to the formats torch_export and onnx, not to {format}")
     if "://" in output:
-        raise ConfigError(f"--output is {output}; exports are written to a local path, copy them from there")
+        raise ConfigError(f"--output is {output}; give a local path, and copy the export from there")
     if Path(output).suffix != suffix and suffix:
-        raise ConfigError(f"--output is {output}; for --format {format} its name ends in {suffix}")
+        raise ConfigError(f"--output is {output}; for --format {format} its name must end in {suffix}")
     if Path(output).exists():
         raise ConfigError(f"--output {output} exists; remove it or choose another name")
     if format == "onnx":
@@ -52,7 +52,7 @@ def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple
     match format:
         case "official":
             _write_atomically(output, lambda path: write_official(trained.model, trained.config, path, metadata))
-            return "checkpoint under the official names"
+            return "checkpoint with the official parameter names"
         case "hugging_face":
             _write_atomically(output, lambda path: _write_hugging_face(trained, path))
             return f"Hugging Face Mask2FormerForUniversalSegmentation with {len(trained.classes)} classes"

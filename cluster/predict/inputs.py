@@ -59,7 +59,7 @@ def find_images(words: Sequence[str], storage: Storage) -> tuple[str, ...]:
     for word in words:
         inside = _in_bucket(word, storage) if "://" in word else _on_disk(word)
         if not inside:
-            raise DataError(f"{word}: no such image, or no JPEG, PNG, TIFF, BMP or WebP file there")
+            raise DataError(f"{word}: no such image, or no JPEG, PNG, TIFF, BMP or WebP file in the folder")
         found += inside
     return tuple(dict.fromkeys(found))
 
@@ -93,7 +93,7 @@ def read_image_list(path: Path) -> ImageList:
         raise DataError(f"{path}: the image list cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
-            f"{path}: this is no COCO image list, with `images` of id, file_name, height and width ({error!r})"
+            f"{path} is not a COCO image list: `images` must have id, file_name, height and width ({error!r})"
         ) from error
     return ImageList(path, images, categories)
 
@@ -116,13 +116,13 @@ def listed_images(urls: Sequence[str], listed: ImageList) -> tuple[ImageInput, .
     missing = [name for name, files in found.items() if not files]
     if missing:
         raise DataError(
-            f"{listed.path} lists {len(missing)} of {len(listed.images)} images that are not among those given, "
-            f"such as {missing[0]}; give the folder that holds them"
+            f"{len(missing)} of {len(listed.images)} images in {listed.path} are not among the given images, such as "
+            f"{missing[0]}; give the folder that contains them"
         )
     if several := next((name for name, files in found.items() if len(files) > 1), None):
         raise DataError(
-            f"{listed.path} lists {several}, which could be {found[several][0]} or {found[several][1]}; write the "
-            "folder into the list, or give only one of them"
+            f"{listed.path} lists {several}, which matches {found[several][0]} and {found[several][1]}; add the folder "
+            "to the name in the list, or give only one of the files"
         )
     chosen = [files[0] for files in found.values()]
     return tuple(
@@ -158,7 +158,9 @@ def read_image(image: ImageInput, storage: Storage, max_pixels: int) -> np.ndarr
         data = storage.get(image.url)
         header = read_header(data)
         if header.height * header.width > max_pixels:
-            raise BrokenImageError(f"{header.width} x {header.height} pixels are more than {max_pixels}; shrink it")
+            raise BrokenImageError(
+                f"{header.width} x {header.height} pixels exceed the limit of {max_pixels}; shrink it"
+            )
         orientation = header.orientation if image.size is None else frame_orientation(header, *image.size)
         return decode_rgb(data, orientation)
     except (StorageError, BrokenImageError) as error:

@@ -64,8 +64,8 @@ class Predictor:
             raise ConfigError(f"--min-score is {min_score}; it must be from 0 to 1")
         if min_score is not None and task == "semantic" and not isinstance(test_time, WholeImage):
             raise ConfigError(
-                f"--min-score is {min_score}, which evaluation.test_time.kind={test_time.kind} does not take for "
-                "--task semantic; leave it out, or set evaluation.test_time.kind=whole"
+                f"--min-score is {min_score}, which evaluation.test_time.kind={test_time.kind} does not support for "
+                "--task semantic; omit it, or set evaluation.test_time.kind=whole"
             )
         self._trained, self._task, self._model, self._min_score = trained, task, trained.model, min_score
         self._postprocess = trained.config.postprocess

@@ -82,7 +82,9 @@ def open_trained(
     folder = Path(source)
     if is_hugging_face_folder(folder):
         if overrides or checkpoint is not None:
-            raise ConfigError(f"{source} is a Hugging Face folder, which takes neither settings nor --checkpoint")
+            raise ConfigError(
+                f"{source} is a Hugging Face folder, so settings and --checkpoint have no effect; remove them"
+            )
         return _open_hugging_face(folder, device)
     if folder.suffix in _WEIGHT_SUFFIXES:
         return _open_weights(source, overrides, checkpoint, device)
@@ -94,7 +96,7 @@ def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None,
     """Open a weight file that contains the recipe of its model. Raises ConfigError for other weight files."""
     identity = read_identity(source, Storage()) if "://" in source or Path(source).is_file() else None
     if identity is None or not identity.recipe or checkpoint is not None:
-        raise ConfigError(f"{source} are weights alone; give the recipe of their model, and --checkpoint {source}")
+        raise ConfigError(f"{source} is only a weight file; give the recipe of its model, and --checkpoint {source}")
     path = source if "://" in source else str(Path(source).resolve())
     return _open_run(with_absolute_paths(parse_recipe(identity.recipe, overrides, source=source)), path, device)
 
@@ -128,8 +130,8 @@ def _numbered_classes(config: RunConfig, weights: str, storage: Storage) -> tupl
             number = count_classes(path)
     if number is None:
         raise DataError(
-            f"{config.datasets[config.data.train[0].dataset].shards} has no manifest. The classes of the model are "
-            "those of its training data; without the data, set model.num_classes"
+            f"{config.datasets[config.data.train[0].dataset].shards} has no manifest, so the number of classes is "
+            "unknown; write the shards of the training data, or set model.num_classes"
         )
     return _classes_of_names([f"class {label}" for label in range(number)])
 
@@ -138,7 +140,7 @@ def _open_hugging_face(folder: Path, device: str | None) -> TrainedModel:
     described = read_hugging_face_config(folder)
     task = described.notes.get("task", "panoptic")
     if task not in TASKS:
-        raise WeightsError(f"{folder}: the task is {task!r}; one of {', '.join(TASKS)} is known")
+        raise WeightsError(f"{folder}: the task is {task!r}; it must be one of {', '.join(TASKS)}")
     noted = described.notes.get("categories")
     known = None if noted is None else tuple(_category(entry) for entry in noted)
     identity = read_identity(str(folder), Storage())

@@ -50,7 +50,7 @@ def judge(champion: RunRecord, candidate: RunRecord, dataset: str, metric: str |
     known = [name for name in HEADLINES if all(one.metrics.get(name) is not None for one in results)]
     if metric is not None and metric not in known:
         raise RegistryError(
-            f"--metric is {metric}, but {dataset} has intervals of {', '.join(known) or 'none'}; choose one of them"
+            f"--metric is {metric}, which is not available for {dataset}; choose one of: {', '.join(known) or 'none'}"
         )
     if not known:
         raise RegistryError(f"{dataset}: {champion.name} and {candidate.name} have no metric in common")
@@ -58,8 +58,8 @@ def judge(champion: RunRecord, candidate: RunRecord, dataset: str, metric: str |
     found = image_intervals([champion, candidate], [name], DRAWS)
     if not found:
         raise RegistryError(
-            f"{dataset}: there is no interval of {name} between {champion.name} and {candidate.name}; evaluate both "
-            f"again with m2f eval, which writes {IMAGES_FILE} for the same images"
+            f"{dataset}: no interval of {name} can be computed for {champion.name} and {candidate.name}; evaluate both "
+            f"again with m2f eval, so that both have {IMAGES_FILE} of the same images"
         )
     return Verdict(better=found[0].low > 0, interval=found[0])
 
@@ -76,7 +76,7 @@ def check_weights(record: RunRecord, dataset: str, step: int, weights: str | Non
     used = (found.settings or {}).get("weights")
     if used != weights:
         raise RegistryError(
-            f"{record.name}: the results of {dataset} at step {step} belong to other weights (SHA-256 "
+            f"{record.name}: the results of {dataset} at step {step} belong to different weights (SHA-256 "
             f"{str(used)[:12] if used else 'not stated'}) than the checkpoint (SHA-256 {weights[:12]}); evaluate that "
             "checkpoint again with m2f eval"
         )
@@ -87,7 +87,7 @@ def _result(record: RunRecord, dataset: str) -> SetResult:
     if found is None or dataset not in record.images:
         sets = ", ".join(sorted(record.results)) or "none"
         raise RegistryError(
-            f"{record.name} has no results with {IMAGES_FILE} of the set {dataset} at the registered step (sets: "
+            f"{record.name} has no results with {IMAGES_FILE} for the set {dataset} at the registered step (sets: "
             f"{sets}); evaluate that checkpoint with m2f eval"
         )
     return found
@@ -107,5 +107,5 @@ def _check_comparable(
         differing = sorted(k for k in {*settings[0], *settings[1]} if settings[0].get(k) != settings[1].get(k))
         raise RegistryError(
             f"{dataset}: {names} were evaluated with different settings ({', '.join(differing)}), which alone may "
-            "change the numbers; evaluate both alike with m2f eval"
+            "change the numbers; evaluate both with m2f eval and the same settings"
         )

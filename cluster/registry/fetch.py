@@ -65,7 +65,7 @@ def fetch_image(url: str, allowed: Collection[str], max_bytes: int = MAX_BYTES) 
         connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "m2f"})
         answer = connection.getresponse()
         if answer.status != _OK:
-            raise FetchError(f"{host} answered {answer.status} {answer.reason}, which is no image")
+            raise FetchError(f"{host} returned HTTP {answer.status} {answer.reason} instead of an image")
         if answer.length is not None and answer.length > max_bytes:
             raise FetchError(_too_large(host, max_bytes))
         body = _body(answer, host, max_bytes)
@@ -87,14 +87,16 @@ def _checked(url: str, allowed: Collection[str]) -> tuple[SplitResult, str, int]
         host, scheme = (parts.hostname or "").lower(), parts.scheme.lower()
         port = parts.port or _PORTS.get(scheme, 0)
     except ValueError:  # the error message quotes parts of the URL and is therefore not shown
-        raise FetchError("the URL of the image cannot be read: its host or port is malformed") from None
+        raise FetchError("the host or port in the URL of the image is malformed") from None
     named = host if port == _PORTS.get(scheme) else f"{host}:{port}"
     if not host or scheme not in _PORTS or "@" in parts.netloc or any(ord(c) <= 32 or ord(c) > 126 for c in url):
-        raise FetchError("the URL of the image must be http://HOST/... or https://HOST/..., in ASCII, without a user")
+        raise FetchError(
+            "the URL of the image must be http://HOST/... or https://HOST/..., in ASCII, without a user name"
+        )
     if named not in {one.lower() for one in allowed}:
         known = ", ".join(sorted(allowed)) or "none"
         raise FetchError(
-            f"images from {named} are not fetched; allowed hosts: {known}. Send the bytes of the image, or register "
+            f"images from {named} are not allowed (allowed hosts: {known}). Send the bytes of the image, or register "
             f"the model with --allow-url {named}"
         )
     return parts, host, port
@@ -105,9 +107,9 @@ def _public_address(host: str, port: int) -> str:
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except OSError as error:
-        raise FetchError(f"{host}: the name of the host is not known ({error})") from error
+        raise FetchError(f"{host}: the host name cannot be resolved ({error})") from error
     if not found or not all(is_public(str(address)) for address in found):
-        raise FetchError(f"{host} has an address inside the network, from which no images are fetched")
+        raise FetchError(f"{host} has an address that is not public; images are only fetched from public addresses")
     return str(min(found, key=lambda address: (":" in str(address), str(address))))
 
 

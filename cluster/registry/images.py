@@ -66,8 +66,8 @@ def _decoded(text: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(
-            f"the text is no image ({error}): send the bytes of an image file as base64, or the pixels as an array; "
-            "paths of files are not read"
+            f"the text is not a base64 image ({error}); send the bytes of an image file as base64, or the pixels as an "
+            "array; file paths are not accepted"
         ) from error
 
 
@@ -79,7 +79,7 @@ def _from_file(data: bytes) -> np.ndarray:
         _check_size(header.height, header.width)
         return decode_rgb(data, header.orientation)
     except BrokenImageError as error:
-        raise ImageError(f"the bytes are no image that can be read: {error}") from error
+        raise ImageError(f"the bytes are not a readable image: {error}") from error
 
 
 def _from_array(value: object) -> np.ndarray:
@@ -88,20 +88,20 @@ def _from_array(value: object) -> np.ndarray:
         if pixels.dtype == object:  # an array of lists, as pandas creates it
             pixels = np.array(pixels.tolist())
     except ValueError as error:
-        raise ImageError(f"the lists are no image [H, W, 3]: {error}") from error
+        raise ImageError(f"the lists are not an image [H, W, 3]: {error}") from error
     if pixels.ndim != _CHANNELS or pixels.shape[-1] != _CHANNELS or 0 in pixels.shape:
         raise ImageError(
-            f"the array has the shape {list(pixels.shape)}; an image is [H, W, 3] of RGB, and `image` a list of images"
+            f"the array has shape {list(pixels.shape)}; an image is RGB [H, W, 3], and `image` is a list of images"
         )
     _check_size(*pixels.shape[:2])
     if pixels.dtype == np.uint8:
         return np.ascontiguousarray(pixels)
     if not np.issubdtype(pixels.dtype, np.integer) or pixels.min() < 0 or pixels.max() > _MAX_VALUE:
-        raise ImageError(f"the array holds {pixels.dtype}; pixels are whole numbers from 0 to 255")
+        raise ImageError(f"the array has dtype {pixels.dtype}; pixels must be integers from 0 to 255")
     return pixels.astype(np.uint8)
 
 
 def _check_size(height: int, width: int) -> None:
     limit = DatasetConfig.max_pixels
     if height * width > limit:
-        raise ImageError(f"{width} x {height} pixels are more than {limit}; shrink the image")
+        raise ImageError(f"{width} x {height} pixels exceed the limit of {limit}; shrink the image")

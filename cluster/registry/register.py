@@ -96,19 +96,19 @@ def register(wanted: Wanted, say: Callable[[str], None] = lambda line: None) -> 
     _check_overrides(wanted.overrides)
     config, copied = open_recipe(wanted.source, wanted.overrides)
     if copied is not None:
-        raise RegistryError(f"{wanted.source} is a checkpoint; name its run, and the step as --checkpoint N")
+        raise RegistryError(f"{wanted.source} is a checkpoint; give its run, and select the step with --checkpoint N")
     storage = Storage(config.storage)
     chosen = choose_checkpoint(config, storage, wanted.checkpoint)
     if chosen.step is None:
         raise RegistryError(
-            f"--checkpoint {wanted.checkpoint} is no checkpoint of {config.run_folder}, and only these are "
-            "registered; give best, last or a step"
+            f"--checkpoint {wanted.checkpoint} is not a checkpoint of {config.run_folder}, and others "
+            "cannot be registered; give best, last or a step"
         )
     run = find_run(config)
     if run is None:
         raise RegistryError(
-            f"{config.run_folder} has no tracking.json, so MLflow has no run of it; m2f train makes it again when the "
-            "run is continued"
+            f"{config.run_folder} has no tracking.json, so its MLflow run is unknown; m2f train creates it when it "
+            "resumes the run"
         )
     with _answering(run.uri), using_store(run.uri):
         return _Registration(wanted, config, storage, chosen, chosen.step, run, say).run()
@@ -119,8 +119,8 @@ def _check_overrides(overrides: Sequence[str]) -> None:
     dropped = [one for one in overrides if not one.lstrip("+").startswith(_OF_THE_STORES)]
     if dropped:
         raise ConfigError(
-            f"{', '.join(dropped)}: a registered model answers with the settings that its checkpoint was trained "
-            "with; register the run as it was trained, with no other settings than tracking.* and storage.*"
+            f"{', '.join(dropped)}: a registered model uses the settings that its checkpoint was trained with; "
+            "only tracking.* and storage.* can be overridden"
         )
 
 
@@ -195,12 +195,12 @@ class _Registration:
             return None
         version = find_version(self._client, self._name, alias)
         if version is None:
-            self._say(f"no version of {self._name} has the alias {alias} yet, so there is nothing to be better than")
+            self._say(f"no version of {self._name} has the alias {alias} yet, so there is nothing to compare with")
             return None
         tags = version.tags
         if RUN_TAG not in tags or STEP_TAG not in tags:
             raise RegistryError(
-                f"{self._name}@{alias} was not registered by m2f register, so its results are not known; give the "
+                f"{self._name}@{alias} was not registered by m2f register, so its results are unknown; move the "
                 "alias to a version that was"
             )
         self._say(f"comparing with {self._name}@{alias}, version {version.version}")
@@ -218,7 +218,7 @@ class _Registration:
         if found is None or images is None or images.instance is None:
             raise RegistryError(
                 f"--precision needs detections of the set {self._dataset} at step {self._step}; evaluate the "
-                "checkpoint with m2f eval and evaluation.tasks that include instance"
+                "checkpoint with m2f eval, with instance in evaluation.tasks"
             )
         names = [str(row["name"]) for row in found.per_class if row["is_thing"]]
         return Thresholds(
@@ -255,7 +255,7 @@ class _Registration:
         models = LoggedModels(self._client, self._run.run_id)
         model = models.ensure(checkpoint)
         if model is None:
-            raise RegistryError(f"{self._run.uri} is an MLflow server without logged models; a registry needs MLflow 3")
+            raise RegistryError(f"{self._run.uri} does not support logged models; registering needs an MLflow 3 server")
         if (known := models.find_tagged(checkpoint.commit, PACKAGE_TAG, digest)) is not None:
             return known, False
         if PACKAGE_TAG in model.tags:  # it has different content, such as different thresholds or hosts

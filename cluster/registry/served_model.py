@@ -71,7 +71,7 @@ class ServedModel(PythonModel):
             return possible
         chosen = tuple(task for task in possible if task == wanted)
         if not chosen:
-            raise ConfigError(f"task is {wanted!r}; this model answers {', '.join(possible)}")
+            raise ConfigError(f"task is {wanted!r}; this model supports {', '.join(possible)}")
         return chosen
 
     def _answer(

@@ -60,7 +60,9 @@ class Thresholds:
             content.pop("iou")
             return cls(**content, classes=classes)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ThresholdError(f"{source} holds no thresholds ({error}); register the checkpoint again") from error
+            raise ThresholdError(
+                f"{source}: cannot parse the thresholds ({error}); register the checkpoint again"
+            ) from error
 
     def lowest(self, classes: Sequence[Category]) -> np.ndarray:
         """Return the lowest accepted score [K] by label.

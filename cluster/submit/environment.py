@@ -51,12 +51,12 @@ def job_environment(variables: Sequence[str], config: RunConfig | None = None) -
         name, equals, value = variable.partition("=")
         if name not in NAMES and not name.startswith(FAMILIES):
             raise ConfigError(
-                f"--env {name}: the variable may be a secret, and Ray stores and shows the environment of jobs. Leave "
-                "it out, and set it where the nodes start Ray, for Kubernetes in the template: every process of a job "
-                "has the variables of its node. docs/cloud.md lists the names that --env takes"
+                f"--env {name}: the variable may contain a secret, and Ray stores and shows the environment of jobs. "
+                "Set it where the nodes start Ray (on Kubernetes, in the template), because the processes of a job "
+                "inherit the variables of their node. docs/cloud.md lists the names that --env accepts"
             )
         if not equals and name not in os.environ:
-            raise ConfigError(f"--env {name}: the variable is not set here; write --env {name}=VALUE")
+            raise ConfigError(f"--env {name}: the variable is not set on this machine; give --env {name}=VALUE")
         env[name] = value if equals else os.environ[name]
     for name, value in env.items():
         if (problem := url_problem(value)) is not None:

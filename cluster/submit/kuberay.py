@@ -85,9 +85,11 @@ def kubectl_apply(text: str) -> None:
     try:
         subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=True, timeout=APPLY_TIMEOUT_S)
     except FileNotFoundError as error:
-        raise KubeRayError("kubectl is not here; write the RayJob with --output and apply it elsewhere") from error
+        raise KubeRayError(
+            "kubectl is not installed; write the RayJob with --output, and apply it on another machine"
+        ) from error
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        raise KubeRayError(f"kubectl does not take the RayJob: {error}") from error
+        raise KubeRayError(f"kubectl apply failed: {error}") from error
 
 
 def schema_problems(ray_job: object) -> list[str]:
@@ -110,7 +112,7 @@ def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
     nodes = [node for group in groups for node in [_pod_resources(group)] * group.get("maxReplicas", 0)]
     for request in resource_requests(config):
         if (places := count_fitting(nodes, request.needs)) < request.count:
-            problems.append(f"{request}, and the groups have room for {places}; raise maxReplicas or the resources")
+            problems.append(f"{request}, but the groups have room for {places}; raise maxReplicas or the resources")
     return problems
 
 
@@ -118,7 +120,7 @@ def _image_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
     """Return messages about images without a digest. A tag can be moved to a different image; a digest cannot."""
     images = [container.get("image", "") for container in pod["containers"]]
     return [
-        f"{group}: image is {image}; name it by the digest that `docker push` prints, as registry/m2f@sha256:..."
+        f"{group}: image is {image}; use the digest that `docker push` prints, such as registry/m2f@sha256:..."
         for image in images
         if not _BY_DIGEST.fullmatch(image) or "REGISTRY" in image
     ]
@@ -128,7 +130,7 @@ def _pod_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
     problems: list[str] = []
     container = pod["containers"][0]
     if all(mount["mountPath"] != "/dev/shm" for mount in container.get("volumeMounts", ())):
-        problems.append(f"{group}: nothing is mounted at /dev/shm, where Kubernetes gives 64 MiB")
+        problems.append(f"{group}: nothing is mounted at /dev/shm, which has only 64 MiB by default")
     resources = container.get("resources", {})
     for name, amount in resources.get("limits", {}).items():
         if "/" in name and resources.get("requests", {}).get(name) != amount:
@@ -159,7 +161,7 @@ def _custom_resources(group: Mapping[str, Any]) -> dict[str, float]:
         return {name: float(amount) for name, amount in value.items()}
     except (DocumentError, AttributeError, TypeError, ValueError) as error:
         raise KubeRayError(
-            f"{group['groupName']}: rayStartParams.resources is not JSON of names and numbers: {text:.200} ({error})"
+            f"{group['groupName']}: rayStartParams.resources is not a JSON object of numbers: {text:.200} ({error})"
         ) from error
 
 
@@ -177,10 +179,12 @@ def _read_template(template: Path) -> dict[str, Any]:
         document = parse_yaml(template.read_bytes())
     except (OSError, DocumentError) as error:
         raise KubeRayError(
-            f"{template}: cannot read the template, which is one document of kind RayJob ({error})"
+            f"{template}: cannot read the template, which must be one document of kind RayJob ({error})"
         ) from error
     if not isinstance(document, dict) or document.get("kind") != "RayJob":
-        raise KubeRayError(f"{template}: a template is one document of kind RayJob; see cluster/cloud/kuberay.yaml")
+        raise KubeRayError(
+            f"{template}: a template must be one document of kind RayJob; see cluster/cloud/kuberay.yaml"
+        )
     return document
 
 

@@ -108,7 +108,7 @@ class JobClient:
             self._client = JobSubmissionClient(self.address)
             version = ray_version_of(self._client)
         if version != ray.__version__:
-            print_err(f"the cluster has Ray {version}, this machine {ray.__version__}")
+            print_err(f"the cluster has Ray {version}, but this machine has {ray.__version__}")
 
     def jobs(self) -> list[JobInfo]:
         """Return all jobs that were submitted through the Jobs API."""
@@ -159,7 +159,7 @@ class JobClient:
                     break
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
-            print_err(f"\ndetached; {job_id} keeps running, `m2f submit --stop {job_id}` ends it")
+            print_err(f"\ndetached; {job_id} keeps running; use `m2f submit --stop {job_id}` to stop it")
             return ExitStatus.INTERRUPTED
         print_out(job.describe())
         if job.status == JobStatus.FAILED and job.exit_code is None:  # the command never ran, or was lost with its node
@@ -177,7 +177,7 @@ class JobClient:
                     print_out(new.removesuffix("\n"), colors=True)
                 self._last_contact = time.monotonic()
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
-            logging.getLogger(__name__).debug("the log of %s breaks off: %s", job_id, error)
+            logging.getLogger(__name__).debug("connection to the log of %s ended: %s", job_id, error)
         return max(printed, received)
 
     def _poll(self, job_id: str) -> JobInfo | None:
@@ -213,16 +213,16 @@ def _job_errors(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise JobError(
-            f"the cluster at {address} requires another token ({_first_line(error.message)}); set "
-            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
+            f"the cluster at {address} requires a different token ({_first_line(error.message)}); set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the output of `ray get-auth-token` on its head"
         ) from error
     except (OSError, requests.RequestException) as error:
         raise JobError(
-            f"no Ray dashboard answers at {address} ({error}); start the cluster, or open the way to it "
+            f"cannot reach a Ray dashboard at {address} ({error}); start the cluster, or forward its port "
             "(`ray dashboard CLUSTER.yaml`, `kubectl port-forward service/NAME-head-svc 8265`)"
         ) from error
     except RuntimeError as error:
-        raise JobError(f"the cluster at {address} refuses: {_first_line(str(error))}") from error
+        raise JobError(f"the cluster at {address} rejected the request: {_first_line(str(error))}") from error
 
 
 def _first_line(text: str) -> str:
@@ -232,9 +232,9 @@ def _first_line(text: str) -> str:
 def _checked_address(address: str | None) -> str:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if address is None:
-        raise JobError("which cluster? Give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
+        raise JobError("no cluster given; use --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
     if (problem := url_problem(address)) is not None:
-        raise JobError(f"the address of the dashboard {problem}. Leave it out: a cluster's secret is RAY_AUTH_TOKEN")
+        raise JobError(f"the address of the dashboard {problem}. Remove it, and set RAY_AUTH_TOKEN instead")
     if urlsplit(address).scheme not in ("http", "https"):
-        raise JobError(f"the address {address} is not one of a dashboard; jobs are sent to http://HEAD:8265")
+        raise JobError(f"{address} is not the address of a dashboard; use http://HEAD:8265")
     return address.rstrip("/")

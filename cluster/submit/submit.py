@@ -106,8 +106,8 @@ def choose_job(config: RunConfig, digest: str, jobs: Iterable[JobInfo]) -> Chose
             continue
         if job.metadata.get("m2f_recipe") != digest:
             raise ConfigError(
-                f"the job {job.job_id} trains in {config.run_folder} with other settings; give `name` another value, "
-                f"or end it with `m2f submit --stop {job.job_id}`"
+                f"the job {job.job_id} is training in {config.run_folder} with different settings; change `name`, or "
+                f"stop the job with `m2f submit --stop {job.job_id}`"
             )
         return ChosenJob(job.job_id, is_new=False)
     number = max((_number(job) for job in earlier), default=0) + 1
@@ -131,19 +131,19 @@ def bind_to_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
     tracking URI. Prints a warning for URLs of the loopback interface.
     """
     problems = [
-        f"{setting} is {path}, which is a path of this machine; use s3://, or pass `--shared FOLDER` where all nodes "
-        "of the cluster mount it"
+        f"{setting} is {path}, which is a local path; use s3://, or give `--shared FOLDER` if all nodes of the "
+        "cluster mount it"
         for setting, path in _paths(config).items()
         if "://" not in path and not any(Path(path).is_relative_to(folder) for folder in shared)
     ]
     uri = config.tracking.uri or ""
     if uri and is_local_tracking(uri):
-        problems.append(f"tracking.uri is {uri}, which only one machine can open; name a tracking server, http://...")
+        problems.append(f"tracking.uri is {uri}, which only one machine can open; use a tracking server, http://...")
     if problems:
         raise ConfigError("the recipe cannot run on a cluster\n  " + "\n  ".join(problems))
     for setting, url in (("storage.endpoint_url", config.storage.endpoint_url), ("tracking.uri", uri)):
         if url and urlsplit(url).hostname in _LOOPBACK:
-            print_err(f"{setting} is {url}: every node looks for it on itself")
+            print_err(f"{setting} is {url}: on every node, this address refers to the node itself")
     return replace(config, cluster=replace(config.cluster, address=None))
 
 

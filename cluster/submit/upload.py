@@ -83,8 +83,8 @@ def _check_size(archive: Path) -> None:
             folders[str(Path(member.filename).parent)] += member.compress_size
     largest = ", ".join(f"{name} ({_mib(sent)})" for name, sent in folders.most_common(_NAMED_FOLDERS))
     raise UploadError(
-        f"the code to send is {_mib(size)}, and Ray takes {_mib(LIMIT_BYTES)}. Largest folders: {largest}. Move data "
-        f"out of the code, or list it in {IGNORE_FILE} beside pyproject.toml"
+        f"the code to upload is {_mib(size)}, but Ray accepts at most {_mib(LIMIT_BYTES)}. Largest folders: {largest}. "
+        f"Move data out of the code, or list it in {IGNORE_FILE} beside pyproject.toml"
     )
 
 

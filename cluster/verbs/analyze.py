@@ -64,7 +64,7 @@ def _table(args: argparse.Namespace) -> int:
     size = _parse_size(args.size)
     recipes, overrides = split_overrides(args.words)
     if overrides and not recipes:
-        raise ConfigError(f"{overrides[0]} changes a setting of a recipe, but none is given")
+        raise ConfigError(f"{overrides[0]} overrides a setting of a recipe, but no recipe is given")
     rows = [recipe_size(load_recipe(recipe, overrides), size, timed=args.seconds) for recipe in recipes]
     if not recipes:
         models = paper_models()
@@ -125,7 +125,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= 32):
-        raise ConfigError(f"--size is {text!r}; write height and width in pixels of at least 32, for example 512x512")
+        raise ConfigError(f"--size is {text!r}; give height and width in pixels, at least 32 each, for example 512x512")
     return int(height), int(width)
 
 

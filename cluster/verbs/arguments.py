@@ -15,7 +15,9 @@ OVERRIDE = "section.key=value"
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add arguments for the recipe and its overrides."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name as coco_panoptic_r50+cross_attention")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file, or a name such as coco_panoptic_r50+cross_attention"
+    )
     add_overrides(parser)
 
 
@@ -26,7 +28,9 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
     """Add arguments for the recipe, followed by names or paths and overrides in any order; `what` is their help."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name as coco_panoptic_r50+cross_attention")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file, or a name such as coco_panoptic_r50+cross_attention"
+    )
     parser.add_argument("words", nargs="*", metavar=metavar, help=f"{what}; {OVERRIDE} overrides a setting")
 
 
@@ -35,8 +39,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="STEP|best|last|PATH",
-        help="step of a checkpoint, the best or last one of the run, a checkpoint folder, or a file of weights; "
-        "default: last",
+        help="step of a checkpoint, best or last checkpoint of the run, checkpoint folder, or weight file "
+        "(default last)",
     )
 
 
@@ -53,13 +57,13 @@ def count(text: str) -> int:
     """Parse an integer of at least 1, for argparse's `type`. Raises ArgumentTypeError or ValueError."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"is {number}; it must be at least 1")
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
 
 
 def list_faults(faults: Sequence[object], report: str | None) -> list[str]:
     """Return lines for the first 20 faults; the others are in the file given by `--report`."""
-    return first_lines(faults, 20, f" in {report}" if report else "; --report FILE")
+    return first_lines(faults, 20, f" in {report}" if report else "; use --report FILE to list all")
 
 
 def use_token() -> None:

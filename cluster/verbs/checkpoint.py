@@ -67,11 +67,11 @@ def _collect(storage: Storage, run_folder: str, dry_run: bool) -> int:
     from m2f.trainer.checkpoint.leftovers import find_leftovers, lease_in_use
 
     if not storage.list(run_folder):
-        raise ConfigError(f"{run_folder} is empty or does not exist; name a run by its recipe or its folder")
+        raise ConfigError(f"{run_folder} is empty or does not exist; give the recipe or folder of a run")
     if dry_run:
         in_use = lease_in_use(storage, run_folder)
         if in_use <= newest_number(storage, run_folder):
-            print_err(f"{run_folder}: a process may be training here, so what it writes now is left out")
+            print_err(f"{run_folder}: a process may be training here; files that it is writing are not listed")
         leftovers = find_leftovers(storage, run_folder, in_use, alone=in_use > newest_number(storage, run_folder))
         print_out("\n".join([*leftovers.describe(), f"{len(leftovers)} to delete; nothing was changed"]))
         return ExitStatus.DONE
@@ -121,13 +121,13 @@ def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: 
         if every_byte:
             _verify_bytes(storage, checkpoint.url, manifest)
     except NewerFormatError as error:
-        print_out(f"{row}  of a newer version: {error}")
+        print_out(f"{row}  written by a newer version: {error}")
         return False
     except CheckpointError as error:
         print_out(f"{row}  damaged: {error}")
         return False
     kept_for = pins(storage, checkpoint.url)
-    state = "every byte verified" if every_byte else "whole"
+    state = "every byte verified" if every_byte else "complete"
     print_out(f"{row}  {', kept for '.join([state, *kept_for])}")
     return True
 

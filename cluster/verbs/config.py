@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         print_out(json.dumps(recipe_schema(), indent=1))
         return ExitStatus.DONE
     if args.recipe is None:
-        raise ConfigError("no recipe given: m2f config RECIPE prints it, m2f config --explain explains all settings")
+        raise ConfigError(
+            "no recipe given; use m2f config RECIPE to print one, or m2f config --explain to explain all settings"
+        )
     print_out(dump_recipe(load_recipe(args.recipe, args.overrides)).rstrip())
     return ExitStatus.DONE

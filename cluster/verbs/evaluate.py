@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     config, copied = open_recipe(args.source, args.overrides)
     if copied is not None and args.output is None:
-        raise ConfigError(f"{args.source} is a checkpoint without its run; give --output a folder for the results")
+        raise ConfigError(f"{args.source} is a checkpoint without its run; give a folder for the results with --output")
     storage = Storage(config.storage)
     weights = choose_checkpoint(config, storage, args.checkpoint or copied)
     print_out(f"evaluating {weights.url}")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         run = find_run(config) if weights.step is not None else None
         tracking = Tracking(run, "offline-evaluation") if run is not None else None
     except TrackingError as error:  # for example, the run is read-only; the results must not be lost
-        print_err(f"warning: the results do not go to MLflow: {error}")
+        print_err(f"warning: the results are not logged to MLflow: {error}")
     with ScratchFolder("evaluation") as scratch:
         for evaluation in evaluations:
             within = f"evaluations/{weights.name}"
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             folder = write_files(storage, url, evaluation.files(), local=scratch / name)
             print_out(f"\n{evaluation.results.table()}\n\nresults: {url}")
             if name != evaluation.results.subject.label:
-                print_out("settings or weights differ from those of the stored results, so these have another name")
+                print_out("stored under a different name, because settings or weights differ from the stored results")
             if dump is not None:
                 print_out(f"predictions: {join(dump, name)}")
             if tracking is not None and weights.step is not None:

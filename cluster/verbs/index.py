@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--map", default="png", metavar="EXT", help="extension of the label map (default png)")
     parser.add_argument("--json", default="json", metavar="EXT", help="panoptic: extension of the JSON (default json)")
     parser.add_argument(
-        "--void", metavar="N,N", default="", help="labels of void pixels, besides 255 (instances: and 0)"
+        "--void", metavar="N,N", default="", help="labels of void pixels, in addition to 255 (and 0 for instances)"
     )
     parser.add_argument(
         "--max-pixels", type=count, metavar="N", help="refuse images with more pixels (default 178956970)"
@@ -93,7 +93,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(",") if number)
     except ValueError:
-        raise ConfigError(f"--void is {text!r}; give whole numbers between commas, for example 0,255") from None
+        raise ConfigError(f"--void is {text!r}; give integers separated by commas, for example 0,255") from None
 
 
 def _summary(found: IndexReport, target: str, report: str | None) -> str:
@@ -109,7 +109,7 @@ def _summary(found: IndexReport, target: str, report: str | None) -> str:
     lines = [f"{target}: {what} ({form})", *list_faults(found.faults, report)]
     if not found.committed:
         lines.append(
-            f"{len(found.faults)} things cannot be indexed, so no manifest is written; correct them, or leave them out "
-            "with --skip-bad"
+            f"faults: {len(found.faults)}. No manifest was written; correct the samples, or leave them out with "
+            "--skip-bad"
         )
     return "\n".join(lines)

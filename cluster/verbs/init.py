@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the recipe. A message is printed first, because importing the readers takes some seconds."""
     folder = Path(args.folder)
-    print_out(f"looking at {folder}")
+    print_out(f"inspecting {folder}")
     output = Path(args.output or f"{folder.resolve().name}.yaml")
     if output.exists() and not args.overwrite:
-        raise ConfigError(f"{output} exists; name another file with --output, or replace it with --overwrite")
+        raise ConfigError(f"{output} exists; choose another file with --output, or replace it with --overwrite")
     if not 0 < args.val_share < 1:
-        raise ConfigError(f"--val-share is {args.val_share:g}; it must lie between 0 and 1")
+        raise ConfigError(f"--val-share is {args.val_share:g}; it must be between 0 and 1")
 
     from m2f.cluster.own_data.init import init
 

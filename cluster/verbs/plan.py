@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if segments is None:
         segments = config.model.transformer_decoder.num_queries
         print_err(
-            f"no shards yet: an image counts with as many segments as queries, {segments}; reads need `m2f shard`"
+            f"no shards yet: assuming {segments} segments per image (one per query); to predict reads, run `m2f shard`"
         )
     found = with_class_count(config)
     if found.assumed is not None:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     training = config.training
     if training.precision == "auto":
         training = replace(training, precision="bf16_autocast")
-        print_err("training.precision is auto: counted as bf16_autocast")
+        print_err("training.precision is auto; assuming bf16_autocast")
     plan = plan_memory(found.model, config.data, training, world, segments)
     print_out(format_memory(plan, world, training.zero.stage, args.gpu_gb))
     return ExitStatus.DONE

@@ -91,11 +91,13 @@ def run(args: argparse.Namespace) -> int:
     )
     if folder.num_empty:
         where = counted(folder.num_empty, "image")
-        print_out(f"no segment is sure enough to be drawn in {where}; --min-score 0.1 shows less certain ones")
+        print_out(f"no segment scored high enough to be drawn in {where}; use --min-score 0.1 to show more")
     if args.submission and not problems:
         print_out(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
     elif args.submission:
-        print_err(f"no submission is written without {counted(len(problems), 'image')}: the server would refuse it")
+        print_err(
+            f"no submission was written: it would lack {counted(len(problems), 'image')}, which the server would reject"
+        )
     return ExitStatus.GAVE_UP if problems else ExitStatus.DONE
 
 
@@ -103,6 +105,6 @@ def _check(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     if "://" in args.output:
-        raise ConfigError(f"--output is {args.output}; predictions are written to a local folder, copy them from there")
+        raise ConfigError(f"--output is {args.output}; give a local folder, and copy the predictions from there")
     if Path(args.output).is_file():
-        raise ConfigError(f"--output is {args.output}, which is a file; name a folder")
+        raise ConfigError(f"--output is {args.output}, which is a file; give a folder")

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     names, overrides = split_overrides(args.words)
     config = load_recipe(args.recipe, overrides)
     if len(names) > 1:
-        raise ConfigError(f"one data set per sheet, not {len(names)}: {', '.join(names)}")
+        raise ConfigError(f"preview takes one data set, not {len(names)}: {', '.join(names)}")
     name = choose_datasets(names, list(config.datasets))[0]
     storage = Storage(config.storage)
     manifest = Manifest.load(config.datasets[name].shards, storage)

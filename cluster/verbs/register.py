@@ -61,7 +61,9 @@ def check_hosts(hosts: Sequence[str]) -> None:
     for given in hosts:
         if not given or any(c in "/@" or c.isspace() for c in given):
             host = given.strip().rpartition("://")[2].partition("/")[0].rpartition("@")[2]
-            advice = f"--allow-url {host}" if host and not any(c.isspace() for c in host) else "a host, as host.example"
+            advice = (
+                f"--allow-url {host}" if host and not any(c.isspace() for c in host) else "a host such as host.example"
+            )
             raise ConfigError(f"--allow-url takes a host, or HOST:PORT, and not a URL; give {advice}")
 
 
@@ -71,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.registry.register import Wanted, register
 
     if not args.alias and not args.if_better and not args.name:
-        raise ConfigError("give --alias, as in --alias champion, --if-better or --name, by which the model is found")
+        raise ConfigError(
+            "give --alias (for example --alias champion), --if-better or --name, so that the model can be found"
+        )
     check_hosts(args.allow_url)
     outcome = register(
         Wanted(
@@ -95,10 +99,10 @@ def run(args: argparse.Namespace) -> int:
         return ExitStatus.GAVE_UP
     for name, one in (outcome.thresholds.classes if outcome.thresholds else {}).items():
         if one.threshold is None:
-            print_out(f"{name}: no threshold reaches the precision, so nothing of this class counts")
+            print_out(f"{name}: no threshold reaches the precision, so all detections of this class are rejected")
         else:
             print_out(f"{name}: {one.threshold:.3f} (precision {one.precision:.3f}, recall {one.recall or 0:.3f})")
-    how = "registered" if outcome.uploaded else "registered without a second upload"
+    how = "registered" if outcome.uploaded else "registered (already uploaded)"
     print_out(f"step {outcome.step} {how}: {outcome.name}, version {outcome.version}, in {outcome.store}")
     alias = (args.alias or [args.if_better])[0]
     address = f"models:/{outcome.name}@{alias}" if alias else f"models:/{outcome.name}/{outcome.version}"

@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         path = getattr(args, option, None)
         if path is not None and not path.resolve().parent.is_dir():
             flag = option.replace("_", "-")
-            raise EvaluationError(f"--{flag} {path}: the folder does not exist; make it first")
+            raise EvaluationError(f"--{flag} {path}: the folder does not exist; create it first")
     print_err("scoring: reading the files")
     scoring = _open(args)
     with Progress("scoring", len(scoring.jobs), "images") as progress:
@@ -178,9 +178,7 @@ def _open(args: argparse.Namespace) -> Scoring:
             from m2f.eval.score.instances import instance_scoring
 
             if args.class_agnostic and (args.boxes or args.classes or args.report):
-                raise EvaluationError(
-                    "--class-agnostic does not go with --boxes, --classes and --report; leave one out"
-                )
+                raise EvaluationError("--class-agnostic cannot be combined with --boxes, --classes or --report")
             return instance_scoring(
                 args.truth,
                 args.predictions,

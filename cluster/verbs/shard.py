@@ -58,5 +58,5 @@ def run(args: argparse.Namespace) -> int:
             for warning in data_warnings(name, manifest, task, queries):
                 print_err(warning)
     if failed:
-        raise DataError(f"{len(failed)} of {len(chosen)} data sets are not complete\n" + "\n".join(failed))
+        raise DataError(f"{len(failed)} of {len(chosen)} data sets are incomplete\n" + "\n".join(failed))
     return ExitStatus.DONE

@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
     if args.kuberay is not None:
         return _write_ray_job(args)
     if args.output is not None or args.apply:
-        raise ConfigError("--output and --apply go with --kuberay TEMPLATE; without it, Ray gets the run")
+        raise ConfigError(
+            "--output and --apply require --kuberay TEMPLATE; without it, the run is submitted to a Ray cluster"
+        )
     use_token()
     print_err("connecting to the cluster")
     from m2f.cluster.submit.ray_jobs import JobClient
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     client = JobClient(args.address)
     env = job_environment(args.env, config)
     job = submit_training(client, config, env, args.shared, args.installed)
-    print_out(f"{'sent' if job.is_new else 'the run has a job already'}: {job.job_id} on {client.address}")
+    print_out(f"{'submitted' if job.is_new else 'the run already has a job'}: {job.job_id} on {client.address}")
     return ExitStatus.DONE if args.detach else client.follow(job.job_id)
 
 
@@ -88,7 +90,7 @@ def _stop_or_show(client: JobClient, args: argparse.Namespace) -> int:
     """Carry out `--stop` or `--status`. Return exit status 1 if there is no job or the last job failed."""
     jobs = _named_jobs(client, args)
     if not jobs:
-        print_err("the cluster knows no job of this run")
+        print_err("the cluster has no job of this run")
         return ExitStatus.GAVE_UP
     if args.stop:
         jobs = [job if job.ended else client.stop(job.job_id) for job in jobs[-1:]]
@@ -110,7 +112,7 @@ def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[JobInfo]:
     try:
         config = load_recipe(args.recipe, args.overrides)
     except ConfigError as error:
-        raise ConfigError(f"{client.address} has no job {args.recipe}, and it is no recipe: {error}") from error
+        raise ConfigError(f"{client.address} has no job {args.recipe}, and it is not a recipe: {error}") from error
     return jobs_of(config, jobs)
 
 
@@ -118,8 +120,8 @@ def _write_ray_job(args: argparse.Namespace) -> int:
     """Carry out `--kuberay`: write or apply a RayJob."""
     if not args.kuberay:
         raise ConfigError(
-            "--kuberay needs a TEMPLATE: copy cluster/cloud/kuberay.yaml, put your image and service account in, and "
-            "give its path"
+            "--kuberay needs a TEMPLATE: copy cluster/cloud/kuberay.yaml, set your image and service account in the "
+            "copy, and give its path"
         )
     from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.submit.environment import job_environment

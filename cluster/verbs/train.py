@@ -94,7 +94,7 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
         print_out(f"report: {join(summary.run_folder, place_of(max(published)), label, 'report.html')}")
     for entry in summary.evaluations:
         if entry.status == "failed":
-            print_err(f"the evaluation of step {entry.step} failed: {entry.detail}; `m2f eval` does it again")
+            print_err(f"evaluation of step {entry.step} failed: {entry.detail}; run `m2f eval` to repeat it")
     return _STATUS[summary.status]
 
 

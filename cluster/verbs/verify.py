@@ -70,7 +70,9 @@ def _summary(found: Verification, report: str | None) -> str:
     what = f"{counted(found.num_samples, 'sample')} in {counted(found.num_shards, 'shard')}"
     what += f", {found.num_bytes / 1e6:,.1f} MB"
     if found.passed:
-        read = "every byte and sample is right" if found.depth == "full" else "all shards are there with their sizes"
+        read = (
+            "all bytes and samples are valid" if found.depth == "full" else "all shards exist and have the right size"
+        )
         return f"{found.url}: {what}: {read}"
     lines = [f"{found.url}: {what}: {len(found.faults)} fault{'s' if len(found.faults) > 1 else ''}"]
     return "\n".join(lines + list_faults(found.faults, report))

@@ -116,7 +116,7 @@ def test_an_unknown_verb_suggests_one(capsys):
         (["train", "RECIPE", "data.train.0.dataset=absent", "--launcher", "local"], "make the shards first"),
         (["stats", "RECIPE", "other"], "no data set 'other' under `datasets` (known: train, absent)"),
         (["stats", "RECIPE", "absent"], "dataset.json does not exist"),
-        (["preview", "RECIPE", "train", "absent"], "one data set per sheet"),
+        (["preview", "RECIPE", "train", "absent"], "preview takes one data set, not 2: train, absent"),
         (["shard", "RECIPE", "absent"], "set datasets.absent.source"),
         (["shard", "RECIPE", "train", SMALL_SHARDS, NOBODY], "cannot reach the Ray cluster at 127.0.0.1:9"),
         (["eval", "RECIPE"], "has no checkpoint; train first"),
@@ -198,7 +198,7 @@ def test_training_in_plain_processes_leaves_a_checkpoint_and_a_finished_mlflow_r
     assert f"run finished: {tmp_path}/small\ncurves: mlflow ui " in done.stdout
     config = load_recipe(recipe, overrides)
     assert choose_checkpoint(config, Storage(), None).name == "step_00000002"
-    with pytest.raises(ConfigError, match="there is no such file"):
+    with pytest.raises(ConfigError, match="no such file or folder"):
         choose_checkpoint(config, Storage(), "absent.pt")
     run = find_run(config)
     client = MlflowClient(tracking_uri=run.uri)
@@ -289,7 +289,7 @@ def test_checkpoints_are_listed_and_verified_to_the_byte(capsys, recipe):
     status, out, _ = run(capsys, "checkpoint", "ls", recipe)
     assert status == 0
     assert [line.split()[0] for line in out.splitlines()] == ["step", "10", "5"]
-    assert out.splitlines()[2].endswith("whole, kept for evaluation")
+    assert out.splitlines()[2].endswith("complete, kept for evaluation")
     storage.put(f"{checkpoint_url(folder, 10)}/weights.safetensors", b"weighty")
     assert run(capsys, "checkpoint", "ls", recipe)[0] == 0  # the size is right
     status, out, _ = run(capsys, "checkpoint", "verify", recipe)
@@ -332,7 +332,11 @@ def test_weights_are_exported_from_checkpoints(capsys, recipe, tmp_path):
     ],
 )
 def test_counts_below_1_are_refused(capsys, words):
-    for value, problem in (("0", "is 0; it must be at least 1"), ("-1", "is -1; it"), ("x", "invalid count value")):
+    for value, problem in (
+        ("0", "must be at least 1, not 0"),
+        ("-1", "must be at least 1"),
+        ("x", "invalid count value"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             main([*words, value])
         assert f"argument {words[-1]}: {problem}" in capsys.readouterr().err
@@ -385,8 +389,8 @@ def test_plan_needs_no_shards(recipe, tmp_path, capsys):
     new.write_text(recipe.read_text().replace(f"{recipe.parent}/shards", str(tmp_path / "none")))
     status, out, err = run(capsys, "plan", new)
     assert status == 0, err
-    assert "no shards yet: an image counts with as many segments as queries" in err
-    assert "training.precision is auto: counted as bf16_autocast" in err
+    assert "no shards yet: assuming" in err
+    assert "training.precision is auto; assuming bf16_autocast" in err
     assert out.startswith("GPU memory ")
 
 

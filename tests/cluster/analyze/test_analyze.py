@@ -143,9 +143,12 @@ def test_cpu_time_is_measured():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["table", "model.num_classes=3"], "model.num_classes=3 changes a setting of a recipe, but none is given"),
-        (["table", "RECIPE", "--size", "512"], "--size is '512'; write height and width"),
-        (["table", "RECIPE", "data.train.0.dataset=absent"], "or give the number of classes: model.num_classes=80"),
+        (
+            ["table", "model.num_classes=3"],
+            "model.num_classes=3 overrides a setting of a recipe, but no recipe is given",
+        ),
+        (["table", "RECIPE", "--size", "512"], "--size is '512'; give height and width"),
+        (["table", "RECIPE", "data.train.0.dataset=absent"], "or set the number of classes: model.num_classes=80"),
         (["layers"], "analyze layers takes one recipe and at most one data set"),
         (["layers", "RECIPE", "train", "absent"], "analyze layers takes one recipe and at most one data set"),
         (["layers", "RECIPE", "other"], "no data set 'other' under `datasets` (known: train, absent)"),

@@ -33,7 +33,7 @@ def nowhere(monkeypatch, tmp_path):
 def test_published_sets_are_known_without_their_files(recipe, classes, name):
     found = with_class_count(load_recipe(CONFIGS / f"{recipe}.yaml"))
     assert found.model.num_classes == classes
-    assert f"{classes} classes, as {name} has them; neither shards nor source are here" in str(found.assumed)
+    assert f"assuming the {classes} classes of {name}; neither shards nor source found" in str(found.assumed)
 
 
 def own(source, more=""):
@@ -53,5 +53,5 @@ def test_own_data_that_are_nowhere_are_refused_with_the_remedy():
         "{kind: coco_panoptic, images: i, panoptic_json: mine.json, panoptic_masks: m}",
         "{kind: label_maps, images: i, labels: l, categories: c.json}",
     ):
-        with pytest.raises(ConfigError, match=r"make its shards \(m2f shard\), or give the number of classes"):
+        with pytest.raises(ConfigError, match="write its shards with m2f shard, or set the number of classes"):
             with_class_count(own(source))

@@ -269,7 +269,7 @@ def test_the_users_threads_stay_as_they_are(places):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "official.pth"}, "give the recipe of their model"),
+        ({"source": "official.pth"}, "give the recipe of its model"),
         ({"source": "nowhere"}, "nowhere"),
         ({"source": "theirs", "device": "tpu:9"}, "device is 'tpu:9', which cannot be used here"),
         ({"source": "official.pth", "recipe": "x.yaml", "checkpoint": 3}, "checkpoint is 3, but recipe is also set"),

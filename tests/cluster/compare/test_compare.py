@@ -170,7 +170,7 @@ def test_runs_with_the_same_classes_in_another_order_are_compared_by_name(pair):
 
 def test_classes_that_only_one_run_has_are_noted(pair):
     notes = compare_runs([with_classes(pair[0], TABLE), with_classes(pair[1], TABLE[:1])]).notes
-    assert "val: 1 class in both; other lacks sky; averages are over other classes" in notes
+    assert "val: 1 class in both; other lacks sky; their averages are over different classes" in notes
 
 
 @pytest.mark.parametrize(
@@ -363,9 +363,9 @@ def test_runs_that_cannot_be_found_are_refused(store, tmp_path, monkeypatch):
         ({"tracking": uri}, ["beta"], "2 runs .* give an id"),
         ({"tracking": uri, "experiment": "m3f"}, [], "did you mean 'm2f'"),
         ({"tracking": uri, "query": "nonsense ==="}, [], "--filter is 'nonsense ==='"),
-        ({"tracking": uri, "query": "metrics.x > 1"}, [], "passes the filter"),
-        ({"tracking": f"sqlite:///{tmp_path}/none.db"}, ["alpha"], "there is no MLflow database"),
-        ({}, ["runs/none"], "no run folder .* MLFLOW_TRACKING_URI"),
+        ({"tracking": uri, "query": "metrics.x > 1"}, [], "matches the filter"),
+        ({"tracking": f"sqlite:///{tmp_path}/none.db"}, ["alpha"], "the MLflow database .* does not exist"),
+        ({}, ["runs/none"], "not a run folder .* MLFLOW_TRACKING_URI"),
         ({}, [], "no run to compare"),
     ):
         with pytest.raises(CompareError, match=message):
@@ -381,7 +381,7 @@ def test_a_server_that_does_not_answer_is_named_in_the_message(tmp_path):
     (tmp_path / "a" / "tracking.json").write_text(record)
     (run,) = read(folder)
     assert run.curves == {"val/PQ": ((100, 50.0),)}
-    assert "no curves of training: http://127.0.0.1:9 does not answer" in run.notes[0]
+    assert "no training curves: http://127.0.0.1:9 does not answer" in run.notes[0]
 
 
 def test_the_verb_writes_every_format(tmp_path, capsys):

@@ -77,7 +77,7 @@ def test_runs_without_records_or_with_other_images_are_named():
         compare_runs([base, run_of("old", lr="2"), run_of("moved", records_of(70, first_id=9), lr="3")]).notes
     )
     assert "no intervals over images for old, whose results have no images.parquet" in notes
-    assert "no intervals over images for moved: other images were evaluated" in notes
+    assert "no intervals over images for moved: evaluated on other images" in notes
 
 
 def test_runs_that_differ_in_their_seed_are_one_side():

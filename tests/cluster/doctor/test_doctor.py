@@ -109,7 +109,7 @@ def test_an_unwritable_run_folder_fails(recipe, tmp_path, quiet):
 def test_missing_shards_fail_with_the_command_that_writes_them(recipe, tmp_path):
     assert check_shards(load_recipe(recipe)).state == "ok"
     finding = check_shards(load_recipe(recipe, [f"datasets.train.shards={tmp_path}"]))
-    assert (finding.state, finding.remedy) == ("failed", "m2f shard RECIPE train")
+    assert (finding.state, finding.remedy) == ("failed", "run m2f shard RECIPE train")
 
 
 def test_data_that_do_not_suit_the_model_are_a_warning(recipe, tmp_path):
@@ -161,7 +161,7 @@ def test_a_missing_compiler_fails_only_where_it_is_needed(recipe, monkeypatch):
     assert (finding.state, finding.remedy) == ("failed", "apt-get install g++")
     assert "training.compile needs a C++ compiler" in finding.detail
     finding = check_compiler(load_recipe(recipe, ["cluster.num_gpus_per_worker=1"]))
-    assert (finding.state, "kernels for GPUs need a C compiler" in finding.detail) == ("failed", True)
+    assert (finding.state, "GPU kernels need a C compiler" in finding.detail) == ("failed", True)
 
 
 def test_fewer_gpus_than_needed_fail(recipe, monkeypatch):
@@ -178,7 +178,7 @@ def test_an_unwritable_kernel_cache_is_a_warning(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "below"))
     finding = check_op_cache()
-    assert (finding.state, finding.remedy) == ("warning", "set TRITON_CACHE_DIR to a folder that can be")
+    assert (finding.state, finding.remedy) == ("warning", "set TRITON_CACHE_DIR to a writable folder")
 
 
 def test_a_nearly_full_disk_warns_and_a_full_one_fails(recipe, monkeypatch):
@@ -218,10 +218,10 @@ def test_a_missing_token_fails_and_disabled_tokens_warn(monkeypatch, quiet, tmp_
 @pytest.mark.parametrize(
     ("answer", "state", "words"),
     [
-        (200, "failed", "takes jobs without a token"),
-        (401, "ok", "refuses whoever has no token"),
-        (403, "ok", "refuses whoever has no token"),
-        (500, "warning", "answers 500 without a token"),
+        (200, "failed", "accepts jobs without a token"),
+        (401, "ok", "rejects requests without a token"),
+        (403, "ok", "rejects requests without a token"),
+        (500, "warning", "returned HTTP 500 to a request without a token"),
     ],
 )
 def test_a_cluster_is_asked_whether_it_is_open(answer, state, words, monkeypatch):

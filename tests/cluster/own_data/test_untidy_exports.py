@@ -75,7 +75,7 @@ def test_painted_masks_of_cvat_are_objects(folder, capsys):
     segments = [s for sample in samples(started()["train"]) for s in sample.annotation.segments]
     assert len(segments) == 6
     assert not any(segment.is_crowd for segment in segments)
-    assert "masks with `iscrowd: 1` are taken as objects" in capsys.readouterr().out
+    assert "masks with `iscrowd: 1` are treated as objects" in capsys.readouterr().out
 
 
 def test_other_crowds_are_counted(folder, capsys):
@@ -83,7 +83,9 @@ def test_other_crowds_are_counted(folder, capsys):
     write_image(folder / "images/im1.png", 1)
     write_coco(folder / "all.json", ["im0.png", "im1.png"], [0, 1], masks=True)
     started()
-    assert "2 segments of these are crowds, which no query learns; if they are objects" in capsys.readouterr().out
+    assert (
+        "2 segments of these are crowds, which are ignored in training; if they are objects" in capsys.readouterr().out
+    )
 
 
 def test_crowds_as_objects_change_the_fingerprint(folder):
@@ -145,7 +147,7 @@ def test_voc_has_the_names_of_labelme_or_says_whose(named, folder, capsys):
     reader, _ = open_dataset(started()["train"])
     wanted = ["background", "cell", "dirt spot"] if named else ["background", "aeroplane", "bicycle"]
     assert [c.name for c in reader.categories.categories][:3] == wanted
-    said = "with class_names.txt" if named else "the classes of Pascal VOC, as labelmap.txt is not there"
+    said = "with class_names.txt" if named else "the classes of Pascal VOC, because labelmap.txt is missing"
     assert said in capsys.readouterr().out
 
 
@@ -166,7 +168,7 @@ def test_splits_that_repeat_names_are_paired_within(folder, capsys):
         "dirt",
         "rare",
     ]
-    assert "give the classes their names" not in capsys.readouterr().out
+    assert "edit it to name the classes" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg"])
@@ -176,7 +178,7 @@ def test_maps_may_lie_beside_their_images(ending, folder, capsys):
         (folder / f"im ({number})_mask.png").write_bytes(encode_png(class_map(number)))
     datasets = started()
     assert len(samples(datasets["train"])) + len(samples(datasets["val"])) == 4
-    assert "Next, when the classes in set.classes.json have their names:\n  m2f shard" in capsys.readouterr().out
+    assert "Next, after naming the classes in set.classes.json:\n  m2f shard" in capsys.readouterr().out
 
 
 def test_object_maps_are_no_class_maps(folder):
@@ -210,4 +212,4 @@ def test_a_test_set_is_left_alone_and_named(folder, capsys):
             write_image(folder / split / f"im{number}.png", number)
         write_coco(folder / split / "_annotations.coco.json", [f"im{n}.png" for n in numbers], numbers)
     assert set(started()) == {"train", "val"}
-    assert "the test set is left alone" in capsys.readouterr().out
+    assert "the test set is not used" in capsys.readouterr().out

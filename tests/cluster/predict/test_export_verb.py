@@ -119,7 +119,7 @@ def test_an_official_checkpoint_with_a_recipe_is_opened_without_the_data(tmp_pat
     assert [c.name for c in open_trained(str(tmp_path / "hf"), (), None).classes] == ["class 0", "class 1", "class 2"]
     status, text = m2f(capsys, *words, "--format", "official", "--output", tmp_path / "again.pth")
     assert status == 2  # it is smaller than the official code can make one
-    assert "the official Mask2Former has" in text
+    assert "the official Mask2Former supports only" in text
     identity = read_identity(str(tmp_path / "hf"), Storage())
     assert identity is not None
     assert [c.name for c in identity.label_spaces[0].classes] == ["class 0", "class 1", "class 2"]
@@ -150,13 +150,13 @@ def test_export_errors_are_one_message(tmp_path, capsys, recipe, hugging_face):
     official, given = ("--format", "official", "--output"), ("--checkpoint", weights)
     for words, message in (
         ((recipe, *given, *official, tmp_path / "there.pth"), "there.pth exists; remove it or choose another name"),
-        ((recipe, *given, *official, tmp_path / "new.bin"), "its name ends in .pth"),
-        ((recipe, *given, *official, "s3://bucket/new.pth"), "exports are written to a local path"),
-        ((recipe, *given, *official, tmp_path / "n.pth", "--size", "64", "64"), "official has none"),
-        ((weights, *official, tmp_path / "new.pth"), "are weights alone; give the recipe of their model"),
+        ((recipe, *given, *official, tmp_path / "new.bin"), "its name must end in .pth"),
+        ((recipe, *given, *official, "s3://bucket/new.pth"), "give a local path, and copy the export from there"),
+        ((recipe, *given, *official, tmp_path / "n.pth", "--size", "64", "64"), "not to official"),
+        ((weights, *official, tmp_path / "new.pth"), "is only a weight file; give the recipe of its model"),
         ((tmp_path / "empty", *official, tmp_path / "new.pth"), "neither a recipe.yaml"),
-        ((hugging_face, *given, *official, tmp_path / "new.pth"), "takes neither settings nor --checkpoint"),
-        ((recipe, "--checkpoint", cut, *official, tmp_path / "new.pth"), "it may be cut off, it has 5000 bytes"),
+        ((hugging_face, *given, *official, tmp_path / "new.pth"), "so settings and --checkpoint have no effect"),
+        ((recipe, "--checkpoint", cut, *official, tmp_path / "new.pth"), "it may be truncated, it has 5000 bytes"),
         ((recipe, *official, tmp_path / "new.pth"), "has no checkpoint; train first"),
         (
             (recipe, "model.num_classes=8", *given, *official, tmp_path / "new.pth"),

@@ -107,9 +107,9 @@ def test_min_score_drops_detections_of_lower_scores(painted, scenes, tmp_path):
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
 def test_images_without_a_sure_segment_are_counted(task, painted, scenes, tmp_path, capsys):
     assert predict(scenes, tmp_path / "all", "--task", task) == 0
-    assert "sure enough" not in capsys.readouterr().out
+    assert "scored high enough" not in capsys.readouterr().out
     assert predict(scenes, tmp_path / "none", "--task", task, "--min-score", 1) == 0
-    assert "no segment is sure enough to be drawn in 5 images; --min-score 0.1" in capsys.readouterr().out
+    assert "no segment scored high enough to be drawn in 5 images; use --min-score 0.1" in capsys.readouterr().out
 
 
 def test_min_score_unlabels_pixels_of_lower_scores(painted, scenes, tmp_path):
@@ -214,7 +214,7 @@ def test_files_folders_and_patterns_give_each_image_once(scenes):
     assert len(find_images([f"{scenes}/**/10.png"], storage)) == 3
     with pytest.raises(DataError, match=r"nothing\.jpg: no such image"):
         find_images([folder, "nothing.jpg"], storage)
-    with pytest.raises(DataError, match="no JPEG, PNG, TIFF, BMP or WebP file there"):
+    with pytest.raises(DataError, match="no JPEG, PNG, TIFF, BMP or WebP file in the folder"):
         find_images([f"{scenes}/*.json"], storage)
 
 
@@ -257,13 +257,13 @@ def test_an_image_list_gives_ids_and_leaves_out_others(scenes, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps({"images": listed}))
     images = listed_images(urls, read_image_list(tmp_path / "list.json"))
     assert [(image.id, image.name) for image in images] == [(913, "13"), (911, "11")]
-    with pytest.raises(DataError, match=r"lists 1 of 2 images .* such as 13.png"):
+    with pytest.raises(DataError, match=r"1 of 2 images in .* are not among the given images, such as 13\.png"):
         listed_images(urls[:2], read_image_list(tmp_path / "list.json"))
     wrong = [replace(images[0], size=(60, 90))]
     ((_, problem),) = read_images(wrong, Storage())
     assert "96 x 64 pixels, its annotation 90 x 60" in str(problem)
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(DataError, match="no COCO image list"):
+    with pytest.raises(DataError, match="not a COCO image list"):
         read_image_list(tmp_path / "list.json")
 
 
@@ -272,10 +272,10 @@ def test_an_image_list_gives_ids_and_leaves_out_others(scenes, tmp_path):
     [
         (["--min-score", "1.5"], "--min-score is 1.5"),
         (["--image-info", "nowhere.json"], "nowhere.json: the image list cannot be read: No such file"),
-        (["--submission", "coco"], "COCO's servers need the ids of their images"),
-        (["--submission", "ade20k"], "takes label maps, not panoptic results; give --task semantic"),
+        (["--submission", "coco"], "the COCO servers need the ids of their images"),
+        (["--submission", "ade20k"], "accepts label maps, not panoptic results; give --task semantic"),
         (["--submission", "ade20k", "--task", "semantic"], "the model has 4 classes with ids from 3 to 200"),
-        (["--submission", "coco", "--task", "semantic"], "COCO's servers take panoptic results and masks"),
+        (["--submission", "coco", "--task", "semantic"], "the COCO servers accept panoptic results and masks"),
         (["--submission", "coco", "--algorithm", "a/b"], "--algorithm is 'a/b'"),
     ],
 )
@@ -327,7 +327,7 @@ def test_submission_to_ade20k_is_one_label_map_per_image(scenes, tmp_path, monke
 def test_submissions_with_other_categories_are_refused(tmp_path):
     info = tmp_path / "image_info_test-dev2017.json"
     info.write_text(json.dumps({"images": [], "categories": [{"id": 11, "name": "boat"}]}))
-    with pytest.raises(ConfigError, match=r"category 3 \(sea\) and 2 others are not those of .*panoptic_image_info"):
+    with pytest.raises(ConfigError, match=r"category 3 \(sea\) and 2 others do not match .*panoptic_image_info"):
         check_submission("coco", "panoptic", CLASSES, read_image_list(info), "m2f")
 
 
@@ -340,5 +340,5 @@ def test_no_submission_is_written_with_missing_images(painted, scenes, tmp_path,
     (tmp_path / "in/image_info_x.json").write_text(json.dumps(document))
     words = ["predict", "model", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--submission", "coco"]
     assert main([*words, "--image-info", str(tmp_path / "in/image_info_x.json")]) == 1
-    assert "no submission is written without 1 image:" in capsys.readouterr().err
+    assert "no submission was written: it would lack 1 image" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.zip"))

@@ -66,9 +66,9 @@ def test_what_cannot_be_compared_is_refused(change, message):
 
 def test_a_set_or_metric_that_one_side_lacks_is_named():
     champion, new = record("champion", 0.7), record("new", 0.8)
-    with pytest.raises(RegistryError, match=r"no results with images\.parquet of the set test .*sets: val"):
+    with pytest.raises(RegistryError, match=r"no results with images\.parquet for the set test .*sets: val"):
         judge(champion, new, "test")
-    with pytest.raises(RegistryError, match="--metric is AP, but val has intervals of PQ"):
+    with pytest.raises(RegistryError, match="--metric is AP, which is not available for val; choose one of: PQ"):
         judge(champion, new, "val", "AP")
     with pytest.raises(RegistryError, match=r"no results with images\.parquet"):
         judge(replace(champion, images={}), new, "val")

@@ -69,9 +69,9 @@ def test_what_is_too_large_or_elsewhere_is_refused(server):
     for path in ("large", "endless"):
         with pytest.raises(FetchError, match="larger than"):
             fetch_image(f"http://{host}/{path}", [host], max_bytes=2000)
-    with pytest.raises(FetchError, match="answered 302"):
+    with pytest.raises(FetchError, match="returned HTTP 302"):
         fetch_image(f"http://{host}/redirect", [host])
-    with pytest.raises(FetchError, match=r"not fetched; allowed hosts: other\.example"):
+    with pytest.raises(FetchError, match=r"not allowed \(allowed hosts: other\.example\)"):
         fetch_image(f"http://{host}/image", ["other.example"])
     with pytest.raises(FetchError, match="allowed hosts: none"):
         fetch_image("https://pictures.example/image", [])
@@ -131,7 +131,7 @@ def test_a_host_whose_name_means_an_inner_address_is_refused(monkeypatch):
         return [(2, 1, 6, "", (address, 80)) for address in ("8.8.8.8", "10.0.0.1")]
 
     monkeypatch.setattr(fetch.socket, "getaddrinfo", resolve)
-    with pytest.raises(FetchError, match="address inside the network"):
+    with pytest.raises(FetchError, match="address that is not public"):
         fetch_image("http://pictures.example/image", ["pictures.example"])
 
 
@@ -201,14 +201,14 @@ def test_an_image_may_be_bytes_text_or_an_array():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("/etc/passwd", "paths of files are not read"),
-        (b"", "no image"),
-        (PNG[:40], "no image"),
+        ("/etc/passwd", "file paths are not accepted"),
+        (b"", "not a readable image"),
+        (PNG[:40], "not a readable image"),
         (np.zeros((4, 4), np.uint8), r"\[4, 4\]"),
         (np.zeros((4, 4, 4), np.uint8), r"\[4, 4, 4\]"),
         (np.zeros((0, 4, 3), np.uint8), r"\[0, 4, 3\]"),
         (np.zeros((4, 4, 3)), "float64"),
-        (np.full((4, 4, 3), 256), "whole numbers from 0 to 255"),
+        (np.full((4, 4, 3), 256), "integers from 0 to 255"),
         ([[1, 2], [3]], "lists"),
         (None, "shape"),
     ],

@@ -74,7 +74,7 @@ def test_a_checkpoint_is_registered_once_and_answers_anywhere(folder, tmp_path, 
     # Again under another alias: the same version, and nothing is uploaded.
     uploaded = files_of(folder)
     assert register(folder, "--checkpoint", "4", "--alias", "candidate", "--precision", "0.05") == 0
-    assert "registered without a second upload: cells, version 1" in capfd.readouterr().out
+    assert "registered (already uploaded): cells, version 1" in capfd.readouterr().out
     assert client.get_model_version_by_alias("cells", "candidate").version == version.version
     assert files_of(folder) == uploaded
     weights = [path for path in uploaded if path.endswith("weights.safetensors")]
@@ -148,9 +148,9 @@ def check_answers(answered):
     assert answered["example"] == ["height", "instances", "panoptic", "semantic", "width"]
     assert answered["metadata"] == "panoptic"
     files, urls, broken, grey = answered["refused"]
-    assert "no image" in files
-    assert "images from 127.0.0.1 are not fetched; allowed hosts: none" in urls
-    assert "no image" in broken
+    assert "not a base64 image" in files
+    assert "images from 127.0.0.1 are not allowed (allowed hosts: none)" in urls
+    assert "not a readable image" in broken
     assert "[4, 4]" in grey
     first, *later = answered["cpu_s"]  # of CPU: others may use the machine
     assert first < 10
@@ -183,7 +183,7 @@ def test_a_registered_model_is_a_checkpoint_folder_for_load(folder, tmp_path):
 
 def test_only_a_better_checkpoint_takes_the_alias(folder, capfd):
     assert register(folder, "--checkpoint", "4", "--name", "judged", "--if-better", "best", "--set", "val") == 0
-    assert "nothing to be better than" in capfd.readouterr().err
+    assert "nothing to compare with" in capfd.readouterr().err
     client, _ = client_of(folder)
     before = client.get_model_version_by_alias("judged", "best").version
     assert register(folder, "--checkpoint", "4", "--name", "judged", "--if-better", "best", "--set", "val") == 1
@@ -193,7 +193,7 @@ def test_only_a_better_checkpoint_takes_the_alias(folder, capfd):
     assert client.get_model_version_by_alias("judged", "best").version == before
     assert len(client.search_model_versions("name = 'judged'")) == 1
     assert register(folder, "--checkpoint", "4", "--name", "judged", "--if-better", "best", "--set", "other") == 2
-    assert "has no results with images.parquet of the set other" in capfd.readouterr().err
+    assert "has no results with images.parquet for the set other" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("--if-better", "best"), ("--alias", "best", "--precision", "0.05")])
@@ -208,7 +208,7 @@ def test_results_of_a_step_that_was_trained_again_are_refused(folder, words, cap
     finally:
         results.write_text(before)
     error = capfd.readouterr().err
-    assert "the results of val at step 8 belong to other weights (SHA-256 ffffffffffff)" in error
+    assert "the results of val at step 8 belong to different weights (SHA-256 ffffffffffff)" in error
     assert not (Path(folder) / "checkpoints/step_00000008-1/pins").exists()
 
 
@@ -218,18 +218,18 @@ def test_results_of_a_step_that_was_trained_again_are_refused(folder, words, cap
         ((), "give --alias"),
         (
             ("--alias", "a", "tracking.experiment=x", "evaluation.shortest_edge=640"),
-            "evaluation.shortest_edge=640: a registered model answers with the settings that its checkpoint",
+            "evaluation.shortest_edge=640: a registered model uses the settings that its checkpoint",
         ),
         (
             ("--alias", "a", "--checkpoint", __file__),
-            f"{__file__} is no checkpoint of",
+            f"{__file__} is not a checkpoint of",
         ),
         (
             ("--alias", "a", "--allow-url", "https://u:key@pictures.example:81/x"),
             "give --allow-url pictures.example:81",
         ),
-        (("--alias", "a", "--allow-url", "two hosts"), "give a host, as host.example"),
-        (("--alias", "a", "--checkpoint", "5"), "no checkpoint of step 5; there are 8, 4"),
+        (("--alias", "a", "--allow-url", "two hosts"), "give a host such as host.example"),
+        (("--alias", "a", "--checkpoint", "5"), "no checkpoint of step 5; available steps: 8, 4"),
         (("--alias", "a", "--checkpoint", "8", "--precision", "1.5"), "--precision is 1.5"),
         (
             ("--alias", "a", "--checkpoint", "8", "--set", "test", "--precision", "0.5"),
@@ -300,7 +300,7 @@ def test_mlflows_own_server_answers(folder, tmp_path):
         assert set(json.loads(answer)["predictions"][0]) == {"height", "width", "panoptic", "instances", "semantic"}
         status, answer = asked(port, "POST", "/invocations", b'{"dataframe_records": [{"image": "/etc/passwd"}]}')
         assert status == 400
-        assert b"paths of files are not read" in answer
+        assert b"file paths are not accepted" in answer
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(PATIENCE_S)

@@ -71,7 +71,7 @@ def test_thresholds_travel_as_json_and_follow_the_names_of_classes():
     labels = [Category(7, name, True, (0, 0, 0)) for name in ("sky", "dog", "cat")]
     assert read.lowest(labels).tolist() == [0.0, np.inf, 0.4]
     for text in ("[]", "{}", '{"iou": 0.5, "classes": {"a": 1}}', "x"):
-        with pytest.raises(ThresholdError, match="file holds no thresholds"):
+        with pytest.raises(ThresholdError, match="file: cannot parse the thresholds"):
             Thresholds.from_json(text, "file")
 
 

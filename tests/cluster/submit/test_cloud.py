@@ -220,7 +220,7 @@ def test_a_submitter_of_the_template_stays_and_names_its_image_by_digest(templat
     assert written(template)[1]["spec"]["submitterPodTemplate"] == own
     own["spec"]["containers"][0]["image"] = "r/m2f:latest"
     template.write_text(yaml.safe_dump(document))
-    with pytest.raises(KubeRayError, match="submitterPodTemplate: image is r/m2f:latest; name it by the digest"):
+    with pytest.raises(KubeRayError, match="submitterPodTemplate: image is r/m2f:latest; use the digest"):
         written(template)
 
 
@@ -284,14 +284,14 @@ def test_fields_that_kubernetes_refuses_or_drops_are_found(path, value, found):
             "REGISTRY/m2f@sha256:DIGEST",
             "head: image is REGISTRY/m2f@",
         ),
-        ("headGroupSpec.template.spec.containers.0.image", "r.example.com/m2f:0.1.0", "name it by the digest"),
+        ("headGroupSpec.template.spec.containers.0.image", "r.example.com/m2f:0.1.0", "use the digest"),
         ("workerGroupSpecs.0.template.spec.containers.0.image", "m2f@sha256:0123", "train: image is m2f@sha256:0123"),
         (
             "workerGroupSpecs.0.maxReplicas",
             3,
-            "training: 16 processes with 1 CPU, 1 trainer each, and the groups have room for 12",
+            "training: 16 processes with 1 CPU, 1 trainer each, but the groups have room for 12",
         ),
-        ("workerGroupSpecs.1.rayStartParams", {}, "evaluation: 1 process with 1 CPU, 1 evaluator each, and the gro"),
+        ("workerGroupSpecs.1.rayStartParams", {}, "evaluation: 1 process with 1 CPU, 1 evaluator each, but the gro"),
     ],
 )
 def test_clusters_that_could_not_start_the_run_are_found(path, value, found):
@@ -337,7 +337,7 @@ def test_ray_start_resources_that_are_not_json_are_refused(tmp_path, text):
     document = with_image(read(KUBERAY))
     change(document, "spec.rayClusterSpec.workerGroupSpecs.0.rayStartParams.resources", text)
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(document))
-    with pytest.raises(KubeRayError, match=r"train: rayStartParams\.resources is not JSON"):
+    with pytest.raises(KubeRayError, match=r"train: rayStartParams\.resources is not a JSON object"):
         written(tmp_path / "t.yaml")
 
 
@@ -355,7 +355,7 @@ def test_options_of_kuberay_without_a_template_are_refused(tmp_path, capsys):
     assert main(["submit", str(tmp_path / "r.yaml"), "--kuberay"]) == 2
     assert "copy cluster/cloud/kuberay.yaml" in capsys.readouterr().err
     assert main(["submit", str(tmp_path / "r.yaml"), "--output", "job.yaml"]) == 2
-    assert "--output and --apply go with --kuberay" in capsys.readouterr().err
+    assert "--output and --apply require --kuberay" in capsys.readouterr().err
 
 
 def test_the_verb_writes_a_file(tmp_path, template, capsys):
@@ -374,7 +374,7 @@ def test_kubectl_gets_the_same_text(tmp_path, template, monkeypatch, capsys):
     words = ["submit", str(tmp_path / "r.yaml"), "--kuberay", str(template), "--apply"]
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(words) == 2
-    assert "kubectl is not here" in capsys.readouterr().err
+    assert "kubectl is not installed" in capsys.readouterr().err
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\nexec /bin/cat > {tmp_path}/text\n')
     kubectl.chmod(0o755)
@@ -386,7 +386,7 @@ def test_kubectl_gets_the_same_text(tmp_path, template, monkeypatch, capsys):
     ]
     kubectl.write_text("#!/bin/sh\nexit 1\n")
     assert main(words) == 2
-    assert "kubectl does not take the RayJob" in capsys.readouterr().err
+    assert "kubectl apply failed" in capsys.readouterr().err
 
 
 # Notices of spot machines

@@ -174,7 +174,7 @@ def test_a_run_folder_moved_to_another_output_is_made_again_in_its_store(output,
     run = create_run(moved)
     assert run.remade
     assert run.run_id != first.run_id
-    assert f"it is made again in sqlite:///{there}/mlflow.db" in caplog.text
+    assert f"creating it again in sqlite:///{there}/mlflow.db" in caplog.text
     caplog.clear()
     assert create_run(moved) == run  # a driver died before it sent the evaluations that the folder holds
     record_evaluations(Storage(), moved.run_folder)
@@ -186,7 +186,7 @@ def test_a_run_folder_moved_to_another_output_is_made_again_in_its_store(output,
     (there / "mlflow.db").unlink()
     (alone,) = read_runs([moved.run_folder], tracking=None, experiment=None, query=None, step=None)
     assert alone.curves["train/loss/total"] == ((1, 1.0), (2, 0.5))  # those of the run folder
-    assert "those of the run folder: there is no MLflow database" in alone.notes[0]
+    assert "read from the run folder: the MLflow database" in alone.notes[0]
 
 
 def test_a_copy_beside_its_run_gets_an_mlflow_run_of_its_own(output):
@@ -257,7 +257,7 @@ def test_comparing_runs_of_an_older_store_changes_nothing(tmp_path, old_database
 def test_a_newer_schema_is_one_message(output):
     with closing(sqlite3.connect(output / "mlflow.db")) as database, database:
         database.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
-    with pytest.raises(TrackingError, match=r"a newer MLflow wrote its tables \(schema ffffffffffff") as caught:
+    with pytest.raises(TrackingError, match=r"its tables are from a newer MLflow \(schema ffffffffffff") as caught:
         create_run(config_in(output))
     assert "\n" not in str(caught.value)
 
@@ -309,7 +309,7 @@ def test_drivers_that_write_at_once_lose_no_point(output):
 
 def test_a_lock_that_stays_is_one_message(tmp_path):
     path = tmp_path / "mlflow.db"
-    message = r"storage\.patience_s \(0\.3 s\) and holds .*mlflow\.db\.lock"
+    message = r"has held .*mlflow\.db\.lock for longer than storage\.patience_s \(0\.3 s\)"
     with database_lock(path, 1.0), pytest.raises(TrackingError, match=message), database_lock(path, 0.3):
         pass
     with database_lock(path, 1.0):

@@ -447,5 +447,5 @@ def test_the_verb_from_and_to_s3(tmp_path, bucket, capsys):
     assert main(["verify", tars, str(tmp_path / "here"), "--full"]) == 0
     bad = write_tar(tmp_path / "bad" / "a.tar", corrupt({f"{i}": members_of(i, "classes") for i in range(4)}, png=None))
     assert main(["index", str(bad), "--output", str(tmp_path / "out"), *words]) == 1
-    assert "no manifest is written; correct them, or leave them out with --skip-bad" in capsys.readouterr().out
+    assert "No manifest was written; correct the samples, or leave them out with --skip-bad" in capsys.readouterr().out
     assert main(["index", str(bad), "--output", str(tmp_path / "out"), *words, "--void", "x"]) == 2

@@ -276,12 +276,12 @@ def test_the_verb_reports_and_sets_its_status(capsys, damaged, sound, tmp_path):
     report = tmp_path / "report.json"
     assert main(["verify", sound.url, "--full"]) == 0
     out, err = capsys.readouterr()
-    assert "every byte and sample is right" in out
+    assert "all bytes and samples are valid" in out
     assert "10/10 samples" in err
     (damaged / sound.shards[0].name).unlink()
     assert main(["verify", sound.url, str(damaged), "--quick", "--report", str(report)]) == 1
     out = capsys.readouterr().out
-    assert "all shards are there with their sizes" in out
+    assert "all shards exist and have the right size" in out
     assert "1 fault\n" in out
     assert "00000.tar" in out
     good, bad = json.loads(report.read_text())
