@@ -51,12 +51,12 @@ def database_lock(path: Path, patience_s: float) -> Iterator[bool]:
             waited = time.monotonic() - began
             if waited > patience_s:
                 raise TrackingError(
-                    f"{path}: another process has prepared this MLflow store for longer than storage.patience_s "
-                    f"({patience_s:g} s) and holds {lock}. End that process, and start again"
+                    f"{path}: another process has held {lock} for longer than storage.patience_s ({patience_s:g} s) "
+                    "while preparing this MLflow store. Stop that process and start again"
                 )
             if waited > _SAY_S and not said:
                 said = True
-                LOGGER.warning(f"tracking: waiting for another process that prepares {path}")
+                LOGGER.warning(f"tracking: waiting for another process that is preparing {path}")
             time.sleep(_POLL_S)
         yield is_held is True
 
@@ -99,7 +99,7 @@ def upgrade_database(path: Path, patience_s: float) -> None:
     if not _is_known(old):
         raise TrackingError(_of_newer(path, old))
     kept, partial = path.with_name(f"{path.name}.before-{new}"), _partial(path)
-    LOGGER.warning(f"tracking: upgrading {path} to the schema of MLflow {mlflow.__version__}; it stays as {kept.name}")
+    LOGGER.warning(f"tracking: upgrading {path} to the schema of MLflow {mlflow.__version__}; backup: {kept.name}")
     try:
         with closing(open_database(path, patience_s)) as database, closing(open_database(path, patience_s)) as reader:
             database.execute("PRAGMA locking_mode=EXCLUSIVE")  # held beyond ROLLBACK, until the copy is back
@@ -129,15 +129,15 @@ def schema_problem(path: Path) -> str | None:
     if not _is_known(found):
         return _of_newer(path, found)
     return (
-        f"sqlite:///{path}: an older MLflow wrote its tables. The next start of a run there upgrades it, or make a "
-        f"copy of the file, and then `mlflow db upgrade sqlite:///{path}`"
+        f"sqlite:///{path}: its tables are from an older MLflow. The next run that uses it upgrades it; or copy the "
+        f"file and run `mlflow db upgrade sqlite:///{path}`"
     )
 
 
 def _of_newer(path: Path, revision: str) -> str:
     return (
-        f"sqlite:///{path}: a newer MLflow wrote its tables (schema {revision}; MLflow {mlflow.__version__} here has "
-        f"{_newest_revision()}). Install that MLflow here, or set tracking.uri to another store"
+        f"sqlite:///{path}: its tables are from a newer MLflow (schema {revision}; the installed MLflow "
+        f"{mlflow.__version__} has {_newest_revision()}). Install that MLflow, or set tracking.uri to another store"
     )
 
 
@@ -146,8 +146,8 @@ def _upgrade(partial: Path, uri: str) -> None:
         mlflow.db.commands(["upgrade", f"sqlite:///{partial}"], standalone_mode=False)
     except Exception as error:
         raise TrackingError(
-            f"{uri}: its tables cannot be brought to the schema of MLflow {mlflow.__version__} ({brief(error)}). Make "
-            f"a copy of the file, and try `mlflow db upgrade {uri}`"
+            f"{uri}: cannot upgrade its tables to the schema of MLflow {mlflow.__version__} ({brief(error)}). Copy the "
+            f"file and try `mlflow db upgrade {uri}`"
         ) from error
 
 

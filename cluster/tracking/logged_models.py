@@ -196,7 +196,9 @@ class LoggedModels:
             if error.error_code != "ENDPOINT_NOT_FOUND":
                 raise
             self._client.get_run(self._run_id)  # raises if the server is down and a proxy returned the error above
-            LOGGER.warning("tracking: this MLflow server has no logged models; evaluations are points of the run alone")
+            LOGGER.warning(
+                "tracking: this MLflow server does not support logged models; evaluations are logged to the run only"
+            )
             return False
         return True
 

@@ -69,10 +69,10 @@ class Patience:
         if self._answered and waited + pause > self._patience_s:
             then = "Start the run again when the server is back"
             if is_busy(error):
-                then = "Other processes write to it without a pause: end them, or set tracking.uri to a server"
+                then = "Other processes write to it all the time: stop them, or set tracking.uri to a server"
             raise TrackingAwayError(
-                f"{self._uri} has not answered for longer than storage.patience_s ({self._patience_s:g} s; the last "
-                f"time {brief(error)}). {then}"
+                f"{self._uri} has not responded for longer than storage.patience_s ({self._patience_s:g} s; last "
+                f"error: {brief(error)}). {then}"
             ) from error
         if time.monotonic() - self._said > _SAY_S:
             self._said = time.monotonic()

@@ -55,12 +55,12 @@ def model_folder(address: str, tracking: str | None = None, folder: str | None =
         if fetched is not None:
             fetched.remove()
         raise TrackingError(
-            f"{address}: cannot be read from {uri} ({brief(error)}); set MLFLOW_TRACKING_URI to the store that has "
-            "it, and check name and alias"
+            f"{address}: cannot be read from {uri} ({brief(error)}); set MLFLOW_TRACKING_URI to the store that "
+            "contains it, and check name and alias"
         ) from error
     found = Path(local) / CHECKPOINT_FOLDER
     if not found.is_dir():
-        raise TrackingError(f"{address} is no model that m2f register made: it has no {CHECKPOINT_FOLDER}")
+        raise TrackingError(f"{address} was not created by `m2f register`: it has no {CHECKPOINT_FOLDER}")
     return found
 
 

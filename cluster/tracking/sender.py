@@ -65,7 +65,7 @@ class Sender:
         except Exception as error:  # a store, driver or proxy can raise anything, and training must continue
             self._latest = None
             if not self.trouble:
-                LOGGER.warning(f"tracking: {self._run.uri} does not answer ({brief(error)}); points wait on disk")
+                LOGGER.warning(f"tracking: {self._run.uri} does not respond ({brief(error)}); metrics are kept on disk")
             self.trouble = brief(error)
         return False
 
@@ -93,7 +93,7 @@ class Sender:
             if not is_refusal(error, self._run.uri):
                 raise
             self._latest = None
-            self._leave(sent, f"{self._run.uri} refuses {len(group)} entries ({brief(error)}); they are kept")
+            self._leave(sent, f"{self._run.uri} rejected {len(group)} entries ({brief(error)}); they are kept")
         self._journal.commit(group[-1][1])
         return rest
 
@@ -125,9 +125,7 @@ class Sender:
             case "status":
                 client.set_terminated(run_id, first["status"])
             case None:
-                self._leave(
-                    group, f"an entry is damaged, or of a kind that only another version knows; {first} is kept"
-                )
+                self._leave(group, f"an entry is damaged or was written by another version of m2f; {first} is kept")
             case _:
                 assert_never(kind)
 
@@ -136,7 +134,7 @@ class Sender:
         try:
             checkpoint, sets = parse_evaluation(entry)
         except (TypeError, LookupError):
-            self._leave([entry], "an evaluation is of a form that only another version knows; it is kept")
+            self._leave([entry], "an evaluation was written by another version of m2f; it is kept")
             return
         models = self._logged_models(client)
         models.link_data(sets)
@@ -220,7 +218,7 @@ class Sender:
 
     def _note_recovery(self) -> None:
         if self.trouble:
-            LOGGER.warning(f"tracking: {self._run.uri} answers again; the waiting points are being sent")
+            LOGGER.warning(f"tracking: {self._run.uri} responds again; sending the pending metrics")
         self.trouble = ""
 
 
@@ -230,4 +228,4 @@ def _send_artifact(client: MlflowClient, run_id: str, path: str, folder: str | N
     elif os.path.exists(path):
         client.log_artifact(run_id, path, folder)
     else:
-        LOGGER.warning(f"tracking: {path} is gone, so it is not stored with the run")
+        LOGGER.warning(f"tracking: {path} no longer exists, so it was not logged")

@@ -63,11 +63,11 @@ def named_store(uri: str) -> Iterator[None]:
             "below `output`"
         )
         if uri.startswith("sqlite") and any(words in cause for words in ("disk is full", "No space left")):
-            remedy = "Free some space, or put tracking.uri on another disk"
+            remedy = "Free some space, or move tracking.uri to another disk"
         elif uri.startswith("sqlite") and any(words in cause for words in ("already exists", "not a database")):
-            remedy = "The file is damaged, or was left half made by a process that was killed: move it away"
+            remedy = "The file is damaged, or incomplete because a process was killed: move it away"
         elif uri.startswith("sqlite") and is_busy(error):
-            remedy = "Other processes write to it without a pause: end them, or set tracking.uri to a server"
+            remedy = "Other processes write to it all the time: stop them, or set tracking.uri to a server"
         raise TrackingError(f"cannot create or find an MLflow run at {uri}: {cause}. {remedy}") from error
 
 

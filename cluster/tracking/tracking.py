@@ -102,8 +102,8 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
         run = TrackedRun(uri=uri, run_id=run_id, spool=spool, lease=held, remade=known is not None)
         if known is not None:
             LOGGER.warning(
-                f"tracking: the store has no MLflow run {known.run_id} of this run folder, recorded in {known.uri}; "
-                f"it is made again in {uri}, from the points and evaluations that the run folder holds"
+                f"tracking: found no MLflow run {known.run_id} of this run folder (recorded in {known.uri}); "
+                f"creating it again in {uri} from the metrics and evaluations in the run folder"
             )
     if known is None or known.uri != uri or known.run_id != run.run_id or known.parameters is None:
         write_record(storage, config.run_folder, RunRecord(uri, run.run_id, parameters, facts, run.remade))
@@ -128,7 +128,7 @@ def tracking_uri(config: RunConfig) -> str:
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None and "://" in config.run_folder:
         raise TrackingError(
-            f"output is {config.output}, where no sqlite file can be: set tracking.uri or MLFLOW_TRACKING_URI"
+            f"output is {config.output}, which cannot hold a sqlite file: set tracking.uri or MLFLOW_TRACKING_URI"
         )
     return sqlite_uri(local_database(config.run_folder)) if not uri else checked_uri(uri)
 
@@ -204,8 +204,8 @@ class Tracking:
                 _adopt_journals(self._run, self._run.lease.number)
         except OSError as error:
             LOGGER.warning(
-                f"tracking: {self._run.spool}: points of other processes of this run are not sent ({error}); free some "
-                "space, and start the run again to send them"
+                f"tracking: {self._run.spool}: metrics of other processes of this run were not sent ({error}); free "
+                "some space, and start the run again to send them"
             )
             return False
         return True
@@ -227,9 +227,9 @@ class Tracking:
         self._thread.join(timeout_s + 1.0)
         if self._thread.is_alive() or self._journal.read(1):
             LOGGER.warning(
-                f"tracking: {self._run.uri} does not take the last points of run {self._run.run_id} "
-                f"({self._sender.trouble or 'it is slow'}); they wait in {self._journal.path} "
-                "and are sent when the run is continued"
+                f"tracking: {self._run.uri} did not accept the last metrics of run {self._run.run_id} "
+                f"({self._sender.trouble or 'it is slow'}); they are kept in {self._journal.path} "
+                "and sent when the run is continued"
             )
             return False
         self._journal.remove()
@@ -241,7 +241,7 @@ class Tracking:
         except OSError as error:
             if not self._disk_refused:
                 LOGGER.warning(
-                    f"tracking: cannot write {self._journal.path} ({error}); free some space. Points of steps are sent "
+                    f"tracking: cannot write {self._journal.path} ({error}); free some space. Step metrics are sent "
                     "when the run ends or is continued"
                 )
             self._disk_refused = True
@@ -306,10 +306,8 @@ def _known_run(config: RunConfig, storage: Storage, uri: str) -> RunRecord | Non
         return read_record(storage, config.run_folder)
     except ValueError as error:
         found = _tagged_run(config, uri)
-        outcome = (
-            "MLflow has no run of this folder, so a new one begins" if found is None else f"found run {found} there"
-        )
-        LOGGER.warning(f"{record_url(config.run_folder)} cannot be read ({error}): looked in {uri} and {outcome}")
+        outcome = "found no run of this folder; training creates one" if found is None else f"found run {found} there"
+        LOGGER.warning(f"{record_url(config.run_folder)} cannot be read ({error}): searched {uri} and {outcome}")
     return None if found is None else RunRecord(uri, found, None, None)
 
 
@@ -431,8 +429,7 @@ def _continue_journals(run: TrackedRun, before: Mapping[str, str], now: Mapping[
         _note_resume(run, before, now)
     except OSError as error:
         raise TrackingError(
-            f"{run.spool}: points for MLflow cannot be written there ({error}); free some space, or check its "
-            "owner and mode"
+            f"cannot write metrics for MLflow to {run.spool} ({error}); free some space, or check its owner and mode"
         ) from error
 
 

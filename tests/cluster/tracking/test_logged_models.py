@@ -217,7 +217,7 @@ def test_a_server_without_logged_models_gets_the_points(run, monkeypatch, caplog
     monkeypatch.setattr(MlflowClient, "search_logged_models", _not_found)
     send(run, (checkpoint(4), 40.0), kept=KeptCheckpoints(names=[], newest=4))
     assert points(run, "val/PQ") == [(4, 40.0)]
-    assert "has no logged models" in caplog.text
+    assert "does not support logged models" in caplog.text
 
 
 def _not_found(*args, **options):

@@ -138,7 +138,7 @@ def overlap(config, calm, start, kind: str, rng: random.Random) -> None:
     first.process.wait(LONGEST_S)
     if kind == "stop":
         assert "took over this run with lease 2" in first.log.read_text()
-    if "does not take the last points" in second.log.read_text():  # the first was stopped with the database locked
+    if "did not accept the last metrics" in second.log.read_text():  # the first was stopped with the database locked
         start(config).process.wait(LONGEST_S)
     check(config, calm)
 
