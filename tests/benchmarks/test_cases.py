@@ -13,7 +13,7 @@ def case():
     return _Case(1, 64, CPU, repeats=1)
 
 
-def test_a_step_whose_matches_are_known_has_the_same_loss(case):
+def test_step_with_known_matches_has_the_same_loss(case):
     assert case.without_matching().error < 1e-6
 
 

@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which Dynamo reads of tensors without values
-def test_graphs_of_a_training_step_do_not_grow():
+def test_graphs_of_a_training_step_stay_within_their_operation_counts():
     torch.compiler.reset()
     with without_values():
         model = build_model(CONFIG, pretrained_backbone=False).train()

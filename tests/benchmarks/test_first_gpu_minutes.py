@@ -22,7 +22,7 @@ def test_every_step_can_be_imported(step):
     assert list(inspect.signature(function).parameters) == ["stage"]
 
 
-def test_a_call_is_shorter_than_a_loan():
+def test_calls_are_shorter_than_ten_minutes():
     assert sum(len(call.steps) for call in CALLS.values()) == len(STEPS)
     assert all(call.seconds < 600 for call in CALLS.values())
     assert all(step.seconds <= call.seconds for call in CALLS.values() for step in call.steps)
@@ -37,7 +37,7 @@ def as_before(monkeypatch):
 
 
 @pytest.mark.parametrize("name", IN_SECONDS)
-def test_cheap_steps_run_dry(name, tmp_path):
+def test_cheap_steps_work_in_a_dry_run(name, tmp_path):
     assert main(["step", name, "--dry-run", "--out", str(tmp_path)]) == 0
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == name
@@ -45,7 +45,7 @@ def test_cheap_steps_run_dry(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_each_step_is_a_process_and_the_table_comes_last(tmp_path, monkeypatch, capsys):
+def test_call_runs_steps_as_processes_and_ends_with_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(CALLS, "1", Call(300, (STEPS["sdpa"], STEPS["graphs"])))
     assert main(["call", "1", "--dry-run", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -53,7 +53,7 @@ def test_each_step_is_a_process_and_the_table_comes_last(tmp_path, monkeypatch, 
     assert "==== graphs" in (tmp_path / "log_1.txt").read_text()
 
 
-def test_a_step_that_hangs_or_dies_costs_only_its_time_box(tmp_path, monkeypatch, capsys):
+def test_step_that_hangs_or_dies_does_not_stop_the_call(tmp_path, monkeypatch, capsys):
     """In place of the steps: a program that sleeps, and one that ends without a result."""
     for name, text in (("hangs", "import time; time.sleep(600)"), ("dies", "raise SystemExit(7)")):
         (tmp_path / name).write_text(text)
@@ -70,14 +70,14 @@ def test_a_step_does_not_start_without_time_left(tmp_path, monkeypatch):
     assert [result.state for result in run_call("1", [], tmp_path)] == ["no time"]
 
 
-def test_a_step_that_fails_is_recorded_with_its_error(tmp_path, monkeypatch):
+def test_failed_step_is_recorded_with_its_error(tmp_path, monkeypatch):
     monkeypatch.setitem(STEPS, "probe", Step("probe", "no_such_module", 1))
     assert main(["step", "probe", "--dry-run", "--out", str(tmp_path)]) == 1
     assert "no_such_module" in json.loads((tmp_path / "results.jsonl").read_text())["found"]
 
 
 @pytest.mark.parametrize("words", [("call", "msda"), ("step", "1")])
-def test_a_step_is_not_taken_as_a_call_nor_a_call_as_a_step(words, capsys):
+def test_step_and_call_names_are_not_interchangeable(words, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--dry-run"])
     assert " is not a " in capsys.readouterr().err

@@ -24,7 +24,7 @@ def setting():
     return replace(Setting.now(CPU, "copy 10 GB/s"), day="2026-11-23", hardware="Some (R) CPU @ 2.0 GHz")
 
 
-def test_a_ratio_needs_agreement():
+def test_compare_requires_agreement():
     one, other = torch.ones(3), torch.tensor([1.0, 1.0, 1.1])
     with pytest.raises(AssertionError, match=r"case shape: ours and peer differ by 9.1e-02, more than 1.0e-02"):
         compare("case", "shape", lambda: [one], "peer", lambda: [other], 0.01, repeats=1)
@@ -33,7 +33,7 @@ def test_a_ratio_needs_agreement():
     assert result.ours_waits is None
 
 
-def test_results_are_compared_without_tf32_and_times_are_taken_as_set(monkeypatch):
+def test_agreement_is_checked_without_tf32_and_timing_uses_the_current_setting(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     seen = []
 
@@ -46,7 +46,7 @@ def test_results_are_compared_without_tf32_and_times_are_taken_as_set(monkeypatc
     assert seen == [(False, False)] * 2 + [usual] * 2
 
 
-def test_a_benchmark_of_the_model_needs_no_package_of_another_one():
+def test_model_benchmarks_do_not_need_packages_of_other_benchmarks():
     repository = Path(__file__).resolve().parents[2]
     modules = ["benchmarks.__main__", *(f"benchmarks.bench_{name}" for name in ON_ANY_DEVICE)]
     command = [sys.executable, "tests/import_without.py", "boto3,webdataset,pycocotools,ray,mlflow", *modules]
@@ -71,7 +71,7 @@ def test_times_have_median_quartiles_and_95th_percentile():
     assert times.per(2).quartiles == pytest.approx((13, 38))
 
 
-def test_the_floor_is_products_and_convolutions():
+def test_floor_counts_only_products_and_convolutions():
     model = torch.nn.Sequential(torch.nn.Conv2d(8, 32, 3), torch.nn.Flatten(), torch.nn.Linear(32 * 62 * 62, 16))
     images = torch.randn(4, 8, 64, 64)
     assert _time_of_products(lambda: model(images).sum().backward(), CPU) > 0
@@ -79,7 +79,7 @@ def test_the_floor_is_products_and_convolutions():
     assert _time_of_products(lambda: images.exp().sum(), CPU) == 0
 
 
-def test_the_table_names_machine_and_software(setting):
+def test_table_states_machine_and_software(setting):
     text = markdown([replace(RESULT, ours_gb=0.5, peer_gb=2.0, floor_ms=4.0, ours_waits=1, peer_waits=80)], setting)
     assert "2026-11-23, Some (R) CPU @ 2.0 GHz" in text
     assert torch.__version__ in text

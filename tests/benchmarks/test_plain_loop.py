@@ -48,7 +48,7 @@ def job(tmp_path_factory):
     return compose_job(config)
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(job, tmp_path):
+def test_interrupted_run_ends_with_the_same_weights(job, tmp_path):
     whole, parts = (dataclasses.replace(job, run_folder=str(tmp_path / name)) for name in ("whole", "parts"))
     train_plainly(whole, ManualControl())
     train_plainly(parts, StopsBefore(2))
@@ -62,7 +62,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(job, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_settings_that_the_peer_lacks_are_refused(job, tmp_path):
+def test_settings_that_the_peer_does_not_support_are_refused(job, tmp_path):
     training = dataclasses.replace(job.training, micro_batch=2)
     with pytest.raises(ConfigError, match=r"training\.micro_batch 2; training transformers requires fp32"):
         train_plainly(dataclasses.replace(job, training=training, run_folder=str(tmp_path)), ManualControl())

@@ -57,7 +57,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_every_arm_is_a_recipe(tmp_path):
+def test_every_arm_has_a_valid_recipe(tmp_path):
     configs = [run.config(tmp_path) for run in runs_of(IMAGE_SETS, ARMS, [0, 7])]
     assert len({config.name for config in configs}) == len(configs) == 2 * len(IMAGE_SETS) * len(ARMS)
     assert {config.seed for config in configs} == {0, 7}
@@ -73,7 +73,7 @@ def test_every_arm_is_a_recipe(tmp_path):
     assert {name for c in COMPARISONS for name in (c.arm, c.reference)} == {arm.name for arm in ALL_ARMS}
 
 
-def test_arms_differ_in_nothing_but_their_overrides(tmp_path):
+def test_arms_differ_only_in_their_overrides(tmp_path):
     base, boxes, many = (Run(SHAPES, arm, 3).config(tmp_path) for arm in (BASE, BOXES, MANY))
     assert base.model.loss.num_points == boxes.model.loss.num_points == 1024
     assert (boxes.model.loss.matching_box_share, boxes.model.loss.supervision_box_share) == (0.5, 0.5)
@@ -82,7 +82,7 @@ def test_arms_differ_in_nothing_but_their_overrides(tmp_path):
     assert base.training == boxes.training == many.training
 
 
-def test_a_pair_is_complete_before_the_next_seed_begins():
+def test_all_arms_of_a_seed_run_before_the_next_seed():
     assert [(run.arm.name, run.seed) for run in runs_of([SHAPES], [BASE, BOXES], [0, 1])] == [
         ("base", 0),
         ("box_points", 0),
@@ -92,7 +92,7 @@ def test_a_pair_is_complete_before_the_next_seed_begins():
     assert named("shapes", "box_points", "4") == Run(SHAPES, BOXES, 4)
 
 
-def test_the_command_line_names_sets_arms_and_seeds():
+def test_command_line_selects_sets_arms_and_seeds():
     given = parse(["here", "--arms", "base", "--seeds", "3", "4", "--overrides", "training.max_steps=9"])
     assert (given.folder, given.sets, given.arms, given.seeds) == (Path("here"), ["shapes"], ["base"], [3, 4])
     assert given.overrides == ["training.max_steps=9"]
@@ -104,7 +104,7 @@ def test_finished_runs_are_not_trained_again(folder, capsys):
     assert capsys.readouterr().out == "0 of 6 runs to train\nall runs are finished\n"
 
 
-def test_tables_take_the_runs_that_reached_the_last_step(folder):
+def test_tables_include_only_runs_that_reached_the_last_step(folder):
     results = read_results([folder], SHAPES)
     assert set(results) == {(arm, seed) for arm in ("base", "box_points") for seed in range(3)}
     lines = spread_table(results).splitlines()
@@ -115,7 +115,7 @@ def test_tables_take_the_runs_that_reached_the_last_step(folder):
     assert len(lines) == 6
 
 
-def test_a_difference_is_that_of_the_same_seeds(folder):
+def test_difference_pairs_runs_of_the_same_seed(folder):
     found = paired_difference(Comparison("box_points", "base"), "PQ", read_results([folder], SHAPES))
     assert found.seeds == 3
     assert found.interval.value == pytest.approx(3)
@@ -145,7 +145,7 @@ def test_verdicts_follow_the_interval(tmp_path, differences, margin, verdict):
     assert found.verdict(margin) == verdict
 
 
-def test_the_table_of_differences_names_ratio_and_margin(folder):
+def test_difference_table_contains_ratio_and_margin(folder):
     results = read_results([folder], SHAPES)
     assert cpu_ratio(Comparison("box_points", "base"), results) == pytest.approx(1.3)
     assert cpu_ratio(Comparison("box_points", "uniform_8192"), results) is None
@@ -154,7 +154,7 @@ def test_the_table_of_differences_names_ratio_and_margin(folder):
     assert set(METRICS) > {"PQ", "PQ_small", "APs"}
 
 
-def test_the_seconds_of_a_killed_process_are_not_known(folder):
+def test_cpu_seconds_of_a_killed_process_are_unknown(folder):
     run = Run(SHAPES, BASE, 0)
     record = folder / "cpu" / f"{run.name}.jsonl"
     assert read_run([folder], run).cpu == CpuSeconds(100.0, 7.0)
@@ -196,7 +196,7 @@ MEDIUM_OBJECTS = Bar("small_shapes", Comparison("box_points", "base"), "APm")
         ((9.0, 9.5, 9.0, 9.0, 9.0), "FAILS"),
     ],
 )
-def test_small_objects_must_gain_a_fifth(tmp_path, boxes, judged):
+def test_small_objects_bar_requires_a_gain_of_a_fifth(tmp_path, boxes, judged):
     write_pairs(tmp_path, [10.0] * 5, boxes)
     line = judge(SMALL_OBJECTS, read_results([tmp_path], SMALL_SHAPES))
     assert line.startswith(f"{judged}: box_points against base on small_shapes: a gain of at least 20 % in APs: ")
@@ -211,13 +211,13 @@ def test_small_objects_must_gain_a_fifth(tmp_path, boxes, judged):
         ((28.0, 28.0, 28.5, 28.0, 28.0), "FAILS"),
     ],
 )
-def test_other_objects_must_not_lose(tmp_path, boxes, judged):
+def test_other_objects_bar_requires_no_loss(tmp_path, boxes, judged):
     write_pairs(tmp_path, [30.0] * 5, boxes, "APm")
     line = judge(MEDIUM_OBJECTS, read_results([tmp_path], SMALL_SHAPES))
     assert line.startswith(f"{judged}: box_points against base on small_shapes: no loss in APm (margin 1): ")
 
 
-def test_a_bar_names_the_runs_that_it_lacks(tmp_path):
+def test_verdict_lists_missing_runs(tmp_path):
     write_pairs(tmp_path, [10.0] * 2, [12.0] * 2)
     results = read_results([tmp_path], SMALL_SHAPES)
     assert judge(SMALL_OBJECTS, results).endswith("not run: box_points 2-4, base 2-4")
@@ -228,27 +228,27 @@ def test_a_bar_names_the_runs_that_it_lacks(tmp_path):
     )
 
 
-def test_five_seeds_are_judged(tmp_path):
+def test_five_seeds_get_a_verdict(tmp_path):
     write_pairs(tmp_path, [10.0] * 5, [12.5, 12.0, 12.5, 13.0, 12.5])
     row = difference_table(read_results([tmp_path], SMALL_SHAPES)).splitlines()[2]
     assert row.startswith("| box_points - base | APs | 5 | +2.50 | +25.0 % |")
     assert row.endswith("| gain | 1 | 1.00 |")
 
 
-def test_seeds_that_follow_each_other_are_one_range(tmp_path):
+def test_consecutive_seeds_are_listed_as_a_range(tmp_path):
     write_pairs(tmp_path, [10.0] * 3, [12.0] * 3)
     (tmp_path / "runs" / "small_shapes-base-1" / "evaluations").rename(tmp_path / "elsewhere")
     assert judge(SMALL_OBJECTS, read_results([tmp_path], SMALL_SHAPES)).endswith("box_points 3-4, base 1 3-4")
 
 
-def test_costs_are_held_against_their_bar():
+def test_costs_are_judged_by_their_bar():
     milliseconds = {"base": 30.0, "box_matching": 30.0, "box_points": 40.0, "uniform_8192": 100.0}
     lines = judge_costs([point_costs.Costs("sizes", milliseconds)])
     assert [line.split(":")[0] for line in lines] == ["holds", "FAILS"]
     assert lines[1].endswith("(sizes): 0.40")
 
 
-def test_every_bar_is_of_known_arms_and_metrics():
+def test_bars_and_parts_use_known_arms_and_metrics():
     names = {arm.name for arm in ALL_ARMS}
     assert all({bar.comparison.arm, bar.comparison.reference} <= names and bar.metric in METRICS for bar in BARS)
     assert all(set(part.arms) <= names for part in PARTS)
@@ -277,7 +277,7 @@ def test_pilots_must_cost_less(tmp_path, seconds, verdict):
     )
 
 
-def test_results_are_kept_without_their_run_folders(folder, tmp_path, capsys):
+def test_kept_results_replace_their_run_folders(folder, tmp_path, capsys):
     """Run folders of many hours of one machine may go; the tables of all of them are made again from what was kept."""
     kept, later, steps = tmp_path / "kept", tmp_path / "later", ["--overrides", "training.max_steps=900"]
     assert make_tables.main([str(folder), "--keep", str(kept), *steps]) == 0
@@ -291,7 +291,7 @@ def test_results_are_kept_without_their_run_folders(folder, tmp_path, capsys):
     assert pool.work(runs_of([SHAPES], [BASE, BOXES], [0, 1, 2]), seconds=60) == 0
 
 
-def test_one_command_prints_everything(folder, capsys):
+def test_make_tables_prints_all_tables_and_bars(folder, capsys):
     assert make_tables.main([str(folder), "--overrides", "training.max_steps=900"]) == 0
     out = capsys.readouterr().out
     assert "## shapes\n\n900 steps, 512 validation images" in out

@@ -77,7 +77,7 @@ def differences(recorded, live):
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
 @pytest.mark.parametrize("augment", [None, ScaleJitter(shortest_edges=(48, 80), max_size=128)], ids=["lsj", "scale"])
-def test_recorded_batches_are_those_of_the_loader(config, tmp_path, task, augment):
+def test_recorded_batches_equal_those_of_the_loader(config, tmp_path, task, augment):
     data = replace(config.data, task=task, augment=augment or config.data.augment)
     config = replace(config, data=data)
     record(config, tmp_path / "r.zip", STEPS, quality=None)
@@ -88,7 +88,7 @@ def test_recorded_batches_are_those_of_the_loader(config, tmp_path, task, augmen
         assert differences(steps_of(recording, config, spec, count), steps_of(live, config, spec, count)) == 0
 
 
-def test_jpeg_changes_pixels_a_little_and_nothing_else(config, lossless, tmp_path):
+def test_jpeg_changes_only_pixels_and_only_slightly(config, lossless, tmp_path):
     record(config, tmp_path / "small.zip", STEPS, quality=95)
     assert (tmp_path / "small.zip").stat().st_size < 0.6 * lossless.stat().st_size
     exact, small = (Recording.load(path) for path in (lossless, tmp_path / "small.zip"))
@@ -97,7 +97,7 @@ def test_jpeg_changes_pixels_a_little_and_nothing_else(config, lossless, tmp_pat
     assert 0 < differences(steps_of(small, config, spec, STEPS), steps_of(exact, config, spec, STEPS)) < 64
 
 
-def test_recorded_batches_are_pinned_where_a_gpu_takes_them(config, lossless, monkeypatch):
+def test_recorded_batches_are_pinned_if_requested(config, lossless, monkeypatch):
     recording, pinned = Recording.load(lossless), []
     plain = steps_of(recording, config, spec_of(config), 1)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
@@ -105,13 +105,13 @@ def test_recorded_batches_are_pinned_where_a_gpu_takes_them(config, lossless, mo
     assert len(pinned) >= 2 * 10  # ten tensors of both micro-batches
 
 
-def test_a_longer_run_begins_again_with_other_positions(config, lossless):
+def test_longer_run_repeats_images_with_new_positions(config, lossless):
     first, *_, again = steps_of(Recording.load(lossless), config, spec_of(config), STEPS + 1)
     assert again.positions == tuple(range(STEPS * 4, STEPS * 4 + 4))
     assert [batch.keys for batch in again.micro_batches] == [batch.keys for batch in first.micro_batches]
 
 
-def test_a_recording_holds_as_many_steps_as_fit(config, lossless, tmp_path):
+def test_recording_contains_as_many_steps_as_fit(config, lossless, tmp_path):
     limit = 0.6 * lossless.stat().st_size / 1e6
     with pytest.raises(ConfigError, match=r"1 of 3 steps of 4 images fit into .* MB; lower --steps or --quality"):
         record(config, tmp_path / "r.zip", STEPS, max_mb=limit, quality=None)
@@ -122,7 +122,7 @@ def test_a_recording_holds_as_many_steps_as_fit(config, lossless, tmp_path):
     assert (tmp_path / "r.zip").stat().st_size <= limit * 1e6
 
 
-def test_files_that_are_no_recording_are_refused(lossless, tmp_path):
+def test_invalid_recordings_are_refused(lossless, tmp_path):
     path = tmp_path / "r.zip"
     path.write_bytes(lossless.read_bytes()[:-100])
     with pytest.raises(DataError, match="cannot be read as a recording"):

@@ -44,14 +44,14 @@ def test_both_trainings_have_the_same_losses(config):
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_weights_come_back_under_our_names(twins):
+def test_weights_convert_back_to_our_names(twins):
     ours, theirs = twins
     expected, found = ours.state_dict(), to_our_names(theirs.state_dict())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_both_have_the_same_groups_of_parameters(twins, config):
+def test_both_models_have_the_same_parameter_groups(twins, config):
     groups = [build_param_groups(model, config.training.optimizer) for model in twins]
     ours, theirs = (
         [(g["name"], sum(p.numel() for p in g["params"]), g["lr"], g["weight_decay"]) for g in one] for one in groups
@@ -59,7 +59,7 @@ def test_both_have_the_same_groups_of_parameters(twins, config):
     assert ours == theirs
 
 
-def test_offsets_leave_the_centres_of_pixels(twins):
+def test_move_offsets_moves_points_off_pixel_centres(twins):
     model, _ = twins
     offsets = [p for name, p in model.named_parameters() if name.endswith("sampling_offsets.bias")]
     assert all((p - p.round()).abs().max() < 1e-6 for p in offsets)
@@ -67,7 +67,7 @@ def test_offsets_leave_the_centres_of_pixels(twins):
     assert all((p - p.round()).abs().median() > 0.01 for p in offsets)
 
 
-def test_the_table_says_whether_losses_agree():
+def test_table_states_whether_losses_agree():
     near, far = StepLosses(50.0, 50.01), StepLosses(50.0, 50.1)
     assert agree([near])
     assert not agree([near, far])
@@ -79,7 +79,7 @@ def test_the_table_says_whether_losses_agree():
     assert table("shapes, seed 0", [near], [far]).startswith("shapes, seed 0: the losses of 1 steps agree.")
 
 
-def test_masks_of_valid_targets_in_their_layers():
+def test_dense_masks_contain_the_valid_targets_of_every_image():
     targets = make_targets([3, 0], layers=2)
     masks = dense_masks(targets)
     assert [len(own) for own in masks] == [3, 0]

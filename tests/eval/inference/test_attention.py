@@ -64,7 +64,7 @@ def test_objects_are_matched_with_the_queries_of_the_last_layer():
     assert not objects.masks[:, HEIGHT:].any()
 
 
-def test_matching_on_whole_masks_is_analysed_alike():
+def test_matching_on_whole_masks_is_supported():
     objects = matched_objects(
         batch_of(halves()), 0, predictions(), "panoptic", LABELS, LossConfig(matching="masks", mask_loss="focal")
     )

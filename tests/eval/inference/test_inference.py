@@ -100,7 +100,7 @@ def batch_of(*image_ids, shortest_edge=64):
     return collate_eval([harbour(i) for i in image_ids], tuple(range(len(image_ids))), shortest_edge, 4096)
 
 
-def test_one_pass_of_a_perfect_panoptic_model_is_perfect_in_all_tasks():
+def test_perfect_panoptic_model_is_perfect_in_all_tasks_in_one_pass():
     model = Oracle()
     states = evaluator_of(model, panel_ids=[7]).evaluate_batch(batch_of(7, 5))
     results = states.compute(TABLE, SUBJECT)
@@ -113,7 +113,7 @@ def test_one_pass_of_a_perfect_panoptic_model_is_perfect_in_all_tasks():
     assert decode_picture(states.panels[7]).shape[1] > 3 * 500
 
 
-def test_a_panel_names_the_file_of_its_image(monkeypatch):
+def test_panel_title_is_the_image_file_name(monkeypatch):
     names = []
     monkeypatch.setattr("m2f.eval.inference.evaluator.render_panel", lambda image, name, *_: names.append(name) or b"")
     evaluator_of(Oracle(), panel_ids=[7]).evaluate_batch(batch_of(7, 5))
@@ -135,7 +135,7 @@ def test_models_of_one_task_have_the_classes_of_that_task(task, metric):
     assert set(states.panels) == {3}
 
 
-def test_grouping_into_batches_does_not_change_a_bit():
+def test_results_are_bit_identical_for_any_batching():
     evaluator = evaluator_of(Oracle(), panel_ids=[1, 2])
     together = evaluator.evaluate_batch(batch_of(1, 2, 3))
     merged = EvaluationStates.empty(TABLE, TASKS)
@@ -152,7 +152,7 @@ def test_tasks_that_a_model_does_not_predict_are_refused():
         evaluator_of(Oracle(), tasks=())
 
 
-def test_diverged_weights_name_the_image():
+def test_error_for_diverged_weights_names_the_image():
     class Diverged(Oracle):
         def forward(self, images):
             predictions = super().forward(images)
@@ -162,7 +162,7 @@ def test_diverged_weights_name_the_image():
         evaluator_of(Diverged()).evaluate_batch(batch_of(6))
 
 
-def test_model_with_the_classes_of_another_table_is_refused():
+def test_model_with_a_different_number_of_classes_is_refused():
     with pytest.raises(EvaluationError, match="the model has 2 classes, but the data set has 4"):
         evaluator_of(Oracle("instance")).evaluate_batch(batch_of(1))
 

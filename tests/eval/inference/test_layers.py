@@ -86,7 +86,7 @@ def batch_of(*image_ids):
     return collate_eval([birds(i) for i in image_ids], tuple(range(len(image_ids))), SIZE, 4096)
 
 
-def test_a_layer_recalls_the_birds_that_it_proposes():
+def test_recall_and_pq_of_each_layer_reflect_its_predictions():
     analysis = analysis_of(Improving())
     analysis.update(batch_of(1))
     analysis.update(batch_of(2, 3))
@@ -103,13 +103,13 @@ def test_a_layer_recalls_the_birds_that_it_proposes():
     assert "layer" in layer_table(layers).splitlines()[0]
 
 
-def test_without_supervised_queries_the_first_prediction_is_that_of_layer_1():
+def test_layers_start_at_1_without_supervised_queries():
     analysis = analysis_of(Improving(supervised=False))
     analysis.update(batch_of(1))
     assert [q.layer for q in analysis.compute(SUBJECT, num_layers=3)] == [1, 2, 3]
 
 
-def test_proposals_score_all_classes_together():
+def test_proposal_score_combines_all_classes():
     class_logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
     predictions = Predictions(class_logits[None, None], torch.full((1, 1, 2, 1), 9.0), torch.ones(1, 1, 16, 16))
     (output,) = image_outputs(batch_of(1), predictions)
@@ -119,7 +119,7 @@ def test_proposals_score_all_classes_together():
     assert proposals.labels.tolist() == [0, 0]
 
 
-def test_recall_is_that_of_pycocotools_without_categories():
+def test_recall_equals_pycocotools_without_categories():
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(1, 6, 16, 16, generator=generator)
     embeddings = torch.randn(1, 1, 12, 6, generator=generator)

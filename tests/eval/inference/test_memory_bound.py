@@ -23,12 +23,12 @@ def peak_mb(height: int, width: int, test_time: str, tasks: str, queries: int = 
 
 
 @pytest.mark.slow
-def test_an_image_of_ade20k_with_2048_pixels():
+def test_ade20k_image_of_2048_pixels_stays_within_the_memory_limit():
     assert peak_mb(1536, 2048, "whole", ALL) < LIMIT_MB
 
 
 @pytest.mark.slow
-def test_masks_of_many_queries_at_the_original_size_are_never_held_together():
+def test_full_size_masks_of_many_queries_are_not_held_at_once():
     # 400 masks of 2943 x 1435 pixels would be 1.7 GB, beside 0.9 GB of libraries.
     assert peak_mb(1435, 2943, "whole", "instance", 400) < LIMIT_MB
 
@@ -45,5 +45,5 @@ def test_masks_of_many_queries_at_the_original_size_are_never_held_together():
         (4000, 5000, "windows", "instance"),
     ],
 )
-def test_twenty_megapixels_and_several_sizes(height, width, test_time, tasks):
+def test_20_megapixels_and_multi_scale_stay_within_the_memory_limit(height, width, test_time, tasks):
     assert peak_mb(height, width, test_time, tasks) < LIMIT_MB

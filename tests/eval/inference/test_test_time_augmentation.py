@@ -133,7 +133,7 @@ def states_of(labels, image_id=3):
 
 @pytest.mark.parametrize("resize", ["masks", "class_scores"])
 @pytest.mark.parametrize(("flip", "shrink"), [(True, "area"), (False, "area"), (True, "bilinear")])
-def test_multi_scale_equals_the_procedure_written_out(model, resize, flip, shrink):
+def test_multi_scale_equals_the_slow_reference(model, resize, flip, shrink):
     test_time = MultiScale(shortest_edges=(38, 75, 131), max_size=160, flip=flip)
     states = evaluate(model, test_time, PostprocessConfig(semantic_resize=resize), shrink=shrink, panel_ids=[3])
     expected = slow_multi_scale(model, sample_of(3).image, (38, 75, 131), 160, flip, resize, shrink)
@@ -142,7 +142,7 @@ def test_multi_scale_equals_the_procedure_written_out(model, resize, flip, shrin
     assert list(states.panels) == [3]
 
 
-def test_windows_of_several_sizes_equal_the_procedure_written_out(model):
+def test_multi_scale_windows_equal_the_slow_reference(model):
     image, total = sample_of(3).image, 0.0
     size = image.shape[:2]
     for edge in (48, 75):
@@ -160,14 +160,14 @@ def test_windows_of_several_sizes_equal_the_procedure_written_out(model):
 
 
 @pytest.mark.parametrize(("side", "stride"), [(64, 40), (48, 48), (256, 200)])
-def test_windows_equal_the_procedure_written_out(model, side, stride):
+def test_windows_equal_the_slow_reference(model, side, stride):
     states = evaluate(model, SlidingWindows(size=side, stride=stride), PostprocessConfig())
     expected = slow_window_scores(model, sample_of(3).image, side, stride).argmax(0)
     assert states.semantic is not None
     assert states.semantic.to_bytes() == states_of(expected).to_bytes()
 
 
-def test_one_window_over_a_resized_image_is_one_pass_of_the_whole_image(model):
+def test_single_window_over_a_resized_image_equals_one_whole_image_pass(model):
     config = PostprocessConfig(semantic_resize="class_scores")
     one = evaluate(model, SlidingWindows(size=512, stride=512, shortest_edge=64), config)
     whole = Evaluator(
@@ -200,7 +200,7 @@ class Diverged(torch.nn.Module):
         return predictions._replace(mask_features=predictions.mask_features / 0)
 
 
-def test_diverged_weights_name_the_image(model):
+def test_error_for_diverged_weights_names_the_image(model):
     with pytest.raises(EvaluationError, match=r"image 3 \(made\): the model's output is not finite"):
         evaluate(Diverged(model), MultiScale(shortest_edges=(64,)), PostprocessConfig())
 

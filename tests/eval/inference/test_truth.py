@@ -92,7 +92,7 @@ def test_semantic_truth_keeps_crowds_and_ignores_void_and_unlisted_ids():
     assert wide.tolist() == [[299, 299, 65535, 65535], [299, 65535, 65535, 65535]]
 
 
-def test_missing_map_and_unknown_category_name_the_image():
+def test_errors_for_missing_map_and_unknown_category_name_the_image():
     sample = sample_of(None, [[[1, 0, 0, 0], [0, 0, 0, 0]]], segment(1, 7, where="inst"))
     for make in (panoptic_truth, semantic_truth):
         with pytest.raises(EvaluationError, match=r"image 5 \(photos/a.jpg\) has no panoptic or semantic map"):

@@ -196,7 +196,7 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
 @pytest.mark.parametrize(("size", "side", "stride"), [((150, 203), 64, 40), ((130, 96), 64, 20), ((50, 60), 64, 32)])
-def test_windows_equal_the_rule_written_out(task, size, side, stride):
+def test_merged_windows_equal_the_slow_reference(task, size, side, stride):
     with torch.inference_mode():
         for seed in range(2):
             image = picture(*size, seed)
@@ -206,7 +206,7 @@ def test_windows_equal_the_rule_written_out(task, size, side, stride):
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
-def test_an_object_across_four_windows_is_one(task):
+def test_object_across_four_windows_is_merged_into_one(task):
     image = np.zeros((96, 96, 3), np.uint8)
     image[..., 0] = 4
     image[20:76, 24:72, 0] = 1
@@ -225,14 +225,14 @@ def test_an_object_across_four_windows_is_one(task):
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
-def test_objects_return_to_the_size_of_the_image(task):
+def test_objects_are_resized_to_the_image(task):
     image = np.kron(picture(48, 64), np.ones((2, 2, 1))).astype(np.uint8)
     found = fast_merge(task, image, 32, 24, noisy, edge=48)
     small = fast_merge(task, np.ascontiguousarray(image[::2, ::2]), 32, 24, noisy)
     assert_equal(found, [(label, score, np.kron(mask, np.ones((2, 2), bool))) for label, score, mask in small])
 
 
-def test_cores_share_the_image_out_and_lie_inside_their_windows():
+def test_window_cores_partition_the_image_and_lie_inside_their_windows():
     for size, side, stride in [((100, 333), 64, 40), ((64, 64), 64, 1), ((10, 500), 64, 20), ((129, 129), 64, 63)]:
         owners = np.zeros(size, int)
         for place in window_places(size, side, stride):
@@ -242,7 +242,7 @@ def test_cores_share_the_image_out_and_lie_inside_their_windows():
         assert (owners == 1).all()
 
 
-def test_columns_are_encoded_as_the_whole_mask():
+def test_encode_columns_equals_encoding_the_whole_mask():
     rng = np.random.default_rng(0)
     for left, width in ((0, 5), (3, 2), (0, 2), (4, 1)):
         for columns in (rng.random((6, width)) > 0.5, np.ones((6, width), bool), np.zeros((6, width), bool)):
@@ -251,7 +251,7 @@ def test_columns_are_encoded_as_the_whole_mask():
             assert encode_columns(columns, left, (6, 5)) == encode_masks([whole])[0]
 
 
-def test_masks_of_more_than_255_detections_have_areas():
+def test_mask_areas_are_correct_for_more_than_255_detections():
     masks = encode_masks(np.arange(16).reshape(4, 4)[None] < np.arange(600)[:, None, None])
     assert mask_areas(masks).tolist() == [min(i, 16) for i in range(600)]
 
@@ -270,7 +270,7 @@ class Drawn(nn.Module):
         return noisy(images, None)
 
 
-def test_an_evaluation_takes_all_tasks_from_the_same_windows():
+def test_all_tasks_are_evaluated_from_the_same_windows():
     table = CategoryTable(tuple(Category(i + 1, f"c{i}", t, (i, i, i)) for i, t in enumerate(IS_THING)))
     seg = np.kron(np.array([[1, 2], [3, VOID_ID]], np.uint8), np.ones((48, 56), np.uint8))
     segments = tuple(

@@ -127,7 +127,7 @@ def test_random_sets_equal_pycocotools(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_class_agnostic_recall_is_that_of_one_class(seed):
+def test_class_agnostic_metrics_equal_pycocotools_without_classes(seed):
     """Also recall at 1000, without changing anything at 100."""
     truths, detections = random_set(seed)
     state = AveragePrecisionState(1, (1, 10, 100, 1000))
@@ -143,11 +143,11 @@ def test_class_agnostic_recall_is_that_of_one_class(seed):
 
 
 @pytest.mark.parametrize("max_dets", [(1, 3, 100), (2, 5, 8), (1, 10, 256)])
-def test_other_detection_limits(max_dets):
+def test_other_detection_limits_equal_pycocotools(max_dets):
     assert_equal_to_pycocotools(2, *random_set(11, num_classes=2), max_dets=max_dets)
 
 
-def test_empty_images_and_absent_classes():
+def test_empty_images_and_absent_classes_equal_pycocotools():
     truths, detections = random_set(3, num_images=6, num_classes=2)
     truths |= {20_001: NOTHING_ANNOTATED, 20_002: truths[min(truths)], 20_003: NOTHING_ANNOTATED}
     detections |= {20_001: detections[max(detections)], 20_002: NOTHING_FOUND, 20_003: NOTHING_FOUND}
@@ -155,7 +155,7 @@ def test_empty_images_and_absent_classes():
     assert result.per_class[4] == -1.0
 
 
-def test_set_without_annotations_or_without_detections():
+def test_ap_is_minus_one_without_annotations_and_zero_without_detections():
     truths, detections = random_set(5, num_images=3)
     assert set(assert_equal_to_pycocotools(4, dict.fromkeys(truths, NOTHING_ANNOTATED), detections).stats.values()) == {
         -1.0
@@ -168,7 +168,7 @@ def test_set_without_annotations_or_without_detections():
 
 
 @pytest.mark.parametrize("right_first", [True, False])
-def test_ties_inside_an_image_keep_the_order_given(right_first):
+def test_tied_scores_in_an_image_keep_their_order(right_first):
     masks = np.zeros((2, 40, 40), dtype=bool)
     masks[0, :20], masks[1, 20:] = True, True
     order = [0, 1] if right_first else [1, 0]
@@ -177,7 +177,7 @@ def test_ties_inside_an_image_keep_the_order_given(right_first):
     assert result.stats["AP"] == pytest.approx(1.0 if right_first else 0.5)
 
 
-def test_one_crowd_takes_many_detections_and_ordinary_truth_goes_first():
+def test_crowd_matches_many_detections_after_ordinary_annotations():
     masks = np.zeros((4, 60, 60), dtype=bool)
     masks[0], masks[1, :30], masks[2, 30:], masks[3, :32] = True, True, True, True
     truth = truth_from(masks[[0, 1]], [0, 0], [True, False])
@@ -210,7 +210,7 @@ def test_merging_in_any_order_gives_the_same_bits():
     assert (merged.compute().precision == whole.compute().precision).all()
 
 
-def test_bad_scores_and_classes_name_the_image():
+def test_errors_for_bad_scores_classes_and_sizes_name_the_image():
     truths, detections = random_set(8, num_images=1)
     (image_id,) = truths
     found = detections[image_id]
@@ -224,7 +224,7 @@ def test_bad_scores_and_classes_name_the_image():
         AveragePrecisionState(4).update(image_id, truths[image_id], small)
 
 
-def test_real_annotations_with_perturbed_predictions(real_data):
+def test_real_annotations_with_perturbed_predictions_equal_pycocotools(real_data):
     """Real COCO polygons and crowds, their own float areas; predictions made by moving the annotated masks."""
     path = real_data / "coco_instances" / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
@@ -253,7 +253,7 @@ def test_real_annotations_with_perturbed_predictions(real_data):
     assert 0.05 < assert_equal_to_pycocotools(80, truths, detections).stats["AP"] < 0.95
 
 
-def test_run_lengths_are_those_of_the_masks():
+def test_encoded_masks_decode_to_the_original_masks():
     masks = np.random.default_rng(0).random((3, 17, 23)) > 0.5
     decoded = coco_masks.decode(list(encode_masks(masks)))
     assert (decoded.transpose(2, 0, 1) == masks).all()

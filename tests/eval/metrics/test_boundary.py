@@ -43,7 +43,7 @@ def boundary_by_steps(mask, width):
 
 
 @pytest.mark.parametrize("width", [1, 2, 7])
-def test_boundary_is_what_repeated_erosion_takes_away(width):
+def test_boundary_equals_the_pixels_removed_by_repeated_erosion(width):
     rng = np.random.default_rng(width)
     for mask in (blobs(rng) > 0, rng.random((30, 41)) > 0.1, np.ones((9, 20), bool), np.zeros((5, 4), bool)):
         assert (mask_boundary(mask, width) == boundary_by_steps(mask, width)).all()
@@ -64,7 +64,7 @@ def test_run_length_boundaries_equal_those_of_whole_masks():
 
 
 @pytest.mark.parametrize("offset", [0, 700, 2**23])
-def test_outlines_of_all_segments_at_once_equal_one_by_one(offset):
+def test_outlines_of_all_segments_equal_those_computed_one_by_one(offset):
     id_map = blobs(np.random.default_rng(1))
     id_map[id_map > 0] += offset
     outlines = outline_map(id_map, 3)
@@ -108,7 +108,7 @@ def test_boundary_pq_equals_the_slow_reference(seed):
     assert found == slow_boundary_matches(truth, prediction, 0.05)
 
 
-def test_boundary_pq_is_lower_and_does_not_mix_with_plain_pq():
+def test_boundary_pq_is_lower_and_cannot_be_merged_with_plain_pq():
     state = PanopticQualityState([True], 0.02)
     t_map = np.zeros((64, 64), np.uint8)
     t_map[10:50, 10:50] = 1

@@ -82,7 +82,7 @@ def slow_ap(images, label, overlap):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_instance_ap_equals_the_rules(seed):
+def test_instance_ap_equals_the_slow_reference(seed):
     rng = np.random.default_rng(seed)
     images = [(ids, street_detections(rng, ids)) for ids in (street(rng) for _ in range(5))]
     state, other = CityscapesAPState(), CityscapesAPState()
@@ -117,7 +117,7 @@ def test_groups_small_instances_and_void_are_neither_right_nor_wrong():
     assert record.truth_label.tolist() == [24]
 
 
-def test_iou_of_exactly_one_half_is_no_match_and_the_better_score_wins():
+def test_iou_of_exactly_one_half_is_not_a_match_and_the_better_score_wins():
     ids = np.full((20, 20), 7, np.uint16)
     ids[:10] = 24000
     half = np.zeros((20, 20), bool)
@@ -126,7 +126,7 @@ def test_iou_of_exactly_one_half_is_no_match_and_the_better_score_wins():
     assert flags(record) == ([False, False, True], [True, True, False])
 
 
-def test_classes_without_truth_are_none_and_without_detections_zero():
+def test_ap_is_none_for_classes_without_truth_and_zero_for_undetected_classes():
     assert CityscapesAPState().compute().ap is None
     state = CityscapesAPState()
     state.update(1, np.full((20, 20), 24000, np.uint16), [detection(np.ones((20, 20)), label=26)])
@@ -156,7 +156,7 @@ def slow_iou(images, labels, instance_labels=None):
     return tp / (tp + fp + fn) if tp + fp + fn else None
 
 
-def test_iou_and_iiou_equal_the_rules():
+def test_iou_and_iiou_equal_the_slow_reference():
     rng = np.random.default_rng(0)
     images, state = [], CityscapesIoUState()
     for image_id in range(4):
@@ -179,7 +179,7 @@ def test_iou_and_iiou_equal_the_rules():
     assert result.group_iiou == pytest.approx(np.mean(groups), abs=1e-12)
 
 
-def test_labels_that_do_not_exist_name_the_image():
+def test_errors_for_unknown_label_ids_name_the_image():
     with pytest.raises(EvaluationError, match="image 2: the prediction has label id 255"):
         CityscapesIoUState().update(2, np.zeros((2, 2), np.uint16), np.full((2, 2), 255, np.uint8))
     with pytest.raises(EvaluationError, match="image 2: the truth has label id 40"):

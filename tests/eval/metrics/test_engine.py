@@ -68,7 +68,7 @@ def by_class(record):
     return sums
 
 
-def test_random_images_have_the_counts_of_our_matching(tmp_path):
+def test_engine_counts_equal_our_matching_on_random_images(tmp_path):
     scored = refused = 0
     for seed in range(600):
         pair = random_pair(tmp_path, seed)
@@ -89,7 +89,7 @@ def test_random_images_have_the_counts_of_our_matching(tmp_path):
     assert refused > 20
 
 
-def test_damaged_files_are_refused_or_read_the_same(tmp_path):
+def test_damaged_files_are_refused_or_scored_as_by_our_matching(tmp_path):
     """What the engine takes of a damaged file, ours takes, too: the check of the file before it closes the gap."""
     truth = np.zeros((40, 30), np.int64)
     truth[:20], truth[20:, :9] = 70001, 5
@@ -115,7 +115,7 @@ def test_damaged_files_are_refused_or_read_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16"])
-def test_other_kinds_of_files_go_to_our_own_reading(tmp_path, mode):
+def test_other_png_modes_are_not_passed_to_the_engine(tmp_path, mode):
     Image.new(mode, (5, 4)).save(tmp_path / "x.png")
     assert not is_plain_id_map(tmp_path / "x.png")
     (tmp_path / "x.png").write_bytes(b"no image")
@@ -125,7 +125,7 @@ def test_other_kinds_of_files_go_to_our_own_reading(tmp_path, mode):
     assert is_plain_id_map(write(tmp_path / "x.png", np.ones((4, 5), np.int64)))
 
 
-def test_an_area_that_is_no_whole_number_is_not_for_the_engine(tmp_path):
+def test_engine_refuses_a_fractional_area(tmp_path):
     id_map = write(tmp_path / "x.png", np.ones((4, 5), np.int64))
     with pytest.raises(EngineRefusedError, match="not an integer"):
         match_panoptic_files(PanopticPair(id_map, {1: TruthSegment(0, 20.5, False)}, id_map, {1: 0}))

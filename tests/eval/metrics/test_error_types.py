@@ -68,7 +68,7 @@ def some_images(seed, crowds=0.0, count=20):
 
 
 @pytest.mark.parametrize("seed", list(OF_TIDE))
-def test_gains_are_those_of_tide(seed, monkeypatch):
+def test_gains_equal_those_of_tide(seed, monkeypatch):
     errors, precision = ErrorState(NUM_CLASSES, "AP50"), AveragePrecisionState(NUM_CLASSES)
     for image_id, (truth, detections) in some_images(seed).items():
         errors.add(image_id, instance_errors(truth, detections))
@@ -96,7 +96,7 @@ def bands(*widths):
     return np.repeat(row[None], 10, axis=0)
 
 
-def test_every_type_of_a_panoptic_error():
+def test_panoptic_errors_have_the_expected_types_and_gains():
     """Bands of ten columns: matched, wrong class, badly placed, missed; then a duplicate and a background."""
     truth_map = bands(10, 10, 10, 10, 10)
     labels = [0, 1, 0, 2, 2]
@@ -135,7 +135,7 @@ def test_every_type_of_a_panoptic_error():
     assert costs.by_class[:, ErrorType.MISSED].tolist() == [0, 0, 2]
 
 
-def test_nothing_annotated_has_no_value():
+def test_metric_is_undefined_without_annotations():
     assert ErrorState(2, "AP50").compute().value is None
     assert ErrorState(2, "PQ").compute().gains == {}
     empty = InstanceTruth((), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool))

@@ -22,7 +22,7 @@ def test_conventions_differ_in_absent_and_only_predicted_classes():
 
 
 @pytest.mark.parametrize("void", [255, 7, 0])
-def test_void_in_predictions_misses_and_is_wrong_nowhere(void):
+def test_void_in_predictions_counts_as_missed_but_not_as_false_positive(void):
     """Truth 1 1 1 2 and ignored; one pixel of class 1 is void in the prediction, and one that does not count."""
     truth, predicted = np.array([[1, 1, 1, 2, 255]]), np.array([[1, void, 2, 2, void]])
     state = MeanIoUState(3, 255, void)
@@ -37,7 +37,7 @@ def test_void_in_predictions_misses_and_is_wrong_nowhere(void):
     assert state.of_classes([2]).miou == 1 / 2
 
 
-def test_states_with_void_survive_storage_and_never_merge_with_others():
+def test_void_value_is_stored_and_prevents_merging_with_other_states():
     state = MeanIoUState(3, 255, 255)
     state.update(1, np.array([[1, 1]]), np.array([[255, 1]]))
     again = MeanIoUState.from_bytes(state.to_bytes())
@@ -75,7 +75,7 @@ def test_confusion_equals_a_plain_count(num_classes):
     assert state.compute().miou == pytest.approx(np.mean(iou), abs=1e-12)
 
 
-def test_counts_do_not_wrap():
+def test_counts_do_not_overflow():
     state = MeanIoUState(2)
     for image_id in range(40):
         state.update(image_id, np.zeros((8192, 4), np.uint8), np.zeros((8192, 4), np.int64))
@@ -100,7 +100,7 @@ def test_merging_counts_every_image_once():
     assert right.to_bytes() == whole.to_bytes()
 
 
-def test_image_without_labels_and_empty_state():
+def test_miou_is_none_without_labelled_pixels():
     state = MeanIoUState(2)
     assert state.compute().miou is None
     state.update(3, np.full((2, 2), 255, np.uint8), np.zeros((2, 2), np.int64))
@@ -108,7 +108,7 @@ def test_image_without_labels_and_empty_state():
     assert MeanIoUState.from_bytes(state.to_bytes()).image_ids == (3,)
 
 
-def test_labels_outside_the_table_name_the_image():
+def test_errors_for_bad_labels_and_sizes_name_the_image():
     with pytest.raises(EvaluationError, match="image 9: the truth has labels from 0 to 7"):
         MeanIoUState(3).update(9, np.array([[0, 7]]), np.array([[0, 0]]))
     with pytest.raises(EvaluationError, match="image 9: the truth has shape"):

@@ -101,7 +101,7 @@ def random_pair(rng, size=24, wide_ids=False):
     return PanopticTruth(t_map, table), PanopticPrediction(p_map, {i: v for i, v in labels.items() if i in present})
 
 
-def test_iou_of_exactly_one_half_is_no_match():
+def test_iou_of_exactly_one_half_is_not_a_match():
     record = match_panoptic(truth_of([[1, 1, 0, 0]], {1: (0, False)}), prediction_of([[5, 0, 0, 0]], {5: 0}))
     assert counts(record) == ([], [0], [0])
 
@@ -112,7 +112,7 @@ def test_iou_above_one_half_is_a_match():
     assert record.matched_iou.tolist() == [2 / 3]
 
 
-def test_truth_void_leaves_the_union_but_predicted_void_does_not():
+def test_truth_void_is_excluded_from_the_union_but_predicted_void_is_not():
     truth = truth_of([[1, 1, 1, 1, 0, 0]], {1: (0, False)})
     assert match_panoptic(truth, prediction_of([[0, 5, 5, 5, 5, 5]], {5: 0})).matched_iou.tolist() == [3 / 4]
 
@@ -122,7 +122,7 @@ def test_crowd_pixels_stay_in_the_union():
     assert match_panoptic(truth, prediction_of([[5] * 18], {5: 0})).matched_iou.tolist() == [10 / 18]
 
 
-def test_union_uses_the_area_that_the_annotation_states():
+def test_union_uses_the_area_stated_in_the_annotation():
     truth = truth_of([[1, 1, 1, 0]], {1: (0, False, 4)})
     assert match_panoptic(truth, prediction_of([[5, 5, 5, 0]], {5: 0})).matched_iou.tolist() == [3 / 4]
 
@@ -137,7 +137,7 @@ def test_listed_segment_without_pixels_is_a_false_negative():
 
 
 @pytest.mark.parametrize(("void", "expected"), [(2, [0]), (3, [])])
-def test_prediction_is_dropped_only_above_one_half_of_void(void, expected):
+def test_prediction_is_ignored_only_if_more_than_half_is_void(void, expected):
     truth = truth_of([[0] * void + [1] * (4 - void)], {1: (1, False)})
     assert match_panoptic(truth, prediction_of([[5] * 4], {5: 0})).false_positive.tolist() == expected
 
@@ -145,18 +145,18 @@ def test_prediction_is_dropped_only_above_one_half_of_void(void, expected):
 @pytest.mark.parametrize(
     ("order", "expected"), [([1, 2], [0]), ([2, 1], [])], ids=["small crowd last", "large crowd last"]
 )
-def test_only_the_last_listed_crowd_of_a_class_protects(order, expected):
+def test_predictions_are_ignored_only_in_the_last_listed_crowd_of_their_class(order, expected):
     id_map = [[1, 1, 1, 2]]
     truth = truth_of(id_map, dict.fromkeys(order, (0, True)))
     assert match_panoptic(truth, prediction_of([[5] * 4], {5: 0})).false_positive.tolist() == expected
 
 
-def test_crowd_of_another_class_does_not_protect():
+def test_predictions_in_crowds_of_another_class_are_false_positives():
     record = match_panoptic(truth_of([[1, 1]], {1: (1, True)}), prediction_of([[5, 5]], {5: 0}))
     assert counts(record) == ([], [0], [])
 
 
-def test_class_that_is_only_predicted_counts_and_an_ignored_one_does_not():
+def test_predicted_only_class_counts_unless_its_predictions_are_ignored():
     state = PanopticQualityState(IS_THING)
     truth = truth_of([[1, 1, 1, 0, 0, 2]], {1: (0, False), 2: (3, False)})
     state.update(1, truth, prediction_of([[1, 1, 1, 3, 3, 2]], {1: 0, 3: 1, 2: 3}))
@@ -170,7 +170,7 @@ def test_class_that_is_only_predicted_counts_and_an_ignored_one_does_not():
     assert quality.stuff.pq == 0.5
 
 
-def test_split_without_classes_is_none_and_keeps_the_other():
+def test_split_without_classes_is_none_without_affecting_the_others():
     state = PanopticQualityState(IS_THING)
     state.update(1, truth_of([[1]], {1: (0, False)}), prediction_of([[1]], {1: 0}))
     quality = state.compute()
@@ -180,7 +180,7 @@ def test_split_without_classes_is_none_and_keeps_the_other():
     assert PanopticQualityState(IS_THING).compute().all is None
 
 
-def test_inconsistent_predictions_name_the_image():
+def test_errors_for_inconsistent_predictions_name_the_image():
     truth = truth_of([[1, 1]], {1: (0, False)})
     with pytest.raises(EvaluationError, match=r"image 12: .*missing in the segment list: \[5\]"):
         PanopticQualityState(IS_THING).update(12, truth, prediction_of([[5, 5]], {}))
@@ -192,7 +192,7 @@ def test_inconsistent_predictions_name_the_image():
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), wide_ids=st.booleans())
-def test_equal_to_the_slow_reference(seed, wide_ids):
+def test_matches_equal_the_slow_reference(seed, wide_ids):
     truth, prediction = random_pair(np.random.default_rng(seed), wide_ids=wide_ids)
     matched, fp, fn = slow_reference(truth, prediction)
     record = match_panoptic(truth, prediction)
@@ -200,7 +200,7 @@ def test_equal_to_the_slow_reference(seed, wide_ids):
     assert record.matched_iou.tolist() == [iou for _, iou in matched]
 
 
-def test_sums_are_those_of_one_pass_over_the_images_in_order():
+def test_sums_equal_one_pass_over_the_images_in_order():
     state = PanopticQualityState(IS_THING)
     pairs = {i: random_pair(np.random.default_rng(i)) for i in range(30)}
     for i in reversed(pairs):
@@ -222,7 +222,7 @@ def test_sums_are_those_of_one_pass_over_the_images_in_order():
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 1000), num_shards=st.integers(1, 5))
-def test_any_sharding_order_and_repetition_gives_the_same_bits(seed, num_shards):
+def test_merging_is_bit_identical_for_any_sharding_order_and_repetition(seed, num_shards):
     rng = random.Random(seed)
     pairs = {i: random_pair(np.random.default_rng(i), size=16) for i in range(9)}
     whole = PanopticQualityState(IS_THING)
@@ -240,7 +240,7 @@ def test_any_sharding_order_and_repetition_gives_the_same_bits(seed, num_shards)
     assert merged.to_bytes() == whole.to_bytes()
 
 
-def test_one_image_with_two_outcomes_is_refused_and_named():
+def test_merge_refuses_and_names_an_image_with_two_different_results():
     truth, prediction = truth_of([[1, 1]], {1: (0, False)}), prediction_of([[5, 5]], {5: 0})
     state, other = PanopticQualityState(IS_THING), PanopticQualityState(IS_THING)
     state.update(77, truth, prediction)
@@ -253,7 +253,7 @@ def test_one_image_with_two_outcomes_is_refused_and_named():
         state.merge(PanopticQualityState((True,)))
 
 
-def test_images_have_a_quality_of_their_own():
+def test_image_quality_is_computed_per_image():
     state = PanopticQualityState(IS_THING)
     truth = truth_of([[1, 1]], {1: (0, False)})
     state.update(1, truth, prediction_of([[5, 5]], {5: 0}))
@@ -263,12 +263,12 @@ def test_images_have_a_quality_of_their_own():
 
 
 @pytest.mark.parametrize("payload", [b"", b"not an archive", b"PK\x03\x04 broken"])
-def test_foreign_bytes_are_refused(payload):
+def test_from_bytes_refuses_other_content(payload):
     with pytest.raises(EvaluationError, match="cannot read a stored state"):
         PanopticQualityState.from_bytes(payload)
 
 
-def test_real_panoptic_truth_moved_by_twelve_pixels_scores_what_panopticapi_says(real_data):
+def test_real_panoptic_truth_moved_by_twelve_pixels_scores_as_panopticapi(real_data):
     """Its two example images, moved to the right with void coming in: panopticapi 7bb4655 gives PQ 0.4291689770."""
     folder = real_data / "coco_panoptic"
     content = json.loads((folder / "annotations" / "panoptic_val2017.json").read_text())

@@ -70,7 +70,7 @@ def slow_values(states, image_ids):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_draw_has_the_metrics_of_its_images(seed):
+def test_metrics_of_a_draw_equal_those_of_its_images(seed):
     states = some_states(seed)
     records = read_image_records(image_table(image_records(*states)))
     ids = records.image_ids.tolist()
@@ -81,7 +81,7 @@ def test_every_draw_has_the_metrics_of_its_images(seed):
         np.testing.assert_allclose(found[:, draw], expected, atol=1e-10)
 
 
-def test_every_image_has_the_metrics_of_a_set_of_itself():
+def test_metrics_of_an_image_equal_those_of_a_set_with_only_this_image():
     states = some_states(9, num_images=300)
     records = image_records(*states)
     found = np.stack(list(records.own_values().values()))
@@ -90,7 +90,7 @@ def test_every_image_has_the_metrics_of_a_set_of_itself():
     assert np.isnan(found).any()  # an image in which nothing counts
 
 
-def test_draws_depend_on_the_images_alone():
+def test_draws_depend_only_on_the_image_ids():
     ids = np.array([5, 9, 7])
     weights = draw_weights(ids, 50)
     assert (weights.sum(axis=0) == 3).all()
@@ -98,7 +98,7 @@ def test_draws_depend_on_the_images_alone():
     assert (weights != draw_weights(np.array([5, 9, 8]), 50)).any()
 
 
-def test_records_keep_what_spilled(tmp_path):
+def test_image_records_include_spilled_images(tmp_path):
     states = some_states(2)
     before = image_table(image_records(*states))
     for number, state in enumerate(states):
@@ -106,7 +106,7 @@ def test_records_keep_what_spilled(tmp_path):
     assert image_table(image_records(*states)) == before
 
 
-def test_other_files_are_refused():
+def test_files_of_other_formats_are_refused():
     for payload in (b"", b"PAR1", table_bytes({"a": np.zeros(2)})):
         with pytest.raises(EvaluationError, match="not a file of image records"):
             read_image_records(payload)
@@ -125,7 +125,7 @@ def test_tables_keep_empty_rows_and_missing_values():
     assert back["name"].tolist() == ["a", "b", "c"]
 
 
-def test_intervals_over_seeds_are_those_of_students_and_welchs_tests():
+def test_intervals_over_seeds_equal_students_and_welchs_t_intervals():
     first, second = [50.1, 50.9, 50.4], [51.0, 51.9, 52.3, 51.1]
     found = difference_interval(first, second)
     expected = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.95)

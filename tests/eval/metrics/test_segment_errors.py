@@ -94,7 +94,7 @@ def test_every_outcome_is_assigned(truth_map, truth, predicted_map, labels, expe
 
 
 @given(st.integers(0, 10_000))
-def test_matches_and_errors_are_those_of_panoptic_quality(seed):
+def test_matches_and_errors_equal_those_of_panoptic_quality(seed):
     draw = np.random.default_rng(seed)
     truth_map, predicted_map = (np.kron(draw.integers(0, 5, (4, 4)), np.ones((2, 3), int)) for _ in range(2))
     predicted_map = np.where(draw.random(truth_map.shape) < 0.6, truth_map, predicted_map)
@@ -121,7 +121,7 @@ def masks(*boxes, size=(20, 30)):
     return encode_masks(planes)
 
 
-def test_instances_count_where_they_are_confident():
+def test_only_confident_instances_count():
     boxes = [(0, 0, 10, 10), (0, 15, 10, 10), (12, 0, 6, 20)]
     truth = InstanceTruth(
         masks(*boxes), np.array([0, 1, 2]), np.array([100.0, 100.0, 120.0]), np.array([False, False, True])
@@ -141,7 +141,7 @@ def test_instances_count_where_they_are_confident():
     ]
 
 
-def test_nothing_predicted_and_nothing_annotated():
+def test_images_without_predictions_or_annotations_are_supported():
     empty = InstanceTruth((), np.zeros(0, int), np.zeros(0), np.zeros(0, bool))
     none = InstanceDetections((), np.zeros(0, int), np.zeros(0, int), np.zeros(0))
     one = InstanceTruth(masks((0, 0, 5, 5)), np.array([0]), np.array([25.0]), np.array([False]))

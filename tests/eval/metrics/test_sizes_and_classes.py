@@ -88,14 +88,14 @@ def our_result(images, **settings):
     return state.compute()
 
 
-def test_every_number_of_every_class_is_pycocotools():
+def test_metrics_of_every_class_equal_pycocotools():
     images = some_images(0)
     result = our_result(images)
     for label in range(NUM_CLASSES):
         assert list(result.class_stats(label).values()) == pycocotools_run(images, [label]).stats.tolist()
 
 
-def test_other_sizes_and_limits_are_pycocotools():
+def test_other_area_bounds_and_limits_equal_pycocotools():
     images = some_images(1)
     result = our_result(images, max_dets=(1, 2, 5), area_bounds=(500, 4000))
     oracle = pycocotools_run(images, range(NUM_CLASSES), max_dets=(1, 2, 5), bounds=(500, 4000))
@@ -106,7 +106,7 @@ def test_other_sizes_and_limits_are_pycocotools():
         usual.merge(other)
 
 
-def test_boxes_of_masks_are_pycocotools():
+def test_box_ap_of_mask_boxes_equals_pycocotools():
     images = some_images(2)
     state = AveragePrecisionState(NUM_CLASSES)
     for image_id, (truth, found) in images.items():

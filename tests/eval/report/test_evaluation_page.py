@@ -101,7 +101,7 @@ class PageReader(HTMLParser):
 
 
 @pytest.mark.parametrize("tasks", [TASKS, ("panoptic",), ("instance",), ("semantic",)], ids="+".join)
-def test_pages_of_every_task_stand_alone(tasks):
+def test_pages_of_every_task_are_self_contained(tasks):
     results = evaluated(tasks).compute(TABLE, SUBJECT)
     html = evaluation_page(results, {5: panel(80)}, {7: panel(90), 3: panel(100)})
     read = PageReader(html)
@@ -117,7 +117,7 @@ def test_pages_of_every_task_stand_alone(tasks):
     json.loads(details_json(results))
 
 
-def test_details_json_holds_what_the_page_draws():
+def test_details_json_contains_the_data_of_the_page():
     content = json.loads(details_json(evaluated(TASKS).compute(TABLE, SUBJECT)))
     assert content["segments"]["outcomes"] == {
         "found": 5,
@@ -132,7 +132,7 @@ def test_details_json_holds_what_the_page_draws():
     assert ["cat & <dog>", "bus", 8 + 16] in content["pixels"]["confusion"]
 
 
-def test_precision_and_recall_are_the_mean_over_annotated_classes():
+def test_precision_curves_average_over_annotated_classes():
     results = evaluated(("instance",)).compute(TABLE, SUBJECT)
     curves = precision_recall(results)
     assert len(curves["recall"]) == 101
@@ -140,7 +140,7 @@ def test_precision_and_recall_are_the_mean_over_annotated_classes():
     assert np.mean(curves["mean of IoU 0.50 to 0.95"]) == pytest.approx(results.instance.stats["AP"])
 
 
-def test_curves_of_classes_and_sizes_have_the_area_of_their_ap():
+def test_mean_of_a_precision_curve_equals_its_ap():
     result = evaluated(("instance",)).compute(TABLE, SUBJECT).instance
     cat, bus = curves_by_class(result)
     assert bus is None  # nothing annotated
@@ -150,7 +150,7 @@ def test_curves_of_classes_and_sizes_have_the_area_of_their_ap():
     assert by_size["medium"] is by_size["large"] is None
 
 
-def test_many_classes_get_a_small_chart_each_and_are_folded_away():
+def test_small_charts_of_many_classes_are_folded():
     table = CategoryTable(tuple(Category(i, f"class {i}", True, (0, 0, 0)) for i in range(30)))
     states = EvaluationStates.empty(table, ("instance",))
     masks = encode_masks(np.ones((1, 8, 8), bool))
@@ -166,20 +166,20 @@ def test_many_classes_get_a_small_chart_each_and_are_folded_away():
     PageReader(html)
 
 
-def test_a_subset_is_noted_and_an_empty_evaluation_has_a_page():
+def test_page_notes_a_subset_and_supports_an_empty_evaluation():
     subject = EvaluationSubject(dataset="toy", fingerprint="ff", subset="first 3 of 9")
     assert "first 3 of 9" in evaluation_page(evaluated(TASKS).compute(TABLE, subject), {}, {})
     PageReader(evaluation_page(EvaluationStates.empty(TABLE, TASKS).compute(TABLE, SUBJECT), {}, {}))
 
 
 @pytest.mark.parametrize("tasks", [TASKS, ("instance",), ("semantic",)], ids="+".join)
-def test_quality_of_images_tells_the_worst(tasks):
+def test_image_quality_is_lowest_for_the_worst_image(tasks):
     qualities = image_qualities(evaluated(tasks))
     assert min(qualities, key=lambda image_id: qualities[image_id]) == 2
     assert qualities[0] == pytest.approx(1.0)
 
 
-def test_pictures_become_small():
+def test_to_jpeg_shrinks_pictures():
     wide = np.random.default_rng(0).integers(0, 255, (40, 3000, 3)).astype(np.uint8)
     assert len(to_jpeg(encode_png(wide))) < len(encode_png(wide)) / 4
 
@@ -193,7 +193,7 @@ def test_pictures_become_small():
         (-1.0, 1.0, [-1.0, -0.5, 0.0, 0.5, 1.0]),
     ],
 )
-def test_ticks_are_round_and_enclose(low, high, expected):
+def test_ticks_are_round_numbers_that_enclose_the_range(low, high, expected):
     found = ticks(low, high)
     assert found[0] <= low <= high <= found[-1]
     if low != high:
@@ -215,7 +215,7 @@ def test_curves_keep_colours_skip_gaps_and_are_thinned():
     assert all(y == pytest.approx(2 * x) for x, y in kept)
 
 
-def test_bars_grow_from_zero_to_both_sides():
+def test_bars_extend_from_zero_in_both_directions():
     svg = bar_chart("t", [Bar("up", 2.0, "+2"), Bar("down", -1.0, "-1")])
     (left_up, width_up), (left_down, width_down) = re.findall(r'<rect x="([\d.]+)" y="\d+" width="([\d.]+)"', svg)
     assert float(width_up) == pytest.approx(2 * float(width_down), abs=0.2)
@@ -223,13 +223,13 @@ def test_bars_grow_from_zero_to_both_sides():
     assert bar_chart("nothing", [Bar("a", 0.0, "0")])
 
 
-def test_a_matrix_draws_what_is_not_zero():
+def test_matrix_draws_only_nonzero_cells():
     svg = matrix_chart("m", ["a", "b"], [[0.75, 0.25], [0.0, 1.0]], [["x", "y"], ["", "z"]])
     assert svg.count("<title>") == 3
     assert ">75<" in svg
 
 
-def test_charts_stack_to_one_picture():
+def test_charts_are_stacked_in_one_svg():
     charts = [bar_chart("one", [Bar("a", 1.0, "1")]), line_chart("two", [Series("s", [(0.0, 1.0), (1.0, 2.0)])], "x")]
     picture = stacked(charts)
     assert picture.count("<svg ") == 3
@@ -237,7 +237,7 @@ def test_charts_stack_to_one_picture():
     assert tops == sorted(tops)
 
 
-def test_page_and_table_escape_what_they_are_given():
+def test_page_and_table_escape_html():
     html = page("<t>", "", [Section("A & B", table(["<h>"], [["<c>"]]))])
     PageReader(html)
     assert "<c>" not in html

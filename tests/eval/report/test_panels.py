@@ -36,7 +36,7 @@ def test_columns_are_scaled_to_a_readable_size(size, longer):
     assert picture.shape[0] == round(longer * size[0] / size[1]) + 30 or size == (600, 640)
 
 
-def test_equal_input_gives_equal_bytes_and_segments_are_tinted():
+def test_panels_are_deterministic_and_segments_are_tinted():
     image = np.full((60, 60, 3), 128, np.uint8)
     panel = render_panel(image, "a", [overlay((60, 60))], CLASSES)
     assert panel == render_panel(image, "a", [overlay((60, 60))], CLASSES)
@@ -56,7 +56,7 @@ def test_colours_are_stable_per_class_and_vary_per_instance():
     assert segment_color(CLASSES[1], 1, 0) != segment_color(CLASSES[1], 2, 0)
 
 
-def test_contact_sheet_holds_all_panels():
+def test_contact_sheet_contains_all_panels():
     pictures = [np.full((40, w, 3), v, np.uint8) for w, v in ((100, 10), (50, 100), (60, 200))]
     sheet = decode_picture(contact_sheet([encode_png(p) for p in pictures], columns=2))
     assert sheet.shape == (40 + 8 + 33, 108, 3)
@@ -65,17 +65,17 @@ def test_contact_sheet_holds_all_panels():
     assert abs(sheet[50, 0].astype(int) - 200).max() <= 3
 
 
-def test_a_sheet_of_very_many_panels_stays_a_picture():
+def test_sheet_of_many_panels_stays_within_the_jpeg_size_limit():
     panel = encode_png(np.full((700, 40, 3), 90, np.uint8))
     assert decode_picture(contact_sheet([panel] * 100)).shape[0] <= 65_500
 
 
-def test_a_sheet_takes_far_less_than_its_png():
+def test_sheet_is_far_smaller_than_its_panels_as_png():
     noise = np.random.default_rng(0).normal(120, 12, (300, 400, 3)).clip(0, 255).astype(np.uint8)
     assert len(contact_sheet([encode_png(noise)])) < len(encode_png(noise)) / 3
 
 
-def test_panoptic_overlays_carry_scores_of_predictions_only():
+def test_panoptic_overlays_have_scores_only_for_predictions():
     truth = PanopticTruth(np.array([[1, 0]]), {1: TruthSegment(0, 1, True)})
     left, right = panoptic_overlays(truth, PanopticPrediction(np.array([[3, 3]]), {3: 1}), {3: 0.9}, 0.4567)
     assert left.segments == {1: OverlaySegment(0)}
@@ -83,7 +83,7 @@ def test_panoptic_overlays_carry_scores_of_predictions_only():
     assert right.segments == {3: OverlaySegment(1, 0.9)}
 
 
-def test_instance_overlays_put_small_truth_and_good_detections_on_top():
+def test_instance_overlays_draw_small_truth_and_high_scores_on_top():
     masks = np.zeros((2, 4, 4), bool)
     masks[0, :2], masks[1, 0, 0] = True, True
     rles = encode_masks(masks)
@@ -96,7 +96,7 @@ def test_instance_overlays_put_small_truth_and_good_detections_on_top():
     assert len(right.segments) == 2
 
 
-def test_semantic_overlays_leave_void_undrawn():
+def test_semantic_overlays_do_not_draw_void():
     left, right = semantic_overlays(np.array([[0, 255]], np.uint8), np.array([[1, 0]]), 2)
     assert left.id_map.tolist() == [[1, 0]]
     assert right.id_map.tolist() == [[2, 1]]

@@ -112,7 +112,7 @@ def evaluated():
     return states
 
 
-def test_every_extra_metric_equals_its_state_fed_by_hand(evaluated):
+def test_extra_metrics_equal_states_updated_directly(evaluated):
     boundary_panoptic = PanopticQualityState(IS_THING, BOUNDARY_RATIO)
     boundary_instance = AveragePrecisionState(8, boundary_ratio=BOUNDARY_RATIO)
     class_agnostic = AveragePrecisionState(1)
@@ -176,7 +176,7 @@ def test_missing_images_of_an_extra_metric_are_refused(evaluated):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_ids_of_cityscapes_come_back_from_shards(seed):
+def test_cityscapes_ids_are_recovered_from_shards(seed):
     ids, found = street_ids(seed).astype(np.int64), cityscapes_truth(street(seed))
     evaluated_labels = [c.id for c in CATEGORIES.categories]
     label = np.where(ids < 1000, ids, ids // 1000)
@@ -187,7 +187,7 @@ def test_the_ids_of_cityscapes_come_back_from_shards(seed):
     assert len(pairs) == len(np.unique(ids[known])) == len(np.unique(found[known]))
 
 
-def test_metrics_that_judge_nothing_are_refused():
+def test_extra_metrics_without_an_applicable_task_are_refused():
     with pytest.raises(ConfigError, match=r"'class_agnostic', which applies to instance, but evaluation\.tasks is"):
         EvaluationConfig(tasks=("semantic",), extra_metrics=("class_agnostic",))
     sets = (EvaluationSet(dataset="val", tasks=("semantic",)),)
@@ -199,14 +199,14 @@ def test_metrics_that_judge_nothing_are_refused():
     }
 
 
-def test_metrics_of_cityscapes_need_its_classes():
+def test_cityscapes_metrics_require_cityscapes_classes():
     other = replace(CATEGORIES, categories=CATEGORIES.categories[:-1])
     config = EvaluationConfig(tasks=TASKS, extra_metrics=("cityscapes",))
     with pytest.raises(ConfigError, match="the data set does not have the classes of Cityscapes"):
         Evaluator(Guessing(), other, config, model_task="panoptic", postprocess=POSTPROCESS)
 
 
-def test_two_sets_of_one_name_are_refused():
+def test_duplicate_and_invalid_set_names_are_refused():
     with pytest.raises(ConfigError, match="two sets are named 'val'; give each a unique `name`"):
         EvaluationConfig(sets=(EvaluationSet(dataset="val"), EvaluationSet(dataset="val", limit=5)))
     EvaluationConfig(sets=(EvaluationSet(dataset="val"), EvaluationSet(dataset="val", name="start", limit=5)))

@@ -54,7 +54,7 @@ def states_of(image_ids, tasks=TASKS):
     return states
 
 
-def test_states_travel_as_bytes_and_merge_to_the_same_bits():
+def test_serialised_states_merge_to_the_same_bytes():
     whole = states_of([1, 2, 3])
     merged = states_of([3, 1])
     merged.merge(EvaluationStates.from_bytes(states_of([2, 3]).to_bytes()))
@@ -63,7 +63,7 @@ def test_states_travel_as_bytes_and_merge_to_the_same_bits():
     assert merged.panels[2] == b"png of 2"
 
 
-def test_states_of_other_tasks_and_foreign_bytes_are_refused():
+def test_states_of_other_tasks_and_other_bytes_are_refused():
     with pytest.raises(EvaluationError, match="cannot merge evaluations of"):
         states_of([1]).merge(states_of([2], tasks=("semantic",)))
     for payload in (b"", b"PK\x03\x04", b"something else"):
@@ -86,7 +86,7 @@ def test_incomplete_results_are_not_published():
         check_complete(states_of([1]), range(3, 40))
 
 
-def test_headline_has_safe_names_and_per_cent():
+def test_headline_has_safe_names_and_values_in_per_cent():
     headline = states_of([1, 2]).compute(TABLE, SUBJECT).headline("val")
     assert all(re.fullmatch(r"[\w\-./ ]+", name) for name in headline)
     assert headline["val/PQ"] == pytest.approx(100 * (1 + 24 / 32) / 2)
@@ -98,7 +98,7 @@ def test_headline_has_safe_names_and_per_cent():
     assert headline["val/mIoU"] == pytest.approx(100 * (16 / 24 + 24 / 32) / 2)
 
 
-def test_json_has_everything_and_null_for_the_undefined():
+def test_json_contains_all_results_and_null_for_undefined_ones():
     results = states_of([1, 2]).compute(TABLE, SUBJECT)
     content = json.loads(results.to_json())
     assert content["dataset"] == "toy_val"
@@ -124,7 +124,7 @@ def test_table_is_aligned_and_labels_a_subset():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_one_task_alone_reports_only_its_numbers(task):
+def test_single_task_reports_only_its_own_metrics(task):
     results = states_of([1], tasks=(task,)).compute(TABLE, SUBJECT)
     names = {"panoptic": "PQ", "instance": "AP", "semantic": "mIoU"}
     assert [name in results.metrics() for name in names.values()] == [t == task for t in names]

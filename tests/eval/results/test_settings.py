@@ -26,7 +26,7 @@ def test_settings_of_earlier_results_keep_their_digest():
     assert stored_test_time(windows) == first | {"window": 64, "stride": 40}
 
 
-def test_other_settings_have_other_digests():
+def test_different_settings_have_different_digests():
     changes = (
         {"shrink": "bilinear"},
         {"precision": "bf16"},

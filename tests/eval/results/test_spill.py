@@ -34,7 +34,7 @@ def ap_state(image_ids):
     return state
 
 
-def test_ap_has_the_same_bits_from_files(tmp_path):
+def test_ap_is_bit_identical_with_spilled_records(tmp_path):
     whole, state = ap_state(range(20)), AveragePrecisionState(3)
     for image_ids in ((17, 3, 4), (11, 0, 19, 18), (5,), (3, 17), tuple(range(20))):  # some twice, after a spill
         state.merge(ap_state(image_ids))
@@ -48,14 +48,14 @@ def test_ap_has_the_same_bits_from_files(tmp_path):
     assert sum(pq.read_metadata(path).num_rows for path in files) == 20
 
 
-def test_little_stays_in_memory(tmp_path):
+def test_small_state_is_not_spilled(tmp_path):
     state = ap_state(range(5))
     state.spill(tmp_path / "ap", 10**6)
     assert not (tmp_path / "ap").exists()
 
 
 @pytest.mark.parametrize("spilled", [False, True])
-def test_another_outcome_of_the_same_image_is_noticed(tmp_path, spilled):
+def test_different_result_for_the_same_image_is_refused(tmp_path, spilled):
     state = ap_state(range(5))
     if spilled:
         state.spill(tmp_path, 0)
@@ -64,7 +64,7 @@ def test_another_outcome_of_the_same_image_is_noticed(tmp_path, spilled):
         state.add(3, detections(4, 3))
 
 
-def test_other_metrics_have_the_same_bits_from_files(tmp_path):
+def test_other_metrics_are_bit_identical_with_spilled_records(tmp_path):
     rng = np.random.default_rng(0)
     semantic, whole_semantic = MeanIoUState(4), MeanIoUState(4)
     panoptic, whole_panoptic = PanopticQualityState([True, False]), PanopticQualityState([True, False])
@@ -87,7 +87,7 @@ def test_other_metrics_have_the_same_bits_from_files(tmp_path):
     assert panoptic.to_bytes() == whole_panoptic.to_bytes()
 
 
-def test_a_state_in_files_merges_into_another_with_all_its_images(tmp_path):
+def test_spilled_state_merges_with_all_its_images(tmp_path):
     whole, parts = ap_state(range(20)), [ap_state(range(9)), ap_state(range(7, 20))]
     for n, part in enumerate(parts):
         part.spill(tmp_path / f"part{n}", 0)
@@ -101,7 +101,7 @@ def test_a_state_in_files_merges_into_another_with_all_its_images(tmp_path):
     assert parts[0].to_bytes() == whole.to_bytes()
 
 
-def test_a_state_in_files_with_another_outcome_is_refused_before_anything_is_taken(tmp_path):
+def test_conflicting_spilled_state_is_refused_before_any_record_is_merged(tmp_path):
     other, mine = ap_state(range(3)), ap_state(range(2))
     other.add(9, detections(8, 2))
     mine.add(9, detections(9, 2))
@@ -114,7 +114,7 @@ def test_a_state_in_files_with_another_outcome_is_refused_before_anything_is_tak
 @pytest.mark.parametrize(
     "state", [ap_state(range(4)), EvaluationStates(instance=ap_state(range(4)))], ids=["one", "all"]
 )
-def test_damaged_bytes_are_refused_in_one_message(state):
+def test_damaged_bytes_raise_evaluation_error(state):
     whole = state.to_bytes()
     rng = np.random.default_rng(0)
     for _ in range(400):

@@ -19,7 +19,7 @@ def read(*entries):
     return read_plain_results(json.dumps(entries).encode())
 
 
-def test_plain_results_are_read_whatever_else_they_state():
+def test_plain_results_are_read_regardless_of_extra_fields():
     found = read(PLAIN, {**PLAIN, "bbox": [0, 0, 1, 1], "score": 1, "image_id": "seven"})
     assert as_entry(found[0]) == {**PLAIN, "segmentation": {"size": (2, 2), "counts": "22"}}
     assert (found[1].image_id, found[1].score) == ("seven", 1.0)
@@ -44,27 +44,27 @@ def test_plain_results_are_read_whatever_else_they_state():
         {"segmentation": None},
     ],
 )
-def test_an_odd_entry_leaves_the_file_to_the_reader_of_json(change):
+def test_unusual_entry_falls_back_to_the_json_reader(change):
     assert read(PLAIN, {**PLAIN, **change}) is None
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[", b"[1]", b"\xff", b"[{" * 5000, b"[" * 200_000])
-def test_what_is_no_list_of_results_is_left_alone(data):
+def test_data_other_than_a_list_of_results_is_not_read(data):
     assert read_plain_results(data) is None
 
 
-def test_of_a_key_that_is_written_twice_the_last_counts_as_in_json():
+def test_last_value_of_a_repeated_key_counts_as_in_json():
     text = json.dumps([PLAIN]).replace('"score": 0.5', '"score": 0.5, "score": 0.25')
     assert read_plain_results(text.encode())[0].score == json.loads(text)[0]["score"] == 0.25
 
 
-def test_masks_are_made_when_they_are_asked_for():
+def test_text_masks_create_rle_on_access():
     masks = TextMasks((2, 2), ["22", "13"])
     assert list(masks) == [{"size": (2, 2), "counts": text} for text in ("22", "13")]
     assert chosen_masks(masks, [1]) == list(masks[1:]) == chosen_masks(tuple(masks), [1])
 
 
-def test_both_ways_of_reading_give_the_same_numbers(tmp_path):
+def test_both_readers_give_the_same_metrics(tmp_path):
     """One float id of an image, which is right, makes the whole file be read as JSON."""
     rng = np.random.default_rng(0)
     annotations, results = [], []

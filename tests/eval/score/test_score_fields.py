@@ -42,7 +42,7 @@ def _panoptic(folder, segment=(), category=(), predicted=(), options=EVERYTHING)
     )
 
 
-def test_plain_files_score(tmp_path):
+def test_valid_panoptic_files_are_scored(tmp_path):
     assert _panoptic(tmp_path)["all"]["pq"] == 1
     assert _panoptic(tmp_path, segment={"iscrowd": False}, category={"isthing": True})["things"]["pq"] == 1
 
@@ -62,7 +62,7 @@ def test_plain_files_score(tmp_path):
         ({"predicted": {"category_id": "3"}}, "pred.json: image 7: segment 1 has category '3', which"),
     ],
 )
-def test_panoptic_faults_are_one_message(tmp_path, changes, message):
+def test_errors_in_panoptic_files_name_the_entry(tmp_path, changes, message):
     with pytest.raises(EvaluationError, match=message):
         _panoptic(tmp_path, **changes)
 
@@ -126,13 +126,13 @@ def rle(counts, size=(60, 60)):
         ({"annotation": {"segmentation": None}}, "gt.json: image 1: annotation 31 has no usable `segmentation`"),
     ],
 )
-def test_instance_faults_are_one_message(tmp_path, changes, message):
+def test_errors_in_instance_files_name_the_entry(tmp_path, changes, message):
     assert _instances(tmp_path).content["AP"] == pytest.approx(1)
     with pytest.raises(UserError, match=message):
         _instances(tmp_path, **changes)
 
 
-def test_an_annotation_of_area_0_counts_as_pycocotools_counts_it(tmp_path):
+def test_annotation_of_area_0_counts_as_in_pycocotools(tmp_path):
     """Small by its stated area, and in the AP over all sizes."""
     content = _instances(tmp_path, annotation={"area": 0}).content
     assert (content["AP"], content["APs"], content["APm"]) == (pytest.approx(1), pytest.approx(1), -1)
@@ -176,7 +176,7 @@ CASES = Path(__file__).resolve().parents[4] / "shared" / "cases" / "score"
         ("ap_duplicate_annotation_id", None),
     ],
 )
-def test_cases_of_public_bug_reports(case, message):
+def test_cases_of_public_bug_reports_are_scored_or_refused(case, message):
     folder = CASES / case
     truth, predictions = folder / "truth.json", folder / "pred.json"
 
@@ -194,7 +194,7 @@ def test_cases_of_public_bug_reports(case, message):
 
 
 @pytest.mark.parametrize("category", [[5], {}, None, "5"])
-def test_what_is_no_id_is_not_ignored_as_an_unknown_category(tmp_path, category):
+def test_invalid_category_ids_are_refused_even_with_ignore_unknown(tmp_path, category):
     options = ScoreOptions(ignore_unknown=True)
     with pytest.raises(EvaluationError, match="image 7: segment 1 has category"):
         _panoptic(tmp_path, predicted={"category_id": category}, options=options)

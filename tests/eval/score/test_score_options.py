@@ -105,7 +105,7 @@ STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs
 
 
 @pytest.mark.parametrize("stated", [False, True], ids=["of masks", "stated"])
-def test_boxes_beside_masks_are_pycocotools(coco, stated):
+def test_box_and_mask_ap_equal_pycocotools(coco, stated):
     folder, truth, results, _ = coco
     if stated:
         results = with_boxes(results)
@@ -120,7 +120,7 @@ def test_boxes_beside_masks_are_pycocotools(coco, stated):
         assert list(found["box"]["per_class_stats"][str(category)].values()) == of_class
 
 
-def test_boxes_of_zeros_are_those_of_the_masks_and_others_are_refused(coco, capsys):
+def test_zero_boxes_are_replaced_by_mask_boxes_and_invalid_boxes_are_refused(coco, capsys):
     folder, _, results, _ = coco
     before = scored(folder, "--boxes")
     (folder / "results.json").write_text(json.dumps([one | {"bbox": [0, 0, 0, 0]} for one in results]))
@@ -132,7 +132,7 @@ def test_boxes_of_zeros_are_those_of_the_masks_and_others_are_refused(coco, caps
         assert "result 0 has bbox" in capsys.readouterr().err
 
 
-def test_every_number_of_a_class_other_limits_and_sizes_are_pycocotools(coco, capsys):
+def test_class_metrics_with_other_limits_and_sizes_equal_pycocotools(coco, capsys):
     folder, truth, results, _ = coco
     found = scored(folder, "--max-dets", "3", "1", "2", "--area-bounds", "500", "4000")
     assert re.search(r"class +AP +AP50 +AP75 +APs +APm +APl +AR1 +AR2 +AR3", capsys.readouterr().out)
@@ -147,7 +147,7 @@ def test_every_number_of_a_class_other_limits_and_sizes_are_pycocotools(coco, ca
             assert row[name] == (values.mean() if (values > -1).all() else -1), (category, name)
 
 
-def test_chosen_images_and_classes_are_scored_as_if_there_were_no_others(coco, capsys):
+def test_subset_of_images_and_classes_equals_pycocotools(coco, capsys):
     folder, truth, results, _ = coco
     (folder / "chosen.txt").write_text("3\n4\n7\n\n8\n")
     found = scored(folder, "--images", str(folder / "chosen.txt"), "--classes", "dog", "9", "--boxes")
@@ -163,7 +163,7 @@ def test_chosen_images_and_classes_are_scored_as_if_there_were_no_others(coco, c
     assert main(["score", "instances", *words, "--area-bounds", "9", "3"]) == 2
 
 
-def test_unknown_categories_are_refused_or_left_out(coco, capsys):
+def test_unknown_categories_are_refused_or_ignored(coco, capsys):
     folder, _, results, _ = coco
     before = scored(folder)
     other = [{**results[0], "category_id": 77, "score": 1.0}]
@@ -174,7 +174,7 @@ def test_unknown_categories_are_refused_or_left_out(coco, capsys):
     assert "the truth does not list (77)" in capsys.readouterr().out
 
 
-def test_a_page_and_a_file_of_images(coco):
+def test_report_and_per_image_file_are_written(coco):
     folder, *_ = coco
     found = scored(
         folder, "--report", str(folder / "page.html"), "--per-image", str(folder / "images.parquet"), "--boxes"
@@ -186,7 +186,7 @@ def test_a_page_and_a_file_of_images(coco):
     assert records.resampled(np.ones((12, 1), np.int32))["AP"][0] == pytest.approx(100 * found["AP"])
 
 
-def test_functions_on_arrays_and_files_give_the_figures_of_the_verb(coco):
+def test_python_functions_give_the_results_of_m2f_score(coco):
     folder, _, _, arrays = coco
     found = scored(folder, "--boxes")
     of_files = evaluate_instances(folder / "truth.json", str(folder / "results.json"), boxes=True)
@@ -238,7 +238,7 @@ def panoptic_words(folder):
     return ["--truth-masks", str(folder / "truth_masks"), "--prediction-masks", str(folder / "results_masks")]
 
 
-def test_panoptic_files_have_sizes_pages_subsets_and_functions(panoptic, capsys):
+def test_panoptic_scoring_supports_sizes_reports_subsets_and_arrays(panoptic, capsys):
     folder, arrays = panoptic
     words = panoptic_words(folder)
     found = scored(folder, *words, "--report", str(folder / "page.html"), kind="panoptic")
@@ -279,7 +279,7 @@ def test_panoptic_files_have_sizes_pages_subsets_and_functions(panoptic, capsys)
         evaluate_panoptic(truth, predictions)
 
 
-def test_unknown_categories_of_segments_are_left_out(panoptic, capsys):
+def test_unknown_categories_of_segments_are_refused_or_ignored(panoptic, capsys):
     folder, _ = panoptic
     document = json.loads((folder / "results.json").read_text())
     document["annotations"][1]["segments_info"][0]["category_id"] = 77
@@ -290,7 +290,7 @@ def test_unknown_categories_of_segments_are_left_out(panoptic, capsys):
     assert "(77)" in capsys.readouterr().out
 
 
-def test_label_maps_have_names_subsets_pages_and_a_function(tmp_path, capsys):
+def test_semantic_scoring_supports_names_subsets_reports_and_arrays(tmp_path, capsys):
     random = np.random.default_rng(2)
     maps = []
     for name in ("a", "b/c"):
@@ -327,7 +327,7 @@ def test_label_maps_have_names_subsets_pages_and_a_function(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("void", [255, 9])
-def test_void_in_predicted_label_maps_misses_and_is_no_false_positive(tmp_path, capsys, void):
+def test_void_in_label_maps_counts_as_missed_but_not_as_false_positive(tmp_path, capsys, void):
     """Maps on disk and arrays: a void pixel is a miss of the truth's class, and of no class a false positive."""
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 3, (20, 30)).astype(np.uint8)

@@ -67,7 +67,7 @@ def test_detections_with_other_ids_are_matched_by_name(tmp_path):
     assert report.content["AP"] == pytest.approx(1.0)
 
 
-def test_classes_that_the_truth_lacks_are_left_out_and_said(tmp_path):
+def test_classes_missing_in_the_truth_are_ignored_and_noted(tmp_path):
     same = {c["id"]: c["id"] for c in CATEGORIES}
     files = panoptic_files(tmp_path, [*CATEGORIES, EXTRA], same, extra=True)
     report = run(panoptic_scoring(files, boundary=False))
@@ -82,7 +82,7 @@ def test_classes_that_the_truth_lacks_are_left_out_and_said(tmp_path):
         ({"name": "van"}, r"id 3 'van' \(thing\); .*: id 3 'car' \(thing\)"),
     ],
 )
-def test_contradictions_are_refused(tmp_path, changed, rows):
+def test_contradicting_category_tables_are_refused(tmp_path, changed, rows):
     same = {c["id"]: c["id"] for c in CATEGORIES}
     categories = [CATEGORIES[0] | changed, *CATEGORIES[1:]]
     with pytest.raises(EvaluationError, match=rows):

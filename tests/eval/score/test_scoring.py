@@ -131,7 +131,7 @@ def slow_panoptic(files):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_panoptic_files_score_as_panopticapi_rules(seed, tmp_path):
+def test_panoptic_files_score_as_the_rules_of_panopticapi(seed, tmp_path):
     files = panoptic_set(tmp_path, seed)
     content = run(panoptic_scoring(files, boundary=False)).content
     expected = slow_panoptic(files)
@@ -150,7 +150,7 @@ def test_panoptic_files_score_as_panopticapi_rules(seed, tmp_path):
     assert content["per_class"]["9"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "iou": 0.0, "tp": 0, "fp": 0, "fn": 0}
 
 
-def test_workers_change_no_bit(tmp_path, monkeypatch):
+def test_results_are_bit_identical_with_several_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
     files = panoptic_set(tmp_path, num_images=40)
     assert run(panoptic_scoring(files, boundary=True), workers=2) == run(panoptic_scoring(files, boundary=True))
@@ -173,7 +173,7 @@ def edit(path, change):
     path.write_text(json.dumps(content))
 
 
-def test_faults_of_panoptic_files_are_named(tmp_path):
+def test_errors_in_panoptic_files_are_reported(tmp_path):
     def check(message, fault):
         files = panoptic_set(tmp_path, num_images=2)
         fault(files)
@@ -263,7 +263,7 @@ def test_instance_files_score_as_pycocotools(seed, tmp_path):
     assert 0 < boundary["AP"] < content["AP"]
 
 
-def test_boxes_of_results_change_nothing(tmp_path):
+def test_boxes_in_results_do_not_affect_mask_ap(tmp_path):
     """pycocotools itself would move APs, APm and APl: Mask2Former writes boxes of zeros, detectron2 removes them."""
     truth, found = instance_set(tmp_path)
     expected = run(instance_scoring(truth, found, boundary=False, class_agnostic=False))
@@ -271,7 +271,7 @@ def test_boxes_of_results_change_nothing(tmp_path):
     assert run(instance_scoring(truth, found, boundary=False, class_agnostic=False)) == expected
 
 
-def test_annotation_with_id_zero_can_be_matched_and_no_result_is_ap_zero(tmp_path):
+def test_annotation_id_zero_is_matched_and_ap_is_zero_without_results(tmp_path):
     truth, found = instance_set(tmp_path)
     expected = run(instance_scoring(truth, found, boundary=False, class_agnostic=False))
     edit(truth, lambda c: [a.update(id=a["id"] - 1) for a in c["annotations"]])
@@ -299,7 +299,7 @@ def renumber(path, images, annotations):
 @pytest.mark.parametrize(
     "annotation_id", [lambda i: i - 1, lambda i: 7, lambda i: 2**31 + i, lambda i: -i, lambda i: f"box {i}"]
 )
-def test_ids_of_any_kind_score_as_pycocotools_on_the_renumbered_file(seed, annotation_id, tmp_path):
+def test_ids_of_any_kind_score_as_in_pycocotools_after_renumbering(seed, annotation_id, tmp_path):
     """pycocotools itself loses a match of id 0 and keeps one annotation per id; areas of 0 are small instances."""
     truth, found = instance_set(tmp_path, seed)
     edit(truth, lambda c: [a.update(area=0) for a in c["annotations"][::5]])
@@ -310,7 +310,7 @@ def test_ids_of_any_kind_score_as_pycocotools_on_the_renumbered_file(seed, annot
     assert [content[name] for name in STATS] == expected
 
 
-def test_faults_of_instance_files_are_named(tmp_path):
+def test_errors_in_instance_files_are_reported(tmp_path):
     def check(message, fault):
         truth, found = instance_set(tmp_path)
         edit(found, lambda results: fault(results))
@@ -355,7 +355,7 @@ def test_real_coco_truth_scores_as_pycocotools(real_data, tmp_path):
     assert 0.1 < report.content["AP"] < 0.9
 
 
-def test_real_panoptic_truth_scores_as_the_rules(real_data, tmp_path):
+def test_real_panoptic_truth_scores_as_panopticapi(real_data, tmp_path):
     folder = real_data / "coco_panoptic"
     truth = folder / "annotations" / "panoptic_val2017.json"
     content = json.loads(truth.read_text())
@@ -382,7 +382,7 @@ def write_labels(path, values):
     assert cv2.imwrite(str(path), values)
 
 
-def test_label_maps_in_three_conventions(tmp_path):
+def test_label_maps_are_scored_in_three_conventions(tmp_path):
     rng = np.random.default_rng(0)
     confusion = np.zeros((5, 5))
     for name in ("a/one.png", "two.png", "b/c/three.png"):
@@ -404,7 +404,7 @@ def test_label_maps_in_three_conventions(tmp_path):
     assert content["IoU"] == [*iou, None]
 
 
-def test_faults_of_label_maps_are_named(tmp_path):
+def test_errors_in_label_maps_are_reported(tmp_path):
     truth, found = tmp_path / "truth", tmp_path / "found"
     write_labels(truth / "x.png", np.zeros((4, 4), np.uint8))
 
@@ -437,7 +437,7 @@ def street_files(folder):
     return folder / "truth", folder / "found"
 
 
-def test_cityscapes_files(tmp_path):
+def test_cityscapes_files_are_scored(tmp_path):
     truth, found = street_files(tmp_path)
     content = run(cityscapes_instance_scoring(truth, found)).content
     # IoU 28/32: right at the 8 overlaps from 0.5 to 0.85. The group of cars does not count.
@@ -449,7 +449,7 @@ def test_cityscapes_files(tmp_path):
     assert semantic["per_class"]["26"] == {"IoU": 1.0, "iIoU": None}
 
 
-def test_faults_of_cityscapes_files_are_named(tmp_path):
+def test_errors_in_cityscapes_files_are_reported(tmp_path):
     truth, found = street_files(tmp_path)
     text = found / "aachen_000001_000019_leftImg8bit.txt"
 
@@ -480,7 +480,7 @@ def one_that_fails_late(job):
     return job * job
 
 
-def test_errors_of_workers_arrive_and_results_keep_their_order(monkeypatch):
+def test_worker_errors_propagate_and_results_keep_their_order(monkeypatch):
     monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
     assert list(map_jobs(fail_late, range(30, 90), workers=2)) == [n * n for n in range(30, 90)]
     with pytest.raises(EvaluationError, match="image 23 is amiss"):
@@ -491,7 +491,7 @@ def process_of(jobs):
     return [os.getpid()] * len(jobs)
 
 
-def test_processes_start_only_where_they_save_time(monkeypatch):
+def test_processes_start_only_if_they_save_time(monkeypatch):
     """300 fast images are done before two processes have started."""
     assert set(map_jobs(process_of, range(300), workers=2)) == {os.getpid()}
     monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
