@@ -49,7 +49,7 @@ class Case(NamedTuple):
     queries: int = _QUERIES
 
     def __str__(self) -> str:
-        mask = "an added mask" if self.is_added else "a mask"
+        mask = "an additive mask" if self.is_added else "a boolean mask"
         return f"{self.tokens} tokens of {self.dim} channels in {str(self.dtype).removeprefix('torch.')} with {mask}"
 
 
@@ -87,12 +87,12 @@ def choose(device: torch.device, backends: tuple[Backend, ...]) -> str:
                 backend.allow(False)
                 wrong.append(backend.name)
                 warnings.warn(
-                    f"PyTorch's {backend.name} attention is not used on this GPU: {trouble}; the next form takes its "
-                    "place",
+                    f"PyTorch's {backend.name} attention is disabled on this GPU: {trouble}; using the next "
+                    "kernel instead",
                     stacklevel=2,
                 )
     found = " or ".join(right) if right else "matrix products, which are slower"
-    return f"attention with masks by {found}" + (f"; {' and '.join(wrong)} failed the trial" if wrong else "")
+    return f"masked attention uses {found}" + (f"; {' and '.join(wrong)} failed the check" if wrong else "")
 
 
 def first_trouble(backend: Backend, device: torch.device) -> str | None:
@@ -112,7 +112,7 @@ def first_trouble(backend: Backend, device: torch.device) -> str | None:
             return f"{case}: {problem}"
         takes_some = True
         if not error <= (1e-4 if case.dtype == torch.float32 else 0.05):  # also true for NaN
-            return f"{case}: wrong by {error:.2g} of the largest value"
+            return f"{case}: error is {error:.2g} of the largest value"
     return None if takes_some else ""
 
 

@@ -155,7 +155,7 @@ def _check_pixel_decoder(config: PixelDecoderConfig) -> None:
         case _:
             return
     if any(config.conv_dim % divisor for divisor in divisors):
-        raise ConfigError(f"model.pixel_decoder.conv_dim is {config.conv_dim}; {names} must divide it")
+        raise ConfigError(f"model.pixel_decoder.conv_dim is {config.conv_dim}; it must be a multiple of {names}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ def _check_decoder(config: MaskedTransformerDecoderConfig | StandardTransformerD
     if config.hidden_dim % config.num_heads or config.hidden_dim % 4:
         raise ConfigError(
             f"model.transformer_decoder.hidden_dim is {config.hidden_dim}; "
-            f"4 and num_heads ({config.num_heads}) must divide it"
+            f"it must be a multiple of 4 and num_heads ({config.num_heads})"
         )
 
 
@@ -290,8 +290,8 @@ class LossConfig(Section):
             share = getattr(self, f"{use}_box_share")
             if share > 0 and getattr(self, use) == "masks":
                 raise ConfigError(
-                    f"model.loss.{use}_box_share is {share}, but model.loss.{use} is masks, which takes every pixel; "
-                    f"set model.loss.{use}=points, or leave the share out"
+                    f"model.loss.{use}_box_share is {share}, but model.loss.{use} is masks, which uses every pixel; "
+                    f"set model.loss.{use}=points, or omit the share"
                 )
 
 
@@ -316,8 +316,8 @@ class PilotConfig(Section):
         for name in ("label_noise", "mask_noise"):
             if not self.max_targets and getattr(self, name) != getattr(PilotConfig, name):
                 raise ConfigError(
-                    f"model.pilots.{name} is {getattr(self, name)}, but model.pilots.max_targets is 0: there are no "
-                    f"pilots; set model.pilots.max_targets=100, or leave {name} out"
+                    f"model.pilots.{name} is {getattr(self, name)}, but model.pilots.max_targets is 0, which "
+                    f"disables pilots; set model.pilots.max_targets=100, or omit {name}"
                 )
 
 
@@ -383,28 +383,28 @@ class ModelConfig(Section):
             HubAddress.parse(self.weights or "")
         if (self.backbone.weights or "").startswith(HUB):
             raise ConfigError(
-                f"model.backbone.weights is {self.backbone.weights}, a model of the hub, which only model.weights may "
-                "be; set that instead"
+                f"model.backbone.weights is {self.backbone.weights}, a hub model, which only model.weights accepts; "
+                "set that instead"
             )
         self._check_package()
         self._check_parts()
         self._check_pilots()
         if "://" in (self.backbone.weights or ""):
             raise ConfigError(
-                f"model.backbone.weights is {self.backbone.weights}, a URL, which only model.weights may be; "
-                "set that instead, it takes weights of a backbone alone too"
+                f"model.backbone.weights is {self.backbone.weights}, a URL, which only model.weights accepts; set "
+                "that instead, which also accepts weights of a backbone alone"
             )
 
     def _check_parts(self) -> None:
         if "backbone.vit" in self.freeze and not isinstance(self.backbone, ViTAdapterBackboneConfig):
             raise ConfigError(
-                f"model.freeze has backbone.vit, which backbone.kind {self.backbone.kind} lacks; write [backbone]"
+                f"model.freeze has backbone.vit, which backbone.kind {self.backbone.kind} does not have; use [backbone]"
             )
         has_base = self.backbone.weights is not None or self.backbone.pretrained is True
         if self.weights_are_deltas and (self.weights is None or not has_base):
             raise ConfigError(
-                f"model.weights_are_deltas is true, with model.weights {self.weights}; it needs them, and what they "
-                "are added to: set model.backbone.pretrained to true, or model.backbone.weights to a file"
+                f"model.weights_are_deltas is true and model.weights is {self.weights}; it needs model.weights and the "
+                "base weights: set model.backbone.pretrained to true, or model.backbone.weights to a file"
             )
         kind, takes_tokens = self.transformer_decoder.kind, ("eomt", "pmt")
         found = {
@@ -416,7 +416,7 @@ class ModelConfig(Section):
         if any(belong) and not all(belong):
             has = ", ".join(f"model.{name} {value}" for name, (value, _) in found.items())
             needs = ", ".join(f"{name} {wanted}" for name, (_, wanted) in found.items())
-            raise ConfigError(f"{has} do not fit together; set all of {needs}, or none of them")
+            raise ConfigError(f"{has} cannot be combined; set all of {needs}, or none of them")
 
     def _check_pilots(self) -> None:
         decoder = self.transformer_decoder
@@ -424,8 +424,8 @@ class ModelConfig(Section):
             attention = f" with attention {found}" if (found := getattr(decoder, "attention", None)) else ""
             raise ConfigError(
                 f"model.pilots.max_targets is {self.pilots.max_targets}, but model.transformer_decoder is "
-                f"{decoder.kind}{attention}, which cannot be told where to look; set max_targets=0, or take the "
-                "decoder masked with attention masked or mask_pooling"
+                f"{decoder.kind}{attention}, which does not support pilots; set max_targets=0, or use the "
+                "masked decoder with attention masked or mask_pooling"
             )
 
     def _check_package(self) -> None:

@@ -79,7 +79,7 @@ def build_model(config: ModelConfig, *, pretrained_backbone: bool = True) -> Seg
     that will load a checkpoint. Raises ConfigError if the recipe cannot work.
     """
     if config.num_classes is None:
-        raise ConfigError("model.num_classes is not known; set it from the category table of the data set")
+        raise ConfigError("model.num_classes is not set; take it from the category table of the data set")
     backbone = build_backbone(config.backbone, pretrained=pretrained_backbone)
     model: Segmenter
     match backbone:

@@ -56,8 +56,8 @@ def recorded_attention(model: Segmenter) -> Iterator[list[AttentionMap]]:
     decoder = model.transformer_decoder
     if not isinstance(decoder, MaskedTransformerDecoder | StandardTransformerDecoder):
         raise ConfigError(
-            "the queries of this model.transformer_decoder.kind have no cross-attention of which maps could be made; "
-            "kind masked and kind standard have it"
+            "attention maps need cross-attention, which this model.transformer_decoder.kind does not have; use kind "
+            "masked or standard"
         )
     groups = decoder.groups if isinstance(decoder, MaskedTransformerDecoder) else ((0,),)
     maps: list[AttentionMap] = []

@@ -73,7 +73,7 @@ class SwinBackboneConfig(Section):
             if channels % heads:
                 raise ConfigError(
                     f"{where}.num_heads is {self.num_heads}, but stage {stage} has {channels} channels "
-                    f"(embed_dim {self.embed_dim} doubles with every stage), which {heads} heads do not divide"
+                    f"(embed_dim {self.embed_dim} doubles with every stage), not a multiple of {heads}"
                 )
         if self.pretrained is not None and self.weights is not None:
             raise ConfigError(f"{where} has both pretrained ({self.pretrained}) and weights ({self.weights}); keep one")

@@ -21,7 +21,7 @@ class AnySizeHiera(nn.Module):
         """Take over the modules of `source`, which cannot be used afterwards."""
         super().__init__()
         self.patch_embed = source.patch_embed
-        assert source.pos_embed is not None, "of a video model"
+        assert source.pos_embed is not None, "video models are not supported"
         self.pos_embed, self.pos_embed_win = source.pos_embed, source.pos_embed_win
         self.blocks = source.blocks
         self.grad_checkpointing = False

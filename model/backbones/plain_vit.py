@@ -160,7 +160,7 @@ def _require_plain(source: Any, config: TimmBackboneConfig) -> None:
     is_vit = isinstance(source, VisionTransformer) and source.no_embed_class and source.pos_embed is not None
     if not (is_dinov3 or is_vit):
         raise ConfigError(
-            f"model.backbone.name is {config.name!r}, whose tokens cannot be taken (model.backbone.features): choose a "
+            f"model.backbone.name is {config.name!r}, which cannot provide tokens (model.backbone.features); choose a "
             "DINOv2 with registers (vit_large_patch14_reg4_dinov2), a DINOv3 (vit_large_patch16_dinov3_qkvb), or a "
             "plain vision transformer with options {no_embed_class: true}"
         )

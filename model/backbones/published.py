@@ -22,9 +22,9 @@ def published_problem(name: str) -> str | None:
         found = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # unknown tag after the dot
         known = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
-        raise ConfigError(f"model.backbone.name is {name!r}: {error}; published are: {known}") from error
+        raise ConfigError(f"model.backbone.name is {name!r}: {error}; published weights: {known}") from error
     if found is None or not (found.hf_hub_id or found.url):
-        return f"timm has no published weights of {name}"
+        return f"timm has no published weights for {name}"
     return None if found.hf_hub_id is None else unavailable(found.hf_hub_id)
 
 

@@ -41,14 +41,14 @@ def load_swin_weights(backbone: SwinTransformer, config: SwinBackboneConfig) -> 
     problems = [f"{key} is missing" for key in own if key not in weights and not _OUTPUT_NORM_NAMES.match(key)]
     problems += [f"{key} is unknown" for key in weights if key not in own]
     problems += [
-        f"{key} is {tuple(tensor.shape)} and not {tuple(own[key].shape)}"
+        f"{key} has shape {tuple(tensor.shape)}, expected {tuple(own[key].shape)}"
         for key, tensor in weights.items()
         if key in own and tensor.shape != own[key].shape
     ]
     if problems:
         raise ConfigError(
-            f"model.backbone.{setting} is {source!r}, which is not of a Swin with embed_dim {config.embed_dim}, depths "
-            f"{config.depths} and window_size {config.window_size} ({len(problems)} differences): "
+            f"model.backbone.{setting} is {source!r}, which does not fit a Swin with embed_dim {config.embed_dim}, "
+            f"depths {config.depths} and window_size {config.window_size} ({len(problems)} differences): "
             + "; ".join(problems[:3])
         )
     backbone.load_state_dict(weights, strict=False)

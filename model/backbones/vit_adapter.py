@@ -222,11 +222,11 @@ def _initialise(module: nn.Module) -> None:
 def _require_fit(vit: PlainVit, config: ViTAdapterBackboneConfig) -> None:
     where = f"model.backbone.name is {config.name!r} with options {dict(config.options)}"
     if len(vit.blocks) % 4:
-        raise ConfigError(f"{where}; the ViT-Adapter needs a multiple of 4 blocks, and this has {len(vit.blocks)}")
+        raise ConfigError(f"{where}; the ViT-Adapter needs a multiple of 4 blocks, but this has {len(vit.blocks)}")
     if vit.embed.patch != _PATCH:
-        raise ConfigError(f"{where}; the ViT-Adapter needs patches of {_PATCH} pixels; leave patch_size out")
+        raise ConfigError(f"{where}; the ViT-Adapter needs patches of {_PATCH} pixels; remove patch_size")
     if vit.width % (2 * config.num_heads) or vit.width % 4:
         raise ConfigError(
-            f"{where}: it has {vit.width} channels, of which model.backbone.num_heads ({config.num_heads}) cannot "
-            "share out one half"
+            f"{where}; its {vit.width} channels must be a multiple of 4 and of twice model.backbone.num_heads "
+            f"({config.num_heads})"
         )

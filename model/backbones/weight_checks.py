@@ -24,8 +24,8 @@ def require_weights_of(model: nn.Module, state: Mapping[str, Tensor], config: Ti
     is_found = [_fingerprint(parameter) in in_file for parameter in model.parameters() if parameter.ndim > 1]
     if sum(is_found) < _MIN_MATCHING_SHARE * len(is_found):
         raise ConfigError(
-            f"model.backbone.weights is {config.weights!r}, which has only {sum(is_found)} of the {len(is_found)} "
-            f"matrices and kernels of {config.name!r}; the file is of another model"
+            f"model.backbone.weights is {config.weights!r}, which contains only {sum(is_found)} of the {len(is_found)} "
+            f"matrices and kernels of {config.name!r}; the file belongs to another model"
         )
 
 

@@ -201,13 +201,13 @@ def _checked_kernel(dtype: torch.dtype, levels: int, heads: int, points: int, di
         from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
 
         worst = _kernel_error(fused_ms_deform_attn, dtype, levels, heads, points, dim)
-        trouble = f"it is wrong by {worst:.2g}" if worst > (1e-4 if dtype == torch.float32 else 0.05) else None
+        trouble = f"its error is {worst:.2g}" if worst > (1e-4 if dtype == torch.float32 else 0.05) else None
     except Exception as error:  # no triton, no compiler, an unsupported GPU
         trouble = f"{type(error).__name__}: {error}"
     if trouble is not None:
         warnings.warn(
-            f"the fused kernel of deformable attention cannot be used ({trouble}); training and inference go on with "
-            "grid_sample, which is several times slower",
+            f"the fused kernel of deformable attention cannot be used ({trouble}); falling back to grid_sample, which "
+            "is several times slower",
             stacklevel=2,
         )
     return trouble is None

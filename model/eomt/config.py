@@ -40,6 +40,6 @@ class EomtDecoderConfig(Section):
             return
         where = f"model.transformer_decoder.annealing is {[list(pair) for pair in self.annealing]}"
         if len(self.annealing) != self.num_layers:
-            raise ConfigError(f"{where}; one pair of steps for each of num_layers ({self.num_layers}) is needed")
+            raise ConfigError(f"{where}; it needs one pair of steps for each of num_layers ({self.num_layers})")
         if any(end < start for start, end in self.annealing):
-            raise ConfigError(f"{where}; no end may lie before its start")
+            raise ConfigError(f"{where}; no end may be before its start")

@@ -185,8 +185,8 @@ class Eomt(QuerySegmenter):
         queries, layers = self._config.num_queries, self._config.num_layers
         if layers > len(backbone.blocks):
             raise ConfigError(
-                f"model.transformer_decoder.num_layers is {layers}; the backbone has {len(backbone.blocks)} blocks "
-                "that queries can pass"
+                f"model.transformer_decoder.num_layers is {layers}, but the backbone has only {len(backbone.blocks)} "
+                "blocks"
             )
         self.backbone = backbone
         self.pixel_decoder = Upscale(backbone.width, backbone.embed.patch)

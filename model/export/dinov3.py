@@ -56,18 +56,18 @@ def require_dinov3(config: ModelConfig) -> None:
         for name, wanted in settings.items():
             found = getattr(getattr(config, section), name, None)
             if found != wanted:
-                raise _unknown(f"{section}.{name}", found, f"{wanted!r} only")
+                raise _unknown(f"{section}.{name}", found, f"only {wanted!r}")
     widths = {
         "pixel_decoder.conv_dim": getattr(config.pixel_decoder, "conv_dim", None),
         "pixel_decoder.mask_dim": getattr(config.pixel_decoder, "mask_dim", None),
     }
     for name, width in widths.items():
         if width != (hidden := getattr(config.transformer_decoder, "hidden_dim", None)):
-            raise _unknown(name, width, f"the width of model.transformer_decoder.hidden_dim ({hidden})")
+            raise _unknown(name, width, f"only the value of model.transformer_decoder.hidden_dim ({hidden})")
 
 
 def _unknown(setting: str, value: object, wanted: str) -> WeightsError:
     return WeightsError(
-        f"model.{setting} is {value!r}; DINOv3's segmentation head has {wanted}. Export as torch_export or onnx, or "
-        "use the weights with this program"
+        f"model.{setting} is {value!r}; DINOv3's segmentation head supports {wanted}. Export as torch_export or onnx, "
+        "or use the weights with m2f"
     )

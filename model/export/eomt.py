@@ -56,7 +56,7 @@ def read_eomt(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     wanted = _SUPPORTED | {"num_upscale_blocks": max(1, patch.bit_length() - 3), "use_gated_mlp": False}
     for name, value in wanted.items():
         if values[name] != value:
-            raise WeightsError(f"{path}: {name} is {values[name]!r}; only {value!r} can be read")
+            raise WeightsError(f"{path}: {name} is {values[name]!r}; only {value!r} is supported")
     name, gated = _NAMES[kind].get(width, _NAMES[kind][384]), values["use_swiglu_ffn"]
     name = _NAMES[kind][1536] if gated else name
     options: dict[str, Any] = {} if kind == "eomt_dinov3" else {"img_size": values["image_size"]}
@@ -96,8 +96,8 @@ def eomt_values(config: ModelConfig) -> dict[str, Any]:
     is_dinov3 = vit.embed.pos_embed is None
     if prefix != _SUPPORTED["num_register_tokens"] or (gated and is_dinov3) or (rows != columns and not is_dinov3):
         raise WeightsError(
-            f"model.backbone is {backbone.name} with options {dict(backbone.options)}; Hugging Face's EoMT has 4 "
-            "registers, square images, and a gated MLP with DINOv2 alone. Export as torch_export or onnx"
+            f"model.backbone is {backbone.name} with options {dict(backbone.options)}; Hugging Face's EoMT "
+            "supports 4 registers, square images, and a gated MLP only with DINOv2. Export as torch_export or onnx"
         )
     side = rows * vit.embed.patch
     values = _DEFAULTS | {

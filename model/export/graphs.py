@@ -110,7 +110,7 @@ def export_program(model: Segmenter, size: tuple[int, int] | None = None) -> tor
     """
     if size is not None and (min(size) < _MIN_SIDE or any(side % _SIDE_MULTIPLE for side in size)):
         raise WeightsError(
-            f"--size is {size[0]} {size[1]}; height and width are at least {_MIN_SIDE} and divisible by "
+            f"--size is {size[0]} {size[1]}; height and width must be at least {_MIN_SIDE} and divisible by "
             f"{_SIDE_MULTIPLE}"
         )
     shapes: dict[int, Any] = {0: torch.export.Dim("batch", min=2, max=_MAX_SIDE)}
@@ -148,7 +148,7 @@ def require_onnx() -> None:
     """Raise WeightsError if the packages that write ONNX are not installed."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise WeightsError(f"ONNX needs the packages {' and '.join(missing)}: pip install 'm2f[export]'")
+        raise WeightsError(f"ONNX export needs the packages {' and '.join(missing)}: pip install 'm2f[export]'")
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, notes: Mapping[str, str] | None = None) -> None:
@@ -159,8 +159,8 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, notes: Mapping
     require_onnx()
     if any("_upsample_bicubic2d_aa" in str(node.target) for node in program.graph.nodes):
         raise WeightsError(
-            "ONNX has no operation that interpolates this model's learned positions; give the images the size of "
-            "model.backbone.options.img_size, for which they are stored (--size), or export as torch_export"
+            "ONNX has no operation that interpolates this model's learned positions; set --size to "
+            "model.backbone.options.img_size, the size for which they are stored, or export as torch_export"
         )
     names = {"input_names": ["images"], "output_names": ["class_logits", "mask_logits"]}
     # Fused attention returns another memory layout than the plain form that the conversion uses.

@@ -78,7 +78,7 @@ def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
     values = _read_json(path)
     known = ("mask2former", *EOMT_TYPES)
     if (kind := values.get("model_type")) not in known:
-        raise WeightsError(f"{path}: model_type is {kind!r}; only {', '.join(known)} can be read")
+        raise WeightsError(f"{path}: model_type is {kind!r}; only {', '.join(known)} are supported")
     parts = read_eomt(path, values) if kind in EOMT_TYPES else _read_mask2former(path, _DEFAULTS | values)
     values = _DEFAULTS | values
     labels = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(2)}
@@ -181,11 +181,11 @@ def _mask2former_values(config: ModelConfig) -> dict[str, Any]:
     pixels, queries = config.pixel_decoder, config.transformer_decoder
     if not isinstance(pixels, MSDeformAttnPixelDecoderConfig):
         raise WeightsError(
-            f"model.pixel_decoder.kind is {pixels.kind}; Hugging Face's Mask2Former has ms_deform_attn only"
+            f"model.pixel_decoder.kind is {pixels.kind}; Hugging Face's Mask2Former supports only ms_deform_attn"
         )
     if not isinstance(queries, MaskedTransformerDecoderConfig):
         raise WeightsError(
-            f"model.transformer_decoder.kind is {queries.kind}; Hugging Face's Mask2Former has masked only"
+            f"model.transformer_decoder.kind is {queries.kind}; Hugging Face's Mask2Former supports only masked"
         )
     _require_supported(queries, pixels)
     return _DEFAULTS | {
@@ -281,7 +281,7 @@ def _read_backbone(path: Path, values: Mapping[str, Any]) -> TimmBackboneConfig 
             return TimmBackboneConfig(name="resnet50", options={"layers": depths, "channels": channels})
     except KeyError as error:
         raise WeightsError(f"{path}: backbone_config.{error.args[0]} is missing") from error
-    raise WeightsError(f"{path}: backbone_config.model_type is {kind!r}; swin and resnet can be read")
+    raise WeightsError(f"{path}: backbone_config.model_type is {kind!r}; only swin and resnet are supported")
 
 
 def _write_backbone(config: ModelConfig) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def _write_backbone(config: ModelConfig) -> dict[str, Any]:
             if depths is None or unknown or backbone.norm == "group":
                 raise WeightsError(
                     f"model.backbone is {backbone.name!r} with norm {backbone.norm!r} and options "
-                    f"{dict(backbone.options)}; Hugging Face's Mask2Former takes resnet50, resnet101 and kind swin"
+                    f"{dict(backbone.options)}; Hugging Face's Mask2Former supports resnet50, resnet101 and kind swin"
                 )
             channels = backbone.options.get("channels", tuple(width // _EXPANSION for width in _WIDTHS))
             return _SUPPORTED_RESNET | {
@@ -313,7 +313,7 @@ def _write_backbone(config: ModelConfig) -> dict[str, Any]:
                 "hidden_sizes": [_EXPANSION * width for width in channels],
             }
         case ViTAdapterBackboneConfig():
-            raise WeightsError("model.backbone.kind is vit_adapter, which Hugging Face's Mask2Former does not have")
+            raise WeightsError("model.backbone.kind is vit_adapter, which Hugging Face's Mask2Former does not support")
         case _:
             assert_never(backbone)
 
@@ -325,28 +325,28 @@ def _require_supported(queries: MaskedTransformerDecoderConfig, pixels: MSDeform
         value, wanted = getattr(queries, name), getattr(plain, name)
         if value != wanted:
             raise WeightsError(
-                f"model.transformer_decoder.{name} is {value!r}; Hugging Face's Mask2Former has {wanted!r} only"
+                f"model.transformer_decoder.{name} is {value!r}; Hugging Face's Mask2Former supports only {wanted!r}"
             )
     if pixels.num_points != 4:
         raise WeightsError(
-            f"model.pixel_decoder.num_points is {pixels.num_points}; Hugging Face's Mask2Former has 4 only"
+            f"model.pixel_decoder.num_points is {pixels.num_points}; Hugging Face's Mask2Former supports only 4"
         )
     if pixels.conv_dim % 32:
         raise WeightsError(
-            f"model.pixel_decoder.conv_dim is {pixels.conv_dim}; Hugging Face's Mask2Former has multiples of 32 only, "
-            "because its GroupNorms have 32 groups"
+            f"model.pixel_decoder.conv_dim is {pixels.conv_dim}; Hugging Face's Mask2Former supports only multiples of "
+            "32, because its GroupNorms have 32 groups"
         )
     if queries.num_heads != pixels.num_heads:
         raise WeightsError(
             f"model.transformer_decoder.num_heads is {queries.num_heads} and model.pixel_decoder.num_heads is "
-            f"{pixels.num_heads}; Hugging Face's Mask2Former has one number for both"
+            f"{pixels.num_heads}; Hugging Face's Mask2Former uses one number for both"
         )
 
 
 def _require(path: Path, values: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> None:
     for name, value in wanted.items():
         if values[name] != value:
-            raise WeightsError(f"{path}: {prefix}{name} is {values[name]!r}; only {value!r} can be read")
+            raise WeightsError(f"{path}: {prefix}{name} is {values[name]!r}; only {value!r} is supported")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -355,7 +355,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise WeightsError(f"{path}: a JSON object is expected")
+        raise WeightsError(f"{path}: expected a JSON object")
     return content
 
 

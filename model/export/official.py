@@ -81,7 +81,7 @@ def require_official(config: ModelConfig) -> None:
     if pixels.conv_dim % _GROUPS:
         raise _unknown("pixel_decoder.conv_dim", pixels.conv_dim, f"multiples of {_GROUPS}")
     if pixels.num_heads != queries.num_heads:  # the tensors would fit, but the results would differ
-        raise _unknown("pixel_decoder.num_heads", pixels.num_heads, "the number of model.transformer_decoder.num_heads")
+        raise _unknown("pixel_decoder.num_heads", pixels.num_heads, "the value of model.transformer_decoder.num_heads")
     backbone = config.backbone
     if isinstance(backbone, SwinBackboneConfig):
         return
@@ -93,11 +93,11 @@ def require_official(config: ModelConfig) -> None:
         raise _unknown("backbone.norm", backbone.norm, "frozen_batch and sync_batch")
     others = {name: value for name, value in backbone.options.items() if name not in _RESNET_OPTIONS}
     if others:
-        raise _unknown("backbone.options", others, "the usual blocks and channels")
+        raise _unknown("backbone.options", others, "the standard blocks and channels")
 
 
 def _unknown(setting: str, value: object, wanted: str) -> WeightsError:
     return WeightsError(
-        f"model.{setting} is {value!r}; the official Mask2Former has {wanted} only. Export as torch_export or onnx, or "
-        "use the weights with this program"
+        f"model.{setting} is {value!r}; the official Mask2Former supports only {wanted}. Export as torch_export or "
+        "onnx, or use the weights with m2f"
     )

@@ -80,12 +80,12 @@ class ReplayedForward:
             recording = self._record(images)
             if _agree(recording.replay(images), expected):
                 return recording
-            trouble = "it predicts something else"
+            trouble = "its predictions differ"
         except RuntimeError as error:
             trouble = str(error)
         self._works = False
         self._recordings.clear()
-        warnings.warn(f"the model cannot be replayed as a CUDA graph ({trouble}); it runs as usual", stacklevel=4)
+        warnings.warn(f"the model cannot be replayed as a CUDA graph ({trouble}); running it without one", stacklevel=4)
         return None
 
     def _record(self, images: Tensor) -> _Recording:

@@ -38,11 +38,11 @@ class PmtDecoderConfig(Section):
         super().__post_init__()
         where = "model.transformer_decoder"
         if self.levels is not None and (not self.levels or list(self.levels) != sorted(set(self.levels))):
-            raise ConfigError(f"{where}.levels is {list(self.levels)}; blocks in ascending order are needed")
+            raise ConfigError(f"{where}.levels is {list(self.levels)}; it must list blocks in ascending order")
         if self.annealing is None:
             return
         found = f"{where}.annealing is {[list(pair) for pair in self.annealing]}"
         if len(self.annealing) != self.num_layers:
-            raise ConfigError(f"{found}; one pair of steps for each of num_layers ({self.num_layers}) is needed")
+            raise ConfigError(f"{found}; it needs one pair of steps for each of num_layers ({self.num_layers})")
         if any(end < start for start, end in self.annealing):
-            raise ConfigError(f"{found}; no end may lie before its start")
+            raise ConfigError(f"{found}; no end may be before its start")

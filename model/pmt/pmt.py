@@ -131,6 +131,6 @@ def _levels(config: PmtDecoderConfig, depth: int) -> tuple[int, ...]:
         return tuple(sorted({max(0, depth * quarter // 4 - 1) for quarter in range(1, 5)}))
     if config.levels[-1] >= depth:
         raise ConfigError(
-            f"model.transformer_decoder.levels is {list(config.levels)}; the backbone has the blocks 0 to {depth - 1}"
+            f"model.transformer_decoder.levels is {list(config.levels)}, but the backbone has blocks 0 to {depth - 1}"
         )
     return config.levels

@@ -41,10 +41,10 @@ def require_same_architecture(folder: Path, model: ModelConfig, source: str) -> 
     if isinstance(stored.backbone, SwinBackboneConfig) != isinstance(model.backbone, SwinBackboneConfig):
         differing = [name for name in differing if not name.startswith("backbone.") or _value(stored, name) is not None]
     if differing:
-        rows = [f"model.{name}: {_text(_value(stored, name))}, now {_text(_value(model, name))}" for name in differing]
+        rows = [f"model.{name}: {_text(_value(stored, name))} -> {_text(_value(model, name))}" for name in differing]
         raise WeightsError(
-            f"model.weights is {source}, which is another model than the recipe's; set these, or choose other "
-            "weights (docs/models.md lists them):\n  " + "\n  ".join(rows)
+            f"model.weights is {source}, whose model differs from the recipe's (weights -> recipe); change these "
+            "settings, or choose other weights (docs/models.md lists them):\n  " + "\n  ".join(rows)
         )
 
 

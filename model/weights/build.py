@@ -30,7 +30,7 @@ def build_with_weights(
     head_alone = is_head_alone(state)
     if head_alone and backbone.weights is None and backbone.pretrained is not True:
         raise WeightsError(
-            f"{source} is of a head alone, and the recipe does not say where its backbone comes from; set "
+            f"{source} contains a head without a backbone, and the recipe names no backbone weights; set "
             "model.backbone.pretrained to true, or model.backbone.weights to a file"
         )
     model = build_model(config, pretrained_backbone=head_alone or deltas)

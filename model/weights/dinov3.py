@@ -128,5 +128,5 @@ def head_to_dinov3(canonical: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _renamed(own: str) -> str:
     theirs = _BACKBONE.inverse(own)
     if theirs is None or own.endswith("pos_embed"):
-        raise WeightsError(f"{own} has no counterpart in DINOv3, whose vision transformer model.backbone.name must be")
+        raise WeightsError(f"{own} has no counterpart in DINOv3; model.backbone.name must be a DINOv3 transformer")
     return theirs

@@ -52,7 +52,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise WeightsError(f"weights {path}: there is no such file or folder")
+        raise WeightsError(f"weights {path}: no such file or folder")
     try:
         content = _read(path)
     except WeightsError:
@@ -64,7 +64,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             content = content[wrapper]
     state = {str(k): t for k, v in content.items() if (t := _tensor(v)) is not None} if _is_mapping(content) else {}
     if not state:
-        raise WeightsError(f"weights {path} hold a {type(content).__name__} without any named tensor")
+        raise WeightsError(f"weights {path} contain a {type(content).__name__} without named tensors")
     return state
 
 
@@ -109,16 +109,16 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 def _folder_files(folder: Path) -> tuple[Path, ...]:
     found = next((folder / name for name in _FOLDER_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise WeightsError(f"weights {folder}: the folder has none of {', '.join(_FOLDER_FILES)}")
+        raise WeightsError(f"weights {folder}: the folder contains none of {', '.join(_FOLDER_FILES)}")
     if found.suffix != ".json":
         return (found,)
     try:
         shards = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"weights {found}: not an index of weights ({_first_sentence(error)})") from error
+        raise WeightsError(f"weights {found}: not a weights index ({_first_sentence(error)})") from error
     for shard in shards:
         if shard != Path(shard).name:
-            raise WeightsError(f"weights {found}: names the file {shard!r}, which is not in the same folder")
+            raise WeightsError(f"weights {found}: lists the file {shard!r}, which is not in the same folder")
     return tuple(folder / shard for shard in shards)
 
 
@@ -157,8 +157,8 @@ def _reason(error: Exception, path: Path) -> str:
     """
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:
-        return f"it asks for {asked[1]}; files of weights need nothing but tensors, so nothing of it was executed"
-    return f"it may be cut off, it has {path.stat().st_size} bytes ({_first_sentence(error)})"
+        return f"it references {asked[1]}, but weights files may contain only tensors; nothing in it was executed"
+    return f"it may be truncated, it has {path.stat().st_size} bytes ({_first_sentence(error)})"
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -21,8 +21,8 @@ _NOTES = ("config.json", "preprocessor_config.json")
 _PATIENCE_S = 4.0
 """Maximum seconds to wait for the hub's answer. Name resolution alone could otherwise take longer."""
 _REMEDY = (
-    "give model.weights the path of a folder that was downloaded elsewhere, set HF_ENDPOINT to a mirror, or set "
-    "HF_HUB_OFFLINE=1 with a cache (HF_HOME) that has the model"
+    "set model.weights to a folder that was downloaded elsewhere, set HF_ENDPOINT to a mirror, or set "
+    "HF_HUB_OFFLINE=1 with a cache (HF_HOME) that contains the model"
 )
 
 _T = TypeVar("_T")
@@ -71,8 +71,8 @@ def hub_folder(text: str, *, weights: bool = True) -> Path:
         raise _not_to_be_had(address, listing)
     if weights and not {_WEIGHTS, _INDEX} & set(listing.files):
         raise WeightsError(
-            f"model.weights is {text}, which has neither {_WEIGHTS} nor {_INDEX}; other files may hold code and are "
-            "not fetched. Choose a model with safetensors, or convert it and give the path of the folder"
+            f"model.weights is {text}, which has neither {_WEIGHTS} nor {_INDEX}; other files may contain code and "
+            "are not downloaded. Choose a model with safetensors, or convert it and set model.weights to the folder"
         )
     wanted = [*_NOTES, _WEIGHTS] if _WEIGHTS in listing.files else [*_NOTES, _INDEX, _SHARDS]
     names = [name for name in listing.files if any(fnmatch(name, pattern) for pattern in wanted)]
@@ -88,7 +88,7 @@ def unavailable(repo: str) -> str | None:
     try:
         found = _ask(address)
     except WeightsError:
-        return f"the hub has no {repo}, or shows it only with a token (HF_TOKEN)"
+        return f"the hub has no {repo}, or requires a token for it (HF_TOKEN)"
     return found if isinstance(found, str) else None
 
 
@@ -96,12 +96,12 @@ def _download(address: HubAddress, names: list[str]) -> Path:
     from huggingface_hub import hf_hub_download
 
     if not names:
-        raise WeightsError(f"model.weights is {address}, which has no {_NOTES[0]}; choose a model of transformers")
+        raise WeightsError(f"model.weights is {address}, which has no {_NOTES[0]}; choose a transformers model")
     try:
         paths = [Path(hf_hub_download(address.repo, name, revision=address.revision)) for name in names]
     except Exception as error:  # downloads fail with many exception types
         reason = f"the download failed ({_first_line(error)})"
-        raise WeightsError(f"model.weights is {address}, and {reason}; {_REMEDY}") from error
+        raise WeightsError(f"model.weights is {address}, but {reason}; {_REMEDY}") from error
     return paths[0].parent
 
 
@@ -118,18 +118,18 @@ def _ask(address: HubAddress) -> _Listing | str:
         )
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise WeightsError(
-            f"model.weights is {address}, and {constants.ENDPOINT} has no such model or revision, or shows it only "
-            "with a token (HF_TOKEN); check owner, name and revision"
+            f"model.weights is {address}, but {constants.ENDPOINT} has no such model or revision, or requires a token "
+            "for it (HF_TOKEN); check owner, name and revision"
         ) from error
     except Exception as error:  # connections fail with many exception types
         return f"{constants.ENDPOINT} does not answer ({_first_line(error)})"
     if info.sha is None:
-        return f"{constants.ENDPOINT} does not say which commit it is"
+        return f"{constants.ENDPOINT} did not return a commit"
     return _Listing(info.sha, tuple(sibling.rfilename for sibling in info.siblings or ()))
 
 
 def _not_to_be_had(address: HubAddress, reason: str) -> WeightsError:
-    return WeightsError(f"model.weights is {address}, which the cache lacks, and {reason}; {_REMEDY}")
+    return WeightsError(f"model.weights is {address}, which is not in the cache, and {reason}; {_REMEDY}")
 
 
 def _cached_folder(address: HubAddress) -> Path | None:

@@ -65,7 +65,7 @@ class LoadReport:
                 more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
                 lines.append(f"{len(names)} {title}: {', '.join(names[:_MAX_LISTED])}{more}")
         if self.head_alone:
-            lines.append("the file is of a head alone; the backbone has the weights that model.backbone names")
+            lines.append("the file contains only a head; the backbone uses the weights from model.backbone")
         if self.class_rows is not None:
             lines.append(self.class_rows)
         return "\n".join(lines)
@@ -129,7 +129,7 @@ def load_weights(
         converted |= {key: target[key] + converted[key].to(target[key]) for key in own_backbone}
     loaded = tuple(key for key in found if key not in different)
     if not loaded:
-        raise WeightsError(f"{name} has no weight of this model; its first names are {', '.join(list(state)[:3])}")
+        raise WeightsError(f"{name} has no weights of this model; its first names are {', '.join(list(state)[:3])}")
     model.load_state_dict({key: converted[key] for key in loaded}, strict=False)
     return LoadReport(
         layout=layout,
@@ -155,7 +155,10 @@ def _select_class_rows(state: dict[str, Tensor], target: Mapping[str, Tensor], r
 
 def _describe_rows(rows: Sequence[int | None]) -> str:
     known = sum(row is not None for row in rows)
-    return f"class head: the rows of {known} known classes and of no object are kept, {len(rows) - known} begin anew"
+    return (
+        f"class head: the rows of {known} known classes and of no object are kept, "
+        f"{len(rows) - known} initialised randomly"
+    )
 
 
 def _match_timm_names(target: Mapping[str, Tensor], state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

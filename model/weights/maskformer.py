@@ -90,7 +90,7 @@ def require_maskformer(own: Mapping[str, Tensor], target: Collection[str], sourc
     if encoder_layers := _count_layers(own, "pixel_decoder"):
         pixels = f"kind: transformer_fpn, num_layers: {encoder_layers}"
     raise WeightsError(
-        f"{source} holds a MaskFormer, whose heads have {len(file - model)} weights that this model lacks and lack "
+        f"{source} is a MaskFormer; its heads have {len(file - model)} weights that this model lacks, and lack "
         f"{len(model - file)} that it has, for example {min(file ^ model)}; set model.pixel_decoder to {{{pixels}}} "
         f"and model.transformer_decoder to {{kind: standard, num_layers: {_count_layers(own, 'transformer_decoder')}}}"
     )
@@ -99,7 +99,7 @@ def require_maskformer(own: Mapping[str, Tensor], target: Collection[str], sourc
 def _refuse_relatives(official: Mapping[str, Tensor]) -> None:
     lacking = None
     if f"{_PREDICTOR}.weight" in official or f"{_PREDICTOR}.class_embed.weight" not in official:
-        lacking = "classes of pixels instead of masks (PerPixelBaselineHead)"
+        lacking = "per-pixel classification instead of masks (PerPixelBaselineHead)"
     elif any(name.startswith(f"{_PREDICTOR}.transformer.encoder.") for name in official):
         lacking = "a transformer encoder inside the predictor (MODEL.MASK_FORMER.ENC_LAYERS above 0)"
     elif not any(name.startswith(f"{_PREDICTOR}.transformer.decoder.layers.0.self_attn.") for name in official):
@@ -107,9 +107,7 @@ def _refuse_relatives(official: Mapping[str, Tensor]) -> None:
     elif f"{_PIXELS}.transformer.encoder.norm.weight" in official:
         lacking = "LayerNorms before the blocks (MODEL.MASK_FORMER.PRE_NORM)"
     if lacking is not None:
-        raise WeightsError(
-            f"the weights are of a model of MaskFormer's code with {lacking}; this program has no such model"
-        )
+        raise WeightsError(f"the weights are of a MaskFormer model with {lacking}, which m2f does not support")
 
 
 def _count_layers(own: Iterable[str], part: str) -> int:

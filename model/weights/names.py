@@ -229,7 +229,7 @@ def _is_detectron_resnet(state: Mapping[str, Tensor]) -> bool:
     if "res2_0_branch2a_w" in state:
         raise WeightsError(
             "these are ResNet weights of Caffe2 (MSRA), which strides in the first convolution of a block and takes "
-            "BGR images; the features would be wrong. Take the torchvision weights, for example R-50.pkl of torchvision"
+            "BGR images; the features would be wrong. Use the torchvision weights, for example torchvision's R-50.pkl"
         )
     return "stem.conv1.weight" in state
 

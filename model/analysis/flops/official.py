@@ -82,7 +82,7 @@ def flops_counter(config: ModelConfig) -> Callable[[tuple[int, int], bool], Flop
     """
     num_classes, decoder, pixels = config.num_classes, config.transformer_decoder, config.pixel_decoder
     if num_classes is None:
-        raise ConfigError("model.num_classes is not known; set it from the category table of the data set")
+        raise ConfigError("model.num_classes is not set; take it from the category table of the data set")
     if isinstance(decoder, EomtDecoderConfig | PmtDecoderConfig) or isinstance(pixels, UpscalePixelDecoderConfig):
         model = build_shapes(config)
         return lambda size, semantic: executed_flops(model, size)

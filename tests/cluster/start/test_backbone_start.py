@@ -67,6 +67,6 @@ def test_where_published_weights_come_from(monkeypatch):
     assert published_problem("resnet50.tv_in1k") == NO_HUB
     assert asked == ["timm/resnet50.tv_in1k"]
     assert published_problem("resnet10t_of_mine") is None
-    assert published_problem("resnet200") == "timm has no published weights of resnet200"
-    with pytest.raises(ConfigError, match=r"model\.backbone\.name is 'resnet50\.of_mine'.*published are: .*a1_in1k"):
+    assert published_problem("resnet200") == "timm has no published weights for resnet200"
+    with pytest.raises(ConfigError, match=r"backbone\.name is 'resnet50\.of_mine'.*published weights: .*a1_in1k"):
         published_problem("resnet50.of_mine")

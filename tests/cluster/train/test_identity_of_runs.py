@@ -247,7 +247,7 @@ def test_added_classes_keep_the_rows_of_known_ones(run, tmp_path):
     fresh = model.transformer_decoder.class_embed.weight.detach().clone()
     report = load_weights(model, f"{url}/weights.safetensors", rows)
     assert report.complete, report
-    assert "the rows of 2 known classes and of no object are kept, 1 begin anew" in str(report)
+    assert "the rows of 2 known classes and of no object are kept, 1 initialised randomly" in str(report)
     with safe_open(Path(url, "weights.safetensors"), "pt") as file:
         stored = file.get_tensor("transformer_decoder.class_embed.weight")
     expected = torch.stack([fresh[0], stored[4], stored[1], stored[-1]])

@@ -109,18 +109,18 @@ def test_a_run_keeps_commit_digest_and_known_classes_and_a_resume_asks_nobody(co
     [
         (
             {"backbone": SwinBackboneConfig()},
-            ["model.backbone.kind: timm, now swin", "model.backbone.name: resnet50, now not set"],
+            ["model.backbone.kind: timm -> swin", "model.backbone.name: resnet50 -> not set"],
         ),
         (
             {"backbone": TimmBackboneConfig(name="resnet50", pretrained=False)},
-            ["options.layers: [1, 1, 1, 1], now not"],
+            ["options.layers: [1, 1, 1, 1] -> not"],
         ),
-        ({"pixel_mean": (0.0, 0.0, 0.0)}, ["model.pixel_mean: [123.675, 116.28, 103.53], now [0.0, 0.0, 0.0]"]),
+        ({"pixel_mean": (0.0, 0.0, 0.0)}, ["model.pixel_mean: [123.675, 116.28, 103.53] -> [0.0, 0.0, 0.0]"]),
     ],
     ids=["backbone", "layers", "pixels"],
 )
 def test_another_architecture_is_refused_before_anything_starts(config, hub, changes, rows):
-    with pytest.raises(WeightsError, match="another model than the recipe's") as raised:
+    with pytest.raises(WeightsError, match="whose model differs from the recipe's") as raised:
         train_locally(replace(config, model=replace(config.model, **changes)))
     assert all(row in str(raised.value) for row in rows)
     assert "model.safetensors" not in hub.fetched

@@ -152,7 +152,7 @@ def test_other_backbones_are_counted_as_executed():
 
 
 def test_unknown_number_of_classes_is_a_message():
-    with pytest.raises(ConfigError, match="num_classes is not known"):
+    with pytest.raises(ConfigError, match="num_classes is not set"):
         official_flops(ModelConfig(), (64, 64))
 
 

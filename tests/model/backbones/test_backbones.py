@@ -156,7 +156,7 @@ def test_a_transformers_patches_and_positions_are_resampled_from_a_file(tmp_path
 def test_a_file_of_another_model_is_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file(timm.create_model("convnext_atto").state_dict(), path)
-    with pytest.raises(ConfigError, match=r"has only \d+ of the \d+ .* of 'resnet10t'; the file is of another"):
+    with pytest.raises(ConfigError, match=r"contains only \d+ of the \d+ .* of 'resnet10t'; the file belongs to"):
         build_backbone(TimmBackboneConfig(name="resnet10t", weights=str(path)))
 
 

@@ -185,13 +185,13 @@ def test_a_file_of_the_head_alone_leaves_the_transformer_to_its_own_weights(case
     torch.save(head, tmp_path / "head.pth")
     vit = {key.removeprefix(VIT): tensor for key, tensor in weights.items() if key.startswith(VIT)}
     torch.save(vit, tmp_path / "vit.pth")
-    with pytest.raises(WeightsError, match=r"of a head alone.*set model\.backbone\.pretrained to true"):
+    with pytest.raises(WeightsError, match=r"a head without a backbone.*set model\.backbone\.pretrained to true"):
         build_with_weights(replace(config, backbone=replace(config.backbone, pretrained=False)), tmp_path / "head.pth")
     own = replace(config, backbone=replace(config.backbone, weights=str(tmp_path / "vit.pth")))
     model, report = build_with_weights(own, tmp_path / "head.pth")
     assert report.complete
     assert report.head_alone
-    assert "of a head alone" in str(report)
+    assert "the file contains only a head" in str(report)
     whole = loaded(described, weights).state_dict()
     assert all(torch.equal(tensor, whole[key]) for key, tensor in model.state_dict().items())
 
@@ -307,9 +307,9 @@ def test_drop_path_acts_on_images_in_training_alone(case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 6}, "needs a multiple of 4 blocks, and this has 6"),
+        ({"depth": 6}, "needs a multiple of 4 blocks, but this has 6"),
         ({"patch_size": 14}, "needs patches of 16 pixels"),
-        ({"embed_dim": 48, "num_heads": 3}, r"has 48 channels, of which model\.backbone\.num_heads \(16\) cannot"),
+        ({"embed_dim": 48, "num_heads": 3}, r"its 48 channels must be a multiple of 4 .*num_heads \(16\)"),
     ],
 )
 def test_transformers_that_do_not_fit_are_refused(options, message):
@@ -319,5 +319,5 @@ def test_transformers_that_do_not_fit_are_refused(options, message):
 
 
 def test_only_an_adapter_has_a_transformer_to_freeze():
-    with pytest.raises(ConfigError, match=r"freeze has backbone\.vit, which backbone\.kind timm lacks"):
+    with pytest.raises(ConfigError, match=r"freeze has backbone\.vit, which backbone\.kind timm does not have"):
         ModelConfig(freeze=("backbone.vit",))

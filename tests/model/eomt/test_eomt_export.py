@@ -119,7 +119,7 @@ def test_a_graph_computes_the_same(family, size, onnx, tmp_path):
 
 def test_parts_that_do_not_fit_are_refused():
     tokens = TimmBackboneConfig(name="vit_small_patch16_dinov3_qkvb", features="tokens")
-    with pytest.raises(ConfigError, match=r"do not fit together; set all of transformer_decoder\.kind eomt"):
+    with pytest.raises(ConfigError, match=r"cannot be combined; set all of transformer_decoder\.kind eomt"):
         ModelConfig(transformer_decoder=EomtDecoderConfig())
     with pytest.raises(ConfigError, match=r"kind ms_deform_attn, model\.backbone\.features tokens"):
         ModelConfig(
@@ -127,7 +127,7 @@ def test_parts_that_do_not_fit_are_refused():
             pixel_decoder=MSDeformAttnPixelDecoderConfig(),
             transformer_decoder=MaskedTransformerDecoderConfig(),
         )
-    for name, message in (("vit_tiny_patch16_224", "whose tokens cannot be taken"), ("resnet50", "timm cannot build")):
+    for name, message in (("vit_tiny_patch16_224", "cannot provide tokens"), ("resnet50", "timm cannot build")):
         backbone = TimmBackboneConfig(name=name, features="tokens")
         config = ModelConfig(
             backbone=backbone,
@@ -137,7 +137,7 @@ def test_parts_that_do_not_fit_are_refused():
         )
         with pytest.raises(ConfigError, match=message):
             build_model(config, pretrained_backbone=False)
-    with pytest.raises(ConfigError, match="it needs them, and what they are added to"):
+    with pytest.raises(ConfigError, match=r"it needs model\.weights and the base weights"):
         ModelConfig(weights="deltas.bin", weights_are_deltas=True)
     with pytest.raises(ConfigError, match="one pair of steps for each of num_layers"):
         EomtDecoderConfig(annealing=((0, 1),))

@@ -118,9 +118,9 @@ def test_transformers_opens_our_folder_and_we_open_theirs(tmp_path, backbone):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "maskformer"}, "model_type is 'maskformer'; only mask2former, eomt, eomt_dinov3 can be read"),
-        ({"pre_norm": True}, "pre_norm is True; only False can be read"),
-        ({"backbone_config": {"model_type": "dinov2"}}, "backbone_config.model_type is 'dinov2'; swin and resnet"),
+        ({"model_type": "maskformer"}, "model_type is 'maskformer'; only mask2former, eomt, eomt_dinov3 are supported"),
+        ({"pre_norm": True}, "pre_norm is True; only False is supported"),
+        ({"backbone_config": {"model_type": "dinov2"}}, "backbone_config.model_type is 'dinov2'; only swin and resnet"),
         ({"backbone_config": {"model_type": "swin", "embed_dim": 8}}, "backbone_config.depths is missing"),
         ({"feature_strides": [8, 16, 32]}, "feature_strides is"),
     ],
@@ -135,7 +135,7 @@ def test_folders_of_other_models_are_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("backbone", TimmBackboneConfig(name="convnext_atto"), "takes resnet50, resnet101 and kind swin"),
+        ("backbone", TimmBackboneConfig(name="convnext_atto"), "supports resnet50, resnet101 and kind swin"),
         ("pixel_decoder", FPNPixelDecoderConfig(), "pixel_decoder.kind is fpn"),
         ("transformer_decoder", MaskedTransformerDecoderConfig(attention="cross"), "attention is 'cross'"),
         ("pixel_decoder", MSDeformAttnPixelDecoderConfig(conv_dim=48), "pixel_decoder.conv_dim is 48"),
@@ -232,7 +232,7 @@ def test_models_that_the_official_code_lacks_are_refused(tmp_path, part, options
         lambda: write_official(nn.Module(), config, tmp_path / "model.pth"),
         lambda: export_official(nn.Module(), config),
     ):
-        with pytest.raises(WeightsError, match=re.escape(f"model.{message}; the official Mask2Former has ")):
+        with pytest.raises(WeightsError, match=re.escape(f"model.{message}; the official Mask2Former supports only ")):
             export()
     assert not list(tmp_path.iterdir())
 

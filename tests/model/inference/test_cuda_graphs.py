@@ -103,7 +103,7 @@ def test_a_recording_that_is_wrong_is_not_used(monkeypatch):
     Gpu(model, monkeypatch, wrong_by=0.5)
     forward = ReplayedForward(model)
     forward(images(1))
-    with pytest.warns(UserWarning, match=r"cannot be replayed .* \(it predicts something else\); it runs as usual"):
+    with pytest.warns(UserWarning, match=r"cannot be replayed .* \(its predictions differ\); running it without one"):
         assert_right(forward(images(2)), 2)
     for value in (3, 4):
         assert_right(forward(images(value)), value)

@@ -182,9 +182,9 @@ def test_multiply_adds_are_those_of_the_paper(config, paper, tolerance):
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (SMALL[0], {"conv_dim": 60, "num_heads": 8}, "model.pixel_decoder.conv_dim is 60; 4 and num_heads (8)"),
-        (SMALL[5], {"conv_dim": 30, "num_heads": 3}, "model.pixel_decoder.conv_dim is 30; 4 and num_heads (3)"),
-        (SMALL[4], {"conv_dim": 36, "offset_groups": 8}, "conv_dim is 36; offset_groups (8) must divide it"),
+        (SMALL[0], {"conv_dim": 60, "num_heads": 8}, "conv_dim is 60; it must be a multiple of 4 and num_heads (8)"),
+        (SMALL[5], {"conv_dim": 30, "num_heads": 3}, "conv_dim is 30; it must be a multiple of 4 and num_heads (3)"),
+        (SMALL[4], {"conv_dim": 36, "offset_groups": 8}, "conv_dim is 36; it must be a multiple of offset_groups (8)"),
         (SMALL[3], {"num_layers": 0}, "num_layers is 0; it must be at least 1"),
         (SMALL[1], {"mask_dim": 0}, "mask_dim is 0; it must be at least 1"),
     ],

@@ -57,7 +57,7 @@ def test_a_file_for_the_authors_has_no_frozen_backbone_and_comes_back(name, tmp_
     assert not any("encoder" in name for name in names)
     assert names < torch.load(whole, weights_only=True).keys()
     assert count_classes(head) == 4
-    with pytest.raises(WeightsError, match="does not say where its backbone comes from"):
+    with pytest.raises(WeightsError, match="the recipe names no backbone weights"):
         build_with_weights(frozen, head)
     again, report = build_with_weights(free, whole)
     assert report.complete
@@ -79,5 +79,5 @@ def timm_names(state):
 
 def test_hugging_face_has_no_such_model(tmp_path):
     model, config = model_of(), config_of()
-    with pytest.raises(WeightsError, match=r"kind is upscale; Hugging Face's Mask2Former has ms_deform_attn only"):
+    with pytest.raises(WeightsError, match=r"kind is upscale; Hugging Face's Mask2Former supports only ms_deform_attn"):
         export_hugging_face(model, config, tmp_path, ["a", "b", "c", "d"])

@@ -101,7 +101,7 @@ def test_weights_in_several_files_are_fetched_whole(hub, model):
 
 def test_a_model_without_safetensors_is_refused(hub, model):
     (model / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"has neither model.safetensors nor .*other files may hold code"):
+    with pytest.raises(WeightsError, match=r"has neither model.safetensors nor .*other files may contain code"):
         hub_folder(ADDRESS)
     assert hub.fetched == ["config.json"]
 
@@ -124,7 +124,7 @@ def test_offline_mode_takes_the_cache_and_asks_nobody(hub, monkeypatch):
     asked = len(hub.requests)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert hub_folder(f"{ADDRESS}@{COMMIT}") == hub_folder(ADDRESS) == folder
-    with pytest.raises(WeightsError, match="which the cache lacks, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(WeightsError, match="which is not in the cache, and HF_HUB_OFFLINE is set"):
         hub_folder("hub:someone/else")
     assert len(hub.requests) == asked
 

@@ -232,7 +232,7 @@ def test_a_model_with_other_heads_is_told_the_settings(encoded, pixel_decoder, d
     kind = "{kind: transformer_fpn, num_layers: 2}" if encoded else "{kind: fpn}"
     with pytest.raises(WeightsError) as caught:
         load_weights(model, official_heads(encoded, CHANNELS))
-    assert "the given state dict holds a MaskFormer, whose heads have" in str(caught.value)
+    assert "the given state dict is a MaskFormer; its heads have" in str(caught.value)
     assert str(caught.value).endswith(
         f"set model.pixel_decoder to {kind} and model.transformer_decoder to {{kind: standard, num_layers: 2}}"
     )
@@ -242,8 +242,8 @@ def test_a_model_with_other_heads_is_told_the_settings(encoded, pixel_decoder, d
 @pytest.mark.parametrize(
     ("add", "drop", "lacking"),
     [
-        ("predictor.weight", "predictor.", r"classes of pixels instead of masks \(PerPixelBaselineHead\)"),
-        ("predictor.transformer.x", "predictor.class_embed.", "classes of pixels instead of masks"),
+        ("predictor.weight", "predictor.", r"per-pixel classification instead of masks \(PerPixelBaselineHead\)"),
+        ("predictor.transformer.x", "predictor.class_embed.", "per-pixel classification instead of masks"),
         ("predictor.transformer.encoder.layers.0.norm1.weight", "-", r"encoder inside the predictor .*ENC_LAYERS"),
         ("pixel_decoder.transformer.encoder.norm.weight", "-", r"LayerNorms before the blocks .*PRE_NORM"),
         ("predictor.transformer.x", "predictor.transformer.decoder.layers.0.self_attn.", "without self-attention"),
@@ -253,6 +253,6 @@ def test_relatives_that_ours_lacks_are_named(add, drop, lacking):
     state = official_heads(True, CHANNELS)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(f"sem_seg_head.{drop}")}
     with pytest.raises(
-        WeightsError, match=f"the given state dict: .* a model of MaskFormer's code with .*{lacking}.*no such model"
+        WeightsError, match=f"the given state dict: .* a MaskFormer model with .*{lacking}.*does not support"
     ):
         load_weights(maskformer(ENCODED), kept | {f"sem_seg_head.{add}": torch.zeros(1)})

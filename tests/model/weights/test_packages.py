@@ -62,7 +62,7 @@ def test_another_file_in_the_package_is_refused(monkeypatch, tmp_path):
     file.write_bytes(b"other")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    with pytest.raises(ConfigError, match="is not the file that this program knows"):
+    with pytest.raises(ConfigError, match="is missing or not the expected file"):
         weights_path(LITE0)
 
 
@@ -71,7 +71,7 @@ def test_another_file_in_the_package_is_refused(monkeypatch, tmp_path):
     [
         (TimmBackboneConfig(weights=LITE0), r"belongs to tf_efficientnet_lite0; set model.backbone to \{kind: timm"),
         (SwinBackboneConfig(weights=LITE0), "belongs to tf_efficientnet_lite0"),
-        (TimmBackboneConfig(weights="package:resnet"), "is not known; there is package:efficientnet-lite0"),
+        (TimmBackboneConfig(weights="package:resnet"), "is not known; available: package:efficientnet-lite0"),
     ],
 )
 def test_weights_of_another_backbone_are_refused(backbone, message):

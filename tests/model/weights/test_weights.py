@@ -244,7 +244,7 @@ def test_another_architecture_is_refused_and_nothing_is_loaded(small):
 
 
 def test_weights_of_another_model_are_refused(small):
-    with pytest.raises(WeightsError, match="no weight of this model; its first names are conv1, fc"):
+    with pytest.raises(WeightsError, match="no weights of this model; its first names are conv1, fc"):
         load_weights(small, {"conv1": torch.zeros(1), "fc": torch.zeros(1)})
 
 
