@@ -97,12 +97,12 @@ def blocked(program):
     return f"import sys\nsys.modules |= dict.fromkeys({ABSENT!r})\nRECIPE = {RECIPE!r}\n{program}"
 
 
-def test_what_the_base_offers_works_without_the_packages_of_training(tmp_path):
+def test_base_features_work_without_training_packages(tmp_path):
     done = run(tmp_path, blocked(PROGRAM))
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["done"]), done.stderr
 
 
-def test_a_verb_that_lacks_its_extra_says_so_in_a_line(tmp_path):
+def test_verb_without_its_extra_names_the_extra(tmp_path):
     program = """
     import contextlib
     import io
@@ -125,7 +125,7 @@ def test_a_verb_that_lacks_its_extra_says_so_in_a_line(tmp_path):
     assert done.stdout.splitlines() == expected, done.stderr
 
 
-def test_the_extras_bring_what_the_base_lacks():
+def test_extras_contain_the_packages_missing_in_base():
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     extras, base = project["optional-dependencies"], " ".join(project["dependencies"])
     for package, extra in EXTRA_OF.items():
@@ -137,7 +137,7 @@ def test_the_extras_bring_what_the_base_lacks():
 
 
 @pytest.mark.slow
-def test_the_wheel_in_an_environment_of_the_base_alone(tmp_path):
+def test_wheel_works_in_an_environment_with_base_packages_only(tmp_path):
     """A fresh environment that finds the base's packages, each by a link, and m2f from its wheel."""
     wheel = build(copy_tree(tmp_path / "tree"), "wheel", tmp_path / "built")
     home = tmp_path / "environment"

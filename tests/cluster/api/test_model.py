@@ -59,7 +59,7 @@ def written(scenes, tmp_path_factory):
     return output
 
 
-def test_segments_equal_those_of_the_verb(painted, scenes, written):
+def test_segments_equal_those_of_m2f_predict(painted, scenes, written):
     document = json.loads((written / "panoptic/panoptic.json").read_text())
     results = painted.predict(scenes / "images")
     assert len(results) == len(document["annotations"]) == 5
@@ -75,7 +75,7 @@ def test_segments_equal_those_of_the_verb(painted, scenes, written):
         assert ((result.semantic == -1) == (result.panoptic == 0)).all()
 
 
-def test_detections_equal_those_of_the_verb(painted, scenes, written):
+def test_detections_equal_those_of_m2f_predict(painted, scenes, written):
     stored = json.loads((written / "instance/instances.json").read_text())
     boxes = json.loads((written / "instance/boxes.json").read_text())
     results = painted.predict([scenes / "images"], task="instance")
@@ -91,7 +91,7 @@ def test_detections_equal_those_of_the_verb(painted, scenes, written):
         _ = results[0].panoptic
 
 
-def test_label_maps_equal_those_of_the_verb(painted, scenes, written):
+def test_label_maps_equal_those_of_m2f_predict(painted, scenes, written):
     for result in painted.predict(str(scenes / "images/*.png"), task="semantic"):
         stored = decode_index_png((written / "semantic/labels" / f"{result.source[-6:-4]}.png").read_bytes())
         ids = np.array([category.id for category in CLASSES])
@@ -102,7 +102,7 @@ def test_label_maps_equal_those_of_the_verb(painted, scenes, written):
         assert all("score" not in entry for entry in result.to_coco())
 
 
-def test_results_are_results_of_coco(painted, scenes):
+def test_to_coco_is_accepted_by_pycocotools(painted, scenes):
     truth = COCO()
     truth.dataset = {
         "images": [{"id": 7, "height": 64, "width": 96}],
@@ -119,7 +119,7 @@ def test_results_are_results_of_coco(painted, scenes):
 # Forms of images
 
 
-def test_every_form_of_an_image_gives_the_same(painted, scenes):
+def test_all_image_types_give_the_same_prediction(painted, scenes):
     path = image_of(scenes)
     expected = painted.predict(path)
     rgb = np.asarray(Image.open(path))
@@ -135,7 +135,7 @@ def test_every_form_of_an_image_gives_the_same(painted, scenes):
     assert painted.predict([]) == []
 
 
-def test_a_turned_photo_is_predicted_as_a_viewer_shows_it(painted, scenes, tmp_path):
+def test_exif_orientation_is_applied(painted, scenes, tmp_path):
     turned = Image.open(image_of(scenes))
     exif = turned.getexif()
     exif[0x0112] = 6
@@ -160,7 +160,7 @@ def test_a_turned_photo_is_predicted_as_a_viewer_shows_it(painted, scenes, tmp_p
         ("nowhere.jpg", "nowhere.jpg: no such image"),
     ],
 )
-def test_what_is_no_image_is_refused_by_name(painted, image, message):
+def test_invalid_images_are_rejected_with_their_name(painted, image, message):
     with pytest.raises(m2f.UserError, match=message):
         painted.predict(image)
 
@@ -174,12 +174,12 @@ def test_what_is_no_image_is_refused_by_name(painted, image, message):
         ({"channels": "hsv"}, "channels is 'hsv'"),
     ],
 )
-def test_wrong_options_are_refused_by_name(painted, options, message):
+def test_invalid_options_are_rejected_with_their_name(painted, options, message):
     with pytest.raises(m2f.UserError, match=message):
         painted.predict(np.zeros((4, 5, 3), np.uint8), **options)
 
 
-def test_a_broken_file_is_named(painted, tmp_path):
+def test_broken_image_file_is_named(painted, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(m2f.UserError, match=r"broken\.jpg"):
         painted.predict(tmp_path)
@@ -196,14 +196,14 @@ def test_the_overlay_has_the_size_of_the_image(painted, scenes):
     assert result._repr_png_().startswith(b"\x89PNG")
 
 
-def test_min_score_is_that_of_the_verb(painted, scenes):
+def test_min_score_filters_detections(painted, scenes):
     everything = painted.predict(image_of(scenes), task="instance")
     few = painted.predict(image_of(scenes), task="instance", min_score=0.6)
     assert 0 < len(few) < len(everything)
     assert few.scores.tolist() == [score for score in everything.scores if score >= 0.6]
 
 
-def test_detections_of_supervision_where_it_is_installed(painted, scenes, monkeypatch):
+def test_to_supervision_returns_detections_if_the_package_is_installed(painted, scenes, monkeypatch):
     result = painted.predict(image_of(scenes))
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(m2f.UserError, match="pip install supervision"):
@@ -215,7 +215,7 @@ def test_detections_of_supervision_where_it_is_installed(painted, scenes, monkey
     assert found["data"]["class_name"].tolist() == result.class_names
 
 
-def test_a_result_without_objects_is_whole(painted):
+def test_result_without_objects_is_valid(painted):
     nothing = painted.predict(np.zeros((40, 50, 3), np.uint8), min_score=1.0)
     assert (len(nothing), nothing.masks.shape, nothing.boxes.shape) == (0, (0, 40, 50), (0, 4))
     assert (nothing.to_coco(), nothing.class_names) == ([], [])
@@ -240,7 +240,7 @@ def places(tmp_path_factory):
     return folder
 
 
-def test_a_folder_of_hugging_face_and_an_official_file_are_one_model(places, scenes):
+def test_hugging_face_folder_and_official_file_give_the_same_predictions(places, scenes):
     theirs = m2f.load(places / "theirs", device="cpu")
     official = m2f.load(places / "official.pth", recipe=places / "recipe.yaml")
     assert theirs.names == ("person", "sky", "tree")
@@ -250,13 +250,13 @@ def test_a_folder_of_hugging_face_and_an_official_file_are_one_model(places, sce
     assert (first.masks == second.masks).all()
 
 
-def test_settings_change_the_recipe(places):
+def test_load_applies_settings_to_the_recipe(places):
     settings = {"evaluation.shortest_edge": 32, "evaluation.test_time": {"kind": "whole"}}
     model = m2f.load(places / "official.pth", recipe=places / "recipe.yaml", settings=settings)
     assert model._trained.evaluation.shortest_edge == 32
 
 
-def test_the_users_threads_stay_as_they_are(places):
+def test_number_of_torch_threads_is_restored(places):
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
@@ -275,7 +275,7 @@ def test_the_users_threads_stay_as_they_are(places):
         ({"source": "official.pth", "recipe": "x.yaml", "checkpoint": 3}, "checkpoint is 3, but recipe is also set"),
     ],
 )
-def test_what_cannot_be_loaded_is_said(places, monkeypatch, options, message):
+def test_load_errors_name_the_cause(places, monkeypatch, options, message):
     monkeypatch.chdir(places)
     with pytest.raises(m2f.UserError, match=message):
         m2f.load(**options)

@@ -87,7 +87,7 @@ def tiny_recipe(folder):
 # Data sets
 
 
-def test_arrays_become_shards_that_hold_them(scenes, tmp_path):
+def test_panoptic_arrays_are_written_as_shards(scenes, tmp_path):
     data = panoptic_set(scenes)
     assert data.write(tmp_path / "shards") == data.write(tmp_path / "shards") == 8
     assert verify(str(tmp_path / "shards"), Storage(), "full").faults == ()
@@ -100,7 +100,7 @@ def test_arrays_become_shards_that_hold_them(scenes, tmp_path):
         panoptic_set(scenes[:7]).write(tmp_path / "shards")
 
 
-def test_label_maps_and_instances_become_shards(scenes, tmp_path):
+def test_label_maps_and_instances_are_written_as_shards(scenes, tmp_path):
     images = [image for image, _ in scenes]
     maps = [np.where(ids == 0, 255, np.minimum(ids, 2) - 1).astype(np.uint8) for _, ids in scenes]
     assert m2f.Dataset(images, maps, ["ground", "box"]).write(tmp_path / "maps") == 8
@@ -133,7 +133,7 @@ def test_label_maps_and_instances_become_shards(scenes, tmp_path):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(scenes, tmp_path, change, message):
+def test_invalid_annotations_are_rejected_with_their_position(scenes, tmp_path, change, message):
     data = panoptic_set(scenes[:2])
     values = {name: getattr(data, name) for name in ("images", "annotations", "names", "is_thing")}
     with pytest.raises(m2f.UserError, match=message):
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_named(scenes, tmp_path, change, message):
 # Recipes as dictionaries
 
 
-def test_a_dictionary_is_the_recipe_that_yaml_would_be(tmp_path, monkeypatch):
+def test_dictionary_recipe_equals_the_yaml_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe_of_tree(tiny_recipe(tmp_path))))
@@ -157,14 +157,14 @@ def test_a_dictionary_is_the_recipe_that_yaml_would_be(tmp_path, monkeypatch):
     assert (changed.name, changed.training.optimizer.lr) == ("off", 2e-4)
 
 
-def test_problems_of_a_dictionary_are_all_named():
+def test_all_problems_of_a_dictionary_recipe_are_reported():
     with pytest.raises(m2f.UserError, match=r"(?s)the recipe: \d problems.*training.max_stepz.*did you mean"):
         m2f.train({"name": "x", "output": "y", "training": {"max_stepz": 3}})
     with pytest.raises(m2f.UserError, match="can be set"):
         m2f.train({"name": object()})
 
 
-def test_shards_that_are_missing_are_written_once(tmp_path):
+def test_missing_shards_are_written_once(tmp_path):
     recipe = tiny_recipe(tmp_path)
     recipe["data"]["train"] = [{"dataset": "val"}]
     recipe["evaluation"]["sets"] = [{"dataset": "val"}]
@@ -181,7 +181,7 @@ def test_shards_that_are_missing_are_written_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_from_arrays_has_metrics_checkpoints_and_a_model(scenes, tmp_path, monkeypatch):
+def test_run_from_arrays_has_metrics_checkpoints_and_a_model(scenes, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

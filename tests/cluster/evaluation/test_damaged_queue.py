@@ -86,7 +86,7 @@ def run(tmp_path) -> Run:
         '[{"step": 4, "checkpoint": "c", "queued_ms": 1, "metrics": 7}]',
     ],
 )
-def test_verbs_that_only_read_a_damaged_queue_say_what_repairs_it(tmp_path, content):
+def test_reading_a_damaged_queue_raises_an_error_with_the_remedy(tmp_path, content):
     path = tmp_path / "queue.json"
     path.write_text(content)
     with pytest.raises(
@@ -95,7 +95,7 @@ def test_verbs_that_only_read_a_damaged_queue_say_what_repairs_it(tmp_path, cont
         read_entries(Storage(), str(path))
 
 
-def test_a_whole_queue_and_none_are_left_alone(run):
+def test_intact_and_missing_queues_are_not_rebuilt(run):
     assert restore_queue(run.config, run.storage) is None
     assert not run.storage.exists(queue_url(run.config))
     run.commit(10, "aa")
@@ -105,7 +105,7 @@ def test_a_whole_queue_and_none_are_left_alone(run):
     assert run.storage.get(queue_url(run.config)) == before
 
 
-def test_results_of_the_same_weights_are_published_and_the_rest_waits(run):
+def test_rebuilt_queue_publishes_results_of_the_same_weights_and_queues_the_rest(run):
     run.commit(10, "aa")
     run.evaluate(10, "aa", 41.0)
     run.commit(20, "bb")
@@ -126,7 +126,7 @@ def test_results_of_the_same_weights_are_published_and_the_rest_waits(run):
     assert [entry.step for entry in queue.entries()] == [10, 20, 30, 40]
 
 
-def test_a_deleted_checkpoint_is_published_where_its_step_was_committed_once(run):
+def test_deleted_checkpoint_with_results_is_published_if_its_step_was_committed_once(run):
     run.delete(run.commit(10, "aa"))
     run.evaluate(10, "aa", 41.0)
     run.delete(run.commit(20, "bb"))
@@ -138,7 +138,7 @@ def test_a_deleted_checkpoint_is_published_where_its_step_was_committed_once(run
     assert read_entries(run.storage, queue_url(run.config))[1].detail == DELETED
 
 
-def test_a_step_that_was_committed_again_replaces_the_points_of_the_first_commit(run):
+def test_step_committed_again_replaces_metrics_of_the_withdrawn_commit(run):
     url = run.commit(10, "aa")
     run.evaluate(10, "aa", 41.0)
     withdraw_commit(run.storage, url)
@@ -152,7 +152,7 @@ def test_a_step_that_was_committed_again_replaces_the_points_of_the_first_commit
     assert queue.replaces(again)
 
 
-def test_with_the_policy_latest_only_newer_checkpoints_wait_again(run):
+def test_policy_latest_queues_only_checkpoints_newer_than_the_published_ones(run):
     config = parse_recipe(RECIPE, [f"output={run.config.output}", "evaluation.policy=latest"])
     for step, sha256 in ((10, "aa"), (20, "bb"), (30, "cc")):
         run.commit(step, sha256)
@@ -164,7 +164,7 @@ def test_with_the_policy_latest_only_newer_checkpoints_wait_again(run):
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"metrics": 3}', '{"settings": 4, "metrics": {}}'])
-def test_damaged_results_are_made_again(run, content):
+def test_checkpoint_with_damaged_results_is_queued_again(run, content):
     run.commit(10, "aa")
     run.evaluate(10, "aa", 41.0)
     run.storage.put(join(run.config.run_folder, place_of(10), "val", "results.json"), content.encode())

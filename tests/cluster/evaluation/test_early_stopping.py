@@ -41,12 +41,12 @@ def ledger(*values):
         ((30.0, float("nan"), 20.0, 20.0), 40),
     ],
 )
-def test_the_run_ends_when_patience_is_over(values, step):
+def test_run_stops_when_patience_is_exhausted(values, step):
     found = early_stop(CONFIG, ledger(*values))
     assert (found and found.step) == step
 
 
-def test_the_reason_is_one_line_with_the_best_value():
+def test_reason_names_the_best_value_and_the_patience():
     found = early_stop(CONFIG, ledger(30.0, 20.0, 20.0))
     assert found.reason == (
         "val/PQ has not risen above 30.00 (step 10) by more than 1 in 2 evaluations "
@@ -60,13 +60,13 @@ def test_failed_dropped_and_withdrawn_checkpoints_do_not_count():
 
 
 @given(st.lists(st.floats(0, 100), max_size=12), st.lists(st.booleans(), min_size=12, max_size=12))
-def test_the_answer_does_not_depend_on_what_is_known_first(values, known):
+def test_decision_does_not_depend_on_the_order_of_results(values, known):
     entries = ledger(*values)
     partly = [e if done else dataclasses.replace(e, status="waiting") for e, done in zip(entries, known, strict=False)]
     assert early_stop(CONFIG, partly) in (None, early_stop(CONFIG, entries))
 
 
-def test_a_metric_that_no_evaluation_has_is_said_with_those_that_it_has():
+def test_unknown_metric_is_reported_with_the_available_ones():
     assert unknown_metric(CONFIG, []) is None
     assert unknown_metric(CONFIG, ledger(1.0)) is None
     said = unknown_metric(CONFIG, [entry(1, 1.0, metric="val/mIoU")])
@@ -83,12 +83,12 @@ def test_a_metric_that_no_evaluation_has_is_said_with_those_that_it_has():
         ("{max_steps: 3, early_stopping: {metrc: val/PQ}}", "did you mean `metric`"),
     ],
 )
-def test_mistakes_in_when_a_run_ends_are_named(training, message):
+def test_invalid_run_length_and_early_stopping_settings_are_named(training, message):
     with pytest.raises(ConfigError, match=message):
         parse_recipe(f"{RECIPE}training: {training}\n")
 
 
-def test_a_run_without_evaluations_cannot_end_early():
+def test_early_stopping_requires_evaluation_sets():
     recipe = f"{RECIPE}training: {{max_steps: 3, early_stopping: {{metric: val/PQ}}}}\nevaluation: {{sets: []}}\n"
     with pytest.raises(ConfigError, match="no such set, as it is empty"):
         parse_recipe(recipe)

@@ -32,7 +32,7 @@ def statuses(source) -> dict[int, str]:
     return {e.step: e.status for e in source}
 
 
-def test_a_commit_is_queued_once_and_survives_its_process(tmp_path):
+def test_commit_is_queued_once_and_waits_again_after_a_crash(tmp_path):
     queue = queue_in(tmp_path)
     queue.update(commits_of(20))
     queue.update(commits_of(10, 20))
@@ -44,7 +44,7 @@ def test_a_commit_is_queued_once_and_survives_its_process(tmp_path):
     assert again.entries()[0].queued_ms == running.queued_ms
 
 
-def test_a_step_that_is_committed_again_is_evaluated_again(tmp_path):
+def test_step_committed_again_is_evaluated_again(tmp_path):
     queue = queue_in(tmp_path)
     queue.update(commits_of(10, 20, 30))
     first, _ = queue.take("every")
@@ -66,7 +66,7 @@ def test_a_step_that_is_committed_again_is_evaluated_again(tmp_path):
     ]
 
 
-def test_a_commit_of_the_same_bytes_after_a_damaged_checkpoint_counts_again(tmp_path):
+def test_recommit_of_the_same_bytes_undoes_the_withdrawal(tmp_path):
     queue = queue_in(tmp_path)
     queue.update(commits_of(10, 20))
     first, _ = queue.take("every")
@@ -78,7 +78,7 @@ def test_a_commit_of_the_same_bytes_after_a_damaged_checkpoint_counts_again(tmp_
     assert queue.entries()[0].metrics == {"val/PQ": 1.0}
 
 
-def test_entries_of_version_0_1_are_known_by_their_checkpoint_also_in_a_moved_run(tmp_path):
+def test_entries_of_version_0_1_are_matched_by_checkpoint_name_in_a_moved_run(tmp_path):
     rows = [asdict(Entry(step, f"/old/c/{step}", 5, "published")) for step in (10, 20)]
     for row in rows:
         del row["commit"]
@@ -92,7 +92,7 @@ def test_entries_of_version_0_1_are_known_by_their_checkpoint_also_in_a_moved_ru
     assert len(read_entries(Storage(), f"{tmp_path}/queue.json")) == 2
 
 
-def test_latest_drops_what_is_stale(tmp_path):
+def test_policy_latest_drops_older_waiting_entries(tmp_path):
     queue = queue_in(tmp_path)
     queue.update(commits_of(10, 20, 30))
     entry, dropped = queue.take("latest")
@@ -107,13 +107,13 @@ def test_latest_drops_what_is_stale(tmp_path):
     }
 
 
-def test_a_damaged_queue_is_named(tmp_path):
+def test_damaged_queue_raises_an_error_with_its_path(tmp_path):
     (tmp_path / "queue.json").write_text("[1, 2")
     with pytest.raises(EvaluationError, match=r"queue\.json is not a valid evaluation queue"):
         queue_in(tmp_path)
 
 
-def test_every_checkpoint_is_evaluated_once_and_a_failure_fails_alone(tmp_path):
+def test_every_checkpoint_is_evaluated_once_and_a_failure_affects_only_its_entry(tmp_path):
     seen: list[int] = []
     released: list[int] = []
 
@@ -144,7 +144,7 @@ def test_every_checkpoint_is_evaluated_once_and_a_failure_fails_alone(tmp_path):
     assert manager.status().current is None
 
 
-def test_the_status_does_not_wait_for_an_evaluation(tmp_path):
+def test_status_does_not_wait_for_the_running_evaluation(tmp_path):
     gate = threading.Event()
     manager = EvaluationManager(
         queue_in(tmp_path),
@@ -159,7 +159,7 @@ def test_the_status_does_not_wait_for_an_evaluation(tmp_path):
     manager.close()
 
 
-def test_a_new_manager_takes_over_the_stored_queue(tmp_path):
+def test_new_manager_continues_the_stored_queue(tmp_path):
     queue = queue_in(tmp_path)
     queue.update(commits_of(10, 20))
     entry, _ = queue.take("every")
@@ -197,7 +197,7 @@ class RefusingStorage(Storage):
         super().put(url, data, if_absent)
 
 
-def test_a_change_that_the_storage_refuses_has_not_happened(tmp_path):
+def test_failed_write_leaves_the_queue_unchanged(tmp_path):
     storage = RefusingStorage()
     queue = EvaluationQueue(storage, f"{tmp_path}/queue.json")
     storage.refusals = 1
@@ -212,7 +212,7 @@ def test_a_change_that_the_storage_refuses_has_not_happened(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["taking", "publishing"])
-def test_an_outage_of_the_storage_delays_and_loses_nothing(tmp_path, monkeypatch, when):
+def test_storage_error_delays_evaluations_without_losing_any(tmp_path, monkeypatch, when):
     monkeypatch.setattr("m2f.cluster.evaluation.manager.RETRY_S", 0.01)
     storage, evaluated = RefusingStorage(), []
     queue = EvaluationQueue(storage, f"{tmp_path}/queue.json")
@@ -231,7 +231,7 @@ def test_an_outage_of_the_storage_delays_and_loses_nothing(tmp_path, monkeypatch
     assert statuses(read_entries(Storage(), f"{tmp_path}/queue.json")) == {10: "published"}
 
 
-def test_the_best_checkpoint_so_far_is_kept(tmp_path):
+def test_best_checkpoint_stays_pinned(tmp_path):
     storage, entries = Storage(), []
     for step, value in ((4, 20.0), (8, 30.0), (12, 10.0), (16, 40.0)):
         url = checkpoint_url(str(tmp_path), step)
@@ -246,7 +246,7 @@ def test_the_best_checkpoint_so_far_is_kept(tmp_path):
     assert pins(storage, entries[3].checkpoint) == (BEST_PIN,)
 
 
-def test_an_evaluation_that_ends_for_an_outage_is_done_again(tmp_path, monkeypatch):
+def test_evaluation_interrupted_by_an_outage_is_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr("m2f.cluster.evaluation.manager.RETRY_S", 0.01)
     outages = [OutageError("s3://b/k: no answer")] * 2
 

@@ -11,7 +11,7 @@ from m2f.eval.errors import EvaluationError
 from tests.waiting import wait_until
 
 
-def test_a_batch_is_entered_once():
+def test_batch_result_is_used_once():
     ledger = BatchLedger([0, 1])
     assert [ledger.take(idle=True), ledger.take(idle=False), ledger.take(idle=True)] == [0, 1, None]
     assert ledger.finish(0)
@@ -23,7 +23,7 @@ def test_a_batch_is_entered_once():
     assert ledger.done == {0, 1}
 
 
-def test_a_batch_that_failed_waits_for_an_idle_actor():
+def test_failed_batch_waits_for_an_idle_actor():
     ledger = BatchLedger([7])
     ledger.take(idle=True)
     ledger.fail(7, "died")
@@ -31,7 +31,7 @@ def test_a_batch_that_failed_waits_for_an_idle_actor():
     assert ledger.take(idle=True) == 7
 
 
-def test_a_poison_batch_is_named():
+def test_poison_batch_is_named_in_the_error():
     ledger = BatchLedger([7], max_attempts=2)
     ledger.take(idle=True)
     ledger.fail(7, "died")
@@ -93,7 +93,7 @@ def results_of(pool: EvaluationPool, task: str, count: int) -> dict[int, bytes]:
 
 
 @pytest.mark.cluster
-def test_results_do_not_depend_on_actors_that_die_five_times(pool, folder):
+def test_five_actor_deaths_do_not_change_results(pool, folder):
     expected = {batch: str(batch**2).encode() for batch in range(20)}
     assert results_of(pool, "calm", 20) == expected
     for batch in (3, 4, 7, 11, 15):
@@ -103,7 +103,7 @@ def test_results_do_not_depend_on_actors_that_die_five_times(pool, folder):
 
 
 @pytest.mark.cluster
-def test_a_batch_that_kills_its_actor_fails_the_evaluation_and_the_pool_lives_on(pool, folder):
+def test_batch_that_kills_its_actor_fails_the_evaluation_and_the_pool_stays_usable(pool, folder):
     (folder / "poison_dies_5").touch()
     with pytest.raises(EvaluationError, match="batch 5 failed 3 times, last error: its actor died"):
         results_of(pool, "poison", 8)
@@ -114,7 +114,7 @@ def test_a_batch_that_kills_its_actor_fails_the_evaluation_and_the_pool_lives_on
 
 
 @pytest.mark.cluster
-def test_an_actor_that_hangs_is_replaced(pool, folder):
+def test_hung_actor_is_replaced(pool, folder):
     expected = {batch: str(batch**2).encode() for batch in range(12)}
     for batch in (2, 9):
         (folder / f"stuck_hangs_once_{batch}").touch()
@@ -126,7 +126,7 @@ def test_an_actor_that_hangs_is_replaced(pool, folder):
 
 
 @pytest.mark.cluster
-def test_a_batch_on_which_actors_hang_is_named(pool, folder, monkeypatch):
+def test_batch_on_which_actors_hang_is_named_in_the_error(pool, folder, monkeypatch):
     monkeypatch.setattr(pool, "_hang_s", 1.5)
     (folder / "tar_hangs_4").touch()
     with pytest.raises(

@@ -80,7 +80,7 @@ def small(tmp_path, monkeypatch):
     return config, str(tmp_path / "weights.safetensors")
 
 
-def test_fixed_and_worst_images_tables_and_the_page(small):
+def test_result_files_contain_panels_worst_images_tables_and_report(small):
     config, weights = small
     pool = PoolHere(config)
     whole, subset, scaled = evaluate_sets(config, pool, weights, 7, lambda *_: None)
@@ -112,7 +112,7 @@ def test_fixed_and_worst_images_tables_and_the_page(small):
     assert found == errors["outcomes"]["found"] == sum(r["TP"] for r in json.loads(files["results.json"])["per_class"])
 
 
-def test_no_panels_means_no_pictures(small):
+def test_panels_0_writes_no_pictures(small):
     config, weights = small
     config = replace(config, evaluation=replace(config.evaluation, panels=0))
     pool = PoolHere(config)
@@ -121,7 +121,7 @@ def test_no_panels_means_no_pictures(small):
     assert [task.drawn for task, _ in pool.calls] == [(), (), ()]
 
 
-def test_few_images_are_evaluated_without_starting_ray(small, monkeypatch):
+def test_few_images_are_evaluated_without_ray(small, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("Ray was started")
 
@@ -136,7 +136,7 @@ def test_few_images_are_evaluated_without_starting_ray(small, monkeypatch):
         offline.evaluate_checkpoint(config, weights)
 
 
-def test_the_batch_size_changes_nothing_but_rounding(small):
+def test_batch_size_changes_metrics_only_by_rounding(small):
     config, weights = small
     config = replace(config, evaluation=replace(config.evaluation, sets=config.evaluation.sets[:1], panels=0))
     results = []
@@ -148,7 +148,7 @@ def test_the_batch_size_changes_nothing_but_rounding(small):
     assert results[1] == pytest.approx(results[0], abs=0.05)
 
 
-def test_results_of_other_settings_or_weights_get_a_name_of_their_own(small, tmp_path):
+def test_results_with_other_settings_or_weights_get_a_separate_name(small, tmp_path):
     config, weights = small
     config = replace(config, evaluation=replace(config.evaluation, sets=config.evaluation.sets[:1], panels=0))
 

@@ -133,7 +133,7 @@ def by_name(results):
 @pytest.mark.parametrize(
     ("name", "categories"), [("turned", REVERSED), ("renumbered", RENUMBERED), ("recoloured", RECOLOURED)]
 )
-def test_the_same_classes_give_the_same_numbers(world, expected, name, categories):
+def test_reordered_renumbered_and_recoloured_classes_give_the_same_metrics(world, expected, name, categories):
     found = world.evaluate(world.add(name, categories))
     assert 5 < expected.metrics()["PQ"] < 95
     assert found.metrics() == pytest.approx(expected.metrics(), abs=1e-9)
@@ -142,7 +142,7 @@ def test_the_same_classes_give_the_same_numbers(world, expected, name, categorie
     world.check(name)
 
 
-def test_a_model_with_more_classes_is_evaluated_on_the_common_ones(world, expected):
+def test_model_with_additional_class_is_evaluated_on_common_classes(world, expected):
     """The model knows buoys, the set does not: numbers of the others are those of the model alone."""
     whole = by_name(expected)
     name = world.write("less", without_buoys(world))
@@ -159,7 +159,7 @@ def test_a_model_with_more_classes_is_evaluated_on_the_common_ones(world, expect
     world.check("less")
 
 
-def test_a_model_without_a_class_of_the_set_is_evaluated_on_the_others(world, expected, monkeypatch):
+def test_model_without_a_class_of_the_set_is_evaluated_on_the_others(world, expected, monkeypatch):
     """Logits of sea, boat and sky only; buoys of the set have no label then."""
 
     class WithoutBuoys(Reader):
@@ -185,7 +185,7 @@ def test_a_model_without_a_class_of_the_set_is_evaluated_on_the_others(world, ex
         ("named", {"name": "float"}, r"the model: id 7 'buoy' \(thing\); named: id 7 'float' \(thing\)"),
     ],
 )
-def test_contradictions_are_refused_with_both_rows(world, name, changed, rows):
+def test_contradicting_classes_are_rejected_with_both_definitions(world, name, changed, rows):
     document = {**world.document, "categories": [*CATEGORIES[:3], CATEGORIES[3] | changed]}
     world.write(name, document)
     with pytest.raises(DataError, match=rows):
@@ -194,14 +194,14 @@ def test_contradictions_are_refused_with_both_rows(world, name, changed, rows):
         world.check(name)
 
 
-def test_old_weights_have_the_classes_of_the_training_data(world, expected):
+def test_weights_without_identity_use_the_classes_of_the_training_data(world, expected):
     old = str(world.folder / "old.safetensors")
     save_file({"a": torch.zeros(1)}, old)
     world.add("turned_again", REVERSED)
     assert world.evaluate("turned_again", old).metrics() == pytest.approx(expected.metrics(), abs=1e-9)
 
 
-def test_weights_of_another_task_or_model_are_named(world):
+def test_weights_of_another_task_or_model_are_rejected(world):
     other = parse_recipe(RECIPE.format(folder=world.folder), ["data.task=semantic", "evaluation.tasks=[semantic]"])
     path = str(world.folder / "other.safetensors")
     save_file({"a": torch.zeros(1)}, path, metadata={METADATA_KEY: identity_of(other, CLASSES).to_json()})

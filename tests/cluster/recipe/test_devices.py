@@ -73,7 +73,7 @@ def recipe(workers=AUTO, gpus=AUTO, evaluating=AUTO, actors=1, sets=True, precis
         ({"gpus": 2}, [H100] * 4, 2, 2, 0, "bf16_autocast"),
     ],
 )
-def test_what_auto_means(settings, gpus, workers, each, actor, precision):
+def test_auto_resolves_workers_gpus_and_precision(settings, gpus, workers, each, actor, precision):
     settled = settle(recipe(**settings), SeenDevices(tuple(gpus))).config
     assert settled.cluster.num_workers == workers
     assert settled.cluster.num_gpus_per_worker == each
@@ -97,7 +97,7 @@ def test_what_auto_means(settings, gpus, workers, each, actor, precision):
         ),
     ],
 )
-def test_what_is_warned_of(settings, gpus, warning):
+def test_settle_warns_of_idle_missing_and_unshared_gpus(settings, gpus, warning):
     warnings = settle(recipe(**settings), SeenDevices(tuple(gpus))).warnings
     assert len(warnings) == (warning is not None)
     if warning is not None:
@@ -112,12 +112,12 @@ def test_what_is_warned_of(settings, gpus, warning):
         ({"gpus": 0.5, "workers": 2}, [H100] * 2, "two ranks could share one GPU, which NCCL does not support"),
     ],
 )
-def test_gpus_that_are_not_there_are_refused(settings, gpus, problem):
+def test_missing_and_shared_gpus_are_rejected(settings, gpus, problem):
     with pytest.raises(ConfigError, match=problem):
         settle(recipe(**settings), SeenDevices(tuple(gpus)))
 
 
-def test_a_cluster_may_get_what_it_lacks():
+def test_cluster_that_may_grow_accepts_missing_gpus():
     seen = SeenDevices((), "the Ray cluster has", may_grow=True)
     assert settle(recipe(gpus=1, workers=8), seen).config.cluster.num_workers == 8
     settled = settle(recipe(), seen)
@@ -127,12 +127,12 @@ def test_a_cluster_may_get_what_it_lacks():
     )
 
 
-def test_evaluation_after_the_training_has_the_gpu_to_itself():
+def test_evaluation_after_training_gets_a_whole_gpu():
     settled = settle(recipe(), SeenDevices((H100,)), beside=False).config
     assert (settled.cluster.num_gpus_per_worker, settled.evaluation.num_gpus_per_actor) == (1, 1)
 
 
-def test_a_run_that_goes_on_keeps_its_precision():
+def test_continued_run_keeps_its_precision():
     assert settle(recipe(), SeenDevices((H100,)), "fp32").config.training.precision == "fp32"
     assert settle(recipe(), SeenDevices(), "bf16_autocast").config.training.precision == "bf16_autocast"
     assert settle(recipe(precision="bf16"), SeenDevices(), "fp32").config.training.precision == "bf16"
@@ -147,7 +147,7 @@ def test_a_run_that_goes_on_keeps_its_precision():
         ({"sets": False}, [H100] * 2, "device: 2 workers, one H100 each; precision bf16_autocast"),
     ],
 )
-def test_one_line_says_it(settings, gpus, line):
+def test_devices_are_described_in_one_line(settings, gpus, line):
     assert settle(recipe(**settings), SeenDevices(tuple(gpus))).line == line
 
 
@@ -162,7 +162,7 @@ def test_one_line_says_it(settings, gpus, line):
         ({}, [H100], 8, []),
     ],
 )
-def test_a_run_on_the_cpu_is_told_what_makes_it_faster(settings, gpus, cores, hints):
+def test_run_on_the_cpu_gets_hints_to_make_it_faster(settings, gpus, cores, hints):
     found = settle(recipe(**settings), SeenDevices(tuple(gpus), cores=cores)).hints
     assert len(found) == len(hints)
     for hint, part in zip(found, hints, strict=True):
@@ -179,14 +179,14 @@ def test_a_run_on_the_cpu_is_told_what_makes_it_faster(settings, gpus, cores, hi
         (1.0, [], True, 1, False),
     ],
 )
-def test_an_evaluation_alone_takes_a_gpu_for_each_actor_or_says_that_it_has_none(asked, gpus, may_grow, each, warned):
+def test_evaluation_without_training_uses_one_gpu_per_actor_or_warns(asked, gpus, may_grow, each, warned):
     settled = evaluation_devices(recipe(evaluating=asked), SeenDevices(tuple(gpus), may_grow=may_grow))
     assert settled.config.evaluation.num_gpus_per_actor == each
     assert bool(settled.warnings) == warned
     assert settled.config.cluster == replace(recipe().cluster)
 
 
-def test_the_type_of_a_clusters_gpus_says_what_they_can():
+def test_accelerator_type_determines_compute_capability():
     nodes = [{"CPU": 4.0}, {"GPU": 2.0, "accelerator_type:T4": 1.0}, {"GPU": 1.0}]
     found = gpus_of_nodes(nodes)
     assert [gpu.name for gpu in found] == ["T4", "T4", "GPU"]
@@ -197,20 +197,20 @@ def test_the_type_of_a_clusters_gpus_says_what_they_can():
     ("assigned", "visible", "index"),
     [([0], "0", 0), ([3], "1,3", 1), (["3"], "3, 1", 0), ([2], None, 2), (["GPU-b"], "GPU-a,GPU-b", 1)],
 )
-def test_a_rank_takes_the_gpu_that_ray_gave_to_it(assigned, visible, index):
+def test_rank_uses_the_gpu_assigned_by_ray(assigned, visible, index):
     assert device_index(assigned, visible) == index
 
 
-def test_a_gpu_that_cuda_does_not_show_is_refused():
+def test_assigned_gpu_missing_in_cuda_visible_devices_is_rejected():
     with pytest.raises(ConfigError, match="Ray assigned GPU 2 to a worker, but CUDA_VISIBLE_DEVICES is '0,1'"):
         device_index([2], "0,1")
 
 
-def test_a_share_of_actors_that_leaves_two_ranks_too_little_is_refused():
+def test_actor_share_that_leaves_too_little_gpu_to_ranks_is_rejected():
     with pytest.raises(ConfigError, match=r"num_gpus_per_actor is 0\.5, and 1 actor on the 2 GPUs .* leave 0\.5"):
         settle(recipe(evaluating=0.5), SeenDevices((H100, H100)))
 
 
-def test_an_actor_lies_on_one_gpu():
+def test_actor_does_not_span_several_gpus():
     with pytest.raises(ConfigError, match=r"3 actors on the 2 GPUs of the ranks"):  # two others hold one actor each
         settle(recipe(evaluating=0.6, actors=3, workers=2), SeenDevices((H100,) * 4))

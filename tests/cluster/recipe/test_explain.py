@@ -31,12 +31,12 @@ def _settings(section=RunConfig):
             yield from _settings(inner)
 
 
-def test_every_setting_has_a_text():
+def test_every_setting_has_a_description():
     missing = {f"{section.__name__}.{f.name}" for section, f in _settings() if not field_docs(section).get(f.name)}
     assert not missing, "write a string below these settings, which says what they are"
 
 
-def test_every_number_has_a_range_and_measures_have_units():
+def test_numbers_have_ranges_and_units():
     for section, field in _settings():
         where, allowed = f"{section.__name__}.{field.name}", ranges_of(section).get(field.name)
         words = field.type.replace("[", " ").replace("]", " ").replace(",", " ").split()
@@ -47,7 +47,7 @@ def test_every_number_has_a_range_and_measures_have_units():
                 assert allowed.unit == unit, where
 
 
-def test_the_text_range_and_unit_of_a_setting_are_printed():
+def test_explain_prints_description_range_and_unit():
     assert (
         "- `log_every_steps` (int, default 20, at least 1, in steps): Steps between two log lines and points of the "
         "curves."

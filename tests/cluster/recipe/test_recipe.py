@@ -69,7 +69,7 @@ def test_overrides_reach_nested_sections_lists_and_absent_sections():
     assert config.name == "second"
 
 
-def test_unions_are_chosen_by_kind_and_leftovers_of_another_kind_are_named():
+def test_kind_selects_the_section_and_settings_of_another_kind_are_named():
     config = parse_recipe(
         RECIPE,
         [
@@ -142,7 +142,7 @@ def test_one_mistake_gives_one_problem(override, expected):
     assert "secret" not in message
 
 
-def test_a_key_written_twice_is_refused_with_both_lines():
+def test_duplicate_key_is_rejected_with_both_lines():
     message = problems_of(RECIPE + "name: again\n")
     assert "`name` is written twice (lines 2 and 13)" in message
 
@@ -150,11 +150,11 @@ def test_a_key_written_twice_is_refused_with_both_lines():
 @pytest.mark.parametrize(
     ("text", "expected"), [("- a\n", "this is a list"), ("", "this is nothing"), ("a: [", "not valid YAML")]
 )
-def test_text_that_is_no_recipe_is_refused(text, expected):
+def test_text_that_is_not_a_recipe_is_rejected(text, expected):
     assert expected in problems_of(text)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_recipe_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot read the recipe \(No such file"):
         load_recipe(tmp_path / "none.yaml")
 
@@ -252,7 +252,7 @@ def test_a_recipe_from_a_file_has_absolute_paths(tmp_path, monkeypatch):
         ("name=../../elsewhere", "name is '../../elsewhere'"),
     ],
 )
-def test_invalid_values_are_refused(override, expected):
+def test_invalid_values_are_rejected(override, expected):
     assert expected in problems_of(RECIPE, override)
 
 
@@ -275,7 +275,7 @@ WRONG_NUMBERS = [
 
 
 @pytest.mark.parametrize(("override", "message"), WRONG_NUMBERS)
-def test_a_number_out_of_its_range_is_named_with_the_range(override, message):
+def test_number_out_of_range_is_reported_with_its_range(override, message):
     assert message in problems_of(RECIPE, override)
 
 
@@ -295,17 +295,17 @@ def test_all_numbers_out_of_range_are_listed_at_once():
         ("evaluation.max_size=10", "evaluation.max_size is 10, below evaluation.shortest_edge"),
     ],
 )
-def test_numbers_that_contradict_each_other_are_refused(override, message):
+def test_contradicting_numbers_are_rejected(override, message):
     assert message in problems_of(RECIPE, override)
 
 
-def test_frozen_weights_are_not_rounded_to_16_bits():
+def test_model_freeze_with_bf16_precision_is_rejected():
     problem = problems_of(RECIPE, "model.freeze=[backbone]", "training.precision=bf16", "training.zero.stage=2")
     assert "set training.precision to bf16_autocast" in problem
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_the_validation_set_is_evaluated_for_the_task_of_the_training_if_the_recipe_says_nothing(name):
+def test_default_evaluation_uses_the_validation_set_and_the_training_task(name):
     text = RECIPE.partition("evaluation:")[0].replace("val:", f"{name}:")
     config = parse_recipe(text, ["data.task=instance"])
     assert [s.dataset for s in config.evaluation.sets] == [name]
@@ -313,14 +313,14 @@ def test_the_validation_set_is_evaluated_for_the_task_of_the_training_if_the_rec
     assert parse_recipe(dump_recipe(config)) == config
 
 
-def test_what_the_recipe_says_of_evaluation_stands():
+def test_explicit_evaluation_settings_are_kept():
     text = RECIPE.partition("evaluation:")[0]
     assert parse_recipe(text, ["evaluation.sets=[]"]).evaluation.sets == ()
     assert parse_recipe(text, ["evaluation.tasks=[semantic]"]).evaluation.tasks == ("semantic",)
     assert parse_recipe(text.replace("val:", "other:")).evaluation.sets == ()
 
 
-def test_paths_are_shortened_unless_a_link_gives_them_another_meaning(tmp_path, monkeypatch):
+def test_paths_are_normalised_unless_a_symlink_changes_the_result(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "elsewhere" / "inner").mkdir(parents=True)
     (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere" / "inner")

@@ -28,7 +28,7 @@ def retired_tree(path: str, value: object) -> object:
 
 
 @pytest.mark.parametrize("setting", RETIRED, ids=lambda setting: setting.path)
-def test_every_retired_setting_is_dropped_at_its_default_and_refused_otherwise(setting):
+def test_retired_setting_is_dropped_at_its_default_and_rejected_otherwise(setting):
     problems: list[str] = []
     drop_retired(retired_tree(setting.path, setting.default), problems)
     assert problems == []
@@ -43,7 +43,7 @@ PATHS = [setting.path for setting in (*RETIRED, *RENAMED) if "*" not in setting.
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_retired_setting_is_no_setting_of_today(path):
+def test_retired_setting_does_not_exist_in_this_version(path):
     problems: list[str] = []
     load._build(load.RunConfig, retired_tree(path, None), "", problems)
     assert [problem for problem in problems if problem.startswith(f"`{path}`: no such setting")]
@@ -56,7 +56,7 @@ def test_a_recipe_with_a_retired_setting_at_its_default_equals_one_without():
     assert "augment_on" not in dump_recipe(parse_recipe(stored))
 
 
-def test_one_message_names_setting_value_and_remedy_beside_other_problems():
+def test_retired_setting_is_reported_together_with_other_problems():
     with pytest.raises(ConfigError) as caught:
         parse_recipe(RECIPE.replace("data:\n", "data:\n  augment_on: device\n"), ["sed=1"], source="r.yaml")
     message = str(caught.value)
@@ -65,7 +65,7 @@ def test_one_message_names_setting_value_and_remedy_beside_other_problems():
     assert "`sed`: no such setting" in message
 
 
-def test_a_star_means_every_name_and_every_index():
+def test_star_matches_every_name_and_every_index():
     tree = {"sets": [{"old": 1, "kept": 2}, {"old": 3}, "no section"], "named": {"a": {"old": 1}, "b": None}}
     problems: list[str] = []
     drop_retired(tree, problems, [Retired("sets.*.old", 1, "drop it"), Retired("named.*.old", 1, "drop it")])
@@ -73,7 +73,7 @@ def test_a_star_means_every_name_and_every_index():
     assert [problem.partition(" is ")[0] for problem in problems] == ["`sets.1.old`"]
 
 
-def test_a_renamed_setting_takes_its_new_name_with_a_hint():
+def test_renamed_setting_is_applied_with_a_hint():
     renames = [Renamed("a.*.old", "new")]
     tree = {"a": [{"old": 1}, {"old": 2, "new": 3}]}
     problems: list[str] = []
@@ -93,7 +93,7 @@ def rename_of_seed(monkeypatch):
     monkeypatch.setattr(load, "renamed_path", lambda path: renamed_path(path, table))
 
 
-def test_the_hint_is_for_recipes_of_users_and_not_for_stored_ones(rename_of_seed, tmp_path, caplog):
+def test_rename_hint_is_logged_for_user_recipes_only(rename_of_seed, tmp_path, caplog):
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE + "random_seed: 4\n")
     with caplog.at_level(logging.WARNING):
@@ -106,14 +106,14 @@ def test_the_hint_is_for_recipes_of_users_and_not_for_stored_ones(rename_of_seed
     assert load_recipe(path, ["random_seed=6"]).seed == 6
 
 
-def test_weights_with_a_retired_setting_are_compared_or_refused():
+def test_weights_with_retired_setting_are_compared_at_its_default_and_rejected_otherwise():
     recipe = dump_recipe(parse_recipe(RECIPE))
     assert model_changes(recipe.replace("data:\n", "data:\n  augment_on: cpu\n"), recipe) == ()
     with pytest.raises(ConfigError, match=r"data\.augment_on"):
         model_changes(recipe.replace("data:\n", "data:\n  augment_on: device\n"), recipe)
 
 
-def test_frozen_parts_matter_to_the_optimizer_and_not_to_the_weights():
+def test_freeze_changes_the_optimizer_state_but_not_the_weights():
     free, frozen = (dump_recipe(parse_recipe(RECIPE, overrides)) for overrides in ((), ("model.freeze=[backbone]",)))
     older = free.replace("  freeze: []\n", "")
     assert older != free
@@ -123,7 +123,7 @@ def test_frozen_parts_matter_to_the_optimizer_and_not_to_the_weights():
     assert model_changes(older, free, optimizer=True) == ()
 
 
-def test_the_optimizer_has_a_state_for_pilots():
+def test_enabling_pilots_changes_the_optimizer_state():
     settings = (), ("model.pilots.max_targets=100",), ("model.pilots={max_targets: 50, label_noise: 0.1}",)
     without, some, fewer = (dump_recipe(parse_recipe(RECIPE, overrides)) for overrides in settings)
     older = without.replace("  pilots:\n    max_targets: 0\n    label_noise: 0.2\n    mask_noise: 0.0\n", "")
@@ -147,7 +147,7 @@ training: {max_steps: 10, collective_timeout_s: 600.0, stall_timeout_s: 300.0}
 """Of a version whose requests had no patience."""
 
 
-def test_a_stored_recipe_gets_a_collective_timeout_above_the_patience_with_one_line(tmp_path, caplog):
+def test_collective_timeout_of_an_older_recipe_is_raised_with_one_message(tmp_path, caplog):
     path = tmp_path / "recipe.yaml"
     path.write_text(OLDER)
     with caplog.at_level(logging.WARNING):
@@ -157,7 +157,7 @@ def test_a_stored_recipe_gets_a_collective_timeout_above_the_patience_with_one_l
     assert parse_recipe(OLDER.replace("600.0", "5000")).training.collective_timeout_s == 5000
 
 
-def test_a_collective_timeout_below_the_patience_is_refused_for_s3_alone():
+def test_collective_timeout_below_patience_is_rejected_only_for_s3():
     today = OLDER.replace("storage: {max_attempts: 8}", "")
     with pytest.raises(ConfigError, match=r"collective_timeout_s is 600, but one rank may wait 900 s for S3"):
         parse_recipe(today)

@@ -23,7 +23,7 @@ training: {max_steps: 10, optimizer: {lr: 0.0001}}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_of_the_project_fits_the_schema(path):
+def test_every_recipe_in_configs_matches_the_schema(path):
     problems = [
         f"{list(e.absolute_path)}: {e.message}" for e in VALIDATOR.iter_errors(yaml.safe_load(path.read_text()))
     ]
@@ -41,12 +41,12 @@ def test_every_recipe_of_the_project_fits_the_schema(path):
         ("name: first", "", []),
     ],
 )
-def test_an_editor_shows_the_place_of_a_mistake(before, after, where):
+def test_schema_error_has_the_path_of_the_setting(before, after, where):
     errors = list(VALIDATOR.iter_errors(yaml.safe_load(MINIMAL.replace(before, after))))
     assert where in [list(error.absolute_path) for error in errors]
 
 
-def test_settings_have_texts_and_the_minimal_recipe_fits():
+def test_schema_has_descriptions_and_accepts_a_minimal_recipe():
     assert VALIDATOR.is_valid(yaml.safe_load(MINIMAL))
     schema = recipe_schema()
     assert schema["$defs"]["TrainingConfig"]["properties"]["global_batch"]["description"].startswith("Images per")

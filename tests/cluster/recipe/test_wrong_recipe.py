@@ -35,7 +35,7 @@ def recipe(tmp_path, monkeypatch):
     return tmp_path / "recipe.yaml"
 
 
-def test_all_mistakes_are_in_one_message_and_nothing_starts(recipe, capsys):
+def test_all_problems_are_in_one_message_and_nothing_starts(recipe, capsys):
     assert main(["train", str(recipe), "--launcher", "local"]) == 2
     said = capsys.readouterr().err
     assert f"{len(PROBLEMS)} problems" in said
@@ -43,7 +43,7 @@ def test_all_mistakes_are_in_one_message_and_nothing_starts(recipe, capsys):
     assert list(recipe.parent.iterdir()) == [recipe]
 
 
-def test_published_weights_of_swin_are_names_of_timm_too(recipe):
+def test_unknown_pretrained_name_of_swin_is_rejected_with_a_suggestion(recipe):
     recipe.write_text(
         RECIPE[: RECIPE.index("data:")]
         + "data: {train: [{dataset: train}]}\ntraining: {max_steps: 1}\n"

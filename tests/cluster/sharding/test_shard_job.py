@@ -49,7 +49,7 @@ def start_driver(folder, num_images, few):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_images", "few"), [(290, 300), pytest.param(60, 0, marks=pytest.mark.cluster)])
-def test_a_killed_job_continues_and_gives_the_same_bytes(tmp_path, num_images, few):
+def test_killed_job_continues_and_writes_the_same_bytes(tmp_path, num_images, few):
     dataset = DatasetConfig(
         shards=str(tmp_path / "undisturbed"), source=SyntheticSource(num_images=num_images), shard_mb=0.05
     )
@@ -79,7 +79,7 @@ def no_ray(monkeypatch):
     monkeypatch.setattr("m2f.cluster.ray_cluster.local_or_existing", refuse)
 
 
-def test_little_work_is_done_in_this_process_with_the_same_bytes(tmp_path, no_ray):
+def test_small_job_runs_in_this_process_and_writes_the_same_bytes(tmp_path, no_ray):
     """As those of `write_dataset`, with which other tests compare what tasks of Ray write."""
     dataset = DatasetConfig(shards=str(tmp_path / "here"), source=SyntheticSource(num_images=20), shard_mb=0.05)
     expected = replace(dataset, shards=str(tmp_path / "expected"))
@@ -97,9 +97,7 @@ def test_little_work_is_done_in_this_process_with_the_same_bytes(tmp_path, no_ra
         (replace(CLUSTER, address="ray.example:6379"), 20, 10**9),
     ],
 )
-def test_much_work_and_that_for_a_named_cluster_is_done_by_ray(
-    tmp_path, no_ray, monkeypatch, cluster, few_images, few_bytes
-):
+def test_large_job_and_job_for_a_named_cluster_use_ray(tmp_path, no_ray, monkeypatch, cluster, few_images, few_bytes):
     monkeypatch.setattr(job, "FEW_IMAGES", few_images)
     monkeypatch.setattr(job, "FEW_BYTES", few_bytes)
     dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=20), shard_mb=0.05)
@@ -107,7 +105,7 @@ def test_much_work_and_that_for_a_named_cluster_is_done_by_ray(
         run_shard_job("train", dataset, cluster, Storage())
 
 
-def test_a_finished_job_starts_no_work(tmp_path, no_ray):
+def test_finished_job_writes_nothing(tmp_path, no_ray):
     dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=6))
     write_dataset(open_reader(dataset.source), dataset, Storage())
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
@@ -117,7 +115,7 @@ def test_a_finished_job_starts_no_work(tmp_path, no_ray):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
-def test_another_data_set_in_the_same_place_is_refused(tmp_path, no_ray):
+def test_target_with_another_data_set_is_rejected(tmp_path, no_ray):
     dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=6))
     write_dataset(open_reader(dataset.source), dataset, Storage())
     other = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=7))
@@ -125,7 +123,7 @@ def test_another_data_set_in_the_same_place_is_refused(tmp_path, no_ray):
         run_shard_job("train", other, CLUSTER, Storage())
 
 
-def test_a_data_set_without_a_source_is_refused(tmp_path):
+def test_data_set_without_source_is_rejected(tmp_path):
     with pytest.raises(DataError, match=r"set datasets\.train\.source"):
         run_shard_job("train", DatasetConfig(shards=str(tmp_path)), CLUSTER, Storage())
 
@@ -139,7 +137,7 @@ class FullStorage(Storage):
         super().put(url, data, **options)
 
 
-def test_with_keep_going_all_other_shards_are_written_first(tmp_path, no_ray):
+def test_keep_going_writes_all_other_shards_before_failing(tmp_path, no_ray):
     dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=12), shard_mb=0.05)
     with pytest.raises(ShardJobError, match=r"1 of \d+ shards could not be written:\n  no space\nAll are listed"):
         run_shard_job("train", dataset, CLUSTER, FullStorage(), keep_going=True)
@@ -171,7 +169,7 @@ def label_maps(tmp_path):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_bad_image_is_reported_and_leaves_no_data_set_behind(tmp_path, label_maps):
+def test_bad_image_is_reported_and_prevents_the_commit(tmp_path, label_maps):
     target = tmp_path / "shards"
     dataset = DatasetConfig(shards=str(target), source=label_maps, shard_mb=0.01)
     with local_or_existing(CLUSTER, CLUSTER.shard_tasks):
@@ -211,7 +209,7 @@ def storage_that_kills(target, moments, full, marks):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_killed_tasks_are_repeated_and_a_failed_shard_can_be_added_later(tmp_path):
+def test_killed_tasks_are_retried_and_a_failed_shard_is_written_by_the_next_job(tmp_path):
     whole, folder, marks = tmp_path / "whole", tmp_path / "killed", tmp_path / "marks"
     dataset = DatasetConfig(shards=str(whole), source=SyntheticSource(num_images=24), shard_mb=0.05)
     write_dataset(open_reader(dataset.source), dataset, Storage())
@@ -237,7 +235,7 @@ def test_killed_tasks_are_repeated_and_a_failed_shard_can_be_added_later(tmp_pat
 @pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_ten_kills_of_drivers_and_tasks(tmp_path):
+def test_ten_kills_of_drivers_and_tasks_do_not_change_the_shards(tmp_path):
     """Five drivers after random shares of the work, then five tasks half-way through random objects."""
     num_images, chance = job.FEW_IMAGES + 20, random.Random(10)
     whole, folder = tmp_path / "whole", tmp_path / "killed"

@@ -27,17 +27,17 @@ def job(tmp_path):
     return run
 
 
-def test_the_report_is_written_when_every_sample_is_bad(tmp_path, job):
+def test_report_is_written_when_every_sample_is_bad(tmp_path, job):
     coco = CocoSet(tmp_path)
     coco.files["a.jpg"] = b"no image"
-    with pytest.raises(DataError, match="not one sample of the source can be used"):
+    with pytest.raises(DataError, match="none of the samples of the source can be used"):
         job(coco)
     report = json.loads((tmp_path / "shards" / "report.json").read_text())
     assert not report["committed"]
     assert [problem["is_in_shard"] for problem in report["problems"]] == [False]
 
 
-def test_a_bad_annotation_and_a_numbered_one_are_counted_and_remembered(tmp_path, job):
+def test_report_stores_bad_annotations_and_repairs(tmp_path, job):
     coco = CocoSet(tmp_path)
     coco.instances[0]["segmentation"] = None
     coco.instances[1]["id"] = "two"
@@ -50,7 +50,7 @@ def test_a_bad_annotation_and_a_numbered_one_are_counted_and_remembered(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["instances", "panoptic"])
-def test_an_odd_category_is_refused_at_once_and_counted_when_it_is_left_out(tmp_path, job, kind):
+def test_invalid_category_id_fails_before_writing_and_is_reported_with_skip_bad(tmp_path, job, kind):
     coco = CocoSet(tmp_path)
     entry = coco.instances[1] if kind == "instances" else coco.panoptic[0]["segments_info"][1]
     entry["category_id"] = "kitten"
@@ -66,7 +66,7 @@ def test_an_odd_category_is_refused_at_once_and_counted_when_it_is_left_out(tmp_
     assert again.problems == report.problems, "what is committed is there"
 
 
-def test_a_bad_panoptic_segment_is_counted(tmp_path, job):
+def test_bad_panoptic_segment_is_reported(tmp_path, job):
     coco = CocoSet(tmp_path)
     coco.panoptic[0]["segments_info"][0]["area"] = -1
     with pytest.raises(DataError, match=r"1 annotation cannot be used.*--skip-bad"):
@@ -77,7 +77,7 @@ def test_a_bad_panoptic_segment_is_counted(tmp_path, job):
     assert "segment 5: area is -1" in report.summary()
 
 
-def test_a_changed_image_is_noticed_and_said(tmp_path, job):
+def test_shard_of_a_changed_image_is_rewritten_and_reported(tmp_path, job):
     coco = CocoSet(tmp_path)
     first = job(coco)
     assert (first.written_shards, first.notes) == (1, ())
@@ -91,18 +91,18 @@ def test_a_changed_image_is_noticed_and_said(tmp_path, job):
     assert job(coco, redo=True).written_shards == 1
 
 
-def test_a_data_set_with_a_file_that_became_bad_is_withdrawn_until_it_is_mended(tmp_path, job):
+def test_data_set_is_withdrawn_while_a_source_file_is_damaged(tmp_path, job):
     coco = CocoSet(tmp_path)
     job(coco)
     good, coco.files["a.jpg"] = coco.files["a.jpg"], b"no image"
-    with pytest.raises(DataError, match=r"changed: 1 source file \((.|\n)*a.jpg: it is neither a JPEG"):
+    with pytest.raises(DataError, match=r"changed: 1 source file \((.|\n)*a.jpg: it is not a JPEG"):
         job(coco, skip_bad=False)
     assert not (tmp_path / "shards" / "dataset.json").exists()
     coco.files["a.jpg"] = good
     assert job(coco, skip_bad=False).committed
 
 
-def test_missing_files_and_old_shards_are_said(tmp_path, job, capsys):
+def test_missing_source_files_and_untracked_shards_are_reported(tmp_path, job, capsys):
     coco = CocoSet(tmp_path)
     job(coco)
     later = (tmp_path / "images" / "a.jpg").stat().st_mtime + 100
@@ -122,7 +122,7 @@ def test_missing_files_and_old_shards_are_said(tmp_path, job, capsys):
     ("inside", "outside", "words"),
     [(0, 2, "2 of 9 samples"), (3, 0, "3 annotations"), (3, 2, "3 annotations and 2 of 9 samples")],
 )
-def test_problems_are_counted_in_words(inside, outside, words):
+def test_count_problems_describes_annotations_and_samples(inside, outside, words):
     problems = [SampleProblem("a", "images/a.jpg", "images/a.jpg: annotation 2 ...", is_in_shard=True)] * inside
     problems += [SampleProblem("b", "images/b.jpg", "/x/images/b.jpg: ...")] * outside
     assert count_problems(problems, 9) == words

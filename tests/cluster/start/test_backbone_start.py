@@ -46,7 +46,7 @@ def start(backbone, stored=None, problem=None, frozen=True, weights=None):
         (SwinBackboneConfig(pretrained="swin_tiny"), {}, "swin_tiny", ()),
     ],
 )
-def test_what_a_backbone_begins_with(backbone, options, pretrained, warning):
+def test_initial_weights_of_the_backbone_and_warnings(backbone, options, pretrained, warning):
     found = start(backbone, **options)
     assert found.config.model.backbone.pretrained == pretrained
     assert (found.warning is None) == (not warning)
@@ -55,13 +55,13 @@ def test_what_a_backbone_begins_with(backbone, options, pretrained, warning):
     assert ("norm layers stay frozen" in (found.warning or "")) == ("norm to group" in warning)
 
 
-def test_norms_that_random_weights_must_not_have():
+def test_has_frozen_norms_detects_frozen_batch_norms():
     assert has_frozen_norms(TimmBackboneConfig(name="resnet10t"))
     assert not has_frozen_norms(TimmBackboneConfig(name="resnet10t", norm="group"))
     assert not has_frozen_norms(TimmBackboneConfig(name="convnext_atto"))
 
 
-def test_where_published_weights_come_from(monkeypatch):
+def test_published_problem_asks_the_hub_and_names_known_weights(monkeypatch):
     asked = []
     monkeypatch.setattr(m2f.model.backbones.published, "unavailable", lambda repo: asked.append(repo) or NO_HUB)
     assert published_problem("resnet50.tv_in1k") == NO_HUB

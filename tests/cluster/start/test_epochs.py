@@ -25,11 +25,11 @@ def in_epochs(config, epochs, *items):
     ("epochs", "images", "batch", "steps"),
     [(1, 8, 4, 2), (1, 9, 4, 3), (1.5, 8, 4, 3), (0.001, 8, 4, 1), (0.1, 300, 10, 3), (12, 118287, 16, 88716)],
 )
-def test_steps_pass_as_often_over_the_images(epochs, images, batch, steps):
+def test_steps_of_rounds_up_to_whole_steps(epochs, images, batch, steps):
     assert steps_of(epochs, images, batch) == steps
 
 
-def test_epochs_become_steps_which_one_line_says(config, capsys):
+def test_max_epochs_is_replaced_by_max_steps_and_printed(config, capsys):
     images = images_per_epoch(config, Storage())
     found = with_steps(in_epochs(config, 3), Storage())
     batch = config.training.global_batch
@@ -40,7 +40,7 @@ def test_epochs_become_steps_which_one_line_says(config, capsys):
     assert with_steps(config, Storage()) is config
 
 
-def test_an_epoch_has_the_images_that_limits_leave_of_all_data_sets(config):
+def test_images_per_epoch_sums_limited_data_sets(config):
     name = config.data.train[0].dataset
     items = (MixtureItem(dataset=name, limit=3), MixtureItem(dataset=name, limit=2))
     assert images_per_epoch(in_epochs(config, 1, *items), Storage()) == 5

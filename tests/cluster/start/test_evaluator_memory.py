@@ -31,11 +31,11 @@ def run(actors=1, rank=0.75, actor=0.25, sets=True, edge=128):
 
 
 @pytest.mark.parametrize("apart", [{"sets": False}, {"rank": 1.0, "actor": 1.0}, {"actor": 0.0}, {"rank": 0.0}])
-def test_actors_that_share_no_gpu_take_nothing_of_it(apart):
+def test_actors_without_a_shared_gpu_need_no_memory_on_it(apart):
     assert evaluator_bytes(run(**apart), MODEL) == 0
 
 
-def test_an_actor_takes_its_model_an_image_and_cudas_own_part():
+def test_actor_memory_covers_weights_activations_and_cuda_context():
     small = evaluator_bytes(run(), MODEL)
     weights = 4 * 25_000_000
     assert CONTEXT_BYTES + 0.5 * weights < small < CONTEXT_BYTES + 4 * weights
@@ -50,5 +50,5 @@ def test_an_actor_takes_its_model_an_image_and_cudas_own_part():
     ("taken", "still"),
     [(0, 3e9), (CONTEXT_BYTES, 3e9), (CONTEXT_BYTES + 1e9, 2e9), (CONTEXT_BYTES + 3e9, 0), (20e9, 0)],
 )
-def test_actors_that_are_there_already_are_not_counted_twice(taken, still):
+def test_running_actors_are_not_counted_twice(taken, still):
     assert bytes_of_evaluators(int(3e9), int(taken)) == still

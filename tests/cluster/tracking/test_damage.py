@@ -54,7 +54,7 @@ def history(run, key="train/loss"):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"uri": "sqlite:///x", "run_id": 7, "parameters": {}}', None])
-def test_a_damaged_record_is_rebuilt_from_the_tags_of_the_store(config, run, content, caplog):
+def test_damaged_tracking_record_is_rebuilt_from_the_store(config, run, content, caplog):
     record = Path(config.run_folder, "tracking.json")
     record.write_text(record.read_text()[:200] if content is None else content)
     assert find_run(config) == run
@@ -67,9 +67,7 @@ def test_a_damaged_record_is_rebuilt_from_the_tags_of_the_store(config, run, con
     assert not caplog.text
 
 
-def test_a_damaged_record_of_a_shared_store_finds_the_run_of_its_own_folder(
-    config, migrated_database, tmp_path, caplog
-):
+def test_damaged_record_in_a_shared_store_finds_the_run_of_its_folder(config, migrated_database, tmp_path, caplog):
     (tmp_path / "shared.db").write_bytes(migrated_database)
     uri = f"sqlite:///{tmp_path}/shared.db"
     ours, other, none = (
@@ -91,7 +89,7 @@ def test_a_damaged_record_of_a_shared_store_finds_the_run_of_its_own_folder(
 @pytest.mark.parametrize(
     "line", ['{"strange": 1}', '{"status": 7}', '{"step": "x", "time_ms": 1, "metrics": {"a": 1}}', "[1]", '{"ta']
 )
-def test_a_line_of_unknown_kind_holds_up_nothing(run, line, caplog):
+def test_unknown_journal_entry_does_not_block_the_following_ones(run, line, caplog):
     path = run.journal("rank0")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{line}\n")
@@ -105,7 +103,7 @@ def test_a_line_of_unknown_kind_holds_up_nothing(run, line, caplog):
     assert [json.loads(file.read_text()) for file in kept] == [json.loads(line) for _ in kept]
 
 
-def test_a_full_disk_loses_no_point_that_is_reported_again(run, config, tmp_path, caplog):
+def test_metrics_rejected_by_a_full_disk_can_be_reported_again(run, config, tmp_path, caplog):
     with small_disk(tmp_path / "small", "64k") as disk:
         full = dataclasses.replace(run, spool=str(disk))
         tracking = Tracking(full, "driver", interval_s=3600.0)
@@ -121,7 +119,7 @@ def test_a_full_disk_loses_no_point_that_is_reported_again(run, config, tmp_path
     assert sorted(history(run)) == [(step, float(step)) for step in range(1, 201)]
 
 
-def test_a_full_disk_at_the_end_leaves_the_outcome_of_the_run_and_the_points_for_later(run, config, tmp_path, caplog):
+def test_full_disk_at_the_end_keeps_journals_for_the_next_start(run, config, tmp_path, caplog):
     with small_disk(tmp_path / "small", "64k") as disk:
         held = dataclasses.replace(run, spool=str(disk), lease=RunLease(config.run_folder, 1, StorageConfig()))
         evaluation = Journal(held.journal("evaluation"))
@@ -137,7 +135,7 @@ def test_a_full_disk_at_the_end_leaves_the_outcome_of_the_run_and_the_points_for
         assert not evaluation.path.exists()
 
 
-def test_what_a_full_disk_refuses_leaves_no_half_line(tmp_path):
+def test_failed_append_on_a_full_disk_leaves_no_partial_line(tmp_path):
     with small_disk(tmp_path / "small", "64k") as disk:
         journal = Journal(disk / "a.jsonl")
         filler = fill(disk, leave=4096)
@@ -150,13 +148,13 @@ def test_what_a_full_disk_refuses_leaves_no_half_line(tmp_path):
 
 
 @pytest.mark.parametrize("disk", [full_disk, read_only])
-def test_a_disk_that_takes_no_points_is_one_message(config, run, disk):
+def test_unwritable_journal_folder_raises_one_message(config, run, disk):
     Path(run.spool).mkdir(exist_ok=True)
     with disk(Path(run.spool)), pytest.raises(TrackingError, match=r"cannot write metrics for MLflow to .*tracking \("):
         create_run(config)
 
 
-def test_a_full_disk_at_the_first_start_is_one_message_without_a_statement(config, tmp_path, capfd):
+def test_full_disk_at_the_first_start_raises_one_message_without_sql(config, tmp_path, capfd):
     with small_disk(tmp_path / "runs", "200k"):
         with pytest.raises(TrackingError, match=r"database or disk is full\)?\. Free some space") as caught:
             create_run(config)
@@ -165,7 +163,7 @@ def test_a_full_disk_at_the_first_start_is_one_message_without_a_statement(confi
     assert "UPDATE" not in str(caught.value) + capfd.readouterr().err
 
 
-def test_a_start_that_is_killed_while_the_tables_are_made_leaves_no_half_database(config):
+def test_start_killed_during_table_creation_leaves_no_partial_database(config):
     process = subprocess.Popen([sys.executable, KILLED, config.output], stdout=subprocess.PIPE, text=True)
     folder = Path(config.output)
     wait_until(lambda: any(path.stat().st_size for path in folder.glob(".partial-*-mlflow.db")), "a partial database")
@@ -178,7 +176,7 @@ def test_a_start_that_is_killed_while_the_tables_are_made_leaves_no_half_databas
     assert not list(folder.glob(".partial-*"))
 
 
-def test_a_half_made_database_of_the_past_is_not_used(config, migrated_database):
+def test_incomplete_database_of_an_earlier_version_is_not_used(config, migrated_database):
     folder = Path(config.run_folder)
     folder.mkdir(parents=True)
     (folder / "mlflow.db").write_bytes(migrated_database)
@@ -191,7 +189,7 @@ def test_a_half_made_database_of_the_past_is_not_used(config, migrated_database)
 
 
 @pytest.mark.parametrize("place", ["", "tracked"])
-def test_a_damaged_database_is_one_message_and_stays(config, place):
+def test_damaged_database_raises_one_message_and_is_kept(config, place):
     folder = Path(config.output, place)
     folder.mkdir(parents=True)
     (folder / "mlflow.db").write_bytes(b"half a database" * 100)

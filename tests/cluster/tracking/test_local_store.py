@@ -94,7 +94,7 @@ def write_recipe(config):
     Path(config.run_folder, "recipe.yaml").write_text(RECIPE.replace("tracked", config.name))
 
 
-def test_all_runs_of_an_output_are_in_one_store(output, tmp_path):
+def test_all_runs_of_an_output_share_one_store(output, tmp_path):
     (tmp_path / "panels.png").write_bytes(b"png")
     runs = [create_run(config_in(output, name)) for name in ("a", "b")]
     for number, run in enumerate(runs):
@@ -108,7 +108,7 @@ def test_all_runs_of_an_output_are_in_one_store(output, tmp_path):
     assert not list(output.glob("*/mlflow.db"))
 
 
-def test_a_run_that_has_a_store_of_its_own_keeps_it_and_is_compared_with_new_ones(output, migrated_database):
+def test_run_with_its_own_store_keeps_it_and_can_be_compared_with_new_runs(output, migrated_database):
     old, new = config_in(output, "old"), config_in(output, "new")
     Path(old.run_folder).mkdir()
     Path(old.run_folder, "mlflow.db").write_bytes(migrated_database)
@@ -127,7 +127,7 @@ def test_a_run_that_has_a_store_of_its_own_keeps_it_and_is_compared_with_new_one
     assert [record.notes for record in records] == [()] * 2
 
 
-def test_a_moved_output_goes_on_where_it_lies(output, tmp_path):
+def test_moved_output_continues_in_its_new_location(output, tmp_path):
     (tmp_path / "panels.png").write_bytes(b"png")
     for name in ("a", "b"):
         write_point(create_run(config_in(output, name)), 1, 1.0, tmp_path / "panels.png")
@@ -158,7 +158,7 @@ def test_a_moved_output_goes_on_where_it_lies(output, tmp_path):
     assert not output.exists()
 
 
-def test_a_run_folder_moved_to_another_output_is_made_again_in_its_store(output, tmp_path, migrated_database, caplog):
+def test_run_folder_moved_to_another_output_is_created_again_in_its_store(output, tmp_path, migrated_database, caplog):
     config = config_in(output)
     first = create_run(config)
     write_point(first, 1)
@@ -189,7 +189,7 @@ def test_a_run_folder_moved_to_another_output_is_made_again_in_its_store(output,
     assert "read from the run folder: the MLflow database" in alone.notes[0]
 
 
-def test_a_copy_beside_its_run_gets_an_mlflow_run_of_its_own(output):
+def test_copied_run_folder_gets_a_new_mlflow_run(output):
     config, renamed, copied = (config_in(output, name) for name in ("tracked", "renamed", "copied"))
     first = create_run(config)
     shutil.copytree(config.run_folder, copied.run_folder)
@@ -201,7 +201,7 @@ def test_a_copy_beside_its_run_gets_an_mlflow_run_of_its_own(output):
     assert client_of(output).get_run(run.run_id).data.tags["m2f.run_folder"] == renamed.run_folder
 
 
-def test_a_moved_run_folder_with_a_store_of_its_own_goes_on_where_it_lies(output, tmp_path, migrated_database):
+def test_moved_run_folder_with_its_own_store_continues_in_its_new_location(output, tmp_path, migrated_database):
     config = config_in(output)
     folder = Path(config.run_folder)
     folder.mkdir()
@@ -225,13 +225,13 @@ def test_a_moved_run_folder_with_a_store_of_its_own_goes_on_where_it_lies(output
     assert not folder.exists()
 
 
-def test_a_store_that_users_made_themselves_keeps_its_places(output, tmp_path):
+def test_artifact_location_set_by_the_user_is_kept(output, tmp_path):
     experiment = client_of(output).create_experiment("m2f", artifact_location=(tmp_path / "x" / "artifacts").as_uri())
     create_run(config_in(output))
     assert client_of(output).get_experiment(experiment).artifact_location == (tmp_path / "x" / "artifacts").as_uri()
 
 
-def test_an_older_schema_is_upgraded_and_the_file_is_kept(tmp_path, old_database, caplog):
+def test_older_schema_is_upgraded_and_the_old_file_is_kept(tmp_path, old_database, caplog):
     (tmp_path / "mlflow.db").write_bytes(old_database)
     run = create_run(config_in(tmp_path, "after"))
     client = client_of(tmp_path)
@@ -246,7 +246,7 @@ def test_an_older_schema_is_upgraded_and_the_file_is_kept(tmp_path, old_database
     assert not list(tmp_path.glob(".partial-*"))
 
 
-def test_comparing_runs_of_an_older_store_changes_nothing(tmp_path, old_database):
+def test_comparing_runs_does_not_change_an_older_store(tmp_path, old_database):
     (tmp_path / "mlflow.db").write_bytes(old_database)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(Exception, match=f"`mlflow db upgrade {uri}`"):
@@ -254,7 +254,7 @@ def test_comparing_runs_of_an_older_store_changes_nothing(tmp_path, old_database
     assert (tmp_path / "mlflow.db").read_bytes() == old_database
 
 
-def test_a_newer_schema_is_one_message(output):
+def test_newer_schema_raises_one_message(output):
     with closing(sqlite3.connect(output / "mlflow.db")) as database, database:
         database.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
     with pytest.raises(TrackingError, match=r"its tables are from a newer MLflow \(schema ffffffffffff") as caught:
@@ -274,7 +274,7 @@ def names_in(output):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
-def test_drivers_that_start_at_once_make_or_upgrade_one_store(tmp_path, old, old_database):
+def test_concurrent_drivers_create_or_upgrade_one_store(tmp_path, old, old_database):
     if old:
         (tmp_path / "mlflow.db").write_bytes(old_database)
     processes = [start(tmp_path, name) for name in ("a", "b", "c")]
@@ -285,7 +285,7 @@ def test_drivers_that_start_at_once_make_or_upgrade_one_store(tmp_path, old, old
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_while_it_upgrades_leaves_the_store_as_it_was(tmp_path, old_database):
+def test_driver_killed_during_upgrade_leaves_the_store_unchanged(tmp_path, old_database):
     (tmp_path / "mlflow.db").write_bytes(old_database)
     assert start(tmp_path, "killed", "dies").wait(PATIENCE_S) == -signal.SIGKILL
     assert list(tmp_path.glob(".partial-*"))
@@ -296,7 +296,7 @@ def test_a_driver_that_is_killed_while_it_upgrades_leaves_the_store_as_it_was(tm
 
 
 @pytest.mark.slow
-def test_drivers_that_write_at_once_lose_no_point(output):
+def test_concurrent_drivers_lose_no_metrics(output):
     words = [sys.executable, str(Path(__file__).with_name("writes_points.py")), str(output)]
     processes = [subprocess.Popen([*words, name, "200"]) for name in ("a", "b", "c")]
     assert [process.wait(PATIENCE_S) for process in processes] == [0] * 3
@@ -307,7 +307,7 @@ def test_drivers_that_write_at_once_lose_no_point(output):
         assert sorted(steps) == list(range(200))
 
 
-def test_a_lock_that_stays_is_one_message(tmp_path):
+def test_database_lock_times_out_with_a_message_and_is_released(tmp_path):
     path = tmp_path / "mlflow.db"
     message = r"has held .*mlflow\.db\.lock for longer than storage\.patience_s \(0\.3 s\)"
     with database_lock(path, 1.0), pytest.raises(TrackingError, match=message), database_lock(path, 0.3):
@@ -316,7 +316,7 @@ def test_a_lock_that_stays_is_one_message(tmp_path):
         pass
 
 
-def test_a_person_is_told_how_to_look_at_a_store(tmp_path, monkeypatch):
+def test_ui_command_uses_a_relative_path_below_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
         ui_command(f"sqlite:///{tmp_path}/runs/mlflow.db") == "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
@@ -326,7 +326,7 @@ def test_a_person_is_told_how_to_look_at_a_store(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("is_new", [False, True])
-def test_a_store_on_a_disk_that_takes_no_writes_is_one_message(output, is_new):
+def test_read_only_store_raises_one_message(output, is_new):
     if is_new:
         (output / "mlflow.db").unlink()
     with read_only(output), pytest.raises(TrackingError, match="Read-only file system") as caught:

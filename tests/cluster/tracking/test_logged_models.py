@@ -83,7 +83,7 @@ def points(run, key):
     return sorted((point.step, point.value) for point in client_of(run).get_metric_history(run.run_id, key))
 
 
-def test_an_evaluated_checkpoint_is_a_model_with_figures_of_its_data_set(run):
+def test_evaluated_checkpoint_is_logged_as_model_with_metrics_of_its_data_set(run):
     send(run, (checkpoint(4), 40.0), (checkpoint(8), 50.0))
     models = models_of(run)
     assert set(models) == {"v1_5-step_00000004-1", "v1_5-step_00000008-1"}
@@ -107,7 +107,7 @@ def test_an_evaluated_checkpoint_is_a_model_with_figures_of_its_data_set(run):
     assert "mlflow.model.isExternal: true" in described
 
 
-def test_classes_are_one_table_that_mlflow_reads_back(run):
+def test_per_class_metrics_are_logged_as_one_table(run):
     send(run, (checkpoint(8), 50.0), (checkpoint(4), 40.0))
     send(run, (checkpoint(8), 50.0))
     client = client_of(run)
@@ -123,7 +123,7 @@ def test_classes_are_one_table_that_mlflow_reads_back(run):
     ]
 
 
-def test_rows_that_another_process_overwrites_are_written_again(run, monkeypatch):
+def test_table_rows_overwritten_by_another_process_are_written_again(run, monkeypatch):
     """Another process had read the table before these rows were in it, and writes it after."""
     send(run, (checkpoint(4), 40.0))
     real, others = MlflowClient.log_text, []
@@ -143,7 +143,7 @@ def test_rows_that_another_process_overwrites_are_written_again(run, monkeypatch
 
 
 @pytest.mark.parametrize("after", range(9))
-def test_a_death_at_any_call_doubles_nothing(run, monkeypatch, after):
+def test_process_death_at_any_call_creates_no_duplicates(run, monkeypatch, after):
     """The process dies after the store took a call and before the journal notes it; another one evaluates again."""
     calls = ["create_logged_model", "log_model_artifacts", "finalize_logged_model", "log_outputs", "log_batch"]
     calls += ["log_text", "set_tag", "log_inputs", "set_logged_model_tags"]
@@ -177,7 +177,7 @@ def test_a_death_at_any_call_doubles_nothing(run, monkeypatch, after):
     assert models["v1_5-step_00000008-1"].tags[STATE_TAG] == KEPT
 
 
-def test_points_that_the_run_has_already_become_the_models_without_a_second_one(run):
+def test_existing_metrics_of_the_run_are_linked_to_the_model_without_duplicates(run):
     old = Tracking(run, "evaluation", interval_s=0.02)
     old.log_metrics(4, {"val/PQ": 40.0})  # by an earlier version
     assert old.close(PATIENCE_S)
@@ -187,7 +187,7 @@ def test_points_that_the_run_has_already_become_the_models_without_a_second_one(
     assert {metric.key for metric in model.metrics} == {"val/PQ", "val/SQ"}
 
 
-def test_a_step_that_is_committed_again_is_another_model(run):
+def test_step_committed_again_is_logged_as_another_model(run):
     send(run, (checkpoint(4, lease=1), 40.0))
     send(run, (checkpoint(4, lease=2), 30.0), replaces=True, kept=KeptCheckpoints(names=["step_00000004-2"], newest=4))
     models = models_of(run)
@@ -197,12 +197,12 @@ def test_a_step_that_is_committed_again_is_another_model(run):
     assert newest.value == 30.0
 
 
-def test_an_old_note_of_what_is_kept_says_nothing_of_later_checkpoints(run):
+def test_outdated_list_of_kept_checkpoints_does_not_mark_later_ones_deleted(run):
     send(run, (checkpoint(4), 40.0), (checkpoint(8), 50.0), kept=KeptCheckpoints(names=["step_00000004-1"], newest=4))
     assert {model.tags[STATE_TAG] for model in models_of(run).values()} == {KEPT}
 
 
-def test_what_a_dead_evaluation_left_is_sent_by_the_next_one_alone(run, stored_config):
+def test_unsent_evaluation_is_moved_to_the_next_evaluation_journal_only(run, stored_config):
     first = dataclasses.replace(run, lease=RunLease(stored_config.run_folder, 1, StorageConfig()))
     tracking = Tracking(first, "evaluation", interval_s=1e3)
     tracking.abandon()
@@ -213,7 +213,7 @@ def test_what_a_dead_evaluation_left_is_sent_by_the_next_one_alone(run, stored_c
     assert all("evaluation" not in entry for entry, _ in Journal(second.journal("driver")).read(10))
 
 
-def test_a_server_without_logged_models_gets_the_points(run, monkeypatch, caplog):
+def test_server_without_logged_models_receives_run_metrics(run, monkeypatch, caplog):
     monkeypatch.setattr(MlflowClient, "search_logged_models", _not_found)
     send(run, (checkpoint(4), 40.0), kept=KeptCheckpoints(names=[], newest=4))
     assert points(run, "val/PQ") == [(4, 40.0)]

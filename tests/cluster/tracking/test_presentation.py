@@ -18,7 +18,7 @@ def tags(run):
     return MlflowClient(tracking_uri=run.uri).get_run(run.run_id).data.tags
 
 
-def test_a_run_says_who_started_it_with_which_command_and_what_it_is(stored_config, monkeypatch):
+def test_run_has_tags_for_user_command_and_description(stored_config, monkeypatch):
     monkeypatch.setattr("getpass.getuser", lambda: "ada")
     monkeypatch.setattr("sys.argv", ["/usr/bin/m2f", "train", "a b.yaml", "tracking.uri=http://me:secret@host"])
     run = create_run(stored_config)
@@ -35,7 +35,7 @@ def test_a_run_says_who_started_it_with_which_command_and_what_it_is(stored_conf
     assert client.get_experiment_by_name("m2f").tags[EXPERIMENT_KIND] == "chosen by a person"
 
 
-def test_runs_of_a_sweep_stand_below_one_run(stored_config):
+def test_runs_with_the_same_parent_name_share_one_parent_run(stored_config):
     first, second = (create_run(named(stored_config, name, "seeds 'of' today")) for name in ("a", "b"))
     parent = tags(first)[PARENT_TAG]
     assert tags(second)[PARENT_TAG] == parent
@@ -47,7 +47,7 @@ def test_runs_of_a_sweep_stand_below_one_run(stored_config):
         create_run(named(stored_config, "d", "0" * 32))
 
 
-def test_a_run_that_the_process_has_open_is_the_parent(stored_config):
+def test_active_mlflow_run_becomes_the_parent(stored_config):
     run = create_run(stored_config)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(run.uri)

@@ -47,7 +47,7 @@ def git(folder, *arguments):
     subprocess.run(["git", "-C", str(folder), *names, *arguments], check=True, capture_output=True)
 
 
-def test_the_code_is_named_by_commit_branch_and_changes(tmp_path):
+def test_code_facts_contain_commit_branch_and_number_of_changed_files(tmp_path):
     assert code_facts(tmp_path) == {}
     git(tmp_path, "init")
     (tmp_path / "a.py").write_text("1")
@@ -60,7 +60,7 @@ def test_the_code_is_named_by_commit_branch_and_changes(tmp_path):
     assert code_facts(tmp_path) == clean | {"code.changed_files": "1"}
 
 
-def test_a_run_has_its_data_and_code_as_inputs_and_notes_what_changed(config, migrated_database, tmp_path, monkeypatch):
+def test_run_logs_data_and_code_and_tags_later_changes(config, migrated_database, tmp_path, monkeypatch):
     monkeypatch.setattr("m2f.cluster.tracking.tracking.code_facts", lambda: {"code.commit": "abc"})
     (tmp_path / "runs").mkdir(exist_ok=True)
     (tmp_path / "runs" / "mlflow.db").write_bytes(migrated_database)

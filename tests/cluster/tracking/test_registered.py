@@ -49,7 +49,7 @@ def store(tmp_path, migrated_database):
     return uri, source
 
 
-def test_files_of_this_machine_are_opened_where_they_are(store, tmp_path):
+def test_local_model_files_are_used_in_place(store, tmp_path):
     uri, source = store
     for address in ("models:/cells@champion", "models:/cells/1", source):
         assert model_folder(address, uri).is_relative_to(tmp_path / "files"), address
@@ -58,7 +58,7 @@ def test_files_of_this_machine_are_opened_where_they_are(store, tmp_path):
 
 
 @pytest.mark.parametrize("stated", [None, "sqlite:///other.db"])
-def test_the_store_of_this_process_stays_what_it_was(store, monkeypatch, stated):
+def test_tracking_uri_of_the_process_is_restored(store, monkeypatch, stated):
     uri, source = store
     if stated is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", stated)
@@ -82,7 +82,7 @@ print(open(registered.model_folder(sys.argv[1], sys.argv[2]) / "weights.safetens
 """
 
 
-def test_files_of_elsewhere_last_as_long_as_the_process(store, tmp_path):
+def test_fetched_model_files_are_removed_when_the_process_ends(store, tmp_path):
     uri, source = store
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FETCHES, source, uri],

@@ -35,7 +35,7 @@ def config_at(url, folder, patience_s=600.0):
     )
 
 
-def test_a_server_that_takes_connections_and_says_nothing_is_a_mistake(tmp_path, monkeypatch):
+def test_server_that_never_responds_is_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setattr(patience, "_HASTE", patience._HASTE | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1"})
     monkeypatch.setattr(patience, "FIRST_CONTACT_S", 11.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -64,7 +64,7 @@ def gateway(server):
 
 
 @pytest.mark.slow
-def test_a_run_begins_once_though_its_server_goes_away_meanwhile(server, gateway, tmp_path):
+def test_run_is_created_once_despite_server_outages(server, gateway, tmp_path):
     lost = gateway.plan(Outage("create", lambda method, path: path.endswith("runs/create"), 2.0, loses_answer=True))
     params = gateway.plan(Outage("params", lambda method, path: path.endswith("runs/log-batch"), 2.0))
     recipe = gateway.plan(Outage("recipe", lambda method, path: path.endswith("recipe.yaml"), 2.0))
@@ -79,7 +79,7 @@ def test_a_run_begins_once_though_its_server_goes_away_meanwhile(server, gateway
 
 
 @pytest.mark.slow
-def test_a_server_that_answered_and_stays_away_is_an_outage(gateway, tmp_path):
+def test_server_that_stops_responding_is_an_outage(gateway, tmp_path):
     gateway.plan(Outage("create", lambda method, path: path.endswith("runs/create"), 1000.0))
     with pytest.raises(TrackingAwayError, match=r"longer than storage\.patience_s \(1 s.*Start the run again"):
         create_run(config_at(gateway.url, tmp_path, patience_s=1.0))

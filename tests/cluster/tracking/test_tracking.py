@@ -45,7 +45,7 @@ def history(run, key, uri=None):
     return sorted((m.step, m.value) for m in client.get_metric_history(run.run_id, key))
 
 
-def test_journal_rereads_what_was_not_committed_and_survives_a_half_line(tmp_path):
+def test_journal_rereads_uncommitted_entries_and_skips_a_partial_line(tmp_path):
     journal = Journal(tmp_path / "a.jsonl")
     for n in range(3):
         journal.append({"n": n})
@@ -61,7 +61,7 @@ def test_journal_rereads_what_was_not_committed_and_survives_a_half_line(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_has_parameters_recipe_tags_metrics_and_artifacts(config, run, tmp_path):
+def test_run_has_parameters_recipe_tags_metrics_and_artifacts(config, run, tmp_path):
     (tmp_path / "table.txt").write_text("pq 50")
     tracking = Tracking(run, "driver", interval_s=0.05)
     tracking.log_metrics(1, {"loss": 2.0, "pq/traffic light, red": 0.5})
@@ -83,7 +83,7 @@ def test_a_run_has_parameters_recipe_tags_metrics_and_artifacts(config, run, tmp
     assert not os.listdir(run.spool)
 
 
-def test_a_resumed_run_is_the_same_run_and_repeats_no_step(config, run):
+def test_resumed_run_continues_the_same_mlflow_run_without_repeated_steps(config, run):
     first = Tracking(run, "rank0", interval_s=0.05)
     for step in (1, 2, 3):
         first.log_metrics(step, {"loss": float(step)})
@@ -101,7 +101,7 @@ def test_a_resumed_run_is_the_same_run_and_repeats_no_step(config, run):
     assert MlflowClient(tracking_uri=run.uri).get_run(run.run_id).data.tags["resumed.seed"] == "7"
 
 
-def test_late_steps_that_the_store_does_not_have_are_kept(run):
+def test_late_steps_missing_in_the_store_are_sent(run):
     first = Tracking(run, "evaluation", interval_s=0.05)
     first.log_metrics(20, {"pq": 0.2})
     assert first.close(PATIENCE_S)
@@ -112,7 +112,7 @@ def test_late_steps_that_the_store_does_not_have_are_kept(run):
     assert history(run, "pq") == [(10, 0.1), (20, 0.2)]
 
 
-def test_what_is_written_between_the_last_look_and_the_end_is_sent(run):
+def test_entries_appended_while_closing_are_sent(run):
     tracking, late = Tracking(run, "driver", interval_s=0.02), []
     look = tracking._sender.send_some
 
@@ -130,7 +130,7 @@ def test_what_is_written_between_the_last_look_and_the_end_is_sent(run):
     assert history(run, "loss") == [(1, 1.0)]
 
 
-def test_steps_that_are_done_again_are_sent_once(run):
+def test_repeated_steps_are_sent_once(run):
     tracking = Tracking(run, "driver", interval_s=0.02)
     for step in (1, 2, 1, 2):  # one batch, or two
         tracking.log_metrics(step, {"loss": float(step)})
@@ -147,7 +147,7 @@ def test_steps_that_are_done_again_are_sent_once(run):
     assert history(run, "loss") == [(step, float(step)) for step in range(1, 9)]
 
 
-def test_results_that_replace_others_of_the_step_are_what_the_store_shows(run):
+def test_replacing_results_become_the_current_metric_of_the_run(run):
     tracking = Tracking(run, "evaluation", interval_s=0.05)
     tracking.log_metrics(10, {"val/PQ": 40.0})
     tracking.log_metrics(10, {"val/PQ": 41.0})
@@ -158,7 +158,7 @@ def test_results_that_replace_others_of_the_step_are_what_the_store_shows(run):
     assert MlflowClient(tracking_uri=run.uri).get_run(run.run_id).data.metrics["val/PQ"] == 30.0
 
 
-def test_points_of_a_killed_process_are_sent_by_the_next_one_exactly_once(run):
+def test_metrics_of_a_killed_process_are_sent_exactly_once(run):
     command = [sys.executable, Path(__file__).with_name("killed_writer.py"), run.uri, run.run_id, run.spool, "50"]
     killed = subprocess.run(command, capture_output=True, timeout=PATIENCE_S)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
@@ -166,7 +166,7 @@ def test_points_of_a_killed_process_are_sent_by_the_next_one_exactly_once(run):
     assert history(run, "loss") == [(n, float(n)) for n in range(50)]
 
 
-def test_what_the_store_refuses_does_not_hold_up_the_rest(run, caplog):
+def test_rejected_entry_does_not_block_the_following_ones(run, caplog):
     tracking = Tracking(run, "rank0", interval_s=0.05)
     tracking.log_metrics(1, {"x" * 300: 1.0})  # MLflow takes keys of up to 250 characters
     tracking.set_tag("note", "x")
@@ -177,7 +177,7 @@ def test_what_the_store_refuses_does_not_hold_up_the_rest(run, caplog):
     assert "x" * 300 in run.journal("rank0").with_suffix(".jsonl.refused").read_text()
 
 
-def test_default_store_is_sqlite_in_the_output_and_a_bucket_needs_a_server(config, monkeypatch):
+def test_default_store_is_sqlite_in_output_and_a_bucket_requires_a_server(config, monkeypatch):
     assert tracking_uri(config) == f"sqlite:///{config.output}/mlflow.db"
     with pytest.raises(TrackingError, match=r"set tracking\.uri or MLFLOW_TRACKING_URI"):
         tracking_uri(dataclasses.replace(config, output="s3://bucket/runs"))
@@ -187,7 +187,7 @@ def test_default_store_is_sqlite_in_the_output_and_a_bucket_needs_a_server(confi
     assert "secret" not in str(caught.value)
 
 
-def test_an_unreachable_server_at_the_first_start_is_a_message(config, monkeypatch):
+def test_unreachable_server_at_the_first_start_raises_a_message(config, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(TrackingError, match=r"cannot create or find an MLflow run at http://127\.0\.0\.1"):
@@ -205,7 +205,7 @@ def server_run(migrated_database, tmp_path):
     return TrackedRun(uri=f"http://127.0.0.1:{port}", run_id=run_id, spool=str(tmp_path / "spool")), port
 
 
-def test_a_run_is_abandoned_also_while_its_store_is_away(server_run, monkeypatch):
+def test_abandon_returns_while_the_store_does_not_respond(server_run, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracking = Tracking(server_run[0], "driver", interval_s=0.02)
     tracking.log_metrics(1, {"loss": 1.0})
@@ -215,7 +215,7 @@ def test_a_run_is_abandoned_also_while_its_store_is_away(server_run, monkeypatch
 
 
 @pytest.mark.slow
-def test_outages_of_a_real_server_hold_up_nothing_and_lose_nothing(server_run, tmp_path, monkeypatch, caplog):
+def test_server_outages_do_not_block_logging_and_lose_no_metrics(server_run, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     run, port = server_run

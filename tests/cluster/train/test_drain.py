@@ -108,7 +108,7 @@ def announce_end(cluster, *nodes):
     return deadline
 
 
-def test_a_drained_node_costs_at_most_one_step_and_with_the_drivers_node_ends_it_as_drained(nodes, driver, tmp_path):
+def test_preempted_worker_node_repeats_at_most_one_step_and_preempted_driver_node_drains_run(nodes, driver, tmp_path):
     cluster, node = nodes
     config, process = driver
     said = (tmp_path / "driver.log").read_text

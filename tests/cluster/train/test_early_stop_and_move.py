@@ -28,7 +28,7 @@ ON_RAY = [pytest.mark.cluster, pytest.mark.soak]  # the supervisor decides, whic
 
 
 @pytest.mark.parametrize("train", [train_locally, pytest.param(run_training, marks=ON_RAY)])
-def test_a_run_ends_early_and_stays_ended(config, capsys, train):
+def test_early_stopped_run_finishes_and_does_not_train_again(config, capsys, train):
     nothing_is_better = EarlyStoppingConfig(metric="val/PQ", patience=1, min_delta=100.0)
     checkpoint = CheckpointConfig(every_steps=2, keep=3)
     training = replace(config.training, max_steps=5000, checkpoint=checkpoint, early_stopping=nothing_is_better)
@@ -53,7 +53,7 @@ def test_a_run_ends_early_and_stays_ended(config, capsys, train):
     assert newest_step(Storage(), config.run_folder) == reached + 1
 
 
-def test_a_run_folder_that_came_to_another_output_brings_its_points_and_evaluations(config, tmp_path, capsys):
+def test_run_folder_moved_to_another_output_restores_its_metrics_and_evaluations(config, tmp_path, capsys):
     first = train_locally(config)
     there = replace(config, output=str(tmp_path / "there"), training=replace(config.training, max_steps=14))
     Path(there.output).mkdir()

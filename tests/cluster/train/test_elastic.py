@@ -30,7 +30,7 @@ STEPS, EVERY = 26, 3
 RANGE = ClusterConfig(num_workers=(1, 3), num_cpus_per_worker=2)
 
 
-def test_room_counts_whole_workers_per_node():
+def test_count_fitting_counts_whole_workers_per_node():
     nodes = [{"CPU": 3.0, "trainer": 1.0}, {"CPU": 4.0}, {"CPU": 0.1 + 0.2}]
     assert count_fitting(nodes, {"CPU": 1.0}) == 7
     assert count_fitting(nodes, {"CPU": 2.0}) == 3
@@ -40,7 +40,7 @@ def test_room_counts_whole_workers_per_node():
     assert count_fitting([], {}) == 0
 
 
-def test_less_than_the_most_needs_patience():
+def test_fewer_than_max_workers_start_only_after_patience():
     assert next_size(5, RANGE, 0.0) == 3
     assert next_size(2, RANGE, 1.0) is None
     assert next_size(2, RANGE, 10.0) == 2
@@ -48,7 +48,7 @@ def test_less_than_the_most_needs_patience():
     assert Sizes(ClusterConfig(num_workers=3), list).next() == 3  # Ray does the waiting
 
 
-def test_a_range_is_checked():
+def test_worker_range_must_be_ascending():
     with pytest.raises(ConfigError, match=r"cluster\.num_workers is \[3, 2\]"):
         ClusterConfig(num_workers=(3, 2))
     assert (ClusterConfig(num_workers=2).min_workers, ClusterConfig(num_workers=2).max_workers) == (2, 2)
@@ -61,7 +61,7 @@ class Relay:
     last_step = 0
 
 
-def test_room_for_more_must_last_and_workers_must_work():
+def test_run_grows_only_after_lasting_free_resources_and_training_progress():
     now, nodes, relay = [0.0], [{"CPU": 2.0}], Relay()
     sizes = Sizes(RANGE, lambda: nodes, lambda: now[0])
     assert sizes.next() is None
@@ -122,7 +122,7 @@ def history(run, metric):
 @pytest.mark.timeout(1200)
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
+def test_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
     """2 -> 1 -> 2 workers in one supervised run; the raylet below rank 0 is killed right after a commit.
 
     Losses are those of a run that kept two. No point and no evaluation is missing or doubled.

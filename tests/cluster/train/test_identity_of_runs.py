@@ -79,7 +79,7 @@ def table(config):
     return Manifest.load(config.datasets["train"].shards, Storage()).categories.categories
 
 
-def test_a_checkpoint_says_what_it_is(run):
+def test_checkpoint_stores_identity_of_its_model(run):
     config, url = run
     assert "identity.json" in read_manifest(Storage(), url).files
     for name in ("weights.safetensors", "ema.safetensors"):
@@ -101,7 +101,7 @@ def test_a_checkpoint_says_what_it_is(run):
             assert file.metadata()["format"] == "pt"
 
 
-def test_a_copied_checkpoint_predicts_and_exports_alone(run, copied, image, tmp_path, capsys):
+def test_copied_checkpoint_predicts_without_run_folder_and_shards(run, copied, image, tmp_path, capsys):
     config, _ = run
     status, text = m2f(capsys, "predict", copied, image, "--output", tmp_path / "seen", "--min-score", "0")
     assert status == 0, text
@@ -112,7 +112,7 @@ def test_a_copied_checkpoint_predicts_and_exports_alone(run, copied, image, tmp_
     assert (status, "give --output" in text) == (2, True), text
 
 
-def test_graphs_hold_the_identity(copied, tmp_path, capsys):
+def test_exported_graphs_contain_identity(copied, tmp_path, capsys):
     made = open_trained(str(copied), (), None)
     for form, name in (("torch_export", "m.pt2"), ("onnx", "m.onnx")):
         words = ("export", copied, "--format", form, "--output", tmp_path / name, "--size", "64", "64")
@@ -127,7 +127,7 @@ def test_graphs_hold_the_identity(copied, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("verb", ["predict", "export", "eval", "analyze"])
-def test_one_flipped_bit_is_found_before_the_weights_are_loaded(run, copied, image, tmp_path, capsys, verb):
+def test_flipped_bit_in_weights_is_detected_before_loading(run, copied, image, tmp_path, capsys, verb):
     config, _ = run
     path = copied / "ema.safetensors"
     data = bytearray(path.read_bytes())
@@ -147,7 +147,7 @@ def test_one_flipped_bit_is_found_before_the_weights_are_loaded(run, copied, ima
     assert "Traceback" not in text
 
 
-def test_a_damaged_identity_is_found_too(copied, capsys, image, tmp_path):
+def test_changed_identity_file_is_detected(copied, capsys, image, tmp_path):
     path = copied / "identity.json"
     path.write_text(path.read_text().replace('"is_thing": true', '"is_thing": false', 1))
     status, text = m2f(capsys, "predict", copied, image, "--output", tmp_path / "seen")
@@ -167,7 +167,7 @@ def test_a_damaged_identity_is_found_too(copied, capsys, image, tmp_path):
         ("data.task=semantic", "for the task panoptic, but data.task is semantic"),
     ],
 )
-def test_a_run_does_not_go_on_as_another_model(run, tmp_path, capsys, override, named):
+def test_run_with_checkpoint_rejects_changed_model_or_optimizer_settings(run, tmp_path, capsys, override, named):
     config, _ = run
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_recipe(config))
@@ -178,7 +178,7 @@ def test_a_run_does_not_go_on_as_another_model(run, tmp_path, capsys, override, 
     assert "Traceback" not in text
 
 
-def test_a_run_goes_on_with_other_losses_rates_and_colours(run):
+def test_run_continues_with_changed_losses_learning_rates_and_colours(run):
     config, _ = run
     training = replace(config.training, max_steps=9, optimizer=replace(config.training.optimizer, lr=1e-6))
     model = replace(config.model, loss=replace(config.model.loss, class_weight=4.0))
@@ -190,7 +190,7 @@ def test_a_run_goes_on_with_other_losses_rates_and_colours(run):
     check_continuation(replace(job, identity=identity), Storage())
 
 
-def test_a_run_does_not_go_on_with_other_classes(run):
+def test_run_with_checkpoint_rejects_changed_classes(run):
     config, _ = run
     job = compose_job(config)
     assert job.identity is not None
@@ -202,7 +202,7 @@ def test_a_run_does_not_go_on_with_other_classes(run):
             check_continuation(replace(job, identity=changed), Storage())
 
 
-def test_another_order_of_the_data_is_refused_before_the_start_unless_it_is_accepted(run):
+def test_changed_data_order_requires_accept_changes(run):
     config, _ = run
     for changed in (replace(config, seed=config.seed + 1), replace(config, data=replace(config.data, window=3))):
         with pytest.raises(CheckpointError, match=r"another data order.*data\.accept_changes=true"):
@@ -211,7 +211,7 @@ def test_another_order_of_the_data_is_refused_before_the_start_unless_it_is_acce
         check_continuation(compose_job(accepting), Storage())
 
 
-def test_a_run_of_the_past_is_compared_by_its_recipe(tmp_path, monkeypatch):
+def test_run_of_earlier_version_is_compared_by_its_recipe(tmp_path, monkeypatch):
     shutil.copytree(PAST, tmp_path / "past")
     monkeypatch.chdir(tmp_path / "past")
     check_continuation(compose_job(load_recipe("recipe.yaml", ["training.max_steps=5000"])), Storage())
@@ -233,7 +233,7 @@ def coco_shards(folder, categories):
     return dataset
 
 
-def test_added_classes_keep_the_rows_of_known_ones(run, tmp_path):
+def test_class_head_keeps_rows_of_known_classes_when_classes_are_added(run, tmp_path):
     config, url = run
     old = table(config)
     dataset = coco_shards(tmp_path / "new", [(3, "submarine"), (1, old[4].name), (2, old[1].name)])
@@ -254,7 +254,7 @@ def test_added_classes_keep_the_rows_of_known_ones(run, tmp_path):
     assert torch.equal(model.transformer_decoder.class_embed.weight, expected)
 
 
-def test_weights_whose_classes_contradict_the_data_are_refused(run, tmp_path):
+def test_weights_with_contradicting_classes_are_rejected(run, tmp_path):
     config, url = run
     stuff = next(c for c in table(config) if not c.is_thing)
     dataset = coco_shards(tmp_path / "new", [(3, stuff.name), (1, table(config)[-1].name)])

@@ -40,7 +40,7 @@ def finish(process, status):
     return text
 
 
-def test_every_rank_has_the_launch_variables(start, tmp_path):
+def test_every_rank_gets_launch_variables(start, tmp_path):
     finish(start("write_variables", "2", str(tmp_path)), 0)
     first, second = ((tmp_path / f"rank{r}").read_text().split() for r in (0, 1))
     assert first[:4] == ["0", "0", "2", "127.0.0.1"]
@@ -49,7 +49,7 @@ def test_every_rank_has_the_launch_variables(start, tmp_path):
     assert first[5] == "e"
 
 
-def test_ranks_meet_over_loopback(start, tmp_path):
+def test_ranks_communicate_over_loopback(start, tmp_path):
     finish(start("sum_over_ranks", "2", str(tmp_path)), 0)
     assert [(tmp_path / f"rank{r}").read_text() for r in (0, 1)] == ["3.0", "3.0"]
 
@@ -63,16 +63,16 @@ def test_ranks_meet_over_loopback(start, tmp_path):
         ("kill", "LaunchError rank 1: RankDiedError: rank 1 was killed by SIGKILL (often the kernel's out-of-memory"),
     ],
 )
-def test_the_root_cause_is_shown_and_not_its_echo_on_a_lower_rank(start, how, expected):
+def test_root_cause_is_reported_instead_of_its_consequence_on_a_lower_rank(start, how, expected):
     assert finish(start("fail", "2", how), 3).startswith(expected)
 
 
-def test_a_dead_rank_ends_the_others(start):
+def test_failed_rank_ends_the_other_ranks(start):
     process = start("fail_while_the_other_hangs", "2")
     assert "rank 1: RuntimeError: broken" in finish(process, 3)  # which is long before the other would end
 
 
-def test_a_signal_asks_every_rank_to_stop(start, tmp_path):
+def test_signal_stops_every_rank(start, tmp_path):
     process = start("wait_for_stop", "2", str(tmp_path))
     wait_until(lambda: process.poll() is not None or all((tmp_path / f"ready{r}").exists() for r in (0, 1)))
     assert process.poll() is None
@@ -81,6 +81,6 @@ def test_a_signal_asks_every_rank_to_stop(start, tmp_path):
     assert all((tmp_path / f"stopped{r}").exists() for r in (0, 1))
 
 
-def test_exits_are_described():
+def test_describe_exit():
     assert describe_exit(3) == "exited with status 3"
     assert describe_exit(-15) == "was killed by SIGTERM"

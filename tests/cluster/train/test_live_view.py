@@ -41,7 +41,7 @@ def drawn(view, width=100):
     return "\n".join(lines)
 
 
-def test_the_panel_shows_the_run():
+def test_panel_shows_progress_metrics_and_silence():
     clock = Clock()
     view = LiveView("ade20k", 160_000, clock=clock)
     assert "0 / 160,000" in drawn(view)
@@ -88,12 +88,12 @@ def test_the_panel_shows_the_run():
         ([1.0, float("nan"), float("inf"), 2.0], 8, "\u2581\u2588"),
     ],
 )
-def test_a_sparkline_fits_its_width(values, width, line):
+def test_sparkline_fits_its_width(values, width, line):
     assert sparkline(values, width) == line
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed: no real terminal to look at")
-def test_a_real_terminal_shows_one_panel_below_the_log(tmp_path):
+def test_terminal_shows_one_panel_below_the_log(tmp_path):
     stop = tmp_path / "stop"
     tmux = ["tmux", "-L", f"m2f-test-{os.getpid()}", "-f", "/dev/null"]
     words = [sys.executable, str(Path(__file__).with_name("live_view_main.py")), str(stop)]

@@ -270,7 +270,7 @@ def on_cluster(module: str, *words: str, timeout: float = 600) -> subprocess.Com
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
 
-def test_several_nodes_write_the_shards(recipe, requests, tmp_path):
+def test_shards_are_written_by_several_nodes(recipe, requests, tmp_path):
     """The job ran on the head, which has no CPUs; the bytes are those of a job on one machine."""
     config = load_recipe(recipe)
     found = (re.match(rf'({NET}\.\d+) .*"PUT /bucket/train/(shards/\d+\.tar) ', line) for line in requests.lines)
@@ -287,14 +287,14 @@ def test_several_nodes_write_the_shards(recipe, requests, tmp_path):
         print(f"{name} was written by {address}")  # noqa: T201
 
 
-def test_the_doctor_visits_every_node(recipe):
+def test_doctor_checks_every_node(recipe):
     done = m2f("doctor", str(recipe))
     assert done.returncode == 0, done.stdout + done.stderr
     for number, _ in NODES.values():
         assert f"{NET}.{number}" in done.stdout
 
 
-def test_a_node_is_cut_off_and_comes_back(recipe, requests):
+def test_run_shrinks_when_a_node_is_disconnected_and_grows_when_it_returns(recipe, requests):
     """The run shrinks to the node that is left, goes on, grows again, and loses nothing."""
     config = load_recipe(recipe)
     storage = Storage(config.storage)

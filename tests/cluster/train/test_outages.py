@@ -63,7 +63,7 @@ def close_at_first_commit(gateway, config, seconds=SHORT_S):
         pytest.param(300.0, 8.0, marks=LONGER),
     ],
 )
-def test_an_outage_shorter_than_the_patience_is_no_failure_and_no_stall(gateway, config, seconds, stall_timeout_s):
+def test_storage_outage_within_patience_causes_no_failure_and_no_stall(gateway, config, seconds, stall_timeout_s):
     config = replace(config, training=replace(config.training, stall_timeout_s=stall_timeout_s))
     calm = train_locally(replace(config, name="calm"))
     outage = threading.Thread(target=close_at_first_commit, args=(gateway, config, seconds), daemon=True)
@@ -79,7 +79,7 @@ def test_an_outage_shorter_than_the_patience_is_no_failure_and_no_stall(gateway,
     )
 
 
-def test_an_outage_longer_than_the_patience_ends_the_run_which_then_goes_on(gateway, config):
+def test_storage_outage_beyond_patience_ends_the_run_and_a_new_start_continues_it(gateway, config):
     hasty = replace(config, storage=replace(config.storage, patience_s=3.0))
     outage = threading.Thread(target=close_at_first_commit, args=(gateway, config), daemon=True)
     outage.start()
@@ -104,7 +104,7 @@ def mlflow(migrated_database, tmp_path):
     server.wait()
 
 
-def test_mlflow_may_go_away_while_a_run_trains(mlflow, tmp_path):
+def test_mlflow_outage_during_training_loses_no_metrics(mlflow, tmp_path):
     """Training does not wait for it; at the end it is waited for, and it has every point once."""
     made = tiny_config(tmp_path, "run", small_sets(str(tmp_path), Storage()))
     calm = train_locally(replace(made, name="calm"))

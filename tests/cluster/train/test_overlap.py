@@ -108,7 +108,7 @@ def check(config, calm) -> None:
     assert_equal_weights(config.run_folder, calm.run_folder)
 
 
-def test_ranks_end_with_their_launcher(make_config, start):
+def test_ranks_end_when_their_launcher_is_killed(make_config, start):
     first = start(make_config("orphans"), gate_step=2)
     first.wait_until(lambda: "step  1/" in first.log.read_text())
     ranks = first.ranks()
@@ -144,13 +144,13 @@ def overlap(config, calm, start, kind: str, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("kind", ["live", "stop"])
-def test_a_second_start_leaves_one_run(make_config, calm, start, kind):
+def test_second_start_of_a_run_leaves_metrics_and_checkpoints_of_one_run(make_config, calm, start, kind):
     overlap(make_config(kind), calm, start, kind, random.Random(0))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", range(OVERLAPS))
-def test_many_second_starts_leave_one_run(make_config, calm, start, number):
+def test_many_second_starts_leave_metrics_and_checkpoints_of_one_run(make_config, calm, start, number):
     kind = ("stop", "kill", "stop", "live")[number % 4]
     overlap(make_config(f"soak{number}"), calm, start, kind, random.Random(number))

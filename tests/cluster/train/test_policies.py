@@ -51,26 +51,26 @@ class HealthCheckFailed(Exception):
         ({0: RuntimeError("Connection reset by peer"), 1: RuntimeError("Connection closed by peer")}, None, "death"),
     ],
 )
-def test_root_cause_is_the_lowest_rank_that_is_no_echo(errors, rank, kind):
+def test_root_cause_is_the_lowest_rank_without_a_collateral_failure(errors, rank, kind):
     failure = root_cause(errors)
     assert (failure.rank, failure.kind) == (rank, kind)
 
 
-def test_a_preempted_node_explains_everything_else():
+def test_preemption_takes_precedence_as_root_cause():
     lost = ActorDiedError("node gone")
     lost.preempted = True
     assert root_cause({0: ValueError("late"), 1: HealthCheckFailed(lost)}).kind == "preemption"
 
 
-def test_mistakes_stop_at_once():
+def test_mistake_stops_the_run():
     assert isinstance(decide(history(("mistake", 10)), max_failures=3), Stop)
 
 
-def test_an_outage_for_which_ranks_have_waited_stops_the_run():
+def test_outage_stops_the_run():
     assert isinstance(decide(history(("outage", 10)), max_failures=3), Stop)
 
 
-def test_deaths_are_retried_with_backoff_until_the_budget_is_spent():
+def test_deaths_are_retried_with_backoff_up_to_max_failures():
     deaths = [("death", 0)] * 4
     decisions = [decide(history(*deaths[:n]), max_failures=3) for n in range(1, 5)]
     assert [d.delay_s for d in decisions if isinstance(d, Retry)] == [1.0, 2.0, 4.0]
@@ -78,7 +78,7 @@ def test_deaths_are_retried_with_backoff_until_the_budget_is_spent():
     assert "max_failures" in decisions[3].reason
 
 
-def test_progress_resets_the_budget():
+def test_new_checkpoint_resets_the_failure_count():
     spent = [("death", 4)] * 3
     assert isinstance(decide(history(*spent, start=4), max_failures=2), Stop)
     assert isinstance(decide(history(*spent, ("death", 8), start=4), max_failures=2), Retry)
@@ -87,30 +87,30 @@ def test_progress_resets_the_budget():
     assert isinstance(decide(history(*spent, ("death", 8), ("death", 8), ("death", 8), start=4), max_failures=2), Stop)
 
 
-def test_an_unclear_error_stops_when_it_comes_back_unchanged():
+def test_error_stops_the_run_when_it_repeats_without_progress():
     assert isinstance(decide(history(("error", 0)), max_failures=3), Retry)
     assert isinstance(decide(history(("error", 0), ("error", 0)), max_failures=3), Retry)
     assert isinstance(decide(history(("error", 0), ("error", 0), message="same"), max_failures=3), Stop)
     assert isinstance(decide(history(("error", 0), ("error", 5), message="same"), max_failures=3), Retry)
 
 
-def test_preemptions_cost_nothing():
+def test_preemptions_do_not_count_as_failures():
     taken = [("preemption", 0)] * 20
     assert decide(history(*taken), max_failures=0) == Retry(0.0, "the node was preempted")
     assert isinstance(decide(history(*taken, ("death", 0)), max_failures=1), Retry)
 
 
-def test_a_lack_of_room_is_waited_out():
+def test_lack_of_resources_does_not_count_as_failure():
     for no_room in (history(*[("room", 0)] * 20), history(("death", 0), ("room", 0))):
         assert decide(no_room, max_failures=1) == Retry(0.0, "the cluster had too few free resources for the workers")
     assert isinstance(decide(history(*[("room", 0)] * 20, ("death", 0)), max_failures=1), Retry)
 
 
-def test_no_failures_allowed_means_none():
+def test_max_failures_0_stops_at_the_first_death():
     assert isinstance(decide(history(("death", 100)), max_failures=0), Stop)
 
 
-def test_too_little_memory_halves_the_micro_batch_until_it_is_one_image():
+def test_out_of_memory_halves_the_micro_batch_down_to_one_image():
     def full(size):
         failure = root_cause({0: RuntimeError("Connection reset by peer"), 1: OutOfMemoryError("full", size)})
         return decide(AttemptHistory(0, (Attempt(failure, 0),)), max_failures=0)
@@ -121,20 +121,20 @@ def test_too_little_memory_halves_the_micro_batch_until_it_is_one_image():
     assert "does not fit into memory" in full(1).reason
 
 
-def test_spikes_leave_their_samples_out_and_count_as_failures():
+def test_loss_spike_skips_its_samples_and_counts_as_failure():
     failure = root_cause({rank: LossSpikeError("high", 8, 16) for rank in (0, 1)})
     once = AttemptHistory(0, (Attempt(failure, 4),))
     assert decide(once, max_failures=1).change == SkipPositions(PositionRange(8, 16))
     assert isinstance(decide(once.after(Attempt(failure, 4)), max_failures=1), Stop)
 
 
-def test_queue_policies():
+def test_choose_follows_the_queue_policy():
     assert choose([], "every") == QueueChoice(None)
     assert choose([30, 10, 20], "every") == QueueChoice(10)
     assert choose([30, 10, 20], "latest") == QueueChoice(30, (10, 20))
 
 
-def test_the_best_step_is_the_earliest_with_the_highest_value():
+def test_best_step_is_the_earliest_with_the_highest_value():
     metrics = {4: {"val/PQ": 10.0}, 8: {"val/PQ": 30.0, "val/AP": 1.0}, 12: {"val/PQ": 30.0}, 16: {}}
     assert best_step(metrics, "val/PQ") == 8
     assert best_step(metrics, "val/AP") == 8

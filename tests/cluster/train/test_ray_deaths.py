@@ -49,7 +49,7 @@ def strike(parent, config, step, name):
     return [driver, *family]
 
 
-def test_a_run_outlives_the_raylet_and_the_head_of_its_cluster(calm_run, config, parent, tmp_path):
+def test_run_survives_death_of_raylet_and_of_head(calm_run, config, parent, tmp_path):
     struck = strike(parent, config, EVERY, "raylet")
     struck += strike(parent, config, 2 * EVERY, "gcs_server")
     _, left = psutil.wait_procs(struck, timeout=PATIENCE_S)

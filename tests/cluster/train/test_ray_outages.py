@@ -94,7 +94,7 @@ LONG = [pytest.mark.soak, pytest.mark.timeout(1800)]
         *(pytest.param((moment,), 300.0, marks=LONG, id=f"300s-{moment}") for moment in MOMENTS),
     ],
 )
-def test_outages_leave_the_run_as_it_would_have_been(calm_run, gateway, config, gate, moments, seconds, tmp_path):
+def test_storage_outages_do_not_change_results(calm_run, gateway, config, gate, moments, seconds, tmp_path):
     seen: dict[str, int] = {}
     disturbance = threading.Thread(target=disturb, args=(gateway, config, moments, seconds, gate, seen), daemon=True)
     disturbance.start()

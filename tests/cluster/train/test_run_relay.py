@@ -9,7 +9,7 @@ from m2f.trainer.reporting import CommitReport, CommittedCheckpoint, Notice, Ste
 from tests.trainer.step_metrics import METRICS
 
 
-def test_the_mailbox_gives_every_event_once_and_in_order():
+def test_mailbox_returns_every_event_once_and_in_order():
     mailbox = Mailbox()
     events = StepReport(1, METRICS), CommitReport(CommittedCheckpoint(1, "c/1")), Notice("finished", 1, "done")
     for event in events:
@@ -18,7 +18,7 @@ def test_the_mailbox_gives_every_event_once_and_in_order():
     assert mailbox.poll(stop=False) == ()
 
 
-def test_a_mailbox_that_nobody_polls_drops_the_oldest(monkeypatch):
+def test_full_mailbox_drops_the_oldest_events(monkeypatch):
     monkeypatch.setattr("m2f.cluster.train.mailbox.MAX_EVENTS", 2)
     mailbox = Mailbox()
     for step in range(5):
@@ -26,7 +26,7 @@ def test_a_mailbox_that_nobody_polls_drops_the_oldest(monkeypatch):
     assert [event.step for event in mailbox.poll(stop=False)] == [3, 4]
 
 
-def test_the_mailbox_tells_rank_0_to_stop():
+def test_mailbox_returns_the_last_stop_request():
     mailbox = Mailbox()
     for stop in (False, True, False):  # the driver may take it back
         mailbox.poll(stop)
@@ -36,7 +36,7 @@ def test_the_mailbox_tells_rank_0_to_stop():
 HEADLINES = {"val/PQ": 51.234, "val/AP": 30.0, "val/SQ": 80.0, "street/mIoU": 70.5}
 
 
-def test_headline_shows_the_main_numbers_of_every_set():
+def test_headline_shows_the_headline_metrics_of_every_set():
     assert headline(HEADLINES) == "street mIoU 70.50; val PQ 51.23, AP 30.00"
 
 
@@ -47,11 +47,11 @@ def test_headline_shows_the_main_numbers_of_every_set():
         (Entry(20, "c", 0, "published", metrics={"val/PQ": 1.0}), "step 20: evaluated: val PQ 1.00"),
     ],
 )
-def test_one_line_per_settled_evaluation(entry, line):
+def test_settled_evaluation_is_described_in_one_line(entry, line):
     assert describe(entry) == line
 
 
-def test_the_demo_lists_every_checkpoint():
+def test_demo_table_lists_every_checkpoint():
     entries = [Entry(10, "c", 0, "published", metrics=HEADLINES), Entry(20, "c", 0, "failed", "no")]
     assert metrics_table(entries).splitlines() == [
         "step  evaluation     PQ     AP  mIoU",
@@ -61,7 +61,7 @@ def test_the_demo_lists_every_checkpoint():
     ]
 
 
-def test_the_demo_writes_only_under_its_output(tmp_path):
+def test_demo_writes_only_to_its_output_folder(tmp_path):
     config = demo_config(str(tmp_path), ["training.max_steps=7"])
     assert config.training.max_steps == 7
     assert config.run_folder == f"{tmp_path}/demo"
@@ -82,7 +82,7 @@ class Recorder:
         self.tags[name] = value
 
 
-def test_steps_that_a_restart_does_again_are_tracked_once():
+def test_steps_repeated_after_a_restart_are_tracked_once():
     recorder = Recorder()
     reporter = TrackingReporter(recorder)
     for step in (4, 7, 5, 5, 6, 7):  # 5 and 6 come late
@@ -90,7 +90,7 @@ def test_steps_that_a_restart_does_again_are_tracked_once():
     assert recorder.points == [(step, {"train/loss": float(step)}) for step in (4, 7, 5, 6)]
 
 
-def test_events_become_points_and_tags():
+def test_events_are_logged_as_metrics_and_tags():
     recorder = Recorder()
     reporter = TrackingReporter(recorder)
     reporter.report(StepReport(1, METRICS))

@@ -31,7 +31,7 @@ class Holder:
         return ray.get_gpu_ids()
 
 
-def test_ray_puts_an_actor_beside_a_rank_and_never_two_ranks_on_one_gpu(cluster):
+def test_ray_places_one_rank_and_one_actor_on_each_gpu(cluster):
     """On the shares that `settle` gives out."""
     holder = ray.remote(Holder)
     ranks = [holder.options(num_cpus=0, num_gpus=RANK_SHARE).remote() for _ in range(GPUS)]

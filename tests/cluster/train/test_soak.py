@@ -113,7 +113,7 @@ def history(config, metric):
     return sorted((point.step, point.value) for point in points)
 
 
-def test_any_number_of_kills_changes_nothing(tmp_path):
+def test_repeated_kills_do_not_change_results(tmp_path):
     base = tiny_config(tmp_path, "killed", small_sets(str(tmp_path), Storage()))
     training = replace(base.training, max_steps=STEPS, checkpoint=CheckpointConfig(every_steps=EVERY, keep=2))
     config = replace(base, training=training, cluster=ClusterConfig(num_workers=2, max_failures=3 * KILLS))
@@ -136,7 +136,7 @@ def test_any_number_of_kills_changes_nothing(tmp_path):
     assert [step for step, _ in history(config, "val/PQ")] == steps
 
 
-def test_points_that_a_killed_driver_never_heard_of_are_not_lost(tmp_path):
+def test_metrics_not_received_by_a_killed_driver_are_logged_after_restart(tmp_path):
     """The first driver is deaf: all points up to its death are in checkpoints, and nowhere else."""
     base = tiny_config(tmp_path, "deaf", small_sets(str(tmp_path), Storage()))
     training = replace(base.training, max_steps=15, checkpoint=CheckpointConfig(every_steps=EVERY, keep=1))

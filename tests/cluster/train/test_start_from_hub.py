@@ -75,7 +75,7 @@ def hub(config, labels, tmp_path, monkeypatch):
         yield hub
 
 
-def test_a_run_keeps_commit_digest_and_known_classes_and_a_resume_asks_nobody(config, labels, hub, tmp_path, capfd):
+def test_run_from_hub_stores_commit_and_digest_and_resumes_without_the_hub(config, labels, hub, tmp_path, capfd):
     run = replace(config, training=replace(config.training, optimizer=replace(config.training.optimizer, lr=1e-12)))
     assert train_locally(run).status == "finished"
     digest = weights_sha256(tmp_path / "model")
@@ -119,7 +119,7 @@ def test_a_run_keeps_commit_digest_and_known_classes_and_a_resume_asks_nobody(co
     ],
     ids=["backbone", "layers", "pixels"],
 )
-def test_another_architecture_is_refused_before_anything_starts(config, hub, changes, rows):
+def test_hub_weights_of_another_architecture_are_rejected_before_the_start(config, hub, changes, rows):
     with pytest.raises(WeightsError, match="whose model differs from the recipe's") as raised:
         train_locally(replace(config, model=replace(config.model, **changes)))
     assert all(row in str(raised.value) for row in rows)

@@ -81,7 +81,7 @@ def cluster(config):
         (None, None, "error", None),
     ],
 )
-def test_what_ray_raises_is_understood(config, error, ending, kind, rank):
+def test_errors_raised_by_ray_are_classified(config, error, ending, kind, rank):
     launcher = RayLauncher(config)
     launcher._error = error
     failure = failure_of(launcher.error(), ending)
@@ -121,7 +121,7 @@ def summary(cluster, config) -> RunSummary:
     return summary
 
 
-def test_a_killed_worker_costs_nothing_but_time(summary, config, calm_run):
+def test_killed_worker_does_not_change_losses(summary, config, calm_run):
     assert summary.status == "finished"
     assert [failure.kind for failure in summary.failures] == ["death"]
     assert summary.checkpoint is not None
@@ -156,7 +156,7 @@ def test_offline_evaluation_gives_the_same_results(summary, config):
         assert (Path(config.run_folder) / f"evaluations/step_{STEPS:08d}/val" / name).read_bytes() == data
 
 
-def test_killing_the_manager_and_its_actors_changes_nothing(summary, config):
+def test_killing_evaluation_service_and_actor_does_not_change_results(summary, config):
     again = replace(config, name="evaluated-again")
     for part in ("lease", "checkpoints", "commits"):
         shutil.copytree(f"{config.run_folder}/{part}", f"{again.run_folder}/{part}")
@@ -177,7 +177,7 @@ def test_killing_the_manager_and_its_actors_changes_nothing(summary, config):
             assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def test_a_run_lives_in_object_storage(cluster, folder, s3_endpoint):
+def test_run_trains_evaluates_and_continues_in_object_storage(cluster, folder, s3_endpoint):
     bucket = StorageConfig(endpoint_url=s3_endpoint, region="us-east-1")
     storage = Storage(bucket)
     local = tiny_config(folder, "remote", small_sets("s3://box/shards", storage))
@@ -201,7 +201,7 @@ def test_a_run_lives_in_object_storage(cluster, folder, s3_endpoint):
     assert [step for step, _ in history(config, "train/loss/total")] == list(range(1, EVERY + 2))
 
 
-def test_a_manager_that_cannot_start_is_given_up(cluster, config, tmp_path, monkeypatch):
+def test_evaluation_client_gives_up_if_the_service_cannot_start(cluster, config, tmp_path, monkeypatch):
     monkeypatch.setattr("m2f.cluster.evaluation.client.MAX_STARTS", 1)
     tracked = replace(create_run(replace(config, name="lost")), spool=str(tmp_path / "file" / "below"))
     (tmp_path / "file").write_text("no folder")
@@ -211,7 +211,7 @@ def test_a_manager_that_cannot_start_is_given_up(cluster, config, tmp_path, monk
     client.close()
 
 
-def test_a_mistake_stops_at_once_with_its_own_message(cluster, config):
+def test_user_error_stops_the_run_with_its_own_message(cluster, config):
     settings = replace(config.model.backbone, name="resnet10x")
     wrong = replace(config, name="wrong", model=replace(config.model, backbone=settings))
     with pytest.raises(ConfigError, match="resnet10x"):
@@ -227,7 +227,7 @@ def workers_with(monkeypatch):
     ray.cloudpickle.unregister_pickle_by_value(tiny_run)
 
 
-def test_a_bug_on_one_rank_stops_the_run_at_once_and_is_shown_first(cluster, config, workers_with, capsys):
+def test_bug_on_one_rank_stops_the_run_and_is_reported_first(cluster, config, workers_with, capsys):
     workers_with(tiny_run.mistaken_loop)
     buggy = replace(config, name="buggy", evaluation=EvaluationConfig())
     summary = run_training(buggy)
@@ -246,7 +246,7 @@ def test_a_bug_on_one_rank_stops_the_run_at_once_and_is_shown_first(cluster, con
     assert "the colour of sample 9 is wrong" in story.read_text()
 
 
-def test_a_store_that_refuses_too_little_memory_and_a_spike(cluster, config, calm_run, workers_with, capsys):
+def test_run_recovers_from_failed_upload_out_of_memory_and_loss_spike(cluster, config, calm_run, workers_with, capsys):
     """In one run: the upload of step 4 is refused, rank 1 is out of memory in step 5, steps 8 and 9 spike.
 
     Step 8 is evaluated before step 9: its commit is withdrawn, and the evaluation of the second one takes its place.
@@ -285,7 +285,7 @@ def assert_step_8_was_evaluated_again(config, summary):
     assert sorted(shown) == sorted(entry.metrics["val/mIoU"] for entry in (first, second))
 
 
-def test_too_few_gpus_are_said_at_once():
+def test_too_few_gpus_are_reported_before_the_start():
     config = parse_recipe(
         "{name: r, datasets: {d: {shards: s}}, data: {train: [{dataset: d}]}, training: {max_steps: 1},"
         " cluster: {num_workers: 8, num_gpus_per_worker: 1},"

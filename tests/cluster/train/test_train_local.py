@@ -67,7 +67,7 @@ def logged_losses(config):
     return {point.step: point.value for point in points}
 
 
-def test_too_little_memory_halves_the_micro_batch_and_the_losses_go_on(make_config, calm, with_fault, capsys):
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(make_config, calm, with_fault, capsys):
     config = make_config("small")
     with_fault(partial(out_of_memory, 21))  # sixth step, rank 1 of 2
     assert train_locally(config).status == "finished"
@@ -80,7 +80,7 @@ def test_too_little_memory_halves_the_micro_batch_and_the_losses_go_on(make_conf
     assert read_adjustments(Storage(), config.run_folder).micro_batch == 1
 
 
-def test_a_spike_is_rolled_back_and_its_samples_left_out(make_config, calm, with_fault, capsys):
+def test_loss_spike_is_rolled_back_and_its_samples_are_skipped(make_config, calm, with_fault, capsys):
     spikes = SpikeConfig(action="roll_back", window=4, threshold=20.0, steps=2)
     config = make_config("spiky", spikes=spikes, checkpoint=CheckpointConfig(every_steps=3, keep=9))
     with_fault(partial(spike, 20))  # sixth and seventh step
@@ -109,7 +109,7 @@ def killed_rank(marker, job, post):
         train_rank(job, post)
 
 
-def test_a_killed_rank_is_started_again_and_checkpoints_are_evaluated_at_the_end(
+def test_killed_rank_is_restarted_and_checkpoints_are_evaluated_at_the_end(
     make_config, calm, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("m2f.cluster.train.local.train_rank", partial(killed_rank, str(tmp_path / "marker")))
@@ -132,7 +132,7 @@ def test_a_killed_rank_is_started_again_and_checkpoints_are_evaluated_at_the_end
     assert "rebuilt from commits and results: 3 published, 0 to evaluate" in capsys.readouterr().err
 
 
-def test_points_that_the_driver_did_not_track_are_tracked_by_the_next_start(make_config, calm, monkeypatch):
+def test_metrics_missed_by_the_driver_are_logged_at_the_next_start(make_config, calm, monkeypatch):
     config = make_config("deaf")
     monkeypatch.setattr("m2f.cluster.train.relay.RunRelay.report", lambda self, event: None)
     monkeypatch.setattr("m2f.cluster.train.relay.RunRelay.track_stored", lambda self, storage, folder: None)
@@ -157,9 +157,7 @@ def rank_lost_at_commit(marker, step, job, post):
 
 
 @pytest.mark.parametrize("step", [4, STEPS])
-def test_a_commit_whose_writer_dies_at_once_loses_no_point_and_no_evaluation(
-    make_config, calm, tmp_path, monkeypatch, step
-):
+def test_rank_killed_during_commit_loses_no_metrics_and_no_evaluation(make_config, calm, tmp_path, monkeypatch, step):
     lost = partial(rank_lost_at_commit, str(tmp_path / "marker"), step)
     monkeypatch.setattr("m2f.cluster.train.local.train_rank", lost)
     config = replace(make_config(f"lost{step}"), evaluation=make_config.evaluation)

@@ -30,7 +30,7 @@ def worker(node, assigned="0", is_seen=True):
     return WorkerGpu(node, assigned, is_seen, "torch 2.9.0 with CUDA 12.8")
 
 
-def test_ranks_without_their_gpu_are_named_with_their_nodes():
+def test_message_names_ranks_without_gpu_and_their_nodes():
     assert unseen_gpus([worker("a"), worker("b", assigned=None, is_seen=False)]) is None, "a rank on the CPU needs none"
     problem = unseen_gpus([worker("a"), worker("b", "1", is_seen=False), worker("c", "0", is_seen=False)])
     assert problem is not None
@@ -42,7 +42,7 @@ def test_ranks_without_their_gpu_are_named_with_their_nodes():
     assert "and 54 more" in many
 
 
-def test_the_look_comes_before_ranks_wait_for_each_other(monkeypatch):
+def test_gpus_are_checked_before_the_process_group_is_created(monkeypatch):
     backend, started = CheckedTorch(), []
     monkeypatch.setattr(backend, "_torch", SimpleNamespace(on_start=lambda *_: started.append(1)))
     with pytest.raises(TrainingError, match="rank 1 on node b"):
@@ -63,7 +63,7 @@ def test_the_look_comes_before_ranks_wait_for_each_other(monkeypatch):
         ([1, 1], 0, None, 2),  # the other node is not looked at here: its rank is
     ],
 )
-def test_a_cluster_of_one_machine_has_the_gpus_that_torch_sees(nodes, driver, task, gpus, monkeypatch):
+def test_single_node_cluster_has_the_gpus_that_torch_sees(nodes, driver, task, gpus, monkeypatch):
     listed = [{"Alive": True, "NodeID": str(i), "Resources": {"GPU": count}} for i, count in enumerate(nodes)]
     monkeypatch.setattr(ray, "nodes", lambda: listed)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0"))
@@ -74,14 +74,14 @@ def test_a_cluster_of_one_machine_has_the_gpus_that_torch_sees(nodes, driver, ta
     assert ("Ray reports 1 GPU on" in seen.none) == (task is False)
 
 
-def test_auto_then_trains_on_the_cpu_and_says_so(tmp_path):
+def test_auto_trains_on_the_cpu_with_a_warning_if_torch_sees_no_gpu(tmp_path):
     config = tiny_config(tmp_path, "run", {name: DatasetConfig(shards="s") for name in ("train", "val")})
     settled = settle(config, SeenDevices((), "Ray reports 1 GPU on n1, where torch sees", may_grow=True))
     assert settled.config.cluster.gpus_per_worker == 0
     assert settled.warnings[0].startswith("Ray reports 1 GPU on n1, where torch sees no GPU now: training on its CPUs.")
 
 
-def test_what_ends_the_start_of_workers_is_the_users_message(tmp_path):
+def test_error_during_worker_start_is_raised_to_the_user(tmp_path):
     """Ray's controller sends it, pickled, as its own failure: no rank has an error."""
     config = tiny_config(tmp_path, "run", {name: DatasetConfig(shards="s") for name in ("train", "val")})
     launcher = ray_launcher.RayLauncher(config)
@@ -93,7 +93,7 @@ def test_what_ends_the_start_of_workers_is_the_users_message(tmp_path):
         _Supervisor._give_up(SimpleNamespace(), error, failure)  # type: ignore[arg-type]
 
 
-def test_an_evaluation_does_not_take_the_cpu_silently(tmp_path, monkeypatch):
+def test_evaluation_actor_without_its_gpu_raises(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = tiny_config(tmp_path, "run", {name: DatasetConfig(shards="s") for name in ("train", "val")})
     actor = EvaluationActor(replace(config, evaluation=replace(config.evaluation, num_gpus_per_actor=1)))
@@ -103,7 +103,7 @@ def test_an_evaluation_does_not_take_the_cpu_silently(tmp_path, monkeypatch):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_run_on_such_a_cluster_ends_in_one_message(tmp_path, monkeypatch, capsys):
+def test_run_on_cluster_with_unseen_gpus_stops_with_one_message(tmp_path, monkeypatch, capsys):
     config = replace(
         tiny_config(tmp_path, "blind", small_sets(str(tmp_path), Storage())), evaluation=EvaluationConfig()
     )
