@@ -39,7 +39,7 @@ def evaluate_checkpoint(
         EvaluationError, DataError, StorageError: see `evaluate_sets`.
     """
     if not config.evaluation.sets:
-        raise ConfigError("evaluation.sets is empty: name at least one set, for example [{dataset: val}]")
+        raise ConfigError("evaluation.sets is empty: add at least one set, for example [{dataset: val}]")
     if _is_little(config) or find_spec("ray") is None:
         config = announced(evaluation_devices(config, SeenDevices(gpus_of_machine())))
         return _evaluate(config, LocalPool(config), checkpoint, step, dump)
@@ -77,7 +77,7 @@ def _evaluate(
 
     def show(evaluated: EvaluationSet, done: int, total: int) -> None:
         if evaluated not in bars:
-            bars[evaluated] = Progress(f"evaluate {evaluated.label}", total, "calls").__enter__()
+            bars[evaluated] = Progress(f"evaluate {evaluated.label}", total, "batches").__enter__()
         bars[evaluated].advance(1)
         if done == total:
             bars[evaluated].__exit__(None, None, None)

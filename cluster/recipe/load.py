@@ -267,7 +267,7 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
     if section is None:
         kinds = [str(kind_tag(s)) for s in sections]
         if "kind" not in value:
-            return _add_problem(problems, f"`{path}.kind` is missing; one of {', '.join(kinds)}")
+            return _add_problem(problems, f"`{path}.kind` is missing; set it to one of {', '.join(kinds)}")
         return _add_problem(
             problems, f"`{path}.kind`: no such kind {value['kind']!r}{suggestion(str(value['kind']), kinds)}"
         )
@@ -387,7 +387,9 @@ def _lower_first(text: str) -> str:
 
 
 def _required_hint(section: type, name: str) -> str:
-    return f"{section.__name__} needs it ({getattr(type_hints(section)[name], '__name__', 'see m2f config --explain')})"
+    return (
+        f"{section.__name__} requires it ({getattr(type_hints(section)[name], '__name__', 'see m2f config --explain')})"
+    )
 
 
 def _to_tree(value: Any) -> Any:

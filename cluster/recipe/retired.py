@@ -105,8 +105,8 @@ def raise_collective_timeout(tree: Any) -> str | None:
         return None
     training["collective_timeout_s"] = max(default.collective_timeout_s, longest + 300.0)
     return (
-        f"`training.collective_timeout_s` is raised from {value:g} to {training['collective_timeout_s']:g}, above "
-        "storage.patience_s + training.stall_timeout_s"
+        f"`training.collective_timeout_s` is raised from {value:g} to {training['collective_timeout_s']:g}, so "
+        "that it exceeds storage.patience_s + training.stall_timeout_s"
     )
 
 

@@ -96,7 +96,7 @@ def _run_of_id(client: MlflowClient, experiment: str, wanted: str, uri: str) -> 
     if found is None or found.info.experiment_id != experiment:
         raise TrackingError(
             f"tracking.parent is {wanted}, but the experiment of this run has no such run at {uri}; give the id of a "
-            "run in it, or a name"
+            "run in that experiment, or a name"
         )
     return wanted
 

@@ -255,14 +255,14 @@ class _Supervisor:
     ) -> None:
         """Print the failure and the decision, and write the details to a file in `failures/`."""
         where = "" if failure.rank is None else f" on rank {failure.rank}"
-        print_err(f"attempt {number} ended at checkpoint step {step}{where}: {_first_line(failure.message)}")
+        print_err(f"attempt {number} ended{where} after checkpoint step {step}: {_first_line(failure.message)}")
         if error is not None:
             story = join(self._config.run_folder, "failures", f"{time.strftime('%Y%m%d-%H%M%S')}.txt")
             self._storage.put(story, error.story.encode())
             print_err(f"  details: {story}")
         match decision:
             case Retry(delay_s, reason):
-                print_err(f"  starting again in {delay_s:.0f} s: {reason}")
+                print_err(f"  restarting in {delay_s:.0f} s: {reason}")
             case Stop(reason):
                 print_err(f"  giving up: {reason}")
 

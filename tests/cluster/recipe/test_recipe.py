@@ -117,9 +117,9 @@ def test_every_problem_is_reported_at_once_with_its_path():
 
 def test_missing_keys_and_missing_kinds_are_named():
     message = problems_of("name: x\ndatasets: {a: {shards: s, source: {images: i}}}\ndata: {train: [{weight: 1}]}\n")
-    assert "`datasets.a.source.kind` is missing; one of synthetic, coco_panoptic" in message
+    assert "`datasets.a.source.kind` is missing; set it to one of synthetic, coco_panoptic" in message
     assert "`data.train.0.dataset` is missing" in message
-    assert "`training` is missing; RunConfig needs it" in message
+    assert "`training` is missing; RunConfig requires it" in message
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_collective_timeout_of_an_older_recipe_is_raised_with_one_message(tmp_pa
     with caplog.at_level(logging.WARNING):
         assert load_recipe(path).training.collective_timeout_s == 1200
     (line,) = caplog.messages
-    assert "`training.collective_timeout_s` is raised from 600 to 1200, above storage.patience_s" in line
+    assert "`training.collective_timeout_s` is raised from 600 to 1200, so that it exceeds storage.patience_s" in line
     assert parse_recipe(OLDER.replace("600.0", "5000")).training.collective_timeout_s == 5000
 
 

@@ -135,5 +135,5 @@ def test_preempted_worker_node_repeats_at_most_one_step_and_preempted_driver_nod
     assert after == list(range(after[0], after[-1] + 1))
     assert before[-1] - after[0] + 1 <= 1  # steps that were done twice
     assert newest_step(Storage(), config.run_folder) == after[-1]
-    assert "starting again in 0 s: the node was preempted" in said()
+    assert "restarting in 0 s: the node was preempted" in said()
     assert "run drained: " in said()

@@ -239,7 +239,7 @@ def test_bug_on_one_rank_stops_the_run_and_is_reported_first(cluster, config, wo
     said = capsys.readouterr().err.splitlines()
     assert any("more objects than the model has queries" in line for line in said)
     lines = [line for line in said if not line.startswith("warning: ")]
-    assert lines[0] == "attempt 1 ended at checkpoint step 0 on rank 1: ValueError: the colour of sample 9 is wrong"
+    assert lines[0] == "attempt 1 ended on rank 1 after checkpoint step 0: ValueError: the colour of sample 9 is wrong"
     assert lines[-1] == "  giving up: a restart would fail in the same way"
     assert len(lines) == 3
     (story,) = (Path(buggy.run_folder) / "failures").iterdir()
@@ -259,11 +259,13 @@ def test_run_recovers_from_failed_upload_out_of_memory_and_loss_spike(cluster, c
     assert summary.status == "finished"
     assert [failure.kind for failure in summary.failures] == ["error", "memory", "spike"]
     refused, short, spiked = capsys.readouterr().err.split("attempt ")[1:]
-    assert "ended at checkpoint step 0 on rank 1: StorageError: " in refused
+    assert "ended on rank 1 after checkpoint step 0: StorageError: " in refused
     assert "optim_states.pt: the store refuses to write (AccessDenied)" in refused
-    assert "ended at checkpoint step 4 on rank 1: OutOfMemoryError: out of memory in step 5 with 2 images at" in short
-    assert "starting again in 0 s: with 1 image per micro-batch instead of 2" in short
-    assert "ended at checkpoint step 8 on rank 0: LossSpikeError: after step 9 the loss is" in spiked
+    assert (
+        "ended on rank 1 after checkpoint step 4: OutOfMemoryError: out of memory in step 5 with 2 images at" in short
+    )
+    assert "restarting in 0 s: with 1 image per micro-batch instead of 2" in short
+    assert "ended on rank 0 after checkpoint step 8: LossSpikeError: after step 9 the loss is" in spiked
     assert "from the checkpoint before the spike, skipping positions 28 to 35 of the data order" in spiked
     adjustments = read_adjustments(Storage(), troubled.run_folder)
     assert (adjustments.micro_batch, adjustments.skipped) == (1, (PositionRange(28, 36),))

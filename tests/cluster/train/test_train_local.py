@@ -73,7 +73,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(make_config, 
     assert train_locally(config).status == "finished"
     said = capsys.readouterr().err
     assert "out of memory in step 6 with 2 images at once (training.micro_batch): CUDA out of memory" in said
-    assert "starting again in 0 s: with 1 image per micro-batch instead of 2" in said
+    assert "restarting in 0 s: with 1 image per micro-batch instead of 2" in said
     assert logged_losses(config) == pytest.approx(calm, rel=1e-6)
     (reason,) = json.loads((Path(config.run_folder) / "adjustments.json").read_text())["reasons"]
     assert "with 1 image per micro-batch instead of 2" in reason
@@ -117,7 +117,7 @@ def test_killed_rank_is_restarted_and_checkpoints_are_evaluated_at_the_end(
     summary = train_locally(config)
     assert summary.status == "finished"
     assert [failure.kind for failure in summary.failures] == ["death"]
-    assert "on rank 1: RankDiedError: rank 1 was killed by SIGKILL" in capsys.readouterr().err
+    assert ": RankDiedError: rank 1 was killed by SIGKILL" in capsys.readouterr().err
     assert logged_losses(config) == calm  # to the last bit
     assert [(entry.step, entry.status) for entry in summary.evaluations] == [(s, "published") for s in (4, 8, 10)]
     results = json.loads((Path(config.run_folder) / "evaluations/step_00000010/val/results.json").read_text())
