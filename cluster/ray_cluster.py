@@ -128,9 +128,9 @@ def _reach(address: str, cluster: ClusterConfig) -> None:
                     "used), or start the cluster"
                 ) from error
             if time.monotonic() - began > RECONNECT_S:
-                raise ClusterAwayError(f"{reason}. Start the run again when the cluster is back") from error
+                raise ClusterAwayError(f"{reason}. Start the run again when the cluster is back online") from error
             if not told:
-                print_err(f"{reason}; waiting for it up to {RECONNECT_S:.0f} s")
+                print_err(f"{reason}; waiting up to {RECONNECT_S:.0f} s for it")
             told = True
         time.sleep(_LOOK_S)
 

@@ -24,24 +24,24 @@ DESIGN = REPOSITORY / "docs" / "design.md"
 FOLDERS = "model|data_pipeline|trainer|eval|cluster|configs|tests|benchmarks"
 
 
-def test_the_settings_are_described_as_they_are():
+def test_configuration_document_matches_the_settings():
     written = (REPOSITORY / "docs" / "configuration.md").read_text()
     assert written.strip() == explain().strip(), "run `make docs`"
 
 
-def test_links_between_documents_lead_somewhere():
+def test_links_between_documents_resolve():
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert "://" in target or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_files_that_documents_name_are_there():
+def test_files_named_in_documents_exist():
     for document in DOCUMENTS:
         for named in re.findall(rf"(?:{FOLDERS})/[\w/]+\.(?:py|yaml)\b", document.read_text()):
             assert (REPOSITORY / named).is_file(), f"{document.name}: {named}"
 
 
-def test_the_floors_of_folders_are_described_as_they_are_checked():
+def test_documented_layers_match_the_import_contracts():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     described = [re.sub(r"^[a-z_]+/", "", line.strip()).strip() for line in DESIGN.read_text().splitlines()]
     text = "\n".join(described)
@@ -58,7 +58,7 @@ def _commands(document):
 
 
 @pytest.mark.parametrize("name", sorted(path.relative_to(REPOSITORY).as_posix() for path in DOCUMENTS))
-def test_the_commands_in_documents_are_ones_that_m2f_takes(name):
+def test_commands_in_documents_are_accepted(name):
     for words in _commands(REPOSITORY / name):
         parse_verb(words)
 
@@ -80,7 +80,7 @@ def test_the_quick_start_has_a_recipe_and_a_command_for_every_stage(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_examples_in_python_run(tmp_path, monkeypatch):
+def test_python_examples_in_the_models_document_run(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     config = ModelConfig(num_classes=133)

@@ -20,7 +20,7 @@ case "$*" in *"not cluster"*) exit {first} ;; *) exit {second} ;; esac
     ("first", "second", "passes"),
     [(0, 0, True), (1, 0, False), (0, 1, False), (5, 0, True), (0, 5, True), (2, 5, False)],
 )
-def test_both_halves_run_and_nothing_to_do_is_no_failure(tmp_path, first, second, passes):
+def test_make_test_runs_both_halves_and_accepts_empty_selections(tmp_path, first, second, passes):
     stub = tmp_path / "python"
     stub.write_text(PYTEST.format(folder=tmp_path, first=first, second=second))
     stub.chmod(0o755)
@@ -30,7 +30,7 @@ def test_both_halves_run_and_nothing_to_do_is_no_failure(tmp_path, first, second
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
 
 
-def test_the_lowest_versions_are_those_that_the_project_allows():
+def test_lowest_versions_match_the_project_requirements():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     allowed = " ".join([*project["dependencies"], *extras["export"], *extras["test"]])

@@ -31,7 +31,7 @@ def shown(notebook):
     return "\n".join(texts), pictures
 
 
-def test_the_stored_notebook_shows_pictures_and_no_path_of_a_machine():
+def test_stored_notebook_shows_pictures_and_no_local_paths():
     text, pictures = shown(NOTEBOOK)
     assert [picture.shape[1] > 900 for picture in pictures] == [True] * 4
     assert all(len(np.unique(picture.reshape(-1, 3), axis=0)) > 1000 for picture in pictures)

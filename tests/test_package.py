@@ -74,13 +74,13 @@ def contents(archive: Path) -> dict[str, bytes]:
         return {name: packed.read(name) for name in packed.namelist()}
 
 
-def test_the_wheel_holds_every_package_and_the_recipes(wheel, files):
+def test_wheel_contains_all_packages_and_recipes(wheel, files):
     assert {name for name in contents(wheel) if ".dist-info/" not in name} == files
     assert {"m2f/configs/demo.yaml", "m2f/cluster/cloud/kuberay.yaml", "m2f/cluster/cloud/Dockerfile"} <= files
     assert {f"m2f/{room}/__init__.py" for room in ROOMS if room != "configs"} <= files
 
 
-def test_the_sdist_holds_the_same_and_gives_the_same_wheel(sdist, wheel, files, tmp_path):
+def test_sdist_contains_the_same_files_and_builds_the_same_wheel(sdist, wheel, files, tmp_path):
     with tarfile.open(sdist) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
         packed.extractall(tmp_path, filter="data")
@@ -91,7 +91,7 @@ def test_the_sdist_holds_the_same_and_gives_the_same_wheel(sdist, wheel, files, 
 
 
 @pytest.mark.slow
-def test_the_demo_of_a_wheel_is_found_beside_files_of_the_same_names(wheel, tmp_path):
+def test_installed_demo_ignores_user_files_named_like_its_packages(wheel, tmp_path):
     site, work = tmp_path / "site", tmp_path / "work"
     done = python(
         tmp_path, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)
@@ -117,14 +117,14 @@ def without_links(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkout_without_links_works_and_is_sent_whole(without_links, tmp_path, files):
+def test_checkout_without_symlinks_works_and_is_packed_completely(without_links, tmp_path, files):
     done = python(tmp_path, str(PACKAGED), str(without_links), str(tmp_path / "sent"), path=without_links)
     assert (done.returncode, done.stdout) == (0, "demo"), done.stderr
     assert files <= contents(tmp_path / "sent" / "m2f.zip").keys()
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_no_package_of_a_checkout_without_links(kind, without_links, tmp_path):
+def test_checkout_without_symlinks_cannot_be_packaged(kind, without_links, tmp_path):
     done = python(without_links, "-c", f"import hatchling.build as b; b.build_{kind}({str(tmp_path)!r})")
     assert done.returncode != 0
     assert "m2f/model, " in done.stderr

@@ -55,7 +55,7 @@ def points(past: Path, name: str) -> dict[int, float]:
 
 
 @pytest.mark.slow
-def test_a_run_of_the_past_goes_on_from_its_checkpoint(past, capfd):
+def test_old_run_resumes_from_its_checkpoint(past, capfd):
     words = ["recipe.yaml", "--launcher", "local", f"training.max_steps={STEP + 3}", "training.log_every_steps=1"]
     assert main(["train", *words]) == 0
     assert f"from {past}/runs/past/checkpoints/step_{STEP:08d}" in capfd.readouterr().out
@@ -66,7 +66,7 @@ def test_a_run_of_the_past_goes_on_from_its_checkpoint(past, capfd):
 
 
 @pytest.mark.slow
-def test_it_goes_on_with_another_number_of_ranks(past, capfd):
+def test_old_run_resumes_with_a_different_number_of_ranks(past, capfd):
     words = [f"training.max_steps={STEP + 2}", "training.log_every_steps=1", "cluster.num_workers=1"]
     assert main(["train", "recipe.yaml", "--launcher", "local", *words]) == 0
     assert f"from {past}/runs/past/checkpoints/step_{STEP:08d}" in capfd.readouterr().out
@@ -76,7 +76,7 @@ def test_it_goes_on_with_another_number_of_ranks(past, capfd):
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_checkpoint_of_the_past_gives_the_results_that_it_gave(past):
+def test_old_checkpoint_evaluates_to_the_same_results(past):
     then = json.loads((PAST / "runs/past" / RESULTS).read_text())
     assert main(["eval", "recipe.yaml", "--output", "again", "--dump", "dumps_again"]) == 0
     now = json.loads((past / "again/val/results.json").read_text())
@@ -88,7 +88,7 @@ def test_a_checkpoint_of_the_past_gives_the_results_that_it_gave(past):
     assert written >= {path.name for path in (past / "dumps/val").iterdir()}  # later files are more
 
 
-def test_a_checkpoint_of_the_past_exports_the_graph_that_it_did(past):
+def test_old_checkpoint_exports_the_same_graph(past):
     onnxruntime = pytest.importorskip("onnxruntime")
     assert main(["export", "recipe.yaml", "--format", "onnx", "--size", "64", "64", "--output", "again.onnx"]) == 0
     images = np.random.default_rng(0).uniform(-2, 2, (1, 3, 64, 64)).astype(np.float32)
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_the_past_exports_the_graph_that_it_did(past):
         np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-4)
 
 
-def test_runs_of_the_past_are_compared(past, capsys):
+def test_old_runs_can_be_compared(past, capsys):
     shutil.copytree(past / "runs/past", past / "runs/other")
     assert main(["compare", "runs/past", "runs/other"]) == 0
     table = capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_runs_of_the_past_are_compared(past, capsys):
     assert f"{100 * metrics['PQ']:.2f}" in table or f"{metrics['PQ']:.2f}" in table
 
 
-def test_what_the_past_wrote_is_whole(past, capsys):
+def test_old_shards_and_checkpoints_pass_verification(past, capsys):
     assert main(["verify", "shards/train", "--full"]) == 0
     assert main(["checkpoint", "verify", "recipe.yaml"]) == 0
     assert main(["stats", "recipe.yaml"]) == 0

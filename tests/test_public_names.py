@@ -61,7 +61,7 @@ def python(*words, **options):
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=PATIENCE_S, **options)
 
 
-def test_the_public_names_are_these():
+def test_public_names_match_the_expected_list():
     assert sorted(m2f.__all__) == PUBLIC
     assert set(dir(m2f)) == {"__version__", *PUBLIC}
     stub = ast.parse(Path(m2f.__file__).with_suffix(".pyi").read_text())
@@ -72,7 +72,7 @@ def test_the_public_names_are_these():
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_says_what_it_is(name):
+def test_every_public_name_has_a_docstring(name):
     value = getattr(m2f, name)
     assert inspect.getdoc(value)
     members = [value] if inspect.isfunction(value) else []
@@ -83,7 +83,7 @@ def test_every_public_name_says_what_it_is(name):
             assert inspect.getdoc(member), f"{name}.{member}"
 
 
-def test_importing_takes_no_time_and_no_package():
+def test_import_is_fast_and_loads_no_heavy_package():
     heavy = ("torch", "numpy", "ray", "mlflow", "deepspeed", "cv2")
     code = (
         "import time; t = time.process_time(); import m2f; took = time.process_time() - t; "
@@ -93,12 +93,12 @@ def test_importing_takes_no_time_and_no_package():
     assert done.stdout.split("\n")[0] == "True [] load", done.stderr
 
 
-def test_the_version_is_that_of_the_package():
+def test_version_option_prints_the_package_version():
     done = python("-m", "m2f.cluster.cli", "--version")
     assert (done.returncode, done.stdout) == (0, f"m2f {m2f.__version__}\n")
 
 
-def test_a_strict_checker_accepts_a_users_program_and_finds_its_mistakes(tmp_path):
+def test_strict_type_checker_accepts_valid_user_code_and_finds_errors(tmp_path):
     (tmp_path / "pyproject.toml").write_text('[tool.pyrefly]\npreset = "strict"\n')
     (tmp_path / "user.py").write_text(USER)
     (tmp_path / "wrong.py").write_text(WRONG)

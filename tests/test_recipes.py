@@ -63,13 +63,13 @@ def is_of(name, *folders):
 # What each file says
 
 
-def test_no_two_recipes_have_the_same_name():
+def test_recipe_names_are_unique():
     assert len(RECIPES) == len(list(CONFIGS.rglob("*.yaml"))) - 1
     assert not RECIPES.keys() & ABLATIONS.keys()
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_a_row_of_the_table_changes_what_its_name_says_and_states_the_result(name):
+def test_ablation_changes_its_base_recipe_and_states_the_published_result(name):
     base, ablation = ABLATIONS[name]
     changed, before = loaded(name), loaded(base)
     assert changed.name == name
@@ -86,12 +86,12 @@ def test_a_row_of_the_table_changes_what_its_name_says_and_states_the_result(nam
         ("configs/none.yaml", "cannot read the recipe"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_nearest(recipe, message):
+def test_unknown_recipe_name_suggests_the_closest(recipe, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_recipe(recipe)
 
 
-def test_a_name_takes_overrides_and_several_rows():
+def test_recipe_name_accepts_overrides_and_several_ablations():
     config = load_recipe("coco_panoptic_r50+cross_attention+200q", ["training.max_steps=7", "name=mine"])
     assert config.model.transformer_decoder.attention == "cross"
     assert config.model.transformer_decoder.num_queries == 200
@@ -100,7 +100,7 @@ def test_a_name_takes_overrides_and_several_rows():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_load_and_begin_with_command_and_result(name):
+def test_recipes_load_and_start_with_command_and_expected_result(name):
     path = RECIPES[name]
     lines = path.read_text().splitlines()
     command = "m2f demo" if name == "demo" else f"m2f train {path.relative_to(REPOSITORY).as_posix()}"
@@ -110,7 +110,7 @@ def test_recipes_load_and_begin_with_command_and_result(name):
     assert parse_recipe(path.read_text(), source=path.name).name == name
 
 
-def test_the_document_lists_every_recipe_with_its_figures():
+def test_recipes_document_lists_every_recipe_with_its_results():
     document = (REPOSITORY / "docs" / "recipes.md").read_text()
     listed = {name for pattern in re.findall(r"`([\w*+]+)`", document) for name in expanded(pattern)}
     assert listed == {*PAPER, *HEADS}
@@ -140,7 +140,7 @@ def figures(name):
     ("tuned", "published"),
     [("r50", "r50"), ("swin_t", "swin_t"), ("swin_s", "swin_s"), ("swin_b", "swin_b"), ("swin_l", "swin_l_200q")],
 )
-def test_fine_tuning_has_the_model_of_the_published_weights(tuned, published):
+def test_finetune_recipes_match_the_model_of_the_published_weights(tuned, published):
     recipe, base = loaded(f"finetune_{tuned}"), loaded(f"coco_instance_{published}")
     assert model_changes(dump_recipe(base), dump_recipe(recipe)) == ()
     assert recipe.model.weights is not None
@@ -156,7 +156,7 @@ COCO_EPOCH = 7375
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_schedules_are_the_official_ones(name):
+def test_schedules_match_the_official_code(name):
     training = loaded(name).training
     assert training.global_batch == 16
     own_training = re.search(r"maskformer_r50$", name)  # MaskFormer's own parameters
@@ -184,7 +184,7 @@ def test_schedules_are_the_official_ones(name):
         ("mapillary_300k", "mapillary_semantic_r50"),
     ],
 )
-def test_learning_rates_are_those_of_the_official_code(goldens, golden, name):
+def test_learning_rates_match_the_official_code(goldens, golden, name):
     expected = json.loads((goldens / "g_lr_schedule.json").read_text())[golden]
     training = loaded(name).training
     assert training.max_steps == expected["max_iter"]
@@ -194,7 +194,7 @@ def test_learning_rates_are_those_of_the_official_code(goldens, golden, name):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_sizes_are_the_official_ones(name):
+def test_image_sizes_match_the_official_code(name):
     config = loaded(name)
     augment, data_set = config.data.augment, name.split("_")[0]
     if data_set == "coco":
@@ -212,7 +212,7 @@ def test_sizes_are_the_official_ones(name):
     assert (config.evaluation.shortest_edge, config.evaluation.max_size) == (base, longest)
 
 
-def test_only_convergence_rows_and_maskformer_augment_coco_otherwise():
+def test_only_convergence_and_maskformer_recipes_augment_coco_differently():
     others = {n: loaded(n).data.augment for n in PAPER if n.startswith("coco")}
     others = {n: augment for n, augment in others.items() if isinstance(augment, ScaleJitter)}
     assert set(others) == {n for n in PAPER if n.endswith("_standard") or re.match(r"coco.*_maskformer_r50$", n)}
@@ -224,7 +224,7 @@ def test_only_convergence_rows_and_maskformer_augment_coco_otherwise():
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_queries_thresholds_and_norms_are_the_official_ones(name):
+def test_queries_thresholds_and_norms_match_the_official_code(name):
     config = loaded(name)
     match = re.search(r"_(\d+)q$", name)
     assert config.model.transformer_decoder.num_queries == (int(match[1]) if match else 100)
@@ -243,7 +243,7 @@ def test_queries_thresholds_and_norms_are_the_official_ones(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if "swin" in name])
-def test_swin_starts_from_weights_of_its_own_shape(name):
+def test_swin_recipes_use_pretrained_weights_of_matching_shape(name):
     backbone = loaded(name).model.backbone
     size, window, width = {
         (96, 6): ("tiny", 7, 224),
@@ -267,7 +267,7 @@ OFFICIAL = {
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name.endswith("_official")])
-def test_official_recipes_change_the_documented_switches_alone(name):
+def test_official_recipes_change_only_the_documented_settings(name):
     changed = OFFICIAL | ({"data.drop_empty_targets": "False"} if "panoptic" in name else {})
     changed |= {"data.rasterise": "crop"} if "instance" in name else {}
     assert differences(name.removesuffix("_official"), name) == changed
@@ -296,7 +296,7 @@ def differences(base, name):
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_an_ablation_changes_one_thing(name):
+def test_ablation_changes_settings_of_one_group_only(name):
     changed = differences(ABLATIONS[name][0], name)
     assert changed
     assert any(all(re.fullmatch(pattern, key) for key in changed) for pattern in ABLATED.values()), changed
@@ -305,7 +305,7 @@ def test_an_ablation_changes_one_thing(name):
 @pytest.mark.parametrize(
     "name", [n for n in PAPER if not is_of(n, "ablations", "maskformer") and not n.endswith("_official")]
 )
-def test_backbones_are_compared_on_equal_terms(name):
+def test_backbone_recipes_differ_only_in_allowed_settings(name):
     """Against R50 on the same data and task: backbone, queries, images per forward, FaPN, Swin-L's schedule on COCO,
     the larger crops on ADE20K."""
     allowed = r"model\.backbone\..*|model\.transformer_decoder\.num_queries|training\.micro_batch"
@@ -344,7 +344,7 @@ CLASSES = {
 """Of panoptic, instance and semantic models (paper section 4)."""
 
 
-def test_tables_have_the_classes_of_the_paper():
+def test_category_tables_have_the_class_counts_of_the_paper():
     for data_set, counts in CLASSES.items():
         tasks = ("panoptic", "instance", "semantic")
         assert tuple(len(TABLES[data_set].for_task(task)) for task in tasks) == counts
@@ -435,7 +435,7 @@ def one_batch(config, table):
 
 
 @pytest.mark.parametrize("name", representatives())
-def test_one_step_at_reduced_size(name):
+def test_reduced_recipe_trains_one_step(name):
     config, table = reduced(name), TABLES[name.split("_")[0]]
     model_config = replace(config.model, num_classes=len(table.for_task(config.data.task)))
     torch.manual_seed(0)

@@ -69,10 +69,10 @@ def choose(found: Survey, num_train: int, machine: Machine) -> Choices:
     batch = micro * max(1, machine.num_gpus)
     steps = max(500, min(20000, math.ceil(num_train * 60 / batch)))
     return Choices(
-        crop=Choice(side, f"median longer side: {found.long_side} pixels; limit for {device}: {limit}"),
+        crop=Choice(side, f"median longer side: {found.long_side} pixels; limit with {device}: {limit}"),
         queries=Choice(queries, f"an image has up to {found.most_objects} segments"),
         points=Choice(points, f"the median segment covers {found.object_share:.2%} of its image"),
-        micro_batch=Choice(micro, f"images per forward pass and worker: {device}"),
+        micro_batch=Choice(micro, f"images per forward pass and worker, with {device}"),
         global_batch=batch,
         steps=Choice(steps, f"about {steps * batch / max(1, num_train):.0f} epochs of {num_train} images"),
     )

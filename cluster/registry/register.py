@@ -346,7 +346,7 @@ def _description(
     if thresholds is not None:
         silent = [name for name, one in thresholds.classes.items() if one.threshold is None]
         lines += ["", f"Thresholds by class for a precision of {thresholds.precision:g} on {thresholds.dataset}."]
-        lines += [f"Never reached by: {', '.join(silent)}."] if silent else []
+        lines += [f"No threshold reaches it for: {', '.join(silent)}."] if silent else []
     return "\n".join(lines)
 
 

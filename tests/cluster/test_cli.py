@@ -101,7 +101,7 @@ def test_the_overview_lists_every_verb(capsys):
     assert run(capsys)[0] == 2
 
 
-def test_an_unknown_verb_suggests_one(capsys):
+def test_unknown_verb_suggests_a_similar_one(capsys):
     assert run(capsys, "trian") == (2, "", "m2f: no such verb `trian`; did you mean `m2f train`?\n")
     assert "verbs: demo, init, shard" in run(capsys, "xyz")[2]
 
@@ -113,7 +113,7 @@ def test_an_unknown_verb_suggests_one(capsys):
         (["config"], "m2f config: no recipe given"),
         (["config", "RECIPE", "training.max_step=1"], "did you mean `max_steps`?"),
         (["config", "--explain", "trainin"], "did you mean `training`?"),
-        (["train", "RECIPE", "data.train.0.dataset=absent", "--launcher", "local"], "make the shards first"),
+        (["train", "RECIPE", "data.train.0.dataset=absent", "--launcher", "local"], "write the shards first"),
         (["stats", "RECIPE", "other"], "no data set 'other' under `datasets` (known: train, absent)"),
         (["stats", "RECIPE", "absent"], "dataset.json does not exist"),
         (["preview", "RECIPE", "train", "absent"], "preview takes one data set, not 2: train, absent"),
@@ -124,7 +124,7 @@ def test_an_unknown_verb_suggests_one(capsys):
         (["predict", "RECIPE", "nowhere.jpg", "--output", "out"], "nowhere.jpg: no such image"),
     ],
 )
-def test_a_user_error_is_one_message_and_status_2(capsys, recipe, tmp_path, words, expected):
+def test_user_error_prints_one_message_and_returns_status_2(capsys, recipe, tmp_path, words, expected):
     words = [recipe if word == "RECIPE" else word.format(folder=tmp_path) for word in words]
     status, _, err = run(capsys, *words)
     assert status == 2
@@ -166,7 +166,7 @@ def test_shard_reports_a_finished_data_set(capsys, recipe):
     assert "no new shards written" in out
 
 
-def test_the_job_has_as_many_classes_as_the_data_has_for_the_task(recipe):
+def test_job_gets_the_class_count_of_the_data_for_its_task(recipe):
     assert compose_job(load_recipe(recipe)).model.num_classes == 10
     job = compose_job(load_recipe(recipe, ["data.task=instance"]))
     assert job.model.num_classes == 6
@@ -176,7 +176,7 @@ def test_the_job_has_as_many_classes_as_the_data_has_for_the_task(recipe):
 
 
 @pytest.mark.slow
-def test_training_in_plain_processes_leaves_a_checkpoint_and_a_finished_mlflow_run(recipe, tmp_path, monkeypatch):
+def test_local_training_writes_a_checkpoint_and_a_finished_mlflow_run(recipe, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
     from m2f.cluster.tracking.tracking import find_run
@@ -264,20 +264,20 @@ def test_predict_continues_after_a_broken_image_and_reports_it(capsys, recipe, w
     assert "broken.jpg: the image cannot be read" in err
 
 
-def test_a_file_with_an_equals_sign_is_no_override(tmp_path, monkeypatch):
+def test_existing_file_with_an_equals_sign_is_not_an_override(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "id=7.jpg").touch()
     words = ["id=7.jpg", "seed=3", "other.jpg"]
     assert split_overrides(words) == (["id=7.jpg", "other.jpg"], ["seed=3"])
 
 
-def test_predictions_to_a_url_are_refused(capsys, recipe, images):
+def test_predict_rejects_a_url_as_output(capsys, recipe, images):
     status, _, err = run(capsys, "predict", recipe, images, "--output", "s3://box/out")
     assert status == 2
     assert "--output is s3://box/out" in err
 
 
-def test_checkpoints_are_listed_and_verified_to_the_byte(capsys, recipe):
+def test_checkpoint_verb_lists_and_verifies_checkpoints(capsys, recipe):
     storage, folder = Storage(), load_recipe(recipe).run_folder
     for step in (5, 10):
         url = checkpoint_url(folder, step)
@@ -372,11 +372,11 @@ def test_progress_without_a_terminal_prints_a_line_per_interval(capsys):
     ]
 
 
-def test_plan_predicts_and_names_wrong_options(recipe, capsys):
+def test_plan_prints_predictions_and_rejects_invalid_options(recipe, capsys):
     status, out, _ = run(capsys, "plan", recipe, "--world", 4, "--batch", 2)
     assert status == 0
-    assert out.startswith("4 ranks with 2 images each on 1 machine, 160 images/s in all")
-    assert "an epoch      6 images in" in out
+    assert out.startswith("4 ranks with 2 images each on 1 machine, 160 images/s in total")
+    assert "epoch         6 images in" in out
     assert re.search(r"GPU memory +\d+\.\d\d GB with \d+ images of \d+ x \d+ at once.*ZeRO 1 on 4 ranks", out)
     assert re.search(r"up to \d+ images at once fit into a GPU of 80 GB", out)
     status, _, err = run(capsys, "plan", recipe, "--gpu-gb", 0)
@@ -384,7 +384,7 @@ def test_plan_predicts_and_names_wrong_options(recipe, capsys):
     assert "--gpu-gb is 0.0" in err
 
 
-def test_plan_needs_no_shards(recipe, tmp_path, capsys):
+def test_plan_works_without_shards(recipe, tmp_path, capsys):
     new = tmp_path / "new.yaml"
     new.write_text(recipe.read_text().replace(f"{recipe.parent}/shards", str(tmp_path / "none")))
     status, out, err = run(capsys, "plan", new)
@@ -409,16 +409,16 @@ SCORED = ["--truth", "a", "--predictions", "b", "--truth-masks", "c", "--predict
         (["train", "recipe.yaml", "--launcher", "locl"], "did you mean local?"),
     ],
 )
-def test_a_misspelt_option_or_choice_is_answered_with_the_closest_one(capsys, words, expected):
+def test_misspelt_option_or_choice_suggests_the_closest_one(capsys, words, expected):
     with pytest.raises(SystemExit):
         main(words)
     assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 shards"), (1, "1 shard"), (1200, "1,200 shards")])
-def test_nouns_follow_their_numbers(number, text):
+def test_counted_uses_singular_and_plural(number, text):
     assert counted(number, "shard") == text
 
 
-def test_irregular_plurals_are_given():
+def test_counted_accepts_an_irregular_plural():
     assert (counted(1, "batch", "batches"), counted(2, "batch", "batches")) == ("1 batch", "2 batches")

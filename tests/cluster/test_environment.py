@@ -15,7 +15,7 @@ from m2f.cluster.environment import OWN_CLUSTER, names_cluster
         ("10.0.0.1:6379", {"RAY_ADDRESS": "127.0.0.1:6379", OWN_CLUSTER: "127.0.0.1:6379"}, True),
     ],
 )
-def test_ray_that_a_run_starts_on_its_machine_is_no_cluster_that_may_grow(address, variables, is_others, monkeypatch):
+def test_names_cluster_is_false_for_the_local_cluster_of_m2f(address, variables, is_others, monkeypatch):
     for name in ("RAY_ADDRESS", OWN_CLUSTER):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -23,7 +23,7 @@ FIRST_LINES = {
 }
 
 
-def test_verbs_say_what_they_wait_for_before_they_load_it(tmp_path):
+def test_verbs_print_a_message_before_loading_large_packages(tmp_path):
     command = [sys.executable, Path(__file__).with_name("first_lines_main.py"), HEAVY, *FIRST_LINES]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

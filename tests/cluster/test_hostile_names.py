@@ -29,14 +29,14 @@ def sample_of(key):
 
 
 @pytest.mark.parametrize("key", OUTSIDE)
-def test_a_dump_writes_nothing_for_such_a_key(tmp_path, key):
+def test_result_dump_rejects_unsafe_keys(tmp_path, key):
     import torch
 
     dump = ResultDump(CategoryTable((Category(3, "boat", True, (1, 2, 3)),)))
     dump.add_labels(sample_of("folder/inside"), np.zeros((4, 5), int))
-    with pytest.raises(DataError, match=r"^foreign.tar: the name .* rename it there"):
+    with pytest.raises(DataError, match=r"^foreign.tar: the name .* rename it"):
         dump.add_labels(sample_of(key), np.zeros((4, 5), int))
-    with pytest.raises(DataError, match=r"^foreign.tar: the name .* rename it there"):
+    with pytest.raises(DataError, match=r"^foreign.tar: the name .* rename it"):
         dump.add_panoptic(sample_of(key), PanopticResult(torch.zeros(4, 5, dtype=torch.int32), ()))
     dump.store(Storage(), str(tmp_path / "a" / "b"), 0)
     files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
@@ -44,31 +44,31 @@ def test_a_dump_writes_nothing_for_such_a_key(tmp_path, key):
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/a\\x.png", "images/a\x1b[2Jx.png", "images/a\udcffx.png"])
-def test_predictions_are_not_named_after_such_an_image(url):
+def test_predictions_reject_unsafe_image_names(url):
     assert [image.name for image in number_images(["../a/b.png", "s3://c/b.png"])] == ["b", "b-2"]
-    with pytest.raises(DataError, match=r"the name .* holds the character"):
+    with pytest.raises(DataError, match=r"the name .* contains the character"):
         number_images([url])
 
 
-def test_a_submission_has_no_such_member(tmp_path):
+def test_submission_rejects_unsafe_file_names(tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels/a.png").write_bytes(b"png")
     with zipfile.ZipFile(write_submission(tmp_path, "ade20k", "semantic", None, "m2f")) as archive:
         assert archive.namelist() == ["a.png"]
     (tmp_path / "labels/a\\..\\b.png").write_bytes(b"png")
-    with pytest.raises(DataError, match="holds the character"):
+    with pytest.raises(DataError, match="contains the character"):
         write_submission(tmp_path, "ade20k", "semantic", None, "m2f")
 
 
 @pytest.mark.parametrize("name", [*OUTSIDE, 3, None])
-def test_a_scored_file_reads_no_map_elsewhere(tmp_path, name):
+def test_scoring_rejects_mask_paths_outside_the_folder(tmp_path, name):
     assert mask_file(tmp_path, {"file_name": "a/b.png"}, "here") == tmp_path / "a/b.png"
     with pytest.raises(EvaluationError, match=r"^here: file_name .* it must name a file in "):
         mask_file(tmp_path, {"file_name": name}, "here")
 
 
 @pytest.mark.parametrize("name", ["../../x", "/x", "..", "a\\x"])
-def test_a_data_set_is_not_named_like_a_path_out(name):
+def test_recipe_rejects_data_set_names_that_leave_the_folder(name):
     recipe = """
 name: a
 datasets: {NAME: {shards: s}}

@@ -19,7 +19,7 @@ HOSTILE = f"a{CLEAR}\x9b31m\u202eb\udcff\r"
 SHOWN = "a\\x1b[2J\\x1b]0;owned\\x07\\x9b31m\\u202eb\\udcff\\r"
 
 
-def test_what_commands_a_terminal_is_written_as_an_escape():
+def test_printable_escapes_terminal_control_sequences():
     assert printable(HOSTILE) == SHOWN
     assert printable("usual\ttext\nof lines, äöü 漢字 ┃ 1 ≤ 2") == "usual\ttext\nof lines, äöü 漢字 ┃ 1 ≤ 2"
     assert printable("\x1b[36mred\x1b[0m\x1b[2J", colors=True) == "\x1b[36mred\x1b[0m\\x1b[2J"
@@ -71,7 +71,7 @@ def test_pages_are_printable():
     assert printable(html) == html
 
 
-def test_every_status_has_a_meaning_that_help_shows(capsys):
+def test_help_shows_the_meaning_of_every_exit_status(capsys):
     assert main(["--help"]) == ExitStatus.DONE
     said = capsys.readouterr().out
     assert set(MEANINGS) == set(ExitStatus)

@@ -18,7 +18,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_what_the_local_launcher_needs_loads_few_packages(module):
+def test_local_launcher_modules_load_no_heavy_package(module):
     code = f"import {module}, sys; print(sorted(set({MODULES[module]}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert done.stdout.strip() == "[]"

@@ -38,7 +38,7 @@ def listeners() -> dict[tuple[str, int], str]:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_local_cluster_listens_on_loopback_below_a_private_folder(monkeypatch):
+def test_local_cluster_listens_on_loopback_and_uses_a_private_folder(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = listeners()
     with local_or_existing(ClusterConfig(), num_cpus=1, dashboard=True):

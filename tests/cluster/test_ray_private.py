@@ -13,11 +13,11 @@ from m2f.cluster import ray_private
 CLUSTER = m2f.HOME / "cluster"
 
 
-def test_the_installed_ray_is_one_that_was_tested():
+def test_installed_ray_version_is_tested():
     assert SpecifierSet(ray_private.TESTED).contains(metadata.version("ray"))
 
 
-def test_the_lowest_version_allowed_is_the_lowest_tested():
+def test_requirements_allow_the_lowest_tested_ray_version():
     needed = [Requirement(text) for text in metadata.requires("m2f")]
     lowest = min(Version(part.version) for part in SpecifierSet(ray_private.TESTED))
     ranges = [one.specifier for one in needed if one.name == "ray"]
@@ -25,13 +25,13 @@ def test_the_lowest_version_allowed_is_the_lowest_tested():
     assert all(one.contains(lowest) for one in ranges)
 
 
-def test_no_other_module_imports_what_ray_keeps_private():
+def test_only_ray_private_imports_private_modules_of_ray():
     private = re.compile(r"^\s*(?:from|import) ray\.(?:\S*\._|_|train\.v2|dashboard|core|includes)", re.MULTILINE)
     found = [path for path in CLUSTER.rglob("*.py") if private.search(path.read_text(encoding="utf-8"))]
     assert [path.name for path in found] == ["ray_private.py"]
 
 
-def test_an_attempt_is_repeated_by_us_alone():
+def test_ray_train_does_not_retry_an_attempt():
     config = ray_private.attempt_config("attempt-1", "/somewhere")
     assert config.failure_config is not None
     assert (config.failure_config.max_failures, config.failure_config.max_preemption_failures) == (0, 0)
@@ -39,13 +39,13 @@ def test_an_attempt_is_repeated_by_us_alone():
     assert ray_private.scaling_config(3, False, {"CPU": 2}).num_workers == 3
 
 
-def test_loggers_that_announce_too_much_are_there():
+def test_noisy_loggers_of_ray_exist():
     ray_private.quiet_reports()
     ray_private.quiet_tokens()
     ray_private.quiet_job_client()
 
 
-def test_a_ray_without_a_private_part_is_named_with_the_remedy(monkeypatch):
+def test_missing_private_ray_module_is_reported_with_a_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray._private.state", None)
     with pytest.raises(ray_private.RayVersionError, match=r"Ray 2\.\S+ lacks .*pip install 'ray\[default,train\]>=2"):
         ray_private.free_resources()

@@ -44,7 +44,7 @@ def watch(tmp_path, monkeypatch):
         yield run
 
 
-def test_the_death_of_the_raylet_is_named_at_once(watch):
+def test_raylet_death_ends_the_driver_immediately(watch):
     def kill(gcs, raylet):
         connection, _ = raylet.accept()
         raylet.close()
@@ -54,21 +54,21 @@ def test_the_death_of_the_raylet_is_named_at_once(watch):
         watch(kill)
 
 
-def test_a_raylet_that_only_hangs_up_is_alive(watch):
+def test_closed_connection_to_a_live_raylet_is_reopened(watch):
     watch(lambda gcs, raylet: raylet.accept()[0].close())
 
 
 @pytest.mark.parametrize("raylet_path", [None, "nowhere"])
-def test_the_death_of_the_head_is_named(watch, raylet_path):
+def test_head_death_ends_the_driver(watch, raylet_path):
     with pytest.raises(Ended, match=r"its GCS at 127\.0\.0\.1:\d+ no longer accepts connections"):
         watch(lambda gcs, raylet: gcs.close(), raylet_path=raylet_path)
 
 
-def test_a_head_that_may_come_back_is_waited_for(watch):
+def test_unreachable_head_is_tolerated_within_the_patience(watch):
     watch(lambda gcs, raylet: gcs.close(), patience_s=1000.0)
 
 
-def test_a_driver_that_was_started_again_waits_for_its_cluster(monkeypatch, capsys):
+def test_restarted_driver_waits_for_its_cluster(monkeypatch, capsys):
     answers = [OSError("refused"), OSError("refused"), None]
 
     def knock(address):
@@ -85,7 +85,7 @@ def test_a_driver_that_was_started_again_waits_for_its_cluster(monkeypatch, caps
     assert capsys.readouterr().err.count("cannot reach the Ray cluster at head:6379: refused; waiting") == 1
 
 
-def test_a_cluster_that_does_not_come_back_is_an_outage(monkeypatch):
+def test_cluster_that_stays_unreachable_is_an_outage(monkeypatch):
     monkeypatch.setenv(RESTARTED, "1")
     monkeypatch.setattr(ray_cluster, "RECONNECT_S", 0.0)
     with (

@@ -150,7 +150,7 @@ def score(folder, kind, *arguments):
     return json.loads(output.read_text())
 
 
-def test_nothing_but_results_stays(dumped):
+def test_dump_contains_only_result_files(dumped):
     folder, _ = dumped
     dump = folder / "dump/val"
     assert sorted(path.name for path in dump.iterdir()) == [
@@ -159,7 +159,7 @@ def test_nothing_but_results_stays(dumped):
     assert len(list((dump / "panoptic").iterdir())) == len(list((dump / "labels").iterdir())) == 19
 
 
-def test_panoptic(dumped):
+def test_panoptic_dump_scores_like_the_evaluation(dumped):
     folder, results = dumped
     dump, truth = folder / "dump/val", folder / "truth"
     truth_files = "--truth", truth / "panoptic.json", "--truth-masks", truth / "panoptic"
@@ -175,7 +175,7 @@ def test_panoptic(dumped):
     assert counts == {i: (q["tp"], q["fp"], q["fn"]) for i, q in scored["per_class"].items()}
 
 
-def test_instances(dumped):
+def test_instance_dump_scores_like_the_evaluation(dumped):
     folder, results = dumped
     files = "--truth", folder / "truth/instances.json", "--predictions", folder / "dump/val/instances.json"
     scored = score(folder, "instances", *files)
@@ -185,7 +185,7 @@ def test_instances(dumped):
     assert stats["APs"] > 0
 
 
-def test_semantic(dumped):
+def test_semantic_dump_scores_like_the_evaluation(dumped):
     folder, results = dumped
     files = "--truth", folder / "truth/labels", "--predictions", folder / "dump/val/labels"
     scored = score(folder, "semantic", *files, "--num-classes", 201, "--ignore", 0)
@@ -195,7 +195,7 @@ def test_semantic(dumped):
     assert 5 < metrics["mIoU"] < 95
 
 
-def test_a_dump_in_a_bucket_is_the_same(tmp_path, bucket):
+def test_dump_in_a_bucket_equals_a_local_dump(tmp_path, bucket):
     remote = f"{bucket}/dump/val"
     storage, table = Storage(), CategoryTable((Category(3, "boat", True, (1, 2, 3)),))
     image = np.zeros((4, 5, 3), np.uint8)
@@ -274,7 +274,7 @@ INSTANCE = {
 
 
 @pytest.mark.parametrize(("name", "annotation"), [("panoptic", PANOPTIC), ("labels", INSTANCE)])
-def test_json_files_have_the_layout_of_coco(dumped, name, annotation):
+def test_json_files_follow_the_coco_schema(dumped, name, annotation):
     """As pycocotools and viewers (FiftyOne, supervision) want it, with files of images that exist."""
     folder, _ = dumped
     lists = {"images": IMAGE, "categories": CATEGORY, "annotations": annotation}
@@ -290,7 +290,7 @@ def test_json_files_have_the_layout_of_coco(dumped, name, annotation):
     assert name == "panoptic" or len({entry["id"] for entry in document["annotations"]}) == len(described)
 
 
-def test_pycocotools_opens_the_file_for_viewers(dumped):
+def test_pycocotools_reads_the_annotation_file(dumped):
     folder, _ = dumped
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(folder / "dump/val/labels.json"))
@@ -316,13 +316,13 @@ def test_pycocotools_opens_the_file_for_viewers(dumped):
         ("/secret.jpg/a.gif", "jpg", "k.jpg"),
     ],
 )
-def test_an_image_is_called_as_its_file(source, ending, name):
+def test_image_file_name_is_derived_from_the_source(source, ending, name):
     image, nothing = np.zeros((4, 5, 3), np.uint8), Annotation(seg=None, inst=None, segments=())
     sample = DecodedSample(key="k", image_id=1, source=source, image=image, annotation=nothing, image_ext=ending)
     assert image_file_name(sample) == name
 
 
-def test_maps_hold_ids_of_segments_and_categories(dumped):
+def test_maps_contain_segment_and_category_ids(dumped):
     folder, _ = dumped
     dump = folder / "dump/val"
     entry = json.loads((dump / "panoptic.json").read_text())["annotations"][0]

@@ -17,7 +17,7 @@ def label_folders(tmp_path):
     return ["--truth", str(tmp_path / "truth"), "--predictions", str(tmp_path / "found")]
 
 
-def test_semantic(label_folders, tmp_path, capsys):
+def test_semantic_scores_are_printed_and_written(label_folders, tmp_path, capsys):
     output = tmp_path / "results.json"
     command = ["score", "semantic", *label_folders, "--num-classes", "4", "--ignore", "255", "--output", str(output)]
     assert main(command) == 0
@@ -34,7 +34,7 @@ def test_semantic(label_folders, tmp_path, capsys):
     assert "75.00       50.00             37.50" in capsys.readouterr().out
 
 
-def test_instances(tmp_path, capsys):
+def test_instance_scores_are_printed_and_written(tmp_path, capsys):
     square = {"segmentation": [[2, 2, 40, 2, 40, 40, 2, 40]], "category_id": 5, "image_id": 1}
     truth = {
         "images": [{"id": 1, "height": 60, "width": 60}],
@@ -52,7 +52,7 @@ def test_instances(tmp_path, capsys):
     assert "Boundary mask AP, 1 images" in capsys.readouterr().out
 
 
-def test_errors_are_one_message(label_folders, tmp_path, capsys):
+def test_score_errors_print_one_message(label_folders, tmp_path, capsys):
     assert main(["score", "semantic", *label_folders, "--num-classes", "2"]) == 2
     assert "m2f score: x.png: the prediction has labels from 0 to 2" in capsys.readouterr().err
     nowhere = str(tmp_path / "none" / "out.json")

@@ -57,23 +57,25 @@ def recipe(tmp_path, monkeypatch):
         ("data.cache", "{folder: 'https://tophush@host', max_gb: 1}"),
     ],
 )
-def test_no_setting_of_a_recipe_takes_a_url_with_a_secret(recipe, setting, value, capsys, monkeypatch):
+def test_recipe_settings_reject_urls_with_secrets(recipe, setting, value, capsys, monkeypatch):
     monkeypatch.setenv("OWN_URL", "https://tophush@host")
     assert main(["train", str(recipe), f"{setting}={value}"]) == 2
     message = capsys.readouterr().err
     assert f"1 problem\n  `{setting}" in message
-    assert "is stored with the run. Leave it out, and set in the environment: MLFLOW_TRACKING_USERNAME" in message
+    assert (
+        "is stored with the run. Remove it, and set credentials in the environment: MLFLOW_TRACKING_USERNAME" in message
+    )
     assert "hush" not in message
     assert not (recipe.parent / "runs").exists()
 
 
-def test_a_recipe_made_in_python_is_checked_too(recipe):
+def test_recipe_built_in_python_rejects_urls_with_secrets(recipe):
     config = load_recipe(recipe)
     with pytest.raises(ConfigError, match=r"`tracking\.uri`: the URL has a user"):
         dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, uri="https://tophush@host"))
 
 
-def test_a_recipe_that_an_earlier_version_stored_loads_without_its_secret(recipe, caplog):
+def test_stored_recipe_with_a_secret_loads_without_it(recipe, caplog):
     """What is not to be taken apart is replaced, so that predict and export still open the run."""
     config = load_recipe(recipe)
     text = dump_recipe(config).replace("uri: null", "uri: https://tophush@host")
@@ -92,7 +94,7 @@ def test_a_recipe_that_an_earlier_version_stored_loads_without_its_secret(recipe
         load_recipe(recipe)
 
 
-def test_a_run_whose_stored_recipe_has_a_secret_goes_on(recipe):
+def test_run_with_a_secret_in_its_stored_recipe_resumes(recipe):
     config = load_recipe(recipe, ["tracking.uri=https://host"])
     text = dump_recipe(config).replace("uri: https://host", "uri: https://tophush@host")
     storage = Storage()
@@ -104,7 +106,7 @@ def test_a_run_whose_stored_recipe_has_a_secret_goes_on(recipe):
 
 
 @pytest.mark.parametrize("uri", ["https://tophush@host", "postgresql://host/db?password=tophush"])
-def test_no_mlflow_uri_with_a_secret_is_used(recipe, uri, monkeypatch):
+def test_mlflow_uris_with_secrets_are_rejected(recipe, uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     config = load_recipe(recipe)
     for use in (lambda: tracking_uri(config), lambda: connect(uri)):
@@ -119,14 +121,14 @@ def test_no_mlflow_uri_with_a_secret_is_used(recipe, uri, monkeypatch):
         assert (finding.state, "tophush" in str(finding)) == ("failed", False)
 
 
-def test_an_s3_endpoint_of_the_environment_with_a_secret_is_refused(monkeypatch):
+def test_s3_endpoint_with_a_secret_in_the_environment_is_rejected(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://me:top/hush@127.0.0.1:9")
     with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY") as caught:
         Storage(StorageConfig()).get("s3://bucket/x")
     assert "hush@" not in str(caught.value)
 
 
-def test_a_dashboard_with_a_password_in_its_address_is_refused():
+def test_dashboard_address_with_a_password_is_rejected():
     with pytest.raises(JobError, match="RAY_AUTH_TOKEN") as caught:
         JobClient("http://me:tophush@127.0.0.1:9")
     assert "tophush" not in str(caught.value)

@@ -98,7 +98,7 @@ def test_attention_shares_and_pictures_are_written(capsys, analysed, tmp_path):
     assert decode_picture(pictures[0].read_bytes()).shape[1] > 4 * 500
 
 
-def test_a_recipe_is_measured_with_the_classes_of_its_data(capsys, analysed):
+def test_recipe_table_uses_the_class_count_of_its_data(capsys, analysed):
     recipe = analysed / "recipe.yaml"
     status, out, _ = run(capsys, "analyze", "table", recipe, "--size", "64x96", "--seconds")
     assert status == 0
@@ -109,7 +109,7 @@ def test_a_recipe_is_measured_with_the_classes_of_its_data(capsys, analysed):
     assert float(more.splitlines()[2].split("|")[3]) > float(out.split("small")[1].split()[0])
 
 
-def test_paper_rows_carry_the_papers_figures():
+def test_paper_rows_contain_the_published_numbers():
     row = next(paper_sizes([m for m in paper_models() if m.name == "R50"], (256, 256), timed=False))
     assert (row.paper_parameters, row.paper_flops, row.table, row.cpu_seconds) == (44, 226, "I, III", None)
     assert row.executed < row.flops_at_size
@@ -118,7 +118,7 @@ def test_paper_rows_carry_the_papers_figures():
 
 
 @pytest.mark.slow
-def test_the_documented_table_is_that_of_the_formulas():
+def test_documented_model_table_matches_the_formulas():
     written = {}
     for line in (Path(m2f.__file__).parents[1] / "docs" / "models.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -155,7 +155,7 @@ def test_cpu_time_is_measured():
         (["attention", "RECIPE"], "has no checkpoint; train first"),
     ],
 )
-def test_an_error_is_one_message(capsys, analysed, words, expected):
+def test_analyze_errors_print_one_message(capsys, analysed, words, expected):
     status, _, err = run(capsys, "analyze", *[analysed / "recipe.yaml" if word == "RECIPE" else word for word in words])
     assert status == 2
     assert expected in err

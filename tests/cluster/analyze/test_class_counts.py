@@ -30,7 +30,7 @@ def nowhere(monkeypatch, tmp_path):
         ("mapillary/mapillary_semantic_r50", 65, "Mapillary Vistas 1.2"),
     ],
 )
-def test_published_sets_are_known_without_their_files(recipe, classes, name):
+def test_class_counts_of_published_data_sets_need_no_files(recipe, classes, name):
     found = with_class_count(load_recipe(CONFIGS / f"{recipe}.yaml"))
     assert found.model.num_classes == classes
     assert f"assuming the {classes} classes of {name}; neither shards nor source found" in str(found.assumed)
@@ -43,12 +43,12 @@ def own(source, more=""):
     )
 
 
-def test_a_source_that_is_there_is_counted():
+def test_classes_of_an_existing_source_are_counted():
     found = with_class_count(own("{kind: synthetic, num_images: 2}"))
     assert (found.model.num_classes, found.assumed) == (10, None)
 
 
-def test_own_data_that_are_nowhere_are_refused_with_the_remedy():
+def test_missing_own_data_is_rejected_with_a_remedy():
     for source in (
         "{kind: coco_panoptic, images: i, panoptic_json: mine.json, panoptic_masks: m}",
         "{kind: label_maps, images: i, labels: l, categories: c.json}",

@@ -69,7 +69,7 @@ def values(rows, name):
     return [(v.value, v.delta, v.best) for v in row.values]
 
 
-def test_deltas_are_to_the_first_run_and_missing_values_stay_missing(pair):
+def test_deltas_are_relative_to_the_first_run_and_missing_values_stay_missing(pair):
     comparison = compare_runs(pair)
     assert [row.name for row in comparison.metrics] == ["val/PQ", "val/mIoU"]
     assert values(comparison.metrics, "val/PQ") == [(50.0, None, True), (42.5, -7.5, False)]
@@ -85,7 +85,7 @@ def test_a_step_selects_the_evaluations_of_that_step(pair):
     assert "val: not evaluated at step 20: other" in compare_runs(pair, ["train/loss/total", "PQ"], step=20).notes
 
 
-def test_less_loss_is_better_and_ties_are_not_marked(pair):
+def test_lower_loss_is_better_and_ties_are_not_marked(pair):
     comparison = compare_runs(pair, ["train/loss/total"])
     assert values(comparison.metrics, "train/loss/total") == [(1.0, None, False), (0.5, -0.5, True)]
     twice = compare_runs([pair[0], pair[0]])
@@ -119,7 +119,7 @@ def test_training_time_counts_every_step():
     assert hours.values[0].value == pytest.approx(200 / 3600)
 
 
-def test_runs_without_a_common_metric_are_refused_with_what_they_have(pair):
+def test_runs_without_a_common_metric_are_rejected_with_their_metrics(pair):
     other = record("stranger", {"test/PQ": ((5, 1.0),)})
     with pytest.raises(CompareError, match=r"base: val/PQ, val/mIoU; stranger: test/PQ"):
         compare_runs([pair[0], other])
@@ -139,7 +139,7 @@ def test_an_evaluated_set_may_be_called_train(pair):
     assert not {"train/lr", "train/loss/total"} & {row.name for row in comparison.metrics}
 
 
-def test_other_data_and_subsets_are_noted(pair):
+def test_different_data_and_subsets_are_noted(pair):
     other = record(
         "other", pair[1].curves, {"val": set_result(10, {"PQ": 42.5}, fingerprint="0" * 64, subset="first 5 of 10")}
     )
@@ -185,7 +185,7 @@ def test_runs_whose_classes_contradict_each_other_are_refused(pair, row, named):
         compare_runs([with_classes(pair[0], TABLE), with_classes(pair[1], (TABLE[0], row))])
 
 
-def test_published_figures_stand_beside_the_first_set():
+def test_published_results_are_shown_for_the_first_set():
     curves = {"val/PQ": ((10, 50.0),), "val/SQ": ((10, 80.0),), "small/PQ": ((10, 9.0),)}
     run = record("coco_panoptic_r50_official", curves, evaluation__sets__0__dataset="val")
     comparison = compare_runs([run])
@@ -195,7 +195,7 @@ def test_published_figures_stand_beside_the_first_set():
     assert compare_runs([record("mine", curves)]).paper is None
 
 
-def test_published_figures_are_those_that_the_recipes_name():
+def test_published_results_match_the_recipes():
     """Line 2 of a recipe starts with its published figures."""
     compared = 0
     for path in CONFIGS.rglob("*.yaml"):
@@ -232,7 +232,7 @@ class WellFormed(HTMLParser):
         self.text.append(data)
 
 
-def test_reports_agree_and_need_no_other_files(pair):
+def test_report_formats_agree_and_are_self_contained(pair):
     pair[1] = record("<b>other</b>|", pair[1].curves, pair[1].results, note="a|b")
     comparison = compare_runs(pair)
     text, markdown, html = as_text(comparison), as_markdown(comparison, "c.svg"), as_page(comparison)
@@ -317,7 +317,7 @@ def test_folders_are_read_without_mlflow(tmp_path, monkeypatch):
     assert read(first, step=100)[0].results["val"].metrics["PQ"] == 50.0
 
 
-def test_folders_of_one_recipe_are_told_apart_by_their_names(tmp_path):
+def test_runs_of_one_recipe_are_named_after_their_folders(tmp_path):
     folders = [write_run(tmp_path / name, "same", 50.0) for name in ("first", "second", "deep/first")]
     assert [run.name for run in read(*folders[:2])] == ["first", "second"]
     assert [run.name for run in read(folders[0], folders[2])] == ["same (1)", "same (2)"]
@@ -373,7 +373,7 @@ def test_runs_that_cannot_be_found_are_refused(store, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_server_that_does_not_answer_is_named_in_the_message(tmp_path):
+def test_unreachable_server_is_named_in_the_message(tmp_path):
     with pytest.raises(CompareError, match=r"does not answer .* start the server"):
         read("alpha", tracking="http://127.0.0.1:9")
     folder = write_run(tmp_path / "a", "a", 50.0)

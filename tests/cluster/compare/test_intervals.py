@@ -45,7 +45,7 @@ def run_of(name, images=None, value=50.0, results=None, **recipe):
     )
 
 
-def test_an_interval_over_images_holds_the_difference_and_says_what_it_leaves_out():
+def test_image_interval_contains_the_difference_and_notes_its_limits():
     base, better = records_of(70), records_of(75, seed=1)
     comparison = compare_runs([run_of("base", base), run_of("better", better, lr="2")])
     (interval,) = comparison.intervals
@@ -65,13 +65,13 @@ def test_an_interval_over_images_holds_the_difference_and_says_what_it_leaves_ou
     assert compare_runs(comparison.runs, draws=0).intervals == ()
 
 
-def test_paired_draws_see_small_differences():
+def test_paired_interval_of_equal_records_is_zero():
     base = records_of(70)
     same = compare_runs([run_of("base", base), run_of("twin", base, lr="2")]).intervals[0]
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
-def test_runs_without_records_or_with_other_images_are_named():
+def test_runs_without_comparable_image_records_are_noted():
     base = run_of("base", records_of(70))
     notes = " ".join(
         compare_runs([base, run_of("old", lr="2"), run_of("moved", records_of(70, first_id=9), lr="3")]).notes
@@ -80,7 +80,7 @@ def test_runs_without_records_or_with_other_images_are_named():
     assert "no intervals over images for moved: evaluated on other images" in notes
 
 
-def test_runs_that_differ_in_their_seed_are_one_side():
+def test_runs_that_differ_only_in_seed_are_grouped():
     runs = [
         run_of("a0"),
         run_of("b0", lr="2", value=52.0),
@@ -100,14 +100,14 @@ def test_runs_that_differ_in_their_seed_are_one_side():
     assert not any("noise of training" in note for note in comparison.notes)
 
 
-def test_one_side_of_several_seeds_has_an_interval_of_its_mean():
+def test_single_group_of_seeds_gets_an_interval_of_its_mean():
     comparison = compare_runs([run_of("a0"), run_of("a1", seed="1", value=51.0), run_of("a2", seed="2", value=52.0)])
     (interval,) = comparison.intervals
     assert (interval.value, interval.baseline, interval.runs) == (51.0, None, (3,))
     assert "3 seeds" in as_text(comparison)
 
 
-def test_other_settings_of_an_evaluation_are_named():
+def test_different_evaluation_settings_are_noted():
     first = run_of("first", results=result(shrink="area", batch_size=1, weights="1"))
     second = run_of("second", results=result(shrink="bilinear", batch_size=1, weights="2"))
     notes = compare_runs([first, second]).notes
@@ -115,7 +115,7 @@ def test_other_settings_of_an_evaluation_are_named():
     assert not any("batch_size" in note or "weights" in note for note in notes)
 
 
-def test_records_beside_results_are_read_from_run_folders(tmp_path, capsys):
+def test_image_records_are_read_from_run_folders(tmp_path, capsys):
     for name, right in (("base", 70), ("better", 75)):
         place = tmp_path / name / "evaluations/step_00000005/val"
         place.mkdir(parents=True)

@@ -112,7 +112,7 @@ def test_missing_shards_fail_with_the_command_that_writes_them(recipe, tmp_path)
     assert (finding.state, finding.remedy) == ("failed", "run m2f shard RECIPE train")
 
 
-def test_data_that_do_not_suit_the_model_are_a_warning(recipe, tmp_path):
+def test_data_that_do_not_match_the_model_are_a_warning(recipe, tmp_path):
     assert check_data(load_recipe(recipe)).state == "ok"
     finding = check_data(load_recipe(recipe, ["model.transformer_decoder.num_queries=1"]))
     assert (finding.state, finding.detail.startswith("train: 2 of 2 images have more objects")) == ("warning", True)
@@ -134,7 +134,7 @@ def test_a_run_in_s3_without_a_tracking_server_fails(recipe, quiet):
     assert (finding.state, "MLFLOW_TRACKING_URI" in finding.detail) == ("failed", True)
 
 
-def test_64_mib_of_shared_memory_fail(quiet):
+def test_shared_memory_of_64_mib_fails(quiet):
     """A real one, in a mount namespace."""
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     check = [sys.executable, str(Path(__file__).with_name("shared_memory_main.py"))]
@@ -145,7 +145,7 @@ def test_64_mib_of_shared_memory_fail(quiet):
     assert done.stdout.startswith("failed 0.1 GiB free in /dev/shm"), done.stderr
 
 
-def test_shared_memory_of_this_machine_is_found():
+def test_shared_memory_of_this_machine_suffices():
     assert check_shared_memory().state in ("ok", "warning")
 
 
@@ -224,7 +224,7 @@ def test_a_missing_token_fails_and_disabled_tokens_warn(monkeypatch, quiet, tmp_
         (500, "warning", "returned HTTP 500 to a request without a token"),
     ],
 )
-def test_a_cluster_is_asked_whether_it_is_open(answer, state, words, monkeypatch):
+def test_token_check_sends_a_request_without_a_token(answer, state, words, monkeypatch):
     """Whatever is set here: the settings of this process are not those that the cluster was started with."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hush")
@@ -245,7 +245,7 @@ def test_a_cluster_is_asked_whether_it_is_open(answer, state, words, monkeypatch
     assert (finding.state, words in finding.detail) == (state, True)
 
 
-def test_a_cluster_that_cannot_be_asked_is_a_warning():
+def test_unreachable_dashboard_is_a_warning():
     assert check_ray_token(NOWHERE).state == "warning"
 
 

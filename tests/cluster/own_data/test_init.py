@@ -42,7 +42,7 @@ def test_every_export_becomes_a_recipe_that_loads(name, tmp_path, capsys, monkey
     assert main(["config", "set.yaml"]) == 0
 
 
-def test_instances_can_train_semantic(tmp_path, monkeypatch):
+def test_instance_data_can_be_used_for_the_semantic_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set").mkdir()
     EXPORTS["yolo_seg"](tmp_path / "set")
@@ -52,7 +52,7 @@ def test_instances_can_train_semantic(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["hub", "folder"])
-def test_published_weights_bring_their_model(address, tmp_path, monkeypatch):
+def test_published_weights_determine_the_model(address, tmp_path, monkeypatch):
     """As configs/finetune: backbone, queries and learning rate fit the weights that the recipe starts from."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set").mkdir()
@@ -71,7 +71,7 @@ def test_published_weights_bring_their_model(address, tmp_path, monkeypatch):
     assert len((tmp_path / "set.yaml").read_text().splitlines()) <= 40
 
 
-def test_two_forms_are_one_message_with_the_flag(tmp_path, capsys, monkeypatch):
+def test_several_matching_formats_require_the_form_option(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set").mkdir()
     for name in ("yolo_seg", "label_studio"):
@@ -101,7 +101,7 @@ def test_faults_are_counted_by_kind(tmp_path, capsys, monkeypatch):
     assert printed.splitlines()[-2] == "  m2f shard set.yaml --skip-bad"
 
 
-def test_an_unknown_folder_is_one_message(tmp_path, capsys):
+def test_unsupported_folder_is_rejected_with_one_message(tmp_path, capsys):
     assert main(["init", str(tmp_path), "--output", str(tmp_path / "a.yaml")]) == 2
     assert "docs/own_data.md" in capsys.readouterr().err
 
@@ -117,14 +117,14 @@ def test_an_unknown_folder_is_one_message(tmp_path, capsys):
         ("trainer/strains.json", None),
     ],
 )
-def test_names_tell_the_split(path, split):
+def test_split_is_detected_from_names(path, split):
     assert split_of(path) == split
 
 
 @pytest.mark.parametrize(
     ("machine", "crop", "micro"), [(Machine(0, 0), 256, 2), (Machine(1, 24), 1024, 2), (Machine(2, 80), 1024, 8)]
 )
-def test_choices_follow_machine_and_data(machine, crop, micro):
+def test_choices_depend_on_machine_and_data(machine, crop, micro):
     found = Survey(
         num_images=100,
         num_read=100,
@@ -141,7 +141,7 @@ def test_choices_follow_machine_and_data(machine, crop, micro):
     assert choices.global_batch == micro * max(1, machine.num_gpus)
 
 
-def test_a_kind_of_fault_has_no_names_and_numbers():
+def test_fault_kind_ignores_names_and_numbers():
     assert fault_kind("/a/b.txt: line 3 has class 9") == fault_kind("/a/c.txt: line 14 has class 12")
 
 
@@ -155,7 +155,7 @@ def test_a_kind_of_fault_has_no_names_and_numbers():
         (("test",), ["test"], ["test"]),
     ],
 )
-def test_a_test_set_trains_only_if_there_is_nothing_else(splits, train, val):
+def test_test_set_is_used_for_training_only_if_nothing_else_exists(splits, train, val):
     sets = tuple(SourceSet(split, SyntheticSource(num_images=4, seed=i)) for i, split in enumerate(splits))
     found = datasets_of(Form("synthetic", "", sets), Wishes(name="set", output=Path("set.yaml")))
     seeds = {part: [d.source.seed for name, d in found.items() if name.startswith(part)] for part in ("train", "val")}

@@ -64,13 +64,13 @@ def cvat_project(folder: Path) -> None:
         write_coco(path, names, numbers, masks=True, attributes={"occluded": False})
 
 
-def test_subsets_of_cvat_keep_their_own_images(folder):
+def test_cvat_subsets_use_their_own_images(folder):
     cvat_project(folder)
     datasets = started()
     assert {name: Path(d.source.images).name for name, d in datasets.items()} == {"train": "Train", "val": "Validation"}
 
 
-def test_painted_masks_of_cvat_are_objects(folder, capsys):
+def test_painted_cvat_masks_are_objects(folder, capsys):
     cvat_project(folder)
     segments = [s for sample in samples(started()["train"]) for s in sample.annotation.segments]
     assert len(segments) == 6
@@ -95,7 +95,7 @@ def test_crowds_as_objects_change_the_fingerprint(folder):
     assert source_fingerprint(plain) != source_fingerprint(changed)
 
 
-def test_names_of_label_studio_on_windows(folder):
+def test_label_studio_paths_from_windows_are_resolved(folder):
     for number in range(4):
         write_image(folder / f"images/im{number}.png", number)
     write_coco(folder / "result.json", [f"images\\im{i}.png" for i in range(4)], list(range(4)))
@@ -114,7 +114,7 @@ def write_yolo(folder: Path, splits: dict[str, range]) -> None:
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_lists_of_images_are_the_split_of_yolo(complete, folder):
+def test_yolo_image_lists_define_the_split(complete, folder):
     """Where they list all of a folder; those of other tools choose some."""
     write_yolo(folder, {"train": range(4), "val": range(4, 6)})
     for split, numbers in (("train", range(4 if complete else 3)), ("val", range(4, 6))):
@@ -127,7 +127,7 @@ def test_lists_of_images_are_the_split_of_yolo(complete, folder):
         assert datasets["train"].part is None
 
 
-def test_yolo_of_label_studio_has_a_list_of_names(folder):
+def test_label_studio_yolo_export_reads_class_names_from_a_list(folder):
     write_yolo(folder, {".": range(4)})
     (folder / "classes.txt").write_text("cell\ndirt\n")
     (folder / "notes.json").write_text('{"categories": [{"id": 0, "name": "cell"}], "info": {}}')
@@ -136,7 +136,7 @@ def test_yolo_of_label_studio_has_a_list_of_names(folder):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_voc_has_the_names_of_labelme_or_says_whose(named, folder, capsys):
+def test_voc_uses_labelme_class_names_or_reports_the_default(named, folder, capsys):
     for number in range(4):
         write_image(folder / f"JPEGImages/im{number}.png", number)
         for name in ("SegmentationClass", "SegmentationObject"):
@@ -151,7 +151,7 @@ def test_voc_has_the_names_of_labelme_or_says_whose(named, folder, capsys):
     assert said in capsys.readouterr().out
 
 
-def test_splits_that_repeat_names_are_paired_within(folder, capsys):
+def test_images_and_maps_are_paired_within_each_split(folder, capsys):
     for split, numbers in (("train", range(3)), ("validation", range(3, 5))):
         for place, number in enumerate(numbers):
             write_image(folder / f"{split}/images/{place:04d}.png", number)
@@ -172,7 +172,7 @@ def test_splits_that_repeat_names_are_paired_within(folder, capsys):
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg"])
-def test_maps_may_lie_beside_their_images(ending, folder, capsys):
+def test_maps_beside_their_images_are_detected(ending, folder, capsys):
     for number in range(4):
         write_image(folder / f"im ({number}).{ending}", number)  # read by content, whatever the name says
         (folder / f"im ({number})_mask.png").write_bytes(encode_png(class_map(number)))
@@ -181,7 +181,7 @@ def test_maps_may_lie_beside_their_images(ending, folder, capsys):
     assert "Next, after naming the classes in set.classes.json:\n  m2f shard" in capsys.readouterr().out
 
 
-def test_object_maps_are_no_class_maps(folder):
+def test_object_maps_are_not_used_as_class_maps(folder):
     colors = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0)], np.uint8)
     for number in range(4):
         write_image(folder / f"JPEGImages/im{number}.png", number)
@@ -192,21 +192,21 @@ def test_object_maps_are_no_class_maps(folder):
     assert set(started()) == {"train", "val"}
 
 
-def test_a_start_that_fails_leaves_no_list_of_classes(folder, capsys):
+def test_failed_init_restores_the_class_file(folder, capsys):
     for number in range(20):
         write_image(folder / f"images/im{number}.png", number)
         (folder / "masks").mkdir(exist_ok=True)
         if number:
             (folder / f"masks/im{number}.png").write_bytes(encode_png(class_map(number)))
     assert main(["init", "set"]) == 2
-    assert "have no partner" in capsys.readouterr().err
+    assert "have no counterpart" in capsys.readouterr().err
     assert not Path("set.classes.json").exists()
     Path("set.classes.json").write_text("named by hand")
     assert main(["init", "set", "--overwrite"]) == 2
     assert Path("set.classes.json").read_text() == "named by hand"
 
 
-def test_a_test_set_is_left_alone_and_named(folder, capsys):
+def test_unused_test_set_is_reported(folder, capsys):
     for split, numbers in (("train", [0, 1]), ("valid", [2]), ("test", [3])):
         for number in numbers:
             write_image(folder / split / f"im{number}.png", number)

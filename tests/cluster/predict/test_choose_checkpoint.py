@@ -46,13 +46,13 @@ def test_a_checkpoint_is_chosen_by_step_or_word(config, wanted, step):
     assert choose_checkpoint(config, Storage(), wanted).step == step
 
 
-def test_the_best_one_is_that_of_the_metric_in_the_recipe(config):
+def test_best_checkpoint_uses_the_metric_of_the_recipe(config):
     publish(config, {"val/PQ": 51.0, "val/AP": 20.0}, {"val/PQ": 50.0, "val/AP": 30.0})
     config = parse_recipe(RECIPE, [f"output={config.output}", "training.checkpoint.best_metric=val/AP"])
     assert choose_checkpoint(config, Storage(), "best").step == 2
 
 
-def test_without_evaluations_the_best_one_is_an_error_that_names_the_remedy(config):
+def test_best_checkpoint_without_evaluations_is_an_error_with_a_remedy(config):
     with pytest.raises(ConfigError, match=r"--checkpoint best: no evaluation is published in .*; give `last` or"):
         choose_checkpoint(config, Storage(), "best")
     publish(config, {"val/PQ": 51.0}, status="withdrawn")
@@ -60,7 +60,7 @@ def test_without_evaluations_the_best_one_is_an_error_that_names_the_remedy(conf
         choose_checkpoint(config, Storage(), "best")
 
 
-def test_a_fresh_run_takes_the_first_folder_that_does_not_exist(tmp_path):
+def test_fresh_run_uses_the_first_free_folder_name(tmp_path):
     config = parse_recipe(RECIPE, [f"output={tmp_path}"])
     assert fresh_name(config) == "run"
     for name in ("run", "run-2"):
@@ -69,7 +69,7 @@ def test_a_fresh_run_takes_the_first_folder_that_does_not_exist(tmp_path):
     assert fresh_name(config) == "run-3"
 
 
-def test_a_hugging_face_folder_names_no_data_to_evaluate_on(tmp_path: Path) -> None:
+def test_hugging_face_folder_without_a_recipe_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=f"give a recipe, and --checkpoint {tmp_path}"):
         open_recipe(str(tmp_path), ())

@@ -78,7 +78,7 @@ def m2f(capsys, *words):
     return status, captured.out + captured.err
 
 
-def test_a_hugging_face_folder_predicts_and_is_exported_again(tmp_path, capsys, model, hugging_face):
+def test_hugging_face_folder_can_predict_and_be_exported_again(tmp_path, capsys, model, hugging_face):
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "image.png"), pixels)
     status, text = m2f(capsys, "predict", hugging_face, tmp_path / "image.png", "--output", tmp_path / "seen")
@@ -98,7 +98,7 @@ def test_a_hugging_face_folder_predicts_and_is_exported_again(tmp_path, capsys, 
     assert all(torch.equal(value, second.model.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_a_folder_of_transformers_is_exported_unchanged(tmp_path, capsys, hugging_face):
+def test_transformers_folder_is_exported_unchanged(tmp_path, capsys, hugging_face):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(hugging_face).eval()
     theirs.save_pretrained(tmp_path / "saved")
@@ -129,7 +129,7 @@ def test_an_official_checkpoint_with_a_recipe_is_opened_without_the_data(tmp_pat
     assert all(torch.equal(value, trained.model.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_a_checkpoint_folder_is_opened_by_itself(tmp_path, model, recipe):
+def test_checkpoint_folder_opens_without_other_arguments(tmp_path, model, recipe):
     folder = tmp_path / "runs" / "small" / "checkpoints" / "step_00000007"
     folder.mkdir(parents=True)
     safetensors.torch.save_file(model.state_dict(), folder / "weights.safetensors")
@@ -142,7 +142,7 @@ def test_a_checkpoint_folder_is_opened_by_itself(tmp_path, model, recipe):
     assert load_recipe(recipe).evaluation == trained.evaluation
 
 
-def test_export_errors_are_one_message(tmp_path, capsys, recipe, hugging_face):
+def test_export_errors_print_one_message(tmp_path, capsys, recipe, hugging_face):
     weights, cut = tmp_path / "official.pth", tmp_path / "cut.pth"
     cut.write_bytes(weights.read_bytes()[:5000])
     (tmp_path / "there.pth").write_bytes(b"")

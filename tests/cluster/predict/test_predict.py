@@ -67,9 +67,7 @@ def load(path):
 
 
 @pytest.mark.parametrize(("options", "precision"), [((), "fp32"), (("--precision", "bf16"), "bf16")])
-def test_the_precision_is_that_of_the_recipe_or_of_the_command(
-    painted, scenes, tmp_path, monkeypatch, options, precision
-):
+def test_precision_comes_from_the_recipe_or_the_option(painted, scenes, tmp_path, monkeypatch, options, precision):
     seen = []
     monkeypatch.setattr(prediction, "set_precision", lambda model, precision: seen.append(precision))
     assert predict(scenes, tmp_path / "out", "--no-pictures", *options) == 0
@@ -105,14 +103,14 @@ def test_min_score_drops_detections_of_lower_scores(painted, scenes, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
-def test_images_without_a_sure_segment_are_counted(task, painted, scenes, tmp_path, capsys):
+def test_images_without_high_scoring_segments_are_counted(task, painted, scenes, tmp_path, capsys):
     assert predict(scenes, tmp_path / "all", "--task", task) == 0
     assert "scored high enough" not in capsys.readouterr().out
     assert predict(scenes, tmp_path / "none", "--task", task, "--min-score", 1) == 0
     assert "no segment scored high enough to be drawn in 5 images; use --min-score 0.1" in capsys.readouterr().out
 
 
-def test_min_score_unlabels_pixels_of_lower_scores(painted, scenes, tmp_path):
+def test_min_score_leaves_low_scoring_pixels_unlabelled(painted, scenes, tmp_path):
     assert predict(scenes, tmp_path / "all", "--task", "semantic") == 0
     assert predict(scenes, tmp_path / "few", "--task", "semantic", "--min-score", 0.75) == 0
     everything, few = (decode_index_png((tmp_path / n / "labels/12.png").read_bytes()) for n in ("all", "few"))
@@ -148,7 +146,7 @@ def test_batches_hold_one_shape_and_change_results_by_rounding_only():
 
 
 @pytest.mark.parametrize("test_time", [WholeImage(), SlidingWindows(size=64, stride=32)])
-def test_several_tasks_are_predicted_from_one_run_of_the_model(test_time):
+def test_several_tasks_are_predicted_with_one_forward_pass(test_time):
     recipe = RECIPE.replace("{folder}", "nowhere").replace("{classes}", "4").replace("{{", "{").replace("}}", "}")
     config = parse_recipe(recipe).model
     torch.manual_seed(0)
@@ -251,7 +249,7 @@ def test_a_run_in_s3_is_opened(bucket, monkeypatch):
         open_trained("s3://box/runs/other", [], None)
 
 
-def test_an_image_list_gives_ids_and_leaves_out_others(scenes, tmp_path):
+def test_image_list_sets_ids_and_omits_unlisted_images(scenes, tmp_path):
     urls = find_images([str(scenes / "images")], Storage())
     listed = [{"id": 900 + i, "file_name": f"{i}.png", "height": 64, "width": 96} for i in (13, 11)]
     (tmp_path / "list.json").write_text(json.dumps({"images": listed}))
@@ -261,7 +259,7 @@ def test_an_image_list_gives_ids_and_leaves_out_others(scenes, tmp_path):
         listed_images(urls[:2], read_image_list(tmp_path / "list.json"))
     wrong = [replace(images[0], size=(60, 90))]
     ((_, problem),) = read_images(wrong, Storage())
-    assert "96 x 64 pixels, its annotation 90 x 60" in str(problem)
+    assert "96 x 64 pixels, but its annotation is 90 x 60" in str(problem)
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(DataError, match="not a COCO image list"):
         read_image_list(tmp_path / "list.json")
@@ -279,7 +277,7 @@ def test_an_image_list_gives_ids_and_leaves_out_others(scenes, tmp_path):
         (["--submission", "coco", "--algorithm", "a/b"], "--algorithm is 'a/b'"),
     ],
 )
-def test_errors_are_one_message(painted, scenes, tmp_path, capsys, options, expected):
+def test_predict_errors_print_one_message(painted, scenes, tmp_path, capsys, options, expected):
     assert predict(scenes, tmp_path / "out", *options) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -289,7 +287,7 @@ def test_errors_are_one_message(painted, scenes, tmp_path, capsys, options, expe
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
-def test_submission_to_coco_has_the_names_of_its_server_and_can_be_scored(painted, scenes, tmp_path, task):
+def test_coco_submission_has_the_required_names_and_can_be_scored(painted, scenes, tmp_path, task):
     truth = scenes / ("panoptic.json" if task == "panoptic" else "instances.json")
     content = load(truth)
     prefix = "panoptic_" if task == "panoptic" else ""
@@ -314,7 +312,7 @@ def test_submission_to_coco_has_the_names_of_its_server_and_can_be_scored(painte
     assert (score["all"]["pq"] if task == "panoptic" else score["AP"]) > 0.05
 
 
-def test_submission_to_ade20k_is_one_label_map_per_image(scenes, tmp_path, monkeypatch):
+def test_ade20k_submission_contains_one_label_map_per_image(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(trained_model, "open_trained", lambda *_: replace(PAINTED, classes=CATEGORIES_150.categories))
     assert predict(scenes, tmp_path, "--task", "semantic", "--submission", "ade20k") == 0
     with zipfile.ZipFile(tmp_path / "ade20k_mask2former.zip") as archive:
@@ -324,7 +322,7 @@ def test_submission_to_ade20k_is_one_label_map_per_image(scenes, tmp_path, monke
     assert set(np.unique(labels)) <= {1, 2, 3, 4}
 
 
-def test_submissions_with_other_categories_are_refused(tmp_path):
+def test_submission_with_different_categories_is_rejected(tmp_path):
     info = tmp_path / "image_info_test-dev2017.json"
     info.write_text(json.dumps({"images": [], "categories": [{"id": 11, "name": "boat"}]}))
     with pytest.raises(ConfigError, match=r"category 3 \(sea\) and 2 others do not match .*panoptic_image_info"):

@@ -41,7 +41,7 @@ def record(name, quality, seed=0, settings=None, fingerprint="f"):
     return RunRecord(name=name, source=name, results={"val": result}, images={"val": found})
 
 
-def test_better_is_an_interval_above_zero():
+def test_candidate_is_better_if_the_interval_is_above_zero():
     champion = record("champion", 0.7)
     verdict = judge(champion, record("new", 0.8, seed=1), "val")
     assert verdict.better
@@ -59,12 +59,12 @@ def test_better_is_an_interval_above_zero():
         ({"settings": {"batch_size": 2}}, r"different settings \(batch_size\)"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(change, message):
+def test_incomparable_evaluations_are_rejected(change, message):
     with pytest.raises(RegistryError, match=message):
         judge(record("champion", 0.7), record("new", 0.8, **change), "val")
 
 
-def test_a_set_or_metric_that_one_side_lacks_is_named():
+def test_missing_set_or_metric_is_named():
     champion, new = record("champion", 0.7), record("new", 0.8)
     with pytest.raises(RegistryError, match=r"no results with images\.parquet for the set test .*sets: val"):
         judge(champion, new, "test")
@@ -74,7 +74,7 @@ def test_a_set_or_metric_that_one_side_lacks_is_named():
         judge(replace(champion, images={}), new, "val")
 
 
-def test_results_of_other_weights_are_refused():
+def test_results_of_different_weights_are_rejected():
     made = record("new", 0.8, settings={"weights": "a" * 64})
     check_weights(made, "val", 8, "a" * 64)
     check_weights(made, "test", 8, "b" * 64)
@@ -86,7 +86,7 @@ def test_results_of_other_weights_are_refused():
         check_weights(record("old", 0.8, settings={"batch_size": 1}), "val", 8, "b" * 64)
 
 
-def test_an_evaluation_belongs_to_the_commit_and_not_to_the_step():
+def test_evaluations_are_matched_by_commit_not_by_step():
     checkpoint = EvaluatedCheckpoint(
         commit="00000008-2", name="step_00000008-2", url="x", step=8, run_name="r", weights=None
     )

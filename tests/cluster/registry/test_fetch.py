@@ -57,14 +57,14 @@ def server(monkeypatch):
     server.server_close()
 
 
-def test_an_image_of_an_allowed_host_is_fetched(server):
+def test_image_from_an_allowed_host_is_fetched(server):
     host = f"pictures.example:{server.server_port}"
     assert fetch_image(f"http://{host}/image?key=1#part", [host]) == PNG
     assert server.seen == [("/image?key=1", host)]
     assert np.array_equal(read_pixels(f"HTTP://{host.upper()}/image", [host]), PIXELS)
 
 
-def test_what_is_too_large_or_elsewhere_is_refused(server):
+def test_large_bodies_redirects_and_unlisted_hosts_are_rejected(server):
     host = f"pictures.example:{server.server_port}"
     for path in ("large", "endless"):
         with pytest.raises(FetchError, match="larger than"):
@@ -88,7 +88,7 @@ SLOW = {
 
 
 @pytest.mark.parametrize("slow", SLOW)
-def test_what_comes_in_drops_ends_at_the_limit(server, monkeypatch, slow):
+def test_slow_responses_end_at_the_timeout(server, monkeypatch, slow):
     """Each byte arrives in time, and the whole never does."""
     first, again = SLOW[slow]
     listener = socket.create_server(("127.0.0.1", 0))
@@ -126,7 +126,7 @@ def test_what_comes_in_drops_ends_at_the_limit(server, monkeypatch, slow):
     assert outcome == ["pictures.example: the image did not arrive within 0.5 s"]
 
 
-def test_a_host_whose_name_means_an_inner_address_is_refused(monkeypatch):
+def test_host_that_resolves_to_a_private_address_is_rejected(monkeypatch):
     def resolve(*words, **options):
         return [(2, 1, 6, "", (address, 80)) for address in ("8.8.8.8", "10.0.0.1")]
 
@@ -148,7 +148,7 @@ def test_a_host_whose_name_means_an_inner_address_is_refused(monkeypatch):
         "http://user:key@[x]/x",
     ],
 )
-def test_strange_urls_are_refused_without_being_quoted(url):
+def test_malformed_urls_are_rejected_without_being_quoted(url):
     with pytest.raises(FetchError) as caught:
         fetch_image(url, ["host"])
     assert "key" not in str(caught.value)
@@ -177,7 +177,7 @@ def test_strange_urls_are_refused_without_being_quoted(url):
         ("name", False),
     ],
 )
-def test_addresses_inside_a_network_are_known(address, public):
+def test_is_public_distinguishes_public_and_private_addresses(address, public):
     assert is_public(address) is public
 
 
@@ -213,12 +213,12 @@ def test_an_image_may_be_bytes_text_or_an_array():
         (None, "shape"),
     ],
 )
-def test_everything_else_is_refused(value, message):
+def test_invalid_images_are_rejected(value, message):
     with pytest.raises(ImageError, match=message):
         read_pixels(value)
 
 
-def test_a_row_with_a_list_of_texts_is_several_images():
+def test_row_with_a_list_of_strings_is_several_images():
     text, array = base64.b64encode(PNG).decode(), PIXELS.tolist()
     assert images_of([[text, text], PNG, array, np.stack([PIXELS, PIXELS])])[:4] == [text, text, PNG, array]
     assert len(images_of([np.stack([PIXELS, PIXELS])])) == 2

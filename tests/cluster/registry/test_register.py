@@ -57,7 +57,7 @@ def register(folder, *words):
     return main(["register", folder, *words])
 
 
-def test_a_checkpoint_is_registered_once_and_answers_anywhere(folder, tmp_path, capfd):
+def test_checkpoint_is_registered_once_and_predicts_in_another_environment(folder, tmp_path, capfd):
     assert register(folder, "--checkpoint", "4", "--alias", "champion", "--precision", "0.05") == 0
     out = capfd.readouterr().out
     assert "step 4 registered: cells, version 1" in out
@@ -165,7 +165,7 @@ def check_answers(answered):
         assert set(found) == {"category_id", "segmentation", "score", "category", "bbox"}
 
 
-def test_a_registered_model_is_a_checkpoint_folder_for_load(folder, tmp_path):
+def test_registered_model_loads_as_a_checkpoint_folder(folder, tmp_path):
     assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
     _, run = client_of(folder)
     found = model_folder("models:/cells@champion", run.uri, str(tmp_path))
@@ -181,7 +181,7 @@ def test_a_registered_model_is_a_checkpoint_folder_for_load(folder, tmp_path):
             model_folder(address, run.uri)
 
 
-def test_only_a_better_checkpoint_takes_the_alias(folder, capfd):
+def test_only_a_better_checkpoint_gets_the_alias(folder, capfd):
     assert register(folder, "--checkpoint", "4", "--name", "judged", "--if-better", "best", "--set", "val") == 0
     assert "nothing to compare with" in capfd.readouterr().err
     client, _ = client_of(folder)
@@ -197,7 +197,7 @@ def test_only_a_better_checkpoint_takes_the_alias(folder, capfd):
 
 
 @pytest.mark.parametrize("words", [("--if-better", "best"), ("--alias", "best", "--precision", "0.05")])
-def test_results_of_a_step_that_was_trained_again_are_refused(folder, words, capfd):
+def test_results_of_a_retrained_step_are_rejected(folder, words, capfd):
     (results,) = Path(folder).glob("evaluations/step_00000008/val/results.json")
     before = results.read_text()
     content = json.loads(before)
@@ -237,13 +237,13 @@ def test_results_of_a_step_that_was_trained_again_are_refused(folder, words, cap
         ),
     ],
 )
-def test_mistakes_are_one_message_and_change_nothing(folder, words, message, capfd):
+def test_register_errors_print_one_message_and_change_nothing(folder, words, message, capfd):
     assert register(folder, *words) == 2
     assert message in capfd.readouterr().err
     assert not (Path(folder) / "checkpoints/step_00000008-1/pins").exists()
 
 
-def test_a_registration_that_fails_lets_go_of_the_checkpoint(folder, monkeypatch):
+def test_failed_registration_unpins_the_checkpoint(folder, monkeypatch):
     def refuse(*words):
         raise OSError("no space")
 
@@ -253,14 +253,14 @@ def test_a_registration_that_fails_lets_go_of_the_checkpoint(folder, monkeypatch
     assert not list((Path(folder) / "checkpoints/step_00000008-1").glob("pins/*"))
 
 
-def test_a_mended_program_is_registered_again(folder, monkeypatch, capfd):
+def test_changed_code_registers_a_new_version(folder, monkeypatch, capfd):
     assert register(folder, "--checkpoint", "4", "--name", "mended") == 0
     monkeypatch.setattr("m2f.cluster.registry.wheel._WHEEL", b"Wheel-Version: 1.0\nTag: py3-none-any\n")
     assert register(folder, "--checkpoint", "4", "--name", "mended") == 0
     assert "step 4 registered: mended, version 2" in capfd.readouterr().out
 
 
-def test_registered_models_follow_a_store_that_was_moved(folder, tmp_path):
+def test_registered_models_work_after_the_store_was_moved(folder, tmp_path):
     assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
     moved = shutil.copytree(Path(folder).parent, tmp_path / "moved")  # nobody else looks at the old place
     config, _ = open_recipe(str(moved / "cells"), ())
@@ -276,7 +276,7 @@ def test_registered_models_follow_a_store_that_was_moved(folder, tmp_path):
 
 
 @pytest.mark.soak
-def test_mlflows_own_server_answers(folder, tmp_path):
+def test_mlflow_server_serves_the_registered_model(folder, tmp_path):
     """The small version of this is what `load_registered.py` sends through the server's function."""
     assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
     _, run = client_of(folder)

@@ -43,7 +43,7 @@ def test_equal_scores_pass_together_and_ignored_detections_do_not_count():
     assert (found.threshold, found.precision, found.recall) == (0.9, 1.0, 0.5)
 
 
-def test_only_overlaps_of_a_half_count_for_a_match():
+def test_matches_require_an_iou_of_at_least_half():
     rows = [(0, 0.9, 0b1111111110, 0)]  # matched at all IoU thresholds but the first, which cannot be
     assert choose_thresholds(records(rows, {0: 1}), ["cat"], 0.5)["cat"].threshold is None
 
@@ -52,7 +52,7 @@ def test_only_overlaps_of_a_half_count_for_a_match():
     st.lists(st.tuples(st.sampled_from([0.1, 0.3, 0.5, 0.7, 0.9]), st.booleans()), max_size=12),
     st.sampled_from([0.2, 0.5, 0.8, 1.0]),
 )
-def test_it_is_what_trying_every_score_finds(rows, precision):
+def test_threshold_equals_that_of_an_exhaustive_search(rows, precision):
     found = choose_thresholds(records([(0, s, int(r), 0) for s, r in rows], {0: 20}), ["cat"], precision)["cat"]
     fit = []
     for limit in {score for score, _ in rows}:
@@ -62,7 +62,7 @@ def test_it_is_what_trying_every_score_finds(rows, precision):
     assert found.threshold == min(fit, default=None)
 
 
-def test_thresholds_travel_as_json_and_follow_the_names_of_classes():
+def test_thresholds_round_trip_as_json_and_match_classes_by_name():
     classes = {"cat": ClassThreshold(threshold=0.4, precision=0.9, recall=0.5, detections=3)}
     classes["dog"] = ClassThreshold(threshold=None, precision=None, recall=0.0, detections=0)
     made = Thresholds(precision=0.9, dataset="val", fingerprint="f", classes=classes)
@@ -76,6 +76,6 @@ def test_thresholds_travel_as_json_and_follow_the_names_of_classes():
 
 
 @pytest.mark.parametrize("precision", [0.0, -1.0, 1.01])
-def test_a_precision_out_of_range_is_refused(precision):
+def test_precision_out_of_range_is_rejected(precision):
     with pytest.raises(ThresholdError, match="--precision is"):
         choose_thresholds(records([], {}), ["cat"], precision)

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from m2f.cluster.registry.wheel import Project, exact_requirements, this_project, write_wheel
 
 
-def test_the_wheel_is_this_program_and_equal_code_gives_equal_bytes(tmp_path):
+def test_wheel_contains_the_package_and_is_reproducible(tmp_path):
     project = this_project()
     (tmp_path / "again").mkdir()
     wheel, again = write_wheel(tmp_path, project), write_wheel(tmp_path / "again", project)
@@ -25,7 +25,7 @@ def test_the_wheel_is_this_program_and_equal_code_gives_equal_bytes(tmp_path):
     assert "Provides-Extra: train" in metadata
 
 
-def test_it_can_be_imported_as_it_is(tmp_path):
+def test_wheel_can_be_imported_directly(tmp_path):
     wheel = write_wheel(tmp_path, this_project())
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r}); import m2f.data_pipeline.categories as c; print(c.__file__)"
@@ -34,7 +34,7 @@ def test_it_can_be_imported_as_it_is(tmp_path):
     assert done.stdout.startswith(str(wheel))
 
 
-def test_an_installer_takes_it(tmp_path):
+def test_pip_installs_the_wheel(tmp_path):
     wheel = write_wheel(tmp_path, this_project())
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path / "in", wheel]
     subprocess.run([*command, "--disable-pip-version-check", "-q"], check=True, capture_output=True)
@@ -42,7 +42,7 @@ def test_an_installer_takes_it(tmp_path):
     assert list((tmp_path / "in").glob("m2f-*.dist-info/RECORD"))
 
 
-def test_requirements_are_what_is_installed_with_all_that_these_need():
+def test_requirements_pin_installed_packages_and_their_dependencies():
     found = exact_requirements(this_project())
     names = {Requirement(one).name for one in found}
     assert {"torch", "numpy", "mlflow", "safetensors", "filelock"} <= names
@@ -51,7 +51,7 @@ def test_requirements_are_what_is_installed_with_all_that_these_need():
     assert not [one for one in found if "+" in one]
 
 
-def test_extras_and_packages_that_are_not_there_are_left_out():
+def test_extras_and_missing_packages_are_omitted():
     project = Project("1", ">=3.11", ("numpy>=1", "ray; extra == 'train'", "no-such-package-of-anybody>=1"))
     names = {Requirement(one).name for one in exact_requirements(project)}
     assert "numpy" in names

@@ -61,7 +61,7 @@ def test_there_are_two_examples_for_ray_up():
 
 
 @pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
-def test_a_mistake_in_an_example_would_be_found(path):
+def test_ray_up_validation_finds_a_misspelt_key(path):
     example = read(path)
     example["available_node_types"]["train"]["max_wrokers"] = 1
     with pytest.raises(Exception, match="max_wrokers"):
@@ -83,7 +83,7 @@ def test_the_head_offers_no_cpus_and_groups_offer_their_resources(path):
 
 
 @pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
-def test_every_node_has_the_token_of_a_secret_before_ray_starts(path):
+def test_every_node_writes_the_token_before_ray_starts(path):
     example = read(path)
     assert "--env RAY_AUTH_MODE=token" in example["docker"]["run_options"]
     assert "@sha256:" in example["docker"]["image"]
@@ -95,7 +95,7 @@ def test_every_node_has_the_token_of_a_secret_before_ray_starts(path):
         assert "m2f-ray-token" in token
 
 
-def test_the_commands_write_the_token_for_their_user_alone(tmp_path):
+def test_token_file_is_readable_only_by_its_user(tmp_path):
     """Amazon's, with a client of its own in place of boto3."""
     (tmp_path / "boto3.py").write_text(
         "class client:\n"
@@ -112,7 +112,7 @@ def test_the_commands_write_the_token_for_their_user_alone(tmp_path):
 
 
 @pytest.mark.parametrize("group", ["head", "train", "evaluate"])
-def test_every_field_of_the_aws_example_is_known_to_ec2(group):
+def test_aws_example_uses_only_fields_known_to_ec2(group):
     """Ray hands `node_config` over unread; botocore knows what RunInstances takes."""
     operation = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances")
     node = read(CLOUD / "aws.yaml")["available_node_types"][group]["node_config"]
@@ -130,7 +130,7 @@ def test_the_gcp_example_has_valid_machines(group):
 
 
 @pytest.mark.parametrize("path", sorted(CLOUD.glob("*.yaml")), ids=lambda path: path.stem)
-def test_examples_hold_no_secrets(path):
+def test_examples_contain_no_secrets(path):
     text = path.read_text().lower()
     assert not any(word in text for word in ("aws_secret", "access_key", "password:", "auth_token="))
 
@@ -170,17 +170,17 @@ def test_the_ray_job_runs_the_recipe_from_a_config_map(template):
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"NCCL_DEBUG": "WARN"}}
 
 
-def test_a_long_name_is_cut_to_what_kuberay_takes(template):
+def test_long_name_is_truncated_to_the_kuberay_limit(template):
     name = written(template, f"name=a{'_Long.' * 20}")[1]["metadata"]["name"]
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name)
     assert len(name) <= 47
 
 
-def test_what_is_written_has_only_fields_that_kuberay_knows(template):
+def test_written_ray_job_matches_the_kuberay_schema(template):
     assert schema_problems(written(template)[1]) == []
 
 
-def test_pods_of_the_kuberay_example_have_no_rights_that_they_do_not_need():
+def test_kuberay_example_pods_have_minimal_privileges():
     spec = read(KUBERAY)["spec"]["rayClusterSpec"]
     assert spec["authOptions"]["mode"] == "token"
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
@@ -198,7 +198,7 @@ def test_pods_of_the_kuberay_example_have_no_rights_that_they_do_not_need():
     assert mounted == [True, False, False], "the autoscaler on the head asks Kubernetes for pods"
 
 
-def test_the_pod_that_submits_has_the_image_and_rights_of_the_head_without_a_token_of_kubernetes(template):
+def test_submitter_pod_has_image_and_rights_of_the_head_but_no_kubernetes_token(template):
     spec = written(template)[1]["spec"]
     head, pod = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"], spec["submitterPodTemplate"]["spec"]
     (container,) = pod["containers"]
@@ -212,7 +212,7 @@ def test_the_pod_that_submits_has_the_image_and_rights_of_the_head_without_a_tok
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}, "KubeRay gives Ray's token to it"
 
 
-def test_a_submitter_of_the_template_stays_and_names_its_image_by_digest(template):
+def test_submitter_of_the_template_is_kept_and_needs_an_image_digest(template):
     document = read(template)
     own = {"spec": {"restartPolicy": "Never", "containers": [{"name": "mine", "image": f"r/m2f@sha256:{DIGEST}"}]}}
     document["spec"]["submitterPodTemplate"] = own
@@ -224,7 +224,7 @@ def test_a_submitter_of_the_template_stays_and_names_its_image_by_digest(templat
         written(template)
 
 
-def test_ways_to_submit_without_a_pod_get_none(template):
+def test_other_submission_modes_get_no_submitter_pod(template):
     template.write_text(template.read_text().replace("K8sJobMode", "HTTPMode"))
     assert "submitterPodTemplate" not in written(template)[1]["spec"]
 
@@ -262,7 +262,7 @@ def change(tree, path: str, value):
         ("apiVersion", "ray.io/v1alpha1", "'ray.io/v1' was expected"),
     ],
 )
-def test_fields_that_kubernetes_refuses_or_drops_are_found(path, value, found):
+def test_fields_that_kubernetes_rejects_or_drops_are_reported(path, value, found):
     document = read(KUBERAY)
     change(document, path, value)
     (problem,) = schema_problems(document)
@@ -294,7 +294,7 @@ def test_fields_that_kubernetes_refuses_or_drops_are_found(path, value, found):
         ("workerGroupSpecs.1.rayStartParams", {}, "evaluation: 1 process with 1 CPU, 1 evaluator each, but the gro"),
     ],
 )
-def test_clusters_that_could_not_start_the_run_are_found(path, value, found):
+def test_clusters_that_cannot_start_the_run_are_reported(path, value, found):
     spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
     assert cluster_problems(parse_recipe(RECIPE), deepcopy(spec)) == []
     change(spec, path, value)
@@ -311,7 +311,7 @@ def test_clusters_that_could_not_start_the_run_are_found(path, value, found):
         ("num_gpus_per_worker: 1, num_workers: [2, 64]", True),
     ],
 )
-def test_resources_of_pods_are_compared_with_the_run(workers, fits):
+def test_pod_resources_must_fit_the_run(workers, fits):
     spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
     config = parse_recipe(RECIPE.replace("num_workers: 16", workers))
     assert (cluster_problems(config, spec) == []) == fits
@@ -358,7 +358,7 @@ def test_options_of_kuberay_without_a_template_are_refused(tmp_path, capsys):
     assert "--output and --apply require --kuberay" in capsys.readouterr().err
 
 
-def test_the_verb_writes_a_file(tmp_path, template, capsys):
+def test_submit_writes_the_ray_job_to_a_file(tmp_path, template, capsys):
     (tmp_path / "r.yaml").write_text(RECIPE)
     words = ["submit", str(tmp_path / "r.yaml"), "cluster.num_workers=4", "--kuberay", str(template)]
     assert main([*words, "--output", str(tmp_path / "job.yaml")]) == 0
@@ -369,7 +369,7 @@ def test_the_verb_writes_a_file(tmp_path, template, capsys):
     assert "output is /only/here" in capsys.readouterr().err
 
 
-def test_kubectl_gets_the_same_text(tmp_path, template, monkeypatch, capsys):
+def test_apply_passes_the_ray_job_to_kubectl(tmp_path, template, monkeypatch, capsys):
     (tmp_path / "r.yaml").write_text(RECIPE)
     words = ["submit", str(tmp_path / "r.yaml"), "--kuberay", str(template), "--apply"]
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -447,14 +447,14 @@ def test_a_spot_notice_drains_the_node(metadata_server, cloud):
     assert drained == [NOTICE_S[cloud]]
 
 
-def test_a_secret_of_google_is_read_with_the_rights_of_the_machine(metadata_server):
+def test_google_secret_is_read_with_the_service_account_of_the_machine(metadata_server):
     address, _ = metadata_server
     assert read_secret("p", "s", address, address) == "hush"
     with pytest.raises(OSError, match="403"):
         read_secret("p", "other", address, address)
 
 
-def test_an_unreachable_metadata_server_is_no_notice(caplog):
+def test_unreachable_metadata_server_is_not_a_notice(caplog):
     assert not is_preempted("aws", "http://127.0.0.1:9")
     assert "127.0.0.1:9" in caplog.text
 

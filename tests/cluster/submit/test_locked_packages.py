@@ -40,7 +40,7 @@ def test_every_line_pins_a_version_by_hash(path):
     assert "://" not in text, "the file works with every index"
 
 
-def test_versions_are_those_of_the_constraints():
+def test_locked_versions_match_the_constraints():
     known = pins(HOME / "constraints.txt")
     locked = pins(BUILDERS) | pins(LOCKED)
     assert {name: version for name, version in locked.items() if known.get(name, version) != version} == {}, REMEDY
@@ -48,7 +48,7 @@ def test_versions_are_those_of_the_constraints():
     assert pins(LOCKED)["setuptools"] == pins(BUILDERS)["setuptools"]
 
 
-def test_nothing_that_m2f_needs_is_missing():
+def test_all_requirements_of_m2f_are_locked():
     """pip refuses a package without a hash, in the middle of building the image."""
     locked, seen = pins(LOCKED), set[tuple[str, str]]()
 
@@ -70,7 +70,7 @@ def test_nothing_that_m2f_needs_is_missing():
     assert {name for name, _ in seen} - {"m2f"} <= locked.keys(), REMEDY
 
 
-def test_the_image_installs_by_hash_for_its_python():
+def test_image_installs_by_hash_for_its_python_version():
     image = (CLOUD / "Dockerfile").read_text()
     version = re.search(r"^FROM \S+-py3(\d+)-gpu$", image, re.MULTILINE)[1]
     for path in (LOCKED, BUILDERS):

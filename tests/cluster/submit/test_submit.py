@@ -71,7 +71,7 @@ def members(archive: Path) -> set[str]:
         return {name for name in content.namelist() if not name.endswith("/")}
 
 
-def test_the_archive_holds_code_and_recipe_without_caches(tmp_path):
+def test_archive_contains_code_and_recipe_without_caches(tmp_path):
     code = code_folder(tmp_path / "code")
     (tmp_path / "out").mkdir()
     archive = pack(tmp_path / "out", "name: x\n", source=code)
@@ -87,7 +87,7 @@ def test_equal_content_gives_an_equal_archive(tmp_path):
     assert first == second
 
 
-def test_the_archive_holds_the_recipe_alone_where_m2f_is_installed(tmp_path):
+def test_archive_contains_only_the_recipe_if_m2f_is_installed(tmp_path):
     assert members(pack(tmp_path, "name: x\n", code=False)) == {"recipe.yaml"}
 
 
@@ -129,7 +129,7 @@ def test_paths_in_shared_folders_are_accepted():
         bind_to_cluster(config, ["/mnt/fs"])
 
 
-def test_a_loopback_address_is_warned_of(capsys):
+def test_loopback_address_prints_a_warning(capsys):
     bind_to_cluster(sent_recipe("tracking.uri=http://localhost:5000"))
     assert "on every node, this address refers to the node itself" in capsys.readouterr().err
 
@@ -161,7 +161,7 @@ SECRETS = (
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_variables_that_are_not_on_the_list_are_refused(name, monkeypatch):
+def test_variables_not_on_the_allowlist_are_rejected(name, monkeypatch):
     monkeypatch.setenv(name, "hush")
     for word in (name, f"{name}=hush"):
         with pytest.raises(
@@ -173,20 +173,20 @@ def test_variables_that_are_not_on_the_list_are_refused(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "M2F_DATA", "NCCL_X"])
 @pytest.mark.parametrize("value", ["https://hush@host", "https://me:hu/sh@host", "https://h?token=hush", "me:hush@h"])
-def test_urls_with_a_secret_are_refused_whatever_the_variable(name, value):
+def test_urls_with_secrets_are_rejected_in_every_variable(name, value):
     with pytest.raises(ConfigError, match=f"the variable {name} has ") as caught:
         job_environment([f"{name}={value}"])
     assert "sh@" not in str(caught.value)
     assert "hush" not in str(caught.value)
 
 
-def test_a_tracking_server_of_the_environment_with_a_secret_does_not_travel(monkeypatch):
+def test_tracking_uri_with_a_secret_is_not_passed_to_the_job(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://hush@host")
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_TOKEN"):
         job_environment([], sent_recipe("tracking.uri=null"))
 
 
-def test_every_name_that_travels_is_documented():
+def test_every_allowed_variable_is_documented():
     text = (REPOSITORY / "docs" / "cloud.md").read_text()
     documented = text.partition("`--env` takes")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+?)\*?`", documented)) == NAMES | set(FAMILIES)
@@ -208,13 +208,13 @@ def test_the_first_job_of_a_run_has_number_1():
     )
 
 
-def test_an_active_job_is_attached_to():
+def test_active_job_is_reused():
     base = job_name(sent_recipe())
     jobs = [job_info(f"{base}-1", "FAILED"), job_info(f"{base}-2", "PENDING")]
     assert choose_job(sent_recipe(), "same", jobs) == ChosenJob(f"{base}-2", is_new=False)
 
 
-def test_after_ended_jobs_the_next_number_is_taken():
+def test_new_job_gets_the_next_number_after_ended_jobs():
     base = job_name(sent_recipe())
     jobs = [job_info(f"{base}-10", "STOPPED"), job_info(f"{base}-9", "SUCCEEDED")]
     assert choose_job(sent_recipe(), "same", jobs) == ChosenJob(f"{base}-11", is_new=True)
@@ -241,7 +241,7 @@ def test_an_active_job_with_another_recipe_is_refused():
         ("STOPPED", None, "", 3),
     ],
 )
-def test_the_status_of_a_job_says_whether_another_one_is_worth_it(state, code, error, status):
+def test_job_exit_status_shows_whether_a_restart_helps(state, code, error, status):
     assert JobInfo("job", state, "", code, 1.0, {}, error).exit_status == status
 
 
@@ -411,7 +411,7 @@ def test_a_wrong_token_is_reported_with_the_remedy(dashboard):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_run_is_submitted_attached_to_and_stopped(submit, shared):
+def test_run_is_submitted_followed_and_stopped(submit, shared):
     """The job would train for hours. Its driver is killed and comes back; --stop ends it with a checkpoint."""
     config = load_recipe(shared / "recipe.yaml")
     sent = submit("--detach")
@@ -459,7 +459,7 @@ def test_the_doctor_checks_every_node(dashboard):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_the_doctor_says_that_a_cluster_is_open():
+def test_doctor_reports_a_cluster_without_token_authentication():
     """One that was started without tokens, which Ray asks for by default; whatever is set here."""
     folder = Path("/tmp") / f"m2f-open-{os.getpid()}"
     folder.mkdir()
