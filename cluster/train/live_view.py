@@ -71,7 +71,7 @@ class LiveView:
 
     def interrupted(self) -> None:
         """Show that the user has asked the run to stop."""
-        self._keys = "stopping after a checkpoint, Ctrl-C again stops immediately"
+        self._keys = "stopping after a checkpoint, Ctrl-C again stops now"
 
     def begin_attempt(self, workers: int) -> None:
         """Show that workers are starting. Every call after the first counts as a restart."""

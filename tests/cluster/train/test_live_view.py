@@ -75,7 +75,7 @@ def test_panel_shows_progress_metrics_and_silence():
     view.begin_attempt(7)
     assert "starting 7 workers \u00b7 1 restart" in drawn(view)
     view.interrupted()
-    assert "1 restart \u00b7 stopping after a checkpoint, Ctrl-C again stops immediately" in drawn(view)
+    assert "1 restart \u00b7 stopping after a checkpoint, Ctrl-C again stops now" in drawn(view)
 
 
 @pytest.mark.parametrize(
