@@ -109,7 +109,7 @@ def test_copied_checkpoint_predicts_without_run_folder_and_shards(run, copied, i
     assert names == [c.name for c in table(config)]
     assert open_trained(str(copied), (), None).classes == table(config)
     status, text = m2f(capsys, "eval", copied)
-    assert (status, "give --output" in text) == (2, True), text
+    assert (status, "give a folder for the results" in text) == (2, True), text
 
 
 def test_exported_graphs_contain_identity(copied, tmp_path, capsys):
