@@ -49,7 +49,7 @@ def wrong_at(remainder, kind, wrong):
     return attend
 
 
-def test_forms_that_are_right_stay_and_are_named(backends):
+def test_correct_kernels_stay_enabled_and_are_named(backends):
     (first, second), allowed = backends
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -58,7 +58,7 @@ def test_forms_that_are_right_stay_and_are_named(backends):
 
 
 @pytest.mark.parametrize("wrong", [lambda g: g * torch.nan, lambda g: 1.2 * g], ids=["NaN", "a fifth"])
-def test_a_form_with_wrong_gradients_is_forbidden(backends, wrong, monkeypatch):
+def test_kernel_with_wrong_gradients_is_disabled(backends, wrong, monkeypatch):
     both, allowed = backends
     monkeypatch.setattr(attention_backends.F, "scaled_dot_product_attention", wrong_at(64, both[0].kind, wrong))
     with pytest.warns(
@@ -69,7 +69,7 @@ def test_a_form_with_wrong_gradients_is_forbidden(backends, wrong, monkeypatch):
     assert allowed == {"first": False, "second": True}
 
 
-def test_a_form_that_takes_no_such_input_is_neither_right_nor_wrong(backends):
+def test_kernel_that_does_not_support_the_inputs_is_ignored(backends):
     (_, second), _ = backends
     absent = Backend("cuDNN", SDPBackend.CUDNN_ATTENTION, lambda allow: pytest.fail("it is not there"))
     assert first_trouble(absent, CPU) == ""
@@ -77,7 +77,7 @@ def test_a_form_that_takes_no_such_input_is_neither_right_nor_wrong(backends):
     assert choose(CPU, (absent,)) == "masked attention uses matrix products, which are slower"
 
 
-def test_an_error_of_a_form_forbids_it(backends, monkeypatch):
+def test_kernel_that_raises_an_error_is_disabled(backends, monkeypatch):
     both, allowed = backends
 
     def broken(*arguments, **options):
@@ -89,7 +89,7 @@ def test_an_error_of_a_form_forbids_it(backends, monkeypatch):
     assert not allowed["first"]
 
 
-def test_a_trial_draws_no_random_number_of_the_run_and_a_cpu_needs_none(backends):
+def test_check_leaves_the_random_state_unchanged_and_is_skipped_on_cpu(backends):
     before = torch.get_rng_state()
     choose(CPU, backends[0])
     assert torch.equal(torch.get_rng_state(), before)

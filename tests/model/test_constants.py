@@ -25,14 +25,14 @@ def made():
     return ones, calls
 
 
-def test_the_last_results_are_kept(made):
+def test_most_recent_results_are_cached(made):
     ones, calls = made
     assert ones(3) is ones(3)
     ones(4), ones(5), ones(3)
     assert calls == [3, 4, 5, 3]
 
 
-def test_tensors_without_values_are_not_kept_and_not_mixed_with_others(made):
+def test_fake_tensors_are_neither_cached_nor_replaced_by_cached_ones(made):
     ones, calls = made
     real = ones(3)
     with FakeTensorMode():
@@ -42,7 +42,7 @@ def test_tensors_without_values_are_not_kept_and_not_mixed_with_others(made):
     assert calls == [3, 3]
 
 
-def test_what_inference_made_can_be_trained_with(made):
+def test_constants_made_in_inference_mode_can_be_used_in_training(made):
     ones, _ = made
     with torch.inference_mode():
         ones(3)
@@ -51,7 +51,7 @@ def test_what_inference_made_can_be_trained_with(made):
     assert weight.grad.tolist() == [1, 1, 1]
 
 
-def test_a_compiled_function_makes_them_in_its_graph():
+def test_compiled_function_computes_constants_in_its_graph():
     torch.compiler.reset()
     compiled = torch.compile(lambda x: x + sine_position_embedding(3, 2, 8), backend="eager", fullgraph=True)
     assert torch.equal(compiled(torch.zeros(3, 2, 8)), sine_position_embedding(3, 2, 8))

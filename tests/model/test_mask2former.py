@@ -237,7 +237,7 @@ def test_parameter_counts_are_those_of_the_paper():
     assert sum(millions.values()) == pytest.approx(43.983878, abs=5e-7)
 
 
-def test_normalise_zeroes_what_lies_outside_each_image():
+def test_normalise_zeroes_pixels_outside_each_image():
     model = build_model(TINY)
     images = torch.randint(0, 256, (2, 3, 8, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     sizes = torch.tensor([[8, 10], [5, 7]])

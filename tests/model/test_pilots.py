@@ -96,7 +96,7 @@ def maps_of(positions: Tensor) -> tuple[list[Tensor], Tensor]:
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
-def test_a_cell_is_covered_where_any_of_its_pixels_is(layers, dtype):
+def test_mask_cell_is_covered_if_any_of_its_pixels_is(layers, dtype):
     targets = targets_of(5, 0, 3, layers=layers, dtype=dtype)
     targets.id_maps[0, targets.layer[0, 4], 17, 35] = targets.local_id[0, 4]  # one pixel, at the least
     number = targets.valid.shape[1]
@@ -128,13 +128,13 @@ def test_a_pilot_starts_from_the_class_of_its_target():
 
 
 @pytest.mark.parametrize(("chosen", "most", "number"), [(0, 100, 8), (8, 100, 8), (9, 100, 16), (24, 100, 32)])
-def test_few_numbers_of_pilots_occur(chosen, most, number):
+def test_number_of_pilots_is_padded_to_few_values(chosen, most, number):
     assert padded_number(chosen, most) == number
     assert padded_number(3, 3) == 8
     assert padded_number(100, 100) == 104
 
 
-def test_of_a_crowded_image_a_hash_chooses():
+def test_hash_selects_the_targets_of_a_crowded_image():
     targets, config = targets_of(37, 3, 0), replace(CONFIG, pilots=PilotConfig(max_targets=11))
     chosen = [pilots_of(replace(targets, position=targets.position + p), config) for p in range(300)]
     assert {tuple(pilots.target.shape) for pilots in chosen} == {(3, 16)}
@@ -152,7 +152,7 @@ def test_of_a_crowded_image_a_hash_chooses():
     assert owned <= set(range(11))
 
 
-def test_the_first_of_a_hash_are_taken():
+def test_targets_are_selected_in_the_order_of_their_hash():
     valid = torch.tensor([[True, True, True, False]])
     keys = torch.randint(-(2**62), 2**62, (200, 4), generator=torch.Generator().manual_seed(0))
     two = choose(valid.expand(200, -1), keys, 2)
@@ -161,7 +161,7 @@ def test_the_first_of_a_hash_are_taken():
     assert len(two.unique(dim=0)) == 3
 
 
-def test_noise_has_its_rates():
+def test_noise_occurs_at_the_configured_rates():
     targets = targets_of(*[24] * 64)
     config = replace(CONFIG, pilots=PilotConfig(max_targets=24, label_noise=0.3))
     torch.manual_seed(0)
@@ -180,7 +180,7 @@ def test_noise_has_its_rates():
     assert torch.equal(flip_cells(torch.zeros_like(cells), keys, 1.0), torch.zeros_like(cells))
 
 
-def test_noise_is_new_in_every_layer_and_on_every_level():
+def test_noise_differs_between_layers_and_levels():
     guides = pilots_of(targets_of(6, 2)).at(SIZES)
     masks = [guides.attention_mask(layer, [2])[guides.valid[:, None]] for layer in range(3)]
     assert not torch.equal(masks[0], masks[1])
@@ -189,7 +189,7 @@ def test_noise_is_new_in_every_layer_and_on_every_level():
     assert torch.equal(together[..., 24:][guides.valid[:, None]], masks[0])
 
 
-def test_pilots_are_a_function_of_the_position():
+def test_pilots_depend_on_the_position_and_not_on_other_images():
     targets, most = targets_of(13, 4, 0, 30), CONFIG.pilots.max_targets
     whole = pilots_of(targets)
     for images in ([0], [1], [2], [3], [1, 0], [3, 2, 1]):
@@ -290,7 +290,7 @@ class WrittenOut:
 
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
-def test_a_decoder_with_pilots_equals_the_arithmetic_written_out(name):
+def test_decoder_with_pilots_equals_the_reference_arithmetic(name):
     config, targets = DECODERS[name], targets_of(3, 0, 9)
     decoder = decoder_of(config)
     guides = pilots_of(targets, replace(CONFIG, transformer_decoder=config)).at(SIZES)
@@ -358,7 +358,7 @@ def points_written_out(row: RowIndex, drawn, logits: Tensor, loss: LossConfig) -
 
 @pytest.mark.parametrize("supervision", ["points", "masks"])
 @pytest.mark.parametrize("queries", ["supervised", "learnable"])
-def test_losses_equal_the_arithmetic_written_out(supervision, queries):
+def test_losses_equal_the_reference_arithmetic(supervision, queries):
     config = replace(
         CONFIG,
         transformer_decoder=replace(DECODER, queries=queries),
@@ -400,7 +400,7 @@ def test_losses_equal_the_arithmetic_written_out(supervision, queries):
 
 
 @pytest.mark.parametrize("loss", [LossConfig(num_points=50), LossConfig(num_points=50, supervision_box_share=0.5)])
-def test_an_image_has_the_same_loss_beside_any_neighbour(loss):
+def test_loss_of_an_image_does_not_depend_on_other_images(loss):
     targets, config = targets_of(30, 3, 0, 12), replace(CONFIG, loss=loss)
     whole, pixels, *_ = losses_of(targets, config)
     (gradient,) = torch.autograd.grad(whole.total, pixels)
@@ -429,7 +429,7 @@ def test_fillers_have_no_pilots():
     torch.testing.assert_close(losses.total, alone.total, rtol=1e-5, atol=1e-6)
 
 
-def test_a_class_learns_from_its_pilots():
+def test_class_queries_get_gradients_only_from_their_pilots():
     targets, config = targets_of(5, 2), replace(CONFIG, pilots=PilotConfig(max_targets=20, label_noise=0.0))
     losses, _, queries, *_ = losses_of(targets, config)
     (losses.total - losses.terms.sum()).backward()
@@ -437,7 +437,7 @@ def test_a_class_learns_from_its_pilots():
     assert {n for n in range(CLASSES) if queries.class_query.weight.grad[n].any()} == there
 
 
-def test_a_model_takes_pilots_in_training_alone():
+def test_model_uses_pilots_only_in_training():
     targets = targets_of(3, 9)
     torch.manual_seed(0)
     model = build_model(CONFIG, pretrained_backbone=False).eval()
@@ -454,7 +454,7 @@ def test_a_model_takes_pilots_in_training_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_precisions(dtype):
+def test_decoder_with_pilots_supports_other_precisions(dtype):
     targets = targets_of(3, 9)
     decoder, guides = decoder_of(DECODER).to(dtype), pilots_of(targets).at(SIZES)
     features, pixels = maps_of(targets.position)
@@ -466,7 +466,7 @@ def test_other_precisions(dtype):
 # Settings
 
 
-def test_without_pilots_nothing_is_there():
+def test_pilots_are_off_by_default():
     assert ModelConfig().pilots == PilotConfig(max_targets=0, label_noise=0.2, mask_noise=0.0)
     assert count_normalizers(targets_of(3, 0), QUERIES, CONFIG.loss).num_masks == 3
 
@@ -479,7 +479,7 @@ def test_without_pilots_nothing_is_there():
         (replace(DECODER, attention="smca"), "masked with attention smca"),
     ],
 )
-def test_a_decoder_that_cannot_be_told_where_to_look_is_refused(decoder, named):
+def test_decoder_without_attention_masks_refuses_pilots(decoder, named):
     with pytest.raises(ConfigError, match=rf"model\.pilots\.max_targets is 20, .* is {named}, .* set max_targets=0"):
         replace(CONFIG, transformer_decoder=decoder)
 

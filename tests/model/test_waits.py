@@ -105,7 +105,7 @@ def step(loss=CONFIG.loss, pilots=False):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5], ids=["uniform points", "box points"])
-def test_a_step_waits_once_and_copies_without_waiting(share, monkeypatch):
+def test_step_waits_for_the_device_once_and_copies_asynchronously(share, monkeypatch):
     monkeypatch.setattr(matcher, "HostCopy", FakeCopy)
     monkeypatch.setattr(ms_deform_attn, "_kernel_agrees", lambda *sizes: False)  # there is none to be tried
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
@@ -114,7 +114,7 @@ def test_a_step_waits_once_and_copies_without_waiting(share, monkeypatch):
     assert FakeCopy.waits == 1
 
 
-def test_pilots_wait_for_what_was_queued_before_the_matching(monkeypatch):
+def test_step_with_pilots_waits_for_the_device_twice(monkeypatch):
     for module in (matcher, assignment):
         monkeypatch.setattr(module, "HostCopy", FakeCopy)
     monkeypatch.setattr(ms_deform_attn, "_kernel_agrees", lambda *sizes: False)
@@ -133,7 +133,7 @@ def test_the_wait_counter_detects_blocking_reads_and_copies():
             torch.ones(3, device="cuda").sum().item()
 
 
-def test_a_copy_to_the_host_has_the_values():
+def test_host_copy_has_the_values_of_its_source():
     values = torch.arange(6.0).view(2, 3)
     assert np.array_equal(HostCopy(values).wait(), values.numpy())
 

@@ -14,7 +14,7 @@ def runs(launcher, training_shards):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_looking_later_changes_nothing_that_a_run_leaves(runs, stage):
+def test_reading_outcomes_later_does_not_change_the_results_of_a_run(runs, stage):
     seen = runs.seen(f"ahead:{stage}")
     assert seen["ahead"] == seen["at once"]
     assert seen["ahead stopped"] == seen["at once stopped"]
@@ -26,7 +26,7 @@ def test_looking_later_changes_nothing_that_a_run_leaves(runs, stage):
     assert seen["ahead stopped"]["checkpoints"] == [3]  # four updates, of which one was skipped
 
 
-def test_a_step_is_looked_at_when_the_next_one_is_queued(runs):
+def test_step_outcome_is_read_while_the_next_step_is_queued(runs):
     order = [kind if kind != "settle" else f"settle {number}" for kind, number in runs.seen("ahead:1")["order ahead"]]
     second = ["compute", "settle 1", "update"]
     assert order[:5] == ["compute", "update", *second]

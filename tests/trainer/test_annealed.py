@@ -25,7 +25,7 @@ def weights(runs, name: str, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_stopped_has_the_bits_of_one_that_did_not(runs, stage):
+def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(runs, stage):
     seen = runs.seen(f"annealed:{stage}")
     resumed = {**seen["stopped"]["losses"], **seen["resumed"]["losses"]}
     assert resumed == seen["whole"]["losses"]
@@ -37,12 +37,12 @@ def test_a_run_that_stopped_has_the_bits_of_one_that_did_not(runs, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_every_stage_takes_the_same_steps(runs, stage):
+def test_every_stage_gives_the_same_losses(runs, stage):
     plain, sharded = (runs.seen(f"annealed:{one}")["whole"]["losses"] for one in ("0", stage))
     assert list(sharded.values()) == pytest.approx(list(plain.values()), rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["1", "3"])
-def test_another_number_of_ranks_draws_the_same(runs, stage):
+def test_number_of_ranks_does_not_change_the_random_draws(runs, stage):
     alone, together = (runs.seen(f"annealed_again:{name}:{stage}")["losses"]["6"] for name in ("parts", "whole"))
     assert alone == pytest.approx(together, rel=1e-4)

@@ -26,7 +26,7 @@ from tests.trainer.tiny_job import Recorder
         (["GPU-a of x", "GPU-b of x", "GPU-a of x"], r"ranks 0 and 2 share one GPU \(GPU-a of x\).*num_workers"),
     ],
 )
-def test_no_two_ranks_have_one_gpu(names, problem):
+def test_two_ranks_on_one_gpu_are_refused(names, problem):
     found = shared_device(names)
     assert (found is None) == (problem is None)
 
@@ -42,7 +42,7 @@ def test_no_two_ranks_have_one_gpu(names, problem):
             require_own_device(torch.device("cpu"), TwoRanks())
 
 
-def test_a_rank_takes_the_gpu_of_its_index(monkeypatch):
+def test_rank_uses_the_gpu_of_its_local_rank(monkeypatch):
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -56,7 +56,7 @@ def test_a_rank_takes_the_gpu_of_its_index(monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "line"), [(0, "attention by a"), (1, "attention by a"), (0, None)])
-def test_the_first_rank_says_which_attention_its_gpu_uses(rank, line, monkeypatch):
+def test_first_rank_reports_the_attention_kernels_in_use(rank, line, monkeypatch):
     tried, reporter = [], Recorder()
     monkeypatch.setattr(m2f.trainer.setup, "settle_attention", lambda device: tried.append(device) or line)
     ranks = SimpleNamespace(is_first=rank == 0, gather=lambda name: [name, "GPU-b of x"])
@@ -73,14 +73,14 @@ def test_the_first_rank_says_which_attention_its_gpu_uses(rank, line, monkeypatc
         ({"PYTORCH_ALLOC_CONF": ""}, {}),
     ],
 )
-def test_segments_grow_unless_the_user_says_otherwise(before, added):
+def test_allocator_segments_are_expandable_by_default(before, added):
     environment = dict(before)
     let_segments_grow(environment)
     assert environment == before | added
 
 
 @pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="this torch does not tell")
-def test_torch_reads_the_setting_after_it_was_imported():
+def test_torch_applies_the_allocator_setting_after_import():
     """Ray imports it before a rank's code runs."""
     code = """
 import os
@@ -95,7 +95,7 @@ print(torch._C._accelerator_getAllocatorSettings())
 
 
 @pytest.mark.parametrize(("device", "is_ended"), [("cuda", False), ("cpu", True)])
-def test_a_group_of_gpus_is_not_ended_by_a_rank_with_an_error(device, is_ended, monkeypatch):
+def test_nccl_group_is_not_destroyed_after_an_error(device, is_ended, monkeypatch):
     """Its end would wait for the other ranks, and the error with it."""
     ended = []
     monkeypatch.setattr(m2f.trainer.worker.dist, "is_initialized", lambda: False)

@@ -24,7 +24,7 @@ FROZEN = replace(MODEL, backbone=replace(MODEL.backbone, norm="native"), freeze=
 
 
 @pytest.mark.parametrize("parts", [("backbone",), ("pixel_decoder",), ("backbone", "pixel_decoder")])
-def test_gradients_and_statistics_stay_away_from_frozen_parts(parts):
+def test_frozen_parts_get_no_gradients_and_no_new_statistics(parts):
     torch.manual_seed(0)
     model = build_model(replace(FROZEN, freeze=parts), pretrained_backbone=False).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -39,7 +39,7 @@ def test_gradients_and_statistics_stay_away_from_frozen_parts(parts):
     assert bool(changed) == ("backbone" not in parts)  # statistics of BatchNorms
 
 
-def test_a_frozen_backbone_keeps_nothing_for_a_backward_pass():
+def test_frozen_backbone_keeps_no_activations_for_the_backward_pass():
     kept = []
     model = build_model(FROZEN, pretrained_backbone=False).train()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda tensor: tensor):
@@ -48,13 +48,13 @@ def test_a_frozen_backbone_keeps_nothing_for_a_backward_pass():
     assert not any(level.requires_grad for level in maps)
 
 
-def test_frozen_weights_are_in_no_group_of_the_optimizer():
+def test_optimizer_groups_exclude_frozen_weights():
     model = build_model(FROZEN, pretrained_backbone=False)
     groups = build_param_groups(model, OptimizerConfig(layer_decay=0.9))
     assert {group["name"] for group in groups} == {"head", "head_no_decay"}
 
 
-def test_plans_and_utilization_know_what_is_frozen(tmp_path):
+def test_memory_plan_and_utilization_account_for_frozen_parts(tmp_path):
     job = make_job(tmp_path, "none")
     training = TrainingConfig(max_steps=1, precision="fp32")
     free, frozen = (plan_memory(model, job.data, training, 1, 5) for model in (replace(FROZEN, freeze=()), FROZEN))
@@ -86,7 +86,7 @@ def weights_of(runs, name, stage, step, file="weights.safetensors"):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # the first one waits for all runs
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_trains_what_is_not_frozen_and_resumes_to_the_same_bits(runs, stage):
+def test_run_with_frozen_parts_trains_the_rest_and_resumes_exactly(runs, stage):
     seen = runs.seen(f"frozen:{stage}")
     assert all(seen[name].get("error") is None for name in seen)
     torch.manual_seed(3)  # the seed of the job
@@ -104,7 +104,7 @@ def test_a_run_trains_what_is_not_frozen_and_resumes_to_the_same_bits(runs, stag
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_another_number_of_ranks_keeps_frozen_weights(runs, stage):
+def test_frozen_weights_survive_another_number_of_ranks(runs, stage):
     seen = runs.seen(f"frozen_alone:{stage}")
     assert seen.get("error") is None
     before, after = (weights_of(runs, "parted", stage, step) for step in (4, 6))

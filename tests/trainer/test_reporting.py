@@ -19,7 +19,7 @@ RANK = RankNumbers(
 )
 
 
-def test_every_event_but_that_of_a_rank_is_one_readable_line():
+def test_every_event_except_rank_reports_is_one_readable_line():
     out = io.StringIO()
     reporter = LogReporter(max_steps=1000, stream=out)
     on_gpu = replace(METRICS, system=replace(METRICS.system, gpu_memory_gb=34.25, gpu_image_gb=1.875))

@@ -79,14 +79,14 @@ def test_a_run_reports_every_step_and_commits_its_checkpoints(whole_runs):
     assert kept == ["step_00000006", "step_00000008"]
 
 
-def test_a_killed_rank_costs_nothing_but_time(whole_runs, after_kill):
+def test_killed_rank_does_not_change_the_losses(whole_runs, after_kill):
     resumed = after_kill.seen("resumed")
     assert resumed["events"][0][:2] == ["resumed", 3]
     expected = whole_runs.seen("uninterrupted")["losses"]
     assert resumed["losses"] == {step: loss for step, loss in expected.items() if int(step) > 3}
 
 
-def test_a_drain_takes_a_checkpoint_and_a_damaged_one_is_passed_over(whole_runs):
+def test_drain_saves_a_checkpoint_and_a_damaged_checkpoint_is_skipped(whole_runs):
     both = whole_runs.seen("drained_then_damaged")
     assert both["drained"]["state"]["step"] == 4
     assert both["drained"]["checkpoints"] == [3, 4]
@@ -98,7 +98,7 @@ def test_a_drain_takes_a_checkpoint_and_a_damaged_one_is_passed_over(whole_runs)
     assert resumed["losses"] == {step: loss for step, loss in expected.items() if int(step) > 3}
 
 
-def test_the_run_folder_tells_of_commits_metrics_and_the_drain(whole_runs):
+def test_run_folder_records_commits_metrics_and_the_drain(whole_runs):
     both = whole_runs.seen("drained_then_damaged")
     for points, steps in zip(both["kept"], ("123", "4"), strict=True):
         kept = {step: values["loss/total"] for step, values in points.items()}
@@ -134,7 +134,7 @@ def skipped_keys(message):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stopping_and_resuming_changes_no_bit(whole_runs, stage):
+def test_resuming_is_bit_identical(whole_runs, stage):
     runs = whole_runs.seen(f"resumed_in_stage:{stage}")
     assert runs["stopped"]["state"]["step"] == 1
     assert runs["stopped"]["events"][-1][0] == "stopped"
@@ -145,7 +145,7 @@ def test_stopping_and_resuming_changes_no_bit(whole_runs, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_going_on_with_another_number_of_ranks_changes_next_to_nothing(other_ranks, stage):
+def test_resuming_with_another_number_of_ranks_changes_almost_nothing(other_ranks, stage):
     expected = other_ranks.seen(f"resumed_in_stage:{stage}")["whole"]["losses"]
     shrunk = other_ranks.seen(f"in_stage_again:{stage}:5")
     grown = other_ranks.seen(f"in_stage_again:{stage}:6")
@@ -165,7 +165,7 @@ def test_going_on_with_another_number_of_ranks_changes_next_to_nothing(other_ran
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_16_bits_resume_to_the_bit_and_with_other_ranks(other_ranks, precision):
+def test_runs_in_16_bits_resume_exactly_and_with_other_ranks(other_ranks, precision):
     runs = other_ranks.seen(f"resumed_in_precision:{precision}")
     expected = runs["whole"]["losses"]
     assert runs["stopped"]["losses"] | runs["resumed"]["losses"] == {step: expected[step] for step in "123"}
@@ -174,7 +174,7 @@ def test_16_bits_resume_to_the_bit_and_with_other_ranks(other_ranks, precision):
     assert again["4"] == pytest.approx(expected["4"], rel=1e-3)
 
 
-def test_a_damaged_sample_on_one_rank_stops_both_with_its_message(whole_runs):
+def test_damaged_sample_on_one_rank_stops_all_ranks_with_its_message(whole_runs):
     errors = [whole_runs.seen("unreadable", rank)["error"] for rank in (0, 1)]
     assert errors[0] == errors[1]
     assert "training stops on all ranks: rank " in errors[0]
@@ -189,7 +189,7 @@ def test_bad_samples_are_replaced_and_reported(whole_runs):
     assert all("is damaged" in message and "; replaced by " in message for message in events)
 
 
-def test_changed_data_need_leave_and_begin_anew(whole_runs):
+def test_changed_data_requires_accept_changes(whole_runs):
     run = whole_runs.seen("changed_data")
     assert run["before"]["state"]["order_start"] == 0
     assert "data.accept_changes=true" in run["refused"]["error"]
@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole_runs):
         assert "another data order" in error
 
 
-def test_another_zero_stage_keeps_weights_and_average_and_says_what_it_drops(whole_runs):
+def test_another_zero_stage_keeps_weights_and_average_and_reports_the_reset(whole_runs):
     runs = whole_runs.seen("other_stages")
     whole = runs["whole"]["losses"]
     assert runs["to 3"]["losses"] == {step: whole[step] for step in "123"}

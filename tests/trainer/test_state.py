@@ -12,7 +12,7 @@ from m2f.trainer.state import TrainState
 STATE = TrainState(order_fingerprint="abc", seed=3, world_size=2, zero_stage=1)
 
 
-def test_an_applied_step_counts_and_a_skipped_one_only_consumes():
+def test_applied_step_is_counted_and_skipped_step_only_consumes_samples():
     after = STATE.advance(16, applied=True)
     assert (after.step, after.position, after.skipped) == (1, 16, 0)
     skipped = after.advance(16, applied=False).advance(16, applied=False)
@@ -20,24 +20,24 @@ def test_an_applied_step_counts_and_a_skipped_one_only_consumes():
     assert skipped.advance(16, applied=True).skipped == 0
 
 
-def test_round_trip():
+def test_state_round_trips_through_json():
     state = STATE.advance(16, applied=True)
     assert TrainState.from_json(state.to_json(), "state.json") == state
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"step": 1}', b'{"unknown": 1}'])
-def test_what_is_no_state_is_refused(content):
+def test_invalid_state_is_refused(content):
     with pytest.raises(CheckpointError, match="here/state"):
         TrainState.from_json(content, "here/state.json")
 
 
-def test_a_checkpoint_of_another_order_is_refused():
+def test_checkpoint_of_another_data_order_is_refused():
     assert replace(STATE, step=4).in_order("abc", "run/checkpoints/step_00000001", False).step == 4
     with pytest.raises(CheckpointError, match="another data order"):
         STATE.in_order("xyz", "run/checkpoints/step_00000001", False)
 
 
-def test_changed_data_begin_anew_where_that_is_accepted():
+def test_accepted_data_changes_start_a_new_order():
     state = replace(STATE, position=64, order_fingerprint="old")
     changed = state.in_order("abc", "run/checkpoints/step_00000001", True)
     assert (changed.order_fingerprint, changed.order_start, changed.position) == ("abc", 64, 64)
@@ -45,7 +45,7 @@ def test_changed_data_begin_anew_where_that_is_accepted():
     assert later.in_order("abc", "run/checkpoints/step_00000002", True) == later
 
 
-def test_random_states_return(tmp_path):
+def test_random_states_are_restored(tmp_path):
     def draw():
         return random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
 

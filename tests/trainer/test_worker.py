@@ -29,7 +29,7 @@ def ranks(no_launcher):
         yield Ranks(timeout_s=30.0)
 
 
-def test_half_an_environment_is_refused(no_launcher, monkeypatch):
+def test_partial_launcher_environment_is_refused(no_launcher, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with (
         pytest.raises(TrainingError, match="RANK set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; set all"),
@@ -47,7 +47,7 @@ def test_without_a_launcher_the_process_is_the_only_rank(ranks):
     assert ranks.run_on_rank0(lambda: 7) == 7
 
 
-def test_a_mistake_of_the_user_keeps_its_type(ranks):
+def test_user_error_keeps_its_type(ranks):
     def mistake():
         raise ConfigError("data.train is empty")
 
@@ -55,7 +55,7 @@ def test_a_mistake_of_the_user_keeps_its_type(ranks):
         ranks.run_on_all(mistake)
 
 
-def test_any_other_error_names_the_rank(ranks):
+def test_other_errors_name_the_rank(ranks):
     def bug():
         raise KeyError("missing")
 
@@ -64,12 +64,12 @@ def test_any_other_error_names_the_rank(ranks):
 
 
 @pytest.mark.parametrize("setting", ["every_steps", "keep"])
-def test_checkpoints_need_a_positive_number(setting):
+def test_checkpoint_settings_must_be_positive(setting):
     with pytest.raises(ConfigError, match=rf"CheckpointConfig: {setting} is 0"):
         CheckpointConfig(**{setting: 0})
 
 
-def test_on_one_machine_nothing_listens_beyond_loopback(ranks):
+def test_single_machine_run_listens_only_on_loopback(ranks):
     listening = {c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
 
@@ -85,7 +85,7 @@ for name in ("first", "second"):
 
 
 @pytest.mark.slow
-def test_a_process_may_train_twice(no_launcher, training_shards, tmp_path):
+def test_one_process_can_train_twice(no_launcher, training_shards, tmp_path):
     repository = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", TWICE, str(tmp_path), str(training_shards)]
     done = subprocess.run(

@@ -51,7 +51,7 @@ def test_every_layer_is_recorded_with_its_levels(attention, features):
         assert sum(level.numel() for level in m.level_maps(1, 4)) == m.weights.shape[-1]
 
 
-def test_recording_ends_with_the_context_and_changes_nothing():
+def test_recording_ends_with_the_context_and_leaves_outputs_unchanged():
     model, _ = small_model()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_recording_ends_with_the_context_and_changes_nothing():
 
 
 @pytest.mark.parametrize("guide", [None, "mask", "prior"])
-def test_weights_are_those_that_the_layer_averages_values_with(guide):
+def test_recorded_weights_are_those_applied_to_the_values(guide):
     torch.manual_seed(1)
     attend = ProjectedAttention(8, 1, 0.0).eval()
     query, key, value = torch.randn(2, 3, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 8)
@@ -84,7 +84,7 @@ def test_weights_are_the_mean_over_heads():
     torch.testing.assert_close(weights, torch.tensor([[[0.75, 0.25]]]), atol=1e-6, rtol=0)
 
 
-def test_mask_pooling_weighs_all_pixels_of_its_mask_equally():
+def test_mask_pooling_weights_all_pixels_in_its_mask_equally():
     mask = torch.tensor([[[[True, False, True, True]]]])
     weights = attention_weights(MaskPooling(4, 0.0), torch.randn(1, 4, 4), mask)
     torch.testing.assert_close(weights, torch.tensor([[[1 / 3, 0, 1 / 3, 1 / 3]]]))
@@ -99,7 +99,7 @@ def test_a_standard_decoder_attends_to_the_coarsest_level():
     assert [(m.shapes, m.level_name) for m in maps] == [(((2, 3),), "1/32")] * 2
 
 
-def test_even_attention_falls_on_an_object_by_its_share_of_the_area():
+def test_uniform_attention_on_an_object_equals_its_share_of_the_area():
     masks = torch.zeros(2, 32, 64, dtype=torch.bool)
     masks[0, :, :16] = True  # a quarter
     masks[1, :20, :20] = True  # 400 of 2048 pixels
@@ -108,7 +108,7 @@ def test_even_attention_falls_on_an_object_by_its_share_of_the_area():
     torch.testing.assert_close(share, torch.tensor([0.25, 400 / 2048]))
 
 
-def test_foreground_share_by_hand_over_two_levels():
+def test_foreground_share_over_two_levels_equals_hand_computed_value():
     masks = torch.zeros(1, 4, 4, dtype=torch.bool)
     masks[0, 0, 0] = True
     # One pixel of the coarse level (a sixteenth covered) and four of the fine one (the first a quarter covered).
@@ -117,7 +117,7 @@ def test_foreground_share_by_hand_over_two_levels():
     torch.testing.assert_close(share, torch.tensor([0.5 / 16 + 0.3 / 4]))
 
 
-def test_level_maps_cut_the_weights_in_order():
+def test_level_maps_split_the_weights_in_level_order():
     attention = AttentionMap(1, (16, 8), ((1, 2), (2, 4)), torch.arange(10.0).view(1, 1, 10))
     coarse, fine = attention.level_maps(0, 0)
     assert coarse.tolist() == [[0, 1]]

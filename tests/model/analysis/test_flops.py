@@ -52,7 +52,7 @@ EXPLAINED = {"R50, FPN": 3.5, "ADE20K MaskFormer R50": 4.0, "ADE20K MaskFormer S
     ("size", "backbone", "pixel_decoder", "transformer_decoder"),
     [((800, 1344), 88.1, 150.9, 29.1), ((800, 1088), None, None, 217.4), ((512, 512), None, None, 66.6)],
 )
-def test_r50_costs_what_was_measured_with_the_official_code(size, backbone, pixel_decoder, transformer_decoder):
+def test_r50_flops_equal_those_measured_with_the_official_code(size, backbone, pixel_decoder, transformer_decoder):
     flops = official_flops(R50_COCO, size)
     # fvcore knows no baddbmm, with which torch has multiplied masked queries and keys since 1.12.
     stride8, stride16, stride32 = (at.pixels for at in pyramid(size)[1:])
@@ -83,7 +83,7 @@ def test_names_of_rows_are_unique():
 
 
 @pytest.mark.parametrize("decoder", PIXEL_DECODERS, ids=lambda decoder: decoder.kind)
-def test_pixel_decoders_execute_exactly_what_the_formula_says(decoder):
+def test_pixel_decoder_formulas_equal_executed_operations(decoder):
     config, size = replace(SMALL, pixel_decoder=decoder), (96, 160)
     assert executed_flops(build_shapes(config), size).pixel_decoder == official_flops(config, size).pixel_decoder
 
@@ -97,7 +97,7 @@ def test_pixel_decoders_execute_exactly_what_the_formula_says(decoder):
     ids=lambda backbone: backbone.kind,
 )
 @pytest.mark.parametrize("size", [(96, 96), (100, 76)])
-def test_backbones_execute_exactly_what_the_formula_says(backbone, size):
+def test_backbone_formulas_equal_executed_operations(backbone, size):
     if backbone.kind == "timm":
         size = 96, 128  # ours pads other sizes, the official model does not
     config = replace(SMALL, backbone=backbone)
@@ -114,13 +114,13 @@ def test_backbones_execute_exactly_what_the_formula_says(backbone, size):
     ],
     ids=lambda decoder: decoder.kind,
 )
-def test_decoders_without_masks_execute_exactly_what_the_formula_says(decoder):
+def test_formulas_of_decoders_without_masks_equal_executed_operations(decoder):
     config, size = replace(SMALL, transformer_decoder=decoder), (64, 96)
     counted, executed = official_flops(config, size), executed_flops(build_shapes(config), size)
     assert executed.transformer_decoder == counted.transformer_decoder
 
 
-def test_attention_masks_of_ours_are_made_at_the_resolution_where_they_are_used():
+def test_attention_masks_are_computed_at_the_resolution_where_they_are_used():
     config, size = replace(SMALL, transformer_decoder=MaskedTransformerDecoderConfig()), (512, 512)
     queries, dim, mask_dim, tokens = 100, 256, 24, 16**2 + 32**2 + 64**2
     counted, executed = official_flops(config, size), executed_flops(build_shapes(config), size)
@@ -131,14 +131,14 @@ def test_attention_masks_of_ours_are_made_at_the_resolution_where_they_are_used(
     assert saved == saved_products + saved_resizes - again
 
 
-def test_a_real_model_has_the_parameters_and_products_of_the_shapes():
+def test_a_real_model_has_the_parameters_of_the_shapes_model():
     model = build_model(SMALL, pretrained_backbone=False)
     shapes = build_shapes(SMALL)
     assert count_parameters(model) == count_parameters(shapes)
     assert [tuple(p.shape) for p in model.parameters()] == [tuple(p.shape) for p in shapes.parameters()]
 
 
-def test_operations_by_hand():
+def test_operation_counts_equal_hand_computed_values():
     assert convolution(35, 6, 4, 3, groups=2) == 35 * 4 * (6 // 2) * 9
     assert group_normed(10, 3, 8) == 10 * 3 * 8 + 5 * 10 * 8
     assert attention(2, 7, 16) == 2 * (2 * 7 * 16)
@@ -151,18 +151,18 @@ def test_other_backbones_are_counted_as_executed():
     assert flops.backbone == executed_flops(build_shapes(SMALL), (64, 64)).backbone > 0
 
 
-def test_unknown_number_of_classes_is_a_message():
+def test_unknown_number_of_classes_raises_config_error():
     with pytest.raises(ConfigError, match="num_classes is not set"):
         official_flops(ModelConfig(), (64, 64))
 
 
-def test_mean_weighs_sizes_by_how_often_they_occur():
+def test_mean_flops_weights_sizes_by_their_frequency():
     one, two = official_flops(SMALL, (64, 64)).total, official_flops(SMALL, (64, 96)).total
     assert mean_flops(SMALL, {(64, 64): 3, (64, 96): 1}).total == pytest.approx((3 * one + two) / 4)
     assert sum(COCO_SIZES.values()) == 100
 
 
-def test_sizes_of_coco_are_like_those_of_other_images_of_val2017(real_data):
+def test_assumed_coco_sizes_resemble_those_of_val2017(real_data):
     annotations = json.loads((real_data / "coco_instances" / "annotations" / "instances_val2017.json").read_text())
     sizes = Counter()
     for image in annotations["images"]:

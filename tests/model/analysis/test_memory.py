@@ -73,7 +73,7 @@ def allocated(config, images):
 @pytest.mark.parametrize(
     ("checkpointing", "box_share", "pilots"), [(False, 0.0, 0), (True, 0.0, 0), (False, 0.5, 0), (False, 0.0, 20)]
 )
-def test_the_count_is_what_a_real_step_allocates(checkpointing, box_share, pilots, monkeypatch):
+def test_memory_estimate_equals_the_allocation_of_a_real_step(checkpointing, box_share, pilots, monkeypatch):
     of_device = m2f.model.analysis.memory.chunk_elements
     monkeypatch.setattr(m2f.model.analysis.memory, "chunk_elements", lambda device: of_device(torch.device("cpu")))
     loss = replace(FPN.loss, matching_box_share=box_share, supervision_box_share=box_share)
@@ -85,7 +85,7 @@ def test_the_count_is_what_a_real_step_allocates(checkpointing, box_share, pilot
     assert counted.peak == pytest.approx(real.peak, rel=0.15)
 
 
-def test_checkpointing_and_16_bits_take_less():
+def test_checkpointing_and_16_bits_use_less_memory():
     def peak(precision=torch.float32, autocast=False, **settings):
         config = replace(FPN, pixel_decoder=replace(ENCODER, **settings))
         return count_activations(config, 2, (SIZE, SIZE), TARGETS, autocast, precision).peak
@@ -96,13 +96,13 @@ def test_checkpointing_and_16_bits_take_less():
     assert peak(torch.bfloat16, autocast=True) < peak(autocast=True)
 
 
-def test_pilots_take_more():
+def test_pilots_use_more_memory():
     config = replace(FPN, pilots=PilotConfig(max_targets=100))
     few, many = (count_activations(config, 2, (SIZE, SIZE), number, False, torch.float32) for number in (6, 60))
     assert count_activations(FPN, 2, (SIZE, SIZE), 6, False, torch.float32).kept < few.kept < many.kept
 
 
-def test_live_bytes_follow_storages_and_not_views():
+def test_live_bytes_count_storages_and_not_views():
     with LiveBytesCounter() as live:
         first = torch.zeros(1000)
         view = first[10:].view(-1, 10)

@@ -59,7 +59,7 @@ def small_backbone(name, **settings):
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_takes_every_size(name, size):
+def test_every_family_accepts_every_image_size(name, size):
     backbone = small_backbone(name).train()
     maps = backbone(torch.randn(2, 3, *size))
     sizes = [tuple(-(-side // stride) for side in size) for stride in (4, 8, 16, 32)]
@@ -85,12 +85,12 @@ def test_checkpointing_recomputes_activations_and_changes_no_gradient(name):
         torch.testing.assert_close(recomputed, full, rtol=1e-5, atol=1e-5 * full.abs().max().item())
 
 
-def test_checkpointing_is_refused_where_it_would_change_statistics_or_is_not_there():
+def test_checkpointing_is_refused_with_synchronised_batch_norm():
     with pytest.raises(ConfigError, match=r"checkpointing is true.*'sync_batch' would count every batch twice"):
         small_backbone("resnet50", norm="sync_batch", checkpointing=True)
 
 
-def test_hiera_equals_timms_of_the_same_size():
+def test_hiera_equals_timm_built_for_the_same_size():
     for name in ("hiera_tiny_224", "hiera_small_abswin_256"):
         size = (32, 96)
         ours = small_backbone(
@@ -110,7 +110,7 @@ def test_hiera_equals_timms_of_the_same_size():
                 torch.testing.assert_close(actual, reference)
 
 
-def test_swin_v2_equals_timms_where_nothing_is_padded_and_pads_where_a_window_would_wrap():
+def test_swin_v2_equals_timm_and_pads_instead_of_wrapping_windows():
     ours = small_backbone("swinv2_tiny_window8_256").eval()
     theirs = timm.create_model("swinv2_tiny_window8_256", num_classes=0, **FAMILIES["swinv2_tiny_window8_256"]).eval()
     state = {key.removeprefix("body.model."): tensor for key, tensor in ours.state_dict().items()}
@@ -126,7 +126,7 @@ def test_swin_v2_equals_timms_where_nothing_is_padded_and_pads_where_a_window_wo
     assert ours.multiple == 256
 
 
-def test_plain_transformers_keep_their_features_at_the_middle_stride():
+def test_plain_transformer_features_feed_the_stride_16_level():
     backbone = small_backbone("vit_small_patch14_reg4_dinov2").eval()
     assert isinstance(backbone.body, PlainTransformer)
     model = backbone.body.model
@@ -138,7 +138,7 @@ def test_plain_transformers_keep_their_features_at_the_middle_stride():
     assert model.num_prefix_tokens == 5
 
 
-def test_a_transformers_patches_and_positions_are_resampled_from_a_file(tmp_path):
+def test_transformer_patches_and_positions_from_a_file_are_resampled(tmp_path):
     source = timm.create_model("vit_small_patch14_dinov2", img_size=70, **TRANSFORMER)
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
     config = TimmBackboneConfig(
@@ -176,7 +176,7 @@ def test_four_maps_and_a_gradient_for_every_parameter(name, norm):
 
 @pytest.mark.parametrize("name", ["resnet10t", "efficientnet_lite0"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights_from_a_file_give_timms_own_features_with_frozen_norms(tmp_path, name, suffix):
+def test_weights_from_a_file_give_the_features_of_timm_with_frozen_norms(tmp_path, name, suffix):
     source = randomised_timm(name)
     path = tmp_path / f"weights{suffix}"
     save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(source.state_dict(), path)
@@ -189,14 +189,14 @@ def test_weights_from_a_file_give_timms_own_features_with_frozen_norms(tmp_path,
     assert not any("running" in key or "bn" in key for key, _ in backbone.named_parameters())
 
 
-def test_weights_are_not_read_when_a_checkpoint_comes_next():
+def test_weights_are_not_read_if_a_checkpoint_will_replace_them():
     config = TimmBackboneConfig(name="resnet10t", weights="/nowhere.safetensors", options=TINY)
     assert build_backbone(config, pretrained=False).channels == (8, 16, 32, 64)
     with pytest.raises(ConfigError, match=r"model\.backbone\.weights: .*/nowhere\.safetensors.* no such file"):
         build_backbone(config)
 
 
-def test_a_fresh_frozen_norm_is_the_identity_even_where_timm_starts_at_zero_gain():
+def test_new_frozen_norm_is_the_identity_even_if_timm_starts_at_zero_gain():
     backbone = build_backbone(TimmBackboneConfig(name="resnet10t", options=TINY))
     norms = [module for module in backbone.modules() if isinstance(module, FrozenBatchNorm2d)]
     features = torch.randn(1, norms[-1].weight.numel(), 3, 3)
@@ -204,7 +204,7 @@ def test_a_fresh_frozen_norm_is_the_identity_even_where_timm_starts_at_zero_gain
     assert len(norms) > 10
 
 
-def test_an_unknown_name_suggests_close_ones():
+def test_error_for_an_unknown_name_suggests_similar_names():
     with pytest.raises(ConfigError, match=r"'resnet5O', which timm does not have; did you mean .*resnet50"):
         build_backbone(TimmBackboneConfig(name="resnet5O"))
 
@@ -215,12 +215,12 @@ def test_models_that_are_not_feature_pyramids_are_refused(name):
         build_backbone(TimmBackboneConfig(name=name))
 
 
-def test_timms_swin_is_refused_in_favour_of_ours():
+def test_timm_swin_is_refused_in_favour_of_kind_swin():
     with pytest.raises(ConfigError, match=r"'swin_tiny_patch4_window7_224'.*use model\.backbone\.kind swin"):
         build_backbone(TimmBackboneConfig(name="swin_tiny_patch4_window7_224"))
 
 
-def test_an_option_that_timm_does_not_know_is_named():
+def test_unknown_timm_option_is_named_in_the_error():
     with pytest.raises(ConfigError, match=r"options \{'chanels': \(8,\)\}.*chanels"):
         build_backbone(TimmBackboneConfig(name="resnet10t", options={"chanels": (8,)}))
 

@@ -77,7 +77,7 @@ def test_sync_batch_norm_on_two_ranks_equals_a_batch_norm_of_all_images(tmp_path
             torch.testing.assert_close(state[key], value, **close)
 
 
-def test_one_cpu_rank_of_a_process_group_takes_the_statistics_of_its_batch(tmp_path):
+def test_sync_batch_norm_on_a_single_rank_group_uses_batch_statistics(tmp_path):
     source, features = nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
     norm = SyncBatchNorm2d.like(source)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -93,7 +93,7 @@ def test_swin_tiny_equals_transformers_at_full_depth_and_512_pixels(window):
             torch.testing.assert_close(our_map, theirs_map, rtol=1e-9, atol=1e-9)
 
 
-def test_maps_equal_timms_where_windows_fit():
+def test_maps_equal_timm_where_windows_fit():
     source = timm.create_model(
         "swin_tiny_patch4_window7_224", embed_dim=16, num_heads=(1, 2, 4, 8), num_classes=0, always_partition=True
     ).eval()
@@ -193,7 +193,7 @@ def test_checkpointing_changes_no_gradient_even_with_drop_path():
         assert torch.equal(kept, recomputed)
 
 
-def test_drop_path_skips_linearly_more_with_the_depth_and_keeps_the_mean():
+def test_drop_path_rate_grows_linearly_with_depth_and_preserves_the_mean():
     torch.manual_seed(0)
     scales = draw_drop_path_scales(0.4, 5, torch.zeros(20000, 1))
     assert scales.shape == (5, 2, 20000)
@@ -265,7 +265,7 @@ def test_pretrained_weights_come_from_timm(monkeypatch):
     assert build_backbone(replace(TINY, pretrained="other"), pretrained=False).channels == (16, 32, 64, 128)
 
 
-def test_weights_of_another_swin_are_refused_with_the_difference(tmp_path):
+def test_error_for_weights_of_another_swin_lists_the_differences(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file(randomised_swin().state_dict(), path)
     with pytest.raises(ConfigError, match=r"window_size 12 .*position_bias_table has shape \(169, 1\), expected"):

@@ -8,19 +8,19 @@ import timm
 from m2f.model.backbones.timm_names import _written_names, name_problem
 
 
-def test_every_name_that_timm_has_is_known():
+def test_every_timm_name_is_recognised():
     assert [name for name in timm.list_models() if name_problem(name) is not None] == []
     assert _written_names() <= set(timm.list_models())
     assert name_problem("resnet50.a1_in1k") is None
     assert name_problem("convnext_base_in22k") is None  # an old name, which timm still takes
 
 
-def test_other_names_are_refused_with_the_nearest():
+def test_unknown_names_are_refused_with_similar_names():
     assert name_problem("resnet500").startswith("which timm does not have; did you mean resnet50, ")
     assert name_problem("???") == "which timm does not have; `timm.list_models()` lists all names"
 
 
-def test_a_usual_name_needs_neither_timm_nor_torch():
+def test_checking_a_common_name_imports_neither_timm_nor_torch():
     code = "import sys; from m2f.model.backbones.timm_names import name_problem; print(name_problem('resnet50')); "
     code += "print(sorted({'timm', 'torch'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -168,7 +168,7 @@ def test_windows_of_an_image_of_any_size_equal_the_authors(case):
     assert (total / count - averaged).abs().max() <= described["tolerance"]["slide_atol"]
 
 
-def test_weights_go_out_as_they_came_in(case):
+def test_imported_weights_are_exported_unchanged(case):
     described, weights, *_ = case
     out = to_dinov3_names(loaded(described, weights).state_dict())
     unused = {key for key in weights if key.endswith(("mask_token", "rope_embed.periods"))}
@@ -178,7 +178,7 @@ def test_weights_go_out_as_they_came_in(case):
         assert torch.equal(tensor, weights[key] if mask is None else weights[key] * mask), key
 
 
-def test_a_file_of_the_head_alone_leaves_the_transformer_to_its_own_weights(case, tmp_path):
+def test_head_only_file_keeps_the_transformer_weights_of_the_recipe(case, tmp_path):
     described, weights, *_ = case
     config = replace(config_of(described["config"]), freeze=("backbone.vit",))
     head = {key: tensor for key, tensor in weights.items() if not key.startswith(VIT)}
@@ -196,7 +196,7 @@ def test_a_file_of_the_head_alone_leaves_the_transformer_to_its_own_weights(case
     assert all(torch.equal(tensor, whole[key]) for key, tensor in model.state_dict().items())
 
 
-def test_the_published_head_has_these_names_and_numbers():
+def test_published_head_has_the_expected_names_and_parameter_counts():
     width = 2048
     config = ModelConfig(
         backbone=ViTAdapterBackboneConfig(name="vit_7b_patch16_dinov3"),
@@ -225,7 +225,7 @@ def test_the_published_head_has_these_names_and_numbers():
         require_dinov3(replace(config, pixel_decoder=replace(config.pixel_decoder, num_heads=8)))
 
 
-def test_an_export_has_what_the_published_file_has(tmp_path):
+def test_export_contains_the_tensors_of_the_published_file(tmp_path):
     config = ModelConfig(
         backbone=ViTAdapterBackboneConfig(
             name="vit_small_patch16_dinov3_qkvb", options={"embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -250,7 +250,7 @@ def test_an_export_has_what_the_published_file_has(tmp_path):
     assert load_weights(again, tmp_path / "whole.pth").complete
 
 
-def test_a_frozen_transformer_is_neither_trained_nor_touched(case):
+def test_frozen_transformer_is_excluded_from_training_and_unchanged(case):
     described, weights, inputs, *_ = case
     model = loaded(described, weights, freeze=("backbone.vit",)).train()
     before = {name: tensor.clone() for name, tensor in model.backbone.vit.state_dict().items()}
@@ -287,7 +287,7 @@ def test_images_of_any_size_are_padded_to_32(case):
     )
 
 
-def test_drop_path_acts_on_images_in_training_alone(case):
+def test_drop_path_acts_only_in_training(case):
     described, weights, inputs, *_ = case
     config = config_of(described["config"])
     model = loaded(described, weights, backbone=replace(config.backbone, drop_path=0.5))
@@ -312,12 +312,12 @@ def test_drop_path_acts_on_images_in_training_alone(case):
         ({"embed_dim": 48, "num_heads": 3}, r"its 48 channels must be a multiple of 4 .*num_heads \(16\)"),
     ],
 )
-def test_transformers_that_do_not_fit_are_refused(options, message):
+def test_unsupported_transformers_are_refused(options, message):
     small = {"embed_dim": 32, "depth": 4, "num_heads": 2} | options
     with pytest.raises(ConfigError, match=message), torch.device("meta"):
         build_backbone(ViTAdapterBackboneConfig(options=small), pretrained=False)
 
 
-def test_only_an_adapter_has_a_transformer_to_freeze():
+def test_freezing_backbone_vit_requires_the_adapter():
     with pytest.raises(ConfigError, match=r"freeze has backbone\.vit, which backbone\.kind timm does not have"):
         ModelConfig(freeze=("backbone.vit",))

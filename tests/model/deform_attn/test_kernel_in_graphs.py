@@ -43,5 +43,5 @@ def _grid_samples(nodes):
     return sum(count for name, count in nodes.items() if "grid_sample" in name)
 
 
-def test_compiled_decoders_have_the_kernel_and_exported_ones_the_plain_form(graphs):
+def test_compiled_decoders_use_the_kernel_and_exported_ones_the_plain_form(graphs):
     assert graphs == [(LAYERS, 0), (0, 3 * LAYERS)]

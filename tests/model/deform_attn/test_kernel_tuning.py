@@ -5,7 +5,7 @@ from m2f.model.deform_attn.tuning import Autotuner, LaunchConfig
 TABLE = (LaunchConfig(32, 4), LaunchConfig(16, 2), LaunchConfig(8, 1))
 
 
-def test_the_fastest_is_chosen_for_every_bucket_and_remembered():
+def test_fastest_config_is_chosen_and_cached_per_bucket():
     milliseconds = {TABLE[0]: 3.0, TABLE[1]: 1.0, TABLE[2]: 2.0}
     tried = []
 
@@ -23,5 +23,5 @@ def test_the_fastest_is_chosen_for_every_bucket_and_remembered():
     assert tried == [*TABLE, *TABLE]
 
 
-def test_of_equals_the_first_is_chosen():
+def test_first_config_wins_a_tie():
     assert Autotuner(TABLE, lambda run: 1.0).choose("all", lambda tuning: None) == TABLE[0]

@@ -109,14 +109,14 @@ def test_gradients_are_those_of_finite_differences(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("far", [-3.0, 4.0, 1e12])
-def test_samples_outside_count_zero(form, far):
+def test_samples_outside_the_maps_are_zero(form, far):
     shapes = [(3, 4)]
     value, locations, weights = random_problem(shapes)
     assert form(value, shapes, torch.full_like(locations, far), weights).abs().max() == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_location_that_is_not_finite_gives_a_result_that_is_not_finite(bad):
+def test_non_finite_location_gives_a_non_finite_result(bad):
     shapes = [(3, 4), (2, 2)]
     value, locations, weights = random_problem(shapes)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_a_location_that_is_not_finite_gives_a_result_that_is_not_finite(bad):
     output.sum().backward()
 
 
-def test_operator_on_cpu_is_the_embedding_bag_form():
+def test_operator_on_cpu_uses_the_embedding_bag_form():
     shapes = [(3, 5), (2, 2)]
     inputs = random_problem(shapes)
     expected = ms_deform_attn_embedding_bag(inputs[0], shapes, *inputs[1:])

@@ -43,7 +43,7 @@ def test_every_launch_config_gives_the_same_result_and_timing_has_no_side_effect
         assert max(errors.values()) < 2e-6, errors
 
 
-def test_the_operators_are_declared_right(seen):
+def test_operator_registrations_pass_opcheck(seen):
     assert set(seen["operator"]) == {"SUCCESS"}
 
 
@@ -53,7 +53,7 @@ def test_an_operator_is_one_node_of_a_compiled_graph(seen):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_the_kernel_compiles_for_a_gpu_and_moves_sixteen_bytes_at_once(direction, tmp_path, monkeypatch):
+def test_kernel_compiles_for_a_gpu_with_sixteen_byte_accesses(direction, tmp_path, monkeypatch):
     """The interpreter takes what the compiler refuses. Needs no GPU: 9.0 is the compute capability of an H100."""
     from triton import compiler
     from triton.backends.compiler import GPUTarget
@@ -84,5 +84,5 @@ def test_the_kernel_compiles_for_a_gpu_and_moves_sixteen_bytes_at_once(direction
     assert code.count(wanted) == 48  # 3 levels, 4 points, 4 corners
 
 
-def test_a_non_finite_location_gives_a_non_finite_result(seen):
+def test_non_finite_location_gives_a_non_finite_result(seen):
     assert seen["nan"]

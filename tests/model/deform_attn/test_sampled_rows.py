@@ -16,7 +16,7 @@ def values():
     return torch.arange(1.0, count + 1).view(BATCH, -1, HEADS, DIM)
 
 
-def test_values_survive_padding_and_margins_are_zero():
+def test_padding_keeps_values_and_fills_margins_with_zeros():
     value = values()
     table = padded_table(value, SHAPES)
     assert torch.equal(unpadded_values(table, value, SHAPES), value)
@@ -25,7 +25,7 @@ def test_values_survive_padding_and_margins_are_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_sample_in_the_middle_of_a_pixel_is_its_row_alone(dtype):
+def test_sample_at_a_pixel_centre_reads_only_the_row_of_that_pixel(dtype):
     table, value = padded_table(values().to(dtype), SHAPES), values().to(dtype)
     pixel = 0
     for level, (height, width) in enumerate(SHAPES):
@@ -40,7 +40,7 @@ def test_a_sample_in_the_middle_of_a_pixel_is_its_row_alone(dtype):
 
 
 @pytest.mark.parametrize("far", [-1e30, -7.0, 7.0, 1e30, math.inf, -math.inf, math.nan])
-def test_rows_of_locations_outside_are_in_the_table(far):
+def test_rows_of_locations_outside_the_maps_stay_within_the_table(far):
     locations = torch.full((BATCH, 1, HEADS, len(SHAPES), 1, 2), far)
     samples, table = Samples.locate(SHAPES, locations), padded_table(values(), SHAPES)
     assert samples.rows.min() >= 0

@@ -31,7 +31,7 @@ def context(positions: list[int], seed: int = 5) -> TrainingContext:
     return TrainingContext(SimpleNamespace(position=torch.tensor(positions)), seed)  # type: ignore[arg-type]
 
 
-def test_a_draw_depends_on_seed_and_position_alone():
+def test_random_draws_depend_only_on_seed_and_position():
     whole = uniform_draws(context([7, 8, 9]), 4, 50)
     assert torch.equal(whole[:, 1:], uniform_draws(context([8, 9]), 4, 50))
     assert torch.equal(whole[:2], uniform_draws(context([7, 8, 9]), 2, 50))
@@ -44,7 +44,7 @@ def test_a_draw_depends_on_seed_and_position_alone():
     assert abs(float(many.std()) - 12**-0.5) < 0.01
 
 
-def test_a_training_step_takes_its_probabilities_from_the_progress():
+def test_training_step_derives_mask_probabilities_from_progress():
     model, images = model_of().train(), torch.randn(2, 3, 64, 64)
     model.set_progress(25, 60)  # a sixth of the run after the first began: half of the second
     first, second = model.transformer_decoder.probabilities
@@ -59,7 +59,7 @@ def test_a_training_step_takes_its_probabilities_from_the_progress():
     assert not torch.allclose(halves, model(images, context([30, 40])).mask_logits(), rtol=1e-3)
 
 
-def test_evaluation_is_never_random_and_knows_the_probabilities_of_a_file():
+def test_evaluation_is_deterministic_and_uses_stored_probabilities():
     model, images = model_of(), torch.randn(1, 3, 64, 64)
     results = {}
     for name, probabilities in {"masks": (1.0, 1.0), "most": (0.6, 0.5), "few": (0.4, 0.1), "none": (0.0, 0.0)}.items():
@@ -99,7 +99,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at inputs of its graphs
-def test_compiled_regions_compute_the_same():
+def test_compiled_regions_give_the_same_outputs():
     model, images = model_of().train(), torch.randn(2, 3, 64, 64)
     model.set_progress(15, 60)
     expected = model(images, context([3, 4]))

@@ -50,7 +50,7 @@ def finished(family: str):
 
 
 @pytest.mark.parametrize("family", BACKBONES)
-def test_transformers_opens_an_exported_folder_and_computes_the_same(family, tmp_path):
+def test_transformers_loads_an_exported_folder_and_gives_the_same_outputs(family, tmp_path):
     model, config = finished(family), config_of(family)
     export_hugging_face(model, config, tmp_path, ["cat", "dog", "sky"], shortest_edge=64, max_size=64)
     library = transformers.AutoModelForUniversalSegmentation
@@ -82,7 +82,7 @@ def test_transformers_opens_an_exported_folder_and_computes_the_same(family, tmp
         (1024, (24, 16), "vit_large_patch14_reg4_dinov2"),
     ],
 )
-def test_published_sizes_are_known_by_name(width, shape, name, tmp_path):
+def test_published_sizes_are_recognised_by_shape(width, shape, name, tmp_path):
     library = transformers.EomtConfig(hidden_size=width, num_hidden_layers=shape[0], num_attention_heads=shape[1])
     library.save_pretrained(tmp_path)
     read = read_hugging_face_config(tmp_path).config
@@ -99,7 +99,7 @@ def test_published_sizes_are_known_by_name(width, shape, name, tmp_path):
         ("eomt", (64, 64), True),
     ],
 )
-def test_a_graph_computes_the_same(family, size, onnx, tmp_path):
+def test_exported_graph_gives_the_same_outputs(family, size, onnx, tmp_path):
     model = finished(family)
     program = export_program(model, size)
     images = torch.rand(1, 3, *(size or (96, 160))) * 255
@@ -117,7 +117,7 @@ def test_a_graph_computes_the_same(family, size, onnx, tmp_path):
             torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-3, atol=1e-2)
 
 
-def test_parts_that_do_not_fit_are_refused():
+def test_incompatible_settings_are_refused():
     tokens = TimmBackboneConfig(name="vit_small_patch16_dinov3_qkvb", features="tokens")
     with pytest.raises(ConfigError, match=r"cannot be combined; set all of transformer_decoder\.kind eomt"):
         ModelConfig(transformer_decoder=EomtDecoderConfig())

@@ -92,7 +92,7 @@ def test_outputs_and_gradients_equal_transformers(family, masked, dtype):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_go_out_and_come_back(family):
+def test_exported_weights_load_back_unchanged(family):
     theirs, ours = theirs_of(family), ours_of(family)
     load_weights(ours, theirs.state_dict())
     own = ours.state_dict()
@@ -107,7 +107,7 @@ def test_weights_go_out_and_come_back(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_deltas_are_added_to_the_backbone_alone(family):
+def test_deltas_are_added_only_to_the_backbone(family):
     base, trained, again = ours_of(family), ours_of(family), ours_of(family)
     again.backbone.load_state_dict(base.backbone.state_dict())
     state = trained.state_dict()
@@ -120,7 +120,7 @@ def test_deltas_are_added_to_the_backbone_alone(family):
         torch.testing.assert_close(tensor, state[name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_file_without_probabilities_is_one_of_a_finished_training():
+def test_file_without_mask_probabilities_loads_as_finished_training():
     state, ours = theirs_of("dinov2").state_dict(), ours_of("dinov2")
     del state["attn_mask_probs"]
     assert load_weights(ours, state).complete

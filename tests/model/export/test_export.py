@@ -86,7 +86,7 @@ def assert_same_outputs(ours, theirs, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("backbone", [RESNET, SWIN], ids=["resnet", "swin"])
-def test_transformers_opens_our_folder_and_we_open_theirs(tmp_path, backbone):
+def test_folders_load_in_transformers_and_folders_of_transformers_load_here(tmp_path, backbone):
     transformers = pytest.importorskip("transformers")
     config = export_config(backbone)
     model = random_model(config)
@@ -142,13 +142,13 @@ def test_folders_of_other_models_are_refused(tmp_path, changes, message):
         ("transformer_decoder", MaskedTransformerDecoderConfig(num_heads=4), "one number for both"),
     ],
 )
-def test_models_that_hugging_face_lacks_are_refused(tmp_path, part, value, message):
+def test_models_without_hugging_face_counterpart_are_refused(tmp_path, part, value, message):
     config = dataclasses.replace(ModelConfig(num_classes=3), **{part: value})
     with pytest.raises(WeightsError, match=re.escape(message)):
         export_hugging_face(nn.Module(), config, tmp_path, LABELS)
 
 
-def test_official_checkpoints_are_wrapped_as_detectron_reads_them(tmp_path):
+def test_official_checkpoints_have_the_detectron_format(tmp_path):
     config = official_config()
     model = random_model(config)
     write_official(model, config, tmp_path / "model.pth", {"m2f.identity": "{}"})
@@ -225,7 +225,7 @@ DEFORMABLE = "pixel_decoder", MSDeformAttnPixelDecoderConfig
         (RESNET50, {"options": {"channels": [8, 16, 24, 32]}}, "backbone.options is {'channels': [8, 16, 24, 32]}"),
     ],
 )
-def test_models_that_the_official_code_lacks_are_refused(tmp_path, part, options, message):
+def test_models_without_official_counterpart_are_refused(tmp_path, part, options, message):
     name, kind = part
     config = dataclasses.replace(ModelConfig(num_classes=3), **{name: kind(**options)})
     for export in (
@@ -248,7 +248,7 @@ def test_models_that_the_official_code_lacks_are_refused(tmp_path, part, options
         (("backbone", SwinBackboneConfig), {"window_size": 12, "depths": (2, 2, 18, 2)}),
     ],
 )
-def test_models_that_the_official_code_has_are_not_refused(part, options):
+def test_models_with_official_counterpart_are_accepted(part, options):
     name, kind = part
     require_official(dataclasses.replace(ModelConfig(num_classes=3), **{name: kind(**options)}))
 
@@ -281,7 +281,7 @@ SMALL_RESNET = dataclasses.replace(RESNET, options={"layers": (1, 1, 1, 1), "cha
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", [SMALL_RESNET, SWIN], ids=["resnet", "swin"])
-def test_one_graph_serves_all_batches_and_sizes(tmp_path, backbone):
+def test_one_graph_accepts_all_batch_and_image_sizes(tmp_path, backbone):
     """Among them maps of one window, of whole windows, and of windows that are partly padding."""
     model = random_model(export_config(backbone, num_layers=2))
     assert_graphs_equal(tmp_path, model, ((1, 3, 64, 64), (1, 3, 96, 128), (3, 3, 128, 64), (1, 3, 224, 160)))
@@ -296,6 +296,6 @@ def test_the_size_of_a_graph_can_be_fixed():
 
 
 @pytest.mark.parametrize(("size", "message"), [((100, 96), "divisible by 32"), ((32, 64), "at least 64")])
-def test_sizes_that_a_graph_cannot_have_are_refused(size, message):
+def test_invalid_graph_sizes_are_refused(size, message):
     with pytest.raises(WeightsError, match=message):
         export_program(nn.Module(), size)

@@ -58,7 +58,7 @@ def band_size(request, monkeypatch):
 @pytest.mark.usefixtures("band_size")
 @pytest.mark.parametrize("resize", ["masks", "class_scores"])
 @pytest.mark.parametrize("seed", range(3))
-def test_views_equal_the_sum_of_all_scores(resize, seed):
+def test_semantic_of_views_equals_the_argmax_of_summed_scores(resize, seed):
     views, total = [], torch.zeros(CLASSES, *ORIGINAL)
     for i, resized in enumerate([(31, 42), (61, 83), (107, 145)]):
         for mirrored in (False, True):
@@ -80,7 +80,7 @@ def windows_of(size, side, stride, seed):
 @pytest.mark.usefixtures("band_size")
 @pytest.mark.parametrize("original", [(64, 96), (37, 51), (150, 233)], ids=["same", "smaller", "larger"])
 @pytest.mark.parametrize(("side", "stride"), [(40, 24), (40, 40), (200, 100)])
-def test_windows_equal_the_mean_of_all_scores(original, side, stride):
+def test_semantic_of_windows_equals_the_argmax_of_mean_scores(original, side, stride):
     size = (64, 96)
     total, count = torch.zeros(CLASSES, *size), torch.zeros(size)
     windows = []
@@ -96,7 +96,7 @@ def test_windows_equal_the_mean_of_all_scores(original, side, stride):
     assert torch.equal(found, mean.argmax(0))
 
 
-def test_only_the_windows_of_two_rows_are_held_at_a_time(monkeypatch):
+def test_only_two_rows_of_windows_are_held_in_memory(monkeypatch):
     monkeypatch.setattr(mask_resize, "chunk_elements", lambda device: 3000)
     alive: weakref.WeakSet[ClassScores] = weakref.WeakSet()
     most = 0

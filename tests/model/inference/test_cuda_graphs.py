@@ -84,7 +84,7 @@ def test_the_second_image_of_a_size_records_and_later_ones_replay(monkeypatch):
     assert len(gpu.graphs) == 1
 
 
-def test_only_the_sizes_used_last_are_kept(monkeypatch):
+def test_only_the_most_recently_used_sizes_are_kept(monkeypatch):
     model = Model()
     gpu = Gpu(model, monkeypatch)
     forward = ReplayedForward(model, max_recordings=2)
@@ -98,7 +98,7 @@ def test_only_the_sizes_used_last_are_kept(monkeypatch):
     assert model.runs == runs + 1
 
 
-def test_a_recording_that_is_wrong_is_not_used(monkeypatch):
+def test_recording_with_wrong_predictions_is_not_used(monkeypatch):
     model = Model()
     Gpu(model, monkeypatch, wrong_by=0.5)
     forward = ReplayedForward(model)
@@ -109,7 +109,7 @@ def test_a_recording_that_is_wrong_is_not_used(monkeypatch):
         assert_right(forward(images(value)), value)
 
 
-def test_a_model_that_cannot_be_captured_runs_as_usual(monkeypatch):
+def test_model_that_cannot_be_captured_runs_without_graphs(monkeypatch):
     model = Model()
     Gpu(model, monkeypatch)
 
@@ -124,7 +124,7 @@ def test_a_model_that_cannot_be_captured_runs_as_usual(monkeypatch):
     assert_right(forward(images(3)), 3)
 
 
-def test_a_model_on_a_cpu_stays_as_it_is():
+def test_model_on_a_cpu_is_left_unchanged():
     model = nn.Linear(2, 2)
     replay_forward(model)
     assert "forward" not in vars(model)

@@ -118,7 +118,7 @@ def test_instance_equals_official(geometry, is_thing):
     assert len(result.masks) == len({query for query, *_ in expected})
 
 
-def test_masks_of_large_images_come_in_groups_of_bounded_size(geometry, monkeypatch):
+def test_masks_of_large_images_are_streamed_in_bounded_groups(geometry, monkeypatch):
     outputs = predictions(geometry)
     whole = instance(*outputs, geometry, IS_THING, LOOSE)
     height, width = geometry.original_size
@@ -157,7 +157,7 @@ def test_semantic_of_resized_class_scores_equals_official(geometry):
 
 
 @pytest.mark.parametrize("geometry", [GEOMETRIES["padded and shrunk"]])
-def test_nothing_kept_gives_an_empty_panoptic_map(geometry):
+def test_panoptic_map_is_empty_if_no_query_is_kept(geometry):
     class_logits, embeddings, features = predictions(geometry)
     class_logits[:, -1] = 50
     result = panoptic(class_logits, embeddings, features, geometry, IS_THING, LOOSE)
@@ -166,14 +166,14 @@ def test_nothing_kept_gives_an_empty_panoptic_map(geometry):
     assert result.segments == ()
 
 
-def test_no_thing_among_the_best_gives_no_instances():
+def test_no_instances_if_no_thing_is_among_the_best():
     geometry = GEOMETRIES["unchanged"]
     result = instance(*predictions(geometry), geometry, (False,) * CLASSES, LOOSE)
     assert [len(t) for t in (result.masks, result.mask_index, result.labels, result.scores)] == [0, 0, 0, 0]
     assert result.masks.shape[1:] == geometry.original_size
 
 
-def test_ties_go_to_the_lower_query():
+def test_lower_query_wins_a_tie():
     geometry = GEOMETRIES["padded and shrunk"]
     class_logits, embeddings, features = (torch.cat((t, t)) if t.ndim == 2 else t for t in predictions(geometry))
     expected_map, expected_segments = official_panoptic(class_logits, embeddings, features, geometry, LOOSE)

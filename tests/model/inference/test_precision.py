@@ -41,7 +41,7 @@ def made(name):
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_predictions_have_the_bits_of_autocast_and_weights_are_cast_before(name):
+def test_weights_cast_in_advance_give_the_bits_of_autocast(name):
     model, images = made(name), torch.randn(1, 3, 64, 96)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(images)

@@ -208,7 +208,7 @@ def losses_of(predictions: Predictions, targets: Targets, config: LossConfig, se
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_boxes_equal_those_written_out(name):
+def test_boxes_equal_the_reference(name):
     targets = scene(name)
     boxes = target_boxes(targets)
     assert boxes.shape == (*targets.labels.shape, 4)
@@ -222,7 +222,7 @@ def test_boxes_equal_those_written_out(name):
     [BOTH, replace(BOTH, supervision_box_share=0.0), replace(BOTH, matching_box_share=0.0, supervision_box_share=0.3)],
     ids=["both", "matching", "supervision"],
 )
-def test_losses_equal_the_arithmetic_written_out(name, config):
+def test_losses_equal_the_reference_arithmetic(name, config):
     targets = scene(name)
     predictions = predictions_for(targets)
     losses = losses_of(predictions, targets, config)
@@ -292,7 +292,7 @@ def dense_sums(logits: Tensor, targets: Targets, config: LossConfig) -> Tensor:
 
 @pytest.mark.parametrize("box", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("share", [0.5, 0.25])
-def test_sums_of_the_losses_are_unbiased_against_all_pixels(box, share, monkeypatch):
+def test_loss_sums_are_unbiased_against_all_pixels(box, share, monkeypatch):
     logits, targets = one_row(box)
     config = LossConfig(num_points=33, importance_sample_ratio=0.0, supervision_box_share=share)
     found = sums_of_draws(logits, targets, config, monkeypatch)
@@ -314,7 +314,7 @@ def test_sums_keep_the_density_of_importance_sampling(box, monkeypatch):
 
 
 @pytest.mark.parametrize("box", [ROWS["one pixel"], ROWS["at the border"]], ids=["one pixel", "at the border"])
-def test_small_targets_have_less_noise(box, monkeypatch):
+def test_box_points_reduce_the_variance_of_small_targets(box, monkeypatch):
     logits, targets = one_row(box)
     spread = []
     for share in (0.0, 0.5):
@@ -325,7 +325,7 @@ def test_small_targets_have_less_noise(box, monkeypatch):
 
 @pytest.mark.parametrize("boxes", [list(ROWS.values()), [ROWS["one pixel"]], [ROWS["large"], None]], ids=len)
 @pytest.mark.parametrize("kind", ["bce", "focal"])
-def test_sums_of_the_matching_are_unbiased_against_all_pixels(boxes, kind, monkeypatch):
+def test_matching_sums_are_unbiased_against_all_pixels(boxes, kind, monkeypatch):
     """All pairs of a draw share its points: 41 of them, of which 20 are dealt."""
     targets = rectangles(boxes, size=(32, 32))
     queries = torch.stack([one_row(ROWS["large"])[0], one_row(ROWS["one pixel"], seed=1)[0]])
@@ -357,7 +357,7 @@ def test_sums_of_the_matching_are_unbiased_against_all_pixels(boxes, kind, monke
 
 
 @pytest.mark.parametrize("share", [0.5, 0.2])
-def test_no_weight_is_larger_than_the_rest_of_the_points_allows(share):
+def test_point_weights_are_bounded_by_the_share_outside_boxes(share):
     g = torch.Generator().manual_seed(0)
     targets = scene("several sizes")
     boxes, count = target_boxes(targets), 64
@@ -373,7 +373,7 @@ def test_no_weight_is_larger_than_the_rest_of_the_points_allows(share):
     assert weights.max() <= most * (1 + 1e-6)
 
 
-def test_points_of_a_box_belong_to_it():
+def test_points_moved_into_a_box_count_as_inside_it():
     low, high = torch.rand(2, 1000, 2, generator=torch.Generator().manual_seed(0)).sort(0).values
     boxes = torch.cat((low, high), -1)
     for ends in (0.0, 1 - 2.0**-23):
@@ -409,7 +409,7 @@ def take(predictions: Predictions, targets: Targets, images) -> tuple[Prediction
     return p, Targets(*(getattr(targets, f.name)[images] for f in fields(targets)))
 
 
-def test_points_are_the_same_alone_and_among_other_images(monkeypatch):
+def test_loss_points_do_not_depend_on_other_images(monkeypatch):
     targets = scene("several sizes")
     padded = rectangles(*SCENES["several sizes"]["images"], pad=6)
     predictions = predictions_for(targets)
@@ -421,7 +421,7 @@ def test_points_are_the_same_alone_and_among_other_images(monkeypatch):
         assert torch.equal(whole[:, :40].sort(1).values, torch.cat(parts)[:, :40].sort(1).values)
 
 
-def test_points_and_weights_are_the_same_alone_and_among_other_images():
+def test_matching_points_and_weights_do_not_depend_on_other_images():
     targets = scene("several sizes")
     padded = rectangles(*SCENES["several sizes"]["images"], pad=6)
     points = CounterPoints(seed=2).draw(targets.position, LAYERS, point_counts(BOTH)).matching
@@ -433,7 +433,7 @@ def test_points_and_weights_are_the_same_alone_and_among_other_images():
         torch.testing.assert_close(part_weights[:, 0], weights[:, image], rtol=1e-6, atol=0)
 
 
-def test_no_stream_of_random_numbers_moves():
+def test_box_points_leave_other_random_points_unchanged():
     targets, rows = scene("several sizes"), RowIndex(*(torch.tensor([i]) for i in (1, 0, 2)))
     plain, boxed = (
         CounterPoints(seed=2).draw(targets.position, LAYERS, point_counts(config))
@@ -445,7 +445,7 @@ def test_no_stream_of_random_numbers_moves():
         assert torch.equal(ours[:][:, :few], official[:][:, :few])
 
 
-def test_without_the_settings_nothing_has_weights(monkeypatch):
+def test_points_have_no_weights_by_default(monkeypatch):
     targets = scene("several sizes")
     monkeypatch.setattr(criterion, "target_boxes", None)
     assert len(taken_by_rows(predictions_for(targets), targets, LossConfig(num_points=64), monkeypatch)) == 2

@@ -73,7 +73,7 @@ def test_equals_transformers(case, class_norm, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [SMALL, BOXES, MASKS], ids=["uniform points", "box points", "masks"])
-def test_predictions_may_have_features_of_their_own(config):
+def test_separate_feature_maps_per_prediction_give_the_same_losses(config):
     targets, shared = make_targets((4, 0, 6)), make_predictions(3)
     last, *earlier = (shared.mask_features.detach().clone().requires_grad_() for _ in shared.class_logits)
     own = Predictions(shared.class_logits, shared.mask_embeddings, last, tuple(earlier))
@@ -121,7 +121,7 @@ def test_per_rank_class_loss_is_the_mean_over_micro_batches():
     torch.testing.assert_close(sum(together), sum(alone) / 2)
 
 
-def test_images_of_weight_zero_count_nowhere():
+def test_images_of_weight_zero_do_not_contribute():
     targets, predictions = make_targets((3, 5, 4)), make_predictions(3)
     filled = replace(targets, weight=torch.tensor([1.0, 0, 1]))
     kept = [0, 2]
@@ -138,7 +138,7 @@ def test_images_of_weight_zero_count_nowhere():
         assert not gradient.select(image_axis, 1).any()
 
 
-def test_a_micro_batch_of_weight_zero_alone_is_zero():
+def test_loss_of_a_micro_batch_of_weight_zero_is_zero():
     targets, predictions = make_targets((3,)), make_predictions(1)
     empty = replace(targets, weight=torch.zeros(1))
     assert [float(n) for n in count_normalizers(empty, 9, SMALL)] == [0, 0, 0]
@@ -160,7 +160,7 @@ def test_without_targets_every_prediction_stays_in_the_graph(pad, config):
 
 @pytest.mark.parametrize("config", [SMALL, BOXES], ids=["uniform points", "box points"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_cost_is_never_hidden(bad, config):
+def test_non_finite_cost_gives_a_non_finite_loss(bad, config):
     targets, predictions = make_targets((3, 4)), make_predictions(2)
     with torch.no_grad():
         predictions.mask_embeddings[1, 1, 8] = bad  # one query of one prediction, matched or not
@@ -170,7 +170,7 @@ def test_a_non_finite_cost_is_never_hidden(bad, config):
     assert not any(g.isfinite().all() for g in gradients(losses.total, predictions)[1:])
 
 
-def test_padding_of_targets_and_their_neighbours_change_nothing():
+def test_losses_do_not_depend_on_target_padding_and_other_images():
     targets, predictions = make_targets((4, 6)), make_predictions(2)
     alone = ours(take_predictions(predictions, slice(0, 1)), take(make_targets((4, 6), pad=9), slice(0, 1)))
     together = ours(predictions, targets, normalizers=count_normalizers(take(targets, slice(0, 1)), 9, SMALL))
@@ -210,7 +210,7 @@ class CountOperations(TorchDispatchMode):
 
 @pytest.mark.parametrize("config", [SMALL, BOXES], ids=["uniform points", "box points"])
 @pytest.mark.parametrize("counts", [(11,), (11, 4, 8, 9), (11,) * 16], ids=len)
-def test_a_micro_batch_costs_at_most_some_hundred_operations(counts, config, monkeypatch):
+def test_number_of_operations_per_micro_batch_is_bounded(counts, config, monkeypatch):
     for module in (criterion, matcher):
         monkeypatch.setattr(module, "chunk_elements", lambda device: 2**27)  # pieces of the size of accelerators
     predictions, targets = make_predictions(len(counts)), make_targets(counts)

@@ -46,7 +46,7 @@ def test_matching_and_losses_share_one_copy(config, monkeypatch):
     assert copies.count == 1
 
 
-def test_the_layout_of_the_features_changes_nothing(monkeypatch):
+def test_losses_do_not_depend_on_the_layout_of_the_features(monkeypatch):
     targets, predictions = make_targets((3, 5)), make_predictions(2)
     normalizers = count_normalizers(targets, predictions.class_logits.shape[2], BOXES)
 

@@ -65,7 +65,7 @@ def test_equals_transformers(counts, monkeypatch):
             assert (expected >= 0).sum() == min(QUERIES, counts[image])
 
 
-def test_chunks_of_layers_change_nothing(monkeypatch):
+def test_matching_does_not_depend_on_layer_chunks(monkeypatch):
     inputs = scene((3, 5))
     monkeypatch.setattr("m2f.model.loss.matcher.chunk_elements", lambda device: 10**9)
     whole = matching_cost(*inputs, CONFIG)
@@ -82,7 +82,7 @@ def test_cost_is_fp32_under_autocast():
     assert torch.equal(cost, matching_cost(predictions, *rest, CONFIG))
 
 
-def test_equal_queries_are_taken_from_the_lowest_on():
+def test_identical_queries_are_matched_from_the_lowest_index():
     predictions, targets, label_maps, points = scene((3,))
     copied = Predictions(
         predictions.class_logits[:, :, :1].expand(-1, -1, QUERIES, -1),
@@ -94,7 +94,7 @@ def test_equal_queries_are_taken_from_the_lowest_on():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_assign_finds_the_first_of_the_best(seed):
+def test_assign_returns_the_first_of_the_cheapest_assignments(seed):
     """The lexicographically first of the cheapest assignments under the rule "low queries for low targets"."""
     rng = np.random.default_rng(seed)
     cost = rng.integers(0, 3, size=(6, 3)).astype(np.float32)
@@ -111,7 +111,7 @@ def test_assign_finds_the_first_of_the_best(seed):
     assert sum(q * (3 - n) for n, q in enumerate(found)) == sum(q * (3 - n) for n, q in enumerate(best))
 
 
-def test_a_copy_of_a_query_is_taken_only_after_the_query():
+def test_copy_of_a_query_is_assigned_only_after_the_original():
     cost = np.random.default_rng(0).normal(5, 2, size=(100, 60)).astype(np.float32)
     found = set(assign(np.concatenate((cost, cost))).tolist())
     assert all(q - 100 in found for q in found if q >= 100)

@@ -78,6 +78,6 @@ def test_labels_equal_grid_sample_of_one_hot_masks(scene):
         assert torch.equal(rows, layer_expected.flatten(0, 1))
 
 
-def test_most_uncertain_points():
+def test_most_uncertain_points_are_selected():
     logits = torch.tensor([[3.0, -0.1, 0.5, -2.0], [0.0, 9.0, -9.0, 1.0]])
     assert most_uncertain(logits, 2).sort(1).values.tolist() == [[1, 2], [0, 3]]

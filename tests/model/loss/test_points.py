@@ -22,7 +22,7 @@ def draw(source: CounterPoints, position: torch.Tensor, *, layers=3, targets=4, 
     return drawn.matching, candidates[:].view(shape), fresh[:].view(shape)
 
 
-def test_points_depend_on_nothing_but_their_keys():
+def test_points_depend_only_on_their_keys():
     source = CounterPoints(seed=7)
     position = torch.tensor([5, 2**40, 0])
     together = draw(source, position)
@@ -33,7 +33,7 @@ def test_points_depend_on_nothing_but_their_keys():
             assert torch.equal(few[:, 0], many[:2, image, :3, :31])
 
 
-def test_rows_may_come_in_any_order_and_in_slices():
+def test_points_do_not_depend_on_row_order_and_slicing():
     drawn = CounterPoints(seed=7).draw(torch.tensor([5, 6]), 2, PointCounts(9, 20, 3))
     rows = every_row(2, 2, 3)
     order = torch.randperm(len(rows.layer), generator=torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def test_rows_may_come_in_any_order_and_in_slices():
     assert torch.equal(torch.cat([shuffled[0:5], shuffled[5:12]]), shuffled[:])
 
 
-def test_every_key_matters():
+def test_different_keys_give_different_points():
     position = torch.tensor([1, 2])
     sets = [t for seed in (0, 1, 2**63) for t in draw(CounterPoints(seed), position)]
     flat = torch.cat([t.reshape(-1, 50, 2) for t in sets])

@@ -142,7 +142,7 @@ def pixel_cost(logits, labels, kind):
 
 @pytest.mark.parametrize("config", COMBINATIONS, ids=lambda c: f"{c.matching}-{c.supervision}-{c.mask_loss}")
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_all_combinations_equal_the_arithmetic_written_out(config, counts):
+def test_all_combinations_equal_the_reference_arithmetic(config, counts):
     predictions, targets = scene(counts)
     losses = ours(predictions, targets, config)
     expected = written_out(predictions, targets, config) * torch.tensor([config.mask_weight, config.dice_weight])
@@ -189,7 +189,7 @@ def test_any_grouping_gives_the_same_step(config):
         assert (actual - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-def test_computing_masks_in_chunks_changes_nothing(monkeypatch):
+def test_losses_do_not_depend_on_chunking_of_masks(monkeypatch):
     predictions, targets = scene((3, 5))
     whole = ours(predictions, targets, MASKFORMER)
     for module in ("m2f.model.loss.matcher", "m2f.model.loss.criterion"):
@@ -202,7 +202,7 @@ def test_computing_masks_in_chunks_changes_nothing(monkeypatch):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_a_non_finite_cost_of_whole_masks_is_never_hidden():
+def test_non_finite_cost_of_whole_masks_gives_a_non_finite_loss():
     predictions, targets = scene((3, 4))
     with torch.no_grad():
         predictions.mask_embeddings[1, 1, 4] = torch.nan

@@ -31,7 +31,7 @@ def step_of(config, autocast):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
-def test_checkpointing_keeps_less_and_changes_no_bit_even_with_dropout(config, autocast):
+def test_checkpointing_saves_memory_and_is_bit_identical_with_dropout(config, autocast):
     output, gradients, kept = step_of(config, autocast)
     again, recomputed, kept_less = step_of(replace(config, checkpointing=True), autocast)
     assert kept_less < kept

@@ -164,7 +164,7 @@ def test_alignment_equals_a_loop_over_pixels_taps_and_channels():
     assert_equal(alignment(feature, difference)[0].detach(), expected)
 
 
-def test_alignment_starts_as_half_a_plain_convolution():
+def test_alignment_is_initialised_as_half_a_plain_convolution():
     torch.manual_seed(0)
     alignment = FeatureAlignment(16, 4)
     feature, difference = torch.randn(2, 1, 16, 5, 7)
@@ -185,7 +185,7 @@ def test_an_aligned_step_follows_the_equations_of_the_paper():
     assert_equal(step(fine, coarse), selected + step.alignment(enlarged, difference).clamp(min=0))
 
 
-def test_fapn_goes_down_with_maps_that_are_not_smoothed():
+def test_fapn_top_down_path_uses_maps_before_smoothing():
     decoder = built(FaPNPixelDecoderConfig(**WIDTH, offset_groups=4))
     maps = random_maps(ODD)
     mask_features, features = decoder(maps)

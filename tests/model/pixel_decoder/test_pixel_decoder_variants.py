@@ -93,7 +93,7 @@ def test_bfloat16_is_close_to_float32_forward_and_runs_backward(config, mode):
 
 
 @every_decoder
-def test_one_seed_gives_one_initialisation(config):
+def test_initialisation_is_determined_by_the_seed(config):
     states = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -102,7 +102,7 @@ def test_one_seed_gives_one_initialisation(config):
 
 
 @pytest.mark.parametrize("config", SMALL[1:], ids=lambda config: config.kind)
-def test_convolutions_start_with_the_official_spread_and_without_bias(config):
+def test_convolutions_have_the_official_initialisation_and_no_bias(config):
     torch.manual_seed(0)
     decoder = build_pixel_decoder(config, CHANNELS)
     for name, module in decoder.named_modules():
@@ -149,12 +149,12 @@ def full_size(config, channels):
 
 
 @pytest.mark.parametrize("config", SMALL[1:], ids=lambda config: config.kind)
-def test_parameters_are_those_counted_by_hand(config):
+def test_parameter_counts_equal_hand_computed_values(config):
     decoder = full_size(config, RESNET50)
     assert sum(p.numel() for p in decoder.parameters()) == expected_parameters(config.kind, RESNET50)
 
 
-def test_swin_l_with_fapn_has_the_parameters_of_the_paper():
+def test_swin_l_with_fapn_has_the_parameter_count_of_the_paper():
     # Table V: 215M with deformable attention, 217M with FaPN.
     default, fapn = (
         sum(p.numel() for p in full_size(config, SWIN_L).parameters())
@@ -166,7 +166,7 @@ def test_swin_l_with_fapn_has_the_parameters_of_the_paper():
 @pytest.mark.parametrize(
     ("config", "paper", "tolerance"), [(SMALL[1], 195, 0.04), (SMALL[2], 258, 0.03), (SMALL[3], 204, 0.01)]
 )
-def test_multiply_adds_are_those_of_the_paper(config, paper, tolerance):
+def test_multiply_adds_equal_those_of_the_paper(config, paper, tolerance):
     # Table 4e: the mean over images of COCO, which is that of 800 x 1131 pixels; 226G with deformable attention.
     giga_pixels = [800 * 1131 / stride**2 / 1e9 for stride in (4, 8, 16, 32)]
     default = 256 * (256 + 9 * 256 + 256) * giga_pixels[0]

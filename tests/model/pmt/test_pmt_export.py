@@ -32,7 +32,7 @@ def finished(name: str, **settings):
         (DINOV2, (64, 64), True),
     ],
 )
-def test_a_graph_computes_the_same(name, size, onnx, tmp_path):
+def test_exported_graph_gives_the_same_outputs(name, size, onnx, tmp_path):
     model = finished(name, depth=2, num_layers=1)
     program = export_program(model, size)
     images = torch.rand(1, 3, *(size or (96, 160))) * 255
@@ -48,7 +48,7 @@ def test_a_graph_computes_the_same(name, size, onnx, tmp_path):
 
 
 @pytest.mark.parametrize("name", [DINOV3, DINOV2])
-def test_a_file_for_the_authors_has_no_frozen_backbone_and_comes_back(name, tmp_path):
+def test_authors_format_omits_a_frozen_backbone_and_loads_back(name, tmp_path):
     whole, head, backbone = (tmp_path / name for name in ("whole.bin", "head.bin", "backbone.pt"))
     model, frozen, free = finished(name), config_of(name), config_of(name, freeze=())
     write_official(model, frozen, head)
@@ -77,7 +77,7 @@ def timm_names(state):
     return {name.removeprefix("embed."): tensor for name, tensor in renamed.items()}
 
 
-def test_hugging_face_has_no_such_model(tmp_path):
+def test_export_to_hugging_face_is_refused(tmp_path):
     model, config = model_of(), config_of()
     with pytest.raises(WeightsError, match=r"kind is upscale; Hugging Face's Mask2Former supports only ms_deform_attn"):
         export_hugging_face(model, config, tmp_path, ["a", "b", "c", "d"])

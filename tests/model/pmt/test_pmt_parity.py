@@ -120,7 +120,7 @@ def test_equals_the_authors_code(case, dtype, monkeypatch):
     assert worst[1] <= (2e-5 if dtype == torch.float32 else 1e-6), worst
 
 
-def test_a_decoder_of_the_authors_loads_by_name_and_goes_out_again(case):
+def test_decoder_of_the_authors_loads_by_name_and_is_exported_unchanged(case):
     described, weights, *_ = case
     published = {name: tensor for name, tensor in weights.items() if not name.startswith("network.encoder.")}
     old = {"network.decoder.pe.freqs": torch.ones(2), "network.bn_prefix.weight": torch.ones(2)}
@@ -138,7 +138,7 @@ def test_a_decoder_of_the_authors_loads_by_name_and_goes_out_again(case):
     assert whole.keys() == weights.keys() - LEFT_OVER
 
 
-def test_a_file_without_probabilities_is_one_of_a_finished_training(case):
+def test_file_without_mask_probabilities_loads_as_finished_training(case):
     described, weights, *_ = case
     model = model_of(described["config"])
     load_weights(model, {name: tensor for name, tensor in weights.items() if "probs" not in name})

@@ -49,7 +49,7 @@ def total(found) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", [DINOV3, DINOV2])
-def test_training_leaves_a_frozen_backbone_exactly_as_it_is(name):
+def test_training_does_not_change_a_frozen_backbone(name):
     model = model_of(name).train()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     groups = build_param_groups(model, OptimizerConfig(lr=1e-2))
@@ -65,7 +65,7 @@ def test_training_leaves_a_frozen_backbone_exactly_as_it_is(name):
         assert is_same == (key.startswith("backbone.") or "probs" in key), key
 
 
-def test_nothing_of_a_frozen_backbone_is_kept_for_a_backward_pass():
+def test_frozen_backbone_keeps_no_activations_for_the_backward_pass():
     kept = []
     model = model_of().train()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda tensor: tensor):
@@ -77,7 +77,7 @@ def test_nothing_of_a_frozen_backbone_is_kept_for_a_backward_pass():
 
 
 @pytest.mark.parametrize(("size", "trained", "whole"), [("small", 7.7, 29.3), ("base", 30.4, 116.1)])
-def test_as_much_is_trained_as_in_the_authors_models(size, trained, whole):
+def test_parameter_counts_equal_those_of_the_authors_models(size, trained, whole):
     config = ModelConfig(
         backbone=TimmBackboneConfig(name=f"vit_{size}_patch16_dinov3_qkvb", features="tokens"),
         pixel_decoder=UpscalePixelDecoderConfig(),
@@ -92,7 +92,7 @@ def test_as_much_is_trained_as_in_the_authors_models(size, trained, whole):
     assert model.levels == (2, 5, 8, 11)
 
 
-def test_masks_vanish_in_the_authors_windows():
+def test_masks_are_annealed_in_the_windows_of_the_authors():
     coco = ((0, 3000), (23651, 38433), (32520, 47302), (41389, 56171), (50258, 65040), (59128, 73910))
     assert default_annealing(6, 88692) == coco
     ade20k = ((0, 3000), (5384, 8749), (7403, 10769), (9422, 12788), (11442, 14807), (13461, 16826))
@@ -121,7 +121,7 @@ def test_a_training_step_is_a_function_of_seed_and_positions(name):
     assert not torch.allclose(first, model(images, context([30, 40])).mask_logits(), rtol=1e-3)
 
 
-def test_positions_are_stretched_alike_in_both_directions():
+def test_position_stretches_are_log_uniform_and_depend_on_seed_and_position():
     many = position_stretches(context(list(range(400))))
     assert 0.5 <= float(many.min()) < 0.51
     assert 1.98 < float(many.max()) <= 2
@@ -131,7 +131,7 @@ def test_positions_are_stretched_alike_in_both_directions():
 
 
 @pytest.mark.parametrize("name", [DINOV3, DINOV2])
-def test_evaluation_is_never_random_and_returns_one_prediction(name):
+def test_evaluation_is_deterministic_and_returns_one_prediction(name):
     model, images = model_of(name), torch.randn(1, 3, 40, 72)
     model.transformer_decoder.set_probabilities((1.0, 0.4))
     copy = model_of(name).eval()
@@ -146,7 +146,7 @@ def test_evaluation_is_never_random_and_returns_one_prediction(name):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at inputs of its graphs
-def test_compiled_regions_compute_the_same():
+def test_compiled_regions_give_the_same_outputs():
     model, compiled = (model_of(depth=1, num_layers=1).train() for _ in range(2))
     images = torch.randn(2, 3, 64, 64)
     for one in (model, compiled):
@@ -160,7 +160,7 @@ def test_compiled_regions_compute_the_same():
     assert not any("_orig_mod" in name for name in names)
 
 
-def test_settings_that_do_not_fit_are_refused():
+def test_incompatible_settings_are_refused():
     with pytest.raises(ConfigError, match=r"cannot be combined; set all of transformer_decoder\.kind pmt"):
         ModelConfig(transformer_decoder=PmtDecoderConfig())
     with pytest.raises(ConfigError, match="one pair of steps for each of num_layers"):

@@ -162,7 +162,7 @@ def attention(module, query, key, value, bias):
 
 @pytest.mark.parametrize("config", VARIANTS, ids=name_of)
 @torch.no_grad()
-def test_equals_the_arithmetic_written_out(config):
+def test_equals_the_reference_arithmetic(config):
     decoder = build(config)
     features, mask_features = inputs()
     predictions = decoder(features, mask_features)
@@ -189,7 +189,7 @@ def test_every_parameter_gets_a_gradient_in_every_variant(config, in_dim):
 
 @pytest.mark.parametrize("config", VARIANTS, ids=name_of)
 @pytest.mark.parametrize("mode", ["autocast", "parameters", "float64"])
-def test_other_precisions_are_close(config, mode):
+def test_other_precisions_are_close_to_float32(config, mode):
     decoder = build(config)
     features, mask_features = inputs()
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_other_precisions_are_close(config, mode):
 
 
 @pytest.mark.parametrize("attention", ["smca", "mask_pooling"])
-def test_the_exported_graph_is_the_same(attention):
+def test_exported_graph_gives_the_same_outputs(attention):
     config = dataclasses.replace(SMALL, num_layers=2, attention=attention, features="naive_multi_scale")
     decoder, arguments = build(config), inputs(batch=1)
     exported = torch.export.export(decoder, arguments).module()(*arguments)
@@ -214,7 +214,7 @@ def test_the_exported_graph_is_the_same(attention):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_spatial_prior_starts_the_same_for_all_queries_and_means_the_same_on_all_levels():
+def test_spatial_prior_is_equal_for_all_queries_at_start_and_scales_with_the_level():
     decoder = build(dataclasses.replace(SMALL, attention="smca"))
     prior = decoder.priors[0]
     torch.nn.init.zeros_(prior.offset.weight)
@@ -240,7 +240,7 @@ def test_dropout_acts_only_in_training():
     assert not torch.equal(decoder(*arguments).class_logits, decoder(*arguments).class_logits)
 
 
-def test_a_variant_has_no_parameters_that_it_does_not_use():
+def test_variants_have_no_unused_parameters():
     names = {config: set(build(config).state_dict()) for config in VARIANTS}
     default = names[SMALL]
     changed = {name_of(config): (found - default, default - found) for config, found in names.items()}

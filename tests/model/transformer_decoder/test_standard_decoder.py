@@ -167,7 +167,7 @@ def test_every_parameter_of_the_whole_model_gets_a_gradient(pixel_decoder, mode)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_the_decoder_reads_the_encoder_where_there_is_one():
+def test_decoder_reads_the_encoder_output_if_there_is_one():
     assert maskformer(FPN).transformer_decoder.memory.input_proj.in_channels == 32 * 4
     assert isinstance(maskformer(ENCODED).transformer_decoder.memory.input_proj, torch.nn.Identity)
 

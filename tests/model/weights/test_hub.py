@@ -53,7 +53,7 @@ def test_a_revision_is_pinned_to_its_commit(hub, revision):
     assert pinned(ADDRESS + revision) == f"{ADDRESS}@{COMMIT}"
 
 
-def test_whether_a_model_can_be_had_is_found_out_without_its_weights(hub, model, monkeypatch):
+def test_availability_is_checked_without_downloading_weights(hub, model, monkeypatch):
     assert unavailable(REPO) is None
     assert "the hub has no someone/else" in str(unavailable("someone/else"))
     assert not any("safetensors" in request for request in hub.requests)
@@ -66,7 +66,7 @@ def test_whether_a_model_can_be_had_is_found_out_without_its_weights(hub, model,
     assert unavailable(REPO) is None
 
 
-def test_nothing_but_safetensors_and_notes_is_fetched_and_only_once(hub):
+def test_only_safetensors_and_config_files_are_downloaded_and_only_once(hub):
     folder = hub_folder(ADDRESS)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert folder.name == COMMIT
@@ -77,14 +77,14 @@ def test_nothing_but_safetensors_and_notes_is_fetched_and_only_once(hub):
     assert sorted(hub.fetched) == ["config.json", "model.safetensors"]
 
 
-def test_notes_come_alone_where_the_weights_are_not_needed_yet(hub):
+def test_config_files_can_be_downloaded_without_weights(hub):
     hub_folder(ADDRESS, weights=False)
     assert hub.fetched == ["config.json"]
     hub_folder(ADDRESS)
     assert hub.fetched == ["config.json", "model.safetensors"]
 
 
-def test_weights_in_several_files_are_fetched_whole(hub, model):
+def test_all_files_of_sharded_weights_are_downloaded(hub, model):
     (model / "model.safetensors").unlink()
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for name in names:
@@ -112,14 +112,14 @@ def test_an_unknown_model_or_revision_is_named(hub, address):
         pinned(address)
 
 
-def test_without_an_answer_the_cache_is_used(hub, monkeypatch):
+def test_cache_is_used_if_the_hub_does_not_answer(hub, monkeypatch):
     folder = hub_folder(ADDRESS)
     use_endpoint(monkeypatch, closed_port())
     assert pinned(ADDRESS) == f"{ADDRESS}@{COMMIT}"
     assert hub_folder(ADDRESS) == folder
 
 
-def test_offline_mode_takes_the_cache_and_asks_nobody(hub, monkeypatch):
+def test_offline_mode_uses_the_cache_and_sends_no_request(hub, monkeypatch):
     folder = hub_folder(ADDRESS)
     asked = len(hub.requests)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -130,7 +130,7 @@ def test_offline_mode_takes_the_cache_and_asks_nobody(hub, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["hub:name", "hub:a/b/c", "hub:a/b@", "hub:../b c"])
-def test_other_addresses_are_refused(text):
+def test_malformed_addresses_are_refused(text):
     with pytest.raises(ConfigError, match="write hub:OWNER/NAME"):
         HubAddress.parse(text)
 
@@ -146,7 +146,7 @@ except Exception as error:
 
 
 @pytest.mark.parametrize("answers", [False, True], ids=["closed", "silent"])
-def test_without_a_network_one_line_says_so(tmp_path, monkeypatch, answers):
+def test_missing_network_is_a_one_line_error(tmp_path, monkeypatch, answers):
     """In a process of its own, which reads the environment as a user sets it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

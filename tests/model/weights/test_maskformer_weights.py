@@ -180,7 +180,7 @@ def positions(feature):
 @pytest.mark.parametrize("backbone", [RESNET, SWIN], ids=["resnet", "swin"])
 @pytest.mark.parametrize("pixel_decoder", [FPN, ENCODED], ids=lambda config: config.kind)
 @torch.no_grad()
-def test_a_checkpoint_gives_what_its_own_code_computes(pixel_decoder, backbone):
+def test_checkpoint_gives_the_outputs_of_its_own_code(pixel_decoder, backbone):
     torch.manual_seed(0)
     model = maskformer(pixel_decoder, backbone)
     channels = model.backbone.channels
@@ -202,7 +202,7 @@ def test_a_checkpoint_gives_what_its_own_code_computes(pixel_decoder, backbone):
         )
 
 
-def test_another_number_of_classes_and_queries_is_skipped():
+def test_class_and_query_weights_of_another_size_are_skipped():
     decoder = dataclasses.replace(STANDARD, num_queries=7)
     report = load_weights(maskformer(FPN, decoder=decoder), official_heads(False, CHANNELS))
     assert report.skipped == ("transformer_decoder.query_embed.weight (file (5, 64), model (7, 64))",)
@@ -226,7 +226,7 @@ def test_heads_from_before_version_2_are_recognised():
         (True, dataclasses.replace(ENCODED, num_layers=LAYERS - 1), STANDARD),
     ],
 )
-def test_a_model_with_other_heads_is_told_the_settings(encoded, pixel_decoder, decoder):
+def test_error_for_a_model_with_other_heads_states_the_settings(encoded, pixel_decoder, decoder):
     model = maskformer(pixel_decoder, decoder=decoder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kind = "{kind: transformer_fpn, num_layers: 2}" if encoded else "{kind: fpn}"
@@ -249,7 +249,7 @@ def test_a_model_with_other_heads_is_told_the_settings(encoded, pixel_decoder, d
         ("predictor.transformer.x", "predictor.transformer.decoder.layers.0.self_attn.", "without self-attention"),
     ],
 )
-def test_relatives_that_ours_lacks_are_named(add, drop, lacking):
+def test_unsupported_maskformer_variants_are_named(add, drop, lacking):
     state = official_heads(True, CHANNELS)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(f"sem_seg_head.{drop}")}
     with pytest.raises(

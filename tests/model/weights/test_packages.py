@@ -19,7 +19,7 @@ needs_package = pytest.mark.skipif(
 
 
 @needs_package
-def test_the_tensors_are_those_of_the_timm_model_in_order():
+def test_packaged_tensors_have_the_order_of_the_timm_model():
     state = {name: t for name, t in read_state(weights_path(LITE0)).items() if "num_batches_tracked" not in name}
     model = timm.create_model("tf_efficientnet_lite0").state_dict()
     model = {name: tensor for name, tensor in model.items() if "num_batches_tracked" not in name}
@@ -45,7 +45,7 @@ def test_a_backbone_has_the_features_of_the_whole_model(caplog):
 
 
 @needs_package
-def test_the_digest_of_the_file_is_the_known_one():
+def test_digest_of_the_file_equals_the_recorded_one():
     assert weights_sha256(weights_path(LITE0)) == packaged_weights(LITE0).sha256
 
 

@@ -56,7 +56,7 @@ def test_pickles_of_torch_tensors_are_read(tmp_path):
     assert_is_the_state(read_state(tmp_path / "swin.pkl"))
 
 
-def test_what_is_not_a_numeric_array_is_left_out(tmp_path):
+def test_values_other_than_numeric_arrays_are_skipped(tmp_path):
     content = {**arrays(), "step": np.int64(3), "names": np.array(["a"]), "objects": np.array([None, 1])}
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(content))
     assert_is_the_state(read_state(tmp_path / "model.pkl"))
@@ -107,7 +107,7 @@ def test_no_pickle_is_executed(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["os.system", "builtins.eval", "builtins.getattr", "torch.load", "numpy.load"])
-def test_a_pickle_may_name_nothing_but_parts_of_arrays(tmp_path, call):
+def test_pickle_may_reference_only_array_constructors(tmp_path, call):
     module, _, name = call.rpartition(".")
     code = f"c{module}\n{name}\n(Vecho\ntR.".encode()
     (tmp_path / "evil.pkl").write_bytes(b"\x80\x02" + code)
@@ -125,7 +125,7 @@ def test_a_pickle_inside_a_storage_is_not_executed(tmp_path):
 
 @pytest.mark.parametrize("kind", ["new.pth", "old.pth", "model.pkl", "model.safetensors"])
 @pytest.mark.parametrize("share", [0.1, 0.6, 0.97])
-def test_truncated_files_are_named(tmp_path, kind, share):
+def test_truncated_files_are_reported(tmp_path, kind, share):
     path, big = tmp_path / kind, {"w": torch.rand(1000)}
     match kind:
         case "model.safetensors":
@@ -226,7 +226,7 @@ def reachable():
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("target", [*NAMES.values(), *MADE.values()], ids=[*NAMES, *MADE])
-def test_a_pickle_changes_nothing_of_the_process(tmp_path, target, change):
+def test_pickle_cannot_modify_the_process(tmp_path, target, change):
     before = reachable()
     (tmp_path / "model.pkl").write_bytes(b"\x80\x02" + target + change + b".")
     with pytest.raises(WeightsError):
@@ -236,7 +236,7 @@ def test_a_pickle_changes_nothing_of_the_process(tmp_path, target, change):
 
 
 @pytest.mark.parametrize(("made", "named"), [("function of torch", "function"), ("class of torch", "StorageType")])
-def test_the_memory_of_a_tensor_is_nothing_else(tmp_path, made, named):
+def test_tensor_storage_must_be_a_storage(tmp_path, made, named):
     (tmp_path / "model.pkl").write_bytes(b"\x80\x02" + MADE[made] + b".")
     with pytest.raises(WeightsError, match=f"unexpected {named} as a tensor storage"):
         read_state(tmp_path / "model.pkl")

@@ -201,7 +201,7 @@ def test_names_of_old_official_files_are_recognised():
     }
 
 
-def test_another_number_of_classes_and_queries_is_skipped_and_reported(small):
+def test_class_and_query_weights_of_another_size_are_skipped_and_reported(small):
     other = build_model(small_config(num_classes=9, num_queries=8))
     before = other.transformer_decoder.class_embed.weight.clone()
     report = load_weights(other, small.state_dict())

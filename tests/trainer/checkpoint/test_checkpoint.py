@@ -93,7 +93,7 @@ def scratch_folders():
 
 
 @pytest.mark.parametrize("accepted", [0, 1, 3])
-def test_what_a_store_refuses_is_said_and_does_not_count(ranks, job, accepted):
+def test_refused_upload_is_reported_and_not_committed(ranks, job, accepted):
     storage = RefusingStorage()
     before = scratch_folders()
     with closing(CheckpointSaver(job, storage, ranks, None)) as saver:
@@ -130,7 +130,7 @@ def test_a_commit_is_listed_pinned_and_has_its_metrics(ranks, job):
         RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 39296 vs 39190"),  # torch.save
     ],
 )
-def test_a_full_local_disk_is_said_and_leaves_nothing(ranks, job, error):
+def test_full_local_disk_is_reported_and_leaves_no_files(ranks, job, error):
     before = scratch_folders()
     with (
         closing(CheckpointSaver(job, Storage(), ranks, None)) as saver,
@@ -142,11 +142,11 @@ def test_a_full_local_disk_is_said_and_leaves_nothing(ranks, job, error):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
-def test_torch_has_the_words_of_a_full_disk_that_are_looked_for():
+def test_full_disk_error_of_torch_is_recognised():
     with pytest.raises(StorageError, match="no space left on the disk for weights"), full_disk_named("weights"):
         torch.save({"w": torch.zeros(10_000)}, "/dev/full")
 
 
-def test_other_errors_while_saving_stay_what_they_are():
+def test_other_errors_while_saving_are_not_converted():
     with pytest.raises(RuntimeError, match="closed by peer"), full_disk_named("weights"):
         raise RuntimeError("Connection closed by peer")

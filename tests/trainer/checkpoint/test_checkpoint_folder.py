@@ -59,7 +59,7 @@ def test_only_committed_checkpoints_are_listed_newest_first(storage, run_folder,
     assert listed[1].url.endswith("run/checkpoints/step_00000010")
 
 
-def test_a_run_without_checkpoints_has_none(storage, run_folder):
+def test_run_without_checkpoints_lists_none(storage, run_folder):
     assert list_checkpoints(storage, run_folder) == ()
 
 
@@ -77,7 +77,7 @@ def test_a_missing_file_is_named(storage, run_folder, tmp_path):
         verify_sizes(storage, url)
 
 
-def test_a_file_cut_off_is_named(storage, run_folder, tmp_path):
+def test_truncated_file_is_named(storage, run_folder, tmp_path):
     url = make_checkpoint(storage, run_folder, 5, tmp_path)
     storage.put(join(url, "engine/a.pt"), b"tensor")
     with pytest.raises(CheckpointError, match=r"engine/a\.pt has 6 bytes instead of 7"):
@@ -92,7 +92,7 @@ def test_a_changed_byte_is_found_before_the_file_is_used(storage, run_folder, tm
         fetch(storage, url, ["engine/a.pt"], manifest, tmp_path / "fetched")
 
 
-def test_a_file_that_the_manifest_does_not_know_is_not_fetched(storage, run_folder, tmp_path):
+def test_file_missing_from_the_manifest_is_not_fetched(storage, run_folder, tmp_path):
     url = make_checkpoint(storage, run_folder, 5, tmp_path)
     with pytest.raises(CheckpointError, match="has no rng"):
         fetch(storage, url, ["rng/rank_00001.pt"], read_manifest(storage, url), tmp_path)
@@ -101,14 +101,14 @@ def test_a_file_that_the_manifest_does_not_know_is_not_fetched(storage, run_fold
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{}", b'{"version": 1}', b'{"version": 1, "step": 1, "files": {"a": 1}}', b"\xff"]
 )
-def test_a_manifest_that_is_none_is_refused_with_its_name(storage, run_folder, content):
+def test_invalid_manifest_is_refused_and_named(storage, run_folder, content):
     url = checkpoint_url(run_folder, 5)
     storage.put(join(url, MANIFEST), content)
     with pytest.raises(CheckpointError, match=r"step_00000005/manifest\.json"):
         read_manifest(storage, url)
 
 
-def test_a_checkpoint_of_a_newer_format_is_no_damage_and_stops_the_run(storage, run_folder, tmp_path):
+def test_newer_checkpoint_format_is_not_damage_and_stops_the_run(storage, run_folder, tmp_path):
     make_checkpoint(storage, run_folder, 3, tmp_path)
     url = make_checkpoint(storage, run_folder, 5, tmp_path)
     newer = json.loads(storage.get(join(url, MANIFEST))) | {"version": 2}
@@ -119,14 +119,14 @@ def test_a_checkpoint_of_a_newer_format_is_no_damage_and_stops_the_run(storage, 
 
 
 @pytest.mark.parametrize("content", ["", '{"attempt": "a", "fi', "[]", '{"attempt": "a", "files": {"x": 1}}'])
-def test_a_damaged_receipt_is_a_message(storage, run_folder, content):
+def test_damaged_receipt_raises_checkpoint_error(storage, run_folder, content):
     url = checkpoint_url(run_folder, 5)
     storage.put(join(url, "receipts/rank_00000.json"), content.encode())
     with pytest.raises(CheckpointError, match=r"rank_00000\.json cannot be read .*; restart the run"):
         read_receipt(storage, url, 0)
 
 
-def test_receipts(storage, run_folder, tmp_path):
+def test_receipt_round_trips_through_storage(storage, run_folder, tmp_path):
     url = make_checkpoint(storage, run_folder, 5, tmp_path)
     assert read_receipt(storage, url, 1) is None
     receipt = Receipt("attempt", read_manifest(storage, url).files)
@@ -134,7 +134,7 @@ def test_receipts(storage, run_folder, tmp_path):
     assert read_receipt(storage, url, 1) == receipt
 
 
-def test_old_checkpoints_go_and_pinned_ones_stay_until_unpinned(storage, run_folder, tmp_path):
+def test_old_checkpoints_are_deleted_unless_pinned(storage, run_folder, tmp_path):
     urls = {
         step: make_checkpoint(storage, run_folder, step, tmp_path, committed=step != 15) for step in range(5, 35, 5)
     }
@@ -157,13 +157,13 @@ def test_old_checkpoints_go_and_pinned_ones_stay_until_unpinned(storage, run_fol
         ([1, 2, 3, 9], [], 3, 2, (1,)),  # 9 was damaged and the run went back to 2
     ],
 )
-def test_retention(committed, others, newest, keep, expected):
+def test_retention_keeps_the_newest_checkpoints(committed, others, newest, keep, expected):
     urls = [f"s3://bucket/run/checkpoints/step_{step:08d}/manifest.json" for step in committed]
     urls += [f"s3://bucket/run/checkpoints/step_{step:08d}/engine/x.pt" for step in (*committed, *others)]
     assert folders_to_delete(urls, newest, keep) == tuple(f"step_{step:08d}" for step in expected)
 
 
-def test_the_newest_whole_checkpoint_is_not_one_with_a_file_cut_off(storage, run_folder, tmp_path):
+def test_newest_whole_checkpoint_has_no_truncated_file(storage, run_folder, tmp_path):
     assert newest_whole(storage, run_folder) is None
     for step in (5, 10, 15):
         make_checkpoint(storage, run_folder, step, tmp_path)
@@ -172,7 +172,7 @@ def test_the_newest_whole_checkpoint_is_not_one_with_a_file_cut_off(storage, run
     assert newest_whole(storage, run_folder).step == 5
 
 
-def test_what_is_set_aside_is_not_listed_and_keeps_its_files(storage, run_folder, tmp_path):
+def test_checkpoint_set_aside_is_not_listed_but_keeps_its_files(storage, run_folder, tmp_path):
     for step in (5, 10):
         make_checkpoint(storage, run_folder, step, tmp_path)
     url = checkpoint_url(run_folder, 10)
@@ -183,7 +183,7 @@ def test_what_is_set_aside_is_not_listed_and_keeps_its_files(storage, run_folder
     assert storage.exists(join(url, "engine/a.pt"))
 
 
-def test_a_storage_that_does_not_answer_is_no_damage(storage, run_folder, tmp_path, monkeypatch):
+def test_storage_outage_is_not_treated_as_damage(storage, run_folder, tmp_path, monkeypatch):
     url = make_checkpoint(storage, run_folder, 5, tmp_path)
 
     def refuse(address):

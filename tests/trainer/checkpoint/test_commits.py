@@ -42,7 +42,7 @@ def steps(storage, run_folder):
     return [found.checkpoint.step for found in list_commits(storage, run_folder)]
 
 
-def test_a_step_that_is_committed_again_after_a_rollback_is_another_commit(run_folder):
+def test_step_committed_again_after_a_rollback_is_a_new_commit(run_folder):
     storage = Storage()
     commit(storage, run_folder, 10, 1)
     first = commit(storage, run_folder, 20, 1)
@@ -57,7 +57,7 @@ def test_a_step_that_is_committed_again_after_a_rollback_is_another_commit(run_f
     assert after[1].checkpoint == before[1].checkpoint
 
 
-def test_the_same_bytes_after_a_damaged_checkpoint_count_again(run_folder):
+def test_checkpoint_can_be_committed_again_after_its_commit_was_withdrawn(run_folder):
     storage = Storage()
     checkpoint = commit(storage, run_folder, 10, 1)
     withdraw_commit(storage, checkpoint.url)
@@ -79,7 +79,7 @@ def test_a_commit_without_its_entry_is_listed_and_pinned_by_the_next_start(run_f
     assert pins(storage, unlisted.url) == ()
 
 
-def test_what_a_driver_that_lost_the_folder_commits_later_does_not_count(run_folder):
+def test_late_commits_of_a_driver_that_lost_the_lease_are_ignored(run_folder):
     storage = Storage()
     with hold_lease(storage, run_folder, lambda text: None) as first:
         commit(storage, run_folder, 10, first.number)
@@ -97,7 +97,7 @@ def test_what_a_driver_that_lost_the_folder_commits_later_does_not_count(run_fol
     assert found == [{10: {"loss": 1.0}}, {15: {"loss": 1.5}}]
 
 
-def test_metrics_are_stored_to_the_bit_and_read_once(run_folder):
+def test_metrics_are_stored_exactly_and_read_once(run_folder):
     storage = Storage()
     points = {3: {"loss": 0.1 + 0.2, "lr": 1e-300}, 4: {"loss": float("inf")}}
     write_metrics(storage, run_folder, 4, 1, points)

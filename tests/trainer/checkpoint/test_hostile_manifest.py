@@ -19,7 +19,7 @@ from m2f.trainer.errors import CheckpointError
 
 
 @pytest.mark.parametrize("path", ["engine/../../../x.pt", "/etc/x", "engine//x.pt", "rng\\x.pt", "x\x1b[2J", ""])
-def test_paths_that_lead_out_are_refused(tmp_path, path):
+def test_paths_outside_the_checkpoint_are_refused(tmp_path, path):
     storage, url = Storage(), checkpoint_url(str(tmp_path / "run"), 3)
     files = {"state.json": FileEntry(2, "a"), path: FileEntry(2, "a")}
     storage.put(join(url, MANIFEST), CheckpointManifest(3, 1, 1, files).to_json())

@@ -25,7 +25,7 @@ RULES = InputRules(shortest_edge=64, max_size=96, pixel_mean=(1.0, 2.0, 3.0), pi
 MADE = ModelIdentity(label_spaces=(LabelSpace("panoptic", CLASSES),), input=RULES, num_queries=12, recipe="name: x\n")
 
 
-def test_an_identity_comes_back_from_text_and_from_metadata(tmp_path):
+def test_identity_round_trips_through_text_and_metadata(tmp_path):
     assert ModelIdentity.from_json(MADE.to_json(), "x") == MADE
     assert MADE.tasks == ("panoptic",)
     weights = {"a": torch.arange(3.0)}
@@ -36,7 +36,7 @@ def test_an_identity_comes_back_from_text_and_from_metadata(tmp_path):
     assert read_metadata(tmp_path / "w.pth") == MADE
 
 
-def test_weights_without_identity_have_none(tmp_path):
+def test_weights_without_identity_return_none(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", metadata={"format": "pt"})
     torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:20])

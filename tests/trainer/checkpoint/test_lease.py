@@ -90,7 +90,7 @@ def test_a_contender_is_refused_while_the_holder_lives(storage, run_folder):
         assert lease.number == 2
 
 
-def test_one_of_many_contenders_wins(storage, run_folder):
+def test_exactly_one_of_many_contenders_gets_the_lease(storage, run_folder):
     barrier, outcomes = threading.Barrier(8), []
     done = threading.Event()
 
@@ -115,7 +115,7 @@ def test_one_of_many_contenders_wins(storage, run_folder):
     assert sorted(map(str, outcomes)) == ["1"] + 7 * ["refused"]
 
 
-def test_a_holder_on_another_machine_that_gives_no_sign_of_life_is_replaced(storage, run_folder):
+def test_holder_on_another_machine_that_stops_renewing_is_replaced(storage, run_folder):
     store_lease(storage, run_folder, 1, elsewhere())
     said, began = [], time.monotonic()
     record = take(storage, run_folder, said.append, QUICK)
@@ -124,7 +124,7 @@ def test_a_holder_on_another_machine_that_gives_no_sign_of_life_is_replaced(stor
     assert "node-7 holds lease 1; waiting" in said[0]
 
 
-def test_a_holder_that_provably_ended_is_replaced_at_once(storage, run_folder):
+def test_holder_that_provably_ended_is_replaced_immediately(storage, run_folder):
     ended = subprocess.Popen([sys.executable, "-c", "pass"])
     holder = replace(this_process(), pid=ended.pid)  # a zombie until it is waited for
     store_lease(storage, run_folder, 1, holder)
@@ -136,7 +136,7 @@ def test_a_holder_that_provably_ended_is_replaced_at_once(storage, run_folder):
     assert take(storage, run_folder, print, replace(QUICK, unchanged_s=1e9)).number == 3
 
 
-def test_an_outage_of_the_store_counts_against_nobody(storage, run_folder, monkeypatch):
+def test_storage_outage_does_not_expire_a_lease(storage, run_folder, monkeypatch):
     real, began = Storage.get, time.monotonic()
 
     def get(self, url):
@@ -162,7 +162,7 @@ def test_an_outage_of_the_store_counts_against_nobody(storage, run_folder, monke
     thread.join()
 
 
-def test_a_holder_learns_that_it_lost_the_lease(storage, run_folder):
+def test_holder_detects_that_it_lost_the_lease(storage, run_folder):
     with hold_lease(storage, run_folder, timing=QUICK) as lease:
         store_lease(storage, run_folder, 2, elsewhere())
         with pytest.raises(LeaseLostError, match="node-7 took over this run with lease 2"):
@@ -174,7 +174,7 @@ def test_a_holder_learns_that_it_lost_the_lease(storage, run_folder):
     check_lease(storage, run_folder, 0)  # a run without a lease has nothing to lose
 
 
-def test_late_commits_do_not_count(storage, run_folder):
+def test_late_commits_are_ignored(storage, run_folder):
     commit(storage, run_folder, 5)  # by a version that knew no leases
     first = take(storage, run_folder, print, QUICK)
     assert first.found == ("step_00000005",)
@@ -190,7 +190,7 @@ def test_late_commits_do_not_count(storage, run_folder):
     assert take(storage, run_folder, print, QUICK).found == ("step_00000015-2", "step_00000010-1", "step_00000005")
 
 
-def test_retention_leaves_alone_what_is_not_its_own(storage, run_folder):
+def test_retention_ignores_late_commits_and_requires_the_lease(storage, run_folder):
     store_lease(storage, run_folder, 1)
     for step in (5, 10, 15):
         commit(storage, run_folder, step, lease=1)
@@ -209,7 +209,7 @@ def test_retention_leaves_alone_what_is_not_its_own(storage, run_folder):
         delete_old(storage, run_folder, 20, keep=1, lease=2)
 
 
-def test_a_child_works_under_the_lease_of_its_parent(storage, run_folder, monkeypatch):
+def test_child_process_uses_the_lease_of_its_parent(storage, run_folder, monkeypatch):
     with hold_lease(storage, run_folder, timing=QUICK) as parent:
         monkeypatch.setenv(INHERITED, parent.environment()[INHERITED])
         with hold_lease(storage, run_folder, timing=QUICK) as child:
@@ -220,7 +220,7 @@ def test_a_child_works_under_the_lease_of_its_parent(storage, run_folder, monkey
             assert read_record(storage, join(run_folder, "other"), 1).nonce != parent.environment()[INHERITED][2:]
 
 
-def test_a_record_that_cannot_be_read_is_named(storage, run_folder):
+def test_unreadable_record_is_named_in_the_error(storage, run_folder):
     storage.put(record_url(run_folder, 1), b"{")
     with pytest.raises(CheckpointError, match=r"lease/000001 cannot be read .*delete its lease/ folder"):
         take(storage, run_folder, print, QUICK)
@@ -342,7 +342,7 @@ def overlap_partitioned(storage, run_folder, start, rng: random.Random, last: in
     check_history(storage, run_folder, last)
 
 
-def test_the_usual_timing_refuses_within_seconds():
+def test_default_timing_refuses_a_contender_within_seconds():
     usual = lease_module.Timing()
     assert usual.renew_s + usual.poll_s < 5.0
     assert usual.unchanged_s >= 10 * usual.renew_s

@@ -69,7 +69,7 @@ def save(storage, run_folder, step, lease, name=MANIFEST):
     return url
 
 
-def test_a_start_ends_what_earlier_leases_were_writing_and_nothing_else(run_folder):
+def test_start_aborts_only_writes_of_earlier_leases(run_folder):
     storage = Storage()
     with hold_lease(storage, run_folder):
         pass
@@ -86,7 +86,7 @@ def test_a_start_ends_what_earlier_leases_were_writing_and_nothing_else(run_fold
     assert len(storage.list_unfinished(f"{run_folder}-2")) == 1
 
 
-def test_gc_lists_and_then_deletes_what_no_run_needs(run_folder, recipe, capsys):
+def test_gc_lists_then_deletes_only_leftovers(run_folder, recipe, capsys):
     storage = Storage()
     with hold_lease(storage, run_folder):
         kept = [save(storage, run_folder, 2, 1)]
@@ -119,7 +119,7 @@ def test_gc_lists_and_then_deletes_what_no_run_needs(run_folder, recipe, capsys)
     assert "0 deleted" in capsys.readouterr().out
 
 
-def test_gc_leaves_a_run_alone_that_trains(run_folder, recipe, capsys):
+def test_gc_deletes_nothing_of_a_run_that_is_training(run_folder, recipe, capsys):
     storage = Storage()
     with hold_lease(storage, run_folder) as lease:
         url = save(storage, run_folder, 4, lease.number, name="")
@@ -133,7 +133,7 @@ def test_gc_leaves_a_run_alone_that_trains(run_folder, recipe, capsys):
         assert storage.list(url)
 
 
-def test_gc_of_a_run_that_is_not_there_is_a_message(run_folder, recipe, capsys):
+def test_gc_of_a_missing_run_reports_an_error(run_folder, recipe, capsys):
     assert main(["checkpoint", "gc", recipe]) == 2
     assert f"{run_folder} is empty or does not exist" in capsys.readouterr().err
     assert not Storage().list(run_folder)

@@ -26,7 +26,7 @@ def runs(request, launcher, training_shards):
     return launcher.seen(scenario)
 
 
-def test_a_compiled_run_has_the_losses_of_one_that_is_not(runs):
+def test_compiled_run_has_the_losses_of_an_uncompiled_run(runs):
     eager, compiled = runs["eager"]["losses"], runs["stopped"]["losses"] | runs["resumed"]["losses"]
     assert list(eager) == list(compiled)
     assert compiled != eager
@@ -39,7 +39,7 @@ def test_every_region_is_one_graph_however_many_targets_there_are(runs):
     assert runs["graphs"] == [len(Segmenter.regions), len(Segmenter.regions)]
 
 
-def test_checkpoints_have_the_names_of_a_model_that_is_not_compiled(runs, launcher):
+def test_checkpoints_have_the_names_of_an_uncompiled_model(runs, launcher):
     assert runs["resumed"]["events"][0][0] == "resumed"
     folders = launcher.folder.glob("compiled_by_*/*/checkpoints")
     newest = [max(folder.glob("step_*")) for folder in folders if folder.parent.name in ("eager", "parts")]
@@ -49,7 +49,7 @@ def test_checkpoints_have_the_names_of_a_model_that_is_not_compiled(runs, launch
 
 
 @pytest.mark.parametrize("runs", [KERNELS], indirect=True)
-def test_a_compiled_run_goes_on_to_the_bit_and_in_16_bits(runs):
+def test_compiled_run_resumes_bit_identically_also_in_16_bits(runs):
     assert runs["stopped"]["losses"] | runs["resumed"]["losses"] == runs["whole"]["losses"]
     for precision in ("bf16_autocast", "bf16"):
         losses = runs[f"{precision} compiled"]["losses"]
@@ -57,7 +57,7 @@ def test_a_compiled_run_goes_on_to_the_bit_and_in_16_bits(runs):
         assert losses == pytest.approx(runs[precision]["losses"], rel=0.02)
 
 
-def test_a_machine_without_a_compiler_says_what_to_install(monkeypatch):
+def test_error_for_a_missing_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CC", raising=False)
@@ -74,7 +74,7 @@ def test_a_machine_without_a_compiler_says_what_to_install(monkeypatch):
         (True, 0, "checkpoint", 300.0 + 3600.0),
     ],
 )
-def test_compiling_is_no_stall(compiled, step, phase, seconds):
+def test_compilation_is_not_a_stall(compiled, step, phase, seconds):
     clock = PhaseClock()
     clock.step = step
     training = TrainingConfig(max_steps=1, compile=compiled)

@@ -52,7 +52,7 @@ def told(monkeypatch):
     return told
 
 
-def test_a_micro_batch_is_copied_while_the_one_before_it_is_computed(batches, told):
+def test_micro_batch_is_copied_while_the_previous_one_is_computed(batches, told):
     arriving = DeviceCopies(torch.device("cuda")).start(batches)
     assert told == ["copy 1 on copies", "event 1 on copies"]
     kept = ["kept for work"] * 10  # the tensors of a batch

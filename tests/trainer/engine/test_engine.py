@@ -68,7 +68,7 @@ def test_gradients_equal_those_of_the_whole_batch(steps, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bucket_size_and_overlap_do_not_change_a_bit(steps, stage):
+def test_bucket_size_and_overlap_do_not_change_results(steps, stage):
     assert steps[f"stage{stage}_small_buckets"]["losses"] == steps[f"stage{stage}"]["losses"]
 
 
@@ -81,7 +81,7 @@ def test_bf16_autocast_is_close(steps, plain, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if "fp16" in case])
-def test_fp16_autocast_has_the_gradients_of_fp32(steps, plain, case):
+def test_fp16_autocast_gradients_are_close_to_fp32(steps, plain, case):
     """The scale of the loss, 65536, is in no gradient that an engine sees."""
     seen = steps[case]
     assert seen["applied"] == [True] * 3
@@ -105,7 +105,7 @@ def test_pure_bf16_trains_with_coordinates_in_fp32(steps, plain, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FULL_PRECISION)
-def test_ranks_agree(steps, case):
+def test_all_ranks_report_equal_losses_and_norms(steps, case):
     first, second = (steps.of_rank(case, rank) for rank in (0, 1))
     assert second["losses"] == first["losses"]
     assert second["norms"] == first["norms"]
@@ -113,7 +113,7 @@ def test_ranks_agree(steps, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES_ALONE)
-def test_one_rank_needs_no_buckets_and_loses_no_bit(alone, case):
+def test_one_rank_without_buckets_gives_bit_identical_results(alone, case):
     seen = alone[case]
     assert seen["alone"] == seen["among"]
     tolerance = 0.02 if "bf16" in case else 1e-5
@@ -129,7 +129,7 @@ def test_a_step_with_a_bad_gradient_is_not_applied(alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", WAITING_CASES)
-def test_an_update_asks_the_device_for_nothing(alone, case):
+def test_update_does_not_wait_for_the_device(alone, case):
     """Counted on a CPU. An offloaded update has its norms on the host already; its backward pass asks nothing, too."""
     seen = alone.launcher.seen(f"engine_waits:{case}")
     assert seen["synchronized"] == 0
@@ -139,7 +139,7 @@ def test_an_update_asks_the_device_for_nothing(alone, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["stage1", "stage2", "bf16"])
-def test_an_update_takes_few_calls_of_the_host(alone, case):
+def test_update_makes_few_calls_from_the_host(alone, case):
     """Two for every parameter, which copy its gradient, and some for every group; there were ten."""
     seen = alone.launcher.seen(f"engine_waits:{case}")
     assert max(seen["calls"]) < 2.5 * seen["parameters"]
@@ -157,7 +157,7 @@ def test_accumulation_follows_from_batch_and_ranks():
     assert [s["train_micro_batch_size_per_gpu"] for s in settings] == [2, 2, 2]
 
 
-def test_stage_0_is_clipped_by_us_and_others_by_deepspeed():
+def test_deepspeed_clips_gradients_except_in_stage_0():
     plain, sharded = (
         deepspeed_config(TrainingConfig(max_steps=1, precision="fp32", zero=ZeroConfig(stage=stage)), 1)
         for stage in (0, 3)
@@ -167,7 +167,7 @@ def test_stage_0_is_clipped_by_us_and_others_by_deepspeed():
     assert sharded["zero_optimization"]["stage3_param_persistence_threshold"] == 100_000
 
 
-def test_16_bits_and_offload_in_deepspeeds_words():
+def test_deepspeed_config_states_16_bits_and_offload():
     training = TrainingConfig(max_steps=1, precision="fp16", zero=ZeroConfig(stage=2, offload_optimizer=True))
     settings = deepspeed_config(training, 1)
     assert settings["fp16"] == {"enabled": True}  # the scale of the loss adapts itself
@@ -187,7 +187,7 @@ def test_16_bits_need_fp32_copies(precision):
         TrainingConfig(max_steps=1, precision=precision, zero=ZeroConfig(stage=0))
 
 
-def test_what_cannot_work_names_the_setting():
+def test_error_for_impossible_settings_names_the_setting():
     with pytest.raises(ConfigError, match=r"offload_optimizer needs training\.zero\.stage 1, 2 or 3"):
         ZeroConfig(stage=0, offload_optimizer=True)
     with pytest.raises(TrainingError, match="fp16, which needs a GPU; set it to bf16_autocast, fp16_autocast"):

@@ -33,7 +33,7 @@ def test_the_scale_halves_at_an_overflow_and_doubles_after_many_good_steps():
         assert each.state() == {"scale": INITIAL_SCALE / 2, "good_steps": 0}
 
 
-def test_gradients_do_not_hold_the_scale_but_overflow_by_it():
+def test_gradients_are_unscaled_but_overflow_when_scaled():
     weight = nn.Parameter(torch.tensor([3.0, -2.0]))
     scale = LossScale([weight])
 
@@ -95,7 +95,7 @@ def test_gradients_are_close_to_fp32_with_the_pixel_decoder_in_fp32(precision, o
     assert 0 < (close[of_pilots] - exact[of_pilots]).norm() < tolerance * exact[of_pilots].norm()
 
 
-def test_the_pixel_decoder_is_under_autocast_otherwise():
+def test_pixel_decoder_runs_under_autocast_by_default():
     _, seen = gradients("bf16_autocast")
     assert seen["autocast"]
     assert torch.bfloat16 in seen["dtypes"]

@@ -36,7 +36,7 @@ def flatten_as_zero_does(module):
 
 
 @pytest.mark.parametrize("size", [64, 80], ids=["whole", "padded"])
-def test_the_backbone_is_channels_last_from_the_images_on(size):
+def test_images_and_backbone_maps_are_channels_last(size):
     """ZeRO leaves weights contiguous; images alone decide. What a GPU would get is read off a device without values."""
     data = DataConfig(train=(MixtureItem(dataset="train"),), augment=LargeScaleJitter(size=size))
     job = TrainJob(run_folder="", model=MODEL, data=data, shards=("",), training=TrainingConfig(max_steps=1))

@@ -6,7 +6,7 @@ import torch
 from m2f.trainer.engine.offload import OffloadedScalars
 
 
-def test_norms_come_to_the_host_in_one_copy_with_the_same_bits(monkeypatch):
+def test_norms_are_copied_to_the_host_in_one_exact_copy(monkeypatch):
     norms = {number: (torch.rand(7) * 10.0**-number).double().norm(2) for number in range(5)}
     optimizer = SimpleNamespace(norm_for_param_grads=dict(norms))
     copies = []
@@ -18,7 +18,7 @@ def test_norms_come_to_the_host_in_one_copy_with_the_same_bits(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan, None])
-def test_gradients_that_are_not_finite_are_told_of_once_after_the_backward_pass(bad):
+def test_non_finite_gradients_are_reported_once_after_the_backward_pass(bad):
     optimizer = SimpleNamespace(
         norm_for_param_grads={},
         local_overflow=False,

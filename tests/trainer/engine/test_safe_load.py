@@ -58,12 +58,12 @@ def attacked(launcher, training_shards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SHORT)
-def test_what_deepspeed_wrote_is_loaded_to_the_bit_without_code(restored, case):
+def test_deepspeed_files_load_exactly_without_running_code(restored, case):
     check_restored(restored.seen(f"restored:{case}"))
 
 
 @pytest.mark.soak
-def test_every_stage_in_every_precision_is_loaded_to_the_bit_without_code(launcher):
+def test_every_stage_and_precision_loads_exactly_without_running_code(launcher):
     launcher.run_each([f"restored:{case}" for case in ALL if case not in SHORT])
     for case in ALL:
         if case not in SHORT:
@@ -72,7 +72,7 @@ def test_every_stage_in_every_precision_is_loaded_to_the_bit_without_code(launch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_that_runs_a_command_is_refused_though_its_checksum_fits(attacked, file):
+def test_file_that_runs_a_command_is_refused_despite_a_valid_checksum(attacked, file):
     for rank in (0, 1):
         seen = attacked.seen(f"attacked:{file}:command", rank)
         check_refused(attacked, seen, FILES[file], "posix.system")
@@ -80,12 +80,12 @@ def test_a_file_that_runs_a_command_is_refused_though_its_checksum_fits(attacked
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [file for file in FILES if file != "rng.rank"])
-def test_a_command_is_refused_by_the_conversion_for_other_ranks(attacked, file):
+def test_conversion_for_other_ranks_refuses_a_command(attacked, file):
     check_refused(attacked, attacked.seen(f"attacked:{file}:command:one"), FILES[file], "posix.system")
 
 
 @pytest.mark.slow
-def test_the_conversion_makes_no_folder_of_a_name_that_leads_out(attacked):
+def test_conversion_creates_no_folder_outside_the_checkpoint(attacked):
     seen = attacked.seen("attacked:engine.zero_pp:name:one")
     check_refused(attacked, seen, "optim_states.pt", "'../../../EXECUTED'")
 
@@ -101,14 +101,14 @@ def check_refused(launcher, seen, file, asked):
 
 
 @pytest.mark.slow
-def test_the_same_without_an_attack_goes_on(attacked):
+def test_same_checkpoint_without_an_attack_resumes(attacked):
     seen = attacked.seen("attacked:engine.mp_rank_00_model:none")
     assert list(seen["losses"]) == ["4"]
     assert seen["loads"]
     assert set(seen["loads"]) == {"True"}
 
 
-def test_random_states_execute_nothing(tmp_path):
+def test_random_states_do_not_run_code(tmp_path):
     path = tmp_path / "rank_00000.pt"
     save_random_state(path)
     load_random_state(path)
@@ -119,7 +119,7 @@ def test_random_states_execute_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("attack", ["plain pickle", "file of old torch", "loop", "empty"])
-def test_other_files_are_one_error(tmp_path, attack):
+def test_other_files_raise_checkpoint_error(tmp_path, attack):
     path = tmp_path / "states.pt"
     loop: list = []
     loop.append(loop)
@@ -137,7 +137,7 @@ def test_other_files_are_one_error(tmp_path, attack):
     assert not Path(tmp_path, "EXECUTED").exists()
 
 
-def test_loads_outside_are_as_before():
+def test_loads_outside_the_context_are_unchanged():
     load = torch.load
     allowed = set(torch.serialization.get_safe_globals())
     with safe_loads():

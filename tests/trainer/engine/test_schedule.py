@@ -17,7 +17,7 @@ OFFICIAL = {
 }
 
 
-def test_five_official_schedules(goldens):
+def test_five_official_schedules_are_reproduced(goldens):
     golden = json.loads((goldens / "g_lr_schedule.json").read_text())
     assert set(golden) == set(OFFICIAL)
     for name, expected in golden.items():
@@ -31,14 +31,14 @@ def test_warmup_is_linear_and_ends():
     assert [lr_factor(schedule, step, 100) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-def test_a_cosine_begins_behind_the_warmup_and_falls_to_zero():
+def test_cosine_starts_after_the_warmup_and_falls_to_zero():
     schedule = CosineSchedule(warmup_steps=3)
     expected = [0.25, 0.5, 0.75, 1.0, 0.75, 0.25, 0.0, 0.0]
     assert [lr_factor(schedule, step, 9) for step in (0, 1, 2, 3, 5, 7, 9, 10)] == pytest.approx(expected, abs=1e-15)
     assert lr_factor(CosineSchedule(), 50, 100) == pytest.approx(0.5)
 
 
-def test_milestones_that_do_not_rise_are_refused():
+def test_milestones_must_increase():
     with pytest.raises(ConfigError, match=r"milestones is \[20, 10\]; each must be larger than the previous one"):
         MultiStepSchedule(milestones=(20, 10))
 

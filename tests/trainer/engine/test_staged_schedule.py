@@ -30,7 +30,7 @@ def schedules(beyond: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_parameter_has_the_authors_rate(schedules, beyond, name):
+def test_learning_rates_equal_those_of_the_authors(schedules, beyond, name):
     expected, (case, options) = schedules[name], CASES[name]
     described = json.loads((beyond / "eomt" / case / "case.json").read_text())
     model = model_of(described["config"])
@@ -56,7 +56,7 @@ def test_every_parameter_has_the_authors_rate(schedules, beyond, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_factors_over_the_steps_are_the_authors(schedules, name):
+def test_rate_factors_over_the_steps_equal_those_of_the_authors(schedules, name):
     expected = schedules[name]
     warmup, backbone_warmup = expected["settings"]["warmup_steps"]
     schedule = StagedPolySchedule(warmup_steps=warmup, backbone_warmup_steps=backbone_warmup)
@@ -72,7 +72,7 @@ def test_a_stage_may_have_no_warmup():
     assert lr_factor(StagedPolySchedule(warmup_steps=0), 0, 10) == 1
 
 
-def test_probabilities_over_the_steps_are_the_authors(schedules):
+def test_mask_probabilities_over_the_steps_equal_those_of_the_authors(schedules):
     for name in ("block0_of_coco_large_640_dinov2", "block0_of_coco_large_640_dinov3"):
         expected = schedules["annealing"][name]
         config = EomtDecoderConfig(num_layers=1, annealing=((expected["start"], expected["end"]),))
@@ -84,7 +84,7 @@ def test_probabilities_over_the_steps_are_the_authors(schedules):
     ("layers", "starts"),
     [(3, (14782, 36955, 59128)), (4, (14782, 29564, 44346, 59128)), (5, (14782, 25869, 36955, 48042, 59128))],
 )
-def test_masks_vanish_in_sixths_of_the_run_unless_told_otherwise(layers, starts):
+def test_masks_vanish_in_sixths_of_the_run_by_default(layers, starts):
     config = EomtDecoderConfig(num_layers=layers)
     for block, start in enumerate(starts):
         at = [mask_probabilities(config, step, 6 * 14782)[block] for step in (start - 1, start + 1, start + 14782)]

@@ -28,7 +28,7 @@ SMALL_BUCKETS = ZeroConfig(stage=0, reduce_bucket_size=1)
         ("bf16", 3, (2 + 2 + 12) / 4),
     ],
 )
-def test_states_by_stage_and_precision(precision, stage, bytes_per_weight):
+def test_state_bytes_depend_on_stage_and_precision(precision, stage, bytes_per_weight):
     training = replace(TRAINING, zero=replace(SMALL_BUCKETS, stage=max(stage, 1)), precision=precision)
     training = replace(training, zero=replace(SMALL_BUCKETS, stage=stage))
     assert state_bytes(1000, training, world=4) == pytest.approx(1000 * bytes_per_weight, abs=8)
@@ -37,7 +37,7 @@ def test_states_by_stage_and_precision(precision, stage, bytes_per_weight):
     )
 
 
-def test_buckets_and_offload():
+def test_state_bytes_include_buckets_and_exclude_offloaded_state():
     one = replace(TRAINING, zero=ZeroConfig(stage=1, reduce_bucket_size=100, overlap_comm=False))
     two = replace(TRAINING, zero=ZeroConfig(stage=1, reduce_bucket_size=100))
     offloaded = replace(TRAINING, zero=ZeroConfig(stage=1, reduce_bucket_size=100, offload_optimizer=True))
@@ -52,7 +52,7 @@ def test_a_probe_counts_what_zero_keeps_beside_the_module():
     assert bytes_beside_module(1000, replace(TRAINING, zero=replace(SMALL_BUCKETS, stage=3)), 1000) == 0
 
 
-def test_the_largest_micro_batch():
+def test_largest_micro_batch_fits_into_the_gpu():
     plan = MemoryPlan(size=(64, 64), micro_batch=2, states=10, fixed=5, per_image=20)
     assert plan.peak(3) == 75
     assert plan.largest_micro_batch(100) == 3

@@ -63,11 +63,11 @@ def test_a_single_image_that_does_not_fit_is_an_error():
         (ScaleJitter(), (1344, 1344)),
     ],
 )
-def test_the_largest_shape(augment, shape):
+def test_largest_shape_covers_every_augmentation(augment, shape):
     assert largest_shape(augment) == shape
 
 
-def test_a_probe_computes_what_a_step_does_and_leaves_no_trace(monkeypatch):
+def test_probe_computes_a_whole_step_and_restores_the_state(monkeypatch):
     torch.manual_seed(0)
     module = TrainingModule(build_model(MODEL, pretrained_backbone=False), MODEL, 0, "fp32")
     weights = {name: value.clone() for name, value in module.state_dict().items()}
@@ -88,7 +88,7 @@ def test_a_probe_computes_what_a_step_does_and_leaves_no_trace(monkeypatch):
 
 
 @pytest.mark.parametrize("norm", ["native", "sync_batch"])
-def test_a_probe_teaches_norms_nothing_and_waits_for_no_rank(norm, monkeypatch):
+def test_probe_leaves_norms_unchanged_and_runs_no_collective(norm, monkeypatch):
     model = replace(MODEL, backbone=replace(MODEL.backbone, norm=norm))
     module = TrainingModule(build_model(model, pretrained_backbone=False), model, 0, "fp32")
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -117,7 +117,7 @@ def test_a_probe_teaches_norms_nothing_and_waits_for_no_rank(norm, monkeypatch):
         ("CUDA error: an illegal memory access was encountered", False),
     ],
 )
-def test_libraries_of_cuda_say_in_their_own_words_that_memory_is_full(text, is_full, monkeypatch):
+def test_out_of_memory_errors_of_cuda_libraries_are_recognised(text, is_full, monkeypatch):
     assert is_out_of_memory(RuntimeError(text)) == is_full
     assert not is_out_of_memory(ValueError(text))
     module = TrainingModule(build_model(MODEL, pretrained_backbone=False), MODEL, 0, "fp32")
@@ -133,7 +133,7 @@ def test_libraries_of_cuda_say_in_their_own_words_that_memory_is_full(text, is_f
             _fits(module, worst_batch(JOB, 1, targets=1), beside=0)
 
 
-def test_many_segments_need_more_than_a_byte():
+def test_id_maps_of_many_segments_have_16_bits():
     queries = replace(MODEL.transformer_decoder, num_queries=300)
     batch = worst_batch(replace(JOB, model=replace(MODEL, transformer_decoder=queries)), 1, targets=280)
     assert batch.targets.id_maps.dtype == torch.int16
@@ -144,7 +144,7 @@ def test_on_cpu_nothing_is_probed():
     assert probe_memory(None, JOB, None, torch.device("cpu"), None, None) is JOB
 
 
-def test_the_recipe_of_checkpoints_names_the_smaller_micro_batch():
+def test_recipe_in_checkpoints_states_the_smaller_micro_batch():
     job = replace(JOB, recipe="name: run\ntraining:\n  max_steps: 1\n  micro_batch: 8\n").with_micro_batch(2)
     assert job.training.micro_batch == 2
     assert job.recipe == "name: run\ntraining:\n  max_steps: 1\n  micro_batch: 2\n"

@@ -24,14 +24,14 @@ SPAN = '{"micro_batch": 1, "skipped": [{"start": %s, "stop": 8}], "reasons": []}
         "",
     ],
 )
-def test_damaged_adjustments_are_one_message_with_its_remedy(tmp_path, content):
+def test_error_for_damaged_adjustments_states_the_remedy(tmp_path, content):
     (tmp_path / "adjustments.json").write_text(content)
     with pytest.raises(ConfigError, match=r"adjustments\.json cannot be read .*; repair it, or delete it"):
         read_adjustments(Storage(), str(tmp_path))
 
 
 @pytest.mark.parametrize("content", ['{"kind": "stalled", "mess', '{"kind": "eaten", "message": ""}', "[]", ""])
-def test_a_damaged_note_of_an_ending_is_as_good_as_none(tmp_path, content, caplog):
+def test_damaged_ending_is_ignored_with_a_warning(tmp_path, content, caplog):
     storage, folder = Storage(), str(tmp_path)
     write_ending(storage, folder, "whole", Ending("drained", "a machine goes"))
     storage.put(join(folder, "attempts/cut.json"), content.encode())

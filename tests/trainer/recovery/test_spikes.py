@@ -28,7 +28,7 @@ def noise(count):
     return [5 + draw.gauss(0, 0.3) for _ in range(count)]
 
 
-def test_ordinary_noise_is_no_spike():
+def test_ordinary_noise_is_not_a_spike():
     history = LossHistory()
     for step, loss in enumerate(noise(2000)):
         history = history.after(loss, step, CONFIG)
@@ -52,13 +52,13 @@ def test_a_constant_loss_has_a_tolerance():
     assert history_of([2.0] * 60 + [2.5]).high == 1
 
 
-def test_the_history_is_part_of_the_state():
+def test_loss_history_is_part_of_the_state():
     state = TrainState(order_fingerprint="a", seed=0, world_size=1, zero_stage=1, losses=history_of(noise(60)))
     assert TrainState.from_json(state.to_json(), "state.json") == state
 
 
 @pytest.mark.parametrize(("position", "inside"), [(24, False), (28, True), (32, True), (36, False)])
-def test_a_state_within_a_window_holds_the_spike(position, inside):
+def test_state_within_the_range_of_a_spike_is_recognised(position, inside):
     state = TrainState(order_fingerprint="a", seed=0, world_size=1, zero_stage=1, position=position)
     assert state.inside(PositionRange(24, 32)) == inside
 
@@ -74,11 +74,11 @@ def test_a_state_within_a_window_holds_the_spike(position, inside):
         (80, [(20, None)]),
     ],
 )
-def test_stretches_between_windows(position, stretches):
+def test_steps_between_skipped_ranges_are_kept(position, stretches):
     assert unskipped(position, [PositionRange(40, 48), PositionRange(12, 20)], 4) == stretches
 
 
-def test_adjustments_are_kept(tmp_path):
+def test_adjustments_are_stored_and_read_back(tmp_path):
     storage, folder = Storage(), str(tmp_path / "run")
     assert read_adjustments(storage, folder) == Adjustments()
     adjust(storage, folder, SmallerMicroBatch(2), "memory")
@@ -90,12 +90,12 @@ def test_adjustments_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OutOfMemoryError("full", 4), LossSpikeError("high", 8, 16)])
-def test_errors_travel_between_processes(error):
+def test_errors_can_be_pickled(error):
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), vars(again)) == (str(error), vars(error))
 
 
 @pytest.mark.parametrize(("setting", "value"), [("window", 1), ("threshold", 0.0), ("steps", 0)])
-def test_settings_are_checked(setting, value):
+def test_invalid_settings_are_refused(setting, value):
     with pytest.raises(ConfigError, match=f"SpikeConfig: {setting} is {value}; it must be"):
         SpikeConfig(**{setting: value})

@@ -62,7 +62,7 @@ def pair():
     return (*waits, store, events)
 
 
-def test_a_rank_whose_store_is_away_is_no_stall_and_says_so_once_a_minute(pair, now):
+def test_storage_outage_is_not_a_stall_and_is_reported_once_a_minute(pair, now):
     cut_off, _, store, events = pair
     assert not cut_off.look(False, 70.0)
     store.away = True
@@ -72,7 +72,7 @@ def test_a_rank_whose_store_is_away_is_no_stall_and_says_so_once_a_minute(pair, 
     assert events.lines == ["rank 0 has been waiting for 70 s; s3://bucket/run/manifest.json does not answer"] * 2
 
 
-def test_a_rank_has_time_to_ask_again_when_its_store_is_back(pair, now):
+def test_rank_has_time_to_retry_after_the_storage_recovers(pair, now):
     """An outage that is longer than `stall_timeout_s` ends: the rank may sleep before its next attempt."""
     cut_off, _, store, _ = pair
     store.away = True
@@ -84,7 +84,7 @@ def test_a_rank_has_time_to_ask_again_when_its_store_is_back(pair, now):
     assert not cut_off.look(False, 385.0)
 
 
-def test_ranks_that_wait_for_it_know_as_long_as_it_waits(pair, now):
+def test_waiting_ranks_are_excused_while_the_outage_is_reported(pair, now):
     cut_off, waiting, store, _ = pair
     assert not waiting.look(True, 70.0)
     store.away = True
@@ -98,20 +98,20 @@ def test_ranks_that_wait_for_it_know_as_long_as_it_waits(pair, now):
     assert waiting.look(True, 150.0)
 
 
-def test_a_counter_that_does_not_answer_excuses_nothing(pair, now, monkeypatch):
+def test_unresponsive_counter_excuses_no_rank(pair, now, monkeypatch):
     _, waiting, _, _ = pair
     monkeypatch.setattr(storage_waits, "_answer", lambda ask, otherwise: otherwise)
     assert not waiting.look(True, 70.0)
 
 
-def test_local_files_are_no_storage_to_wait_for(now):
+def test_local_files_never_excuse_a_rank(now):
     store = Store()
     store.away = True
     local = SimpleNamespace(run_folder="runs/run", shards=("shards",))
     assert not StorageWaits(local, store, RankOf(0, Counter()), Events()).look(False, 70.0)
 
 
-def test_a_store_that_refuses_has_answered(pair, now):
+def test_rejected_request_counts_as_an_answer(pair, now):
     cut_off, _, store, events = pair
     store.away, store.error = True, AccessDeniedError
     assert not cut_off.look(False, 70.0)

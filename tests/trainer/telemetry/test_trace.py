@@ -20,7 +20,7 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_killed_process_loses_no_line(tmp_path):
+def test_killed_process_loses_no_line(tmp_path):
     command = [sys.executable, Path(__file__).with_name("killed_tracer.py"), tmp_path, "100"]
     killed = subprocess.run(command, capture_output=True, timeout=PATIENCE_S)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
@@ -52,7 +52,7 @@ def test_a_trace_of_a_run_in_a_bucket_is_uploaded(monkeypatch, tmp_path):
     assert json.loads(stored["s3://box/run/traces/now/rank_0001.jsonl"])["step"] == 1
 
 
-def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path, monkeypatch, caplog):
+def test_full_disk_stops_only_the_trace(tmp_path, monkeypatch, caplog):
     trace = Trace(Storage(), str(tmp_path), "now", 0)
     trace.write({"step": 1})
 
@@ -73,7 +73,7 @@ def rank_numbers(rank, data_s=0.1, forward_s=1.0, host="a"):
     )  # fmt: skip
 
 
-def test_numbers_of_ranks_become_a_few():
+def test_numbers_of_all_ranks_are_summarised():
     numbers = [rank_numbers(0), rank_numbers(1, forward_s=2.1, host="b"), rank_numbers(2)]
     spread, system = rank_spread(numbers, slow=0), system_use(numbers)
     assert (spread.count, spread.slowest) == (3, 1)
@@ -82,7 +82,7 @@ def test_numbers_of_ranks_become_a_few():
     assert system.gpu_percent is None
 
 
-def test_every_machine_has_numbers_of_its_own():
+def test_every_machine_has_its_own_numbers():
     numbers = [rank_numbers(0), rank_numbers(1, host="b"), replace(rank_numbers(2), cpu_percent=70.0)]
     first, second = node_uses(numbers)
     assert (first.host, first.cpu_percent, first.process_gb) == ("a", 60.0, 4.0)
@@ -93,7 +93,7 @@ def test_every_machine_has_numbers_of_its_own():
     assert not [name for name in values if name.startswith(("system/a/gpu", "system/b/gpu")) or name.endswith("host")]
 
 
-def test_memory_per_image_is_what_a_micro_batch_of_them_took(monkeypatch):
+def test_memory_per_image_is_derived_from_the_peak_of_a_micro_batch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9e9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1e9)
@@ -105,7 +105,7 @@ def test_memory_per_image_is_what_a_micro_batch_of_them_took(monkeypatch):
     assert (system.gpu_memory_gb, system.gpu_image_gb) == (10.0, 2.25)
 
 
-def test_a_rank_is_slow_where_it_takes_much_longer_than_the_median_alone():
+def test_rank_is_slow_if_its_own_work_takes_much_longer_than_the_median():
     numbers = [rank_numbers(0), rank_numbers(1, data_s=0.4), rank_numbers(2, forward_s=1.6), rank_numbers(3)]
     assert [str(found) for found in slow_ranks(numbers)] == [
         "rank 1 on a spends 0.40 s per step waiting for data, the median rank 0.10 s",

@@ -15,24 +15,24 @@ WAITING = RankStacks(
 SLOW = replace(WAITING, rank=1, host="b", count=6, phase="data", in_collective=False, place="loader.py:5 in get: x()")
 
 
-def test_the_rank_that_got_least_far_is_named():
+def test_rank_with_the_least_progress_is_named():
     assert describe_stall([WAITING, SLOW, replace(WAITING, rank=2)], 3) == (
         "training stalled: rank 1 on b has been in `data` for 9 s at loader.py:5 in get: x(); ranks 0, 2 waited"
     )
 
 
-def test_among_ranks_that_got_equally_far_those_that_wait_for_others_are_not_to_blame():
+def test_ranks_waiting_for_others_are_not_blamed_for_a_stall():
     found = [replace(WAITING, count=6, phase="backward"), replace(SLOW, phase="backward")]
     assert "rank 1 on b has been in `backward`" in describe_stall(found, 2)
     assert describe_stall(found, 2).endswith("; rank 0 waited")
 
 
-def test_a_rank_without_a_sign_of_life_comes_first():
+def test_rank_that_does_not_respond_is_named_as_the_cause():
     assert describe_stall([WAITING], 2) == "training stalled: rank 1 did not respond; rank 0 waited"
 
 
 @pytest.mark.parametrize("wait", [Ranks.exchange, Ranks.gather, dist.all_reduce.__wrapped__])
-def test_code_that_waits_for_other_ranks_is_known(wait):
+def test_code_that_waits_for_other_ranks_is_recognised(wait):
     assert any(place in wait.__code__.co_filename for place in WAITING_PLACES)
 
 
@@ -62,7 +62,7 @@ class FakeEvent:
         return 10.0 * (end.number - self.number)
 
 
-def test_on_a_gpu_phases_last_as_long_as_the_work_and_nothing_waits_for_it():
+def test_gpu_phases_are_timed_by_events_without_waiting():
     FakeEvent.made = FakeEvent.done = 0
     clock = PhaseClock(DevicePhases(FakeEvent))
     for phase in ("data", "forward", "backward", "forward"):
@@ -77,7 +77,7 @@ def test_on_a_gpu_phases_last_as_long_as_the_work_and_nothing_waits_for_it():
 
 
 @pytest.mark.slow
-def test_a_rank_that_sleeps_ends_the_attempt_with_the_stacks_of_all(launcher, training_shards):
+def test_sleeping_rank_ends_the_attempt_with_the_stacks_of_all_ranks(launcher, training_shards):
     codes, outputs = launcher.run("stalled")
     assert codes == [STALL_EXIT, STALL_EXIT], outputs
     events = [json.loads(line) for line in (launcher.folder / "stalled.events").read_text().splitlines()]
