@@ -45,8 +45,8 @@ class CategoryTable:
             raise DataError(f"category ids must be unique; these appear more than once: {'; '.join(rows)}")
         if len(self.categories) > MAX_CATEGORIES:
             raise DataError(
-                f"{len(self.categories)} categories are more than {MAX_CATEGORIES}; this is no list of classes (were "
-                "ids of segments or images taken for it?)"
+                f"{len(self.categories)} categories exceed the limit of {MAX_CATEGORIES}; this is not a list of "
+                "classes (are these ids of segments or images?)"
             )
 
     @cached_property

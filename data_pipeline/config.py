@@ -136,7 +136,7 @@ class ScaleJitter(Section):
 
 def _check_edges(shortest_edges: tuple[int, ...], max_size: int) -> None:
     if not shortest_edges:
-        raise ConfigError("data.augment.shortest_edges is empty; name at least one size")
+        raise ConfigError("data.augment.shortest_edges is empty; list at least one size")
     if max_size < min(shortest_edges):
         raise ConfigError(
             f"data.augment.max_size is {max_size}, below the smallest of shortest_edges, which is {min(shortest_edges)}"
@@ -237,7 +237,7 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.train:
-            raise ConfigError("data.train is empty: name at least one data set, for example [{dataset: train}]")
+            raise ConfigError("data.train is empty: list at least one data set, for example [{dataset: train}]")
         if self.rasterise == "crop" and self.task != "instance":
             raise ConfigError(
                 f"data.rasterise is crop, which draws the polygons of instances, but data.task is {self.task}; set "
@@ -245,6 +245,6 @@ class DataConfig(Section):
             )
         if self.copy_paste is not None and isinstance(self.augment, ScaleJitter):
             raise ConfigError(
-                "data.copy_paste needs two images of one size, and data.augment.kind scale keeps their shapes; choose "
-                "lsj or shortest_edge"
+                "data.copy_paste needs images of equal size, but data.augment.kind scale keeps their shapes; use lsj "
+                "or shortest_edge"
             )

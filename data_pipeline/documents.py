@@ -47,7 +47,7 @@ def parse_yaml(text: str | bytes) -> Any:
             expanded aliases hold too many values.
     """
     if len(text) > MAX_YAML_BYTES:
-        raise DocumentError(f"it has {len(text)} bytes; more than {MAX_YAML_BYTES} are refused")
+        raise DocumentError(f"it has {len(text)} bytes; the limit is {MAX_YAML_BYTES}")
     try:
         return yaml.load(text, Loader=_BoundedLoader)
     except DocumentError:
@@ -73,7 +73,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self._depth >= MAX_YAML_DEPTH:
-            raise self._too_much(f"nested deeper than {MAX_YAML_DEPTH}")
+            raise self._too_much(f"nested deeper than {MAX_YAML_DEPTH} levels")
         is_alias = self.check_event(yaml.AliasEvent)
         self._depth += 1
         node = super().compose_node(parent, index)
@@ -81,13 +81,13 @@ class _BoundedLoader(yaml.SafeLoader):
         if node is not None:
             if id(node) not in self._extents:
                 if is_alias:
-                    raise self._too_much("an alias within what it stands for")
+                    raise self._too_much("an alias contains itself")
                 self._extents[id(node)] = self._extent(node)
             values, depth = self._extents[id(node)]
             if values > MAX_YAML_NODES:
-                raise self._too_much(f"more than {MAX_YAML_NODES} values, with all that its aliases stand for")
+                raise self._too_much(f"more than {MAX_YAML_NODES} values after expansion of aliases")
             if self._depth + depth > MAX_YAML_DEPTH:
-                raise self._too_much(f"nested deeper than {MAX_YAML_DEPTH}")
+                raise self._too_much(f"nested deeper than {MAX_YAML_DEPTH} levels")
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

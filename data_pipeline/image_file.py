@@ -64,7 +64,7 @@ def read_header(data: bytes) -> ImageHeader:
         return _read_png_header(data)
     if data[:4] in _TIFF_SIGNATURES or data.startswith(b"BM") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         return _read_other_header(data)
-    raise BrokenImageError("it is neither a JPEG nor a PNG, TIFF, BMP or WebP file; convert it")
+    raise BrokenImageError("it is not a JPEG, PNG, TIFF, BMP or WebP file; convert it")
 
 
 def is_hidden_copy(name: str) -> bool:
@@ -94,7 +94,7 @@ def frame_orientation(header: ImageHeader, height: int, width: int) -> int:
     if stored == annotated:
         return 1
     raise BrokenImageError(
-        f"the image is {shown[1]} x {shown[0]} pixels, its annotation {width} x {height}; they must belong together"
+        f"the image is {shown[1]} x {shown[0]} pixels, but its annotation is {width} x {height}; check that they match"
     )
 
 
@@ -145,7 +145,7 @@ def decode_index_png(data: bytes) -> np.ndarray:
     """
     header = read_header(data)
     if header.ext != "png" or header.mode not in ("gray", "palette"):
-        raise BrokenImageError(f"a label map must be a grey or palette PNG, and this is {header.mode} {header.ext}")
+        raise BrokenImageError(f"a label map must be a grey or palette PNG, but this is {header.mode} {header.ext}")
     if header.mode == "palette":
         data = _without_palette(data)
     values = _decode(data, cv2.IMREAD_UNCHANGED)
@@ -161,7 +161,7 @@ def decode_id_png(data: bytes) -> np.ndarray:
         BrokenImageError: the file is not a PNG, or cannot be decoded.
     """
     if read_header(data).ext != "png":
-        raise BrokenImageError("panoptic ids must be a PNG; JPEG and WebP change colours")
+        raise BrokenImageError("panoptic ids must be stored as PNG; JPEG and WebP change colours")
     padded = cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR_RGB), cv2.COLOR_RGB2RGBA)  # four bytes are read as one uint32
     return padded.view("<u4")[..., 0] & np.uint32(0xFFFFFF)
 
@@ -176,7 +176,7 @@ def decode_index_map(data: bytes) -> np.ndarray:
         return decode_index_png(data)
     values = _exact_pixels(data)
     if values.ndim != 2:
-        raise BrokenImageError("a label map must be grey or have a palette, and this file has colours")
+        raise BrokenImageError("a label map must be grey or have a palette, but this file is in colour")
     return values
 
 
@@ -190,7 +190,7 @@ def decode_id_map(data: bytes) -> np.ndarray:
         return decode_id_png(data)
     colors = _exact_pixels(data)
     if colors.ndim != 3:
-        raise BrokenImageError("this map holds its ids in three 8-bit channels, and the file has one")
+        raise BrokenImageError("this map must store ids in three 8-bit channels, but the file has one")
     red, green, blue = np.moveaxis(colors.astype(np.uint32), -1, 0)
     return red | green << 8 | blue << 16
 
@@ -228,7 +228,7 @@ def _exact_pixels(data: bytes) -> np.ndarray:
     header = read_header(data)
     if header.ext not in ("tif", "bmp"):
         raise BrokenImageError(
-            "maps of labels must be a PNG, TIFF or BMP; JPEG and WebP change values, so export the map again as PNG"
+            "label maps must be PNG, TIFF or BMP; JPEG and WebP change values, so export the map again as PNG"
         )
     if header.orientation != 1:
         raise BrokenImageError(f"the map has EXIF orientation {header.orientation}; save it upright")
@@ -241,9 +241,9 @@ def _exact_pixels(data: bytes) -> np.ndarray:
     except Exception as error:  # as in `_read_other_header`
         raise BrokenImageError(f"it cannot be decoded ({error!r:.100})") from error
     if header.ext == "tif" and compression not in _EXACT_TIFF:
-        raise BrokenImageError(f"a map in a TIFF with {compression} compression has other values; save it with LZW")
+        raise BrokenImageError(f"TIFF with {compression} compression may change the values of a map; save it with LZW")
     if mode in ("1", "L") and tags.get(_TIFF_PHOTOMETRIC) == 0:
-        raise BrokenImageError("the map is a TIFF that counts white as 0; save it with black as 0")
+        raise BrokenImageError("the map is a TIFF in which white is 0; save it with black as 0")
     if mode == "1" and header.ext == "bmp" and data[28:30] != b"\1\0":  # Pillow separates the two values by a threshold
         raise BrokenImageError("the map is a BMP with more than 1 bit and two greys in its palette; save it as PNG")
     if mode == "RGB" and bits == {8}:
@@ -252,7 +252,7 @@ def _exact_pixels(data: bytes) -> np.ndarray:
         return values // (255 // (2 ** max(bits) - 1))
     if mode in ("1", "P") or mode.startswith("I;16"):
         return values.astype(np.uint16 if mode.startswith("I") else np.uint8)
-    raise BrokenImageError(f"a map must have 8 or 16 bits of grey, a palette or 8 bits per colour, and this is {mode}")
+    raise BrokenImageError(f"a map must be 8-bit or 16-bit grey, palette or 8-bit RGB, but this is {mode}")
 
 
 def _read_other_header(data: bytes) -> ImageHeader:
@@ -264,13 +264,13 @@ def _read_other_header(data: bytes) -> ImageHeader:
     except Exception as error:  # Pillow's plugins raise any exception for damaged bytes
         raise BrokenImageError(f"its header cannot be read ({error!r:.100})") from error
     if frames != 1:
-        raise BrokenImageError(f"it holds {frames} images; save the one that is meant")
+        raise BrokenImageError(f"it contains {frames} images; save the one to use as a separate file")
     if mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "I;16", "I;16B", "I;16L"):
         bits = 16 if mode.startswith("I;16") else 8
         name = {"L": "gray", "1": "gray", "I": "gray", "P": "palette", "C": "cmyk"}.get(mode[0], mode.lower())
         ext: Literal["tif", "bmp", "webp"] = "tif" if kind == "TIFF" else "bmp" if kind == "BMP" else "webp"
         return ImageHeader(ext, height, width, name, bits, orientation if 1 <= orientation <= 8 else 1)
-    raise BrokenImageError(f"its pixels are of the kind {mode!r}, which has no stated range; convert it to 8 bits")
+    raise BrokenImageError(f"its pixel format {mode!r} has no defined value range; convert it to 8 bits")
 
 
 def _read_jpeg_header(data: bytes) -> ImageHeader:
@@ -281,9 +281,9 @@ def _read_jpeg_header(data: bytes) -> ImageHeader:
         elif marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
             orientation = _exif_orientation(data[start + 6 : end])
         elif marker == 0xDA and data.rfind(b"\xff\xd9", end) < 0:
-            raise BrokenImageError("the JPEG file is cut off (no end marker); fetch it again")
+            raise BrokenImageError("the JPEG file is truncated (no end marker); copy it again")
     if frame is None:
-        raise BrokenImageError("the JPEG file has no image in it")
+        raise BrokenImageError("the JPEG file contains no image")
     bit_depth, height, width, channels = frame
     return ImageHeader("jpg", height, width, _JPEG_MODES.get(channels, f"{channels} channels"), bit_depth, orientation)
 
@@ -295,14 +295,14 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         while data[position : position + 2] == b"\xff\xff":  # fill bytes
             position += 1
         if position + 4 > len(data) or data[position] != 0xFF:
-            raise BrokenImageError("the JPEG file is cut off or damaged in its header; fetch it again")
+            raise BrokenImageError("the JPEG file is truncated or has a damaged header; copy it again")
         marker = data[position + 1]
         position += 2
         if marker in _JPEG_WITHOUT_LENGTH:
             continue
         end = position + int.from_bytes(data[position : position + 2], "big")
         if end > len(data) or end < position + 2:
-            raise BrokenImageError("the JPEG file is cut off or damaged in its header; fetch it again")
+            raise BrokenImageError("the JPEG file is truncated or has a damaged header; copy it again")
         yield marker, position + 2, end
         position = end
 
@@ -326,10 +326,10 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     while kind != b"IEND":
         end = position + 12 + int.from_bytes(data[position : position + 4], "big")
         if end > len(data):
-            raise BrokenImageError("the PNG file is cut off; fetch it again")
+            raise BrokenImageError("the PNG file is truncated; copy it again")
         kind, payload = data[position + 4 : position + 8], data[position + 8 : end - 4]
         if zlib.crc32(payload, zlib.crc32(kind)) != int.from_bytes(data[end - 4 : end], "big"):
-            raise BrokenImageError(f"the PNG file is damaged (checksum of chunk {kind!r}); fetch it again")
+            raise BrokenImageError(f"the PNG file is damaged (checksum of chunk {kind!r}); copy it again")
         yield kind, payload
         position = end
 

@@ -25,11 +25,11 @@ def key_problem(key: object) -> str | None:
     if isinstance(key, str) and _USUAL.fullmatch(key):
         return None
     if not isinstance(key, str) or not key:
-        return "is not a text with at least one character"
+        return "is not a non-empty string"
     if len(key) > MAX_KEY:
         return f"has {len(key)} characters, more than {MAX_KEY}"
     if found := _FORBIDDEN.search(key):
-        return f"holds the character {found[0]!a}"
+        return f"contains the character {found[0]!a}"
     if not {"", ".", ".."}.isdisjoint(key.split("/")):
         return "is not a path inside its folder"
     return None
@@ -38,6 +38,6 @@ def key_problem(key: object) -> str | None:
 def check_key(key: object, where: str) -> str:
     """Return `key` as a str. Raises DataError if it is invalid; the message begins with `where`."""
     if (problem := key_problem(key)) is not None:
-        raise DataError(f"{where}: the name {key!a:.100} {problem}; rename it there")
+        raise DataError(f"{where}: the name {key!a:.100} {problem}; rename it")
     assert isinstance(key, str)
     return key

@@ -38,7 +38,7 @@ class LabelSpace:
         """Build a label space from the value of `to_json`. Raises DataError, naming `source`, if it is invalid."""
         try:
             if content["task"] not in get_args(Task):
-                raise DataError(f"{source}: a label space is for the task {content['task']!r}, which is not known here")
+                raise DataError(f"{source}: the label space has the unknown task {content['task']!r}")
             classes = [
                 Category(
                     int(c["id"]), str(c["name"]), bool(c["is_thing"]), (c["color"][0], c["color"][1], c["color"][2])
@@ -46,7 +46,7 @@ class LabelSpace:
                 for c in content["classes"]
             ]
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise DataError(f"{source}: a label space cannot be read ({error!r})") from error
+            raise DataError(f"{source}: the label space cannot be read ({error!r})") from error
         return cls(content["task"], tuple(classes))
 
 

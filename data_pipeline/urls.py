@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 
 REMEDY = (
-    "Leave it out, and set in the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-    "MLFLOW_TRACKING_TOKEN, for an MLflow server; PGUSER and PGPASSWORD for a PostgreSQL database; AWS_ACCESS_KEY_ID "
-    "and AWS_SECRET_ACCESS_KEY for a store"
+    "Remove that part, and set credentials in the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+    "or MLFLOW_TRACKING_TOKEN, for an MLflow server; PGUSER and PGPASSWORD for a PostgreSQL database; "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for a store"
 )
 """Last sentence of messages about a result of `url_problem`."""
 
@@ -40,14 +40,14 @@ def url_problem(text: str) -> str | None:
         is_name = holds_paths or scheme in _NAME_SCHEMES
         return "has a user or password before an @" if not is_name and _USER.match(text) else None
     if scheme and not _SCHEME.fullmatch(scheme):
-        return "is not one URL from its first character on"
+        return "does not start with a URL scheme"
     if "@" in authority or ("@" in path + extra and not holds_paths):
         return "has a user, token or password before an @ (write %40 for an @ in a path)"
     if extra or (";" in path and not holds_paths):
-        return "has parameters, after one of ? # ;"
+        return "has parameters after ?, # or ;"
     if not (_BUCKET if _kind(scheme) == "s3" else _HOST).fullmatch(authority):
-        return "has something else than host and port, or the name of a bucket, after ://"
-    return "holds a second URL" if "://" in path else None
+        return "has something other than host and port, or a bucket name, after ://"
+    return "contains a second URL" if "://" in path else None
 
 
 def without_secrets(text: str) -> str:

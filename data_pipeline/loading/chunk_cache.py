@@ -66,7 +66,8 @@ class ChunkCache:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(
-                f"data.cache.folder {config.folder} cannot be made ({error.strerror}); choose a folder on a local disk"
+                f"data.cache.folder {config.folder} cannot be created ({error.strerror}); choose a folder on a local "
+                "disk"
             ) from error
         self._limit = round(config.max_gb * 1e9)
         self._counters, self._upcoming = counters, upcoming
@@ -137,7 +138,7 @@ class ChunkCache:
             self._warned = True
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             log.warning(
-                "the cache %s cannot be written (%s); reading goes on with what it holds%s",
+                "cannot write to the cache %s (%s); reading continues with its current content%s",
                 self._chunks.parent,
                 error.strerror,
                 ". Free some space, or lower data.cache.max_gb" if full else "",

@@ -149,7 +149,7 @@ class SubstituteFinder:
             cause = str(sample.members)
             substitutions.append(Substitution(position, self._key(sample.ref), cause, self._key(ref)))
             return RawSample(ref, members)
-        raise DataError(f"{sample.members}; nor can any of the {_MAX_CANDIDATES} samples after it in the order be used")
+        raise DataError(f"{sample.members}; none of the next {_MAX_CANDIDATES} samples in the order can be used either")
 
     def _key(self, ref: SampleRef) -> str:
         return str(self._manifests[ref.dataset].key[ref.index])

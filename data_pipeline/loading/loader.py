@@ -136,7 +136,7 @@ def _thing_labels(manifest: Manifest, data: DataConfig) -> frozenset[int]:
     classes = manifest.categories.for_task(data.task)
     things = frozenset(label for label, category in enumerate(classes) if category.is_thing)
     if data.copy_paste is not None and not things:
-        raise DataError(f"{manifest.url}: no class is a thing, so data.copy_paste has nothing to paste; leave it out")
+        raise DataError(f"{manifest.url}: no class is a thing, so data.copy_paste has nothing to paste; remove it")
     return things
 
 
@@ -155,9 +155,9 @@ def mixture_labels(manifests: Sequence[Manifest], task: Task) -> list[dict[int, 
         unknown = [c.name for c in other.categories.for_task(task) if (c.name, c.is_thing) not in classes]
         if unknown:
             raise DataError(
-                f"the first data set of a mixture defines the classes, and {first.url} does not have {unknown[:5]} of "
-                f"{other.url} (by name, as thing or stuff); name the one with all classes first, or shard them with "
-                "the same categories"
+                f"the first data set of a mixture defines the classes, but {first.url} does not have {unknown[:5]} of "
+                f"{other.url} (matched by name and by thing or stuff); list the one with all classes first, or shard "
+                "them with the same categories"
             )
     others = [{c.id: classes[c.name, c.is_thing] for c in m.categories.for_task(task)} for m in manifests[1:]]
     return [first.categories.labels(task), *others]
@@ -325,7 +325,7 @@ def _results(
             raise
         raise LoaderDiedError(
             f"a loader process died ({error!r}). Usually memory or /dev/shm is too small: lower data.workers or "
-            "data.prefetch_steps, or give the container more of it"
+            "data.prefetch_steps, or increase the container's memory or /dev/shm"
         ) from error
 
 

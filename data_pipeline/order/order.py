@@ -188,7 +188,7 @@ class MixtureOrder:
             if after > before:
                 return child.at(before)
             position -= before
-        raise AssertionError("the last share is 1 and takes what the others left")
+        raise AssertionError("unreachable: the last share is 1, so it takes all remaining positions")
 
     def refs(self, start: int, count: int) -> SampleRefs:
         """Return the samples at `count` consecutive positions, starting at `start`."""

@@ -91,13 +91,13 @@ def format_read_costs(found: ReadCosts, ranks: SimulatedRanks) -> str:
     memory = found.fetched_peak + found.batch_bytes
     lines = [
         f"{counted(ranks.world, 'rank')} with {counted(ranks.batch, 'image')} each on "
-        f"{counted(machines, 'machine')}, {speed:,.0f} images/s in all",
-        f"an epoch      {counted(found.images, 'image')} in {counted(found.chunks, 'chunk')}, "
+        f"{counted(machines, 'machine')}, {speed:,.0f} images/s in total",
+        f"epoch         {counted(found.images, 'image')} in {counted(found.chunks, 'chunk')}, "
         f"{found.chunk_bytes / 1e9:,.2f} GB, "
         f"{found.images / speed / 60:,.1f} minutes",
         f"reads         {found.reads / found.chunks:.2f} per chunk, {per_image * speed:,.1f} requests/s, "
         f"{rate:,.1f} MB/s ({rate / machines:,.1f} MB/s per machine)",
-        f"with a cache  {found.cached_reads / found.chunks:.2f} reads per chunk in the first epoch; none later where "
+        f"with a cache  {found.cached_reads / found.chunks:.2f} reads per chunk in the first epoch; none later if "
         f"data.cache.max_gb is {found.chunk_bytes / 1e9:,.2f} or more (a machine reads "
         f"{found.machine_bytes / 1e9:,.2f} GB per epoch)",
         f"memory        {memory / 1e6:,.0f} MB per rank: {found.fetched_peak / 1e6:,.0f} MB of files, "

@@ -148,9 +148,9 @@ def _ids(manifest: Manifest, names: Sequence[str], dataset: str, setting: str) -
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "`m2f stats` lists them"
+            hint = f"did you mean {close[0]!r}?" if close else "`m2f stats` lists its classes"
             raise DataError(
-                f"data.train: {setting} of {dataset!r} names the class {name!r}, which is not in it; {hint}"
+                f"data.train: {setting} of {dataset!r} lists the class {name!r}, which it does not have; {hint}"
             )
     return [category.id for category in manifest.categories.categories if category.name in names]
 
@@ -182,6 +182,6 @@ def _empty_selection(manifest: Manifest, item: MixtureItem, config: DataConfig) 
             "data set"
         )
     return (
-        f"{manifest.url}: none of its {total} images passes include {list(item.include)} and exclude "
-        f"{list(item.exclude)} of {item.dataset!r} in data.train; loosen them"
+        f"{manifest.url}: none of its {total} images matches include {list(item.include)} and exclude "
+        f"{list(item.exclude)} of {item.dataset!r} in data.train; relax these filters"
     )

@@ -120,7 +120,7 @@ def open_dataset(dataset: DatasetConfig) -> tuple[Reader, tuple[UnusableAnnotati
         DataError: the data set has no source, or its files are missing, unreadable or contradict each other.
     """
     if dataset.source is None:
-        raise DataError("there is no source to read; set datasets.<name>.source")
+        raise DataError("no source is configured; set datasets.<name>.source")
     reader = open_reader(dataset.source, dataset.max_pixels, skip_bad=True)
     unusable = tuple(reader.unusable)
     if dataset.background is not None:

@@ -16,7 +16,7 @@ from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_col
 from m2f.data_pipeline.sample import Annotation
 from m2f.data_pipeline.sources import Ade20kSource
 
-_UNKNOWN = "are no classes of the challenge (labels 0 to 150, instances 1 to 100)"
+_UNKNOWN = "are not classes of the challenge (labels 0 to 150, instances 1 to 100)"
 _THINGS = CATEGORIES_150.for_task("instance")
 """The 100 things in the order of the 150 classes. Instance maps number them from 1."""
 _IS_STUFF = np.array([not (c := CATEGORIES_150.by_id.get(value)) or not c.is_thing for value in range(256)])
@@ -58,11 +58,11 @@ class PanopticMaps:
         labels, colors = read_index_map(maps[0], max_pixels), read_color_map(maps[1], max_pixels)
         if labels.shape != colors.shape:
             raise DataError(
-                f"{maps[1]}: the instance map is {colors.shape[1]} x {colors.shape[0]} pixels, the label map "
-                f"{labels.shape[1]} x {labels.shape[0]}; they must belong together"
+                f"{maps[1]}: the instance map is {colors.shape[1]} x {colors.shape[0]} pixels, but the label map is "
+                f"{labels.shape[1]} x {labels.shape[0]}; check that they match"
             )
         if labels.dtype != np.uint8:
-            raise DataError(f"{maps[0]}: label maps of the challenge have 8 bits, this one has 16")
+            raise DataError(f"{maps[0]}: label maps of the challenge have 8 bits, but this one has 16")
         stuff = np.where(_IS_STUFF[labels], labels, 0)
         has_instance = (colors >> 8 & 255) != 0
         return partition(np.where(has_instance, colors & 0xFFFF, stuff), _classify, maps[1], _UNKNOWN)

@@ -43,9 +43,9 @@ def read_category_file(
         if value in void:
             raise DataError(
                 f"{where}: {value} is the label of {name!r} and in the list of void labels (source.void, or --void of "
-                f'`m2f index`); take it out of that list, or mark the entry with "ignore": true'
+                f'`m2f index`); remove it from that list, or mark the entry with "ignore": true'
             )
         categories.append(Category(value, name, is_thing, read_color(entry, number, where)))
     if not categories:
-        raise DataError(f"{path} defines no category beside void")
+        raise DataError(f"{path} defines no category except void")
     return CategoryTable(tuple(categories)), frozenset(ignored)

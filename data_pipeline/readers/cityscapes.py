@@ -83,8 +83,8 @@ def open_cityscapes_panoptic(source: CityscapesPanopticSource, max_pixels: int) 
     missing = [image_id for image_id in ids if image_id not in by_id]
     if missing:
         raise DataError(
-            f"{images} lacks {len(missing)} images of {path}, as <id>{_IMAGE_ENDING}: {some(missing)}; "
-            "point source.images at leftImg8bit or at its folder of this split"
+            f"{images} lacks {len(missing)} images of {path}, named <id>{_IMAGE_ENDING}: {some(missing)}; "
+            "set source.images to leftImg8bit or to its folder of this split"
         )
     if "images" not in document:
         document["images"] = [_image_entry(image_id, images / by_id[image_id]) for image_id in ids]
@@ -153,7 +153,7 @@ class InstanceIds:
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
         """Return one segment for each instance, each group and each stuff class."""
         values = read_index_map(maps[0], max_pixels)
-        return partition(values, _classify, maps[0], f"belong to no label of Cityscapes (0 to {_LAST_LABEL})")
+        return partition(values, _classify, maps[0], f"do not belong to a Cityscapes label (0 to {_LAST_LABEL})")
 
 
 def _classify(value: int) -> Region | None:

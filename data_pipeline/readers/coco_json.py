@@ -19,7 +19,7 @@ from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 Box = tuple[float, float, float, float]
 NUMBERED = "/numbered"
 """Field that marks annotations with a new id instead of the one in the file."""
-READ_SIZES = "images whose size the JSON does not state, read from the files"
+READ_SIZES = "images without a size in the JSON (read from the files)"
 MAX_CATEGORY_ID = 2**31 - 1
 """Largest category id. The manifest stores category ids in 32 bits."""
 MAX_AREA = 1e15
@@ -183,7 +183,7 @@ def category_id(entry: Any, name: str, where: str) -> int:
     """Return the id of a category, an integer of 32 bits as stored in the manifest. Raises DataError if invalid."""
     number = whole_number(entry, name, where)
     if not -MAX_CATEGORY_ID <= number <= MAX_CATEGORY_ID:
-        raise DataError(f"{where}: {name} is {str(number)[:40]}; ids of categories have 32 bits, number them anew")
+        raise DataError(f"{where}: {name} is {str(number)[:40]}; category ids are limited to 32 bits, renumber them")
     return number
 
 

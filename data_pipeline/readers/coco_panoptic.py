@@ -140,8 +140,8 @@ class CocoPanopticReader:
         ids = read_color_map(path, self.max_pixels)
         if ids.shape != (record.image.height, record.image.width):
             raise DataError(
-                f"{path}: the mask is {ids.shape[1]} x {ids.shape[0]} pixels, the image "
-                f"{record.image.width} x {record.image.height}; they must belong together"
+                f"{path}: the mask is {ids.shape[1]} x {ids.shape[0]} pixels, but the image is "
+                f"{record.image.width} x {record.image.height}; check that they match"
             )
         runs = find_runs(ids)
         values, of_run = np.unique(runs.value, return_inverse=True)
@@ -153,7 +153,7 @@ class CocoPanopticReader:
                 stated_area(entry, where)
                 stated_box(entry, where)
                 if int(entry["id"]) not in present:
-                    raise DataError(f"{where} of its JSON entry has no pixel")
+                    raise DataError(f"{where} is in its JSON entry but has no pixel")
                 usable.append(entry)
             except DataError as error:
                 left_out.append(str(error))
@@ -191,7 +191,7 @@ def _read_records(
     wrong = [image_id for image_id, group in groups.items() if len(group) != 1]
     if wrong:
         raise DataError(
-            f"{path}: every image needs one entry in `annotations`; these have none or several: {some(wrong)}"
+            f"{path}: every image needs exactly one entry in `annotations`; these have none or several: {some(wrong)}"
         )
     records = []
     for key, image in zip(keys, images, strict=True):
@@ -218,7 +218,7 @@ def _usable_segments(
             coco_json.known_category(entry, categories, where)
             stated_flag(entry, "iscrowd", where)
             if own is None:
-                raise DataError(f"{where}: id is {repr(entry.get('id'))[:40]}, not a whole number of 1 to 16777215")
+                raise DataError(f"{where}: id is {repr(entry.get('id'))[:40]}, not a whole number from 1 to 16777215")
             if count[own] > 1:
                 raise DataError(f"{where}: {count[own]} segments have this id")
             usable.append(entry)
@@ -278,7 +278,7 @@ def _ids_by_name(used: Sequence[Category], categories: CategoryTable, path: str,
     found = require_match(used, categories.categories, path, panoptic_path, ids=False)
     if found.only_first:
         raise DataError(
-            f"{path} has instances of {some(found.only_first)}, and {panoptic_path} has no category of that name; give "
+            f"{path} has instances of {some(found.only_first)}, but {panoptic_path} has no category of that name; give "
             "the same class the same name in both files"
         )
     places = [label for label in found.labels if label is not None]

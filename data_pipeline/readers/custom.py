@@ -116,7 +116,7 @@ def check_annotation(annotation: Annotation, categories: CategoryTable, where: s
     for kind, ids in (("seg", seg), ("inst", inst)):
         named = [segment.id for segment in annotation.segments if segment.map == kind]
         if len(set(named)) != len(named):
-            raise DataError(f"{where}: segment ids of `{kind}` repeat")
+            raise DataError(f"{where}: segment ids of `{kind}` are not unique")
         present = set() if ids is None else set(np.unique(ids).tolist()) - {VOID_ID}
         if nameless := sorted(present - set(named)):
             raise DataError(f"{where}: `{kind}` has ids without a segment: {some(nameless)}")

@@ -78,7 +78,7 @@ def require_size(header: ImageHeader, max_pixels: int) -> None:
     """Raise BrokenImageError if an image has more than `max_pixels` pixels."""
     if header.height * header.width > max_pixels:
         raise BrokenImageError(
-            f"{header.width} x {header.height} pixels are more than max_pixels ({max_pixels}); shrink the image or "
+            f"{header.width} x {header.height} pixels exceed max_pixels ({max_pixels}); shrink the image or "
             "raise datasets.<name>.max_pixels"
         )
 
@@ -106,21 +106,21 @@ def require_file(path: str) -> None:
     """Raise DataError if a path is not an existing local file."""
     _require_local(path)
     if not Path(path).is_file():
-        raise DataError(f"{path} does not exist or is no file; check the paths under datasets.<name>.source")
+        raise DataError(f"{path} does not exist or is not a file; check the paths under datasets.<name>.source")
 
 
 def require_folder(path: str) -> Path:
     """Return a folder as a Path. Raises DataError if it is not an existing local folder."""
     _require_local(path)
     if not Path(path).is_dir():
-        raise DataError(f"{path} does not exist or is no folder; check the paths under datasets.<name>.source")
+        raise DataError(f"{path} does not exist or is not a folder; check the paths under datasets.<name>.source")
     return Path(path)
 
 
 def _require_local(path: str) -> None:
     if "://" in path:
         raise DataError(
-            f"{path}: raw data is read from local or mounted folders; copy or mount it, only shards can be in s3://"
+            f"{path}: raw data must be in a local or mounted folder; copy or mount it, only shards can be in s3://"
         )
 
 

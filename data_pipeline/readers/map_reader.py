@@ -130,7 +130,7 @@ def read_color_map(path: Path, max_pixels: int) -> np.ndarray:
         require_size(header, max_pixels)
         if header.mode.startswith("gray") or header.bit_depth > 8:
             raise BrokenImageError(
-                f"this map holds its ids in three 8-bit channels, and the file is {header.bit_depth}-bit {header.mode}"
+                f"this map must store ids in three 8-bit channels, but it is {header.bit_depth}-bit {header.mode}"
             )
         return decode_id_map(data)
     except BrokenImageError as error:
@@ -166,7 +166,7 @@ def pair_files(
         ends = tuple(ending.lower() for ending in (*map_endings, *other_map_endings))
         image_names = {stem: name for stem, name in image_names.items() if not name.lower().endswith(ends)}
     if not image_names:
-        raise DataError(f"{images} holds no image ({', '.join(image_endings)}); the data set is empty")
+        raise DataError(f"{images} contains no image ({', '.join(image_endings)}); the data set is empty")
     map_names = []
     for folder in maps:
         names = _names_by_stem(folder, map_endings)
@@ -178,8 +178,8 @@ def pair_files(
         if alone:
             endings = ", ".join((*map_endings, *other_map_endings))
             raise DataError(
-                f"{len(alone)} files have no partner of the same stem between {images} ({', '.join(image_endings)}) "
-                f"and {folder} ({endings}): {some(alone)}"
+                f"{len(alone)} files in {images} ({', '.join(image_endings)}) and {folder} ({endings}) have no "
+                f"counterpart with the same stem: {some(alone)}"
             )
         map_names.append(names)
     stems = sorted(image_names)

@@ -43,7 +43,7 @@ class InstanceMaps:
             read_index_map(maps[0], max_pixels),
             self._classify,
             maps[0],
-            f"(256 x label + instance) belong to no label of the config file (0 to {last}); take the instances "
+            f"(256 x label + instance) do not belong to a label of the config file (0 to {last}); use the instances "
             "folder (16 bits) and the config file of the same version",
         )
 
@@ -70,5 +70,5 @@ def _read_labels(path: str) -> tuple[Category | None, ...]:
         name = str(entry.get("readable") or field(entry, "name", where))
         labels.append(Category(number, name, is_thing, read_color(entry, number, where)) if is_evaluated else None)
     if not any(labels):
-        raise DataError(f"{path}: no label has `evaluate` true; there is nothing to learn")
+        raise DataError(f"{path}: no label has `evaluate` true, so there is no class to learn")
     return tuple(labels)

@@ -19,11 +19,11 @@ from m2f.data_pipeline.sample import Segment, id_dtype
 
 _MAX_POLYGON_EXTENT = 10
 """Limit of polygon coordinates as a multiple of the longer image side. Larger ones are refused."""
-NUMBERED_IDS = "annotations with a missing, repeated or unusable id, numbered anew"
+NUMBERED_IDS = "annotations with a missing, repeated or unusable id, renumbered"
 SHORT_RINGS = "objects with stray rings of at most two points, which were left out"
 NO_PIXELS = "objects whose mask has no pixel (normalised coordinates?)"
-OUTSIDE = "objects outside the frame of their image (rescaled images, or x and y exchanged?)"
-OVERHANGING = "objects of whose polygons more than a fifth lies outside the frame (rescaled images?)"
+OUTSIDE = "objects outside the frame of their image (rescaled images, or x and y swapped?)"
+OVERHANGING = "objects with more than a fifth of their polygons outside the frame (rescaled images?)"
 OTHER_AREA = "segments whose pixels are less than half or more than twice their stated area (rescaled images?)"
 _TELLING_AREA = 100
 """Smallest area in pixels that is checked. In smaller segments, the border is a large part of the area."""
@@ -226,7 +226,7 @@ def read_rle(segmentation: Any, height: int, width: int, name: str) -> Any:
     match segmentation:
         case {"counts": counts, "size": [int(rle_height), int(rle_width)]}:
             if (rle_height, rle_width) != (height, width):
-                raise DataError(f"{name}: its RLE is {rle_width} x {rle_height}, the image {width} x {height}")
+                raise DataError(f"{name}: its RLE is {rle_width} x {rle_height}, but the image is {width} x {height}")
             return _checked_rle(counts, height, width, name)
         case [_, *_]:
             return _polygons(segmentation, height, width, name)

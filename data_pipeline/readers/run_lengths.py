@@ -39,7 +39,7 @@ def check_counts(counts: Any, height: int, width: int, name: str) -> None:
     """
     if isinstance(counts, list):
         if not all(type(run) is int for run in counts):  # 400.5, true
-            raise DataError(f"{name}: its RLE is damaged; runs are whole numbers")
+            raise DataError(f"{name}: its RLE is damaged; runs must be whole numbers")
         sound = all(run >= 0 for run in counts) and sum(counts) == height * width
     else:
         try:

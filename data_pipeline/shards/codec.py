@@ -70,12 +70,14 @@ def decode(members: Mapping[str, bytes]) -> DecodedSample:
         header = read_header(members[extension])
         stored = header.height, header.width
         if size not in (stored, stored[::-1]):  # before decoding: a small file may claim to be huge
-            raise DataError(f"{name}: the image is {stored}, its description says {size}; write the shard again")
+            raise DataError(f"{name}: the image is {stored}, but its description says {size}; write the shard again")
         image = decode_rgb(members[extension], description["exif"]["applied"])
     except BrokenImageError as error:
         raise DataError(f"{name}: {error}") from error
     if image.shape[:2] != size:
-        raise DataError(f"{name}: the image is {image.shape[:2]}, its description says {size}; write the shard again")
+        raise DataError(
+            f"{name}: the image is {image.shape[:2]}, but its description says {size}; write the shard again"
+        )
     annotation = _decode_annotation(members, description, name)
     return DecodedSample(
         key=description["key"],
@@ -111,14 +113,14 @@ def _encode_description(sample: Sample) -> bytes:
 
 def _decode_description(members: Mapping[str, bytes]) -> dict[str, Any]:
     if "json" not in members:
-        raise DataError(f"a sample without its json member: it has {sorted(members)}; the shard is not one of ours")
+        raise DataError(f"a sample has no json member, only {sorted(members)}; the shard was not written by m2f")
     try:
         description = parse_json(members["json"])
         for field in ("key", "image_id", "source", "height", "width", "exif", "inst_layers", "segments"):
             description[field]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"the json member of a sample cannot be read ({error!r}); the shard is not one of ours"
+            f"the json member of a sample cannot be read ({error!r}); the shard was not written by m2f"
         ) from error
     check_key(description["key"], "the json member of a sample")
     return description

@@ -101,12 +101,12 @@ class Columns:
         for part in self._parts(name):
             if part.dictionary.nbytes > _ROWS_AT_ONCE * _TEXT_BYTES:
                 raise DataError(
-                    f"{SAMPLES_FILE}: {name} holds texts of more than {_TEXT_BYTES} bytes; restore the file"
+                    f"{SAMPLES_FILE}: {name} contains texts of more than {_TEXT_BYTES} bytes; restore the file"
                 )
             known = part.dictionary.to_pylist()
             if any(text is not None and len(text) > _TEXT_BYTES for text in known):
                 raise DataError(
-                    f"{SAMPLES_FILE}: {name} holds texts of more than {_TEXT_BYTES} bytes; restore the file"
+                    f"{SAMPLES_FILE}: {name} contains texts of more than {_TEXT_BYTES} bytes; restore the file"
                 )
             texts += [None if code is None else known[code] for code in part.indices.to_pylist()]
         return np.array(texts, dtype=object)
@@ -123,7 +123,7 @@ class Columns:
             lengths.append(np.diff(np.from_dlpack(part.offsets)))
         if not np.array_equal(np.concatenate(lengths), np.diff(bounds)):
             raise DataError(
-                f"{SAMPLES_FILE}: the lists of {name} have other lengths than those beside them; restore it"
+                f"{SAMPLES_FILE}: the lists of {name} differ in length from those of other columns; restore it"
             )
         return np.concatenate(values)
 

@@ -106,7 +106,9 @@ def image_extension(members: Mapping[str, bytes], form: ForeignForm, name: str) 
     """Return the extension of the image member. Raises DataError if there is not exactly one."""
     found = [extension for extension in form.images if extension in members]
     if len(found) != 1:
-        raise DataError(f"{name}: one member of {some(form.images)} must be the image; it has {some(sorted(members))}")
+        raise DataError(
+            f"{name}: exactly one member of {some(form.images)} must be the image; it has {some(sorted(members))}"
+        )
     return found[0]
 
 
@@ -126,7 +128,7 @@ def decode_labels(
         DataError: the labels are missing, damaged, of another size, or unknown.
     """
     if form.map not in members:
-        raise DataError(f"{name} has no member {form.map} with its labels; it has {some(sorted(members))}")
+        raise DataError(f"{name} has no label member {form.map}; it has {some(sorted(members))}")
     try:
         header = read_header(members[form.map])
         _require_size(header, size, f"member {form.map}")
@@ -173,14 +175,18 @@ def _panoptic(
 
 def _colors(data: bytes, header: ImageHeader) -> np.ndarray:
     if header.mode.startswith("gray") or header.bit_depth > 8:
-        raise BrokenImageError(f"it must hold ids in three 8-bit channels, and is {header.bit_depth}-bit {header.mode}")
+        raise BrokenImageError(
+            f"it must store ids in three 8-bit channels, but is {header.bit_depth}-bit {header.mode}"
+        )
     return decode_id_png(data)
 
 
 def _require_size(header: ImageHeader, size: tuple[int, int], what: str) -> None:
     """Raise BrokenImageError for another size. Checked before decoding, because a small file may claim to be huge."""
     if size not in ((header.height, header.width), (header.width, header.height)):
-        raise BrokenImageError(f"{what} is {header.width} x {header.height}, by the manifest {size[1]} x {size[0]}")
+        raise BrokenImageError(
+            f"{what} is {header.width} x {header.height}, but the manifest says {size[1]} x {size[0]}"
+        )
 
 
 @lru_cache(maxsize=16)

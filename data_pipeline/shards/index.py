@@ -91,8 +91,8 @@ def find_tars(urls: Iterable[str], storage: Storage) -> tuple[str, ...]:
             found += [name for name in storage.list(absolute) if name.endswith(".tar")]
     repeated = [url for url, count in Counter(found).items() if count > 1]
     if repeated or not found:
-        problem = f"tars are named twice: {some(repeated)}" if repeated else f"there is no tar at {some(urls)}"
-        raise DataError(f"{problem}; give tars, or folders or s3:// prefixes that hold some")
+        problem = f"tars are given twice: {some(repeated)}" if repeated else f"no tar was found at {some(urls)}"
+        raise DataError(f"{problem}; give tars, or folders or s3:// prefixes that contain tars")
     return tuple(found)
 
 
@@ -110,11 +110,11 @@ def choose_form(tar: str, options: IndexOptions, storage: Storage) -> ForeignFor
     expected = [images, (options.map,), *([(options.json,)] if options.labels == "panoptic" else [])]
     if options.labels is None or not all(members.keys() & set(extensions) for extensions in expected):
         raise DataError(
-            f"{tar}: sample {first.key!r} is not of m2f, and has the members {some(sorted(members), 10)}. Give "
-            f"--labels (is {options.labels}), and the extensions of its image with --image (is {options.image}), of "
-            f"its map with --map (is {options.map}) and, for --labels panoptic, of the JSON with `segments_info` "
-            f"with --json (is {options.json}). Maps that paint classes in colours, polygons and boxes cannot be "
-            "indexed: write them as shards (m2f shard)"
+            f"{tar}: sample {first.key!r} was not written by m2f; its members are {some(sorted(members), 10)}. Give "
+            f"--labels (now {options.labels}), and the extensions of its image with --image (now {options.image}), of "
+            f"its map with --map (now {options.map}) and, for --labels panoptic, of the JSON with `segments_info` "
+            f"with --json (now {options.json}). Maps with a colour per class, polygons and boxes cannot be indexed: "
+            "convert them to shards (m2f shard)"
         )
     return ForeignForm(
         labels=options.labels,
@@ -154,7 +154,7 @@ def index_tars(
     filled = [tar for tar in found if tar.rows]
     if not filled:
         listed = "\n".join(f"  {fault}" for fault in faults[:10])
-        raise DataError(f"{target}: not one sample of {len(tars)} tars can be used\n{listed}")
+        raise DataError(f"{target}: none of the samples in {len(tars)} tars can be used\n{listed}")
     committed = skip_bad or not faults
     if committed:
         _commit(filled, target, form, options.categories, storage)
@@ -237,7 +237,7 @@ class _TarIndexer:
         """Return height and width of the labels, after a check of both headers. Raises DataError."""
         try:
             if form.map not in members:
-                raise BrokenImageError(f"it has no member {form.map} with its labels")
+                raise BrokenImageError(f"it has no label member {form.map}")
             labels = read_header(members[form.map])
             require_size(labels, self._options.max_pixels)
             image = read_header(members[image_extension(members, form, where)])
@@ -317,7 +317,7 @@ def _commit(
 
 
 def _refuse_target(target: str) -> NoReturn:
-    raise DataError(f"{target} holds another data set already; choose another folder, or delete it first")
+    raise DataError(f"{target} already contains another data set; choose another folder, or delete it first")
 
 
 def _first_sample(tar: str, storage: Storage) -> TarSample:
@@ -326,7 +326,7 @@ def _first_sample(tar: str, storage: Storage) -> TarSample:
         if isinstance(found, TarSample):
             return found
         faults.append(found)
-    raise DataError(str(faults[0]) if faults else f"{tar} has no sample; leave it out")
+    raise DataError(str(faults[0]) if faults else f"{tar} contains no sample; leave it out")
 
 
 def _is_m2f_sample(members: dict[str, bytes]) -> bool:

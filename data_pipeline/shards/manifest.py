@@ -179,17 +179,15 @@ class Manifest:
         """
         document = read_document(url, storage)
         if document is None:
-            raise DataError(f"{join(url, DATASET_FILE)} does not exist; make the shards first (m2f shard)")
+            raise DataError(f"{join(url, DATASET_FILE)} does not exist; write the shards first (m2f shard)")
         data = storage.get(join(url, SAMPLES_FILE))
         if hashlib.sha256(data).hexdigest() != document.get("samples", {}).get("sha256"):
-            raise DataError(
-                f"{join(url, SAMPLES_FILE)} is not the file that {DATASET_FILE} was written with; restore it"
-            )
+            raise DataError(f"{join(url, SAMPLES_FILE)} does not match its checksum in {DATASET_FILE}; restore it")
         try:
             opened = cls._of(url, document, Columns(data))
         except (LookupError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
             raise DataError(
-                f"{url}: {DATASET_FILE} and {SAMPLES_FILE} do not say what they must ({error!r:.200}); restore them or "
+                f"{url}: {DATASET_FILE} and {SAMPLES_FILE} have invalid content ({error!r:.200}); restore them or "
                 "write the data set again"
             ) from error
         for shard in opened.shards:
@@ -241,8 +239,8 @@ class Manifest:
         info = storage.stat(url)
         if info.size != size:
             raise StorageError(
-                f"{url} has {info.size} bytes and {size} by its manifest: it was cut off or replaced; copy it again or "
-                "write the data set again (m2f shard)"
+                f"{url} has {info.size} bytes, but its manifest says {size}: it was truncated or replaced; copy it "
+                "again or write the data set again (m2f shard)"
             )
         return info
 
@@ -261,8 +259,8 @@ class Manifest:
         """Split the bytes of a sample into members by extension. Raises DataError if the checksum is wrong."""
         if len(data) != self.length[index] or zlib.crc32(data) != self.crc32[index]:
             raise DataError(
-                f"{self.describe(index)} is damaged: its checksum differs from the manifest's; write it again, or "
-                "start again if the data set was written again in the meantime"
+                f"{self.describe(index)} is damaged: its checksum differs from the manifest's; write its shard again, "
+                "or restart if the data set was rewritten in the meantime"
             )
         names = (self.member_names[code] for code in self.member_codes[index])
         starts, lengths = self.member_offsets[index].tolist(), self.member_lengths[index].tolist()
@@ -324,7 +322,7 @@ def read_document(url: str, storage: Storage) -> dict[str, Any] | None:
         raise DataError(f"{path} is not valid JSON ({error}); restore it or write the data set again") from error
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
-        raise DataError(f"{path} has format {found!r}, and this version reads {FORMAT}; use a matching version of m2f")
+        raise DataError(f"{path} has format {found!r}, but this version reads {FORMAT}; use a matching version of m2f")
     return document
 
 

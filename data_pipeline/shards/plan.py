@@ -57,7 +57,7 @@ def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> Shar
     """
     keys = reader.keys
     if not keys:
-        raise DataError(f"the source of {config.shards} has no sample")
+        raise DataError(f"the source of {config.shards} contains no sample")
     order = np.random.Generator(np.random.Philox(config.seed)).permutation(len(keys))
     hints = [reader.size_hint(int(i)) for i in order[:_SIZE_SAMPLES]]
     num_shards = _rounded_shard_count(sum(hints) / len(hints) * len(keys) / (config.shard_mb * 1e6))
@@ -112,7 +112,7 @@ def clear_target(target: str, storage: Storage) -> None:
     except DataError:  # an unreadable manifest may be replaced
         document = None
     if document is not None and document.get("foreign") is not None:
-        raise DataError(f"{target} is a manifest of `m2f index` for tars of others; choose another folder for shards")
+        raise DataError(f"{target} has a manifest of `m2f index` for existing tars; choose another folder for shards")
     storage.delete(join(target, manifest.DATASET_FILE))
     root = f"{target.rstrip('/')}/"
     for url in storage.list(target):
@@ -143,7 +143,7 @@ def _read_claim(plan: ShardPlan, storage: Storage) -> dict[str, Any] | None:
         return None
     except DocumentError as error:
         raise DataError(
-            f"{url} is not valid JSON ({error}); delete it, and the unfinished job goes on from its parts"
+            f"{url} is not valid JSON ({error}); delete it, and the unfinished job resumes from its parts"
         ) from error
 
 

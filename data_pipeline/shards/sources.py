@@ -216,7 +216,7 @@ def _files(table: pa.Table) -> tuple[SourceFile, ...]:
             state = None if row["size"] is None else FileState(row["size"], row["mtime_ns"], row["sha256"])
             file = SourceFile(row["key"], row["number"], state)
             if (file.key, file.number) in files:
-                raise ValueError(f"file {file.number} of {file.key} is there twice")
+                raise ValueError(f"file {file.number} of {file.key} occurs twice")
             files[file.key, file.number] = file
     return tuple(files.values())
 

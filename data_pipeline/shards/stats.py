@@ -31,8 +31,8 @@ def pixels_note(manifest: Manifest) -> str | None:
     if manifest.category_pixels is not None:
         return None
     return (
-        "pixels are the areas that the source states: this manifest is from before pixels were counted; write it again "
-        "to have them counted (m2f shard --redo, or m2f index)"
+        "pixels are the areas stated by the source, because this old manifest has no pixel counts; write it again to "
+        "count them (m2f shard --redo, or m2f index)"
     )
 
 

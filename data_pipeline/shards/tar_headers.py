@@ -34,7 +34,7 @@ class BoundedTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError("a size is negative")
         if self.type in _EXTENDED:
             if self.size > _MAX_HEADER_BYTES:
-                raise tarfile.ReadError(f"an extended header has {self.size} bytes; {_MAX_HEADER_BYTES} are allowed")
+                raise tarfile.ReadError(f"an extended header has {self.size} bytes; the limit is {_MAX_HEADER_BYTES}")
             if chain >= _MAX_CHAIN:
                 raise tarfile.ReadError(f"more than {_MAX_CHAIN} extended headers follow each other")
             if self.type == tarfile.XGLTYPE:
@@ -43,7 +43,7 @@ class BoundedTarInfo(tarfile.TarInfo):
                     raise tarfile.ReadError(f"global headers have more than {_MAX_HEADER_BYTES} bytes")
             start = state.fileobj.tell()
             if _LONG_NUMBER.search(state.fileobj.read(self.size)):
-                raise tarfile.ReadError("an extended header holds a number of more than 30 digits")
+                raise tarfile.ReadError("an extended header contains a number of more than 30 digits")
             state.fileobj.seek(start)
             chain += 1
         else:

@@ -24,7 +24,7 @@ _COMPRESSED = {
 }
 _MAX_SAMPLE_BYTES = 1 << 30
 """Limit of a sample, which must fit into memory. Images and label maps are far smaller, but a header can claim more."""
-_REPACK = "pack the tar again with the files of each sample next to each other"
+_REPACK = "repack the tar with the files of each sample next to each other"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +60,15 @@ def walk_tar(stream: ObjectStream) -> Iterator[TarSample | Fault]:
         raise
     # tarfile does not wrap Python's errors for invalid numbers and names.
     except (tarfile.TarError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        yield _fault(stream, stream.tell(), f"it is no tar, or cut off or damaged here ({error})", "fetch it again")
+        yield _fault(
+            stream, stream.tell(), f"it is not a tar, or is truncated or damaged here ({error})", "copy it again"
+        )
         return
     # tarfile treats an unreadable header as the end of the archive.
     if end >= stream.size:
-        yield _fault(stream, stream.size, "it has no end mark and is probably cut off", "fetch it again, or repack it")
+        yield _fault(
+            stream, stream.size, "it has no end marker and is probably truncated", "copy it again, or repack it"
+        )
     elif not stream.is_zero_from(end):
         yield _fault(stream, end, "a header is damaged, or another tar follows; the rest is not read", _REPACK)
 
@@ -110,7 +114,7 @@ def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Generator[TarSample 
             continue
         if member_key in done:
             yield _fault(
-                stream, info.offset, "its files are not next to each other, or it is there twice", _REPACK, member_key
+                stream, info.offset, "its files are not next to each other, or it occurs twice", _REPACK, member_key
             )
             continue
         key = member_key
@@ -131,11 +135,11 @@ def _problem(info: tarfile.TarInfo, size: int) -> str | None:
     if (problem := key_problem(info.name.removeprefix("./"))) is not None:
         return problem
     if not info.isreg() or info.issparse():
-        return "is no plain file"
+        return "is not a regular file"
     if info.offset_data + info.size > size:
-        return "has more bytes by its header than the tar has after it: it is cut off"
+        return "is truncated: its header states more bytes than the tar has left"
     if info.size > _MAX_SAMPLE_BYTES:
-        return f"has {info.size} bytes; more than {_MAX_SAMPLE_BYTES} are refused"
+        return f"has {info.size} bytes; the limit is {_MAX_SAMPLE_BYTES}"
     return None
 
 
@@ -150,7 +154,7 @@ def _sample(stream: ObjectStream, key: str, group: list[tuple[str, tarfile.TarIn
     first, last = group[0][1].offset, group[-1][1]
     extensions = [extension for extension, _ in group]
     if len(set(extensions)) != len(extensions) or not key:
-        return _fault(stream, first, f"members {extensions} cannot be told apart by their extensions", _REPACK, key)
+        return _fault(stream, first, f"members {extensions} cannot be distinguished by their extensions", _REPACK, key)
     stream.discard(first)
     end = last.offset_data + -(-last.size // _BLOCK) * _BLOCK
     return TarSample(

@@ -27,7 +27,7 @@ Depth = Literal["quick", "full"]
 OnProgress = Callable[[int, int], None]
 """Callback with the numbers of samples checked and bytes read since the last call; runs in the caller's thread."""
 
-_REWRITE = "copy the shard again from where it is whole, or delete the data set and write it again (m2f shard)"
+_REWRITE = "copy the shard again from an intact copy, or delete the data set and write it again (m2f shard)"
 _PROGRESS_INTERVAL_S = 0.5
 """Seconds between checks for progress while shards are read, at most."""
 _TAR_HEADER_BYTES = 512
@@ -119,7 +119,7 @@ def _check_rows(manifest: Manifest) -> Iterator[Fault]:
         yield fault(int(np.flatnonzero(manifest.key == key)[0]), "its key appears more than once")
     inside = (manifest.shard >= 0) & (manifest.shard < len(manifest.shards))
     for row in np.flatnonzero(~inside)[:10]:
-        yield fault(int(row), f"it is in shard {manifest.shard[row]}, and there are {len(manifest.shards)}")
+        yield fault(int(row), f"it is in shard {manifest.shard[row]}, but there are {len(manifest.shards)} shards")
     if not inside.all():
         return
     sizes = np.array([shard.size for shard in manifest.shards])
@@ -178,7 +178,7 @@ class _ShardCheck:
                 faults.append(Fault(object=stream.url, key=key, offset=offset, problem=problem, remedy=_REWRITE))
             self.on_progress(1, length)
         if stream.finish() != manifest.shards[shard].sha256 and not faults:
-            problem = "its SHA-256 differs from the manifest's in bytes that belong to no sample"
+            problem = "its SHA-256 differs from the manifest's in bytes outside all samples"
             faults.append(Fault(object=stream.url, problem=problem, remedy=_REWRITE))
         return faults
 
@@ -217,7 +217,11 @@ def _sample_problem(manifest: Manifest, row: int, data: bytes) -> str | None:
     if manifest.category_pixels is not None:
         stated["category_pixels"] = manifest.category_pixels[row].tolist()
     differing = [name for name, value in stated.items() if value != found[name]]
-    return f"its {differing[0]} is {found[differing[0]]}, by the manifest {stated[differing[0]]}" if differing else None
+    return (
+        f"its {differing[0]} is {found[differing[0]]}, but the manifest says {stated[differing[0]]}"
+        if differing
+        else None
+    )
 
 
 def _member_problem(manifest: Manifest, row: int, member: int, data: bytes) -> str | None:

@@ -30,7 +30,7 @@ def one_class_warning(name: str, categories: CategoryTable, task: Task) -> str |
     if task != "semantic" or len(classes) != 1:
         return None
     return (
-        f"{name}: {classes[0].name!r} is the only class, so every labelled pixel is right from the start; add the "
+        f"{name}: {classes[0].name!r} is the only class, so every labelled pixel is correct from the start; add the "
         "background as a class, or train with data.task=instance"
     )
 
@@ -68,8 +68,8 @@ def area_warning(name: str, manifest: Manifest) -> str | None:
     if _USUAL_RATIO[0] <= ratio <= _USUAL_RATIO[1]:
         return None
     return (
-        f"{name}: masks have {ratio:.2f} times the pixels that the source states as their areas (median). Look at "
-        "`m2f preview`: images or annotations may have been rescaled, or the areas are those of boxes"
+        f"{name}: masks have {ratio:.2f} times as many pixels as the areas stated by the source (median). Check "
+        "`m2f preview`: images or annotations may have been rescaled, or the areas may be those of boxes"
     )
 
 

@@ -96,7 +96,7 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
     for key in plan.shard_keys[shard_index]:
         if key not in positions:
             raise DataError(
-                f"the source has no sample {key!r} of the shard plan; it changed while it was being written"
+                f"the source no longer has sample {key!r} of the shard plan; it changed while shards were being written"
             )
         source = reader.source(positions[key])
         with recorded_reads() as reads:
@@ -118,7 +118,9 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
     url = join(plan.target, info.name)
     storage.put(url, data)
     if storage.get(url) != data:
-        raise StorageError(f"{url}: the store returns other bytes than were written; check the store and run again")
+        raise StorageError(
+            f"{url}: the store returned different bytes than were written; check the store and run again"
+        )
     part = ShardPart(
         index=shard_index,
         info=info,
@@ -174,7 +176,7 @@ def commit_manifest(
     ordered = [by_index[i] for i in range(len(plan.shard_keys))]
     filled = [part for part in ordered if part.info.num_samples]
     if not filled:
-        raise DataError(f"{plan.target}: not one sample of the source can be used")
+        raise DataError(f"{plan.target}: none of the samples of the source can be used")
     samples = manifest.write_table(
         pa.concat_tables([_with_shard_number(part.samples, i) for i, part in enumerate(filled)])
     )
@@ -359,7 +361,7 @@ def _refuse_problems(plan: ShardPlan, problems: Sequence[SampleProblem]) -> None
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise DataError(
             f"{plan.target}: {count_problems(problems, plan.num_samples)} cannot be used; "
-            f"correct them, or accept to leave them out:\n{listed}{more}"
+            f"correct them, or set skip_bad to leave them out:\n{listed}{more}"
         )
 
 
@@ -373,7 +375,7 @@ def _is_published(plan: ShardPlan, document: dict[str, Any], storage: Storage) -
     existing = manifest.read_document(plan.target, storage)
     if existing is not None and existing["fingerprint"] != document["fingerprint"]:
         raise DataError(
-            f"{plan.target} holds another data set already (fingerprint {existing['fingerprint'][:12]}, "
+            f"{plan.target} already contains another data set (fingerprint {existing['fingerprint'][:12]}, "
             f"this one {document['fingerprint'][:12]}); choose another folder, or delete it first"
         )
     return existing is not None

@@ -44,7 +44,7 @@ def read_bounded_table(data: bytes) -> pa.Table:
     values = _check_sizes(metadata, len(data))
     most = _COLUMNS * _most_values(len(data))
     if sum(values.values()) > most:
-        raise ValueError(f"{len(data)} bytes stand for {sum(values.values())} values in all, of up to {most}")
+        raise ValueError(f"{len(data)} bytes decode to {sum(values.values())} values in total; the limit is {most}")
     _check_texts(metadata, data)
     # `pq.read_table` would import pyarrow.dataset.
     return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
@@ -61,14 +61,14 @@ def _check_sizes(metadata: pq.FileMetaData, size: int) -> Counter[str]:
         for column in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(column)
             if not _ENCODINGS.issuperset(chunk.encodings):
-                raise ValueError(f"{chunk.path_in_schema} has the encodings {', '.join(chunk.encodings)}")
+                raise ValueError(f"{chunk.path_in_schema} has the unsupported encodings {', '.join(chunk.encodings)}")
             values[chunk.path_in_schema] += chunk.num_values
             sizes += chunk.total_uncompressed_size
     most = _most_values(size)
     if max([metadata.num_rows, *values.values()]) > most:
-        raise ValueError(f"{size} bytes stand for {metadata.num_rows} rows, of up to {most} values")
+        raise ValueError(f"{size} bytes decode to {metadata.num_rows} rows, with more than {most} values in a column")
     if sizes > _most_bytes(size):
-        raise ValueError(f"{size} bytes stand for {sizes}, more than {_MOST_COMPRESSED} times as many")
+        raise ValueError(f"{size} bytes decode to {sizes} bytes, more than {_MOST_COMPRESSED} times as many")
     return values
 
 
@@ -82,7 +82,7 @@ def _check_texts(metadata: pq.FileMetaData, data: bytes) -> None:
         for rows in file.iter_batches(_ROWS_AT_ONCE, columns=[column], use_threads=False):
             total += sum(_decoded_bytes(array) for array in rows.columns)
             if total > _most_bytes(len(data)):
-                raise ValueError(f"{len(data)} bytes stand for texts of more than {_MOST_COMPRESSED} times as many")
+                raise ValueError(f"{len(data)} bytes decode to texts of more than {_MOST_COMPRESSED} times as many")
 
 
 def _decoded_bytes(array: pa.Array) -> int:

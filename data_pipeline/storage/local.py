@@ -40,8 +40,8 @@ class LocalStore:
             _fail(url, error)
         if len(data) != length:
             raise StorageError(
-                f"{url}: {length} bytes at offset {offset} were asked for, but the file ends after {len(data)} of "
-                "them; it was cut off or replaced"
+                f"{url}: {length} bytes were requested at offset {offset}, but the file ends after {len(data)} of "
+                "them; it was truncated or replaced"
             )
         return data
 
@@ -71,7 +71,7 @@ class LocalStore:
             with replacing(Path(url), if_absent) as file:
                 file.write(data)
         except FileExistsError:
-            raise ObjectExistsError(f"{url} exists already and is not overwritten") from None
+            raise ObjectExistsError(f"{url} already exists and is not overwritten") from None
         except OSError as error:
             _fail(url, error)
 
@@ -192,7 +192,7 @@ def _fail(url: str, error: OSError) -> NoReturn:
         errno.EISDIR: "it is a folder, not a file; check the path",
         errno.ENOSPC: "free some space or choose another disk",
         errno.EDQUOT: "free some space or choose another disk",
-        errno.EROFS: "mount it for writing, or choose another folder",
+        errno.EROFS: "mount it as writable, or choose another folder",
     }
     remedy = remedies.get(error.errno or 0, "check the path and the disk")
     raise StorageError(f"{url}: {error.strerror or error}; {remedy}") from error

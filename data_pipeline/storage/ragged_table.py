@@ -51,7 +51,7 @@ def read_table_bytes(payload: bytes) -> dict[str, np.ndarray | Ragged]:
         table = read_bounded_table(payload).combine_chunks()
         return {name: _column(table[name]) for name in table.column_names}
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        raise DataError(f"{len(payload)} bytes are no table in parquet format: {error}") from error
+        raise DataError(f"{len(payload)} bytes are not a parquet table: {error}") from error
 
 
 def _array(column: np.ndarray | Ragged) -> pa.Array:

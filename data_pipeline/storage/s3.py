@@ -244,7 +244,7 @@ class S3Store:
             self._say_wait(url, error, time.monotonic() - began)
             self._on_retry()
             if self._pause(pause):
-                raise StorageError(f"{url}: reading was stopped while the store did not answer") from error
+                raise StorageError(f"{url}: reading was stopped while waiting for the store") from error
         raise AssertionError("unreachable: the loop has no end")
 
     @property
@@ -266,14 +266,14 @@ class S3Store:
         return stopped.wait(seconds)
 
     def _give_up(self, url: str, error: Exception, attempts: int, seconds: float) -> NoReturn:
-        tries = f"{attempts} attempts in {seconds:.0f} s, the last one failed with {_describe(error)}"
+        tries = f"{attempts} attempts in {seconds:.0f} s, the last failed with {_describe(error)}"
         if not self.answered:
             raise StorageError(
                 f"{url}: the store does not answer ({tries}); check storage.endpoint_url and the network"
             ) from error
         raise OutageError(
             f"{url}: the store has not answered for longer than storage.patience_s ({self._config.patience_s:g} s; "
-            f"{tries}). Start the run again when the store is back"
+            f"{tries}). Restart the run when the store is available again"
         ) from error
 
     def _say_wait(self, url: str, error: Exception, seconds: float) -> None:
@@ -307,9 +307,9 @@ def _make_client(config: StorageConfig, connect_timeout_s: float, read_timeout_s
         import boto3
         from botocore.config import Config
     except ModuleNotFoundError as error:
-        raise StorageError(str(missing_extra("a store at s3://", error) or error)) from error
+        raise StorageError(str(missing_extra("S3 storage", error) or error)) from error
     if (problem := url_problem(_endpoint(config) or "")) is not None:
-        raise StorageError(f"the endpoint of S3 in AWS_ENDPOINT_URL {problem}, and would be printed. {REMEDY}")
+        raise StorageError(f"the S3 endpoint in AWS_ENDPOINT_URL {problem}, and would be printed. {REMEDY}")
     options = Config(
         connect_timeout=connect_timeout_s,
         read_timeout=read_timeout_s,
@@ -329,7 +329,7 @@ def _endpoint(config: StorageConfig) -> str | None:
 def _split(url: str) -> tuple[str, str]:
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not bucket:
-        raise StorageError(f"{url}: no bucket; write s3://bucket/key")
+        raise StorageError(f"{url}: the bucket is missing; write s3://bucket/key")
     return bucket, key
 
 
@@ -341,7 +341,7 @@ def _split_folder(url: str) -> tuple[str, str]:
 def _address(url: str) -> dict[str, str]:
     bucket, key = _split(url)
     if not key:
-        raise StorageError(f"{url}: no object key; write s3://bucket/key")
+        raise StorageError(f"{url}: the object key is missing; write s3://bucket/key")
     return {"Bucket": bucket, "Key": key}
 
 
@@ -357,8 +357,8 @@ def _check_range(url: str, response: Any, offset: int, length: int) -> None:
     total = re.search(r"/(\d+)$", response.get("ContentRange", ""))
     if total and offset + length > int(total[1]):
         raise StorageError(
-            f"{url}: {length} bytes at offset {offset} were asked for, but the object has {total[1]} bytes; "
-            "it was cut off or replaced"
+            f"{url}: {length} bytes were requested at offset {offset}, but the object has {total[1]} bytes; "
+            "it was truncated or replaced"
         )
     if response["ContentLength"] != length:
         raise _BrokenBodyError(f"the store announced {response['ContentLength']} bytes instead of {length}")
@@ -428,7 +428,7 @@ def _fail(url: str, error: Exception) -> NoReturn:
     if status == 412 and getattr(error, "operation_name", "") == "GetObject":
         _fail_replaced(url)
     if status == 412:
-        raise ObjectExistsError(f"{url} exists already and is not overwritten") from error
+        raise ObjectExistsError(f"{url} already exists and is not overwritten") from error
     if _is_denied(error):
         raise AccessDeniedError(
             f"{url}: access is denied ({status} {code}); check the AWS credentials of this machine "
@@ -437,15 +437,15 @@ def _fail(url: str, error: Exception) -> NoReturn:
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         raise StorageError(
             f"{url}: no complete AWS credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "AWS_PROFILE, or run where an instance role exists"
+            "AWS_PROFILE, or run on a machine with an instance role"
         ) from error
     raise StorageError(f"{url}: {_describe(error)}; check the URL, storage.endpoint_url and storage.region") from error
 
 
 def _fail_replaced(url: str) -> NoReturn:
     raise StorageError(
-        f"{url} was replaced while it was being read; leave the data of a running job alone, and start it again to "
-        "read the new ones"
+        f"{url} was replaced while it was being read; do not change the data of a running job, and restart the job to "
+        "read the new data"
     )
 
 

@@ -51,7 +51,7 @@ class ScratchFolder:
             Path(name).rename(self.root / _LOCK)  # locked before it becomes visible to `sweep`
         except OSError as error:
             raise StorageError(
-                f"{place or 'temporary files'}: no folder can be made there ({error}); free some space, or set TMPDIR "
+                f"{place or 'temporary files'}: cannot create a folder there ({error}); free some space, or set TMPDIR "
                 "to a folder on another disk"
             ) from error
         self._descriptor = descriptor
@@ -117,7 +117,7 @@ def require_room(
     free = shutil.disk_usage(folder).free
     if free < size:
         raise StorageError(
-            f"{folder}: {free / 1e6:,.1f} MB are free on the disk, and {what} takes {size / 1e6:,.1f} MB; {remedy}"
+            f"{folder}: {free / 1e6:,.1f} MB are free on the disk, but {what} needs {size / 1e6:,.1f} MB; {remedy}"
         )
 
 

@@ -22,7 +22,7 @@ def test_too_many_categories_are_refused(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "classes.json").write_text(json.dumps(entries))
     paths = {name: str(tmp_path / name) for name in ("images", "labels")}
-    with pytest.raises(DataError, match=rf"100000 categories are more than {MAX_CATEGORIES}"):
+    with pytest.raises(DataError, match=rf"100000 categories exceed the limit of {MAX_CATEGORIES}"):
         open_reader(LabelMapSource(**paths, categories=str(tmp_path / "classes.json"), void=()))
     with pytest.raises(EvaluationError, match=r"lists 100000 categories, more than"):
         read_categories({"categories": entries}, tmp_path / "classes.json")

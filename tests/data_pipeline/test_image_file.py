@@ -90,7 +90,7 @@ def test_the_annotations_size_decides_about_the_rotation():
     assert frame_orientation(turned, 48, 32) == 6
     assert frame_orientation(turned, 32, 48) == 1
     assert frame_orientation(mirrored, 32, 48) == 3
-    with pytest.raises(BrokenImageError, match=r"the image is 48 x 32 pixels, its annotation 47 x 32"):
+    with pytest.raises(BrokenImageError, match=r"the image is 48 x 32 pixels, but its annotation is 47 x 32"):
         frame_orientation(read_header(JPEG), 32, 47)
 
 
@@ -168,7 +168,7 @@ def test_panoptic_ids_use_all_three_channels():
     ids = np.array([[0, 1, 255, 256], [65536, 0xFFFFFF, 258, 3937500]], np.uint32)
     png = encode_png(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8))
     assert np.array_equal(decode_id_png(png), ids)
-    with pytest.raises(BrokenImageError, match="must be a PNG"):
+    with pytest.raises(BrokenImageError, match="must be stored as PNG"):
         decode_id_png(JPEG)
 
 

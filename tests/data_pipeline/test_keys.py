@@ -21,8 +21,8 @@ def test_usual_keys_may_be_used(key):
     ("key", "problem"),
     [
         *[(key, "is not a path inside its folder") for key in ("..", ".", "../x", "a/../x", "/x", "a//b", "a/", "./a")],
-        *[(key, "holds the character") for key in ("a\\b", "a\x00b", "a\x1b[31m", "a\nb", "a\udcff", "a\x9b")],
-        *[(key, "is not a text") for key in ("", None, 3, b"a", ["a"])],
+        *[(key, "contains the character") for key in ("a\\b", "a\x00b", "a\x1b[31m", "a\nb", "a\udcff", "a\x9b")],
+        *[(key, "is not a non-empty string") for key in ("", None, 3, b"a", ["a"])],
         ("x" * (MAX_KEY + 1), "has 1001 characters"),
     ],
 )

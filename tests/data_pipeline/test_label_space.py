@@ -66,5 +66,5 @@ def test_a_new_data_set_may_use_old_ids_for_new_classes():
 def test_a_label_space_survives_json():
     space = LabelSpace("panoptic", MODEL)
     assert LabelSpace.from_json(space.to_json(), "x") == space
-    with pytest.raises(DataError, match="weights: a label space"):
+    with pytest.raises(DataError, match="weights: the label space"):
         LabelSpace.from_json({"task": "panoptic", "classes": [{"id": 1}]}, "weights")

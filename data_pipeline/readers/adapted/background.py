@@ -35,7 +35,7 @@ class BackgroundReader:
         """Wrap a reader and add a stuff class with this name. Raises DataError if a class has this name already."""
         listed = reader.categories.categories
         if name in {category.name for category in listed}:
-            raise DataError(f"datasets.<name>.background is {name}, which is a class already; choose another name")
+            raise DataError(f"datasets.<name>.background is {name}, which is already a class; choose another name")
         ground = Category(1 + max(category.id for category in listed), name, False, (0, 0, 0))
         return cls(reader, CategoryTable((*listed, ground)))
 
@@ -80,7 +80,7 @@ def with_background(annotation: Annotation, ground: Category) -> Annotation:
         DataError: the annotation already has a map, or has no instance layers.
     """
     if annotation.seg is not None or annotation.inst is None:
-        raise DataError("datasets.<name>.background is for sources of instances; this one labels every pixel already")
+        raise DataError("datasets.<name>.background needs a source of instances; this one already labels every pixel")
     instances = [segment for segment in annotation.segments if segment.map == "inst"]
     seg = np.zeros(annotation.inst.shape[1:], id_dtype(len(instances) + 1))
     for number, segment in enumerate(instances, start=1):

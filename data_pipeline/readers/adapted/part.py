@@ -22,7 +22,7 @@ def part_indices(keys: Sequence[str], part: PartConfig) -> tuple[int, ...]:
     ranked = sorted(set(groups), key=lambda group: hashlib.sha256(group.encode()).digest())
     if len(ranked) < 2:
         raise DataError(
-            f"datasets.<name>.part needs at least 2 groups of images, and there are {len(ranked)}; correct part.group"
+            f"datasets.<name>.part needs at least 2 groups of images, but there are {len(ranked)}; correct part.group"
         )
     count = min(max(1, round(part.val_share * len(ranked))), len(ranked) - 1)
     chosen = set(ranked[:count])
@@ -35,7 +35,9 @@ def _group(key: str, expression: str | None) -> str:
     try:
         match = re.match(expression, key)
     except re.error as error:
-        raise DataError(f"datasets.<name>.part.group is {expression!r}, no regular expression: {error}") from error
+        raise DataError(
+            f"datasets.<name>.part.group is {expression!r}, which is not a regular expression: {error}"
+        ) from error
     if match is None:
         return key
     return (match[1] if match.re.groups else match[0]) or key

@@ -63,7 +63,7 @@ class TileReader:
                     name = make_key(f"{key}_y{top}_x{left}")
                     tiles.append(Tile(len(tiles), name, image, (top, left, bottom, right)))
         if len({tile.key for tile in tiles}) < len(tiles):
-            raise DataError("keys of tiles (NAME_yTOP_xLEFT) are names of other images; rename these images")
+            raise DataError("keys of tiles (NAME_yTOP_xLEFT) collide with names of other images; rename these images")
         return cls(reader, tuple(tiles))
 
     @property

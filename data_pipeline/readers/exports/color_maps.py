@@ -30,7 +30,9 @@ def open_color_maps(source: ColorMapSource, max_pixels: int) -> MapReader:
         red, green, blue = category.color
         color = red + 256 * green + 65536 * blue
         if color in regions:
-            raise DataError(f"{source.legend}: two classes have the colour of {category.name!r}, {category.color}")
+            raise DataError(
+                f"{source.legend}: {category.name!r} has the same colour as another class, {category.color}"
+            )
         regions[color] = None if category.name.lower() in void else Region(category, category.id)
     categories = CategoryTable(tuple(category for category in listed if category.name.lower() not in void))
     decoder = ColorMaps(regions)

@@ -34,7 +34,7 @@ def open_cvat(source: CvatSource, max_pixels: int) -> CocoInstancesReader:
     images = require_folder(source.images)
     root = read_xml(source.annotations)
     if root.find("track") is not None:
-        raise DataError(f"{source.annotations} is in the form for videos; export `CVAT for images 1.1`")
+        raise DataError(f"{source.annotations} is a video export; export as `CVAT for images 1.1`")
     categories = named_categories(list(dict.fromkeys(e.text or "" for e in root.iterfind("meta//labels/label/name"))))
     label_ids = {category.name: category.id for category in categories.categories}
     unusable: list[UnusableAnnotation] = []
@@ -66,7 +66,7 @@ def _part(shape: Element, label_ids: dict[str, int], height: int, width: int) ->
         case "polygon":
             ring = _numbers(shape.get("points", "").replace(";", ","))
             if len(ring) < 6 or len(ring) % 2:
-                raise DataError(f"has {len(ring)} coordinates; a polygon has x and y of at least 3 corners")
+                raise DataError(f"has {len(ring)} coordinates; a polygon needs x and y of at least 3 points")
         case "box":
             x0, y0, x1, y1 = (_number(shape, name) for name in ("xtl", "ytl", "xbr", "ybr"))
             ring = [x0, y0, x1, y0, x1, y1, x0, y1]
@@ -109,7 +109,7 @@ def _numbers(text: str) -> list[float]:
     try:
         values = [float(word) for word in text.split(",")]
     except ValueError:
-        raise DataError("holds coordinates that are no numbers") from None
+        raise DataError("has coordinates that are not numbers") from None
     if not np.isfinite(values).all():
-        raise DataError("holds infinite coordinates")
+        raise DataError("has coordinates that are not finite")
     return values

@@ -88,10 +88,10 @@ def _part(shape: dict[str, Any], label_ids: dict[str, int], height: int, width: 
     try:
         points = np.array(field(shape, "points", "it"), np.float64).reshape(-1, 2)
     except (TypeError, ValueError, OverflowError):
-        raise DataError("has points that are no pairs of numbers") from None
+        raise DataError("has points that are not pairs of numbers") from None
     group = None if shape.get("group_id") is None else str(shape["group_id"])
     if not (np.abs(points) < _FARTHEST).all() or len(points) < (3 if kind == "polygon" else 2):
-        raise DataError(f"is a {kind} of {len(points)} points, or has points far outside any image")
+        raise DataError(f"is a {kind} with only {len(points)} points, or has points far outside the image")
     match kind:
         case "polygon":
             ring = points
@@ -114,4 +114,4 @@ def _mask(shape: dict[str, Any]) -> np.ndarray:
     try:
         return decode_index_png(base64.b64decode(str(shape.get("mask")), validate=True)) > 0
     except (BrokenImageError, binascii.Error) as error:
-        raise DataError(f"has a mask that is no grey PNG: {error}") from error
+        raise DataError(f"has a mask that is not a grey PNG: {error}") from error

@@ -35,7 +35,7 @@ def read_legend(path: str) -> CategoryTable:
         if match is None:
             if row is rows[0]:
                 continue  # header line of a CSV file
-            raise DataError(f"{path}: {row[:60]!r} is no class; a line is `name:r,g,b::`, `name,r,g,b` or `r g b name`")
+            raise DataError(f"{path}: {row[:60]!r} is not a class; use `name:r,g,b::`, `name,r,g,b` or `r g b name`")
         parts = match.groupdict()
         number = int(parts["id"]) if parts.get("id") else len(categories)
         color = distinct_color(number)
@@ -46,5 +46,5 @@ def read_legend(path: str) -> CategoryTable:
         name = parts["name"].strip()
         categories.append(Category(number, "background" if name == "_background_" else name, False, color))
     if not categories:
-        raise DataError(f"{path} names no class")
+        raise DataError(f"{path} lists no class")
     return CategoryTable(tuple(categories))

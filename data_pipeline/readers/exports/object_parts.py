@@ -47,7 +47,7 @@ class DrawnImage:
 def named_categories(names: Sequence[str]) -> CategoryTable:
     """Return things with the given names and ids from 0. Raises DataError if there are none or names repeat."""
     if not names:
-        raise DataError("the annotations name no class; label at least one object, or list the classes")
+        raise DataError("the annotations contain no class; label at least one object, or list the classes")
     require_unique(names, "names of classes")
     return CategoryTable(tuple(Category(i, name, True, distinct_color(i)) for i, name in enumerate(names)))
 
@@ -65,7 +65,7 @@ def drawn_reader(
         DataError: there is no image, or two images would have the same key.
     """
     if not drawn:
-        raise DataError(f"{images} holds no annotated image; the data set is empty")
+        raise DataError(f"{images} contains no annotated image; the data set is empty")
     unique_keys(image.file_name for image in drawn)
     records, count = [], 0
     for index, image in enumerate(drawn):
@@ -102,7 +102,7 @@ def _union(shapes: list[Any], height: int, width: int) -> Any:
 def check_canvas(height: int, width: int) -> None:
     """Raise DataError if an image of this stated size has more than 2^30 pixels, before memory is taken for it."""
     if height * width > _MAX_PIXELS:
-        raise DataError(f"belongs to an image of {width} x {height} pixels, more than {_MAX_PIXELS}")
+        raise DataError(f"belongs to an image of {width} x {height} pixels; the limit is {_MAX_PIXELS}")
 
 
 def encode_window(mask: np.ndarray, x: int, y: int, height: int, width: int) -> dict[str, Any]:

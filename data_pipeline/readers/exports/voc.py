@@ -70,7 +70,7 @@ class VocMaps:
         """
         classes, objects = (read_index_map(path, max_pixels).astype(np.uint32) for path in maps)
         if classes.shape != objects.shape:
-            raise DataError(f"{maps[1]} is of another size than {maps[0]}")
+            raise DataError(f"{maps[1]} and {maps[0]} differ in size")
         return partition(
             classes + 256 * objects, self._classify, maps[0], "are classes that the data set does not define"
         )

@@ -23,7 +23,7 @@ def read_xml(path: str) -> Element:
     """
     require_file(path)
     if (size := Path(path).stat().st_size) > MAX_XML_BYTES:
-        raise DataError(f"{path} has {size} bytes; more than {MAX_XML_BYTES} are refused, export it in parts")
+        raise DataError(f"{path} has {size} bytes; the limit is {MAX_XML_BYTES}, export it in parts")
     builder = TreeBuilder()
     depth = 0
 
@@ -31,7 +31,7 @@ def read_xml(path: str) -> Element:
         nonlocal depth
         depth += 1
         if depth > MAX_XML_DEPTH:
-            raise DataError(f"{path}: elements are nested deeper than {MAX_XML_DEPTH}")
+            raise DataError(f"{path}: elements are nested deeper than {MAX_XML_DEPTH} levels")
         builder.start(tag, attributes)
 
     def end(tag: str) -> None:

@@ -85,14 +85,14 @@ def _read_line(words: list[str], height: int, width: int, categories: CategoryTa
     try:
         label, values = float(words[0]), [float(word) for word in words[1:]]  # some tools write 0.0
     except ValueError:
-        raise DataError("holds something that is no number") from None
+        raise DataError("contains a value that is not a number") from None
     if label not in categories.by_id:
-        raise DataError(f"has class {words[0][:20]}, which the data.yaml does not name")
+        raise DataError(f"has class {words[0][:20]}, which is not in the list of classes")
     if len(values) == 4:
         raise DataError("is a box; boxes alone cannot be used, export polygons")
     if len(values) < 6 or len(values) % 2:
-        raise DataError(f"has {len(values)} numbers after the class; a polygon has x and y of at least 3 corners")
+        raise DataError(f"has {len(values)} numbers after the class; a polygon needs x and y of at least 3 points")
     if not all(-0.5 <= value <= 1.5 for value in values):
-        raise DataError("has coordinates far outside 0..1; they are shares of the image's sides")
+        raise DataError("has coordinates far outside 0..1; they must be fractions of the image's width and height")
     sides = (width, height) * (len(values) // 2)
     return ObjectPart(int(label), [value * side for value, side in zip(values, sides, strict=True)])

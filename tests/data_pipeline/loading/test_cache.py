@@ -146,7 +146,7 @@ def test_a_cache_folder_that_is_deleted_during_a_run_costs_a_warning(tmp_path, c
 
 def test_an_unusable_cache_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"data\.cache\.folder .*file/x cannot be made"):
+    with pytest.raises(StorageError, match=r"data\.cache\.folder .*file/x cannot be created"):
         cache_in(tmp_path / "file" / "x")
     with pytest.raises(ConfigError, match=r"CacheConfig: max_gb"):
         CacheConfig(folder="x", max_gb=0)

@@ -99,5 +99,5 @@ def test_the_default_lanes_read_coco_once_on_ranks_that_divide_them(make_manifes
     assert wrong.cached_reads < wrong.reads
     assert fitting.fetched_peak < 50e6
     text = format_read_costs(fitting, ranks(64, per_machine=8, images_per_s=40.0))
-    assert text.startswith("64 ranks with 2 images each on 8 machines, 2,560 images/s in all")
+    assert text.startswith("64 ranks with 2 images each on 8 machines, 2,560 images/s in total")
     assert "118,287 images" in text

@@ -55,10 +55,10 @@ def test_class_filters_equal_a_loop_over_the_images(manifest):
 
 def test_unknown_classes_and_empty_selections_are_named(manifest):
     with pytest.raises(
-        DataError, match=r"include of 'train' names the class 'clas 2', which is not in it; did you mean"
+        DataError, match=r"include of 'train' lists the class 'clas 2', which it does not have; did you mean"
     ):
         chosen(manifest, include=("clas 2",))
-    with pytest.raises(DataError, match=r"none of its 600 images passes include .* and exclude .* of 'train'"):
+    with pytest.raises(DataError, match=r"none of its 600 images matches include .* and exclude .* of 'train'"):
         chosen(manifest, include=("class 3",), exclude=("class 3",))
 
 

@@ -32,7 +32,7 @@ def test_other_formats_become_png_without_loss(tmp_path, kind, options):
     path = tmp_path / "x.image"
     path.write_bytes(data)
     np.testing.assert_array_equal(read_image(ImageInput(str(path), "x", 1), Storage(), 10**6), PIXELS)
-    with pytest.raises(DataError, match=r"x: 30 x 20 pixels are more than max_pixels"):
+    with pytest.raises(DataError, match=r"x: 30 x 20 pixels exceed max_pixels"):
         check_image(data, 20, 30, 599, "x")
     with pytest.raises(DataError, match="x: "):
         check_image(data[: len(data) // 2], 20, 30, 10**6, "x")
@@ -54,7 +54,7 @@ def test_jpeg_and_8_bit_png_stay_as_they_are():
 
 
 def test_pixels_without_a_range_and_several_pages_are_refused():
-    with pytest.raises(BrokenImageError, match="'F', which has no stated range"):
+    with pytest.raises(BrokenImageError, match="'F' has no defined value range"):
         read_header(_saved("TIFF", np.zeros((2, 3), np.float32)))
     pages = {"save_all": True, "append_images": [Image.fromarray(PIXELS)]}
     with pytest.raises(BrokenImageError, match="it holds 2 images"):

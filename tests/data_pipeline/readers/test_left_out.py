@@ -136,7 +136,7 @@ def test_a_segment_without_pixels_and_pixels_without_a_segment_are_left_out(coco
     assert [(s.id, s.source_id) for s in sample.annotation.segments] == [(1, IDS[0]), (2, IDS[1])]
     assert (sample.annotation.seg[0] == 0).all()
     assert [m.split(": ", 1)[1] for m in sample.left_out] == [
-        "segment 8 of its JSON entry has no pixel",
+        "segment 8 is in its JSON entry but has no pixel",
         "pixels have ids that its JSON entry does not list: 9",
     ]
 

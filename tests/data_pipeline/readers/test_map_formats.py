@@ -87,15 +87,15 @@ def test_colours_are_ids(kind):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (saved(GREY, "JPEG"), "must be a PNG, TIFF or BMP; JPEG and WebP change values"),
-        (saved(COLORS, "WEBP", lossless=True), "must be a PNG, TIFF or BMP"),
-        (saved(GREY, "TIFF", compression="jpeg"), "jpeg compression has other values"),
-        (tiff(GREY, 8, photometric=0), "counts white as 0"),
+        (saved(GREY, "JPEG"), "must be PNG, TIFF or BMP; JPEG and WebP change values"),
+        (saved(COLORS, "WEBP", lossless=True), "must be PNG, TIFF or BMP"),
+        (saved(GREY, "TIFF", compression="jpeg"), "jpeg compression may change the values"),
+        (tiff(GREY, 8, photometric=0), "in which white is 0"),
         (bmp(GREY % 2, [0, 255]), "two greys in its palette"),
         (saved(COLORS, "TIFF"), "must be grey or have a palette"),
         (saved(np.dstack([COLORS, GREY]), "TIFF"), "this is RGBA"),
-        (cv2.imencode(".tif", np.dstack([DEEP] * 3))[1].tobytes(), "a map must have 8 or 16 bits"),
-        (saved(GREY.astype(np.int32), "TIFF"), "no stated range"),
+        (cv2.imencode(".tif", np.dstack([DEEP] * 3))[1].tobytes(), "a map must be 8-bit or 16-bit grey"),
+        (saved(GREY.astype(np.int32), "TIFF"), "no defined value range"),
         (saved(GREY, "TIFF", tiffinfo={274: 6}), "EXIF orientation 6"),
         (saved(GREY, "TIFF")[:-20], "cannot be"),
         (saved(GREY, "BMP")[:-20], "cannot be decoded"),
@@ -160,7 +160,7 @@ def test_panoptic_files_may_name_them(tmp_path, form, is_exact):
     (tmp_path / "masks" / "a.png").write_bytes(saved(colors, form))
     reader = open_reader(coco.panoptic_source)
     if not is_exact:
-        with pytest.raises(DataError, match=r"masks/a.png: maps of labels must be a PNG, TIFF or BMP"):
+        with pytest.raises(DataError, match=r"masks/a.png: label maps must be PNG, TIFF or BMP"):
             reader.read(0)
         return
     assert [s.source_id for s in reader.read(0).annotation.segments] == list(IDS)

@@ -90,13 +90,15 @@ def test_panoptic_is_stuff_with_instances_pasted_over_it(challenge):
 def test_faults_of_challenge_maps(challenge):
     labels, instances = _blank()
     labels[0, 0] = 151
-    with pytest.raises(DataError, match=r"a.png: pixel values 151 are no classes of the challenge"):
+    with pytest.raises(DataError, match=r"a.png: pixel values 151 are not classes of the challenge"):
         open_reader(challenge(labels, instances)).read(0)
     labels[0, 0] = 0
     instances[0, 0], instances[0, 1] = (101, 1, 0), (0, 2, 0)
     with pytest.raises(DataError, match=r"annotations_instance/a.png: .* red 101, green 1, red 0, green 2 are"):
         open_reader(challenge(labels, instances)).read(0)
-    with pytest.raises(DataError, match=r"_instance/a.png: the instance map is 9 x 6 pixels, the label map 10 x 6"):
+    with pytest.raises(
+        DataError, match=r"_instance/a.png: the instance map is 9 x 6 pixels, but the label map is 10 x 6"
+    ):
         open_reader(challenge(labels, instances[:, 1:])).read(0)
     with pytest.raises(DataError, match=r"annotations/a.png: label maps of the challenge have 8 bits"):
         open_reader(challenge(labels.astype(np.uint16), np.zeros_like(instances))).read(0)
@@ -120,7 +122,7 @@ def test_full_release_encoding_and_own_categories(tmp_path):
     source = Ade20kFullSource(folder=str(tmp_path), categories=str(own))
     assert [s.category_id for s in open_reader(source).read(0).annotation.segments] == [513]
     (tmp_path / "street/ADE_train_1_seg.png").unlink()
-    with pytest.raises(DataError, match=r"no partner .*_seg.png\): street/ADE_train_1"):
+    with pytest.raises(DataError, match=r"_seg.png\) have no counterpart .*: street/ADE_train_1"):
         open_reader(source)
 
 

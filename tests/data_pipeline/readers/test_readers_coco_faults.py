@@ -106,7 +106,7 @@ def test_faults_of_the_annotation_files(coco, fault, kind):
 @pytest.mark.parametrize("kind", ["panoptic", "instances"])
 def test_files_that_are_no_annotations(coco, kind):
     source = getattr(coco, f"{kind}_source")
-    with pytest.raises(DataError, match=r"(images|panoptic.json) does not exist or is no f.*; check the paths"):
+    with pytest.raises(DataError, match=r"(images|panoptic.json) does not exist or is not a f.*; check the paths"):
         open_reader(source)
     coco.write()
     path = coco.root / f"{kind}.json"
@@ -115,14 +115,14 @@ def test_files_that_are_no_annotations(coco, kind):
         with pytest.raises(DataError, match=f"{kind}.json {words}"):
             open_reader(source)
     path.unlink()
-    with pytest.raises(DataError, match=rf"{kind}.json does not exist or is no file"):
+    with pytest.raises(DataError, match=rf"{kind}.json does not exist or is not a file"):
         open_reader(source)
 
 
 def test_every_panoptic_image_needs_one_entry(coco):
     coco.images.append({"id": 41, "file_name": "b.jpg", "height": H, "width": W})
     coco.write()
-    with pytest.raises(DataError, match=r"every image needs one entry.*none or several: 41"):
+    with pytest.raises(DataError, match=r"every image needs exactly one entry.*none or several: 41"):
         open_reader(coco.panoptic_source)
 
 
@@ -152,12 +152,12 @@ def test_repeated_segment_ids(coco):
 
 def _truncated_image(coco):
     coco.files["a.jpg"] = coco.files["a.jpg"][:-30]
-    return r"images/a.jpg: the JPEG file is cut off"
+    return r"images/a.jpg: the JPEG file is truncated"
 
 
 def _image_of_another_size(coco):
     coco.files["a.jpg"] = cv2.imencode(".jpg", np.zeros((H, W + 1, 3), np.uint8))[1].tobytes()
-    return r"images/a.jpg: the image is 31 x 20 pixels, its annotation 30 x 20"
+    return r"images/a.jpg: the image is 31 x 20 pixels, but its annotation is 30 x 20"
 
 
 def _missing_image(coco):
@@ -167,7 +167,7 @@ def _missing_image(coco):
 
 def _no_image(coco):
     coco.files["a.jpg"] = b"<html>404</html>"
-    return r"images/a.jpg: it is neither a JPEG nor a PNG"
+    return r"images/a.jpg: it is not a JPEG, PNG, TIFF"
 
 
 @pytest.mark.parametrize("kind", ["panoptic", "instances"])
@@ -183,7 +183,7 @@ def test_faults_of_images(coco, fault, kind):
 
 def test_huge_images_are_refused_before_decoding(coco, monkeypatch):
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(DataError, match=r"a.jpg: 30 x 20 pixels are more than max_pixels \(599\)"):
+    with pytest.raises(DataError, match=r"a.jpg: 30 x 20 pixels exceed max_pixels \(599\)"):
         coco.read_instances(max_pixels=599)
 
 
@@ -192,10 +192,10 @@ def test_faults_of_panoptic_masks(coco):
     with pytest.raises(DataError, match=r"masks/a.png: pixels have ids that its JSON entry does not list: 12345"):
         coco.read_panoptic()
     coco.ids[coco.ids != IDS[0]] = IDS[0]
-    with pytest.raises(DataError, match=r"masks/a.png: segment 70000 of its JSON entry has no pixel"):
+    with pytest.raises(DataError, match=r"masks/a.png: segment 70000 is in its JSON entry but has no pixel"):
         coco.read_panoptic()
     coco.ids = coco.ids[:, :-2]
-    with pytest.raises(DataError, match=r"masks/a.png: the mask is 28 x 20 pixels, the image 30 x 20"):
+    with pytest.raises(DataError, match=r"masks/a.png: the mask is 28 x 20 pixels, but the image is 30 x 20"):
         coco.read_panoptic()
     coco.ids = np.full((H, W), IDS[0], np.uint32)
     coco.panoptic[0]["segments_info"][1]["id"] = 1 << 24
@@ -204,7 +204,7 @@ def test_faults_of_panoptic_masks(coco):
     coco.panoptic[0]["segments_info"].pop()
     coco.write()
     (coco.root / "masks" / "a.png").write_bytes(coco.files["a.jpg"])
-    with pytest.raises(DataError, match=r"masks/a.png: maps of labels must be a PNG, TIFF or BMP"):
+    with pytest.raises(DataError, match=r"masks/a.png: label maps must be PNG, TIFF or BMP"):
         open_reader(coco.panoptic_source).read(0)
 
 
@@ -267,7 +267,7 @@ def test_segments_and_flags_must_be_what_they_are_called(coco):
     coco.panoptic[0]["segments_info"] = []
     coco.write()
     (coco.root / "masks" / "a.png").write_bytes(encode_png(np.zeros((H, W), np.uint8)))
-    with pytest.raises(DataError, match=r"a.png: this map holds its ids in three 8-bit channels"):
+    with pytest.raises(DataError, match=r"a.png: this map must store ids in three 8-bit channels"):
         open_reader(coco.panoptic_source).read(0)
 
 

@@ -103,7 +103,7 @@ def test_faults_of_custom_annotations(changes, words):
 
 
 def test_faults_of_custom_images():
-    with pytest.raises(DataError, match=r"scans/a.png: it is neither a JPEG nor a PNG"):
+    with pytest.raises(DataError, match=r"scans/a.png: it is not a JPEG, PNG, TIFF"):
         _read(_annotation(), b"GIF89a")
-    with pytest.raises(DataError, match=r"scans/a.png: the image is 8 x 6 pixels, its annotation 9 x 6"):
+    with pytest.raises(DataError, match=r"scans/a.png: the image is 8 x 6 pixels, but its annotation is 9 x 6"):
         _read(_annotation(seg=np.pad(_annotation().seg, ((0, 0), (0, 1)))))

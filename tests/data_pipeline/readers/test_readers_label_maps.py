@@ -79,7 +79,7 @@ def test_unknown_values_are_listed(folder):
 
 def test_files_without_a_partner(folder):
     (folder / "labels/a.png").unlink()
-    with pytest.raises(DataError, match=r"1 files have no partner of the same stem.*: a$"):
+    with pytest.raises(DataError, match=r"1 files in .* have no counterpart with the same stem: a$"):
         open_reader(_source(folder))
 
 
@@ -91,7 +91,7 @@ def test_two_images_with_one_stem(folder):
 
 def test_sizes_must_agree(folder):
     (folder / "labels/a.png").write_bytes(encode_png(np.zeros((6, 9), np.uint8)))
-    with pytest.raises(DataError, match=r"images/a.jpg: the image is 8 x 6 pixels, its annotation 9 x 6"):
+    with pytest.raises(DataError, match=r"images/a.jpg: the image is 8 x 6 pixels, but its annotation is 9 x 6"):
         open_reader(_source(folder)).read(0)
 
 
@@ -119,9 +119,11 @@ def test_faults_of_the_categories_file(folder, content, words):
 def test_empty_and_missing_folders(folder):
     for path in (folder / "images/a.jpg", folder / "images/sub/b.png"):
         path.unlink()
-    with pytest.raises(DataError, match=r"images holds no image \(.jpg, .jpeg, .png, .tif.*\); the data set is empty"):
+    with pytest.raises(
+        DataError, match=r"images contains no image \(.jpg, .jpeg, .png, .tif.*\); the data set is empty"
+    ):
         open_reader(_source(folder))
-    with pytest.raises(DataError, match=r"nowhere/images does not exist or is no folder"):
+    with pytest.raises(DataError, match=r"nowhere/images does not exist or is not a folder"):
         open_reader(_source(folder / "nowhere"))
-    with pytest.raises(DataError, match=r"s3://bucket/images: raw data is read from local or mounted folders"):
+    with pytest.raises(DataError, match=r"s3://bucket/images: raw data must be in a local or mounted folder"):
         open_reader(_source("s3://bucket"))

@@ -96,7 +96,7 @@ def test_files_without_partner_name_both_folders(tmp_path):
     images, labels = tmp_path / "images", tmp_path / "labels"
     _touch(images, "a.jpg", "b.jpg")
     _touch(labels, "b.png", "c.png")
-    with pytest.raises(DataError, match=r"2 files have no partner .*images \(.jpg.*labels \(.png\): a, c"):
+    with pytest.raises(DataError, match=r"2 files in .*images \(.jpg.*labels \(.png\) have no counterpart .*: a, c"):
         pair_files(images, labels)
 
 
@@ -152,7 +152,7 @@ def test_three_channel_maps(channels):
 
 def test_grey_files_are_no_three_channel_maps(channels):
     write, _, _ = channels
-    with pytest.raises(DataError, match=r"a.png: this map holds its ids in three 8-bit channels.*8-bit gray"):
+    with pytest.raises(DataError, match=r"a.png: this map must store ids in three 8-bit channels.*8-bit gray"):
         write(np.ones((H, W), np.uint8)).read(0)
 
 
@@ -188,7 +188,7 @@ def test_gray_images_pass_and_sizes_must_agree(channels):
     (folder / "images/a.png").unlink()
     (folder / "images/a.jpg").write_bytes(cv2.imencode(".jpg", np.full((H, W), 90, np.uint8))[1].tobytes())
     assert write(np.zeros((H, W, 3), np.uint8)).read(0).image_ext == "jpg"
-    with pytest.raises(DataError, match=r"images/a.jpg: the image is 8 x 6 pixels, its annotation 9 x 6"):
+    with pytest.raises(DataError, match=r"images/a.jpg: the image is 8 x 6 pixels, but its annotation is 9 x 6"):
         write(np.zeros((H, W + 1, 3), np.uint8)).read(0)
 
 
@@ -196,5 +196,5 @@ def test_huge_maps_are_refused_before_decoding(channels, monkeypatch):
     write, source, _ = channels
     write(np.zeros((H, W, 3), np.uint8))
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(DataError, match=r"annotations/a.png: 8 x 6 pixels are more than max_pixels \(47\)"):
+    with pytest.raises(DataError, match=r"annotations/a.png: 8 x 6 pixels exceed max_pixels \(47\)"):
         open_reader(source, max_pixels=47).read(0)

@@ -81,18 +81,18 @@ def test_cityscapes_instances_groups_and_void(street):
 
 def test_cityscapes_faults(street):
     source, write = street
-    with pytest.raises(DataError, match=r"gtFine/val does not exist or is no folder"):
+    with pytest.raises(DataError, match=r"gtFine/val does not exist or is not a folder"):
         open_reader(source)
     ids = np.full((H, W), 7)
     ids[0, 0], ids[0, 1] = 34, 40002
     write(ids)
-    with pytest.raises(DataError, match=r"instanceIds.png: pixel values 34, 40002 belong to no label of Cityscapes"):
+    with pytest.raises(DataError, match=r"instanceIds.png: pixel values 34, 40002 do not belong to a Cityscapes label"):
         open_reader(source).read(0)
     _write(
         open_reader(source).images / "ulm/ulm_000001_000020_leftImg8bit.png",
         np.zeros((H, W, 3), np.uint8),
     )
-    with pytest.raises(DataError, match=r"1 files have no partner .*: ulm/ulm_000001_000020"):
+    with pytest.raises(DataError, match=r"1 files in .* have no counterpart .*: ulm/ulm_000001_000020"):
         open_reader(source)
 
 
@@ -232,7 +232,7 @@ def test_mapillary_instances_and_void(vistas):
     before = source_fingerprint(source)
     (folder / "config.json").write_text(json.dumps({"labels": LABELS[:2]}))
     assert source_fingerprint(source) != before
-    with pytest.raises(DataError, match=r"instances/a.png: pixel values 512 \(256 x label \+ instance\) belong to no"):
+    with pytest.raises(DataError, match=r"instances/a.png: pixel values 512 \(256 x label \+ instance\) do not"):
         open_reader(source).read(0)
 
 

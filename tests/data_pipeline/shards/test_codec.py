@@ -121,12 +121,12 @@ def test_faults_name_the_sample():
     members = _members(_sample(np.ones((6, 9), np.uint8), None))
     other = _members(_sample(np.ones((5, 9), np.uint8), None, height=5))
     cases = [
-        ({k: v for k, v in members.items() if k != "json"}, r"without its json member"),
+        ({k: v for k, v in members.items() if k != "json"}, r"has no json member"),
         ({**members, "json": b"{"}, "cannot be read"),
         ({**members, "json": b"[]"}, "cannot be read"),
         ({**members, "json": b"{}"}, "cannot be read.*key"),
         ({k: v for k, v in members.items() if k != "img.png"}, r"'a_key-1' \(folder/a.key 1.png\) has no image"),
-        ({**members, "img.png": members["img.png"][:-20]}, "a_key-1.*cut off|a_key-1.*decoded"),
+        ({**members, "img.png": members["img.png"][:-20]}, "a_key-1.*truncated|a_key-1.*decoded"),
         ({**members, "img.png": other["img.png"]}, r"a_key-1.*the image is \(5, 9\), its description says \(6, 9\)"),
         ({**members, "seg.png": other["seg.png"]}, r"a_key-1.*seg.png is \(5, 9\)"),
         ({**members, "seg.png": members["img.png"]}, "a_key-1.*seg.png: a label map must be"),

@@ -66,14 +66,14 @@ def test_lists_of_unequal_lengths_are_named(written, tmp_path, name):
     table = pq.read_table(written / "samples.parquet")
     lists = table.column(name).to_pylist()
     said = verify(forge(written, tmp_path / "a", column_of(table, name, [lists[0][:-1], *lists[1:]])))
-    assert f"the lists of {name} have other lengths" in said
+    assert f"the lists of {name} differ in length" in said
 
 
 def test_a_row_of_lists_that_is_null_is_named(written, tmp_path):
     table = pq.read_table(written / "samples.parquet")
     lists = table.column("member_lengths").to_pylist()
     said = verify(forge(written, tmp_path / "a", column_of(table, "member_lengths", [None, *lists[1:]])))
-    assert "other lengths" in said
+    assert "differ in length" in said
 
 
 def test_many_rows_in_few_bytes_are_refused_before_they_are_decoded(written, tmp_path):
@@ -86,7 +86,7 @@ def test_many_rows_in_few_bytes_are_refused_before_they_are_decoded(written, tmp
             writer.write_table(many)
     size = (folder / "samples.parquet").stat().st_size
     assert size < 2_000_000
-    assert "bytes stand for 8000000 rows" in verify(seal(written, folder))
+    assert "bytes decode to 8000000 rows" in verify(seal(written, folder))
 
 
 def test_long_lists_in_few_bytes_are_refused_before_they_are_decoded(written, tmp_path):
@@ -96,7 +96,7 @@ def test_long_lists_in_few_bytes_are_refused_before_they_are_decoded(written, tm
     )
     index = SAMPLE_SCHEMA.get_field_index("category_ids")
     said = verify(forge(written, tmp_path / "a", table.set_column(index, SAMPLE_SCHEMA.field(index), many)))
-    assert "bytes stand for 3 rows, of up to" in said
+    assert "bytes decode to 3 rows, with more than" in said
 
 
 @pytest.mark.parametrize("name", ["key", "member_names"])
@@ -110,7 +110,7 @@ def test_long_texts_in_few_bytes_are_refused_before_they_are_decoded(written, tm
 def test_a_long_key_behind_short_codes_is_refused(written, tmp_path):
     rows = pq.read_table(written / "samples.parquet").take(pa.array(np.zeros(4000, np.int64)))
     said = verify(forge(written, tmp_path / "a", column_of(rows, "key", ["x" * 500_000] * 4000)))
-    assert "key holds texts of more than 4000 bytes" in said
+    assert "key contains texts of more than 4000 bytes" in said
 
 
 @pytest.mark.parametrize("cut", [slice(0, 100), slice(200, None), slice(0, -1)])
@@ -118,7 +118,7 @@ def test_damaged_files_are_one_message(written, tmp_path, cut):
     folder = tmp_path / "a"
     folder.mkdir()
     (folder / "samples.parquet").write_bytes((written / "samples.parquet").read_bytes()[cut])
-    with pytest.raises(DataError, match="do not say what they must"):
+    with pytest.raises(DataError, match="have invalid content"):
         Manifest.load(str(seal(written, folder)), Storage())
 
 

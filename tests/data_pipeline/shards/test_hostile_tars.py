@@ -55,7 +55,7 @@ MB = 1_000_000
 HOSTILE = {
     "sparse map": (
         [good("a"), good("b"), pax([(b"GNU.sparse.map", b"x,y")]), member("s.jpg"), good("c"), END],
-        "no plain file",
+        "not a regular file",
         3,
     ),
     "sparse 1.0": (
@@ -67,11 +67,11 @@ HOSTILE = {
             good("c"),
             END,
         ],
-        "no plain file",
+        "not a regular file",
         3,
     ),
     "sparse size": ([good("a"), good("b"), pax([(b"GNU.sparse.size", b"x")]), member("s.jpg"), END], "damaged here", 1),
-    "sparse old": ([good("a"), good("b"), sparse_old(), good("c"), END], "no plain file", 2),
+    "sparse old": ([good("a"), good("b"), sparse_old(), good("c"), END], "not a regular file", 2),
     "name not UTF-8": (
         [good("a"), good("b"), pax([(b"path", b"\xff\xfe.jpg")]), member("x.jpg"), good("c"), END],
         "character",
@@ -126,10 +126,14 @@ HOSTILE = {
     "digits": ([good("a"), good("b"), pax([(b"a", b"9" * 60_000)]), member("x.jpg"), END], "more than 30 digits", 1),
     "negative": ([good("a"), good("b"), pax([(b"size", b"-9999999")]), member("x.jpg"), END], "negative", 1),
     "a little negative": ([good("a"), good("b"), pax([(b"size", b"-600")]), member("x.jpg"), END], "negative", 1),
-    "size of no end": ([good("a"), good("b"), pax([(b"size", b"9" * 29)]), member("x.jpg"), END], "it is cut off", 1),
+    "size of no end": (
+        [good("a"), good("b"), pax([(b"size", b"9" * 29)]), member("x.jpg"), END],
+        "is truncated: its header",
+        1,
+    ),
     "large member": (
         [good("a"), good("b"), member("x.jpg", size=300 * MB), 300_000_256, good("c"), END],
-        "are refused",
+        "the limit is",
         3,
     ),
     "large sample": (

@@ -251,14 +251,14 @@ def corrupt(samples, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"png": None}, "has no member png with its labels"),
+        ({"png": None}, "has no label member png"),
         ({"jpg": None}, "must be the image"),
-        ({"jpg": image(2)[:200]}, "cut off"),
-        ({"jpg": image(9)}, "they must belong together"),
+        ({"jpg": image(2)[:200]}, "truncated"),
+        ({"jpg": image(9)}, "check that they match"),
         ({"png": encode_png(np.full((22, 30), 9, np.uint8))}, "neither categories nor void"),
-        ({"png": encode_png(np.zeros((500, 500), np.uint8))}, "more than max_pixels"),
+        ({"png": encode_png(np.zeros((500, 500), np.uint8))}, "exceed max_pixels"),
         ({"png": encode_png(color_map(2))}, "must be a grey or palette PNG"),
-        ({"png": b"hello"}, "neither a JPEG nor a PNG"),
+        ({"png": b"hello"}, "not a JPEG, PNG, TIFF"),
     ],
 )
 def test_samples_that_cannot_be_indexed_are_named(tmp_path, changes, words):
@@ -346,7 +346,7 @@ def test_links_and_devices_are_refused(tmp_path):
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info)
     (fault,) = index(tmp_path, tmp_path / "set").faults
-    assert "is no plain file" in fault.problem
+    assert "is not a regular file" in fault.problem
 
 
 def test_damaged_tars_are_never_taken_for_short_ones(tmp_path):
@@ -360,13 +360,13 @@ def test_damaged_tars_are_never_taken_for_short_ones(tmp_path):
     zeroed = bytearray(whole)
     zeroed[border : border + 1024] = bytes(1024)
     cases = {
-        "border": (whole[:border], "no end mark"),
-        "middle": (whole[:middle], "cut off"),
+        "border": (whole[:border], "no end marker"),
+        "middle": (whole[:middle], "truncated"),
         "garbled": (bytes(garbled), "header is damaged"),
         "zeroed": (bytes(zeroed), "header is damaged, or another tar follows"),
         "joined": (whole + whole, "another tar follows"),
-        "no_tar": (b"hello" * 400, "no tar, or cut off"),
-        "empty": (b"", "no tar, or cut off"),
+        "no_tar": (b"hello" * 400, "not a tar, or is truncated"),
+        "empty": (b"", "not a tar, or is truncated"),
         "gzip": (b"\x1f\x8b" + whole, "compressed (gzip)"),
     }
     for name, (data, words) in cases.items():
@@ -382,11 +382,11 @@ def test_damaged_tars_are_never_taken_for_short_ones(tmp_path):
 @pytest.mark.parametrize(
     ("members", "options", "words"),
     [
-        (members_of(0, "classes"), {"labels": None}, r"has the members jpg, png\. Give --labels \(is None\)"),
-        (members_of(0, "instances"), {}, r"members img.png, seg.png\. Give .* with --image \(is jpg\)"),
-        ({"jpg": image(0)}, {}, r"has the members jpg\. Give .* --map \(is png\)"),
+        (members_of(0, "classes"), {"labels": None}, r"its members are jpg, png\. Give --labels \(now None\)"),
+        (members_of(0, "instances"), {}, r"members are img.png, seg.png\. Give .* with --image \(now jpg\)"),
+        ({"jpg": image(0)}, {}, r"its members are jpg\. Give .* --map \(now png\)"),
         ({"jpg": image(0), "png": image(0, "png")}, {"map": "seg"}, r"--map \(is seg\)"),
-        (members_of(0, "classes"), {"labels": "panoptic"}, r"with --json \(is json\)"),
+        (members_of(0, "classes"), {"labels": "panoptic"}, r"with --json \(now json\)"),
     ],
 )
 def test_a_first_sample_without_the_stated_members_is_refused_with_the_options(tmp_path, members, options, words):
@@ -397,9 +397,9 @@ def test_a_first_sample_without_the_stated_members_is_refused_with_the_options(t
 
 def test_missing_and_repeated_tars_are_refused(tmp_path):
     tar = write_tar(tmp_path / "a.tar", {"x": members_of(0, "classes")})
-    with pytest.raises(DataError, match="there is no tar at"):
+    with pytest.raises(DataError, match="no tar was found at"):
         find_tars([str(tmp_path / "nowhere")], STORAGE)
-    with pytest.raises(DataError, match="named twice"):
+    with pytest.raises(DataError, match="given twice"):
         find_tars([str(tar), str(tmp_path)], STORAGE)
 
 
@@ -409,12 +409,12 @@ def test_another_data_set_is_never_replaced(tmp_path):
     before = (tmp_path / "set" / "dataset.json").read_bytes()
     assert index(tmp_path / "tars", tmp_path / "set").committed  # again: nothing changes
     write_tars(tmp_path / "tars", "classes", count=4)
-    with pytest.raises(DataError, match="holds another data set already"):
+    with pytest.raises(DataError, match="already contains another data set"):
         index(tmp_path / "tars", tmp_path / "set")
     assert (tmp_path / "set" / "dataset.json").read_bytes() == before
     source = SyntheticSource(num_images=2)
     write_dataset(open_reader(source), DatasetConfig(shards=str(tmp_path / "own"), source=source), STORAGE)
-    with pytest.raises(DataError, match="holds another data set already"):
+    with pytest.raises(DataError, match="already contains another data set"):
         index(tmp_path / "tars", tmp_path / "own")
 
 

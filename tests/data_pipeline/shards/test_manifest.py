@@ -124,11 +124,11 @@ def test_damaged_bytes_are_found_and_named(written, copy):
 
 def test_unusable_manifests_are_refused(copy):
     (copy / "samples.parquet").write_bytes(b"something else")
-    with pytest.raises(DataError, match=r"samples.parquet is not the file that dataset.json was written with"):
+    with pytest.raises(DataError, match=r"samples.parquet does not match its checksum in dataset.json"):
         Manifest.load(str(copy), STORAGE)
     document = json.loads((copy / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps({**document, "format": 99}))
-    with pytest.raises(DataError, match="has format 99, and this version reads 1"):
+    with pytest.raises(DataError, match="has format 99, but this version reads 1"):
         Manifest.load(str(copy), STORAGE)
     (copy / "dataset.json").write_text("[]")
     with pytest.raises(DataError, match="has format None"):
@@ -137,7 +137,7 @@ def test_unusable_manifests_are_refused(copy):
     with pytest.raises(DataError, match=r"dataset.json is not valid JSON"):
         Manifest.load(str(copy), STORAGE)
     (copy / "dataset.json").unlink()
-    with pytest.raises(DataError, match=r"dataset.json does not exist; make the shards first \(m2f shard\)"):
+    with pytest.raises(DataError, match=r"dataset.json does not exist; write the shards first \(m2f shard\)"):
         Manifest.load(str(copy), STORAGE)
 
 
@@ -148,7 +148,7 @@ def test_lazy_columns_are_checked_when_the_manifest_is_opened(copy, spoil):
     document = json.loads((copy / "dataset.json").read_text())
     document["samples"]["sha256"] = hashlib.sha256(data).hexdigest()
     (copy / "dataset.json").write_text(json.dumps(document))
-    with pytest.raises(DataError, match=r"do not say what they must .*(category_areas|key)"):
+    with pytest.raises(DataError, match=r"have invalid content .*(category_areas|key)"):
         Manifest.load(str(copy), STORAGE)
 
 

@@ -54,7 +54,7 @@ class _DamagedReader:
 
     def read(self, index):
         if self.reader.keys[index] in self.bad:
-            raise DataError(f"{self.reader.source(index)}: the JPEG file is cut off")
+            raise DataError(f"{self.reader.source(index)}: the JPEG file is truncated")
         return self.reader.read(index)
 
 
@@ -93,7 +93,7 @@ def test_the_plan_is_a_seeded_permutation(reader, tmp_path):
 
 
 def test_a_source_without_samples_is_refused(reader, tmp_path):
-    with pytest.raises(DataError, match="has no sample"):
+    with pytest.raises(DataError, match="contains no sample"):
         plan_shards(reader.subset([]), _config(tmp_path), "")
     with pytest.raises(DataError, match=r"no source to shard; set datasets\.<name>\.source"):
         write_dataset(reader, replace(_config(tmp_path), source=None), STORAGE)
@@ -226,14 +226,14 @@ def test_commit_refuses_to_replace_another_data_set(reader, dataset, tmp_path):
     plan = _plan(reader, tmp_path, seed=5)
     parts = [write_shard(reader, plan, index, STORAGE) for index in range(4)]
     (tmp_path / "dataset.json").write_bytes(Path(dataset.url, "dataset.json").read_bytes())
-    with pytest.raises(DataError, match="holds another data set already"):
+    with pytest.raises(DataError, match="already contains another data set"):
         commit_manifest(plan, parts, STORAGE)
 
 
 def test_bad_samples_never_get_into_a_shard(reader, tmp_path):
     bad = frozenset(reader.keys[i] for i in (3, 8))
     damaged = _DamagedReader(reader, bad)
-    with pytest.raises(DataError, match=r"2 of 14 samples cannot be used(.|\n)*000003.jpg: the JPEG file is cut off"):
+    with pytest.raises(DataError, match=r"2 of 14 samples cannot be used(.|\n)*000003.jpg: the JPEG file is truncated"):
         write_dataset(damaged, _config(tmp_path), STORAGE)
     assert not (tmp_path / "dataset.json").exists()
     plan = _plan(reader, tmp_path)
@@ -264,7 +264,7 @@ def test_shards_without_a_good_sample_are_left_out(reader, tmp_path):
     )
     assert [shard.name for shard in manifest.shards] == [f"shards/0000{i}.tar" for i in (0, 2, 3)]
     assert manifest.read_sample(manifest.num_samples - 1, STORAGE).key == plan.shard_keys[3][-1]
-    with pytest.raises(DataError, match="not one sample"):
+    with pytest.raises(DataError, match="none of the samples"):
         write_dataset(
             _DamagedReader(reader, frozenset(reader.keys)), _config(tmp_path / "none"), STORAGE, skip_bad=True
         )
@@ -272,14 +272,14 @@ def test_shards_without_a_good_sample_are_left_out(reader, tmp_path):
 
 def test_a_source_that_changed_under_the_plan(reader, tmp_path):
     plan = _plan(reader, tmp_path)
-    with pytest.raises(DataError, match="it changed while it was being written"):
+    with pytest.raises(DataError, match="it changed while shards were being written"):
         write_shard(reader.subset([0]), plan, 0, STORAGE)
 
 
 def test_a_store_that_returns_other_bytes_is_noticed(reader, tmp_path, monkeypatch):
     storage = Storage()
     monkeypatch.setattr(storage, "get", lambda url: b"other")
-    with pytest.raises(StorageError, match=r"00000.tar: the store returns other bytes"):
+    with pytest.raises(StorageError, match=r"00000.tar: the store returned different bytes"):
         write_shard(reader, _plan(reader, tmp_path), 0, storage)
     assert not (tmp_path / "parts").exists()
 

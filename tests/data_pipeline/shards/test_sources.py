@@ -125,7 +125,7 @@ def test_a_run_that_reads_the_old_shards_is_told(maps):
     before = maps.write()
     maps.relabel("3", 2)
     after = maps.write()
-    with pytest.raises(DataError, match="start again if the data set was written again"):
+    with pytest.raises(DataError, match="restart if the data set was rewritten"):
         before.read_sample(before.key.tolist().index("3"), STORAGE)
     data = DataConfig(train=(MixtureItem(dataset="train"),), task="semantic")
     orders = [build_order([manifest], 0, data) for manifest in (before, after)]

@@ -118,7 +118,7 @@ def test_missing_and_cut_shards_are_found_quickly(damaged, sound):
     assert missing.object.endswith("00000.tar")
     assert "does not exist" in missing.problem
     assert short.object == str(cut)
-    assert f"has {sound.shards[1].size - 512} bytes and {sound.shards[1].size} by its manifest" in short.problem
+    assert f"has {sound.shards[1].size - 512} bytes, but its manifest says {sound.shards[1].size}:" in short.problem
     assert "write the data set again" in short.remedy
     assert len(faults(damaged)) == 2
 
@@ -148,7 +148,7 @@ def test_manifests_that_cannot_be_read_are_a_fault(damaged):
     (damaged / "samples.parquet").write_bytes(b"x")
     (fault,) = faults(damaged, "quick")
     assert fault.object.endswith("dataset.json")
-    assert "is not the file that dataset.json was written with" in fault.problem
+    assert "does not match its checksum in dataset.json" in fault.problem
     (damaged / "dataset.json").write_text("[" * 100_000)
     assert "not valid JSON" in faults(damaged, "quick")[0].problem
     (damaged / "dataset.json").unlink()
@@ -162,14 +162,14 @@ def test_a_parquet_file_of_other_columns_is_a_fault(damaged):
     document["samples"]["sha256"] = hashlib.sha256(other).hexdigest()
     (damaged / "dataset.json").write_text(json.dumps(document))
     (fault,) = faults(damaged, "quick")
-    assert "do not say what they must" in fault.problem
+    assert "have invalid content" in fault.problem
 
 
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
         ("key", "synthetic-4-000003", "appears more than once"),
-        ("shard", 77, "is in shard 77, and there are"),
+        ("shard", 77, "is in shard 77, but there are"),
         ("shard", -1, "is in shard -1"),
         ("offset", 1 << 40, "not inside its shard"),
         ("length", -5, "not inside its shard"),

@@ -80,7 +80,7 @@ def test_areas_that_differ_everywhere_are_worth_a_word(tmp_path, factor, ratio):
     source = coco.panoptic_source
     config = DatasetConfig(shards=str(tmp_path / "shards"), source=source)
     text = area_warning("train", write_dataset(open_reader(source), config, Storage()))
-    assert text.startswith(f"train: masks have {ratio} times the pixels")
+    assert text.startswith(f"train: masks have {ratio} times as many pixels")
 
 
 def test_instances_are_judged_too_and_small_ones_are_not(tmp_path):

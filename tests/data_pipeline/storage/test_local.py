@@ -44,6 +44,6 @@ def test_a_read_only_disk_is_a_message(tmp_path):
     (tmp_path / "folder").mkdir()
     with (
         read_only(tmp_path / "folder") as folder,
-        pytest.raises(StorageError, match=r"Read-only.*; mount it for writing"),
+        pytest.raises(StorageError, match=r"Read-only.*; mount it as writable"),
     ):
         Storage().put(str(folder / "new"), b"x")

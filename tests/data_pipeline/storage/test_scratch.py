@@ -71,7 +71,7 @@ def test_a_full_disk_of_temporary_files_is_one_message(temporary):
         with pytest.raises(StorageError, match=r"no space left on the disk for x .* TMPDIR"), full_disk_named("x"):
             (folder.path / "big").write_bytes(b"x" * 100_000)
         folder.remove()
-        with read_only(disk), pytest.raises(StorageError, match=r"no folder can be made there .* set TMPDIR"):
+        with read_only(disk), pytest.raises(StorageError, match=r"cannot create a folder there .* set TMPDIR"):
             ScratchFolder("test")
 
 

@@ -82,7 +82,7 @@ def test_if_absent_never_overwrites(place):
     storage, root = place
     url = join(root, "once")
     storage.put(url, b"first", if_absent=True)
-    with pytest.raises(ObjectExistsError, match="once exists already"):
+    with pytest.raises(ObjectExistsError, match="once already exists"):
         storage.put(url, b"second", if_absent=True)
     assert storage.get(url) == b"first"
 
@@ -159,8 +159,8 @@ def test_wrong_urls_are_named(tmp_path):
     storage = Storage()
     for url, words in (
         ("gs://bucket/key", "scheme 'gs' is not supported"),
-        ("s3://bucket", "no object key"),
-        ("s3:///key", "no bucket"),
+        ("s3://bucket", "the object key is missing"),
+        ("s3:///key", "the bucket is missing"),
     ):
         with pytest.raises(StorageError, match=words):
             storage.get(url)

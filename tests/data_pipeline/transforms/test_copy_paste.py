@@ -318,7 +318,7 @@ def test_a_damaged_partner_is_replaced_and_reported(tmp_path):
 
 
 def test_unsupported_settings_are_refused(written):
-    with pytest.raises(ConfigError, match=r"data\.copy_paste needs two images of one size"):
+    with pytest.raises(ConfigError, match=r"data\.copy_paste needs images of equal size"):
         replace(DATA, augment=ScaleJitter())
     with pytest.raises(ConfigError, match="CopyPasteConfig: probability is 0; it must be above 0"):
         CopyPasteConfig(probability=0)

@@ -118,7 +118,10 @@ def rle(counts, size=(60, 60)):
         ({"result": {"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}}, "found.json: image 1: result 1: a polygon has"),
         ({"result": rle([3, 4])}, "found.json: image 1: result 1: the run lengths of its RLE do not add up to 60 x 60"),
         ({"annotation": rle([4_000, -400])}, "gt.json: image 1: annotation 31: the run lengths of its RLE do not add"),
-        ({"result": rle([3599.5, 0.5])}, "found.json: image 1: result 1: its RLE is damaged; runs are whole numbers"),
+        (
+            {"result": rle([3599.5, 0.5])},
+            "found.json: image 1: result 1: its RLE is damaged; runs must be whole numbers",
+        ),
         ({"result": rle([40_000_000_000])}, "found.json: image 1: result 1: the run lengths of its RLE do not add up"),
         ({"result": rle("zzzz")}, "found.json: image 1: result 1: its RLE is damaged"),
         ({"result": rle([3600], (60, 61))}, "found.json: image 1: result 1: its RLE is 61 x 60, the image 60 x 60"),

@@ -420,7 +420,7 @@ def test_errors_in_label_maps_are_reported(tmp_path):
     write_labels(found / "x.png", np.zeros((4, 5), np.uint8))
     check(r"x.png: the truth has shape \(4, 4\)")
     (found / "x.png").write_bytes(b"no image")
-    check("x.png: it is neither a JPEG nor a PNG")
+    check("x.png: it is not a JPEG, PNG, TIFF")
     check("number of classes is 0", num_classes=0)
 
 
