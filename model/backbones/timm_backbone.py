@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import timm
@@ -51,6 +52,9 @@ class TimmBackbone(nn.Module):
             case "native":
                 pass
         self.multiple = _required_multiple(self.body)
+        self._has_depthwise = any(
+            isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in self.body.modules()
+        )
         self.channels = self._probe_channels(config.name)
         if config.checkpointing:
             _enable_checkpointing(self.body, config)
@@ -69,7 +73,13 @@ class TimmBackbone(nn.Module):
         )
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        maps = self.body(images)
+        if self.training and self._has_depthwise and images.device.type == "cpu":
+            # Depthwise convolutions are two to seven times faster channels-last; dense ones are slower.
+            maps = self.body(images.contiguous(memory_format=torch.channels_last))
+            return [features.contiguous() for features in self._channels_first(maps)]
+        return self._channels_first(self.body(images))
+
+    def _channels_first(self, maps: Sequence[Tensor]) -> list[Tensor]:
         is_channels_last = getattr(self.body, "output_fmt", None) == "NHWC"
         return [features.permute(0, 3, 1, 2) for features in maps] if is_channels_last else list(maps)
 
