@@ -57,7 +57,7 @@ def test_pixels_without_a_range_and_several_pages_are_refused():
     with pytest.raises(BrokenImageError, match="'F' has no defined value range"):
         read_header(_saved("TIFF", np.zeros((2, 3), np.float32)))
     pages = {"save_all": True, "append_images": [Image.fromarray(PIXELS)]}
-    with pytest.raises(BrokenImageError, match="it holds 2 images"):
+    with pytest.raises(BrokenImageError, match="it contains 2 images"):
         read_header(_saved("TIFF", **pages))
 
 

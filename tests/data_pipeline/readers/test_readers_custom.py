@@ -93,7 +93,7 @@ def test_custom_samples_and_subsets():
         ({"segments": (_segment(1, category_id=5),)}, "categories that the table does not define: 5"),
         ({"segments": ()}, "`seg` has ids without a segment: 1"),
         ({"segments": (_segment(1), _segment(2))}, "segments have no pixel in `seg`: 2"),
-        ({"segments": (_segment(1), _segment(1))}, "segment ids of `seg` repeat"),
+        ({"segments": (_segment(1), _segment(1))}, "segment ids of `seg` are not unique"),
         ({"inst": np.full((1, H, W), 3, np.uint8)}, "`inst` has ids without a segment: 3"),
     ],
 )

@@ -230,7 +230,7 @@ def bomb(width, height):
         ("json", lambda old: b"[" * len(old), "json member of a sample cannot be read"),
         ("json", lambda old: b'{"key": 1}', "json member of a sample cannot be read"),
         ("json", lambda old: old.replace(b'"area":', b'"arxa":', 1), "a segment of its json member cannot be read"),
-        ("json", lambda old: old.replace(b'"id":1,', b'"id":9,', 1), "segment ids of `seg` repeat"),
+        ("json", lambda old: old.replace(b'"id":1,', b'"id":9,', 1), "segment ids of `seg` are not unique"),
     ],
 )
 def test_hostile_members_with_right_checksums_are_faults(damaged, sound, member, new, words):

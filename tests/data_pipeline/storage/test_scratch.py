@@ -59,12 +59,12 @@ def test_a_full_disk_of_temporary_files_is_one_message(temporary):
     with small_disk(temporary / "small", "64k") as disk:
         tempfile.tempdir = str(disk)
         require_room(60_000, "a checkpoint")
-        with pytest.raises(StorageError, match=r"small: 0\.1 MB are free .* a checkpoint takes 2,000\.0 MB; .* TMPDIR"):
+        with pytest.raises(StorageError, match=r"small: 0\.1 MB are free .* a checkpoint needs 2,000\.0 MB; .* TMPDIR"):
             require_room(2_000_000_000, "a checkpoint")
         other = str(disk / "runs" / "new")
         require_room(60_000, "a checkpoint", other)
         with pytest.raises(
-            StorageError, match=r"small: 0\.1 MB are free .* takes 2,000\.0 MB; choose another `output`$"
+            StorageError, match=r"small: 0\.1 MB are free .* needs 2,000\.0 MB; choose another `output`$"
         ):
             require_room(2_000_000_000, "a checkpoint", other, "choose another `output`")
         folder = ScratchFolder("test")

@@ -110,7 +110,7 @@ def test_files_of_other_formats_are_refused():
     for payload in (b"", b"PAR1", table_bytes({"a": np.zeros(2)})):
         with pytest.raises(EvaluationError, match="not a file of image records"):
             read_image_records(payload)
-    with pytest.raises(DataError, match="no table"):
+    with pytest.raises(DataError, match="not a parquet table"):
         read_table_bytes(b"PAR1")
 
 
