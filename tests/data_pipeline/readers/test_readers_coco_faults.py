@@ -215,7 +215,7 @@ def test_faults_of_panoptic_masks(coco):
         (None, "has no usable `segmentation`"),
         ([[1.0, 2.0, 3.0, 4.0]], "an even number of at least 6 coordinates"),
         ([POLYGON[:-1]], "an even number of at least 6 coordinates"),
-        ({"size": [W, H], "counts": "abc"}, "its RLE is 20 x 30, the image 30 x 20"),
+        ({"size": [W, H], "counts": "abc"}, "its RLE is 20 x 30, but the image is 30 x 20"),
         ({"size": [H, W], "counts": [1, 2, 3]}, "do not add up to 30 x 20 pixels"),
         ({"size": [H, W], "counts": [-1, H * W + 1]}, "do not add up"),
         ({"size": [H, W], "counts": [1, "x"]}, "its RLE is damaged"),

@@ -63,7 +63,7 @@ def test_instances_of_other_classes_are_refused(coco, categories, message):
 def test_two_used_classes_of_which_one_is_unknown_are_refused(coco):
     coco.instances[1]["category_id"] = 4
     categories = [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}]
-    with pytest.raises(DataError, match=r"has instances of dog, and .*panoptic\.json has no category of that name"):
+    with pytest.raises(DataError, match=r"has instances of dog, but .*panoptic\.json has no category of that name"):
         open_reader(source_with_instances(coco, categories))
 
 

@@ -127,7 +127,10 @@ def test_faults_name_the_sample():
         ({**members, "json": b"{}"}, "cannot be read.*key"),
         ({k: v for k, v in members.items() if k != "img.png"}, r"'a_key-1' \(folder/a.key 1.png\) has no image"),
         ({**members, "img.png": members["img.png"][:-20]}, "a_key-1.*truncated|a_key-1.*decoded"),
-        ({**members, "img.png": other["img.png"]}, r"a_key-1.*the image is \(5, 9\), its description says \(6, 9\)"),
+        (
+            {**members, "img.png": other["img.png"]},
+            r"a_key-1.*the image is \(5, 9\), but its description says \(6, 9\)",
+        ),
         ({**members, "seg.png": other["seg.png"]}, r"a_key-1.*seg.png is \(5, 9\)"),
         ({**members, "seg.png": members["img.png"]}, "a_key-1.*seg.png: a label map must be"),
     ]

@@ -385,7 +385,7 @@ def test_damaged_tars_are_never_taken_for_short_ones(tmp_path):
         (members_of(0, "classes"), {"labels": None}, r"its members are jpg, png\. Give --labels \(now None\)"),
         (members_of(0, "instances"), {}, r"members are img.png, seg.png\. Give .* with --image \(now jpg\)"),
         ({"jpg": image(0)}, {}, r"its members are jpg\. Give .* --map \(now png\)"),
-        ({"jpg": image(0), "png": image(0, "png")}, {"map": "seg"}, r"--map \(is seg\)"),
+        ({"jpg": image(0), "png": image(0, "png")}, {"map": "seg"}, r"--map \(now seg\)"),
         (members_of(0, "classes"), {"labels": "panoptic"}, r"with --json \(now json\)"),
     ],
 )

@@ -226,7 +226,7 @@ def bomb(width, height):
     [
         ("seg.png", lambda old: bomb(60_000, 60_000), "seg.png is (60000, 60000), not"),
         ("seg.png", lambda old: encode_png(np.full((2, 2), 9, np.uint8)), "seg.png is (2, 2), not"),
-        ("img.jpg", lambda old: bomb(60_000, 60_000), "the image is (60000, 60000), its description says"),
+        ("img.jpg", lambda old: bomb(60_000, 60_000), "the image is (60000, 60000), but its description says"),
         ("json", lambda old: b"[" * len(old), "json member of a sample cannot be read"),
         ("json", lambda old: b'{"key": 1}', "json member of a sample cannot be read"),
         ("json", lambda old: old.replace(b'"area":', b'"arxa":', 1), "a segment of its json member cannot be read"),

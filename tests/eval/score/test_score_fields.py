@@ -124,7 +124,10 @@ def rle(counts, size=(60, 60)):
         ),
         ({"result": rle([40_000_000_000])}, "found.json: image 1: result 1: the run lengths of its RLE do not add up"),
         ({"result": rle("zzzz")}, "found.json: image 1: result 1: its RLE is damaged"),
-        ({"result": rle([3600], (60, 61))}, "found.json: image 1: result 1: its RLE is 61 x 60, the image 60 x 60"),
+        (
+            {"result": rle([3600], (60, 61))},
+            "found.json: image 1: result 1: its RLE is 61 x 60, but the image is 60 x 60",
+        ),
         ({"result": rle([3600], ("60", 60))}, "found.json: image 1: result 1 has no usable `segmentation`"),
         ({"annotation": {"segmentation": None}}, "gt.json: image 1: annotation 31 has no usable `segmentation`"),
     ],
