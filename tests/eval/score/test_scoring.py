@@ -325,10 +325,7 @@ def test_errors_in_instance_files_are_reported(tmp_path):
     check(r"has score nan", lambda r: r[0].update(score=float("nan")))
     check(r"has no `score`", lambda r: r[0].pop("score"))
     check(r"has no `segmentation`", lambda r: r[0].pop("segmentation"))
-    check(
-        r"its RLE is 9 x 8, but the image is 120 x 100",
-        lambda r: r[0].update(segmentation={"size": [8, 9], "counts": "0"}),
-    )
+    check(r"RLE is 9 x 8, but the image is", lambda r: r[0].update(segmentation={"size": [8, 9], "counts": "0"}))
     check(r"its RLE is damaged", lambda r: r[0]["segmentation"].update(counts="~~"))
 
 
