@@ -42,7 +42,7 @@ def _with_orientation(orientation: int, order: str = "<") -> bytes:
     return JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + JPEG[2:]
 
 
-def test_headers():
+def test_headers_of_all_formats_are_read():
     cases = [
         (JPEG, "jpg", "rgb"),
         (_saved(Image.fromarray(PIXELS).convert("L"), "JPEG"), "jpg", "gray"),
@@ -70,7 +70,7 @@ def test_grey_and_cmyk_become_rgb():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_exif_orientations_equal_opencvs(orientation, order):
+def test_exif_orientations_match_opencv(orientation, order):
     data = _with_orientation(orientation, order)
     assert read_header(data).orientation == orientation
     turned = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)  # OpenCV applies EXIF by default
@@ -85,7 +85,7 @@ def test_invalid_exif_is_ignored():
     assert read_header(bytes(broken)).orientation == 1
 
 
-def test_the_annotations_size_decides_about_the_rotation():
+def test_size_of_the_annotation_decides_the_rotation():
     turned, mirrored = read_header(_with_orientation(6)), read_header(_with_orientation(3))
     assert frame_orientation(turned, 48, 32) == 6
     assert frame_orientation(turned, 32, 48) == 1
@@ -96,7 +96,7 @@ def test_the_annotations_size_decides_about_the_rotation():
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from([JPEG, PNG]), st.floats(0, 1, exclude_max=True))
-def test_files_that_are_cut_off_never_pass(data, share):
+def test_truncated_files_are_refused(data, share):
     with pytest.raises(BrokenImageError):
         read_header(data[: int(len(data) * share)])
 
@@ -126,7 +126,7 @@ def _fails(decode, data: bytes) -> bool:
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "restart_marker_blocks": 2}])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_checking_pixels_refuses_what_decoding_refuses(options, mode):
+def test_check_pixels_refuses_the_same_files_as_decoding(options, mode):
     whole = _saved(Image.fromarray(PIXELS[:31, :45]).convert(mode), "JPEG", **options)
     random, refused = np.random.default_rng(5), 0
     for _ in range(150):
@@ -145,7 +145,7 @@ def test_checking_pixels_refuses_what_decoding_refuses(options, mode):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_palette_pngs_give_their_indices(bits):
+def test_palette_pngs_are_decoded_to_indices(bits):
     values = RANDOM.integers(0, 2**bits, (7, 11), dtype=np.uint8)
     image = Image.fromarray(values).convert("P")
     image.putdata(values.ravel().tolist())
@@ -153,7 +153,7 @@ def test_palette_pngs_give_their_indices(bits):
     assert np.array_equal(decode_index_png(_saved(image, "PNG", bits=bits)), values)
 
 
-def test_label_maps_of_other_depths():
+def test_label_maps_of_1_and_16_bits_are_decoded():
     values = RANDOM.integers(0, 2, (5, 9), dtype=np.uint8)
     assert np.array_equal(decode_index_png(_saved(Image.fromarray(values.astype(bool)), "PNG")), values)
     deep = RANDOM.integers(0, 1 << 16, (5, 9), dtype=np.uint16)
@@ -172,6 +172,6 @@ def test_panoptic_ids_use_all_three_channels():
         decode_id_png(JPEG)
 
 
-def test_pngs_are_written_the_same_way_every_time():
+def test_encoded_pngs_are_deterministic():
     values = RANDOM.integers(0, 40, (30, 50), dtype=np.uint8)
     assert encode_png(values) == encode_png(values.copy(order="F"))

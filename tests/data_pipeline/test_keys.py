@@ -12,7 +12,7 @@ from m2f.data_pipeline.keys import MAX_KEY, check_key, key_problem
     "key",
     ["000000000139", "a/b/c", "aachen_000000_000019", "-1", ".hidden", "a..b", "...", "été 1", "x" * MAX_KEY, "a b.c"],
 )
-def test_usual_keys_may_be_used(key):
+def test_valid_keys_are_accepted(key):
     assert key_problem(key) is None
     assert check_key(key, "here") == key
 
@@ -26,14 +26,14 @@ def test_usual_keys_may_be_used(key):
         ("x" * (MAX_KEY + 1), "has 1001 characters"),
     ],
 )
-def test_others_are_refused_in_printable_words(key, problem):
+def test_invalid_keys_are_refused_with_a_printable_message(key, problem):
     with pytest.raises(DataError, match=rf"^file.json: the name .* {problem}") as caught:
         check_key(key, "file.json")
     assert str(caught.value).isprintable()
 
 
 @given(st.lists(st.sampled_from(["..", ".", "", "a", "b.c", "..."]), min_size=1).map("/".join))
-def test_what_may_be_used_stays_inside(tmp_path_factory, key):
+def test_valid_keys_stay_inside_their_folder(tmp_path_factory, key):
     folder = tmp_path_factory.getbasetemp() / "folder"
     if key_problem(key) is None:
         assert (folder / key).resolve().is_relative_to(folder)

@@ -16,14 +16,14 @@ CAR, SKY, DOG = (
 MODEL = (CAR, SKY, DOG)
 
 
-def test_equal_tables_are_equal_whatever_their_colours():
+def test_tables_that_differ_only_in_colours_are_equal():
     assert match_classes(MODEL, MODEL).kind == "equal"
     painted = (Category(1, "car", True, (9, 9, 9)), SKY, DOG)
     assert match_classes(MODEL, painted).kind == "equal"
     assert match_classes(MODEL, painted).labels == (0, 1, 2)
 
 
-def test_another_order_and_other_ids_are_matched_by_name():
+def test_tables_with_another_order_or_other_ids_are_matched_by_name():
     found = match_classes(MODEL, (DOG, CAR, SKY))
     assert (found.kind, found.labels) == ("by_name", (1, 2, 0))
     renumbered = (
@@ -35,7 +35,7 @@ def test_another_order_and_other_ids_are_matched_by_name():
     assert (found.kind, found.labels) == ("by_name", (0, 1, 2))
 
 
-def test_a_subset_keeps_the_common_ones_and_is_said():
+def test_subset_keeps_the_common_classes_and_is_described():
     found = match_classes(MODEL, (DOG, Category(9, "cat", True, (0,) * 3)))
     assert (found.kind, found.labels) == ("subset", (None, None, 0))
     assert (found.only_first, found.only_second) == (("car", "sky"), ("cat",))
@@ -63,7 +63,7 @@ def test_a_new_data_set_may_use_old_ids_for_new_classes():
     assert match_classes(MODEL, (CAR, SKY, Category(3, "cat", True, (0,) * 3)), ids=False).kind == "subset"
 
 
-def test_a_label_space_survives_json():
+def test_label_space_round_trips_through_json():
     space = LabelSpace("panoptic", MODEL)
     assert LabelSpace.from_json(space.to_json(), "x") == space
     with pytest.raises(DataError, match="weights: the label space"):

@@ -3,14 +3,14 @@ import numpy as np
 from m2f.data_pipeline.randomness import Stream, random_words, sample_rng
 
 
-def test_words_are_those_of_the_published_generator():
+def test_words_equal_the_published_test_vectors():
     """Known answer of Philox4x64-10 for counter and key zero (Random123's test vectors), one counter step earlier."""
     rng = np.random.Philox(key=np.zeros(2, np.uint64), counter=np.full(4, 2**64 - 1, np.uint64))
     known = [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
     assert [int(word) for word in rng.random_raw(4)] == known
 
 
-def test_every_argument_matters_and_nothing_else():
+def test_words_depend_on_every_argument_and_nothing_else():
     base = random_words(1, Stream.CHUNK_ORDER, 2, 3, 8).tolist()
     assert base == random_words(1, Stream.CHUNK_ORDER, 2, 3, 8).tolist()
     assert base[:4] == random_words(1, Stream.CHUNK_ORDER, 2, 3, 4).tolist()
@@ -25,5 +25,5 @@ def test_neighbouring_positions_are_independent():
     assert abs(draws.mean() - 0.5) < 0.01
 
 
-def test_any_integer_is_a_seed():
+def test_any_integer_is_a_valid_seed():
     assert len({sample_rng(seed, 0, Stream.AUGMENT).random() for seed in (-1, 0, 2**63, 2**64 - 2)}) == 4

@@ -78,13 +78,13 @@ SECRET = [
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_harmless_texts_pass_unchanged(text):
+def test_harmless_texts_are_unchanged(text):
     assert url_problem(text) is None
     assert without_secrets(text) == text
 
 
 @pytest.mark.parametrize(("text", "kept"), SECRET)
-def test_room_for_a_secret_is_refused_and_cut_out(text, kept):
+def test_urls_that_may_contain_secrets_are_refused_and_redacted(text, kept):
     problem = url_problem(text)
     assert problem is not None
     assert "hush" not in problem
@@ -95,13 +95,13 @@ USERS = st.text(st.characters(exclude_characters="@", min_codepoint=33, max_code
 
 
 @given(user=USERS, scheme=st.sampled_from(["http", "https", "postgresql", "mysql+pymysql"]), tail=st.text("abc/:.8"))
-def test_nothing_before_an_at_passes(user, scheme, tail):
+def test_urls_with_text_before_an_at_sign_are_refused(user, scheme, tail):
     text = f"{scheme}://{user}@host{tail}"
     assert url_problem(text) is not None
 
 
 @given(st.text(st.sampled_from("ab:/@?#;\\ \n\t[]%s3+.1"), max_size=20))
-def test_what_is_kept_is_harmless(text):
+def test_redacted_urls_are_harmless(text):
     kept = without_secrets(text)
     assert url_problem(kept) is None
     assert without_secrets(kept) == kept

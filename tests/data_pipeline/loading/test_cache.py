@@ -69,7 +69,7 @@ def test_simultaneous_readers_wait_for_one_fetch(tmp_path):
     assert len(fetched) == 1
 
 
-def test_errors_of_the_fetch_pass_through_and_leave_nothing(tmp_path):
+def test_failed_fetch_raises_and_leaves_no_file(tmp_path):
     cache = cache_in(tmp_path)
 
     def fetch():
@@ -88,7 +88,7 @@ def test_a_truncated_file_is_a_cache_miss(tmp_path):
     assert cache.read("a", 1000, lambda: content("a")) == content("a")
 
 
-def test_the_limit_holds_and_chunks_read_last_are_evicted_first(tmp_path):
+def test_cache_stays_below_its_limit_and_evicts_the_latest_needed_chunks(tmp_path):
     names = [f"n{i}" for i in range(40)]
     cache = cache_in(tmp_path, 10_000, lambda: names[::-1])  # the last ones written are wanted soonest
     for name in names:
@@ -103,7 +103,7 @@ def test_the_limit_holds_and_chunks_read_last_are_evicted_first(tmp_path):
     upcoming=st.permutations("abcdef"),
     excess=st.integers(0, 40),
 )
-def test_victims_are_the_chunks_read_last(sizes, upcoming, excess):
+def test_evicted_chunks_are_those_needed_last(sizes, upcoming, excess):
     gone = choose_victims(sizes, upcoming, excess)
     freed = sum(sizes[name] for name in gone)
     assert freed >= min(excess, sum(sizes.values()))
@@ -112,7 +112,7 @@ def test_victims_are_the_chunks_read_last(sizes, upcoming, excess):
     assert all(wanted[a] >= wanted[b] for a in gone for b in sizes.keys() - set(gone))
 
 
-def test_a_full_disk_makes_the_cache_smaller_and_says_so_once(tmp_path, monkeypatch, caplog):
+def test_full_disk_shrinks_the_cache_with_one_warning(tmp_path, monkeypatch, caplog):
     cache = cache_in(tmp_path)
     for name in "abcd":
         cache.read(name, 1000, lambda name=name: content(name))
@@ -133,7 +133,7 @@ def test_a_full_disk_makes_the_cache_smaller_and_says_so_once(tmp_path, monkeypa
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_cache_folder_that_is_deleted_during_a_run_costs_a_warning(tmp_path, caplog):
+def test_cache_folder_deleted_during_a_run_causes_one_warning(tmp_path, caplog):
     cache = cache_in(tmp_path / "cache")
     cache.read("a", 1000, lambda: content("a"))
     shutil.rmtree(tmp_path / "cache")
@@ -144,7 +144,7 @@ def test_a_cache_folder_that_is_deleted_during_a_run_costs_a_warning(tmp_path, c
     assert "No such file or directory" in caplog.text
 
 
-def test_an_unusable_cache_folder_is_named(tmp_path):
+def test_unusable_cache_folder_raises_error_with_its_path(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"data\.cache\.folder .*file/x cannot be created"):
         cache_in(tmp_path / "file" / "x")
@@ -178,12 +178,12 @@ def kill_readers(folder, rounds):
     assert sum(held(folder).values()) <= 50_000
 
 
-def test_killed_readers_leave_whole_chunks_only(tmp_path):
+def test_killed_readers_leave_only_complete_chunks(tmp_path):
     kill_readers(tmp_path, rounds=2)
 
 
 @pytest.mark.soak
-def test_readers_killed_many_times(tmp_path):
+def test_readers_killed_many_times_leave_only_complete_chunks(tmp_path):
     kill_readers(tmp_path, rounds=40)
 
 

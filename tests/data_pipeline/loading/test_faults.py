@@ -223,7 +223,7 @@ def mixed_faults(seed, rate):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_all_faults_together(served, truth, tmp_path, cached):
+def test_mixed_faults_do_not_change_the_batches(served, truth, tmp_path, cached):
     served.fault = mixed_faults(3, rate=0.25)
     cache = CacheConfig(folder=str(tmp_path / "cache"), max_gb=1e-3) if cached else None
     assert deliver(served.storage, data=replace(SETTINGS, cache=cache))[0] == truth
@@ -231,7 +231,7 @@ def test_all_faults_together(served, truth, tmp_path, cached):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(20))
-def test_all_faults_together_many_times(served, truth, tmp_path, seed):
+def test_many_seeds_of_mixed_faults_do_not_change_the_batches(served, truth, tmp_path, seed):
     served.fault = mixed_faults(seed, rate=0.35)
     size = (1e-3, 1e-4)[seed % 2]
     cache = CacheConfig(folder=str(tmp_path / "cache"), max_gb=size) if seed % 3 else None
@@ -245,14 +245,14 @@ def test_all_faults_together_many_times(served, truth, tmp_path, seed):
     ("fault", "words"),
     [("403", r"access is denied \(403"), ("404", "does not exist"), ("503", r"longer than storage\.patience_s")],
 )
-def test_permanent_faults_stop_the_run_with_the_reason(served, fault, words):
+def test_permanent_faults_raise_error_with_the_reason(served, fault, words):
     served.fault = lambda number, again: fault if number > 3 else ""
     storage = Storage(replace(served.storage.config, patience_s=0.5))
     with pytest.raises(StorageError, match=rf"s3://bucket/set/shards/.*tar.*{words}"):
         deliver(storage)
 
 
-def test_closing_ends_reads_that_wait_for_the_store(served):
+def test_close_stops_reads_that_wait_for_the_store(served):
     """Threads that waited on would keep the process for storage.patience_s."""
     manifest = Manifest.load(URL, served.storage)
     groups = iter([(SampleRef(0, 0, 0),)])
@@ -269,7 +269,7 @@ def test_closing_ends_reads_that_wait_for_the_store(served):
             waiting.result(PATIENCE_S)
 
 
-def test_a_cut_object_is_named_with_both_sizes(served):
+def test_truncated_object_raises_error_with_both_sizes(served):
     path = served.folder / "set" / "shards" / "00001.tar"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1024])
@@ -277,13 +277,13 @@ def test_a_cut_object_is_named_with_both_sizes(served):
         deliver(served.storage)
 
 
-def test_a_missing_object_is_named(served):
+def test_missing_object_raises_error_with_its_url(served):
     (served.folder / "set" / "shards" / "00001.tar").unlink()
     with pytest.raises(StorageError, match=r"s3://bucket/set/shards/00001\.tar.*does not exist"):
         deliver(served.storage)
 
 
-def test_an_object_that_is_replaced_while_it_is_read_is_an_error(served, monkeypatch):
+def test_object_replaced_while_being_read_raises_error(served, monkeypatch):
     """Between its HEAD and its first ranged GET; one thread, so that no other shard is opened meanwhile."""
 
     def replace_shards(number, again):
@@ -298,7 +298,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_an_error(served, monkeyp
         deliver(served.storage)
 
 
-def test_a_sample_that_stays_bad_stops_the_run_by_name(served):
+def test_permanently_damaged_sample_raises_error_naming_it(served):
     spoil(served)
     with pytest.raises(
         DataError, match=r"sample '[\w-]+' in s3://bucket/set/shards/0000\d\.tar at byte \d+ is damaged"
@@ -318,7 +318,7 @@ def spoil(served):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_samples_are_replaced_by_their_position(served, truth, workers):
+def test_substitutes_of_bad_samples_depend_on_the_position(served, truth, workers):
     bad = spoil(served)
     data = replace(SETTINGS, max_bad_samples=2, workers=workers)
     found, substitutions = deliver(served.storage, data=data)
@@ -340,7 +340,7 @@ def test_bad_samples_are_replaced_by_their_position(served, truth, workers):
         assert elsewhere | others == found
 
 
-def test_a_cache_saves_the_second_epoch_and_repairs_itself(served, truth, tmp_path):
+def test_cache_serves_the_second_epoch_and_refetches_damaged_chunks(served, truth, tmp_path):
     data = replace(SETTINGS, cache=CacheConfig(folder=str(tmp_path / "cache"), max_gb=1.0))
     storage = served.storage
     assert deliver(storage, data=data)[0] == truth

@@ -78,23 +78,23 @@ def kill_reading(tmp_path, images, steps, kills, workers):
     assert sorted(row[0] for line in lines for row in line) == list(range(steps * BATCH))
 
 
-def test_killed_sharding_ends_with_the_same_bytes(tmp_path):
+def test_restarted_sharding_writes_the_same_bytes(tmp_path):
     kill_sharding(tmp_path, images=40, kills=1)
 
 
-def test_killed_reading_goes_on_with_the_same_samples(tmp_path):
+def test_restarted_reading_continues_with_the_same_samples(tmp_path):
     kill_reading(tmp_path, images=20, steps=30, kills=1, workers=0)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.slow
-def test_ten_kills_of_sharding(tmp_path):
+def test_sharding_killed_ten_times_writes_the_same_bytes(tmp_path):
     kill_sharding(tmp_path, images=400, kills=10)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.slow
-def test_ten_kills_of_reading_with_processes_and_a_cache(tmp_path):
+def test_reading_killed_ten_times_with_workers_and_cache_yields_the_same_samples(tmp_path):
     kill_reading(tmp_path, images=120, steps=400, kills=10, workers=2)

@@ -153,7 +153,7 @@ def pixels_by_position(steps):
     return found
 
 
-def test_pixels_depend_on_the_position_only(boxes):
+def test_pixels_depend_only_on_the_position(boxes):
     """Whatever the world, the micro-batch, the worker count and the start: equal pixels at equal positions."""
     data = data_config()
     reference = pixels_by_position(loaded([boxes], data, 8))
@@ -170,7 +170,7 @@ def test_pixels_depend_on_the_position_only(boxes):
 
 
 @pytest.mark.parametrize(("workers", "thread"), [(0, "prepare"), (1, "_pin_memory_loop")])
-def test_batches_are_pinned_by_a_thread_of_the_loader(boxes, monkeypatch, workers, thread):
+def test_loader_thread_pins_batches(boxes, monkeypatch, workers, thread):
     """With an accelerator that says it is there, and pinned memory that is none."""
     pinning = []
 
@@ -191,7 +191,7 @@ def test_batches_are_pinned_by_a_thread_of_the_loader(boxes, monkeypatch, worker
     assert all(thread in name for name in pinning)
 
 
-def test_a_bad_sample_comes_through_a_loader_that_pins(monkeypatch):
+def test_pinning_loader_yields_raw_batches_as_tuples(monkeypatch):
     """Older versions of torch turn what is no batch into a list when they pin it."""
 
     class Loader(list):
@@ -204,7 +204,7 @@ def test_a_bad_sample_comes_through_a_loader_that_pins(monkeypatch):
     assert found == [(None, "a raw example"), "a batch"]
 
 
-def test_elastic_worlds_lose_and_repeat_nothing(boxes, tmp_path):
+def test_changing_the_world_size_neither_skips_nor_repeats_samples(boxes, tmp_path):
     """Three epochs of a mixture in six attempts, each with other ranks, some with fillers: as in one go."""
     more = write_boxes(tmp_path / "more", count=15, prefix="more")
     manifests, data, batch = [boxes, more], weighted(4.0, 1.0), 12
@@ -233,7 +233,7 @@ def test_an_epoch_shows_every_annotated_image_once(boxes):
     assert keys[:48] != keys[48:96]
 
 
-def test_step_batches_name_their_step_and_positions(boxes):
+def test_step_batches_contain_their_step_and_positions(boxes):
     first, second = loaded([boxes], data_config(), 2, rank=1, world=4)
     assert (first.step, first.positions) == (0, (1, 5))
     assert (second.step, second.positions) == (1, (9,))
@@ -251,7 +251,7 @@ def weighted(*weights):
     return data_config(train=tuple(MixtureItem(dataset="boxes", weight=weight) for weight in weights))
 
 
-def test_a_mixture_draws_from_both_by_weight(boxes, tmp_path):
+def test_mixture_samples_data_sets_by_weight(boxes, tmp_path):
     more = write_boxes(tmp_path / "more", count=20, prefix="more")
     order = build_order([boxes, more], 3, weighted(3.0, 1.0))
     refs = [order.at(p) for p in range(400)]
@@ -264,7 +264,7 @@ def test_a_mixture_draws_from_both_by_weight(boxes, tmp_path):
     assert found == {(0, "box"), (1, "mor")}
 
 
-def test_the_fingerprint_covers_what_moves_samples(boxes):
+def test_fingerprint_changes_with_every_setting_that_moves_samples(boxes):
     base = build_order([boxes], 3, data_config()).fingerprint
     assert base == build_order([boxes], 3, data_config(workers=7)).fingerprint
     assert base == build_order([boxes], 3, weighted(2.0)).fingerprint
@@ -285,7 +285,7 @@ def test_data_sets_of_a_mixture_keep_their_own_ids(boxes, tmp_path):
     assert things == {"box": {0, 1}, "mor": {0, 1}}
 
 
-def test_different_category_tables_are_refused_by_name(boxes, tmp_path):
+def test_mixture_with_an_unknown_class_is_refused(boxes, tmp_path):
     table = CategoryTable((*TABLE.categories, Category(9, "sky", False, (0, 0, 255))))
     other = write_boxes(tmp_path / "other", count=5, categories=table)
     with pytest.raises(DataError) as error:
@@ -311,7 +311,7 @@ def damage(manifest, index):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_flipped_byte_is_an_error_that_names_the_sample(tmp_path, workers):
+def test_flipped_byte_raises_error_naming_the_sample(tmp_path, workers):
     manifest = write_boxes(tmp_path / "set", count=12)
     index = list(manifest.key).index("box_0006")
     damage(manifest, index)
@@ -336,14 +336,14 @@ class FlakyStorage(Storage):
         return data
 
 
-def test_damage_on_the_way_is_repaired_by_reading_again(boxes):
+def test_data_damaged_in_transit_is_read_again(boxes):
     reference = pixels_by_position(loaded([boxes], data_config(), 4))
     storage = FlakyStorage(faults=3)
     assert pixels_by_position(loaded([boxes], data_config(), 4, storage=storage)) == reference
     assert storage.faults == 0
 
 
-def test_a_missing_shard_is_an_error(tmp_path):
+def test_missing_shard_raises_error(tmp_path):
     manifest = write_boxes(tmp_path / "set", count=12)
     Path(manifest.shard_url(0)).unlink()
     with pytest.raises(StorageError, match=r"00000\.tar"):
@@ -355,7 +355,7 @@ def fetcher_for(manifest, groups, storage, **limits):
     return chunks, SampleFetcher([manifest], [chunks], storage, iter(groups), FetchLimits(**limits))
 
 
-def test_every_chunk_is_read_once_while_the_future_is_known(boxes):
+def test_every_chunk_is_read_once_within_the_look_ahead(boxes):
     data, storage = data_config(), FlakyStorage(faults=0)
     order = build_order([boxes], 3, data)
     groups = [tuple(order.at(p) for p in range(k, k + 4)) for k in range(0, 48, 4)]
@@ -366,7 +366,7 @@ def test_every_chunk_is_read_once_while_the_future_is_known(boxes):
     assert not fetcher._kept
 
 
-def test_only_the_span_of_wanted_samples_is_read(boxes):
+def test_reads_cover_only_the_span_of_needed_samples(boxes):
     storage = FlakyStorage(faults=0)
     groups = [(SampleRef(0, 0, 0),), (SampleRef(0, 0, 2),)]
     chunks, fetcher = fetcher_for(boxes, groups, storage, groups_ahead=1, horizon=2)
@@ -376,7 +376,7 @@ def test_only_the_span_of_wanted_samples_is_read(boxes):
     assert storage.ranges == [(boxes.shard_url(0), 0, boxes.offset[2] + boxes.length[2])]
 
 
-def test_with_a_small_memory_limit_samples_are_read_again_with_the_same_bytes(boxes):
+def test_small_memory_limit_rereads_samples_with_the_same_bytes(boxes):
     data = data_config()
     order = build_order([boxes], 3, data)
     groups = [(order.at(p), None) for p in range(96)]
@@ -408,7 +408,7 @@ def test_evaluation_batches_are_the_given_images_in_order(boxes):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_an_image_is_padded_as_if_it_were_alone_in_its_batch(boxes, batch_size):
+def test_padding_of_an_image_does_not_depend_on_its_batch(boxes, batch_size):
     sizes = [(30, 40), (40, 30), (31, 40), (30, 80), (40, 31), (30, 41), (64, 64)]
     height, width = np.array([sizes[i % len(sizes)] for i in range(boxes.num_samples)]).T
     manifest = replace(boxes, height=height, width=width)
@@ -438,7 +438,7 @@ def endless(manifest, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_closing_leaves_no_process_and_no_thread(boxes, workers):
+def test_close_leaves_no_process_or_thread(boxes, workers):
     loader = endless(boxes, workers)
     next(loader)
     assert len(multiprocessing.active_children()) == workers
@@ -451,7 +451,7 @@ def leftover():
     return multiprocessing.active_children() + threads
 
 
-def test_a_killed_worker_is_an_error_and_not_a_hang(boxes):
+def test_killed_worker_raises_error_instead_of_hanging(boxes):
     loader = endless(boxes, workers=1)
     next(loader)
     (worker,) = multiprocessing.active_children()
@@ -461,7 +461,7 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(boxes):
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_killed_training():
+def test_workers_exit_when_training_is_killed():
     environment = os.environ | {"PYTHONPATH": str(Path(m2f.__file__).parents[1])}
     command = [sys.executable, str(Path(__file__).with_name("training_main.py"))]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as training:

@@ -72,7 +72,7 @@ def test_only_kept_samples_appear(data, count):
     chunk=st.integers(1, 3000),
     seed=st.integers(0, 100),
 )
-def test_chunks_hold_every_sample_once_and_are_short(count, chunk, seed):
+def test_chunks_contain_every_sample_once_and_are_short(count, chunk, seed):
     shuffle = np.random.default_rng(seed).permutation(count)  # rows of a manifest need not be in storage order
     shard, offset, _ = (column[shuffle] for column in layout(count))
     chunks = group_chunks(shard, offset, chunk)
@@ -91,7 +91,7 @@ def test_chunks_hold_every_sample_once_and_are_short(count, chunk, seed):
     micro_batch=st.integers(1, 7),
     worlds=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=6),
 )
-def test_no_sequence_of_world_sizes_loses_or_repeats_a_position(global_batch, micro_batch, worlds):
+def test_changing_world_sizes_neither_skip_nor_repeat_positions(global_batch, micro_batch, worlds):
     seen, step = [], 0
     for world, steps in worlds:
         for _ in range(steps):
@@ -114,7 +114,7 @@ def test_no_sequence_of_world_sizes_loses_or_repeats_a_position(global_batch, mi
     weights=st.lists(st.fractions(min_value=Fraction(1, 50), max_value=20, max_denominator=50), min_size=2, max_size=5),
     positions=st.integers(1, 400),
 )
-def test_a_mixture_reads_every_child_in_order_and_by_its_share(weights, positions):
+def test_mixture_reads_every_child_in_order_and_by_its_share(weights, positions):
     class Counting:
         fingerprint = ""
 
@@ -163,7 +163,7 @@ def mixed(counts, weights, *, lanes, window, chunk, repeats=()):
     global_batch=st.integers(1, 20),
     repeated=st.booleans(),
 )
-def test_no_sequence_of_worlds_loses_or_repeats_a_sample_of_a_mixture(
+def test_changing_world_sizes_neither_skip_nor_repeat_samples_of_a_mixture(
     sets, lanes, window, chunk, worlds, global_batch, repeated
 ):
     """Dealt to any ranks, the samples are those of the data sets' own orders, one after the other from the first on."""
@@ -192,7 +192,7 @@ def test_no_sequence_of_worlds_loses_or_repeats_a_sample_of_a_mixture(
     count=st.integers(0, 300),
 )
 @example(weights=[1 / 3, 988.0], start=0, count=3)
-def test_refs_equal_at_position_by_position(weights, start, count):
+def test_refs_equals_at_for_every_position(weights, start, count):
     weights = [Fraction(str(weight)) for weight in weights]
     mixture = mixed([70, 30, 110][: len(weights)], weights, lanes=6, window=8, chunk=90, repeats=(1,))
     refs = mixture.refs(start, count)
@@ -224,7 +224,7 @@ def test_epochs_and_seeds_differ():
         assert np.mean(np.array(a) == np.array(b)) < 0.05
 
 
-def test_the_shuffle_is_uniform_over_neighbours():
+def test_neighbouring_samples_mix_shards_as_well_as_chance():
     """Samples of one shard must not come close together more often than by chance (20 shards, batches of 16)."""
     order = shard_order(2000, chunk=150, lanes=16, window=32)
     indices = np.array([order.at(p).index for p in range(2000)])
@@ -234,7 +234,7 @@ def test_the_shuffle_is_uniform_over_neighbours():
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_a_world_that_divides_the_lanes_reads_nearly_every_chunk_once(world):
+def test_ranks_that_divide_the_lanes_read_nearly_every_chunk_once(world):
     order = shard_order(4800, chunk=300, lanes=8, window=16)
     readers = Counter()
     for rank in range(world):
@@ -243,7 +243,7 @@ def test_a_world_that_divides_the_lanes_reads_nearly_every_chunk_once(world):
     assert sum(readers.values()) <= len(order.chunks.shard) + order.lanes
 
 
-def test_the_order_of_this_version_never_changes():
+def test_order_equals_its_golden_file():
     """The files were written when this version was made. A difference means: raise ORDER_VERSION and write new ones."""
     order = shard_order(1000, chunk=200, lanes=6, window=16, seed=1234)
     indices = np.array([order.at(p).index for p in range(3000)], dtype="<i8")
@@ -251,7 +251,7 @@ def test_the_order_of_this_version_never_changes():
     assert found == json.loads(golden("order"))
 
 
-def test_mixtures_and_repeats_of_this_version_never_change(make_manifest):
+def test_order_of_mixtures_and_repeats_equals_its_golden_file(make_manifest):
     manifests = [make_manifest(400, seed=1, sample_bytes=4000), make_manifest(150, seed=2, sample_bytes=4000)]
     items = (
         MixtureItem(dataset="a", weight=2.5, repeat_threshold=0.1),

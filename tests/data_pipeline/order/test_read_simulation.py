@@ -39,7 +39,7 @@ def ranks(world, **changes):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("repeats", [None, 0.9])
-def test_the_simulated_reads_equal_the_actual_ones(written, world, repeats):
+def test_simulated_reads_equal_actual_reads(written, world, repeats):
     data = replace(CONFIG, train=(MixtureItem(dataset="a", repeat_threshold=repeats),))
     order = build_order([written], 7, data)
     found = simulate_reads([written], order, data, 7, ranks(world))
@@ -61,7 +61,7 @@ def test_the_simulated_reads_equal_the_actual_ones(written, world, repeats):
     assert 0 < found.fetched_peak <= found.read_bytes
 
 
-def test_the_peak_of_bytes_equals_a_brute_force_count(written):
+def test_simulated_peak_memory_equals_a_brute_force_count(written):
     order = build_order([written], 7, CONFIG)
     chunks = group_chunks(written.shard, written.offset, chunk_bytes(CONFIG))
     places = [order.at(p).index for p in range(40)]
@@ -81,7 +81,7 @@ def test_the_peak_of_bytes_equals_a_brute_force_count(written):
     assert simulate_reads([written], order, wide, 7, ranks(2)).fetched_peak == peak
 
 
-def test_the_default_lanes_read_coco_once_on_ranks_that_divide_them(make_manifest):
+def test_default_lanes_read_coco_once_if_ranks_divide_them(make_manifest):
     """Measured: 0.35 s each. 64 ranks do not divide 48 lanes, and read nearly every chunk four times."""
     manifest, found = make_manifest(118_287), {}
     default = DataConfig(train=CONFIG.train)

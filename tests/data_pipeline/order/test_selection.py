@@ -53,7 +53,7 @@ def test_class_filters_equal_a_loop_over_the_images(manifest):
     assert 0 < sum(slow) < 300
 
 
-def test_unknown_classes_and_empty_selections_are_named(manifest):
+def test_unknown_classes_and_empty_selections_are_refused(manifest):
     with pytest.raises(
         DataError, match=r"include of 'train' lists the class 'clas 2', which it does not have; did you mean"
     ):
@@ -105,7 +105,7 @@ def test_repeat_factors_are_those_of_the_paper(manifest):
     epoch=st.integers(0, 10**6),
     seed=st.integers(0, 100),
 )
-def test_uses_never_differ_from_their_rate_by_one(rates, epoch, seed):
+def test_uses_of_a_sample_differ_from_its_rate_by_less_than_one(rates, epoch, seed):
     rate = np.array([round(r * ONCE) for r in rates])
     rates = SamplingRates(rate, np.random.default_rng(seed).integers(0, ONCE, len(rate)))
     counts = rates.counts(epoch)
@@ -125,7 +125,7 @@ def test_fractional_rates_are_met_on_average():
         assert rates.counts(epoch).mean() == pytest.approx(1.3, abs=0.03)
 
 
-def test_an_epoch_uses_every_image_as_often_as_its_rate_says(manifest):
+def test_epoch_uses_every_image_as_often_as_its_rate(manifest):
     settings = replace(config(), train=(item(repeat_threshold=0.05),))
     order = build_order([manifest], 1, settings)
     rates = select(manifest, settings.train[0], settings, 1, 0)

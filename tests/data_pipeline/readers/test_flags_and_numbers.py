@@ -24,21 +24,21 @@ def coco(tmp_path):
 
 
 @pytest.mark.parametrize("value", BAD_FLAGS)
-def test_a_crowd_flag_that_is_no_flag_is_refused(coco, value):
+def test_invalid_crowd_flag_is_refused(coco, value):
     coco.panoptic[0]["segments_info"][0]["iscrowd"] = value
     with pytest.raises(DataError, match=r"panoptic.json: annotation of image 40, segment 5: iscrowd is .*0, 1, true"):
         coco.read_panoptic()
 
 
 @pytest.mark.parametrize("value", [0, 1, True, False, None])
-def test_flags_are_read(coco, value):
+def test_valid_crowd_flags_are_read(coco, value):
     coco.instances[0]["iscrowd"] = coco.panoptic[0]["segments_info"][0]["iscrowd"] = value
     assert coco.read_instances().annotation.segments[0].is_crowd == bool(value)
     assert coco.read_panoptic().annotation.segments[0].is_crowd == bool(value)
 
 
 @pytest.mark.parametrize("value", BAD_FLAGS)
-def test_a_flag_to_ignore_that_is_no_flag_is_refused(tmp_path, value):
+def test_invalid_ignore_flag_is_refused(tmp_path, value):
     path = tmp_path / "classes.json"
     path.write_text(json.dumps([{"label": 1, "name": "a", "isthing": 0, "ignore": value}]))
     with pytest.raises(DataError, match="entry 0: ignore is"):
@@ -46,7 +46,7 @@ def test_a_flag_to_ignore_that_is_no_flag_is_refused(tmp_path, value):
 
 
 @pytest.mark.parametrize("value", BAD_FLAGS)
-def test_foreign_tars_know_the_same_flags(value):
+def test_invalid_crowd_flag_in_a_foreign_tar_is_refused(value):
     table = CategoryTable((Category(1, "a", True, (1, 2, 3)),))
     form = ForeignForm(labels="panoptic", images=("jpg",), map="png", json="json")
     listed = {"segments_info": [{"id": 1, "category_id": 1, "iscrowd": value}]}
@@ -69,13 +69,13 @@ def test_foreign_tars_know_the_same_flags(value):
         ("images", "height", math.inf),
     ],
 )
-def test_numbers_out_of_range_are_one_message(coco, kind, name, value):
+def test_numbers_out_of_range_are_refused(coco, kind, name, value):
     getattr(coco, kind)[0][name] = value
     with pytest.raises(DataError, match=name):
         coco.read_instances()
 
 
-def test_label_values_have_a_range_too(tmp_path):
+def test_label_values_out_of_range_are_refused(tmp_path):
     path = tmp_path / "classes.json"
     path.write_text(json.dumps([{"label": 10**12, "name": "a", "isthing": 0}]))
     with pytest.raises(DataError, match="entry 0: label is 1000000000000"):
@@ -83,7 +83,7 @@ def test_label_values_have_a_range_too(tmp_path):
 
 
 @pytest.mark.parametrize("image_id", [10**30, "5" * 5000, "street/a", "9223372036854775808"])
-def test_image_ids_have_any_size_or_form(image_id):
+def test_image_ids_may_have_any_size_and_type(image_id):
     document = {"images": [{"id": image_id, "file_name": "a.jpg", "height": 2, "width": 3}]}
     (image,) = read_images(document, "x.json")
     assert (image.id, image.source_id) == (0, str(image_id))

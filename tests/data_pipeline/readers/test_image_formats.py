@@ -39,7 +39,7 @@ def test_other_formats_become_png_without_loss(tmp_path, kind, options):
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])
-def test_of_16_bits_the_upper_eight_are_taken(ending):
+def test_16_bit_images_keep_their_upper_8_bits(ending):
     grey = np.random.default_rng(1).integers(0, 65536, (20, 30), dtype=np.uint16)
     data = cv2.imencode(ending, grey)[1].tobytes()
     assert read_header(data).bit_depth == 16
@@ -47,13 +47,13 @@ def test_of_16_bits_the_upper_eight_are_taken(ending):
     np.testing.assert_array_equal(decode_rgb(loaded.data), np.stack([grey // 256] * 3, axis=-1))
 
 
-def test_jpeg_and_8_bit_png_stay_as_they_are():
+def test_jpeg_and_8_bit_png_files_are_unchanged():
     for kind, ext in (("JPEG", "jpg"), ("PNG", "png")):
         data = _saved(kind)
         assert check_image(data, 20, 30, 10**6, "x") == type(check_image(data, 20, 30, 10**6, "x"))(data, ext)
 
 
-def test_pixels_without_a_range_and_several_pages_are_refused():
+def test_float_pixels_and_multi_page_files_are_refused():
     with pytest.raises(BrokenImageError, match="'F' has no defined value range"):
         read_header(_saved("TIFF", np.zeros((2, 3), np.float32)))
     pages = {"save_all": True, "append_images": [Image.fromarray(PIXELS)]}
@@ -61,7 +61,7 @@ def test_pixels_without_a_range_and_several_pages_are_refused():
         read_header(_saved("TIFF", **pages))
 
 
-def test_copies_of_tools_are_no_images(tmp_path):
+def test_hidden_copies_of_tools_are_ignored(tmp_path):
     for folder, ending in (("images", ".webp"), ("labels", ".png")):
         for name in ("a/x", "a/._x", "a/.ipynb_checkpoints/x-checkpoint"):
             path = tmp_path / folder / f"{name}{ending}"
@@ -78,7 +78,7 @@ def _list(tmp_path, *names):
     return read_image_list(tmp_path / "list.json")
 
 
-def test_equal_base_names_in_two_folders_are_two_images(tmp_path):
+def test_equal_base_names_in_two_folders_get_different_names(tmp_path):
     listed = _list(tmp_path, "b/img.jpg", "a/img.jpg", "other.jpg")
     images = listed_images(["/x/a/img.jpg", "/x/b/img.jpg", "/x/c/other.jpg"], listed)
     assert [(i.id, i.url, i.name) for i in images] == [
@@ -88,7 +88,7 @@ def test_equal_base_names_in_two_folders_are_two_images(tmp_path):
     ]
 
 
-def test_one_file_is_never_two_listed_images(tmp_path):
+def test_missing_or_ambiguous_listed_images_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"1 of 2 images .* such as b/img.jpg"):
         listed_images(["/x/a/img.jpg"], _list(tmp_path, "a/img.jpg", "b/img.jpg"))
     with pytest.raises(DataError, match=r"img.jpg, which could be /x/a/img.jpg or /x/b/img.jpg"):

@@ -29,7 +29,7 @@ def _strictly(coco, source):
 
 
 @pytest.mark.parametrize("category", ODD_CATEGORIES)
-def test_an_odd_category_costs_the_instance(coco, category):
+def test_instance_with_an_invalid_category_is_left_out(coco, category):
     coco.instances[1]["category_id"] = category
     assert "instances.json: annotation 2: category_id is" in _strictly(coco, coco.instances_source)
     reader = open_reader(coco.instances_source, skip_bad=True)
@@ -41,7 +41,7 @@ def test_an_odd_category_costs_the_instance(coco, category):
 
 @pytest.mark.parametrize("flag", ["0", "true", 2, -1, 0.5, [0]])
 @pytest.mark.parametrize("kind", ["instances", "panoptic"])
-def test_an_odd_flag_is_refused_at_once_and_costs_itself(coco, kind, flag):
+def test_annotation_with_an_invalid_crowd_flag_is_left_out(coco, kind, flag):
     entry = coco.instances[1] if kind == "instances" else coco.panoptic[0]["segments_info"][1]
     entry["iscrowd"] = flag
     source = getattr(coco, f"{kind}_source")
@@ -54,7 +54,7 @@ def test_an_odd_flag_is_refused_at_once_and_costs_itself(coco, kind, flag):
 
 
 @pytest.mark.parametrize("category", ODD_CATEGORIES)
-def test_an_odd_category_costs_the_panoptic_segment(coco, category):
+def test_panoptic_segment_with_an_invalid_category_is_left_out(coco, category):
     coco.panoptic[0]["segments_info"][0]["category_id"] = category
     assert "annotation of image 40, segment 5: category_id is" in _strictly(coco, coco.panoptic_source)
     reader = open_reader(coco.panoptic_source, skip_bad=True)
@@ -65,7 +65,7 @@ def test_an_odd_category_costs_the_panoptic_segment(coco, category):
     assert len(reader.unusable) == 1, "said once"
 
 
-def test_an_odd_category_beside_a_panoptic_map_costs_the_instance(coco):
+def test_instance_beside_a_panoptic_map_with_an_invalid_category_is_left_out(coco):
     coco.instances[0]["category_id"] = 90  # sky in the panoptic file, nothing in the file of instances
     coco.write()
     document = json.loads((coco.root / "instances.json").read_text())
@@ -81,7 +81,7 @@ def test_an_odd_category_beside_a_panoptic_map_costs_the_instance(coco):
 
 @pytest.mark.parametrize("kind", ["instances", "panoptic"])
 @pytest.mark.parametrize("image", [99, None, 1.5, [40]])
-def test_an_annotation_of_no_image_is_left_out(coco, kind, image):
+def test_annotation_of_an_unknown_image_is_left_out(coco, kind, image):
     entries = getattr(coco, kind)
     source = getattr(coco, f"{kind}_source")
     healthy = (coco.write(), open_reader(source).read(0))[1]
@@ -94,7 +94,7 @@ def test_an_annotation_of_no_image_is_left_out(coco, kind, image):
 
 
 @pytest.mark.parametrize("own", ["five", None, 0, -1, 1.5, float("inf"), 1 << 24])
-def test_an_odd_id_costs_the_panoptic_segment(coco, own):
+def test_panoptic_segment_with_an_invalid_id_is_left_out(coco, own):
     coco.panoptic[0]["segments_info"][1]["id"] = own
     assert "segments_info[1]: id is" in _strictly(coco, coco.panoptic_source)
     sample = open_reader(coco.panoptic_source, skip_bad=True).read(0)
@@ -104,7 +104,7 @@ def test_an_odd_id_costs_the_panoptic_segment(coco, own):
     assert "pixels have ids that its JSON entry does not list: 70000" in message
 
 
-def test_an_id_of_two_segments_costs_both(coco):
+def test_panoptic_segments_with_the_same_id_are_left_out(coco):
     coco.panoptic[0]["segments_info"].append({"id": IDS[1], "category_id": 90})
     assert "segment 70000: 2 segments have this id" in _strictly(coco, coco.panoptic_source)
     reader = open_reader(coco.panoptic_source, skip_bad=True)
@@ -113,14 +113,14 @@ def test_an_id_of_two_segments_costs_both(coco):
 
 
 @pytest.mark.parametrize("entry", [None, 5, "segment", []])
-def test_what_is_no_segment_is_left_out(coco, entry):
+def test_invalid_entries_of_segments_info_are_left_out(coco, entry):
     coco.panoptic[0]["segments_info"].append(entry)
     assert "segments_info[2] has no field 'category_id'" in _strictly(coco, coco.panoptic_source)
     assert len(open_reader(coco.panoptic_source, skip_bad=True).read(0).annotation.segments) == 2
 
 
 @pytest.mark.parametrize("change", [{"area": float("nan")}, {"area": "large"}, {"bbox": [1, 2]}])
-def test_odd_numbers_cost_the_panoptic_segment(coco, change):
+def test_panoptic_segment_with_invalid_numbers_is_left_out(coco, change):
     coco.panoptic[0]["segments_info"][0] |= change
     sample = coco.read_panoptic(skip_bad=True)
     assert [(s.id, s.source_id) for s in sample.annotation.segments] == [(1, IDS[1])]
@@ -143,7 +143,7 @@ def test_a_segment_without_pixels_and_pixels_without_a_segment_are_left_out(coco
 
 @pytest.mark.parametrize("by_label", [True, False])
 @pytest.mark.parametrize("odd", [99, "road", None])
-def test_an_odd_category_does_not_change_the_table_of_cityscapes(tmp_path, by_label, odd):
+def test_invalid_category_does_not_change_the_cityscapes_table(tmp_path, by_label, odd):
     """A JSON without categories: label ids or train ids, which the segments tell."""
     name, ids = "ulm_000001_000019", np.full((H, W), 7, np.uint32)
     ids[:5], ids[5:9] = 11, 26001

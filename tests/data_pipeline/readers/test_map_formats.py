@@ -74,12 +74,12 @@ def test_tiff_without_loss_is_read_exactly(values, compression):
         (encode_png(DEEP), DEEP),
     ],
 )
-def test_indices_are_read_and_not_colours(data, values):
+def test_palette_maps_are_read_as_indices(data, values):
     np.testing.assert_array_equal(decode_index_map(data), values)
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "BMP", "PNG"])
-def test_colours_are_ids(kind):
+def test_colours_are_read_as_ids(kind):
     red, green, blue = np.moveaxis(COLORS.astype(np.uint32), -1, 0)
     np.testing.assert_array_equal(decode_id_map(saved(COLORS, kind)), red + 256 * green + 65536 * blue)
 
@@ -101,12 +101,12 @@ def test_colours_are_ids(kind):
         (saved(GREY, "BMP")[:-20], "cannot be decoded"),
     ],
 )
-def test_what_is_not_exact_is_refused(data, words):
+def test_inexact_label_maps_are_refused(data, words):
     with pytest.raises(BrokenImageError, match=words):
         decode_index_map(data)
 
 
-def test_a_grey_file_is_no_map_of_colours():
+def test_grey_file_is_refused_as_a_colour_map():
     with pytest.raises(BrokenImageError, match="three 8-bit channels"):
         decode_id_map(saved(GREY, "TIFF"))
 
@@ -131,14 +131,14 @@ def _map(kind, value):
 
 @pytest.mark.parametrize("kind", ["labels", "huggingface"])
 @pytest.mark.parametrize(("ending", "form"), [("tif", "TIFF"), ("TIFF", "TIFF"), ("bmp", "BMP")])
-def test_readers_take_them(tmp_path, kind, ending, form):
+def test_readers_accept_tiff_and_bmp_maps(tmp_path, kind, ending, form):
     labels = {f"a.{ending}": saved(_map(kind, 1), form), f"b.{ending}": saved(_map(kind, 2), form)}
     reader = open_reader(_folders(tmp_path, kind, labels))
     assert [[s.category_id for s in reader.read(i).annotation.segments] for i in (0, 1)] == [[1], [2]]
 
 
 @pytest.mark.parametrize("kind", ["labels", "huggingface"])
-def test_png_comes_first_where_there_are_both(tmp_path, kind):
+def test_png_maps_take_precedence_over_other_formats(tmp_path, kind):
     labels = {f"{stem}.png": encode_png(_map(kind, 1)) for stem in "ab"}
     labels |= {"a.tif": b"a preview", "a.bmp": b"another one", "a.jpg": b"and a third"}
     assert len(open_reader(_folders(tmp_path, kind, labels)).read(0).annotation.segments) == 1
@@ -146,14 +146,14 @@ def test_png_comes_first_where_there_are_both(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["labels", "huggingface"])
 @pytest.mark.parametrize(("ending", "form"), [("jpg", "JPEG"), ("JPEG", "JPEG"), ("webp", "WEBP")])
-def test_maps_as_jpeg_are_refused_by_name(tmp_path, kind, ending, form):
+def test_jpeg_and_webp_maps_are_refused(tmp_path, kind, ending, form):
     labels = {f"{stem}.{ending}": saved(_map(kind, 1), form) for stem in "ab"}
     with pytest.raises(DataError, match=rf"labels: 2 maps are JPEG or WebP files.*a.{ending}, b.{ending}; export"):
         open_reader(_folders(tmp_path, kind, labels))
 
 
 @pytest.mark.parametrize(("form", "is_exact"), [("TIFF", True), ("BMP", True), ("JPEG", False)])
-def test_panoptic_files_may_name_them(tmp_path, form, is_exact):
+def test_panoptic_masks_are_read_in_lossless_formats_only(tmp_path, form, is_exact):
     coco = CocoSet(tmp_path)
     coco.write()
     colors = np.dstack([coco.ids & 255, coco.ids >> 8 & 255, coco.ids >> 16]).astype(np.uint8)

@@ -42,7 +42,7 @@ BAD = [{"segmentation": None}, {"segmentation": [[1, 2, 3]]}, {"area": float("na
 
 
 @pytest.mark.parametrize("change", BAD)
-def test_a_bad_annotation_leaves_the_others(coco, change):
+def test_bad_annotation_is_left_out_and_others_are_kept(coco, change):
     coco.instances[1] |= change
     sample = _read(coco)
     assert [s.source_id for s in sample.annotation.segments] == [1, 3]
@@ -52,7 +52,7 @@ def test_a_bad_annotation_leaves_the_others(coco, change):
 
 
 @pytest.mark.parametrize("change", BAD)
-def test_a_bad_annotation_beside_a_panoptic_map_leaves_the_others(coco, change):
+def test_bad_annotation_beside_a_panoptic_map_is_left_out_and_others_are_kept(coco, change):
     coco.instances[0] |= change
     coco.write()
     root = coco.root
@@ -68,7 +68,7 @@ def test_a_bad_annotation_beside_a_panoptic_map_leaves_the_others(coco, change):
 
 
 @pytest.mark.parametrize("own_id", [1, "first", None, 1.5, 10**30, float("inf")])
-def test_ids_that_cannot_be_used_are_numbered(coco, own_id):
+def test_annotations_with_unusable_ids_are_renumbered(coco, own_id):
     coco.instances[1]["id"] = own_id
     sample = _read(coco)
     assert [s.source_id for s in sample.annotation.segments] == [1, 4, 3]
@@ -79,7 +79,7 @@ def test_ids_that_cannot_be_used_are_numbered(coco, own_id):
 
 @pytest.mark.parametrize("names", [("height",), ("width",), ("height", "width")])
 @pytest.mark.parametrize("kind", ["instances", "panoptic"])
-def test_sizes_are_read_from_the_files(coco, names, kind):
+def test_sizes_missing_in_the_json_are_read_from_the_files(coco, names, kind):
     for name in names:
         del coco.images[0][name]
     coco.write()
@@ -88,7 +88,7 @@ def test_sizes_are_read_from_the_files(coco, names, kind):
     assert sample.repairs == (READ_SIZES,)
 
 
-def test_a_missing_file_without_a_size_is_named_when_it_is_read(coco):
+def test_missing_file_without_a_size_raises_error_when_it_is_read(coco):
     del coco.images[0]["height"]
     coco.files.clear()
     with pytest.raises(DataError, match=r"a.jpg does not exist"):
@@ -97,7 +97,7 @@ def test_a_missing_file_without_a_size_is_named_when_it_is_read(coco):
 
 @pytest.mark.parametrize("ring", [[], [1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_stray_ring_does_not_cost_the_object(coco, ring, first):
+def test_rings_of_at_most_two_points_are_ignored(coco, ring, first):
     healthy = _read(coco).annotation
     coco.instances[0]["segmentation"] = [ring, POLYGON] if first else [POLYGON, ring]
     sample = _read(coco)
@@ -107,7 +107,7 @@ def test_a_stray_ring_does_not_cost_the_object(coco, ring, first):
     assert read_rle([ring, POLYGON], H, W, "x") == read_rle([POLYGON], H, W, "x"), "as `m2f score` reads it"
 
 
-def test_the_shards_count_what_was_left_out_and_mended(coco):
+def test_shard_parts_count_left_out_and_repaired_annotations(coco):
     coco.files["b.jpg"] = cv2.imencode(".jpg", np.zeros((H, W, 3), np.uint8))[1].tobytes()
     coco.images.append({"id": 41, "file_name": "b.jpg"})
     coco.instances[1]["area"] = -1
@@ -130,7 +130,7 @@ def test_the_shards_count_what_was_left_out_and_mended(coco):
     assert json.loads((coco.root / "other" / "dataset.json").read_text())["plan"] == plan.hash
 
 
-def test_masks_without_pixels_and_other_areas_are_counted(coco):
+def test_masks_without_pixels_and_wrong_areas_are_counted(coco):
     coco.instances[0]["segmentation"] = [[x / 1000 for x in POLYGON]]
     coco.instances[1]["area"] = 60 * 4
     coco.instances[2]["area"] = 41
@@ -146,14 +146,14 @@ BOX = [0.0, 0.0, 20.0, 0.0, 20.0, 10.0, 0.0, 10.0]
     ("dx", "dy", "share"),
     [(0, 0, 0), (-3, 0, 0.15), (-10, 0, 0.5), (0, 15, 0.5), (-10, 15, 0.75), (0, -10, 1), (30, 0, 1)],
 )
-def test_the_share_outside_the_frame(dx, dy, share):
+def test_share_outside_counts_the_area_outside_the_frame(dx, dy, share):
     ring = [x + (dy if i % 2 else dx) for i, x in enumerate(BOX)]
     assert share_outside([ring], H, W) == pytest.approx(share)
     assert share_outside([ring[::-1]], W, H) == pytest.approx(share), "x and y exchanged, the other way round"
     assert share_outside([], H, W) == 0
 
 
-def test_a_concave_polygon_is_cut_rightly():
+def test_share_outside_is_exact_for_a_concave_polygon():
     """A U of which the bridge lies below the frame: two legs of 5 x 10 stay, of 20 x 20 - 10 x 10 pixels."""
     ring = [0, 10, 5, 10, 5, 20, 15, 20, 15, 10, 20, 10, 20, 30, 0, 30]
     assert share_outside([ring], H, W) == pytest.approx(1 - 100 / 300)
@@ -161,7 +161,7 @@ def test_a_concave_polygon_is_cut_rightly():
 
 @pytest.mark.parametrize(("x", "expected"), [(-3, ()), (-10, (OVERHANGING,)), (-20, (OUTSIDE,))])
 @pytest.mark.parametrize("kind", ["instances", "both"])
-def test_objects_that_leave_the_frame_are_counted(coco, x, expected, kind):
+def test_objects_that_extend_beyond_the_frame_are_counted(coco, x, expected, kind):
     ring = [value + (0 if i % 2 else x) for i, value in enumerate(BOX)]
     coco.instances[0] |= {"segmentation": [ring], "area": 200}
     coco.write()
@@ -172,6 +172,6 @@ def test_objects_that_leave_the_frame_are_counted(coco, x, expected, kind):
 
 
 @pytest.mark.parametrize(("area", "expected"), [(541, ()), (None, ()), (1200, (OTHER_AREA,)), (100, (OTHER_AREA,))])
-def test_areas_of_panoptic_segments_are_compared(coco, area, expected):
+def test_wrong_areas_of_panoptic_segments_are_counted(coco, area, expected):
     coco.panoptic[0]["segments_info"][0]["area"] = area
     assert coco.read_panoptic().repairs == expected

@@ -43,7 +43,7 @@ def _blank():
     return np.zeros((H, W), np.uint8), np.zeros((H, W, 3), np.uint8)
 
 
-def test_class_lists():
+def test_class_lists_equal_the_published_ones():
     assert len(CATEGORIES_150.categories) == 150
     things = CATEGORIES_150.for_task("instance")
     assert len(things) == 100
@@ -65,7 +65,7 @@ def test_class_lists():
     assert full.by_id[401].name == "car"
 
 
-def test_panoptic_is_stuff_with_instances_pasted_over_it(challenge):
+def test_panoptic_map_is_stuff_with_instances_on_top(challenge):
     labels, instances = _blank()
     labels[0], labels[1], labels[2], labels[3] = 1, 3, 13, 21  # wall, sky, person, car
     instances[2, :4] = (4, 1, 0)
@@ -87,7 +87,7 @@ def test_panoptic_is_stuff_with_instances_pasted_over_it(challenge):
     assert source_fingerprint(semantic) != source_fingerprint(source)
 
 
-def test_faults_of_challenge_maps(challenge):
+def test_invalid_challenge_maps_are_refused(challenge):
     labels, instances = _blank()
     labels[0, 0] = 151
     with pytest.raises(DataError, match=r"a.png: pixel values 151 are not classes of the challenge"):
@@ -144,7 +144,7 @@ def _official_panoptic(labels, colors):
 
 
 @pytest.mark.parametrize("split", ["training", "validation"])
-def test_the_challenge_sample_is_prepared_as_officially(real_data, split):
+def test_challenge_sample_equals_the_official_preparation(real_data, split):
     root = real_data / "ade20k_challenge_layout"
     names = [line.split("\t")[4].strip() for line in (root / "objectInfo150.txt").read_text().splitlines()[1:]]
     assert [c.name for c in CATEGORIES_150.categories] == names
@@ -167,7 +167,7 @@ def test_the_challenge_sample_is_prepared_as_officially(real_data, split):
     assert np.array_equal(table[semantic.seg], labels)
 
 
-def test_the_full_sample_agrees_with_its_json_and_instance_masks(real_data):
+def test_full_release_sample_matches_its_json_and_instance_masks(real_data):
     root = real_data / "ade20k_full"
     reader = open_reader(Ade20kFullSource(folder=str(root)))
     ious = []

@@ -35,7 +35,7 @@ def test_panoptic_sample(coco):
     assert sample.annotation.inst is None
 
 
-def test_area_and_box_come_from_the_pixels_where_the_file_has_none(coco):
+def test_missing_area_and_box_are_computed_from_the_pixels(coco):
     del coco.panoptic[0]["segments_info"][1]["area"]
     coco.panoptic[0]["segments_info"][1]["bbox"] = []
     cat = coco.read_panoptic().annotation.segments[1]
@@ -114,7 +114,7 @@ def test_layers_are_first_fit():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0, 1))
-def test_the_area_of_compressed_run_lengths_is_that_of_the_mask(seed, density):
+def test_area_of_compressed_run_lengths_equals_that_of_the_mask(seed, density):
     mask = (np.random.default_rng(seed).random((13, 300)) < density).astype(np.uint8)
     rle = coco_mask.encode(np.asfortranarray(mask))
     assert text_areas([rle["counts"].decode()], 13, 300).tolist() == [mask.sum()]
@@ -151,7 +151,7 @@ def test_names_become_safe_keys(coco):
         assert not set(key) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 
 
-def test_the_fingerprint_follows_the_annotations_not_the_place(coco, tmp_path):
+def test_fingerprint_depends_on_the_annotations_and_not_on_the_folder(coco, tmp_path):
     coco.write()
     before = source_fingerprint(coco.instances_source)
     (tmp_path / "moved").mkdir()

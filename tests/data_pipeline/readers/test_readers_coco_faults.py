@@ -96,7 +96,7 @@ def _repeated_category(coco):
         )
     ],
 )
-def test_faults_of_the_annotation_files(coco, fault, kind):
+def test_invalid_annotation_files_are_refused(coco, fault, kind):
     words = fault(coco)
     coco.write()
     with pytest.raises(DataError, match=words):
@@ -104,7 +104,7 @@ def test_faults_of_the_annotation_files(coco, fault, kind):
 
 
 @pytest.mark.parametrize("kind", ["panoptic", "instances"])
-def test_files_that_are_no_annotations(coco, kind):
+def test_missing_or_invalid_json_files_are_refused(coco, kind):
     source = getattr(coco, f"{kind}_source")
     with pytest.raises(DataError, match=r"(images|panoptic.json) does not exist or is not a f.*; check the paths"):
         open_reader(source)
@@ -119,14 +119,14 @@ def test_files_that_are_no_annotations(coco, kind):
         open_reader(source)
 
 
-def test_every_panoptic_image_needs_one_entry(coco):
+def test_panoptic_image_without_an_entry_is_refused(coco):
     coco.images.append({"id": 41, "file_name": "b.jpg", "height": H, "width": W})
     coco.write()
     with pytest.raises(DataError, match=r"every image needs exactly one entry.*none or several: 41"):
         open_reader(coco.panoptic_source)
 
 
-def test_ids_may_be_names(coco):
+def test_image_ids_may_be_strings(coco):
     coco.images = [coco.images[0] | {"id": "berlin_1", "file_name": "b.jpg"}, coco.images[0] | {"id": "ulm_2"}]
     coco.panoptic = [coco.panoptic[0] | {"image_id": name} for name in ("ulm_2", "berlin_1")]
     coco.instances = [coco.instances[0] | {"image_id": "ulm_2"}]
@@ -140,7 +140,7 @@ def test_ids_may_be_names(coco):
     assert [record.image.id for record in open_reader(coco.panoptic_source).records] == [7, 8]
 
 
-def test_repeated_segment_ids(coco):
+def test_repeated_segment_ids_are_refused(coco):
     coco.panoptic[0]["segments_info"][0]["id"] = IDS[1]
     coco.write()
     with pytest.raises(DataError, match=r"2 annotations cannot.*\n.*image 40, segment 70000: 2 segments have this id"):
@@ -175,7 +175,7 @@ def _no_image(coco):
     "fault",
     [_fault(f) for f in (_truncated_image, _image_of_another_size, _missing_image, _no_image)],
 )
-def test_faults_of_images(coco, fault, kind):
+def test_invalid_images_are_refused(coco, fault, kind):
     words = fault(coco)
     with pytest.raises(DataError, match=words):
         getattr(coco, f"read_{kind}")()
@@ -187,7 +187,7 @@ def test_huge_images_are_refused_before_decoding(coco, monkeypatch):
         coco.read_instances(max_pixels=599)
 
 
-def test_faults_of_panoptic_masks(coco):
+def test_invalid_panoptic_masks_are_refused(coco):
     coco.ids[0, 0] = 12345
     with pytest.raises(DataError, match=r"masks/a.png: pixels have ids that its JSON entry does not list: 12345"):
         coco.read_panoptic()
@@ -227,7 +227,7 @@ def test_faults_of_panoptic_masks(coco):
         ({"size": [H, W], "counts": rle_of(np.ones((H + 1, W), np.uint8))["counts"]}, "do not add up"),
     ],
 )
-def test_faults_of_segmentations(coco, segmentation, words):
+def test_invalid_segmentations_are_refused(coco, segmentation, words):
     coco.instances[1]["segmentation"] = segmentation
     with pytest.raises(DataError, match=f"images/a.jpg: annotation 2.*{words}"):
         coco.read_instances()
@@ -256,7 +256,7 @@ def test_invalid_numbers_are_refused(coco, change, words):
             coco.read_panoptic()
 
 
-def test_segments_and_flags_must_be_what_they_are_called(coco):
+def test_invalid_flags_segment_lists_and_grey_masks_are_refused(coco):
     coco.categories[0]["isthing"] = "0"
     with pytest.raises(DataError, match=r"panoptic.json: categories\[0\]: isthing is '0'; it must be 0, 1, true"):
         coco.read_panoptic()
@@ -271,13 +271,13 @@ def test_segments_and_flags_must_be_what_they_are_called(coco):
         open_reader(coco.panoptic_source).read(0)
 
 
-def test_very_many_categories_are_checked_in_linear_time():
+def test_repeated_category_ids_are_found_in_linear_time():
     table = [Category(i, str(i), True, (0, 0, 0)) for i in range(10**5)]
     with pytest.raises(DataError, match=r"category ids must be unique.*7: 7, 7"):
         CategoryTable((*table, table[7]))
 
 
-def test_boxes_alone_are_refused(coco):
+def test_annotations_with_only_boxes_are_refused(coco):
     for entry in coco.instances:
         del entry["segmentation"]
     coco.write()

@@ -66,7 +66,7 @@ def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
     assert sample.source in ("slides/one.jpg", "slides/two.jpg")
 
 
-def test_custom_sources_are_not_opened_but_have_versions():
+def test_custom_source_is_not_opened_but_its_version_changes_the_fingerprint():
     with pytest.raises(DataError, match=r"source.kind is custom.*write_dataset \(docs/datasets.md"):
         open_reader(CustomSource())
     assert source_fingerprint(CustomSource()) == source_fingerprint(CustomSource(version=1))
@@ -97,12 +97,12 @@ def test_custom_samples_and_subsets():
         ({"inst": np.full((1, H, W), 3, np.uint8)}, "`inst` has ids without a segment: 3"),
     ],
 )
-def test_faults_of_custom_annotations(changes, words):
+def test_invalid_custom_annotations_are_refused(changes, words):
     with pytest.raises(DataError, match=f"scans/a.png: .*{words}"):
         _read(_annotation(**changes))
 
 
-def test_faults_of_custom_images():
+def test_invalid_custom_images_are_refused():
     with pytest.raises(DataError, match=r"scans/a.png: it is not a JPEG, PNG, TIFF"):
         _read(_annotation(), b"GIF89a")
     with pytest.raises(DataError, match=r"scans/a.png: the image is 8 x 6 pixels, but its annotation is 9 x 6"):

@@ -41,7 +41,7 @@ def _source(folder):
     return LabelMapSource(images=f"{folder}/images", labels=f"{folder}/labels", categories=f"{folder}/classes.json")
 
 
-def test_every_class_present_is_one_segment(folder):
+def test_every_class_in_a_map_is_one_segment(folder):
     reader = open_reader(_source(folder))
     assert [(c.id, c.name, c.is_thing) for c in reader.categories.categories] == [(0, "sky", False), (4, "car", True)]
     assert reader.keys[0] == "a"
@@ -57,13 +57,13 @@ def test_every_class_present_is_one_segment(folder):
     assert sample.annotation.inst is None
 
 
-def test_image_ids_survive_subsets(folder):
+def test_subsets_keep_image_ids(folder):
     reader = open_reader(_source(folder)).subset([1])
     assert reader.read(0).image_id == 1
     assert reader.source(0) == "images/sub/b.png"
 
 
-def test_the_fingerprint_follows_the_categories(folder):
+def test_fingerprint_depends_on_the_categories(folder):
     before = source_fingerprint(_source(folder))
     (folder / "classes.json").write_text(json.dumps(CATEGORIES[:1]))
     assert source_fingerprint(_source(folder)) != before
@@ -77,19 +77,19 @@ def test_unknown_values_are_listed(folder):
         open_reader(_source(folder)).read(0)
 
 
-def test_files_without_a_partner(folder):
+def test_files_without_a_counterpart_are_refused(folder):
     (folder / "labels/a.png").unlink()
     with pytest.raises(DataError, match=r"1 files in .* have no counterpart with the same stem: a$"):
         open_reader(_source(folder))
 
 
-def test_two_images_with_one_stem(folder):
+def test_two_images_with_one_stem_are_refused(folder):
     (folder / "images/a.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"a.jpg and a.png have the same stem; keep one of them"):
         open_reader(_source(folder))
 
 
-def test_sizes_must_agree(folder):
+def test_label_map_of_another_size_is_refused(folder):
     (folder / "labels/a.png").write_bytes(encode_png(np.zeros((6, 9), np.uint8)))
     with pytest.raises(DataError, match=r"images/a.jpg: the image is 8 x 6 pixels, but its annotation is 9 x 6"):
         open_reader(_source(folder)).read(0)
@@ -110,13 +110,13 @@ def test_colour_label_maps_are_refused(folder):
         ('[{"label": 255, "name": "x", "isthing": 1}]', "255 is the label of 'x' and in the list of void labels"),
     ],
 )
-def test_faults_of_the_categories_file(folder, content, words):
+def test_invalid_categories_file_is_refused(folder, content, words):
     (folder / "classes.json").write_text(content)
     with pytest.raises(DataError, match=f"classes.json.*{words}"):
         open_reader(_source(folder))
 
 
-def test_empty_and_missing_folders(folder):
+def test_empty_and_missing_folders_are_refused(folder):
     for path in (folder / "images/a.jpg", folder / "images/sub/b.png"):
         path.unlink()
     with pytest.raises(

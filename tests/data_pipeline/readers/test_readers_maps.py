@@ -92,7 +92,7 @@ def test_base_names_that_repeat_are_refused(tmp_path):
         pair_files(images, labels, base_names=True)
 
 
-def test_files_without_partner_name_both_folders(tmp_path):
+def test_files_without_a_counterpart_are_listed_with_both_folders(tmp_path):
     images, labels = tmp_path / "images", tmp_path / "labels"
     _touch(images, "a.jpg", "b.jpg")
     _touch(labels, "b.png", "c.png")
@@ -128,7 +128,7 @@ def channels(tmp_path):
     return write, source, tmp_path
 
 
-def test_three_channel_maps(channels):
+def test_three_channel_maps_give_classes_and_instances(channels):
     write, source, folder = channels
     pixels = np.zeros((H, W, 3), np.uint8)
     pixels[0, :3] = (1, 1, 0)
@@ -150,7 +150,7 @@ def test_three_channel_maps(channels):
         write(pixels).read(0)
 
 
-def test_grey_files_are_no_three_channel_maps(channels):
+def test_grey_files_are_refused_as_three_channel_maps(channels):
     write, _, _ = channels
     with pytest.raises(DataError, match=r"a.png: this map must store ids in three 8-bit channels.*8-bit gray"):
         write(np.ones((H, W), np.uint8)).read(0)
@@ -183,7 +183,7 @@ def test_invalid_categories_are_refused(channels, change, words):
         write(np.zeros((H, W, 3), np.uint8))
 
 
-def test_gray_images_pass_and_sizes_must_agree(channels):
+def test_grey_images_are_accepted_and_maps_of_other_sizes_refused(channels):
     write, _, folder = channels
     (folder / "images/a.png").unlink()
     (folder / "images/a.jpg").write_bytes(cv2.imencode(".jpg", np.full((H, W), 90, np.uint8))[1].tobytes())

@@ -68,7 +68,7 @@ def _coco_panoptic(root):
     )
 
 
-def test_coco_panoptic_equals_the_officially_converted_forms(real_data):
+def test_coco_panoptic_equals_the_official_conversions(real_data):
     root = real_data / "coco_panoptic"
     reader = _coco_panoptic(root)
     detection = json.loads((root / "extra" / "panoptic_coco_detection_format.json").read_text())["annotations"]
@@ -94,7 +94,7 @@ def test_coco_panoptic_equals_the_officially_converted_forms(real_data):
         assert np.array_equal(np.isin(seg, crowds), channels >> 8 == 255)
 
 
-def test_task_semantic_on_coco_panoptic_is_the_official_semantic_form(real_data):
+def test_semantic_targets_of_coco_panoptic_equal_the_official_conversion(real_data):
     """The official preparation paints every segment with its category, crowds too, in the order of the 133 ids."""
     root = real_data / "coco_panoptic"
     reader = _coco_panoptic(root)
@@ -122,7 +122,7 @@ def test_task_semantic_on_coco_panoptic_is_the_official_semantic_form(real_data)
         ("dsb2018_nuclei/images/val", "dsb2018_nuclei/annotations/instances_val.json", 2725),
     ],
 )
-def test_layers_hold_every_official_mask(real_data, images, annotations, objects):
+def test_layers_contain_every_official_mask(real_data, images, annotations, objects):
     official = COCO(str(real_data / annotations))
     reader = open_reader(
         CocoInstancesSource(images=str(real_data / images), instances_json=str(real_data / annotations))
@@ -144,7 +144,7 @@ def test_layers_hold_every_official_mask(real_data, images, annotations, objects
     assert most_layers == (1 if "nuclei" in images else 4)
 
 
-def test_nuclei_in_panoptic_form_agree_with_their_instances(real_data):
+def test_panoptic_nuclei_match_their_instances(real_data):
     root = real_data / "dsb2018_nuclei"
     reader = open_reader(
         CocoPanopticSource(
@@ -160,7 +160,7 @@ def test_nuclei_in_panoptic_form_agree_with_their_instances(real_data):
         assert np.array_equal(np.isin(annotation.seg, nuclei), annotation.inst.any(axis=0))
 
 
-def test_camvid_label_maps(real_data):
+def test_camvid_label_maps_are_read_and_encoded_unchanged(real_data):
     root = real_data / "camvid"
     source = LabelMapSource(
         images=str(root / "images" / "val"), labels=str(root / "labels" / "val"), categories=str(root / "classes.json")
@@ -202,7 +202,7 @@ _LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", _LAYOUTS)
-def test_every_layout_shards_reads_back_and_previews(real_data, tmp_path, layout):
+def test_shards_of_every_layout_are_read_back_and_previewed(real_data, tmp_path, layout):
     source = _LAYOUTS[layout](real_data)
     reader = open_reader(source)
     manifest = write_dataset(reader, DatasetConfig(shards=str(tmp_path), source=source), Storage())

@@ -51,7 +51,7 @@ def street(tmp_path):
     return CityscapesSource(images=f"{tmp_path}/leftImg8bit/val", annotations=f"{tmp_path}/gtFine/val"), write
 
 
-def test_cityscapes_instances_groups_and_void(street):
+def test_cityscapes_maps_give_instances_groups_and_void(street):
     source, write = street
     ids = np.full((H, W), 7)
     ids[0] = 3  # out of roi
@@ -79,7 +79,7 @@ def test_cityscapes_instances_groups_and_void(street):
     assert (semantic.id_maps == 3).sum() == 10, "a group is its class in semantic segmentation"
 
 
-def test_cityscapes_faults(street):
+def test_invalid_cityscapes_files_are_refused(street):
     source, write = street
     with pytest.raises(DataError, match=r"gtFine/val does not exist or is not a folder"):
         open_reader(source)
@@ -96,7 +96,7 @@ def test_cityscapes_faults(street):
         open_reader(source)
 
 
-def test_a_missing_cityscapes_image_names_its_id(tmp_path):
+def test_missing_cityscapes_image_raises_error_with_its_id(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
     image = {"id": "ulm_1", "file_name": "ulm_1_gtFine_leftImg8bit.png", "height": H, "width": W}
@@ -145,7 +145,7 @@ def test_a_panoptic_json_of_annotations_only_uses_label_ids_or_train_ids(street,
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_cityscapes_layout_agrees_with_its_other_files(real_data, split):
+def test_cityscapes_sample_matches_its_panoptic_and_label_files(real_data, split):
     root = real_data / "cityscapes_layout_from_camvid"
     gt = root / "gtFine"
     reader = open_reader(CityscapesSource(images=f"{root}/leftImg8bit/{split}", annotations=f"{gt}/{split}"))
@@ -174,7 +174,7 @@ def test_cityscapes_layout_agrees_with_its_other_files(real_data, split):
     assert any(s.is_crowd for i in range(len(reader.keys)) for s in reader.read(i).annotation.segments)
 
 
-def test_cityscapes_dummies(real_data, tmp_path):
+def test_cityscapes_dummy_files_are_read(real_data, tmp_path):
     root = real_data / "cityscapes_dummy"
     tiny = open_reader(CityscapesSource(images=f"{root}/tiny/leftImg8bit/test", annotations=f"{root}/tiny/gtFine/test"))
     found = [[(s.source_id, s.area) for s in tiny.read(i).annotation.segments] for i in range(2)]
@@ -212,7 +212,7 @@ def vistas(tmp_path):
     return source, lambda values: _write(tmp_path / "instances/a.png", values.astype(np.uint16)), tmp_path
 
 
-def test_mapillary_instances_and_void(vistas):
+def test_mapillary_maps_give_instances_and_void(vistas):
     source, write, folder = vistas
     values = np.zeros((H, W))
     values[1], values[2], values[3] = 256, 257, 512
@@ -244,7 +244,7 @@ def test_mapillary_instances_and_void(vistas):
         ({"labels": [{"name": "x", "instances": True}]}, r"labels\[0\] has no field 'evaluate'"),
     ],
 )
-def test_faults_of_the_mapillary_config(vistas, document, words):
+def test_invalid_mapillary_config_is_refused(vistas, document, words):
     source, write, folder = vistas
     write(np.zeros((H, W)))
     (folder / "config.json").write_text(json.dumps(document))
@@ -252,7 +252,7 @@ def test_faults_of_the_mapillary_config(vistas, document, words):
         open_reader(source)
 
 
-def test_mapillary_layout_agrees_with_its_other_files(real_data):
+def test_mapillary_sample_matches_its_panoptic_and_label_files(real_data):
     root = real_data / "mapillary_layout_from_camvid"
     for split in ("training", "validation"):
         folder = root / split
@@ -282,7 +282,7 @@ def test_mapillary_layout_agrees_with_its_other_files(real_data):
 
 
 @pytest.mark.parametrize(("version", "year"), [("v1.2", 2018), ("v2.0", 2020)])
-def test_mapillary_dummies(real_data, version, year):
+def test_mapillary_dummy_files_are_read(real_data, version, year):
     root = real_data / "mapillary_dummy"
     folder = root / "val"
     source = MapillarySource(

@@ -37,7 +37,7 @@ def texts_of(rng, count, height, width):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (40, 60), (300, 700)])
-def test_many_texts_at_once_are_read_as_each_alone(size):
+def test_areas_of_many_texts_equal_those_of_each_text(size):
     texts = texts_of(np.random.default_rng(0), 12, *size)
     runs = [slow(text) for text in texts]
     assert [sum(part) for part in runs] == [size[0] * size[1]] * len(texts)
@@ -45,14 +45,14 @@ def test_many_texts_at_once_are_read_as_each_alone(size):
     assert text_areas(texts, size[0] + 1, size[1]).tolist() == [-1] * len(texts)
 
 
-def test_masks_beyond_one_portion_are_read_too():
+def test_areas_are_computed_over_several_batches():
     rng = np.random.default_rng(2)
     texts = [text for _ in range(60) for text in texts_of(rng, 16, 5, 9)]
     assert text_areas(texts, 5, 9).tolist() == [sum(slow(text)[1::2]) for text in texts]
     assert text_areas([], 5, 9).tolist() == []
 
 
-def test_one_wrong_text_among_many_is_found():
+def test_one_invalid_text_among_many_is_found():
     rng = np.random.default_rng(1)
     for seed in range(300):
         texts = texts_of(rng, 4, 9, 11)
@@ -71,21 +71,21 @@ def test_one_wrong_text_among_many_is_found():
 
 
 @pytest.mark.parametrize("text", ["", "o", "oooooooo0", "é", None, 5, b"0", "~"])
-def test_what_is_no_run_lengths_is_damaged(text):
+def test_invalid_run_lengths_are_refused(text):
     with pytest.raises(DamagedRunsError):
         text_areas(["4", text], 2, 2)
     with pytest.raises(DataError, match="its RLE is damaged"):
         read_rle({"size": [2, 2], "counts": text}, 2, 2, "x")
 
 
-def test_negative_runs_that_add_up_are_no_mask():
+def test_negative_runs_with_the_right_sum_are_invalid():
     """pycocotools would read 2^32 less one pixel."""
     text = "5O0"  # 5, -1, 0
     assert slow(text) == [5, -1, 0]
     assert text_areas([text], 2, 2).tolist() == [-1]
 
 
-def test_only_compressed_masks_of_one_size_are_read_at_once():
+def test_only_compressed_masks_of_one_size_are_batched():
     one = {"size": [4, 4], "counts": "`0"}
     assert compressed_texts([], 4, 4) == []
     assert compressed_texts([one, one], 4, 4) == ["`0", "`0"]

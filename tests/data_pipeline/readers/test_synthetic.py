@@ -23,7 +23,7 @@ def drawings():
     return [draw_image(0, index) for index in range(120)]
 
 
-def test_an_image_depends_on_seed_and_index_alone(drawings):
+def test_image_depends_only_on_seed_and_index(drawings):
     again = draw_image(0, 5)
     assert np.array_equal(again.image, drawings[5].image)
     assert np.array_equal(again.seg, drawings[5].seg)
@@ -49,7 +49,7 @@ def test_images_are_as_hard_as_documented(drawings):
         assert np.array_equal(np.unique(drawn.seg), np.arange(1, len(drawn.names) + 1))
 
 
-def test_small_objects_can_be_many_and_of_any_small_size():
+def test_share_and_diameters_of_small_objects_can_be_set():
     source = SyntheticSource(num_images=40, seed=3, small_share=0.6, small_diameters=(4.0, 12.0))
     reader = open_reader(source)
     small = [
@@ -68,7 +68,7 @@ def test_small_objects_can_be_many_and_of_any_small_size():
     assert all(hidden == 0 for one in drawn for hidden, d in zip(one.hidden, one.diameters, strict=True) if 0 < d < 30)
 
 
-def test_sizes_of_objects_belong_to_the_identity_of_a_set():
+def test_object_sizes_change_the_fingerprint_unless_they_are_the_defaults():
     """Shards of earlier versions have the digest of a source without these settings."""
     digest = hashlib.sha256(b"synthetic")
     digest.update(b'{"image_id_start": 1, "kind": "synthetic", "num_images": 5, "seed": 2}')
@@ -78,7 +78,7 @@ def test_sizes_of_objects_belong_to_the_identity_of_a_set():
 
 
 @pytest.mark.parametrize("names", [SHAPES, TEXTURES], ids=["shapes", "textures"])
-def test_colours_say_nothing_about_the_class(drawings, names):
+def test_colours_do_not_reveal_the_class(drawings, names):
     """The mean colour of every shape is the same, and of every texture, within what chance leaves."""
     centers = []
     for name in names:
@@ -169,7 +169,7 @@ def test_coco_files_hold_the_same_samples(tmp_path):
     assert instances.read(2).annotation.inst is not None
 
 
-def test_coco_files_are_genuine(tmp_path):
+def test_coco_files_are_read_by_pycocotools(tmp_path):
     source = write_synthetic_coco(tmp_path, SyntheticSource(num_images=3))
     official = COCO(source.instances_json)
     assert len(official.getImgIds()) == 3
@@ -183,7 +183,7 @@ def test_coco_files_are_genuine(tmp_path):
     assert max(s["id"] for a in panoptic["annotations"] for s in a["segments_info"]) > 255
 
 
-def test_the_reader_is_picklable_and_cuts_subsets():
+def test_reader_is_picklable_and_subsets_keep_their_images():
     reader = open_reader(SyntheticSource(num_images=1000, seed=4))
     part = pickle.loads(pickle.dumps(reader.subset([7, 900])))
     sample = part.read(1)

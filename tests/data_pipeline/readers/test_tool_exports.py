@@ -60,7 +60,7 @@ def _class_map(sample, categories):
 
 
 @pytest.mark.parametrize("kind", ["yolo_seg", "labelme", "cvat", "voc", "color_maps"])
-def test_every_form_gives_the_pixels_that_were_drawn(kind, tmp_path):
+def test_every_export_format_gives_the_drawn_pixels(kind, tmp_path):
     tool_exports.EXPORTS[kind](tmp_path)
     reader = open_reader(_source(kind, tmp_path))
     assert len(reader.keys) == (4 if kind in ("yolo_seg", "voc") else 6)
@@ -72,7 +72,7 @@ def test_every_form_gives_the_pixels_that_were_drawn(kind, tmp_path):
     assert len(source_fingerprint(_source(kind, tmp_path))) == 64
 
 
-def test_yolo_names_every_bad_line_at_once(tmp_path):
+def test_yolo_lists_every_invalid_line_in_one_error(tmp_path):
     tool_exports.yolo_seg(tmp_path)
     (tmp_path / "labels/train/im0.txt").write_text(
         "0 0.5 0.5 0.2 0.2\n9 0 0 1 0 1 1\n0 0 0 1 0 1\n0 a b\n0 0 0 70 0 70 70\n"
@@ -127,7 +127,7 @@ def test_hostile_or_foreign_xml_is_refused(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("runs", ["0, 99", "-1, 101", "1, x", "", "nan, 100", "0.5, 99.5"])
-def test_a_damaged_cvat_mask_is_named(tmp_path, runs):
+def test_damaged_cvat_masks_are_refused(tmp_path, runs):
     tool_exports.cvat(tmp_path)
     path = tmp_path / "annotations.xml"
     path.write_text(path.read_text().replace("0, 100", runs))
@@ -136,7 +136,7 @@ def test_a_damaged_cvat_mask_is_named(tmp_path, runs):
 
 
 @pytest.mark.parametrize("change", [('left="45"', 'left="900"'), ('width="64"', 'width="9999999999"')])
-def test_a_cvat_mask_outside_its_image_is_named(tmp_path, change):
+def test_cvat_masks_outside_their_image_are_unusable(tmp_path, change):
     tool_exports.cvat(tmp_path)
     path = tmp_path / "annotations.xml"
     path.write_text(path.read_text().replace(*change))
@@ -144,7 +144,7 @@ def test_a_cvat_mask_outside_its_image_is_named(tmp_path, change):
     assert len(reader.unusable) == 6
 
 
-def test_a_cvat_mask_of_a_stated_size_takes_no_memory(tmp_path):
+def test_cvat_mask_of_a_huge_stated_size_is_refused_before_allocation(tmp_path):
     tool_exports.cvat(tmp_path)
     path = tmp_path / "annotations.xml"
     side = 10**6
@@ -158,7 +158,7 @@ def test_a_cvat_mask_of_a_stated_size_takes_no_memory(tmp_path):
         open_reader(_source("cvat", tmp_path))
 
 
-def test_a_list_of_images_that_is_no_text_is_one_message(tmp_path):
+def test_image_list_with_invalid_utf8_is_refused(tmp_path):
     tool_exports.voc(tmp_path)
     (tmp_path / "ImageSets/Segmentation/train.txt").write_bytes(b"im0\n\xff\xfe\n")
     with pytest.raises(DataError, match="1 of 2 names lack an image"):
@@ -166,7 +166,7 @@ def test_a_list_of_images_that_is_no_text_is_one_message(tmp_path):
 
 
 @pytest.mark.parametrize("points", [[[500, 500], [510, 510]], [[-50, -50], [4, 4]], [[1e300, 1], [4, 4]]])
-def test_a_labelme_mask_outside_its_image_is_named(tmp_path, points):
+def test_labelme_mask_outside_its_image_is_unusable(tmp_path, points):
     tool_exports.labelme(tmp_path)
     path = tmp_path / "im0.json"
     document = json.loads(path.read_text())
@@ -175,14 +175,14 @@ def test_a_labelme_mask_outside_its_image_is_named(tmp_path, points):
     assert len(open_reader(_source("labelme", tmp_path), skip_bad=True).unusable) == 1
 
 
-def test_unknown_colours_are_named(tmp_path):
+def test_unknown_colours_are_refused(tmp_path):
     tool_exports.camvid(tmp_path)
     (tmp_path / "label_colors.txt").write_text("0 0 0\tVoid\n64 0 192\tdirt\n")
     with pytest.raises(DataError, match=r"\(128, 64, 128\)"):
         open_reader(_source("color_maps", tmp_path)).read(0)
 
 
-def test_maps_may_have_a_suffix_and_classes_a_default(tmp_path):
+def test_maps_may_have_a_suffix_and_classes_are_stuff_by_default(tmp_path):
     tool_exports.mask_pngs(tmp_path)
     (tmp_path / "c.json").write_text(json.dumps([{"label": k, "name": str(k)} for k in range(3)]))
     source = LabelMapSource(
@@ -214,7 +214,7 @@ def _coco(tmp_path, **settings):
     return DatasetConfig(shards="unused", source=source, **settings)
 
 
-def test_parts_share_no_group_and_hold_all_images(tmp_path):
+def test_parts_share_no_image_and_together_contain_all(tmp_path):
     parts = [_coco(tmp_path, part=PartConfig(take=take, val_share=0.3)) for take in ("train", "val")]
     train, val = (set(open_dataset(part)[0].keys) for part in parts)
     assert (len(train), len(val), len(train | val)) == (4, 2, 6)

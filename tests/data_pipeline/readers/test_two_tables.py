@@ -60,7 +60,7 @@ def test_instances_of_other_classes_are_refused(coco, categories, message):
         open_reader(source_with_instances(coco, categories))
 
 
-def test_two_used_classes_of_which_one_is_unknown_are_refused(coco):
+def test_used_class_missing_in_the_panoptic_file_is_refused(coco):
     coco.instances[1]["category_id"] = 4
     categories = [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}]
     with pytest.raises(DataError, match=r"has instances of dog, but .*panoptic\.json has no category of that name"):

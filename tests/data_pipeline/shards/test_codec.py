@@ -81,7 +81,7 @@ def test_samples_survive_encoding_and_decoding(seg_dtype, inst_dtype, layers, wi
     _assert_equal(codec.decode(_members(sample)), sample)
 
 
-def test_members_have_a_fixed_order_and_the_image_is_untouched():
+def test_members_have_a_fixed_order_and_the_image_is_unchanged():
     sample = _sample(np.ones((6, 9), np.uint8), np.ones((2, 6, 9), np.uint8))
     names = [name for name, _ in codec.encode(sample)]
     assert names == ["a_key-1.img.png", "a_key-1.inst.png", "a_key-1.json", "a_key-1.seg.png"]
@@ -90,13 +90,13 @@ def test_members_have_a_fixed_order_and_the_image_is_untouched():
     assert codec.encode(sample) == codec.encode(sample)
 
 
-def test_without_instances_no_layer_is_stored_but_one_comes_back():
+def test_empty_instance_layer_is_not_stored_but_restored():
     sample = _sample(None, np.zeros((1, 6, 9), np.uint8))
     assert sorted(_members(sample)) == ["img.png", "json"]
     _assert_equal(codec.decode(_members(sample)), sample)
 
 
-def test_maps_grow_to_16_bits_above_254_ids():
+def test_maps_have_16_bits_above_254_ids():
     assert id_dtype(254) is np.uint8
     assert id_dtype(255) is np.uint16
 
@@ -117,7 +117,7 @@ def test_the_exif_decision_is_stored_and_applied():
     assert np.array_equal(codec.decode(_members(turned)).image, expected)
 
 
-def test_faults_name_the_sample():
+def test_decoding_errors_name_the_sample():
     members = _members(_sample(np.ones((6, 9), np.uint8), None))
     other = _members(_sample(np.ones((5, 9), np.uint8), None, height=5))
     cases = [

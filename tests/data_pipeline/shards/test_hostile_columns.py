@@ -62,21 +62,21 @@ def column_of(table, name, values):
 
 
 @pytest.mark.parametrize("name", ["member_offsets", "member_lengths", "category_counts", "category_pixels"])
-def test_lists_of_unequal_lengths_are_named(written, tmp_path, name):
+def test_lists_of_unequal_lengths_are_refused(written, tmp_path, name):
     table = pq.read_table(written / "samples.parquet")
     lists = table.column(name).to_pylist()
     said = verify(forge(written, tmp_path / "a", column_of(table, name, [lists[0][:-1], *lists[1:]])))
     assert f"the lists of {name} differ in length" in said
 
 
-def test_a_row_of_lists_that_is_null_is_named(written, tmp_path):
+def test_null_row_in_a_list_column_is_refused(written, tmp_path):
     table = pq.read_table(written / "samples.parquet")
     lists = table.column("member_lengths").to_pylist()
     said = verify(forge(written, tmp_path / "a", column_of(table, "member_lengths", [None, *lists[1:]])))
     assert "differ in length" in said
 
 
-def test_many_rows_in_few_bytes_are_refused_before_they_are_decoded(written, tmp_path):
+def test_many_rows_in_few_bytes_are_refused_before_decoding(written, tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
     rows = pq.read_table(written / "samples.parquet").slice(0, 1)
@@ -89,7 +89,7 @@ def test_many_rows_in_few_bytes_are_refused_before_they_are_decoded(written, tmp
     assert "bytes decode to 8000000 rows" in verify(seal(written, folder))
 
 
-def test_long_lists_in_few_bytes_are_refused_before_they_are_decoded(written, tmp_path):
+def test_long_lists_in_few_bytes_are_refused_before_decoding(written, tmp_path):
     table = pq.read_table(written / "samples.parquet")
     many = pa.ListArray.from_arrays(
         pa.array([0, 0, 0, 20_000_000], pa.int32()), pa.array(np.ones(20_000_000, np.int32))
@@ -100,21 +100,21 @@ def test_long_lists_in_few_bytes_are_refused_before_they_are_decoded(written, tm
 
 
 @pytest.mark.parametrize("name", ["key", "member_names"])
-def test_long_texts_in_few_bytes_are_refused_before_they_are_decoded(written, tmp_path, name):
+def test_long_texts_in_few_bytes_are_refused_before_decoding(written, tmp_path, name):
     table = pq.read_table(written / "samples.parquet")
     text = "x" * 100_000_000
     values = [text] * 3 if name == "key" else [[text] * len(each) for each in table.column(name).to_pylist()]
     assert "more than 100 times as many" in verify(forge(written, tmp_path / "a", column_of(table, name, values)))
 
 
-def test_a_long_key_behind_short_codes_is_refused(written, tmp_path):
+def test_long_dictionary_encoded_key_is_refused(written, tmp_path):
     rows = pq.read_table(written / "samples.parquet").take(pa.array(np.zeros(4000, np.int64)))
     said = verify(forge(written, tmp_path / "a", column_of(rows, "key", ["x" * 500_000] * 4000)))
     assert "key contains texts of more than 4000 bytes" in said
 
 
 @pytest.mark.parametrize("cut", [slice(0, 100), slice(200, None), slice(0, -1)])
-def test_damaged_files_are_one_message(written, tmp_path, cut):
+def test_damaged_files_raise_data_error(written, tmp_path, cut):
     folder = tmp_path / "a"
     folder.mkdir()
     (folder / "samples.parquet").write_bytes((written / "samples.parquet").read_bytes()[cut])
@@ -122,7 +122,7 @@ def test_damaged_files_are_one_message(written, tmp_path, cut):
         Manifest.load(str(seal(written, folder)), Storage())
 
 
-def test_damaged_pages_are_one_message(written, tmp_path):
+def test_damaged_pages_load_or_raise_data_error(written, tmp_path):
     data = (written / "samples.parquet").read_bytes()
     for number, start in enumerate(range(4, len(data) - 3000, 400)):
         folder = tmp_path / f"{number}"

@@ -36,7 +36,7 @@ def with_key(members, key):
 
 
 @pytest.mark.parametrize("key", OUTSIDE)
-def test_index_refuses_a_key_inside_json(tmp_path, written, key):
+def test_index_refuses_an_invalid_key_in_a_json_member(tmp_path, written, key):
     tar = tmp_path / "foreign.tar"
     with tarfile.open(tar, "w") as archive:
         for index, name in enumerate(written.key):
@@ -53,7 +53,7 @@ def test_index_refuses_a_key_inside_json(tmp_path, written, key):
 
 
 @pytest.mark.parametrize("key", OUTSIDE)
-def test_a_sample_with_such_a_key_is_not_decoded(written, key):
+def test_sample_with_an_invalid_key_is_not_decoded(written, key):
     members = written.read_members(0, STORAGE)
     assert codec.decode(members).key == written.key[0]
     with pytest.raises(DataError, match=r"^the json member of a sample: the name"):
@@ -61,7 +61,7 @@ def test_a_sample_with_such_a_key_is_not_decoded(written, key):
 
 
 @pytest.mark.parametrize("key", OUTSIDE)
-def test_a_manifest_with_such_a_key_is_refused(tmp_path, written, key):
+def test_manifest_with_an_invalid_key_is_refused(tmp_path, written, key):
     table = pq.read_table(tmp_path / "set/samples.parquet")
     keys = pa.array([key, *written.key[1:]])
     exchange(tmp_path / "set", table.set_column(0, "key", keys))
@@ -70,19 +70,19 @@ def test_a_manifest_with_such_a_key_is_refused(tmp_path, written, key):
 
 
 @pytest.mark.parametrize("name", ["../../secret.tar", "shards/../../x.tar", "shards\\x.tar"])
-def test_a_manifest_names_no_shard_above_its_folder(tmp_path, written, name):
+def test_manifest_with_a_shard_outside_its_folder_is_refused(tmp_path, written, name):
     exchange(tmp_path / "set", shard={"name": name})
     with pytest.raises(DataError, match=r"^[^ ]*dataset.json: the name .* rename it"):
         Manifest.load(str(tmp_path / "set"), STORAGE)
 
 
-def test_a_checksum_that_is_a_path_does_not_name_a_file_of_the_cache(tmp_path, written):
+def test_manifest_with_a_path_as_checksum_is_refused(tmp_path, written):
     exchange(tmp_path / "set", shard={"sha256": "../../../x"})
     with pytest.raises(DataError, match="have invalid content"):
         Manifest.load(str(tmp_path / "set"), STORAGE)
 
 
-def test_shards_elsewhere_are_named_whole(tmp_path, written):
+def test_shards_elsewhere_keep_their_full_url(tmp_path, written):
     (shard,) = written.shards
     exchange(tmp_path / "set", shard=dataclasses.asdict(shard) | {"name": "s3://bucket/00000.tar"})
     assert Manifest.load(str(tmp_path / "set"), STORAGE).shard_url(0) == "s3://bucket/00000.tar"

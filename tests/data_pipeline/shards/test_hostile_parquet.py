@@ -61,12 +61,12 @@ def repeat(table, path, times, at_once=AT_ONCE):
     assert path.stat().st_size < 2_000_000
 
 
-def test_images_of_an_evaluation_that_stand_for_too_many_rows_are_refused(tmp_path):
+def test_image_records_that_decode_to_too_many_rows_are_refused(tmp_path):
     repeat(pa.table({"image_id": [7], "PQ": [0.5]}), tmp_path / "file.parquet", ROWS)
     assert "bytes decode to 30000000 rows" in enter("images", tmp_path)
 
 
-def test_receipts_of_shards_that_stand_for_too_many_rows_count_as_none(folder):
+def test_receipts_that_decode_to_too_many_rows_are_ignored(folder):
     assert enter("parts", folder) == "1 parts"
     path = folder / "shards/parts/00000.parquet"
     table = pq.read_table(path)
@@ -75,14 +75,14 @@ def test_receipts_of_shards_that_stand_for_too_many_rows_count_as_none(folder):
 
 
 @pytest.mark.parametrize("times", [ROWS, AT_ONCE // 2])
-def test_records_of_source_files_that_stand_for_too_many_rows_count_as_none(folder, times):
+def test_source_records_that_decode_to_too_many_rows_are_ignored(folder, times):
     assert enter("records", folder) == "1 records"
     path = folder / "shards/sources/00000.parquet"
     repeat(pq.read_table(path), path, times, AT_ONCE // 2)
     assert enter("records", folder) == "0 records"
 
 
-def test_a_record_of_more_files_than_a_sample_has_counts_as_none(folder):
+def test_source_record_with_invalid_file_numbers_is_ignored(folder):
     path = folder / "shards/sources/00000.parquet"
     table = pq.read_table(path)
     index = table.schema.get_field_index("number")
@@ -126,13 +126,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_few_bytes_that_stand_for_much_are_refused(name):
+def test_tables_that_decode_to_far_more_bytes_are_refused(name):
     data, said = HOSTILE[name]
     with pytest.raises(DataError, match=said):
         read_table_bytes(data())
 
 
-def test_tables_of_ours_are_read_as_they_are():
+def test_own_tables_are_read_unchanged():
     """The records of an evaluation of 500 images, with distinct scores and constant flags."""
     random = np.random.default_rng(0)
     counts = random.integers(0, 200, 500)
@@ -152,6 +152,6 @@ def test_tables_of_ours_are_read_as_they_are():
     assert found["name"].tolist() == columns["name"].tolist()
 
 
-def test_texts_and_nulls_come_back(tmp_path):
+def test_texts_and_nulls_are_read_unchanged(tmp_path):
     table = pa.table({"a": [["x"], [], None, ["y", "z"]], "b": ["u", None, "v", "w"], "c": pa.nulls(4, pa.string())})
     assert read_bounded_table(parquet(table)).equals(table)

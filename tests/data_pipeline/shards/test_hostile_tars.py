@@ -151,7 +151,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("parts", "problem", "count"), HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_tar_is_one_message_at_bounded_cost(tmp_path, parts, problem, count):
+def test_hostile_tar_is_a_fault_at_bounded_cost(tmp_path, parts, problem, count):
     (tmp_path / "classes.json").write_text('[{"label": 1, "id": 1, "name": "a", "isthing": 0}]')
     with (tmp_path / "hostile.tar").open("wb") as file:
         for part in parts:

@@ -145,7 +145,7 @@ def described(annotation):
 
 
 @pytest.mark.parametrize("form", ["classes", "instances", "panoptic"])
-def test_indexed_tars_give_what_shards_of_the_same_files_give(tmp_path, form):
+def test_indexed_tars_give_the_same_samples_as_shards(tmp_path, form):
     samples = write_tars(tmp_path / "tars", form)
     before = {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
     options = replace(OPTIONS, labels=form, **EXTENSIONS.get(form, {}))
@@ -209,7 +209,7 @@ def test_training_reads_indexed_tars(tmp_path):
     assert cv2.imread(str(tmp_path / "sheet.png")) is not None
 
 
-def test_our_own_shards_get_their_manifest_back(tmp_path):
+def test_index_restores_the_manifest_of_m2f_shards(tmp_path):
     source = SyntheticSource(num_images=6, seed=3)
     reader = open_reader(source)
     written = write_dataset(reader, DatasetConfig(shards=str(tmp_path / "set"), source=source, shard_mb=0.06), STORAGE)
@@ -224,7 +224,7 @@ def test_our_own_shards_get_their_manifest_back(tmp_path):
         assert getattr(again, name).tolist() == getattr(written, name).tolist()
 
 
-def test_tars_written_by_webdataset_and_long_names(tmp_path, monkeypatch):
+def test_tars_of_webdataset_and_long_names_are_indexed(tmp_path, monkeypatch):
     monkeypatch.setattr(object_stream, "_BLOCK", 1500)  # samples cross blocks
     with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
         for i in range(3):
@@ -261,7 +261,7 @@ def corrupt(samples, **changes):
         ({"png": b"hello"}, "not a JPEG, PNG, TIFF"),
     ],
 )
-def test_samples_that_cannot_be_indexed_are_named(tmp_path, changes, words):
+def test_samples_that_cannot_be_indexed_are_faults(tmp_path, changes, words):
     samples = {f"{i:04d}": members_of(i, "classes") for i in range(5)}
     write_tar(tmp_path / "a.tar", corrupt(samples, **changes))
     found = index(tmp_path, tmp_path / "set")
@@ -349,7 +349,7 @@ def test_links_and_devices_are_refused(tmp_path):
     assert "is not a regular file" in fault.problem
 
 
-def test_damaged_tars_are_never_taken_for_short_ones(tmp_path):
+def test_truncated_or_damaged_tars_are_faults(tmp_path):
     samples = {f"{i:04d}": members_of(i, "classes") for i in range(4)}
     whole = write_tar(tmp_path / "whole" / "a.tar", samples).read_bytes()
     index(tmp_path / "whole", tmp_path / "whole")
@@ -389,7 +389,7 @@ def test_damaged_tars_are_never_taken_for_short_ones(tmp_path):
         (members_of(0, "classes"), {"labels": "panoptic"}, r"with --json \(now json\)"),
     ],
 )
-def test_a_first_sample_without_the_stated_members_is_refused_with_the_options(tmp_path, members, options, words):
+def test_first_sample_without_the_expected_members_is_refused(tmp_path, members, options, words):
     tar = write_tar(tmp_path / "a.tar", {"x": members})
     with pytest.raises(DataError, match=words):
         choose_form(str(tar), replace(OPTIONS, **options), STORAGE)
@@ -403,7 +403,7 @@ def test_missing_and_repeated_tars_are_refused(tmp_path):
         find_tars([str(tar), str(tmp_path)], STORAGE)
 
 
-def test_another_data_set_is_never_replaced(tmp_path):
+def test_index_refuses_to_replace_another_data_set(tmp_path):
     write_tars(tmp_path / "tars", "classes", count=3)
     assert index(tmp_path / "tars", tmp_path / "set").committed
     before = (tmp_path / "set" / "dataset.json").read_bytes()
@@ -418,7 +418,7 @@ def test_another_data_set_is_never_replaced(tmp_path):
         index(tmp_path / "tars", tmp_path / "own")
 
 
-def test_the_verb_from_and_to_s3(tmp_path, bucket, capsys):
+def test_index_command_reads_from_and_writes_to_s3(tmp_path, bucket, capsys):
     tars = f"{bucket}/a"
     storage = Storage()
     write_tars(tmp_path / "tars", "classes")

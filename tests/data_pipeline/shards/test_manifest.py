@@ -72,7 +72,7 @@ def test_samples_fill_their_shards(written):
         assert starts[-1] <= info.size == Path(written.shard_url(shard)).stat().st_size
 
 
-def test_statistics(written):
+def test_statistics_count_images_segments_and_pixels(written):
     totals = {statistics.category.name: statistics for statistics in written.statistics()}
     assert list(totals) == [category.name for category in written.categories.categories]
     assert sum(s.num_segments for s in totals.values()) == written.num_segments.sum()
@@ -85,18 +85,18 @@ def test_a_manifest_can_be_pickled(written):
     assert again.read_sample(3, STORAGE).key == written.key[3]
 
 
-def test_rows_of_ragged_columns(written):
+def test_ragged_rows_give_the_row_of_every_value(written):
     rows = written.category_ids.rows()
     assert rows.tolist() == [i for i in range(10) for _ in written.category_ids[i]]
 
 
-def test_rows_with_a_flag():
+def test_ragged_any_finds_rows_with_a_flag():
     ragged = Ragged(np.arange(5), np.array([0, 0, 2, 2, 3, 5, 5]))
     assert ragged.any(np.array([0, 1, 0, 0, 1], bool)).tolist() == [False, True, False, False, True, False]
     assert Ragged(np.zeros(0, int), np.zeros(3, int)).any(np.zeros(0, bool)).tolist() == [False, False]
 
 
-def test_lists_are_as_narrow_as_their_values_allow():
+def test_list_columns_use_the_narrowest_integer_type():
     """More rows than are decoded at once, each part with numbers of another size."""
     rows = [[1, 250]] * 5000 + [[]] * 5000 + [[-3, 30_000]] * 5000
     empty = {name: pa.nulls(len(rows), SAMPLE_SCHEMA.field(name).type) for name in SAMPLE_SCHEMA.names}
@@ -111,7 +111,7 @@ def test_lists_are_as_narrow_as_their_values_allow():
     assert columns.items("category_ids", columns.bounds("category_ids")).dtype == np.uint8
 
 
-def test_damaged_bytes_are_found_and_named(written, copy):
+def test_damaged_sample_raises_error_with_its_place(written, copy):
     path = copy / written.shards[0].name
     data = bytearray(path.read_bytes())
     data[int(written.offset[1]) + 700] ^= 1
@@ -152,7 +152,7 @@ def test_lazy_columns_are_checked_when_the_manifest_is_opened(copy, spoil):
         Manifest.load(str(copy), STORAGE)
 
 
-def test_a_manifest_of_coco_size_loads_at_once(tmp_path):
+def test_manifest_of_coco_size_loads_fast(tmp_path):
     """118,287 rows of incompressible numbers: 0.06 s of CPU time measured, so that 0.4 s means something broke."""
     count, random = 118_287, np.random.default_rng(0)
     lengths = random.integers(1, 8, count)

@@ -53,7 +53,7 @@ def test_indices_are_spread_and_bounded(shapes):
     assert spread_indices(shapes, 1) == (0,)
 
 
-def test_segments_are_tinted_and_void_is_left_alone():
+def test_segments_are_tinted_and_void_is_unchanged():
     seg = np.zeros((200, 200), np.uint8)
     seg[:, 100:] = 1
     image = np.full((200, 200, 3), 100, np.uint8)

@@ -127,7 +127,7 @@ def test_stock_tools_read_the_shards(dataset):
     assert next(order, None) is None
 
 
-def test_tars_are_byte_identical_whoever_writes_them(reader, dataset, tmp_path):
+def test_tars_are_byte_identical_across_writers(reader, dataset, tmp_path):
     plan = _plan(reader, tmp_path)
     for index in reversed(
         range(len(plan.shard_keys))
@@ -168,7 +168,7 @@ def test_lost_or_damaged_parts_are_written_again(reader, tmp_path):
     assert [part.index for part in complete_parts(plan, STORAGE)] == [3]
 
 
-def test_parts_in_the_encoding_of_another_version_are_written_again(reader, tmp_path, monkeypatch):
+def test_parts_of_another_encoding_version_are_written_again(reader, tmp_path, monkeypatch):
     plan = _plan(reader, tmp_path)
     for index in range(4):
         write_shard(reader, plan, index, STORAGE)
@@ -188,7 +188,7 @@ def test_a_second_run_changes_nothing(reader, dataset):
     assert {p: p.stat().st_mtime_ns for p in Path(dataset.url).rglob("*") if p.is_file()} == before
 
 
-def test_another_plan_at_the_same_place_is_refused(reader, dataset, tmp_path):
+def test_another_plan_in_the_same_folder_is_refused(reader, dataset, tmp_path):
     with pytest.raises(DataError, match=r"belongs to another shard plan.*choose another folder"):
         write_dataset(reader, _config(dataset.url, seed=9), STORAGE)
     plan = _plan(reader, tmp_path)
@@ -197,13 +197,13 @@ def test_another_plan_at_the_same_place_is_refused(reader, dataset, tmp_path):
         write_dataset(reader, _config(tmp_path, seed=9), STORAGE)
 
 
-def test_a_data_set_that_lost_its_plan_file_is_still_protected(reader, dataset, tmp_path):
+def test_data_set_without_a_plan_file_is_not_replaced(reader, dataset, tmp_path):
     (tmp_path / "dataset.json").write_bytes(Path(dataset.url, "dataset.json").read_bytes())
     with pytest.raises(DataError, match="belongs to another shard plan"):
         complete_parts(_plan(reader, tmp_path, seed=5), STORAGE)
 
 
-def test_small_changes_of_size_do_not_change_the_plan(reader, tmp_path):
+def test_small_changes_in_size_do_not_change_the_plan(reader, tmp_path):
     class Grown(_DamagedReader):
         def size_hint(self, index):
             return int(self.reader.size_hint(index) * 1.02)
@@ -230,7 +230,7 @@ def test_commit_refuses_to_replace_another_data_set(reader, dataset, tmp_path):
         commit_manifest(plan, parts, STORAGE)
 
 
-def test_bad_samples_never_get_into_a_shard(reader, tmp_path):
+def test_bad_samples_are_not_written_to_shards(reader, tmp_path):
     bad = frozenset(reader.keys[i] for i in (3, 8))
     damaged = _DamagedReader(reader, bad)
     with pytest.raises(DataError, match=r"2 of 14 samples cannot be used(.|\n)*000003.jpg: the JPEG file is truncated"):
@@ -270,13 +270,13 @@ def test_shards_without_a_good_sample_are_left_out(reader, tmp_path):
         )
 
 
-def test_a_source_that_changed_under_the_plan(reader, tmp_path):
+def test_source_that_changed_after_planning_is_refused(reader, tmp_path):
     plan = _plan(reader, tmp_path)
     with pytest.raises(DataError, match="it changed while shards were being written"):
         write_shard(reader.subset([0]), plan, 0, STORAGE)
 
 
-def test_a_store_that_returns_other_bytes_is_noticed(reader, tmp_path, monkeypatch):
+def test_store_that_returns_other_bytes_raises_error(reader, tmp_path, monkeypatch):
     storage = Storage()
     monkeypatch.setattr(storage, "get", lambda url: b"other")
     with pytest.raises(StorageError, match=r"00000.tar: the store returned different bytes"):
@@ -284,7 +284,7 @@ def test_a_store_that_returns_other_bytes_is_noticed(reader, tmp_path, monkeypat
     assert not (tmp_path / "parts").exists()
 
 
-def test_the_same_data_set_in_s3(reader, dataset, s3_endpoint):
+def test_data_set_in_s3_equals_the_local_one(reader, dataset, s3_endpoint):
     storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
     config = _config("s3://box/some/where")
     manifest = write_dataset(reader, config, storage)

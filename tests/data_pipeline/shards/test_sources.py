@@ -103,7 +103,7 @@ def shard_of(maps, key):
     return next(i for i, keys in enumerate(maps.plan().shard_keys) if key in keys)
 
 
-def test_a_changed_label_map_is_noticed_and_only_its_shard_is_written_again(maps):
+def test_changed_label_map_rewrites_only_its_shard(maps):
     before = maps.write()
     assert len(before.shards) > 2
     assert labels_of(before, "3") == [1]
@@ -121,7 +121,7 @@ def test_a_changed_label_map_is_noticed_and_only_its_shard_is_written_again(maps
     assert fresh.fingerprint == after.fingerprint, "as if it had been written at once"
 
 
-def test_a_run_that_reads_the_old_shards_is_told(maps):
+def test_run_with_the_old_manifest_raises_error_on_rewritten_shards(maps):
     before = maps.write()
     maps.relabel("3", 2)
     after = maps.write()
@@ -134,7 +134,7 @@ def test_a_run_that_reads_the_old_shards_is_told(maps):
 
 @pytest.mark.parametrize("kind", ["instances", "panoptic"])
 @pytest.mark.parametrize("folder", ["images", "masks"])
-def test_changed_images_and_panoptic_maps_are_noticed(tmp_path, kind, folder):
+def test_changed_images_and_panoptic_maps_are_detected(tmp_path, kind, folder):
     coco = CocoSet(tmp_path)
     coco.write()
     source = getattr(coco, f"{kind}_source")
@@ -153,7 +153,7 @@ def test_changed_images_and_panoptic_maps_are_noticed(tmp_path, kind, folder):
     assert (again.fingerprint != first.fingerprint) == is_read
 
 
-def test_other_times_of_the_same_content_change_nothing(maps):
+def test_changed_times_with_the_same_content_rewrite_nothing(maps):
     first = maps.write()
     written = times(maps.config.shards)
     for path in maps.root.rglob("*.png"):
@@ -167,7 +167,7 @@ def test_other_times_of_the_same_content_change_nothing(maps):
     assert times(maps.config.shards) == written
 
 
-def test_a_copy_of_the_source_keeps_the_shards(maps):
+def test_copied_source_keeps_the_shards(maps):
     first = maps.write()
     copy = maps.root / "elsewhere"
     for name in ("images", "labels"):
@@ -181,7 +181,7 @@ def test_a_copy_of_the_source_keeps_the_shards(maps):
     assert times(maps.config.shards) == written
 
 
-def test_a_store_that_can_only_be_read_compares_contents_each_time(maps, monkeypatch):
+def test_read_only_store_compares_contents_every_time(maps, monkeypatch):
     maps.write()
     later(maps.root / "labels" / "4.png")
 
@@ -195,7 +195,7 @@ def test_a_store_that_can_only_be_read_compares_contents_each_time(maps, monkeyp
         assert said == [1]
 
 
-def test_files_that_are_gone_do_not_cost_their_shards(tmp_path):
+def test_missing_source_files_do_not_rewrite_their_shards(tmp_path):
     coco = CocoSet(tmp_path)
     coco.write()
     config = DatasetConfig(shards=str(tmp_path / "shards"), source=coco.instances_source)
@@ -206,7 +206,7 @@ def test_files_that_are_gone_do_not_cost_their_shards(tmp_path):
     assert write_dataset(open_reader(config.source), config, STORAGE).fingerprint == first.fingerprint
 
 
-def test_a_file_that_was_bad_or_missing_comes_in_when_it_is_mended(tmp_path):
+def test_repaired_or_restored_source_files_are_added_to_the_shards(tmp_path):
     coco = CocoSet(tmp_path)
     good = coco.files["a.jpg"]
     for number, name in enumerate(("b.jpg", "c.jpg"), 41):
@@ -223,7 +223,7 @@ def test_a_file_that_was_bad_or_missing_comes_in_when_it_is_mended(tmp_path):
     assert sorted(now.key.tolist()) == ["a", "b", "c"]
 
 
-def test_shards_without_a_record_are_taken_as_they_are(maps):
+def test_shards_without_a_source_record_are_kept(maps):
     first = maps.write()
     shutil.rmtree(maps.root / "shards" / "sources")
     maps.relabel("3", 2)
@@ -231,7 +231,7 @@ def test_shards_without_a_record_are_taken_as_they_are(maps):
     assert maps.write().fingerprint == first.fingerprint
 
 
-def test_a_damaged_record_says_nothing(maps):
+def test_damaged_source_record_is_ignored(maps):
     maps.write()
     for path in (maps.root / "shards" / "sources").iterdir():
         path.write_bytes(b"no parquet")
@@ -239,7 +239,7 @@ def test_a_damaged_record_says_nothing(maps):
     assert maps.compare() == SourceChanges()
 
 
-def test_a_record_of_another_plan_says_nothing(maps):
+def test_source_record_of_another_plan_is_ignored(maps):
     maps.write()
     for name in ("dataset.json", "plan.json"):
         (maps.root / "shards" / name).unlink()
@@ -249,7 +249,7 @@ def test_a_record_of_another_plan_says_nothing(maps):
     assert "new" in maps.write().key.tolist()
 
 
-def test_an_interrupted_job_notices_changes_too(maps):
+def test_resumed_job_detects_changed_source_files(maps):
     plan = maps.plan()
     for index in range(len(plan.shard_keys)):
         write_shard(maps.reader(), plan, index, STORAGE)
@@ -260,7 +260,7 @@ def test_an_interrupted_job_notices_changes_too(maps):
     assert labels_of(maps.write(), "3") == [2]
 
 
-def test_a_receipt_of_before_a_killed_task_does_not_count(maps):
+def test_receipt_older_than_its_shard_is_ignored(maps):
     """The task put the new shard and its record, and died before the receipt: sizes may well be equal."""
     plan = maps.plan()
     part = write_shard(maps.reader(), plan, 0, STORAGE)
@@ -278,7 +278,7 @@ def test_a_receipt_of_before_a_killed_task_does_not_count(maps):
     assert labels_of(maps.write(), key) == [2]
 
 
-def test_redo_writes_everything_and_deletes_nothing_else(maps):
+def test_redo_rewrites_all_shards_and_keeps_other_files(maps):
     first = maps.write()
     target = Path(maps.config.shards)
     written = times(target)
@@ -293,7 +293,7 @@ def test_redo_writes_everything_and_deletes_nothing_else(maps):
     assert (target / "shards" / "other.tar").exists()
 
 
-def test_other_annotations_are_named_and_redo_takes_them(maps):
+def test_changed_annotation_files_are_refused_without_redo(maps):
     maps.write()
     (maps.root / "classes.json").write_text(json.dumps([CLASSES[2], *CLASSES[:2]]))
     words = r"different: settings or annotation files of the source\); .*`m2f shard --redo`"
@@ -307,7 +307,7 @@ def test_other_annotations_are_named_and_redo_takes_them(maps):
     assert maps.write(redo=True).num_samples == 10
 
 
-def test_shards_in_s3_follow_their_source_too(maps, s3_endpoint):
+def test_shards_in_s3_are_rewritten_for_changed_sources(maps, s3_endpoint):
     storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
     config = replace(maps.config, shards="s3://box/follow/train")
     first = write_dataset(maps.reader(), config, storage)
@@ -320,7 +320,7 @@ def test_shards_in_s3_follow_their_source_too(maps, s3_endpoint):
     assert storage.get("s3://box/follow/train/notes.txt") == b"mine"
 
 
-def test_redo_spares_what_is_not_ours(maps):
+def test_redo_is_refused_for_a_manifest_of_foreign_tars(maps):
     maps.write()
     path = Path(maps.config.shards, "dataset.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "foreign": {"labels": "classes"}}))
@@ -329,7 +329,7 @@ def test_redo_spares_what_is_not_ours(maps):
     assert list(Path(maps.config.shards).glob("shards/*.tar"))
 
 
-def test_files_are_read_once(maps, monkeypatch):
+def test_source_files_are_read_once(maps, monkeypatch):
     reads = []
     opened = Path.open
     monkeypatch.setattr(Path, "open", lambda self, *a, **k: (reads.append(self), opened(self, *a, **k))[1])
@@ -338,7 +338,7 @@ def test_files_are_read_once(maps, monkeypatch):
     assert len(source) == len({*source}) == 18
 
 
-def test_states_are_of_the_file_that_is_there(tmp_path):
+def test_file_state_describes_an_existing_file(tmp_path):
     path = tmp_path / "x"
     assert file_state(path) is None
     path.write_bytes(b"abc")

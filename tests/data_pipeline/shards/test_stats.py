@@ -27,7 +27,7 @@ def shapes(tmp_path_factory):
     return write_dataset(open_reader(source), DatasetConfig(shards=str(folder), source=source), Storage())
 
 
-def test_the_table_equals_a_count_over_the_decoded_samples(shapes):
+def test_class_table_equals_a_count_over_the_decoded_samples(shapes):
     samples = [shapes.read_sample(i, Storage()) for i in range(shapes.num_samples)]
     pixels = sum(s.image[..., 0].size for s in samples)
     for row, category in zip(class_table(shapes), shapes.categories.categories, strict=True):
@@ -46,7 +46,7 @@ def test_the_table_equals_a_count_over_the_decoded_samples(shapes):
         assert row.pixel_share == pytest.approx(sum(area for _, area in segments) / pixels, abs=1e-4)
 
 
-def test_the_text_is_aligned_and_ends_with_totals(shapes):
+def test_class_table_text_is_aligned_and_ends_with_totals(shapes):
     rows = class_table(shapes)
     lines = format_class_table(rows).splitlines()
     assert len(lines) == len(rows) + 2
@@ -67,7 +67,7 @@ def _shares(manifest):
 
 
 @pytest.mark.parametrize("factor", [0, 1 / 9, 1, 4])
-def test_pixels_are_counted_whatever_areas_are_stated(tmp_path, factor):
+def test_pixels_are_counted_regardless_of_stated_areas(tmp_path, factor):
     coco = CocoSet(tmp_path)
     for entry in (*coco.instances, *coco.panoptic[0]["segments_info"]):
         entry["area"] *= factor
@@ -78,7 +78,7 @@ def test_pixels_are_counted_whatever_areas_are_stated(tmp_path, factor):
     assert instances.category_areas.values.tolist() == [round(130.5 * factor)]
 
 
-def test_manifests_without_counts_show_stated_areas_and_say_so(tmp_path):
+def test_manifests_without_pixel_counts_show_stated_areas_with_a_note(tmp_path):
     coco = CocoSet(tmp_path)
     coco.instances[0]["area"] = 7
     manifest = _write(coco, "instances")

@@ -99,7 +99,7 @@ def put_member(name, row, new):
 
 
 @pytest.mark.parametrize("depth", ["quick", "full"])
-def test_an_undamaged_set_passes_and_is_counted(sound, depth):
+def test_intact_data_set_passes_and_reports_progress(sound, depth):
     progress = []
     started = []
     found = verify(sound.url, STORAGE, depth, 2, started.append, lambda n, size: progress.append((n, size)))
@@ -110,7 +110,7 @@ def test_an_undamaged_set_passes_and_is_counted(sound, depth):
     assert [manifest.num_samples for manifest in started] == [10]
 
 
-def test_missing_and_cut_shards_are_found_quickly(damaged, sound):
+def test_quick_check_finds_missing_and_truncated_shards(damaged, sound):
     (damaged / sound.shards[0].name).unlink()
     cut = damaged / sound.shards[1].name
     cut.write_bytes(cut.read_bytes()[:-512])
@@ -123,7 +123,7 @@ def test_missing_and_cut_shards_are_found_quickly(damaged, sound):
     assert len(faults(damaged)) == 2
 
 
-def test_flipped_bits_are_named_to_the_sample(damaged, sound):
+def test_flipped_bits_are_faults_of_their_samples(damaged, sound):
     for row in (1, 8):
         path = damaged / sound.shards[sound.shard[row]].name
         data = bytearray(path.read_bytes())
@@ -136,7 +136,7 @@ def test_flipped_bits_are_named_to_the_sample(damaged, sound):
     assert f"at byte {sound.offset[1]} (sample '{sound.key[1]}'): its checksum differs" in str(found[0])
 
 
-def test_damage_between_samples_is_found(damaged, sound):
+def test_damage_outside_samples_is_a_fault(damaged, sound):
     path = damaged / sound.shards[0].name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     (fault,) = faults(damaged)
@@ -144,7 +144,7 @@ def test_damage_between_samples_is_found(damaged, sound):
     assert "SHA-256" in fault.problem
 
 
-def test_manifests_that_cannot_be_read_are_a_fault(damaged):
+def test_unreadable_manifest_is_a_fault(damaged):
     (damaged / "samples.parquet").write_bytes(b"x")
     (fault,) = faults(damaged, "quick")
     assert fault.object.endswith("dataset.json")
@@ -155,7 +155,7 @@ def test_manifests_that_cannot_be_read_are_a_fault(damaged):
     assert "does not exist" in faults(damaged, "quick")[0].problem
 
 
-def test_a_parquet_file_of_other_columns_is_a_fault(damaged):
+def test_parquet_file_with_other_columns_is_a_fault(damaged):
     other = manifest_module.write_table(pa.table({"key": ["a"]}))
     (damaged / "samples.parquet").write_bytes(other)
     document = json.loads((damaged / "dataset.json").read_text())
@@ -233,14 +233,14 @@ def bomb(width, height):
         ("json", lambda old: old.replace(b'"id":1,', b'"id":9,', 1), "segment ids of `seg` are not unique"),
     ],
 )
-def test_hostile_members_with_right_checksums_are_faults(damaged, sound, member, new, words):
+def test_hostile_members_with_correct_checksums_are_faults(damaged, sound, member, new, words):
     replace_sample(damaged, 3, put_member(member, 3, new))
     (fault,) = faults(damaged)
     assert fault.key == sound.key[3]
     assert words in fault.problem
 
 
-def test_areas_that_are_no_numbers_are_faults(damaged, sound):
+def test_areas_that_are_not_numbers_are_faults(damaged, sound):
     replace_sample(
         damaged, 3, put_member("json", 3, lambda old: re.sub(rb'"area":[0-9.]+', b'"area":NaN', old, count=1))
     )
@@ -272,7 +272,7 @@ def test_objects_larger_than_a_block_are_streamed(tmp_path, monkeypatch):
     assert stream.finish() == hashlib.sha256(data).hexdigest()
 
 
-def test_the_verb_reports_and_sets_its_status(capsys, damaged, sound, tmp_path):
+def test_verify_command_prints_a_report_and_sets_its_exit_status(capsys, damaged, sound, tmp_path):
     report = tmp_path / "report.json"
     assert main(["verify", sound.url, "--full"]) == 0
     out, err = capsys.readouterr()
@@ -292,7 +292,7 @@ def test_the_verb_reports_and_sets_its_status(capsys, damaged, sound, tmp_path):
     assert "m2f shard" in capsys.readouterr().out
 
 
-def test_a_set_in_s3_is_verified(sound, bucket, capsys):
+def test_data_set_in_s3_is_verified(sound, bucket, capsys):
     url = f"{bucket}/a"
     storage = Storage()
     for path in Path(sound.url).rglob("*"):

@@ -20,7 +20,7 @@ def _table(count):
     return CategoryTable(tuple(Category(i, f"c{i}", True, (0, 0, 0)) for i in range(count)))
 
 
-def test_one_class_is_worth_a_word_in_semantic_training_only():
+def test_single_class_warning_is_only_for_semantic_training():
     assert "'c0' is the only class" in one_class_warning("train", _table(1), "semantic")
     assert one_class_warning("train", _table(1), "instance") is None
     assert one_class_warning("train", _table(2), "semantic") is None
@@ -67,7 +67,7 @@ def _six_images(coco, factor):
 
 
 @pytest.mark.parametrize("factor", [1, 1.2, 0.85])
-def test_areas_that_differ_a_little_are_usual(tmp_path, factor):
+def test_small_area_differences_give_no_warning(tmp_path, factor):
     coco = _six_images(CocoSet(tmp_path), factor)
     source = coco.panoptic_source
     config = DatasetConfig(shards=str(tmp_path / "shards"), source=source)
@@ -75,7 +75,7 @@ def test_areas_that_differ_a_little_are_usual(tmp_path, factor):
 
 
 @pytest.mark.parametrize(("factor", "ratio"), [(0.7, "1.43"), (4, "0.25"), (0, "520.00")])
-def test_areas_that_differ_everywhere_are_worth_a_word(tmp_path, factor, ratio):
+def test_large_area_differences_give_a_warning(tmp_path, factor, ratio):
     coco = _six_images(CocoSet(tmp_path), factor)
     source = coco.panoptic_source
     config = DatasetConfig(shards=str(tmp_path / "shards"), source=source)
@@ -83,7 +83,7 @@ def test_areas_that_differ_everywhere_are_worth_a_word(tmp_path, factor, ratio):
     assert text.startswith(f"train: masks have {ratio} times as many pixels")
 
 
-def test_instances_are_judged_too_and_small_ones_are_not(tmp_path):
+def test_area_warning_covers_instances_but_not_small_ones(tmp_path):
     coco = _six_images(CocoSet(tmp_path), 1)
     for entry in coco.instances:
         entry["area"] = 100  # 60 pixels of each
@@ -98,5 +98,5 @@ def test_instances_are_judged_too_and_small_ones_are_not(tmp_path):
     assert area_warning("t", write_dataset(open_reader(source), config, Storage())) is None
 
 
-def test_manifests_without_counted_pixels_are_not_judged(make_manifest):
+def test_manifests_without_counted_pixels_give_no_area_warning(make_manifest):
     assert area_warning("train", make_manifest(50)) is None

@@ -11,7 +11,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from tests.mounts import fill, read_only, small_disk
 
 
-def test_of_many_writers_one_makes_a_new_file_without_hard_links(tmp_path, monkeypatch):
+def test_only_one_of_many_writers_creates_a_file_without_hard_links(tmp_path, monkeypatch):
     def refuse(*paths):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))  # what exFAT says
 
@@ -31,7 +31,7 @@ def test_of_many_writers_one_makes_a_new_file_without_hard_links(tmp_path, monke
     assert storage.list_unfinished(str(tmp_path)) == ()
 
 
-def test_a_copy_to_a_full_disk_blames_the_disk_and_not_the_source(tmp_path):
+def test_copy_to_a_full_disk_raises_error_naming_the_target(tmp_path):
     source = tmp_path / "source"
     source.write_bytes(b"x" * 100_000)
     with small_disk(tmp_path / "small", "64k") as disk:
@@ -40,7 +40,7 @@ def test_a_copy_to_a_full_disk_blames_the_disk_and_not_the_source(tmp_path):
             Storage().get_file(str(source), disk / "copy")
 
 
-def test_a_read_only_disk_is_a_message(tmp_path):
+def test_read_only_disk_raises_storage_error(tmp_path):
     (tmp_path / "folder").mkdir()
     with (
         read_only(tmp_path / "folder") as folder,

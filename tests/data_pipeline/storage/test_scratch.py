@@ -26,7 +26,7 @@ def be_killed(temporary):
     return temporary.glob("m2f-test-*/files/big.bin")
 
 
-def test_leftovers_of_a_killed_process_are_swept_and_nothing_else(temporary):
+def test_only_folders_of_killed_processes_are_swept(temporary):
     (left,) = be_killed(temporary)
     (temporary / "m2f-test-of-a-person").mkdir()
     with ScratchFolder("other") as used:  # the first one of a process sweeps
@@ -39,7 +39,7 @@ def test_leftovers_of_a_killed_process_are_swept_and_nothing_else(temporary):
     assert [path.name for path in temporary.iterdir()] == ["m2f-test-of-a-person"]
 
 
-def test_a_folder_holds_only_what_is_put_there(temporary):
+def test_scratch_folder_starts_empty_and_is_removed(temporary):
     folder = ScratchFolder("test")
     assert list(folder.path.iterdir()) == []
     folder.remove()
@@ -47,7 +47,7 @@ def test_a_folder_holds_only_what_is_put_there(temporary):
     assert list(temporary.iterdir()) == []
 
 
-def test_a_folder_that_is_kept_is_not_swept(temporary):
+def test_kept_folder_is_not_swept(temporary):
     folder = ScratchFolder("test")
     (folder.path / "log").touch()
     folder.keep()
@@ -55,7 +55,7 @@ def test_a_folder_that_is_kept_is_not_swept(temporary):
     assert (folder.path / "log").exists()
 
 
-def test_a_full_disk_of_temporary_files_is_one_message(temporary):
+def test_full_temporary_disk_raises_storage_error(temporary):
     with small_disk(temporary / "small", "64k") as disk:
         tempfile.tempdir = str(disk)
         require_room(60_000, "a checkpoint")
@@ -75,7 +75,7 @@ def test_a_full_disk_of_temporary_files_is_one_message(temporary):
             ScratchFolder("test")
 
 
-def test_without_any_place_for_temporary_files_there_is_one_message(temporary, monkeypatch):
+def test_missing_temporary_directory_raises_storage_error(temporary, monkeypatch):
     with small_disk(temporary / "small", "64k") as disk:
         fill(disk)
         monkeypatch.setattr(tempfile, "tempdir", None)

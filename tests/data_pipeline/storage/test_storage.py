@@ -119,7 +119,7 @@ def test_list_and_delete(place):
     assert storage.list(root) == (urls[3],)
 
 
-def test_missing_and_short_objects_fail_at_once_and_say_which(place):
+def test_missing_and_short_objects_raise_errors_with_their_url(place):
     storage, root = place
     url = join(root, "short")
     for call in (storage.get, storage.size, lambda u: storage.get_range(u, 0, 1)):
@@ -147,7 +147,7 @@ def test_a_replaced_object_is_not_mixed_with_the_old_one(place):
     assert storage.counters.retries == 0
 
 
-def test_a_pickled_storage_works_and_carries_no_client(place):
+def test_pickled_storage_works_without_its_client(place):
     storage, root = place
     storage.put(join(root, "k"), b"v")
     copy = pickle.loads(pickle.dumps(storage))
@@ -155,7 +155,7 @@ def test_a_pickled_storage_works_and_carries_no_client(place):
     assert copy.config == storage.config
 
 
-def test_wrong_urls_are_named(tmp_path):
+def test_invalid_urls_are_refused(tmp_path):
     storage = Storage()
     for url, words in (
         ("gs://bucket/key", "scheme 'gs' is not supported"),
@@ -172,7 +172,7 @@ def test_wrong_urls_are_named(tmp_path):
         storage.get(str(tmp_path))
 
 
-def test_a_missing_bucket_is_named(s3_endpoint):
+def test_missing_bucket_raises_error_with_its_name(s3_endpoint):
     storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
     with pytest.raises(MissingObjectError, match="bucket 'nowhere' does not exist"):
         storage.get("s3://nowhere/key")
@@ -180,7 +180,7 @@ def test_a_missing_bucket_is_named(s3_endpoint):
         storage.list("s3://nowhere/folder")
 
 
-def test_killed_local_writes_leave_nothing_visible(tmp_path, monkeypatch):
+def test_failed_or_killed_local_writes_leave_no_visible_file(tmp_path, monkeypatch):
     storage = Storage()
     target = tmp_path / "folder" / "file"
     storage.put(str(target), b"old")
@@ -192,7 +192,7 @@ def test_killed_local_writes_leave_nothing_visible(tmp_path, monkeypatch):
     assert storage.list(str(tmp_path)) == (str(target),)
 
 
-def test_join():
+def test_join_separates_parts_by_single_slashes():
     assert join("s3://b/x/", "/y", "z") == "s3://b/x/y/z"
     assert join("/tmp", "a") == "/tmp/a"
     assert join("runs", "a", "b") == "runs/a/b"
@@ -285,7 +285,7 @@ def test_transient_faults_are_retried(faulty):
     assert storage.counters.requests == 7
 
 
-def test_bytes_that_their_checksum_denies_are_read_again(faulty):
+def test_bytes_with_a_wrong_checksum_are_read_again(faulty):
     faulty.faults = ["flipped", "flipped"]
     storage = _storage_at(faulty)
     assert storage.get_range("s3://bucket/key", 100, 700) == BODY[100:800]
@@ -300,7 +300,7 @@ def test_permanent_faults_are_not_retried(faulty):
         assert faulty.requests == 1
 
 
-def test_credentials_that_have_expired_are_looked_up_again_once(faulty, monkeypatch):
+def test_expired_credentials_are_looked_up_again_once(faulty, monkeypatch):
     storage = _storage_at(faulty, patience_s=0.5)
     for _ in range(2):  # after its first answer the store has another client
         assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
@@ -314,7 +314,7 @@ def test_credentials_that_have_expired_are_looked_up_again_once(faulty, monkeypa
     assert faulty.requests == 6
 
 
-def test_credentials_that_have_expired_are_looked_up_again_where_head_says_only_400(faulty):
+def test_head_status_400_looks_up_credentials_again(faulty):
     storage = _storage_at(faulty, patience_s=0.5)
     storage.get_range("s3://bucket/key", 0, 10)
     faulty.faults = ["400"]
@@ -322,7 +322,7 @@ def test_credentials_that_have_expired_are_looked_up_again_where_head_says_only_
     assert storage.counters.retries == 1
 
 
-def test_an_outage_is_waited_for_and_said_once_a_minute(faulty, monkeypatch):
+def test_outage_is_retried_and_reported_once_a_minute(faulty, monkeypatch):
     lines, now = [], itertools.count(step=10)
     storage = Storage(_config_of(faulty), answered=True, on_wait=lines.append)
     monkeypatch.setattr("m2f.data_pipeline.storage.s3.time", SimpleNamespace(monotonic=now.__next__, sleep=id))
@@ -334,14 +334,14 @@ def test_an_outage_is_waited_for_and_said_once_a_minute(faulty, monkeypatch):
     assert "(503 503); storage.patience_s is 600 s" in lines[0]
 
 
-def test_patience_ends(faulty):
+def test_outage_longer_than_patience_raises_error(faulty):
     faulty.faults = ["503"] * 1000
     with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(0\.5 s; \d+ attempts .*503"):
         Storage(_config_of(faulty, patience_s=0.5), answered=True).get_range("s3://bucket/key", 0, 10)
     assert faulty.requests >= 2
 
 
-def test_a_store_whose_server_has_ended_is_waited_for():
+def test_requests_wait_until_a_stopped_server_returns():
     """Nobody listens at its port until it is started again."""
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         address = reserved.getsockname()
@@ -359,12 +359,12 @@ def test_a_store_whose_server_has_ended_is_waited_for():
 
 
 @pytest.mark.parametrize("place", ["http://127.0.0.1:9", "http://nobody.invalid"])
-def test_a_store_that_cannot_be_reached_any_more_is_an_outage(place):
+def test_unreachable_store_that_answered_before_is_an_outage(place):
     with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(0\.5 s; \d+ attempts"):
         Storage(StorageConfig(endpoint_url=place, patience_s=0.5), answered=True).get("s3://bucket/key")
 
 
-def test_a_store_that_never_answered_is_a_mistake_and_no_outage(faulty, monkeypatch):
+def test_store_that_never_answered_raises_storage_error_and_no_outage(faulty, monkeypatch):
     monkeypatch.setattr("m2f.data_pipeline.storage.s3.FIRST_CONTACT_S", 3.0)
     faulty.faults = ["503"] * 1000
     with pytest.raises(StorageError, match=r"the store does not answer .*503.*check storage\.endpoint_url") as caught:
@@ -373,7 +373,7 @@ def test_a_store_that_never_answered_is_a_mistake_and_no_outage(faulty, monkeypa
 
 
 @pytest.mark.parametrize("fault", ["404", "none"])
-def test_any_answer_of_the_store_begins_its_patience(faulty, fault):
+def test_patience_applies_after_any_answer_of_the_store(faulty, fault):
     faulty.faults = [fault]
     with suppress(StorageError):
         _storage_at(faulty).get_range("s3://bucket/key", 0, 10)
@@ -382,7 +382,7 @@ def test_any_answer_of_the_store_begins_its_patience(faulty, fault):
         _storage_at(faulty, patience_s=0.2).get_range("s3://bucket/other", 0, 10)
 
 
-def test_a_copy_in_another_process_knows_that_the_store_has_answered(faulty, monkeypatch):
+def test_pickled_storage_keeps_that_the_store_has_answered(faulty, monkeypatch):
     storage = _storage_at(faulty, patience_s=0.2)
     storage.get_range("s3://bucket/key", 0, 10)
     data = pickle.dumps(storage)
@@ -392,14 +392,14 @@ def test_a_copy_in_another_process_knows_that_the_store_has_answered(faulty, mon
         pickle.loads(data).get_range("s3://bucket/key", 0, 10)
 
 
-def test_an_endpoint_that_is_not_there_is_named(monkeypatch):
+def test_unreachable_endpoint_raises_error_with_its_address(monkeypatch):
     monkeypatch.setattr("m2f.data_pipeline.storage.s3.FIRST_CONTACT_S", 1.0)
     storage = Storage(StorageConfig(endpoint_url="http://127.0.0.1:9"))
     with pytest.raises(StorageError, match=r"127\.0\.0\.1:9"):
         storage.get("s3://bucket/key")
 
 
-def test_an_object_that_may_not_be_deleted_stays_with_a_warning(faulty, caplog):
+def test_denied_deletion_keeps_the_object_with_a_warning(faulty, caplog):
     faulty.faults = ["403", "403"]
     _storage_at(faulty).delete("s3://bucket/key")
     assert "not deleted: s3://bucket/key: access is denied (403" in caplog.text

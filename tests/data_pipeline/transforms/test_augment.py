@@ -71,7 +71,7 @@ def whole_then_crop(image, ids, params):
 
 
 @pytest.mark.parametrize("name", ["down", "up_flip", "mid", "tiny"])
-def test_large_scale_jitter_equals_the_official_label_maps(goldens, name):
+def test_large_scale_jitter_gives_the_official_label_maps(goldens, name):
     golden = np.load(goldens / "h_augment.npz")
     flip, scale, crop_position = (float(v) for v in golden[f"lsj_{name}_params"])
     params = large_scale_jitter(
@@ -100,7 +100,7 @@ def test_bilinear_shrinking_gives_the_official_pixels(goldens, name):
 
 
 @pytest.mark.parametrize("case", [0, 1])
-def test_color_jitter_equals_the_official_one(goldens, case):
+def test_color_jitter_equals_the_official_code(goldens, case):
     golden = np.load(goldens / "h_augment.npz")
     order, brightness, contrast, saturation, hue = (
         float(v) for v in golden[f"color_{case}_params_order_beta_contrast_saturation_hue"]
@@ -161,7 +161,7 @@ def test_cropping_before_resizing_moves_content_by_less_than_a_pixel(size, posit
 
 @pytest.mark.parametrize("shrink", ["area", "bilinear"])
 @pytest.mark.parametrize("scaled", [(60, 80), (24, 32), (90, 120)])
-def test_without_a_crop_the_pixels_are_those_of_a_plain_resize(shrink, scaled):
+def test_augmentation_without_a_crop_equals_a_plain_resize(shrink, scaled):
     image, ids = smooth_image(48, 64), blocks(48, 64)
     params = AugmentParams(scaled=scaled, offset=(0, 0), canvas=(128, 128), flip=True, shrink=shrink)
     result = augment(image, ids, params, IGNORE)
@@ -236,7 +236,7 @@ def test_scale_jitter_crops_half_of_the_images():
     assert places.max() > 0.98
 
 
-def test_a_part_of_the_image_is_that_part_enlarged():
+def test_crop_before_resizing_equals_the_enlarged_crop():
     image, ids = smooth_image(48, 64), blocks(48, 64)
     config = ScaleJitter(shortest_edges=(32,), max_size=100, crop_first=(20, 40))
     for position in range(20):
@@ -248,7 +248,7 @@ def test_a_part_of_the_image_is_that_part_enlarged():
         assert result.size == params.canvas
 
 
-def test_inputs_are_not_written_to():
+def test_augmentation_does_not_modify_its_inputs():
     image, ids = smooth_image(40, 50), blocks(40, 50)
     image.flags.writeable = ids.flags.writeable = False
     params = AugmentParams(
@@ -271,6 +271,6 @@ def test_wide_id_maps_keep_their_type():
     ("size", "edge", "limit", "expected"),
     [((480, 640), 800, 1333, (800, 1067)), ((640, 480), 800, 1333, (1067, 800)), ((100, 900), 800, 1333, (148, 1333))],
 )
-def test_shortest_edge_rule(size, edge, limit, expected):
+def test_shortest_edge_size_respects_the_limit(size, edge, limit, expected):
     assert shortest_edge_size(size, edge, limit) == expected
     assert resize_image(smooth_image(*size), expected).shape == (*expected, 3)

@@ -87,13 +87,13 @@ def test_semantic_has_one_target_per_class(panoptic):
     assert painted(targets, (16, 24)) == [-2, 0, 1, 1, 1, 2]
 
 
-def test_instance_takes_the_things_of_a_panoptic_map(panoptic):
+def test_instance_targets_are_the_things_of_a_panoptic_map(panoptic):
     targets = image_targets(panoptic, "instance", TABLE.labels("instance"))
     assert targets.labels.tolist() == [0, 0]
     assert painted(targets, (16, 24)) == [-1, -1, 0, 0, -2, -1]
 
 
-def test_instance_layers_keep_overlaps_and_a_crowd_reaches_into_all_of_them():
+def test_instance_layers_keep_overlaps_and_ignore_crowds_in_all_layers():
     inst = np.zeros((2, 8, 8), np.uint8)
     inst[0, :, :4] = 1
     inst[1, :, 2:5] = 2
@@ -115,7 +115,7 @@ def test_instance_layers_keep_overlaps_and_a_crowd_reaches_into_all_of_them():
     np.testing.assert_array_equal(targets.id_maps[1] == 255, (inst[0] == 3) & (inst[1] == 0))
 
 
-def test_above_254_targets_the_maps_are_int16():
+def test_id_maps_are_int16_above_254_targets():
     seg = np.arange(1, 301, dtype=np.uint16).reshape(15, 20)
     segments = tuple(segment(i, DOG) for i in range(1, 301))
     many = image_targets(sample_of(seg, segments=segments), "panoptic", TABLE.labels("panoptic"))
@@ -127,7 +127,7 @@ def test_above_254_targets_the_maps_are_int16():
     assert few.id_maps.max() == 255
 
 
-def test_a_missing_map_and_an_unknown_category_are_named(panoptic):
+def test_missing_map_and_unknown_category_are_refused(panoptic):
     inst = np.ones((1, 4, 4), np.uint8)
     with pytest.raises(DataError, match=r"'a' \(a.jpg\) has no panoptic or semantic map"):
         image_targets(sample_of(inst=inst), "semantic", TABLE.labels("semantic"))
@@ -149,7 +149,7 @@ def transform(task="panoptic", **changes):
     return TrainTransform(task=task, labels=TABLE.labels(task), augment=augment, drop_empty_targets=True, seed=0)
 
 
-def test_a_batch_with_a_filler(panoptic):
+def test_batch_with_a_filler_has_empty_targets(panoptic):
     batch = collate([make_example(panoptic, 2, 40, transform()), None], (32, 32))
     assert batch.images.shape == (2, 3, 32, 32)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -166,7 +166,7 @@ def test_a_batch_with_a_filler(panoptic):
     assert batch.sizes[1].tolist() == [0, 0]
 
 
-def test_an_example_shows_image_and_ids_only_inside_its_size(panoptic):
+def test_pixels_outside_the_size_of_an_example_are_padding(panoptic):
     for position in range(20):
         example = make_example(panoptic, 0, position, transform("instance"))
         h, w = example.size
@@ -201,7 +201,7 @@ def test_small_and_wide_maps_with_different_layers_share_a_batch():
     assert targets.labels[1, 0] == 1
 
 
-def test_targets_of_real_images_have_the_areas_that_coco_states(real_data):
+def test_targets_of_real_images_have_the_areas_stated_by_coco(real_data):
     folder = real_data / "coco_panoptic"
     source = CocoPanopticSource(
         images=str(folder / "val2017"),
@@ -224,7 +224,7 @@ def test_targets_of_real_images_have_the_areas_that_coco_states(real_data):
         assert sorted(found) == sorted(expected)
 
 
-def test_images_of_several_sizes_fill_up_to_the_largest(panoptic):
+def test_images_of_several_sizes_are_padded_to_the_largest(panoptic):
     varied = dataclasses.replace(transform(), augment=ScaleJitter(shortest_edges=(40, 50), max_size=60))
     assert varied.canvas is None
     examples = [make_example(panoptic, 0, position, varied) for position in range(12)]
@@ -240,7 +240,7 @@ def test_images_of_several_sizes_fill_up_to_the_largest(panoptic):
     assert collate([None], None).images.shape == (1, 3, 32, 32)
 
 
-def test_evaluation_images_are_resized_by_pillow_where_asked(panoptic):
+def test_bilinear_evaluation_images_equal_pillow(panoptic):
     size = (8, 12)
     area, bilinear = (
         collate_eval([panoptic], [3], shortest_edge=8, max_size=100, shrink=shrink).images[0, :, :8, :12]

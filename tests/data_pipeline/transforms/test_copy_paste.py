@@ -146,7 +146,7 @@ def test_pasting_equals_a_loop_over_masks(seed, layers, counts, wide, semantic):
     np.testing.assert_array_equal(base.id_maps, before)
 
 
-def test_many_targets_get_a_wider_map():
+def test_pasting_beyond_254_targets_widens_the_map():
     base = ImageTargets(
         np.arange(1, 255, dtype=np.uint8).reshape(1, 2, 127), np.zeros(254, int), np.zeros(254, int), np.arange(1, 255)
     )
@@ -164,7 +164,7 @@ def test_many_targets_get_a_wider_map():
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
-def test_an_example_shows_what_its_targets_say(written, task):
+def test_pasted_pixels_match_their_targets(written, task):
     """Pixels and targets come from the same image: the partner's under the pasted objects, else the image's own."""
     table = written.categories
     things = frozenset(label for label, c in enumerate(table.for_task(task)) if c.is_thing)
@@ -223,7 +223,7 @@ def loaded(manifest, data, steps, storage=None, world=1, ranks=None, start=0, mi
     return found, substitutions
 
 
-def test_pixels_depend_on_the_position_only(written):
+def test_pixels_depend_only_on_the_position(written):
     reference, _ = loaded(written, DATA, 8)
     assert sorted(reference) == list(range(8 * BATCH))
     plain, _ = loaded(written, replace(DATA, copy_paste=None), 8)
@@ -259,7 +259,7 @@ def reads_of_an_epoch(manifest, data, world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_the_simulated_reads_of_partners_equal_the_actual_ones(written, world):
+def test_simulated_reads_with_partners_equal_actual_reads(written, world):
     """Where the ranks divide the lanes they cost next to nothing: what is beyond the epoch's end is read early."""
     order = build_order([written], 3, DATA)
     found = simulate_reads(
@@ -271,7 +271,7 @@ def test_the_simulated_reads_of_partners_equal_the_actual_ones(written, world):
     assert world == 3 or reads <= plain + 2 * DATA.lanes
 
 
-def test_partners_come_from_the_same_lane_and_by_the_probability():
+def test_partners_come_from_the_same_lane_with_the_set_probability():
     data = replace(DATA, lanes=12, window=5)
     partners = [partner_position(p, 0, data) for p in range(4000)]
     steps = {(other - p) for p, other in enumerate(partners) if other is not None}

@@ -88,7 +88,7 @@ def mask_of(example, row):
 
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
-def test_masks_are_those_of_the_augmented_polygons(augment):
+def test_masks_equal_the_augmented_polygons(augment):
     rng = np.random.default_rng(1)
     whole = 0
     for position in range(40):
@@ -146,7 +146,7 @@ def test_touching_objects_of_one_layer_stay_whole():
             np.testing.assert_array_equal(mask_of(example, row)[:150], wanted)
 
 
-def test_crowds_stay_ignored_and_objects_of_run_lengths_keep_their_pixels():
+def test_crowds_stay_ignored_and_rle_objects_keep_their_pixels():
     crowd, rle = np.zeros((2, HEIGHT, WIDTH), bool)
     crowd[:, 60:] = True
     rle[5:20, 5:30] = True
@@ -177,7 +177,7 @@ def test_objects_outside_the_crop_are_dropped():
     assert len(dropped) > 1
 
 
-def test_a_ring_that_is_cut_to_nothing_has_no_pixel():
+def test_ring_outside_the_crop_has_no_pixels():
     params = AugmentParams(scaled=(HEIGHT, WIDTH), offset=(0, 0), canvas=(10, 10))
     ring = augment_ring((20, 20, 30, 20, 30, 30), (HEIGHT, WIDTH), params, (10, 10))
     _, mask = rasterise([ring], 10, 10)
@@ -185,7 +185,7 @@ def test_a_ring_that_is_cut_to_nothing_has_no_pixel():
 
 
 @pytest.mark.parametrize("task", ["panoptic", "semantic"])
-def test_polygons_are_drawn_for_instances_only(task):
+def test_rasterise_crop_requires_the_instance_task(task):
     with pytest.raises(ConfigError, match=rf"data\.rasterise is crop, .* but data\.task is {task}; set"):
         DataConfig(task=task, train=(MixtureItem(dataset="train"),), rasterise="crop")
 
