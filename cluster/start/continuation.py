@@ -11,7 +11,7 @@ from m2f.data_pipeline.errors import DataError, MissingObjectError
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.folder import RECIPE, STATE, list_checkpoints
-from m2f.trainer.checkpoint.identity import IDENTITY, START_ANEW, ModelIdentity, require_same_classes
+from m2f.trainer.checkpoint.identity import CLASS_CHANGE_REMEDY, IDENTITY, ModelIdentity, require_same_classes
 from m2f.trainer.checkpoint.weights import check_start
 from m2f.trainer.data import open_shards
 from m2f.trainer.errors import CheckpointError
@@ -53,7 +53,7 @@ def check_continuation(job: TrainJob, storage: Storage) -> None:
             raise CheckpointError(
                 f"the model of checkpoint {checkpoint.url} differs from the recipe's (checkpoint -> recipe):\n  "
                 + "\n  ".join(changes)
-                + f"\n{START_ANEW}"
+                + f"\n{CLASS_CHANGE_REMEDY}"
             )
         _check_order(order, job, storage, checkpoint.url)
         return

@@ -15,7 +15,7 @@ from m2f.cluster.start.continuation import newest_recipe
 from m2f.cluster.terminal import print_err, print_out
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.backbones.published import has_frozen_norms, published_problem
-from m2f.trainer.checkpoint.lease import INHERITED
+from m2f.trainer.checkpoint.lease import LEASE_VARIABLE
 from m2f.trainer.config import Precision
 
 
@@ -50,7 +50,7 @@ class _Choices:
 
 def _stored_choices(config: RunConfig) -> _Choices:
     # A restarted driver belongs to a run for which the storage has already answered.
-    storage = Storage(config.storage, answered=INHERITED in os.environ, on_wait=print_err)
+    storage = Storage(config.storage, answered=LEASE_VARIABLE in os.environ, on_wait=print_err)
     recipe = newest_recipe(storage, config.run_folder)
     if recipe is None:
         return _Choices()

@@ -49,8 +49,8 @@ from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.counted import counted
 from m2f.model.errors import UserError
 from m2f.trainer.checkpoint.commits import list_commits, repair_commits
-from m2f.trainer.checkpoint.folder import delete_old, newest_step, newest_whole
-from m2f.trainer.checkpoint.lease import INHERITED, Lease, hold_lease
+from m2f.trainer.checkpoint.folder import delete_old, newest_step, newest_undamaged
+from m2f.trainer.checkpoint.lease import LEASE_VARIABLE, Lease, hold_lease
 from m2f.trainer.errors import LeaseLostError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.recovery.adjustments import adjust, read_adjustments
@@ -92,7 +92,7 @@ def run_supervised(config: RunConfig, launcher: Launcher, live: bool = False) ->
     See `run_training` and `train_locally`.
     """
     # A restarted driver works under the lease of its parent, so the storage is known to have answered.
-    storage = Storage(config.storage, answered=INHERITED in os.environ, on_wait=print_err)
+    storage = Storage(config.storage, answered=LEASE_VARIABLE in os.environ, on_wait=print_err)
     config = with_pinned_weights(with_steps(config, storage), storage)
     job = compose_job(config, storage)
     check_continuation(job, storage)
@@ -339,7 +339,7 @@ class _Supervisor:
         repair_commits(self._storage, self._config.run_folder, self._job.evaluates)
 
     def _newest(self) -> CommittedCheckpoint | None:
-        return newest_whole(self._storage, self._config.run_folder)
+        return newest_undamaged(self._storage, self._config.run_folder)
 
     def _newest_step(self) -> int:
         return newest_step(self._storage, self._config.run_folder)

@@ -53,13 +53,15 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe.pinned_weights import with_pinned_weights
     from m2f.cluster.recipe.stored import fresh_name
     from m2f.data_pipeline.storage.storage import Storage
-    from m2f.trainer.checkpoint.lease import INHERITED
+    from m2f.trainer.checkpoint.lease import LEASE_VARIABLE
 
     config = load_recipe(args.recipe, args.overrides)
     if args.fresh:
         args.overrides = [*args.overrides, f"name={fresh_name(config)}"]  # restarts must use the same folder
         config = load_recipe(args.recipe, args.overrides)
-    config = with_pinned_weights(config, Storage(config.storage, answered=INHERITED in os.environ, on_wait=print_err))
+    config = with_pinned_weights(
+        config, Storage(config.storage, answered=LEASE_VARIABLE in os.environ, on_wait=print_err)
+    )
     print_err(f"{args.recipe}: loading PyTorch and MLflow")
     if args.restart:
         return _restarted(args, config)

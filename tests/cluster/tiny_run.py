@@ -28,7 +28,7 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.trainer.checkpoint.commits import list_commits
-from m2f.trainer.checkpoint.folder import newest_whole
+from m2f.trainer.checkpoint.folder import newest_undamaged
 from m2f.trainer.config import CheckpointConfig, OptimizerConfig, TrainingConfig
 
 STEPS = 12
@@ -110,7 +110,7 @@ def tracked_points(run: TrackedRun, metric: str) -> list[tuple[int, float]]:
 
 def assert_equal_weights(first: str, second: str) -> None:
     """The newest checkpoints of two run folders hold equal weights to the last bit; their metadata may differ."""
-    urls = [newest_whole(Storage(), folder).url for folder in (first, second)]
+    urls = [newest_undamaged(Storage(), folder).url for folder in (first, second)]
     assert_equal_files(*(Path(url, "weights.safetensors") for url in urls))
 
 

@@ -24,14 +24,14 @@ from m2f.trainer.checkpoint.folder import (
     MANIFEST,
     checkpoint_url,
     list_checkpoints,
-    metrics_of_old_checkpoint,
     parse_folder,
+    parse_metrics,
     pin,
-    points_by_step,
+    read_legacy_metrics,
     unpin,
 )
 from m2f.trainer.checkpoint.lease_record import newest_number, read_record
-from m2f.trainer.checkpoint.leftovers import end_outdated_writes
+from m2f.trainer.checkpoint.leftovers import abort_outdated_writes
 from m2f.trainer.reporting import CommittedCheckpoint
 
 LOGGER = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def repair_commits(storage: Storage, run_folder: str, evaluates: bool) -> None:
     Every committed checkpoint gets its pin and its entry in `commits/`, and those of version 0.1 also get their
     metrics. If the run no longer `evaluates`, pins for evaluations are removed. Unfinished writes are aborted.
     """
-    end_outdated_writes(storage, run_folder)
+    abort_outdated_writes(storage, run_folder)
     listed = {match[1] for url in storage.list(join(run_folder, "commits")) if (match := _COMMIT.search(url))}
     for checkpoint in list_checkpoints(storage, run_folder):
         if not evaluates:
@@ -123,7 +123,7 @@ def repair_commits(storage: Storage, run_folder: str, evaluates: bool) -> None:
             continue
         if evaluates:
             pin(storage, checkpoint.url, EVALUATION_PIN)
-        points = metrics_of_old_checkpoint(storage, checkpoint.url)
+        points = read_legacy_metrics(storage, checkpoint.url)
         if points:
             _, lease = parse_folder(checkpoint.url)
             write_metrics(storage, run_folder, checkpoint.step, lease, points)
@@ -153,7 +153,7 @@ def read_metrics(
         limit = limits[int(match[2])]
         if url not in known and (limit is None or int(match[1]) <= limit):
             try:
-                points = points_by_step(storage.get(url))
+                points = parse_metrics(storage.get(url))
             except ValueError as error:
                 LOGGER.warning(
                     f"{url} cannot be read ({error}); metrics of its steps that MLflow does not have yet are lost"

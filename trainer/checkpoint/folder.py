@@ -43,7 +43,7 @@ RECIPE = "recipe.yaml"
 ENGINE = "engine"
 EVALUATION_PIN = "evaluation"
 """Name of the pin that keeps a checkpoint until its evaluation ends."""
-_OLD_METRICS = "metrics.json"
+_LEGACY_METRICS = "metrics.json"
 
 _VERSION = 1
 _FOLDER = re.compile(r"/(step_(\d{8,})(?:-(\d+))?)/(.+)$")
@@ -149,13 +149,15 @@ def list_checkpoints(storage: Storage, run_folder: str) -> tuple[CommittedCheckp
     For each step only the checkpoint of the highest lease is returned. Commits that a holder made after another process
     had taken over the run are ignored.
     """
-    folders = {file.folder for file in _matches(storage.list(join(run_folder, "checkpoints"))) if file.path == MANIFEST}
-    counted = _counted(storage, run_folder, folders)
-    by_step = {folder.step: folder for folder in sorted(counted, key=lambda folder: folder.lease)}
+    folders = {
+        file.folder for file in _parse_urls(storage.list(join(run_folder, "checkpoints"))) if file.path == MANIFEST
+    }
+    accepted = _accepted_folders(storage, run_folder, folders)
+    by_step = {folder.step: folder for folder in sorted(accepted, key=lambda folder: folder.lease)}
     return tuple(CommittedCheckpoint(step, by_step[step].url(run_folder)) for step in sorted(by_step, reverse=True))
 
 
-def _counted(storage: Storage, run_folder: str, folders: Iterable[_Folder]) -> set[_Folder]:
+def _accepted_folders(storage: Storage, run_folder: str, folders: Iterable[_Folder]) -> set[_Folder]:
     """Return the folders whose commits the leases of the run accept."""
     newest, accepted = newest_number(storage, run_folder), set[_Folder]()
     for lease in {folder.lease for folder in folders}:
@@ -165,7 +167,7 @@ def _counted(storage: Storage, run_folder: str, folders: Iterable[_Folder]) -> s
     return accepted
 
 
-def newest_whole(storage: Storage, run_folder: str) -> CommittedCheckpoint | None:
+def newest_undamaged(storage: Storage, run_folder: str) -> CommittedCheckpoint | None:
     """Return the newest committed checkpoint whose files exist with the right sizes; None if there is none."""
     for checkpoint in list_checkpoints(storage, run_folder):
         try:
@@ -178,7 +180,7 @@ def newest_whole(storage: Storage, run_folder: str) -> CommittedCheckpoint | Non
 
 def newest_step(storage: Storage, run_folder: str) -> int:
     """Return the step of the newest undamaged checkpoint; 0 if there is none."""
-    newest = newest_whole(storage, run_folder)
+    newest = newest_undamaged(storage, run_folder)
     return 0 if newest is None else newest.step
 
 
@@ -189,19 +191,19 @@ def parse_folder(url: str) -> tuple[int, int]:
     return int(match[2]), int(match[3] or 0)
 
 
-def metrics_of_old_checkpoint(storage: Storage, url: str) -> dict[int, dict[str, float]]:
+def read_legacy_metrics(storage: Storage, url: str) -> dict[int, dict[str, float]]:
     """Return the metrics by step from a checkpoint of version 0.1, which the driver may lack; {} if there are none."""
-    if not storage.exists(join(url, _OLD_METRICS)):
+    if not storage.exists(join(url, _LEGACY_METRICS)):
         return {}
     with ScratchFolder("metrics") as folder:
         try:
-            fetch(storage, url, [_OLD_METRICS], read_manifest(storage, url), folder)
+            fetch(storage, url, [_LEGACY_METRICS], read_manifest(storage, url), folder)
         except CheckpointError:
             return {}
-        return points_by_step((folder / _OLD_METRICS).read_bytes())
+        return parse_metrics((folder / _LEGACY_METRICS).read_bytes())
 
 
-def points_by_step(data: bytes) -> dict[int, dict[str, float]]:
+def parse_metrics(data: bytes) -> dict[int, dict[str, float]]:
     """Parse stored metrics by step. Raises ValueError for any other content."""
     content = parse_json(data)
     try:
@@ -282,8 +284,8 @@ def delete_old(storage: Storage, run_folder: str, newest: int, keep: int, lease:
     Raises LeaseLostError if another process has taken over the run.
     """
     urls = storage.list(join(run_folder, "checkpoints"))
-    committed = {file.folder for file in _matches(urls) if file.path == MANIFEST}
-    ignored = committed - _counted(storage, run_folder, committed)
+    committed = {file.folder for file in _parse_urls(urls) if file.path == MANIFEST}
+    ignored = committed - _accepted_folders(storage, run_folder, committed)
     for name in folders_to_delete(urls, newest, keep, lease, frozenset(folder.name for folder in ignored)):
         url = join(run_folder, "checkpoints", name)
         check_lease(storage, run_folder, lease)
@@ -302,9 +304,9 @@ def folders_to_delete(
     Commits in `ignored` folders are not counted. Nor are steps after `newest`: they are damaged, or the run was rolled
     back to before them.
     """
-    found = [file for file in _matches(urls) if file.folder.step <= newest]
-    counted = {file.folder.step for file in found if file.path == MANIFEST and file.folder.name not in ignored}
-    committed = sorted(counted, reverse=True)
+    found = [file for file in _parse_urls(urls) if file.folder.step <= newest]
+    accepted = {file.folder.step for file in found if file.path == MANIFEST and file.folder.name not in ignored}
+    committed = sorted(accepted, reverse=True)
     pinned = {file.folder for file in found if file.path.startswith("pins/")}
     if len(committed) < keep:
         return ()
@@ -319,24 +321,24 @@ def orphan_folders(storage: Storage, run_folder: str, in_use: int) -> tuple[tupl
     A folder with any pin other than that of its evaluation is kept.
     """
     paths: dict[_Folder, set[str]] = {}
-    for file in _matches(storage.list(join(run_folder, "checkpoints"))):
+    for file in _parse_urls(storage.list(join(run_folder, "checkpoints"))):
         paths.setdefault(file.folder, set()).add(file.path)
-    counted = _counted(storage, run_folder, [folder for folder, found in paths.items() if MANIFEST in found])
+    accepted = _accepted_folders(storage, run_folder, [folder for folder, found in paths.items() if MANIFEST in found])
     orphans = []
     for folder, found in sorted(paths.items(), key=lambda item: item[0].name):
         pinned = any(path.startswith("pins/") and path != f"pins/{EVALUATION_PIN}" for path in found)
-        if folder not in counted and folder.lease < in_use and not pinned:
-            orphans.append((folder.url(run_folder), _why_orphan(found)))
+        if folder not in accepted and folder.lease < in_use and not pinned:
+            orphans.append((folder.url(run_folder), _orphan_reason(found)))
     return tuple(orphans)
 
 
-def _why_orphan(paths: set[str]) -> str:
+def _orphan_reason(paths: set[str]) -> str:
     if MANIFEST in paths:
         return "committed after another process took over the run"
     return "set aside as damaged" if DAMAGED in paths else "never committed"
 
 
-def lease_within(url: str) -> int | None:
+def lease_of_url(url: str) -> int | None:
     """Return the lease of the checkpoint folder that contains an object; None for an object elsewhere."""
     match = _FOLDER.search(url)
     return None if match is None else int(match[3] or 0)
@@ -362,7 +364,7 @@ class _File:
     path: str
 
 
-def _matches(urls: Sequence[str]) -> list[_File]:
+def _parse_urls(urls: Sequence[str]) -> list[_File]:
     matches = [match for url in urls if (match := _FOLDER.search(url))]
     return [_File(_Folder(match[1], int(match[2]), int(match[3] or 0)), match[4]) for match in matches]
 

@@ -21,7 +21,7 @@ IDENTITY = "identity.json"
 """File name in a checkpoint folder."""
 METADATA_KEY = "m2f.identity"
 """Key of the same text in the metadata of weights and exported models."""
-START_ANEW = (
+CLASS_CHANGE_REMEDY = (
     "revert the change, or train under another name from its weights (model.weights), which keeps the class-head rows "
     "of shared classes"
 )
@@ -143,31 +143,31 @@ def read_metadata(path: str | Path) -> ModelIdentity | None:
     return None if text is None else ModelIdentity.from_json(text, str(path))
 
 
-def require_same_classes(task: str, classes: tuple[Category, ...] | None, now: ModelIdentity, url: str) -> None:
+def require_same_classes(task: str, classes: tuple[Category, ...] | None, current: ModelIdentity, url: str) -> None:
     """Check that checkpoint `url`, with this task and these classes (None: unknown), fits the run that resumes from it.
 
     Raises CheckpointError if they differ, because weights and optimizer state would be misinterpreted.
     """
-    space = now.label_spaces[0]
+    space = current.label_spaces[0]
     if task != space.task:
         raise CheckpointError(
-            f"checkpoint {url} is of a model for the task {task}, but data.task is {space.task}; {START_ANEW}"
+            f"checkpoint {url} is of a model for the task {task}, but data.task is {space.task}; {CLASS_CHANGE_REMEDY}"
         )
     if classes is None or [(c.name, c.is_thing) for c in classes] == [(c.name, c.is_thing) for c in space.classes]:
         return  # ids and colours do not affect the weights
     rows = zip_longest(classes, space.classes)
     differing = tuple((a, b) for a, b in rows if a is None or b is None or (a.name, a.is_thing) != (b.name, b.is_thing))
     raise CheckpointError(
-        f"checkpoint {url} and the training data have different classes; {START_ANEW}. Differences by label:\n  "
-        + ClassMatch("conflict", (), differing).describe_rows("checkpoint", "data")
+        f"checkpoint {url} and the training data have different classes; {CLASS_CHANGE_REMEDY}. Differences by "
+        "label:\n  " + ClassMatch("conflict", (), differing).describe_rows("checkpoint", "data")
     )
 
 
 def require_own_checkpoint(
-    storage: Storage, urls: Sequence[str], now: ModelIdentity | None
+    storage: Storage, urls: Sequence[str], current: ModelIdentity | None
 ) -> tuple[StartWeights, ...]:
     """Apply `require_same_classes` to the first checkpoint with a readable identity; return its start weights."""
-    if now is None:
+    if current is None:
         return ()
     for url in urls:
         if storage.exists(address := join(url, IDENTITY)):
@@ -175,7 +175,7 @@ def require_own_checkpoint(
                 stored = ModelIdentity.from_json(storage.get(address), address)
             except CheckpointError:
                 continue  # damaged: resuming reports it
-            require_same_classes(stored.tasks[0], stored.label_spaces[0].classes, now, url)
+            require_same_classes(stored.tasks[0], stored.label_spaces[0].classes, current, url)
             return stored.start
     return ()
 

@@ -28,7 +28,7 @@ from m2f.trainer.checkpoint.lease_record import (
 )
 from m2f.trainer.errors import LeaseHeldError, LeaseLostError
 
-INHERITED = "M2F_LEASE"
+LEASE_VARIABLE = "M2F_LEASE"
 """Environment variable that passes a parent's lease to a driver: NUMBER:NONCE."""
 _THREAD_LIMIT_S = 10.0
 """Time limit of one request by the thread, which repeats it anyway."""
@@ -55,8 +55,8 @@ class Lease:
         self._closing = threading.Event()
         self._beats = 0
         if renews:
-            self._beat(storage)
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+            self._write_beat(storage)
+        self._thread = threading.Thread(target=self._renew_until_closed, name="lease", daemon=True)
         self._thread.start()
 
     @property
@@ -66,7 +66,7 @@ class Lease:
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables with which a child process uses this lease."""
-        return {INHERITED: f"{self._record.number}:{self._record.nonce}"}
+        return {LEASE_VARIABLE: f"{self._record.number}:{self._record.nonce}"}
 
     def raise_if_lost(self) -> None:
         """Raise LeaseLostError if the thread has found a newer lease; sends no request."""
@@ -86,52 +86,52 @@ class Lease:
             with suppress(StorageError):  # without the release, the next one waits until the beat is old
                 self._storage.put(f"{record_url(self._run_folder, self.number)}.released", b"")
 
-    def _keep(self) -> None:
+    def _renew_until_closed(self) -> None:
         while not self._closing.wait(self._timing.renew_s):
             try:
                 check_lease(self._impatient, self._run_folder, self.number)
                 if self._renews:
-                    self._beat(self._impatient)
+                    self._write_beat(self._impatient)
             except LeaseLostError as error:
                 self._lost = error
                 return
             except StorageError:  # an outage does not lose the lease: retry
                 continue
 
-    def _beat(self, storage: Storage) -> None:
+    def _write_beat(self, storage: Storage) -> None:
         self._beats += 1
         storage.put(f"{record_url(self._run_folder, self.number)}.beat", f"{self._beats}".encode())
 
 
 @contextmanager
 def hold_lease(
-    storage: Storage, run_folder: str, say: Callable[[str], None] = lambda line: None, timing: Timing | None = None
+    storage: Storage, run_folder: str, report: Callable[[str], None] = lambda line: None, timing: Timing | None = None
 ) -> Iterator[Lease]:
     """Hold the lease of a run folder during the block. Call it before Ray starts and before any other write.
 
-    A process whose parent holds the lease (`Lease.environment`) uses that one. `say` receives messages about delays.
+    A process whose parent holds the lease (`Lease.environment`) uses that one. `report` receives messages about delays.
 
     Raises:
         LeaseHeldError: another process trains in this folder.
         StorageError: the store does not answer.
     """
     timing = timing or Timing()
-    inherited = os.environ.get(INHERITED, "")
+    inherited = os.environ.get(LEASE_VARIABLE, "")
     record = _inherited_record(storage, run_folder, inherited) if inherited else None
     renews = record is None
-    lease = Lease(storage, run_folder, record or take(storage, run_folder, say, timing), timing, renews)
+    lease = Lease(storage, run_folder, record or take_lease(storage, run_folder, report, timing), timing, renews)
     try:
         yield lease
     finally:
         lease.close()
 
 
-def take(storage: Storage, run_folder: str, say: Callable[[str], None], timing: Timing) -> LeaseRecord:
+def take_lease(storage: Storage, run_folder: str, report: Callable[[str], None], timing: Timing) -> LeaseRecord:
     """Take the next lease of a run folder. If it is unclear whether the current holder is alive, wait to find out."""
     while True:
         number = newest_number(storage, run_folder)
         if number:
-            _await_end(storage, run_folder, number, say, timing)
+            _wait_for_holder(storage, run_folder, number, report, timing)
         found = tuple(checkpoint.name for checkpoint in list_checkpoints(storage, run_folder))
         record = LeaseRecord(number + 1, uuid.uuid4().hex, this_process(), found)
         try:
@@ -141,28 +141,30 @@ def take(storage: Storage, run_folder: str, say: Callable[[str], None], timing: 
         return record
 
 
-def _await_end(storage: Storage, run_folder: str, number: int, say: Callable[[str], None], timing: Timing) -> None:
+def _wait_for_holder(
+    storage: Storage, run_folder: str, number: int, report: Callable[[str], None], timing: Timing
+) -> None:
     """Return once the holder of a lease has ended or counts as dead. Raises LeaseHeldError if its beat changes."""
     address = record_url(run_folder, number)
     holder = read_record(storage, run_folder, number).holder
     first: bytes | None = None
-    unchanged, seen, told = 0.0, None, False
+    unchanged, last_read, reported = 0.0, None, False
     while True:
         try:
             if storage.exists(f"{address}.released") or holder.is_dead():
                 return
             beat = _read_beat(storage, f"{address}.beat")
         except StorageError as error:
-            say(f"{run_folder}: waiting for the storage to check whether {holder} is still training here ({error})")
-            unchanged, seen = 0.0, None
+            report(f"{run_folder}: waiting for the storage to check whether {holder} is still training here ({error})")
+            unchanged, last_read = 0.0, None
             time.sleep(timing.poll_s)
             continue
         now = time.monotonic()
-        if seen is None:
+        if last_read is None:
             first = beat if first is None else first
         else:  # capped, because a slow store also delays the holder's beats
-            unchanged += min(now - seen, 2 * timing.poll_s)
-        seen = now
+            unchanged += min(now - last_read, 2 * timing.poll_s)
+        last_read = now
         if beat != first:
             raise LeaseHeldError(
                 f"{run_folder}: {holder} is training in this folder (lease {number}); wait until it ends, stop it, or "
@@ -170,9 +172,9 @@ def _await_end(storage: Storage, run_folder: str, number: int, say: Callable[[st
             )
         if unchanged >= timing.unchanged_s:
             return
-        if not told and unchanged > 2 * timing.renew_s:
-            say(f"{run_folder}: waiting {timing.unchanged_s:.0f} s for {holder} to renew lease {number}")
-            told = True
+        if not reported and unchanged > 2 * timing.renew_s:
+            report(f"{run_folder}: waiting {timing.unchanged_s:.0f} s for {holder} to renew lease {number}")
+            reported = True
         time.sleep(timing.poll_s)
 
 

@@ -45,10 +45,10 @@ class Holder:
 
     def is_dead(self) -> bool:
         """Return whether it provably ended: same machine and namespace, but no process with its pid and start time."""
-        here = this_process()
+        current = this_process()
         if _UNKNOWN in (self.boot, self.namespace, self.started):
             return False
-        if (self.boot, self.namespace) != (here.boot, here.namespace):
+        if (self.boot, self.namespace) != (current.boot, current.namespace):
             return False
         return _start_time(self.pid) != self.started
 
@@ -75,8 +75,8 @@ def this_process() -> Holder:
     return Holder(
         host=socket.gethostname(),
         pid=pid,
-        boot=_text(Path("/proc/sys/kernel/random/boot_id")),
-        namespace=_link(Path("/proc/self/ns/pid")),
+        boot=_read_text(Path("/proc/sys/kernel/random/boot_id")),
+        namespace=_read_link(Path("/proc/self/ns/pid")),
         started=_start_time(pid),
     )
 
@@ -128,19 +128,19 @@ def accepted_names(storage: Storage, run_folder: str, newest: int, number: int, 
 
 def _start_time(pid: int) -> str:
     """Return the start time in clock ticks after boot; empty if there is no such process or it is a zombie."""
-    stat = _text(Path(f"/proc/{pid}/stat"))
+    stat = _read_text(Path(f"/proc/{pid}/stat"))
     fields = stat.rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else _UNKNOWN
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text().strip()
     except OSError:
         return _UNKNOWN
 
 
-def _link(path: Path) -> str:
+def _read_link(path: Path) -> str:
     try:
         return os.readlink(path)
     except OSError:

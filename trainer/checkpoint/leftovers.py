@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.object_info import UnfinishedWrite
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.trainer.checkpoint.folder import lease_within, orphan_folders
+from m2f.trainer.checkpoint.folder import lease_of_url, orphan_folders
 from m2f.trainer.checkpoint.lease_record import newest_number, read_record, record_url
 
 LOGGER = logging.getLogger(__name__)
@@ -49,9 +49,9 @@ def find_leftovers(storage: Storage, run_folder: str, in_use: int, alone: bool) 
     Writes outside of checkpoint folders carry no lease. They are included only if the caller is `alone`: no other
     process writes to the run folder.
     """
-    leases = [(write, lease_within(write.url)) for write in storage.list_unfinished(run_folder)]
-    left = [write for write, lease in leases if (alone if lease is None else lease < in_use)]
-    return Leftovers(orphan_folders(storage, run_folder, in_use), tuple(left))
+    leases = [(write, lease_of_url(write.url)) for write in storage.list_unfinished(run_folder)]
+    unfinished = [write for write, lease in leases if (alone if lease is None else lease < in_use)]
+    return Leftovers(orphan_folders(storage, run_folder, in_use), tuple(unfinished))
 
 
 def lease_in_use(storage: Storage, run_folder: str) -> int:
@@ -62,19 +62,19 @@ def lease_in_use(storage: Storage, run_folder: str) -> int:
     return newest + read_record(storage, run_folder, newest).holder.is_dead()
 
 
-def end_outdated_writes(storage: Storage, run_folder: str) -> int:
+def abort_outdated_writes(storage: Storage, run_folder: str) -> int:
     """Abort writes to checkpoints that were started under leases before the newest; return their number.
 
     Unfinished multipart uploads cost money and appear in no listing. If a store refuses to list or abort them, log a
     warning.
     """
-    newest, ended = newest_number(storage, run_folder), 0
+    newest, aborted = newest_number(storage, run_folder), 0
     try:
         for write in storage.list_unfinished(join(run_folder, "checkpoints")):
-            lease = lease_within(write.url)
+            lease = lease_of_url(write.url)
             if lease is not None and lease < newest:
                 storage.delete_unfinished(write)
-                ended += 1
+                aborted += 1
     except StorageError as error:
         LOGGER.warning(f"incomplete uploads remain in the storage: {error}")
-    return ended
+    return aborted

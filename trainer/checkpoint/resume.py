@@ -67,7 +67,7 @@ class Restart:
 
     def load_engine(self, engine: Engine, ranks: Ranks) -> None:
         """Load weights and optimizer state; with the same ranks also random states, so all is bit-identical."""
-        with _named(self.checkpoint.url):
+        with _with_remedy(self.checkpoint.url):
             if not self.weights_only:
                 engine.load(self.folder, _UNIVERSAL if self.reshard else ENGINE)
             average = self.folder / AVERAGE
@@ -98,7 +98,7 @@ def open_restart(
     problems = []
     for checkpoint in candidates:
         with ScratchFolder("resume") as folder:
-            found = _bring(checkpoint, expected, storage, ranks, folder, accept_changes, skipped)
+            found = _download(checkpoint, expected, storage, ranks, folder, accept_changes, skipped)
             if isinstance(found, Restart):
                 _set_aside(candidates[: len(problems)], storage, ranks, lease)
                 if found.weights_only and ranks.is_first:
@@ -129,7 +129,7 @@ def _set_aside(damaged: tuple[CommittedCheckpoint, ...], storage: Storage, ranks
     ranks.run_on_rank0(set_all_aside)
 
 
-def _bring(
+def _download(
     checkpoint: CommittedCheckpoint,
     expected: TrainState,
     storage: Storage,
@@ -148,9 +148,9 @@ def _bring(
     state = replace(state, world_size=ranks.world_size, zero_stage=expected.zero_stage)
     restart = Restart(checkpoint, state, folder, same_ranks, manifest.zero_stage)
     if restart.reshard:
-        restart = replace(restart, folder=_folder_of_machine(ranks, folder))
+        restart = replace(restart, folder=_machine_folder(ranks, folder))
     paths = _paths(restart, manifest, ranks.rank) if restart.folder == folder else []
-    own = ranks.run_on_all(lambda: _fetched(storage, checkpoint.url, paths, manifest, folder))
+    own = ranks.run_on_all(lambda: _try_fetch(storage, checkpoint.url, paths, manifest, folder))
     problem = next(filter(None, ranks.gather(own)), None)
     if problem is None and restart.reshard:
         ranks.run_on_all(lambda: _convert(checkpoint.url, folder) if paths else None)
@@ -158,12 +158,12 @@ def _bring(
 
 
 def _convert(url: str, folder: Path) -> None:
-    with _named(url):
+    with _with_remedy(url):
         to_universal(folder / ENGINE, folder / _UNIVERSAL)
 
 
 @contextmanager
-def _named(url: str) -> Iterator[None]:
+def _with_remedy(url: str) -> Iterator[None]:
     """Add the checkpoint and the remedy to errors about a file."""
     try:
         yield
@@ -188,7 +188,7 @@ def _inspect(
     return f"checkpoint {url} was saved during a loss spike ({inside})" if inside else (manifest, state)
 
 
-def _folder_of_machine(ranks: Ranks, folder: Path) -> Path:
+def _machine_folder(ranks: Ranks, folder: Path) -> Path:
     """Return the folder of the first rank on this machine."""
     host = socket.gethostname()
     return next(path for other, path in ranks.gather((host, folder)) if other == host)
@@ -207,7 +207,7 @@ def _paths(restart: Restart, manifest: CheckpointManifest, rank: int) -> list[st
     return [*engine, rng_path(rank)] if restart.same_ranks else engine
 
 
-def _fetched(storage: Storage, url: str, paths: list[str], manifest: CheckpointManifest, folder: Path) -> str | None:
+def _try_fetch(storage: Storage, url: str, paths: list[str], manifest: CheckpointManifest, folder: Path) -> str | None:
     try:
         with full_disk_named("files of a checkpoint"):
             fetch(storage, url, paths, manifest, folder)

@@ -79,8 +79,8 @@ class CheckpointSaver:
         ranks, host = self._ranks, socket.gethostname()
         own = checkpoint_bytes(engine.module.model, self._job.training, ranks.world_size, ranks.is_first)
         sizes = ranks.gather((host, own))
-        here = sum(size for other, size in sizes if other == host)
-        ranks.run_on_all(lambda: require_room(here, "a checkpoint of the ranks of this machine"))
+        machine_bytes = sum(size for other, size in sizes if other == host)
+        ranks.run_on_all(lambda: require_room(machine_bytes, "a checkpoint of the ranks of this machine"))
         run_folder = self._job.run_folder
         if "://" not in run_folder:
             total = sum(size for _, size in sizes)

@@ -126,7 +126,7 @@ def known_class_rows(identity: ModelIdentity | None, weights: str, storage: Stor
         return None
     found = read_identity(weights, storage)
     if found is None:
-        return _rows_by_label(identity, weights)
+        return _rows_by_name(identity, weights)
     new, old = identity.label_spaces[0].classes, found.label_spaces[0].classes
     match = match_classes(new, old, ids=False)
     if match.kind == "conflict" and any(label is not None for label in match.labels):
@@ -134,7 +134,7 @@ def known_class_rows(identity: ModelIdentity | None, weights: str, storage: Stor
     return None if match.labels == tuple(range(len(old))) else match.labels
 
 
-def _rows_by_label(identity: ModelIdentity, weights: str) -> tuple[int | None, ...] | None:
+def _rows_by_name(identity: ModelIdentity, weights: str) -> tuple[int | None, ...] | None:
     """Match classes by name in a Hugging Face folder, which does not distinguish things from stuff.
 
     Repeated names match nothing.

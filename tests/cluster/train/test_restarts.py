@@ -13,7 +13,7 @@ from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.train import driver_restarts as restarts
 from m2f.cluster.train.driver_restarts import run_restarted
-from m2f.trainer.checkpoint.lease import INHERITED
+from m2f.trainer.checkpoint.lease import LEASE_VARIABLE
 from tests.waiting import PATIENCE_S, wait_until
 
 HERE = Path(__file__).parent
@@ -148,7 +148,7 @@ def test_restarted_driver_treats_unreachable_storage_as_outage(tmp_path, monkeyp
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("/data/train", "s3://bucket/train"))
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
         monkeypatch.setenv(f"AWS_{name}", "test")
-    monkeypatch.setenv(INHERITED, "1:nonce")
+    monkeypatch.setenv(LEASE_VARIABLE, "1:nonce")
     words = ["train", str(tmp_path / "recipe.yaml"), f"output={tmp_path}", "--launcher", "local"]
     words += ["storage.endpoint_url=http://127.0.0.1:9", "storage.region=us-east-1", "storage.patience_s=1"]
     assert main(words) == 69

@@ -14,7 +14,7 @@ from m2f.trainer.checkpoint.folder import (
     file_entry,
     folders_to_delete,
     list_checkpoints,
-    newest_whole,
+    newest_undamaged,
     pin,
     read_manifest,
     read_receipt,
@@ -113,7 +113,7 @@ def test_newer_checkpoint_format_is_not_damage_and_stops_the_run(storage, run_fo
     url = make_checkpoint(storage, run_folder, 5, tmp_path)
     newer = json.loads(storage.get(join(url, MANIFEST))) | {"version": 2}
     storage.put(join(url, MANIFEST), json.dumps(newer).encode())
-    for look in (lambda: read_manifest(storage, url), lambda: newest_whole(storage, run_folder)):
+    for look in (lambda: read_manifest(storage, url), lambda: newest_undamaged(storage, run_folder)):
         with pytest.raises(NewerFormatError, match=r"step_00000005/manifest\.json has format 2, but .* up to 1"):
             look()
 
@@ -164,12 +164,12 @@ def test_retention_keeps_the_newest_checkpoints(committed, others, newest, keep,
 
 
 def test_newest_whole_checkpoint_has_no_truncated_file(storage, run_folder, tmp_path):
-    assert newest_whole(storage, run_folder) is None
+    assert newest_undamaged(storage, run_folder) is None
     for step in (5, 10, 15):
         make_checkpoint(storage, run_folder, step, tmp_path)
     storage.put(join(checkpoint_url(run_folder, 15), "engine/a.pt"), b"tensor")
     storage.delete(join(checkpoint_url(run_folder, 10), "state.json"))
-    assert newest_whole(storage, run_folder).step == 5
+    assert newest_undamaged(storage, run_folder).step == 5
 
 
 def test_checkpoint_set_aside_is_not_listed_but_keeps_its_files(storage, run_folder, tmp_path):

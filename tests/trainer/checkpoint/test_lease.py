@@ -30,7 +30,7 @@ from m2f.trainer.checkpoint.folder import (
     read_manifest,
     verify_sizes,
 )
-from m2f.trainer.checkpoint.lease import INHERITED, Timing, hold_lease, take
+from m2f.trainer.checkpoint.lease import LEASE_VARIABLE, Timing, hold_lease, take_lease
 from m2f.trainer.checkpoint.lease_record import (
     LeaseRecord,
     check_lease,
@@ -118,7 +118,7 @@ def test_exactly_one_of_many_contenders_gets_the_lease(storage, run_folder):
 def test_holder_on_another_machine_that_stops_renewing_is_replaced(storage, run_folder):
     store_lease(storage, run_folder, 1, elsewhere())
     said, began = [], time.monotonic()
-    record = take(storage, run_folder, said.append, QUICK)
+    record = take_lease(storage, run_folder, said.append, QUICK)
     assert time.monotonic() - began > QUICK.unchanged_s / 2
     assert record.number == 2
     assert "node-7 holds lease 1; waiting" in said[0]
@@ -130,10 +130,10 @@ def test_holder_that_provably_ended_is_replaced_immediately(storage, run_folder)
     store_lease(storage, run_folder, 1, holder)
     while Path(f"/proc/{ended.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    assert take(storage, run_folder, print, replace(QUICK, unchanged_s=1e9)).number == 2
+    assert take_lease(storage, run_folder, print, replace(QUICK, unchanged_s=1e9)).number == 2
     ended.wait()
     store_lease(storage, run_folder, 2, replace(this_process(), started="1"))  # its pid was used again
-    assert take(storage, run_folder, print, replace(QUICK, unchanged_s=1e9)).number == 3
+    assert take_lease(storage, run_folder, print, replace(QUICK, unchanged_s=1e9)).number == 3
 
 
 def test_storage_outage_does_not_expire_a_lease(storage, run_folder, monkeypatch):
@@ -157,7 +157,7 @@ def test_storage_outage_does_not_expire_a_lease(storage, run_folder, monkeypatch
     thread = threading.Thread(target=renew)
     thread.start()
     with pytest.raises(LeaseHeldError, match="node-7"):
-        take(storage, run_folder, lambda line: None, QUICK)
+        take_lease(storage, run_folder, lambda line: None, QUICK)
     stop.set()
     thread.join()
 
@@ -176,7 +176,7 @@ def test_holder_detects_that_it_lost_the_lease(storage, run_folder):
 
 def test_late_commits_are_ignored(storage, run_folder):
     commit(storage, run_folder, 5)  # by a version that knew no leases
-    first = take(storage, run_folder, print, QUICK)
+    first = take_lease(storage, run_folder, print, QUICK)
     assert first.found == ("step_00000005",)
     commit(storage, run_folder, 10, lease=1)
     assert steps(storage, run_folder) == [10, 5]
@@ -187,7 +187,11 @@ def test_late_commits_are_ignored(storage, run_folder):
     commit(storage, run_folder, 15, lease=2)
     assert list_checkpoints(storage, run_folder)[0].name == "step_00000015-2"
     assert newest_step(storage, run_folder) == 15
-    assert take(storage, run_folder, print, QUICK).found == ("step_00000015-2", "step_00000010-1", "step_00000005")
+    assert take_lease(storage, run_folder, print, QUICK).found == (
+        "step_00000015-2",
+        "step_00000010-1",
+        "step_00000005",
+    )
 
 
 def test_retention_ignores_late_commits_and_requires_the_lease(storage, run_folder):
@@ -211,19 +215,19 @@ def test_retention_ignores_late_commits_and_requires_the_lease(storage, run_fold
 
 def test_child_process_uses_the_lease_of_its_parent(storage, run_folder, monkeypatch):
     with hold_lease(storage, run_folder, timing=QUICK) as parent:
-        monkeypatch.setenv(INHERITED, parent.environment()[INHERITED])
+        monkeypatch.setenv(LEASE_VARIABLE, parent.environment()[LEASE_VARIABLE])
         with hold_lease(storage, run_folder, timing=QUICK) as child:
             assert child.number == 1
         assert not storage.exists(f"{record_url(run_folder, 1)}.released")
         with hold_lease(storage, join(run_folder, "other"), timing=QUICK) as other:  # not this folder's
             assert other.number == 1
-            assert read_record(storage, join(run_folder, "other"), 1).nonce != parent.environment()[INHERITED][2:]
+            assert read_record(storage, join(run_folder, "other"), 1).nonce != parent.environment()[LEASE_VARIABLE][2:]
 
 
 def test_unreadable_record_is_named_in_the_error(storage, run_folder):
     storage.put(record_url(run_folder, 1), b"{")
     with pytest.raises(CheckpointError, match=r"lease/000001 cannot be read .*delete its lease/ folder"):
-        take(storage, run_folder, print, QUICK)
+        take_lease(storage, run_folder, print, QUICK)
 
 
 class Writer:
@@ -330,7 +334,7 @@ def overlap_partitioned(storage, run_folder, start, rng: random.Random, last: in
     """The driver is gone and its worker cannot reach the store; another driver finishes the run; the worker is back."""
     store_lease(storage, run_folder, 1, elsewhere())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(INHERITED, "1:nonce")
+        patch.setenv(LEASE_VARIABLE, "1:nonce")
         worker = start(last, 0.1)
     worker.wait_for(f"committed {rng.randint(1, last - 2)}")
     worker.outage.touch()
