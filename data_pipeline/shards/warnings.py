@@ -30,7 +30,7 @@ def one_class_warning(name: str, categories: CategoryTable, task: Task) -> str |
     if task != "semantic" or len(classes) != 1:
         return None
     return (
-        f"{name}: {classes[0].name!r} is the only class, so every labelled pixel is correct from the start; add the "
+        f"{name}: {classes[0].name!r} is the only class, so every prediction is correct from the start; add the "
         "background as a class, or train with data.task=instance"
     )
 

@@ -91,7 +91,7 @@ def _part(shape: dict[str, Any], label_ids: dict[str, int], height: int, width: 
         raise DataError("has points that are not pairs of numbers") from None
     group = None if shape.get("group_id") is None else str(shape["group_id"])
     if not (np.abs(points) < _FARTHEST).all() or len(points) < (3 if kind == "polygon" else 2):
-        raise DataError(f"is a {kind} with only {len(points)} points, or has points far outside the image")
+        raise DataError(f"is a {kind} with too few points ({len(points)}), or has points far outside the image")
     match kind:
         case "polygon":
             ring = points
