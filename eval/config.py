@@ -56,7 +56,12 @@ class MultiScale(Section):
         sizes = self.shortest_edges
         if not sizes or len(set(sizes)) < len(sizes):
             raise ConfigError(f"test_time.shortest_edges is {list(sizes)}; list at least one size, without duplicates")
-        if self.stride is not None and self.stride > (self.window or 0):
+        if self.stride is not None and self.window is None:
+            raise ConfigError(
+                f"test_time.stride is {self.stride} pixels, but test_time.window is not set; set window to the side "
+                "length of the windows, or remove stride"
+            )
+        if self.stride is not None and self.window is not None and self.stride > self.window:
             raise ConfigError(
                 f"test_time: window is {self.window} pixels and stride is {self.stride}, which leaves gaps; "
                 "set stride to at most window"
@@ -220,9 +225,9 @@ class EvaluationConfig(Section):
     def for_set(self, evaluated: EvaluationSet) -> EvaluationConfig:
         """Return the settings with the set's own tasks and test time, and only the extra metrics for these tasks."""
         tasks = self.tasks if evaluated.tasks is None else evaluated.tasks
-        judged = (metric for metric in self.extra_metrics if not set(tasks).isdisjoint(EXTRA_METRIC_TASKS[metric]))
+        applicable = (m for m in self.extra_metrics if not set(tasks).isdisjoint(EXTRA_METRIC_TASKS[m]))
         test_time = self.test_time if evaluated.test_time is None else evaluated.test_time
-        return replace(self, sets=(evaluated,), tasks=tasks, test_time=test_time, extra_metrics=tuple(judged))
+        return replace(self, sets=(evaluated,), tasks=tasks, test_time=test_time, extra_metrics=tuple(applicable))
 
     def _check_sets(self) -> None:
         labels = [s.label for s in self.sets]
@@ -234,11 +239,14 @@ class EvaluationConfig(Section):
             check_test_time(test_time, tasks, f"evaluation.sets: {evaluated.label!r}")
 
     def _check_extra_metrics(self) -> None:
-        requested = {*self.tasks, *(task for s in self.sets for task in s.tasks or ())}
+        set_tasks = [task for s in self.sets for task in s.tasks or ()]
+        requested = dict.fromkeys([*self.tasks, *set_tasks])
+        place = "evaluation.tasks and the tasks of evaluation.sets" if set_tasks else "evaluation.tasks"
         for metric in self.extra_metrics:
-            judged = EXTRA_METRIC_TASKS[metric]
-            if requested.isdisjoint(judged):
+            applicable_tasks = EXTRA_METRIC_TASKS[metric]
+            if requested.keys().isdisjoint(applicable_tasks):
                 raise ConfigError(
-                    f"evaluation.extra_metrics has {metric!r}, which applies to {' and '.join(judged)}, but "
-                    f"evaluation.tasks is {list(self.tasks)}; add one of these tasks or remove the metric"
+                    f"evaluation.extra_metrics has {metric!r}, which applies to {' and '.join(applicable_tasks)}, but "
+                    f"the tasks are {list(requested)} ({place}); add {' or '.join(applicable_tasks)} to the tasks, or "
+                    "remove the metric"
                 )

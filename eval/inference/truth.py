@@ -18,13 +18,16 @@ from m2f.eval.metrics.mean_iou import ignore_label
 from m2f.eval.metrics.panoptic_quality import PanopticTruth, TruthSegment
 from m2f.eval.metrics.rle import encode_masks
 
+_INSTANCE_TASK = "evaluate only the task `instance`"
+"""Remedy if a sample has instances but no map."""
+
 
 def panoptic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> PanopticTruth:
     """Return the partition with all of its segments, including crowds, in the order of the annotation.
 
     `labels` maps category ids to classes. Raises EvaluationError naming the image if the sample has no partition.
     """
-    id_map = _partition(sample, "panoptic quality")
+    id_map = _partition(sample, "panoptic quality", _INSTANCE_TASK)
     segments = {
         s.id: TruthSegment(_label(sample, s, labels), s.area, s.is_crowd)
         for s in sample.annotation.segments
@@ -56,7 +59,7 @@ def semantic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> np.ndarr
     The map is uint8, or uint16 for 256 or more classes. The Mask2Former papers evaluate panoptic models with the same
     map.
     """
-    id_map = _partition(sample, "semantic labels")
+    id_map = _partition(sample, "semantic labels", _INSTANCE_TASK)
     ignore = ignore_label(len(labels))
     segments = [s for s in sample.annotation.segments if s.map == "seg"]
     label_of_id = np.full(np.iinfo(id_map.dtype).max + 1, ignore, dtype=np.uint8 if ignore == 255 else np.uint16)
@@ -72,7 +75,7 @@ def cityscapes_truth(sample: DecodedSample) -> np.ndarray:
     contain only the 19 classes, so instances of caravans and trailers are void here. With the original files,
     detections that overlap them are false positives.
     """
-    id_map = _partition(sample, "Cityscapes metrics")
+    id_map = _partition(sample, "Cityscapes metrics", "remove `cityscapes` from evaluation.extra_metrics")
     ids = np.zeros(np.iinfo(id_map.dtype).max + 1, dtype=np.int32)
     number: dict[int, int] = {}
     for segment in sample.annotation.segments:
@@ -87,11 +90,14 @@ def cityscapes_truth(sample: DecodedSample) -> np.ndarray:
     return ids[id_map]
 
 
-def _partition(sample: DecodedSample, what: str) -> np.ndarray:
+def _partition(sample: DecodedSample, purpose: str, alternative: str | None = None) -> np.ndarray:
+    """Return `seg`. Raises EvaluationError if it is missing; the message suggests `alternative` as a remedy."""
     if sample.annotation.seg is None:
+        remedies = [alternative] if alternative is not None else []
+        remedies.append("shard the data set together with its maps")
         raise EvaluationError(
-            f"image {sample.image_id} ({sample.source}) has no panoptic or semantic map, so {what} cannot be "
-            "evaluated; evaluate the task `instance`, or shard the data set together with its maps"
+            f"image {sample.image_id} ({sample.source}) has no panoptic or semantic map, so {purpose} cannot be "
+            f"evaluated; {', or '.join(remedies)}"
         )
     return sample.annotation.seg
 

@@ -208,6 +208,10 @@ def test_error_for_diverged_weights_names_the_image(model):
 def test_invalid_settings_are_refused():
     with pytest.raises(ConfigError, match="leaves gaps; set stride to at most size"):
         SlidingWindows(size=100, stride=101)
+    with pytest.raises(ConfigError, match="window is 100 pixels and stride is 101, which leaves gaps"):
+        MultiScale(window=100, stride=101)
+    with pytest.raises(ConfigError, match=r"test_time\.stride is 50 pixels, but test_time\.window is not set"):
+        MultiScale(stride=50)
     with pytest.raises(ConfigError, match="list at least one size, without duplicates"):
         MultiScale(shortest_edges=())
     with pytest.raises(ConfigError, match=r"'val' has test_time.kind=multi_scale.*`tasks: \[semantic\]`"):

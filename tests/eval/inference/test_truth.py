@@ -5,7 +5,7 @@ import pytest
 
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.eval.errors import EvaluationError
-from m2f.eval.inference.truth import instance_truth, panoptic_truth, semantic_truth
+from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
 from m2f.eval.metrics.rle import decode_mask
 
 LABELS = {7: 0, 9: 1, 40: 2}
@@ -97,5 +97,11 @@ def test_errors_for_missing_map_and_unknown_category_name_the_image():
     for make in (panoptic_truth, semantic_truth):
         with pytest.raises(EvaluationError, match=r"image 5 \(photos/a.jpg\) has no panoptic or semantic map"):
             make(sample, LABELS)
+        with pytest.raises(EvaluationError, match="evaluate only the task `instance`, or shard"):
+            make(sample, LABELS)
+    with pytest.raises(EvaluationError, match="remove `cityscapes` from evaluation.extra_metrics, or shard"):
+        cityscapes_truth(sample)
+    with pytest.raises(EvaluationError, match="so instances cannot be evaluated; shard the data set"):
+        instance_truth(sample_of(None, None), THING_LABELS)
     with pytest.raises(EvaluationError, match=r"image 5 .*segment 1 has category 7"):
         instance_truth(sample, {9: 0})

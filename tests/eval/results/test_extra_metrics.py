@@ -188,8 +188,13 @@ def test_cityscapes_ids_are_recovered_from_shards(seed):
 
 
 def test_extra_metrics_without_an_applicable_task_are_refused():
-    with pytest.raises(ConfigError, match=r"'class_agnostic', which applies to instance, but evaluation\.tasks is"):
+    with pytest.raises(
+        ConfigError, match=r"'class_agnostic', which applies to instance, but the tasks are \['semantic'\]"
+    ):
         EvaluationConfig(tasks=("semantic",), extra_metrics=("class_agnostic",))
+    other_set = EvaluationSet(dataset="val", tasks=("panoptic",))
+    with pytest.raises(ConfigError, match=r"\['semantic', 'panoptic'\] \(evaluation\.tasks and the tasks of .*sets\)"):
+        EvaluationConfig(tasks=("semantic",), sets=(other_set,), extra_metrics=("class_agnostic",))
     sets = (EvaluationSet(dataset="val", tasks=("semantic",)),)
     config = EvaluationConfig(sets=sets, tasks=TASKS, extra_metrics=EXTRA)
     assert config.for_set(sets[0]).extra_metrics == ("cityscapes",)
