@@ -245,6 +245,6 @@ class DataConfig(Section):
             )
         if self.copy_paste is not None and isinstance(self.augment, ScaleJitter):
             raise ConfigError(
-                "data.copy_paste needs images of equal size, but data.augment.kind scale gives different sizes; use lsj "
-                "or shortest_edge"
+                "data.copy_paste needs images of equal size, but data.augment.kind scale gives different sizes; use "
+                "lsj or shortest_edge"
             )
