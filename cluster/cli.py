@@ -95,10 +95,14 @@ class _Parser(argparse.ArgumentParser):
         super().error(printable(f"{message}; did you mean {close[0]}?" if close else message))
 
     def _options(self) -> list[str]:
-        """Return the long options of this parser and its subparsers, which leave unknown options to this parser."""
-        kinds = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
-        parsers = [self, *(parser for action in kinds for parser in action.choices.values())]
-        return [name for parser in parsers for name in parser._option_string_actions if name.startswith("--")]
+        """Return the visible long options of this parser and its subparsers.
+
+        Subparsers leave unknown options to this parser.
+        """
+        subparsers = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(parser for action in subparsers for parser in action.choices.values())]
+        options = [option for parser in parsers for option in parser._option_string_actions.items()]
+        return [name for name, action in options if name.startswith("--") and action.help != argparse.SUPPRESS]
 
 
 def _run_verb(words: list[str]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from m2f.cluster.own_data.survey import Survey
 
-_GB_OF_A_CROP = 9.0
+_GB_PER_CROP = 9.0
 """Approximate GPU memory in 10^9 bytes for training with one 1024 x 1024 image (ResNet-50, bf16_autocast)."""
 
 
@@ -42,20 +42,20 @@ class Choices:
     steps: Choice
 
 
-def this_machine() -> Machine:
+def detect_machine() -> Machine:
     """Return the GPUs that nvidia-smi lists. Importing torch for this would take seconds."""
     if shutil.which("nvidia-smi") is None:
         return Machine(0, 0.0)
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        sizes = [float(line) * 1.048576e-3 for line in done.stdout.splitlines() if line.strip()]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        sizes = [float(line) * 1.048576e-3 for line in result.stdout.splitlines() if line.strip()]
     except (OSError, subprocess.SubprocessError, ValueError):
         return Machine(0, 0.0)
     return Machine(len(sizes), min(sizes, default=0.0))
 
 
-def choose(found: Survey, num_train: int, machine: Machine) -> Choices:
+def choose_settings(found: Survey, num_train: int, machine: Machine) -> Choices:
     """Choose values that fit the data and the memory. `num_train` is the number of training images."""
     limit = 256 if not machine.num_gpus else 1024 if machine.gpu_gb >= 20 else 640
     side = max(64, min(limit, math.ceil(found.long_side / 32) * 32))
@@ -64,8 +64,8 @@ def choose(found: Survey, num_train: int, machine: Machine) -> Choices:
     points = max(1024, min(12544, side * side // 16 // 64 * 64))
     if found.object_share < 0.001:
         points = min(points * 2, side * side, 25088)
-    fits = int(machine.gpu_gb * 0.9 / (_GB_OF_A_CROP * (side / 1024) ** 2)) if machine.num_gpus else 2
-    micro = max(1, min(8, fits))
+    num_fitting = int(machine.gpu_gb * 0.9 / (_GB_PER_CROP * (side / 1024) ** 2)) if machine.num_gpus else 2
+    micro = max(1, min(8, num_fitting))
     batch = micro * max(1, machine.num_gpus)
     steps = max(500, min(20000, math.ceil(num_train * 60 / batch)))
     return Choices(

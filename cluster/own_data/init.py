@@ -1,4 +1,4 @@
-"""The steps of `m2f init`: detect the form, survey the data, choose settings, write the recipe and load it."""
+"""The steps of `m2f init`: detect the format, survey the data, choose settings, write the recipe and load it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from m2f.cluster.own_data.choices import choose, this_machine
-from m2f.cluster.own_data.forms import choose_form
-from m2f.cluster.own_data.sets import Form
+from m2f.cluster.own_data.choices import choose_settings, detect_machine
+from m2f.cluster.own_data.formats import choose_format
+from m2f.cluster.own_data.sets import DataFormat
 from m2f.cluster.own_data.survey import Survey, survey
 from m2f.cluster.own_data.write_recipe import (
-    Wishes,
-    category_file,
+    InitOptions,
+    build_datasets,
+    category_file_path,
     category_text,
-    datasets_of,
+    choose_task,
     recipe_text,
-    task_of,
 )
 from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.terminal import print_out
@@ -44,33 +44,35 @@ def published_model(weights: str | None) -> ModelConfig | None:
 
 
 @contextmanager
-def _named_classes(form: Form, wishes: Wishes, overwrite: bool) -> Iterator[None]:
-    """Write a file of classes if the form has none. If the block fails, the previous state is restored.
+def _write_category_file(data_format: DataFormat, options: InitOptions, overwrite: bool) -> Iterator[None]:
+    """Write a file of classes if the format has none. If the block fails, the previous state is restored.
 
     Raises ConfigError if the file exists, unless `overwrite` is set.
     """
-    names = category_file(wishes)
-    if not form.classes:
+    path = category_file_path(options)
+    if not data_format.classes:
         yield
         return
-    if names.exists() and not overwrite:
-        raise ConfigError(f"{names} exists; choose another recipe with --output, or replace both with --overwrite")
-    before = names.read_bytes() if names.exists() else None
-    names.write_text(category_text(form.classes), encoding="utf-8")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists; choose another recipe with --output, or replace both with --overwrite")
+    before = path.read_bytes() if path.exists() else None
+    path.write_text(category_text(data_format.classes), encoding="utf-8")
     try:
         yield
     except BaseException:
-        names.unlink()
+        path.unlink()
         if before is not None:
-            names.write_bytes(before)
+            path.write_bytes(before)
         raise
-    todo = "" if all(form.classes.values()) else ": edit it to name the classes"
-    print_out(f"wrote {names}{todo}")
+    todo = "" if all(data_format.classes.values()) else ": edit it to name the classes"
+    print_out(f"wrote {path}{todo}")
 
 
-def notes(form: Form, found: Survey) -> list[str]:
+def crowd_notes(data_format: DataFormat, found: Survey) -> list[str]:
     """Return messages for the user about crowd annotations."""
-    painted = [s.source for s in form.sets if isinstance(s.source, CocoInstancesSource) and s.source.crowds_are_objects]
+    painted = [
+        s.source for s in data_format.sets if isinstance(s.source, CocoInstancesSource) and s.source.crowds_are_objects
+    ]
     if painted:
         return [
             "masks with `iscrowd: 1` are treated as objects, because CVAT sets it for every painted mask "
@@ -78,16 +80,16 @@ def notes(form: Form, found: Survey) -> list[str]:
         ]
     if not found.num_crowds:
         return []
-    hint = "; if they are objects, set source.crowds_are_objects" if form.kind == "coco_instances" else ""
+    hint = "; if they are objects, set source.crowds_are_objects" if data_format.kind == "coco_instances" else ""
     return [f"{counted(found.num_crowds, 'segment')} of these are crowds, which are ignored in training{hint}"]
 
 
 def init(folder: Path, output: Path, args: Namespace) -> None:
     """Write the recipe, and a list of classes if there is none, and print the next commands.
 
-    Raises UserError if no form or several forms fit, or no image can be read.
+    Raises UserError if no format or several formats fit, or no image can be read.
     """
-    wishes = Wishes(
+    options = InitOptions(
         name=re.sub(r"[^\w-]", "-", output.stem),
         output=output.absolute() if output.parent != Path() else output,
         task=args.task,
@@ -97,23 +99,25 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
         weights=args.weights,
         published=published_model(args.weights),
     )
-    form = choose_form(folder, args.form)
-    print_out(f"{form.kind}: {form.evidence}")
-    if any(found.split == "test" for found in form.sets) and any(found.split != "test" for found in form.sets):
+    data_format = choose_format(folder, args.format)
+    print_out(f"{data_format.kind}: {data_format.evidence}")
+    if len({entry.split == "test" for entry in data_format.sets}) > 1:
         print_out("the test set is not used")
-    datasets = datasets_of(form, wishes)
-    with _named_classes(form, wishes, args.overwrite):
+    datasets = build_datasets(data_format, options)
+    with _write_category_file(data_format, options, args.overwrite):
         found = survey(tuple(datasets.values()))
-    print_out("\n".join([*found.lines(), *notes(form, found)]))
-    if found.largest_megapixels > 20 and not wishes.tiles:
+    print_out("\n".join([*found.lines(), *crowd_notes(data_format, found)]))
+    if found.largest_megapixels > 20 and not options.tiles:
         print_out(f"the largest image has {found.largest_megapixels:.0f} megapixels; use --tiles to cut such images")
     num_train = sum(len(open_dataset(d)[0].keys) for name, d in datasets.items() if name.startswith("train"))
-    text = recipe_text(form, wishes, choose(found, num_train, this_machine()))
+    text = recipe_text(data_format, options, choose_settings(found, num_train, detect_machine()))
     output.write_text(text, encoding="utf-8")
     load_recipe(output)
-    skip = " --skip-bad" if found.faults else ""
-    naming = "" if all(form.classes.values()) else f", after naming the classes in {category_file(wishes)}"
+    skip_bad = " --skip-bad" if found.faults else ""
+    reminder = (
+        "" if all(data_format.classes.values()) else f", after naming the classes in {category_file_path(options)}"
+    )
     print_out(
-        f"wrote {output} for task {task_of(form, wishes)}. Next{naming}:\n"
-        f"  m2f shard {output}{skip}\n  m2f train {output}"
+        f"wrote {output} for task {choose_task(data_format, options)}. Next{reminder}:\n"
+        f"  m2f shard {output}{skip_bad}\n  m2f train {output}"
     )

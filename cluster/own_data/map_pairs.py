@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m2f.cluster.own_data.sets import Form, SourceSet, split_of
+from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, is_image_name, read_header
@@ -21,13 +21,13 @@ from m2f.model.errors import ConfigError
 
 _LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt", "labels.txt")
 _CATEGORY_FILES = ("classes.json", "categories.json")
-_NAMES_BY_VALUE = "id2label.json"
+_NAMES_BY_VALUE_FILE = "id2label.json"
 """File of Hugging Face: a JSON object with the class name of each map value."""
 _SUFFIXES = ("_mask", "_L", "_label", "_labels", "_gt", "_seg")
 """Name suffixes of maps that are in the same folder as their images."""
-_LOOKED_AT = 200
-_MOST_CLASSES = 64
-NO_NAMES = ""
+_SAMPLE_SIZE = 200
+_MAX_CLASSES = 64
+NO_CATEGORY_FILE = ""
 """Placeholder for the path of a category file that is not written yet."""
 
 
@@ -37,82 +37,96 @@ class _Pair:
     maps: Path
     suffix: str
 
-    def files(self) -> list[Path]:
+    def map_files(self) -> list[Path]:
         """Return the paths of the maps."""
         return sorted(path for path in self.maps.glob("*.png") if path.stem.endswith(self.suffix))
 
 
-def find_maps(folder: Path) -> list[Form]:
-    """Return the forms of image and map folders that fit.
+def find_map_formats(folder: Path) -> list[DataFormat]:
+    """Return the formats of image and map folders that fit.
 
     Raises ConfigError for RGB maps without a legend, and for maps with too many values to be classes.
     """
     pairs = _find_pairs(folder)
     if not pairs:
         return []
-    first = pairs[0].files()[0]
+    first = pairs[0].map_files()[0]
     try:
         mode = read_header(first.read_bytes()).mode
     except BrokenImageError as error:
         raise ConfigError(f"{first}: {error}") from error
     roots = (folder, *dict.fromkeys(parent for pair in pairs for parent in (pair.maps.parent, pair.maps)))
     legend = next((r / n for r in roots for n in _LEGENDS if (r / n).is_file()), None)
-    named = next((r / n for r in roots for n in _CATEGORY_FILES if (r / n).is_file()), None)
-    between = f"{pairs[0].images.name}/ and {pairs[0].maps.name}/"
+    category_file = next((r / n for r in roots for n in _CATEGORY_FILES if (r / n).is_file()), None)
+    location = f"{pairs[0].images.name}/ and {pairs[0].maps.name}/"
     if pairs[0].images == pairs[0].maps:
-        between = f"{pairs[0].images.name}/ with NAME and NAME{pairs[0].suffix}"
-    names = f"{counted(len(pairs), 'pair')} of images and maps, the first {between}"
+        location = f"{pairs[0].images.name}/ with NAME and NAME{pairs[0].suffix}"
+    evidence = f"{counted(len(pairs), 'pair')} of images and maps, the first {location}"
     if mode not in ("gray", "palette"):
-        return _color_forms(pairs, legend, named, names)
+        return _color_map_formats(pairs, legend, category_file, evidence)
     if legend is not None and legend.name == "labels.txt" and _is_coco_stuff(legend):
         sets = [CocoStuffSource(images=str(p.images), labels=str(p.maps), label_names=str(legend)) for p in pairs]
-        return [Form("coco_stuff", f"{names}, with labels.txt", _splits(pairs, sets))]
-    values = _values(pairs)
+        return [DataFormat("coco_stuff", f"{evidence}, with labels.txt", _source_sets(pairs, sets))]
+    values = _map_values(pairs)
     is_binary = values == (0, 255)
     sets = [
         LabelMapSource(
             images=str(pair.images),
             labels=str(pair.maps),
-            categories=str(named or NO_NAMES),
+            categories=str(category_file or NO_CATEGORY_FILE),
             void=() if is_binary else (255,),
             suffix=pair.suffix,
         )
         for pair in pairs
     ]
-    wanted = () if named else tuple(value for value in values if value != 255 or is_binary)
-    texts = next((found for root in roots if (found := _names_by_value(root / _NAMES_BY_VALUE)) is not None), {})
-    if len(wanted) > _MOST_CLASSES:
+    class_values = () if category_file else tuple(value for value in values if value != 255 or is_binary)
+    names = next(
+        (found for root in roots if (found := _read_names_by_value(root / _NAMES_BY_VALUE_FILE)) is not None), {}
+    )
+    if len(class_values) > _MAX_CLASSES:
         raise ConfigError(
-            f"{pairs[0].maps}: the maps have {len(wanted)} different values, probably ids of objects, not classes; "
-            "write a categories file (docs/datasets.md), or export in another format"
+            f"{pairs[0].maps}: the maps have {len(class_values)} different values, probably ids of objects, not "
+            "classes; write a categories file (docs/datasets.md), or export in another format"
         )
-    classes = {value: texts.get(value) for value in (*wanted, *(texts if wanted else ()))}
-    return [Form("label_maps", f"{names}: {mode} maps", _splits(pairs, sets), dict(sorted(classes.items())))]
+    classes = {value: names.get(value) for value in (*class_values, *(names if class_values else ()))}
+    return [
+        DataFormat("label_maps", f"{evidence}: {mode} maps", _source_sets(pairs, sets), dict(sorted(classes.items())))
+    ]
 
 
-def _color_forms(pairs: Sequence[_Pair], legend: Path | None, named: Path | None, names: str) -> list[Form]:
-    forms = []
+def _color_map_formats(
+    pairs: Sequence[_Pair], legend: Path | None, category_file: Path | None, evidence: str
+) -> list[DataFormat]:
+    formats = []
     if legend is not None:
         colors = [
             ColorMapSource(images=str(p.images), labels=str(p.maps), legend=str(legend), suffix=p.suffix) for p in pairs
         ]
-        forms.append(Form("color_maps", f"{names}: RGB maps, with {legend.name}", _splits(pairs, colors)))
-    if named is not None and not any(pair.suffix for pair in pairs):
-        ids = [HuggingFaceSource(images=str(p.images), annotations=str(p.maps), categories=str(named)) for p in pairs]
-        forms.append(Form("huggingface", f"{names}: RGB maps, with {named.name}", _splits(pairs, ids)))
-    if not forms:
+        formats.append(
+            DataFormat("color_maps", f"{evidence}: RGB maps, with {legend.name}", _source_sets(pairs, colors))
+        )
+    if category_file is not None and not any(pair.suffix for pair in pairs):
+        ids = [
+            HuggingFaceSource(images=str(p.images), annotations=str(p.maps), categories=str(category_file))
+            for p in pairs
+        ]
+        formats.append(
+            DataFormat("huggingface", f"{evidence}: RGB maps, with {category_file.name}", _source_sets(pairs, ids))
+        )
+    if not formats:
         raise ConfigError(
             f"{pairs[0].maps} contains RGB maps without a legend of their colours; add one of "
             f"{', '.join(_LEGENDS[:3])} (or classes.json, if red is the class and green the object) beside it"
         )
-    return forms
+    return formats
 
 
-def _splits(
+def _source_sets(
     pairs: Sequence[_Pair], sources: Sequence[LabelMapSource | ColorMapSource | CocoStuffSource | HuggingFaceSource]
 ) -> tuple[SourceSet, ...]:
     return tuple(
-        SourceSet(split_of(f"{p.maps.parent.name}/{p.maps.name}"), s) for p, s in zip(pairs, sources, strict=True)
+        SourceSet(split_from_path(f"{p.maps.parent.name}/{p.maps.name}"), s)
+        for p, s in zip(pairs, sources, strict=True)
     )
 
 
@@ -136,8 +150,8 @@ def _find_pairs(folder: Path) -> list[_Pair]:
             stems[Path(parent)] = found
     pairs = []
     for maps, names in stems.items():
-        if (inside := _suffix_inside(names)) is not None:
-            pairs.append(_Pair(maps, maps, inside))
+        if (suffix := _map_suffix_in_folder(names)) is not None:
+            pairs.append(_Pair(maps, maps, suffix))
             continue
         if not all(name.lower().endswith(".png") for name in names.values()) or not _looks_like_maps(maps, names):
             continue
@@ -145,7 +159,7 @@ def _find_pairs(folder: Path) -> list[_Pair]:
             continue  # the values of these maps number the objects
         fitting = []
         for images, others in stems.items():
-            suffix = _suffix(others, names) if images != maps and not _looks_like_maps(images, others) else None
+            suffix = _map_suffix(others, names) if images != maps and not _looks_like_maps(images, others) else None
             if suffix is not None:
                 fitting.append(_Pair(images, maps, suffix))
         if fitting:
@@ -156,10 +170,10 @@ def _find_pairs(folder: Path) -> list[_Pair]:
 def _nearness(pair: _Pair) -> tuple[bool, int]:
     """Return a key that ranks pairs: equal splits first, then the length of the common path."""
     images, maps = str(pair.images), str(pair.maps)
-    return split_of(images) == split_of(maps), len(os.path.commonpath((images, maps)))
+    return split_from_path(images) == split_from_path(maps), len(os.path.commonpath((images, maps)))
 
 
-def _suffix_inside(names: dict[str, str]) -> str | None:
+def _map_suffix_in_folder(names: dict[str, str]) -> str | None:
     """Return the maps' name suffix if about half of the files in a folder are maps of the other half, else None."""
     for suffix in _SUFFIXES:
         maps = [stem for stem in names if stem.endswith(suffix) and names[stem].lower().endswith(".png")]
@@ -173,11 +187,11 @@ def _looks_like_maps(folder: Path, names: dict[str, str]) -> bool:
     """Return whether a folder or its first file is named like maps. Contents do not help: images may also be grey."""
     words = ("mask", "label", "annot", "seg", "gt", "ground", "stuff", "map", "target")
     first = next(iter(names))
-    named = folder.parent.name if split_of(folder.name) else folder.name
-    return any(word in named.lower() for word in words) or first.endswith(("_mask", "_L"))
+    name = folder.parent.name if split_from_path(folder.name) else folder.name
+    return any(word in name.lower() for word in words) or first.endswith(("_mask", "_L"))
 
 
-def _suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
+def _map_suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
     """Return the part of the maps' names after the stem of the image, or None if fewer than 90 % of the maps match."""
     first = next(iter(maps))
     for stem in sorted(images, key=len, reverse=True):
@@ -189,16 +203,16 @@ def _suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
     return None
 
 
-def _values(pairs: Sequence[_Pair]) -> tuple[int, ...]:
+def _map_values(pairs: Sequence[_Pair]) -> tuple[int, ...]:
     """Return all values in the first maps (at most 200 per pair), sorted."""
     found: set[int] = set()
     for pair in pairs:
-        for path in pair.files()[:_LOOKED_AT]:
+        for path in pair.map_files()[:_SAMPLE_SIZE]:
             found |= set(np.unique(read_index_map(path, 10**9)).tolist())
     return tuple(sorted(found))
 
 
-def _names_by_value(path: Path) -> dict[int, str] | None:
+def _read_names_by_value(path: Path) -> dict[int, str] | None:
     """Read the class names by map value; None if the file does not exist or has different contents."""
     try:
         document = parse_json(path.read_bytes())

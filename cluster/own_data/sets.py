@@ -1,4 +1,4 @@
-"""Types for the form and the splits that were detected in a folder of own data."""
+"""Types for the format and the splits that were detected in a folder of own data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Split = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class SourceSet:
-    """One source of a form, with its split."""
+    """One source of a data format, with its split."""
 
     split: Split | None
     """Split of the source; None if the names do not show it."""
@@ -22,18 +22,18 @@ class SourceSet:
 
 
 @dataclass(frozen=True)
-class Form:
-    """A form (format of images and annotations) that fits a folder."""
+class DataFormat:
+    """A format of images and annotations that fits a folder."""
 
     kind: str
     evidence: str
-    """Text for the user that says why the form fits."""
+    """Text for the user that says why the format fits."""
     sets: tuple[SourceSet, ...]
     classes: Mapping[int, str | None] = field(default_factory=dict)
     """Values of label maps with their names, if known; empty if there is a category file."""
 
 
-def split_of(path: str) -> Split | None:
+def split_from_path(path: str) -> Split | None:
     """Return the split that a path names, as in `train`, `train2017` or `instances_val`; None if it names none.
 
     If the path names several splits, the last one counts.

@@ -13,8 +13,8 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_dataset
 from m2f.model.counted import counted
 
-_LOOKED_AT = 500
-_SHOWN = 10
+_SAMPLE_SIZE = 500
+_MAX_FAULTS_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Survey:
             kinds = Counter(fault_kind(fault) for fault in self.faults)
             lines.append(f"{counted(len(self.faults), 'fault')}:")
             lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
-            lines += ["first faults:", *(f"  {fault}" for fault in self.faults[:_SHOWN])]
+            lines += ["first faults:", *(f"  {fault}" for fault in self.faults[:_MAX_FAULTS_SHOWN])]
         return lines
 
 
@@ -65,7 +65,7 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
     """Survey the sources of data sets. Raises DataError if a source cannot be opened or no image can be read."""
     faults: list[str] = []
     counts: Counter[str] = Counter()
-    sides, shares, per_image, areas = [], [], [0], [0]
+    long_sides, shares, per_image, areas = [], [], [0], [0]
     num_images = num_crowds = 0
     for dataset in datasets:
         reader, unusable = open_dataset(dataset)
@@ -74,7 +74,7 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
         counts.update(dict.fromkeys(names.values(), 0))
         total = len(reader.keys)
         num_images += total
-        step = max(1, -(-total // _LOOKED_AT))
+        step = max(1, -(-total // _SAMPLE_SIZE))
         for index in range(0, total, step):
             try:
                 sample = reader.read(index)
@@ -84,21 +84,21 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
             faults += sample.left_out
             pixels = sample.height * sample.width
             maps = {segment.map for segment in sample.annotation.segments}
-            own = [s for s in sample.annotation.segments if s.map == ("inst" if "inst" in maps else "seg")]
-            counts.update(names[segment.category_id] for segment in own)
-            num_crowds += sum(segment.is_crowd for segment in own)
-            sides.append(max(sample.height, sample.width))
+            segments = [s for s in sample.annotation.segments if s.map == ("inst" if "inst" in maps else "seg")]
+            counts.update(names[segment.category_id] for segment in segments)
+            num_crowds += sum(segment.is_crowd for segment in segments)
+            long_sides.append(max(sample.height, sample.width))
             areas.append(pixels)
-            per_image.append(len(own))
-            shares += [segment.area / pixels for segment in own]
-    if not sides:
-        listed = "\n".join(f"  {fault}" for fault in faults[:_SHOWN])
+            per_image.append(len(segments))
+            shares += [segment.area / pixels for segment in segments]
+    if not long_sides:
+        listed = "\n".join(f"  {fault}" for fault in faults[:_MAX_FAULTS_SHOWN])
         raise DataError(f"none of {counted(num_images, 'image')} can be read:\n{listed}")
     return Survey(
         num_images=num_images,
-        num_read=len(sides),
+        num_read=len(long_sides),
         class_counts=tuple(counts.items()),
-        long_side=round(median(sides)),
+        long_side=round(median(long_sides)),
         most_objects=max(per_image),
         object_share=median(shares) if shares else 0.0,
         largest_megapixels=max(areas) / 1e6,

@@ -8,15 +8,15 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 from m2f.cluster.own_data.choices import Choices
-from m2f.cluster.own_data.map_pairs import NO_NAMES
-from m2f.cluster.own_data.sets import Form
+from m2f.cluster.own_data.map_pairs import NO_CATEGORY_FILE
+from m2f.cluster.own_data.sets import DataFormat
 from m2f.data_pipeline.categories import Task
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.source_parts import PartConfig, TileConfig
 from m2f.data_pipeline.sources import LabelMapSource, SourceConfig
 from m2f.model.config import MaskedTransformerDecoderConfig, ModelConfig
 
-_TASK_OF: Mapping[str, Task] = {
+_TASK_BY_FORMAT: Mapping[str, Task] = {
     "coco_panoptic": "panoptic",
     "huggingface": "panoptic",
     "label_maps": "semantic",
@@ -26,7 +26,7 @@ _TASK_OF: Mapping[str, Task] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class InitOptions:
     """Options of `m2f init`."""
 
     name: str
@@ -40,38 +40,38 @@ class Wishes:
     """Model configuration of `weights` if they are a model of the hub or a Hugging Face folder; else None."""
 
 
-def task_of(form: Form, wishes: Wishes) -> Task:
-    """Return the requested task, else the usual task of the form."""
-    return wishes.task or _TASK_OF.get(form.kind, "instance")
+def choose_task(data_format: DataFormat, options: InitOptions) -> Task:
+    """Return the requested task, else the usual task of the format."""
+    return options.task or _TASK_BY_FORMAT.get(data_format.kind, "instance")
 
 
-def datasets_of(form: Form, wishes: Wishes) -> dict[str, DatasetConfig]:
+def build_datasets(data_format: DataFormat, options: InitOptions) -> dict[str, DatasetConfig]:
     """Return the data sets for training and validation by name. Test sets are omitted unless there is nothing else.
 
-    A form without a validation set is split into training and validation parts. If a form has no training set, its
-    validation sets are split, or its test sets if it has only these.
+    Data without a validation set are split into training and validation parts. If there is no training set, the
+    validation sets are split, or the test sets if there are only these.
     """
-    task = task_of(form, wishes)
-    background = "background" if task != "instance" and form.kind not in (*_TASK_OF, "voc") else None
-    tiles = TileConfig() if wishes.tiles else None
-    train = [found.source for found in form.sets if found.split in (None, "train")]
-    val = [found.source for found in form.sets if found.split == "val"]
+    task = choose_task(data_format, options)
+    background = "background" if task != "instance" and data_format.kind not in (*_TASK_BY_FORMAT, "voc") else None
+    tiles = TileConfig() if options.tiles else None
+    train = [found.source for found in data_format.sets if found.split in (None, "train")]
+    val = [found.source for found in data_format.sets if found.split == "val"]
     if not train:  # the folder only has sets that are named after a different split
-        train, val = val or [found.source for found in form.sets], []
-    wanted = [("train", source, "train" if not val else None) for source in train]
-    wanted += [("val", source, None) for source in val] or [("val", source, "val") for source in train]
+        train, val = val or [found.source for found in data_format.sets], []
+    entries = [("train", source, "train" if not val else None) for source in train]
+    entries += [("val", source, None) for source in val] or [("val", source, "val") for source in train]
     datasets: dict[str, DatasetConfig] = {}
-    for split, source, take in wanted:
+    for split, source, take in entries:
         count = sum(name.startswith(split) for name in datasets)
         name = f"{split}{count + 1}" if count else split
         part = None
         if take is not None:
             part = PartConfig(
-                take="train" if take == "train" else "val", val_share=wishes.val_share, group=wishes.group
+                take="train" if take == "train" else "val", val_share=options.val_share, group=options.group
             )
         datasets[name] = DatasetConfig(
-            shards=f"data/{wishes.name}/{name}",
-            source=_with_names(source, wishes),
+            shards=f"data/{options.name}/{name}",
+            source=_with_category_file(source, options),
             part=part,
             background=background,
             tiles=tiles,
@@ -79,9 +79,9 @@ def datasets_of(form: Form, wishes: Wishes) -> dict[str, DatasetConfig]:
     return datasets
 
 
-def category_file(wishes: Wishes) -> Path:
+def category_file_path(options: InitOptions) -> Path:
     """Return the path of the file with class names that is written for label maps without such a file."""
-    return wishes.output.with_suffix(".classes.json")
+    return options.output.with_suffix(".classes.json")
 
 
 def category_text(classes: Mapping[int, str | None]) -> str:
@@ -97,21 +97,21 @@ def category_text(classes: Mapping[int, str | None]) -> str:
     return "[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n"
 
 
-def recipe_text(form: Form, wishes: Wishes, choices: Choices) -> str:
+def recipe_text(data_format: DataFormat, options: InitOptions, choices: Choices) -> str:
     """Return the recipe as YAML text."""
-    task = task_of(form, wishes)
-    datasets = datasets_of(form, wishes)
+    task = choose_task(data_format, options)
+    datasets = build_datasets(data_format, options)
     train = ", ".join(f"{{dataset: {name}}}" for name in datasets if name.startswith("train"))
     val = ", ".join(f"{{dataset: {name}}}" for name in datasets if name.startswith("val"))
     side = choices.crop.value
     lines = [
-        f"# m2f shard {wishes.output} && m2f train {wishes.output}",
-        f"# {form.kind}: {form.evidence}",
-        f"name: {wishes.name}",
+        f"# m2f shard {options.output} && m2f train {options.output}",
+        f"# {data_format.kind}: {data_format.evidence}",
+        f"name: {options.name}",
         "datasets:",
     ]
     for name, dataset in datasets.items():
-        lines.append(f"  {name}: {_flow(dataset)}")
+        lines.append(f"  {name}: {_flow_style(dataset)}")
     lines += [
         "data:",
         f"  task: {task}",
@@ -120,7 +120,7 @@ def recipe_text(form: Form, wishes: Wishes, choices: Choices) -> str:
         f"  augment: {{kind: lsj, size: {side}, min_scale: 0.5, max_scale: 2.0}}",
         "model:",
     ]
-    if wishes.weights is None:
+    if options.weights is None:
         lines += [
             "  # Published backbone weights, if the hub is reachable. Weights of a whole model converge faster, as in",
             "  # configs/finetune: m2f init --weights hub:facebook/mask2former-swin-tiny-coco-instance, or a FILE",
@@ -129,13 +129,15 @@ def recipe_text(form: Form, wishes: Wishes, choices: Choices) -> str:
     else:
         lines += [
             "  # Classes are matched by name; other classes are newly initialised.",
-            f"  weights: {json.dumps(wishes.weights)}",
+            f"  weights: {json.dumps(options.weights)}",
         ]
-    if wishes.published is not None:
-        parts = {name: getattr(wishes.published, name) for name in ("backbone", "pixel_decoder")}
-        lines += [f"  {name}: {_flow(part)}" for name, part in parts.items() if part != getattr(ModelConfig(), name)]
+    if options.published is not None:
+        parts = {name: getattr(options.published, name) for name in ("backbone", "pixel_decoder")}
+        lines += [
+            f"  {name}: {_flow_style(part)}" for name, part in parts.items() if part != getattr(ModelConfig(), name)
+        ]
     lines += [
-        f"  transformer_decoder: {_decoder(wishes.published, choices.queries.value)}  # {choices.queries.reason}",
+        f"  transformer_decoder: {_decoder(options.published, choices.queries.value)}  # {choices.queries.reason}",
         f"  loss: {{num_points: {choices.points.value}}}  # {choices.points.reason}",
         "training:",
         f"  max_steps: {choices.steps.value}  # {choices.steps.reason}",
@@ -164,23 +166,23 @@ def _decoder(published: ModelConfig | None, queries: int) -> str:
     decoder = None if published is None else published.transformer_decoder
     if not isinstance(decoder, MaskedTransformerDecoderConfig):
         return f"{{num_queries: {queries}}}"
-    plain = replace(decoder, num_queries=MaskedTransformerDecoderConfig().num_queries)
-    return f"{_flow(plain)[:-1]}, num_queries: {max(queries, decoder.num_queries)}}}"
+    with_default_queries = replace(decoder, num_queries=MaskedTransformerDecoderConfig().num_queries)
+    return f"{_flow_style(with_default_queries)[:-1]}, num_queries: {max(queries, decoder.num_queries)}}}"
 
 
-def _with_names(source: SourceConfig, wishes: Wishes) -> SourceConfig:
-    if isinstance(source, LabelMapSource) and source.categories == NO_NAMES:
+def _with_category_file(source: SourceConfig, options: InitOptions) -> SourceConfig:
+    if isinstance(source, LabelMapSource) and source.categories == NO_CATEGORY_FILE:
         return LabelMapSource(
             images=source.images,
             labels=source.labels,
-            categories=str(category_file(wishes)),
+            categories=str(category_file_path(options)),
             void=source.void,
             suffix=source.suffix,
         )
     return source
 
 
-def _flow(section: object) -> str:
+def _flow_style(section: object) -> str:
     """Return a section in YAML's flow style without default values. Values are written as JSON, which is valid YAML."""
     items = []
     for entry in fields(section):  # pyrefly: ignore[bad-argument-type]
@@ -188,6 +190,6 @@ def _flow(section: object) -> str:
         default = entry.default if entry.default is not MISSING else None
         if value == default and entry.name != "kind":
             continue
-        text = _flow(value) if hasattr(value, "__dataclass_fields__") else json.dumps(value, ensure_ascii=False)
+        text = _flow_style(value) if hasattr(value, "__dataclass_fields__") else json.dumps(value, ensure_ascii=False)
         items.append(f"{entry.name}: {value if entry.name in ('kind', 'take') else text}")
     return "{" + ", ".join(items) + "}"

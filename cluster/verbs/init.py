@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from m2f.cluster.terminal import print_out
+from m2f.cluster.terminal import print_err, print_out
 from m2f.model.errors import ConfigError
 
 SUMMARY = "write a recipe for a folder of images and annotations"
+
+
+class _FormOption(argparse.Action):
+    """The earlier spelling `--form` of `--format`. It stores the value, and prints which option to use instead."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        print_err("m2f init: --form is now called --format; use --format")
+        setattr(namespace, self.dest, values)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="recipe to write; default: FOLDER's name with .yaml, in the current folder"
     )
-    parser.add_argument("--form", metavar="KIND", help="format of the data, if several match")
+    parser.add_argument("--format", metavar="KIND", help="format of the data, if several match")
+    parser.add_argument("--form", dest="format", action=_FormOption, help=argparse.SUPPRESS)
     parser.add_argument(
         "--task", choices=("panoptic", "instance", "semantic"), help="default: the task that the format is meant for"
     )

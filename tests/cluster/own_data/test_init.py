@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from m2f.cluster.cli import main
-from m2f.cluster.own_data.choices import Machine, choose
-from m2f.cluster.own_data.sets import Form, SourceSet, split_of
+from m2f.cluster.own_data.choices import Machine, choose_settings
+from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
 from m2f.cluster.own_data.survey import Survey, fault_kind
-from m2f.cluster.own_data.write_recipe import Wishes, datasets_of
+from m2f.cluster.own_data.write_recipe import InitOptions, build_datasets
 from m2f.cluster.recipe.load import load_recipe
 from m2f.data_pipeline.readers import open_dataset
 from m2f.data_pipeline.sources import SyntheticSource
@@ -58,31 +58,55 @@ def test_published_weights_determine_the_model(address, tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     EXPORTS["yolo_seg"](tmp_path / "set")
     model = load_recipe("finetune_swin_l").model
-    (tmp_path / "theirs").mkdir()
-    write_hugging_face_config(tmp_path / "theirs", model, ["cell", "other"], {}, 640, 1066)
+    published = tmp_path / "published"
+    published.mkdir()
+    write_hugging_face_config(published, model, ["cell", "other"], {}, 640, 1066)
     if address == "hub":
-        monkeypatch.setattr("m2f.cluster.own_data.init.hub_folder", lambda text, weights: tmp_path / "theirs")
-    weights = "hub:someone/swin-large" if address == "hub" else str(tmp_path / "theirs")
+        monkeypatch.setattr("m2f.cluster.own_data.init.hub_folder", lambda text, weights: published)
+    weights = "hub:someone/swin-large" if address == "hub" else str(published)
     assert main(["init", "set", "--weights", weights]) == 0
     config = load_recipe(tmp_path / "set.yaml")
     assert config.model.weights == weights
-    require_same_architecture(tmp_path / "theirs", config.model, weights)
+    require_same_architecture(published, config.model, weights)
     assert config.model.transformer_decoder.num_queries == 200
     assert len((tmp_path / "set.yaml").read_text().splitlines()) <= 40
 
 
-def test_several_matching_formats_require_the_form_option(tmp_path, capsys, monkeypatch):
+def test_several_matching_formats_require_the_format_option(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set").mkdir()
     for name in ("yolo_seg", "label_studio"):
         EXPORTS[name](tmp_path / "set")
     assert main(["init", "set"]) == 2
     message = capsys.readouterr().err
-    assert "--form yolo_seg" in message
-    assert "--form coco_instances" in message
-    assert main(["init", "set", "--form", "yolo_seg"]) == 0
-    assert main(["init", "set", "--form", "yolo_seg"]) == 2
+    assert "--format yolo_seg" in message
+    assert "--format coco_instances" in message
+    assert main(["init", "set", "--format", "yolo_seg"]) == 0
+    assert main(["init", "set", "--format", "yolo_seg"]) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--form", "yolo_seg"], ["--form=yolo_seg"]])
+def test_form_still_selects_the_format_and_names_the_new_option(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    for name in ("yolo_seg", "label_studio"):
+        EXPORTS[name](tmp_path / "set")
+    assert main(["init", *words, "set"]) == 0
+    assert capsys.readouterr().err.count("--form is now called --format; use --format\n") == 1
+    source = load_recipe(tmp_path / "set.yaml").datasets["train"].source
+    assert source is not None
+    assert source.kind == "yolo_seg"
+
+
+@pytest.mark.parametrize(("words", "suggestion"), [(["--fom", "voc"], "--format"), (["--formats", "voc"], "--format")])
+def test_form_is_neither_listed_nor_suggested(words, suggestion, capsys):
+    with pytest.raises(SystemExit):
+        main(["init", "--help"])
+    assert "--form " not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["init", "set", *words])
+    assert f"did you mean {suggestion}?" in capsys.readouterr().err
 
 
 def test_faults_are_counted_by_kind(tmp_path, capsys, monkeypatch):
@@ -118,7 +142,7 @@ def test_unsupported_folder_is_rejected_with_one_message(tmp_path, capsys):
     ],
 )
 def test_split_is_detected_from_names(path, split):
-    assert split_of(path) == split
+    assert split_from_path(path) == split
 
 
 @pytest.mark.parametrize(
@@ -136,7 +160,7 @@ def test_choices_depend_on_machine_and_data(machine, crop, micro):
         num_crowds=0,
         faults=(),
     )
-    choices = choose(found, 100, machine)
+    choices = choose_settings(found, 100, machine)
     assert (choices.crop.value, choices.micro_batch.value, choices.queries.value) == (crop, micro, 200)
     assert choices.global_batch == micro * max(1, machine.num_gpus)
 
@@ -157,7 +181,7 @@ def test_fault_kind_ignores_names_and_numbers():
 )
 def test_test_set_is_used_for_training_only_if_nothing_else_exists(splits, train, val):
     sets = tuple(SourceSet(split, SyntheticSource(num_images=4, seed=i)) for i, split in enumerate(splits))
-    found = datasets_of(Form("synthetic", "", sets), Wishes(name="set", output=Path("set.yaml")))
-    seeds = {part: [d.source.seed for name, d in found.items() if name.startswith(part)] for part in ("train", "val")}
+    built = build_datasets(DataFormat("synthetic", "", sets), InitOptions(name="set", output=Path("set.yaml")))
+    seeds = {part: [d.source.seed for name, d in built.items() if name.startswith(part)] for part in ("train", "val")}
     assert [splits[seed] for seed in seeds["train"]] == train
     assert [splits[seed] for seed in seeds["val"]] == val

@@ -1,4 +1,4 @@
-"""`m2f init` on what tools write beside their plain forms: names that repeat, marks of their own, other places."""
+"""`m2f init` on untidy exports: repeated file names, markings that only one tool uses, and unusual folders."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ RUNS = [0, 10 * SIZE, SIZE * (SIZE - 10)]
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = tmp_path / "set"
-    made.mkdir()
-    return made
+    export = tmp_path / "set"
+    export.mkdir()
+    return export
 
 
-def started(*arguments: str) -> Any:  # the kinds of sources are what is tested
+def init_datasets(*arguments: str) -> Any:  # Any, because the tests check the kinds of the sources
     assert main(["init", "set", *arguments]) == 0
     return load_recipe("set.yaml").datasets
 
@@ -66,13 +66,13 @@ def cvat_project(folder: Path) -> None:
 
 def test_cvat_subsets_use_their_own_images(folder):
     cvat_project(folder)
-    datasets = started()
+    datasets = init_datasets()
     assert {name: Path(d.source.images).name for name, d in datasets.items()} == {"train": "Train", "val": "Validation"}
 
 
 def test_painted_cvat_masks_are_objects(folder, capsys):
     cvat_project(folder)
-    segments = [s for sample in samples(started()["train"]) for s in sample.annotation.segments]
+    segments = [s for sample in samples(init_datasets()["train"]) for s in sample.annotation.segments]
     assert len(segments) == 6
     assert not any(segment.is_crowd for segment in segments)
     assert "masks with `iscrowd: 1` are treated as objects" in capsys.readouterr().out
@@ -82,7 +82,7 @@ def test_other_crowds_are_counted(folder, capsys):
     write_image(folder / "images/im0.png", 0)
     write_image(folder / "images/im1.png", 1)
     write_coco(folder / "all.json", ["im0.png", "im1.png"], [0, 1], masks=True)
-    started()
+    init_datasets()
     assert (
         "2 segments of these are crowds, which are ignored in training; if they are objects" in capsys.readouterr().out
     )
@@ -99,7 +99,7 @@ def test_label_studio_paths_from_windows_are_resolved(folder):
     for number in range(4):
         write_image(folder / f"images/im{number}.png", number)
     write_coco(folder / "result.json", [f"images\\im{i}.png" for i in range(4)], list(range(4)))
-    assert len(samples(started()["train"])) == 3
+    assert len(samples(init_datasets()["train"])) == 3
 
 
 def write_yolo(folder: Path, splits: dict[str, range]) -> None:
@@ -115,12 +115,12 @@ def write_yolo(folder: Path, splits: dict[str, range]) -> None:
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_yolo_image_lists_define_the_split(complete, folder):
-    """Where they list all of a folder; those of other tools choose some."""
+    """They do so only if they list all images of a folder; lists of other tools name some of the images."""
     write_yolo(folder, {"train": range(4), "val": range(4, 6)})
     for split, numbers in (("train", range(4 if complete else 3)), ("val", range(4, 6))):
         (folder / f"{split}.txt").write_text("".join(f"data/images/{split}/im{i}.png\n" for i in numbers))
     (folder / "data.yaml").write_text("path: .\ntrain: train.txt\nval: val.txt\nnames: {0: cell, 1: dirt}\n")
-    datasets = started()
+    datasets = init_datasets()
     assert datasets["val"].source.images == f"{folder}/images/val"
     if complete:
         assert datasets["train"].source.images == f"{folder}/images/train"
@@ -131,7 +131,7 @@ def test_label_studio_yolo_export_reads_class_names_from_a_list(folder):
     write_yolo(folder, {".": range(4)})
     (folder / "classes.txt").write_text("cell\ndirt\n")
     (folder / "notes.json").write_text('{"categories": [{"id": 0, "name": "cell"}], "info": {}}')
-    reader, _ = open_dataset(started()["train"])
+    reader, _ = open_dataset(init_datasets()["train"])
     assert [c.name for c in reader.categories.categories] == ["cell", "dirt"]
 
 
@@ -144,11 +144,11 @@ def test_voc_uses_labelme_class_names_or_reports_the_default(named, folder, caps
             (folder / name / f"im{number}.png").write_bytes(encode_png(class_map(number)))
     if named:
         (folder / "class_names.txt").write_text("_background_\ncell\ndirt spot")
-    reader, _ = open_dataset(started()["train"])
-    wanted = ["background", "cell", "dirt spot"] if named else ["background", "aeroplane", "bicycle"]
-    assert [c.name for c in reader.categories.categories][:3] == wanted
-    said = "with class_names.txt" if named else "the classes of Pascal VOC, because labelmap.txt is missing"
-    assert said in capsys.readouterr().out
+    reader, _ = open_dataset(init_datasets()["train"])
+    expected = ["background", "cell", "dirt spot"] if named else ["background", "aeroplane", "bicycle"]
+    assert [c.name for c in reader.categories.categories][:3] == expected
+    message = "with class_names.txt" if named else "the classes of Pascal VOC, because labelmap.txt is missing"
+    assert message in capsys.readouterr().out
 
 
 def test_images_and_maps_are_paired_within_each_split(folder, capsys):
@@ -158,7 +158,7 @@ def test_images_and_maps_are_paired_within_each_split(folder, capsys):
             (folder / split / "masks").mkdir(exist_ok=True)
             (folder / f"{split}/masks/{place:04d}.png").write_bytes(encode_png(class_map(number)))
     (folder / "id2label.json").write_text('{"0": "ground", "1": "cell", "2": "dirt", "3": "rare"}')
-    datasets = started()
+    datasets = init_datasets()
     for name, split in (("train", "train"), ("val", "validation")):
         source = datasets[name].source
         assert (source.images, source.labels) == (f"{folder}/{split}/images", f"{folder}/{split}/masks")
@@ -176,7 +176,7 @@ def test_maps_beside_their_images_are_detected(ending, folder, capsys):
     for number in range(4):
         write_image(folder / f"im ({number}).{ending}", number)  # read by content, whatever the name says
         (folder / f"im ({number})_mask.png").write_bytes(encode_png(class_map(number)))
-    datasets = started()
+    datasets = init_datasets()
     assert len(samples(datasets["train"])) + len(samples(datasets["val"])) == 4
     assert "Next, after naming the classes in set.classes.json:\n  m2f shard" in capsys.readouterr().out
 
@@ -189,7 +189,7 @@ def test_object_maps_are_not_used_as_class_maps(folder):
             (folder / name).mkdir(exist_ok=True)
             (folder / name / f"im{number}.png").write_bytes(encode_png(values[class_map(number)]))
     (folder / "labelmap.txt").write_text("background:0,0,0::\ncell:128,0,0::\ndirt:0,128,0::\n")
-    assert set(started()) == {"train", "val"}
+    assert set(init_datasets()) == {"train", "val"}
 
 
 def test_failed_init_restores_the_class_file(folder, capsys):
@@ -211,5 +211,5 @@ def test_unused_test_set_is_reported(folder, capsys):
         for number in numbers:
             write_image(folder / split / f"im{number}.png", number)
         write_coco(folder / split / "_annotations.coco.json", [f"im{n}.png" for n in numbers], numbers)
-    assert set(started()) == {"train", "val"}
+    assert set(init_datasets()) == {"train", "val"}
     assert "the test set is not used" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Detect the format ("form") of a folder of user data, with evidence. This module only reads, and writes nothing."""
+"""Detect the format of a folder of user data, with evidence. This module only reads, and writes nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from m2f.cluster.own_data.map_pairs import find_maps
-from m2f.cluster.own_data.sets import Form, SourceSet, split_of
+from m2f.cluster.own_data.map_pairs import find_map_formats
+from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
 from m2f.data_pipeline.documents import DocumentError, parse_json, parse_yaml
 from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, is_image_name, read_header
 from m2f.data_pipeline.readers.exports.labelme import is_labelme
@@ -23,48 +23,53 @@ from m2f.data_pipeline.sources import (
 )
 from m2f.model.errors import ConfigError
 
-_LOOKED_AT = 20
+_SAMPLE_SIZE = 20
 _VOC_LEGENDS = ("labelmap.txt", "class_names.txt")
 """Legends of the VOC format: the first is written by CVAT and datumaro, the second by labelme's conversion."""
 
 
 @dataclass(frozen=True)
-class _Json:
+class _JsonFile:
     path: Path
     content: Any
 
 
-def find_forms(folder: Path) -> list[Form]:
-    """Return all forms that fit the folder. Folders of maps are considered only if no other form fits."""
-    found = [_yolo(folder) or _yolo_list(folder), *_documents(folder), _cvat(folder), _voc(folder)]
-    forms = [form for form in found if form is not None]
-    return forms or find_maps(folder)
+def find_formats(folder: Path) -> list[DataFormat]:
+    """Return all formats that fit the folder. Folders of maps are considered only if no other format fits."""
+    detected = [
+        _detect_yolo(folder) or _detect_yolo_with_class_list(folder),
+        *_detect_json_formats(folder),
+        _detect_cvat(folder),
+        _detect_voc(folder),
+    ]
+    formats = [data_format for data_format in detected if data_format is not None]
+    return formats or find_map_formats(folder)
 
 
-def choose_form(folder: Path, wanted: str | None) -> Form:
-    """Return the wanted form, or the only one that fits.
+def choose_format(folder: Path, requested: str | None) -> DataFormat:
+    """Return the requested format, or the only one that fits.
 
-    Raises ConfigError if no form or several forms fit, or if the wanted form does not fit. The message lists the forms
-    that fit and the option that selects one.
+    Raises ConfigError if no format or several formats fit, or if the requested format does not fit. The message lists
+    the formats that fit and the option that selects one.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give the folder of the unpacked export")
-    forms = find_forms(folder)
-    listed = "\n".join(f"  --form {form.kind}: {form.evidence}" for form in forms)
-    chosen = [form for form in forms if wanted in (None, form.kind)]
-    if not forms:
+    formats = find_formats(folder)
+    listed = "\n".join(f"  --format {data_format.kind}: {data_format.evidence}" for data_format in formats)
+    chosen = [data_format for data_format in formats if requested in (None, data_format.kind)]
+    if not formats:
         raise ConfigError(
             f"{folder} is not in a supported format: found no data.yaml with labels/, COCO or labelme JSON, CVAT XML, "
             "SegmentationClass/, or folders of images and PNG maps with equal names. docs/own_data.md lists the formats"
         )
     if not chosen:
-        raise ConfigError(f"{folder} does not match --form {wanted}; it matches:\n{listed}")
+        raise ConfigError(f"{folder} does not match --format {requested}; it matches:\n{listed}")
     if len(chosen) > 1:
         raise ConfigError(f"{folder} matches several formats; choose one:\n{listed}")
     return chosen[0]
 
 
-def _yolo(folder: Path) -> Form | None:
+def _detect_yolo(folder: Path) -> DataFormat | None:
     for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
         try:
             document = parse_yaml(path.read_bytes())
@@ -74,7 +79,7 @@ def _yolo(folder: Path) -> Form | None:
             continue
         sets = []
         for name, split in (("train", "train"), ("val", "val"), ("valid", "val")):
-            images = _yolo_images(folder, document, str(document.get(name) or ""))
+            images = _yolo_image_folder(folder, document, str(document.get(name) or ""))
             if images is not None:
                 labels = Path(re.sub(r"images(?=(/[^/]*)?$)", "labels", str(images)))
                 sets.append(
@@ -84,20 +89,20 @@ def _yolo(folder: Path) -> Form | None:
             source = YoloSegSource(images=f"{folder}/images", labels=f"{folder}/labels", data_yaml=str(path))
             sets = [SourceSet(None, source)]
         if sets:
-            return Form("yolo_seg", f"{path.name} lists classes and image folders", tuple(sets))
+            return DataFormat("yolo_seg", f"{path.name} lists classes and image folders", tuple(sets))
     return None
 
 
-def _yolo_list(folder: Path) -> Form | None:
+def _detect_yolo_with_class_list(folder: Path) -> DataFormat | None:
     """Detect the YOLO export of Label Studio, which has a list of names instead of a data.yaml."""
     path = folder / "classes.txt"
     if not (path.is_file() and (folder / "images").is_dir() and (folder / "labels").is_dir()):
         return None
     source = YoloSegSource(images=f"{folder}/images", labels=f"{folder}/labels", data_yaml=str(path))
-    return Form("yolo_seg", "classes.txt beside images/ and labels/", (SourceSet(None, source),))
+    return DataFormat("yolo_seg", "classes.txt beside images/ and labels/", (SourceSet(None, source),))
 
 
-def _yolo_images(folder: Path, document: dict[str, Any], value: str) -> Path | None:
+def _yolo_image_folder(folder: Path, document: dict[str, Any], value: str) -> Path | None:
     """Return the image folder of a split.
 
     Roboflow writes `../train/images` for a folder beside the file. CVAT names a file that lists the images.
@@ -105,16 +110,16 @@ def _yolo_images(folder: Path, document: dict[str, Any], value: str) -> Path | N
     if not value:
         return None
     bare = re.sub(r"^(\.\./)+", "", value)
-    tries = (folder / str(document.get("path") or "") / value, folder / value, folder / bare)
-    for path in tries:
+    candidates = (folder / str(document.get("path") or "") / value, folder / value, folder / bare)
+    for path in candidates:
         if path.is_dir():
             return path
         if path.suffix == ".txt" and path.is_file():
-            return _listed_folder(folder, path)
+            return _folder_of_listed_images(folder, path)
     return None
 
 
-def _listed_folder(folder: Path, file: Path) -> Path | None:
+def _folder_of_listed_images(folder: Path, file: Path) -> Path | None:
     """Return the folder that contains exactly the images that a file lists, or None.
 
     The paths in the file may start with any further folders.
@@ -128,9 +133,9 @@ def _listed_folder(folder: Path, file: Path) -> Path | None:
     return found if found is not None and {p.name for p in found.iterdir() if is_image_name(p.name)} == names else None
 
 
-def _documents(folder: Path) -> list[Form]:
-    """Return the COCO and labelme forms. After a labelme file, other JSON files of its folder are not read."""
-    coco: list[_Json] = []
+def _detect_json_formats(folder: Path) -> list[DataFormat]:
+    """Return the COCO and labelme formats. After a labelme file, other JSON files of its folder are not read."""
+    coco: list[_JsonFile] = []
     labelme: list[Path] = []
     by_folder: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*.json")):
@@ -146,19 +151,19 @@ def _documents(folder: Path) -> list[Form]:
                 labelme.append(parent)
                 break
             if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
-                coco.append(_Json(path, content))
-    forms = []
+                coco.append(_JsonFile(path, content))
+    formats = []
     if coco:
-        forms += _coco_forms(folder, coco)
+        formats += _coco_formats(folder, coco)
     if labelme:
-        forms.append(_labelme(folder, labelme))
-    return forms
+        formats.append(_labelme_format(folder, labelme))
+    return formats
 
 
-def _coco_forms(folder: Path, files: Sequence[_Json]) -> list[Form]:
+def _coco_formats(folder: Path, files: Sequence[_JsonFile]) -> list[DataFormat]:
     sets: dict[str, list[SourceSet]] = {"coco_instances": [], "coco_panoptic": []}
     for file in files:
-        split = split_of(str(file.path.relative_to(folder)))
+        split = split_from_path(str(file.path.relative_to(folder)))
         entries = [e for e in file.content["annotations"] if isinstance(e, dict)]
         first = next(iter(entries), {})
         images = _image_folder(folder, file)
@@ -174,7 +179,7 @@ def _coco_forms(folder: Path, files: Sequence[_Json]) -> list[Form]:
             )
             sets["coco_instances"].append(SourceSet(split, source))
     names = ", ".join(str(file.path.relative_to(folder)) for file in files[:4])
-    return [Form(kind, f"COCO annotations in {names}", tuple(found)) for kind, found in sets.items() if found]
+    return [DataFormat(kind, f"COCO annotations in {names}", tuple(found)) for kind, found in sets.items() if found]
 
 
 def _is_painted(entry: dict[str, Any]) -> bool:
@@ -186,31 +191,31 @@ def _is_painted(entry: dict[str, Any]) -> bool:
     return is_crowd and isinstance(entry.get("attributes"), dict)
 
 
-def _image_folder(folder: Path, file: _Json) -> Path:
+def _image_folder(folder: Path, file: _JsonFile) -> Path:
     """Return the folder with the first images that the file lists.
 
     If several folders have them, a folder whose name or split matches the file is preferred, because exports repeat
     file names in different splits.
     """
-    entries = [e for e in file.content["images"][:_LOOKED_AT] if isinstance(e, dict)]
+    entries = [e for e in file.content["images"][:_SAMPLE_SIZE] if isinstance(e, dict)]
     names = [str(e.get("file_name")).replace("\\", "/") for e in entries]
-    near = (file.path.parent, file.path.parent / "images", folder, folder / "images")
-    tried = (*near, *sorted(path for path in folder.rglob("*") if path.is_dir()))
-    holding = [path for path in tried if names and all((path / name).is_file() for name in names)]
-    if not holding:
-        holding = [path for path in tried if names and (path / names[0]).is_file()] or [file.path.parent]
-    split = split_of(str(file.path.relative_to(folder)))
+    nearby = (file.path.parent, file.path.parent / "images", folder, folder / "images")
+    candidates = (*nearby, *sorted(path for path in folder.rglob("*") if path.is_dir()))
+    matching = [path for path in candidates if names and all((path / name).is_file() for name in names)]
+    if not matching:
+        matching = [path for path in candidates if names and (path / names[0]).is_file()] or [file.path.parent]
+    split = split_from_path(str(file.path.relative_to(folder)))
 
     def rank(path: Path) -> int:
         if path == file.path.parent or file.path.stem.lower().endswith(f"_{path.name.lower()}"):
             return 0  # instances_Train.json belongs to images/Train
         inside = str(path.relative_to(folder)) if path.is_relative_to(folder) else ""
-        return 1 if split_of(inside) == split else 2
+        return 1 if split_from_path(inside) == split else 2
 
-    return min(holding, key=rank)
+    return min(matching, key=rank)
 
 
-def _labelme(folder: Path, parents: Sequence[Path]) -> Form:
+def _labelme_format(folder: Path, parents: Sequence[Path]) -> DataFormat:
     classes: set[str] = set()
     for parent in parents:
         for path in parent.glob("*.json"):
@@ -218,18 +223,18 @@ def _labelme(folder: Path, parents: Sequence[Path]) -> Form:
             if is_labelme(content):
                 classes |= {str(shape.get("label")) for shape in content["shapes"] if isinstance(shape, dict)}
     names = tuple(sorted(name for name in classes if not name.startswith("_")))
-    roots = parents if len(parents) > 1 and all(split_of(p.name) for p in parents) else [folder]
+    roots = parents if len(parents) > 1 and all(split_from_path(p.name) for p in parents) else [folder]
     sets = [
         SourceSet(
-            split_of(root.name) if root != folder else None,
+            split_from_path(root.name) if root != folder else None,
             LabelmeSource(images=str(folder), annotations=str(root), classes=names),
         )
         for root in roots
     ]
-    return Form("labelme", f"JSON files with `shapes` in {parents[0].name}/", tuple(sets))
+    return DataFormat("labelme", f"JSON files with `shapes` in {parents[0].name}/", tuple(sets))
 
 
-def _cvat(folder: Path) -> Form | None:
+def _detect_cvat(folder: Path) -> DataFormat | None:
     sets = []
     for path in sorted(folder.rglob("*.xml")):
         with path.open("rb") as stream:
@@ -237,15 +242,15 @@ def _cvat(folder: Path) -> Form | None:
         if "<annotations" not in head:
             continue
         match = re.search(r'<image [^>]*?name="([^"]+)"', head)
-        tries = (path.parent / "images", path.parent, folder / "images", folder)
-        images = next((tried for tried in tries if match and (tried / match[1]).is_file()), tries[0])
-        split = split_of(str(path.relative_to(folder)))
+        candidates = (path.parent / "images", path.parent, folder / "images", folder)
+        images = next((found for found in candidates if match and (found / match[1]).is_file()), candidates[0])
+        split = split_from_path(str(path.relative_to(folder)))
         sets.append(SourceSet(split, CvatSource(images=str(images), annotations=str(path))))
-    return Form("cvat", "an XML file with `<annotations>`", tuple(sets)) if sets else None
+    return DataFormat("cvat", "an XML file with `<annotations>`", tuple(sets)) if sets else None
 
 
-def _voc(folder: Path) -> Form | None:
-    """Detect Pascal VOC with grey or palette maps. RGB maps with a legend are a different form."""
+def _detect_voc(folder: Path) -> DataFormat | None:
+    """Detect Pascal VOC with grey or palette maps. RGB maps with a legend are a different format."""
     root = next(
         (p.parent for p in (folder / "SegmentationObject", *folder.rglob("SegmentationObject")) if p.is_dir()), None
     )
@@ -259,18 +264,18 @@ def _voc(folder: Path) -> Form | None:
     if mode not in ("gray", "palette"):
         return None
     legend = next((str(root / name) for name in _VOC_LEGENDS if (root / name).is_file()), None)
-    whole = VocSource(
+    source = VocSource(
         images=f"{root}/JPEGImages",
         class_maps=f"{root}/SegmentationClass",
         object_maps=f"{root}/SegmentationObject",
         legend=legend,
     )
-    lists = {split_of(path.stem): path for path in sorted((root / "ImageSets/Segmentation").glob("*.txt"))}
+    lists = {split_from_path(path.stem): path for path in sorted((root / "ImageSets/Segmentation").glob("*.txt"))}
     splits = [(split, str(lists[split])) for split in ("train", "val") if split in lists] or [(None, None)]
-    sets = tuple(SourceSet(split, replace(whole, image_set=path)) for split, path in splits)
-    named = (
+    sets = tuple(SourceSet(split, replace(source, image_set=path)) for split, path in splits)
+    origin_of_classes = (
         f"with {Path(legend).name}"
         if legend
         else f"with the classes of Pascal VOC, because {_VOC_LEGENDS[0]} is missing"
     )
-    return Form("voc", f"folders SegmentationClass and SegmentationObject, {named}", sets)
+    return DataFormat("voc", f"folders SegmentationClass and SegmentationObject, {origin_of_classes}", sets)
