@@ -68,8 +68,8 @@ class EvaluationService:
         except (LeaseLostError, OutageError):
             raise
         except Exception:
-            story = traceback.format_exc().encode()
-            self._storage.put(join(self._config.run_folder, place_of(entry.step), "error.txt"), story)
+            details = traceback.format_exc().encode()
+            self._storage.put(join(self._config.run_folder, place_of(entry.step), "error.txt"), details)
             raise
 
     def _evaluate_sets(self, entry: Entry, report: Report) -> Mapping[str, float]:

@@ -14,17 +14,17 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_err
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
 from m2f.cluster.train.orphans import end_with_parent
-from m2f.cluster.train.signals import handling
+from m2f.cluster.train.signals import handling_signals
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import newest_step
 from m2f.trainer.checkpoint.lease import hold_lease
 
 END_PIPE = "M2F_END_PIPE"
 """Environment variable with the descriptor of the pipe to which a driver writes before it exits deliberately."""
-_LOOK_S = 0.2
+_POLL_S = 0.2
 
 
-def note_end() -> None:
+def report_deliberate_exit() -> None:
     """Tell the parent process that this driver exits deliberately.
 
     Otherwise the parent treats exit status 1 as an outage: Ray's core calls `exit(1)` if Ray's head or raylet dies.
@@ -34,7 +34,7 @@ def note_end() -> None:
             os.write(int(number), b".")
 
 
-def run_restarted(command: Sequence[str], config: RunConfig) -> int:
+def run_with_restarts(command: Sequence[str], config: RunConfig) -> int:
     """Run the driver of a run, restart it after failures, and return the exit status of the last driver.
 
     The driver restarts if a signal kills it, or if it exits because of an outage or because its machine is about to be
@@ -47,7 +47,7 @@ def run_restarted(command: Sequence[str], config: RunConfig) -> int:
     with ExitStack() as stack:
         lease = stack.enter_context(hold_lease(storage, config.run_folder, print_err))
         driver = _Driver(command, lease.environment())
-        stack.enter_context(handling(driver.stop))
+        stack.enter_context(handling_signals(driver.stop))
         history = AttemptHistory(newest_step(storage, config.run_folder))
         while True:
             status = driver.run()
@@ -99,17 +99,17 @@ class _Driver:
                 self._process.send_signal(signal.SIGTERM)
             status = self._process.wait()
             os.write(writer, b"#")  # children of the driver may hold the pipe open, so the read below could block
-            decided = os.read(reader, 1) == b"."
+            is_deliberate = os.read(reader, 1) == b"."
         finally:
             os.close(reader)
             os.close(writer)
-        return ExitStatus.OUTAGE if status == ExitStatus.GAVE_UP and not decided else status
+        return ExitStatus.OUTAGE if status == ExitStatus.GAVE_UP and not is_deliberate else status
 
     def wait(self, seconds: float) -> None:
         """Wait before the next start. Return early if a stop is requested."""
         deadline = time.monotonic() + seconds
         while not self.is_stopping and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     def stop(self, number: signal.Signals) -> None:
         """Pass a signal on to the process, and prevent further starts."""

@@ -17,7 +17,7 @@ from m2f.cluster.train.relay import RunRelay
 from m2f.cluster.train.resources import count_fitting
 from m2f.model.counted import counted
 
-LOOK_S = 2.0
+CHECK_INTERVAL_S = 2.0
 PATIENCE_S = 10.0
 """Seconds to wait for `max_workers` before starting with fewer, and seconds that room for more workers must last.
 
@@ -47,7 +47,7 @@ def next_size(free: int, config: ClusterConfig, waited_s: float) -> int | None:
     return free if free >= config.min_workers and waited_s >= PATIENCE_S else None
 
 
-class Sizes:
+class WorkerScaler:
     """Numbers of workers of one supervised run."""
 
     def __init__(
@@ -60,10 +60,10 @@ class Sizes:
         self._size: int | None = None
         self._before: int | None = None
         self._ended_at, self._ended_step = clock(), 0
-        self._looked_at = clock()
+        self._checked_at = clock()
         self._room_since: float | None = None
         self._waiting_since: float | None = None
-        self._noted = False
+        self._resume_recorded = False
         self.growing = False
         """Whether the attempt has been asked to end because there is room for more workers."""
         self.resizes: list[Resize] = []
@@ -75,27 +75,32 @@ class Sizes:
         visible to the autoscaler and to other runs of the cluster.
         """
         is_fixed = self._config.min_workers == self._config.max_workers
-        size = self._config.max_workers if is_fixed else self._next_of_range()
+        size = self._config.max_workers if is_fixed else self._next_elastic()
         if size is not None:
             self._before, self._size = self._size, size
             self._room_since = self._waiting_since = None
-            self.growing = self._noted = False
+            self.growing = self._resume_recorded = False
         return size
 
-    def look(self, relay: RunRelay) -> None:
+    def check_growth(self, relay: RunRelay) -> None:
         """Record when the attempt resumes, and whether there is room for more workers.
 
-        Call this repeatedly while an attempt runs. The free resources are checked every `LOOK_S` seconds.
+        Call this repeatedly while an attempt runs. The free resources are checked every `CHECK_INTERVAL_S` seconds.
         """
         assert self._size is not None
-        if relay.resumed is not None and not self._noted:
-            self._noted = True
-            self._note_resize(relay.resumed.step)
-        works = relay.resumed is not None or relay.last_step > self._ended_step
+        if relay.resumed is not None and not self._resume_recorded:
+            self._resume_recorded = True
+            self._record_resize(relay.resumed.step)
+        is_training = relay.resumed is not None or relay.last_step > self._ended_step
         now = self._clock()
-        if self._size == self._config.max_workers or not works or self.growing or now - self._looked_at < LOOK_S:
+        if (
+            self._size == self._config.max_workers
+            or not is_training
+            or self.growing
+            or now - self._checked_at < CHECK_INTERVAL_S
+        ):
             return
-        self._looked_at = now
+        self._checked_at = now
         if not count_fitting(self._nodes(), self._config.needs):
             self._room_since = None
         elif self._room_since is None:
@@ -104,17 +109,17 @@ class Sizes:
             print_out(f"resources for more than {counted(self._size, 'worker')} are free; restarts after a checkpoint")
             self.growing = True
 
-    def ended(self, relay: RunRelay) -> None:
+    def record_end(self, relay: RunRelay) -> None:
         """Record the time and the last reported step at the end of an attempt."""
         self._ended_at, self._ended_step = self._clock(), relay.last_step
 
-    def _next_of_range(self) -> int | None:
+    def _next_elastic(self) -> int | None:
         now = self._clock()
         if self._waiting_since is None:
             self._waiting_since = now
         return next_size(count_fitting(self._nodes(), self._config.needs), self._config, now - self._waiting_since)
 
-    def _note_resize(self, step: int) -> None:
+    def _record_resize(self, step: int) -> None:
         if self._before is None or self._size is None or self._before == self._size:
             return
         redone = max(0, self._ended_step - step)

@@ -40,7 +40,7 @@ _MISTAKES = (
     ValueError,
 )
 """Types of errors that a restart would repeat, unless an earlier rule of `classify` applies."""
-_ECHOES = (
+_COLLATERAL_TEXTS = (
     "connection reset by peer",
     "connection closed by peer",
     "connection refused",
@@ -54,7 +54,7 @@ _ECHOES = (
 )
 """Parts of error messages that occur if a peer of the rank has failed."""
 MAX_BACKOFF_S = 60.0
-_FREE: tuple[FailureKind, ...] = ("preemption", "room", "memory")
+_UNCOUNTED_KINDS: tuple[FailureKind, ...] = ("preemption", "room", "memory")
 """Kinds that do not count against `max_failures`."""
 
 
@@ -78,7 +78,7 @@ class AttemptError:
     """Errors of the ranks of an attempt."""
 
     by_rank: Mapping[int, BaseException]
-    story: str
+    details: str
     """Full details, to be written to a file."""
     other: BaseException | None = None
     """Error of the attempt if no rank has one, for example because the ranks could not be started."""
@@ -142,7 +142,7 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
     streak = history.without_progress()
     last = streak[-1].failure
     if last.kind == "memory":
-        return _halve(last.micro_batch)
+        return _halve_micro_batch(last.micro_batch)
     if last.kind == "mistake":
         return Stop("a restart would fail in the same way")
     if last.kind == "outage":
@@ -153,17 +153,22 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
         return Retry(0.0, "the cluster had too few free resources for the workers")
     if last.kind == "error" and any(a.failure.message == last.message for a in streak[:-1]):
         return Stop("the same error occurred again without a new checkpoint in between")
-    spent = sum(a.failure.kind not in _FREE for a in streak)
-    if spent > max_failures:
-        return Stop(f"{counted(spent, 'failure')} without a new checkpoint; cluster.max_failures allows {max_failures}")
+    num_failures = sum(a.failure.kind not in _UNCOUNTED_KINDS for a in streak)
+    if num_failures > max_failures:
+        return Stop(
+            f"{counted(num_failures, 'failure')} without a new checkpoint; cluster.max_failures allows {max_failures}"
+        )
     if last.positions is not None:
         return Retry(
             0.0, f"from the checkpoint before the spike, skipping {last.positions}", SkipPositions(last.positions)
         )
-    return Retry(min(2.0 ** (spent - 1), MAX_BACKOFF_S), f"failure {spent} of at most {max_failures} without progress")
+    return Retry(
+        min(2.0 ** (num_failures - 1), MAX_BACKOFF_S),
+        f"failure {num_failures} of at most {max_failures} without progress",
+    )
 
 
-def _halve(micro_batch: int) -> Retry | Stop:
+def _halve_micro_batch(micro_batch: int) -> Retry | Stop:
     if micro_batch <= 1:
         return Stop(
             "a single image does not fit into memory; reduce the image size in data.augment, use more workers with a "
@@ -200,7 +205,7 @@ def classify(error: BaseException) -> FailureKind:
     if isinstance(error, _MISTAKES):
         return "mistake"
     text = f"{type(error).__name__}: {error}".lower()
-    return "collateral" if any(echo in text for echo in _ECHOES) else "error"
+    return "collateral" if any(part in text for part in _COLLATERAL_TEXTS) else "error"
 
 
 def failure_of(error: AttemptError | None, ending: Ending | None) -> Failure:

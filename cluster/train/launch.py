@@ -10,7 +10,7 @@ from typing import Any
 
 from m2f.cluster.train.failure_policy import root_cause
 from m2f.cluster.train.processes import RankProcesses
-from m2f.cluster.train.signals import handling
+from m2f.cluster.train.signals import handling_signals
 from m2f.model.errors import UserError
 
 POLL_S = 1.0
@@ -21,7 +21,7 @@ class LaunchError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class _Silent:
+class _WithoutPost:
     """Adapter for a target that posts no messages: it drops the last argument, `post`."""
 
     target: Callable[..., None]
@@ -46,7 +46,7 @@ def launch(
         KeyboardInterrupt: a second signal arrived.
     """
     signals = 0
-    with RankProcesses(_Silent(target), arguments, num_workers, environment) as ranks:
+    with RankProcesses(_WithoutPost(target), arguments, num_workers, environment) as ranks:
 
         def stop(number: signal.Signals) -> None:
             nonlocal signals
@@ -56,14 +56,14 @@ def launch(
             sys.stderr.write("stopping after a final checkpoint; press Ctrl-C again to stop immediately\n")
             ranks.ask_to_stop()
 
-        with handling(stop):
+        with handling_signals(stop):
             while ranks.running:
                 ranks.receive(POLL_S)
     if not ranks.errors:
         return
-    failure = root_cause({rank: ended.error for rank, ended in ranks.errors.items()})
+    failure = root_cause({rank: rank_error.error for rank, rank_error in ranks.errors.items()})
     first = min(ranks.errors) if failure.rank is None else failure.rank
-    ended = ranks.errors[first]
-    if isinstance(ended.error, UserError):
-        raise ended.error
-    raise LaunchError(f"rank {first}: {failure.message}\n(exit codes: {ranks.exits})\n{ended.trace}".rstrip())
+    rank_error = ranks.errors[first]
+    if isinstance(rank_error.error, UserError):
+        raise rank_error.error
+    raise LaunchError(f"rank {first}: {failure.message}\n(exit codes: {ranks.exit_codes})\n{rank_error.trace}".rstrip())

@@ -74,7 +74,7 @@ class Launcher(Protocol):
         ...
 
     @property
-    def leaving(self) -> bool:
+    def is_draining(self) -> bool:
         """Whether the machine of this process is about to be reclaimed."""
         ...
 

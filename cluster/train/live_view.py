@@ -34,7 +34,7 @@ SILENCE_S = 20.0
 """Minimum silence in seconds before the panel reports it.
 
 The silence must also exceed `SILENCE_FACTOR` times the interval between the last two reports."""
-_ALARMING: set[NoticeKind] = {"damaged", "skipped", "spike", "memory", "slow", "stalled"}
+_ALERT_KINDS: set[NoticeKind] = {"damaged", "skipped", "spike", "memory", "slow", "stalled"}
 
 
 class LiveView:
@@ -50,11 +50,11 @@ class LiveView:
         self._name, self._max_steps, self._clock = name, max_steps, clock
         self._live = Live(self, console=console, refresh_per_second=2)
         self._stage, self._workers, self._restarts = "starting", 0, -1
-        self._keys = "Ctrl-C stops after a checkpoint"
+        self._key_hint = "Ctrl-C stops after a checkpoint"
         self._step = 0
         self._metrics: StepMetrics | None = None
         self._losses: deque[float] = deque(maxlen=MAX_LOSSES)
-        self._heard = clock()
+        self._reported_at = clock()
         self._interval_s = 0.0
         self._saved: tuple[int, float] | None = None
         self._evaluating: EvaluationProgress | None = None
@@ -66,16 +66,16 @@ class LiveView:
 
     def stop(self, outcome: str) -> None:
         """Draw the panel one last time, with `outcome` as its stage, and leave it on the screen."""
-        self._stage, self._evaluating, self._keys = outcome, None, ""
+        self._stage, self._evaluating, self._key_hint = outcome, None, ""
         self._live.stop()
 
     def interrupted(self) -> None:
         """Show that the user has asked the run to stop."""
-        self._keys = "stopping after a checkpoint, Ctrl-C again stops now"
+        self._key_hint = "stopping after a checkpoint, Ctrl-C again stops now"
 
     def begin_attempt(self, workers: int) -> None:
         """Show that workers are starting. Every call after the first counts as a restart."""
-        self._stage, self._workers, self._heard, self._interval_s = "starting", workers, self._clock(), 0.0
+        self._stage, self._workers, self._reported_at, self._interval_s = "starting", workers, self._clock(), 0.0
         self._restarts += 1
 
     def report(self, event: Event) -> None:
@@ -83,8 +83,8 @@ class LiveView:
         match event:
             case StepReport(step, metrics):
                 now = self._clock()
-                self._interval_s = now - self._heard if self._stage == "training" else 0.0
-                self._stage, self._heard = "training", now
+                self._interval_s = now - self._reported_at if self._stage == "training" else 0.0
+                self._stage, self._reported_at = "training", now
                 self._step, self._metrics = step, metrics
                 self._losses.append(metrics.loss.total)
             case CommitReport(checkpoint):
@@ -93,7 +93,7 @@ class LiveView:
             case Notice(kind, step, message):
                 if kind in ("drained", "stopped", "finished"):
                     self._stage = "finishing" if kind == "finished" else "stopping"
-                (print_err if kind in _ALARMING else print_out)(f"step {step}: {kind}: {message}")
+                (print_err if kind in _ALERT_KINDS else print_out)(f"step {step}: {kind}: {message}")
 
     def evaluating(self, progress: EvaluationProgress | None) -> None:
         """Show the running evaluation; None removes it."""
@@ -168,15 +168,15 @@ class LiveView:
         if self._restarts > 0:
             parts.append(f"{self._restarts} {'restart' if self._restarts == 1 else 'restarts'}")
         if self._is_silent():
-            parts.append(f"no report for {format_duration(self._clock() - self._heard)}")
-        if self._keys:
-            parts.append(self._keys)
+            parts.append(f"no report for {format_duration(self._clock() - self._reported_at)}")
+        if self._key_hint:
+            parts.append(self._key_hint)
         return SEPARATOR.join(parts)
 
     def _is_silent(self) -> bool:
         if self._stage not in ("starting", "training"):
             return False
-        return self._clock() - self._heard > max(SILENCE_S, SILENCE_FACTOR * self._interval_s)
+        return self._clock() - self._reported_at > max(SILENCE_S, SILENCE_FACTOR * self._interval_s)
 
 
 def sparkline(values: Sequence[float] | deque[float], width: int) -> str:

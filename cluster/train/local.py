@@ -53,7 +53,7 @@ class LocalLauncher:
         self._config = config
         self._stack = ExitStack()
         self._ranks: RankProcesses | None = None
-        self._asked = False
+        self._stop_requested = False
 
     def __enter__(self) -> Self:
         return self
@@ -73,7 +73,7 @@ class LocalLauncher:
         """Start the processes of an attempt, after ending those of the previous one."""
         self._stack.close()
         ranks = RankProcesses(train_rank, (job,), workers, worker_environment(self._config))
-        self._ranks, self._asked = self._stack.enter_context(ranks), False
+        self._ranks, self._stop_requested = self._stack.enter_context(ranks), False
 
     @property
     def running(self) -> bool:
@@ -85,8 +85,8 @@ class LocalLauncher:
         if self._ranks is None or not self._ranks.running:
             time.sleep(wait_s)
             return () if self._ranks is None else self._ranks.receive(0.0)
-        if stop and not self._asked:
-            self._asked = True
+        if stop and not self._stop_requested:
+            self._stop_requested = True
             self._ranks.ask_to_stop()
         return self._ranks.receive(wait_s)
 
@@ -96,14 +96,14 @@ class LocalLauncher:
         found = self._ranks.errors
         if not found:
             return None
-        errors = {rank: ended.error for rank, ended in found.items()}
-        blamed = root_cause(errors).rank
-        rank = min(errors) if blamed is None else blamed
-        story = f"rank {rank}: {errors[rank]}\n(exit codes: {self._ranks.exits})\n{found[rank].trace}"
-        return AttemptError(errors, f"{story.rstrip()}\n")
+        errors = {rank: rank_error.error for rank, rank_error in found.items()}
+        root_rank = root_cause(errors).rank
+        rank = min(errors) if root_rank is None else root_rank
+        details = f"rank {rank}: {errors[rank]}\n(exit codes: {self._ranks.exit_codes})\n{found[rank].trace}"
+        return AttemptError(errors, f"{details.rstrip()}\n")
 
     @property
-    def leaving(self) -> bool:
+    def is_draining(self) -> bool:
         """Always False: a local run receives no notice of a shutdown."""
         return False
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.train.processes import Post
-from m2f.cluster.train.signals import handling
+from m2f.cluster.train.signals import handling_signals
 from m2f.trainer.errors import PeersError
 from m2f.trainer.job import ManualControl, TrainJob
 from m2f.trainer.reporting import Event, RankReport, Reporters
@@ -46,7 +46,7 @@ def stopped_by_signals() -> Iterator[ManualControl]:
     def stop(number: signal.Signals) -> None:
         control.stop = True
 
-    with handling(stop):
+    with handling_signals(stop):
         yield control
 
 

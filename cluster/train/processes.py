@@ -26,14 +26,16 @@ from m2f.cluster.train.orphans import end_with_parent
 from m2f.trainer.errors import RankDiedError
 from m2f.trainer.reporting import STALL_EXIT
 
-ECHO_S = 5.0
+GRACE_S = 5.0
 """Seconds after the failure of a rank in which the other ranks can report their errors before they are killed."""
 TERM_S = 10.0
 """Seconds to wait for a killed process to end."""
 POST_S = 2.0
 """Seconds that a message waits for another thread's message. It is limited, so a stalled rank can still end itself."""
-_START = multiprocessing.get_context("spawn")  # a rank inherits neither threads nor a CUDA context
-_MOST_TEXT = 25_000  # characters of an error and of its traceback, which together fit into the buffer of an unread pipe
+_SPAWN_CONTEXT = multiprocessing.get_context("spawn")  # a rank inherits neither threads nor a CUDA context
+_MAX_ERROR_CHARS = (
+    25_000  # characters of an error and of its traceback, which together fit into the buffer of an unread pipe
+)
 
 Post = Callable[[Any], None]
 """Function that sends a message to the parent process."""
@@ -72,7 +74,7 @@ class _Rank:
         except (EOFError, OSError):  # the process has ended, perhaps in the middle of a message
             self.is_open = False
 
-    def note_end(self) -> None:
+    def record_exit(self) -> None:
         """Record the end of the process: if it sent no error, derive one from a nonzero exit code."""
         self.process.join()
         self.collect()
@@ -85,7 +87,7 @@ class RankProcesses:
     """Context manager for processes that run `target(*arguments, post)` with torch's launch variables set.
 
     `target` and `arguments` must be picklable. `environment` is added to the environment of every process. After a
-    rank has failed, the others have `ECHO_S` seconds to end before they are killed. On Linux, the processes are also
+    rank has failed, the others have `GRACE_S` seconds to end before they are killed. On Linux, the processes are also
     killed if this process dies.
     """
 
@@ -106,10 +108,10 @@ class RankProcesses:
         port = _free_port()
         try:
             for index in range(self._num_workers):
-                receiver, sender = _START.Pipe(duplex=False)
+                receiver, sender = _SPAWN_CONTEXT.Pipe(duplex=False)
                 variables = {**_launch_variables(index, self._num_workers, port), **self._environment}
                 arguments = (self._target, self._arguments, variables, sender)
-                process = _START.Process(target=_worker, args=arguments, name=f"rank{index}")
+                process = _SPAWN_CONTEXT.Process(target=_worker, args=arguments, name=f"rank{index}")
                 process.start()
                 sender.close()
                 self._ranks.append(_Rank(index, process, receiver))
@@ -133,14 +135,14 @@ class RankProcesses:
         return {rank.index: rank.error for rank in self._ranks if rank.error is not None}
 
     @property
-    def exits(self) -> str:
+    def exit_codes(self) -> str:
         """Exit statuses of all ranks as text."""
         return ", ".join(f"rank {rank.index}: {rank.process.exitcode}" for rank in self._ranks)
 
     def receive(self, wait_s: float) -> list[Any]:
         """Wait up to `wait_s` seconds for a message and return the messages of all ranks.
 
-        Returns earlier if all ranks have ended. The remaining ranks are killed once `ECHO_S` seconds have passed since
+        Returns earlier if all ranks have ended. The remaining ranks are killed once `GRACE_S` seconds have passed since
         a failure.
         """
         until = min(time.monotonic() + wait_s, self._deadline)
@@ -149,7 +151,7 @@ class RankProcesses:
             pipes = [rank.pipe for rank in self._running.values() if rank.is_open]
             for ready in wait([*self._running, *pipes], max(0.0, until - time.monotonic())):
                 if isinstance(ready, int):
-                    self._note_end(self._running.pop(ready))
+                    self._record_exit(self._running.pop(ready))
             for rank in self._running.values():
                 rank.collect()
             if time.monotonic() >= until or any(rank.messages for rank in self._ranks):
@@ -172,10 +174,10 @@ class RankProcesses:
         for rank in self._ranks:
             rank.pipe.close()
 
-    def _note_end(self, rank: _Rank) -> None:
-        rank.note_end()
+    def _record_exit(self, rank: _Rank) -> None:
+        rank.record_exit()
         if rank.process.exitcode:
-            self._deadline = min(self._deadline, time.monotonic() + ECHO_S)
+            self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
 
     def _kill(self) -> None:
         for rank in self._running.values():
@@ -217,7 +219,7 @@ def _worker(
     try:
         target(*arguments, post)
     except BaseException as error:
-        post(RankError(_portable(error), traceback.format_exc()[-_MOST_TEXT:]))
+        post(RankError(_picklable_error(error), traceback.format_exc()[-_MAX_ERROR_CHARS:]))
         pipe.close()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -225,15 +227,15 @@ def _worker(
     end_process(0)
 
 
-def _portable(error: BaseException) -> BaseException:
+def _picklable_error(error: BaseException) -> BaseException:
     """Return the error if it can be pickled and is small; otherwise a RuntimeError with its type and message."""
     try:
         data = pickle.dumps(error)
-        if len(data) <= _MOST_TEXT and isinstance(pickle.loads(data), type(error)):
+        if len(data) <= _MAX_ERROR_CHARS and isinstance(pickle.loads(data), type(error)):
             return error
     except Exception:  # pickling an arbitrary error can raise anything
         pass
-    return RuntimeError(f"{type(error).__name__}: {error}"[:_MOST_TEXT])
+    return RuntimeError(f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS])
 
 
 def _launch_variables(rank: int, num_workers: int, port: int) -> dict[str, str]:

@@ -108,8 +108,8 @@ class RayLauncher:
         pending workers. Every call repeats it, because Ray Train overwrites it at the end of every attempt.
         """
         request_resources(bundles=[self._cluster.needs] * self._cluster.max_workers)
-        leaving = draining_nodes()
-        return [free for node, free in free_resources().items() if node not in leaving]
+        draining = draining_nodes()
+        return [free for node, free in free_resources().items() if node not in draining]
 
     def start(self, job: TrainJob, workers: int) -> None:
         """Call `TorchTrainer.fit()` in a thread."""
@@ -146,13 +146,13 @@ class RayLauncher:
         error = self._error
         if error is None:
             return None
-        story = f"{type(error).__name__}: {error}\n"
+        details = f"{type(error).__name__}: {error}\n"
         if isinstance(error, ray.train.WorkerGroupError):
-            return AttemptError(error.worker_failures, story)
-        return AttemptError({}, story, other=getattr(error, "controller_failure", error))
+            return AttemptError(error.worker_failures, details)
+        return AttemptError({}, details, other=getattr(error, "controller_failure", error))
 
     @property
-    def leaving(self) -> bool:
+    def is_draining(self) -> bool:
         """Whether Ray is draining the driver's node."""
         return ray.get_runtime_context().get_node_id() in draining_nodes()
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ECHO_S = 1.0
+DUPLICATE_S = 1.0
 """Seconds in which a second signal counts as a duplicate.
 
 Terminals and Ray send a signal to all processes of a job, and the parents pass it on as well."""
 
 
 @contextmanager
-def handling(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
+def handling_signals(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
     """Call `handle` for every SIGINT and SIGTERM that is not a duplicate of the last one.
 
     Does nothing outside the main thread, where Python forbids signal handlers. Restores the previous handlers at exit.
@@ -27,14 +27,14 @@ def handling(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
         return
     last = -math.inf
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= ECHO_S:
+        if now - last >= DUPLICATE_S:
             last = now
             handle(signal.Signals(number))
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from m2f.cluster.tracking.logged_models import KeptCheckpoints
 from m2f.cluster.tracking.record import record_evaluations
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, create_run
 from m2f.cluster.train.compose import adjusted_job, begin_run, compose_job
-from m2f.cluster.train.elastic import Resize, Sizes
+from m2f.cluster.train.elastic import Resize, WorkerScaler
 from m2f.cluster.train.failure_policy import (
     Attempt,
     AttemptError,
@@ -43,7 +43,7 @@ from m2f.cluster.train.failure_policy import (
 from m2f.cluster.train.launcher import Evaluations, Launcher
 from m2f.cluster.train.live_view import LiveView
 from m2f.cluster.train.relay import RunRelay
-from m2f.cluster.train.signals import handling
+from m2f.cluster.train.signals import handling_signals
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.counted import counted
@@ -127,19 +127,19 @@ class _Supervisor:
         if self._tracked.remade:
             self._relay.track_evaluations(config, storage, settled)
             record_evaluations(storage, config.run_folder)
-        self._sizes = Sizes(config.cluster, launcher.free_nodes)
+        self._scaler = WorkerScaler(config.cluster, launcher.free_nodes)
         self._failures: list[Failure] = []
         self._interrupts = 0
         self._early_stop: EarlyStop | None = None
         self._metric_checked = False
-        self._look_for_early_stop(known)
+        self._check_early_stopping(known)
 
     def run(self) -> RunSummary:
         """Run all attempts, then wait for pending evaluations; return a summary."""
         status: Status = "failed"
         ended = False
         try:
-            with handling(self._interrupt):
+            with handling_signals(self._interrupt):
                 self._repair_commits()
                 self._relay.track_stored(self._storage, self._config.run_folder)
                 status = self._train()
@@ -172,7 +172,7 @@ class _Supervisor:
             status=status,
             checkpoint=self._newest(),
             failures=tuple(self._failures),
-            resizes=tuple(self._sizes.resizes),
+            resizes=tuple(self._scaler.resizes),
             evaluations=entries,
             tracked=self._tracked,
         )
@@ -192,7 +192,7 @@ class _Supervisor:
         """Run attempts until the run finishes, is stopped, or the failure policy gives up."""
         history, number = AttemptHistory(self._newest_step()), 0
         while not self._is_trained():
-            workers = self._wait_for_room()
+            workers = self._wait_for_resources()
             if workers is None:
                 break
             number += 1
@@ -203,7 +203,7 @@ class _Supervisor:
                 break  # the last step is committed, so errors of the ranks after it do not matter
             if error is None and self._interrupts:
                 return "stopped"
-            if error is None and self._sizes.growing:
+            if error is None and self._scaler.growing:
                 continue
             failure = failure_of(error, ending)
             if self._interrupts and failure.kind in ("death", "room"):  # the signal came before a rank could handle it
@@ -217,7 +217,7 @@ class _Supervisor:
             self._announce(failure, step, decision, error, number)
             if isinstance(decision, Stop):
                 return self._give_up(error, failure)
-            if failure.kind == "preemption" and self._launcher.leaving:
+            if failure.kind == "preemption" and self._launcher.is_draining:
                 return "drained"
             if decision.change is not None:
                 self._lease.check()
@@ -240,13 +240,13 @@ class _Supervisor:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{number}"
         job = replace(adjusted_job(self._config, self._job, self._adjustments), attempt=name)
         self._relay.begin_attempt(workers)
-        silence = _Silence(self._config, self._launcher)
+        silence = _SilenceWarning(self._config, self._launcher)
         self._launcher.start(job, workers)
         while self._launcher.running:
             silence.note(self._update(POLL_S))
-            self._sizes.look(self._relay)
+            self._scaler.check_growth(self._relay)
         self._update(0.0)
-        self._sizes.ended(self._relay)
+        self._scaler.record_end(self._relay)
         self._repair_commits()
         return self._launcher.error(), read_ending(self._storage, self._config.run_folder, name)
 
@@ -257,9 +257,9 @@ class _Supervisor:
         where = "" if failure.rank is None else f" on rank {failure.rank}"
         print_err(f"attempt {number} ended{where} after checkpoint step {step}: {_first_line(failure.message)}")
         if error is not None:
-            story = join(self._config.run_folder, "failures", f"{time.strftime('%Y%m%d-%H%M%S')}.txt")
-            self._storage.put(story, error.story.encode())
-            print_err(f"  details: {story}")
+            details = join(self._config.run_folder, "failures", f"{time.strftime('%Y%m%d-%H%M%S')}.txt")
+            self._storage.put(details, error.details.encode())
+            print_err(f"  details: {details}")
         match decision:
             case Retry(delay_s, reason):
                 print_err(f"  restarting in {delay_s:.0f} s: {reason}")
@@ -273,10 +273,10 @@ class _Supervisor:
             raise cause
         return "failed"
 
-    def _wait_for_room(self) -> int | None:
+    def _wait_for_resources(self) -> int | None:
         """Wait for resources and return the number of workers for the next attempt; None if the run must end."""
-        silence = _Silence(self._config, self._launcher)
-        while (workers := self._sizes.next()) is None:
+        silence = _SilenceWarning(self._config, self._launcher)
+        while (workers := self._scaler.next()) is None:
             self._pause(POLL_S)
             silence.note(False)
             if self._interrupts or self._early_stop is not None:
@@ -314,15 +314,15 @@ class _Supervisor:
         """Wait up to `wait_s` seconds and forward new events; return whether a rank has reported anything."""
         self._lease.raise_if_lost()
         is_ending = self._interrupts > 0 or self._early_stop is not None
-        events = self._launcher.poll(is_ending or self._sizes.growing, wait_s)
+        events = self._launcher.poll(is_ending or self._scaler.growing, wait_s)
         for event in events:
             self._relay.report(event)
         if self._evaluations is not None and (status := self._evaluations.status()) is not None:
             self._relay.show_evaluations(status)
-            self._look_for_early_stop(status.entries)
+            self._check_early_stopping(status.entries)
         return bool(events)
 
-    def _look_for_early_stop(self, entries: Sequence[Entry]) -> None:
+    def _check_early_stopping(self, entries: Sequence[Entry]) -> None:
         """End the run, and report the reason, if the results meet the early-stopping criterion."""
         settings = self._config.training.early_stopping
         if settings is None or self._early_stop is not None:
@@ -353,7 +353,7 @@ class _Supervisor:
         self._relay.interrupted()
 
 
-class _Silence:
+class _SilenceWarning:
     """Prints a message once a minute while the workers of an attempt have not reported anything."""
 
     def __init__(self, config: RunConfig, launcher: Launcher) -> None:
@@ -362,13 +362,13 @@ class _Silence:
         self._since = self._said = time.monotonic()
         self._broken = False
 
-    def note(self, heard: bool) -> None:
-        """Print the message if it is due. This is called at every poll; `heard` states whether a report has arrived."""
-        self._broken = self._broken or heard
+    def note(self, has_report: bool) -> None:
+        """Print the message if it is due. Call this at every poll; `has_report` states whether a report has arrived."""
+        self._has_report = self._has_report or has_report
         now = time.monotonic()
-        if self._broken or now - self._said < SILENCE_S:
+        if self._has_report or now - self._warned_at < SILENCE_S:
             return
-        self._said = now
+        self._warned_at = now
         reason = self._launcher.describe_wait()
         print_err(
             f"no report from the workers for {format_duration(now - self._since)}"

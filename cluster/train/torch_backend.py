@@ -25,13 +25,13 @@ class WorkerGpu:
     node: str
     assigned: str | None
     """Id of the GPU that Ray assigned to the worker; None if it has none."""
-    is_seen: bool
+    is_visible: bool
     """Whether torch sees a GPU in the worker."""
     torch: str
     """Version of torch, and of CUDA if torch is built with it."""
 
 
-def look_at_gpu() -> WorkerGpu:
+def worker_gpu() -> WorkerGpu:
     """Return the GPU of the worker in which this function runs."""
     import torch
 
@@ -40,24 +40,24 @@ def look_at_gpu() -> WorkerGpu:
     return WorkerGpu(
         node=socket.gethostname(),
         assigned=assigned[0] if assigned else None,
-        is_seen=torch.cuda.is_available(),
+        is_visible=torch.cuda.is_available(),
         torch=f"torch {torch.__version__} with {built}",
     )
 
 
-def unseen_gpus(workers: Sequence[WorkerGpu]) -> str | None:
+def invisible_gpu_problem(workers: Sequence[WorkerGpu]) -> str | None:
     """Return a message if torch sees no GPU in a worker to which Ray assigned one; otherwise None.
 
     `workers` are in the order of their ranks.
     """
-    blind = [
-        (rank, worker) for rank, worker in enumerate(workers) if worker.assigned is not None and not worker.is_seen
+    affected = [
+        (rank, worker) for rank, worker in enumerate(workers) if worker.assigned is not None and not worker.is_visible
     ]
-    if not blind:
+    if not affected:
         return None
-    first = blind[0][1]
-    names = [f"rank {rank} on node {worker.node} (GPU {worker.assigned})" for rank, worker in blind[:10]]
-    rest = f" and {len(blind) - 10} more" if len(blind) > 10 else ""
+    first = affected[0][1]
+    names = [f"rank {rank} on node {worker.node} (GPU {worker.assigned})" for rank, worker in affected[:10]]
+    rest = f" and {len(affected) - 10} more" if len(affected) > 10 else ""
     return (
         f"torch sees no GPU where Ray assigned one: {', '.join(names)}{rest}; {first.torch}. Run `nvidia-smi` and "
         f"`m2f doctor` on {first.node}; fix the driver, remove the node from the cluster, or train on the CPU with "
@@ -87,7 +87,7 @@ class CheckedTorch(Backend):
 
         Raises TrainingError if torch does not see an assigned GPU. Otherwise the ranks would hang or fail in NCCL.
         """
-        if problem := unseen_gpus(worker_group.execute(look_at_gpu)):
+        if problem := invisible_gpu_problem(worker_group.execute(worker_gpu)):
             raise TrainingError(problem)
         self._torch.on_start(worker_group, backend_config)
 

@@ -40,7 +40,7 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
     settings = arguments["settings"]
     context = ray.train.get_context()
     os.environ["LOCAL_SIZE"] = str(context.get_local_world_size())  # the device count that DeepSpeed uses on CPUs
-    _take_gpu(ray.get_gpu_ids())
+    _use_assigned_gpu(ray.get_gpu_ids())
     from m2f.trainer.worker import run_worker  # deepspeed reads the environment when it is imported
 
     quiet_reports()
@@ -53,7 +53,7 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
         raise (error.__cause__ or error) from None  # pickling for the supervisor drops the cause
 
 
-def _take_gpu(assigned: list[Any]) -> None:
+def _use_assigned_gpu(assigned: list[Any]) -> None:
     """Make torch and DeepSpeed use the GPU that Ray assigned to this rank. Its index can differ from the local rank.
 
     `CheckedTorch` has already checked that torch sees the GPU.

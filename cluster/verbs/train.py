@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> int:
     print_err(f"{args.recipe}: loading PyTorch and MLflow")
     if args.restart:
         return _restarted(args, config)
-    from m2f.cluster.train.driver_restarts import note_end
+    from m2f.cluster.train.driver_restarts import report_deliberate_exit
 
     try:
         return _train(args, config)
     finally:
-        note_end()
+        report_deliberate_exit()
 
 
 def _train(args: argparse.Namespace, config: RunConfig) -> int:
@@ -102,9 +102,9 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
 
 def _restarted(args: argparse.Namespace, config: RunConfig) -> int:
     """Train in a child process that is restarted after failures (`--restart`); return its last exit status."""
-    from m2f.cluster.train.driver_restarts import run_restarted
+    from m2f.cluster.train.driver_restarts import run_with_restarts
 
     words = [args.recipe, *args.overrides]
     words += ["--launcher", "local"] if args.launcher == "local" else []
     words += ["--plain"] if args.plain else []
-    return run_restarted([sys.executable, "-m", "m2f.cluster.cli", "train", *words], config)
+    return run_with_restarts([sys.executable, "-m", "m2f.cluster.cli", "train", *words], config)

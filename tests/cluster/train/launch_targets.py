@@ -71,7 +71,7 @@ if __name__ == "__main__":
     import launch_targets
 
     target, ranks, *arguments = sys.argv[1:]
-    m2f.cluster.train.processes.ECHO_S = 0.5 if target == "fail_while_the_other_hangs" else PATIENCE_S
+    m2f.cluster.train.processes.GRACE_S = 0.5 if target == "fail_while_the_other_hangs" else PATIENCE_S
     try:
         launch(getattr(launch_targets, target), tuple(arguments), int(ranks), {"EXTRA": "e"})
     except (ConfigError, LaunchError) as error:

@@ -3,6 +3,6 @@
 import sys
 
 from m2f.cluster.recipe.load import load_recipe
-from m2f.cluster.train.driver_restarts import run_restarted
+from m2f.cluster.train.driver_restarts import run_with_restarts
 
-sys.exit(run_restarted(sys.argv[2:], load_recipe(sys.argv[1])))
+sys.exit(run_with_restarts(sys.argv[2:], load_recipe(sys.argv[1])))

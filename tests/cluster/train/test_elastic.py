@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 
 from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.tracking.tracking import create_run
-from m2f.cluster.train.elastic import Sizes, next_size
+from m2f.cluster.train.elastic import WorkerScaler, next_size
 from m2f.cluster.train.local import train_locally
 from m2f.cluster.train.ray_launcher import run_training
 from m2f.cluster.train.resources import count_fitting
@@ -45,7 +45,7 @@ def test_fewer_than_max_workers_start_only_after_patience():
     assert next_size(2, RANGE, 1.0) is None
     assert next_size(2, RANGE, 10.0) == 2
     assert next_size(0, RANGE, 1000.0) is None
-    assert Sizes(ClusterConfig(num_workers=3), list).next() == 3  # Ray does the waiting
+    assert WorkerScaler(ClusterConfig(num_workers=3), list).next() == 3  # Ray does the waiting
 
 
 def test_worker_range_must_be_ascending():
@@ -55,7 +55,7 @@ def test_worker_range_must_be_ascending():
 
 
 class Relay:
-    """What `Sizes` sees of a relay."""
+    """What `WorkerScaler` sees of a relay."""
 
     resumed = None
     last_step = 0
@@ -63,23 +63,23 @@ class Relay:
 
 def test_run_grows_only_after_lasting_free_resources_and_training_progress():
     now, nodes, relay = [0.0], [{"CPU": 2.0}], Relay()
-    sizes = Sizes(RANGE, lambda: nodes, lambda: now[0])
-    assert sizes.next() is None
+    scaler = WorkerScaler(RANGE, lambda: nodes, lambda: now[0])
+    assert scaler.next() is None
     now[0] = 10.0
-    assert sizes.next() == 1
+    assert scaler.next() == 1
     for _ in range(20):
         now[0] += 3.0
-        sizes.look(relay)
-    assert not sizes.growing  # nobody has trained yet
+        scaler.check_growth(relay)
+    assert not scaler.growing  # nobody has trained yet
     relay.last_step = 1
     for free, grows in ((2.0, False), (2.0, False), (1.0, False), (2.0, False), (2.0, False), (2.0, False)):
         nodes[0] = {"CPU": free}
         now[0] += 4.0
-        sizes.look(relay)
-        assert sizes.growing == grows
+        scaler.check_growth(relay)
+        assert scaler.growing == grows
     now[0] += 4.0
-    sizes.look(relay)
-    assert sizes.growing
+    scaler.check_growth(relay)
+    assert scaler.growing
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
     Losses are those of a run that kept two. No point and no evaluation is missing or doubled.
     """
     monkeypatch.setattr("m2f.cluster.train.elastic.PATIENCE_S", 2.0)
-    monkeypatch.setattr("m2f.cluster.train.elastic.LOOK_S", 0.5)
+    monkeypatch.setattr("m2f.cluster.train.elastic.CHECK_INTERVAL_S", 0.5)
     monkeypatch.setattr("m2f.cluster.train.supervisor.POLL_S", 0.2)
     monkeypatch.setattr("m2f.cluster.train.ray_launcher.train_loop", tiny_run.slow_loop)
     config = tiny_config(folder, "elastic", small_sets(str(folder), Storage()))

@@ -12,7 +12,7 @@ import pytest
 from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.train import driver_restarts as restarts
-from m2f.cluster.train.driver_restarts import run_restarted
+from m2f.cluster.train.driver_restarts import run_with_restarts
 from m2f.trainer.checkpoint.lease import LEASE_VARIABLE
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -48,7 +48,7 @@ def waits(monkeypatch):
 
 
 def test_killed_driver_is_restarted(tmp_path, waits, capsys):
-    assert run_restarted(driver(tmp_path, [-signal.SIGKILL, -signal.SIGSEGV, 0]), watched(tmp_path)) == 0
+    assert run_with_restarts(driver(tmp_path, [-signal.SIGKILL, -signal.SIGSEGV, 0]), watched(tmp_path)) == 0
     assert runs(tmp_path) == 3
     assert waits == [1.0, 2.0]
     assert "the driver was killed (SIGKILL)" in capsys.readouterr().err
@@ -56,14 +56,14 @@ def test_killed_driver_is_restarted(tmp_path, waits, capsys):
 
 def test_deaths_without_a_new_checkpoint_count_against_max_failures(tmp_path, waits, capsys):
     config = watched(tmp_path, "cluster.max_failures=2")
-    assert run_restarted(driver(tmp_path, [-signal.SIGKILL] * 9), config) == 128 + signal.SIGKILL
+    assert run_with_restarts(driver(tmp_path, [-signal.SIGKILL] * 9), config) == 128 + signal.SIGKILL
     assert runs(tmp_path) == 3
     assert "cluster.max_failures allows 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 3])
 def test_driver_that_exits_deliberately_is_not_restarted(tmp_path, waits, status):
-    assert run_restarted(driver(tmp_path, [status, 7]), watched(tmp_path)) == status
+    assert run_with_restarts(driver(tmp_path, [status, 7]), watched(tmp_path)) == status
     assert runs(tmp_path) == 1
 
 
@@ -71,19 +71,19 @@ def test_driver_that_exits_deliberately_is_not_restarted(tmp_path, waits, status
     ("status", "why"), [(69, "the storage or Ray did not answer"), (75, "is about to be preempted")]
 )
 def test_driver_is_restarted_after_outage_and_preemption(tmp_path, waits, capsys, status, why):
-    assert run_restarted(driver(tmp_path, [status, 3]), watched(tmp_path)) == 3
+    assert run_with_restarts(driver(tmp_path, [status, 3]), watched(tmp_path)) == 3
     assert runs(tmp_path) == 2
     assert why in capsys.readouterr().err
 
 
 def test_driver_ended_by_ray_with_status_1_is_restarted(tmp_path, waits, capsys):
-    assert run_restarted(driver(tmp_path, ["ray", 1, 0]), watched(tmp_path)) == 1
+    assert run_with_restarts(driver(tmp_path, ["ray", 1, 0]), watched(tmp_path)) == 1
     assert runs(tmp_path) == 2
     assert "the storage or Ray did not answer" in capsys.readouterr().err
 
 
 def test_outages_without_a_new_checkpoint_count_against_max_failures(tmp_path, waits):
-    assert run_restarted(driver(tmp_path, [69] * 9), watched(tmp_path, "cluster.max_failures=2")) == 69
+    assert run_with_restarts(driver(tmp_path, [69] * 9), watched(tmp_path, "cluster.max_failures=2")) == 69
     assert runs(tmp_path) == 3
 
 

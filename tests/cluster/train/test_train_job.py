@@ -242,8 +242,8 @@ def test_bug_on_one_rank_stops_the_run_and_is_reported_first(cluster, config, wo
     assert lines[0] == "attempt 1 ended on rank 1 after checkpoint step 0: ValueError: the colour of sample 9 is wrong"
     assert lines[-1] == "  giving up: a restart would fail in the same way"
     assert len(lines) == 3
-    (story,) = (Path(buggy.run_folder) / "failures").iterdir()
-    assert "the colour of sample 9 is wrong" in story.read_text()
+    (details,) = (Path(buggy.run_folder) / "failures").iterdir()
+    assert "the colour of sample 9 is wrong" in details.read_text()
 
 
 def test_run_recovers_from_failed_upload_out_of_memory_and_loss_spike(cluster, config, calm_run, workers_with, capsys):

@@ -15,7 +15,7 @@ from m2f.cluster.recipe.devices import SeenDevices, SeenGpu, settle
 from m2f.cluster.train import ray_launcher
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Stop, decide, failure_of
 from m2f.cluster.train.supervisor import _Supervisor
-from m2f.cluster.train.torch_backend import CheckedTorch, CheckedTorchConfig, WorkerGpu, unseen_gpus
+from m2f.cluster.train.torch_backend import CheckedTorch, CheckedTorchConfig, WorkerGpu, invisible_gpu_problem
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
@@ -26,18 +26,22 @@ from tests.cluster.tiny_run import small_sets, tiny_config
 GPU = SeenGpu("GPU", (8, 0))
 
 
-def worker(node, assigned="0", is_seen=True):
-    return WorkerGpu(node, assigned, is_seen, "torch 2.9.0 with CUDA 12.8")
+def worker(node, assigned="0", is_visible=True):
+    return WorkerGpu(node, assigned, is_visible, "torch 2.9.0 with CUDA 12.8")
 
 
 def test_message_names_ranks_without_gpu_and_their_nodes():
-    assert unseen_gpus([worker("a"), worker("b", assigned=None, is_seen=False)]) is None, "a rank on the CPU needs none"
-    problem = unseen_gpus([worker("a"), worker("b", "1", is_seen=False), worker("c", "0", is_seen=False)])
+    assert invisible_gpu_problem([worker("a"), worker("b", assigned=None, is_visible=False)]) is None, (
+        "a rank on the CPU needs none"
+    )
+    problem = invisible_gpu_problem(
+        [worker("a"), worker("b", "1", is_visible=False), worker("c", "0", is_visible=False)]
+    )
     assert problem is not None
     assert "rank 1 on node b (GPU 1), rank 2 on node c (GPU 0); torch 2.9.0 with CUDA 12.8. Run" in problem
     assert "`nvidia-smi` and `m2f doctor` on b;" in problem
     assert "cluster.num_gpus_per_worker=0" in problem
-    many = unseen_gpus([worker("b", is_seen=False)] * 64)
+    many = invisible_gpu_problem([worker("b", is_visible=False)] * 64)
     assert many is not None
     assert "and 54 more" in many
 
@@ -46,7 +50,7 @@ def test_gpus_are_checked_before_the_process_group_is_created(monkeypatch):
     backend, started = CheckedTorch(), []
     monkeypatch.setattr(backend, "_torch", SimpleNamespace(on_start=lambda *_: started.append(1)))
     with pytest.raises(TrainingError, match="rank 1 on node b"):
-        backend.on_start(SimpleNamespace(execute=lambda _: [worker("a"), worker("b", is_seen=False)]), None)
+        backend.on_start(SimpleNamespace(execute=lambda _: [worker("a"), worker("b", is_visible=False)]), None)
     assert not started
     backend.on_start(SimpleNamespace(execute=lambda _: [worker("a"), worker("b")]), None)
     assert started
