@@ -33,9 +33,8 @@ TERM_S = 10.0
 POST_S = 2.0
 """Seconds that a message waits for another thread's message. It is limited, so a stalled rank can still end itself."""
 _SPAWN_CONTEXT = multiprocessing.get_context("spawn")  # a rank inherits neither threads nor a CUDA context
-_MAX_ERROR_CHARS = (
-    25_000  # characters of an error and of its traceback, which together fit into the buffer of an unread pipe
-)
+_MAX_ERROR_CHARS = 25_000
+"""Characters of an error and of its traceback, which together fit into the buffer of an unread pipe."""
 
 Post = Callable[[Any], None]
 """Function that sends a message to the parent process."""

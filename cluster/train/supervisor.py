@@ -257,9 +257,9 @@ class _Supervisor:
         where = "" if failure.rank is None else f" on rank {failure.rank}"
         print_err(f"attempt {number} ended{where} after checkpoint step {step}: {_first_line(failure.message)}")
         if error is not None:
-            details = join(self._config.run_folder, "failures", f"{time.strftime('%Y%m%d-%H%M%S')}.txt")
-            self._storage.put(details, error.details.encode())
-            print_err(f"  details: {details}")
+            url = join(self._config.run_folder, "failures", f"{time.strftime('%Y%m%d-%H%M%S')}.txt")
+            self._storage.put(url, error.details.encode())
+            print_err(f"  details: {url}")
         match decision:
             case Retry(delay_s, reason):
                 print_err(f"  restarting in {delay_s:.0f} s: {reason}")
@@ -359,8 +359,8 @@ class _SilenceWarning:
     def __init__(self, config: RunConfig, launcher: Launcher) -> None:
         self._launcher = launcher
         self._hint = "; with training.compile, the first step takes minutes" if config.training.compile else ""
-        self._since = self._said = time.monotonic()
-        self._broken = False
+        self._since = self._warned_at = time.monotonic()
+        self._has_report = False
 
     def note(self, has_report: bool) -> None:
         """Print the message if it is due. Call this at every poll; `has_report` states whether a report has arrived."""
