@@ -103,7 +103,7 @@ class SlidingWindows(Section):
 
 TestTime = WholeImage | MultiScale | SlidingWindows
 WHOLE_IMAGE = WholeImage()
-_LATER = {"multi_scale": ("window", "stride")}
+_ADDED_LATER = {"multi_scale": ("window", "stride")}
 
 
 def stored_test_time(test_time: TestTime) -> dict[str, Any]:
@@ -111,8 +111,8 @@ def stored_test_time(test_time: TestTime) -> dict[str, Any]:
 
     Settings that were added after the first version are left out if None.
     """
-    later = _LATER.get(test_time.kind, ())
-    return {name: value for name, value in asdict(test_time).items() if value is not None or name not in later}
+    added_later = _ADDED_LATER.get(test_time.kind, ())
+    return {name: value for name, value in asdict(test_time).items() if value is not None or name not in added_later}
 
 
 def check_test_time(test_time: TestTime, tasks: Collection[Task], place: str) -> None:
@@ -222,21 +222,21 @@ class EvaluationConfig(Section):
         """GPUs per actor; 0 as long as `auto` is not resolved."""
         return 0.0 if self.num_gpus_per_actor == "auto" else self.num_gpus_per_actor
 
-    def for_set(self, evaluated: EvaluationSet) -> EvaluationConfig:
+    def for_set(self, image_set: EvaluationSet) -> EvaluationConfig:
         """Return the settings with the set's own tasks and test time, and only the extra metrics for these tasks."""
-        tasks = self.tasks if evaluated.tasks is None else evaluated.tasks
+        tasks = self.tasks if image_set.tasks is None else image_set.tasks
         applicable = (m for m in self.extra_metrics if not set(tasks).isdisjoint(EXTRA_METRIC_TASKS[m]))
-        test_time = self.test_time if evaluated.test_time is None else evaluated.test_time
-        return replace(self, sets=(evaluated,), tasks=tasks, test_time=test_time, extra_metrics=tuple(applicable))
+        test_time = self.test_time if image_set.test_time is None else image_set.test_time
+        return replace(self, sets=(image_set,), tasks=tasks, test_time=test_time, extra_metrics=tuple(applicable))
 
     def _check_sets(self) -> None:
         labels = [s.label for s in self.sets]
-        for evaluated in self.sets:
-            if labels.count(evaluated.label) > 1:
-                raise ConfigError(f"evaluation.sets: two sets are named {evaluated.label!r}; give each a unique `name`")
-            tasks = evaluated.tasks if evaluated.tasks is not None else self.tasks
-            test_time = self.test_time if evaluated.test_time is None else evaluated.test_time
-            check_test_time(test_time, tasks, f"evaluation.sets: {evaluated.label!r}")
+        for image_set in self.sets:
+            if labels.count(image_set.label) > 1:
+                raise ConfigError(f"evaluation.sets: two sets are named {image_set.label!r}; give each a unique `name`")
+            tasks = image_set.tasks if image_set.tasks is not None else self.tasks
+            test_time = self.test_time if image_set.test_time is None else image_set.test_time
+            check_test_time(test_time, tasks, f"evaluation.sets: {image_set.label!r}")
 
     def _check_extra_metrics(self) -> None:
         set_tasks = [task for s in self.sets for task in s.tasks or ()]

@@ -26,7 +26,7 @@ from m2f.data_pipeline.categories import Category, CategoryTable, Task
 from m2f.data_pipeline.sample import VOID_ID
 from m2f.eval.config import ExtraMetric
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.box_average_precision import boxes_of_detections, boxes_of_truth, match_boxes
+from m2f.eval.metrics.box_average_precision import detection_boxes, match_boxes, truth_boxes
 from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
 from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.mean_iou import MeanIoUState, ignore_label
@@ -113,10 +113,10 @@ def evaluate_panoptic(
     assert states.errors is not None
     for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
         _check_labels(number, (*annotated.labels.values(), *predicted.labels.values()), len(class_names))
-        of_truth = _panoptic_truth(annotated)
-        of_prediction = PanopticPrediction(predicted.id_map, predicted.labels)
-        states.panoptic.update(number, of_truth, of_prediction)
-        candidates = panoptic_candidates(of_truth, of_prediction)
+        image_truth = _panoptic_truth(annotated)
+        image_prediction = PanopticPrediction(predicted.id_map, predicted.labels)
+        states.panoptic.update(number, image_truth, image_prediction)
+        candidates = panoptic_candidates(image_truth, image_prediction)
         states.segments.update(number, candidates)
         states.errors.add(number, panoptic_errors(candidates))
     return states.compute(table, SUBJECT)
@@ -150,13 +150,13 @@ def evaluate_instances(
     assert states.segments is not None
     assert states.errors is not None
     for number, (annotated, detected) in enumerate(_pairs(truth, predictions)):
-        of_truth, found = _instance_truth(number, annotated), _detections(number, detected)
-        states.instance.update(number, of_truth, found)
-        states.segments.update(number, instance_candidates(of_truth, found))
-        states.errors.add(number, instance_errors(of_truth, found))
+        image_truth, detections = _instance_truth(number, annotated), _detections(number, detected)
+        states.instance.update(number, image_truth, detections)
+        states.segments.update(number, instance_candidates(image_truth, detections))
+        states.errors.add(number, instance_errors(image_truth, detections))
         if states.box_instance is not None:
             limit = states.box_instance.max_dets[-1]
-            states.box_instance.add(number, match_boxes(boxes_of_truth(of_truth), boxes_of_detections(found), limit))
+            states.box_instance.add(number, match_boxes(truth_boxes(image_truth), detection_boxes(detections), limit))
     return states.compute(table, SUBJECT)
 
 
@@ -209,10 +209,10 @@ def _path(name: str, value: object) -> Path:
 
 def _pairs(truth: Iterable[_ImageT], predictions: Iterable[_ImageT]) -> Iterable[tuple[_ImageT, _ImageT]]:
     """Yield pairs of images. Raises EvaluationError if one side has more images."""
-    nothing = object()
-    for number, (annotated, predicted) in enumerate(zip_longest(truth, predictions, fillvalue=nothing)):
-        if annotated is nothing or predicted is nothing:
-            shorter = "truth" if annotated is nothing else "predictions"
+    missing = object()
+    for number, (annotated, predicted) in enumerate(zip_longest(truth, predictions, fillvalue=missing)):
+        if annotated is missing or predicted is missing:
+            shorter = "truth" if annotated is missing else "predictions"
             raise EvaluationError(
                 f"{shorter} has {number} images, fewer than the other side; pass the same images in the same order"
             )
@@ -232,9 +232,9 @@ def _states(
 
 
 def _check_labels(number: int, labels: Iterable[int], num_classes: int) -> None:
-    wrong = [label for label in labels if not 0 <= label < num_classes]
-    if wrong:
-        raise EvaluationError(f"image {number}: a segment has class {wrong[0]}, outside 0..{num_classes - 1}")
+    invalid = [label for label in labels if not 0 <= label < num_classes]
+    if invalid:
+        raise EvaluationError(f"image {number}: a segment has class {invalid[0]}, outside 0..{num_classes - 1}")
 
 
 def _panoptic_truth(image: PanopticImage) -> PanopticTruth:
@@ -278,6 +278,6 @@ def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
     return tuple(masks)
 
 
-def _check_length(number: int, name: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise EvaluationError(f"image {number}: {name} has {found} entries for {expected} masks")
+def _check_length(number: int, name: str, length: int, expected: int) -> None:
+    if length != expected:
+        raise EvaluationError(f"image {number}: {name} has {length} entries for {expected} masks")

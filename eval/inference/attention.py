@@ -46,7 +46,9 @@ def matched_objects(
     """Match the last layer's predictions of one image with its targets, as in training but at grid points."""
     height, width = (int(side) for side in batch.sizes[row])
     padded_height, padded_width = batch.images.shape[-2:]
-    targets = _in_input(image_targets(batch.samples[row], task, labels), (height, width), (padded_height, padded_width))
+    targets = _padded_targets(
+        image_targets(batch.samples[row], task, labels), (height, width), (padded_height, padded_width)
+    )
     last = Predictions(
         predictions.class_logits[-1:, row : row + 1],
         predictions.mask_embeddings[-1:, row : row + 1],
@@ -57,9 +59,9 @@ def matched_objects(
     on_device = targets.to(device)
     matching = match(last, on_device, LabelMaps.pack(on_device.id_maps), points, config)
     matched = torch.from_numpy(matching.query_index[0, 0])
-    found = (matched >= 0).nonzero()[:, 0]
-    masks = targets.id_maps[0, targets.layer[0, found]] == targets.local_id[0, found, None, None]
-    return MatchedObjects(matched[found], targets.labels[0, found], masks)
+    object_index = (matched >= 0).nonzero()[:, 0]
+    masks = targets.id_maps[0, targets.layer[0, object_index]] == targets.local_id[0, object_index, None, None]
+    return MatchedObjects(matched[object_index], targets.labels[0, object_index], masks)
 
 
 class AttentionMass:
@@ -127,7 +129,7 @@ def _grid(height: float, width: float) -> Tensor:
     return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
-def _in_input(targets: ImageTargets, size: tuple[int, int], padded: tuple[int, int]) -> Targets:
+def _padded_targets(targets: ImageTargets, size: tuple[int, int], padded: tuple[int, int]) -> Targets:
     """Return the targets of one image, resized and padded like the model's input."""
     resized = np.full((len(targets.id_maps), *padded), BACKGROUND_ID, dtype=targets.id_maps.dtype)
     for layer, id_map in zip(resized, targets.id_maps, strict=True):

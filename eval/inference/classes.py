@@ -57,27 +57,31 @@ def evaluated_classes(
 
     Raises DataError showing the differing rows of both tables if they contradict each other.
     """
-    own = table.for_task(task)
+    data_classes = table.for_task(task)
     if model_classes is None:
-        return EvaluatedClasses(table, None, own)
+        return EvaluatedClasses(table, None, data_classes)
     names = {category.name for category in model_classes}
     # In the instance task, stuff is not a class, but stuff with the name of a thing of the model is a contradiction.
-    compared = tuple(c for c in table.categories if c in own or c.name in names)
-    found = require_match(model_classes, compared, "the model", data_name)
-    if found.labels == tuple(range(len(own))):
+    compared = tuple(c for c in table.categories if c in data_classes or c.name in names)
+    matched = require_match(model_classes, compared, "the model", data_name)
+    if matched.labels == tuple(range(len(data_classes))):
         return EvaluatedClasses(table, None, tuple(model_classes))
     label_of = {category.name: label for label, category in enumerate(model_classes)}
-    kept = CategoryTable(tuple(c for c in table.categories if c.name in label_of or c not in own))
+    kept = CategoryTable(tuple(c for c in table.categories if c.name in label_of or c not in data_classes))
     columns = tuple(label_of[category.name] for category in kept.for_task(task))
-    note = describe_subset(found, "the model", data_name)
+    note = describe_subset(matched, "the model", data_name)
     return EvaluatedClasses(kept, columns, tuple(model_classes), note)
 
 
 def select_columns(class_logits: Tensor, columns: Sequence[int]) -> Tensor:
     """Convert logits [..., K + 1] to [..., len(columns) + 1] of the given classes, with "no object" last."""
-    rest = [label for label in range(class_logits.shape[-1]) if label not in set(columns)]
-    nothing = class_logits[..., rest[-1:]] if len(rest) == 1 else class_logits[..., rest].logsumexp(-1, keepdim=True)
-    return torch.cat([class_logits[..., list(columns)], nothing], dim=-1)
+    other_labels = [label for label in range(class_logits.shape[-1]) if label not in set(columns)]
+    no_object = (
+        class_logits[..., other_labels[-1:]]
+        if len(other_labels) == 1
+        else class_logits[..., other_labels].logsumexp(-1, keepdim=True)
+    )
+    return torch.cat([class_logits[..., list(columns)], no_object], dim=-1)
 
 
 def _restricted(sample: DecodedSample, known: Collection[int]) -> DecodedSample:
@@ -85,6 +89,6 @@ def _restricted(sample: DecodedSample, known: Collection[int]) -> DecodedSample:
     kept = tuple(s for s in annotation.segments if s.category_id in known)
     seg = annotation.seg
     if seg is not None:
-        gone = [s.id for s in annotation.segments if s.map == "seg" and s.category_id not in known]
-        seg = np.where(np.isin(seg, gone), seg.dtype.type(VOID_ID), seg)
+        removed_ids = [s.id for s in annotation.segments if s.map == "seg" and s.category_id not in known]
+        seg = np.where(np.isin(seg, removed_ids), seg.dtype.type(VOID_ID), seg)
     return replace(sample, annotation=Annotation(seg=seg, inst=annotation.inst, segments=kept))

@@ -20,7 +20,7 @@ from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
 from m2f.eval.inference.image_output import ImageOutput
 from m2f.eval.inference.test_time_augmentation import predict_in_passes
 from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
-from m2f.eval.metrics.box_average_precision import boxes_of_detections, boxes_of_truth, match_boxes
+from m2f.eval.metrics.box_average_precision import detection_boxes, match_boxes, truth_boxes
 from m2f.eval.metrics.cityscapes_ap import CityscapesDetection
 from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
 from m2f.eval.metrics.instance_matching import InstanceDetections, class_agnostic_detections, class_agnostic_truth
@@ -78,8 +78,8 @@ def check_finite(sample: DecodedSample, tensors: Iterable[Tensor]) -> None:
 
 def check_tasks(model_task: Task, tasks: Collection[Task]) -> None:
     """Raise ConfigError if a model trained for `model_task` cannot be evaluated on one of `tasks`."""
-    impossible = [task for task in tasks if task not in EVALUABLE_TASKS[model_task]]
-    if impossible or not tasks:
+    unsupported = [task for task in tasks if task not in EVALUABLE_TASKS[model_task]]
+    if unsupported or not tasks:
         raise ConfigError(
             f"evaluation.tasks is {list(tasks)}, but a model trained for {model_task!r} can be evaluated on "
             f"{list(EVALUABLE_TASKS[model_task])}; choose from these, or train with data.task=panoptic for all three"
@@ -144,16 +144,16 @@ class Evaluator:
         for sample in batch.samples:
             predict = partial(self._predict_part, sample)
             tasks = self._tasks
-            found = predict_in_passes(
+            prediction = predict_in_passes(
                 sample.image, self._test_time, predict, tasks, self._is_thing, self._postprocess, self._shrink
             )
             pictures: dict[Task, _MakeOverlays] = {}
-            if found.panoptic is not None:
-                pictures["panoptic"] = self._panoptic(sample, found.panoptic, states)
-            if found.instance is not None:
-                pictures["instance"] = self._instance(sample, found.instance, states)
-            if found.label_map is not None:
-                pictures["semantic"] = self._semantic(sample, found.label_map, states)
+            if prediction.panoptic is not None:
+                pictures["panoptic"] = self._panoptic(sample, prediction.panoptic, states)
+            if prediction.instance is not None:
+                pictures["instance"] = self._instance(sample, prediction.instance, states)
+            if prediction.label_map is not None:
+                pictures["semantic"] = self._semantic(sample, prediction.label_map, states)
             self._draw(sample, pictures, states)
         return states
 
@@ -204,8 +204,8 @@ class Evaluator:
     def _draw(self, sample: DecodedSample, pictures: Mapping[Task, _MakeOverlays], states: EvaluationStates) -> None:
         """Draw the panel of a sample, if it is among the chosen images."""
         if sample.image_id in self._panel_ids:
-            shown = self._tasks[0]
-            classes, overlays = self._categories.for_task(shown), pictures[shown]()
+            first_task = self._tasks[0]
+            classes, overlays = self._categories.for_task(first_task), pictures[first_task]()
             states.panels[sample.image_id] = render_panel(sample.image, image_file_name(sample), overlays, classes)
 
     def _panoptic(self, sample: DecodedSample, result: PanopticResult, states: EvaluationStates) -> _MakeOverlays:
@@ -238,16 +238,14 @@ class Evaluator:
         if states.boundary_instance is not None:
             states.boundary_instance.update(sample.image_id, truth, detections)
         if states.box_instance is not None:
-            record = match_boxes(
-                boxes_of_truth(truth), boxes_of_detections(detections), states.box_instance.max_dets[-1]
-            )
+            record = match_boxes(truth_boxes(truth), detection_boxes(detections), states.box_instance.max_dets[-1])
             states.box_instance.add(sample.image_id, record)
         if states.class_agnostic is not None:
             one_class = class_agnostic_truth(truth), class_agnostic_detections(detections)
             states.class_agnostic.update(sample.image_id, *one_class)
         if states.cityscapes_instance is not None:
-            found = cityscapes_detections(detections, self._category_ids("instance"))
-            states.cityscapes_instance.update(sample.image_id, cityscapes_truth(sample), found)
+            benchmark_detections = cityscapes_detections(detections, self._category_ids("instance"))
+            states.cityscapes_instance.update(sample.image_id, cityscapes_truth(sample), benchmark_detections)
         if states.segments is not None and states.panoptic is None:
             states.segments.update(sample.image_id, instance_candidates(truth, detections))
         if states.errors is not None and states.panoptic is None:

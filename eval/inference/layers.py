@@ -83,9 +83,9 @@ def class_agnostic_proposals(output: ImageOutput) -> InstanceDetections:
 
     Its score is the probability of any class times the mean mask probability inside the mask.
     """
-    only_class = torch.stack([_any_class(output.class_logits), output.class_logits[:, -1].float()], dim=-1)
-    config = PostprocessConfig(max_instances=len(only_class))
-    return detect(output._replace(class_logits=only_class), (True,), config)
+    object_logits = torch.stack([_any_class_logits(output.class_logits), output.class_logits[:, -1].float()], dim=-1)
+    config = PostprocessConfig(max_instances=len(object_logits))
+    return detect(output._replace(class_logits=object_logits), (True,), config)
 
 
 def layer_table(layers: tuple[LayerQuality, ...]) -> str:
@@ -94,6 +94,6 @@ def layer_table(layers: tuple[LayerQuality, ...]) -> str:
     return columns(["layer", *names], [[q.layer, *(q.metrics[name] for name in names)] for q in layers])
 
 
-def _any_class(class_logits: Tensor) -> Tensor:
+def _any_class_logits(class_logits: Tensor) -> Tensor:
     """Return logits [Q] whose softmax against "no object" is the total probability of all classes."""
     return class_logits[:, :-1].float().logsumexp(-1)

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 
 from m2f.eval.inference.image_output import ImageOutput
-from m2f.eval.inference.windows import KEPT_SHARE, Area, Found, Objects, WindowPlace, nearest_pixels, same_objects
+from m2f.eval.inference.windows import (
+    MIN_KEPT_SHARE,
+    Area,
+    UnionFind,
+    WindowPlace,
+    WindowSegments,
+    match_segments,
+    nearest_pixels,
+)
 from m2f.eval.metrics.instance_matching import InstanceDetections
 from m2f.eval.metrics.overlaps import count_overlaps
 from m2f.eval.metrics.rle import Rle, decode_mask, encode_columns, encode_masks, mask_areas, mask_ious
@@ -22,15 +30,15 @@ from m2f.model.structures import PanopticResult, PanopticSegment
 
 
 @dataclass(frozen=True)
-class _Map:
+class _OpenSegmentMap:
     """Segments of a window that later windows may overlap."""
 
     area: Area
     ids: np.ndarray
-    """[h, w] int32: 0, or 1 + the position of a segment in `found`."""
+    """[h, w] int32: 0, or 1 + the position of a segment in `window_segments`."""
     first: int
     """Number of the window's first segment among the segments of all windows."""
-    found: Found
+    window_segments: WindowSegments
 
 
 class PanopticMerge:
@@ -38,12 +46,12 @@ class PanopticMerge:
 
     def __init__(self, size: tuple[int, int], is_thing: Sequence[bool], config: PostprocessConfig) -> None:
         self._is_thing, self._config = is_thing, config
-        self._numbers = np.zeros(size, dtype=np.int32)
+        self._segment_numbers = np.zeros(size, dtype=np.int32)
         """1 + segment number of every pixel; 0 for no segment."""
-        self._open: list[_Map] = []
+        self._open_windows: list[_OpenSegmentMap] = []
         self._segments: list[PanopticSegment] = []
-        self._objects = Objects()
-        self._stuff: dict[int, int] = {}
+        self._objects = UnionFind()
+        self._first_stuff: dict[int, int] = {}
 
     def add(self, place: WindowPlace, output: ImageOutput) -> None:
         """Post-process one window and join its segments to those of earlier windows."""
@@ -51,43 +59,45 @@ class PanopticMerge:
         segments = result.segments
         first = self._objects.add(len(segments))
         self._segments.extend(segments)
-        found = Found(np.array([s.label for s in segments]), np.array([s.score for s in segments]))
-        window = _Map(place.area, _consecutive(result), first, found)
-        self._open = [other for other in self._open if other.area.bottom > place.area.top]
-        for other in self._open:
+        window_segments = WindowSegments(np.array([s.label for s in segments]), np.array([s.score for s in segments]))
+        window = _OpenSegmentMap(place.area, _consecutive_ids(result), first, window_segments)
+        self._open_windows = [other for other in self._open_windows if other.area.bottom > place.area.top]
+        for other in self._open_windows:
             self._join(other, window)
         for number, segment in enumerate(segments, first):
             if not segment.is_thing:
-                self._objects.join(self._stuff.setdefault(segment.label, number), number)
+                self._objects.union(self._first_stuff.setdefault(segment.label, number), number)
         core = window.ids[place.core.slices(place.area)]
-        self._numbers[place.core.slices(Area(0, 0, 0, 0))] = np.where(core > 0, core + first, 0)
-        self._open.append(window)
+        self._segment_numbers[place.core.slices(Area(0, 0, 0, 0))] = np.where(core > 0, core + first, 0)
+        self._open_windows.append(window)
 
-    def _join(self, other: _Map, window: _Map) -> None:
-        common = other.area.common(window.area)
-        if common is None:
+    def _join(self, other: _OpenSegmentMap, window: _OpenSegmentMap) -> None:
+        intersection = other.area.intersection(window.area)
+        if intersection is None:
             return
-        overlaps = count_overlaps(other.ids[common.slices(other.area)], window.ids[common.slices(window.area)])
-        ious = np.zeros((len(other.found.labels), len(window.found.labels)))
-        for (one, two), shared in overlaps.pixels.items():
-            if one and two and self._is_thing[other.found.labels[one - 1]]:
-                union = overlaps.truth_area[one] + overlaps.predicted_area[two] - shared
-                ious[one - 1, two - 1] = shared / union
-        for one, two in same_objects(other.found, window.found, ious):
-            self._objects.join(other.first + one, window.first + two)
+        overlaps = count_overlaps(
+            other.ids[intersection.slices(other.area)], window.ids[intersection.slices(window.area)]
+        )
+        ious = np.zeros((len(other.window_segments.labels), len(window.window_segments.labels)))
+        for (other_id, window_id), shared in overlaps.pixels.items():
+            if other_id and window_id and self._is_thing[other.window_segments.labels[other_id - 1]]:
+                union_area = overlaps.truth_area[other_id] + overlaps.predicted_area[window_id] - shared
+                ious[other_id - 1, window_id - 1] = shared / union_area
+        for other_id, window_id in match_segments(other.window_segments, window.window_segments, ious):
+            self._objects.union(other.first + other_id, window.first + window_id)
 
     def result(self, original_size: tuple[int, int]) -> PanopticResult:
         """Return the segments of the image, each with the best score of its parts."""
-        roots = [self._objects.of(number) for number in range(len(self._segments))]
+        roots = [self._objects.find(number) for number in range(len(self._segments))]
         scores: dict[int, float] = {}
         largest: dict[int, int] = {}
         for root, segment in zip(roots, self._segments, strict=True):
             scores[root] = max(scores.get(root, 0.0), segment.score)
             largest[root] = max(largest.get(root, 0), segment.area if segment.is_thing else 0)
-        kept = self._areas(self._numbers, roots)
-        numbers = _nearest(self._numbers, original_size)
+        kept = self._areas(self._segment_numbers, roots)
+        numbers = _nearest(self._segment_numbers, original_size)
         areas = self._areas(numbers, roots)
-        present = [root for root in sorted(scores) if areas[root] and kept[root] >= KEPT_SHARE * largest[root]]
+        present = [root for root in sorted(scores) if areas[root] and kept[root] >= MIN_KEPT_SHARE * largest[root]]
         ids = {root: position for position, root in enumerate(present, 1)}
         table = np.array([0, *(ids.get(root, 0) for root in roots)], dtype=np.int32)
         segments = (
@@ -99,13 +109,13 @@ class PanopticMerge:
     @staticmethod
     def _areas(numbers: np.ndarray, roots: Sequence[int]) -> np.ndarray:
         """Return the pixels of every object, indexed by its lowest segment number."""
-        of_numbers = np.bincount(numbers.ravel(), minlength=len(roots) + 1)[1:]
+        pixel_counts = np.bincount(numbers.ravel(), minlength=len(roots) + 1)[1:]
         areas = np.zeros(len(roots), dtype=np.int64)
-        np.add.at(areas, np.array(roots, dtype=np.int64), of_numbers)
+        np.add.at(areas, np.array(roots, dtype=np.int64), pixel_counts)
         return areas
 
 
-def _consecutive(result: PanopticResult) -> np.ndarray:
+def _consecutive_ids(result: PanopticResult) -> np.ndarray:
     """Return an [H, W] int32 map of 1 + the position of every segment in the list."""
     table = np.zeros(max((s.id for s in result.segments), default=0) + 1, dtype=np.int32)
     table[[s.id for s in result.segments]] = np.arange(1, len(result.segments) + 1)
@@ -113,7 +123,7 @@ def _consecutive(result: PanopticResult) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Masks:
+class _OpenDetections:
     """Detections of a window that later windows may overlap."""
 
     area: Area
@@ -121,7 +131,7 @@ class _Masks:
     """Masks inside the overlap with each other window."""
     mask_index: np.ndarray
     first: int
-    found: Found
+    window_segments: WindowSegments
 
 
 class InstanceMerge:
@@ -129,14 +139,14 @@ class InstanceMerge:
 
     def __init__(self, size: tuple[int, int], is_thing: Sequence[bool], config: PostprocessConfig) -> None:
         self._size, self._is_thing, self._config = size, is_thing, config
-        self._open: list[_Masks] = []
-        self._objects = Objects()
+        self._open_windows: list[_OpenDetections] = []
+        self._objects = UnionFind()
         self._labels: list[int] = []
         self._scores: list[float] = []
         self._parts: list[int] = []
         """Position of every detection's mask in `_cores`."""
         self._cores: list[tuple[Area, Rle]] = []
-        self._seen: list[float] = []
+        self._window_areas: list[float] = []
         """Pixels of every mask in its window."""
 
     def add(self, place: WindowPlace, output: ImageOutput) -> None:
@@ -147,34 +157,34 @@ class InstanceMerge:
         def take(group: torch.Tensor) -> None:
             masks = group.cpu().numpy()
             cores.extend(encode_masks(masks[:, *place.core.slices(place.area)]))
-            self._seen.extend(int(np.count_nonzero(mask)) for mask in masks)
-            for area, found in strips.items():
-                found.extend(encode_masks(masks[:, *area.slices(place.area)]))
+            self._window_areas.extend(int(np.count_nonzero(mask)) for mask in masks)
+            for area, strip_masks in strips.items():
+                strip_masks.extend(encode_masks(masks[:, *area.slices(place.area)]))
 
         ranking = stream_instances(*output, self._is_thing, self._config, take)
-        found = Found(ranking.labels.cpu().numpy(), ranking.scores.cpu().numpy().astype(np.float64))
-        first = self._objects.add(len(found.labels))
-        window = _Masks(place.area, strips, ranking.mask_index.cpu().numpy(), first, found)
-        self._open = [other for other in self._open if other.area.bottom > place.area.top]
-        for other in self._open:
+        window_segments = WindowSegments(ranking.labels.cpu().numpy(), ranking.scores.cpu().numpy().astype(np.float64))
+        first = self._objects.add(len(window_segments.labels))
+        window = _OpenDetections(place.area, strips, ranking.mask_index.cpu().numpy(), first, window_segments)
+        self._open_windows = [other for other in self._open_windows if other.area.bottom > place.area.top]
+        for other in self._open_windows:
             self._join(other, window)
-        self._open.append(window)
+        self._open_windows.append(window)
         self._parts.extend((window.mask_index + len(self._cores)).tolist())
         self._cores.extend((place.core, mask) for mask in cores)
-        self._labels.extend(found.labels.tolist())
-        self._scores.extend(found.scores.tolist())
+        self._labels.extend(window_segments.labels.tolist())
+        self._scores.extend(window_segments.scores.tolist())
 
-    def _join(self, other: _Masks, window: _Masks) -> None:
-        common = other.area.common(window.area)
-        if common is None or not len(other.mask_index) or not len(window.mask_index):
+    def _join(self, other: _OpenDetections, window: _OpenDetections) -> None:
+        intersection = other.area.intersection(window.area)
+        if intersection is None or not len(other.mask_index) or not len(window.mask_index):
             return
-        one, two = other.strips[common], window.strips[common]
-        ious = mask_ious(one, two, np.zeros(len(two), dtype=bool))
+        other_masks, window_masks = other.strips[intersection], window.strips[intersection]
+        ious = mask_ious(other_masks, window_masks, np.zeros(len(window_masks), dtype=bool))
         # Two empty masks do not agree; pycocotools gives no number for them.
-        ious = np.where((mask_areas(one)[:, None] > 0) & (mask_areas(two)[None] > 0), ious, 0.0)
-        of_detections = ious[np.ix_(other.mask_index, window.mask_index)]
-        for first, second in same_objects(other.found, window.found, of_detections):
-            self._objects.join(other.first + first, window.first + second)
+        ious = np.where((mask_areas(other_masks)[:, None] > 0) & (mask_areas(window_masks)[None] > 0), ious, 0.0)
+        detection_ious = ious[np.ix_(other.mask_index, window.mask_index)]
+        for first, second in match_segments(other.window_segments, window.window_segments, detection_ious):
+            self._objects.union(other.first + first, window.first + second)
 
     def result(self, original_size: tuple[int, int]) -> InstanceDetections:
         """Return the `max_instances` best objects of the image, each with the best score of its parts.
@@ -184,7 +194,7 @@ class InstanceMerge:
         parts: dict[int, list[int]] = {}
         scores: dict[int, float] = {}
         for detection, part in enumerate(self._parts):
-            root = self._objects.of(detection)
+            root = self._objects.find(detection)
             scores[root] = max(scores.get(root, 0.0), self._scores[detection])
             parts.setdefault(root, []).append(part)
         areas = mask_areas([mask for _, mask in self._cores])
@@ -204,7 +214,7 @@ class InstanceMerge:
         kept = sum(areas[distinct])
         if len({self._cores[part][0] for part in distinct}) < len(distinct):  # two masks of one window may share pixels
             kept = mask_areas([self._mask(distinct, self._size)])[0]
-        return bool(kept > 0 and kept >= KEPT_SHARE * max(self._seen[part] for part in distinct))
+        return bool(kept > 0 and kept >= MIN_KEPT_SHARE * max(self._window_areas[part] for part in distinct))
 
     def _mask(self, parts: Sequence[int], original_size: tuple[int, int]) -> Rle:
         """Return the union of the parts, decoded only in the columns that they span: most objects are small."""

@@ -19,7 +19,7 @@ SAME_OBJECT_IOU = 0.5
 """Lowest IoU, inside the overlap of two windows, at which two segments are one object; the threshold of PQ."""
 
 
-KEPT_SHARE = 0.5
+MIN_KEPT_SHARE = 0.5
 """Share of its largest part's pixels that an object must keep."""
 
 
@@ -31,7 +31,7 @@ class Area(NamedTuple):
     bottom: int
     right: int
 
-    def common(self, other: Area) -> Area | None:
+    def intersection(self, other: Area) -> Area | None:
         """Return the intersection of both areas; None if it is empty."""
         top, left = max(self.top, other.top), max(self.left, other.left)
         bottom, right = min(self.bottom, other.bottom), min(self.right, other.right)
@@ -64,10 +64,12 @@ def window_starts(length: int, size: int, stride: int) -> list[int]:
 def window_places(image_size: tuple[int, int], size: int, stride: int) -> list[WindowPlace]:
     """Return the windows of an image, row by row."""
     rows, columns = (_spans(length, size, stride) for length in image_size)
-    areas = [Area(y.start, x.start, y.stop, x.stop) for y, x in product(rows.seen, columns.seen)]
+    areas = [Area(y.start, x.start, y.stop, x.stop) for y, x in product(rows.covered, columns.covered)]
     cores = [Area(y.start, x.start, y.stop, x.stop) for y, x in product(rows.decided, columns.decided)]
     return [
-        WindowPlace(area, core, tuple(c for other in areas if other != area and (c := area.common(other)) is not None))
+        WindowPlace(
+            area, core, tuple(c for other in areas if other != area and (c := area.intersection(other)) is not None)
+        )
         for area, core in zip(areas, cores, strict=True)
     ]
 
@@ -75,21 +77,21 @@ def window_places(image_size: tuple[int, int], size: int, stride: int) -> list[W
 class _Spans(NamedTuple):
     """Windows along one side."""
 
-    seen: list[slice]
+    covered: list[slice]
     decided: list[slice]
     """Spans decided by each window, cut in the middle of every overlap of neighbours."""
 
 
 def _spans(length: int, size: int, stride: int) -> _Spans:
     starts = window_starts(length, size, stride)
-    seen = [slice(start, min(start + size, length)) for start in starts]
-    cuts = [(after.start + before.stop) // 2 for before, after in pairwise(seen)]
+    covered = [slice(start, min(start + size, length)) for start in starts]
+    cuts = [(after.start + before.stop) // 2 for before, after in pairwise(covered)]
     edges = [0, *cuts, length]
-    return _Spans(seen, [slice(*edge) for edge in pairwise(edges)])
+    return _Spans(covered, [slice(*edge) for edge in pairwise(edges)])
 
 
 @dataclass(frozen=True)
-class Found:
+class WindowSegments:
     """Segments of one window, with class and score of each."""
 
     labels: np.ndarray
@@ -98,7 +100,7 @@ class Found:
     """[n] float scores."""
 
 
-class Objects:
+class UnionFind:
     """Numbers the segments of all windows in order of arrival and joins them to objects (union-find)."""
 
     def __init__(self) -> None:
@@ -110,26 +112,26 @@ class Objects:
         self._parent.extend(range(first, first + count))
         return first
 
-    def of(self, segment: int) -> int:
+    def find(self, segment: int) -> int:
         """Return the lowest number among the segments of the same object."""
         while self._parent[segment] != segment:
             self._parent[segment] = segment = self._parent[self._parent[segment]]
         return segment
 
-    def join(self, first: int, second: int) -> Self:
+    def union(self, first: int, second: int) -> Self:
         """Join the objects of two segments into one."""
-        low, high = sorted((self.of(first), self.of(second)))
+        low, high = sorted((self.find(first), self.find(second)))
         self._parent[high] = low
         return self
 
 
-def same_objects(one: Found, other: Found, ious: np.ndarray) -> list[tuple[int, int]]:
+def match_segments(one: WindowSegments, other: WindowSegments, ious: np.ndarray) -> list[tuple[int, int]]:
     """Return pairs of segments of two windows that are one object, given their IoU [n, m] inside the windows' overlap.
 
     Pairs with a higher sum of scores come first; equal ones keep the order of the segments.
     """
-    alike = (ious >= SAME_OBJECT_IOU) & (one.labels[:, None] == other.labels[None])
-    rows, columns = alike.nonzero()
+    can_match = (ious >= SAME_OBJECT_IOU) & (one.labels[:, None] == other.labels[None])
+    rows, columns = can_match.nonzero()
     order = np.argsort(-(one.scores[rows] + other.scores[columns]), kind="stable")
     pairs: list[tuple[int, int]] = []
     taken: tuple[set[int], set[int]] = set(), set()

@@ -132,9 +132,9 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
         starts = np.searchsorted(label[order], np.arange(self.num_classes + 1))
         for k in range(self.num_classes):
             rows = order[starts[k] : starts[k + 1]]
-            most = rank[rows].max(initial=-1)
+            max_rank = rank[rows].max(initial=-1)
             for m, limit in enumerate(self.max_dets):
-                if m and most < self.max_dets[m - 1]:  # no image has more detections than the previous limit
+                if m and max_rank < self.max_dets[m - 1]:  # no image has more detections than the previous limit
                     precision[:, :, k, :, m], recall[:, k, :, m] = precision[:, :, k, :, m - 1], recall[:, k, :, m - 1]
                     continue
                 kept = rows[rank[rows] < limit]
@@ -154,11 +154,11 @@ def _unpack(bits: np.ndarray) -> np.ndarray:
 def precision_at_recalls(correct: np.ndarray, wrong: np.ndarray, num_truth: int) -> tuple[np.ndarray, np.ndarray]:
     """Return interpolated precision [T, R] and final recall [T] from flags [T, D] of detections in descending score."""
     # Recall increases, and precision has its maxima, only at correct detections, so only these are evaluated.
-    threshold, place = correct.nonzero()
+    threshold, position = correct.nonzero()
     hits = np.bincount(threshold, minlength=len(correct))
     tp = np.arange(1.0, hits.max(initial=0) + 1)
     fp = np.zeros((len(correct), len(tp)))
-    fp[np.arange(len(tp)) < hits[:, None]] = wrong.cumsum(axis=1, dtype=np.int32)[threshold, place]
+    fp[np.arange(len(tp)) < hits[:, None]] = wrong.cumsum(axis=1, dtype=np.int32)[threshold, position]
     precision = tp / (fp + tp + np.spacing(1))
     precision[np.arange(len(tp)) >= hits[:, None]] = 0
     envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]

@@ -39,13 +39,13 @@ UNREADABLE = (
 """Errors that numpy and zipfile raise for data that is not an npz file or is damaged."""
 
 
-def column(dtype: str, *row: int, beside: str | None = None) -> dict[str, Any]:
+def column(dtype: str, *row: int, aligned_with: str | None = None) -> dict[str, Any]:
     """Return the metadata of a record's field: an array [rows, *row] of this dtype, with any number of rows per image.
 
-    `beside` marks a float column that older records lack. It names a column with the same number of rows; the missing
-    values become NaN.
+    `aligned_with` marks a float column that older records lack. It names a column with the same number of rows; the
+    missing values become NaN.
     """
-    return {"dtype": np.dtype(dtype), "row": row, "beside": beside}
+    return {"dtype": np.dtype(dtype), "row": row, "aligned_with": aligned_with}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +55,9 @@ class Record:
     def __post_init__(self) -> None:
         for spec in fields(self):
             array = np.asarray(getattr(self, spec.name), dtype=spec.metadata["dtype"])
-            beside = spec.metadata["beside"]
-            if beside is not None and not len(array):
-                array = np.full(len(getattr(self, beside)), np.nan)
+            aligned_with = spec.metadata["aligned_with"]
+            if aligned_with is not None and not len(array):
+                array = np.full(len(getattr(self, aligned_with)), np.nan)
             object.__setattr__(self, spec.name, array.reshape(-1, *spec.metadata["row"]))
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -89,7 +89,7 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
         self._record_type = record_type
         self._settings = settings
         self._records: dict[int, RecordT] = {}
-        self._held_bytes = 0
+        self._memory_bytes = 0
         self._files: ColumnFiles | None = None
         self._spilled: dict[int, bytes] = {}
         """Digests of the records that are in files, by image id."""
@@ -108,7 +108,7 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
         self._check_agrees(image_id, record)
         if image_id not in self._records and image_id not in self._spilled:
             self._records[image_id] = record
-            self._held_bytes += sum(array.nbytes for array in record.arrays().values())
+            self._memory_bytes += sum(array.nbytes for array in record.arrays().values())
 
     def merge(self, other: Self) -> None:
         """Add the records of another state. Raises EvaluationError if settings or records of an image differ."""
@@ -122,18 +122,18 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
         for image_id, record in other._all_records():
             self.add(image_id, record)
 
-    def spill(self, folder: Path, above: int) -> None:
-        """Move the records to a parquet file under `folder` if they hold more than `above` bytes.
+    def spill(self, folder: Path, threshold_bytes: int) -> None:
+        """Move the records to a parquet file under `folder` if they hold more than `threshold_bytes`.
 
         Metrics keep the same bits. `record` finds only records that are in memory.
         """
-        if self._held_bytes <= above:
+        if self._memory_bytes <= threshold_bytes:
             return
         if self._files is None:
             self._files = ColumnFiles(folder)
         self._files.write({i: {n: a.ravel() for n, a in r.arrays().items()} for i, r in self._records.items()})
         self._spilled |= {image_id: record.digest() for image_id, record in self._records.items()}
-        self._records, self._held_bytes = {}, 0
+        self._records, self._memory_bytes = {}, 0
 
     def _check_agrees(self, image_id: int, record: RecordT) -> None:
         known, spilled = self._records.get(image_id), self._spilled.get(image_id)
@@ -196,7 +196,7 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
             with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
                 state = cls(**json.loads(arrays["settings"].tobytes()))
                 specs = fields(state._record_type)
-                names = [f.name for f in specs if f"rows.{f.name}" in arrays or f.metadata["beside"] is None]
+                names = [f.name for f in specs if f"rows.{f.name}" in arrays or f.metadata["aligned_with"] is None]
                 parts = [np.split(arrays[f"rows.{n}"], np.cumsum(arrays[f"counts.{n}"]))[:-1] for n in names]
                 for image_id, *columns in zip(arrays["image_ids"].tolist(), *parts, strict=True):
                     state.add(image_id, state._record_type(**dict(zip(names, columns, strict=True))))

@@ -10,7 +10,7 @@ from m2f.eval.metrics.instance_matching import (
     DetectionRecord,
     InstanceDetections,
     InstanceTruth,
-    Scored,
+    ScoredDetections,
     match_by_iou,
 )
 from m2f.eval.metrics.rle import box_ious, mask_areas, mask_boxes
@@ -49,16 +49,16 @@ def match_boxes(
 ) -> DetectionRecord:
     """Match the detections of one image greedily by the IoU of boxes, as `match_by_iou` does."""
     ious = box_ious(detections.boxes, truth.boxes, truth.is_crowd)
-    found = Scored(detections.labels, detections.scores, detections.areas, ious)
+    found = ScoredDetections(detections.labels, detections.scores, detections.areas, ious)
     return match_by_iou(truth.labels, truth.areas, truth.is_crowd, found, limit, ranges)
 
 
-def boxes_of_truth(truth: InstanceTruth) -> BoxTruth:
+def truth_boxes(truth: InstanceTruth) -> BoxTruth:
     """Return the boxes of annotated masks."""
     return BoxTruth(mask_boxes(truth.masks), truth.labels, truth.areas, truth.is_crowd)
 
 
-def boxes_of_detections(detections: InstanceDetections) -> BoxDetections:
+def detection_boxes(detections: InstanceDetections) -> BoxDetections:
     """Return the boxes of detected masks; their areas remain those of the masks."""
     boxes, areas = mask_boxes(detections.masks), mask_areas(detections.masks)
     index = detections.mask_index

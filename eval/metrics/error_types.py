@@ -46,7 +46,7 @@ class ErrorType(IntEnum):
     """Annotation without a detection, even after fixing others."""
 
 
-REPAIRED = (ErrorType.CLASSIFICATION, ErrorType.LOCALISATION)
+CORRECTED_TYPES = (ErrorType.CLASSIFICATION, ErrorType.LOCALISATION)
 """Types whose detections become matches when fixed. Detections of all other types are removed."""
 
 
@@ -103,25 +103,25 @@ class ErrorState(MetricState[ErrorRecord, ErrorCosts]):
         np.add.at(by_class, (label, kind), 1)
         np.add.at(by_class[:, ErrorType.MISSED], missed, 1)
         types = [kind for kind in ErrorType if kind != ErrorType.NONE]
-        value = self._repaired(None)
+        value = self._corrected(None)
         return ErrorCosts(
             metric=self.metric,
             value=value,
-            gains={} if value is None else {t.name.lower(): (self._repaired(t) or 0.0) - value for t in types},
+            gains={} if value is None else {t.name.lower(): (self._corrected(t) or 0.0) - value for t in types},
             counts={t.name.lower(): int(by_class[:, t].sum()) for t in types},
             by_class=by_class,
         )
 
-    def _repaired(self, repaired: ErrorType | None) -> float | None:
+    def _corrected(self, error_type: ErrorType | None) -> float | None:
         """Return the metric with errors of type `repaired` fixed; None fixes nothing."""
         kind, target, iou = self.rows("kind"), self.rows("target"), self.rows("iou")
-        wrong = np.zeros(len(kind), dtype=bool) if repaired is None else kind == repaired
-        mended = wrong & (self.rows("repairable") == 1) & (repaired in REPAIRED)
-        kept = mended | ~wrong
-        correct = ((kind == ErrorType.NONE) | mended)[kept]
-        label = np.where(mended, target, self.rows("label"))[kept]
+        wrong = np.zeros(len(kind), dtype=bool) if error_type is None else kind == error_type
+        corrected = wrong & (self.rows("repairable") == 1) & (error_type in CORRECTED_TYPES)
+        kept = corrected | ~wrong
+        correct = ((kind == ErrorType.NONE) | corrected)[kept]
+        label = np.where(corrected, target, self.rows("label"))[kept]
         truth = self.rows("truth_label")
-        if repaired == ErrorType.MISSED:
+        if error_type == ErrorType.MISSED:
             truth = truth[self.rows("truth_missed") != 1]
         truth_count = np.bincount(truth, minlength=self.num_classes)
         if self.metric == "AP50":
@@ -156,21 +156,21 @@ def instance_errors(truth: InstanceTruth, detections: InstanceDetections, limit:
     order = np.lexsort((-detections.scores, detections.labels))
     labels = detections.labels[order]
     order = order[np.arange(len(labels)) - np.searchsorted(labels, labels) < limit]
-    labels, index, ordinary = detections.labels[order], detections.mask_index[order], ~truth.is_crowd
+    labels, index, not_crowd = detections.labels[order], detections.mask_index[order], ~truth.is_crowd
     overlaps = mask_ious(detections.masks, truth.masks, truth.is_crowd)[index]
-    iou, truth_labels = overlaps[:, ordinary], truth.labels[ordinary]
+    iou, truth_labels = overlaps[:, not_crowd], truth.labels[not_crowd]
     same = labels[:, None] == truth_labels
-    free = np.ones(len(truth_labels), dtype=bool)
+    is_free = np.ones(len(truth_labels), dtype=bool)
     partner = np.full(len(order), -1)
     for d in np.flatnonzero((same & (iou >= FOREGROUND_IOU)).any(axis=1)):
-        open_iou = np.where(free & same[d], iou[d], -1.0)
-        best = len(open_iou) - 1 - int(open_iou[::-1].argmax())  # among equal IoUs the later one, as in COCO
-        if open_iou[best] >= FOREGROUND_IOU:
-            free[best], partner[d] = False, best
+        free_iou = np.where(is_free & same[d], iou[d], -1.0)
+        best = len(free_iou) - 1 - int(free_iou[::-1].argmax())  # among equal IoUs the later one, as in COCO
+        if free_iou[best] >= FOREGROUND_IOU:
+            is_free[best], partner[d] = False, best
     in_crowd = (overlaps >= FOREGROUND_IOU) & truth.is_crowd & (labels[:, None] == truth.labels)
-    counts = (partner >= 0) | ~in_crowd.any(axis=1)
-    found = _Judged(labels, detections.scores[order], iou, iou >= FOREGROUND_IOU, partner)
-    return _record(found.where(counts), truth_labels, disjoint=False)
+    counted = (partner >= 0) | ~in_crowd.any(axis=1)
+    predictions = _MatchedPredictions(labels, detections.scores[order], iou, iou >= FOREGROUND_IOU, partner)
+    return _record(predictions.select(counted), truth_labels, disjoint=False)
 
 
 def panoptic_errors(segments: Candidates) -> ErrorRecord:
@@ -179,12 +179,12 @@ def panoptic_errors(segments: Candidates) -> ErrorRecord:
     fits = segments.iou > FOREGROUND_IOU
     matches = fits & (labels[:, None] == segments.truth_labels)
     partner = np.where(matches.any(axis=1), matches.argmax(axis=1), -1) if matches.size else np.full(len(labels), -1)
-    counts = (partner >= 0) | (segments.ignored <= MAX_IGNORED)
-    found = _Judged(labels, segments.iou.max(axis=1, initial=0), segments.iou, fits, partner)
-    return _record(found.where(counts), segments.truth_labels, disjoint=True)
+    counted = (partner >= 0) | (segments.ignored <= MAX_IGNORED)
+    predictions = _MatchedPredictions(labels, segments.iou.max(axis=1, initial=0), segments.iou, fits, partner)
+    return _record(predictions.select(counted), segments.truth_labels, disjoint=True)
 
 
-class _Judged(NamedTuple):
+class _MatchedPredictions(NamedTuple):
     """Predictions of one image, with their relation to its annotations."""
 
     labels: np.ndarray
@@ -198,45 +198,45 @@ class _Judged(NamedTuple):
     partner: np.ndarray
     """[D] int: index of the matched annotation, or -1."""
 
-    def where(self, chosen: np.ndarray) -> _Judged:
+    def select(self, chosen: np.ndarray) -> _MatchedPredictions:
         """Return the chosen predictions."""
-        return _Judged(*(side[chosen] for side in self))
+        return _MatchedPredictions(*(side[chosen] for side in self))
 
 
-def _record(found: _Judged, truth: np.ndarray, disjoint: bool) -> ErrorRecord:
+def _record(predictions: _MatchedPredictions, truth: np.ndarray, disjoint: bool) -> ErrorRecord:
     """Classify the predictions that are not ignored, given annotated classes `truth` [G].
 
     `disjoint` is set for panoptic segments.
     """
-    labels, scores, iou, fits, partner = found
-    used = np.isin(np.arange(len(truth)), partner)
+    labels, scores, iou, fits, partner = predictions
+    is_matched = np.isin(np.arange(len(truth)), partner)
     if not len(truth):
         kind = np.full(len(labels), ErrorType.BACKGROUND)
-        nothing = np.zeros(len(labels))
-        return ErrorRecord(labels, scores, nothing, kind, labels, nothing, truth, np.zeros(0))
+        no_values = np.zeros(len(labels))
+        return ErrorRecord(labels, scores, no_values, kind, labels, no_values, truth, np.zeros(0))
     same = labels[:, None] == truth
-    own, foreign = np.where(same, iou, 0), np.where(same, 0, iou)
-    nearest, closest = own.argmax(axis=1), foreign.argmax(axis=1)
-    misplaced = (own.max(axis=1) >= BACKGROUND_IOU) & (own.max(axis=1) <= FOREGROUND_IOU)
-    twice = misplaced & used[nearest] if disjoint else (same & fits & used).any(axis=1)
-    fits_another = (fits & ~same).any(axis=1)
-    misplaced &= ~(twice & disjoint)
-    kinds = (
+    same_class_iou, other_class_iou = np.where(same, iou, 0), np.where(same, 0, iou)
+    best_same, best_other = same_class_iou.argmax(axis=1), other_class_iou.argmax(axis=1)
+    is_mislocalised = (same_class_iou.max(axis=1) >= BACKGROUND_IOU) & (same_class_iou.max(axis=1) <= FOREGROUND_IOU)
+    is_duplicate = is_mislocalised & is_matched[best_same] if disjoint else (same & fits & is_matched).any(axis=1)
+    fits_other_class = (fits & ~same).any(axis=1)
+    is_mislocalised &= ~(is_duplicate & disjoint)
+    conditions = (
         (ErrorType.NONE, partner >= 0),
-        (ErrorType.LOCALISATION, misplaced),
-        (ErrorType.CLASSIFICATION, fits_another),
-        (ErrorType.DUPLICATE, twice),
+        (ErrorType.LOCALISATION, is_mislocalised),
+        (ErrorType.CLASSIFICATION, fits_other_class),
+        (ErrorType.DUPLICATE, is_duplicate),
         (ErrorType.BACKGROUND, iou.max(axis=1) <= BACKGROUND_IOU),
     )
-    kind = np.select([holds for _, holds in kinds], [kind for kind, _ in kinds], ErrorType.BOTH)
-    goal = np.select([kind == ErrorType.NONE, kind == ErrorType.CLASSIFICATION], [partner, closest], nearest)
-    open_goal = np.isin(kind, REPAIRED) & ~used[goal]
+    kind = np.select([condition for _, condition in conditions], [kind for kind, _ in conditions], ErrorType.BOTH)
+    target = np.select([kind == ErrorType.NONE, kind == ErrorType.CLASSIFICATION], [partner, best_other], best_same)
+    target_is_free = np.isin(kind, CORRECTED_TYPES) & ~is_matched[target]
     repairable = np.zeros(len(labels), dtype=bool)
     taken: set[int] = set()
     for d in np.argsort(-scores, kind="stable"):
-        if open_goal[d] and int(goal[d]) not in taken:
-            taken.add(int(goal[d]))
+        if target_is_free[d] and int(target[d]) not in taken:
+            taken.add(int(target[d]))
             repairable[d] = True
-    reached = np.where(kind == ErrorType.LOCALISATION, 1.0, iou[np.arange(len(labels)), goal])
-    missed = np.where(used, 0, np.where(np.isin(np.arange(len(truth)), list(taken)), 2, 1))
-    return ErrorRecord(labels, scores, reached, kind, truth[goal], repairable, truth, missed)
+    corrected_iou = np.where(kind == ErrorType.LOCALISATION, 1.0, iou[np.arange(len(labels)), target])
+    missed = np.where(is_matched, 0, np.where(np.isin(np.arange(len(truth)), list(taken)), 2, 1))
+    return ErrorRecord(labels, scores, corrected_iou, kind, truth[target], repairable, truth, missed)

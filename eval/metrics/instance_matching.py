@@ -32,9 +32,9 @@ AREA_BOUNDS = (32.0**2, 96.0**2)
 """Smallest area of a medium and of a large instance in COCO, in pixels."""
 _ALL_THRESHOLDS = np.uint16((1 << len(IOU_THRESHOLDS)) - 1)
 """One bit per IoU threshold, so that flags of all thresholds are stored in one number."""
-_EVERY_RANGE = 1 << np.arange(NUM_AREAS, dtype=np.int64) * len(IOU_THRESHOLDS)
+_RANGE_BITS = 1 << np.arange(NUM_AREAS, dtype=np.int64) * len(IOU_THRESHOLDS)
 """Lowest bit of every area range in a set of (area range, threshold)."""
-_FIRST_THRESHOLDS = _EVERY_RANGE.sum() * ((1 << np.arange(len(IOU_THRESHOLDS) + 1, dtype=np.int64)) - 1)
+_FIRST_THRESHOLDS = _RANGE_BITS.sum() * ((1 << np.arange(len(IOU_THRESHOLDS) + 1, dtype=np.int64)) - 1)
 """Bits of the lowest thresholds of every range, indexed by their number."""
 
 
@@ -91,8 +91,8 @@ def area_ranges(bounds: Sequence[float] = AREA_BOUNDS) -> np.ndarray:
     `bounds` holds the smallest areas of medium and of large instances.
     """
     medium, large = bounds
-    most = AREA_RANGES["all"][1]
-    return np.array([(0.0, most), (0.0, medium), (medium, large), (large, most)])
+    max_area = AREA_RANGES["all"][1]
+    return np.array([(0.0, max_area), (0.0, medium), (medium, large), (large, max_area)])
 
 
 def match_instances(
@@ -116,29 +116,32 @@ def match_images(
 
     With `boundary_ratio` the IoU of a pair is the smaller of its mask IoU and its boundary IoU, except for crowds.
     """
-    truth = _join_truth([(t.labels, t.areas, t.is_crowd) for t, _ in images])
+    truth = _concatenate_truth([(t.labels, t.areas, t.is_crowd) for t, _ in images])
     areas = [mask_areas(d.masks) if d.areas is None else d.areas for _, d in images]
     columns = [(d.labels, d.scores) for _, d in images]
-    of_detections = [of_masks[d.mask_index] for of_masks, (_, d) in zip(areas, images, strict=True)]
-    found = _join_found(columns, np.concatenate(of_detections), limit)
-    masks = _Masks(
+    detection_areas = [areas_by_mask[d.mask_index] for areas_by_mask, (_, d) in zip(areas, images, strict=True)]
+    detections = _concatenate_detections(columns, np.concatenate(detection_areas), limit)
+    masks = _BatchMasks(
         detected=[d.masks for _, d in images],
-        index=np.concatenate([d.mask_index for _, d in images])[found.source],
+        index=np.concatenate([d.mask_index for _, d in images])[detections.source],
         annotated=[mask for t, _ in images for mask in t.masks],
         is_crowd=truth.is_crowd.tolist(),
     )
     pixels = [mask_areas(t.masks) if t.pixels is None else t.pixels for t, _ in images]
-    pairs = _near_pairs(found, truth, np.concatenate(pixels))
-    ious = _pair_ious(pairs, found, masks)
+    pairs = _candidate_pairs(detections, truth, np.concatenate(pixels))
+    ious = _pair_ious(pairs, detections, masks)
     if boundary_ratio is not None:
-        near = (ious >= IOU_THRESHOLDS[0]) & ~truth.is_crowd[pairs.truth]
-        closer = _Pairs(pairs.detection[near], pairs.truth[near])
-        ious[near] = np.minimum(ious[near], _pair_ious(closer, found, _outlined(masks, closer, found, boundary_ratio)))
-    return _records(found, truth, pairs, ious, ranges)
+        is_close = (ious >= IOU_THRESHOLDS[0]) & ~truth.is_crowd[pairs.truth]
+        close_pairs = _Pairs(pairs.detection[is_close], pairs.truth[is_close])
+        ious[is_close] = np.minimum(
+            ious[is_close],
+            _pair_ious(close_pairs, detections, _with_boundaries(masks, close_pairs, detections, boundary_ratio)),
+        )
+    return _records(detections, truth, pairs, ious, ranges)
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredDetections:
     """Detections of one image with the data for matching, in canonical order, which is kept among equal scores."""
 
     labels: np.ndarray
@@ -155,19 +158,19 @@ def match_by_iou(
     truth_label: np.ndarray,
     truth_area: np.ndarray,
     is_crowd: np.ndarray,
-    detections: Scored,
+    detections: ScoredDetections,
     limit: int,
     ranges: np.ndarray | None = None,
 ) -> DetectionRecord:
     """Match one image greedily by known IoUs, otherwise as `match_images` does. Annotations are [G]."""
-    truth = _join_truth([(truth_label, truth_area, is_crowd)])
-    found = _join_found([(detections.labels, detections.scores)], detections.areas, limit)
-    ious = detections.ious[found.source]
-    pairs = _Pairs(*(found.label[:, None] == truth.label).nonzero())
-    return _records(found, truth, pairs, ious[pairs], ranges)[0]
+    truth = _concatenate_truth([(truth_label, truth_area, is_crowd)])
+    sorted_detections = _concatenate_detections([(detections.labels, detections.scores)], detections.areas, limit)
+    ious = detections.ious[sorted_detections.source]
+    pairs = _Pairs(*(sorted_detections.label[:, None] == truth.label).nonzero())
+    return _records(sorted_detections, truth, pairs, ious[pairs], ranges)[0]
 
 
-class _Truth(NamedTuple):
+class _BatchTruth(NamedTuple):
     """Annotations [G] of several images, image by image."""
 
     image: np.ndarray
@@ -176,7 +179,7 @@ class _Truth(NamedTuple):
     is_crowd: np.ndarray
 
 
-class _Found(NamedTuple):
+class _BatchDetections(NamedTuple):
     """Detections [D] of several images, image by image, class by class and best first."""
 
     image: np.ndarray
@@ -195,14 +198,16 @@ class _Pairs(NamedTuple):
     truth: np.ndarray
 
 
-def _join_truth(images: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> _Truth:
+def _concatenate_truth(images: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> _BatchTruth:
     """Join labels, areas and crowd flags of all images."""
     image = np.repeat(np.arange(len(images)), [len(labels) for labels, _, _ in images])
     label, area, is_crowd = (np.concatenate(side) for side in zip(*images, strict=True))
-    return _Truth(image, label.astype(np.int64), area, is_crowd.astype(bool))
+    return _BatchTruth(image, label.astype(np.int64), area, is_crowd.astype(bool))
 
 
-def _join_found(images: Sequence[tuple[np.ndarray, np.ndarray]], areas: np.ndarray, limit: int) -> _Found:
+def _concatenate_detections(
+    images: Sequence[tuple[np.ndarray, np.ndarray]], areas: np.ndarray, limit: int
+) -> _BatchDetections:
     """Join labels and scores of all images with areas of all, keeping at most `limit` per image and class."""
     image = np.repeat(np.arange(len(images)), [len(labels) for labels, _ in images])
     label, score = (np.concatenate(side) for side in zip(*images, strict=True))
@@ -211,27 +216,30 @@ def _join_found(images: Sequence[tuple[np.ndarray, np.ndarray]], areas: np.ndarr
     sorted_label = label[order]
     counts = np.bincount(image, minlength=len(images))
     order = order[rank_in_image_and_class(sorted_label, counts) < limit]
-    return _Found(image[order], label[order], score[order], areas[order], order, len(images))
+    return _BatchDetections(image[order], label[order], score[order], areas[order], order, len(images))
 
 
-def _near_pairs(found: _Found, truth: _Truth, truth_pixels: np.ndarray) -> _Pairs:
+def _candidate_pairs(detections: _BatchDetections, truth: _BatchTruth, truth_pixels: np.ndarray) -> _Pairs:
     """Return pairs that can match: the smaller mask can reach the lowest threshold, or the annotation is a crowd."""
-    num_classes = 1 + max(int(truth.label.max(initial=0)), int(found.label.max(initial=0)))
-    keys, wanted = truth.image * num_classes + truth.label, found.image * num_classes + found.label
-    order = keys.argsort(kind="stable")
-    keys = keys[order]
-    first = np.searchsorted(keys, wanted, side="left")
-    counts = np.searchsorted(keys, wanted, side="right") - first
-    detection = np.repeat(np.arange(len(wanted)), counts)
-    within = np.arange(len(detection)) - np.repeat(np.cumsum(counts) - counts, counts)
-    partner = order[np.repeat(first, counts) + within]
-    pixels, annotated = found.area[detection], truth_pixels[partner]
-    near = np.minimum(pixels, annotated) >= IOU_THRESHOLDS[0] * np.maximum(pixels, annotated)
-    near |= truth.is_crowd[partner]
-    return _Pairs(detection[near], partner[near])
+    num_classes = 1 + max(int(truth.label.max(initial=0)), int(detections.label.max(initial=0)))
+    truth_keys, detection_keys = (
+        truth.image * num_classes + truth.label,
+        detections.image * num_classes + detections.label,
+    )
+    order = truth_keys.argsort(kind="stable")
+    truth_keys = truth_keys[order]
+    first = np.searchsorted(truth_keys, detection_keys, side="left")
+    counts = np.searchsorted(truth_keys, detection_keys, side="right") - first
+    detection = np.repeat(np.arange(len(detection_keys)), counts)
+    position_in_group = np.arange(len(detection)) - np.repeat(np.cumsum(counts) - counts, counts)
+    partner = order[np.repeat(first, counts) + position_in_group]
+    pixels, partner_pixels = detections.area[detection], truth_pixels[partner]
+    can_match = np.minimum(pixels, partner_pixels) >= IOU_THRESHOLDS[0] * np.maximum(pixels, partner_pixels)
+    can_match |= truth.is_crowd[partner]
+    return _Pairs(detection[can_match], partner[can_match])
 
 
-class _Masks(NamedTuple):
+class _BatchMasks(NamedTuple):
     """Masks of several images."""
 
     detected: Sequence[Sequence[Rle]]
@@ -244,16 +252,16 @@ class _Masks(NamedTuple):
     """Crowd flags of the annotated masks of all images."""
 
 
-def _pair_ious(pairs: _Pairs, found: _Found, masks: _Masks) -> np.ndarray:
+def _pair_ious(pairs: _Pairs, detections: _BatchDetections, masks: _BatchMasks) -> np.ndarray:
     """Return the IoU [P] of the pairs."""
-    image, label = found.image[pairs.detection], found.label[pairs.detection]
+    image, label = detections.image[pairs.detection], detections.label[pairs.detection]
     starts = np.flatnonzero(np.diff(image, prepend=-1) | np.diff(label, prepend=-1))
     index, truths = masks.index[pairs.detection].tolist(), pairs.truth.tolist()
     ious: list[float] = []
-    for (start, end), of_image in zip(_stretches(starts, len(truths)), image[starts].tolist(), strict=True):
-        detected = masks.detected[of_image]
+    for (start, end), image_number in zip(_run_bounds(starts, len(truths)), image[starts].tolist(), strict=True):
+        detected = masks.detected[image_number]
         rows = {mask: row for row, mask in enumerate(dict.fromkeys(index[start:end]))}
-        columns = {one: place for place, one in enumerate(dict.fromkeys(truths[start:end]))}
+        columns = {one: column for column, one in enumerate(dict.fromkeys(truths[start:end]))}
         table = pairwise_ious(
             chosen_masks(detected, rows), [masks.annotated[i] for i in columns], [masks.is_crowd[i] for i in columns]
         ).tolist()
@@ -266,14 +274,14 @@ def _pair_ious(pairs: _Pairs, found: _Found, masks: _Masks) -> np.ndarray:
     return np.array(ious)
 
 
-def _outlined(masks: _Masks, pairs: _Pairs, found: _Found, ratio: float) -> _Masks:
+def _with_boundaries(masks: _BatchMasks, pairs: _Pairs, detections: _BatchDetections, ratio: float) -> _BatchMasks:
     """Return the masks, with those that occur in `pairs` reduced to their boundaries."""
-    images, index = found.image[pairs.detection], masks.index[pairs.detection]
-    detected = [_outlines(own, index[images == image], ratio) for image, own in enumerate(masks.detected)]
-    return masks._replace(detected=detected, annotated=_outlines(masks.annotated, pairs.truth, ratio))
+    images, index = detections.image[pairs.detection], masks.index[pairs.detection]
+    detected = [_replace_by_boundaries(own, index[images == image], ratio) for image, own in enumerate(masks.detected)]
+    return masks._replace(detected=detected, annotated=_replace_by_boundaries(masks.annotated, pairs.truth, ratio))
 
 
-def _outlines(masks: Sequence[Rle], chosen: np.ndarray, ratio: float) -> list[Rle]:
+def _replace_by_boundaries(masks: Sequence[Rle], chosen: np.ndarray, ratio: float) -> list[Rle]:
     """Return the masks, with the chosen ones reduced to their boundaries."""
     positions = np.unique(chosen).tolist()
     outlined = list(masks)
@@ -299,7 +307,7 @@ def class_agnostic_detections(detections: InstanceDetections) -> InstanceDetecti
 
 
 def _records(
-    found: _Found, truth: _Truth, pairs: _Pairs, ious: np.ndarray, ranges: np.ndarray | None
+    detections: _BatchDetections, truth: _BatchTruth, pairs: _Pairs, ious: np.ndarray, ranges: np.ndarray | None
 ) -> list[DetectionRecord]:
     """Match every image greedily, best score first.
 
@@ -308,20 +316,22 @@ def _records(
     `area_ranges`.
     """
     bounds = area_ranges() if ranges is None else ranges
-    truth_ignored = truth.is_crowd | _outside(truth.area, bounds)
-    matched, ignored = _match(len(found.label), pairs, ious, truth.is_crowd, truth_ignored)
-    ignored |= np.where(_outside(found.area, bounds).T, ~matched & _ALL_THRESHOLDS, np.uint16(0))
+    truth_ignored = truth.is_crowd | _is_outside(truth.area, bounds)
+    matched, ignored = _match(len(detections.label), pairs, ious, truth.is_crowd, truth_ignored)
+    ignored |= np.where(_is_outside(detections.area, bounds).T, ~matched & _ALL_THRESHOLDS, np.uint16(0))
 
     order = np.lexsort((truth.label, truth.image))
     image, label = truth.image[order], truth.label[order]
     first = np.flatnonzero(np.diff(image, prepend=-1) | np.diff(label, prepend=-1))
     counts = (~truth_ignored[:, order]).T.astype(np.int32)
     counted = np.add.reduceat(counts, first) if len(first) else np.zeros((0, NUM_AREAS), dtype=np.int32)
-    images = np.arange(1, found.num_images)
-    detections, classes = np.searchsorted(found.image, images), np.searchsorted(image[first], images)
-    of_detections = (np.split(side, detections) for side in (found.label, found.score, matched, ignored))
-    of_classes = (np.split(side, classes) for side in (label[first], counted))
-    return [DetectionRecord(*columns) for columns in zip(*of_detections, *of_classes, strict=True)]
+    images = np.arange(1, detections.num_images)
+    detection_starts, class_starts = np.searchsorted(detections.image, images), np.searchsorted(image[first], images)
+    per_detection = (
+        np.split(side, detection_starts) for side in (detections.label, detections.score, matched, ignored)
+    )
+    per_class = (np.split(side, class_starts) for side in (label[first], counted))
+    return [DetectionRecord(*columns) for columns in zip(*per_detection, *per_class, strict=True)]
 
 
 def _match(
@@ -333,37 +343,37 @@ def _match(
     operations per annotation that it overlaps enough.
     """
     bits = len(IOU_THRESHOLDS)
-    enough = ious >= IOU_THRESHOLDS[0]
-    d, g, iou = pairs.detection[enough], pairs.truth[enough], ious[enough]
+    overlaps = ious >= IOU_THRESHOLDS[0]
+    d, g, iou = pairs.detection[overlaps], pairs.truth[overlaps], ious[overlaps]
     order = np.lexsort((-g, -iou, d))  # per detection, the highest IoU first, and the last one among equals
     d, g, iou = d[order], g[order], iou[order]
-    reached = _FIRST_THRESHOLDS[np.searchsorted(IOU_THRESHOLDS, iou, side="right")].tolist()
-    counts = (_EVERY_RANGE @ ~truth_ignored * ((1 << bits) - 1)).tolist()
-    everything = (1 << bits * NUM_AREAS) - 1
-    free, crowds = [everything] * len(is_crowd), is_crowd.tolist()
+    reached_bits = _FIRST_THRESHOLDS[np.searchsorted(IOU_THRESHOLDS, iou, side="right")].tolist()
+    counts = (_RANGE_BITS @ ~truth_ignored * ((1 << bits) - 1)).tolist()
+    all_bits = (1 << bits * NUM_AREAS) - 1
+    free_bits, crowds = [all_bits] * len(is_crowd), is_crowd.tolist()
     first = np.flatnonzero(np.diff(d, prepend=-1))
     detections, truths = d[first].tolist(), g.tolist()
     matched, ignored = [0] * num_detections, [0] * num_detections
-    for detection, (start, end) in zip(detections, _stretches(first, len(d)), strict=True):
-        open_bits = everything
-        for place in range(start, end):  # annotations that are not ignored come first
-            truth = truths[place]
-            taken = open_bits & reached[place] & counts[truth] & free[truth]
-            free[truth] ^= taken
-            open_bits ^= taken
-        counting = open_bits
-        for place in range(start, end):
-            truth = truths[place]
-            taken = open_bits & reached[place] & ~counts[truth] & free[truth]
-            open_bits ^= taken
+    for detection, (start, end) in zip(detections, _run_bounds(first, len(d)), strict=True):
+        open_bits = all_bits
+        for position in range(start, end):  # annotations that are not ignored come first
+            truth = truths[position]
+            taken_bits = open_bits & reached_bits[position] & counts[truth] & free_bits[truth]
+            free_bits[truth] ^= taken_bits
+            open_bits ^= taken_bits
+        counted_bits = open_bits
+        for position in range(start, end):
+            truth = truths[position]
+            taken_bits = open_bits & reached_bits[position] & ~counts[truth] & free_bits[truth]
+            open_bits ^= taken_bits
             if not crowds[truth]:  # a crowd stays free
-                free[truth] ^= taken
-        ignored[detection] = counting ^ open_bits
-        matched[detection] = everything ^ open_bits
+                free_bits[truth] ^= taken_bits
+        ignored[detection] = counted_bits ^ open_bits
+        matched[detection] = all_bits ^ open_bits
     return _by_range(matched), _by_range(ignored)
 
 
-def _stretches(starts: np.ndarray, length: int) -> list[tuple[int, int]]:
+def _run_bounds(starts: np.ndarray, length: int) -> list[tuple[int, int]]:
     """Return start and end of each stretch of a sequence that is cut at `starts`, of which the first is 0."""
     bounds = [*starts.tolist(), length]
     return list(itertools.pairwise(bounds))
@@ -375,7 +385,7 @@ def _by_range(sets: list[int]) -> np.ndarray:
     return (np.array(sets, dtype=np.int64)[:, None] >> shifts & int(_ALL_THRESHOLDS)).astype(np.uint16)
 
 
-def _outside(areas: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+def _is_outside(areas: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """Return whether each area is outside each range: [A, N]."""
     return (areas < bounds[:, :1]) | (areas > bounds[:, 1:])
 

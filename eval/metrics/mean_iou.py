@@ -104,11 +104,11 @@ class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
 
     def compute(self) -> MeanIoU:
         """Compute the scores of all conventions from one confusion matrix."""
-        return self.of_classes(None)
+        return self.compute_for_classes(None)
 
-    def of_classes(self, chosen: Collection[int] | None) -> MeanIoU:
+    def compute_for_classes(self, chosen: Collection[int] | None) -> MeanIoU:
         """Compute the scores as `compute` does, averaged over `chosen` classes; None: all."""
-        return mean_iou_of(self.confusion(), self.void_pixels(), chosen)
+        return mean_iou_from_counts(self.confusion(), self.void_pixels(), chosen)
 
 
 def split_cells(cells: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +118,9 @@ def split_cells(cells: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.nda
     return np.where(void, cells - num_classes**2, truth), np.where(void, -1, predicted)
 
 
-def mean_iou_of(confusion: np.ndarray, void_pixels: np.ndarray, chosen: Collection[int] | None = None) -> MeanIoU:
+def mean_iou_from_counts(
+    confusion: np.ndarray, void_pixels: np.ndarray, chosen: Collection[int] | None = None
+) -> MeanIoU:
     """Compute all scores from pixels [K truth, K predicted] and pixels [K truth] whose prediction is void.
 
     With `chosen`, averages are over these classes and count only their truth pixels; None: all classes.
@@ -140,6 +142,6 @@ def mean_iou_of(confusion: np.ndarray, void_pixels: np.ndarray, chosen: Collecti
         fwiou=float((iou[labelled] * (truth[labelled] / total)).sum()),
         macc=float((correct[labelled] / truth[labelled]).sum() / labelled.sum()),
         pacc=float(correct[counted].sum() / total),
-        per_class=tuple(float(v) if seen else None for v, seen in zip(iou, occurring, strict=True)),
+        per_class=tuple(float(v) if occurs else None for v, occurs in zip(iou, occurring, strict=True)),
         truth_pixels=tuple(int(pixels) for pixels in truth),
     )

@@ -63,7 +63,7 @@ class PanopticPrediction:
     """Contiguous class index of each segment id."""
 
 
-def _unknown() -> np.ndarray:
+def _empty_column() -> np.ndarray:
     return np.zeros(0)
 
 
@@ -77,14 +77,16 @@ class PanopticRecord(Record):
     """Class of every unmatched prediction that counts."""
     false_negative: np.ndarray = field(metadata=column("int32"))
     """Class of every unmatched annotated segment that counts."""
-    matched_area: np.ndarray = field(default_factory=_unknown, metadata=column("float64", beside="matched_label"))
+    matched_area: np.ndarray = field(
+        default_factory=_empty_column, metadata=column("float64", aligned_with="matched_label")
+    )
     """Area stated by the annotation. In records without areas, all three area columns are NaN."""
     false_positive_area: np.ndarray = field(
-        default_factory=_unknown, metadata=column("float64", beside="false_positive")
+        default_factory=_empty_column, metadata=column("float64", aligned_with="false_positive")
     )
     """Pixels of the prediction."""
     false_negative_area: np.ndarray = field(
-        default_factory=_unknown, metadata=column("float64", beside="false_negative")
+        default_factory=_empty_column, metadata=column("float64", aligned_with="false_negative")
     )
     """Area stated by the annotation."""
 

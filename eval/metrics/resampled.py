@@ -164,8 +164,8 @@ def image_precisions(images: InstanceImages) -> np.ndarray:
     counted = images.truth_count.values > 0
     pairs = (images.truth_label.rows * num_classes + images.truth_label.values)[counted]
     key = images.label.rows * num_classes + images.label.values
-    judged = np.flatnonzero(np.isin(key, pairs))  # a class without annotations in the image has no AP there
-    order = judged[np.lexsort((-images.score.values[judged], key[judged]))]
+    evaluated = np.flatnonzero(np.isin(key, pairs))  # a class without annotations in the image has no AP there
+    order = evaluated[np.lexsort((-images.score.values[evaluated], key[evaluated]))]
     present, group = np.unique(np.concatenate([pairs, key[order]]), return_inverse=True)
     truth_count = np.zeros((len(present), 1))
     truth_count[group[: len(pairs)], 0] = images.truth_count.values[counted]
@@ -198,7 +198,7 @@ class _Detections:
 def _group_precisions(detections: _Detections, weights: np.ndarray, truth_count: np.ndarray) -> np.ndarray:
     """Return the interpolated AP [groups, draws], averaged over IoU thresholds, from weights [images, draws]."""
     weighted = weights[detections.image]
-    running = _running(weighted)
+    running = _exclusive_cumsum(weighted)
     starts = np.searchsorted(detections.group, np.arange(len(truth_count)))
     precision = np.zeros(truth_count.shape)
     for threshold in range(len(IOU_THRESHOLDS)):
@@ -208,21 +208,24 @@ def _group_precisions(detections: _Detections, weights: np.ndarray, truth_count:
             continue
         group = detections.group[hits]
         first = np.flatnonzero(np.diff(group, prepend=-1))
-        of_hit = np.cumsum(np.diff(group, prepend=-1) > 0) - 1  # position in `first`
-        correct = _running(weighted[hits])
-        correct = correct[1:] - correct[first][of_hit]
-        left_out = np.flatnonzero(ignored)
-        skipped = _running(weighted[left_out])
-        seen = running[hits + 1] - running[starts[group]]
-        seen -= skipped[np.searchsorted(left_out, hits)] - skipped[np.searchsorted(left_out, starts[group])]
-        curve = correct / (seen + np.spacing(1))
+        hit_group = np.cumsum(np.diff(group, prepend=-1) > 0) - 1  # position in `first`
+        correct = _exclusive_cumsum(weighted[hits])
+        correct = correct[1:] - correct[first][hit_group]
+        ignored_rows = np.flatnonzero(ignored)
+        ignored_weight = _exclusive_cumsum(weighted[ignored_rows])
+        counted_weight = running[hits + 1] - running[starts[group]]
+        counted_weight -= (
+            ignored_weight[np.searchsorted(ignored_rows, hits)]
+            - ignored_weight[np.searchsorted(ignored_rows, starts[group])]
+        )
+        curve = correct / (counted_weight + np.spacing(1))
         recall = correct / np.maximum(truth_count[group], 1)
-        areas = _envelope(curve, of_hit) * _newly_reached(recall, first)
+        areas = _envelope(curve, hit_group) * _newly_reached(recall, first)
         precision[group[first]] += np.add.reduceat(areas, first, axis=0)
     return precision / (len(IOU_THRESHOLDS) * len(RECALL_THRESHOLDS))
 
 
-def _running(weighted: np.ndarray) -> np.ndarray:
+def _exclusive_cumsum(weighted: np.ndarray) -> np.ndarray:
     """Return, for each position, the sum of all rows before it: [N + 1, draws]."""
     sums = np.zeros((len(weighted) + 1, weighted.shape[1]), dtype=np.int32)
     np.cumsum(weighted, axis=0, out=sums[1:])

@@ -29,10 +29,12 @@ def difference_interval(first: Sequence[float], second: Sequence[float], confide
     errors = [statistics.variance(side) / len(side) for side in (first, second)]
     total = sum(errors)
     spread = sum(error**2 / (len(side) - 1) for error, side in zip(errors, (first, second), strict=True))
-    freedom = total**2 / spread if spread else len(first) + len(second) - 2
-    return _interval(statistics.fmean(second) - statistics.fmean(first), math.sqrt(total), freedom, confidence)
+    degrees_of_freedom = total**2 / spread if spread else len(first) + len(second) - 2
+    return _interval(
+        statistics.fmean(second) - statistics.fmean(first), math.sqrt(total), degrees_of_freedom, confidence
+    )
 
 
-def _interval(value: float, error: float, freedom: float, confidence: float) -> SeedInterval:
-    reach = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * error
-    return SeedInterval(value, value - reach, value + reach)
+def _interval(value: float, error: float, degrees_of_freedom: float, confidence: float) -> SeedInterval:
+    half_width = float(stats.t.ppf(0.5 + confidence / 2, degrees_of_freedom)) * error
+    return SeedInterval(value, value - half_width, value + half_width)

@@ -148,8 +148,8 @@ def assign_outcomes(segments: Candidates) -> SegmentRecord:
     rows += [(label, NO_SEGMENT, Outcome.MISSED, area) for label, area in missed]
     taken = same & ~free_truth
     for p in np.flatnonzero(free_predicted & (segments.ignored <= MAX_IGNORED)):
-        twice = segments.inside[p][taken[p]].sum() > 0.5
-        outcome = Outcome.DUPLICATE if twice else Outcome.BACKGROUND
+        is_duplicate = segments.inside[p][taken[p]].sum() > 0.5
+        outcome = Outcome.DUPLICATE if is_duplicate else Outcome.BACKGROUND
         rows.append((NO_SEGMENT, segments.predicted_labels[p], outcome, segments.predicted_areas[p]))
     truth, predicted, outcomes, areas = np.array(rows, dtype=np.float64).reshape(-1, 4).T
     return SegmentRecord(truth=truth, predicted=predicted, outcome=outcomes, area=areas)
@@ -185,15 +185,15 @@ def instance_candidates(truth: InstanceTruth, detections: InstanceDetections) ->
     """Compare the annotated instances of one image with its detections of at least MIN_SCORE."""
     confident = np.flatnonzero(detections.scores >= MIN_SCORE)
     masks = tuple(detections.masks[i] for i in detections.mask_index[confident])
-    labels, ordinary = detections.labels[confident], ~truth.is_crowd
+    labels, not_crowd = detections.labels[confident], ~truth.is_crowd
     inside = mask_ious(masks, truth.masks, np.ones_like(truth.is_crowd))  # crowds: share of predicted pixels
     in_crowd = np.where(truth.is_crowd & (labels[:, None] == truth.labels), inside, 0.0)
     return Candidates(
-        truth_labels=truth.labels[ordinary],
-        truth_areas=truth.areas[ordinary],
+        truth_labels=truth.labels[not_crowd],
+        truth_areas=truth.areas[not_crowd],
         predicted_labels=labels,
         predicted_areas=mask_areas(masks).astype(float),
-        iou=mask_ious(masks, truth.masks, np.zeros_like(truth.is_crowd))[:, ordinary],
-        inside=inside[:, ordinary],
+        iou=mask_ious(masks, truth.masks, np.zeros_like(truth.is_crowd))[:, not_crowd],
+        inside=inside[:, not_crowd],
         ignored=in_crowd.sum(axis=1),
     )

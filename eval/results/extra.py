@@ -75,7 +75,7 @@ class ExtraResults:
         """Return all values by full name (prefix and name)."""
         return {f"{g.prefix}{name}": value for g in self.groups() for name, value in g.numbers.items()}
 
-    def of_class(self, category: Category, label: int, thing_label: int | None) -> Numbers:
+    def class_values(self, category: Category, label: int, thing_label: int | None) -> Numbers:
         """Return the values of one category.
 
         `label` is its class index in the panoptic task, and `thing_label` that in the instance task (None for stuff).

@@ -30,7 +30,7 @@ from m2f.eval.metrics.resampled import (
 )
 
 IMAGES_FILE = "images.parquet"
-_AT_ONCE = 256
+_IMAGES_PER_CHUNK = 256
 """Number of images whose own values are computed at once."""
 _ImagesT = TypeVar("_ImagesT", PanopticImages, InstanceImages, SemanticImages)
 
@@ -56,15 +56,15 @@ class ImageRecords:
             values["mIoU"] = 100 * mean_ious(self.semantic, weights)
         return values
 
-    def own_values(self) -> dict[str, np.ndarray]:
+    def per_image_values(self) -> dict[str, np.ndarray]:
         """Return PQ, AP and mIoU [I] of every single image in per cent; NaN if undefined."""
         values: dict[str, np.ndarray] = {}
         if self.panoptic is not None:
-            values["PQ"] = 100 * _one_by_one(self.panoptic, panoptic_qualities)
+            values["PQ"] = 100 * _per_image(self.panoptic, panoptic_qualities)
         if self.instance is not None:
             values["AP"] = 100 * image_precisions(self.instance)
         if self.semantic is not None:
-            values["mIoU"] = 100 * _one_by_one(self.semantic, mean_ious)
+            values["mIoU"] = 100 * _per_image(self.semantic, mean_ious)
         return values
 
 
@@ -72,11 +72,11 @@ def image_records(
     panoptic: PanopticQualityState | None, instance: AveragePrecisionState | None, semantic: MeanIoUState | None
 ) -> ImageRecords:
     """Return the records of complete states, which all hold the same images."""
-    held = [state for state in (panoptic, instance, semantic) if state is not None]
+    states = [state for state in (panoptic, instance, semantic) if state is not None]
     return ImageRecords(
-        image_ids=np.array(held[0].image_ids if held else [], dtype=np.int64),
-        panoptic=None if panoptic is None else _of(PanopticImages, panoptic),
-        instance=None if instance is None else _of(InstanceImages, instance),
+        image_ids=np.array(states[0].image_ids if states else [], dtype=np.int64),
+        panoptic=None if panoptic is None else _from_state(PanopticImages, panoptic),
+        instance=None if instance is None else _from_state(InstanceImages, instance),
         semantic=None if semantic is None else _semantic_images(semantic),
     )
 
@@ -86,7 +86,7 @@ def image_table(records: ImageRecords, names: Mapping[int, str] | None = None) -
     columns: dict[str, np.ndarray | Ragged] = {"image_id": records.image_ids}
     if names is not None:
         columns["name"] = np.array([names[i] for i in records.image_ids.tolist()], dtype=object)
-    columns |= records.own_values()
+    columns |= records.per_image_values()
     for task in ("panoptic", "instance", "semantic"):
         if (images := getattr(records, task)) is not None:
             columns |= {f"{task}_{one.name}": getattr(images, one.name) for one in fields(images)}
@@ -117,7 +117,7 @@ def _from_columns(kind: type[_ImagesT], task: str, columns: Mapping[str, np.ndar
     return kind(**found)  # type: ignore[arg-type]
 
 
-def _of(kind: type[_ImagesT], state: MetricState) -> _ImagesT:
+def _from_state(kind: type[_ImagesT], state: MetricState) -> _ImagesT:
     """Return the columns of a state's records; of columns by area range, only the first range (all areas)."""
     columns = {}
     for one in fields(kind):
@@ -132,15 +132,15 @@ def _semantic_images(state: MeanIoUState) -> SemanticImages:
     return SemanticImages(*(Ragged(values, counts) for values in (truth, predicted, state.rows("pixels"))))
 
 
-def _one_by_one(images: _ImagesT, metric: Callable[[_ImagesT, np.ndarray], np.ndarray]) -> np.ndarray:
+def _per_image(images: _ImagesT, metric: Callable[[_ImagesT, np.ndarray], np.ndarray]) -> np.ndarray:
     """Return a metric of every single image: [I]."""
     columns = {one.name: getattr(images, one.name) for one in fields(images)}
     count = len(next(iter(columns.values())).counts)
-    found = []
-    for first in range(0, count, _AT_ONCE):
-        some = {name: _rows(column, first, first + _AT_ONCE) for name, column in columns.items()}
-        found.append(metric(type(images)(**some), np.eye(min(_AT_ONCE, count - first))))
-    return np.concatenate(found) if found else np.zeros(0)
+    results = []
+    for first in range(0, count, _IMAGES_PER_CHUNK):
+        chunk = {name: _rows(column, first, first + _IMAGES_PER_CHUNK) for name, column in columns.items()}
+        results.append(metric(type(images)(**chunk), np.eye(min(_IMAGES_PER_CHUNK, count - first))))
+    return np.concatenate(results) if results else np.zeros(0)
 
 
 def _rows(column: Ragged, first: int, end: int) -> Ragged:

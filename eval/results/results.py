@@ -108,7 +108,7 @@ class EvaluationResults:
             if self.semantic is not None:
                 row["IoU"] = _percent(self.semantic.per_class[label])
                 row["pixels"] = self.semantic.truth_pixels[label]
-            rows.append(row | self.extra.of_class(category, label, thing_labels.get(category.id)))
+            rows.append(row | self.extra.class_values(category, label, thing_labels.get(category.id)))
         return rows
 
     def to_json(self) -> str:
@@ -208,10 +208,10 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return lines with aligned columns: text to the left, numbers to the right, `-` for None."""
     cells = [list(head), *([_cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    words = [all(isinstance(row[i], str) for row in rows) for i in range(len(head))]
+    is_text = [all(isinstance(row[i], str) for row in rows) for i in range(len(head))]
     lines = []
     for row in cells:
-        aligned = [c.ljust(w) if word else c.rjust(w) for c, w, word in zip(row, widths, words, strict=True)]
+        aligned = [c.ljust(w) if text else c.rjust(w) for c, w, text in zip(row, widths, is_text, strict=True)]
         lines.append("  ".join(aligned).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_FIRST = {"shrink": "area", "precision": "fp32"}
+_ORIGINAL_VALUES = {"shrink": "area", "precision": "fp32"}
 """Former fixed values of settings. They are left out of digests, so that digests of older results stay valid."""
 
 
@@ -36,7 +36,7 @@ class EvaluationSettings:
     def digest(self) -> str:
         """Eight hexadecimal digits that identify these settings."""
         values = asdict(self)
-        for name, value in _FIRST.items():
+        for name, value in _ORIGINAL_VALUES.items():
             if values[name] == value:
                 del values[name]
         content = json.dumps(values, sort_keys=True)

@@ -64,16 +64,16 @@ class EvaluationStates:
         """Return empty states for these tasks, and for the extra metrics that apply to them."""
         things, classes = (categories.for_task(task) for task in ("instance", "panoptic"))
         is_thing = [c.is_thing for c in classes]
-        of_segments: Task | None = next((task for task in ("panoptic", "instance") if task in tasks), None)
+        segment_task: Task | None = next((task for task in ("panoptic", "instance") if task in tasks), None)
         states = cls(
             panoptic=PanopticQualityState(is_thing) if "panoptic" in tasks else None,
             instance=AveragePrecisionState(len(things)) if "instance" in tasks else None,
             semantic=MeanIoUState(len(classes)) if "semantic" in tasks else None,
         )
-        if of_segments is not None:
-            num_classes = len(categories.for_task(of_segments))
+        if segment_task is not None:
+            num_classes = len(categories.for_task(segment_task))
             states.segments = SegmentErrorState(num_classes)
-            states.errors = ErrorState(num_classes, "PQ" if of_segments == "panoptic" else "AP50")
+            states.errors = ErrorState(num_classes, "PQ" if segment_task == "panoptic" else "AP50")
         if "boundary" in extra and "panoptic" in tasks:
             states.boundary_panoptic = PanopticQualityState(is_thing, BOUNDARY_RATIO)
         if "boundary" in extra and "instance" in tasks:
@@ -96,8 +96,8 @@ class EvaluationStates:
     @property
     def image_ids(self) -> tuple[int, ...]:
         """Images that every state contains, in ascending order."""
-        seen = [set(state.image_ids) for state in self.metric_states().values()]
-        return tuple(sorted(set.intersection(*seen))) if seen else ()
+        ids = [set(state.image_ids) for state in self.metric_states().values()]
+        return tuple(sorted(set.intersection(*ids))) if ids else ()
 
     def merge(self, other: Self) -> None:
         """Add the images of another evaluation of the same tasks. Raises EvaluationError if the two disagree."""
@@ -108,10 +108,10 @@ class EvaluationStates:
             state.merge(theirs[task])
         self.panels |= other.panels
 
-    def spill(self, folder: Path, above: int) -> None:
-        """Move the records of every metric with more than `above` bytes to files under `folder`, see `MetricState`."""
+    def spill(self, folder: Path, threshold_bytes: int) -> None:
+        """Move the records of every metric with more than `threshold_bytes` to files under `folder`, see `MetricState`."""
         for name, state in self.metric_states().items():
-            state.spill(folder / name, above)
+            state.spill(folder / name, threshold_bytes)
 
     def compute(self, categories: CategoryTable, subject: EvaluationSubject) -> EvaluationResults:
         """Compute the results of every state."""
@@ -168,15 +168,15 @@ def image_qualities(states: EvaluationStates) -> dict[int, float]:
     annotated and detected ones, else the pixel accuracy. Images whose quality is undefined are left out.
     """
     if states.semantic is not None and states.segments is None:
-        found = {
+        qualities = {
             image_id: _pixel_accuracy(states.semantic.record(image_id), states.semantic.num_classes)
             for image_id in states.semantic.image_ids
         }
     else:
         scored = states.panoptic or states.segments
         assert scored is not None
-        found = {image_id: scored.image_quality(image_id) for image_id in scored.image_ids}
-    return {image_id: quality for image_id, quality in found.items() if quality is not None}
+        qualities = {image_id: scored.image_quality(image_id) for image_id in scored.image_ids}
+    return {image_id: quality for image_id, quality in qualities.items() if quality is not None}
 
 
 def _pixel_accuracy(record: ConfusionRecord, num_classes: int) -> float | None:

@@ -15,8 +15,8 @@ from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.box_average_precision import (
     BoxDetections,
     BoxTruth,
-    boxes_of_detections,
-    boxes_of_truth,
+    detection_boxes,
+    truth_boxes,
 )
 from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
 from m2f.eval.score.instance_files import Entry, ImageEntries, InstanceFiles
@@ -24,7 +24,7 @@ from m2f.eval.score.instance_files import Entry, ImageEntries, InstanceFiles
 
 def box_truth(image: ImageEntries, truth: InstanceTruth, files: InstanceFiles) -> BoxTruth:
     """Return the boxes of one image's annotations. Raises EvaluationError naming the annotation of an invalid box."""
-    found = boxes_of_truth(truth)
+    found = truth_boxes(truth)
     names = [files.annotation(image, i) for i in range(len(image.annotations))]
     stated = _stated(image.annotations, names)
     boxes = np.where(np.isnan(stated), found.boxes, stated)
@@ -40,7 +40,7 @@ def box_detections(
         for i, entry in enumerate(image.results)
         if isinstance(entry, dict) and entry.get("category_id") not in dropped
     ]
-    found = boxes_of_detections(detections)
+    found = detection_boxes(detections)
     stated = _stated([entry for _, entry in kept], [files.result(image, i) for i, _ in kept])
     boxes = np.where(np.isnan(stated), found.boxes, stated)
     areas = np.where(np.isnan(stated[:, 0]), found.areas, boxes[:, 2] * boxes[:, 3])

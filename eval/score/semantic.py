@@ -80,7 +80,7 @@ def _results(
         num_images=num_images,
         panoptic=None,
         instance=None,
-        semantic=state.of_classes(chosen),
+        semantic=state.compute_for_classes(chosen),
         pixels=state.confusion(),
     )
 
@@ -131,7 +131,7 @@ def _report(
     result: MeanIoU,
 ) -> ScoreReport:
     if chosen is not None:
-        result = state.of_classes(chosen)
+        result = state.compute_for_classes(chosen)
     void = int(state.void_pixels().sum())
     if void:
         labelled = int(state.confusion().sum()) + void

@@ -34,7 +34,7 @@ def test_void_in_predictions_counts_as_missed_but_not_as_false_positive(void):
     assert result.truth_pixels == (0, 3, 1)
     assert state.void_pixels().tolist() == [0, 1, 0]
     assert state.confusion().sum() == 3
-    assert state.of_classes([2]).miou == 1 / 2
+    assert state.compute_for_classes([2]).miou == 1 / 2
 
 
 def test_void_value_is_stored_and_prevents_merging_with_other_states():

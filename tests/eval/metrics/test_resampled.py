@@ -84,7 +84,7 @@ def test_metrics_of_a_draw_equal_those_of_its_images(seed):
 def test_metrics_of_an_image_equal_those_of_a_set_with_only_this_image():
     states = some_states(9, num_images=300)
     records = image_records(*states)
-    found = np.stack(list(records.own_values().values()))
+    found = np.stack(list(records.per_image_values().values()))
     for column, image_id in enumerate(records.image_ids.tolist()):
         np.testing.assert_allclose(found[:, column], slow_values(states, [image_id]), atol=1e-9, equal_nan=True)
     assert np.isnan(found).any()  # an image in which nothing counts
@@ -102,7 +102,7 @@ def test_image_records_include_spilled_images(tmp_path):
     states = some_states(2)
     before = image_table(image_records(*states))
     for number, state in enumerate(states):
-        state.spill(tmp_path / str(number), above=0)
+        state.spill(tmp_path / str(number), threshold_bytes=0)
     assert image_table(image_records(*states)) == before
 
 

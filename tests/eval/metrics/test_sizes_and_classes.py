@@ -11,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
-from m2f.eval.metrics.box_average_precision import boxes_of_detections, boxes_of_truth, match_boxes
+from m2f.eval.metrics.box_average_precision import detection_boxes, match_boxes, truth_boxes
 from m2f.eval.metrics.panoptic_quality import (
     PanopticPrediction,
     PanopticQualityState,
@@ -110,7 +110,7 @@ def test_box_ap_of_mask_boxes_equals_pycocotools():
     images = some_images(2)
     state = AveragePrecisionState(NUM_CLASSES)
     for image_id, (truth, found) in images.items():
-        state.add(image_id, match_boxes(boxes_of_truth(truth), boxes_of_detections(found), 100))
+        state.add(image_id, match_boxes(truth_boxes(truth), detection_boxes(found), 100))
     result, oracle = state.compute(), pycocotools_run(images, range(NUM_CLASSES), kind="bbox")
     np.testing.assert_array_equal(result.precision, oracle.eval["precision"])
     np.testing.assert_array_equal(result.recall, oracle.eval["recall"])

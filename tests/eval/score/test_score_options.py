@@ -353,4 +353,4 @@ def test_void_in_label_maps_counts_as_missed_but_not_as_false_positive(tmp_path,
     results = evaluate_semantic([truth], [predicted], class_names=NAMES, void=void)
     assert list(results.semantic.per_class) == found["IoU"]
     images = read_image_records((tmp_path / "images.parquet").read_bytes())
-    assert images.own_values()["mIoU"] == pytest.approx([100 * np.mean(ious)])
+    assert images.per_image_values()["mIoU"] == pytest.approx([100 * np.mean(ious)])
