@@ -12,7 +12,7 @@ import torch
 from m2f.cluster.api.model import overrides_of
 from m2f.cluster.evaluation.offline import evaluate_checkpoint
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
-from m2f.cluster.predict.sources import resolved_source
+from m2f.cluster.predict.sources import resolve_source
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.results.results import EvaluationResults
 
@@ -43,7 +43,7 @@ def evaluate(
         DataError: a set cannot be read, or its classes contradict those of the model.
         EvaluationError: images could not be evaluated, or the weights belong to a different model.
     """
-    config, own = open_recipe(resolved_source(os.fspath(source)), overrides_of(settings))
+    config, own = open_recipe(resolve_source(os.fspath(source)), overrides_of(settings))
     wanted = own if checkpoint is None else str(checkpoint)
     weights = choose_checkpoint(config, Storage(config.storage), wanted)
     with own_threads():

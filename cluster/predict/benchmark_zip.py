@@ -24,7 +24,7 @@ _LIST_NAME = re.compile(r"(?:panoptic_)?image_info_(.+)")
 
 
 def check_submission(
-    server: Server, task: Task, classes: Sequence[Category], listed: ImageList | None, algorithm: str
+    server: Server, task: Task, classes: Sequence[Category], image_list: ImageList | None, algorithm: str
 ) -> None:
     """Raise ConfigError, before hours of prediction, if the server would refuse the results."""
     if not re.fullmatch(r"[A-Za-z0-9-]+", algorithm):
@@ -43,41 +43,41 @@ def check_submission(
         return
     if task == "semantic":
         raise ConfigError("the COCO servers accept panoptic results and masks; give --task panoptic or --task instance")
-    if listed is None:
+    if image_list is None:
         raise ConfigError(
             "the COCO servers need the ids of their images; give --image-info "
             + ("panoptic_image_info_test-dev2017.json" if task == "panoptic" else "image_info_test-dev2017.json")
         )
-    submitted = [c for c in classes if c.is_thing or task == "panoptic"]
-    if foreign := [c for c in submitted if listed.categories.get(c.id) != c.name]:
+    submitted_classes = [c for c in classes if c.is_thing or task == "panoptic"]
+    if mismatched := [c for c in submitted_classes if image_list.categories.get(c.id) != c.name]:
         raise ConfigError(
-            f"the model's category {foreign[0].id} ({foreign[0].name}) and {len(foreign) - 1} others do not match "
-            f"{listed.path}; panoptic results need panoptic_image_info_*.json, and a model of COCO needs its training "
-            "data, which contain the names"
+            f"the model's category {mismatched[0].id} ({mismatched[0].name}) and {len(mismatched) - 1} others do not "
+            f"match {image_list.path}; panoptic results need panoptic_image_info_*.json, and a model of COCO needs its "
+            "training data, which contain the names"
         )
 
 
-def write_submission(folder: Path, server: Server, task: Task, listed: ImageList | None, algorithm: str) -> Path:
+def write_submission(folder: Path, server: Server, task: Task, image_list: ImageList | None, algorithm: str) -> Path:
     """Zip the predictions in `folder`, as `m2f predict` wrote them, and return the path of the zip file in `folder`."""
     if server == "ade20k":
         path = folder / f"ade20k_{algorithm}.zip"
-        _zip(path, {image.name: image for image in sorted((folder / "labels").glob("*.png"))})
+        _write_zip(path, {image.name: image for image in sorted((folder / "labels").glob("*.png"))})
         return path
-    assert listed is not None
+    assert image_list is not None
     kind = "panoptic" if task == "panoptic" else "detections"
-    match = _LIST_NAME.fullmatch(listed.path.stem)
-    name = f"{kind}_{match[1] if match else listed.path.stem}_{algorithm}_results"
+    match = _LIST_NAME.fullmatch(image_list.path.stem)
+    name = f"{kind}_{match[1] if match else image_list.path.stem}_{algorithm}_results"
     if kind == "panoptic":
         members = {f"{name}.json": folder / "panoptic.json"}
         members |= {f"{name}/{image.name}": image for image in sorted((folder / "panoptic").glob("*.png"))}
     else:
         members = {f"{name}.json": folder / "instances.json"}
     path = folder / f"{name}.zip"
-    _zip(path, members)
+    _write_zip(path, members)
     return path
 
 
-def _zip(path: Path, members: dict[str, Path]) -> None:
+def _write_zip(path: Path, members: dict[str, Path]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, file in members.items():
             stored = zipfile.ZIP_STORED if name.endswith(".png") else None  # PNG files are already compressed

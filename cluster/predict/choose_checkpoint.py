@@ -56,8 +56,8 @@ def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str |
     return replace(config, output=parent, name=name), None
 
 
-def choose_checkpoint(config: RunConfig, storage: Storage, wanted: str | None) -> ChosenWeights:
-    """Return the weights that `wanted` names.
+def choose_checkpoint(config: RunConfig, storage: Storage, requested: str | None) -> ChosenWeights:
+    """Return the weights that `requested` names.
 
     None and `last` mean the newest checkpoint of the run, `best` the best checkpoint, and a number that of a step.
     Anything else is a path or URL of weights.
@@ -66,18 +66,18 @@ def choose_checkpoint(config: RunConfig, storage: Storage, wanted: str | None) -
         ConfigError: the run has no checkpoint, none of that step, or none that was evaluated; or a local path does not
             exist.
     """
-    if wanted is not None and not wanted.isdecimal() and wanted not in ("best", "last"):
-        if "://" not in wanted and not Path(wanted).exists():
-            raise ConfigError(f"--checkpoint {wanted}: no such file or folder")
-        return ChosenWeights(wanted, None)
+    if requested is not None and not requested.isdecimal() and requested not in ("best", "last"):
+        if "://" not in requested and not Path(requested).exists():
+            raise ConfigError(f"--checkpoint {requested}: no such file or folder")
+        return ChosenWeights(requested, None)
     found = list_checkpoints(storage, config.run_folder)
     if not found:
         raise ConfigError(
             f"{config.run_folder} has no checkpoint; train first, or give a weight file with --checkpoint"
         )
-    if wanted in (None, "last"):
+    if requested in (None, "last"):
         return ChosenWeights(found[0].url, found[0].step)
-    step = _best_step(config, storage) if wanted == "best" else int(wanted)
+    step = _best_step(config, storage) if requested == "best" else int(requested)
     for checkpoint in found:
         if checkpoint.step == step:
             return ChosenWeights(checkpoint.url, checkpoint.step)

@@ -64,8 +64,8 @@ class PredictionFolder:
         self._folder, self._classes, self._pictures = folder, classes, pictures
         self._shown_score = SHOWN_SCORE if shown_score is None else shown_score
         self._lists: dict[str, JsonList] = {}
-        self._viewed: JsonList | None = None
-        self._num_viewed = 0
+        self._labels_file: JsonList | None = None
+        self._num_labels = 0
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
         self.num_empty = 0
@@ -81,9 +81,9 @@ class PredictionFolder:
         for entries in self._lists.values():
             entries.close()
         categories = describe_categories(self._classes)
-        if self._viewed is not None:
+        if self._labels_file is not None:
             head = json.dumps({"images": self._images, "categories": categories})
-            self._viewed.close(f"], {head[1:]}\n")
+            self._labels_file.close(f"], {head[1:]}\n")
         if kind is None:
             self._write_json("images.json", self._images)
             self._write_json("categories.json", categories)
@@ -117,10 +117,10 @@ class PredictionFolder:
 
     def _add_instances(self, results: list[dict[str, Any]]) -> None:
         self._list("instances").extend(results)
-        if self._viewed is None:
-            self._viewed = JsonList(self._folder / "labels.json", '{"annotations": [')
-        self._viewed.extend(as_annotations(results, self._num_viewed + 1))
-        self._num_viewed += len(results)
+        if self._labels_file is None:
+            self._labels_file = JsonList(self._folder / "labels.json", '{"annotations": [')
+        self._labels_file.extend(as_annotations(results, self._num_labels + 1))
+        self._num_labels += len(results)
 
     def _add_segments(self, image: ImageInput, result: PanopticResult) -> Overlay:
         name, id_map = f"{image.name}.png", result.segment_map.cpu().numpy()

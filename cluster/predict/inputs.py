@@ -57,10 +57,10 @@ def find_images(words: Sequence[str], storage: Storage) -> tuple[str, ...]:
     """
     found: list[str] = []
     for word in words:
-        inside = _in_bucket(word, storage) if "://" in word else _on_disk(word)
-        if not inside:
+        matches = _find_in_storage(word, storage) if "://" in word else _find_on_disk(word)
+        if not matches:
             raise DataError(f"{word}: no such image, or no JPEG, PNG, TIFF, BMP or WebP file in the folder")
-        found += inside
+        found += matches
     return tuple(dict.fromkeys(found))
 
 
@@ -78,8 +78,8 @@ def _distinct_names(urls: Sequence[str]) -> list[str]:
     names: dict[str, None] = {}
     for url in urls:
         stem = check_key(PurePosixPath(url).stem, f"{url!a}")
-        wanted = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-        names[next(name for name in wanted if name not in names)] = None
+        candidates = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        names[next(name for name in candidates if name not in names)] = None
     return list(names)
 
 
@@ -98,7 +98,7 @@ def read_image_list(path: Path) -> ImageList:
     return ImageList(path, images, categories)
 
 
-def listed_images(urls: Sequence[str], listed: ImageList) -> tuple[ImageInput, ...]:
+def match_image_list(urls: Sequence[str], image_list: ImageList) -> tuple[ImageInput, ...]:
     """Return the images that a list contains, in its order; other images are omitted.
 
     A base name suffices if it is unique in the list; otherwise the folders in the list must match too. Raises
@@ -107,28 +107,28 @@ def listed_images(urls: Sequence[str], listed: ImageList) -> tuple[ImageInput, .
     by_base: dict[str, list[str]] = {}
     for url in urls:
         by_base.setdefault(PurePosixPath(url).name, []).append(url)
-    shared = Counter(PurePosixPath(name).name for name in listed.images)
+    shared = Counter(PurePosixPath(name).name for name in image_list.images)
     found: dict[str, list[str]] = {}
-    for name in listed.images:
+    for name in image_list.images:
         base = PurePosixPath(name).name
         files = by_base.get(base, [])
         found[name] = [url for url in files if f"/{url}".endswith(f"/{name}")] or (files if shared[base] == 1 else [])
     missing = [name for name, files in found.items() if not files]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(listed.images)} images in {listed.path} are not among the given images, such as "
-            f"{missing[0]}; give the folder that contains them"
+            f"{len(missing)} of {len(image_list.images)} images in {image_list.path} are not among the given images, "
+            f"such as {missing[0]}; give the folder that contains them"
         )
-    if several := next((name for name, files in found.items() if len(files) > 1), None):
+    if ambiguous := next((name for name, files in found.items() if len(files) > 1), None):
         raise DataError(
-            f"{listed.path} lists {several}, which matches {found[several][0]} and {found[several][1]}; add the folder "
-            "to the name in the list, or give only one of the files"
+            f"{image_list.path} lists {ambiguous}, which matches {found[ambiguous][0]} and {found[ambiguous][1]}; add "
+            "the folder to the name in the list, or give only one of the files"
         )
     chosen = [files[0] for files in found.values()]
     return tuple(
         ImageInput(url, name, image_id, (height, width))
         for url, name, (image_id, height, width) in zip(
-            chosen, _distinct_names(chosen), listed.images.values(), strict=True
+            chosen, _distinct_names(chosen), image_list.images.values(), strict=True
         )
     )
 
@@ -137,14 +137,14 @@ def read_images(
     inputs: Sequence[ImageInput], storage: Storage, max_pixels: int = DatasetConfig.max_pixels
 ) -> Iterator[tuple[ImageInput, np.ndarray | DataError]]:
     """Yield every image in order with its pixels [H, W, 3] uint8 RGB, or with a DataError if it cannot be read."""
-    waiting: deque[tuple[ImageInput, Future[np.ndarray | DataError]]] = deque()
+    pending: deque[tuple[ImageInput, Future[np.ndarray | DataError]]] = deque()
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="images") as pool:
         for image in inputs:
-            waiting.append((image, pool.submit(_read_or_error, image, storage, max_pixels)))
-            if len(waiting) > READ_AHEAD:
-                first, pixels = waiting.popleft()
+            pending.append((image, pool.submit(_read_or_error, image, storage, max_pixels)))
+            if len(pending) > READ_AHEAD:
+                first, pixels = pending.popleft()
                 yield first, pixels.result()
-        for first, pixels in waiting:
+        for first, pixels in pending:
             yield first, pixels.result()
 
 
@@ -174,7 +174,7 @@ def _read_or_error(image: ImageInput, storage: Storage, max_pixels: int) -> np.n
         return error
 
 
-def _on_disk(word: str) -> list[str]:
+def _find_on_disk(word: str) -> list[str]:
     path = Path(word)
     if path.is_dir():
         return [str(inside) for inside in sorted(path.rglob("*")) if is_image_name(str(inside))]
@@ -183,12 +183,11 @@ def _on_disk(word: str) -> list[str]:
     return [match for match in sorted(glob.glob(word, recursive=True)) if is_image_name(match)]
 
 
-def _in_bucket(word: str, storage: Storage) -> list[str]:
+def _find_in_storage(word: str, storage: Storage) -> list[str]:
     """Return the images below a URL that match. As on disk, `*` and `?` match within a folder, `**` across folders."""
     if not glob.has_magic(word):
         inside = [url for url in storage.list(word) if is_image_name(url)]
         return inside or ([word] if storage.exists(word) else [])
-    before = word[: next(i for i, letter in enumerate(word) if letter in "*?[")]
-    urls = storage.list(before.rpartition("/")[0])
-    deep = "**" in word
-    return [u for u in urls if is_image_name(u) and fnmatchcase(u, word) and (deep or u.count("/") == word.count("/"))]
+    prefix = word[: next(i for i, letter in enumerate(word) if letter in "*?[")]
+    urls = [url for url in storage.list(prefix.rpartition("/")[0]) if is_image_name(url) and fnmatchcase(url, word)]
+    return urls if "**" in word else [url for url in urls if url.count("/") == word.count("/")]

@@ -168,7 +168,7 @@ def predict_images(
     problems: list[str] = []
     with Progress("predicting", len(images), "images") as progress:
 
-        def usable() -> Iterator[LoadedImage]:
+        def readable_images() -> Iterator[LoadedImage]:
             for image, pixels in read_images(images, storage):
                 if isinstance(pixels, DataError):
                     problems.append(str(pixels))
@@ -177,7 +177,7 @@ def predict_images(
                 else:
                     yield LoadedImage(image, pixels)
 
-        for batch in batches_by_shape(usable(), predictor, batch_size):
+        for batch in batches_by_shape(readable_images(), predictor, batch_size):
             for loaded, prediction in zip(batch, predictor.predict(batch), strict=True):
                 folder.add(loaded.image, loaded.pixels, prediction)
                 progress.advance(1)

@@ -10,7 +10,7 @@ REGISTERED = "models:/"
 """Prefix of the address of a model in an MLflow registry."""
 
 
-def resolved_source(source: str) -> str:
+def resolve_source(source: str) -> str:
     """Return a local folder for `hub:OWNER/NAME` or `models:/NAME@ALIAS`, and any other source unchanged.
 
     The model is downloaded if needed. Downloads from a registry are deleted when this process ends. Models of the hub

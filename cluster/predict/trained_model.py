@@ -9,7 +9,7 @@ from typing import Any
 
 from m2f.cluster.evaluation.weights import model_classes, model_with_weights
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
-from m2f.cluster.predict.sources import resolved_source
+from m2f.cluster.predict.sources import resolve_source
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.identity import model_identity
 from m2f.cluster.recipe.load import dump_recipe, parse_recipe
@@ -78,7 +78,7 @@ def open_trained(
         WeightsError: the weights cannot be read, or belong to a different model.
         CheckpointError: the weights differ from the manifest of their checkpoint.
     """
-    source = resolved_source(source)
+    source = resolve_source(source)
     folder = Path(source)
     if is_hugging_face_folder(folder):
         if overrides or checkpoint is not None:
@@ -89,13 +89,21 @@ def open_trained(
     if folder.suffix in _WEIGHT_SUFFIXES:
         return _open_weights(source, overrides, checkpoint, device)
     config, url = open_recipe(source, overrides)
-    return _open_run(config, url if checkpoint is None else resolved_source(checkpoint), device)
+    return _open_run(config, url if checkpoint is None else resolve_source(checkpoint), device)
 
 
 def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None, device: str | None) -> TrainedModel:
-    """Open a weight file that contains the recipe of its model. Raises ConfigError for other weight files."""
+    """Open a weight file that contains the recipe of its model.
+
+    Raises ConfigError for other weight files, and if `checkpoint` names further weights.
+    """
+    if checkpoint is not None:
+        raise ConfigError(
+            f"{source} is a weight file, which cannot be combined with --checkpoint {checkpoint}; omit --checkpoint, "
+            f"or give the recipe of the model instead of {source}"
+        )
     identity = read_identity(source, Storage()) if "://" in source or Path(source).is_file() else None
-    if identity is None or not identity.recipe or checkpoint is not None:
+    if identity is None or not identity.recipe:
         raise ConfigError(f"{source} is only a weight file; give the recipe of its model, and --checkpoint {source}")
     path = source if "://" in source else str(Path(source).resolve())
     return _open_run(with_absolute_paths(parse_recipe(identity.recipe, overrides, source=source)), path, device)
@@ -133,7 +141,7 @@ def _numbered_classes(config: RunConfig, weights: str, storage: Storage) -> tupl
             f"{config.datasets[config.data.train[0].dataset].shards} has no manifest, so the number of classes is "
             "unknown; write the shards of the training data, or set model.num_classes"
         )
-    return _classes_of_names([f"class {label}" for label in range(number)])
+    return _classes_from_names([f"class {label}" for label in range(number)])
 
 
 def _open_hugging_face(folder: Path, device: str | None) -> TrainedModel:
@@ -141,19 +149,19 @@ def _open_hugging_face(folder: Path, device: str | None) -> TrainedModel:
     task = described.notes.get("task", "panoptic")
     if task not in TASKS:
         raise WeightsError(f"{folder}: the task is {task!r}; it must be one of {', '.join(TASKS)}")
-    noted = described.notes.get("categories")
-    known = None if noted is None else tuple(_category(entry) for entry in noted)
+    stored_categories = described.notes.get("categories")
+    known = None if stored_categories is None else tuple(_category(entry) for entry in stored_categories)
     identity = read_identity(str(folder), Storage())
-    usual = EvaluationConfig()
+    defaults = EvaluationConfig()
     return TrainedModel(
         model=model_with_weights(described.config, str(folder), Storage(), device=device),
         config=described.config,
         task=task,
-        classes=known or _classes_of_names(described.labels),
+        classes=known or _classes_from_names(described.labels),
         evaluation=replace(
-            usual,
-            shortest_edge=described.shortest_edge or usual.shortest_edge,
-            max_size=described.max_size or usual.max_size,
+            defaults,
+            shortest_edge=described.shortest_edge or defaults.shortest_edge,
+            max_size=described.max_size or defaults.max_size,
         ),
         weights=str(folder),
         recipe="" if identity is None else identity.recipe,
@@ -165,6 +173,6 @@ def _category(entry: dict[str, Any]) -> Category:
     return Category(entry["id"], entry["name"], bool(entry["isthing"]), (red, green, blue))
 
 
-def _classes_of_names(names: Sequence[str]) -> tuple[Category, ...]:
+def _classes_from_names(names: Sequence[str]) -> tuple[Category, ...]:
     """Return classes for which only names are known. All become things, so that no segments are merged."""
     return tuple(Category(label, name, True, distinct_color(label)) for label, name in enumerate(names))

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     from m2f.cluster.predict.benchmark_zip import check_submission, write_submission
     from m2f.cluster.predict.files import PredictionFolder
-    from m2f.cluster.predict.inputs import find_images, listed_images, number_images, read_image_list
+    from m2f.cluster.predict.inputs import find_images, match_image_list, number_images, read_image_list
     from m2f.cluster.predict.predict import Predictor, predict_images, prepare_process
     from m2f.cluster.predict.trained_model import open_trained
     from m2f.data_pipeline.storage.storage import Storage
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     storage = Storage()
     urls = find_images(words, storage)
     listed = read_image_list(Path(args.image_info)) if args.image_info else None
-    images = number_images(urls) if listed is None else listed_images(urls, listed)
+    images = number_images(urls) if listed is None else match_image_list(urls, listed)
     trained = open_trained(args.source, overrides, args.checkpoint)
     if args.precision is not None:
         trained = replace(trained, evaluation=replace(trained.evaluation, precision=args.precision))

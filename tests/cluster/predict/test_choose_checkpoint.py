@@ -1,4 +1,4 @@
-"""Which checkpoint `--checkpoint` means, and which folder `m2f train --fresh` takes."""
+"""Tests of the checkpoint that `--checkpoint` selects, and of the folder that `m2f train --fresh` uses."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ training: {max_steps: 3}
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A run with checkpoints of steps 1 to 3; evaluations of the first two are published."""
     config = parse_recipe(RECIPE, [f"output={tmp_path}"])
-    found = tuple(CommittedCheckpoint(step, f"{config.run_folder}/step_{step}") for step in (3, 2, 1))
-    monkeypatch.setattr(module, "list_checkpoints", lambda storage, folder: found)
+    checkpoints = tuple(CommittedCheckpoint(step, f"{config.run_folder}/step_{step}") for step in (3, 2, 1))
+    monkeypatch.setattr(module, "list_checkpoints", lambda storage, folder: checkpoints)
     return config
 
 
@@ -40,10 +40,10 @@ def publish(config: RunConfig, *metrics: dict[str, float], status: str = "publis
     Storage().put(queue_url(config), json.dumps([asdict(entry) for entry in entries]).encode())
 
 
-@pytest.mark.parametrize(("wanted", "step"), [(None, 3), ("last", 3), ("2", 2), ("best", 1)])
-def test_a_checkpoint_is_chosen_by_step_or_word(config, wanted, step):
+@pytest.mark.parametrize(("choice", "step"), [(None, 3), ("last", 3), ("2", 2), ("best", 1)])
+def test_a_checkpoint_is_chosen_by_step_or_word(config, choice, step):
     publish(config, {"val/PQ": 51.0, "val/AP": 20.0}, {"val/PQ": 50.0, "val/AP": 30.0})
-    assert choose_checkpoint(config, Storage(), wanted).step == step
+    assert choose_checkpoint(config, Storage(), choice).step == step
 
 
 def test_best_checkpoint_uses_the_metric_of_the_recipe(config):

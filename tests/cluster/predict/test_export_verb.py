@@ -1,4 +1,4 @@
-"""`m2f export` and `m2f predict` on the models of others, as a user calls them."""
+"""`m2f export` and `m2f predict` for Hugging Face folders and official checkpoints, as a user calls them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def model():
 
 @pytest.fixture
 def hugging_face(tmp_path, model):
-    folder = tmp_path / "theirs"
+    folder = tmp_path / "hugging_face"
     export_hugging_face(model, CONFIG, folder, ["person", "sky", "tree"], shortest_edge=64, max_size=96)
     return folder
 
@@ -81,16 +81,16 @@ def m2f(capsys, *words):
 def test_hugging_face_folder_can_predict_and_be_exported_again(tmp_path, capsys, model, hugging_face):
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "image.png"), pixels)
-    status, text = m2f(capsys, "predict", hugging_face, tmp_path / "image.png", "--output", tmp_path / "seen")
+    status, text = m2f(capsys, "predict", hugging_face, tmp_path / "image.png", "--output", tmp_path / "predictions")
     assert status == 0, text
-    assert {path.name for path in (tmp_path / "seen").iterdir()} >= {"overlays", "panoptic", "panoptic.json"}
-    names = [entry["name"] for entry in json.loads((tmp_path / "seen" / "categories.json").read_text())]
+    assert {path.name for path in (tmp_path / "predictions").iterdir()} >= {"overlays", "panoptic", "panoptic.json"}
+    names = [entry["name"] for entry in json.loads((tmp_path / "predictions" / "categories.json").read_text())]
     assert names == ["person", "sky", "tree"]
 
-    status, text = m2f(capsys, "export", hugging_face, "--format", "hugging_face", "--output", tmp_path / "ours")
+    status, text = m2f(capsys, "export", hugging_face, "--format", "hugging_face", "--output", tmp_path / "copy")
     assert status == 0, text
     assert "with 3 classes" in text
-    first, second = (open_trained(str(folder), (), None) for folder in (hugging_face, tmp_path / "ours"))
+    first, second = (open_trained(str(folder), (), None) for folder in (hugging_face, tmp_path / "copy"))
     assert second.classes == first.classes
     assert second.config == first.config == CONFIG
     assert second.evaluation == first.evaluation
@@ -100,14 +100,14 @@ def test_hugging_face_folder_can_predict_and_be_exported_again(tmp_path, capsys,
 
 def test_transformers_folder_is_exported_unchanged(tmp_path, capsys, hugging_face):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(hugging_face).eval()
-    theirs.save_pretrained(tmp_path / "saved")
-    status, text = m2f(capsys, "export", tmp_path / "saved", "--format", "hugging_face", "--output", tmp_path / "ours")
+    original = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(hugging_face).eval()
+    original.save_pretrained(tmp_path / "saved")
+    status, text = m2f(capsys, "export", tmp_path / "saved", "--format", "hugging_face", "--output", tmp_path / "copy")
     assert status == 0, text
-    ours = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "ours").eval()
+    exported = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "copy").eval()
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, actual = theirs(pixel_values=images), ours(pixel_values=images)
+        expected, actual = original(pixel_values=images), exported(pixel_values=images)
     torch.testing.assert_close(actual.masks_queries_logits, expected.masks_queries_logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(actual.class_queries_logits, expected.class_queries_logits, rtol=0, atol=1e-5)
 
@@ -118,13 +118,13 @@ def test_an_official_checkpoint_with_a_recipe_is_opened_without_the_data(tmp_pat
     assert status == 0, text
     assert [c.name for c in open_trained(str(tmp_path / "hf"), (), None).classes] == ["class 0", "class 1", "class 2"]
     status, text = m2f(capsys, *words, "--format", "official", "--output", tmp_path / "again.pth")
-    assert status == 2  # it is smaller than the official code can make one
+    assert status == 2  # the official code cannot build a model of this size
     assert "the official Mask2Former supports only" in text
     identity = read_identity(str(tmp_path / "hf"), Storage())
     assert identity is not None
     assert [c.name for c in identity.label_spaces[0].classes] == ["class 0", "class 1", "class 2"]
     assert (identity.num_queries, identity.input.shortest_edge) == (5, 64)
-    # a Hugging Face folder takes the place of a file of weights
+    # --checkpoint also accepts a Hugging Face folder
     trained = open_trained(str(recipe), (), str(tmp_path / "hf"))
     assert all(torch.equal(value, trained.model.state_dict()[key]) for key, value in model.state_dict().items())
 
@@ -154,6 +154,7 @@ def test_export_errors_print_one_message(tmp_path, capsys, recipe, hugging_face)
         ((recipe, *given, *official, "s3://bucket/new.pth"), "give a local path, and copy the export from there"),
         ((recipe, *given, *official, tmp_path / "n.pth", "--size", "64", "64"), "not to official"),
         ((weights, *official, tmp_path / "new.pth"), "is only a weight file; give the recipe of its model"),
+        ((weights, *given, *official, tmp_path / "new.pth"), "which cannot be combined with --checkpoint"),
         ((tmp_path / "empty", *official, tmp_path / "new.pth"), "neither a recipe.yaml"),
         ((hugging_face, *given, *official, tmp_path / "new.pth"), "so settings and --checkpoint have no effect"),
         ((recipe, "--checkpoint", cut, *official, tmp_path / "new.pth"), "it may be truncated, it has 5000 bytes"),

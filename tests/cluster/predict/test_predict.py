@@ -1,4 +1,4 @@
-"""Prediction of images: what is found, how it is batched, what a lowest score leaves out, and what servers get."""
+"""Prediction of images: finding them, batching, minimum scores, and submissions for benchmark servers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m2f.cluster.cli import main
 from m2f.cluster.predict import predict as prediction
 from m2f.cluster.predict import trained_model
 from m2f.cluster.predict.benchmark_zip import check_submission
-from m2f.cluster.predict.inputs import find_images, listed_images, number_images, read_image_list, read_images
+from m2f.cluster.predict.inputs import find_images, match_image_list, number_images, read_image_list, read_images
 from m2f.cluster.predict.predict import LoadedImage, Predictor, batches_by_shape
 from m2f.cluster.predict.trained_model import TrainedModel, open_trained
 from m2f.cluster.recipe.load import parse_recipe
@@ -68,10 +68,10 @@ def load(path):
 
 @pytest.mark.parametrize(("options", "precision"), [((), "fp32"), (("--precision", "bf16"), "bf16")])
 def test_precision_comes_from_the_recipe_or_the_option(painted, scenes, tmp_path, monkeypatch, options, precision):
-    seen = []
-    monkeypatch.setattr(prediction, "set_precision", lambda model, precision: seen.append(precision))
+    precisions = []
+    monkeypatch.setattr(prediction, "set_precision", lambda model, precision: precisions.append(precision))
     assert predict(scenes, tmp_path / "out", "--no-pictures", *options) == 0
-    assert seen == [precision]
+    assert precisions == [precision]
 
 
 def test_min_score_drops_segments_of_lower_scores(painted, scenes, tmp_path):
@@ -160,10 +160,10 @@ def test_several_tasks_are_predicted_with_one_forward_pass(test_time):
     for task in ("panoptic", "instance", "semantic"):
         calls.clear()
         (alone[task],) = Predictor(trained, task).predict([loaded])
-    once = len(calls)
+    calls_for_one_task = len(calls)
     calls.clear()
     (found,) = Predictor(trained, "panoptic").predict_tasks([loaded], tuple(alone))
-    assert len(calls) == once
+    assert len(calls) == calls_for_one_task
     assert list(found) == list(alone)
     assert torch.equal(found["panoptic"].segment_map, alone["panoptic"].segment_map)
     assert found["panoptic"].segments == alone["panoptic"].segments
@@ -173,18 +173,18 @@ def test_several_tasks_are_predicted_with_one_forward_pass(test_time):
 
 def test_incomplete_batches_are_run_when_too_many_images_wait():
     (image,) = number_images(["a.png"])
-    waiting = most = 0
+    num_waiting = max_waiting = 0
 
-    def counted():
-        nonlocal waiting, most
+    def counted_images():
+        nonlocal num_waiting, max_waiting
         for i in range(20):
-            waiting += 1
-            most = max(most, waiting)
+            num_waiting += 1
+            max_waiting = max(max_waiting, num_waiting)
             yield LoadedImage(image, np.zeros((64, 64 + 32 * i, 3), np.uint8))
 
-    for batch in batches_by_shape(counted(), Predictor(PAINTED, "panoptic"), 2):
-        waiting -= len(batch)
-    assert (waiting, most) == (0, 8)
+    for batch in batches_by_shape(counted_images(), Predictor(PAINTED, "panoptic"), 2):
+        num_waiting -= len(batch)
+    assert (num_waiting, max_waiting) == (0, 8)
 
 
 # Inputs
@@ -201,14 +201,14 @@ def photos(scenes, bucket):
     return url
 
 
-def names(urls):
+def file_names(urls):
     return [url.rpartition("/")[2] for url in urls]
 
 
 def test_files_folders_and_patterns_give_each_image_once(scenes):
     folder, storage = str(scenes / "images"), Storage()
-    assert names(find_images([folder, f"{folder}/10.png"], storage)) == [f"{i}.png" for i in range(10, 15)]
-    assert names(find_images([f"{folder}/1[13].*"], storage)) == ["11.png", "13.png"]
+    assert file_names(find_images([folder, f"{folder}/10.png"], storage)) == [f"{i}.png" for i in range(10, 15)]
+    assert file_names(find_images([f"{folder}/1[13].*"], storage)) == ["11.png", "13.png"]
     assert len(find_images([f"{scenes}/**/10.png"], storage)) == 3
     with pytest.raises(DataError, match=r"nothing\.jpg: no such image"):
         find_images([folder, "nothing.jpg"], storage)
@@ -218,10 +218,10 @@ def test_files_folders_and_patterns_give_each_image_once(scenes):
 
 def test_patterns_match_in_s3_as_on_disk(photos):
     storage = Storage()
-    assert names(find_images([photos], storage)) == ["10.png", "11.png", "12.png", "13.png", "14.png", "10.PNG"]
-    assert names(find_images([f"{photos}/1?.png"], storage)) == [f"{i}.png" for i in range(10, 15)]
-    assert names(find_images([f"{photos}/**/*.PNG"], storage)) == ["10.PNG"]
-    assert names(find_images([f"{photos}/12.png"], storage)) == ["12.png"]
+    assert file_names(find_images([photos], storage)) == ["10.png", "11.png", "12.png", "13.png", "14.png", "10.PNG"]
+    assert file_names(find_images([f"{photos}/1?.png"], storage)) == [f"{i}.png" for i in range(10, 15)]
+    assert file_names(find_images([f"{photos}/**/*.PNG"], storage)) == ["10.PNG"]
+    assert file_names(find_images([f"{photos}/12.png"], storage)) == ["12.png"]
     with pytest.raises(DataError, match=r"s3://box/photos/15\.png: no such image"):
         find_images([f"{photos}/15.png"], storage)
     images = number_images(find_images([photos], storage))
@@ -253,10 +253,10 @@ def test_image_list_sets_ids_and_omits_unlisted_images(scenes, tmp_path):
     urls = find_images([str(scenes / "images")], Storage())
     listed = [{"id": 900 + i, "file_name": f"{i}.png", "height": 64, "width": 96} for i in (13, 11)]
     (tmp_path / "list.json").write_text(json.dumps({"images": listed}))
-    images = listed_images(urls, read_image_list(tmp_path / "list.json"))
+    images = match_image_list(urls, read_image_list(tmp_path / "list.json"))
     assert [(image.id, image.name) for image in images] == [(913, "13"), (911, "11")]
     with pytest.raises(DataError, match=r"1 of 2 images in .* are not among the given images, such as 13\.png"):
-        listed_images(urls[:2], read_image_list(tmp_path / "list.json"))
+        match_image_list(urls[:2], read_image_list(tmp_path / "list.json"))
     wrong = [replace(images[0], size=(60, 90))]
     ((_, problem),) = read_images(wrong, Storage())
     assert "96 x 64 pixels, but its annotation is 90 x 60" in str(problem)
@@ -299,10 +299,10 @@ def test_coco_submission_has_the_required_names_and_can_be_scored(painted, scene
     kind = "panoptic" if task == "panoptic" else "detections"
     name = f"{kind}_test-dev2017_m2f_results"
     with zipfile.ZipFile(out / f"{name}.zip") as archive:
-        inside = archive.namelist()
+        members = archive.namelist()
         archive.extractall(tmp_path / "zip")
     maps = [f"{name}/{i}.png" for i in range(10, 15)] if task == "panoptic" else []
-    assert inside == [f"{name}.json", *maps]
+    assert members == [f"{name}.json", *maps]
     words = ["score", "panoptic" if task == "panoptic" else "instances", "--truth", truth, "--workers", "1"]
     words += ["--predictions", tmp_path / "zip" / f"{name}.json"]
     if task == "panoptic":

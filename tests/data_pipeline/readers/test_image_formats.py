@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f.cluster.predict.inputs import ImageInput, find_images, listed_images, read_image, read_image_list
+from m2f.cluster.predict.inputs import ImageInput, find_images, match_image_list, read_image, read_image_list
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, read_header
 from m2f.data_pipeline.readers.files import check_image
@@ -80,7 +80,7 @@ def _list(tmp_path, *names):
 
 def test_equal_base_names_in_two_folders_get_different_names(tmp_path):
     listed = _list(tmp_path, "b/img.jpg", "a/img.jpg", "other.jpg")
-    images = listed_images(["/x/a/img.jpg", "/x/b/img.jpg", "/x/c/other.jpg"], listed)
+    images = match_image_list(["/x/a/img.jpg", "/x/b/img.jpg", "/x/c/other.jpg"], listed)
     assert [(i.id, i.url, i.name) for i in images] == [
         (1, "/x/b/img.jpg", "img"),
         (2, "/x/a/img.jpg", "img-2"),
@@ -90,6 +90,6 @@ def test_equal_base_names_in_two_folders_get_different_names(tmp_path):
 
 def test_missing_or_ambiguous_listed_images_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"1 of 2 images .* such as b/img.jpg"):
-        listed_images(["/x/a/img.jpg"], _list(tmp_path, "a/img.jpg", "b/img.jpg"))
+        match_image_list(["/x/a/img.jpg"], _list(tmp_path, "a/img.jpg", "b/img.jpg"))
     with pytest.raises(DataError, match=r"img.jpg, which could be /x/a/img.jpg or /x/b/img.jpg"):
-        listed_images(["/x/a/img.jpg", "/x/b/img.jpg"], _list(tmp_path, "img.jpg"))
+        match_image_list(["/x/a/img.jpg", "/x/b/img.jpg"], _list(tmp_path, "img.jpg"))
