@@ -72,7 +72,7 @@ class Recording:
             raise DataError(f"{path} cannot be read as a recording ({error!r:.200}); record it again") from error
 
     @property
-    def most_segments(self) -> int:
+    def max_segments(self) -> int:
         """Largest number of segments in an image."""
         return max(len(example.targets.labels) for example in self.examples)
 

@@ -26,7 +26,7 @@ class TrainingData(Protocol):
         ...
 
     @property
-    def most_segments(self) -> int:
+    def max_segments(self) -> int:
         """Largest number of segments in any image."""
         ...
 
@@ -56,7 +56,7 @@ class ShardedData:
         return self.order.fingerprint
 
     @property
-    def most_segments(self) -> int:
+    def max_segments(self) -> int:
         """Largest number of segments in any image, from the manifests."""
         return max(int(manifest.num_segments.max()) for manifest in self.manifests)
 
@@ -113,12 +113,14 @@ def open_batches(
         local_ranks=neighbors,
         pin=pin,
     )
-    for first, count in unskipped(position, job.skipped, global_batch):
+    for first, count in unskipped_ranges(position, job.skipped, global_batch):
         with closing(data.steps(job, storage, replace(spec, start_step=first), state.order_start)) as steps:
             yield from islice(steps, count)
 
 
-def unskipped(position: int, skipped: Sequence[PositionRange], global_batch: int) -> list[tuple[int, int | None]]:
+def unskipped_ranges(
+    position: int, skipped: Sequence[PositionRange], global_batch: int
+) -> list[tuple[int, int | None]]:
     """Return first step and number of steps of every stretch between skipped ranges; the last is endless (None)."""
     stretches: list[tuple[int, int | None]] = []
     for positions in sorted(skipped, key=lambda positions: positions.start):

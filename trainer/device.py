@@ -12,14 +12,14 @@ from m2f.trainer.errors import TrainingError
 from m2f.trainer.ranks import Ranks
 
 
-def this_device() -> torch.device:
-    """Return the GPU that `take_device` selected for this rank, else the CPU."""
+def selected_device() -> torch.device:
+    """Return the GPU that `select_device` selected for this rank, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def take_device() -> torch.device:
+def select_device() -> torch.device:
     """Select the GPU with index LOCAL_RANK for this process and return it; the CPU if torch sees no GPU.
 
     Raises TrainingError if there is no GPU with that index.
@@ -37,16 +37,16 @@ def take_device() -> torch.device:
     return torch.device("cuda", index)
 
 
-def require_own_device(device: torch.device, ranks: Ranks) -> None:
+def require_exclusive_device(device: torch.device, ranks: Ranks) -> None:
     """Raise TrainingError on all ranks if two of them use the same GPU. Every rank must call it."""
     name = ""
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
-    if problem := shared_device(ranks.gather(name)):
+    if problem := shared_device_problem(ranks.gather(name)):
         raise TrainingError(problem)
 
 
-def shared_device(names: Sequence[str]) -> str | None:
+def shared_device_problem(names: Sequence[str]) -> str | None:
     """Return an error message if two ranks use the same GPU. `names` identify all ranks' GPUs; empty for the CPU."""
     for rank, name in enumerate(names):
         if name and (first := names.index(name)) != rank:

@@ -59,7 +59,7 @@ class TrainJob:
         """The identity with the current recipe of the run."""
         return None if self.identity is None else replace(self.identity, recipe=self.recipe)
 
-    def started_from(self, start: tuple[StartWeights, ...]) -> TrainJob:
+    def with_start_weights(self, start: tuple[StartWeights, ...]) -> TrainJob:
         """Return the job with `start` in the identity of its checkpoints."""
         return self if self.identity is None else replace(self, identity=replace(self.identity, start=start))
 

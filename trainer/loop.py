@@ -70,11 +70,11 @@ class _Loop:
             if facts.substitutions:
                 self._report_substitutions(state, batches)
             if facts.stop or facts.drain:
-                return self._end("stopped" if facts.stop else "drained", self._settled(state))
+                return self._end("stopped" if facts.stop else "drained", self._finish_queued_step(state))
             # A queued step is counted as applied, because it is not yet known whether it was skipped.
             engine.module.model.set_progress(state.step + (self._queued is not None), training.max_steps)
             losses = self._forward_backward(batches, on_device, facts, state)
-            state = self._settled(state)
+            state = self._finish_queued_step(state)
             state = replace(state, position=batches.step * training.global_batch)  # skipped positions are passed over
             progress = training.schedule, state.step, training.max_steps
             engine.set_lr_factor(lr_factor(*progress), backbone_lr_factor(*progress))
@@ -82,35 +82,35 @@ class _Loop:
             if engine.runs_ahead and not self._is_due(state.step + 1):
                 self._queued = step, self._observer.lap()
             else:
-                state = self._settle(state, step)
+                state = self._finish_step(state, step)
         return self._end("finished", state)
 
     def _is_due(self, step: int) -> bool:
         """Return whether a report, a checkpoint or the end of the run needs the outcome of `step` immediately."""
         training = self._training
-        often = (training.log_every_steps, training.checkpoint.every_steps)
-        return step >= training.max_steps or any(step % every == 0 for every in often)
+        intervals = (training.log_every_steps, training.checkpoint.every_steps)
+        return step >= training.max_steps or any(step % every == 0 for every in intervals)
 
-    def _settled(self, state: TrainState) -> TrainState:
+    def _finish_queued_step(self, state: TrainState) -> TrainState:
         """Settle the queued step, if any; return the new state. The device has finished it, so nothing waits."""
         if self._queued is None:
             return state
         (step, phases), self._queued = self._queued, None
-        return self._settle(state, step, phases)
+        return self._finish_step(state, step, phases)
 
-    def _settle(self, state: TrainState, step: QueuedStep, phases: dict[Phase, float] | None = None) -> TrainState:
+    def _finish_step(self, state: TrainState, step: QueuedStep, phases: dict[Phase, float] | None = None) -> TrainState:
         """Read the outcome of a step; report, detect spikes and save as due. Returns the new state."""
         training, values = self._training, step.read()
         result = self._run.engine.settle(state.step + 1, values.norm)
         state = state.advance(training.global_batch, result.applied)
-        self._observer.step_done(state, step, values, result, self._observer.lap() if phases is None else phases)
+        self._observer.record_step(state, step, values, result, self._observer.lap() if phases is None else phases)
         if not result.applied:
             self._report_skip(state, step)
             return state
         is_logged = state.step % training.log_every_steps == 0
         if is_logged or training.spikes.action != "off":
             loss = sum_over_ranks(values.terms, self._run.ranks)  # a collective
-            state = self._look_for_spikes(state, loss.total)
+            state = self._check_for_spike(state, loss.total)
             if is_logged:
                 self._report(state, loss, result)
         if state.step % training.checkpoint.every_steps == 0:
@@ -122,17 +122,17 @@ class _Loop:
 
         An error on any rank is raised on all.
         """
-        batches, on_device, mine, error = None, None, StepFacts(), None
+        batches, on_device, own, error = None, None, StepFacts(), None
         self._observer.enter("data")
         try:
             batches = next(self._run.batches)
-            with self._shortage_named(batches, state):
+            with self._convert_out_of_memory(batches, state):
                 on_device = self._copies.start(batches.micro_batches)
-            mine = self._facts(batches)
+            own = self._step_facts(batches)
         except Exception as caught:
             error = caught
         self._observer.enter("exchange")
-        facts = self._run.ranks.exchange(mine, error)
+        facts = self._run.ranks.exchange(own, error)
         assert batches is not None
         assert on_device is not None
         if facts.committed:
@@ -140,7 +140,7 @@ class _Loop:
             self._announce(CommittedCheckpoint(step, checkpoint_url(job.run_folder, step, job.lease)))
         return batches, on_device, facts
 
-    def _facts(self, batches: StepBatches) -> StepFacts:
+    def _step_facts(self, batches: StepBatches) -> StepFacts:
         model, is_first = self._run.job.model, self._run.ranks.is_first
         counts = [
             count_normalizers(batch.targets, model.transformer_decoder.num_queries, model.loss)
@@ -166,7 +166,7 @@ class _Loop:
         sums = (facts.num_masks, facts.class_weight_sum, facts.micro_batches)
         normalizers = Normalizers(*(torch.full((), number, device=engine.device) for number in sums))
         losses = []
-        with self._shortage_named(batches, state):
+        with self._convert_out_of_memory(batches, state):
             for batch in on_device:
                 self._observer.enter("forward")
                 losses.append(engine.accumulate(batch, normalizers))
@@ -176,11 +176,11 @@ class _Loop:
     def _update(
         self, batches: StepBatches, facts: StepFacts, losses: Sequence[Losses], state: TrainState
     ) -> QueuedStep:
-        with self._shortage_named(batches, state):
+        with self._convert_out_of_memory(batches, state):
             return QueuedStep(batches, facts.images, losses, self._run.engine.update())
 
     @contextmanager
-    def _shortage_named(self, batches: StepBatches, state: TrainState) -> Iterator[None]:
+    def _convert_out_of_memory(self, batches: StepBatches, state: TrainState) -> Iterator[None]:
         """Convert out-of-memory errors to OutOfMemoryError, raised on the rank whose memory is full."""
         try:
             yield
@@ -192,17 +192,17 @@ class _Loop:
                 f"out of memory in step {step} with {size} images at once (training.micro_batch): {error}", size
             ) from error
 
-    def _look_for_spikes(self, state: TrainState, loss: float) -> TrainState:
+    def _check_for_spike(self, state: TrainState, loss: float) -> TrainState:
         """Add this step's loss to the state. Report a complete spike; with `roll_back`, raise LossSpikeError."""
         config = self._training.spikes
         if config.action == "off":
             return state
-        before, first = state.losses, state.position - self._training.global_batch
-        state = replace(state, losses=before.after(loss, first, config))
+        previous, first = state.losses, state.position - self._training.global_batch
+        state = replace(state, losses=previous.after(loss, first, config))
         if state.losses.high == config.steps:
-            usual, deviation = before.usual()
+            typical, deviation = previous.typical()
             positions = PositionRange(state.losses.start, state.position)
-            message = f"the loss is {loss:.4g}, but is usually {usual:.4g} +- {deviation:.2g} ({positions})"
+            message = f"the loss is {loss:.4g}, but is usually {typical:.4g} +- {deviation:.2g} ({positions})"
             self._notify("spike", state.step, message)
             if config.action == "roll_back":
                 raise LossSpikeError(f"after step {state.step} {message}", positions.start, positions.stop)

@@ -68,7 +68,7 @@ class Observer:
         self._clock.enter("report")
         return self._clock.lap()
 
-    def step_done(
+    def record_step(
         self, state: TrainState, step: QueuedStep, values: StepValues, result: StepResult, phases: Mapping[Phase, float]
     ) -> None:
         """Write a trace line for a finished update, whether it was applied or skipped."""
@@ -99,22 +99,22 @@ class Observer:
 
         Return them on rank 0, otherwise None. Every rank must call it.
         """
-        run, watch = self._run, self._stopwatch
+        run, stopwatch = self._run, self._stopwatch
         traffic = self._traffic.read(run.ranks)
-        own = measure_rank(run.ranks.rank, watch.steps, watch.phases, self._micro_batch, run.job.run_folder)
+        own = measure_rank(run.ranks.rank, stopwatch.steps, stopwatch.phases, self._micro_batch, run.job.run_folder)
         numbers = run.ranks.gather(own)
         self._reporter.report(RankReport(state.step, own))
         if not run.ranks.is_first:
-            watch.reset()
+            stopwatch.reset()
             return None
         training = run.job.training
-        pace = watch.read(steps_left=training.max_steps - state.step)
+        throughput = stopwatch.read(steps_left=training.max_steps - state.step)
         slow = {(found.rank, found.work): found for found in slow_ranks(numbers)}
         self._slow = Counter({key: self._slow[key] + 1 for key in slow})
         metrics = StepMetrics(
             loss=loss,
             storage=traffic,
-            throughput=pace,
+            throughput=throughput,
             system=system_use(numbers),
             ranks=rank_spread(
                 numbers, slow=len({rank for (rank, _), count in self._slow.items() if count >= SLOW_REPORTS})
@@ -124,7 +124,7 @@ class Observer:
             images=state.position,
             nodes=node_uses(numbers),
             skipped_steps=state.skipped_total,
-            mfu=self._utilization.share(self._size, pace.images_per_s),
+            mfu=self._utilization.share(self._size, throughput.images_per_s),
         )
         self._reporter.report(StepReport(state.step, metrics))
         for key, found in slow.items():

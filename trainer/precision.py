@@ -12,12 +12,12 @@ _BF16: Capability = (8, 0)
 _TENSOR_CORES: Capability = (7, 0)
 
 
-def sensible_precision(capabilities: Sequence[Capability]) -> Precision:
+def default_precision(capabilities: Sequence[Capability]) -> Precision:
     """Return the precision that `training.precision: auto` selects for these GPUs.
 
     The oldest one decides; empty means CPU.
     """
-    least = min(capabilities, default=(0, 0))
-    if least >= _BF16:
+    lowest = min(capabilities, default=(0, 0))
+    if lowest >= _BF16:
         return "bf16_autocast"
-    return "fp16_autocast" if least >= _TENSOR_CORES else "fp32"
+    return "fp16_autocast" if lowest >= _TENSOR_CORES else "fp32"

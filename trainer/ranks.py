@@ -50,16 +50,16 @@ class Ranks:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def exchange(self, mine: StepFacts, error: BaseException | None = None) -> StepFacts:
+    def exchange(self, own: StepFacts, error: BaseException | None = None) -> StepFacts:
         """Return the sums over all ranks.
 
         If any rank passes an error, all ranks raise a PeersError that names the ranks and their errors. If all ranks
         pass the same UserError, they raise that one instead.
         """
-        values = [getattr(mine, field.name) for field in fields(mine)] + [float(error is not None)]
+        values = [getattr(own, field.name) for field in fields(own)] + [float(error is not None)]
         total = self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
         if total[-1]:
-            self._raise_together(error)
+            self._raise_on_all_ranks(error)
         return StepFacts(*total[:-1])
 
     def check(self, error: BaseException | None = None) -> None:
@@ -77,11 +77,11 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._group)
         return values  # type: ignore[return-value]
 
-    def count(self, name: str, more: int = 0) -> int:
-        """Add `more` to a counter shared by all ranks; return it. No collective; one thread may call it at any time."""
+    def count(self, name: str, increment: int = 0) -> int:
+        """Add to a counter shared by all ranks; return it. No collective; one thread may call it at any time."""
         if self._store is None:  # a separate connection: blocking requests on the other one cannot delay it
             self._store = dist.distributed_c10d._get_default_store().clone()
-        return self._store.add(f"m2f/{name}", more)
+        return self._store.add(f"m2f/{name}", increment)
 
     def neighbors(self) -> tuple[int, ...]:
         """Return the ranks on this machine, including this one. Every rank must call it."""
@@ -90,33 +90,33 @@ class Ranks:
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's picklable value on every rank. Every rank must call it."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+        results = [value]
+        dist.broadcast_object_list(results, src=0, group=self._group)
+        return results[0]
 
-    def run_on_rank0(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0; return its result on every rank.
+    def run_on_rank0(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0; return its result on every rank.
 
         If it raises, all ranks raise. Every rank must call this method.
         """
-        box = self.run_on_all(lambda: [make()] if self.is_first else [])
-        return self.broadcast(box)[0]
+        results = self.run_on_all(lambda: [function()] if self.is_first else [])
+        return self.broadcast(results)[0]
 
-    def run_on_all(self, make: Callable[[], T]) -> T:
-        """Call `make` on every rank; return this rank's result.
+    def run_on_all(self, function: Callable[[], T]) -> T:
+        """Call `function` on every rank; return this rank's result.
 
         If it raises on any rank, all raise. Every rank must call this method.
         """
-        box: list[T] = []
+        results: list[T] = []
         error = None
         try:
-            box.append(make())
+            results.append(function())
         except Exception as caught:
             error = caught
         self.check(error)
-        return box[0]
+        return results[0]
 
-    def _raise_together(self, error: BaseException | None) -> NoReturn:
+    def _raise_on_all_ranks(self, error: BaseException | None) -> NoReturn:
         texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if isinstance(error, UserError) and len(set(texts)) == 1:
             raise error  # the same user error on all ranks needs no list of ranks

@@ -130,12 +130,12 @@ class LogReporter:
 
 def _describe(metrics: StepMetrics) -> str:
     """Return losses, gradient norm, learning rate, images/s, data wait, traffic, memory and remaining time as text."""
-    loss, pace = metrics.loss, metrics.throughput
+    loss, throughput = metrics.loss, metrics.throughput
     return (
         f"loss {loss.total:.4f} (class {loss.class_:.4f}, mask {loss.mask:.4f}, dice {loss.dice:.4f})"
         f"  grad {metrics.grad_norm:.3g}  lr {metrics.lr:.3g}"
-        f"  {pace.images_per_s:.1f} images/s  data wait {100 * pace.data_wait_share:.0f} %"
-        f"{_traffic(metrics.storage)}{_memory(metrics.system)}  left {timedelta(seconds=round(pace.eta_s))}"
+        f"  {throughput.images_per_s:.1f} images/s  data wait {100 * throughput.data_wait_share:.0f} %"
+        f"{_traffic(metrics.storage)}{_memory(metrics.system)}  left {timedelta(seconds=round(throughput.eta_s))}"
     )
 
 

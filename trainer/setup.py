@@ -16,7 +16,7 @@ from m2f.trainer.checkpoint.identity import require_own_checkpoint
 from m2f.trainer.checkpoint.resume import open_restart
 from m2f.trainer.checkpoint.saver import CheckpointSaver
 from m2f.trainer.data import OpenData, TrainingData, open_batches
-from m2f.trainer.device import require_own_device, this_device
+from m2f.trainer.device import require_exclusive_device, selected_device
 from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.engine.engine import Engine
 from m2f.trainer.engine.module import TrainingModule
@@ -24,7 +24,7 @@ from m2f.trainer.job import TrainJob
 from m2f.trainer.memory.probe import probe_memory
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import CommittedCheckpoint, Notice, Reporter
-from m2f.trainer.start_model import empty_model, start_model
+from m2f.trainer.start_model import build_empty_model, start_model
 from m2f.trainer.state import TrainState
 
 
@@ -47,11 +47,11 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
     """Open data and model, resume from the newest undamaged checkpoint, and start the loader. Every rank calls it."""
     training = job.training
     ranks = Ranks(training.collective_timeout_s)
-    device = settle_device(ranks, reporter)
+    device = prepare_device(ranks, reporter)
     storage = Storage(job.storage, answered=True, on_wait=lambda line: _report_wait(reporter, ranks.rank, line))
     data = ranks.run_on_all(lambda: open_data(job, storage))
     ranks.run_on_rank0(lambda: data.check(storage))
-    state, resumed = _fresh_state(job, data, ranks), None
+    state, resumed = _initial_state(job, data, ranks), None
     candidates = ranks.run_on_rank0(lambda: list_checkpoints(storage, job.run_folder))
     start = ranks.run_on_rank0(lambda: require_own_checkpoint(storage, [c.url for c in candidates], job.identity))
     accept = job.data.accept_changes
@@ -59,9 +59,9 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
         if restart is None:
             model, start = ranks.run_on_all(lambda: start_model(job, storage, reporter if ranks.is_first else None))
         else:
-            model = ranks.run_on_all(lambda: empty_model(job))
+            model = ranks.run_on_all(lambda: build_empty_model(job))
             restart.load_model(model)
-        job = job.started_from(start)
+        job = job.with_start_weights(start)
         if training.compile:
             ranks.run_on_all(lambda: compile_regions(model))
         module = TrainingModule(
@@ -85,13 +85,13 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
         yield Run(job, ranks, storage, engine, saver, batches, state, resumed)
 
 
-def settle_device(ranks: Ranks, reporter: Reporter) -> torch.device:
+def prepare_device(ranks: Ranks, reporter: Reporter) -> torch.device:
     """Return this rank's device after selecting the attention implementations that suit it. Every rank must call it.
 
     Raises TrainingError on all ranks if two of them use the same GPU.
     """
-    device = this_device()
-    require_own_device(device, ranks)
+    device = selected_device()
+    require_exclusive_device(device, ranks)
     attention = settle_attention(device)
     if attention is not None and ranks.is_first:
         reporter.report(Notice("device", 0, attention))
@@ -102,7 +102,7 @@ def _report_wait(reporter: Reporter, rank: int, line: str) -> None:
     reporter.report(Notice("storage", 0, f"rank {rank} is {line}"))
 
 
-def _fresh_state(job: TrainJob, data: TrainingData, ranks: Ranks) -> TrainState:
+def _initial_state(job: TrainJob, data: TrainingData, ranks: Ranks) -> TrainState:
     return TrainState(
         order_fingerprint=data.fingerprint,
         seed=job.seed,

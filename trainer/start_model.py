@@ -22,7 +22,7 @@ from m2f.trainer.job import TrainJob
 from m2f.trainer.reporting import Notice, Reporter
 
 
-def empty_model(job: TrainJob) -> Segmenter:
+def build_empty_model(job: TrainJob) -> Segmenter:
     """Build the model without pretrained weights, because a checkpoint provides all of them."""
     torch.manual_seed(job.seed)
     return build_model(job.model, pretrained_backbone=False)

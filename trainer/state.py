@@ -47,7 +47,7 @@ class TrainState:
         """
         return positions.start < self.position <= positions.stop
 
-    def in_order(self, fingerprint: str, url: str, accept_changes: bool) -> TrainState:
+    def with_order(self, fingerprint: str, url: str, accept_changes: bool) -> TrainState:
         """Return the state with which a run whose data order has `fingerprint` resumes from checkpoint `url`.
 
         If the orders differ, the new order starts at the checkpoint's position with `accept_changes`; else raises

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from m2f.trainer.data import OpenData, open_shards
-from m2f.trainer.device import take_device
+from m2f.trainer.device import select_device
 from m2f.trainer.errors import TrainingError
 from m2f.trainer.job import Control, ManualControl, TrainJob
 from m2f.trainer.loop import train
-from m2f.trainer.memory.allocator import let_segments_grow
+from m2f.trainer.memory.allocator import enable_expandable_segments
 from m2f.trainer.reporting import LogReporter, Reporter
 from m2f.trainer.state import TrainState
 
@@ -52,13 +52,13 @@ def prepare_process(job: TrainJob) -> torch.device:
     random.seed(job.seed)
     np.random.seed(job.seed % 2**32)
     torch.manual_seed(job.seed)
-    let_segments_grow(os.environ)
+    enable_expandable_segments(os.environ)
     if not torch.cuda.is_available():
         torch.set_num_threads(job.training.threads)
     elif job.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return take_device()
+    return select_device()
 
 
 @contextmanager

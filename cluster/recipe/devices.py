@@ -16,7 +16,7 @@ from m2f.data_pipeline.config import LargeScaleJitter
 from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import Precision
-from m2f.trainer.precision import Capability, sensible_precision
+from m2f.trainer.precision import Capability, default_precision
 
 LARGE_ON_CPU = 512
 """Side of an image in pixels above which a CPU needs many seconds per image."""
@@ -84,7 +84,7 @@ def settle(config: RunConfig, seen: SeenDevices, stored: Precision | None = None
     evaluating = _evaluating(config, seen, workers, gpus, beside, warnings)
     precision = config.training.precision
     if precision == "auto":
-        precision = stored or sensible_precision([gpu.capability for gpu in seen.gpus] if gpus else [])
+        precision = stored or default_precision([gpu.capability for gpu in seen.gpus] if gpus else [])
     settled = replace(
         config,
         training=replace(config.training, precision=precision),

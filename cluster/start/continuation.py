@@ -65,7 +65,7 @@ def _check_order(order: str, job: TrainJob, storage: Storage, checkpoint: str) -
         state = TrainState.from_json(storage.get(url), url)
     except (CheckpointError, MissingObjectError):
         return  # the checkpoint is damaged, so the ranks will use the previous one
-    state.in_order(order, checkpoint, job.data.accept_changes)
+    state.with_order(order, checkpoint, job.data.accept_changes)
 
 
 def newest_recipe(storage: Storage, run_folder: str) -> str | None:

@@ -9,10 +9,10 @@ import torch
 import m2f.trainer.device
 import m2f.trainer.setup
 import m2f.trainer.worker
-from m2f.trainer.device import require_own_device, shared_device, take_device
+from m2f.trainer.device import require_exclusive_device, select_device, shared_device_problem
 from m2f.trainer.errors import TrainingError
-from m2f.trainer.memory.allocator import let_segments_grow
-from m2f.trainer.setup import settle_device
+from m2f.trainer.memory.allocator import enable_expandable_segments
+from m2f.trainer.setup import prepare_device
 from m2f.trainer.worker import process_group
 from tests.trainer.tiny_job import Recorder
 
@@ -27,7 +27,7 @@ from tests.trainer.tiny_job import Recorder
     ],
 )
 def test_two_ranks_on_one_gpu_are_refused(names, problem):
-    found = shared_device(names)
+    found = shared_device_problem(names)
     assert (found is None) == (problem is None)
 
     class TwoRanks:
@@ -36,10 +36,10 @@ def test_two_ranks_on_one_gpu_are_refused(names, problem):
             return names
 
     if problem is None:
-        require_own_device(torch.device("cpu"), TwoRanks())
+        require_exclusive_device(torch.device("cpu"), TwoRanks())
     else:
         with pytest.raises(TrainingError, match=problem):
-            require_own_device(torch.device("cpu"), TwoRanks())
+            require_exclusive_device(torch.device("cpu"), TwoRanks())
 
 
 def test_rank_uses_the_gpu_of_its_local_rank(monkeypatch):
@@ -48,11 +48,11 @@ def test_rank_uses_the_gpu_of_its_local_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert take_device() == torch.device("cuda", 0)
+    assert select_device() == torch.device("cuda", 0)
     assert taken == [0]
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(TrainingError, match=r"needs the GPU with index 1 .* torch sees only 1 .*; start fewer ranks"):
-        take_device()
+        select_device()
 
 
 @pytest.mark.parametrize(("rank", "line"), [(0, "attention by a"), (1, "attention by a"), (0, None)])
@@ -60,7 +60,7 @@ def test_first_rank_reports_the_attention_kernels_in_use(rank, line, monkeypatch
     tried, reporter = [], Recorder()
     monkeypatch.setattr(m2f.trainer.setup, "settle_attention", lambda device: tried.append(device) or line)
     ranks = SimpleNamespace(is_first=rank == 0, gather=lambda name: [name, "GPU-b of x"])
-    assert settle_device(ranks, reporter) == torch.device("cpu")
+    assert prepare_device(ranks, reporter) == torch.device("cpu")
     assert tried == [torch.device("cpu")]
     assert reporter.events == ([("device", 0, "attention by a")] if line and rank == 0 else [])
 
@@ -75,7 +75,7 @@ def test_first_rank_reports_the_attention_kernels_in_use(rank, line, monkeypatch
 )
 def test_allocator_segments_are_expandable_by_default(before, added):
     environment = dict(before)
-    let_segments_grow(environment)
+    enable_expandable_segments(environment)
     assert environment == before | added
 
 
@@ -85,8 +85,8 @@ def test_torch_applies_the_allocator_setting_after_import():
     code = """
 import os
 import torch
-from m2f.trainer.memory.allocator import let_segments_grow
-let_segments_grow(os.environ)
+from m2f.trainer.memory.allocator import enable_expandable_segments
+enable_expandable_segments(os.environ)
 print(torch._C._accelerator_getAllocatorSettings())
 """
     clean = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}

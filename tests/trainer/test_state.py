@@ -32,17 +32,17 @@ def test_invalid_state_is_refused(content):
 
 
 def test_checkpoint_of_another_data_order_is_refused():
-    assert replace(STATE, step=4).in_order("abc", "run/checkpoints/step_00000001", False).step == 4
+    assert replace(STATE, step=4).with_order("abc", "run/checkpoints/step_00000001", False).step == 4
     with pytest.raises(CheckpointError, match="another data order"):
-        STATE.in_order("xyz", "run/checkpoints/step_00000001", False)
+        STATE.with_order("xyz", "run/checkpoints/step_00000001", False)
 
 
 def test_accepted_data_changes_start_a_new_order():
     state = replace(STATE, position=64, order_fingerprint="old")
-    changed = state.in_order("abc", "run/checkpoints/step_00000001", True)
+    changed = state.with_order("abc", "run/checkpoints/step_00000001", True)
     assert (changed.order_fingerprint, changed.order_start, changed.position) == ("abc", 64, 64)
     later = changed.advance(16, applied=True)
-    assert later.in_order("abc", "run/checkpoints/step_00000002", True) == later
+    assert later.with_order("abc", "run/checkpoints/step_00000002", True) == later
 
 
 def test_random_states_are_restored(tmp_path):

@@ -143,7 +143,7 @@ def _download(
     if isinstance(inspected, str):
         return inspected
     manifest, state = inspected
-    state = state.in_order(expected.order_fingerprint, checkpoint.url, accept_changes)
+    state = state.with_order(expected.order_fingerprint, checkpoint.url, accept_changes)
     same_ranks = state.world_size == ranks.world_size
     state = replace(state, world_size=ranks.world_size, zero_stage=expected.zero_stage)
     restart = Restart(checkpoint, state, folder, same_ranks, manifest.zero_stage)

@@ -25,13 +25,13 @@ class DeviceCopies:
         The copy of the first one starts immediately. The copy of each further one starts before the previous one is
         yielded.
         """
-        return self._in_turn(batches, self._copy(batches[0]))
+        return self._copy_in_turn(batches, self._copy(batches[0]))
 
-    def _in_turn(self, batches: Sequence[Batch], coming: _Copy) -> Iterator[Batch]:
+    def _copy_in_turn(self, batches: Sequence[Batch], pending: _Copy) -> Iterator[Batch]:
         for following in batches[1:]:
-            current, coming = coming, self._copy(following)
-            yield current.arrived()
-        yield coming.arrived()
+            current, pending = pending, self._copy(following)
+            yield current.wait()
+        yield pending.wait()
 
     def _copy(self, batch: Batch) -> _Copy:
         if self._stream is None:
@@ -47,7 +47,7 @@ class _Copy:
     def __init__(self, batch: Batch, event: Any) -> None:
         self._batch, self._event = batch, event
 
-    def arrived(self) -> Batch:
+    def wait(self) -> Batch:
         """Return the batch. The device's current stream waits for the copy; the host does not."""
         if self._event is not None:
             stream = torch.cuda.current_stream(self._batch.images.device)

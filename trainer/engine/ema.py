@@ -26,7 +26,7 @@ class WeightAverage:
         current = [_own_part(parameter).float() for parameter in self._parameters.values()]
         torch._foreach_lerp_(list(self._parts.values()), current, 1 - decay)
 
-    def gathered(self) -> dict[str, Tensor]:
+    def gather(self) -> dict[str, Tensor]:
         """Return the averages on CPU on rank 0, and an empty dict on other ranks. Every rank must call it."""
         averages = {}
         for name, parameter in self._parameters.items():

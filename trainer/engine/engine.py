@@ -31,7 +31,7 @@ from m2f.trainer.errors import TrainingError
 
 _LOSS_SCALE = "loss_scale"
 """Key of our own state in DeepSpeed's files."""
-_GATHERED_AT_ONCE = 50_000_000  # elements; 200 MB of fp32 while ZeRO-3 weights are consolidated
+_MAX_GATHERED_ELEMENTS = 50_000_000  # elements; 200 MB of fp32 while ZeRO-3 weights are consolidated
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,18 @@ class Engine:
         self.runs_ahead = device.type == "cuda" and module.loss_scale is None
         """Whether `settle` may be delayed until after the next step's backward pass. False with loss scaling, because
         `settle` changes the scale, and on CPUs, because it brings no gain."""
-        self._has_masters = training.settled_precision in ("bf16", "fp16")
+        self._has_master_weights = training.settled_precision in ("bf16", "fp16")
         self._adamw = _build_adamw(module, training)
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
         self._engine: Any = _initialize(module, self._adamw, deepspeed_config(training, self.world_size, universal))
         offloads, zero = training.zero.offload_optimizer, self._engine.optimizer
         self._offloaded = OffloadedScalars(zero) if offloads else None
-        decides = self.stage < 3 and not offloads and training.settled_precision != "fp16" and device_can_decide()
-        self._skips = DeviceSkips(self._adamw, zero if self.stage else None) if decides or not self.stage else None
+        skips_on_device = (
+            self.stage < 3 and not offloads and training.settled_precision != "fp16" and device_can_decide()
+        )
+        self._skips = (
+            DeviceSkips(self._adamw, zero if self.stage else None) if skips_on_device or not self.stage else None
+        )
         self.lr_factor = 1.0
         parameters = dict(self.module.model.named_parameters())
         self._average = WeightAverage(parameters, training.ema_decay) if training.ema_decay else None
@@ -112,7 +116,7 @@ class Engine:
                 self._engine.step()
             return self._engine.get_global_grad_norm()
         if self._offloaded is not None:
-            self._offloaded.bring_to_host()
+            self._offloaded.transfer_to_host()
         self._engine.step()
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
 
@@ -129,15 +133,15 @@ class Engine:
         """Write this rank's files to `folder/tag`. A collective: every rank calls it with a folder of its own."""
         (folder / tag).mkdir(parents=True, exist_ok=True)
         scale = self.module.loss_scale
-        ours = {} if scale is None else {_LOSS_SCALE: scale.state()}
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=ours, save_latest=False)
+        client_state = {} if scale is None else {_LOSS_SCALE: scale.state()}
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
         """Restore what `save` wrote, without executing code. Raises CheckpointError for a file that requires code."""
         with safe_loads():
-            _, ours = self._engine.load_checkpoint(str(folder), tag=tag)
+            _, client_state = self._engine.load_checkpoint(str(folder), tag=tag)
         if self.module.loss_scale is not None:
-            self.module.loss_scale.load(ours[_LOSS_SCALE])
+            self.module.loss_scale.load(client_state[_LOSS_SCALE])
         # Loading the universal format under ZeRO-3 gives all groups the settings of the first one. They also share one
         # step counter, which would then count every group's update.
         for group, settings in zip(self._adamw.param_groups, self._settings, strict=True):
@@ -151,7 +155,7 @@ class Engine:
         Every rank must call it.
         """
         model = self.module.model
-        if self._has_masters:
+        if self._has_master_weights:
             return _master_weights(model)
         if self.stage < 3:
             if dist.get_rank() != 0:
@@ -164,7 +168,7 @@ class Engine:
 
         Every rank must call it.
         """
-        return None if self._average is None else weights | self._average.gathered()
+        return None if self._average is None else weights | self._average.gather()
 
     def load_average(self, weights: Mapping[str, Tensor] | None) -> None:
         """Restore the average from `weights`; if None, restart it from the model's current weights."""
@@ -206,10 +210,12 @@ def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool 
     plan = step_positions(0, training.global_batch, 0, world_size, training.micro_batch)
     zero = training.zero
     # A single rank exchanges nothing, so it needs neither gradient hooks nor a second copy of the gradients.
-    alone = world_size == 1 and zero.stage == 1
+    is_single_rank = world_size == 1 and zero.stage == 1
     stage3 = {"stage3_param_persistence_threshold": zero.param_persistence_threshold} if zero.stage == 3 else {}
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if zero.offload_optimizer else {}
-    halves = {training.settled_precision: {"enabled": True}} if training.settled_precision in ("bf16", "fp16") else {}
+    sixteen_bit = (
+        {training.settled_precision: {"enabled": True}} if training.settled_precision in ("bf16", "fp16") else {}
+    )
     return {
         "train_micro_batch_size_per_gpu": len(plan[0]),
         "gradient_accumulation_steps": len(plan),
@@ -222,12 +228,12 @@ def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool 
         "zero_optimization": {
             "stage": zero.stage,
             "reduce_bucket_size": zero.reduce_bucket_size,
-            "overlap_comm": zero.overlap_comm and zero.stage > 0 and not alone,
-            "contiguous_gradients": not alone,
+            "overlap_comm": zero.overlap_comm and zero.stage > 0 and not is_single_rank,
+            "contiguous_gradients": not is_single_rank,
             **stage3,
             **offload,
         },
-        **halves,
+        **sixteen_bit,
     }
 
 
@@ -312,7 +318,7 @@ def _portions(names: list[str], sizes: list[int]) -> list[list[str]]:
     portions: list[list[str]] = [[]]
     filled = 0
     for name, size in zip(names, sizes, strict=True):
-        if portions[-1] and filled + size > _GATHERED_AT_ONCE:
+        if portions[-1] and filled + size > _MAX_GATHERED_ELEMENTS:
             portions.append([])
             filled = 0
         portions[-1].append(name)

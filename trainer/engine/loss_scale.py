@@ -28,9 +28,9 @@ class LossScale:
             if parameter.requires_grad:
                 parameter.register_hook(lambda gradient: gradient / self.scale)
 
-    def enlarge(self, total: Tensor) -> Tensor:
+    def scale_gradients(self, total: Tensor) -> Tensor:
         """Return the loss, [], unchanged in value, with a gradient that is multiplied by the scale."""
-        return _EnlargedGradient.apply(total, self.scale)
+        return _ScaledGradients.apply(total, self.scale)
 
     def update(self, applied: bool) -> None:
         """Adapt the scale after an optimizer step; `applied` is False if a gradient overflowed."""
@@ -49,7 +49,7 @@ class LossScale:
         self.scale, self._good_steps = float(state["scale"]), int(state["good_steps"])
 
 
-class _EnlargedGradient(torch.autograd.Function):
+class _ScaledGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, total: Tensor, scale: float) -> Tensor:
         ctx.scale = scale

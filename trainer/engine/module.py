@@ -54,5 +54,5 @@ class TrainingModule(nn.Module):
         losses = compute_losses(
             predictions, batch.targets, self.points, normalizers, self.loss, self.num_classes, pilots
         )
-        total = losses.total if self.loss_scale is None else self.loss_scale.enlarge(losses.total)
+        total = losses.total if self.loss_scale is None else self.loss_scale.scale_gradients(losses.total)
         return Losses(total, losses.terms.detach(), losses.per_image.detach())

@@ -20,18 +20,18 @@ class OffloadedScalars:
         self._zero = zero
         self._flags: list[Tensor] = []
         if hasattr(zero, "update_offload_overflow_tracker"):  # stage 1 and 2
-            zero.update_offload_overflow_tracker = self._note
+            zero.update_offload_overflow_tracker = self._record_overflow
 
-    def bring_to_host(self) -> None:
+    def transfer_to_host(self) -> None:
         """Transfer the statistics. Call it between the last backward pass of a step and the update."""
         norms = self._zero.norm_for_param_grads
         if norms:
-            together = torch.stack([norm.reshape(()) for norm in norms.values()]).cpu()
-            self._zero.norm_for_param_grads = dict(zip(norms, together.unbind(), strict=True))
+            stacked = torch.stack([norm.reshape(()) for norm in norms.values()]).cpu()
+            self._zero.norm_for_param_grads = dict(zip(norms, stacked.unbind(), strict=True))
         if self._flags:
             self._zero.local_overflow = bool(torch.stack(self._flags).any())
             self._flags.clear()
 
-    def _note(self, gradient: Tensor | None) -> None:
+    def _record_overflow(self, gradient: Tensor | None) -> None:
         if gradient is not None:
             self._flags.append(self._zero._has_inf_or_nan(gradient.detach()))

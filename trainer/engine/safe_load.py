@@ -65,9 +65,9 @@ def _classes_of_deepspeed() -> list[Any]:
 
 def _reason(error: Exception) -> str:
     """Describe the error in our own words, because torch's message advises loading the file unsafely."""
-    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and asked:
-        return f"references {asked[1]}, which is not allowed in a checkpoint; nothing in it was executed"
+    match = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and match:
+        return f"references {match[1]}, which is not allowed in a checkpoint; nothing in it was executed"
     return f"is not a valid checkpoint file ({type(error).__name__}: {str(error).partition('. ')[0]:.200})"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_QUESTION = "is_invalid_grad_norm"
+_CHECK_FUNCTION = "is_invalid_grad_norm"
 """Function with which DeepSpeed's optimizer waits for the device, in its module for ZeRO 1 and 2."""
 
 
@@ -17,7 +17,7 @@ def device_can_decide() -> bool:
     """Return whether this version of DeepSpeed has the function that `DeviceSkips` replaces."""
     from deepspeed.runtime.zero import stage_1_and_2
 
-    return hasattr(stage_1_and_2, _QUESTION)
+    return hasattr(stage_1_and_2, _CHECK_FUNCTION)
 
 
 class DeviceSkips:
@@ -32,7 +32,7 @@ class DeviceSkips:
         """Install the replacements. `zero` is DeepSpeed's optimizer around `adamw`; None without ZeRO."""
         self._adamw, self._zero = adamw, zero
         if zero is not None:
-            self._measure = zero.scaled_global_norm
+            self._original_norm = zero.scaled_global_norm
             zero.scaled_global_norm = self._scaled_global_norm
             zero.check_grad_overflow = False  # the norm is not finite if any gradient is not
             zero.get_grad_norm_direct = self._norm_of_group
@@ -49,17 +49,17 @@ class DeviceSkips:
 
         zero = self._zero
         assert zero is not None
-        theirs = getattr(stage_1_and_2, _QUESTION)
-        setattr(stage_1_and_2, _QUESTION, _is_never_invalid)
-        zero._update_model_bit16_weights = _leave_linked
+        original = getattr(stage_1_and_2, _CHECK_FUNCTION)
+        setattr(stage_1_and_2, _CHECK_FUNCTION, _is_never_invalid)
+        zero._update_model_bit16_weights = _keep_views
         try:
             yield
         finally:
             del zero._update_model_bit16_weights
-            setattr(stage_1_and_2, _QUESTION, theirs)
+            setattr(stage_1_and_2, _CHECK_FUNCTION, original)
 
     def _scaled_global_norm(self, *arguments: Any, **options: Any) -> Tensor:
-        norm = self._measure(*arguments, **options)
+        norm = self._original_norm(*arguments, **options)
         self.skip_unless_finite(norm)
         return norm
 
@@ -85,5 +85,5 @@ def _is_never_invalid(norm: Any) -> bool:
     return False
 
 
-def _leave_linked(group_index: int) -> None:
+def _keep_views(group_index: int) -> None:
     pass

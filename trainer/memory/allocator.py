@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-def let_segments_grow(environment: MutableMapping[str, str]) -> None:
+def enable_expandable_segments(environment: MutableMapping[str, str]) -> None:
     """Make torch allocate memory in expandable segments, so that changing sizes leave fewer gaps.
 
     A setting by the user is kept. Call this before creating the first tensor on a GPU.

@@ -14,7 +14,7 @@ from m2f.model.config import ModelConfig
 from m2f.model.counted import counted
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.memory.probe import largest_shape
-from m2f.trainer.memory.states import WIDTHS, state_bytes
+from m2f.trainer.memory.states import WEIGHT_DTYPES, state_bytes
 
 _USABLE = 0.9
 """Share of a GPU available for tensors; the rest is for the driver, workspaces and gaps between tensors."""
@@ -46,7 +46,7 @@ class MemoryPlan:
 def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, world: int, targets: int) -> MemoryPlan:
     """Count micro-batches of one and of two images, with `targets` segments per image. Takes seconds."""
     size = largest_shape(data.augment)
-    dtype = WIDTHS.get(training.settled_precision, torch.float32)
+    dtype = WEIGHT_DTYPES.get(training.settled_precision, torch.float32)
     fp32 = training.pixel_decoder_fp32 or training.settled_precision == "fp16_autocast"
     one, two = (
         count_activations(

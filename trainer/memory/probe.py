@@ -22,7 +22,7 @@ from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.errors import OutOfMemoryError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.memory.shortage import is_out_of_memory
-from m2f.trainer.memory.states import bytes_beside_module, bytes_of_evaluators
+from m2f.trainer.memory.states import bytes_outside_module, remaining_evaluator_bytes
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import Notice, Reporter
 
@@ -42,24 +42,26 @@ def probe_memory(
     if device.type != "cuda":
         return job
     training = job.training
-    wanted = len(step_positions(0, training.global_batch, 0, ranks.world_size, training.micro_batch)[0])
+    requested = len(step_positions(0, training.global_batch, 0, ranks.world_size, training.micro_batch)[0])
     module.to(device)
     weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    beside = bytes_beside_module(weights, training, ranks.world_size)
+    reserved_bytes = bytes_outside_module(weights, training, ranks.world_size)
     if job.evaluator_bytes:
         free, total = torch.cuda.mem_get_info(device)
-        beside += bytes_of_evaluators(job.evaluator_bytes, total - free - torch.cuda.memory_reserved(device))
+        reserved_bytes += remaining_evaluator_bytes(
+            job.evaluator_bytes, total - free - torch.cuda.memory_reserved(device)
+        )
 
     def fits(size: int) -> bool:
-        return _fits(module, worst_batch(job, size, data.most_segments).to(device), beside)
+        return _fits(module, worst_batch(job, size, data.max_segments).to(device), reserved_bytes)
 
-    found = min(ranks.gather(ranks.run_on_all(lambda: largest_that_fits(fits, wanted))))
-    if found == wanted:
+    found = min(ranks.gather(ranks.run_on_all(lambda: largest_that_fits(fits, requested))))
+    if found == requested:
         return job
     if ranks.is_first:
         message = (
-            f"{wanted} images at once (training.micro_batch) do not fit into GPU memory; continuing with {found} and "
-            "more micro-batches"
+            f"{requested} images at once (training.micro_batch) do not fit into GPU memory; continuing with {found} "
+            "and more micro-batches"
         )
         reporter.report(Notice("memory", 0, message))
     return job.with_micro_batch(found)
@@ -118,21 +120,21 @@ def largest_shape(config: AugmentConfig) -> tuple[int, int]:
             assert_never(config)
 
 
-def _fits(module: TrainingModule, batch: Batch, beside: int) -> bool:
-    """Return whether a forward and a backward pass fit into memory beside `beside` bytes for other uses."""
+def _fits(module: TrainingModule, batch: Batch, reserved_bytes: int) -> bool:
+    """Return whether a forward and a backward pass fit into memory beside `reserved_bytes` for other uses."""
     device = batch.images.device
     one = torch.ones((), device=device)
-    rest = None
+    reserved = None
     try:
-        with _untouched(module), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            rest = torch.empty(beside, dtype=torch.uint8, device=device)
+        with _preserved_buffers(module), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=device)
             module(batch, Normalizers(one, one, one)).total.backward()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return False
     finally:
-        del rest
+        del reserved
         module.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -140,7 +142,7 @@ def _fits(module: TrainingModule, batch: Batch, beside: int) -> bool:
 
 
 @contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
+def _preserved_buffers(module: nn.Module) -> Iterator[None]:
     """Use the stored statistics of BatchNorms, and restore all buffers afterwards.
 
     In training mode, BatchNorms would learn from the artificial images. Synchronised ones would also wait for all

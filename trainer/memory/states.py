@@ -9,9 +9,9 @@ from m2f.trainer.engine.engine import deepspeed_config
 
 CONTEXT_BYTES = 600_000_000
 """Approximate GPU memory that CUDA and its libraries use per process."""
-FULL = 4  # bytes of a number in fp32
-_MOMENTS = 8  # bytes per weight: AdamW's two in fp32
-WIDTHS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FP32_BYTES = 4
+_MOMENT_BYTES = 8  # bytes per weight: AdamW's two in fp32
+WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Data type of the weights by precision, for precisions in which it is not fp32."""
 
 
@@ -22,27 +22,27 @@ def state_bytes(weights: int, training: TrainingConfig, world: int, frozen: int 
     DeepSpeed keeps an fp32 copy of the rank's part of the trained weights in every precision.
     """
     zero = training.zero
-    width = 2 if training.settled_precision in WIDTHS else FULL
+    width = 2 if training.settled_precision in WEIGHT_DTYPES else FP32_BYTES
     own = -(-weights // world)
-    of_weights = own + -(-frozen // world) if zero.stage == 3 else weights + frozen
-    of_gradients = own if zero.stage >= 2 else weights
-    optimizer = _MOMENTS * weights if zero.stage == 0 else (FULL + _MOMENTS) * own
+    stored_weights = own + -(-frozen // world) if zero.stage == 3 else weights + frozen
+    stored_gradients = own if zero.stage >= 2 else weights
+    optimizer = _MOMENT_BYTES * weights if zero.stage == 0 else (FP32_BYTES + _MOMENT_BYTES) * own
     if zero.offload_optimizer:
         optimizer = 0
     overlaps = deepspeed_config(training, world)["zero_optimization"]["overlap_comm"]
     buckets = (1 + overlaps) * min(zero.reduce_bucket_size, weights) if zero.stage else 0
-    average = FULL * own if training.ema_decay else 0
-    return width * (of_weights + of_gradients + buckets) + optimizer + average
+    average = FP32_BYTES * own if training.ema_decay else 0
+    return width * (stored_weights + stored_gradients + buckets) + optimizer + average
 
 
-def bytes_of_evaluators(wanted: int, taken: int) -> int:
-    """Return the bytes that evaluation actors will still allocate, if they need `wanted` bytes for models and images.
+def remaining_evaluator_bytes(required: int, used: int) -> int:
+    """Return the bytes that evaluation actors will still allocate, if they need `required` bytes for models and images.
 
-    `taken` bytes of the GPU are not tensors of this process: running actors, and CUDA's own memory.
+    `used` bytes of the GPU are not tensors of this process: running actors, and CUDA's own memory.
     """
-    return max(0, wanted - max(0, taken - CONTEXT_BYTES))
+    return max(0, required - max(0, used - CONTEXT_BYTES))
 
 
-def bytes_beside_module(weights: int, training: TrainingConfig, world: int) -> int:
+def bytes_outside_module(weights: int, training: TrainingConfig, world: int) -> int:
     """Return the bytes needed besides a module with `weights` trainable weights and their gradients, both in fp32."""
-    return max(0, state_bytes(weights, training, world) - 2 * FULL * weights)
+    return max(0, state_bytes(weights, training, world) - 2 * FP32_BYTES * weights)

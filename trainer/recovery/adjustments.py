@@ -51,8 +51,8 @@ class Adjustments:
 
     def applied(self, job: TrainJob) -> TrainJob:
         """Return the job with all changes applied."""
-        most = job.training.micro_batch if self.micro_batch is None else self.micro_batch
-        micro_batch = min(job.training.micro_batch, most)
+        limit = job.training.micro_batch if self.micro_batch is None else self.micro_batch
+        micro_batch = min(job.training.micro_batch, limit)
         return replace(job, training=replace(job.training, micro_batch=micro_batch), skipped=self.skipped)
 
 
@@ -80,7 +80,7 @@ def adjust(storage: Storage, run_folder: str, change: Change, reason: str) -> Ad
     return adjustments
 
 
-def _count(value: object, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"found {value!r}, expected an integer of at least {least}")
+def _count(value: object, minimum: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"found {value!r}, expected an integer of at least {minimum}")
     return value

@@ -17,7 +17,7 @@ class BadSamples:
         self._limit, self._ranks = limit, ranks
         self._causes: dict[str, str] = {}
 
-    def note(self, mine: Sequence[Substitution]) -> list[Substitution]:
+    def note(self, substitutions: Sequence[Substitution]) -> list[Substitution]:
         """Add this rank's substitutions of a step; return those of all ranks, ordered by position.
 
         Every rank must call it.
@@ -25,7 +25,7 @@ class BadSamples:
         Raises DataError on all ranks if more distinct samples are bad than the limit allows.
         """
         found = sorted(
-            (substitution for of_rank in self._ranks.gather(list(mine)) for substitution in of_rank),
+            (substitution for of_rank in self._ranks.gather(list(substitutions)) for substitution in of_rank),
             key=lambda substitution: substitution.position,
         )
         self._causes |= {substitution.key: substitution.cause for substitution in found}

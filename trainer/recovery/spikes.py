@@ -8,7 +8,7 @@ from statistics import median
 from m2f.trainer.config import SpikeConfig
 
 _SIGMA_PER_MAD = 1.4826  # for a normal distribution
-_LEAST_SIGMA = 0.01  # relative to the median: avoids spikes of a thousandth if the loss hardly changes
+_MIN_SIGMA = 0.01  # relative to the median: avoids spikes of a thousandth if the loss hardly changes
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class LossHistory:
         start = self.start if high > 1 else position
         return LossHistory((*self.recent, loss)[-config.window :], high, start)
 
-    def usual(self) -> tuple[float, float]:
+    def typical(self) -> tuple[float, float]:
         """Return median and robust standard deviation of the recent losses."""
         middle = median(self.recent)
         deviation = median(abs(loss - middle) for loss in self.recent)
-        return middle, max(_SIGMA_PER_MAD * deviation, _LEAST_SIGMA * abs(middle))
+        return middle, max(_SIGMA_PER_MAD * deviation, _MIN_SIGMA * abs(middle))
 
     def _is_high(self, loss: float, config: SpikeConfig) -> bool:
         if len(self.recent) < config.window:
             return False
-        middle, sigma = self.usual()
+        middle, sigma = self.typical()
         return loss > middle + config.threshold * sigma

@@ -27,7 +27,7 @@ class Stopwatch:
         self.images = 0.0
         self.phases: dict[Phase, float] = {}
         """Seconds in each phase, summed over the steps."""
-        self.began = time.perf_counter()
+        self.started = time.perf_counter()
 
     def add(self, images: float, phases: Mapping[Phase, float]) -> None:
         """Count one step, whether it was applied or skipped."""
@@ -38,7 +38,7 @@ class Stopwatch:
 
     def read(self, steps_left: int) -> Throughput:
         """Return the throughput since the last reading, and restart the measurement."""
-        elapsed = max(time.perf_counter() - self.began, 1e-9)
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
         step_s = elapsed / max(self.steps, 1)
         values = Throughput(
             images_per_s=self.images / elapsed,
@@ -55,19 +55,19 @@ class Traffic:
 
     def __init__(self, counters: StorageCounters) -> None:
         self._counters = counters
-        self._before = self._now()
+        self._before = self._totals()
 
     def read(self, ranks: Ranks) -> StorageTraffic:
         """Return requests, retries, megabytes and cache hits of all ranks since the last reading.
 
         Every rank must call it.
         """
-        now = self._now()
+        now = self._totals()
         total = ranks.sum(torch.tensor(now, dtype=torch.float64) - torch.tensor(self._before, dtype=torch.float64))
         self._before = now
         return StorageTraffic(*total.tolist())
 
-    def _now(self) -> tuple[float, ...]:
+    def _totals(self) -> tuple[float, ...]:
         c = self._counters
         sizes = c.bytes_read / 1e6, c.bytes_written / 1e6, c.bytes_cached / 1e6
         return c.requests, c.retries, sizes[0], sizes[1], c.cache_hits, sizes[2]  # the order of StorageTraffic
@@ -87,10 +87,10 @@ def non_finite_keys(keys: Sequence[Sequence[str]], losses: Sequence[Losses], ran
 
     Every rank must call it.
     """
-    mine = [
+    own = [
         key
         for batch_keys, loss in zip(keys, losses, strict=True)
         for key, finite in zip(batch_keys, loss.per_image.isfinite().tolist(), strict=True)
         if not finite
     ]
-    return sorted(key for found in ranks.gather(mine) for key in found)
+    return sorted(key for found in ranks.gather(own) for key in found)

@@ -51,20 +51,20 @@ class DevicePhases:
 
     def __init__(self, make_event: Callable[[], DeviceEvent]) -> None:
         self._make_event = make_event
-        self._passed: deque[tuple[Phase, DeviceEvent]] = deque()
+        self._events: deque[tuple[Phase, DeviceEvent]] = deque()
 
     def enter(self, phase: Phase) -> None:
         """Start the phase after the work that is queued on the device now."""
         event = self._make_event()
         event.record()
-        self._passed.append((phase, event))
+        self._events.append((phase, event))
 
     def lap(self) -> dict[Phase, float]:
         """Return the seconds spent in each phase that the device has finished since the last call."""
         spent: dict[Phase, float] = {}
-        while len(self._passed) > 1 and self._passed[1][1].query():
-            phase, begin = self._passed.popleft()
-            spent[phase] = spent.get(phase, 0.0) + begin.elapsed_time(self._passed[0][1]) / 1000
+        while len(self._events) > 1 and self._events[1][1].query():
+            phase, begin = self._events.popleft()
+            spent[phase] = spent.get(phase, 0.0) + begin.elapsed_time(self._events[0][1]) / 1000
         return spent
 
 

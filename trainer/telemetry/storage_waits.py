@@ -16,15 +16,15 @@ from m2f.trainer.reporting import Notice, Reporter
 T = TypeVar("T")
 REQUEST_S = 5.0
 """Longest wait, in seconds, for one answer of the storage or of the shared counter."""
-FRESH_S = 60.0
+OUTAGE_GRACE_S = 60.0
 """Seconds for which a detected outage excuses a rank. A process that waits for the storage sleeps up to 20 s before it
 retries, and the ranks that wait for it check for the outage only occasionally."""
-SAY_S = 60.0
+REPORT_INTERVAL_S = 60.0
 _COUNTER = "storage_waits"
 
 
 class StorageWaits:
-    """Detects, for one rank, waits that the storage causes. The rank's watchdog calls `look`.
+    """Detects, for one rank, waits that the storage causes. The rank's watchdog calls `is_storage_wait`.
 
     A rank that does not wait for others queries the storage. If the storage does not answer, the rank increments a
     counter that all ranks share, and reports the outage at most once a minute. A rank that waits for others checks
@@ -33,46 +33,48 @@ class StorageWaits:
 
     def __init__(self, job: TrainJob, storage: Storage, ranks: Ranks, reporter: Reporter) -> None:
         urls = [url for url in (job.run_folder, *job.shards) if "://" in url]
-        self._objects = [join(url, "manifest.json") for url in dict.fromkeys(urls)]  # whether they exist is irrelevant
+        self._probe_urls = [join(url, "manifest.json") for url in dict.fromkeys(urls)]
+        """Objects that are queried; whether they exist is irrelevant."""
         self._storage = storage.impatient(REQUEST_S)
         self._ranks, self._reporter = ranks, reporter
-        self._seen, self._away = 0, float("-inf")  # monotonic time at which an outage was last detected
-        self._said = float("-inf")
+        self._last_count, self._outage_at = 0, float("-inf")  # monotonic time at which an outage was last detected
+        self._reported_at = float("-inf")
 
-    def look(self, waits_for_others: bool, seconds: float) -> bool:
+    def is_storage_wait(self, waits_for_others: bool, seconds: float) -> bool:
         """Return whether this rank, or one that it waits for, has waited `seconds` because of the storage."""
-        if not self._objects:  # local files
+        if not self._probe_urls:  # local files
             return False
-        if self._others_wait() if waits_for_others else self._storage_is_away(seconds):
-            self._away = time.monotonic()
-        return time.monotonic() - self._away < FRESH_S
+        if self._others_report_outage() if waits_for_others else self._storage_is_down(seconds):
+            self._outage_at = time.monotonic()
+        return time.monotonic() - self._outage_at < OUTAGE_GRACE_S
 
-    def _others_wait(self) -> bool:
-        before, self._seen = self._seen, _answer(lambda: self._ranks.count(_COUNTER), self._seen)
-        return before != self._seen
+    def _others_report_outage(self) -> bool:
+        before = self._last_count
+        self._last_count = _call_with_limit(lambda: self._ranks.count(_COUNTER), before)
+        return before != self._last_count
 
-    def _storage_is_away(self, seconds: float) -> bool:
-        for url in self._objects:
+    def _storage_is_down(self, seconds: float) -> bool:
+        for url in self._probe_urls:
             try:
                 self._storage.exists(url)
             except OutageError:
-                _answer(lambda: self._ranks.count(_COUNTER, 1), 0)
-                self._say(f"rank {self._ranks.rank} has been waiting for {seconds:.0f} s; {url} does not answer")
+                _call_with_limit(lambda: self._ranks.count(_COUNTER, 1), 0)
+                self._report(f"rank {self._ranks.rank} has been waiting for {seconds:.0f} s; {url} does not answer")
                 return True
             except StorageError:  # a rejected request is an answer
                 continue
         return False
 
-    def _say(self, line: str) -> None:
-        if time.monotonic() - self._said >= SAY_S:
-            self._said = time.monotonic()
+    def _report(self, line: str) -> None:
+        if time.monotonic() - self._reported_at >= REPORT_INTERVAL_S:
+            self._reported_at = time.monotonic()
             self._reporter.report(Notice("storage", 0, line))
 
 
-def _answer(ask: Callable[[], T], otherwise: T) -> T:
-    """Return the result of `ask`, or `otherwise` after REQUEST_S: the process that holds the counter may be frozen."""
-    answers: list[T] = []
-    thread = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+def _call_with_limit(function: Callable[[], T], default: T) -> T:
+    """Return the result of `function`; `default` after REQUEST_S, as the process with the counter may be frozen."""
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
     thread.start()
     thread.join(REQUEST_S)
-    return answers[0] if answers else otherwise
+    return results[0] if results else default

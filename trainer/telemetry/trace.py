@@ -40,7 +40,7 @@ class Trace:
         self._closing = threading.Event()
         self._broken = False
         self._file: int | None = None
-        self._uploader = threading.Thread(target=self._upload_now_and_then, name="trace", daemon=True)
+        self._uploader = threading.Thread(target=self._upload_periodically, name="trace", daemon=True)
         if self._is_remote:
             self._uploader.start()
 
@@ -55,7 +55,7 @@ class Trace:
             os.write(self._file, line)
             if os.fstat(self._file).st_size > self._max_bytes:
                 self._close_file()
-                self._path.replace(_older(self._path))
+                self._path.replace(_previous_file(self._path))
         except OSError as error:
             self._broken = True
             LOGGER.warning(f"tracing stopped: {self._path} cannot be written ({error})")
@@ -79,13 +79,13 @@ class Trace:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def _upload_now_and_then(self) -> None:
+    def _upload_periodically(self) -> None:
         while not self._closing.wait(UPLOAD_S):
             self._upload()
         self._upload()
 
     def _upload(self) -> None:
-        for path in (_older(self._path), self._path):
+        for path in (_previous_file(self._path), self._path):
             try:
                 if path.exists():
                     self._storage.put_file(join(self._url.rpartition("/")[0], path.name), path)
@@ -93,5 +93,5 @@ class Trace:
                 LOGGER.warning(f"trace {path.name} cannot be uploaded: {error}")
 
 
-def _older(path: Path) -> Path:
+def _previous_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.1{path.suffix}")

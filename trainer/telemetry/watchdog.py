@@ -35,13 +35,13 @@ from m2f.trainer.telemetry.storage_waits import REQUEST_S, StorageWaits
 GATHER_S = 15.0
 """Seconds that ranks wait for each other's stacks."""
 STACKS = "stacks.txt"
-LOOK_AT_STORAGE_S = 60.0
+STORAGE_CHECK_S = 60.0
 """Seconds in a phase after which the watchdog checks whether the storage is the cause."""
-LEAVE_S = 2.0
+REPORT_GRACE_S = 2.0
 """Seconds that a report gets to be delivered before the process exits."""
 COMPILE_S = 1800.0
 """Seconds added to the limit of phases in the first step if the model is compiled in it."""
-WAITING_PLACES = (os.path.dirname(dist.__file__), f"deepspeed{os.sep}comm", Ranks.exchange.__code__.co_filename)
+COLLECTIVE_PATHS = (os.path.dirname(dist.__file__), f"deepspeed{os.sep}comm", Ranks.exchange.__code__.co_filename)
 """Path fragments of code in which a rank waits for other ranks."""
 
 
@@ -87,12 +87,12 @@ class Watchdog:
         self._job = job
         self._clock, self._ranks, self._reporter = clock, ranks, reporter
         self._storage = storage.impatient(REQUEST_S)
-        self._waits = StorageWaits(job, storage, ranks, reporter)
+        self._storage_waits = StorageWaits(job, storage, ranks, reporter)
         self._folder = join(job.run_folder, "failures", f"stall-{attempt}")
         self._limit_s = training.stall_timeout_s
         self._save_limit_s = training.stall_timeout_s + training.checkpoint.upload_timeout_s
         self._first_limit_s = training.stall_timeout_s + (COMPILE_S if training.compile else 0.0)
-        self._look_s = min(5.0, self._limit_s / 10)
+        self._poll_s = min(5.0, self._limit_s / 10)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._training_thread = threading.get_ident()
@@ -110,36 +110,36 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        with tempfile.TemporaryFile("w+") as last_words:
-            while not self._closing.wait(self._look_s):
+        with tempfile.TemporaryFile("w+") as crash_log:
+            while not self._closing.wait(self._poll_s):
                 mark = self._clock.mark
-                limit_s = self._limit_of(mark.phase)
+                limit_s = self._phase_limit_s(mark.phase)
                 # Fires only if this thread does not get to run, or itself hangs in the code below.
-                faulthandler.dump_traceback_later(limit_s + 2 * GATHER_S, exit=True, file=sys.__stderr__ or last_words)
+                faulthandler.dump_traceback_later(limit_s + 2 * GATHER_S, exit=True, file=sys.__stderr__ or crash_log)
                 seconds = time.monotonic() - mark.since
                 # Check well before the limit: an outage may end just before it, when the waiting process has not
                 # retried yet.
-                looks = seconds > min(limit_s / 2, LOOK_AT_STORAGE_S)
-                waits = looks and self._waits.look(self._in_collective(), seconds)
-                if seconds > limit_s and not waits:
-                    self._end()
+                is_check_due = seconds > min(limit_s / 2, STORAGE_CHECK_S)
+                is_outage = is_check_due and self._storage_waits.is_storage_wait(self._in_collective(), seconds)
+                if seconds > limit_s and not is_outage:
+                    self._abort()
             faulthandler.cancel_dump_traceback_later()
 
-    def _limit_of(self, phase: Phase) -> float:
+    def _phase_limit_s(self, phase: Phase) -> float:
         if phase == "checkpoint":
             return self._save_limit_s
         return self._limit_s if self._clock.step else self._first_limit_s
 
-    def _end(self) -> None:
+    def _abort(self) -> None:
         """Write this rank's stacks and exit the process. The lowest rank that answers joins the stacks of all first."""
         try:
-            mine = self._look()
-            self._storage.put(self._url(mine.rank), json.dumps(asdict(mine)).encode())
+            own = self._capture_stacks()
+            self._storage.put(self._url(own.rank), json.dumps(asdict(own)).encode())
             found = self._gather()
-            if min(stacks.rank for stacks in found) == mine.rank:
-                self._tell(found)
+            if min(stacks.rank for stacks in found) == own.rank:
+                self._report(found)
             else:
-                self._wait_until_told()
+                self._wait_for_report()
         except Exception:  # no storage: this rank's stacks go to its log
             traceback.print_exc()
             faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
@@ -149,9 +149,9 @@ class Watchdog:
     def _in_collective(self) -> bool:
         """Return whether the training thread waits for other ranks."""
         training = sys._current_frames()[self._training_thread]
-        return any(place in frame.f_code.co_filename for frame in _chain(training) for place in WAITING_PLACES)
+        return any(path in frame.f_code.co_filename for frame in _outer_frames(training) for path in COLLECTIVE_PATHS)
 
-    def _look(self) -> RankStacks:
+    def _capture_stacks(self) -> RankStacks:
         mark = self._clock.mark
         frames = sys._current_frames()
         names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -176,24 +176,24 @@ class Watchdog:
         """Return the stacks of all ranks in rank order, without ranks that did not write theirs within GATHER_S."""
         deadline = time.monotonic() + GATHER_S
         urls = {self._url(rank) for rank in range(self._ranks.world_size)}
-        while (there := urls & set(self._storage.list(self._folder))) != urls and time.monotonic() < deadline:
+        while (present := urls & set(self._storage.list(self._folder))) != urls and time.monotonic() < deadline:
             time.sleep(0.2)
-        found = [RankStacks(**parse_json(self._storage.get(url))) for url in there]
+        found = [RankStacks(**parse_json(self._storage.get(url))) for url in present]
         return sorted(found, key=lambda stacks: stacks.rank)
 
-    def _tell(self, found: Sequence[RankStacks]) -> None:
+    def _report(self, found: Sequence[RankStacks]) -> None:
         url = join(self._folder, STACKS)
         message = f"{describe_stall(found, self._ranks.world_size)}. Stacks of all ranks: {url}"
         if not self._ranks.is_first:  # whose reporter may print nothing
             sys.stderr.write(f"{printable(message)}\n")
         write_ending(self._storage, self._job.run_folder, self._job.attempt, Ending("stalled", message))
         self._reporter.report(Notice("stalled", self._clock.step, message))
-        time.sleep(LEAVE_S)
+        time.sleep(REPORT_GRACE_S)
         self._storage.put(url, join_stacks(message, found).encode())
 
-    def _wait_until_told(self) -> None:
+    def _wait_for_report(self) -> None:
         """Wait for the rank that reports, because the attempt ends as soon as one process exits."""
-        deadline = time.monotonic() + GATHER_S + 2 * LEAVE_S
+        deadline = time.monotonic() + GATHER_S + 2 * REPORT_GRACE_S
         while not self._storage.exists(join(self._folder, STACKS)) and time.monotonic() < deadline:
             time.sleep(0.2)
 
@@ -230,7 +230,7 @@ def _ranks(numbers: Sequence[int]) -> str:
     return f"{'rank' if len(numbers) == 1 else 'ranks'} {', '.join(map(str, numbers))}"
 
 
-def _chain(frame: FrameType | None) -> Iterator[FrameType]:
+def _outer_frames(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back

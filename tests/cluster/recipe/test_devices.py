@@ -16,7 +16,7 @@ from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
 from m2f.eval.config import EvaluationConfig, EvaluationSet
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import TrainingConfig
-from m2f.trainer.precision import sensible_precision
+from m2f.trainer.precision import default_precision
 
 H100, T4, P100 = (SeenGpu(name, cap) for name, cap in (("H100", (9, 0)), ("T4", (7, 5)), ("P100", (6, 0))))
 AUTO = "auto"
@@ -190,7 +190,7 @@ def test_accelerator_type_determines_compute_capability():
     nodes = [{"CPU": 4.0}, {"GPU": 2.0, "accelerator_type:T4": 1.0}, {"GPU": 1.0}]
     found = gpus_of_nodes(nodes)
     assert [gpu.name for gpu in found] == ["T4", "T4", "GPU"]
-    assert sensible_precision([gpu.capability for gpu in found]) == "fp16_autocast"
+    assert default_precision([gpu.capability for gpu in found]) == "fp16_autocast"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
 from m2f.eval.config import EvaluationConfig, EvaluationSet
 from m2f.model.config import ModelConfig, TimmBackboneConfig
 from m2f.trainer.config import TrainingConfig
-from m2f.trainer.memory.states import CONTEXT_BYTES, bytes_of_evaluators
+from m2f.trainer.memory.states import CONTEXT_BYTES, remaining_evaluator_bytes
 
 MODEL = ModelConfig(backbone=TimmBackboneConfig(name="resnet10t"), num_classes=3)
 
@@ -51,4 +51,4 @@ def test_actor_memory_covers_weights_activations_and_cuda_context():
     [(0, 3e9), (CONTEXT_BYTES, 3e9), (CONTEXT_BYTES + 1e9, 2e9), (CONTEXT_BYTES + 3e9, 0), (20e9, 0)],
 )
 def test_running_actors_are_not_counted_twice(taken, still):
-    assert bytes_of_evaluators(int(3e9), int(taken)) == still
+    assert remaining_evaluator_bytes(int(3e9), int(taken)) == still

@@ -86,4 +86,4 @@ def test_compilation_is_not_a_stall(compiled, step, phase, seconds):
         training=training,
     )
     watchdog = Watchdog(clock, None, Storage(), job, "attempt", None)
-    assert watchdog._limit_of(phase) == seconds
+    assert watchdog._phase_limit_s(phase) == seconds

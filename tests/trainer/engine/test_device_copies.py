@@ -65,5 +65,5 @@ def test_micro_batch_is_copied_while_the_previous_one_is_computed(batches, told)
 
 
 def test_on_a_cpu_nothing_is_copied(batches):
-    arrived = list(DeviceCopies(torch.device("cpu")).start(batches))
-    assert [batch.images.data_ptr() for batch in arrived] == [batch.images.data_ptr() for batch in batches]
+    wait = list(DeviceCopies(torch.device("cpu")).start(batches))
+    assert [batch.images.data_ptr() for batch in wait] == [batch.images.data_ptr() for batch in batches]

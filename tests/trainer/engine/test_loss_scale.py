@@ -39,7 +39,7 @@ def test_gradients_are_unscaled_but_overflow_when_scaled():
 
     def gradient(factor):
         weight.grad = None
-        total = scale.enlarge((weight.half() * factor).float().sum())
+        total = scale.scale_gradients((weight.half() * factor).float().sum())
         total.backward()
         return total.detach(), weight.grad
 

@@ -12,7 +12,7 @@ def test_norms_are_copied_to_the_host_in_one_exact_copy(monkeypatch):
     copies = []
     to_host = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.shape) or to_host(tensor))
-    OffloadedScalars(optimizer).bring_to_host()
+    OffloadedScalars(optimizer).transfer_to_host()
     assert copies == [(5,)]
     assert {k: v.item() for k, v in optimizer.norm_for_param_grads.items()} == {k: v.item() for k, v in norms.items()}
 
@@ -29,8 +29,8 @@ def test_non_finite_gradients_are_reported_once_after_the_backward_pass(bad):
     for gradient in (torch.ones(3), None, torch.tensor([0.0, bad or 1.0])):
         optimizer.update_offload_overflow_tracker(gradient)
     assert not optimizer.local_overflow
-    scalars.bring_to_host()
+    scalars.transfer_to_host()
     assert optimizer.local_overflow == (bad is not None)
     optimizer.local_overflow = False  # as DeepSpeed does after a step
-    scalars.bring_to_host()
+    scalars.transfer_to_host()
     assert not optimizer.local_overflow

@@ -11,7 +11,7 @@ from m2f.model.config import (
 )
 from m2f.trainer.config import TrainingConfig, ZeroConfig
 from m2f.trainer.memory.plan import MemoryPlan, format_memory, plan_memory
-from m2f.trainer.memory.states import bytes_beside_module, state_bytes
+from m2f.trainer.memory.states import bytes_outside_module, state_bytes
 
 TRAINING = TrainingConfig(max_steps=1, global_batch=16, micro_batch=2, precision="fp32")
 SMALL_BUCKETS = ZeroConfig(stage=0, reduce_bucket_size=1)
@@ -47,9 +47,9 @@ def test_state_bytes_include_buckets_and_exclude_offloaded_state():
 
 def test_a_probe_counts_what_zero_keeps_beside_the_module():
     sharded = replace(TRAINING, zero=ZeroConfig(stage=1, reduce_bucket_size=100))
-    assert bytes_beside_module(1000, sharded, 4) == 4 * 2 * 100 + 12 * 250
-    assert bytes_beside_module(1000, replace(TRAINING, zero=SMALL_BUCKETS), 4) == 8 * 1000
-    assert bytes_beside_module(1000, replace(TRAINING, zero=replace(SMALL_BUCKETS, stage=3)), 1000) == 0
+    assert bytes_outside_module(1000, sharded, 4) == 4 * 2 * 100 + 12 * 250
+    assert bytes_outside_module(1000, replace(TRAINING, zero=SMALL_BUCKETS), 4) == 8 * 1000
+    assert bytes_outside_module(1000, replace(TRAINING, zero=replace(SMALL_BUCKETS, stage=3)), 1000) == 0
 
 
 def test_largest_micro_batch_fits_into_the_gpu():

@@ -75,13 +75,13 @@ def test_probe_computes_a_whole_step_and_restores_the_state(monkeypatch):
     batch = worst_batch(JOB, 2, targets=100)
     assert (batch.images.shape, batch.targets.valid.shape) == ((2, 3, 64, 64), (2, 8))
     assert batch.targets.id_maps.unique().tolist() == list(range(1, 9))
-    assert _fits(module, batch, beside=1000)
+    assert _fits(module, batch, reserved_bytes=1000)
 
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(m2f.trainer.engine.module, "compute_losses", full)
-    assert not _fits(module, batch, beside=1000)
+    assert not _fits(module, batch, reserved_bytes=1000)
     assert all(parameter.grad is None for parameter in module.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
@@ -100,7 +100,7 @@ def test_probe_leaves_norms_unchanged_and_runs_no_collective(norm, monkeypatch):
         raise AssertionError("the probe waits for the other ranks")
 
     monkeypatch.setattr(m2f.model.backbones.batch_norms.dist, "all_reduce", wait)
-    assert _fits(module, worst_batch(JOB, 2, targets=3), beside=0)
+    assert _fits(module, worst_batch(JOB, 2, targets=3), reserved_bytes=0)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(part.training for part in module.modules())
 
@@ -127,10 +127,10 @@ def test_out_of_memory_errors_of_cuda_libraries_are_recognised(text, is_full, mo
 
     monkeypatch.setattr(m2f.trainer.engine.module, "compute_losses", fail)
     if is_full:
-        assert not _fits(module, worst_batch(JOB, 1, targets=1), beside=0)
+        assert not _fits(module, worst_batch(JOB, 1, targets=1), reserved_bytes=0)
     else:
         with pytest.raises(RuntimeError, match="CUDA error"):
-            _fits(module, worst_batch(JOB, 1, targets=1), beside=0)
+            _fits(module, worst_batch(JOB, 1, targets=1), reserved_bytes=0)
 
 
 def test_id_maps_of_many_segments_have_16_bits():

@@ -6,7 +6,7 @@ import pytest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import SpikeConfig
-from m2f.trainer.data import unskipped
+from m2f.trainer.data import unskipped_ranges
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError
 from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.adjustments import Adjustments, SkipPositions, SmallerMicroBatch, adjust, read_adjustments
@@ -75,7 +75,7 @@ def test_state_within_the_range_of_a_spike_is_recognised(position, inside):
     ],
 )
 def test_steps_between_skipped_ranges_are_kept(position, stretches):
-    assert unskipped(position, [PositionRange(40, 48), PositionRange(12, 20)], 4) == stretches
+    assert unskipped_ranges(position, [PositionRange(40, 48), PositionRange(12, 20)], 4) == stretches
 
 
 def test_adjustments_are_stored_and_read_back(tmp_path):

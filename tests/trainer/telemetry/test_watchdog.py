@@ -7,7 +7,7 @@ import torch.distributed as dist
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import STALL_EXIT
 from m2f.trainer.telemetry.phases import DevicePhases, PhaseClock
-from m2f.trainer.telemetry.watchdog import WAITING_PLACES, RankStacks, describe_stall
+from m2f.trainer.telemetry.watchdog import COLLECTIVE_PATHS, RankStacks, describe_stall
 
 WAITING = RankStacks(
     rank=0, host="a", count=7, phase="exchange", seconds=9.0, in_collective=True, place="ranks.py:82", stacks=""
@@ -33,7 +33,7 @@ def test_rank_that_does_not_respond_is_named_as_the_cause():
 
 @pytest.mark.parametrize("wait", [Ranks.exchange, Ranks.gather, dist.all_reduce.__wrapped__])
 def test_code_that_waits_for_other_ranks_is_recognised(wait):
-    assert any(place in wait.__code__.co_filename for place in WAITING_PLACES)
+    assert any(path in wait.__code__.co_filename for path in COLLECTIVE_PATHS)
 
 
 def test_the_clock_adds_up_phases_and_counts_them():
