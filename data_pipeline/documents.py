@@ -73,7 +73,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self._depth >= MAX_YAML_DEPTH:
-            raise self._too_much(f"nested deeper than {MAX_YAML_DEPTH} levels")
+            raise self._limit_error(f"nested deeper than {MAX_YAML_DEPTH} levels")
         is_alias = self.check_event(yaml.AliasEvent)
         self._depth += 1
         node = super().compose_node(parent, index)
@@ -81,13 +81,13 @@ class _BoundedLoader(yaml.SafeLoader):
         if node is not None:
             if id(node) not in self._extents:
                 if is_alias:
-                    raise self._too_much("an alias contains itself")
+                    raise self._limit_error("an alias contains itself")
                 self._extents[id(node)] = self._extent(node)
             values, depth = self._extents[id(node)]
             if values > MAX_YAML_NODES:
-                raise self._too_much(f"more than {MAX_YAML_NODES} values after expansion of aliases")
+                raise self._limit_error(f"more than {MAX_YAML_NODES} values after expansion of aliases")
             if self._depth + depth > MAX_YAML_DEPTH:
-                raise self._too_much(f"nested deeper than {MAX_YAML_DEPTH} levels")
+                raise self._limit_error(f"nested deeper than {MAX_YAML_DEPTH} levels")
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -115,7 +115,7 @@ class _BoundedLoader(yaml.SafeLoader):
         extents = [self._extents[id(child)] for child in children]
         return 1 + sum(values for values, _ in extents), 1 + max((depth for _, depth in extents), default=0)
 
-    def _too_much(self, what: str) -> DocumentError:
+    def _limit_error(self, what: str) -> DocumentError:
         return DocumentError(f"line {self.line + 1}: {what}")
 
 

@@ -38,7 +38,7 @@ class ObjectExistsError(StorageError):
     """Raised by a conditional write if the object already exists. The object is not changed."""
 
 
-def some(values: Iterable[object], limit: int = 5) -> str:
+def format_list(values: Iterable[object], limit: int = 5) -> str:
     """Return the first `limit` values as text for a message, with the number of further ones."""
     listed = list(values)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""

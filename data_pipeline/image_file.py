@@ -22,7 +22,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 """File name endings of images; case is ignored."""
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*")
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
-_EXACT_TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd")
+_LOSSLESS_TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd")
 """Lossless compressions of TIFF, by Pillow's names."""
 _PNG_MODES = {0: "gray", 2: "rgb", 3: "palette", 4: "gray_alpha", 6: "rgba"}
 _JPEG_MODES = {1: "gray", 3: "rgb", 4: "cmyk"}
@@ -174,7 +174,7 @@ def decode_index_map(data: bytes) -> np.ndarray:
     """
     if read_header(data).ext == "png":
         return decode_index_png(data)
-    values = _exact_pixels(data)
+    values = _lossless_pixels(data)
     if values.ndim != 2:
         raise BrokenImageError("a label map must be grey or have a palette, but this file is in colour")
     return values
@@ -188,7 +188,7 @@ def decode_id_map(data: bytes) -> np.ndarray:
     """
     if read_header(data).ext == "png":
         return decode_id_png(data)
-    colors = _exact_pixels(data)
+    colors = _lossless_pixels(data)
     if colors.ndim != 3:
         raise BrokenImageError("this map must store ids in three 8-bit channels, but the file has one")
     red, green, blue = np.moveaxis(colors.astype(np.uint32), -1, 0)
@@ -217,7 +217,7 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
     return image
 
 
-def _exact_pixels(data: bytes) -> np.ndarray:
+def _lossless_pixels(data: bytes) -> np.ndarray:
     """Return the stored pixels of a TIFF or BMP file.
 
     They are grey values or palette indices, [H, W] uint8 or uint16, or colours, [H, W, 3] uint8.
@@ -240,7 +240,7 @@ def _exact_pixels(data: bytes) -> np.ndarray:
             values = np.asarray(image)
     except Exception as error:  # as in `_read_other_header`
         raise BrokenImageError(f"it cannot be decoded ({error!r:.100})") from error
-    if header.ext == "tif" and compression not in _EXACT_TIFF:
+    if header.ext == "tif" and compression not in _LOSSLESS_TIFF:
         raise BrokenImageError(f"TIFF with {compression} compression may change the values of a map; save it with LZW")
     if mode in ("1", "L") and tags.get(_TIFF_PHOTOMETRIC) == 0:
         raise BrokenImageError("the map is a TIFF in which white is 0; save it with black as 0")

@@ -27,6 +27,6 @@ def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
     return bool(value)
 
 
-def stated_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
+def optional_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
     """Return an optional flag as bool; missing or null is False. Raises DataError for other values than 0 and 1."""
     return entry.get(name) is not None and read_flag(entry, name, where)

@@ -13,7 +13,7 @@ from m2f.data_pipeline.errors import DataError
 MAX_KEY = 1000
 """Longest key in characters; file systems and object stores limit a path to 1024 to 4096 bytes."""
 
-_USUAL = re.compile(r"[\w-][\w.-]{0,200}", re.ASCII)  # fast path: matches most keys
+_SIMPLE_KEY = re.compile(r"[\w-][\w.-]{0,200}", re.ASCII)  # fast path: matches most keys
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]")  # control characters, surrogates, backslash
 
 
@@ -22,7 +22,7 @@ def key_problem(key: object) -> str | None:
 
     A valid key may be a relative path with `/`; none of its parts is empty, `.` or `..`.
     """
-    if isinstance(key, str) and _USUAL.fullmatch(key):
+    if isinstance(key, str) and _SIMPLE_KEY.fullmatch(key):
         return None
     if not isinstance(key, str) or not key:
         return "is not a non-empty string"

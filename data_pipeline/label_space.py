@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 from m2f.data_pipeline.categories import Category, Task
-from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.model.counted import counted
 
 _MAX_LISTED_PAIRS = 20
@@ -96,21 +96,25 @@ def match_classes(first: Sequence[Category], second: Sequence[Category], *, ids:
     if _class_keys(first) == _class_keys(second):
         kind = "equal" if [c.id for c in first] == [c.id for c in second] else "by_name"
         return ClassMatch(kind, tuple(range(len(first))))
-    places = {category.name: place for place, category in enumerate(second)}
+    index_by_name = {category.name: index for index, category in enumerate(second)}
     names = {category.name for category in first}
-    labels = tuple(places.get(category.name) for category in first)
-    alone = [category for category in first if category.name not in places]
-    strangers = [category for category in second if category.name not in names]
+    labels = tuple(index_by_name.get(category.name) for category in first)
+    only_in_first = [category for category in first if category.name not in index_by_name]
+    only_in_second = [category for category in second if category.name not in names]
     conflicts: list[ClassPair] = [
         (category, second[label])
         for category, label in zip(first, labels, strict=True)
         if label is not None and category.is_thing != second[label].is_thing
     ]
-    conflicts += [(category, None) for category in _repeated(first)] + [(None, c) for c in _repeated(second)]
+    conflicts += [(category, None) for category in _find_duplicates(first)] + [
+        (None, c) for c in _find_duplicates(second)
+    ]
     if ids:
-        by_id = {category.id: category for category in strangers}
-        conflicts += [(category, by_id[category.id]) for category in alone if category.id in by_id]
-    differing: list[ClassPair] = [(category, None) for category in alone] + [(None, category) for category in strangers]
+        by_id = {category.id: category for category in only_in_second}
+        conflicts += [(category, by_id[category.id]) for category in only_in_first if category.id in by_id]
+    differing: list[ClassPair] = [(category, None) for category in only_in_first] + [
+        (None, category) for category in only_in_second
+    ]
     if conflicts or all(label is None for label in labels):
         return ClassMatch("conflict", labels, tuple(conflicts or differing))
     return ClassMatch("subset" if differing else "by_name", labels, tuple(differing))
@@ -120,24 +124,24 @@ def require_match(
     first: Sequence[Category], second: Sequence[Category], first_name: str, second_name: str, *, ids: bool = True
 ) -> ClassMatch:
     """Return the result of `match_classes`. Raises DataError, listing the differing rows, for a conflict."""
-    found = match_classes(first, second, ids=ids)
-    if found.kind == "conflict":
+    match = match_classes(first, second, ids=ids)
+    if match.kind == "conflict":
         raise DataError(
             f"the classes of {first_name} and of {second_name} contradict each other; give the same class the same "
-            f"name and kind in both:\n  {found.describe_rows(first_name, second_name)}"
+            f"name and kind in both:\n  {match.describe_rows(first_name, second_name)}"
         )
-    return found
+    return match
 
 
-def describe_subset(found: ClassMatch, first_name: str, second_name: str) -> str | None:
+def describe_subset(match: ClassMatch, first_name: str, second_name: str) -> str | None:
     """Return one line that names the classes that only one table has; None unless the match is a subset."""
-    if found.kind != "subset":
+    if match.kind != "subset":
         return None
-    common = sum(label is not None for label in found.labels)
+    common = sum(label is not None for label in match.labels)
     parts = [f"{counted(common, 'class', 'classes')} in both"]
-    for names, lacking in ((found.only_first, second_name), (found.only_second, first_name)):
+    for names, other_name in ((match.only_first, second_name), (match.only_second, first_name)):
         if names:
-            parts.append(f"{lacking} lacks {some(names, 8)}")
+            parts.append(f"{other_name} lacks {format_list(names, 8)}")
     return "; ".join(parts)
 
 
@@ -145,7 +149,7 @@ def _class_keys(classes: Sequence[Category]) -> list[tuple[str, bool]]:
     return [(category.name, category.is_thing) for category in classes]
 
 
-def _repeated(classes: Sequence[Category]) -> list[Category]:
+def _find_duplicates(classes: Sequence[Category]) -> list[Category]:
     counts = Counter(category.name for category in classes)
     return [category for category in classes if counts[category.name] > 1]
 

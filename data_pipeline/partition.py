@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from m2f.data_pipeline.categories import Category
-from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.sample import Annotation, Segment, id_dtype
 
 
@@ -36,8 +36,8 @@ def partition(
         DataError: the map has unknown values.
     """
     runs = find_runs(values)
-    present, of_run = np.unique(runs.value, return_inverse=True)
-    areas = np.bincount(of_run, weights=runs.length)
+    present, value_index = np.unique(runs.value, return_inverse=True)
+    areas = np.bincount(value_index, weights=runs.length)
     regions: dict[Region, int] = {}
     local_ids = np.zeros(len(present), np.uint32)
     unknown: dict[object, None] = {}
@@ -50,10 +50,10 @@ def partition(
         if region is not None:
             local_ids[number] = regions.setdefault(region, len(regions) + 1)
     if unknown:
-        raise DataError(f"{where}: pixel values {some(unknown, 20)} {unknown_message}")
+        raise DataError(f"{where}: pixel values {format_list(unknown, 20)} {unknown_message}")
     local_ids = local_ids.astype(id_dtype(len(regions)))
     pixels = np.bincount(local_ids, weights=areas, minlength=len(regions) + 1)
-    boxes = _boxes(runs, local_ids[of_run], len(regions))
+    boxes = _boxes(runs, local_ids[value_index], len(regions))
     segments = tuple(
         Segment(
             id=local_id,
@@ -67,7 +67,7 @@ def partition(
         )
         for region, local_id in regions.items()
     )
-    return Annotation(seg=runs.paint(local_ids[of_run]), inst=None, segments=segments)
+    return Annotation(seg=runs.paint(local_ids[value_index]), inst=None, segments=segments)
 
 
 class Runs(NamedTuple):

@@ -13,5 +13,5 @@ _UNPRINTABLE_BUT_COLORS = re.compile(rf"(\x1b\[[0-9;]{{0,20}}m)|{_COMMANDS}")
 def printable(text: str, colors: bool = False) -> str:
     """Return the text with unprintable characters as Python escapes. `colors` keeps sequences that set a colour."""
     if colors:
-        return _UNPRINTABLE_BUT_COLORS.sub(lambda found: found[1] or ascii(found[0])[1:-1], text)
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+        return _UNPRINTABLE_BUT_COLORS.sub(lambda match: match[1] or ascii(match[0])[1:-1], text)
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)

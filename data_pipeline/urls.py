@@ -17,7 +17,7 @@ REMEDY = (
 
 REMOVED = "(removed: it may have held a secret)"
 
-_PASSED_OVER = re.compile(r"^[\x00-\x20]+|[\t\r\n]")  # characters that URL clients ignore
+_IGNORED_CHARACTERS = re.compile(r"^[\x00-\x20]+|[\t\r\n]")  # characters that URL clients ignore
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::\d{0,5})?")
 _BUCKET = re.compile(r"[A-Za-z0-9._-]*")
@@ -33,7 +33,7 @@ def url_problem(text: str) -> str | None:
 
     Texts that are not URLs may be stored. The result does not repeat the text.
     """
-    text = _PASSED_OVER.sub("", text)
+    text = _IGNORED_CHARACTERS.sub("", text)
     scheme, authority, path, extra = _split(text)
     holds_paths = _kind(scheme) in _PATH_SCHEMES
     if authority is None:
@@ -54,7 +54,7 @@ def without_secrets(text: str) -> str:
     """Return the text without the parts that `url_problem` refuses; REMOVED if scheme, host and path are unclear."""
     if url_problem(text) is None:
         return text
-    scheme, authority, path, extra = _split(_PASSED_OVER.sub("", text))
+    scheme, authority, path, extra = _split(_IGNORED_CHARACTERS.sub("", text))
     if not scheme or authority is None:
         return REMOVED
     shorter = f"{scheme}://{authority.rpartition('@')[2]}{path}"
@@ -86,5 +86,5 @@ def _split(text: str) -> tuple[str, str | None, str, str]:
 
 def _cut(text: str, marks: str) -> tuple[str, str, str]:
     """Split a text at the first of the marks. Return the text before it, the mark, and the text after it."""
-    at = next((index for index, character in enumerate(text) if character in marks), len(text))
-    return text[:at], text[at : at + 1], text[at + 1 :]
+    index = next((i for i, character in enumerate(text) if character in marks), len(text))
+    return text[:index], text[index : index + 1], text[index + 1 :]

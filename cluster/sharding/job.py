@@ -19,9 +19,9 @@ from m2f.cluster.sharding.report import REPORT_FILE, SHOWN_PROBLEMS, ShardFailur
 from m2f.cluster.terminal import Progress, print_err
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.documents import DocumentError, parse_json
-from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.readers import Reader, dataset_fingerprint, open_dataset
-from m2f.data_pipeline.readers.unusable import require_none
+from m2f.data_pipeline.readers.unusable import require_all_usable
 from m2f.data_pipeline.shards.plan import ShardPlan, clear_target, committed_document, plan_shards, withdraw
 from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources
 from m2f.data_pipeline.shards.write import (
@@ -89,7 +89,7 @@ def run_shard_job(
         notes = _source_notes(changes, bool(reader.files(0)))
         return _stored_report(name, plan, existing["shards"], notes, storage)
     if not skip_bad:
-        require_none(unusable)
+        require_all_usable(unusable)
     if redo:
         clear_target(plan.target, storage)
     elif existing is not None:
@@ -149,7 +149,7 @@ def _choose_writer(
     ray_until: ExitStack,
 ) -> Write:
     """Return a function that writes shards in this process if little is missing, else with Ray, which it starts."""
-    if not uses_ray(cluster.address) and _is_little(reader, plan, missing):
+    if not uses_ray(cluster.address) and _is_small(reader, plan, missing):
         return lambda indices: write_here(reader, plan, indices, storage, keep_going)
     from m2f.cluster.ray_cluster import local_or_existing
     from m2f.cluster.sharding.ray_tasks import run_tasks
@@ -158,7 +158,7 @@ def _choose_writer(
     return lambda indices: run_tasks(reader, plan, indices, storage, cluster.shard_tasks, keep_going)
 
 
-def _is_little(reader: Reader, plan: ShardPlan, missing: Sequence[int]) -> bool:
+def _is_small(reader: Reader, plan: ShardPlan, missing: Sequence[int]) -> bool:
     """Return whether the missing shards have at most FEW_IMAGES images and FEW_BYTES bytes."""
     wanted = {key for index in missing for key in plan.shard_keys[index]}
     if len(wanted) > FEW_IMAGES:
@@ -215,7 +215,7 @@ def _source_notes(changes: SourceChanges, has_files: bool) -> tuple[str, ...]:
     notes = []
     if changes.changed:
         notes.append(
-            f"changed: {counted(len(changes.changed), 'source file')} ({some(changes.changed, 3)}); "
+            f"changed: {counted(len(changes.changed), 'source file')} ({format_list(changes.changed, 3)}); "
             f"rewritten: {counted(len(changes.shards), 'shard')}"
         )
     if changes.num_missing:

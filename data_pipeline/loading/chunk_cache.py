@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 _NUM_LOCKS = 256
 """Number of lock files. Chunks whose names have the same hash modulo this number share a lock."""
 _CHUNK_SUFFIX = ".chunk"
-_KEPT_AFTER_EVICTION = 0.9
+_EVICTION_TARGET = 0.9
 """Share of the limit that remains after an eviction, so that not every write evicts."""
 _SCANS_PER_LIMIT = 64
 """A process scans the folder each time it has written 1/64 of the limit, and so notices files of other processes."""
@@ -133,23 +133,23 @@ class ChunkCache:
     def _reduce_limit(self, error: OSError) -> None:
         """Lower the limit after a failed write, for example on a full disk, and evict. The limit may reach 0."""
         sizes = self._sizes()
-        self._limit = round(_KEPT_AFTER_EVICTION * sum(sizes.values()))
+        self._limit = round(_EVICTION_TARGET * sum(sizes.values()))
         if not self._warned:
             self._warned = True
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             log.warning(
                 "cannot write to the cache %s (%s); reading continues with its current content%s",
                 self._chunks.parent,
                 error.strerror,
-                ". Free some space, or lower data.cache.max_gb" if full else "",
+                ". Free some space, or lower data.cache.max_gb" if disk_full else "",
             )
         self._make_room()
 
     def _make_room(self) -> None:
         sizes = self._sizes()
-        held = sum(sizes.values())
-        if held > self._limit:
-            for name in choose_victims(sizes, self._upcoming(), held - _KEPT_AFTER_EVICTION * self._limit):
+        total = sum(sizes.values())
+        if total > self._limit:
+            for name in choose_victims(sizes, self._upcoming(), total - _EVICTION_TARGET * self._limit):
                 self.delete(name)
 
     def _sizes(self) -> dict[str, int]:
@@ -217,10 +217,10 @@ def upcoming_chunks(
     Covers `count` positions, starting at `start`. `ranks` are the ranks of interest.
     """
     refs = order.refs(start, count)
-    mine = np.isin(np.arange(start, start + count) % world, ranks)
-    dataset, index = refs.dataset[mine], refs.index[mine]
+    is_local = np.isin(np.arange(start, start + count) % world, ranks)
+    dataset, index = refs.dataset[is_local], refs.index[is_local]
     chunk = np.empty_like(index)
-    for number, grouped in enumerate(chunks):
-        chunk[dataset == number] = grouped.chunk_of[index[dataset == number]]
+    for number, dataset_chunks in enumerate(chunks):
+        chunk[dataset == number] = dataset_chunks.chunk_of[index[dataset == number]]
     pairs, first = np.unique(np.stack([dataset, chunk]), axis=1, return_index=True)
     return [(int(d), int(c)) for d, c in pairs[:, np.argsort(first)].T]

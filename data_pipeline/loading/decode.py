@@ -78,18 +78,18 @@ class MicroBatchDataset(Dataset[BatchResult]):
         if isinstance(index, UserError):
             return index
         try:
-            made = [None if raw is None else self._example(raw) for raw in index]
-            examples = [example for example in made if not isinstance(example, RawExample)]
-            if len(examples) < len(made):
-                return tuple(e if isinstance(e, RawExample) else raw for e, raw in zip(made, index, strict=True))
+            results = [None if raw is None else self._example(raw) for raw in index]
+            examples = [example for example in results if not isinstance(example, RawExample)]
+            if len(examples) < len(results):
+                return tuple(e if isinstance(e, RawExample) else raw for e, raw in zip(results, index, strict=True))
             return collate(examples, self._transforms[0].canvas)
         except UserError as error:
             return error
 
     def _example(self, raw: RawExample) -> Example | RawExample:
         """Return the example. If a sample is unusable, return `raw` with the error in its place."""
-        base = self._augmented(raw.base, raw.position, Stream.AUGMENT)
-        partner = None if raw.partner is None else self._augmented(raw.partner, raw.position, Stream.PASTED)
+        base = self._augment(raw.base, raw.position, Stream.AUGMENT)
+        partner = None if raw.partner is None else self._augment(raw.partner, raw.position, Stream.PASTED)
         if isinstance(base, RawSample) or isinstance(partner, RawSample):
             return RawExample(
                 raw.position,
@@ -99,7 +99,7 @@ class MicroBatchDataset(Dataset[BatchResult]):
         transform = self._transforms[raw.base.ref.dataset]
         return without_empty_targets(base if partner is None else paste_objects(base, partner, transform), transform)
 
-    def _augmented(self, sample: RawSample, position: int, stream: Stream) -> Example | RawSample:
+    def _augment(self, sample: RawSample, position: int, stream: Stream) -> Example | RawSample:
         """Return the augmented image. If the sample is unusable, return the sample with the error in it."""
         dataset = sample.ref.dataset
         if isinstance(sample.members, DataError):
@@ -126,21 +126,21 @@ class SubstituteFinder:
         """
         substitutions: list[Substitution] = []
         replaced = tuple(None if example is None else self._replace(example, substitutions) for example in raw)
-        return batch_of(self._dataset[replaced], None)[0], tuple(substitutions)
+        return resolve_batch(self._dataset[replaced], None)[0], tuple(substitutions)
 
     def _replace(self, example: RawExample, substitutions: list[Substitution]) -> RawExample:
-        base = self._usable(example.base, example.position, substitutions)
+        base = self._find_usable(example.base, example.position, substitutions)
         partner = example.partner
         if partner is not None:
-            partner = self._usable(partner, example.position, substitutions)
+            partner = self._find_usable(partner, example.position, substitutions)
         return RawExample(example.position, base, partner)
 
-    def _usable(self, sample: RawSample, position: int, substitutions: list[Substitution]) -> RawSample:
+    def _find_usable(self, sample: RawSample, position: int, substitutions: list[Substitution]) -> RawSample:
         """Return the sample, or the next good one of the order, which depends on the position but not on the ranks."""
         if not isinstance(sample.members, DataError):
             return sample
-        for ahead in range(1, _MAX_CANDIDATES + 1):
-            ref = self._order.at(position + ahead)
+        for offset in range(1, _MAX_CANDIDATES + 1):
+            ref = self._order.at(position + offset)
             try:
                 members = read_single(self._manifests[ref.dataset], ref.index, self._storage)
                 decode(members)
@@ -155,7 +155,7 @@ class SubstituteFinder:
         return str(self._manifests[ref.dataset].key[ref.index])
 
 
-def batch_of(result: BatchResult, substitutes: SubstituteFinder | None) -> tuple[Batch, tuple[Substitution, ...]]:
+def resolve_batch(result: BatchResult, substitutes: SubstituteFinder | None) -> tuple[Batch, tuple[Substitution, ...]]:
     """Return the batch, with substitutes for bad samples if `substitutes` is given.
 
     Raises:

@@ -23,9 +23,9 @@ _REFETCHES = 3
 """Further reads of a sample with a wrong checksum. They correct transmission errors, but not damage in the store."""
 _THREADS = 8
 """Number of concurrent ranged reads, enough to hide the latency of an object store."""
-_KEPT_BYTES = 1 << 30
+_MAX_HELD_BYTES = 1 << 30
 """Upper limit of bytes of samples that one rank holds."""
-_KEPT_AFTER_EVICTION = 0.9
+_EVICTION_TARGET = 0.9
 """Share of the limit that remains after an eviction, so that not every read evicts."""
 
 Members = Mapping[str, bytes]
@@ -52,7 +52,7 @@ class FetchLimits:
     """Number of groups whose reads are started before the groups are requested."""
     horizon: int
     """Number of groups that are known ahead. Samples that occur in them are kept once they are read."""
-    kept_bytes: int = _KEPT_BYTES
+    max_bytes: int = _MAX_HELD_BYTES
     """Limit in bytes. Above it, the samples whose next use is farthest away are dropped and read again later."""
 
 
@@ -79,9 +79,9 @@ class SampleFetcher:
         self._started = 0
         self._uses: Counter[_SampleKey] = Counter()
         self._reads: dict[_ChunkKey, Future[dict[_SampleKey, Members | DataError]]] = {}
-        self._kept: dict[_SampleKey, Members | DataError] = {}
+        self._held: dict[_SampleKey, Members | DataError] = {}
         self._etags: dict[str, str | None] = {}
-        self._kept_bytes = 0
+        self._held_bytes = 0
 
     def __iter__(self) -> Iterator[tuple[RawSample | None, ...]]:
         return self
@@ -94,7 +94,7 @@ class SampleFetcher:
         group = self._future.popleft()
         self._started -= 1
         samples = tuple(None if ref is None else RawSample(ref, self._pop((ref.dataset, ref.index))) for ref in group)
-        if self._kept_bytes > self._limits.kept_bytes:
+        if self._held_bytes > self._limits.max_bytes:
             self._evict()
         return samples
 
@@ -109,7 +109,7 @@ class SampleFetcher:
             self._uses.update((ref.dataset, ref.index) for ref in group if ref is not None)
         while self._started < min(1 + self._limits.groups_ahead, len(self._future)):
             for ref in self._future[self._started]:
-                if ref is not None and (ref.dataset, ref.index) not in self._kept:
+                if ref is not None and (ref.dataset, ref.index) not in self._held:
                     self._start_read(self._chunk((ref.dataset, ref.index)))
             self._started += 1
 
@@ -124,15 +124,15 @@ class SampleFetcher:
             self._reads[chunk] = self._pool.submit(self._read, dataset, number, indices)
 
     def _pop(self, sample: _SampleKey) -> Members | DataError:
-        while sample not in self._kept:
+        while sample not in self._held:
             chunk = self._chunk(sample)
             self._start_read(chunk)
-            for found, members in self._reads[chunk].result().items():
-                if self._uses[found] and found not in self._kept:
-                    self._kept[found] = members
-                    self._kept_bytes += self._size(found)
+            for key, members in self._reads[chunk].result().items():
+                if self._uses[key] and key not in self._held:
+                    self._held[key] = members
+                    self._held_bytes += self._size(key)
             del self._reads[chunk]
-        members = self._kept[sample]
+        members = self._held[sample]
         self._uses[sample] -= 1
         if not self._uses[sample]:
             del self._uses[sample]
@@ -140,8 +140,8 @@ class SampleFetcher:
         return members
 
     def _discard(self, sample: _SampleKey) -> None:
-        del self._kept[sample]
-        self._kept_bytes -= self._size(sample)
+        del self._held[sample]
+        self._held_bytes -= self._size(sample)
 
     def _size(self, sample: _SampleKey) -> int:
         dataset, index = sample
@@ -149,27 +149,29 @@ class SampleFetcher:
 
     def _evict(self) -> None:
         """Drop the samples whose next use is farthest away (Belady's rule)."""
-        budget, keep = self._limits.kept_bytes * _KEPT_AFTER_EVICTION, set[_SampleKey]()
+        budget, keep = self._limits.max_bytes * _EVICTION_TARGET, set[_SampleKey]()
         for group in self._future:
             for sample in ((ref.dataset, ref.index) for ref in group if ref is not None):
-                if sample in self._kept and sample not in keep:
+                if sample in self._held and sample not in keep:
                     budget -= self._size(sample)
                     if budget < 0:
-                        for unwanted in self._kept.keys() - keep:
-                            self._discard(unwanted)
+                        for evicted in self._held.keys() - keep:
+                            self._discard(evicted)
                         return
                     keep.add(sample)
 
     def _read(self, dataset: int, number: int, indices: list[int]) -> dict[_SampleKey, Members | DataError]:
         """Return the given samples of a chunk; damaged ones are read again up to 3 times. Runs in a pool thread."""
         with self._storage.until(self._closed):
-            return self._read_repeatedly(dataset, number, indices)
+            return self._read_with_retries(dataset, number, indices)
 
-    def _read_repeatedly(self, dataset: int, number: int, indices: list[int]) -> dict[_SampleKey, Members | DataError]:
+    def _read_with_retries(
+        self, dataset: int, number: int, indices: list[int]
+    ) -> dict[_SampleKey, Members | DataError]:
         found: dict[_SampleKey, Members | DataError] = {}
         for _ in range(1 + _REFETCHES):
             data, start = self._read_span(dataset, number, indices)
-            found |= {(dataset, index): self._members(dataset, index, data, start) for index in indices}
+            found |= {(dataset, index): self._split_members(dataset, index, data, start) for index in indices}
             indices = [index for index in indices if isinstance(found[dataset, index], DataError)]
             if not indices:
                 break
@@ -186,16 +188,18 @@ class SampleFetcher:
         shard, start, length = self._chunks[dataset].span(manifest, number)
         if self._cache is not None:
             name = self._name(dataset, number)
-            return memoryview(self._cache.read(name, length, lambda: self._get(dataset, shard, start, length))), start
+            return memoryview(
+                self._cache.read(name, length, lambda: self._fetch_range(dataset, shard, start, length))
+            ), start
         start, last = int(manifest.offset[indices[0]]), indices[-1]
         length = int(manifest.offset[last] + manifest.length[last]) - start
-        return memoryview(self._get(dataset, shard, start, length)), start
+        return memoryview(self._fetch_range(dataset, shard, start, length)), start
 
     def _name(self, dataset: int, number: int) -> str:
         manifest = self._manifests[dataset]
         return chunk_name(manifest, *self._chunks[dataset].span(manifest, number))
 
-    def _get(self, dataset: int, shard: int, start: int, length: int) -> bytes:
+    def _fetch_range(self, dataset: int, shard: int, start: int, length: int) -> bytes:
         """Return a byte range of a shard.
 
         The first read of a shard checks its size against the manifest; later reads require the same ETag.
@@ -206,7 +210,7 @@ class SampleFetcher:
             self._etags[url] = manifest.check_shard(shard, self._storage).etag
         return self._storage.get_range(url, start, length, self._etags[url])
 
-    def _members(self, dataset: int, index: int, data: memoryview, start: int) -> Members | DataError:
+    def _split_members(self, dataset: int, index: int, data: memoryview, start: int) -> Members | DataError:
         manifest = self._manifests[dataset]
         first = int(manifest.offset[index]) - start
         try:

@@ -36,7 +36,7 @@ from m2f.data_pipeline.loading.decode import (
     RawExample,
     SubstituteFinder,
     Substitution,
-    batch_of,
+    resolve_batch,
 )
 from m2f.data_pipeline.loading.fetch import FetchLimits, Members, RawSample, SampleFetcher
 from m2f.data_pipeline.order.chunks import group_chunks
@@ -183,13 +183,13 @@ def eval_batches(
     chunks = group_chunks(manifest.shard, manifest.offset, _EVAL_CHUNK_BYTES)
     limits = FetchLimits(groups_ahead=_EVAL_BATCHES_AHEAD, horizon=_EVAL_HORIZON // max(map(len, rows), default=1))
 
-    def make(fetched: tuple[tuple[int, ...], tuple[RawSample | None, ...]]) -> EvalBatch:
+    def make_batch(fetched: tuple[tuple[int, ...], tuple[RawSample | None, ...]]) -> EvalBatch:
         group, raw = fetched
         samples = [decode(_members(sample)) for sample in raw]
         return collate_eval(samples, group, shortest_edge, max_size, shrink)
 
     with closing(SampleFetcher([manifest], [chunks], storage, refs, limits)) as fetcher:
-        yield from map_in_thread(make, zip(rows, fetcher, strict=True), ahead=1)
+        yield from map_in_thread(make_batch, zip(rows, fetcher, strict=True), ahead=1)
 
 
 def eval_groups(
@@ -237,29 +237,33 @@ def _steps(
         closing(_results(dataset, raw_batches, data.workers, ahead, spec.pin)) as results,
     ):
         for step in count(spec.start_step):
-            began = time.perf_counter()
-            made = [batch_of(next(results), substitutes) for _ in range(spec.micro_batches_per_step)]
-            batches = tuple(batch for batch, _ in made)
-            substitutions = tuple(substitution for _, several in made for substitution in several)
+            start_time = time.perf_counter()
+            resolved = [resolve_batch(next(results), substitutes) for _ in range(spec.micro_batches_per_step)]
+            batches = tuple(batch for batch, _ in resolved)
+            substitutions = tuple(
+                substitution for _, batch_substitutions in resolved for substitution in batch_substitutions
+            )
             positions = tuple(p for batch in batches for p in batch.targets.position.tolist() if p != FILLER_POSITION)
-            yield StepBatches(step, batches, positions, time.perf_counter() - began, substitutions)
+            yield StepBatches(step, batches, positions, time.perf_counter() - start_time, substitutions)
 
 
 def _raw_batches(
     manifests: Sequence[Manifest], order: Order, data: DataConfig, storage: Storage, spec: LoaderSpec, ahead: int
 ) -> Generator[RawBatch | UserError]:
     """Yield micro-batches before decoding. An error is yielded in place of a micro-batch and ends the generator."""
-    micro_batches, for_fetcher = tee(positions for step in count(spec.start_step) for positions in spec.positions(step))
+    micro_batches, fetch_positions = tee(
+        positions for step in count(spec.start_step) for positions in spec.positions(step)
+    )
     # Reads start well before a micro-batch is due, because one that waits for its bytes delays finished batches.
-    spread = look_ahead(data, spec.world)
+    horizon = look_ahead(data, spec.world)
     chunks = [group_chunks(m.shard, m.offset, chunk_bytes(data)) for m in manifests]
     upcoming = UpcomingChunks(manifests, chunks, order, spec.world, spec.local_ranks or (spec.rank,))
     fetcher = SampleFetcher(
         manifests,
         chunks,
         storage,
-        map(partial(_sample_refs, order=order, data=data, seed=spec.seed), for_fetcher),
-        FetchLimits(groups_ahead=2 * ahead, horizon=max(spread // len(spec.positions(0)[0]), 2 * ahead + 1)),
+        map(partial(_sample_refs, order=order, data=data, seed=spec.seed), fetch_positions),
+        FetchLimits(groups_ahead=2 * ahead, horizon=max(horizon // len(spec.positions(0)[0]), 2 * ahead + 1)),
         None if data.cache is None else ChunkCache(data.cache, storage.counters, upcoming),
     )
     with closing(fetcher):
@@ -297,12 +301,12 @@ def _results(
 ) -> Generator[BatchResult]:
     """Yield the results of `raw_batches` in their order. The thread that makes or receives a batch also pins it."""
 
-    def make(raw: RawBatch | UserError) -> BatchResult:
+    def make_result(raw: RawBatch | UserError) -> BatchResult:
         result = dataset[raw]
         return result.pin_memory() if pin and isinstance(result, Batch) else result
 
     if not workers:
-        yield from map_in_thread(make, raw_batches, ahead)
+        yield from map_in_thread(make_result, raw_batches, ahead)
         return
     loader = DataLoader(
         dataset,
@@ -361,25 +365,25 @@ def _exit_with_parent() -> None:
 
     The parent of a worker is the fork server, which would stay alive in that case.
     """
-    training = multiprocessing.parent_process()
-    assert training is not None
-    training.join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
-def map_in_thread(make: Callable[[In], Out], work: Iterator[In], ahead: int) -> Generator[Out]:
-    """Yield the results of `map(make, work)`. One thread prepares up to `ahead` of them.
+def map_in_thread(function: Callable[[In], Out], items: Iterator[In], ahead: int) -> Generator[Out]:
+    """Yield the results of `map(function, items)`. One thread prepares up to `ahead` of them.
 
-    The caller's thread advances `work`.
+    The caller's thread advances `items`.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=cv2.setNumThreads, initargs=(0,))
-    running: deque[Future[Out]] = deque()
+    pending: deque[Future[Out]] = deque()
     try:
-        for item in work:
-            running.append(pool.submit(make, item))
-            if len(running) > ahead:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

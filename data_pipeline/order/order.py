@@ -36,7 +36,7 @@ from m2f.data_pipeline.shards.manifest import Manifest
 ORDER_VERSION = 1
 """Part of every fingerprint. Raise it for any change that moves a sample; the golden test then needs a new file."""
 
-_EPOCHS_KEPT = 3
+_MAX_CACHED_EPOCHS = 3
 """Number of epochs whose permutations stay in memory: global batches can span two epochs, and caches look ahead."""
 
 _MAX_LOOK_AHEAD = 20_000
@@ -129,7 +129,7 @@ class DatasetOrder:
             if found is None:
                 number = self.rates.epoch_of(position)
                 found = _Epoch(number, self.rates.total(number), self._permute(number))
-                self._epochs[:] = [*self._epochs[1 - _EPOCHS_KEPT :], found]
+                self._epochs[:] = [*self._epochs[1 - _MAX_CACHED_EPOCHS :], found]
             return found
 
     def _permute(self, epoch: int) -> np.ndarray:
@@ -139,11 +139,11 @@ class DatasetOrder:
         lane_sizes = (size - np.arange(lanes) + lanes - 1) // lanes
         lane_start = np.concatenate([[0], np.cumsum(lane_sizes)[:-1]])
         lane = np.repeat(np.arange(lanes), lane_sizes)
-        within = np.arange(size) - lane_start[lane]
+        index_in_lane = np.arange(size) - lane_start[lane]
 
         words = random_words(self.seed, Stream.WINDOW_ORDER, self.dataset, epoch, lanes + size)
         phase = words[:lanes] % np.uint64(self.window)  # window borders differ between epochs
-        window = (within + phase[lane].astype(np.int64)) // self.window
+        window = (index_in_lane + phase[lane].astype(np.int64)) // self.window
         shuffled = sequence[np.lexsort((words[lanes:], window, lane))]
 
         position = np.arange(size)
@@ -193,17 +193,19 @@ class MixtureOrder:
     def refs(self, start: int, count: int) -> SampleRefs:
         """Return the samples at `count` consecutive positions, starting at `start`."""
         dataset, index = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-        left = np.arange(count)  # free places, which are consecutive positions of the later children
+        remaining = np.arange(count)  # free places, which are consecutive positions of the later children
         for child, share in zip(self.children, self.shares, strict=True):
             # floor(start * share) in Python integers, the small remainder in NumPy integers.
-            first, rest = divmod(start * share.numerator, share.denominator)
+            first, remainder = divmod(start * share.numerator, share.denominator)
             largest = share.denominator + share.numerator * (count + 1)
             exact = np.int64 if largest < 1 << 62 else object
-            owned = first + (rest + np.arange(len(left) + 1, dtype=exact) * share.numerator) // share.denominator
-            mine = np.diff(owned) > 0
-            found = child.refs(first, int(np.count_nonzero(mine)))
-            dataset[left[mine]], index[left[mine]] = found.dataset, found.index
-            left, start = left[~mine], start - first
+            child_positions = (
+                first + (remainder + np.arange(len(remaining) + 1, dtype=exact) * share.numerator) // share.denominator
+            )
+            is_child = np.diff(child_positions) > 0
+            child_refs = child.refs(first, int(np.count_nonzero(is_child)))
+            dataset[remaining[is_child]], index[remaining[is_child]] = child_refs.dataset, child_refs.index
+            remaining, start = remaining[~is_child], start - first
         return SampleRefs(dataset, index)
 
 
@@ -259,8 +261,10 @@ def build_order(manifests: Sequence[Manifest], seed: int, config: DataConfig) ->
     ]
     if len(children) == 1:
         return children[0]
-    left = [sum(shares[k:], Fraction(0)) for k in range(len(shares))]
-    return MixtureOrder(tuple(children), tuple(s / rest for s, rest in zip(shares, left, strict=True)), fingerprint)
+    remaining = [sum(shares[k:], Fraction(0)) for k in range(len(shares))]
+    return MixtureOrder(
+        tuple(children), tuple(s / rest for s, rest in zip(shares, remaining, strict=True)), fingerprint
+    )
 
 
 def _fingerprint(
@@ -309,9 +313,9 @@ def step_positions(
     filler with weight zero.
     """
     first = step * global_batch
-    mine: list[int | None] = list(range(first + (rank - first) % world, first + global_batch, world))
-    most = -(-global_batch // world)
-    count = -(-most // micro_batch)
-    size = -(-most // count)
-    mine += [None] * (count * size - len(mine))
-    return tuple(tuple(mine[k * size : (k + 1) * size]) for k in range(count))
+    positions: list[int | None] = list(range(first + (rank - first) % world, first + global_batch, world))
+    max_per_rank = -(-global_batch // world)
+    count = -(-max_per_rank // micro_batch)
+    size = -(-max_per_rank // count)
+    positions += [None] * (count * size - len(positions))
+    return tuple(tuple(positions[k * size : (k + 1) * size]) for k in range(count))

@@ -65,8 +65,8 @@ def simulate_reads(
     chunks = [group_chunks(manifest.shard, manifest.offset, chunk_bytes(data)) for manifest in manifests]
     needed = _sample_reads(manifests, chunks, order, _needed_positions(count, seed, data))
     rank = needed.time % ranks.world
-    read, wanted = _group_reads(needed, rank, reach=look_ahead(data, ranks.world) * ranks.world)
-    start, end = needed.offset[wanted], needed.offset[wanted] + needed.length[wanted]
+    read, sample_order = _group_reads(needed, rank, reach=look_ahead(data, ranks.world) * ranks.world)
+    start, end = needed.offset[sample_order], needed.offset[sample_order] + needed.length[sample_order]
     sizes = _chunk_sizes(manifests, chunks)
     used = np.unique(needed.chunk)
     by_machine = np.unique(np.stack([rank // ranks.per_machine, needed.chunk]), axis=1)
@@ -78,30 +78,30 @@ def simulate_reads(
         read_bytes=int((np.maximum.reduceat(end, read) - np.minimum.reduceat(start, read)).sum()),
         cached_reads=by_machine.shape[1],
         machine_bytes=int(np.bincount(by_machine[0], sizes[by_machine[1]]).max()),
-        fetched_peak=_peak_bytes(needed, rank, read, wanted),
+        fetched_peak=_peak_bytes(needed, rank, read, sample_order),
         batch_bytes=_batch_bytes(data, ranks.batch),
     )
 
 
-def format_read_costs(found: ReadCosts, ranks: SimulatedRanks) -> str:
+def format_read_costs(costs: ReadCosts, ranks: SimulatedRanks) -> str:
     """Return the costs as a text of several lines."""
     speed = ranks.world * ranks.images_per_s
-    per_image, machines = found.reads / found.images, -(-ranks.world // ranks.per_machine)
-    rate = found.read_bytes / found.images * speed / 1e6
-    memory = found.fetched_peak + found.batch_bytes
+    per_image, machines = costs.reads / costs.images, -(-ranks.world // ranks.per_machine)
+    rate = costs.read_bytes / costs.images * speed / 1e6
+    memory = costs.fetched_peak + costs.batch_bytes
     lines = [
         f"{counted(ranks.world, 'rank')} with {counted(ranks.batch, 'image')} each on "
         f"{counted(machines, 'machine')}, {speed:,.0f} images/s in total",
-        f"epoch         {counted(found.images, 'image')} in {counted(found.chunks, 'chunk')}, "
-        f"{found.chunk_bytes / 1e9:,.2f} GB, "
-        f"{found.images / speed / 60:,.1f} minutes",
-        f"reads         {found.reads / found.chunks:.2f} per chunk, {per_image * speed:,.1f} requests/s, "
+        f"epoch         {counted(costs.images, 'image')} in {counted(costs.chunks, 'chunk')}, "
+        f"{costs.chunk_bytes / 1e9:,.2f} GB, "
+        f"{costs.images / speed / 60:,.1f} minutes",
+        f"reads         {costs.reads / costs.chunks:.2f} per chunk, {per_image * speed:,.1f} requests/s, "
         f"{rate:,.1f} MB/s ({rate / machines:,.1f} MB/s per machine)",
-        f"with a cache  {found.cached_reads / found.chunks:.2f} reads per chunk in the first epoch; none later if "
-        f"data.cache.max_gb is {found.chunk_bytes / 1e9:,.2f} or more (a machine reads "
-        f"{found.machine_bytes / 1e9:,.2f} GB per epoch)",
-        f"memory        {memory / 1e6:,.0f} MB per rank: {found.fetched_peak / 1e6:,.0f} MB of files, "
-        f"{found.batch_bytes / 1e6:,.0f} MB of batches",
+        f"with a cache  {costs.cached_reads / costs.chunks:.2f} reads per chunk in the first epoch; none later if "
+        f"data.cache.max_gb is {costs.chunk_bytes / 1e9:,.2f} or more (a machine reads "
+        f"{costs.machine_bytes / 1e9:,.2f} GB per epoch)",
+        f"memory        {memory / 1e6:,.0f} MB per rank: {costs.fetched_peak / 1e6:,.0f} MB of files, "
+        f"{costs.batch_bytes / 1e6:,.0f} MB of batches",
     ]
     return "\n".join(lines)
 
@@ -122,28 +122,28 @@ def _needed_positions(count: int, seed: int, data: DataConfig) -> np.ndarray:
 
     An image needs its own sample and, with copy-paste, the sample whose objects it receives.
     """
-    own = np.stack([np.arange(count)] * 2)
+    image_positions = np.stack([np.arange(count)] * 2)
     if data.copy_paste is None:
-        return own
+        return image_positions
     partners = ((position, partner_position(position, seed, data)) for position in range(count))
     pasted = np.array([pair for pair in partners if pair[1] is not None], dtype=np.int64).reshape(-1, 2)
-    return np.concatenate([own, pasted.T], axis=1)
+    return np.concatenate([image_positions, pasted.T], axis=1)
 
 
 def _sample_reads(
-    manifests: Sequence[Manifest], chunks: Sequence[Chunks], order: Order, wanted: np.ndarray
+    manifests: Sequence[Manifest], chunks: Sequence[Chunks], order: Order, needed: np.ndarray
 ) -> _SampleReads:
-    time, positions = wanted
+    time, positions = needed
     refs = order.refs(0, int(positions.max()) + 1)
     datasets, rows = refs.dataset[positions], refs.index[positions]
     chunk, offset, length = (np.empty(len(time), dtype=np.int64) for _ in range(3))
-    before = 0
-    for dataset, (manifest, grouped) in enumerate(zip(manifests, chunks, strict=True)):
-        mine = datasets == dataset
-        index = rows[mine]
-        chunk[mine] = before + grouped.chunk_of[index]
-        offset[mine], length[mine] = manifest.offset[index], manifest.length[index]
-        before += len(grouped.shard)
+    num_earlier_chunks = 0
+    for dataset, (manifest, dataset_chunks) in enumerate(zip(manifests, chunks, strict=True)):
+        in_dataset = datasets == dataset
+        index = rows[in_dataset]
+        chunk[in_dataset] = num_earlier_chunks + dataset_chunks.chunk_of[index]
+        offset[in_dataset], length[in_dataset] = manifest.offset[index], manifest.length[index]
+        num_earlier_chunks += len(dataset_chunks.shard)
     return _SampleReads(time, chunk, offset, length)
 
 
@@ -152,22 +152,24 @@ def _group_reads(needed: _SampleReads, rank: np.ndarray, reach: int) -> tuple[np
 
     A rank reads a chunk again if its next use of the chunk is more than `reach` positions later.
     """
-    wanted = np.lexsort((needed.time, needed.chunk, rank))
-    chunk, owner = needed.chunk[wanted], rank[wanted]
-    new = np.ones(len(wanted), dtype=bool)
-    new[1:] = (np.diff(chunk) != 0) | (np.diff(owner) != 0) | (np.diff(needed.time[wanted]) > reach)
-    return np.flatnonzero(new), wanted
+    sample_order = np.lexsort((needed.time, needed.chunk, rank))
+    chunk, owner_rank = needed.chunk[sample_order], rank[sample_order]
+    starts_read = np.ones(len(sample_order), dtype=bool)
+    starts_read[1:] = (np.diff(chunk) != 0) | (np.diff(owner_rank) != 0) | (np.diff(needed.time[sample_order]) > reach)
+    return np.flatnonzero(starts_read), sample_order
 
 
-def _peak_bytes(needed: _SampleReads, rank: np.ndarray, read: np.ndarray, wanted: np.ndarray) -> int:
+def _peak_bytes(needed: _SampleReads, rank: np.ndarray, read: np.ndarray, sample_order: np.ndarray) -> int:
     """Return the largest number of bytes that a rank holds.
 
     A rank holds a sample from the first use of its chunk, when the sample is read, until its own use.
     """
-    first = np.repeat(needed.time[wanted[read]], np.diff(np.append(read, len(wanted))))
-    time = np.concatenate([first, needed.time[wanted]])
-    change = np.concatenate([needed.length[wanted], -needed.length[wanted]])
-    events = np.lexsort((change < 0, time, np.tile(rank[wanted], 2)))  # each rank ends at 0: one running sum suffices
+    first = np.repeat(needed.time[sample_order[read]], np.diff(np.append(read, len(sample_order))))
+    time = np.concatenate([first, needed.time[sample_order]])
+    change = np.concatenate([needed.length[sample_order], -needed.length[sample_order]])
+    events = np.lexsort(
+        (change < 0, time, np.tile(rank[sample_order], 2))
+    )  # each rank ends at 0: one running sum suffices
     return int(np.cumsum(change[events]).max())
 
 

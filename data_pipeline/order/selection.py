@@ -37,7 +37,7 @@ class SamplingRates:
     """[N] int64 below 2^24, in the same unit. It determines in which epochs a fractional rate gives an extra use."""
 
     @property
-    def kept(self) -> np.ndarray:
+    def selected(self) -> np.ndarray:
         """Return [N] bool: the samples that are used at all."""
         return self.rate > 0
 
@@ -72,16 +72,16 @@ class SamplingRates:
 
     def digest(self) -> str:
         """Return a hash of the samples that are used and, if any is repeated, of the rates."""
-        content = np.packbits(self.kept).tobytes()
+        content = np.packbits(self.selected).tobytes()
         return hashlib.sha256(content + (self.rate.tobytes() if self.repeats else b"")).hexdigest()
 
     def _cumulative(self, epoch: int) -> np.ndarray:
         return (epoch * self.rate + self.phase) >> _FRACTION_BITS
 
 
-def uniform_rates(kept: np.ndarray) -> SamplingRates:
-    """Return rates of one use per epoch for the samples for which `kept` ([N] bool) is true."""
-    return SamplingRates(kept.astype(np.int64) * _ONE, np.zeros(len(kept), dtype=np.int64))
+def uniform_rates(selected: np.ndarray) -> SamplingRates:
+    """Return rates of one use per epoch for the samples for which `selected` ([N] bool) is true."""
+    return SamplingRates(selected.astype(np.int64) * _ONE, np.zeros(len(selected), dtype=np.int64))
 
 
 def select(manifest: Manifest, item: MixtureItem, config: DataConfig, seed: int, dataset: int) -> SamplingRates:
@@ -93,28 +93,28 @@ def select(manifest: Manifest, item: MixtureItem, config: DataConfig, seed: int,
     Raises:
         DataError: a filter names a class that the data set lacks, or no sample is left.
     """
-    kept = _with_targets(manifest, config) & _with_classes(manifest, item)
-    if not kept.any():
-        raise DataError(_empty_selection(manifest, item, config))
-    kept &= _subset(manifest, kept, item)
+    selected = _with_targets(manifest, config) & _with_classes(manifest, item)
+    if not selected.any():
+        raise DataError(_empty_selection_message(manifest, item, config))
+    selected &= _subset(manifest, selected, item)
     if item.repeat_threshold is None:
-        return uniform_rates(kept)
-    factors = np.minimum(repeat_factors(manifest, kept, item.repeat_threshold), _MAX_RATE)
+        return uniform_rates(selected)
+    factors = np.minimum(repeat_factors(manifest, selected, item.repeat_threshold), _MAX_RATE)
     phase = random_words(seed, Stream.REPEATS, dataset, 0, manifest.num_samples) >> np.uint64(64 - _FRACTION_BITS)
-    return SamplingRates(np.where(kept, np.round(factors * _ONE), 0).astype(np.int64), phase.astype(np.int64))
+    return SamplingRates(np.where(selected, np.round(factors * _ONE), 0).astype(np.int64), phase.astype(np.int64))
 
 
-def repeat_factors(manifest: Manifest, kept: np.ndarray, threshold: float) -> np.ndarray:
+def repeat_factors(manifest: Manifest, selected: np.ndarray, threshold: float) -> np.ndarray:
     """Return [N] float64 of at least 1: uses per epoch of each image, larger for images with rare classes.
 
-    f(c) is the share of kept images that show class c, and r(c) = max(1, sqrt(threshold / f(c))). The factor of an
+    f(c) is the share of selected images that show class c, and r(c) = max(1, sqrt(threshold / f(c))). The factor of an
     image is the largest r of its classes (repeat-factor sampling: Gupta et al., "LVIS", CVPR 2019, appendix B.2).
     """
     present = manifest.category_ids
     rows = present.rows()
     ids, column = np.unique(present.values, return_inverse=True)
-    images = np.bincount(column[kept[rows]], minlength=len(ids))
-    frequency = np.maximum(images, 1) / np.count_nonzero(kept)
+    images = np.bincount(column[selected[rows]], minlength=len(ids))
+    frequency = np.maximum(images, 1) / np.count_nonzero(selected)
     factor = np.maximum(1.0, np.sqrt(threshold / frequency))
     factors = np.ones(manifest.num_samples)
     np.maximum.at(factors, rows, factor[column])
@@ -125,56 +125,56 @@ def _with_targets(manifest: Manifest, config: DataConfig) -> np.ndarray:
     """Return [N] bool: images with at least one target of the task. Crowds are not targets."""
     if not config.skip_images_without_targets:
         return np.ones(manifest.num_samples, dtype=bool)
-    return _shows_any(manifest, list(manifest.categories.labels(config.task)))
+    return _has_category(manifest, list(manifest.categories.labels(config.task)))
 
 
 def _with_classes(manifest: Manifest, item: MixtureItem) -> np.ndarray:
-    kept = np.ones(manifest.num_samples, dtype=bool)
+    selected = np.ones(manifest.num_samples, dtype=bool)
     if item.include:
-        kept &= _shows_any(manifest, _ids(manifest, item.include, item.dataset, "include"))
+        selected &= _has_category(manifest, _category_ids(manifest, item.include, item.dataset, "include"))
     if item.exclude:
-        kept &= ~_shows_any(manifest, _ids(manifest, item.exclude, item.dataset, "exclude"))
-    return kept
+        selected &= ~_has_category(manifest, _category_ids(manifest, item.exclude, item.dataset, "exclude"))
+    return selected
 
 
-def _shows_any(manifest: Manifest, category_ids: Sequence[int]) -> np.ndarray:
+def _has_category(manifest: Manifest, category_ids: Sequence[int]) -> np.ndarray:
     """Return [N] bool: images with a segment of any of these categories."""
     present = manifest.category_ids
     return present.any(np.isin(present.values, category_ids))
 
 
-def _ids(manifest: Manifest, names: Sequence[str], dataset: str, setting: str) -> list[int]:
+def _category_ids(manifest: Manifest, names: Sequence[str], dataset: str, setting: str) -> list[int]:
     known = {category.name for category in manifest.categories.categories}
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "`m2f stats` lists its classes"
+            matches = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {matches[0]!r}?" if matches else "`m2f stats` lists its classes"
             raise DataError(
                 f"data.train: {setting} of {dataset!r} lists the class {name!r}, which it does not have; {hint}"
             )
     return [category.id for category in manifest.categories.categories if category.name in names]
 
 
-def _subset(manifest: Manifest, kept: np.ndarray, item: MixtureItem) -> np.ndarray:
-    """Return [N] bool: the kept samples that remain after `fraction` and `limit`.
+def _subset(manifest: Manifest, selected: np.ndarray, item: MixtureItem) -> np.ndarray:
+    """Return [N] bool: the selected samples that remain after `fraction` and `limit`.
 
     Samples are ranked by a hash of their keys. The selection therefore does not depend on the sharding, and a larger
     selection contains a smaller one.
     """
-    count = int(np.count_nonzero(kept))
-    wanted = max(1, round(Fraction(str(item.fraction)) * count))
+    count = int(np.count_nonzero(selected))
+    num_selected = max(1, round(Fraction(str(item.fraction)) * count))
     if item.limit is not None:
-        wanted = min(wanted, item.limit)
-    if wanted >= count:
-        return kept
-    rows = np.flatnonzero(kept)
+        num_selected = min(num_selected, item.limit)
+    if num_selected >= count:
+        return selected
+    rows = np.flatnonzero(selected)
     ranks = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in manifest.key[rows]]
-    chosen = np.zeros_like(kept)
-    chosen[rows[sorted(range(count), key=ranks.__getitem__)[:wanted]]] = True
+    chosen = np.zeros_like(selected)
+    chosen[rows[sorted(range(count), key=ranks.__getitem__)[:num_selected]]] = True
     return chosen
 
 
-def _empty_selection(manifest: Manifest, item: MixtureItem, config: DataConfig) -> str:
+def _empty_selection_message(manifest: Manifest, item: MixtureItem, config: DataConfig) -> str:
     total = manifest.num_samples
     if not _with_targets(manifest, config).any():
         return (

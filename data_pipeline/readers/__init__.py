@@ -31,7 +31,7 @@ from m2f.data_pipeline.readers.huggingface import open_huggingface
 from m2f.data_pipeline.readers.label_maps import open_label_maps
 from m2f.data_pipeline.readers.mapillary import open_mapillary
 from m2f.data_pipeline.readers.synthetic import SyntheticReader
-from m2f.data_pipeline.readers.unusable import UnusableAnnotation, require_none
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation, require_all_usable
 from m2f.data_pipeline.sample import Sample
 from m2f.data_pipeline.sources import (
     Ade20kFullSource,
@@ -107,7 +107,7 @@ def open_reader(source: SourceConfig, max_pixels: int = DatasetConfig.max_pixels
     """
     reader = _open(source, max_pixels)
     if not skip_bad:
-        require_none(reader.unusable)
+        require_all_usable(reader.unusable)
     return reader
 
 
@@ -133,11 +133,11 @@ def open_dataset(dataset: DatasetConfig) -> tuple[Reader, tuple[UnusableAnnotati
 def dataset_fingerprint(dataset: DatasetConfig) -> str:
     """Return the fingerprint of the source together with the settings `part`, `background` and `tiles`."""
     assert dataset.source is not None
-    own = source_fingerprint(dataset.source)
+    fingerprint = source_fingerprint(dataset.source)
     settings = {name: getattr(dataset, name) for name in ("part", "background", "tiles")}
     if all(value is None for value in settings.values()):
-        return own
-    return hashlib.sha256(f"{own} {settings}".encode()).hexdigest()
+        return fingerprint
+    return hashlib.sha256(f"{fingerprint} {settings}".encode()).hexdigest()
 
 
 def _open(source: SourceConfig, max_pixels: int) -> Reader:
@@ -195,11 +195,11 @@ def source_fingerprint(source: SourceConfig) -> str:
         case SyntheticSource():
             # Earlier versions had these values as constants. At their defaults they are left out of the digest, which
             # keeps old digests valid, so the defaults must not change.
-            new = {"small_share", "small_diameters"}
+            added_fields = {"small_share", "small_diameters"}
             settings = {
                 name: value
                 for name, value in asdict(source).items()
-                if name not in new or value != getattr(SyntheticSource, name)
+                if name not in added_fields or value != getattr(SyntheticSource, name)
             }
             digest.update(json.dumps(settings, sort_keys=True).encode())
         case CustomSource():

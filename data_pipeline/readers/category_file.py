@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.json_fields import field, read_flag, stated_flag
+from m2f.data_pipeline.json_fields import field, optional_flag, read_flag
 from m2f.data_pipeline.readers.coco_json import category_id, read_color
 from m2f.data_pipeline.readers.files import read_json
 
@@ -33,9 +33,9 @@ def read_category_file(
     categories, ignored = [], set(void)
     for number, entry in enumerate(entries):
         where = f"{path}: entry {number}"
-        named = "id" if isinstance(entry, dict) and "label" not in entry and "id" in entry else "label"
-        value = category_id(entry, named, where)
-        if stated_flag(entry, "ignore", where):
+        id_field = "id" if isinstance(entry, dict) and "label" not in entry and "id" in entry else "label"
+        value = category_id(entry, id_field, where)
+        if optional_flag(entry, "ignore", where):
             ignored.add(value)
             continue
         name = str(field(entry, "name", where))

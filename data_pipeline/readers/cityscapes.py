@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.image_file import BrokenImageError, read_header
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers import coco_json
@@ -83,19 +83,21 @@ def open_cityscapes_panoptic(source: CityscapesPanopticSource, max_pixels: int) 
     missing = [image_id for image_id in ids if image_id not in by_id]
     if missing:
         raise DataError(
-            f"{images} lacks {len(missing)} images of {path}, named <id>{_IMAGE_ENDING}: {some(missing)}; "
+            f"{images} lacks {len(missing)} images of {path}, named <id>{_IMAGE_ENDING}: {format_list(missing)}; "
             "set source.images to leftImg8bit or to its folder of this split"
         )
     if "images" not in document:
         document["images"] = [_image_entry(image_id, images / by_id[image_id]) for image_id in ids]
     if "categories" not in document:
         document["categories"] = _category_entries(document["annotations"], path)
-    reader = CocoPanopticReader.of(
+    reader = CocoPanopticReader.from_document(
         document,
         CocoPanopticSource(images=source.images, panoptic_json=path, panoptic_masks=source.panoptic_masks),
         max_pixels,
     )
-    return replace(reader, records=tuple(_renamed(record, by_id[record.image.source_id]) for record in reader.records))
+    return replace(
+        reader, records=tuple(_rename_image(record, by_id[record.image.source_id]) for record in reader.records)
+    )
 
 
 def _image_entry(image_id: str, file: Path) -> dict[str, Any]:
@@ -113,13 +115,13 @@ def _category_entries(annotations: Sequence[Any], path: str) -> list[dict[str, A
     The ids of segments always contain label ids, so they show which of the two the category ids are.
     """
     segments = [segment for entry in annotations for segment in coco_json.read_segments(entry, path)]
-    named = [_label_and_category(segment) for segment in segments]
+    pairs = [_label_and_category(segment) for segment in segments]
     train_ids = {c.id: train_id for train_id, c in enumerate(CATEGORIES.categories)}
-    by_label = sum(label == category for label, category in named) >= sum(
-        train_ids.get(label) == category for label, category in named
+    uses_label_ids = sum(label == category for label, category in pairs) >= sum(
+        train_ids.get(label) == category for label, category in pairs
     )
     return [
-        {"id": c.id if by_label else train_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
+        {"id": c.id if uses_label_ids else train_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
         for train_id, c in enumerate(CATEGORIES.categories)
     ]
 
@@ -130,13 +132,16 @@ def _label_and_category(segment: Any) -> tuple[int, int]:
     For an invalid segment return -1 and -2; it is left out later.
     """
     try:
-        own, category = coco_json.whole_number(segment, "id", ""), coco_json.whole_number(segment, "category_id", "")
+        segment_id, category = (
+            coco_json.whole_number(segment, "id", ""),
+            coco_json.whole_number(segment, "category_id", ""),
+        )
     except DataError:
         return -1, -2
-    return _label(own), category
+    return _label(segment_id), category
 
 
-def _renamed(record: PanopticRecord, name: str) -> PanopticRecord:
+def _rename_image(record: PanopticRecord, name: str) -> PanopticRecord:
     """Return the record with the real file name of its image and a key made from the id."""
     key = make_key(f"{record.image.source_id}.png")
     return replace(record, key=key, image=replace(record.image, file_name=name))

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.json_fields import stated_flag
+from m2f.data_pipeline.json_fields import optional_flag
 from m2f.data_pipeline.readers import coco_json
 from m2f.data_pipeline.readers.coco_json import CocoImage
 from m2f.data_pipeline.readers.files import (
@@ -51,12 +51,12 @@ class CocoInstancesReader:
         images = coco_json.read_images(document, path, folder)
         unique_keys(image.file_name for image in images)
         categories = coco_json.read_categories(document, path, things_only=True)
-        listed, strangers = coco_json.group_by_image(document, images, path)
-        groups, unusable = check_annotations(listed, categories, path)
+        by_image, unlisted = coco_json.group_by_image(document, images, path)
+        groups, unusable = check_annotations(by_image, categories, path)
         if source.crowds_are_objects:
             groups = {image: [{**entry, "iscrowd": 0} for entry in group] for image, group in groups.items()}
         records = tuple((image, groups[image.source_id]) for image in images)
-        return cls(folder, categories, records, max_pixels, (*strangers, *unusable))
+        return cls(folder, categories, records, max_pixels, (*unlisted, *unusable))
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ class CocoInstancesReader:
         """Read one image with its instances in layers. Raises DataError if the image is unusable."""
         image, annotations = self.records[index]
         file = load_image(self.images / image.file_name, image.height, image.width, self.max_pixels)
-        found = instance_layers(annotations, image.height, image.width, self.categories, self.source(index))
+        layers = instance_layers(annotations, image.height, image.width, self.categories, self.source(index))
         return Sample(
             key=self.keys[index],
             image_id=image.id,
@@ -84,9 +84,9 @@ class CocoInstancesReader:
             image_ext=file.ext,
             height=image.height,
             width=image.width,
-            annotation=Annotation(seg=None, inst=found.inst, segments=found.segments),
-            left_out=found.left_out,
-            repairs=image.repairs + found.repairs,
+            annotation=Annotation(seg=None, inst=layers.inst, segments=layers.segments),
+            left_out=layers.left_out,
+            repairs=image.repairs + layers.repairs,
         )
 
     def size_hint(self, index: int) -> int:
@@ -113,32 +113,32 @@ def check_annotations(
     if entries and not any("segmentation" in entry for entry in entries):
         raise DataError(f"{path}: no annotation has a segmentation; boxes alone cannot be used")
     next_id = 1 + max((i for i in map(_usable_id, entries) if i is not None), default=0)
-    taken: set[int] = set()
+    used_ids: set[int] = set()
     unusable: list[UnusableAnnotation] = []
-    numbered: dict[str, list[Mapping[str, Any]]] = {image: [] for image in groups}
+    usable: dict[str, list[Mapping[str, Any]]] = {image: [] for image in groups}
     for image, group in groups.items():
         for entry in group:
             try:
                 where = f"annotation {str(entry.get('id'))[:40]}"
                 coco_json.known_category(entry, categories, where)
-                stated_flag(entry, "iscrowd", where)  # often invalid throughout a file, so report it early
+                optional_flag(entry, "iscrowd", where)  # often invalid throughout a file, so report it early
             except DataError as error:
                 unusable.append(UnusableAnnotation(path, str(error)))
                 continue
-            own = _usable_id(entry)
-            if own is None or own in taken:
-                numbered[image].append({**entry, "id": next_id, coco_json.NUMBERED: True})
+            annotation_id = _usable_id(entry)
+            if annotation_id is None or annotation_id in used_ids:
+                usable[image].append({**entry, "id": next_id, coco_json.RENUMBERED_FIELD: True})
                 next_id += 1
             else:
-                taken.add(own)
-                numbered[image].append(entry)
-    return numbered, unusable
+                used_ids.add(annotation_id)
+                usable[image].append(entry)
+    return usable, unusable
 
 
 def _usable_id(entry: Mapping[str, Any]) -> int | None:
     """Return the id of an annotation; None if it is missing or not an integer of at most 62 bits."""
     try:
-        own = coco_json.whole_number(entry, "id", "")
+        annotation_id = coco_json.whole_number(entry, "id", "")
     except DataError:
         return None
-    return own if abs(own) < 1 << 62 else None
+    return annotation_id if abs(annotation_id) < 1 << 62 else None

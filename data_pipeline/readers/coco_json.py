@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
-from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.json_fields import field, read_flag
 from m2f.data_pipeline.readers.files import read_json, relative_name, shown_size
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 
 Box = tuple[float, float, float, float]
-NUMBERED = "/numbered"
+RENUMBERED_FIELD = "/numbered"
 """Field that marks annotations with a new id instead of the one in the file."""
-READ_SIZES = "images without a size in the JSON (read from the files)"
+SIZES_FROM_FILES = "images without a size in the JSON (read from the files)"
 MAX_CATEGORY_ID = 2**31 - 1
 """Largest category id. The manifest stores category ids in 32 bits."""
 MAX_AREA = 1e15
@@ -44,7 +44,7 @@ class CocoImage:
     @property
     def repairs(self) -> tuple[str, ...]:
         """Return the repairs of the entry; see Sample.repairs."""
-        return (READ_SIZES,) if self.size_is_read else ()
+        return (SIZES_FROM_FILES,) if self.size_is_read else ()
 
 
 def read_document(path: str, required: Collection[str]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def require_lists(document: Any, required: Collection[str], path: str) -> None:
     """Raise DataError, with the missing names, if a COCO document lacks one of the required lists."""
     missing = [name for name in required if not isinstance(document, dict) or not isinstance(document.get(name), list)]
     if missing:
-        raise DataError(f"{path} has no list {some(missing)}; it is not a COCO annotation file")
+        raise DataError(f"{path} has no list {format_list(missing)}; it is not a COCO annotation file")
 
 
 def read_images(document: Mapping[str, Any], path: str, folder: Path | None = None) -> tuple[CocoImage, ...]:
@@ -78,13 +78,13 @@ def read_images(document: Mapping[str, Any], path: str, folder: Path | None = No
         if isinstance(name, str):
             name = name.replace("\\", "/")  # tools on Windows write backslashes
         name = relative_name(name, where)
-        identity = id_text(entry, "id", where)
+        source_id = id_text(entry, "id", where)
         if folder is not None and (entry.get("height") is None or entry.get("width") is None):
             height, width = shown_size(folder / name)
-            images.append(CocoImage(number, identity, name, height, width, size_is_read=True))
+            images.append(CocoImage(number, source_id, name, height, width, size_is_read=True))
         else:
             height, width = (whole_number(entry, side, where) for side in ("height", "width"))
-            images.append(CocoImage(number, identity, name, height, width))
+            images.append(CocoImage(number, source_id, name, height, width))
     require_unique((image.source_id for image in images), f"{path}: image ids")
     if all(re.fullmatch(r"-?\d{1,18}", image.source_id) for image in images):  # the manifest stores 64 bits
         images = [replace(image, id=int(image.source_id)) for image in images]
@@ -136,20 +136,20 @@ def group_by_image(
 ) -> tuple[dict[str, list[dict[str, Any]]], list[UnusableAnnotation]]:
     """Return the annotations by `source_id` of their image, and those whose image is not listed."""
     groups: dict[str, list[dict[str, Any]]] = {image.source_id: [] for image in images}
-    strangers = []
+    unlisted = []
     for number, entry in enumerate(document["annotations"]):
         where = f"annotations[{number}]"
         try:
             image_id = id_text(entry, "image_id", where)
         except DataError as error:
-            strangers.append(UnusableAnnotation(path, str(error)))
+            unlisted.append(UnusableAnnotation(path, str(error)))
             continue
         if image_id in groups:
             groups[image_id].append(entry)
         else:
             message = f"{where} belongs to image {image_id[:40]}, which `images` does not list"
-            strangers.append(UnusableAnnotation(path, message))
-    return groups, strangers
+            unlisted.append(UnusableAnnotation(path, message))
+    return groups, unlisted
 
 
 def known_category(entry: Any, categories: CategoryTable, where: str) -> Category:
@@ -164,7 +164,7 @@ def require_unique(ids: Any, what: str) -> None:
     """Raise DataError, with a list of the repeated ids, if ids are not unique."""
     repeated = [i for i, count in Counter(ids).items() if count > 1]
     if repeated:
-        raise DataError(f"{what} must be unique; these appear more than once: {some(repeated)}")
+        raise DataError(f"{what} must be unique; these appear more than once: {format_list(repeated)}")
 
 
 def whole_number(entry: Any, name: str, where: str) -> int:
@@ -195,7 +195,7 @@ def read_segments(entry: Any, where: str) -> list[Any]:
     return segments
 
 
-def stated_box(entry: Mapping[str, Any], where: str) -> Box | None:
+def optional_box(entry: Mapping[str, Any], where: str) -> Box | None:
     """Return the bounding box stated in the file; None if it is missing or empty. Raises DataError if invalid."""
     match entry.get("bbox"):
         case None | []:
@@ -207,7 +207,7 @@ def stated_box(entry: Mapping[str, Any], where: str) -> Box | None:
             raise DataError(f"{where}: bbox is {str(box)[:60]}, not four finite numbers")
 
 
-def stated_area(entry: Mapping[str, Any], where: str) -> float | None:
+def optional_area(entry: Mapping[str, Any], where: str) -> float | None:
     """Return the area stated in the file; None if it is missing. Raises DataError if it is invalid."""
     match entry.get("area"):
         case None:

@@ -12,13 +12,13 @@ from typing import Any, Self
 import numpy as np
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.errors import DataError, some
-from m2f.data_pipeline.json_fields import field, stated_flag
+from m2f.data_pipeline.errors import DataError, format_list
+from m2f.data_pipeline.json_fields import field, optional_flag
 from m2f.data_pipeline.label_space import require_match
 from m2f.data_pipeline.partition import find_runs
 from m2f.data_pipeline.readers import coco_json
 from m2f.data_pipeline.readers.coco_instances import check_annotations
-from m2f.data_pipeline.readers.coco_json import CocoImage, stated_area, stated_box, whole_number
+from m2f.data_pipeline.readers.coco_json import CocoImage, optional_area, optional_box, whole_number
 from m2f.data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,
@@ -29,7 +29,7 @@ from m2f.data_pipeline.readers.files import (
     unique_keys,
 )
 from m2f.data_pipeline.readers.map_reader import read_color_map
-from m2f.data_pipeline.readers.masks import disagreements, instance_layers, pixel_box
+from m2f.data_pipeline.readers.masks import area_mismatches, instance_layers, pixel_box
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample, Segment, id_dtype
 from m2f.data_pipeline.sources import CocoPanopticSource
@@ -67,10 +67,10 @@ class CocoPanopticReader:
 
         Single unusable annotations are left out and listed in `unusable`.
         """
-        return cls.of(read_json(source.panoptic_json), source, max_pixels)
+        return cls.from_document(read_json(source.panoptic_json), source, max_pixels)
 
     @classmethod
-    def of(cls, document: Any, source: CocoPanopticSource, max_pixels: int) -> Self:
+    def from_document(cls, document: Any, source: CocoPanopticSource, max_pixels: int) -> Self:
         """Build a reader from the content of `source.panoptic_json`. Raises DataError if it is unusable."""
         images, masks = require_folder(source.images), require_folder(source.panoptic_masks)
         path = source.panoptic_json
@@ -78,8 +78,8 @@ class CocoPanopticReader:
         categories = coco_json.read_categories(document, path, things_only=False)
         records, unusable = _read_records(document, path, images, categories)
         if source.instances_json is not None:
-            records, others = _with_instances(records, categories, source.instances_json, path)
-            unusable += others
+            records, unusable_instances = _with_instances(records, categories, source.instances_json, path)
+            unusable += unusable_instances
         return cls(images, masks, categories, records, max_pixels, tuple(unusable))
 
     @cached_property
@@ -103,12 +103,12 @@ class CocoPanopticReader:
         file = load_image(self.images / image.file_name, image.height, image.width, self.max_pixels)
         seg, segments, left_out = self._read_map(record)
         pixels = np.bincount(seg.ravel(), minlength=len(segments) + 1)[1:].tolist()
-        repairs = [*image.repairs, *disagreements(zip((s.area for s in segments), pixels, strict=True))]
-        found = None
+        repairs = [*image.repairs, *area_mismatches(zip((s.area for s in segments), pixels, strict=True))]
+        layers = None
         if record.instances is not None:
-            found = instance_layers(record.instances, image.height, image.width, self.categories, self.source(index))
-            segments += found.segments
-            repairs += found.repairs
+            layers = instance_layers(record.instances, image.height, image.width, self.categories, self.source(index))
+            segments += layers.segments
+            repairs += layers.repairs
         return Sample(
             key=record.key,
             image_id=image.id,
@@ -117,8 +117,8 @@ class CocoPanopticReader:
             image_ext=file.ext,
             height=image.height,
             width=image.width,
-            annotation=Annotation(seg=seg, inst=None if found is None else found.inst, segments=segments),
-            left_out=(*left_out, *(() if found is None else found.left_out)),
+            annotation=Annotation(seg=seg, inst=None if layers is None else layers.inst, segments=segments),
+            left_out=(*left_out, *(() if layers is None else layers.left_out)),
             repairs=tuple(repairs),
         )
 
@@ -144,14 +144,14 @@ class CocoPanopticReader:
                 f"{record.image.width} x {record.image.height}; check that they match"
             )
         runs = find_runs(ids)
-        values, of_run = np.unique(runs.value, return_inverse=True)
+        values, value_index = np.unique(runs.value, return_inverse=True)
         present = set(values.tolist())
         usable, left_out = [], []
         for entry in record.segments:
             where = f"{path}: segment {entry['id']}"
             try:
-                stated_area(entry, where)
-                stated_box(entry, where)
+                optional_area(entry, where)
+                optional_box(entry, where)
                 if int(entry["id"]) not in present:
                     raise DataError(f"{where} is in its JSON entry but has no pixel")
                 usable.append(entry)
@@ -159,24 +159,24 @@ class CocoPanopticReader:
                 left_out.append(str(error))
         listed = {VOID_ID, *(int(entry["id"]) for entry in record.segments)} | record.unusable_ids
         if unknown := sorted(present - listed):
-            left_out.append(f"{path}: pixels have ids that its JSON entry does not list: {some(unknown)}")
+            left_out.append(f"{path}: pixels have ids that its JSON entry does not list: {format_list(unknown)}")
         local_ids = {int(entry["id"]): number for number, entry in enumerate(usable, start=1)}
-        of_value = np.array([local_ids.get(i, VOID_ID) for i in values.tolist()], id_dtype(len(usable)))
-        seg = runs.paint(of_value[of_run])
+        local_id_by_value = np.array([local_ids.get(i, VOID_ID) for i in values.tolist()], id_dtype(len(usable)))
+        seg = runs.paint(local_id_by_value[value_index])
         segments = (self._segment(entry, seg, number, path) for number, entry in enumerate(usable, start=1))
         return seg, tuple(segments), left_out
 
     def _segment(self, entry: Mapping[str, Any], seg: np.ndarray, local_id: int, path: Path) -> Segment:
         where = f"{path}: segment {entry['id']}"
         category = self.categories.by_id[int(entry["category_id"])]
-        area = stated_area(entry, where)
+        area = optional_area(entry, where)
         return Segment(
             id=local_id,
             category_id=category.id,
             is_thing=category.is_thing,
-            is_crowd=stated_flag(entry, "iscrowd", where),
+            is_crowd=optional_flag(entry, "iscrowd", where),
             area=float(np.count_nonzero(seg == local_id)) if area is None else area,
-            bbox=stated_box(entry, where) or pixel_box(seg == local_id),
+            bbox=optional_box(entry, where) or pixel_box(seg == local_id),
             source_id=int(entry["id"]),
             map="seg",
         )
@@ -188,10 +188,11 @@ def _read_records(
     images = coco_json.read_images(document, path, folder)
     keys = unique_keys(image.file_name for image in images)
     groups, unusable = coco_json.group_by_image(document, images, path)
-    wrong = [image_id for image_id, group in groups.items() if len(group) != 1]
-    if wrong:
+    mismatched = [image_id for image_id, group in groups.items() if len(group) != 1]
+    if mismatched:
         raise DataError(
-            f"{path}: every image needs exactly one entry in `annotations`; these have none or several: {some(wrong)}"
+            f"{path}: every image needs exactly one entry in `annotations`; these have none or several: "
+            f"{format_list(mismatched)}"
         )
     records = []
     for key, image in zip(keys, images, strict=True):
@@ -210,31 +211,31 @@ def _usable_segments(
 ) -> tuple[list[Mapping[str, Any]], list[str], frozenset[int]]:
     """Return the usable segments, a message for each unusable one, and the valid ids among the unusable ones."""
     usable, problems, unusable_ids = [], [], set()
-    own_ids = [_colour_id(entry) for entry in entries]
-    count = Counter(own_ids)
-    for number, (entry, own) in enumerate(zip(entries, own_ids, strict=True)):
-        where = f"segments_info[{number}]" if own is None else f"segment {own}"
+    segment_ids = [_parse_segment_id(entry) for entry in entries]
+    count = Counter(segment_ids)
+    for number, (entry, segment_id) in enumerate(zip(entries, segment_ids, strict=True)):
+        where = f"segments_info[{number}]" if segment_id is None else f"segment {segment_id}"
         try:
             coco_json.known_category(entry, categories, where)
-            stated_flag(entry, "iscrowd", where)
-            if own is None:
+            optional_flag(entry, "iscrowd", where)
+            if segment_id is None:
                 raise DataError(f"{where}: id is {repr(entry.get('id'))[:40]}, not a whole number from 1 to 16777215")
-            if count[own] > 1:
-                raise DataError(f"{where}: {count[own]} segments have this id")
+            if count[segment_id] > 1:
+                raise DataError(f"{where}: {count[segment_id]} segments have this id")
             usable.append(entry)
         except DataError as error:
             problems.append(str(error))
-            unusable_ids |= set() if own is None else {own}
+            unusable_ids |= set() if segment_id is None else {segment_id}
     return usable, problems, frozenset(unusable_ids)
 
 
-def _colour_id(entry: Any) -> int | None:
+def _parse_segment_id(entry: Any) -> int | None:
     """Return the id of a segment; None if it is not an integer from 1 to 2^24 - 1, the range of RGB colours."""
     try:
-        own = whole_number(entry, "id", "")
+        segment_id = whole_number(entry, "id", "")
     except DataError:
         return None
-    return own if 0 < own < 1 << 24 else None
+    return segment_id if 0 < segment_id < 1 << 24 else None
 
 
 def _with_instances(
@@ -252,15 +253,19 @@ def _with_instances(
     images = {coco_json.id_text(entry, "id", f"{path}: images[{i}]") for i, entry in enumerate(document["images"])}
     missing = {record.image.source_id for record in records} - images
     if missing:
-        raise DataError(f"{path} lacks {len(missing)} images of the panoptic annotations: {some(sorted(missing))}")
-    listed, _ = coco_json.group_by_image(document, [record.image for record in records], path)
-    own = coco_json.read_categories(document, path, things_only=True)
-    groups, unusable = check_annotations(listed, own, path)
+        raise DataError(
+            f"{path} lacks {len(missing)} images of the panoptic annotations: {format_list(sorted(missing))}"
+        )
+    by_image, _ = coco_json.group_by_image(document, [record.image for record in records], path)
+    instance_categories = coco_json.read_categories(document, path, things_only=True)
+    groups, unusable = check_annotations(by_image, instance_categories, path)
     used = {int(entry["category_id"]) for group in groups.values() for entry in group}
-    id_of = _ids_by_name([c for c in own.categories if c.id in used], categories, path, panoptic_path)
-    if any(own_id != panoptic_id for own_id, panoptic_id in id_of.items()):
+    panoptic_ids = _ids_by_name(
+        [c for c in instance_categories.categories if c.id in used], categories, path, panoptic_path
+    )
+    if any(instance_id != panoptic_id for instance_id, panoptic_id in panoptic_ids.items()):
         groups = {
-            image: [{**entry, "category_id": id_of[int(entry["category_id"])]} for entry in group]
+            image: [{**entry, "category_id": panoptic_ids[int(entry["category_id"])]} for entry in group]
             for image, group in groups.items()
         }
     with_instances = (replace(record, instances=groups[record.image.source_id]) for record in records)
@@ -275,11 +280,11 @@ def _ids_by_name(used: Sequence[Category], categories: CategoryTable, path: str,
     """
     if not used:
         return {}
-    found = require_match(used, categories.categories, path, panoptic_path, ids=False)
-    if found.only_first:
+    match = require_match(used, categories.categories, path, panoptic_path, ids=False)
+    if match.only_first:
         raise DataError(
-            f"{path} has instances of {some(found.only_first)}, but {panoptic_path} has no category of that name; give "
-            "the same class the same name in both files"
+            f"{path} has instances of {format_list(match.only_first)}, but {panoptic_path} has no category of that "
+            "name; give the same class the same name in both files"
         )
-    places = [label for label in found.labels if label is not None]
-    return {c.id: categories.categories[place].id for c, place in zip(used, places, strict=True)}
+    indices = [label for label in match.labels if label is not None]
+    return {c.id: categories.categories[index].id for c, index in zip(used, indices, strict=True)}

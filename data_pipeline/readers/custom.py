@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.readers.files import ANNOTATION_BYTES, check_image, make_key, unique_keys
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample
@@ -109,17 +109,17 @@ def check_annotation(annotation: Annotation, categories: CategoryTable, where: s
         raise DataError(f"{where}: the annotation has neither `seg` nor `inst`")
     shapes = {m.shape[-2:] for m in (seg, inst) if m is not None}
     if len(shapes) != 1:
-        raise DataError(f"{where}: `seg` and `inst` differ in size: {some(sorted(shapes))}")
+        raise DataError(f"{where}: `seg` and `inst` differ in size: {format_list(sorted(shapes))}")
     unknown = sorted({s.category_id for s in annotation.segments} - set(categories.by_id))
     if unknown:
-        raise DataError(f"{where}: segments have categories that the table does not define: {some(unknown)}")
+        raise DataError(f"{where}: segments have categories that the table does not define: {format_list(unknown)}")
     for kind, ids in (("seg", seg), ("inst", inst)):
-        named = [segment.id for segment in annotation.segments if segment.map == kind]
-        if len(set(named)) != len(named):
+        listed = [segment.id for segment in annotation.segments if segment.map == kind]
+        if len(set(listed)) != len(listed):
             raise DataError(f"{where}: segment ids of `{kind}` are not unique")
         present = set() if ids is None else set(np.unique(ids).tolist()) - {VOID_ID}
-        if nameless := sorted(present - set(named)):
-            raise DataError(f"{where}: `{kind}` has ids without a segment: {some(nameless)}")
-        if kind == "seg" and (absent := sorted(set(named) - present)):
-            raise DataError(f"{where}: segments have no pixel in `seg`: {some(absent)}")
+        if unlisted := sorted(present - set(listed)):
+            raise DataError(f"{where}: `{kind}` has ids without a segment: {format_list(unlisted)}")
+        if kind == "seg" and (empty := sorted(set(listed) - present)):
+            raise DataError(f"{where}: segments have no pixel in `seg`: {format_list(empty)}")
     return shapes.pop()

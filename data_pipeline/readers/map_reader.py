@@ -11,7 +11,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.image_file import (
     IMAGE_ENDINGS,
     BrokenImageError,
@@ -163,8 +163,8 @@ def pair_files(
     """
     image_names = _names_by_stem(images, image_endings)
     if images in maps:  # `a.png` beside its map `a_mask.png`
-        ends = tuple(ending.lower() for ending in (*map_endings, *other_map_endings))
-        image_names = {stem: name for stem, name in image_names.items() if not name.lower().endswith(ends)}
+        map_suffixes = tuple(ending.lower() for ending in (*map_endings, *other_map_endings))
+        image_names = {stem: name for stem, name in image_names.items() if not name.lower().endswith(map_suffixes)}
     if not image_names:
         raise DataError(f"{images} contains no image ({', '.join(image_endings)}); the data set is empty")
     map_names = []
@@ -172,14 +172,14 @@ def pair_files(
         names = _names_by_stem(folder, map_endings)
         if image_names.keys() - names.keys():
             names = _names_by_stem(folder, other_map_endings) | names
-        alone = sorted(image_names.keys() ^ names.keys())
-        if alone and folder != images:
-            _refuse_lossy(folder, set(alone))
-        if alone:
+        unpaired = sorted(image_names.keys() ^ names.keys())
+        if unpaired and folder != images:
+            _refuse_lossy(folder, set(unpaired))
+        if unpaired:
             endings = ", ".join((*map_endings, *other_map_endings))
             raise DataError(
-                f"{len(alone)} files in {images} ({', '.join(image_endings)}) and {folder} ({endings}) have no "
-                f"counterpart with the same stem: {some(alone)}"
+                f"{len(unpaired)} files in {images} ({', '.join(image_endings)}) and {folder} ({endings}) have no "
+                f"counterpart with the same stem: {format_list(unpaired)}"
             )
         map_names.append(names)
     stems = sorted(image_names)
@@ -196,7 +196,7 @@ def _refuse_lossy(folder: Path, stems: set[str]) -> None:
     if found := sorted(lossy[stem] for stem in stems & lossy.keys()):
         raise DataError(
             f"{folder}: {len(found)} maps are JPEG or WebP files, which change values along the borders of segments: "
-            f"{some(found)}; export them again as PNG, TIFF or BMP (a conversion keeps the wrong values)"
+            f"{format_list(found)}; export them again as PNG, TIFF or BMP (a conversion keeps the wrong values)"
         )
 
 

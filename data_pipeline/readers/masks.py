@@ -12,23 +12,23 @@ from pycocotools import mask as coco_mask
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.json_fields import stated_flag
-from m2f.data_pipeline.readers.coco_json import NUMBERED, Box, stated_area, stated_box
+from m2f.data_pipeline.json_fields import optional_flag
+from m2f.data_pipeline.readers.coco_json import RENUMBERED_FIELD, Box, optional_area, optional_box
 from m2f.data_pipeline.readers.run_lengths import DamagedRunsError, check_counts, text_areas
 from m2f.data_pipeline.sample import Segment, id_dtype
 
 _MAX_POLYGON_EXTENT = 10
 """Limit of polygon coordinates as a multiple of the longer image side. Larger ones are refused."""
-NUMBERED_IDS = "annotations with a missing, repeated or unusable id, renumbered"
+RENUMBERED_IDS = "annotations with a missing, repeated or unusable id, renumbered"
 SHORT_RINGS = "objects with stray rings of at most two points, which were left out"
 NO_PIXELS = "objects whose mask has no pixel (normalised coordinates?)"
 OUTSIDE = "objects outside the frame of their image (rescaled images, or x and y swapped?)"
-OVERHANGING = "objects with more than a fifth of their polygons outside the frame (rescaled images?)"
-OTHER_AREA = "segments whose pixels are less than half or more than twice their stated area (rescaled images?)"
-_TELLING_AREA = 100
+PARTLY_OUTSIDE = "objects with more than a fifth of their polygons outside the frame (rescaled images?)"
+AREA_MISMATCH = "segments whose pixels are less than half or more than twice their stated area (rescaled images?)"
+_MIN_CHECKED_AREA = 100
 """Smallest area in pixels that is checked. In smaller segments, the border is a large part of the area."""
-_TELLING_SHARE = 0.5
-_OVERHANG = 0.2
+_MIN_AREA_RATIO = 0.5
+_MAX_SHARE_OUTSIDE = 0.2
 """Share of an object's area outside the frame above which it is reported. Annotators often exceed the frame by a pixel
 or two."""
 _MAX_RLE_PIXELS = 2**32
@@ -67,7 +67,7 @@ def instance_layers(
     rles, left_out = [], []
     for entry in annotations:
         try:
-            rles.append(_checked(entry, height, width, f"{where}: annotation {entry['id']}"))
+            rles.append(_annotation_rle(entry, height, width, f"{where}: annotation {entry['id']}"))
             usable.append(entry)
         except DataError as error:
             left_out.append(str(error))
@@ -76,45 +76,45 @@ def instance_layers(
     segments = []
     for local_id, (entry, layer, (pixels, box)) in enumerate(zip(usable, layers, measured, strict=True), start=1):
         name = f"{where}: annotation {entry['id']}"
-        area = stated_area(entry, name)
+        area = optional_area(entry, name)
         segments.append(
             Segment(
                 id=local_id,
                 category_id=int(entry["category_id"]),
                 is_thing=categories.by_id[int(entry["category_id"])].is_thing,
-                is_crowd=stated_flag(entry, "iscrowd", name),
+                is_crowd=optional_flag(entry, "iscrowd", name),
                 area=float(pixels) if area is None else area,
-                bbox=stated_box(entry, name) or box,
+                bbox=optional_box(entry, name) or box,
                 source_id=int(entry["id"]),
                 map="inst",
                 layer=layer,
                 polygons=_rings(entry["segmentation"]),
             )
         )
-    repairs = [NUMBERED_IDS for entry in usable if NUMBERED in entry]
+    repairs = [RENUMBERED_IDS for entry in usable if RENUMBERED_FIELD in entry]
     outside = [share_outside(segment.polygons or (), height, width) for segment in segments]
-    repairs += [OUTSIDE if share == 1 else OVERHANGING for share in outside if share > _OVERHANG]
-    repairs += disagreements(
+    repairs += [OUTSIDE if share == 1 else PARTLY_OUTSIDE for share in outside if share > _MAX_SHARE_OUTSIDE]
+    repairs += area_mismatches(
         (segment.area, pixels)
         for segment, (pixels, _), share in zip(segments, measured, outside, strict=True)
-        if share <= _OVERHANG  # otherwise the overhang explains the difference
+        if share <= _MAX_SHARE_OUTSIDE  # otherwise the overhang explains the difference
     )
     repairs += [SHORT_RINGS for entry in usable if any(map(_is_short, _ring_list(entry["segmentation"])))]
     return InstanceLayers(inst=inst, segments=tuple(segments), left_out=tuple(left_out), repairs=tuple(repairs))
 
 
-def disagreements(areas: Iterable[tuple[float, int]]) -> list[str]:
+def area_mismatches(areas: Iterable[tuple[float, int]]) -> list[str]:
     """Return texts for Sample.repairs about doubtful segments, given pairs of stated area and number of pixels.
 
     The area of a polygon differs from its pixels along its border. Small segments and small differences are therefore
     accepted.
     """
     found = []
-    for stated, pixels in areas:
+    for area, pixels in areas:
         if pixels == 0:
             found.append(NO_PIXELS)
-        elif max(stated, pixels) >= _TELLING_AREA and min(stated, pixels) < _TELLING_SHARE * max(stated, pixels):
-            found.append(OTHER_AREA)
+        elif max(area, pixels) >= _MIN_CHECKED_AREA and min(area, pixels) < _MIN_AREA_RATIO * max(area, pixels):
+            found.append(AREA_MISMATCH)
     return found
 
 
@@ -128,11 +128,11 @@ def share_outside(rings: Sequence[Sequence[float]], height: int, width: int) -> 
         return 0.0
     if all((ring.max(0) <= 0).any() or (ring.min(0) >= (width, height)).any() for ring in points):
         return 1.0
-    whole = sum(_ring_area(ring) for ring in points)
-    if whole < _TELLING_AREA:
+    total = sum(_ring_area(ring) for ring in points)
+    if total < _MIN_CHECKED_AREA:
         return 0.0
-    inside = sum(_ring_area(_clipped(ring, height, width)) for ring in points)
-    return min(1 - inside / whole, 1 - 1e-9)
+    inside = sum(_ring_area(_clip(ring, height, width)) for ring in points)
+    return min(1 - inside / total, 1 - 1e-9)
 
 
 def _ring_area(ring: np.ndarray) -> float:
@@ -140,29 +140,29 @@ def _ring_area(ring: np.ndarray) -> float:
     return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 
 
-def _clipped(ring: np.ndarray, height: int, width: int) -> np.ndarray:
+def _clip(ring: np.ndarray, height: int, width: int) -> np.ndarray:
     """Clip a ring [P, 2] at the four sides of the frame, one after the other (Sutherland and Hodgman, 1974)."""
     for axis, limit, sign in ((0, 0.0, 1), (0, float(width), -1), (1, 0.0, 1), (1, float(height), -1)):
-        depth = sign * (ring[:, axis] - limit)
-        after, next_depth = np.roll(ring, -1, axis=0), np.roll(depth, -1)
-        kept = []
-        for point, following, here, there in zip(ring, after, depth, next_depth, strict=True):
-            if here >= 0:
-                kept.append(point)
-            if (here >= 0) != (there >= 0):
-                kept.append(point + (following - point) * here / (here - there))
-        ring = np.array(kept).reshape(-1, 2)
+        depths = sign * (ring[:, axis] - limit)
+        next_points, next_depths = np.roll(ring, -1, axis=0), np.roll(depths, -1)
+        clipped = []
+        for point, next_point, depth, next_depth in zip(ring, next_points, depths, next_depths, strict=True):
+            if depth >= 0:
+                clipped.append(point)
+            if (depth >= 0) != (next_depth >= 0):
+                clipped.append(point + (next_point - point) * depth / (depth - next_depth))
+        ring = np.array(clipped).reshape(-1, 2)
     return ring
 
 
-def _checked(entry: Mapping[str, Any], height: int, width: int, name: str) -> Any:
+def _annotation_rle(entry: Mapping[str, Any], height: int, width: int, name: str) -> Any:
     """Return the RLE of an annotation at the size of the image, exactly as pycocotools makes it.
 
     Raises:
         DataError: a field of the annotation is invalid. The message names the annotation.
     """
-    stated_area(entry, name)
-    stated_box(entry, name)
+    optional_area(entry, name)
+    optional_box(entry, name)
     return read_rle(entry.get("segmentation"), height, width, name)
 
 
@@ -271,8 +271,8 @@ def _polygons(polygons: list[Any], height: int, width: int, name: str) -> Any:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             raise DataError(f"{name}: a polygon needs an even number of at least 6 coordinates: {str(polygon)[:60]}")
         # It also walks along each edge, so huge coordinates would use up the memory or crash the process.
-        reach = _MAX_POLYGON_EXTENT * max(height, width)
-        if not _are_numbers_within(polygon, reach):
+        limit = _MAX_POLYGON_EXTENT * max(height, width)
+        if not _are_numbers_within(polygon, limit):
             raise DataError(f"{name}: a polygon has coordinates far outside the {width} x {height} pixels of its image")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 

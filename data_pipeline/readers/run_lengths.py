@@ -9,9 +9,9 @@ import numpy as np
 
 from m2f.data_pipeline.errors import DataError
 
-_LONGEST = 7
+_MAX_DIGITS = 7
 """Maximum characters of one number; each holds 5 bits, so 35 bits together."""
-_TOGETHER = 2000
+_BATCH_SIZE = 2000
 """Number of texts that are parsed together, which limits memory."""
 
 
@@ -27,7 +27,7 @@ def text_areas(texts: Sequence[str], height: int, width: int) -> np.ndarray:
     Raises:
         DamagedRunsError: a text is not in the format of compressed run lengths.
     """
-    parts = [_areas(texts[start : start + _TOGETHER], height * width) for start in range(0, len(texts), _TOGETHER)]
+    parts = [_areas(texts[start : start + _BATCH_SIZE], height * width) for start in range(0, len(texts), _BATCH_SIZE)]
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
@@ -40,13 +40,13 @@ def check_counts(counts: Any, height: int, width: int, name: str) -> None:
     if isinstance(counts, list):
         if not all(type(run) is int for run in counts):  # 400.5, true
             raise DataError(f"{name}: its RLE is damaged; runs must be whole numbers")
-        sound = all(run >= 0 for run in counts) and sum(counts) == height * width
+        is_valid = all(run >= 0 for run in counts) and sum(counts) == height * width
     else:
         try:
-            sound = text_areas([counts], height, width)[0] >= 0
+            is_valid = text_areas([counts], height, width)[0] >= 0
         except DamagedRunsError:
             raise DataError(f"{name}: its RLE is damaged") from None
-    if not sound:
+    if not is_valid:
         raise DataError(f"{name}: the run lengths of its RLE do not add up to {width} x {height} pixels")
 
 
@@ -57,25 +57,25 @@ def _areas(texts: Sequence[str], pixels: int) -> np.ndarray:
     therefore cumulative sums over every second number. They are computed for all texts at once, in one array for even
     positions and one for odd. The runs of one text are a stretch of each array, minus the sum before the stretch.
     """
-    values, starts = _numbers(texts)
+    values, starts = _parse_numbers(texts)
     first = values[starts[:-1]]  # handled separately, because it belongs to neither sequence
     values[starts] = 0
-    total, areas, sound = first.copy(), np.zeros_like(first), first >= 0
+    total, areas, is_valid = first.copy(), np.zeros_like(first), first >= 0
     for parity in (0, 1):
         sums = np.cumsum(values[parity::2])
-        stretches = (starts + 1 - parity) // 2
-        begin, count = stretches[:-1], np.diff(stretches)
+        bounds = (starts + 1 - parity) // 2
+        begin, count = bounds[:-1], np.diff(bounds)
         # A stretch of runs 0, 2, 4, ... begins with the zero that replaced run 0; one of runs 1, 3, ... does not.
         is_background = (starts[:-1] & 1) == parity
         before = np.where(is_background, sums[begin], np.where(begin > 0, sums[begin - 1], 0))
-        added = np.where(count > 0, np.add.reduceat(sums, stretches)[:-1] - before * count, 0)
+        added = np.where(count > 0, np.add.reduceat(sums, bounds)[:-1] - before * count, 0)
         total += added
         areas += np.where(is_background, 0, added)
-        sound &= (np.minimum.reduceat(sums, stretches)[:-1] >= before) | (count == 0)
-    return np.where(sound & (total == pixels), areas, -1)
+        is_valid &= (np.minimum.reduceat(sums, bounds)[:-1] >= before) | (count == 0)
+    return np.where(is_valid & (total == pixels), areas, -1)
 
 
-def _numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _parse_numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Parse M texts that hold R numbers together.
 
     Return the signed numbers followed by two zeros, [R + 2] int64, and the position of each text's first number
@@ -94,19 +94,19 @@ def _numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     if not lengths.all() or codes.max(initial=0) > 63 or (codes[ends - 1] >= 32).any():
         raise DamagedRunsError
     is_last = codes < 32  # last character of a number; each has 5 bits, the lowest first
-    before = (~is_last).nonzero()[0]
+    non_last = (~is_last).nonzero()[0]
     starts = np.append(ends - lengths, len(codes))
-    starts -= np.searchsorted(before, starts)
-    values = np.zeros(len(codes) - len(before) + 2, dtype=np.int64)
+    starts -= np.searchsorted(non_last, starts)
+    values = np.zeros(len(codes) - len(non_last) + 2, dtype=np.int64)
     values[:-2] = (codes[is_last] ^ 16).view(np.int8) - np.int8(16)  # bit 4 of the last character is the sign
-    if len(before):
-        of_number = before - np.arange(len(before))
-        first = np.flatnonzero(np.diff(of_number, prepend=-1))
-        counts = np.diff(first, append=len(before))
-        if counts.max() >= _LONGEST:
+    if len(non_last):
+        number_index = non_last - np.arange(len(non_last))
+        first = np.flatnonzero(np.diff(number_index, prepend=-1))
+        counts = np.diff(first, append=len(non_last))
+        if counts.max() >= _MAX_DIGITS:
             raise DamagedRunsError
-        place = np.arange(len(before)) - np.repeat(first, counts)
-        lower = np.add.reduceat((codes[before] & 31).astype(np.int64) << 5 * place, first)
-        longer = of_number[first]
-        values[longer] = (values[longer] << 5 * counts) + lower
+        digit = np.arange(len(non_last)) - np.repeat(first, counts)
+        low_bits = np.add.reduceat((codes[non_last] & 31).astype(np.int64) << 5 * digit, first)
+        multi_digit = number_index[first]
+        values[multi_digit] = (values[multi_digit] << 5 * counts) + low_bits
     return values, starts

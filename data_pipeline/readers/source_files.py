@@ -43,11 +43,11 @@ def recorded_reads() -> Iterator[dict[Path, FileState]]:
 def read_file(path: Path) -> bytes:
     """Return the content of a file. Inside `recorded_reads`, also record its state. Raises OSError."""
     with path.open("rb") as file:
-        found = os.fstat(file.fileno())  # before the content, so that a change during the read is detected next time
+        status = os.fstat(file.fileno())  # before the content, so that a change during the read is detected next time
         data = file.read()
     record = _RECORD.get()
     if record is not None:
-        record[path] = FileState(found.st_size, found.st_mtime_ns, hashlib.sha256(data).digest())
+        record[path] = FileState(status.st_size, status.st_mtime_ns, hashlib.sha256(data).digest())
     return data
 
 

@@ -16,7 +16,7 @@ _OBJECTS = (4, 12)
 """Smallest and largest number of objects. Some of them may not find a place."""
 _REGIONS = (1, 3)
 """Smallest and largest number of stuff regions."""
-_LARGE = (30.0, 60.0)
+_LARGE_DIAMETERS = (30.0, 60.0)
 """Smallest and largest diameter in pixels of objects that are not small."""
 _TILT = 0.15
 """Largest rotation of shapes in radians: enough to vary, and little enough to learn in minutes."""
@@ -24,11 +24,11 @@ _OVERLAP_SHARE = 0.7
 """Share of large objects that are placed across the edge of an earlier object."""
 _MIN_VISIBLE = 0.4
 """Smallest visible share of the pixels of each object."""
-_TRIES = 30
+_MAX_TRIES = 30
 """Number of places that are tried for an object before it is left out."""
 _MIN_CONTRAST = 110.0
 """Smallest Euclidean RGB distance between the colour of an object and the mean colour of the pixels it covers."""
-_GROUND = ((20.0, 60.0), (45.0, 80.0))
+_TEXTURE_TONES = ((20.0, 60.0), (45.0, 80.0))
 """Range of the brightness of a texture's darker tone, and range of the difference to its brighter tone."""
 _TINT = 20.0
 """Largest deviation of the channels of a tone from grey."""
@@ -78,17 +78,17 @@ def draw_image(
 ) -> SyntheticImage:
     """Generate one image, a pure function of the arguments. The last two are settings of SyntheticSource."""
     random = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
-    canvas = _draw_ground(random)
+    canvas = _draw_background(random)
     count = int(random.integers(_OBJECTS[0], _OBJECTS[1] + 1))
     num_small = int(random.binomial(count, small_share))
     for _ in range(count - num_small):
-        _add_object(canvas, random.uniform(*_LARGE), random)
+        _add_object(canvas, random.uniform(*_LARGE_DIAMETERS), random)
     for _ in range(num_small):  # last, so that they are not hidden
         _add_object(canvas, random.uniform(*small_diameters), random)
     return _finish(canvas, random)
 
 
-def _draw_ground(random: np.random.Generator) -> _Canvas:
+def _draw_background(random: np.random.Generator) -> _Canvas:
     """Return a canvas with regions around random points, each with a different texture in two greyish tones.
 
     Objects are brighter and colourful, so few images suffice to learn what an object is. Only the outline shows its
@@ -101,8 +101,8 @@ def _draw_ground(random: np.random.Generator) -> _Canvas:
     region = np.argmin([np.hypot(y - sy, x - sx) for sy, sx in sites], axis=0)
     image = np.empty((height, width, 3), np.float32)
     for number, name in enumerate(names):
-        first = random.uniform(*_GROUND[0]) + random.uniform(-_TINT, _TINT, 3)
-        second = first + random.uniform(*_GROUND[1]) + random.uniform(-_TINT, _TINT, 3)
+        first = random.uniform(*_TEXTURE_TONES[0]) + random.uniform(-_TINT, _TINT, 3)
+        second = first + random.uniform(*_TEXTURE_TONES[1]) + random.uniform(-_TINT, _TINT, 3)
         pattern = texture(name, height, width, random)[..., None]
         inside = region == number
         image[inside] = (first + pattern * (second - first))[inside]
@@ -115,7 +115,7 @@ def _add_object(canvas: _Canvas, diameter: float, random: np.random.Generator) -
     name = str(random.choice(SHAPES))
     coverage = shape_coverage(name, diameter, random.uniform(-_TILT, _TILT))
     size = len(coverage)
-    for _ in range(_TRIES):
+    for _ in range(_MAX_TRIES):
         x, y = _propose_center(canvas, diameter, random)
         left, top = round(x - size / 2), round(y - size / 2)
         if left < 0 or top < 0 or left + size > canvas.seg.shape[1] or top + size > canvas.seg.shape[0]:
@@ -137,7 +137,7 @@ def _add_object(canvas: _Canvas, diameter: float, random: np.random.Generator) -
 def _propose_center(canvas: _Canvas, diameter: float, random: np.random.Generator) -> tuple[float, float]:
     """Return a random x and y; for 70 % of the large objects, a place across the edge of an earlier object."""
     height, width = canvas.seg.shape
-    if not canvas.centers or diameter < _LARGE[0] or random.random() > _OVERLAP_SHARE:
+    if not canvas.centers or diameter < _LARGE_DIAMETERS[0] or random.random() > _OVERLAP_SHARE:
         return random.uniform(0, width), random.uniform(0, height)
     other = int(random.integers(len(canvas.centers)))
     x, y = canvas.centers[other]
@@ -152,14 +152,14 @@ def _hides_too_much(canvas: _Canvas, window: tuple[slice, slice], mask: np.ndarr
     visible = np.bincount(canvas.seg.ravel(), minlength=num_ids)[1:]
     covered = np.bincount(canvas.seg[window][mask], minlength=num_ids)[1:]
     full = np.array(canvas.full_areas)
-    small = (np.array(canvas.diameters) < _LARGE[0]) & (full > 0)
+    small = (np.array(canvas.diameters) < _LARGE_DIAMETERS[0]) & (full > 0)
     return bool(((visible - covered < _MIN_VISIBLE * full) | (small & (covered > 0))).any())
 
 
 def _paint(image: np.ndarray, coverage: np.ndarray, random: np.random.Generator) -> None:
     """Blend a soft two-colour gradient with a thin dark rim onto a window [S, S, 3] of the image."""
-    ground = image[coverage > 0.5].mean(axis=0)
-    first = _contrasting(ground, _MIN_CONTRAST, random)
+    background = image[coverage > 0.5].mean(axis=0)
+    first = _contrasting_color(background, _MIN_CONTRAST, random)
     second = np.clip(first + random.uniform(-45, 45, 3), 0, 255)
     ramp = np.linspace(0, 1, len(image), dtype=np.float32)[:, None, None]
     fill = first + ramp * (second - first)
@@ -168,7 +168,7 @@ def _paint(image: np.ndarray, coverage: np.ndarray, random: np.random.Generator)
     image += coverage[..., None] * (colors - image)
 
 
-def _contrasting(color: np.ndarray, distance: float, random: np.random.Generator) -> np.ndarray:
+def _contrasting_color(color: np.ndarray, distance: float, random: np.random.Generator) -> np.ndarray:
     """Return a random bright colour with at least this RGB distance from another colour."""
     while True:
         candidate = random.permutation([random.uniform(60, 120), random.uniform(60, 255), random.uniform(220, 255)])

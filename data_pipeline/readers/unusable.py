@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from m2f.data_pipeline.errors import DataError
 from m2f.model.counted import counted
 
-_SHOWN = 10
+_MAX_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +21,14 @@ class UnusableAnnotation:
     """Name of the annotation and the reason."""
 
 
-def require_none(found: Sequence[UnusableAnnotation]) -> None:
+def require_all_usable(unusable: Sequence[UnusableAnnotation]) -> None:
     """Raise DataError, with a list of the annotations and the remedy, if there are any."""
-    if not found:
+    if not unusable:
         return
-    listed = [f"  {entry.source}: {entry.message}" for entry in found[:_SHOWN]]
-    if len(found) > _SHOWN:
-        listed.append(f"  and {len(found) - _SHOWN} more")
+    listed = [f"  {entry.source}: {entry.message}" for entry in unusable[:_MAX_LISTED]]
+    if len(unusable) > _MAX_LISTED:
+        listed.append(f"  and {len(unusable) - _MAX_LISTED} more")
     raise DataError(
-        f"{counted(len(found), 'annotation')} cannot be used. Correct them, or leave them out with --skip-bad:\n"
+        f"{counted(len(unusable), 'annotation')} cannot be used. Correct them, or leave them out with --skip-bad:\n"
         + "\n".join(listed)
     )

@@ -103,12 +103,12 @@ class Columns:
                 raise DataError(
                     f"{SAMPLES_FILE}: {name} contains texts of more than {_TEXT_BYTES} bytes; restore the file"
                 )
-            known = part.dictionary.to_pylist()
-            if any(text is not None and len(text) > _TEXT_BYTES for text in known):
+            dictionary = part.dictionary.to_pylist()
+            if any(text is not None and len(text) > _TEXT_BYTES for text in dictionary):
                 raise DataError(
                     f"{SAMPLES_FILE}: {name} contains texts of more than {_TEXT_BYTES} bytes; restore the file"
                 )
-            texts += [None if code is None else known[code] for code in part.indices.to_pylist()]
+            texts += [None if code is None else dictionary[code] for code in part.indices.to_pylist()]
         return np.array(texts, dtype=object)
 
     def items(self, name: str, bounds: np.ndarray) -> np.ndarray:
@@ -144,9 +144,9 @@ class Columns:
 
     def _parts(self, name: str) -> Iterator[pa.Array]:
         """Yield a column in parts of some rows. Texts are dictionary-encoded."""
-        coded = {"member_names": ["member_names.list.element"], "key": ["key"]}.get(name)
+        dictionary_columns = {"member_names": ["member_names.list.element"], "key": ["key"]}.get(name)
         try:
-            file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=coded)
+            file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=dictionary_columns)
             for rows in file.iter_batches(_ROWS_AT_ONCE, columns=[name], use_threads=False):
                 yield rows.column(0)
         except (OSError, pa.ArrowException) as error:

@@ -19,9 +19,9 @@ class Fault:
     remedy: str
 
     def __str__(self) -> str:
-        place = "" if self.offset is None else f" at byte {self.offset}"
+        location = "" if self.offset is None else f" at byte {self.offset}"
         sample = "" if self.key is None else f" (sample {self.key!r})"
-        return f"{self.object}{place}{sample}: {self.problem}; {self.remedy}"
+        return f"{self.object}{location}{sample}: {self.problem}; {self.remedy}"
 
 
 def fault_of_message(url: str, message: str) -> Fault:

@@ -17,7 +17,7 @@ import numpy as np
 
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.documents import parse_json
-from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.image_file import (
     BrokenImageError,
     ImageHeader,
@@ -27,7 +27,7 @@ from m2f.data_pipeline.image_file import (
     frame_orientation,
     read_header,
 )
-from m2f.data_pipeline.json_fields import stated_flag
+from m2f.data_pipeline.json_fields import optional_flag
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.sample import Annotation, DecodedSample
 
@@ -107,7 +107,8 @@ def image_extension(members: Mapping[str, bytes], form: ForeignForm, name: str) 
     found = [extension for extension in form.images if extension in members]
     if len(found) != 1:
         raise DataError(
-            f"{name}: exactly one member of {some(form.images)} must be the image; it has {some(sorted(members))}"
+            f"{name}: exactly one member of {format_list(form.images)} must be the image; it has "
+            f"{format_list(sorted(members))}"
         )
     return found[0]
 
@@ -128,7 +129,7 @@ def decode_labels(
         DataError: the labels are missing, damaged, of another size, or unknown.
     """
     if form.map not in members:
-        raise DataError(f"{name} has no label member {form.map}; it has {some(sorted(members))}")
+        raise DataError(f"{name} has no label member {form.map}; it has {format_list(sorted(members))}")
     try:
         header = read_header(members[form.map])
         _require_size(header, size, f"member {form.map}")
@@ -160,7 +161,7 @@ def _panoptic(
             regions[int(entry["id"])] = Region(
                 category,
                 int(entry["id"]),
-                stated_flag(entry, "iscrowd", f"{name}: member {form.json}: segment {entry['id']}"),
+                optional_flag(entry, "iscrowd", f"{name}: member {form.json}: segment {entry['id']}"),
             )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise DataError(
@@ -169,7 +170,7 @@ def _panoptic(
     annotation = partition(ids, regions.__getitem__, f"{name}: member {form.map}", f"are not listed in its {form.json}")
     absent = sorted(regions.keys() - {0} - {segment.source_id for segment in annotation.segments})
     if absent:
-        raise DataError(f"{name}: member {form.json} lists segments without a pixel: {some(absent)}")
+        raise DataError(f"{name}: member {form.json} lists segments without a pixel: {format_list(absent)}")
     return annotation
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn
 import pyarrow as pa
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.errors import DataError, ObjectExistsError, StorageError, some
+from m2f.data_pipeline.errors import DataError, ObjectExistsError, StorageError, format_list
 from m2f.data_pipeline.image_file import BrokenImageError, frame_orientation, read_header
 from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.readers.custom import check_annotation
@@ -91,7 +91,9 @@ def find_tars(urls: Iterable[str], storage: Storage) -> tuple[str, ...]:
             found += [name for name in storage.list(absolute) if name.endswith(".tar")]
     repeated = [url for url, count in Counter(found).items() if count > 1]
     if repeated or not found:
-        problem = f"tars are given twice: {some(repeated)}" if repeated else f"no tar was found at {some(urls)}"
+        problem = (
+            f"tars are given twice: {format_list(repeated)}" if repeated else f"no tar was found at {format_list(urls)}"
+        )
         raise DataError(f"{problem}; give tars, or folders or s3:// prefixes that contain tars")
     return tuple(found)
 
@@ -110,8 +112,9 @@ def choose_form(tar: str, options: IndexOptions, storage: Storage) -> ForeignFor
     expected = [images, (options.map,), *([(options.json,)] if options.labels == "panoptic" else [])]
     if options.labels is None or not all(members.keys() & set(extensions) for extensions in expected):
         raise DataError(
-            f"{tar}: sample {first.key!r} was not written by m2f; its members are {some(sorted(members), 10)}. Give "
-            f"--labels (now {options.labels}), and the extensions of its image with --image (now {options.image}), of "
+            f"{tar}: sample {first.key!r} was not written by m2f; its members are "
+            f"{format_list(sorted(members), 10)}. Give --labels "
+            f"(now {options.labels}), and the extensions of its image with --image (now {options.image}), of "
             f"its map with --map (now {options.map}) and, for --labels panoptic, of the JSON with `segments_info` "
             f"with --json (now {options.json}). Maps with a colour per class, polygons and boxes cannot be indexed: "
             "convert them to shards (m2f shard)"
@@ -149,20 +152,20 @@ def index_tars(
     existing = manifest.read_document(target, storage)
     if existing is not None and not existing["plan"].startswith(_PLAN_PREFIX):
         _refuse_target(target)
-    found, repeats = _without_repeats(_index_in_threads(indexer, tars, threads, on_progress))
-    faults = [fault for tar in found for fault in tar.faults] + repeats
-    filled = [tar for tar in found if tar.rows]
-    if not filled:
+    indexed, duplicates = _without_repeats(_index_in_threads(indexer, tars, threads, on_progress))
+    faults = [fault for tar in indexed for fault in tar.faults] + duplicates
+    non_empty = [tar for tar in indexed if tar.rows]
+    if not non_empty:
         listed = "\n".join(f"  {fault}" for fault in faults[:10])
         raise DataError(f"{target}: none of the samples in {len(tars)} tars can be used\n{listed}")
     committed = skip_bad or not faults
     if committed:
-        _commit(filled, target, form, options.categories, storage)
+        _commit(non_empty, target, form, options.categories, storage)
     return IndexReport(
         form=form,
-        num_samples=sum(len(tar.rows) for tar in filled),
-        num_shards=len(filled),
-        num_bytes=sum(tar.info.size for tar in filled),
+        num_samples=sum(len(tar.rows) for tar in non_empty),
+        num_shards=len(non_empty),
+        num_bytes=sum(tar.info.size for tar in non_empty),
         faults=tuple(faults),
         committed=committed,
     )
@@ -191,16 +194,16 @@ class _TarIndexer:
         name = url.removeprefix(join(self._target, "")) if url.startswith(join(self._target, "")) else url
         try:
             stream = ObjectStream(url, self._storage)
-            for found in walk_tar(stream):
-                if isinstance(found, Fault):
-                    faults.append(found)
+            for item in walk_tar(stream):
+                if isinstance(item, Fault):
+                    faults.append(item)
                     continue
-                self.counts.append((1, len(found.data)))
+                self.counts.append((1, len(item.data)))
                 try:
-                    rows.append(self._manifest_row(found, name))
+                    rows.append(self._manifest_row(item, name))
                 except DataError as error:
                     fault = fault_of_message(url, str(error))
-                    faults.append(Fault(**{**asdict(fault), "key": found.key, "offset": found.offset}))
+                    faults.append(Fault(**{**asdict(fault), "key": item.key, "offset": item.offset}))
             sha256 = stream.finish()
         except StorageError as error:
             return _IndexedTar(ShardInfo(name, 0, "", 0), [], [fault_of_message(url, str(error))])
@@ -296,9 +299,9 @@ def _commit(
     samples = manifest.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA))
     shards = [ShardInfo(t.info.name, t.info.size, t.info.sha256, len(t.rows)) for t in tars]
     foreign = None if form == "m2f" else form
-    described = json.dumps([[asdict(shard) for shard in shards], None if foreign is None else asdict(foreign)])
+    description = json.dumps([[asdict(shard) for shard in shards], None if foreign is None else asdict(foreign)])
     document = manifest.make_document(
-        plan=f"{_PLAN_PREFIX}{hashlib.sha256(described.encode()).hexdigest()}",
+        plan=f"{_PLAN_PREFIX}{hashlib.sha256(description.encode()).hexdigest()}",
         source_fingerprint="",
         categories=categories,
         shards=shards,
@@ -322,10 +325,10 @@ def _refuse_target(target: str) -> NoReturn:
 
 def _first_sample(tar: str, storage: Storage) -> TarSample:
     faults = []
-    for found in walk_tar(ObjectStream(tar, storage)):
-        if isinstance(found, TarSample):
-            return found
-        faults.append(found)
+    for item in walk_tar(ObjectStream(tar, storage)):
+        if isinstance(item, TarSample):
+            return item
+        faults.append(item)
     raise DataError(str(faults[0]) if faults else f"{tar} contains no sample; leave it out")
 
 

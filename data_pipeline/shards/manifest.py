@@ -184,23 +184,23 @@ class Manifest:
         if hashlib.sha256(data).hexdigest() != document.get("samples", {}).get("sha256"):
             raise DataError(f"{join(url, SAMPLES_FILE)} does not match its checksum in {DATASET_FILE}; restore it")
         try:
-            opened = cls._of(url, document, Columns(data))
+            manifest = cls._of(url, document, Columns(data))
         except (LookupError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
             raise DataError(
                 f"{url}: {DATASET_FILE} and {SAMPLES_FILE} have invalid content ({error!r:.200}); restore them or "
                 "write the data set again"
             ) from error
-        for shard in opened.shards:
+        for shard in manifest.shards:
             if not _is_elsewhere(shard.name):
                 check_key(shard.name, join(url, DATASET_FILE))
-        return opened
+        return manifest
 
     @classmethod
     def _of(cls, url: str, document: dict[str, Any], columns: Columns) -> Self:
         columns.check()
         names, codes = columns.member_names()
         members = columns.bounds("member_names")
-        opened = cls(
+        manifest = cls(
             url=url,
             fingerprint=document["fingerprint"],
             plan=document["plan"],
@@ -222,7 +222,7 @@ class Manifest:
             member_lengths=Ragged(columns.items("member_lengths", members), members),
         )
         columns.release_memory()
-        return opened
+        return manifest
 
     def shard_url(self, shard: int) -> str:
         """Return the full URL of a shard."""
@@ -252,8 +252,8 @@ class Manifest:
 
     def describe(self, index: int) -> str:
         """Return the key, shard URL and offset of a sample as text for messages."""
-        place = f"{self.shard_url(int(self.shard[index]))} at byte {self.offset[index]}"
-        return f"sample {self.key[index]!r} in {place}"
+        location = f"{self.shard_url(int(self.shard[index]))} at byte {self.offset[index]}"
+        return f"sample {self.key[index]!r} in {location}"
 
     def members(self, index: int, data: bytes | memoryview) -> dict[str, bytes]:
         """Split the bytes of a sample into members by extension. Raises DataError if the checksum is wrong."""
@@ -320,9 +320,11 @@ def read_document(url: str, storage: Storage) -> dict[str, Any] | None:
         document = parse_json(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); restore it or write the data set again") from error
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != FORMAT:
-        raise DataError(f"{path} has format {found!r}, but this version reads {FORMAT}; use a matching version of m2f")
+    version = document.get("format") if isinstance(document, dict) else None
+    if version != FORMAT:
+        raise DataError(
+            f"{path} has format {version!r}, but this version reads {FORMAT}; use a matching version of m2f"
+        )
     return document
 
 
@@ -336,10 +338,10 @@ def make_document(
     foreign: ForeignForm | None = None,
 ) -> dict[str, Any]:
     """Return the content of `dataset.json`. `samples` are the bytes of samples.parquet."""
-    listed = [{**asdict(c), "color": list(c.color)} for c in categories.categories]
+    category_list = [{**asdict(c), "color": list(c.color)} for c in categories.categories]
     shard_list = [asdict(shard) for shard in shards]
     form = {} if foreign is None else {"foreign": asdict(foreign)}
-    content = json.dumps([FORMAT, listed, shard_list, *form.values()], sort_keys=True)
+    content = json.dumps([FORMAT, category_list, shard_list, *form.values()], sort_keys=True)
     return {
         "format": FORMAT,
         "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
@@ -347,7 +349,7 @@ def make_document(
         "source_fingerprint": source_fingerprint,
         "num_samples": sum(shard.num_samples for shard in shards),
         **form,
-        "categories": listed,
+        "categories": category_list,
         "shards": shard_list,
         "samples": {"name": SAMPLES_FILE, "size": len(samples), "sha256": hashlib.sha256(samples).hexdigest()},
     }
@@ -358,16 +360,16 @@ def category_columns(annotation: Annotation) -> dict[str, Any]:
 
     A thing in both maps counts once, as an instance.
     """
-    pixels_of = {"seg": _count_pixels(annotation.seg), "inst": _count_pixels(annotation.inst)}
+    pixel_counts = {"seg": _count_pixels(annotation.seg), "inst": _count_pixels(annotation.inst)}
     counts: dict[int, int] = defaultdict(int)
     areas: dict[int, float] = defaultdict(float)
     pixels: dict[int, int] = defaultdict(int)
     for segment in annotation.segments:
-        twice = segment.map == "seg" and segment.is_thing and annotation.inst is not None
-        if not segment.is_crowd and not twice:
+        is_duplicate = segment.map == "seg" and segment.is_thing and annotation.inst is not None
+        if not segment.is_crowd and not is_duplicate:
             counts[segment.category_id] += 1
             areas[segment.category_id] += segment.area
-            pixels[segment.category_id] += pixels_of[segment.map].get(segment.id, 0)
+            pixels[segment.category_id] += pixel_counts[segment.map].get(segment.id, 0)
     ids = sorted(counts)
     return {
         "num_segments": sum(counts.values()),

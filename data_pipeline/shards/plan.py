@@ -120,9 +120,9 @@ def clear_target(target: str, storage: Storage) -> None:
             storage.delete(url)
 
 
-def _rounded_shard_count(wanted: float) -> int:
+def _rounded_shard_count(num_shards: float) -> int:
     """Round a number of shards in steps of 10 %, so that a corrected image file does not change the plan."""
-    return max(1, round(1.1 ** round(math.log(max(wanted, 1)) / math.log(1.1))))
+    return max(1, round(1.1 ** round(math.log(max(num_shards, 1)) / math.log(1.1))))
 
 
 def _claim(plan: ShardPlan) -> dict[str, Any]:
@@ -149,13 +149,13 @@ def _read_claim(plan: ShardPlan, storage: Storage) -> dict[str, Any] | None:
 
 def _refuse_target(plan: ShardPlan, claim: dict[str, Any]) -> NoReturn:
     """Raise DataError for a folder with the claim of another plan, naming the differences."""
-    own = _claim(plan)
+    own_claim = _claim(plan)
     names = {"num_samples": "samples", "source": "settings or annotation files of the source", "seed": "seed"}
     names["num_shards"] = "number of shards"
     differing = [
-        name if field == "source" else f"{name}: {claim[field]} there, {own[field]} here"
+        name if field == "source" else f"{name}: {claim[field]} there, {own_claim[field]} here"
         for field, name in names.items()
-        if claim.get(field) is not None and claim[field] != own[field]
+        if claim.get(field) is not None and claim[field] != own_claim[field]
     ]
     raise DataError(
         f"{plan.target} belongs to another shard plan (different: {'; '.join(differing) or 'samples or version'}); "

@@ -191,8 +191,8 @@ def _stack_horizontally(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
 
 
 def _stack_vertically(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
-    turned = _stack_horizontally([p.transpose(1, 0, 2) for p in pictures], gap)
-    return np.ascontiguousarray(turned.transpose(1, 0, 2))
+    transposed = _stack_horizontally([p.transpose(1, 0, 2) for p in pictures], gap)
+    return np.ascontiguousarray(transposed.transpose(1, 0, 2))
 
 
 def _frame(picture: np.ndarray) -> np.ndarray:

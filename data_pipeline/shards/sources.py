@@ -91,8 +91,8 @@ def write_record(target: str, shard: int, digest: str, files: Sequence[SourceFil
         | ({"size": s.size, "mtime_ns": s.mtime_ns, "sha256": s.digest} if (s := file.state) is not None else {})
         for file in files
     ]
-    named = _SCHEMA.with_metadata({"shard": json.dumps({"sha256": digest})})
-    storage.put(_url(target, shard), manifest.write_table(pa.Table.from_pylist(rows, schema=named)))
+    schema = _SCHEMA.with_metadata({"shard": json.dumps({"sha256": digest})})
+    storage.put(_url(target, shard), manifest.write_table(pa.Table.from_pylist(rows, schema=schema)))
 
 
 def compare_sources(
@@ -130,12 +130,12 @@ def compare_sources(
             return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = [pair for pair in pool.map(compare, numbers) if pair is not None]
+        comparisons = [pair for pair in pool.map(compare, numbers) if pair is not None]
     return SourceChanges(
-        changed=tuple(path for _, comparison in found for path in comparison.changed),
-        num_missing=sum(comparison.num_missing for _, comparison in found),
-        shards=frozenset(record.shard for record, comparison in found if comparison.changed),
-        digests={record.shard: record.digest for record, _ in found},
+        changed=tuple(path for _, comparison in comparisons for path in comparison.changed),
+        num_missing=sum(comparison.num_missing for _, comparison in comparisons),
+        shards=frozenset(record.shard for record, comparison in comparisons if comparison.changed),
+        digests={record.shard: record.digest for record, _ in comparisons},
     )
 
 
@@ -161,24 +161,24 @@ def _compare(
 ) -> _Comparison:
     changed, num_missing, times_differ, files = [], 0, False, []
     for file in record.files:
-        path, then = reader.files(position[file.key])[file.number], file.state
-        now = _size_and_time(path)
-        if now is None:
-            num_missing += then is not None
-        elif then is None:
+        path, recorded = reader.files(position[file.key])[file.number], file.state
+        current = _size_and_time(path)
+        if current is None:
+            num_missing += recorded is not None
+        elif recorded is None:
             changed += [str(path)] if file_state(path) is not None else []
-        elif now[0] != then.size:
+        elif current[0] != recorded.size:
             changed.append(str(path))
-        elif now[1] != then.mtime_ns:
+        elif current[1] != recorded.mtime_ns:
             on_content()
             state = file_state(path)
             if state is None:
                 num_missing += 1
-            elif state.digest != then.digest:
+            elif state.digest != recorded.digest:
                 changed.append(str(path))
             else:
-                times_differ, then = True, state
-        files.append(replace(file, state=then))
+                times_differ, recorded = True, state
+        files.append(replace(file, state=recorded))
     if times_differ and not changed:
         with suppress(StorageError):  # on a read-only store, contents are compared again next time
             write_record(target, record.shard, record.digest, files, storage)
@@ -187,10 +187,10 @@ def _compare(
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def _read_record(target: str, shard: int, storage: Storage) -> _Record | None:

@@ -83,13 +83,13 @@ class _File:
 
 def _compression(stream: ObjectStream) -> str | None:
     start = stream.read_at(0, 8)
-    return next((name for mark, name in _COMPRESSED.items() if start.startswith(mark)), None)
+    return next((name for signature, name in _COMPRESSED.items() if start.startswith(signature)), None)
 
 
 def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Generator[TarSample | Fault, None, int]:
     """Yield samples by grouping adjacent members by base name. Return the offset after the last member read."""
     group: list[tuple[str, tarfile.TarInfo]] = []
-    key, done = "", set[str]()
+    key, finished_keys = "", set[str]()
     while (info := tar.next()) is not None:
         cast("Any", tar).members.clear()  # tarfile would keep all headers in memory
         if info.size < 0 or tar.offset < info.offset_data:  # would make the loop endless
@@ -103,16 +103,16 @@ def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Generator[TarSample 
             if tar.offset > stream.size:
                 return stream.size
         is_usable = problem is None and not info.isdir()
-        is_far = tar.offset - (group[0][1].offset if group else info.offset) > _MAX_SAMPLE_BYTES
-        if group and (member_key != key if is_usable else is_far):
+        exceeds_limit = tar.offset - (group[0][1].offset if group else info.offset) > _MAX_SAMPLE_BYTES
+        if group and (member_key != key if is_usable else exceeds_limit):
             yield _sample(stream, key, group)
-            done.add(key)
+            finished_keys.add(key)
             group = []
         if not is_usable:
-            if is_far:
+            if exceeds_limit:
                 stream.skip(tar.offset)
             continue
-        if member_key in done:
+        if member_key in finished_keys:
             yield _fault(
                 stream, info.offset, "its files are not next to each other, or it occurs twice", _REPACK, member_key
             )
@@ -122,7 +122,7 @@ def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Generator[TarSample 
         if tar.offset - group[0][1].offset > _MAX_SAMPLE_BYTES:
             problem = f"its files have more than {_MAX_SAMPLE_BYTES} bytes"
             yield _fault(stream, group[0][1].offset, problem, "leave it out of the tar", key)
-            done.add(key)
+            finished_keys.add(key)
             group = []
             stream.skip(tar.offset)
     if group:

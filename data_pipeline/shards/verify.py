@@ -130,8 +130,8 @@ def _check_rows(manifest: Manifest) -> Iterator[Fault]:
     overlaps = (manifest.offset[order][1:] < end[order][:-1]) & (np.diff(manifest.shard[order]) == 0)
     for row in order[1:][overlaps][:10]:
         yield fault(int(row), "its bytes overlap those of the sample before it")
-    held = np.bincount(manifest.shard, minlength=len(manifest.shards))
-    for shard, count in zip(manifest.shards, held, strict=True):
+    num_samples = np.bincount(manifest.shard, minlength=len(manifest.shards))
+    for shard, count in zip(manifest.shards, num_samples, strict=True):
         if shard.num_samples != count:
             yield fault(
                 None, f"{shard.name} has {counted(count, 'sample')} here and {shard.num_samples} in {DATASET_FILE}"
@@ -199,13 +199,13 @@ def _sample_problem(manifest: Manifest, row: int, data: bytes) -> str | None:
         return f"it cannot be decoded: {error}"
     except Exception as error:  # a malicious sample must not stop the check of the others
         return f"it cannot be decoded: {error!r:.200}"
-    found = {
+    actual = {
         "key": sample.key,
         "image_id": sample.image_id,
         "size": size,
         **category_columns(sample.annotation),
     }
-    stated = {
+    expected = {
         "key": manifest.key[row],
         "image_id": manifest.image_id[row],
         "size": (manifest.height[row], manifest.width[row]),
@@ -215,10 +215,10 @@ def _sample_problem(manifest: Manifest, row: int, data: bytes) -> str | None:
         "category_areas": manifest.category_areas[row].tolist(),
     }
     if manifest.category_pixels is not None:
-        stated["category_pixels"] = manifest.category_pixels[row].tolist()
-    differing = [name for name, value in stated.items() if value != found[name]]
+        expected["category_pixels"] = manifest.category_pixels[row].tolist()
+    differing = [name for name, value in expected.items() if value != actual[name]]
     return (
-        f"its {differing[0]} is {found[differing[0]]}, but the manifest says {stated[differing[0]]}"
+        f"its {differing[0]} is {actual[differing[0]]}, but the manifest says {expected[differing[0]]}"
         if differing
         else None
     )
@@ -236,7 +236,7 @@ def _member_problem(manifest: Manifest, row: int, member: int, data: bytes) -> s
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         return f"member {name} has no tar header ({error})"
-    longer = header[99] != 0  # the name field is full: the rest of the name is in an earlier header
-    if info.size != length or not (longer or info.name.lower().endswith(name)):
+    has_long_name = header[99] != 0  # the name field is full: the rest of the name is in an earlier header
+    if info.size != length or not (has_long_name or info.name.lower().endswith(name)):
         return f"member {name} of {length} bytes has a tar header for {info.name} of {info.size} bytes"
     return None

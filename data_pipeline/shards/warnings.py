@@ -7,21 +7,21 @@ import numpy as np
 from m2f.data_pipeline.categories import CategoryTable, Task
 from m2f.data_pipeline.shards.manifest import Manifest
 
-_TELLING_AREA = 100
+_MIN_CHECKED_AREA = 100
 """Smallest mean pixels per object for `area_warning`. In smaller objects, the border is a large part of the area."""
-_TELLING_ROWS = 5
-_USUAL_RATIO = (0.8, 1.25)
+_MIN_CHECKED_ROWS = 5
+_NORMAL_RATIO = (0.8, 1.25)
 """Normal range of counted pixels divided by stated areas. Polygons gain and lose pixels along their border."""
 
 
 def data_warnings(name: str, manifest: Manifest, task: Task, num_queries: int) -> list[str]:
     """Return all warnings for one data set of a recipe, one line each."""
-    found = (
+    warnings = (
         one_class_warning(name, manifest.categories, task),
         query_warning(name, manifest, task, num_queries),
         area_warning(name, manifest),
     )
-    return [f"warning: {text}" for text in found if text is not None]
+    return [f"warning: {text}" for text in warnings if text is not None]
 
 
 def one_class_warning(name: str, categories: CategoryTable, task: Task) -> str | None:
@@ -41,14 +41,14 @@ def query_warning(name: str, manifest: Manifest, task: Task, num_queries: int) -
     The model cannot predict the surplus objects. Crowds do not count. Semantic targets are one segment per class.
     """
     objects = objects_per_image(manifest, task)
-    over = objects > num_queries
-    if not over.any():
+    has_excess = objects > num_queries
+    if not has_excess.any():
         return None
-    lost = int((objects[over] - num_queries).sum())
+    num_lost = int((objects[has_excess] - num_queries).sum())
     return (
-        f"{name}: {int(over.sum()):,} of {len(objects):,} images have more objects than the model has queries "
-        f"({num_queries}), up to {int(objects.max())}; at least {lost:,} of {int(objects.sum()):,} objects cannot be "
-        "predicted. Raise model.transformer_decoder.num_queries"
+        f"{name}: {int(has_excess.sum()):,} of {len(objects):,} images have more objects than the model has queries "
+        f"({num_queries}), up to {int(objects.max())}; at least {num_lost:,} of {int(objects.sum()):,} objects cannot "
+        "be predicted. Raise model.transformer_decoder.num_queries"
     )
 
 
@@ -61,11 +61,11 @@ def area_warning(name: str, manifest: Manifest) -> str | None:
     if manifest.category_pixels is None:
         return None
     pixels, areas = manifest.category_pixels.values, manifest.category_areas.values
-    telling = np.maximum(pixels, areas) >= _TELLING_AREA * manifest.category_counts.values.astype(np.int64)
-    if np.count_nonzero(telling) < _TELLING_ROWS:
+    is_checked = np.maximum(pixels, areas) >= _MIN_CHECKED_AREA * manifest.category_counts.values.astype(np.int64)
+    if np.count_nonzero(is_checked) < _MIN_CHECKED_ROWS:
         return None
-    ratio = float(np.median(pixels[telling] / np.maximum(areas[telling].astype(np.float64), 1.0)))
-    if _USUAL_RATIO[0] <= ratio <= _USUAL_RATIO[1]:
+    ratio = float(np.median(pixels[is_checked] / np.maximum(areas[is_checked].astype(np.float64), 1.0)))
+    if _NORMAL_RATIO[0] <= ratio <= _NORMAL_RATIO[1]:
         return None
     return (
         f"{name}: masks have {ratio:.2f} times as many pixels as the areas stated by the source (median). Check "
@@ -76,6 +76,6 @@ def area_warning(name: str, manifest: Manifest) -> str | None:
 def objects_per_image(manifest: Manifest, task: Task) -> np.ndarray:
     """Return [N] int64: number of targets of each image for a task, without crowds."""
     ids = manifest.category_ids
-    wanted = np.isin(ids.values, list(manifest.categories.labels(task)))
-    counted = wanted if task == "semantic" else np.where(wanted, manifest.category_counts.values, 0)
+    is_target = np.isin(ids.values, list(manifest.categories.labels(task)))
+    counted = is_target if task == "semantic" else np.where(is_target, manifest.category_counts.values, 0)
     return np.bincount(ids.rows(), counted, minlength=manifest.num_samples).astype(np.int64)

@@ -174,17 +174,17 @@ def commit_manifest(
             f"{plan.target}: {len(missing)} of {len(plan.shard_keys)} shards are not written yet: {missing[:10]}"
         )
     ordered = [by_index[i] for i in range(len(plan.shard_keys))]
-    filled = [part for part in ordered if part.info.num_samples]
-    if not filled:
+    non_empty = [part for part in ordered if part.info.num_samples]
+    if not non_empty:
         raise DataError(f"{plan.target}: none of the samples of the source can be used")
     samples = manifest.write_table(
-        pa.concat_tables([_with_shard_number(part.samples, i) for i, part in enumerate(filled)])
+        pa.concat_tables([_with_shard_number(part.samples, i) for i, part in enumerate(non_empty)])
     )
     document = manifest.make_document(
         plan=plan.hash,
         source_fingerprint=plan.source_fingerprint,
         categories=plan.categories,
-        shards=[part.info for part in filled],
+        shards=[part.info for part in non_empty],
         samples=samples,
     )
     if not _is_published(plan, document, storage):
@@ -322,7 +322,7 @@ def _part_of(receipt: dict[str, Any], rows: pa.Table) -> ShardPart:
         info=ShardInfo(**receipt["info"]),
         samples=rows.cast(SAMPLE_SCHEMA),
         problems=tuple(SampleProblem(**problem) for problem in receipt["problems"]),
-        repairs=tuple((what, count) for what, count in receipt.get("repairs", ())),
+        repairs=tuple((repair, count) for repair, count in receipt.get("repairs", ())),
         encoding=receipt.get("encoding", 1),  # old receipts do not have it
     )
 

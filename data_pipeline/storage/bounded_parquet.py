@@ -42,9 +42,9 @@ def read_bounded_table(data: bytes) -> pa.Table:
     """
     metadata = pq.read_metadata(pa.BufferReader(data))
     values = _check_sizes(metadata, len(data))
-    most = _COLUMNS * _most_values(len(data))
-    if sum(values.values()) > most:
-        raise ValueError(f"{len(data)} bytes decode to {sum(values.values())} values in total; the limit is {most}")
+    limit = _COLUMNS * _most_values(len(data))
+    if sum(values.values()) > limit:
+        raise ValueError(f"{len(data)} bytes decode to {sum(values.values())} values in total; the limit is {limit}")
     _check_texts(metadata, data)
     # `pq.read_table` would import pyarrow.dataset.
     return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
@@ -64,9 +64,9 @@ def _check_sizes(metadata: pq.FileMetaData, size: int) -> Counter[str]:
                 raise ValueError(f"{chunk.path_in_schema} has the unsupported encodings {', '.join(chunk.encodings)}")
             values[chunk.path_in_schema] += chunk.num_values
             sizes += chunk.total_uncompressed_size
-    most = _most_values(size)
-    if max([metadata.num_rows, *values.values()]) > most:
-        raise ValueError(f"{size} bytes decode to {metadata.num_rows} rows, with more than {most} values in a column")
+    limit = _most_values(size)
+    if max([metadata.num_rows, *values.values()]) > limit:
+        raise ValueError(f"{size} bytes decode to {metadata.num_rows} rows, with more than {limit} values in a column")
     if sizes > _most_bytes(size):
         raise ValueError(f"{size} bytes decode to {sizes} bytes, more than {_MOST_COMPRESSED} times as many")
     return values

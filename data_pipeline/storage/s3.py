@@ -215,12 +215,12 @@ class S3Store:
             OutageError: a store that answered before fails for longer than `storage.patience_s`.
             StorageError: the request cannot succeed, the store has never answered, or the reading was stopped.
         """
-        began, renewed = time.monotonic(), False
+        start, credentials_renewed = time.monotonic(), False
         for attempt in itertools.count():
             try:
                 client = self._connect()
                 if attempt == 0:  # making a client takes a second, which is not the store's delay
-                    began = time.monotonic()
+                    start = time.monotonic()
                 result = request(client)
                 _ANSWERED.add(self._config.endpoint_url)
                 return result
@@ -228,9 +228,9 @@ class S3Store:
                 raise
             except Exception as raised:
                 error = _root(raised)
-                if _is_denied(error) and not renewed:
+                if _is_denied(error) and not credentials_renewed:
                     self._forget_credentials()
-                    renewed = True
+                    credentials_renewed = True
                     self._on_retry()
                     continue  # without a pause, because a denial is not an outage
                 if not _is_passing(error):
@@ -238,10 +238,10 @@ class S3Store:
                         _ANSWERED.add(self._config.endpoint_url)
                     _fail(url, error)
             pause = random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2 ** min(attempt, 10)))
-            longest = 0.0 if self.answered else self._connect_timeout_s  # duration of another attempt
-            if time.monotonic() + pause + longest > began + self._patience_s:
-                self._give_up(url, error, attempt + 1, time.monotonic() - began)
-            self._say_wait(url, error, time.monotonic() - began)
+            attempt_s = 0.0 if self.answered else self._connect_timeout_s  # duration of another attempt
+            if time.monotonic() + pause + attempt_s > start + self._patience_s:
+                self._give_up(url, error, attempt + 1, time.monotonic() - start)
+            self._say_wait(url, error, time.monotonic() - start)
             self._on_retry()
             if self._pause(pause):
                 raise StorageError(f"{url}: reading was stopped while waiting for the store") from error
@@ -266,14 +266,14 @@ class S3Store:
         return stopped.wait(seconds)
 
     def _give_up(self, url: str, error: Exception, attempts: int, seconds: float) -> NoReturn:
-        tries = f"{attempts} attempts in {seconds:.0f} s, the last failed with {_describe(error)}"
+        summary = f"{attempts} attempts in {seconds:.0f} s, the last failed with {_describe(error)}"
         if not self.answered:
             raise StorageError(
-                f"{url}: the store does not answer ({tries}); check storage.endpoint_url and the network"
+                f"{url}: the store does not answer ({summary}); check storage.endpoint_url and the network"
             ) from error
         raise OutageError(
             f"{url}: the store has not answered for longer than storage.patience_s ({self._config.patience_s:g} s; "
-            f"{tries}). Restart the run when the store is available again"
+            f"{summary}). Restart the run when the store is available again"
         ) from error
 
     def _say_wait(self, url: str, error: Exception, seconds: float) -> None:
@@ -396,7 +396,7 @@ def _is_passing(error: Exception) -> bool:
         return status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
     if isinstance(error, SSLError):  # a wrong certificate stays wrong
         return False
-    passing = (
+    transient = (
         FlexibleChecksumError,
         HTTPClientError,
         ResponseStreamingError,
@@ -405,7 +405,7 @@ def _is_passing(error: Exception) -> bool:
         NoConnectionError,  # refused, timed out or unresolved; not a subclass of Python's ConnectionError
         TimeoutError,
     )
-    return isinstance(error, (*passing, _BrokenBodyError))
+    return isinstance(error, (*transient, _BrokenBodyError))
 
 
 def _is_denied(error: Exception) -> bool:

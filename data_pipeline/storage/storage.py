@@ -142,8 +142,8 @@ class Storage:
 
     def get_file(self, url: str, path: str | os.PathLike[str]) -> None:
         """Copy an object of any size to a local file. The file appears only when it is complete."""
-        written = self._store(url).get_file(url, Path(path))
-        self.counters.add(requests=1, bytes_read=written)
+        size = self._store(url).get_file(url, Path(path))
+        self.counters.add(requests=1, bytes_read=size)
 
     def stat(self, url: str) -> ObjectInfo:
         """Return size and ETag of an object. Raises MissingObjectError if it does not exist."""

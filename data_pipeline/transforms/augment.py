@@ -224,8 +224,8 @@ def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignor
         params: the drawn parameters.
         ignore: value of the id maps in the padding.
     """
-    span = _cropped_axis if params.shrink == "area" else _whole_axis
-    rows, columns = map(span, image.shape[:2], params.scaled, params.offset, params.canvas)
+    axis_crop = _cropped_axis if params.shrink == "area" else _whole_axis
+    rows, columns = map(axis_crop, image.shape[:2], params.scaled, params.offset, params.canvas)
     crop = _resize_crop(image, rows, columns, params.shrink)
     if params.color is not None:
         crop = jitter_color(crop, params.color)
@@ -252,7 +252,9 @@ def _resize_id_maps(id_maps: np.ndarray, rows: AxisCrop, columns: AxisCrop, para
 
 def resize_image(image: np.ndarray, size: tuple[int, int], shrink: Shrink = "area") -> np.ndarray:
     """Resize a whole image [H, W, 3] to a given height and width."""
-    rows, columns = (_whole_axis(old, new, 0, new) for old, new in zip(image.shape[:2], size, strict=True))
+    rows, columns = (
+        _whole_axis(source, target, 0, target) for source, target in zip(image.shape[:2], size, strict=True)
+    )
     return _resize_crop(image, rows, columns, shrink)
 
 

@@ -85,13 +85,13 @@ def collate(examples: Sequence[Example | None], canvas: tuple[int, int] | None) 
     """
     shapes = [example.image.shape[:2] for example in examples if example is not None]
     canvas = canvas or _smallest_canvas(shapes)
-    real = [_filler(canvas) if example is None else _padded(example, canvas) for example in examples]
+    padded = [_filler(canvas) if example is None else _padded(example, canvas) for example in examples]
     return Batch(
-        images=_stack_images([example.image for example in real]),
-        targets=_stack_targets(real),
-        keys=tuple(example.key for example in real),
-        sizes=torch.tensor([example.size for example in real], dtype=torch.int64),
-        dropped_targets=sum(example.dropped for example in real),
+        images=_stack_images([example.image for example in padded]),
+        targets=_stack_targets(padded),
+        keys=tuple(example.key for example in padded),
+        sizes=torch.tensor([example.size for example in padded], dtype=torch.int64),
+        dropped_targets=sum(example.dropped for example in padded),
     )
 
 
@@ -139,16 +139,16 @@ def _smallest_canvas(sizes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
 def _padded(example: Example, canvas: tuple[int, int]) -> Example:
     if example.image.shape[:2] == canvas:
         return example
-    below, right = (side - old for side, old in zip(canvas, example.image.shape, strict=False))
-    image = np.pad(example.image, ((0, below), (0, right), (0, 0)), constant_values=PADDING_GREY)
+    bottom, right = (side - current for side, current in zip(canvas, example.image.shape, strict=False))
+    image = np.pad(example.image, ((0, bottom), (0, right), (0, 0)), constant_values=PADDING_GREY)
     targets = example.targets
-    id_maps = np.pad(targets.id_maps, ((0, 0), (0, below), (0, right)), constant_values=targets.ignore)
+    id_maps = np.pad(targets.id_maps, ((0, 0), (0, bottom), (0, right)), constant_values=targets.ignore)
     return replace(example, image=image, targets=replace(targets, id_maps=id_maps))
 
 
 def _filler(canvas: tuple[int, int]) -> Example:
-    nothing = np.zeros(0, dtype=np.int64)
-    targets = ImageTargets(np.full((1, *canvas), ignore_id(torch.uint8), dtype=np.uint8), nothing, nothing, nothing)
+    empty = np.zeros(0, dtype=np.int64)
+    targets = ImageTargets(np.full((1, *canvas), ignore_id(torch.uint8), dtype=np.uint8), empty, empty, empty)
     image = np.full((*canvas, 3), PADDING_GREY, dtype=np.uint8)
     return Example("", 0, FILLER_POSITION, image, targets, (0, 0), 0)
 
@@ -158,8 +158,8 @@ def _stack_images(images: Sequence[np.ndarray]) -> Tensor:
 
 
 def _stack_targets(examples: Sequence[Example]) -> Targets:
-    most = max(len(example.targets.labels) for example in examples)
-    shape = (len(examples), max(1, -(-most // _BUCKET)) * _BUCKET)
+    max_targets = max(len(example.targets.labels) for example in examples)
+    shape = (len(examples), max(1, -(-max_targets // _BUCKET)) * _BUCKET)
     labels, layer, local_id = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
     valid = torch.zeros(shape, dtype=torch.bool)
     for row, example in enumerate(examples):

@@ -38,8 +38,8 @@ def partner_position(position: int, seed: int, config: DataConfig) -> int | None
     """Return the position of the sample whose objects are pasted onto the sample at `position`; None if none are."""
     if config.copy_paste is None:
         return None
-    used, distance = sample_rng(seed, position, Stream.COPY_PASTE).random(2).tolist()
-    if used >= config.copy_paste.probability:
+    draw, distance = sample_rng(seed, position, Stream.COPY_PASTE).random(2).tolist()
+    if draw >= config.copy_paste.probability:
         return None
     return position + config.lanes * (1 + int(distance * config.window))
 
@@ -64,21 +64,21 @@ def paste(base: ImageTargets, partner: ImageTargets, objects: np.ndarray, *, mer
         merge_classes: merge an object into the base's target of the same class (semantic: one target per class).
     """
     labels = partner.labels[objects]
-    known = {int(label): int(id_) for label, id_ in zip(base.labels, base.local_id, strict=True)}
-    merged = np.array([merge_classes and int(label) in known for label in labels], dtype=bool)
+    id_by_label = {int(label): int(id_) for label, id_ in zip(base.labels, base.local_id, strict=True)}
+    merged = np.array([merge_classes and int(label) in id_by_label for label in labels], dtype=bool)
     added = np.flatnonzero(~merged)
     first = int(base.local_id.max(initial=0)) + 1
-    ids = np.array([known.get(int(label), 0) for label in labels], dtype=np.int64)
+    ids = np.array([id_by_label.get(int(label), 0) for label in labels], dtype=np.int64)
     ids[added] = first + np.arange(len(added))
 
     dtype, ignore = _id_type(first + len(added) - 1, base)
-    covering = _covering(partner, objects, ids, dtype)
-    mask = (covering != BACKGROUND_ID).any(axis=0)
-    maps = _in_layers(base, max(len(base.id_maps), len(covering)), dtype, ignore)
-    seen = _has_pixel(maps, base.layer, base.local_id)
+    pasted_ids = _covering(partner, objects, ids, dtype)
+    mask = (pasted_ids != BACKGROUND_ID).any(axis=0)
+    maps = _in_layers(base, max(len(base.id_maps), len(pasted_ids)), dtype, ignore)
+    was_visible = _has_pixel(maps, base.layer, base.local_id)
     maps[:, mask] = BACKGROUND_ID
-    maps[: len(covering)][covering != BACKGROUND_ID] = covering[covering != BACKGROUND_ID]
-    hidden = seen & ~_has_pixel(maps, base.layer, base.local_id)
+    maps[: len(pasted_ids)][pasted_ids != BACKGROUND_ID] = pasted_ids[pasted_ids != BACKGROUND_ID]
+    hidden = was_visible & ~_has_pixel(maps, base.layer, base.local_id)
     keep = ~hidden
     targets = ImageTargets(
         id_maps=maps,
@@ -103,11 +103,11 @@ def _id_type(highest: int, base: ImageTargets) -> tuple[np.dtype, int]:
 
 def _in_layers(base: ImageTargets, layers: int, dtype: np.dtype, ignore: int) -> np.ndarray:
     """Return a copy of the id maps with `layers` layers. Pixels ignored in any old layer are ignored in new layers."""
-    unknown = base.id_maps == base.ignore
+    is_ignored = base.id_maps == base.ignore
     maps = np.empty((layers, *base.id_maps.shape[1:]), dtype=dtype)
     maps[: len(base.id_maps)] = base.id_maps
-    maps[: len(base.id_maps)][unknown] = ignore
-    maps[len(base.id_maps) :] = np.where(unknown.any(axis=0), ignore, BACKGROUND_ID)
+    maps[: len(base.id_maps)][is_ignored] = ignore
+    maps[len(base.id_maps) :] = np.where(is_ignored.any(axis=0), ignore, BACKGROUND_ID)
     return maps
 
 
@@ -117,4 +117,4 @@ def _visible(targets: ImageTargets) -> np.ndarray:
 
 def _has_pixel(maps: np.ndarray, layer: np.ndarray, local_id: np.ndarray) -> np.ndarray:
     """Return [n] bool: whether a pixel with the id exists in the layer."""
-    return np.stack([present_ids(one) for one in maps])[layer, local_id]
+    return np.stack([present_ids(id_map) for id_map in maps])[layer, local_id]

@@ -40,7 +40,7 @@ def redraw_polygons(
     if all(rings is None for rings in polygons):
         return targets
     maps = targets.id_maps
-    ground = np.where((maps == targets.ignore).any(axis=0), targets.ignore, BACKGROUND_ID).astype(maps.dtype)
+    empty_layer = np.where((maps == targets.ignore).any(axis=0), targets.ignore, BACKGROUND_ID).astype(maps.dtype)
     height, width = size
     layers: list[np.ndarray] = []
     layer_of = np.zeros_like(targets.layer)
@@ -51,10 +51,10 @@ def redraw_polygons(
             mask = maps[layer][window] == local_id
         else:
             window, mask = rasterise([augment_ring(ring, source_size, params, size) for ring in rings], height, width)
-        free = (i for i, ids in enumerate(layers) if not (_is_object(ids[window], targets.ignore) & mask).any())
-        index = next(free, len(layers))
+        free_layers = (i for i, ids in enumerate(layers) if not (_is_object(ids[window], targets.ignore) & mask).any())
+        index = next(free_layers, len(layers))
         if index == len(layers):
-            layers.append(ground.copy())
+            layers.append(empty_layer.copy())
         layers[index][window][mask] = local_id
         layer_of[row] = index
     return replace(targets, id_maps=np.stack(layers), layer=layer_of)
@@ -84,16 +84,16 @@ def augment_ring(
 
 def _above(points: np.ndarray, axis: int, limit: float) -> np.ndarray:
     """Clip a ring [n, 2] to coordinates of at least `limit` on one axis (Sutherland and Hodgman, 1974)."""
-    here, there = points, np.roll(points, -1, axis=0)
-    is_in, goes_in = here[:, axis] >= limit, there[:, axis] >= limit
-    if is_in.all():
+    next_points = np.roll(points, -1, axis=0)
+    is_inside, next_is_inside = points[:, axis] >= limit, next_points[:, axis] >= limit
+    if is_inside.all():
         return points
-    crosses = is_in != goes_in
-    span = np.where(crosses, there[:, axis] - here[:, axis], 1.0)
-    crossing = here + (there - here) * ((limit - here[:, axis]) / span)[:, None]
+    crosses = is_inside != next_is_inside
+    span = np.where(crosses, next_points[:, axis] - points[:, axis], 1.0)
+    crossing = points + (next_points - points) * ((limit - points[:, axis]) / span)[:, None]
     crossing[:, axis] = limit
     # Each edge contributes its crossing of the limit, if any, and then its end, if that is inside.
-    return np.stack([crossing, there], axis=1)[np.stack([crosses, goes_in], axis=1)]
+    return np.stack([crossing, next_points], axis=1)[np.stack([crosses, next_is_inside], axis=1)]
 
 
 def rasterise(rings: Sequence[np.ndarray], height: int, width: int) -> tuple[tuple[slice, slice], np.ndarray]:

@@ -101,8 +101,8 @@ def drop_empty_targets(targets: ImageTargets, size: tuple[int, int]) -> tuple[Im
     keep = present[targets.layer, targets.local_id]
     if keep.all():
         return targets, 0
-    left = ImageTargets(targets.id_maps, targets.labels[keep], targets.layer[keep], targets.local_id[keep])
-    return left, int(np.count_nonzero(~keep))
+    visible = ImageTargets(targets.id_maps, targets.labels[keep], targets.layer[keep], targets.local_id[keep])
+    return visible, int(np.count_nonzero(~keep))
 
 
 def _check_categories(segments: list[Segment], labels: Mapping[int, int], sample: DecodedSample) -> None:
@@ -150,6 +150,6 @@ def present_ids(layer: np.ndarray) -> np.ndarray:
     """
     present = np.zeros(np.iinfo(layer.dtype).max + 1, dtype=bool)
     present[layer[:, 0]] = True
-    later = layer[:, 1:]
-    present[later[later != layer[:, :-1]]] = True
+    rest = layer[:, 1:]
+    present[rest[rest != layer[:, :-1]]] = True
     return present

@@ -13,10 +13,10 @@ import numpy as np
 from m2f.data_pipeline.categories import MAX_CATEGORIES, Category
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
-from m2f.data_pipeline.json_fields import stated_flag
+from m2f.data_pipeline.json_fields import optional_flag
 from m2f.data_pipeline.keys import key_problem
 from m2f.data_pipeline.label_space import describe_subset, require_match
-from m2f.data_pipeline.readers.coco_json import stated_area, whole_number
+from m2f.data_pipeline.readers.coco_json import optional_area, whole_number
 from m2f.eval.errors import EvaluationError
 
 CATEGORIES_FILE = "categories.json"
@@ -66,8 +66,8 @@ def read_categories(document: Mapping[str, Any], path: Path) -> tuple[ScoredCate
     """Return a COCO file's categories in its order. Raises EvaluationError for a missing, invalid or repeated id."""
     listed = []
     for position, entry in enumerate(document["categories"]):
-        number = whole(entry, "id", f"{path}: categories[{position}]")
-        listed.append(ScoredCategory(number, str(entry.get("name", number)), _kind(entry, path)))
+        number = read_int(entry, "id", f"{path}: categories[{position}]")
+        listed.append(ScoredCategory(number, str(entry.get("name", number)), _read_is_thing(entry, path)))
     if len({category.id for category in listed}) < len(listed):
         raise EvaluationError(f"{path}: two categories have the same id")
     if len(listed) > MAX_CATEGORIES:
@@ -97,7 +97,7 @@ class PredictedClasses:
 
 
 def match_predictions(
-    document: Any, predictions: Path, categories: Sequence[ScoredCategory], truth: Path, *, kinds: bool
+    document: Any, predictions: Path, categories: Sequence[ScoredCategory], truth: Path, *, compare_kinds: bool
 ) -> PredictedClasses:
     """Find the classes of predictions in the truth's table by name.
 
@@ -105,47 +105,47 @@ def match_predictions(
     `m2f eval --dump` write. With `kinds`, thing and stuff are compared too. Raises EvaluationError showing the rows of
     both tables if they contradict each other.
     """
-    beside = predictions.with_name(CATEGORIES_FILE)
+    table_path = predictions.with_name(CATEGORIES_FILE)
     if isinstance(document, dict) and isinstance(document.get("categories"), list):
         listed, path = document["categories"], predictions
-    elif beside.is_file() and beside != truth and isinstance(listed := read_json(beside), list):
-        path = beside
+    elif table_path.is_file() and table_path != truth and isinstance(listed := read_json(table_path), list):
+        path = table_path
     else:
         return PredictedClasses(None)
     stated = read_categories({"categories": listed}, path)
-    kinds = kinds and all(c.is_thing is not None for c in stated)
-    own = _plain(stated, kinds)
-    wanted = _plain(categories, kinds)
+    compare_kinds = compare_kinds and all(c.is_thing is not None for c in stated)
+    predicted = _as_categories(stated, compare_kinds)
+    expected = _as_categories(categories, compare_kinds)
     try:
-        found = require_match(own, wanted, str(path), str(truth))
+        matched = require_match(predicted, expected, str(path), str(truth))
     except DataError as error:
         raise EvaluationError(str(error)) from error
-    truth_id = {c.id: wanted[label].id for c, label in zip(own, found.labels, strict=True) if label is not None}
-    dropped = frozenset(c.id for c in own) - truth_id.keys()
-    return PredictedClasses(truth_id, dropped, describe_subset(found, str(path), str(truth)))
+    truth_id = {c.id: expected[label].id for c, label in zip(predicted, matched.labels, strict=True) if label is not None}
+    dropped = frozenset(c.id for c in predicted) - truth_id.keys()
+    return PredictedClasses(truth_id, dropped, describe_subset(matched, str(path), str(truth)))
 
 
-def _plain(categories: Sequence[ScoredCategory], kinds: bool) -> list[Category]:
-    return [Category(c.id, c.name, bool(c.is_thing) or not kinds, (0, 0, 0)) for c in categories]
+def _as_categories(categories: Sequence[ScoredCategory], compare_kinds: bool) -> list[Category]:
+    return [Category(c.id, c.name, bool(c.is_thing) or not compare_kinds, (0, 0, 0)) for c in categories]
 
 
-def _kind(entry: Mapping[str, Any], path: Path) -> bool | None:
-    return flag(entry, "isthing", f"{path}: category {entry['id']}") if "isthing" in entry else None
+def _read_is_thing(entry: Mapping[str, Any], path: Path) -> bool | None:
+    return read_flag(entry, "isthing", f"{path}: category {entry['id']}") if "isthing" in entry else None
 
 
-def flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
+def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
     """Return a field that is 0, 1, true or false; false if missing. Raises EvaluationError naming entry and value."""
     try:
-        return stated_flag(entry, name, where)
+        return optional_flag(entry, name, where)
     except DataError as error:
         raise EvaluationError(str(error)) from error
 
 
-def area_of(entry: Any, where: str) -> float:
+def read_area(entry: Any, where: str) -> float:
     """Return the stated area, a finite number of at least 0. Raises EvaluationError naming entry and value."""
-    require(entry, "area", where)
+    require_field(entry, "area", where)
     try:
-        area = stated_area(entry, where)
+        area = optional_area(entry, where)
     except DataError as error:
         raise EvaluationError(str(error)) from error
     if area is None:
@@ -153,7 +153,7 @@ def area_of(entry: Any, where: str) -> float:
     return area
 
 
-def whole(entry: Any, name: str, where: str) -> int:
+def read_int(entry: Any, name: str, where: str) -> int:
     """Return a field that is an integer. Raises EvaluationError naming entry and value."""
     try:
         return whole_number(entry, name, where)
@@ -161,7 +161,7 @@ def whole(entry: Any, name: str, where: str) -> int:
         raise EvaluationError(str(error)) from error
 
 
-def require(entry: Any, name: str, where: str) -> Any:
+def require_field(entry: Any, name: str, where: str) -> Any:
     """Return a field of a JSON object. Raises EvaluationError if it is missing; the message starts with `where`."""
     if not isinstance(entry, dict) or name not in entry:
         raise EvaluationError(f"{where} has no `{name}`: {str(entry)[:80]}")
@@ -173,7 +173,7 @@ def mask_file(folder: Path, entry: Any, where: str) -> Path:
 
     Raises EvaluationError for an invalid name; the message starts with `where`.
     """
-    name = require(entry, "file_name", where)
+    name = require_field(entry, "file_name", where)
     if (problem := key_problem(name)) is not None:
         raise EvaluationError(f"{where}: file_name {name!a:.100} {problem}; it must name a file in {folder}")
     return folder / name
@@ -207,7 +207,7 @@ def require_folder(path: Path, what: str) -> Path:
     return path
 
 
-def some(values: Sequence[object], limit: int = 5) -> str:
+def first_few(values: Sequence[object], limit: int = 5) -> str:
     """Return the first few values as text for a message."""
     return ", ".join(map(str, values[:limit])) + (f" and {len(values) - limit} more" if len(values) > limit else "")
 

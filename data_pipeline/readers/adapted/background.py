@@ -33,11 +33,11 @@ class BackgroundReader:
     @classmethod
     def open(cls, reader: Reader, name: str) -> Self:
         """Wrap a reader and add a stuff class with this name. Raises DataError if a class has this name already."""
-        listed = reader.categories.categories
-        if name in {category.name for category in listed}:
+        existing = reader.categories.categories
+        if name in {category.name for category in existing}:
             raise DataError(f"datasets.<name>.background is {name}, which is already a class; choose another name")
-        ground = Category(1 + max(category.id for category in listed), name, False, (0, 0, 0))
-        return cls(reader, CategoryTable((*listed, ground)))
+        background = Category(1 + max(category.id for category in existing), name, False, (0, 0, 0))
+        return cls(reader, CategoryTable((*existing, background)))
 
     @property
     def keys(self) -> Sequence[str]:
@@ -71,10 +71,10 @@ class BackgroundReader:
         return replace(self, reader=self.reader.subset(indices))
 
 
-def with_background(annotation: Annotation, ground: Category) -> Annotation:
+def with_background(annotation: Annotation, background: Category) -> Annotation:
     """Return an annotation with the same layers and a panoptic map.
 
-    Objects are painted in their order, so later ones cover earlier ones. All other pixels get the class `ground`.
+    Objects are painted in their order, so later ones cover earlier ones. All other pixels get the class `background`.
 
     Raises:
         DataError: the annotation already has a map, or has no instance layers.
@@ -87,18 +87,18 @@ def with_background(annotation: Annotation, ground: Category) -> Annotation:
         seg[annotation.inst[segment.layer] == segment.id] = number
     seg[seg == 0] = len(instances) + 1
     pixels = np.bincount(seg.ravel(), minlength=len(instances) + 2)
-    painted = []
+    map_segments = []
     for number, segment in enumerate(instances, start=1):
         if pixels[number]:
             box = _box(seg == number)
-            painted.append(
+            map_segments.append(
                 replace(segment, id=number, map="seg", layer=0, area=float(pixels[number]), bbox=box, polygons=None)
             )
     if pixels[-1]:
-        painted.append(
+        map_segments.append(
             Segment(
                 id=len(instances) + 1,
-                category_id=ground.id,
+                category_id=background.id,
                 is_thing=False,
                 is_crowd=False,
                 area=float(pixels[-1]),
@@ -107,7 +107,7 @@ def with_background(annotation: Annotation, ground: Category) -> Annotation:
                 map="seg",
             )
         )
-    return Annotation(seg=seg, inst=annotation.inst, segments=(*painted, *annotation.segments))
+    return Annotation(seg=seg, inst=annotation.inst, segments=(*map_segments, *annotation.segments))
 
 
 def _box(mask: np.ndarray) -> tuple[float, float, float, float]:

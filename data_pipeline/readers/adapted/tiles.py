@@ -58,8 +58,8 @@ class TileReader:
             if height * width <= config.above_megapixels * 1e6:
                 tiles.append(Tile(len(tiles), key, image, None))
                 continue
-            for top, bottom in _cuts(height, config.side):
-                for left, right in _cuts(width, config.side):
+            for top, bottom in _split_length(height, config.side):
+                for left, right in _split_length(width, config.side):
                     name = make_key(f"{key}_y{top}_x{left}")
                     tiles.append(Tile(len(tiles), name, image, (top, left, bottom, right)))
         if len({tile.key for tile in tiles}) < len(tiles):
@@ -84,8 +84,8 @@ class TileReader:
     def source(self, index: int) -> str:
         """Return the origin of the image and the position of the tile."""
         tile = self.tiles[index]
-        place = "" if tile.window is None else f" (tile at x {tile.window[1]}, y {tile.window[0]})"
-        return f"{self.reader.source(tile.image)}{place}"
+        location = "" if tile.window is None else f" (tile at x {tile.window[1]}, y {tile.window[0]})"
+        return f"{self.reader.source(tile.image)}{location}"
 
     def files(self, index: int) -> tuple[Path, ...]:
         """Return the files of the whole image."""
@@ -125,12 +125,12 @@ class TileReader:
         """Return a reader of the given tiles, in the given order."""
         chosen = [self.tiles[i] for i in indices]
         images = sorted({tile.image for tile in chosen})
-        place = {image: i for i, image in enumerate(images)}
-        tiles = tuple(tile._replace(image=place[tile.image]) for tile in chosen)
+        new_index = {image: i for i, image in enumerate(images)}
+        tiles = tuple(tile._replace(image=new_index[tile.image]) for tile in chosen)
         return replace(self, reader=self.reader.subset(images), tiles=tiles)
 
 
-def _cuts(length: int, side: int) -> list[tuple[int, int]]:
+def _split_length(length: int, side: int) -> list[tuple[int, int]]:
     """Divide a length into nearly equal intervals of at most `side` pixels."""
     count = math.ceil(length / side)
     ends = [length * i // count for i in range(count + 1)]
@@ -158,11 +158,11 @@ def crop_annotation(annotation: Annotation, window: tuple[int, int, int, int]) -
 def _crop_layers(layers: np.ndarray, segments: Sequence[Segment], name: str) -> tuple[np.ndarray, list[Segment]]:
     """Return the used layers [Y, h, w] with new ids, and the segments that still have a pixel."""
     kept: list[Segment] = []
-    own = [segment for segment in segments if segment.map == name]
-    pixels = np.bincount(layers.ravel(), minlength=1 + max((segment.id for segment in own), default=0))
+    map_segments = [segment for segment in segments if segment.map == name]
+    pixels = np.bincount(layers.ravel(), minlength=1 + max((segment.id for segment in map_segments), default=0))
     new_ids = np.zeros(len(pixels), np.uint32)
-    used = sorted({segment.layer for segment in own if pixels[segment.id]}) or [0]
-    for segment in own:
+    used = sorted({segment.layer for segment in map_segments if pixels[segment.id]}) or [0]
+    for segment in map_segments:
         if not pixels[segment.id]:
             continue
         new_ids[segment.id] = len(kept) + 1

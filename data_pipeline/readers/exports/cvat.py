@@ -10,12 +10,12 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.coco_json import whole_number
 from m2f.data_pipeline.readers.exports.object_parts import (
-    DrawnImage,
+    AnnotatedImage,
     ObjectPart,
+    categories_from_names,
     check_canvas,
-    drawn_reader,
     encode_window,
-    named_categories,
+    shapes_reader,
 )
 from m2f.data_pipeline.readers.exports.xml_file import read_xml
 from m2f.data_pipeline.readers.files import relative_name, require_folder
@@ -35,10 +35,12 @@ def open_cvat(source: CvatSource, max_pixels: int) -> CocoInstancesReader:
     root = read_xml(source.annotations)
     if root.find("track") is not None:
         raise DataError(f"{source.annotations} is a video export; export as `CVAT for images 1.1`")
-    categories = named_categories(list(dict.fromkeys(e.text or "" for e in root.iterfind("meta//labels/label/name"))))
+    categories = categories_from_names(
+        list(dict.fromkeys(e.text or "" for e in root.iterfind("meta//labels/label/name")))
+    )
     label_ids = {category.name: category.id for category in categories.categories}
     unusable: list[UnusableAnnotation] = []
-    drawn = []
+    annotated = []
     for element in root.iterfind("image"):
         name = relative_name(element.get("name"), f"{source.annotations}: image {element.get('id')}")
         height, width = (whole_number(element.attrib, side, f"image {name}") for side in ("height", "width"))
@@ -53,8 +55,8 @@ def open_cvat(source: CvatSource, max_pixels: int) -> CocoInstancesReader:
                 message = f"image {name}, shape {number} ({shape.tag}) {error}"
                 unusable.append(UnusableAnnotation(source.annotations, message))
         parts.sort(key=lambda pair: pair[0])  # stable, so that shapes of one level keep the order of the file
-        drawn.append(DrawnImage(name, height, width, tuple(part for _, part in parts)))
-    return drawn_reader(images, categories, drawn, max_pixels, unusable)
+        annotated.append(AnnotatedImage(name, height, width, tuple(part for _, part in parts)))
+    return shapes_reader(images, categories, annotated, max_pixels, unusable)
 
 
 def _part(shape: Element, label_ids: dict[str, int], height: int, width: int) -> ObjectPart:

@@ -15,18 +15,18 @@ from m2f.data_pipeline.json_fields import field
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.coco_json import whole_number
 from m2f.data_pipeline.readers.exports.object_parts import (
-    DrawnImage,
+    AnnotatedImage,
     ObjectPart,
-    drawn_reader,
+    categories_from_names,
     encode_window,
-    named_categories,
+    shapes_reader,
 )
 from m2f.data_pipeline.readers.files import read_json, relative_name, require_folder
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sources import LabelmeSource
 
-_FARTHEST = 1e7
-_NO_CLASS = ("__ignore__", "_background_")
+_MAX_COORDINATE = 1e7
+_IGNORED_LABELS = ("__ignore__", "_background_")
 """Labels that labelme's examples use for regions that are not objects."""
 
 
@@ -42,23 +42,23 @@ def open_labelme(source: LabelmeSource, max_pixels: int) -> CocoInstancesReader:
     files = [path for path in sorted(folder.rglob("*.json")) if not is_hidden_copy(path.name)]
     documents = [(path, document) for path in files if is_labelme(document := read_json(str(path)))]
     names = source.classes or sorted({str(shape.get("label")) for _, d in documents for shape in _shapes(d)})
-    names = [name for name in names if name not in _NO_CLASS]
-    categories = named_categories(names)
+    names = [name for name in names if name not in _IGNORED_LABELS]
+    categories = categories_from_names(names)
     label_ids = {category.name: category.id for category in categories.categories}
     unusable: list[UnusableAnnotation] = []
-    drawn = []
+    annotated = []
     for path, document in documents:
         height, width = (whole_number(document, side, str(path)) for side in ("imageHeight", "imageWidth"))
         parts = []
         for number, shape in enumerate(_shapes(document)):
-            if shape.get("label") in _NO_CLASS:
+            if shape.get("label") in _IGNORED_LABELS:
                 continue
             try:
                 parts.append(_part(shape, label_ids, height, width))
             except DataError as error:
                 unusable.append(UnusableAnnotation(str(path), f"shapes[{number}] {error}"))
-        drawn.append(DrawnImage(_image_name(path, document, images), height, width, tuple(parts)))
-    return drawn_reader(images, categories, drawn, max_pixels, unusable)
+        annotated.append(AnnotatedImage(_image_name(path, document, images), height, width, tuple(parts)))
+    return shapes_reader(images, categories, annotated, max_pixels, unusable)
 
 
 def is_labelme(document: Any) -> bool:
@@ -75,8 +75,8 @@ def _image_name(path: Path, document: dict[str, Any], images: Path) -> str:
 
     If `imagePath` points outside that folder, only its file name is used.
     """
-    stated = PureWindowsPath(str(document["imagePath"])).as_posix()  # labelme on Windows writes backslashes
-    target, root = (path.parent / stated).resolve(), images.resolve()
+    image_path = PureWindowsPath(str(document["imagePath"])).as_posix()  # labelme on Windows writes backslashes
+    target, root = (path.parent / image_path).resolve(), images.resolve()
     name = target.relative_to(root).as_posix() if target.is_relative_to(root) else target.name
     return relative_name(name, str(path))
 
@@ -90,7 +90,7 @@ def _part(shape: dict[str, Any], label_ids: dict[str, int], height: int, width: 
     except (TypeError, ValueError, OverflowError):
         raise DataError("has points that are not pairs of numbers") from None
     group = None if shape.get("group_id") is None else str(shape["group_id"])
-    if not (np.abs(points) < _FARTHEST).all() or len(points) < (3 if kind == "polygon" else 2):
+    if not (np.abs(points) < _MAX_COORDINATE).all() or len(points) < (3 if kind == "polygon" else 2):
         raise DataError(f"is a {kind} with too few points ({len(points)}), or has points far outside the image")
     match kind:
         case "polygon":

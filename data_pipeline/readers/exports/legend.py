@@ -9,13 +9,13 @@ from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.files import read_bytes, require_file
 
-_FORMS = (
+_LINE_PATTERNS = (
     r"(?P<name>[^:#]+):(?P<r>\d+),(?P<g>\d+),(?P<b>\d+):.*",  # labelmap.txt of CVAT and datumaro
     r"(?P<name>[^,]+),\s*(?P<r>\d+),\s*(?P<g>\d+),\s*(?P<b>\d+)",  # class_dict.csv
     r"(?P<r>\d+)\s+(?P<g>\d+)\s+(?P<b>\d+)\s+(?P<name>.+)",  # label_colors.txt of CamVid
     r"(?P<id>\d+)\s*:\s*(?P<name>.+)",  # labels.txt of COCO-Stuff
 )
-_NAME = r"(?P<name>[^:,]+)"
+_NAME_PATTERN = r"(?P<name>[^:,]+)"
 """A line of labelme's class_names.txt. Used only if no line of the file has another form."""
 
 
@@ -29,14 +29,18 @@ def read_legend(path: str) -> CategoryTable:
     lines = [line.strip() for line in read_bytes(Path(path)).decode("utf-8-sig", errors="replace").splitlines()]
     rows = [line for line in lines if line and not line.startswith("#")]
     categories: list[Category] = []
-    forms = _FORMS if any(re.fullmatch(form, row) for form in _FORMS for row in rows) else (_NAME,)
+    patterns = (
+        _LINE_PATTERNS
+        if any(re.fullmatch(pattern, row) for pattern in _LINE_PATTERNS for row in rows)
+        else (_NAME_PATTERN,)
+    )
     for row in rows:
-        match = next((found for form in forms if (found := re.fullmatch(form, row))), None)
-        if match is None:
+        matched = next((match for pattern in patterns if (match := re.fullmatch(pattern, row))), None)
+        if matched is None:
             if row is rows[0]:
                 continue  # header line of a CSV file
             raise DataError(f"{path}: {row[:60]!r} is not a class; use `name:r,g,b::`, `name,r,g,b` or `r g b name`")
-        parts = match.groupdict()
+        parts = matched.groupdict()
         number = int(parts["id"]) if parts.get("id") else len(categories)
         color = distinct_color(number)
         if parts.get("r"):

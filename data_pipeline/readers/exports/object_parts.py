@@ -34,7 +34,7 @@ class ObjectPart:
 
 
 @dataclass(frozen=True, slots=True)
-class DrawnImage:
+class AnnotatedImage:
     """An image and its shapes, from the lowest to the top."""
 
     file_name: str
@@ -44,7 +44,7 @@ class DrawnImage:
     parts: tuple[ObjectPart, ...]
 
 
-def named_categories(names: Sequence[str]) -> CategoryTable:
+def categories_from_names(names: Sequence[str]) -> CategoryTable:
     """Return things with the given names and ids from 0. Raises DataError if there are none or names repeat."""
     if not names:
         raise DataError("the annotations contain no class; label at least one object, or list the classes")
@@ -52,10 +52,10 @@ def named_categories(names: Sequence[str]) -> CategoryTable:
     return CategoryTable(tuple(Category(i, name, True, distinct_color(i)) for i, name in enumerate(names)))
 
 
-def drawn_reader(
+def shapes_reader(
     images: Path,
     categories: CategoryTable,
-    drawn: Sequence[DrawnImage],
+    annotated: Sequence[AnnotatedImage],
     max_pixels: int,
     unusable: Sequence[UnusableAnnotation],
 ) -> CocoInstancesReader:
@@ -64,19 +64,19 @@ def drawn_reader(
     Raises:
         DataError: there is no image, or two images would have the same key.
     """
-    if not drawn:
+    if not annotated:
         raise DataError(f"{images} contains no annotated image; the data set is empty")
-    unique_keys(image.file_name for image in drawn)
+    unique_keys(image.file_name for image in annotated)
     records, count = [], 0
-    for index, image in enumerate(drawn):
-        entries = _join(image)
+    for index, image in enumerate(annotated):
+        entries = _merge_parts(image)
         numbered = [{**entry, "id": count + i} for i, entry in enumerate(entries, start=1)]
         count += len(entries)
         records.append((CocoImage(index, str(index), image.file_name, image.height, image.width), numbered))
     return CocoInstancesReader(images, categories, tuple(records), max_pixels, tuple(unusable))
 
 
-def _join(image: DrawnImage) -> list[Mapping[str, Any]]:
+def _merge_parts(image: AnnotatedImage) -> list[Mapping[str, Any]]:
     """Return one COCO annotation per object, ordered by the first part of each object."""
     objects: dict[tuple[int, str], list[ObjectPart]] = {}
     for number, part in enumerate(image.parts):
@@ -96,7 +96,7 @@ def _union(shapes: list[Any], height: int, width: int) -> Any:
         return shapes[0]
     rles = [read_rle([s] if isinstance(s, list) else s, height, width, "a part of an object") for s in shapes]
     merged = coco_mask.merge(rles)
-    return {"size": [height, width], "counts": _text(merged)}
+    return {"size": [height, width], "counts": _rle_text(merged)}
 
 
 def check_canvas(height: int, width: int) -> None:
@@ -118,8 +118,8 @@ def encode_window(mask: np.ndarray, x: int, y: int, height: int, width: int) -> 
     top, left = max(y, 0), max(x, 0)
     inside = mask[top - y : height - y, left - x : width - x]
     whole[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
-    return {"size": [height, width], "counts": _text(coco_mask.encode(whole))}
+    return {"size": [height, width], "counts": _rle_text(coco_mask.encode(whole))}
 
 
-def _text(rle: Any) -> str:
+def _rle_text(rle: Any) -> str:
     return rle["counts"].decode()

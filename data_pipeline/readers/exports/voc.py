@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
-from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.files import read_bytes, require_file, require_folder, unique_keys
@@ -42,11 +42,11 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
         lines = read_bytes(Path(source.image_set)).decode(errors="replace").splitlines()
         stems = [line.split()[0] for line in lines if line.strip()]
     files = {path.stem: path.name for path in images.iterdir()}
-    alone = [s for s in stems if s not in files or not all((f / f"{s}.png").is_file() for f in (classes, objects))]
-    if alone or not stems:
+    incomplete = [s for s in stems if s not in files or not all((f / f"{s}.png").is_file() for f in (classes, objects))]
+    if incomplete or not stems:
         raise DataError(
-            f"{len(alone)} of {len(stems)} names lack an image in {images}, or a map in {classes} or {objects}: "
-            f"{some(alone)}"
+            f"{len(incomplete)} of {len(stems)} names lack an image in {images}, or a map in {classes} or {objects}: "
+            f"{format_list(incomplete)}"
         )
     keys = unique_keys(files[stem] for stem in stems)
     records = tuple(

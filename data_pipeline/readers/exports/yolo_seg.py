@@ -9,7 +9,12 @@ from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import is_hidden_copy, is_image_name
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
-from m2f.data_pipeline.readers.exports.object_parts import DrawnImage, ObjectPart, drawn_reader, named_categories
+from m2f.data_pipeline.readers.exports.object_parts import (
+    AnnotatedImage,
+    ObjectPart,
+    categories_from_names,
+    shapes_reader,
+)
 from m2f.data_pipeline.readers.files import read_bytes, require_file, require_folder, shown_size
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sources import YoloSegSource
@@ -29,18 +34,18 @@ def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader
     names = sorted(p.relative_to(images).as_posix() for p in images.rglob("*") if is_image_name(p.name))
     names = [name for name in names if not is_hidden_copy(name)]
     unusable: list[UnusableAnnotation] = []
-    drawn = []
+    annotated = []
     for name in names:
         height, width = shown_size(images / name)
         file = labels / Path(name).with_suffix(".txt")
         parts = _read_lines(file, height, width, categories, unusable) if file.is_file() else ()
-        drawn.append(DrawnImage(name, height, width, tuple(parts)))
+        annotated.append(AnnotatedImage(name, height, width, tuple(parts)))
     stems = {str(Path(name).with_suffix("")) for name in names}
     for file in sorted(labels.rglob("*.txt")):
         stem = str(file.relative_to(labels).with_suffix(""))
         if stem not in stems and file.name != "classes.txt" and not is_hidden_copy(file.name):
             unusable.append(UnusableAnnotation(str(file), f"its image {stem}.* is not in {images}"))
-    return drawn_reader(images, categories, drawn, max_pixels, unusable)
+    return shapes_reader(images, categories, annotated, max_pixels, unusable)
 
 
 def read_yolo_classes(path: str) -> CategoryTable:
@@ -54,7 +59,7 @@ def read_yolo_classes(path: str) -> CategoryTable:
     require_file(path)
     if path.endswith(".txt"):
         lines = read_bytes(Path(path)).decode("utf-8-sig", errors="replace").splitlines()
-        return named_categories([line.strip() for line in lines if line.strip()])
+        return categories_from_names([line.strip() for line in lines if line.strip()])
     try:
         document = parse_yaml(Path(path).read_bytes())
     except DocumentError as error:
@@ -64,7 +69,7 @@ def read_yolo_classes(path: str) -> CategoryTable:
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DataError(f"{path} has no `names`: a list of classes, or a mapping with the keys 0, 1, 2, ...")
-    return named_categories([str(name) for name in names])
+    return categories_from_names([str(name) for name in names])
 
 
 def _read_lines(

@@ -363,7 +363,7 @@ def test_every_chunk_is_read_once_within_the_look_ahead(boxes):
     assert len(list(fetcher)) == 12
     fetcher.close()
     assert len(storage.ranges) == len(chunks.shard)
-    assert not fetcher._kept
+    assert not fetcher._held
 
 
 def test_reads_cover_only_the_span_of_needed_samples(boxes):
@@ -381,12 +381,12 @@ def test_small_memory_limit_rereads_samples_with_the_same_bytes(boxes):
     order = build_order([boxes], 3, data)
     groups = [(order.at(p), None) for p in range(96)]
     storage = FlakyStorage(faults=0)
-    chunks, small = fetcher_for(boxes, groups, storage, groups_ahead=3, horizon=96, kept_bytes=30_000)
+    chunks, small = fetcher_for(boxes, groups, storage, groups_ahead=3, horizon=96, max_bytes=30_000)
     for (ref, _), (sample, filler) in zip(groups, small, strict=True):
         assert filler is None
         assert sample.ref == ref
         assert sample.members == boxes.read_members(ref.index, storage)
-        assert small._kept_bytes <= 30_000
+        assert small._held_bytes <= 30_000
     small.close()
     assert len(storage.ranges) > len(chunks.shard)
 

@@ -49,7 +49,7 @@ def test_class_filters_equal_a_loop_over_the_images(manifest):
         bool(classes(manifest, i) & {"class 2", "class 4"}) and "class 1" not in classes(manifest, i)
         for i in range(600)
     ]
-    assert rates.kept.tolist() == slow
+    assert rates.selected.tolist() == slow
     assert 0 < sum(slow) < 300
 
 
@@ -78,22 +78,22 @@ def test_invalid_settings_are_refused(setting, words):
 
 
 def test_subsets_are_nested_and_do_not_depend_on_the_shards(manifest):
-    parts = [set(manifest.key[chosen(manifest, fraction=f).kept]) for f in (0.1, 0.25, 0.5)]
-    everything = chosen(manifest).kept
+    parts = [set(manifest.key[chosen(manifest, fraction=f).selected]) for f in (0.1, 0.25, 0.5)]
+    everything = chosen(manifest).selected
     assert [len(part) for part in parts] == [round(f * everything.sum()) for f in (0.1, 0.25, 0.5)]
     assert parts[0] < parts[1] < parts[2]
     rows = pq.read_table(io.BytesIO(manifest.columns.data))
     other = replace(manifest, columns=Columns(write_table(rows.take(np.arange(600)[::-1]))))
-    assert set(other.key[chosen(other, fraction=0.1).kept]) == parts[0]
-    assert set(manifest.key[chosen(manifest, limit=7).kept]) < parts[0]
-    assert chosen(manifest, fraction=0.25, limit=7).kept.sum() == 7
+    assert set(other.key[chosen(other, fraction=0.1).selected]) == parts[0]
+    assert set(manifest.key[chosen(manifest, limit=7).selected]) < parts[0]
+    assert chosen(manifest, fraction=0.25, limit=7).selected.sum() == 7
 
 
 def test_repeat_factors_are_those_of_the_paper(manifest):
-    kept = chosen(manifest, exclude=("class 2",)).kept
-    rows = np.flatnonzero(kept)
+    selected = chosen(manifest, exclude=("class 2",)).selected
+    rows = np.flatnonzero(selected)
     images = Counter(name for i in rows for name in classes(manifest, i))
-    factors = repeat_factors(manifest, kept, 0.05)
+    factors = repeat_factors(manifest, selected, 0.05)
     for i in rows:
         slow = max(max(1.0, math.sqrt(0.05 / (images[name] / len(rows)))) for name in classes(manifest, i))
         assert factors[i] == pytest.approx(slow, rel=1e-12)

@@ -10,13 +10,13 @@ import pytest
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.readers.coco_json import READ_SIZES
+from m2f.data_pipeline.readers.coco_json import SIZES_FROM_FILES
 from m2f.data_pipeline.readers.masks import (
+    AREA_MISMATCH,
     NO_PIXELS,
-    NUMBERED_IDS,
-    OTHER_AREA,
     OUTSIDE,
-    OVERHANGING,
+    PARTLY_OUTSIDE,
+    RENUMBERED_IDS,
     SHORT_RINGS,
     read_rle,
     share_outside,
@@ -72,9 +72,9 @@ def test_annotations_with_unusable_ids_are_renumbered(coco, own_id):
     coco.instances[1]["id"] = own_id
     sample = _read(coco)
     assert [s.source_id for s in sample.annotation.segments] == [1, 4, 3]
-    assert sample.repairs == (NUMBERED_IDS,)
+    assert sample.repairs == (RENUMBERED_IDS,)
     del coco.instances[1]["id"]
-    assert _read(coco).repairs == (NUMBERED_IDS,)
+    assert _read(coco).repairs == (RENUMBERED_IDS,)
 
 
 @pytest.mark.parametrize("names", [("height",), ("width",), ("height", "width")])
@@ -85,7 +85,7 @@ def test_sizes_missing_in_the_json_are_read_from_the_files(coco, names, kind):
     coco.write()
     sample = open_reader(getattr(coco, f"{kind}_source")).read(0)
     assert (sample.height, sample.width) == (H, W)
-    assert sample.repairs == (READ_SIZES,)
+    assert sample.repairs == (SIZES_FROM_FILES,)
 
 
 def test_missing_file_without_a_size_raises_error_when_it_is_read(coco):
@@ -123,7 +123,7 @@ def test_shard_parts_count_left_out_and_repaired_annotations(coco):
     part = write_shard(reader, plan, 0, storage)
     (problem,) = part.problems
     assert problem.is_in_shard
-    assert dict(part.repairs) == {NUMBERED_IDS: 1, READ_SIZES: 1}
+    assert dict(part.repairs) == {RENUMBERED_IDS: 1, SIZES_FROM_FILES: 1}
     commit_manifest(plan, [part], storage, skip_bad=True)
     assert complete_parts(plan, storage) == (part,), "the receipt keeps both"
     assert Manifest.load(plan.target, storage).num_samples == 2
@@ -134,9 +134,9 @@ def test_masks_without_pixels_and_wrong_areas_are_counted(coco):
     coco.instances[0]["segmentation"] = [[x / 1000 for x in POLYGON]]
     coco.instances[1]["area"] = 60 * 4
     coco.instances[2]["area"] = 41
-    assert _read(coco).repairs == (NO_PIXELS, OTHER_AREA)
+    assert _read(coco).repairs == (NO_PIXELS, AREA_MISMATCH)
     coco.instances[0]["segmentation"] = [[x + 100 for x in POLYGON]]
-    assert _read(coco).repairs == (OUTSIDE, OTHER_AREA)
+    assert _read(coco).repairs == (OUTSIDE, AREA_MISMATCH)
 
 
 BOX = [0.0, 0.0, 20.0, 0.0, 20.0, 10.0, 0.0, 10.0]
@@ -159,7 +159,7 @@ def test_share_outside_is_exact_for_a_concave_polygon():
     assert share_outside([ring], H, W) == pytest.approx(1 - 100 / 300)
 
 
-@pytest.mark.parametrize(("x", "expected"), [(-3, ()), (-10, (OVERHANGING,)), (-20, (OUTSIDE,))])
+@pytest.mark.parametrize(("x", "expected"), [(-3, ()), (-10, (PARTLY_OUTSIDE,)), (-20, (OUTSIDE,))])
 @pytest.mark.parametrize("kind", ["instances", "both"])
 def test_objects_that_extend_beyond_the_frame_are_counted(coco, x, expected, kind):
     ring = [value + (0 if i % 2 else x) for i, value in enumerate(BOX)]
@@ -171,7 +171,9 @@ def test_objects_that_extend_beyond_the_frame_are_counted(coco, x, expected, kin
     assert open_reader(source).read(0).repairs == expected
 
 
-@pytest.mark.parametrize(("area", "expected"), [(541, ()), (None, ()), (1200, (OTHER_AREA,)), (100, (OTHER_AREA,))])
+@pytest.mark.parametrize(
+    ("area", "expected"), [(541, ()), (None, ()), (1200, (AREA_MISMATCH,)), (100, (AREA_MISMATCH,))]
+)
 def test_wrong_areas_of_panoptic_segments_are_counted(coco, area, expected):
     coco.panoptic[0]["segments_info"][0]["area"] = area
     assert coco.read_panoptic().repairs == expected
