@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import m2f
 from m2f.cluster.evaluation.choice import HEADLINE
-from m2f.cluster.evaluation.queue import Entry, place_of
+from m2f.cluster.evaluation.queue import Entry, evaluation_folder
 from m2f.cluster.ray_cluster import connect
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe
@@ -54,7 +54,7 @@ def describe(summary: RunSummary) -> str:
     lines = [f"run {summary.status}: {summary.run_folder}", "", metrics_table(summary.evaluations)]
     published = [entry for entry in summary.evaluations if entry.status == "published"]
     if published:
-        last = join(summary.run_folder, place_of(published[-1].step))
+        last = join(summary.run_folder, evaluation_folder(published[-1].step))
         lines += ["", f"report:    {last}/val/report.html  (tables, charts and pictures)"]
         lines += [f"pictures:  {last}/val/panels.jpg  (image, truth, prediction)"]
     lines += [f"curves:    {ui_command(summary.tracked.uri)}"]

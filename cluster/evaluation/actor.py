@@ -42,7 +42,7 @@ class EvaluationTask:
     evaluated: EvaluationSet
     model_classes: tuple[Category, ...] | None = None
     """Classes of the model by label. None if they are unknown; the classes of the data set are then used."""
-    drawn: tuple[int, ...] = ()
+    panel_rows: tuple[int, ...] = ()
     """Rows of the manifest for which panels are drawn, one row per call. If empty, the set is evaluated."""
     dump: str | None = None
     """Folder or URL in which every call stores its predictions; None stores none."""
@@ -110,12 +110,12 @@ class EvaluationActor:
             )
         settings = self._config.evaluation.for_set(task.evaluated)
         manifest = self._manifest(task.evaluated.dataset)
-        if task.drawn:
-            drawn = np.array(task.drawn[call : call + 1])
-            groups = [(task.drawn[call],)]
+        if task.panel_rows:
+            panel_rows = np.array(task.panel_rows[call : call + 1])
+            groups = [(task.panel_rows[call],)]
         else:
             groups = call_groups(manifest, task.evaluated, settings)[call]
-            drawn = evaluated_rows(manifest, task.evaluated)[: settings.panels]
+            panel_rows = evaluated_rows(manifest, task.evaluated)[: settings.panels]
         classes = classes_of(task, manifest, self._config)
         dump = None if task.dump is None else ResultDump(classes.categories)
         evaluator = Evaluator(
@@ -125,7 +125,7 @@ class EvaluationActor:
             model_task=self._config.data.task,
             postprocess=self._config.model.postprocess,
             test_time=settings.test_time,
-            panel_ids=manifest.image_id[drawn].tolist(),
+            panel_ids=manifest.image_id[panel_rows].tolist(),
             dump=dump,
         )
         states = EvaluationStates.empty(classes.categories, settings.tasks, settings.extra_metrics)
@@ -149,15 +149,15 @@ class EvaluationActor:
         return self._manifests[dataset]
 
     def _model(self, task: EvaluationTask, classes: EvaluatedClasses) -> Segmenter:
-        wanted = task.weights, len(classes.model_classes)
-        if self._loaded is None or self._loaded[0] != wanted:
+        key = task.weights, len(classes.model_classes)
+        if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # frees the memory of the previous model first
             config = replace(self._config.model, num_classes=len(classes.model_classes))
             model = model_with_weights(config, task.weights, self._storage, device=self._device)
             set_precision(model, self._config.evaluation.precision)
             if self._config.evaluation.cuda_graphs:
                 replay_forward(model)
-            self._loaded = wanted, model
+            self._loaded = key, model
         return self._loaded[1]
 
 

@@ -41,7 +41,7 @@ class EvaluationClient:
         self._next_start = 0.0
         self.lost: str | None = None
         """Why the service was given up; None while it exists. A continued run processes the stored queue."""
-        _end_earlier(self._name)
+        _kill_existing(self._name)
         self._service = self._start()
 
     def training_ended(self) -> None:
@@ -92,7 +92,7 @@ class EvaluationClient:
             self.lost = str(error).strip().splitlines()[-1]
             return
         self._next_start = time.monotonic() + 2.0**self._deaths
-        _end_earlier(self._name)
+        _kill_existing(self._name)
         self._service = self._start()
 
 
@@ -108,7 +108,7 @@ def make_pool(config: RunConfig) -> EvaluationPool:
     return EvaluationPool(lambda: actor.remote(config), settings.actors, settings.hang_s)
 
 
-def _end_earlier(name: str) -> None:
+def _kill_existing(name: str) -> None:
     """Kill the actor of this name, if any, and wait until the name is free."""
     while True:
         try:

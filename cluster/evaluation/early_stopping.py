@@ -28,21 +28,21 @@ def early_stop(config: EarlyStoppingConfig, entries: Sequence[Entry]) -> EarlySt
     therefore does not depend on the order in which results arrive, or on restarts. Checkpoints without the metric are
     skipped.
     """
-    best, best_step, since = -math.inf, 0, 0
+    best, best_step, num_worse = -math.inf, 0, 0
     for entry in itertools.takewhile(lambda entry: entry.settled, entries):
         value = entry.metrics.get(config.metric, math.nan) if entry.status == "published" else math.nan
         if not math.isfinite(value):
             continue
         if value > best + config.min_delta:
-            best, best_step, since = value, entry.step, 0
+            best, best_step, num_worse = value, entry.step, 0
             continue
-        since += 1
-        if since >= config.patience:
-            above = f" by more than {config.min_delta:g}" if config.min_delta else ""
+        num_worse += 1
+        if num_worse >= config.patience:
+            delta_text = f" by more than {config.min_delta:g}" if config.min_delta else ""
             return EarlyStop(
                 entry.step,
-                f"{config.metric} has not risen above {best:.2f} (step {best_step}){above} in {since} evaluations "
-                f"(training.early_stopping.patience {config.patience})",
+                f"{config.metric} has not risen above {best:.2f} (step {best_step}){delta_text} in {num_worse} "
+                f"evaluations (training.early_stopping.patience {config.patience})",
             )
     return None
 

@@ -63,8 +63,8 @@ SPILL_BYTES = 2**27
 class Pool(Protocol):
     """Interface of the pools that compute an evaluation, see EvaluationPool and LocalPool."""
 
-    def run(self, task: EvaluationTask, batches: Iterable[int], take: Callable[[int, bytes], None]) -> None:
-        """Evaluate all calls and pass every result to `take(call, states)` once.
+    def run(self, task: EvaluationTask, batches: Iterable[int], on_result: Callable[[int, bytes], None]) -> None:
+        """Evaluate all calls and pass every result to `on_result(call, states)` once.
 
         Raises EvaluationError if a call fails.
         """
@@ -136,15 +136,15 @@ def evaluate_sets(
     )
 
 
-def name_of_results(storage: Storage, place: str, results: EvaluationResults) -> str:
+def results_name(storage: Storage, folder: str, results: EvaluationResults) -> str:
     """Return the name under which results are stored: the label of the set, or `LABEL.DIGEST`.
 
-    The digest is appended if `place` already contains results for this label with different settings or weights.
+    The digest is appended if `folder` already contains results for this label with different settings or weights.
     `m2f eval` with different settings therefore does not overwrite published files and points. Results of version 0.1
     record no settings; they count as the same if their metrics are equal. Damaged results count as different.
     """
     label, settings = results.subject.label, results.subject.settings
-    url = join(place, label, "results.json")
+    url = join(folder, label, "results.json")
     if settings is None or not storage.exists(url):
         return label
     try:
@@ -200,17 +200,17 @@ def _evaluate(
     )
     qualities: dict[int, float] = {}
     done: list[int] = []
-    with ScratchFolder("states") as spilled:
+    with ScratchFolder("states") as spill_folder:
 
-        def take(call: int, payload: bytes) -> None:
+        def on_result(call: int, payload: bytes) -> None:
             part = EvaluationStates.from_bytes(payload)
             qualities.update(image_qualities(part))
             states.merge(part)
-            states.spill(spilled, SPILL_BYTES)
+            states.spill(spill_folder, SPILL_BYTES)
             done.append(call)
             on_progress(evaluated, len(done), calls)
 
-        pool.run(task, range(calls), take)
+        pool.run(task, range(calls), on_result)
         check_complete(states, manifest.image_id[rows].tolist())
         results = states.compute(classes.categories, subject)
         names = dict(zip(manifest.image_id[rows].tolist(), manifest.key[rows].tolist(), strict=True))
@@ -249,9 +249,9 @@ def _draw_worst(
     if not worst:
         return {}
     row_of = {image_id: row for row, image_id in enumerate(manifest.image_id.tolist())}
-    drawing = replace(task, drawn=tuple(row_of[image_id] for image_id in worst), dump=None)
+    panel_task = replace(task, panel_rows=tuple(row_of[image_id] for image_id in worst), dump=None)
     panels: dict[int, bytes] = {}
     pool.run(
-        drawing, range(len(worst)), lambda call, payload: panels.update(EvaluationStates.from_bytes(payload).panels)
+        panel_task, range(len(worst)), lambda call, payload: panels.update(EvaluationStates.from_bytes(payload).panels)
     )
     return {image_id: panels[image_id] for image_id in worst}

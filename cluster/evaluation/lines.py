@@ -24,6 +24,6 @@ def headline(metrics: Mapping[str, float]) -> str:
     return "; ".join(f"{name} {', '.join(numbers)}" for name, numbers in shown.items() if numbers)
 
 
-def started(progress: EvaluationProgress) -> str:
+def describe_start(progress: EvaluationProgress) -> str:
     """Return a line about an evaluation that starts."""
     return f"step {progress.step}: evaluating on {progress.dataset}, {counted(progress.total, 'batch', 'batches')}"

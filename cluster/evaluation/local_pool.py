@@ -15,10 +15,10 @@ class LocalPool:
     def __init__(self, config: RunConfig, gpu: int = 0) -> None:
         self._actor = EvaluationActor(config, gpu)
 
-    def run(self, task: EvaluationTask, batches: Iterable[int], take: Callable[[int, bytes], None]) -> None:
-        """Evaluate all batches and pass every result to `take(batch, states)`."""
+    def run(self, task: EvaluationTask, batches: Iterable[int], on_result: Callable[[int, bytes], None]) -> None:
+        """Evaluate all batches and pass every result to `on_result(batch, states)`."""
         for batch in batches:
-            take(batch, self._actor.evaluate(task, batch))
+            on_result(batch, self._actor.evaluate(task, batch))
 
     def ask(self, method: str) -> list[Any]:
         """Call a method without arguments on the actor and return its answer in a list."""

@@ -50,13 +50,13 @@ class EvaluationManager:
 
     Args:
         queue: stored queue of the run's evaluations.
-        find: lists the commits of the run. It is called about every `look_s` seconds while no evaluation runs.
+        find: lists the commits of the run. It is called about every `poll_interval_s` seconds while no evaluation runs.
         policy: which waiting entry is evaluated next, see `choose`.
         evaluate: `evaluate(entry, report)` computes and publishes one entry and returns its headline metrics. After an
             OutageError the entry is evaluated again; any other error except LeaseLostError fails only this entry.
             Publishing must be idempotent, because a process may die after publication and before the queue is updated.
         release: called at least once for every settled entry.
-        look_s: pause between two calls of `find`, in seconds.
+        poll_interval_s: pause between two calls of `find`, in seconds.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class EvaluationManager:
         policy: Literal["every", "latest"],
         evaluate: Callable[[Entry, Report], Mapping[str, float]],
         release: Callable[[Entry], None] = lambda entry: None,
-        look_s: float = 1.0,
+        poll_interval_s: float = 1.0,
     ) -> None:
         self._queue = queue
         self._find = find
-        self._look_s = look_s
+        self._poll_interval_s = poll_interval_s
         self._policy: Literal["every", "latest"] = policy
         self._evaluate = evaluate
         self._release = release
@@ -99,7 +99,7 @@ class EvaluationManager:
                 entry, dropped = self._queue.take(self._policy)
                 self._release_all(dropped)
                 if entry is None:
-                    self._closing.wait(self._look_s)
+                    self._closing.wait(self._poll_interval_s)
                     continue
                 self._settle(entry)
                 self._release(entry)
@@ -107,13 +107,13 @@ class EvaluationManager:
                 LOGGER.warning("evaluations stopped: %s", error)
                 return
             except StorageError as error:  # of the queue or a pin; evaluating again gives the same results
-                self._queue.put_back()
+                self._queue.requeue_running()
                 LOGGER.warning("evaluations are waiting for the storage: %s", error)
                 self._closing.wait(RETRY_S)
 
     def _settle(self, entry: Entry) -> None:
         try:
-            metrics = self._evaluate(entry, self._note)
+            metrics = self._evaluate(entry, self._set_progress)
         except (LeaseLostError, OutageError):
             raise
         except Exception as error:
@@ -128,5 +128,5 @@ class EvaluationManager:
         for entry in entries:
             self._release(entry)
 
-    def _note(self, progress: EvaluationProgress) -> None:
+    def _set_progress(self, progress: EvaluationProgress) -> None:
         self._current = progress

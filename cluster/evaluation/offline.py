@@ -19,7 +19,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationSet
 from m2f.model.errors import ConfigError
 
-FEW_IMAGES = 500
+MAX_LOCAL_IMAGES = 500
 """Up to this number of images, evaluation in this process is at least as fast as starting a Ray actor for it."""
 
 
@@ -40,7 +40,7 @@ def evaluate_checkpoint(
     """
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets is empty: add at least one set, for example [{dataset: val}]")
-    if _is_little(config) or find_spec("ray") is None:
+    if _is_small(config) or find_spec("ray") is None:
         config = announced(evaluation_devices(config, SeenDevices(gpus_of_machine())))
         return _evaluate(config, LocalPool(config), checkpoint, step, dump)
     return _evaluate_on_ray(config, checkpoint, step, dump)
@@ -60,13 +60,13 @@ def _evaluate_on_ray(
         return _evaluate(config, make_pool(config), checkpoint, step, dump)
 
 
-def _is_little(config: RunConfig) -> bool:
-    """Return whether to evaluate in this process: at most FEW_IMAGES images, one actor and no named Ray cluster."""
+def _is_small(config: RunConfig) -> bool:
+    """Return whether to evaluate in this process: few images (MAX_LOCAL_IMAGES), one actor and no named Ray cluster."""
     if uses_ray(config.cluster.address) or config.evaluation.actors > 1:
         return False
     storage = Storage(config.storage)
     manifests = [(Manifest.load(config.datasets[s.dataset].shards, storage), s) for s in config.evaluation.sets]
-    return sum(len(evaluated_rows(manifest, evaluated)) for manifest, evaluated in manifests) <= FEW_IMAGES
+    return sum(len(evaluated_rows(manifest, evaluated)) for manifest, evaluated in manifests) <= MAX_LOCAL_IMAGES
 
 
 def _evaluate(

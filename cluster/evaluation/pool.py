@@ -22,13 +22,13 @@ from m2f.data_pipeline.errors import OutageError
 from m2f.eval.errors import EvaluationError
 
 LOGGER = logging.getLogger(__name__)
-IN_FLIGHT_PER_ACTOR = 2
+MAX_CALLS_PER_ACTOR = 2
 MAX_ATTEMPTS = 3
 POLL_S = 1.0
 PING_PAUSE_S = 0.5
 QUIET_WARNING_S = 120.0
-ASK_S = 30.0
-Take = Callable[[int, bytes], None]
+ASK_TIMEOUT_S = 30.0
+OnResult = Callable[[int, bytes], None]
 
 
 class BatchLedger:
@@ -46,21 +46,21 @@ class BatchLedger:
         """Return whether every batch has a result."""
         return len(self.done) == self._total
 
-    def suspect(self, batch: int) -> bool:
+    def is_suspect(self, batch: int) -> bool:
         """Return whether the batch failed before and must therefore run alone."""
         return batch in self._failures
 
     def take(self, idle: bool) -> int | None:
         """Return the next batch for an actor, or None if no batch waits or the next one needs an idle actor."""
-        if not self._waiting or (self.suspect(self._waiting[0]) and not idle):
+        if not self._waiting or (self.is_suspect(self._waiting[0]) and not idle):
             return None
         return self._waiting.popleft()
 
     def finish(self, batch: int) -> bool:
         """Mark a batch as done. Return False for a late duplicate; the caller must not use its result."""
-        known = batch in self.done
+        was_done = batch in self.done
         self.done.add(batch)
-        return not known
+        return not was_done
 
     def fail(self, batch: int, reason: str) -> None:
         """Append the batch to the queue again. Raises EvaluationError after `max_attempts` failures of the batch."""
@@ -83,7 +83,7 @@ class _Slot:
     """Batches in flight."""
     since: float = 0.0
     """Monotonic time in seconds at which the current call became the actor's next call."""
-    benched: bool = True
+    needs_ping: bool = True
     """Whether the actor gets no batches until it answers a ping. Every actor starts in this state."""
     pinging: bool = False
     """Whether a ping is in flight."""
@@ -96,7 +96,7 @@ class _Slot:
 
 
 @dataclass(frozen=True)
-class _Flight:
+class _Call:
     """A call in flight; `batch` is None for a ping."""
 
     slot: _Slot
@@ -115,8 +115,8 @@ class EvaluationPool:
         self._hang_s = hang_s
         self._slots = [_Slot(spawn()) for _ in range(size)]
 
-    def run(self, task: Any, batches: Iterable[int], take: Take) -> None:
-        """Evaluate all batches and pass every result to `take(batch, result)` once, as soon as it arrives.
+    def run(self, task: Any, batches: Iterable[int], on_result: OnResult) -> None:
+        """Evaluate all batches and pass every result to `on_result(batch, result)` once, as soon as it arrives.
 
         Raises:
             EvaluationError: a batch failed or hung MAX_ATTEMPTS times, or an actor could not be created.
@@ -125,16 +125,16 @@ class EvaluationPool:
         ledger = BatchLedger(batches)
         for slot in self._slots:
             slot.deaths = 0
-        flights: dict[Any, _Flight] = {}
+        calls: dict[Any, _Call] = {}
         task_ref = ray.put(task)
         last_result = time.monotonic()
         try:
             while not ledger.complete:
-                self._launch(ledger, flights, task_ref)
+                self._submit(ledger, calls, task_ref)
                 before = len(ledger.done)
-                for ref in _next_ready(flights):
-                    self._land(ref, flights.pop(ref), ledger, take)
-                self._replace_hanging(ledger, flights)
+                for ref in _next_ready(calls):
+                    self._receive(ref, calls.pop(ref), ledger, on_result)
+                self._replace_hanging(ledger, calls)
                 if len(ledger.done) > before:
                     last_result = time.monotonic()
                 elif time.monotonic() - last_result > QUIET_WARNING_S:
@@ -143,15 +143,15 @@ class EvaluationPool:
                         "no evaluation result for %.0f s; check whether the actors have resources", QUIET_WARNING_S
                     )
         finally:
-            self._abandon(flights)
+            self._cancel(calls)
 
     def ask(self, method: str) -> list[Any]:
-        """Call a method without arguments on the actors and return the answers that arrive within ASK_S.
+        """Call a method without arguments on the actors and return the answers that arrive within ASK_TIMEOUT_S.
 
         Actors that have not answered a ping yet are not called.
         """
         refs = [getattr(slot.actor, method).remote() for slot in self._slots if slot.answered]
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=ASK_S) if refs else ([], [])
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=ASK_TIMEOUT_S) if refs else ([], [])
         answers = []
         for ref in ready:
             with suppress(RayError):
@@ -164,34 +164,34 @@ class EvaluationPool:
             ray.kill(slot.actor)
         self._slots = []
 
-    def _launch(self, ledger: BatchLedger, flights: dict[Any, _Flight], task: Any) -> None:
+    def _submit(self, ledger: BatchLedger, calls: dict[Any, _Call], task: Any) -> None:
         now = time.monotonic()
         for slot in self._slots:
-            if slot.benched:
+            if slot.needs_ping:
                 if not slot.pinging and now >= slot.ping_after:
                     slot.pinging, slot.since = True, now
-                    flights[slot.actor.ping.remote()] = _Flight(slot, None)
+                    calls[slot.actor.ping.remote()] = _Call(slot, None)
                 continue
-            while len(slot.batches) < IN_FLIGHT_PER_ACTOR and not any(map(ledger.suspect, slot.batches)):
+            while len(slot.batches) < MAX_CALLS_PER_ACTOR and not any(map(ledger.is_suspect, slot.batches)):
                 batch = ledger.take(idle=not slot.batches)
                 if batch is None:
                     break
                 if not slot.batches:
                     slot.since = now
                 slot.batches.add(batch)
-                flights[slot.actor.evaluate.remote(task, batch)] = _Flight(slot, batch)
+                calls[slot.actor.evaluate.remote(task, batch)] = _Call(slot, batch)
 
-    def _land(self, ref: Any, flight: _Flight, ledger: BatchLedger, take: Take) -> None:
-        slot, batch = flight.slot, flight.batch
+    def _receive(self, ref: Any, call: _Call, ledger: BatchLedger, on_result: OnResult) -> None:
+        slot, batch = call.slot, call.batch
         if batch is None:
-            self._land_ping(ref, slot)
+            self._receive_ping(ref, slot)
             return
         slot.batches.discard(batch)
         slot.since = time.monotonic()
         try:
             result = ray.get(ref)
         except RayActorError as error:
-            slot.benched = True
+            slot.needs_ping = True
             ledger.fail(batch, f"its actor died ({type(error).__name__})")
         except RayTaskError as error:
             if isinstance(error.cause, OutageError):  # the failure was not caused by a batch
@@ -199,9 +199,9 @@ class EvaluationPool:
             ledger.fail(batch, f"{type(error.cause).__name__}: {error.cause}")
         else:
             if ledger.finish(batch):
-                take(batch, result)
+                on_result(batch, result)
 
-    def _land_ping(self, ref: Any, slot: _Slot) -> None:
+    def _receive_ping(self, ref: Any, slot: _Slot) -> None:
         slot.pinging = False
         slot.ping_after = time.monotonic() + PING_PAUSE_S
         try:
@@ -214,46 +214,46 @@ class EvaluationPool:
         except RayActorError:
             return
         else:
-            slot.benched, slot.answered, slot.deaths = False, True, 0
+            slot.needs_ping, slot.answered, slot.deaths = False, True, 0
 
-    def _replace_hanging(self, ledger: BatchLedger, flights: dict[Any, _Flight]) -> None:
+    def _replace_hanging(self, ledger: BatchLedger, calls: dict[Any, _Call]) -> None:
         """Kill and replace actors whose answer is overdue.
 
         All of their batches count as failed, since any of them may be the cause.
         """
         now = time.monotonic()
         for slot in self._slots:
-            owes = bool(slot.batches) or (slot.pinging and slot.answered)
-            if not owes or now - slot.since <= self._hang_s:
+            has_pending_call = bool(slot.batches) or (slot.pinging and slot.answered)
+            if not has_pending_call or now - slot.since <= self._hang_s:
                 continue
             LOGGER.warning("replacing an evaluation actor that did not respond for %.0f s", self._hang_s)
             ray.kill(slot.actor)
             overdue, slot.batches = slot.batches, set()
             slot.actor, slot.answered = self._spawn(), False
-            slot.benched, slot.pinging = True, False
-            for ref in [ref for ref, flight in flights.items() if flight.slot is slot]:
-                del flights[ref]
+            slot.needs_ping, slot.pinging = True, False
+            for ref in [ref for ref, call in calls.items() if call.slot is slot]:
+                del calls[ref]
             for batch in sorted(overdue):
                 ledger.fail(batch, f"its actor did not respond for {self._hang_s:g} s (evaluation.hang_s)")
 
-    def _abandon(self, flights: dict[Any, _Flight]) -> None:
+    def _cancel(self, calls: dict[Any, _Call]) -> None:
         """Cancel the calls in flight, which are late duplicates or belong to a failed evaluation.
 
         Their actors must answer a ping before they get the next batch.
         """
-        for ref, flight in flights.items():
+        for ref, call in calls.items():
             ray.cancel(ref, recursive=False)
-            flight.slot.batches.clear()
-            flight.slot.benched, flight.slot.pinging = True, False
+            call.slot.batches.clear()
+            call.slot.needs_ping, call.slot.pinging = True, False
 
 
-def _next_ready(flights: dict[Any, _Flight]) -> list[Any]:
+def _next_ready(calls: dict[Any, _Call]) -> list[Any]:
     """Wait up to POLL_S for a call to end and return the finished calls.
 
     If no calls are in flight, because every actor waits for its next ping, sleep for PING_PAUSE_S.
     """
-    if not flights:
+    if not calls:
         time.sleep(PING_PAUSE_S)
         return []
-    ready, _ = ray.wait(list(flights), timeout=POLL_S)
+    ready, _ = ray.wait(list(calls), timeout=POLL_S)
     return ready

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from m2f.cluster.evaluation.evaluate import SetEvaluation
-from m2f.cluster.evaluation.queue import Entry, place_of
+from m2f.cluster.evaluation.queue import Entry, evaluation_folder
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.tracking.logged_models import EvaluatedCheckpoint, KeptCheckpoints, SetFigures
+from m2f.cluster.tracking.logged_models import EvaluatedCheckpoint, KeptCheckpoints, SetMetrics
 from m2f.cluster.tracking.provenance import DataInput, data_input
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -31,10 +31,10 @@ def evaluated_checkpoint(
     )
 
 
-def figures_of(config: RunConfig, storage: Storage, evaluation: SetEvaluation, label: str) -> SetFigures:
+def make_set_metrics(config: RunConfig, storage: Storage, evaluation: SetEvaluation, label: str) -> SetMetrics:
     """Return the metrics of an evaluation, named with `label`."""
     results = evaluation.results
-    return SetFigures(
+    return SetMetrics(
         label=label,
         data=_data(config, storage, results.subject.dataset, results.subject.fingerprint, results.num_images),
         metrics=results.headline(label),
@@ -42,11 +42,11 @@ def figures_of(config: RunConfig, storage: Storage, evaluation: SetEvaluation, l
     )
 
 
-def stored_figures(config: RunConfig, storage: Storage, entry: Entry) -> tuple[SetFigures, ...]:
+def read_set_metrics(config: RunConfig, storage: Storage, entry: Entry) -> tuple[SetMetrics, ...]:
     """Return the metrics of a published step, read from its files. Sets without intact results are omitted."""
     found = []
     for evaluated in config.evaluation.sets:
-        url = join(config.run_folder, place_of(entry.step), evaluated.label, "results.json")
+        url = join(config.run_folder, evaluation_folder(entry.step), evaluated.label, "results.json")
         try:
             content: Any = parse_json(storage.get(url)) if storage.exists(url) else None
             if content is None:
@@ -57,7 +57,7 @@ def stored_figures(config: RunConfig, storage: Storage, entry: Entry) -> tuple[S
             continue
         prefix = f"{evaluated.label}/"
         metrics = {name: value for name, value in entry.metrics.items() if name.startswith(prefix)}
-        found.append(SetFigures(label=evaluated.label, data=data, metrics=metrics, per_class=per_class))
+        found.append(SetMetrics(label=evaluated.label, data=data, metrics=metrics, per_class=per_class))
     return tuple(found)
 
 

@@ -58,7 +58,7 @@ def queue_url(config: RunConfig) -> str:
     return join(config.run_folder, "evaluations", "queue.json")
 
 
-def place_of(step: int) -> str:
+def evaluation_folder(step: int) -> str:
     """Return the folder of an evaluation's files, relative to the run folder."""
     return f"evaluations/step_{step:08d}"
 
@@ -77,7 +77,7 @@ class EvaluationQueue:
         self._url = url
         self._lock = threading.Lock()
         self._entries = {e.key: e for e in read_entries(storage, url)}
-        self.put_back()
+        self.requeue_running()
 
     def entries(self) -> tuple[Entry, ...]:
         """Return all entries in ascending order of their steps."""
@@ -122,7 +122,7 @@ class EvaluationQueue:
             self._store(taken, *dropped)
             return taken, tuple(dropped)
 
-    def put_back(self) -> None:
+    def requeue_running(self) -> None:
         """Make running entries wait again. Nothing is stored, because a stored `running` is read as waiting."""
         with self._lock:
             for entry in tuple(self._entries.values()):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, place_of, queue_url, read_entries
+from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, evaluation_folder, queue_url, read_entries
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -56,10 +56,10 @@ def rebuilt_entries(config: RunConfig, storage: Storage) -> tuple[Entry, ...]:
     wait only if they are newer than every published one.
     """
     found = read_commits(storage, config.run_folder)
-    times = Counter(_step_of(name) for name in [*(commit.name for commit in found.commits), *found.withdrawn])
-    results = {step: _results_of(config, storage, step) for step in times}
+    commit_counts = Counter(_step_of(name) for name in [*(commit.name for commit in found.commits), *found.withdrawn])
+    results = {step: _results_of(config, storage, step) for step in commit_counts}
     entries = [
-        _entry(commit, storage, results[commit.checkpoint.step], times[commit.checkpoint.step] == 1)
+        _entry(commit, storage, results[commit.checkpoint.step], commit_counts[commit.checkpoint.step] == 1)
         for commit in found.commits
     ]
     if config.evaluation.policy == "latest":
@@ -87,7 +87,7 @@ def _results_of(config: RunConfig, storage: Storage, step: int) -> _Results | No
     """Read the results of a step; None if a set has no intact results, or if the sets name different weights."""
     weights, metrics = set[str | None](), dict[str, float]()
     for evaluated in config.evaluation.sets:
-        url = join(config.run_folder, place_of(step), evaluated.label, "results.json")
+        url = join(config.run_folder, evaluation_folder(step), evaluated.label, "results.json")
         if not storage.exists(url):
             return None
         try:
@@ -103,15 +103,15 @@ def _numbers(metrics: Mapping[str, Any], label: str) -> dict[str, float]:
     return {f"{label}/{name}": float(value) for name, value in metrics.items() if value is not None}
 
 
-def _entry(commit: Commit, storage: Storage, results: _Results | None, is_only: bool) -> Entry:
+def _entry(commit: Commit, storage: Storage, results: _Results | None, is_only_commit: bool) -> Entry:
     step, url = commit.checkpoint.step, commit.checkpoint.url
-    is_there = storage.exists(join(url, MANIFEST))
-    weights = _weights_of(url, storage) if is_there else None
+    has_checkpoint = storage.exists(join(url, MANIFEST))
+    weights = _weights_of(url, storage) if has_checkpoint else None
     if results is not None:
-        knows_both = weights is not None and results.weights is not None
-        if weights == results.weights if knows_both else is_only:
+        are_both_known = weights is not None and results.weights is not None
+        if weights == results.weights if are_both_known else is_only_commit:
             return Entry(step, url, 0, "published", metrics=results.metrics, commit=commit.name)
-    if not is_there:
+    if not has_checkpoint:
         return Entry(step, url, 0, "dropped", DELETED, commit=commit.name)
     return Entry(step, url, 0, commit=commit.name)
 

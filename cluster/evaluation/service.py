@@ -10,10 +10,10 @@ from pathlib import Path
 from m2f.cluster.evaluation.choice import best_step
 from m2f.cluster.evaluation.evaluate import Pool, evaluate_sets, write_files
 from m2f.cluster.evaluation.manager import EvaluationManager, EvaluationProgress, EvaluationStatus, Report
-from m2f.cluster.evaluation.publication import evaluated_checkpoint, figures_of, kept_checkpoints
-from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, EvaluationQueue, place_of, queue_url
+from m2f.cluster.evaluation.publication import evaluated_checkpoint, kept_checkpoints, make_set_metrics
+from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, EvaluationQueue, evaluation_folder, queue_url
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.tracking.logged_models import SetFigures
+from m2f.cluster.tracking.logged_models import SetMetrics
 from m2f.cluster.tracking.tracking import TrackedRun, Tracking
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -46,7 +46,7 @@ class EvaluationService:
             config.evaluation.policy,
             self._evaluate,
             self._release,
-            look_s=look_s(config.run_folder),
+            poll_interval_s=poll_interval_s(config.run_folder),
         )
 
     def status(self) -> EvaluationStatus:
@@ -69,15 +69,15 @@ class EvaluationService:
             raise
         except Exception:
             details = traceback.format_exc().encode()
-            self._storage.put(join(self._config.run_folder, place_of(entry.step), "error.txt"), details)
+            self._storage.put(join(self._config.run_folder, evaluation_folder(entry.step), "error.txt"), details)
             raise
 
     def _evaluate_sets(self, entry: Entry, report: Report) -> Mapping[str, float]:
         if self._pool is None:
             self._pool = self._make_pool(self._config)
         metrics: dict[str, float] = {}
-        figures: list[SetFigures] = []
-        began = time.monotonic()
+        figures: list[SetMetrics] = []
+        started_at = time.monotonic()
         evaluations = evaluate_sets(
             self._config,
             self._pool,
@@ -88,7 +88,7 @@ class EvaluationService:
         self._check_lease()
         for evaluation in evaluations:
             name = evaluation.results.subject.label
-            place = f"{place_of(entry.step)}/{name}"
+            place = f"{evaluation_folder(entry.step)}/{name}"
             folder = write_files(
                 self._storage,
                 join(self._config.run_folder, place),
@@ -97,8 +97,8 @@ class EvaluationService:
             )
             self._tracking.log_artifact(folder, place)
             metrics |= evaluation.results.headline(name)
-            figures.append(figures_of(self._config, self._storage, evaluation, name))
-        self._tracking.log_metrics(entry.step, self._cost(self._pool, time.monotonic() - began))
+            figures.append(make_set_metrics(self._config, self._storage, evaluation, name))
+        self._tracking.log_metrics(entry.step, self._cost(self._pool, time.monotonic() - started_at))
         checkpoint = evaluated_checkpoint(self._config, self._storage, entry.checkpoint, entry.step, entry.commit)
         self._tracking.log_evaluation(checkpoint, figures, replaces=self._queue.replaces(entry))
         self._tracking.note_kept(kept_checkpoints(self._storage, self._config.run_folder))
@@ -110,9 +110,9 @@ class EvaluationService:
         cost = {"train/evaluation/seconds": seconds}
         peaks = pool.ask("peak_memory")
         for name in ("host", "gpu"):
-            most = max((getattr(peak, name) for peak in peaks), default=0)
-            if most:
-                cost[f"train/evaluation/peak_{name}_memory_gb"] = most / 1e9
+            peak_bytes = max((getattr(peak, name) for peak in peaks), default=0)
+            if peak_bytes:
+                cost[f"train/evaluation/peak_{name}_memory_gb"] = peak_bytes / 1e9
         return cost
 
     def _check_lease(self) -> None:
@@ -141,6 +141,6 @@ def release(storage: Storage, entry: Entry, entries: Iterable[Entry], metric: st
         unpin(storage, entry.checkpoint, EVALUATION_PIN)
 
 
-def look_s(run_folder: str) -> float:
+def poll_interval_s(run_folder: str) -> float:
     """Return the seconds between two checks for new commits: 5 for a remote run folder, 1 for a local one."""
     return 5.0 if "://" in run_folder else 1.0

@@ -51,6 +51,6 @@ def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, d
         raise EvaluationError(
             f"{weights} does not contain all weights of the recipe's model with {config.num_classes} classes: {report}"
         )
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    settle_attention(place)
-    return model.eval().to(place)
+    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settle_attention(torch_device)
+    return model.eval().to(torch_device)

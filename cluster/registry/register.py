@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from m2f.cluster.compare.records import RunRecord, read_runs
-from m2f.cluster.evaluation.publication import evaluated_checkpoint, stored_figures
+from m2f.cluster.evaluation.publication import evaluated_checkpoint, read_set_metrics
 from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
 from m2f.cluster.predict.choose_checkpoint import ChosenWeights, choose_checkpoint, open_recipe
 from m2f.cluster.predict.trained_model import open_trained
@@ -245,7 +245,7 @@ class _Registration:
         for entry in read_entries(self._storage, queue_url(self._config)):
             if entry.status == "published" and is_entry_of(entry, checkpoint):
                 tracking = Tracking(self._run, "registration")
-                tracking.log_evaluation(checkpoint, stored_figures(self._config, self._storage, entry))
+                tracking.log_evaluation(checkpoint, read_set_metrics(self._config, self._storage, entry))
                 tracking.close(SEND_S)
 
     def _model(

@@ -78,7 +78,7 @@ class EvaluatedCheckpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetFigures:
+class SetMetrics:
     """Results of an evaluation on one set."""
 
     label: str
@@ -160,7 +160,7 @@ class LoggedModels:
             self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step)])
         return model
 
-    def link_data(self, sets: Sequence[SetFigures]) -> None:
+    def link_data(self, sets: Sequence[SetMetrics]) -> None:
         """Log the evaluated data sets as inputs of the run, except those that are already logged."""
         inputs = self._client.get_run(self._run_id).inputs
         known = {(one.dataset.name, one.dataset.digest) for one in (inputs.dataset_inputs if inputs else ())}
@@ -242,7 +242,7 @@ def dataset_input(data: DataInput) -> DatasetInput:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", data.context)])
 
 
-def write_table(client: MlflowClient, run_id: str, step: int, figures: SetFigures) -> None:
+def write_table(client: MlflowClient, run_id: str, step: int, figures: SetMetrics) -> None:
     """Write the rows of a step to the table of the set's classes, replacing earlier rows of that step.
 
     The format is that of `MlflowClient.log_table`, which cannot replace rows. Several processes may write one table.
@@ -282,14 +282,14 @@ def _table_rows(client: MlflowClient, run_id: str, path: str) -> list[dict[str, 
 
 
 def evaluation_entry(
-    checkpoint: EvaluatedCheckpoint, sets: Sequence[SetFigures], time_ms: int, replaces: bool
+    checkpoint: EvaluatedCheckpoint, sets: Sequence[SetMetrics], time_ms: int, replaces: bool
 ) -> dict[str, Any]:
     """Return the journal entry of an evaluation."""
     figures = [asdict(one) for one in sets]
     return {"evaluation": asdict(checkpoint), "sets": figures, "time_ms": time_ms, "replaces": replaces}
 
 
-def parse_evaluation(entry: Mapping[str, Any]) -> tuple[EvaluatedCheckpoint, tuple[SetFigures, ...]]:
+def parse_evaluation(entry: Mapping[str, Any]) -> tuple[EvaluatedCheckpoint, tuple[SetMetrics, ...]]:
     """Return the evaluation of a journal entry. Raises TypeError or LookupError if another version wrote the entry."""
-    sets = tuple(SetFigures(**one | {"data": DataInput(**one["data"])}) for one in entry["sets"])
+    sets = tuple(SetMetrics(**one | {"data": DataInput(**one["data"])}) for one in entry["sets"])
     return EvaluatedCheckpoint(**entry["evaluation"]), sets

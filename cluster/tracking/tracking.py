@@ -43,7 +43,7 @@ from m2f.cluster.tracking.local_store import (
 from m2f.cluster.tracking.logged_models import (
     EvaluatedCheckpoint,
     KeptCheckpoints,
-    SetFigures,
+    SetMetrics,
     dataset_input,
     evaluation_entry,
 )
@@ -162,7 +162,7 @@ class Tracking:
         return self._append(entry | {"replaces": True} if replaces else entry)
 
     def log_evaluation(
-        self, checkpoint: EvaluatedCheckpoint, sets: Sequence[SetFigures], replaces: bool = False
+        self, checkpoint: EvaluatedCheckpoint, sets: Sequence[SetMetrics], replaces: bool = False
     ) -> None:
         """Log an evaluation: metrics at the checkpoint's step, its logged model, and tables of classes."""
         named = [

@@ -69,7 +69,7 @@ class LiveView:
         self._stage, self._evaluating, self._key_hint = outcome, None, ""
         self._live.stop()
 
-    def interrupted(self) -> None:
+    def show_interrupted(self) -> None:
         """Show that the user has asked the run to stop."""
         self._key_hint = "stopping after a checkpoint, Ctrl-C again stops now"
 
@@ -95,11 +95,11 @@ class LiveView:
                     self._stage = "finishing" if kind == "finished" else "stopping"
                 (print_err if kind in _ALERT_KINDS else print_out)(f"step {step}: {kind}: {message}")
 
-    def evaluating(self, progress: EvaluationProgress | None) -> None:
+    def show_evaluation(self, progress: EvaluationProgress | None) -> None:
         """Show the running evaluation; None removes it."""
         self._evaluating = progress
 
-    def evaluated(self, entry: Entry) -> None:
+    def add_evaluation(self, entry: Entry) -> None:
         """Add the result of a settled evaluation to the panel."""
         self._evaluated.append(entry)
 

@@ -19,7 +19,7 @@ from m2f.cluster.evaluation.evaluate import check_sets
 from m2f.cluster.evaluation.publication import kept_checkpoints
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.evaluation.rebuild import restore_queue
-from m2f.cluster.evaluation.service import look_s
+from m2f.cluster.evaluation.service import poll_interval_s
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.pinned_weights import with_pinned_weights
 from m2f.cluster.start.continuation import check_continuation
@@ -299,7 +299,7 @@ class _Supervisor:
             if self._evaluations.lost is not None:
                 print_err(f"evaluations stopped: the evaluation service cannot start ({self._evaluations.lost})")
                 return
-            self._pause(look_s(self._config.run_folder))
+            self._pause(poll_interval_s(self._config.run_folder))
         self._update(0.0)
 
     def _are_commits_settled(self, evaluations: Evaluations) -> bool:
@@ -350,7 +350,7 @@ class _Supervisor:
         if self._interrupts > 1:
             raise KeyboardInterrupt
         print_err("stopping after a checkpoint; press Ctrl-C again to stop immediately")
-        self._relay.interrupted()
+        self._relay.show_interrupted()
 
 
 class _SilenceWarning:

@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     storage = Storage(config.storage)
     weights = choose_checkpoint(config, storage, args.checkpoint or copied)
     print_out(f"evaluating {weights.url}")
-    from m2f.cluster.evaluation.evaluate import name_of_results, write_files
+    from m2f.cluster.evaluation.evaluate import results_name, write_files
     from m2f.cluster.evaluation.offline import evaluate_checkpoint
-    from m2f.cluster.evaluation.publication import evaluated_checkpoint, figures_of
+    from m2f.cluster.evaluation.publication import evaluated_checkpoint, make_set_metrics
     from m2f.cluster.tracking.store import TrackingError
     from m2f.cluster.tracking.tracking import Tracking, find_run
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         for evaluation in evaluations:
             within = f"evaluations/{weights.name}"
             base = args.output or join(config.run_folder, within)
-            name = name_of_results(storage, base, evaluation.results)
+            name = results_name(storage, base, evaluation.results)
             place, url = f"{within}/{name}", join(base, name)
             folder = write_files(storage, url, evaluation.files(), local=scratch / name)
             print_out(f"\n{evaluation.results.table()}\n\nresults: {url}")
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 print_out(f"predictions: {join(dump, name)}")
             if tracking is not None and weights.step is not None:
                 checkpoint = evaluated_checkpoint(config, storage, weights.url, weights.step)
-                tracking.log_evaluation(checkpoint, [figures_of(config, storage, evaluation, name)])
+                tracking.log_evaluation(checkpoint, [make_set_metrics(config, storage, evaluation, name)])
                 tracking.log_artifact(folder, place)
         if tracking is not None:
             tracking.close()

@@ -84,7 +84,7 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
         from m2f.cluster.train.ray_launcher import run_training
 
         summary = run_training(config, live)
-    from m2f.cluster.evaluation.queue import place_of
+    from m2f.cluster.evaluation.queue import evaluation_folder
     from m2f.cluster.tracking.store import ui_command
     from m2f.data_pipeline.storage.storage import join
 
@@ -93,7 +93,7 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
     published = [entry.step for entry in summary.evaluations if entry.status == "published"]
     if published and config.evaluation.sets:
         label = config.evaluation.sets[0].label
-        print_out(f"report: {join(summary.run_folder, place_of(max(published)), label, 'report.html')}")
+        print_out(f"report: {join(summary.run_folder, evaluation_folder(max(published)), label, 'report.html')}")
     for entry in summary.evaluations:
         if entry.status == "failed":
             print_err(f"evaluation of step {entry.step} failed: {entry.detail}; run `m2f eval` to repeat it")

@@ -67,11 +67,11 @@ class TroubledPool:
     def __init__(self, config):
         self.actors = [ReadingActor(config), ReadingActor(config)]
 
-    def run(self, task, batches, take):
+    def run(self, task, batches, on_result):
         order = [*reversed(list(batches)), *batches]
         results = {b: self.actors[i % 2].evaluate(task, b) for i, b in enumerate(order)}
         for batch, result in results.items():
-            take(batch, result)
+            on_result(batch, result)
 
 
 def die_once(death: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from m2f.cluster.evaluation.queue import EvaluationQueue, queue_url, read_entries
 from m2f.cluster.evaluation.rebuild import DELETED, SUPERSEDED, restore_queue
-from m2f.cluster.evaluation.service import place_of
+from m2f.cluster.evaluation.service import evaluation_folder
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -59,7 +59,7 @@ class Run:
         settings = None if sha256 is None else {"weights": sha256}
         content = {"step": step, "settings": settings, "metrics": {"PQ": quality, "AP": None}}
         for name in sets:
-            url = join(self.config.run_folder, place_of(step), name, "results.json")
+            url = join(self.config.run_folder, evaluation_folder(step), name, "results.json")
             self.storage.put(url, json.dumps(content).encode())
 
     def damage(self) -> None:
@@ -167,7 +167,7 @@ def test_policy_latest_queues_only_checkpoints_newer_than_the_published_ones(run
 def test_checkpoint_with_damaged_results_is_queued_again(run, content):
     run.commit(10, "aa")
     run.evaluate(10, "aa", 41.0)
-    run.storage.put(join(run.config.run_folder, place_of(10), "val", "results.json"), content.encode())
+    run.storage.put(join(run.config.run_folder, evaluation_folder(10), "val", "results.json"), content.encode())
     run.damage()
     restore_queue(run.config, run.storage)
     assert run.statuses() == [(10, "waiting")]

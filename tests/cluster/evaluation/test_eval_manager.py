@@ -131,7 +131,7 @@ def test_every_checkpoint_is_evaluated_once_and_a_failure_affects_only_its_entry
         "every",
         evaluate,
         lambda entry: released.append(entry.step),
-        look_s=0.01,
+        poll_interval_s=0.01,
     )
     wait_until(lambda: len(released) == 2)
     steps.append(30)
@@ -255,7 +255,7 @@ def test_evaluation_interrupted_by_an_outage_is_repeated(tmp_path, monkeypatch):
             raise outages.pop()
         return {"val/PQ": 1.0}
 
-    manager = EvaluationManager(queue_in(tmp_path), lambda: commits_of(10), "every", evaluate, look_s=0.01)
+    manager = EvaluationManager(queue_in(tmp_path), lambda: commits_of(10), "every", evaluate, poll_interval_s=0.01)
     wait_until(lambda: manager.status().idle and manager.status().entries)
     manager.close()
     assert statuses(manager.status().entries) == {10: "published"}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from m2f.cluster import ray_cluster
 from m2f.cluster.evaluation import offline
 from m2f.cluster.evaluation.actor import EvaluationActor
-from m2f.cluster.evaluation.evaluate import evaluate_sets, name_of_results, write_files
+from m2f.cluster.evaluation.evaluate import evaluate_sets, results_name, write_files
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
@@ -62,10 +62,10 @@ class PoolHere:
         self.actor = EvaluationActor(config)
         self.calls = []
 
-    def run(self, task, batches, take):
+    def run(self, task, batches, on_result):
         self.calls.append((task, list(batches)))
         for batch in reversed(batches):
-            take(batch, self.actor.evaluate(task, batch))
+            on_result(batch, self.actor.evaluate(task, batch))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_panels_0_writes_no_pictures(small):
     pool = PoolHere(config)
     whole, *_ = evaluate_sets(config, pool, weights, None, lambda *_: None)
     assert not {"panels.jpg", "worst.jpg"} & set(whole.files())
-    assert [task.drawn for task, _ in pool.calls] == [(), (), ()]
+    assert [task.panel_rows for task, _ in pool.calls] == [(), (), ()]
 
 
 def test_few_images_are_evaluated_without_ray(small, monkeypatch):
@@ -131,7 +131,7 @@ def test_few_images_are_evaluated_without_ray(small, monkeypatch):
     found = offline.evaluate_checkpoint(config, weights)
     expected = evaluate_sets(config, PoolHere(config), weights, None, lambda *_: None)
     assert [one.files() for one in found] == [one.files() for one in expected]
-    monkeypatch.setattr(offline, "FEW_IMAGES", 12)  # the sets have 10 and 3
+    monkeypatch.setattr(offline, "MAX_LOCAL_IMAGES", 12)  # the sets have 10 and 3
     with pytest.raises(AssertionError, match="Ray was started"):
         offline.evaluate_checkpoint(config, weights)
 
@@ -158,22 +158,22 @@ def test_results_with_other_settings_or_weights_get_a_separate_name(small, tmp_p
 
     storage, place = Storage(), str(tmp_path / "evaluations")
     published, same, larger = evaluate(), evaluate(actors=3), evaluate(shortest_edge=80)
-    assert name_of_results(storage, place, published.results) == "val"
+    assert results_name(storage, place, published.results) == "val"
     write_files(storage, f"{place}/val", published.files(), local=tmp_path)
-    assert name_of_results(storage, place, same.results) == "val"
+    assert results_name(storage, place, same.results) == "val"
     assert same.files() == published.files()
     digest = larger.results.subject.settings.digest
-    assert name_of_results(storage, place, larger.results) == f"val.{digest}"
+    assert results_name(storage, place, larger.results) == f"val.{digest}"
     stored = json.loads((tmp_path / "evaluations/val/results.json").read_text())
     assert stored["settings"]["shortest_edge"] == 64
     other = replace(published.results.subject.settings, weights="0" * 64)
     subject = replace(published.results.subject, settings=other)
-    assert name_of_results(storage, place, replace(published.results, subject=subject)) == f"val.{other.digest}"
+    assert results_name(storage, place, replace(published.results, subject=subject)) == f"val.{other.digest}"
 
     del stored["settings_digest"]  # as version 0.1 wrote it
     (tmp_path / "evaluations/val/results.json").write_text(json.dumps(stored))
-    assert name_of_results(storage, place, same.results) == "val"
-    assert name_of_results(storage, place, larger.results) == f"val.{digest}"
+    assert results_name(storage, place, same.results) == "val"
+    assert results_name(storage, place, larger.results) == f"val.{digest}"
     for damaged in ("", "[1]", "[" * 200_000):
         (tmp_path / "evaluations/val/results.json").write_text(damaged)
-        assert name_of_results(storage, place, same.results) == f"val.{same.results.subject.settings.digest}"
+        assert results_name(storage, place, same.results) == f"val.{same.results.subject.settings.digest}"

@@ -55,9 +55,9 @@ class PoolHere:
     def __init__(self, config):
         self.actor = EvaluationActor(config)
 
-    def run(self, task, batches, take):
+    def run(self, task, batches, on_result):
         for batch in batches:
-            take(batch, self.actor.evaluate(task, batch))
+            on_result(batch, self.actor.evaluate(task, batch))
 
 
 class World:

@@ -19,7 +19,7 @@ from m2f.cluster.tracking.logged_models import (
     STATE_TAG,
     EvaluatedCheckpoint,
     KeptCheckpoints,
-    SetFigures,
+    SetMetrics,
 )
 from m2f.cluster.tracking.provenance import DataInput
 from m2f.cluster.tracking.tracked_run import RunLease
@@ -47,7 +47,7 @@ def checkpoint(step, lease=1):
 def figures(quality, folder="shards/val"):
     data = DataInput("val", "evaluation", str(folder), "f" * 64, 3, "{}")
     rows = [{"id": 1, "name": "cat", "is_thing": True, "PQ": quality}, {"id": 2, "name": "sky", "PQ": None}]
-    return SetFigures(label="val", data=data, metrics={"val/PQ": quality, "val/SQ": 80.0}, per_class=rows)
+    return SetMetrics(label="val", data=data, metrics={"val/PQ": quality, "val/SQ": 80.0}, per_class=rows)
 
 
 def send(run, *evaluations, writer="evaluation", kept=None, replaces=False):

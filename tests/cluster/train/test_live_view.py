@@ -47,12 +47,12 @@ def test_panel_shows_progress_metrics_and_silence():
     assert "0 / 160,000" in drawn(view)
     view.begin_attempt(8)
     assert "starting 8 workers" in drawn(view)
-    view.evaluated(Entry(5000, "c", 0, "published", metrics={"val/PQ": 35.2}))
-    view.evaluated(Entry(10000, "c", 0, "published", metrics={"val/PQ": 34.2}))
+    view.add_evaluation(Entry(5000, "c", 0, "published", metrics={"val/PQ": 35.2}))
+    view.add_evaluation(Entry(10000, "c", 0, "published", metrics={"val/PQ": 34.2}))
     for loss in (60.0, 40.0, 31.25):
         view.report(StepReport(12020, replace(METRICS, loss=replace(METRICS.loss, total=loss))))
     view.report(CommitReport(CommittedCheckpoint(12000, "c")))
-    view.evaluating(EvaluationProgress(12000, "12000", "val", 3, 63))
+    view.show_evaluation(EvaluationProgress(12000, "12000", "val", 3, 63))
     clock.now += 8
     picture = drawn(view)
     for text in (
@@ -74,7 +74,7 @@ def test_panel_shows_progress_metrics_and_silence():
     assert "no report for 1:48" in drawn(view)
     view.begin_attempt(7)
     assert "starting 7 workers \u00b7 1 restart" in drawn(view)
-    view.interrupted()
+    view.show_interrupted()
     assert "1 restart \u00b7 stopping after a checkpoint, Ctrl-C again stops now" in drawn(view)
 
 
