@@ -104,7 +104,7 @@ def evaluate_panoptic(
             predictions=_path("predictions", predictions),
             prediction_masks=Path(prediction_masks),
         )
-        return panoptic_scoring(files, boundary=False, detailed=True).evaluated()
+        return panoptic_scoring(files, boundary=False, detailed=True).compute_results()
     if class_names is None or is_thing is None or len(class_names) != len(is_thing):
         raise EvaluationError("evaluate_panoptic: images require class_names and is_thing, with one entry per class")
     states, table = _states(class_names, is_thing, "panoptic")
@@ -142,7 +142,9 @@ def evaluate_instances(
     """
     if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
         paths = _path("truth", truth), _path("predictions", predictions)
-        return instance_scoring(*paths, boundary=False, class_agnostic=False, boxes=boxes, detailed=True).evaluated()
+        return instance_scoring(
+            *paths, boundary=False, class_agnostic=False, boxes=boxes, detailed=True
+        ).compute_results()
     if class_names is None:
         raise EvaluationError("evaluate_instances: images require class_names, with one entry per class")
     states, table = _states(class_names, [True] * len(class_names), "instance", ["box"] if boxes else [])
@@ -185,7 +187,7 @@ def evaluate_semantic(
         paths = _path("truth", truth), _path("predictions", predictions)
         return semantic_scoring(
             *paths, num_classes=len(class_names), ignore=ignore, void=void, class_names=tuple(class_names)
-        ).evaluated()
+        ).compute_results()
     table = _table(class_names, [False] * len(class_names))
     states = EvaluationStates(
         semantic=MeanIoUState(len(class_names), ignore, ignore_label(len(class_names)) if void is None else void)

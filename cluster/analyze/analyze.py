@@ -22,7 +22,7 @@ from m2f.eval.inference.attention import AttentionMass, MatchedObjects, attentio
 from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
 from m2f.eval.inference.evaluator import EVALUABLE_TASKS, Evaluator
 from m2f.eval.inference.layers import LayerAnalysis, LayerQuality
-from m2f.eval.report.panels import render_heat
+from m2f.eval.report.panels import render_heat_maps
 from m2f.eval.results.results import EvaluationSubject
 from m2f.model.analysis.attention_maps import AttentionMap, recorded_attention
 from m2f.model.counted import counted
@@ -127,7 +127,7 @@ def _picture(
     name = classes[int(objects.labels[best])].name
     title = f"image {batch.samples[index].image_id}: {name} {100 * scores[best]:.0f}"
     heats = attention_pictures(maps, index, int(objects.queries[best]), (height, width))
-    return render_heat(image, objects.masks[best, :height, :width].numpy(), title, heats)
+    return render_heat_maps(image, objects.masks[best, :height, :width].numpy(), title, heats)
 
 
 def _batches(subject: AnalysisSubject) -> Iterator[EvalBatch]:

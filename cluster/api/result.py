@@ -17,7 +17,7 @@ from m2f.data_pipeline.categories import Category, Task
 from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.eval.metrics.rle import Rle, decode_mask, encode_masks, mask_boxes
 from m2f.eval.report.coco_files import mask_results, panoptic_annotation, panoptic_png
-from m2f.eval.report.overlays import SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
+from m2f.eval.report.overlays import MIN_SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
 from m2f.eval.report.panels import draw_overlay
 from m2f.model.errors import ConfigError
 from m2f.model.structures import PanopticResult, SemanticResult
@@ -106,7 +106,7 @@ class Result:
             "model trained for panoptic or semantic segmentation"
         )
 
-    def overlay(self, min_score: float = SHOWN_SCORE) -> Image.Image:
+    def overlay(self, min_score: float = MIN_SHOWN_SCORE) -> Image.Image:
         """Draw the objects on the image, tinted, outlined and named; return a PIL image of the same size.
 
         Only detections with a score of at least `min_score` are drawn, the highest score on top. `min_score` does not

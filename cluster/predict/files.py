@@ -30,7 +30,7 @@ from m2f.eval.report.coco_files import (
     panoptic_annotation,
     panoptic_png,
 )
-from m2f.eval.report.overlays import SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
+from m2f.eval.report.overlays import MIN_SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
 from m2f.eval.report.panels import Overlay, render_panel
 from m2f.model.structures import PanopticResult, SemanticResult
 
@@ -62,7 +62,7 @@ class PredictionFolder:
 
     def __init__(self, folder: Path, classes: Sequence[Category], *, pictures: bool, shown_score: float | None) -> None:
         self._folder, self._classes, self._pictures = folder, classes, pictures
-        self._shown_score = SHOWN_SCORE if shown_score is None else shown_score
+        self._shown_score = MIN_SHOWN_SCORE if shown_score is None else shown_score
         self._lists: dict[str, JsonList] = {}
         self._labels_file: JsonList | None = None
         self._num_labels = 0

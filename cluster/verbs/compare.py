@@ -96,10 +96,10 @@ def _render(comparison: Comparison, form: str, output: Path | None) -> str:
 def _write_curves(comparison: Comparison, output: Path) -> str | None:
     """Write the curves as an SVG file beside a Markdown file, and return its name; None if there are no curves."""
     from m2f.cluster.compare.page import plot_svg
-    from m2f.eval.report.charts import stacked
+    from m2f.eval.report.charts import stack_charts
 
     if not comparison.plots:
         return None
     picture = output.with_name(f"{output.stem}_curves.svg")
-    picture.write_text(stacked([plot_svg(plot, comparison) for plot in comparison.plots]))
+    picture.write_text(stack_charts([plot_svg(plot, comparison) for plot in comparison.plots]))
     return picture.name

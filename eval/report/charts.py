@@ -22,13 +22,13 @@ MAX_POINTS = 300
 """Largest number of points of a curve. Longer curves are averaged over groups of neighbouring points."""
 SMALL_SIDE = 150
 """Side length of a small chart's square, in units."""
-DOTTED_POINTS = 15
+MAX_DOTTED_POINTS = 15
 """Curves with at most this many points mark each point with a dot."""
 ROW_HEIGHT = 18
 FONT_SIZE = 11
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 30, 34
 _PLOT_HEIGHT = 190
-_LETTER = 6.1
+_LETTER_WIDTH = 6.1
 
 
 Limits = tuple[tuple[float, float], tuple[float, float]]
@@ -81,12 +81,12 @@ class _Axes:
 
     def curve(self, one: Series, position: int) -> list[str]:
         parts = []
-        for piece in _pieces(thinned(one.points)):
+        for piece in _finite_runs(downsample(one.points)):
             located = [self.locate(x, y) for x, y in piece]
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in located)
             name = f"<title>{escape(one.name)}</title>"
             parts.append(f'<polyline points="{path}" {_stroke(position)}>{name}</polyline>')
-            if len(located) <= DOTTED_POINTS:
+            if len(located) <= MAX_DOTTED_POINTS:
                 color = series_color(position)
                 parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in located]
         return parts
@@ -111,7 +111,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, limits: Limit
         if one.points:
             parts += axes.curve(one, position)
             parts.append(f'<path d="M{_LEFT} {bottom + 8}h22" {_stroke(position)}/>')
-            parts.append(_text(_LEFT + 28, bottom + 12, shortened(one.name, 52)))
+            parts.append(_text(_LEFT + 28, bottom + 12, shorten(one.name, 52)))
             bottom += ROW_HEIGHT
     return _svg(bottom, title, parts)
 
@@ -119,7 +119,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, limits: Limit
 def small_chart(title: str, note: str, series: Sequence[Series]) -> str:
     """Return a small square chart without legend, for points from 0 to 100; `note` is in the top right corner."""
     side, top = SMALL_SIDE, 20
-    parts = [_text(0, 12, shortened(title, 16), size=10), _text(side, 12, note, anchor="end", size=10, faint=True)]
+    parts = [_text(0, 12, shorten(title, 16), size=10), _text(side, 12, note, anchor="end", size=10, faint=True)]
     for tick in (0, 50, 100):
         across = tick / 100 * side
         parts += [_line(0, top + across, side, top + across), _line(across, top, across, top + side)]
@@ -131,8 +131,8 @@ def small_chart(title: str, note: str, series: Sequence[Series]) -> str:
 
 def bar_chart(title: str, bars: Sequence[Bar], *, limits: tuple[float, float] | None = None) -> str:
     """Return a chart of horizontal bars from zero; negative bars extend to the left. `limits` fixes the scale."""
-    label_width = min(150.0, max((len(bar.name) for bar in bars), default=0) * _LETTER + 8)
-    value_width = max((len(bar.text) for bar in bars), default=0) * _LETTER + 8
+    label_width = min(150.0, max((len(bar.name) for bar in bars), default=0) * _LETTER_WIDTH + 8)
+    value_width = max((len(bar.text) for bar in bars), default=0) * _LETTER_WIDTH + 8
     low, high = limits or (min(0.0, *(b.value for b in bars)), max(0.0, *(b.value for b in bars)))
     span = (high - low) or 1.0
     available = WIDTH - label_width - value_width
@@ -142,7 +142,9 @@ def bar_chart(title: str, bars: Sequence[Bar], *, limits: tuple[float, float] | 
         top = 24 + ROW_HEIGHT * position
         length = available * abs(bar.value) / span
         left = zero if bar.value >= 0 else zero - length
-        parts.append(_text(label_width - 6, top + 13, shortened(bar.name, round(label_width / _LETTER)), anchor="end"))
+        parts.append(
+            _text(label_width - 6, top + 13, shorten(bar.name, round(label_width / _LETTER_WIDTH)), anchor="end")
+        )
         parts.append(
             f'<rect x="{left:.1f}" y="{top + 3}" width="{max(length, 0.5):.1f}" height="{ROW_HEIGHT - 6}" rx="2" '
             f'fill="{bar.color}"><title>{escape(bar.name)}: {escape(bar.text)}</title></rect>'
@@ -160,17 +162,17 @@ def matrix_chart(
 
     Cells that are wide enough show the share in per cent.
     """
-    label_width = min(110.0, max(map(len, names)) * _LETTER + 8)
+    label_width = min(110.0, max(map(len, names)) * _LETTER_WIDTH + 8)
     cell = (WIDTH - label_width) / len(names)
     top = 24 + label_width
     size = min(11.0, max(5.0, cell * 0.62))
     parts = [_text(0, 14, title, weight="bold")]
     for position, name in enumerate(names):
         middle = (position + 0.5) * cell + size / 3
-        shown = shortened(name, round(label_width / _LETTER))
+        shown = shorten(name, round(label_width / _LETTER_WIDTH))
         parts.append(_text(label_width - 5, top + middle, shown, anchor="end", size=size))
         x = label_width + middle
-        parts.append(_text(x, top - 5, shown, size=size, turn=f"rotate(-90 {x:.1f} {top - 5:.1f})"))
+        parts.append(_text(x, top - 5, shown, size=size, transform=f"rotate(-90 {x:.1f} {top - 5:.1f})"))
     for row, columns in enumerate(zip(shares, texts, strict=True)):
         for column, (share, text) in enumerate(zip(*columns, strict=True)):
             if share > 0:
@@ -182,7 +184,7 @@ def matrix_chart(
     return _svg(top + cell * len(names) + 4, title, parts)
 
 
-def stacked(charts: Sequence[str]) -> str:
+def stack_charts(charts: Sequence[str]) -> str:
     """Return several charts, stacked vertically, as one SVG picture on a white background."""
     parts, top = [], 10.0
     for chart in charts:
@@ -214,13 +216,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
-def tick_label(value: float, among: Sequence[float]) -> str:
-    """Return the text of a tick, with as many decimals as the spacing of the ticks `among` needs.
+def tick_label(value: float, tick_values: Sequence[float]) -> str:
+    """Return the text of a tick, with as many decimals as the spacing of `tick_values` needs.
 
     Thousands are written as k if a tick is 10 000 or more and the spacing is at least 100.
     """
-    step = among[1] - among[0]
-    if max(map(abs, among)) >= 10_000 and step >= 100:
+    step = tick_values[1] - tick_values[0]
+    if max(map(abs, tick_values)) >= 10_000 and step >= 100:
         return f"{value / 1000:g}k"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     if step * 10**decimals % 1 > 1e-6:  # a spacing of 2.5 needs one more decimal than one of 2
@@ -228,7 +230,7 @@ def tick_label(value: float, among: Sequence[float]) -> str:
     return f"{value:.{decimals}f}"
 
 
-def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+def downsample(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
     """Reduce a curve to at most MAX_POINTS points, each the mean of a group of neighbours."""
     if len(points) <= MAX_POINTS:
         return points
@@ -237,7 +239,7 @@ def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, floa
     return [(sum(x for x, _ in piece) / len(piece), sum(y for _, y in piece) / len(piece)) for piece in pieces]
 
 
-def shortened(text: str, letters: int) -> str:
+def shorten(text: str, letters: int) -> str:
     """Shorten a text to `letters` characters by cutting out its middle, because names differ at their ends."""
     if len(text) <= letters:
         return text
@@ -245,7 +247,7 @@ def shortened(text: str, letters: int) -> str:
     return text[: math.ceil(kept / 2)] + ".." + text[len(text) - kept // 2 :]
 
 
-def _pieces(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+def _finite_runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
     """Return the runs of points with finite values."""
     return [list(piece) for finite, piece in groupby(points, lambda point: math.isfinite(point[1])) if finite]
 
@@ -260,9 +262,11 @@ def _matrix_cell(x: float, y: float, side: float, share: float, color: str, text
     opacity = 0.08 + 0.92 * min(1.0, share)
     parts = [f'{box} fill-opacity="{opacity:.2f}"><title>{escape(text)}</title></rect>']
     if side >= 17 and share >= 0.005:
-        ink = "#fff" if share > 0.5 else "currentColor"
+        fill = "#fff" if share > 0.5 else "currentColor"
         size = min(10.0, side * 0.45)
-        parts.append(_text(x + side / 2, y + side / 2 + 3.5, f"{100 * share:.0f}", anchor="middle", size=size, ink=ink))
+        parts.append(
+            _text(x + side / 2, y + side / 2 + 3.5, f"{100 * share:.0f}", anchor="middle", size=size, fill=fill)
+        )
     return parts
 
 
@@ -279,15 +283,15 @@ def _text(
     weight: str = "normal",
     size: float = FONT_SIZE,
     faint: bool = False,
-    turn: str = "",
-    ink: str = "currentColor",
+    transform: str = "",
+    fill: str = "currentColor",
 ) -> str:
     style = f' text-anchor="{anchor}"' if anchor != "start" else ""
     style += f' font-weight="{weight}"' if weight != "normal" else ""
     style += f' font-size="{size:g}"' if size != FONT_SIZE else ""
     style += ' fill-opacity="0.65"' if faint else ""
-    style += f' transform="{turn}"' if turn else ""
-    style += f' fill="{ink}"' if ink != "currentColor" else ""
+    style += f' transform="{transform}"' if transform else ""
+    style += f' fill="{fill}"' if fill != "currentColor" else ""
     return f'<text x="{x:.1f}" y="{y:.1f}"{style}>{escape(text)}</text>'
 
 

@@ -24,7 +24,7 @@ def panoptic_annotation(
     image_id: int, file_name: str, segments: Sequence[PanopticSegment], classes: Sequence[Category]
 ) -> dict[str, Any]:
     """Return the entry of one image in a COCO panoptic JSON; `classes` are indexed by label."""
-    described = [
+    segments_info = [
         {
             "id": segment.id,
             "category_id": classes[segment.label].id,
@@ -34,7 +34,7 @@ def panoptic_annotation(
         }
         for segment in segments
     ]
-    return {"image_id": image_id, "file_name": file_name, "segments_info": described}
+    return {"image_id": image_id, "file_name": file_name, "segments_info": segments_info}
 
 
 def mask_results(image_id: int, detections: InstanceDetections, classes: Sequence[Category]) -> list[dict[str, Any]]:

@@ -53,20 +53,20 @@ class ResultDump:
 
     def add_panoptic(self, sample: DecodedSample, result: PanopticResult) -> None:
         """Add the panoptic result of one image."""
-        name = self._png(sample)
+        name = self._png_name(sample)
         self._files[f"panoptic/{name}"] = panoptic_png(result.segment_map.cpu().numpy())
         annotation = panoptic_annotation(sample.image_id, name, result.segments, self._categories.for_task("panoptic"))
         self._entries.setdefault("panoptic", []).append(annotation)
 
     def add_instances(self, sample: DecodedSample, detections: InstanceDetections) -> None:
         """Add the detections of one image, labelled with the classes of the instance task."""
-        self._note(sample)
+        self._add_image(sample)
         results = mask_results(sample.image_id, detections, self._categories.for_task("instance"))
         self._entries.setdefault("instances", []).extend(results)
 
     def add_labels(self, sample: DecodedSample, label_map: np.ndarray) -> None:
         """Add the label map [H, W] of one image."""
-        self._files[f"labels/{self._png(sample)}"] = label_png(label_map, self._categories.for_task("semantic"))
+        self._files[f"labels/{self._png_name(sample)}"] = label_png(label_map, self._categories.for_task("semantic"))
 
     def store(self, storage: Storage, url: str, call: int) -> None:
         """Write everything to the folder `url`. Storing the same call again writes the same files."""
@@ -75,12 +75,12 @@ class ResultDump:
         for kind, entries in {**self._entries, _IMAGES: list(self._images.values())}.items():
             storage.put(_part(url, kind, call), _SEPARATOR.join(json.dumps(entry).encode() for entry in entries))
 
-    def _png(self, sample: DecodedSample) -> str:
+    def _png_name(self, sample: DecodedSample) -> str:
         """Return the file name of an image's map. Raises DataError if the key must not be part of a path."""
-        self._note(sample)
+        self._add_image(sample)
         return f"{check_key(sample.key, sample.source)}.png"
 
-    def _note(self, sample: DecodedSample) -> None:
+    def _add_image(self, sample: DecodedSample) -> None:
         self._images[sample.image_id] = image_entry(sample.image_id, image_file_name(sample), sample.size)
 
 
@@ -100,16 +100,16 @@ def join_dump(storage: Storage, url: str, calls: int, categories: CategoryTable)
     def parts_of(kind: str) -> list[str]:
         return [part for call in range(calls) if (part := _part(url, kind, call)) in present]
 
-    described = describe_categories(categories.categories)
+    category_entries = describe_categories(categories.categories)
     images = [entry for part in parts_of(_IMAGES) for entry in _entries(storage.get(part))]
-    head = {"images": sorted(images, key=lambda image: image["id"]), "categories": described}
+    head = {"images": sorted(images, key=lambda image: image["id"]), "categories": category_entries}
     document = json.dumps(head)[:-1] + ', "annotations": [\n', "\n]}\n"
     if parts := parts_of("panoptic"):
         _join(map(storage.get, parts), storage, join(url, "panoptic.json"), document)
     if parts := parts_of("instances"):
         _join(map(storage.get, parts), storage, join(url, "instances.json"), ("[\n", "\n]\n"))
         _join(_annotations(map(storage.get, parts)), storage, join(url, "labels.json"), document)
-    storage.put(join(url, "categories.json"), (json.dumps(described, indent=1) + "\n").encode())
+    storage.put(join(url, "categories.json"), (json.dumps(category_entries, indent=1) + "\n").encode())
     storage.delete_prefix(join(url, _PARTS))
 
 
@@ -127,18 +127,18 @@ def _annotations(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield _SEPARATOR.join(json.dumps(one).encode() for one in annotations)
 
 
-def _join(parts: Iterable[bytes], storage: Storage, url: str, around: tuple[str, str]) -> None:
+def _join(parts: Iterable[bytes], storage: Storage, url: str, enclosing: tuple[str, str]) -> None:
     """Join parts through a local file, because the detections of a large set do not fit into memory twice."""
     with ScratchFolder("dump") as folder:
         path = folder / "joined.json"
         with path.open("wb") as file:
-            file.write(around[0].encode())
+            file.write(enclosing[0].encode())
             separator = b""
             for content in parts:
                 if content:  # images without a detection have an empty part
                     file.write(separator + content)
                     separator = _SEPARATOR
-            file.write(around[1].encode())
+            file.write(enclosing[1].encode())
         storage.put_file(url, path)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from m2f.eval.metrics.segment_errors import SIZES, Outcome, SegmentErrors
 from m2f.eval.report.charts import BAD, GOOD, Bar, bar_chart, matrix_chart
 from m2f.eval.report.error_costs import error_costs
-from m2f.eval.report.page import Cell, Section, folded, grid, headline, page, paragraph, picture, table
+from m2f.eval.report.page import Cell, Section, collapsible, grid, headline, page, paragraph, picture, table
 from m2f.eval.report.panels import decode_picture, encode_jpeg
 from m2f.eval.report.precision_recall import curves_by_class, curves_by_size, precision_recall, precision_recall_charts
 from m2f.eval.results.results import EvaluationResults
@@ -26,7 +26,7 @@ TOP_CONFUSIONS = 15
 PICTURE_WIDTH = 1500
 NO_PARTNER = "(none)"
 
-EXPLAINED = {
+OUTCOME_TEXTS = {
     Outcome.MATCHED: ("found", "right class, IoU above 0.5"),
     Outcome.OUTLINE: ("bad outline", "right class, IoU from 0.1 to 0.5"),
     Outcome.CLASS: ("wrong class", "another class, IoU above 0.5"),
@@ -76,12 +76,12 @@ def details_json(results: EvaluationResults) -> str:
         content["precision_recall_by_size"] = curves_by_size(results.instance)
         content["precision_recall_by_class"] = {name: curves for name, curves in by_class if curves is not None}
     if results.segments is not None:
-        outcomes = [EXPLAINED[outcome][0] for outcome in Outcome]
+        outcomes = [OUTCOME_TEXTS[outcome][0] for outcome in Outcome]
         names = [*_segment_names(results), NO_PARTNER]
         content["segments"] = {
             "outcomes": dict(zip(outcomes, results.segments.by_class.sum(axis=0).tolist(), strict=True)),
-            "by_size": _labelled(list(SIZES), outcomes, results.segments.by_size),
-            "by_class": _labelled(names[:-1], outcomes, results.segments.by_class),
+            "by_size": _counts_by_name(list(SIZES), outcomes, results.segments.by_size),
+            "by_class": _counts_by_name(names[:-1], outcomes, results.segments.by_class),
             "confusion": [[names[t], names[p], n] for t, p, n in _cells(results.segments.confusion)],
         }
     if results.errors is not None:
@@ -114,12 +114,12 @@ def _metrics(results: EvaluationResults) -> str:
         rows = [[split, *(_number(metrics[name + suffix]) for name in ("PQ", "SQ", "RQ"))] for split, suffix in splits]
         blocks.append(table(["panoptic", "PQ", "SQ", "RQ"], rows))
         if sizes := [f"PQ_{size}" for size in results.panoptic.by_size]:
-            blocks.append(_one_row(metrics, sizes))
+            blocks.append(_single_row_table(metrics, sizes))
     if results.instance is not None:
-        blocks.append(_one_row(metrics, list(results.instance.stats)))
+        blocks.append(_single_row_table(metrics, list(results.instance.stats)))
     if results.semantic is not None:
         blocks.append(
-            _one_row(metrics, [name for name in metrics if name.startswith(("mIoU", "fwIoU", "mACC", "pACC"))])
+            _single_row_table(metrics, [name for name in metrics if name.startswith(("mIoU", "fwIoU", "mACC", "pACC"))])
         )
     for group in results.extra.groups():
         row = [_number(value) for value in group.numbers.values()]
@@ -127,7 +127,7 @@ def _metrics(results: EvaluationResults) -> str:
     return "".join(blocks)
 
 
-def _one_row(metrics: Mapping[str, float | None], names: Sequence[str]) -> str:
+def _single_row_table(metrics: Mapping[str, float | None], names: Sequence[str]) -> str:
     return table(names, [[_number(metrics[name]) for name in names]])
 
 
@@ -144,7 +144,7 @@ def _classes(results: EvaluationResults) -> str:
             charts.append(bar_chart(name, bars, limits=(0.0, 100.0)))
     names = [name for name in rows[0] if name not in ("id", "name", "is_thing")]
     lines = [[r["name"], "thing" if r["is_thing"] else "stuff", *(_number(r[n]) for n in names)] for r in rows]
-    return grid(charts) + folded(f"all {len(rows)} classes", table(["class", "kind", *names], lines))
+    return grid(charts) + collapsible(f"all {len(rows)} classes", table(["class", "kind", *names], lines))
 
 
 def _errors(results: EvaluationResults, errors: SegmentErrors) -> str:
@@ -152,21 +152,23 @@ def _errors(results: EvaluationResults, errors: SegmentErrors) -> str:
     total = max(1, int(counts.sum()))
     bars = [
         Bar(
-            EXPLAINED[o][0],
+            OUTCOME_TEXTS[o][0],
             int(counts[o]),
             f"{counts[o]:,} ({100 * counts[o] / total:.0f} %)",
             GOOD if o == Outcome.MATCHED else BAD,
         )
         for o in Outcome
     ]
-    meanings = table(["outcome", "meaning"], [[name, Cell(escape(text), "text")] for name, text in EXPLAINED.values()])
+    meanings = table(
+        ["outcome", "meaning"], [[name, Cell(escape(text), "text")] for name, text in OUTCOME_TEXTS.values()]
+    )
     names = _segment_names(results)
     order = np.argsort(-errors.by_class[:, 1:].sum(axis=1), kind="stable")
     by_class = _outcome_table("class", [names[k] for k in order], errors.by_class[order])
     return (
         grid([bar_chart("segments and pairs of segments", bars), meanings])
         + _outcome_table("size", [_size_name(name) for name in SIZES], errors.by_size)
-        + folded("by class, most errors first", by_class)
+        + collapsible("by class, most errors first", by_class)
     )
 
 
@@ -177,7 +179,7 @@ def _outcome_table(first: str, names: Sequence[str], counts: np.ndarray) -> str:
         total = max(1, sum(row))
         shares = [Cell(f'{count:,} <span class="faint">{100 * count / total:.0f}&nbsp;%</span>') for count in row]
         rows.append([name, *shares])
-    return table([first, *(name for name, _ in EXPLAINED.values())], rows)
+    return table([first, *(name for name, _ in OUTCOME_TEXTS.values())], rows)
 
 
 def _confusion(results: EvaluationResults) -> str:
@@ -195,11 +197,11 @@ def _confusion(results: EvaluationResults) -> str:
     return lead + grid([_matrix(*one) for one in found]) + grid([_top_confusions(*one) for one in found])
 
 
-def _matrix(what: str, names: Sequence[str], counts: np.ndarray) -> str:
+def _matrix(unit: str, names: Sequence[str], counts: np.ndarray) -> str:
     """Return a matrix of the shares of every row, limited to the classes with the most errors."""
     wrong = counts - np.diag(counts.diagonal())
-    erring = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:MATRIX_CLASSES]
-    chosen = np.sort(erring)
+    most_confused = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:MATRIX_CLASSES]
+    chosen = np.sort(most_confused)
     part = counts[np.ix_(chosen, chosen)]
     totals = np.maximum(counts.sum(axis=1)[chosen], 1)
     shown = [names[k] for k in chosen]
@@ -207,11 +209,11 @@ def _matrix(what: str, names: Sequence[str], counts: np.ndarray) -> str:
         [f"{t} as {p}: {n:,} of {total:,}" for p, n in zip(shown, row, strict=True)]
         for t, row, total in zip(shown, part.tolist(), totals.tolist(), strict=True)
     ]
-    title = what if len(chosen) == len(names) else f"{what}: the {len(chosen)} classes with the most errors"
+    title = unit if len(chosen) == len(names) else f"{unit}: the {len(chosen)} classes with the most errors"
     return matrix_chart(title, shown, (part / totals[:, None]).tolist(), texts)
 
 
-def _top_confusions(what: str, names: Sequence[str], counts: np.ndarray) -> str:
+def _top_confusions(unit: str, names: Sequence[str], counts: np.ndarray) -> str:
     """Return a table of pairs of different classes. Segments without a partner are in the table of errors."""
     pairs = [(t, p, n) for t, p, n in _cells(counts) if t != p and NO_PARTNER not in (names[t], names[p])]
     top = sorted(pairs, key=lambda cell: -cell[2])[:TOP_CONFUSIONS]
@@ -221,9 +223,9 @@ def _top_confusions(what: str, names: Sequence[str], counts: np.ndarray) -> str:
         for t, p, n in top
     ]
     return (
-        table(["truth", "predicted as", what, "share of the true class"], rows)
+        table(["truth", "predicted as", unit, "share of the true class"], rows)
         if rows
-        else paragraph(f"No {what} have a wrong class.")
+        else paragraph(f"No {unit} have a wrong class.")
     )
 
 
@@ -242,7 +244,7 @@ def _cells(counts: np.ndarray) -> list[tuple[int, int, int]]:
     return [(t, p, int(counts[t, p])) for t, p in zip(*(axis.tolist() for axis in counts.nonzero()), strict=True)]
 
 
-def _labelled(rows: Sequence[str], columns: Sequence[str], counts: np.ndarray) -> dict[str, dict[str, int]]:
+def _counts_by_name(rows: Sequence[str], columns: Sequence[str], counts: np.ndarray) -> dict[str, dict[str, int]]:
     return {name: dict(zip(columns, row, strict=True)) for name, row in zip(rows, counts.tolist(), strict=True)}
 
 

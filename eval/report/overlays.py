@@ -14,7 +14,7 @@ from m2f.eval.metrics.rle import Rle, decode_mask
 from m2f.eval.report.panels import Overlay, OverlaySegment
 from m2f.model.structures import UNLABELLED
 
-SHOWN_SCORE = 0.5
+MIN_SHOWN_SCORE = 0.5
 """Pictures leave out detections below this score; metrics count all."""
 
 
@@ -58,10 +58,10 @@ def predicted_segments(
 
 
 def predicted_instances(
-    detections: InstanceDetections, size: tuple[int, int], shown_score: float = SHOWN_SCORE
+    detections: InstanceDetections, size: tuple[int, int], min_score: float = MIN_SHOWN_SCORE
 ) -> Overlay:
-    """Return the overlay of detections with high scores on top, without those below `shown_score`."""
-    shown = np.flatnonzero(detections.scores >= shown_score)[::-1]
+    """Return the overlay of detections with high scores on top, without those below `min_score`."""
+    shown = np.flatnonzero(detections.scores >= min_score)[::-1]
     return _flatten(
         "prediction",
         [detections.masks[detections.mask_index[i]] for i in shown],

@@ -81,10 +81,10 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
     """Return a table that scrolls sideways if it is too wide; plain strings are escaped."""
     kinds = [cell.kind if isinstance(cell, Cell) and cell.kind == "text" else "" for cell in rows[0]] if rows else []
-    top = "".join(f'<th class="{k}">{escape(text)}</th>' for text, k in zip_longest(head, kinds, fillvalue=""))
+    header = "".join(f'<th class="{k}">{escape(text)}</th>' for text, k in zip_longest(head, kinds, fillvalue=""))
     lines = ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
     body = "\n".join(lines)
-    return f'<div class="scroll"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    return f'<div class="scroll"><table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -104,7 +104,7 @@ def grid(items: Sequence[str], *, small: bool = False) -> str:
     return f'<div class="{"grid small" if small else "grid"}">{cells}</div>'
 
 
-def folded(summary: str, body: str) -> str:
+def collapsible(summary: str, body: str) -> str:
     """Return HTML that is collapsed until the reader clicks on `summary`."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 

@@ -21,11 +21,11 @@ JPEG_PIXELS = 65_500
 GAP = 8
 HEADER = 30
 FONT_SIZE = 15
-PAPER = (24, 26, 30)
-INK = (236, 238, 240)
+BACKGROUND_COLOR = (24, 26, 30)
+TEXT_COLOR = (236, 238, 240)
 FILL_OPACITY = 0.55
 VOID_OPACITY = 0.4
-NAMED_PIXELS = 200
+MIN_NAMED_PIXELS = 200
 """Segments with fewer pixels get a name only if it fits inside."""
 GOLDEN_RATIO = 0.61803398875
 
@@ -64,12 +64,12 @@ def render_panel(image: np.ndarray, name: str, overlays: Sequence[Overlay], clas
     scale = _scale(image.shape[:2])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     shown = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    columns = [_titled(shown, name)]
-    columns += [_titled(draw_overlay(shown, overlay, classes), overlay.title) for overlay in overlays]
-    return encode_png(_beside(columns))
+    columns = [_with_title(shown, name)]
+    columns += [_with_title(draw_overlay(shown, overlay, classes), overlay.title) for overlay in overlays]
+    return encode_png(_side_by_side(columns))
 
 
-def render_heat(image: np.ndarray, outline: np.ndarray, name: str, heats: Sequence[HeatMap]) -> bytes:
+def render_heat_maps(image: np.ndarray, outline: np.ndarray, name: str, heats: Sequence[HeatMap]) -> bytes:
     """Return a PNG of the image [H, W, 3] uint8 RGB with the outline of a mask [H, W] bool, and a column for every map.
 
     The columns show the image under the map. Colours cover the range of each map separately.
@@ -78,9 +78,9 @@ def render_heat(image: np.ndarray, outline: np.ndarray, name: str, heats: Sequen
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     shown = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     edge = _contours(cv2.resize(outline.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST))
-    columns = [_titled(_outlined(shown, edge), name)]
-    columns += [_titled(_outlined(_heated(shown, heat.values), edge), heat.title) for heat in heats]
-    return encode_png(_beside(columns))
+    columns = [_with_title(_draw_outline(shown, edge), name)]
+    columns += [_with_title(_draw_outline(_draw_heat_map(shown, heat.values), edge), heat.title) for heat in heats]
+    return encode_png(_side_by_side(columns))
 
 
 def contact_sheet(panels: Sequence[bytes], columns: int = 1) -> bytes:
@@ -91,7 +91,9 @@ def contact_sheet(panels: Sequence[bytes], columns: int = 1) -> bytes:
     rows = []
     for start in range(0, len(images), columns):
         row = images[start : start + columns]
-        sheet = np.full((max(i.shape[0] for i in row) + GAP, columns * (width + GAP) - GAP, 3), PAPER, dtype=np.uint8)
+        sheet = np.full(
+            (max(i.shape[0] for i in row) + GAP, columns * (width + GAP) - GAP, 3), BACKGROUND_COLOR, dtype=np.uint8
+        )
         for position, image in enumerate(row):
             left = position * (width + GAP)
             sheet[: image.shape[0], left : left + width] = image
@@ -104,15 +106,17 @@ def contact_sheet(panels: Sequence[bytes], columns: int = 1) -> bytes:
 
 def encode_png(image: np.ndarray) -> bytes:
     """Return a PNG of an RGB image [H, W, 3] uint8. Equal pixels give equal bytes."""
-    done, png = cv2.imencode(".png", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_PNG_COMPRESSION, 6])
-    assert done
+    success, png = cv2.imencode(".png", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_PNG_COMPRESSION, 6])
+    assert success
     return png.tobytes()
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
     """Return a JPEG of an RGB image [H, W, 3] uint8, a tenth of the PNG's size, for viewing only."""
-    done, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    assert done
+    success, jpeg = cv2.imencode(
+        ".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+    )
+    assert success
     return jpeg.tobytes()
 
 
@@ -142,11 +146,11 @@ def segment_color(category: Category, label: int, instance: int) -> tuple[int, i
 
 
 def _scale(size: tuple[int, int]) -> float:
-    least, most = COLUMN_PIXELS
+    smallest, largest = COLUMN_PIXELS
     longer = max(size)
-    if longer < least:
-        return least / longer
-    return min(1.0, most / longer)
+    if longer < smallest:
+        return smallest / longer
+    return min(1.0, largest / longer)
 
 
 def _to_width(image: np.ndarray, width: int) -> np.ndarray:
@@ -156,12 +160,12 @@ def _to_width(image: np.ndarray, width: int) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def _beside(columns: Sequence[np.ndarray]) -> np.ndarray:
-    gap = np.full((columns[0].shape[0], GAP, 3), PAPER, dtype=np.uint8)
+def _side_by_side(columns: Sequence[np.ndarray]) -> np.ndarray:
+    gap = np.full((columns[0].shape[0], GAP, 3), BACKGROUND_COLOR, dtype=np.uint8)
     return np.concatenate([part for column in columns for part in (column, gap)][:-1], axis=1)
 
 
-def _heated(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _draw_heat_map(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Draw a map [h, w] over the image [H, W, 3], so that each value stays visible as a separate cell."""
     height, width = image.shape[:2]
     strength = values / max(float(values.max()), np.finfo(np.float32).tiny)
@@ -170,15 +174,15 @@ def _heated(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     return (0.35 * image + 0.65 * colors).round().astype(np.uint8)
 
 
-def _outlined(image: np.ndarray, edge: np.ndarray) -> np.ndarray:
+def _draw_outline(image: np.ndarray, edge: np.ndarray) -> np.ndarray:
     drawn = image.copy()
     drawn[edge] = (250, 250, 250)
     return drawn
 
 
-def _titled(column: np.ndarray, title: str) -> np.ndarray:
-    header = Image.new("RGB", (column.shape[1], HEADER), PAPER)
-    ImageDraw.Draw(header).text((6, HEADER // 2), title, INK, _font(FONT_SIZE + 1), anchor="lm")
+def _with_title(column: np.ndarray, title: str) -> np.ndarray:
+    header = Image.new("RGB", (column.shape[1], HEADER), BACKGROUND_COLOR)
+    ImageDraw.Draw(header).text((6, HEADER // 2), title, TEXT_COLOR, _font(FONT_SIZE + 1), anchor="lm")
     return np.concatenate([np.asarray(header), column])
 
 
@@ -188,26 +192,26 @@ def draw_overlay(image: np.ndarray, overlay: Overlay, classes: Sequence[Category
     present, positions = np.unique(overlay.id_map, return_inverse=True)
     positions = positions.reshape(overlay.id_map.shape).astype(np.float32)
     positions = cv2.resize(positions, (width, height), interpolation=cv2.INTER_NEAREST).astype(np.int64)
-    drawn = [int(i) if i in overlay.segments and i != VOID_ID else None for i in present]
+    drawn_ids = [int(i) if i in overlay.segments and i != VOID_ID else None for i in present]
 
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
     backdrop = 0.5 * image + 0.5 * grey
-    colors, opacity = _palette(drawn, overlay, classes)
+    colors, opacity = _palette(drawn_ids, overlay, classes)
     picture = backdrop * (1 - opacity[positions]) + colors[positions] * opacity[positions]
     picture[_contours(positions)] = (250, 250, 250)
     canvas = Image.fromarray(picture.round().astype(np.uint8))
-    _write_names(canvas, positions, drawn, overlay, classes)
+    _write_names(canvas, positions, drawn_ids, overlay, classes)
     return np.asarray(canvas)
 
 
 def _palette(
-    drawn: Sequence[int | None], overlay: Overlay, classes: Sequence[Category]
+    drawn_ids: Sequence[int | None], overlay: Overlay, classes: Sequence[Category]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return colour [N, 3] and opacity [N, 1] of every id that is present; ids that are not drawn are darkened."""
-    colors = np.zeros((len(drawn), 3), dtype=np.float32)
-    opacity = np.full((len(drawn), 1), VOID_OPACITY, dtype=np.float32)
+    colors = np.zeros((len(drawn_ids), 3), dtype=np.float32)
+    opacity = np.full((len(drawn_ids), 1), VOID_OPACITY, dtype=np.float32)
     seen: dict[int, int] = {}
-    for position, segment_id in enumerate(drawn):
+    for position, segment_id in enumerate(drawn_ids):
         if segment_id is not None:
             label = overlay.segments[segment_id].label
             colors[position] = segment_color(classes[label], label, seen.get(label, 0))
@@ -227,7 +231,7 @@ def _contours(positions: np.ndarray) -> np.ndarray:
 def _write_names(
     canvas: Image.Image,
     positions: np.ndarray,
-    drawn: Sequence[int | None],
+    drawn_ids: Sequence[int | None],
     overlay: Overlay,
     classes: Sequence[Category],
 ) -> None:
@@ -237,10 +241,10 @@ def _write_names(
     """
     draw = ImageDraw.Draw(canvas, "RGBA")
     font = _font(FONT_SIZE)
-    areas = np.bincount(positions.ravel(), minlength=len(drawn))
+    areas = np.bincount(positions.ravel(), minlength=len(drawn_ids))
     taken: list[tuple[float, float, float, float]] = []
     for position in np.argsort(-areas, kind="stable"):
-        segment_id = drawn[position]
+        segment_id = drawn_ids[position]
         if segment_id is None:
             continue
         segment = overlay.segments[segment_id]
@@ -250,16 +254,16 @@ def _write_names(
         x, y, margin = _innermost_point(mask)
         left, top, right, bottom = draw.textbbox((x, y), text, font, anchor="mm")
         if 4 * margin < bottom - top or right - left + 6 > 8 * margin:
-            if areas[position] < NAMED_PIXELS:
+            if areas[position] < MIN_NAMED_PIXELS:
                 continue
-            y -= round(bottom) + 2 - _top(mask[: y + 1, x])
+            y -= round(bottom) + 2 - _last_run_start(mask[: y + 1, x])
             left, top, right, bottom = draw.textbbox((x, y), text, font, anchor="mm")
-        box = _inside((left - 3, top - 2, right + 3, bottom + 2), canvas.size)
+        box = _move_inside((left - 3, top - 2, right + 3, bottom + 2), canvas.size)
         if any(_overlap(box, other) for other in taken):
             continue
         taken.append(box)
         draw.rounded_rectangle(box, radius=3, fill=(0, 0, 0, 150))
-        draw.text((box[0] - left + 3 + x, box[1] - top + 2 + y), text, INK, font, anchor="mm")
+        draw.text((box[0] - left + 3 + x, box[1] - top + 2 + y), text, TEXT_COLOR, font, anchor="mm")
 
 
 def _innermost_point(mask: np.ndarray) -> tuple[int, int, float]:
@@ -270,13 +274,13 @@ def _innermost_point(mask: np.ndarray) -> tuple[int, int, float]:
     return int(column) - 1, int(row) - 1, float(distance[row, column])
 
 
-def _top(column: np.ndarray) -> int:
+def _last_run_start(column: np.ndarray) -> int:
     """Return the first row of the unbroken run at the end of a column of a mask."""
     gaps = np.flatnonzero(~column)
     return int(gaps[-1]) + 1 if gaps.size else 0
 
 
-def _inside(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+def _move_inside(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Return the box, moved into a picture of this width and height."""
     left, top, right, bottom = box
     dx = max(0.0, -left) - max(0.0, right - size[0] + 1)

@@ -9,12 +9,12 @@ import numpy as np
 from m2f.eval.metrics.average_precision import RECALL_THRESHOLDS, AveragePrecision
 from m2f.eval.metrics.instance_matching import AREA_RANGES, IOU_THRESHOLDS
 from m2f.eval.report.charts import Series, line_chart, small_chart
-from m2f.eval.report.page import folded, grid, paragraph
+from m2f.eval.report.page import collapsible, grid, paragraph
 from m2f.eval.results.results import EvaluationResults
 
 PR_THRESHOLDS = {"IoU 0.50": 0, "IoU 0.75": 5}
 """Positions in IOU_THRESHOLDS that get their own curves, in addition to the mean over all thresholds."""
-OPEN_CHARTS = 24
+MAX_UNFOLDED_CHARTS = 24
 """Largest number of small charts that are shown unfolded."""
 
 
@@ -67,7 +67,9 @@ def precision_recall_charts(results: EvaluationResults, curves: Mapping[str, Seq
     small = [small_chart(name, f"AP {100 * ap:.1f}", _series(curve)) for ap, name, curve in annotated]
     lead = paragraph("By class, the lowest AP first; curves as in the first chart.", "faint")
     body = lead + grid(small, small=True)
-    return grid(charts) + (body if len(small) <= OPEN_CHARTS else folded(f"all {len(small)} classes", body))
+    return grid(charts) + (
+        body if len(small) <= MAX_UNFOLDED_CHARTS else collapsible(f"all {len(small)} classes", body)
+    )
 
 
 def _series(curves: Mapping[str, Sequence[float]]) -> list[Series]:

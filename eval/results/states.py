@@ -109,7 +109,7 @@ class EvaluationStates:
         self.panels |= other.panels
 
     def spill(self, folder: Path, threshold_bytes: int) -> None:
-        """Move the records of every metric with more than `threshold_bytes` to files under `folder`, see `MetricState`."""
+        """Move the records of every metric above `threshold_bytes` to files under `folder`, see `MetricState`."""
         for name, state in self.metric_states().items():
             state.spill(folder / name, threshold_bytes)
 

@@ -29,7 +29,7 @@ from m2f.eval.metrics.cityscapes_iou import (
     count_cityscapes,
 )
 from m2f.eval.results.results import columns
-from m2f.eval.score.files import read_labels, require_folder, some
+from m2f.eval.score.files import first_few, read_labels, require_folder
 from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, percent
 
 TRUTH_ENDING = "_gtFine_instanceIds.png"
@@ -73,12 +73,12 @@ def _pairs(truth: Path, predictions: Path, ending: str) -> list[tuple[Path, Path
     frames = [path.name.removesuffix(TRUTH_ENDING) for path in maps]
     if missing := [frame for frame in frames if frame not in by_frame]:
         raise EvaluationError(
-            f"{predictions} has no result for {len(missing)} of {len(maps)} images: {some(missing)}; "
+            f"{predictions} has no result for {len(missing)} of {len(maps)} images: {first_few(missing)}; "
             f"the expected name is <city>_<sequence>_<frame>*{ending}"
         )
     for frame in frames:
         if len(by_frame[frame]) > 1:
-            raise EvaluationError(f"{frame} has several results: {some(by_frame[frame])}; keep only one")
+            raise EvaluationError(f"{frame} has several results: {first_few(by_frame[frame])}; keep only one")
     return [(path, by_frame[frame][0]) for path, frame in zip(maps, frames, strict=True)]
 
 

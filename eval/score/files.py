@@ -102,8 +102,8 @@ def match_predictions(
     """Find the classes of predictions in the truth's table by name.
 
     Their table is the list `categories` in the file, else `categories.json` beside it, which `m2f predict` and
-    `m2f eval --dump` write. With `kinds`, thing and stuff are compared too. Raises EvaluationError showing the rows of
-    both tables if they contradict each other.
+    `m2f eval --dump` write. With `compare_kinds`, thing and stuff are compared too. Raises EvaluationError showing the
+    rows of both tables if they contradict each other.
     """
     table_path = predictions.with_name(CATEGORIES_FILE)
     if isinstance(document, dict) and isinstance(document.get("categories"), list):
@@ -120,7 +120,9 @@ def match_predictions(
         matched = require_match(predicted, expected, str(path), str(truth))
     except DataError as error:
         raise EvaluationError(str(error)) from error
-    truth_id = {c.id: expected[label].id for c, label in zip(predicted, matched.labels, strict=True) if label is not None}
+    truth_id = {
+        c.id: expected[label].id for c, label in zip(predicted, matched.labels, strict=True) if label is not None
+    }
     dropped = frozenset(c.id for c in predicted) - truth_id.keys()
     return PredictedClasses(truth_id, dropped, describe_subset(matched, str(path), str(truth)))
 

@@ -24,11 +24,11 @@ from m2f.eval.score.instance_files import Entry, ImageEntries, InstanceFiles
 
 def box_truth(image: ImageEntries, truth: InstanceTruth, files: InstanceFiles) -> BoxTruth:
     """Return the boxes of one image's annotations. Raises EvaluationError naming the annotation of an invalid box."""
-    found = truth_boxes(truth)
-    names = [files.annotation(image, i) for i in range(len(image.annotations))]
-    stated = _stated(image.annotations, names)
-    boxes = np.where(np.isnan(stated), found.boxes, stated)
-    return BoxTruth(boxes, found.labels, found.areas, found.is_crowd)
+    from_masks = truth_boxes(truth)
+    names = [files.describe_annotation(image, i) for i in range(len(image.annotations))]
+    stated = _stated_boxes(image.annotations, names)
+    boxes = np.where(np.isnan(stated), from_masks.boxes, stated)
+    return BoxTruth(boxes, from_masks.labels, from_masks.areas, from_masks.is_crowd)
 
 
 def box_detections(
@@ -40,14 +40,14 @@ def box_detections(
         for i, entry in enumerate(image.results)
         if isinstance(entry, dict) and entry.get("category_id") not in dropped
     ]
-    found = detection_boxes(detections)
-    stated = _stated([entry for _, entry in kept], [files.result(image, i) for i, _ in kept])
-    boxes = np.where(np.isnan(stated), found.boxes, stated)
-    areas = np.where(np.isnan(stated[:, 0]), found.areas, boxes[:, 2] * boxes[:, 3])
-    return BoxDetections(boxes, found.labels, found.scores, areas)
+    from_masks = detection_boxes(detections)
+    stated = _stated_boxes([entry for _, entry in kept], [files.describe_result(image, i) for i, _ in kept])
+    boxes = np.where(np.isnan(stated), from_masks.boxes, stated)
+    areas = np.where(np.isnan(stated[:, 0]), from_masks.areas, boxes[:, 2] * boxes[:, 3])
+    return BoxDetections(boxes, from_masks.labels, from_masks.scores, areas)
 
 
-def _stated(entries: Sequence[Entry], names: Sequence[str]) -> np.ndarray:
+def _stated_boxes(entries: Sequence[Entry], names: Sequence[str]) -> np.ndarray:
     """Return stated boxes [N, 4] as left, top, width, height; NaN for an entry without a box."""
     boxes = np.full((len(entries), 4), np.nan)
     for position, entry in enumerate(entries):

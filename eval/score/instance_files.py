@@ -19,7 +19,16 @@ from m2f.data_pipeline.readers.masks import checked_areas, compressed_texts, rea
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.rle import TextMasks
-from m2f.eval.score.files import MAX_PIXELS, area_of, flag, parse_file, read_bytes, require, some, whole
+from m2f.eval.score.files import (
+    MAX_PIXELS,
+    first_few,
+    parse_file,
+    read_area,
+    read_bytes,
+    read_flag,
+    read_int,
+    require_field,
+)
 from m2f.eval.score.plain_results import PlainResult, as_entry, read_plain_results
 
 Entry = dict[str, Any]
@@ -47,13 +56,13 @@ class InstanceFiles:
     truth: Path
     predictions: Path
 
-    def annotation(self, image: ImageEntries, position: int) -> str:
+    def describe_annotation(self, image: ImageEntries, position: int) -> str:
         """Return a description of an annotation."""
         entry = image.annotations[position]
-        own = entry.get("id", f"number {position}") if isinstance(entry, dict) else f"number {position}"
-        return f"{self.truth}: image {image.id}: annotation {str(own)[:40]}"
+        name = entry.get("id", f"number {position}") if isinstance(entry, dict) else f"number {position}"
+        return f"{self.truth}: image {image.id}: annotation {str(name)[:40]}"
 
-    def result(self, image: ImageEntries, position: int) -> str:
+    def describe_result(self, image: ImageEntries, position: int) -> str:
         """Return a description of a result."""
         return f"{self.predictions}: image {image.id}: result {image.result_numbers[position]}"
 
@@ -75,7 +84,7 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
     images = _listed_images(document["images"], truth)
     what = f"{truth}: an annotation"
     for position, entry in enumerate(document["annotations"]):  # subsets are made by shortening `images`
-        image_id = require(entry, "image_id", what)
+        image_id = require_field(entry, "image_id", what)
         if not isinstance(image_id, int | float | str):
             raise EvaluationError(
                 f"{truth}: image_id of annotation number {position} is {str(image_id)[:40]}, not an id"
@@ -83,11 +92,11 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
         if (image := images.get(image_id)) is not None:
             image.annotations.append(entry)
     number = 0
-    for image_id, group in itertools.groupby(results, _image_of):  # results of an image are mostly consecutive
+    for image_id, group in itertools.groupby(results, _get_image_id):  # results of an image are mostly consecutive
         image = images.get(image_id) if isinstance(image_id, int | float | str) else None
         if image is None:
             if image_id is None:
-                require(results[number], "image_id", f"{predictions}: result {number}")
+                require_field(results[number], "image_id", f"{predictions}: result {number}")
             raise EvaluationError(
                 f"{predictions}: result {number} is for image {repr(image_id)[:40]}, which {truth} does not list; "
                 "results must use the image ids of the truth"
@@ -97,7 +106,7 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
     return list(images.values())
 
 
-def _image_of(result: Any) -> Any:
+def _get_image_id(result: Any) -> Any:
     """Return the image id of a result; None if it has none."""
     if type(result) is PlainResult:
         return result.image_id
@@ -115,13 +124,13 @@ def _listed_images(listed: Sequence[Any], truth: Path) -> dict[Any, ImageEntries
     """Return the images without entries, by id in ascending order."""
     found: dict[Any, ImageEntries] = {}
     for number, entry in enumerate(listed):
-        image_id = require(entry, "id", f"{truth}: images[{number}]")
+        image_id = require_field(entry, "id", f"{truth}: images[{number}]")
         if type(image_id) not in (int, str):
             raise EvaluationError(f"{truth}: images[{number}] has id {str(image_id)[:40]}; ids are integers or text")
         where = f"{truth}: image {image_id}"
         if image_id in found:
             raise EvaluationError(f"{where} is listed twice; image ids must be unique")
-        height, width = (whole(entry, side, where) for side in ("height", "width"))
+        height, width = (read_int(entry, side, where) for side in ("height", "width"))
         if height < 1 or width < 1 or height * width > MAX_PIXELS:
             size = " x ".join(str(side) if side < 1e12 else "more than 1e12" for side in (width, height))
             raise EvaluationError(f"{where} has {size} pixels; it must have from 1 to {MAX_PIXELS} pixels in total")
@@ -131,12 +140,14 @@ def _listed_images(listed: Sequence[Any], truth: Path) -> dict[Any, ImageEntries
     return {image_id: found[image_id] for image_id in sorted(found)}
 
 
-def without_results(images: Sequence[ImageEntries], predictions: Path) -> str | None:
+def describe_missing_results(images: Sequence[ImageEntries], predictions: Path) -> str | None:
     """Return a line about images without results, which are valid if nothing was found; None if all have results."""
     missing = [image.id for image in images if not image.results]
     if not missing:
         return None
-    return f"{len(missing)} of {len(images)} images have no result in {predictions} (no detections): {some(missing)}"
+    return (
+        f"{len(missing)} of {len(images)} images have no result in {predictions} (no detections): {first_few(missing)}"
+    )
 
 
 class MaskPixels(NamedTuple):
@@ -150,7 +161,11 @@ class MaskPixels(NamedTuple):
 
 def mask_pixels(images: Sequence[ImageEntries]) -> list[MaskPixels]:
     """Read the run lengths of several images at once, which is faster than one by one."""
-    sides = [side for image in images for side in (_texts(image, image.annotations), _texts(image, image.results))]
+    sides = [
+        side
+        for image in images
+        for side in (_run_length_texts(image, image.annotations), _run_length_texts(image, image.results))
+    ]
     sizes = [(image.height, image.width) for image in images for _ in range(2)]
     found: list[np.ndarray | None] = [None] * len(sides)
     for size in set(sizes):
@@ -163,7 +178,7 @@ def mask_pixels(images: Sequence[ImageEntries]) -> list[MaskPixels]:
     return [MaskPixels(*found[i : i + 2]) for i in range(0, len(found), 2)]
 
 
-def _texts(image: ImageEntries, entries: Sequence[Result]) -> list[str] | None:
+def _run_length_texts(image: ImageEntries, entries: Sequence[Result]) -> list[str] | None:
     """Return the run lengths of all masks; None if one has another form or size."""
     masks = [entry.segmentation for entry in entries if type(entry) is PlainResult]
     if len(masks) < len(entries):
@@ -174,7 +189,7 @@ def _texts(image: ImageEntries, entries: Sequence[Result]) -> list[str] | None:
     return texts if len(texts) == len(masks) else None
 
 
-def truth_of(
+def read_truth(
     image: ImageEntries, labels: Mapping[int, int], files: InstanceFiles, pixels: np.ndarray | None = None
 ) -> InstanceTruth:
     """Return the annotations of one image. `labels` maps category ids to classes; `pixels` are those of valid masks.
@@ -184,7 +199,7 @@ def truth_of(
     entries = image.annotations
 
     def name(position: int) -> str:
-        return files.annotation(image, position)
+        return files.describe_annotation(image, position)
 
     return InstanceTruth(
         masks=_masks(image, entries, name, pixels),
@@ -202,7 +217,7 @@ def _areas(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
         found = np.array(areas)
         if found.dtype != object and (found >= 0).all() and (found <= MAX_AREA).all():
             return found.astype(np.float64)
-    return np.array([area_of(entry, name(i)) for i, entry in enumerate(entries)], dtype=np.float64)
+    return np.array([read_area(entry, name(i)) for i, entry in enumerate(entries)], dtype=np.float64)
 
 
 def _crowds(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
@@ -210,20 +225,20 @@ def _crowds(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
     stated = [entry.get("iscrowd") for entry in entries]
     if set(map(type, stated)) <= {int, bool, type(None)} and {0, 1, None}.issuperset(stated):
         return np.array(stated, dtype=bool)
-    return np.array([flag(entry, "iscrowd", name(i)) for i, entry in enumerate(entries)], dtype=bool)
+    return np.array([read_flag(entry, "iscrowd", name(i)) for i, entry in enumerate(entries)], dtype=bool)
 
 
-def detections_of(
+def read_detections(
     image: ImageEntries,
     labels: Mapping[int, int],
     dropped: frozenset[int],
     files: InstanceFiles,
     pixels: np.ndarray | None = None,
 ) -> InstanceDetections:
-    """Return the results of one image, without those of `dropped` categories; other arguments as in `truth_of`."""
+    """Return the results of one image, without those of `dropped` categories; other arguments as in `read_truth`."""
     results, numbers = image.results, range(len(image.results))
     if dropped:
-        numbers = [i for i in numbers if category_of(results[i]) not in dropped]
+        numbers = [i for i in numbers if get_category_id(results[i]) not in dropped]
         results = [results[i] for i in numbers]
         pixels = None if pixels is None else pixels[numbers]
     plain = [result for result in results if type(result) is PlainResult]
@@ -234,7 +249,7 @@ def detections_of(
         return InstanceDetections(masks, np.arange(len(masks)), np.array(known, dtype=np.int64), scores, pixels)
 
     def name(position: int) -> str:
-        return files.result(image, numbers[position])
+        return files.describe_result(image, numbers[position])
 
     entries = [result if isinstance(result, dict) else as_entry(result) for result in results]
     return InstanceDetections(
@@ -246,7 +261,7 @@ def detections_of(
     )
 
 
-def category_of(result: Result) -> Any:
+def get_category_id(result: Result) -> Any:
     """Return the category id of a result as in its file; None if it has none."""
     return result.category_id if isinstance(result, PlainResult) else result.get("category_id")
 
@@ -259,7 +274,7 @@ def _scores(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
         if np.isfinite(found).all():
             return found
     for position, entry in enumerate(entries):
-        score = require(entry, "score", name(position))
+        score = require_field(entry, "score", name(position))
         if not isinstance(score, int | float) or not _is_finite(score):
             raise EvaluationError(f"{name(position)} has score {repr(score)[:40]}, which is not a finite number")
     return np.array(scores, dtype=np.float64)
@@ -280,7 +295,7 @@ def _labels(
         return np.array([labels[entry["category_id"]] for entry in entries], dtype=np.int64)
     except (KeyError, TypeError):
         for position, entry in enumerate(entries):
-            category = require(entry, "category_id", name(position))
+            category = require_field(entry, "category_id", name(position))
             if not isinstance(category, int | float | str) or category not in labels:
                 raise EvaluationError(
                     f"{name(position)} has category {category!r:.40}, which {files.truth} does not list"

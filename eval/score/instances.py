@@ -43,25 +43,25 @@ from m2f.eval.score.instance_boxes import box_detections, box_truth
 from m2f.eval.score.instance_files import (
     ImageEntries,
     InstanceFiles,
-    category_of,
-    detections_of,
+    describe_missing_results,
+    get_category_id,
     mask_pixels,
+    read_detections,
     read_entries,
     read_results,
-    truth_of,
-    without_results,
+    read_truth,
 )
 from m2f.eval.score.options import (
     EVERYTHING,
     ScoreOptions,
+    category_table,
     chosen_images,
     chosen_labels,
-    notes_of,
-    only_classes,
-    subject_of,
-    table_of,
+    scope_notes,
+    score_subject,
+    select_classes,
 )
-from m2f.eval.score.scoring import Judged, ScoreReport, Scoring, percent
+from m2f.eval.score.scoring import MultiRecord, ScoreReport, Scoring, percent
 
 MAX_DETS = (1, 10, 100)
 CLASS_AGNOSTIC_MAX_DETS = (1, 10, 100, 1000)
@@ -87,61 +87,63 @@ def instance_scoring(
     categories = tuple(sorted(read_categories(document, truth), key=lambda c: c.id))
     labels = {c.id: label for label, c in enumerate(categories)}
     results = read_results(predictions, with_boxes=boxes)
-    matched = match_predictions(results, predictions, categories, truth, kinds=False)
+    matched = match_predictions(results, predictions, categories, truth, compare_kinds=False)
     files = InstanceFiles(truth, predictions)
     chosen = chosen_labels(categories, options, str(truth))
     images = read_entries(document, results, files)
-    wanted = chosen_images((image.id for image in images), options, str(truth))
-    images = [image for image in images if wanted is None or str(image.id) in wanted]
+    selected = chosen_images((image.id for image in images), options, str(truth))
+    images = [image for image in images if selected is None or str(image.id) in selected]
     predicted_labels = matched.labels(labels)
-    unknown = _unknown(images, predicted_labels, matched.dropped) if options.ignore_unknown else frozenset()
+    unknown = _unknown_categories(images, predicted_labels, matched.dropped) if options.ignore_unknown else frozenset()
     limits = CLASS_AGNOSTIC_MAX_DETS if class_agnostic else MAX_DETS
     limits = tuple(sorted(options.max_dets or limits))
     ratio = BOUNDARY_RATIO if boundary else None
     names = ["Boundary" * boundary, "class-agnostic" * class_agnostic, "mask AP"]
     title = f"{' '.join(filter(None, names))}, {len(images)} images, in per cent"
-    notes = [matched.note, without_results(images, predictions), *notes_of(options, len(images), unknown)]
+    notes = [matched.note, describe_missing_results(images, predictions), *scope_notes(options, len(images), unknown)]
     title = "\n".join([title, *(note for note in notes if note)])
     ranges = area_ranges(options.area_bounds)
     work = _ScoreImages(
         files, labels, predicted_labels, matched.dropped | unknown, class_agnostic, limits[-1], ratio, ranges
     )
-    more: dict[str, MetricState] = {}
+    extra_states: dict[str, MetricState] = {}
     if boxes:
-        more["box"] = AveragePrecisionState(len(categories), limits, area_bounds=options.area_bounds)
+        extra_states["box"] = AveragePrecisionState(len(categories), limits, area_bounds=options.area_bounds)
     if detailed and chosen is None and not (boundary or class_agnostic):
-        more["segments"] = SegmentErrorState(len(categories))
-        more["errors"] = ErrorState(len(categories), "AP50")
+        extra_states["segments"] = SegmentErrorState(len(categories))
+        extra_states["errors"] = ErrorState(len(categories), "AP50")
     num_classes = 1 if class_agnostic else len(categories)
     shown = tuple(c for label, c in enumerate(categories) if chosen is None or label in chosen)
-    table, subject = table_of(categories, things=True), subject_of(predictions, options, len(images))
+    table, subject = category_table(categories, things=True), score_subject(predictions, options, len(images))
     shown_limit = limits[-1] if options.max_dets else MAX_DETS[-1]
     return Scoring(
         jobs=images,
-        work=_ScoreMore(work, frozenset(more), chosen) if more or chosen is not None else work,
+        work=_ScoreExtras(work, frozenset(extra_states), chosen) if extra_states or chosen is not None else work,
         state=AveragePrecisionState(num_classes, limits, ratio, options.area_bounds),
-        report=partial(_report, () if class_agnostic else categories, shown, title, shown_limit, more),
-        results=None if class_agnostic else partial(_results, table, subject, more, len(images)),
-        more=more,
+        report=partial(_report, () if class_agnostic else categories, shown, title, shown_limit, extra_states),
+        results=None if class_agnostic else partial(_results, table, subject, extra_states, len(images)),
+        extra_states=extra_states,
         names=[str(image.id) for image in images],
     )
 
 
-def _unknown(images: Sequence[ImageEntries], known: Mapping[int, int], dropped: Collection[int]) -> frozenset[int]:
+def _unknown_categories(
+    images: Sequence[ImageEntries], known: Mapping[int, int], dropped: Collection[int]
+) -> frozenset[int]:
     """Return category ids of the results that are neither known nor dropped."""
-    found = {one for image in images for result in image.results if isinstance(one := category_of(result), int)}
+    found = {one for image in images for result in image.results if isinstance(one := get_category_id(result), int)}
     return frozenset(found - known.keys() - set(dropped))
 
 
 def _results(
     table: CategoryTable,
     subject: EvaluationSubject,
-    more: Mapping[str, MetricState],
+    extra_states: Mapping[str, MetricState],
     num_images: int,
     result: AveragePrecision,
 ) -> EvaluationResults:
     """Return the results for a page and for Python."""
-    details = {name: more[name].compute() for name in ("segments", "errors") if name in more}
+    details = {name: extra_states[name].compute() for name in ("segments", "errors") if name in extra_states}
     return EvaluationResults(
         subject=subject,
         categories=table,
@@ -149,7 +151,7 @@ def _results(
         panoptic=None,
         instance=result,
         semantic=None,
-        extra=ExtraResults(box_instance=more["box"].compute() if "box" in more else None),
+        extra=ExtraResults(box_instance=extra_states["box"].compute() if "box" in extra_states else None),
         **details,
     )
 
@@ -176,8 +178,8 @@ class _ScoreImages:
         """Return truth and detections of every image."""
         return [
             (
-                truth_of(image, self.labels, self.files, pixels.annotations),
-                detections_of(image, self.predicted_labels, self.dropped, self.files, pixels.results),
+                read_truth(image, self.labels, self.files, pixels.annotations),
+                read_detections(image, self.predicted_labels, self.dropped, self.files, pixels.results),
             )
             for image, pixels in zip(images, mask_pixels(images), strict=True)
         ]
@@ -190,7 +192,7 @@ class _ScoreImages:
 
 
 @dataclass(frozen=True)
-class _ScoreMore:
+class _ScoreExtras:
     """Does the work of `_ScoreImages` for some classes, or with additional metrics."""
 
     image: _ScoreImages
@@ -199,28 +201,28 @@ class _ScoreMore:
     chosen: frozenset[int] | None
     """Classes to keep; None: all."""
 
-    def __call__(self, images: Sequence[ImageEntries]) -> list[Judged[DetectionRecord]]:
-        sides = self.image.read(images)
-        records = self.image.match(sides)
-        return [self._judged(*one) for one in zip(images, records, sides, strict=True)]
+    def __call__(self, images: Sequence[ImageEntries]) -> list[MultiRecord[DetectionRecord]]:
+        pairs = self.image.read(images)
+        records = self.image.match(pairs)
+        return [self._score_image(*one) for one in zip(images, records, pairs, strict=True)]
 
-    def _judged(
-        self, image: ImageEntries, record: DetectionRecord, sides: tuple[InstanceTruth, InstanceDetections]
-    ) -> Judged[DetectionRecord]:
-        score, (truth, detections) = self.image, sides
-        more: dict[str, Record] = {}
+    def _score_image(
+        self, image: ImageEntries, record: DetectionRecord, pair: tuple[InstanceTruth, InstanceDetections]
+    ) -> MultiRecord[DetectionRecord]:
+        score, (truth, detections) = self.image, pair
+        extra_records: dict[str, Record] = {}
         if "box" in self.metrics:
             annotated = box_truth(image, truth, score.files)
             detected = box_detections(image, detections, score.dropped, score.files)
-            more["box"] = self._kept(match_boxes(annotated, detected, score.limit, score.ranges))
+            extra_records["box"] = self._select_classes(match_boxes(annotated, detected, score.limit, score.ranges))
         if "segments" in self.metrics:
-            more["segments"] = assign_outcomes(instance_candidates(truth, detections))
+            extra_records["segments"] = assign_outcomes(instance_candidates(truth, detections))
         if "errors" in self.metrics:
-            more["errors"] = instance_errors(truth, detections, score.limit)
-        return Judged(self._kept(record), more)
+            extra_records["errors"] = instance_errors(truth, detections, score.limit)
+        return MultiRecord(self._select_classes(record), extra_records)
 
-    def _kept(self, record: DetectionRecord) -> DetectionRecord:
-        return record if self.chosen is None else only_classes(record, self.chosen)
+    def _select_classes(self, record: DetectionRecord) -> DetectionRecord:
+        return record if self.chosen is None else select_classes(record, self.chosen)
 
 
 def _report(
@@ -228,14 +230,14 @@ def _report(
     shown: tuple[ScoredCategory, ...],
     title: str,
     limit: int,
-    more: Mapping[str, MetricState],
+    extra_states: Mapping[str, MetricState],
     result: AveragePrecision,
 ) -> ScoreReport:
     numbers = result.stats_at(limit)
     content: dict[str, Any] = {**numbers, **_by_class(categories, result)}
     tables = [title, columns(list(numbers), [[percent(value) for value in numbers.values()]])]
-    if "box" in more:
-        boxes: AveragePrecision = more["box"].compute()
+    if "box" in extra_states:
+        boxes: AveragePrecision = extra_states["box"].compute()
         content["box"] = {**boxes.stats, **_by_class(categories, boxes)}
         tables.append(columns(["box", *boxes.stats], [["", *map(percent, boxes.stats.values())]]))
     if categories:

@@ -14,7 +14,7 @@ from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.instance_matching import AREA_BOUNDS, DetectionRecord
 from m2f.eval.metrics.panoptic_quality import PanopticRecord
 from m2f.eval.results.results import EvaluationSubject
-from m2f.eval.score.files import ScoredCategory, some
+from m2f.eval.score.files import ScoredCategory, first_few
 
 Job = TypeVar("Job")
 RecordT = TypeVar("RecordT", PanopticRecord, DetectionRecord)
@@ -68,7 +68,7 @@ def chosen_images(listed: Iterable[object], options: ScoreOptions, where: str) -
         return None
     known = {str(one) for one in listed}
     if missing := [one for one in options.images if one not in known]:
-        raise EvaluationError(f"{where} does not list {len(missing)} of the images to score: {some(missing)}")
+        raise EvaluationError(f"{where} does not list {len(missing)} of the images to score: {first_few(missing)}")
     return frozenset(options.images)
 
 
@@ -80,14 +80,14 @@ def chosen_labels(categories: Sequence[ScoredCategory], options: ScoreOptions, w
     by_name |= {str(c.id): label for label, c in enumerate(categories) if str(c.id) not in by_name}
     if missing := [name for name in options.classes if name not in by_name]:
         raise EvaluationError(
-            f"{where} does not list {len(missing)} of the classes to score: {some(missing)}; "
-            f"listed: {some([c.name for c in categories], 20)}"
+            f"{where} does not list {len(missing)} of the classes to score: {first_few(missing)}; "
+            f"listed: {first_few([c.name for c in categories], 20)}"
         )
     return frozenset(by_name[name] for name in options.classes)
 
 
 @dataclass(frozen=True)
-class OnlyClasses(Generic[Job, RecordT]):
+class SelectClasses(Generic[Job, RecordT]):
     """Work that keeps only rows of some classes. This is exact, because matching never crosses classes."""
 
     work: Callable[[Job], RecordT]
@@ -95,10 +95,10 @@ class OnlyClasses(Generic[Job, RecordT]):
 
     def __call__(self, job: Job) -> RecordT:
         """Return the record of a job, without rows of other classes."""
-        return only_classes(self.work(job), self.labels)
+        return select_classes(self.work(job), self.labels)
 
 
-def only_classes(record: RecordT, labels: Collection[int]) -> RecordT:
+def select_classes(record: RecordT, labels: Collection[int]) -> RecordT:
     """Return an image's record with the rows of some classes only."""
     columns = {
         "label": ("label", "score", "matched", "ignored"),
@@ -109,37 +109,37 @@ def only_classes(record: RecordT, labels: Collection[int]) -> RecordT:
     }
     arrays = record.arrays()
     kept: dict[str, np.ndarray] = {}
-    for of_rows, names in columns.items():
-        if of_rows in arrays:
-            rows = np.isin(arrays[of_rows], list(labels))
+    for class_column, names in columns.items():
+        if class_column in arrays:
+            rows = np.isin(arrays[class_column], list(labels))
             kept |= {name: arrays[name][rows] for name in names}
     return replace(record, **kept)
 
 
-def notes_of(options: ScoreOptions, num_images: int, unknown: Collection[object] = ()) -> list[str]:
+def scope_notes(options: ScoreOptions, num_images: int, unknown: Collection[object] = ()) -> list[str]:
     """Return lines for the title of a table that state what was not scored."""
     notes = []
     if options.images is not None:
         notes.append(f"SUBSET: {num_images} selected images")
     if options.classes is not None:
-        notes.append(f"SOME CLASSES: {some(options.classes, 10)}")
+        notes.append(f"SOME CLASSES: {first_few(options.classes, 10)}")
     if unknown:
         notes.append(
-            f"ignored: predictions of categories that the truth does not list ({some(sorted(map(str, unknown)))})"
+            f"ignored: predictions of categories that the truth does not list ({first_few(sorted(map(str, unknown)))})"
         )
     return notes
 
 
-def table_of(categories: Sequence[ScoredCategory], *, things: bool = False) -> CategoryTable:
+def category_table(categories: Sequence[ScoredCategory], *, things: bool = False) -> CategoryTable:
     """Return the category table for a page; with `things`, all classes are things regardless of the file."""
     return CategoryTable(tuple(Category(c.id, c.name, things or bool(c.is_thing), (0, 0, 0)) for c in categories))
 
 
-def subject_of(predictions: Path, options: ScoreOptions, num_images: int) -> EvaluationSubject:
+def score_subject(predictions: Path, options: ScoreOptions, num_images: int) -> EvaluationSubject:
     """Return a description of what was scored, for a page."""
     return EvaluationSubject(
         dataset=predictions.name,
         fingerprint="",
         subset=None if options.images is None else f"{num_images} selected images",
-        classes=None if options.classes is None else f"only {some(options.classes, 10)}",
+        classes=None if options.classes is None else f"only {first_few(options.classes, 10)}",
     )

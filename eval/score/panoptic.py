@@ -32,30 +32,30 @@ from m2f.eval.metrics.segment_errors import SegmentErrorState, assign_outcomes, 
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject, columns
 from m2f.eval.score.files import (
     ScoredCategory,
-    area_of,
-    flag,
+    first_few,
     is_plain_id_map,
     mask_file,
     match_predictions,
+    read_area,
     read_categories,
     read_document,
+    read_flag,
     read_ids,
-    require,
+    read_int,
+    require_field,
     require_folder,
-    some,
-    whole,
 )
 from m2f.eval.score.options import (
     EVERYTHING,
-    OnlyClasses,
     ScoreOptions,
+    SelectClasses,
+    category_table,
     chosen_images,
     chosen_labels,
-    notes_of,
-    subject_of,
-    table_of,
+    scope_notes,
+    score_subject,
 )
-from m2f.eval.score.scoring import Judged, OneByOne, ScoreReport, Scoring
+from m2f.eval.score.scoring import MultiRecord, OneByOne, ScoreReport, Scoring
 
 _Pair = tuple[dict[str, Any], dict[str, Any]]
 """Annotation and prediction of one image."""
@@ -83,25 +83,25 @@ def panoptic_scoring(
     """
     document = read_document(files.truth, "annotations", "categories")
     categories = read_categories(document, files.truth)
-    if silent := [c.name for c in categories if c.is_thing is None]:
+    if without_kind := [c.name for c in categories if c.is_thing is None]:
         raise EvaluationError(
-            f"{files.truth}: {len(silent)} categories have no `isthing` (0 or 1), so things and stuff cannot "
-            f"be distinguished: {some(silent)}"
+            f"{files.truth}: {len(without_kind)} categories have no `isthing` (0 or 1), so things and stuff cannot "
+            f"be distinguished: {first_few(without_kind)}"
         )
     chosen = chosen_labels(categories, options, str(files.truth))
     truth = document["annotations"]
-    listed = [str(require(a, "image_id", f"{files.truth}: an annotation")) for a in truth]
-    wanted = chosen_images(listed, options, str(files.truth))
-    truth = [a for i, a in zip(listed, truth, strict=True) if wanted is None or i in wanted]
+    listed = [str(require_field(a, "image_id", f"{files.truth}: an annotation")) for a in truth]
+    selected = chosen_images(listed, options, str(files.truth))
+    truth = [a for i, a in zip(listed, truth, strict=True) if selected is None or i in selected]
     predicted = read_document(files.predictions, "annotations")
-    matched = match_predictions(predicted, files.predictions, categories, files.truth, kinds=True)
+    matched = match_predictions(predicted, files.predictions, categories, files.truth, compare_kinds=True)
     predictions = {
-        str(require(a, "image_id", f"{files.predictions}: an annotation")): a for a in predicted["annotations"]
+        str(require_field(a, "image_id", f"{files.predictions}: an annotation")): a for a in predicted["annotations"]
     }
-    ids = [i for i in listed if wanted is None or i in wanted]
+    ids = [i for i in listed if selected is None or i in selected]
     if missing := [i for i in ids if i not in predictions]:
         raise EvaluationError(
-            f"{files.predictions} has no prediction for {len(missing)} of {len(ids)} images: {some(missing)}; "
+            f"{files.predictions} has no prediction for {len(missing)} of {len(ids)} images: {first_few(missing)}; "
             "an image without segments needs an entry with an empty list"
         )
     require_folder(files.truth_masks, "the maps of the truth")
@@ -110,28 +110,36 @@ def panoptic_scoring(
     ratio = BOUNDARY_RATIO if boundary else None
     labels = {c.id: label for label, c in enumerate(categories)}
     predicted_labels = matched.labels(labels)
-    unknown = _unknown(predictions, ids, predicted_labels, matched.dropped) if options.ignore_unknown else frozenset()
+    unknown = (
+        _unknown_categories(predictions, ids, predicted_labels, matched.dropped)
+        if options.ignore_unknown
+        else frozenset()
+    )
     needs_maps = detailed or boundary or options.by_size
     work = _ScoreImage(files, labels, predicted_labels, matched.dropped | unknown, ratio, needs_maps)
     state = PanopticQualityState([bool(c.is_thing) for c in categories], ratio, options.area_bounds)
-    more: dict[str, MetricState] = {}
+    extra_states: dict[str, MetricState] = {}
     if detailed and chosen is None and not boundary:
-        more = {"segments": SegmentErrorState(len(categories)), "errors": ErrorState(len(categories), "PQ")}
-    notes = [*([matched.note] if matched.note else []), *notes_of(options, len(ids), unknown)]
+        extra_states = {"segments": SegmentErrorState(len(categories)), "errors": ErrorState(len(categories), "PQ")}
+    notes = [*([matched.note] if matched.note else []), *scope_notes(options, len(ids), unknown)]
     return Scoring(
         jobs=[(a, predictions[i]) for i, a in zip(ids, truth, strict=True)],
-        work=OneByOne(_ScoreDetails(work) if more else work if chosen is None else OnlyClasses(work, chosen)),
+        work=OneByOne(_ScoreDetails(work) if extra_states else work if chosen is None else SelectClasses(work, chosen)),
         state=state,
         report=partial(_report, categories, len(ids), "Boundary PQ" if boundary else "PQ", notes),
         results=partial(
-            _results, table_of(categories), subject_of(files.predictions, options, len(ids)), more, len(ids)
+            _results,
+            category_table(categories),
+            score_subject(files.predictions, options, len(ids)),
+            extra_states,
+            len(ids),
         ),
-        more=more,
+        extra_states=extra_states,
         names=ids,
     )
 
 
-def _unknown(
+def _unknown_categories(
     predictions: Mapping[str, Any], ids: Sequence[str], known: Mapping[int, int], dropped: Collection[int]
 ) -> frozenset[int]:
     """Return category ids of the predictions that are neither known nor dropped."""
@@ -143,12 +151,12 @@ def _unknown(
 def _results(
     table: CategoryTable,
     subject: EvaluationSubject,
-    more: Mapping[str, MetricState],
+    extra_states: Mapping[str, MetricState],
     num_images: int,
     quality: PanopticQuality,
 ) -> EvaluationResults:
     """Return the results for a page and for Python."""
-    details = {name: state.compute() for name, state in more.items()}
+    details = {name: state.compute() for name, state in extra_states.items()}
     return EvaluationResults(
         subject=subject,
         categories=table,
@@ -177,7 +185,7 @@ class _ScoreImage:
         truth, prediction = job
         where = f"image {truth['image_id']}"
         try:
-            if not self.detailed and (record := self._record_of_engine(truth, prediction, where)) is not None:
+            if not self.detailed and (record := self._engine_record(truth, prediction, where)) is not None:
                 return record
             return match_panoptic(self._truth(truth, where), self._prediction(prediction, where), self.boundary_ratio)
         except InconsistentMapError as error:
@@ -189,10 +197,10 @@ class _ScoreImage:
                 f"({error})"
             ) from error
 
-    def _record_of_engine(self, truth: dict[str, Any], prediction: dict[str, Any], where: str) -> PanopticRecord | None:
+    def _engine_record(self, truth: dict[str, Any], prediction: dict[str, Any], where: str) -> PanopticRecord | None:
         """Return the engine's record; None if it rejects the files, so that our code scores them or names the error."""
         predicted_where = f"{self.files.predictions}: {where}"
-        listed = require(prediction, "segments_info", predicted_where)
+        listed = require_field(prediction, "segments_info", predicted_where)
         if any(self._is_dropped(entry, predicted_where) for entry in listed):
             return None  # their pixels have to be removed too
         pair = PanopticPair(
@@ -221,27 +229,27 @@ class _ScoreImage:
 
     def _prediction(self, annotation: dict[str, Any], where: str) -> PanopticPrediction:
         where = f"{self.files.predictions}: {where}"
-        listed = require(annotation, "segments_info", where)
-        gone = [require(entry, "id", where) for entry in listed if self._is_dropped(entry, where)]
-        if gone:
-            annotation = {**annotation, "segments_info": [s for s in listed if s["id"] not in gone]}
+        listed = require_field(annotation, "segments_info", where)
+        dropped_ids = [require_field(entry, "id", where) for entry in listed if self._is_dropped(entry, where)]
+        if dropped_ids:
+            annotation = {**annotation, "segments_info": [s for s in listed if s["id"] not in dropped_ids]}
         labels = {
             segment_id: label for segment_id, label, _ in self._segments(annotation, where, self.predicted_labels)
         }
         id_map = read_ids(mask_file(self.files.prediction_masks, annotation, where))
-        return PanopticPrediction(np.where(np.isin(id_map, gone), 0, id_map) if gone else id_map, labels)
+        return PanopticPrediction(np.where(np.isin(id_map, dropped_ids), 0, id_map) if dropped_ids else id_map, labels)
 
     def _is_dropped(self, entry: dict[str, Any], where: str) -> bool:
-        category = require(entry, "category_id", where)
+        category = require_field(entry, "category_id", where)
         return isinstance(category, Hashable) and category in self.dropped
 
     def _segments(
         self, annotation: dict[str, Any], where: str, labels: Mapping[int, int]
     ) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Yield id, class and entry of every segment. Callers keep the last entry of an id, as panopticapi does."""
-        for entry in require(annotation, "segments_info", where):
-            require(entry, "id", where)
-            segment_id, category = whole(entry, "id", where), require(entry, "category_id", where)
+        for entry in require_field(annotation, "segments_info", where):
+            require_field(entry, "id", where)
+            segment_id, category = read_int(entry, "id", where), require_field(entry, "category_id", where)
             if not isinstance(category, Hashable) or category not in labels:
                 raise EvaluationError(
                     f"{where}: segment {segment_id} has category {category!r:.40}, which {self.files.truth} "
@@ -256,18 +264,18 @@ class _ScoreDetails:
 
     image: _ScoreImage
 
-    def __call__(self, job: _Pair) -> Judged[PanopticRecord]:
+    def __call__(self, job: _Pair) -> MultiRecord[PanopticRecord]:
         record = self.image(job)
         annotation, predicted = job
         where = f"image {annotation['image_id']}"
         candidates = panoptic_candidates(self.image._truth(annotation, where), self.image._prediction(predicted, where))
         outcomes, errors = assign_outcomes(candidates), panoptic_errors(candidates)
-        return Judged(record, {"segments": outcomes, "errors": errors})
+        return MultiRecord(record, {"segments": outcomes, "errors": errors})
 
 
 def _truth_segment(entry: dict[str, Any], label: int, where: str) -> TruthSegment:
     """Return the segment. Raises EvaluationError also for an area of 0, by which the official code would divide."""
-    area, is_crowd = area_of(entry, where), flag(entry, "iscrowd", where)
+    area, is_crowd = read_area(entry, where), read_flag(entry, "iscrowd", where)
     if area == 0 and not is_crowd:
         raise EvaluationError(f"{where}: area is 0; it must be the segment's number of pixels")
     return TruthSegment(label, area, is_crowd)

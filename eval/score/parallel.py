@@ -31,11 +31,11 @@ def map_jobs(work: Callable[[Sequence[Job]], Sequence[Result]], jobs: Sequence[J
     The first jobs run in this process. All others also run in it if starting processes would cost more time than they
     save. Raises the errors of `work`, and EvaluationError if a worker dies.
     """
-    tried = len(jobs) if workers == 1 else CHUNK
+    num_local = len(jobs) if workers == 1 else CHUNK
     start = time.perf_counter()
-    yield from _in_chunks(work, jobs[:tried])
-    rest = jobs[tried:]
-    seconds = (time.perf_counter() - start) / max(1, tried) * len(rest)
+    yield from _in_chunks(work, jobs[:num_local])
+    rest = jobs[num_local:]
+    seconds = (time.perf_counter() - start) / max(1, num_local) * len(rest)
     if seconds * (1 - 1 / workers) < START_SECONDS:
         yield from _in_chunks(work, rest)
     else:

@@ -31,22 +31,22 @@ class ScoreReport:
 
 
 @dataclass(frozen=True)
-class Judged(Generic[R]):
+class MultiRecord(Generic[R]):
     """Records of one image, if more than one metric is computed."""
 
     record: R
     """Record for `Scoring.state`."""
-    more: Mapping[str, Record]
-    """Records for `Scoring.more`, by name."""
+    extra: Mapping[str, Record]
+    """Records for `Scoring.extra_states`, by name."""
 
 
 @dataclass(frozen=True)
 class OneByOne(Generic[Job, R]):
     """Work on several images, one after the other."""
 
-    work: Callable[[Job], R | Judged[R]]
+    work: Callable[[Job], R | MultiRecord[R]]
 
-    def __call__(self, jobs: Sequence[Job]) -> list[R | Judged[R]]:
+    def __call__(self, jobs: Sequence[Job]) -> list[R | MultiRecord[R]]:
         """Return the result of the work for every job."""
         return [self.work(job) for job in jobs]
 
@@ -57,13 +57,13 @@ class Scoring(Generic[Job, R, Result]):
 
     jobs: Sequence[Job]
     """One job per image."""
-    work: Callable[[Sequence[Job]], Sequence[R | Judged[R]]]
+    work: Callable[[Sequence[Job]], Sequence[R | MultiRecord[R]]]
     """Reads the files of several images and compares them. Pickled for worker processes."""
     state: MetricState[R, Result]
     report: Callable[[Result], ScoreReport]
     results: Callable[[Result], EvaluationResults] | None = None
     """Converts the result for an HTML page and for Python; None for Cityscapes metrics."""
-    more: Mapping[str, MetricState] = field(default_factory=dict)
+    extra_states: Mapping[str, MetricState] = field(default_factory=dict)
     """States of additional metrics, by name; `work` returns a record for each, and `results` reads them."""
     names: Sequence[str] = ()
     """Name of every job's image."""
@@ -87,7 +87,7 @@ class Scoring(Generic[Job, R, Result]):
         )
         return image_table(records, dict(enumerate(self.names)))
 
-    def evaluated(self, workers: int = 1) -> EvaluationResults:
+    def compute_results(self, workers: int = 1) -> EvaluationResults:
         """Score all images and return the results for a page and for Python. Raises the errors of `run`."""
         assert self.results is not None
         return self.results(self.evaluate(workers, lambda _: None))
@@ -95,11 +95,11 @@ class Scoring(Generic[Job, R, Result]):
     def evaluate(self, workers: int, advance: Callable[[int], None]) -> Result:
         """Score all images as `run` does, and return the metric without a report."""
         workers = max(1, min(workers, math.ceil(len(self.jobs) / CHUNK)))
-        for position, found in enumerate(map_jobs(self.work, self.jobs, workers)):
-            self.state.add(position, found.record if isinstance(found, Judged) else found)
-            if isinstance(found, Judged):
-                for name, record in found.more.items():
-                    self.more[name].add(position, record)
+        for position, scored in enumerate(map_jobs(self.work, self.jobs, workers)):
+            self.state.add(position, scored.record if isinstance(scored, MultiRecord) else scored)
+            if isinstance(scored, MultiRecord):
+                for name, record in scored.extra.items():
+                    self.extra_states[name].add(position, record)
             advance(1)
         return self.state.compute()
 

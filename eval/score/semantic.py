@@ -11,15 +11,15 @@ from m2f.data_pipeline.categories import CategoryTable
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoU, MeanIoUState, ignore_label
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject, columns
-from m2f.eval.score.files import ScoredCategory, read_labels, require_folder, some
+from m2f.eval.score.files import ScoredCategory, first_few, read_labels, require_folder
 from m2f.eval.score.options import (
     EVERYTHING,
     ScoreOptions,
+    category_table,
     chosen_images,
     chosen_labels,
-    notes_of,
-    subject_of,
-    table_of,
+    scope_notes,
+    score_subject,
 )
 from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, percent
 
@@ -51,16 +51,16 @@ def semantic_scoring(
     categories = tuple(ScoredCategory(label, name, False) for label, name in enumerate(shown))
     chosen = chosen_labels(categories, options, "the table of classes")
     names = label_maps(truth, predictions)
-    wanted = chosen_images((n for name in names for n in (name, name.removesuffix(".png"))), options, str(truth))
-    names = [name for name in names if wanted is None or name in wanted or name.removesuffix(".png") in wanted]
+    selected = chosen_images((n for name in names for n in (name, name.removesuffix(".png"))), options, str(truth))
+    names = [name for name in names if selected is None or name in selected or name.removesuffix(".png") in selected]
     state = MeanIoUState(num_classes, ignore, ignore_label(num_classes) if void is None else void)
-    subject = subject_of(predictions, options, len(names))
+    subject = score_subject(predictions, options, len(names))
     return Scoring(
         jobs=names,
         work=OneByOne(_ScoreImage(truth, predictions, num_classes, ignore, state.void)),
         state=state,
-        report=partial(_report, shown, chosen, notes_of(options, len(names)), state, len(names)),
-        results=partial(_results, table_of(categories), subject, chosen, state, len(names)),
+        report=partial(_report, shown, chosen, scope_notes(options, len(names)), state, len(names)),
+        results=partial(_results, category_table(categories), subject, chosen, state, len(names)),
         names=names,
     )
 
@@ -93,7 +93,9 @@ def label_maps(truth: Path, predictions: Path) -> list[str]:
     if not names:
         raise EvaluationError(f"{truth} contains no PNG files")
     if missing := [name for name in names if not (predictions / name).is_file()]:
-        raise EvaluationError(f"{predictions} does not contain {len(missing)} of {len(names)} maps: {some(missing)}")
+        raise EvaluationError(
+            f"{predictions} does not contain {len(missing)} of {len(names)} maps: {first_few(missing)}"
+        )
     return names
 
 

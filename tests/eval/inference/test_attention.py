@@ -8,7 +8,7 @@ from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.transforms.collate import collate_eval
 from m2f.eval.inference.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
-from m2f.eval.report.panels import decode_picture, render_heat
+from m2f.eval.report.panels import decode_picture, render_heat_maps
 from m2f.model.analysis.attention_maps import AttentionMap
 from m2f.model.config import LossConfig
 from m2f.model.structures import Predictions
@@ -121,7 +121,7 @@ def test_pictures_show_the_last_layer_of_every_level_without_the_padding():
 
     outline = np.zeros((HEIGHT, WIDTH), bool)
     outline[20:40, 20:40] = True
-    png = render_heat(np.full((HEIGHT, WIDTH, 3), 100, np.uint8), outline, "image 9", heats)
+    png = render_heat_maps(np.full((HEIGHT, WIDTH, 3), 100, np.uint8), outline, "image 9", heats)
     column = (decode_picture(png).shape[1] - 2 * 8) // 3
     hot, cold = decode_picture(png)[-20, 2 * column - 20 + 8], decode_picture(png)[60, column + 30]
     assert hot.mean() > 120 > cold.mean()

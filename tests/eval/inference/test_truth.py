@@ -99,7 +99,7 @@ def test_errors_for_missing_map_and_unknown_category_name_the_image():
             make(sample, LABELS)
         with pytest.raises(EvaluationError, match="evaluate only the task `instance`, or shard"):
             make(sample, LABELS)
-    with pytest.raises(EvaluationError, match="remove `cityscapes` from evaluation.extra_metrics, or shard"):
+    with pytest.raises(EvaluationError, match=r"remove `cityscapes` from evaluation\.extra_metrics, or shard"):
         cityscapes_truth(sample)
     with pytest.raises(EvaluationError, match="so instances cannot be evaluated; shard the data set"):
         instance_truth(sample_of(None, None), THING_LABELS)

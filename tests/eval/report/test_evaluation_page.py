@@ -18,10 +18,10 @@ from m2f.eval.report.charts import (
     Bar,
     Series,
     bar_chart,
+    downsample,
     line_chart,
     matrix_chart,
-    stacked,
-    thinned,
+    stack_charts,
     tick_label,
     ticks,
 )
@@ -210,7 +210,7 @@ def test_curves_keep_colours_skip_gaps_and_are_thinned():
     assert "t &amp; u" in svg
     assert "no values" in line_chart("t", [Series("a", [(0.0, float("inf"))])], "steps")
     long = [(float(i), 2.0 * i) for i in range(10_000)]
-    kept = thinned(long)
+    kept = downsample(long)
     assert len(kept) <= MAX_POINTS
     assert all(y == pytest.approx(2 * x) for x, y in kept)
 
@@ -231,7 +231,7 @@ def test_matrix_draws_only_nonzero_cells():
 
 def test_charts_are_stacked_in_one_svg():
     charts = [bar_chart("one", [Bar("a", 1.0, "1")]), line_chart("two", [Series("s", [(0.0, 1.0), (1.0, 2.0)])], "x")]
-    picture = stacked(charts)
+    picture = stack_charts(charts)
     assert picture.count("<svg ") == 3
     tops = [float(y) for y in re.findall(r'<svg x="10" y="(\d+)"', picture)]
     assert tops == sorted(tops)
