@@ -238,7 +238,7 @@ def _private_folder() -> Iterator[str]:
     It is in /tmp if TMPDIR is longer than MAX_PLACE_BYTES, because paths of Unix sockets have at most 107 bytes.
     """
     temporary = tempfile.gettempdir()
-    folder = ScratchFolder("ray", place=temporary if len(os.fsencode(temporary)) <= MAX_PLACE_BYTES else "/tmp")
+    folder = ScratchFolder("ray", parent=temporary if len(os.fsencode(temporary)) <= MAX_PLACE_BYTES else "/tmp")
     try:
         yield str(folder.path)
     except ClusterError:  # the error message refers to the logs in this folder

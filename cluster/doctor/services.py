@@ -195,7 +195,7 @@ def _ask_without_token(dashboard: str) -> Finding:
 
 
 def _storage_without_retries(config: RunConfig) -> Storage:
-    return Storage(config.storage).impatient(TIMEOUT_S)
+    return Storage(config.storage).without_retries(TIMEOUT_S)
 
 
 def _storage_remedy(url: str) -> str:

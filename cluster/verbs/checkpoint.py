@@ -100,7 +100,7 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
     name = AVERAGE if averaged and AVERAGE in manifest.files else WEIGHTS
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with ScratchFolder("export", place=str(target.parent)) as folder:
+    with ScratchFolder("export", parent=str(target.parent)) as folder:
         fetch(storage, url, [name], manifest, folder)
         (folder / name).rename(target)
     print_out(f"{output}: {name} of {url}, {target.stat().st_size / 1e6:,.1f} MB")

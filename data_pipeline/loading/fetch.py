@@ -162,7 +162,7 @@ class SampleFetcher:
 
     def _read(self, dataset: int, number: int, indices: list[int]) -> dict[_SampleKey, Members | DataError]:
         """Return the given samples of a chunk; damaged ones are read again up to 3 times. Runs in a pool thread."""
-        with self._storage.until(self._closed):
+        with self._storage.retry_until(self._closed):
             return self._read_with_retries(dataset, number, indices)
 
     def _read_with_retries(

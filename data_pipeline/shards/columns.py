@@ -15,7 +15,7 @@ from m2f.data_pipeline.storage.bounded_parquet import check_sizes
 
 SAMPLES_FILE = "samples.parquet"
 """Name of the file in the folder of a data set."""
-_ROWS_AT_ONCE = 4096
+_BATCH_ROWS = 4096
 """Number of rows per decoding step, so that decoding needs little memory in addition to the resulting arrays."""
 
 _TEXT_BYTES = 4 * MAX_KEY
@@ -99,7 +99,7 @@ class Columns:
         """
         texts: list[str | None] = []
         for part in self._parts(name):
-            if part.dictionary.nbytes > _ROWS_AT_ONCE * _TEXT_BYTES:
+            if part.dictionary.nbytes > _BATCH_ROWS * _TEXT_BYTES:
                 raise DataError(
                     f"{SAMPLES_FILE}: {name} contains texts of more than {_TEXT_BYTES} bytes; restore the file"
                 )
@@ -147,7 +147,7 @@ class Columns:
         dictionary_columns = {"member_names": ["member_names.list.element"], "key": ["key"]}.get(name)
         try:
             file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=dictionary_columns)
-            for rows in file.iter_batches(_ROWS_AT_ONCE, columns=[name], use_threads=False):
+            for rows in file.iter_batches(_BATCH_ROWS, columns=[name], use_threads=False):
                 yield rows.column(0)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{SAMPLES_FILE}: {name} cannot be decoded ({error}); restore the file") from error

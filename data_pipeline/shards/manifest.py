@@ -40,7 +40,7 @@ FORMAT = 1
 DATASET_FILE = "dataset.json"
 """Name of the file in the folder of a data set. The other file is SAMPLES_FILE."""
 
-_CHECKS_AT_ONCE = 16
+_CHECK_THREADS = 16
 """Threads that request the sizes of shards, to hide the latency of an object store."""
 
 
@@ -246,7 +246,7 @@ class Manifest:
 
     def check_shards(self, storage: Storage) -> None:
         """Call `check_shard` for all shards concurrently. Reads no samples."""
-        with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_CHECK_THREADS) as pool:
             for _ in pool.map(lambda shard: self.check_shard(shard, storage), range(len(self.shards))):
                 pass
 

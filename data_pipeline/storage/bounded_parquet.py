@@ -11,20 +11,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-_ROWS_AT_ONCE = 4096
+_BATCH_ROWS = 4096
 _VALUES_PER_BYTE = 2
 """Largest number of values of a column per byte of the file. Files of m2f have a column with 4 bytes per row that
 hardly compresses."""
-_MOST_VALUES = 1_000_000
+_BASE_VALUES = 1_000_000
 """Number of values that is allowed in addition, for small files."""
-_COLUMNS = 4
+_TABLE_FACTOR = 4
 """Limit of the values of a whole table, as a multiple of the limit of a column. Lists in files of m2f are short, or the
 only column."""
-_MOST_COMPRESSED = 100
+_MAX_COMPRESSION_RATIO = 100
 """Largest number of decoded bytes per byte of the file. Files of m2f stay below 10."""
 _ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}
 """Encodings of files of m2f. Delta encodings are refused, because they expand short data to long texts."""
-_MOST_FIXED = 64
+_MAX_FIXED_BYTES = 64
 """Largest number of bytes of a value of a fixed-length type. A SHA-256 has 32."""
 
 
@@ -42,7 +42,7 @@ def read_bounded_table(data: bytes) -> pa.Table:
     """
     metadata = pq.read_metadata(pa.BufferReader(data))
     values = _check_sizes(metadata, len(data))
-    limit = _COLUMNS * _most_values(len(data))
+    limit = _TABLE_FACTOR * _max_values(len(data))
     if sum(values.values()) > limit:
         raise ValueError(f"{len(data)} bytes decode to {sum(values.values())} values in total; the limit is {limit}")
     _check_texts(metadata, data)
@@ -55,8 +55,8 @@ def _check_sizes(metadata: pq.FileMetaData, size: int) -> Counter[str]:
     values, sizes = Counter[str](), 0
     for index in range(metadata.num_columns):
         leaf = metadata.schema.column(index)
-        if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" and leaf.length > _MOST_FIXED:
-            raise ValueError(f"every value of {leaf.path} has {leaf.length} bytes, more than {_MOST_FIXED}")
+        if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" and leaf.length > _MAX_FIXED_BYTES:
+            raise ValueError(f"every value of {leaf.path} has {leaf.length} bytes, more than {_MAX_FIXED_BYTES}")
     for group in range(metadata.num_row_groups):
         for column in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(column)
@@ -64,11 +64,11 @@ def _check_sizes(metadata: pq.FileMetaData, size: int) -> Counter[str]:
                 raise ValueError(f"{chunk.path_in_schema} has the unsupported encodings {', '.join(chunk.encodings)}")
             values[chunk.path_in_schema] += chunk.num_values
             sizes += chunk.total_uncompressed_size
-    limit = _most_values(size)
+    limit = _max_values(size)
     if max([metadata.num_rows, *values.values()]) > limit:
         raise ValueError(f"{size} bytes decode to {metadata.num_rows} rows, with more than {limit} values in a column")
-    if sizes > _most_bytes(size):
-        raise ValueError(f"{size} bytes decode to {sizes} bytes, more than {_MOST_COMPRESSED} times as many")
+    if sizes > _max_bytes(size):
+        raise ValueError(f"{size} bytes decode to {sizes} bytes, more than {_MAX_COMPRESSION_RATIO} times as many")
     return values
 
 
@@ -79,10 +79,12 @@ def _check_texts(metadata: pq.FileMetaData, data: bytes) -> None:
     file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=names)
     total = 0
     for column in dict.fromkeys(name.partition(".")[0] for name in names):
-        for rows in file.iter_batches(_ROWS_AT_ONCE, columns=[column], use_threads=False):
+        for rows in file.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
             total += sum(_decoded_bytes(array) for array in rows.columns)
-            if total > _most_bytes(len(data)):
-                raise ValueError(f"{len(data)} bytes decode to texts of more than {_MOST_COMPRESSED} times as many")
+            if total > _max_bytes(len(data)):
+                raise ValueError(
+                    f"{len(data)} bytes decode to texts of more than {_MAX_COMPRESSION_RATIO} times as many"
+                )
 
 
 def _decoded_bytes(array: pa.Array) -> int:
@@ -101,9 +103,9 @@ def _decoded_bytes(array: pa.Array) -> int:
     return 0
 
 
-def _most_values(size: int) -> int:
-    return _MOST_VALUES + _VALUES_PER_BYTE * size
+def _max_values(size: int) -> int:
+    return _BASE_VALUES + _VALUES_PER_BYTE * size
 
 
-def _most_bytes(size: int) -> int:
-    return _MOST_VALUES + _MOST_COMPRESSED * size
+def _max_bytes(size: int) -> int:
+    return _BASE_VALUES + _MAX_COMPRESSION_RATIO * size

@@ -39,9 +39,9 @@ FIRST_CONTACT_S = 20.0
 _CONNECT_TIMEOUT_S = 10.0
 """Seconds to wait for a connection. A shorter storage.read_timeout_s takes precedence. The same limit applies to
 responses until the store has answered once."""
-_SAY_S = 60.0
+_WAIT_REPORT_INTERVAL_S = 60.0
 """Seconds between two lines about waiting requests."""
-_ANSWERED: set[str | None] = set()
+_REACHED_ENDPOINTS: set[str | None] = set()
 """Endpoints that have answered this process. Later failures to answer count as an outage."""
 _POOL_CONNECTIONS = 64
 """Connections that are kept open; more than the number of threads of a process that read or write."""
@@ -83,16 +83,16 @@ class S3Store:
         """
         self._config = config
         if answered:
-            _ANSWERED.add(config.endpoint_url)
+            _REACHED_ENDPOINTS.add(config.endpoint_url)
         self._on_retry, self._on_wait = on_retry, on_wait
-        self._said = 0.0
+        self._last_report = 0.0
         self._thread = threading.local()
         self._lock = threading.Lock()
         self._client: Any = None
         self._client_key: tuple[int, bool] = (-1, False)
 
     @contextmanager
-    def until(self, stopped: threading.Event) -> Iterator[None]:
+    def retry_until(self, stopped: threading.Event) -> Iterator[None]:
         """In this context, stop retrying this thread's requests once `stopped` is set."""
         self._thread.stopped = stopped
         try:
@@ -102,7 +102,7 @@ class S3Store:
 
     def get(self, url: str) -> bytes:
         """Return the content of an object."""
-        return self._retrying(url, lambda client: _read_body(client.get_object(**_address(url))))
+        return self._with_retries(url, lambda client: _read_body(client.get_object(**_address(url))))
 
     def get_range(self, url: str, offset: int, length: int, etag: str | None) -> bytes:
         """Return exactly `length` bytes, starting at byte `offset`.
@@ -120,7 +120,7 @@ class S3Store:
             _check_range(url, response, offset, length)
             return _read_body(response)
 
-        return self._retrying(url, request)
+        return self._with_retries(url, request)
 
     def get_file(self, url: str, path: Path) -> int:
         """Copy an object to `path` and return its size. It is read in ranges; a broken connection costs one of them."""
@@ -132,7 +132,7 @@ class S3Store:
 
     def stat(self, url: str) -> ObjectInfo:
         """Return size and ETag of an object."""
-        response = self._retrying(url, lambda client: client.head_object(**_address(url)))
+        response = self._with_retries(url, lambda client: client.head_object(**_address(url)))
         return ObjectInfo(int(response["ContentLength"]), response.get("ETag"))
 
     def exists(self, url: str) -> bool:
@@ -154,7 +154,7 @@ class S3Store:
             client.put_object(**_address(url), Body=data, **condition)
 
         try:
-            self._retrying(url, request)
+            self._with_retries(url, request)
         except ObjectExistsError:
             # If only the answer of the first attempt was lost, the retry finds the object that it wrote.
             if attempts == 1 or self.stat(url).size != len(data) or self.get(url) != data:
@@ -163,7 +163,7 @@ class S3Store:
     def put_file(self, url: str, path: Path) -> None:
         """Upload a file of any size; large files are uploaded in parts."""
         address = _address(url)
-        self._retrying(url, lambda client: client.upload_file(str(path), address["Bucket"], address["Key"]))
+        self._with_retries(url, lambda client: client.upload_file(str(path), address["Bucket"], address["Key"]))
 
     def list(self, prefix: str) -> tuple[str, ...]:
         """Return the sorted URLs of all objects below a folder."""
@@ -173,12 +173,12 @@ class S3Store:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder)
             return tuple(sorted(f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ())))
 
-        return self._retrying(prefix, request)
+        return self._with_retries(prefix, request)
 
     def delete(self, url: str) -> None:
         """Delete an object if it exists. If the store denies deletion, log a warning and keep it."""
         try:
-            self._retrying(url, lambda client: client.delete_object(**_address(url)))
+            self._with_retries(url, lambda client: client.delete_object(**_address(url)))
         except AccessDeniedError as error:
             log.warning("not deleted: %s", error)
 
@@ -198,17 +198,19 @@ class S3Store:
             found = [upload for page in pages for upload in page.get("Uploads", ())]
             return tuple(UnfinishedWrite(f"s3://{bucket}/{upload['Key']}", upload["UploadId"]) for upload in found)
 
-        return self._retrying(prefix, request)
+        return self._with_retries(prefix, request)
 
     def delete_unfinished(self, write: UnfinishedWrite) -> None:
         """Abort a multipart upload. An upload that has ended is ignored."""
         address = _address(write.url)
         try:
-            self._retrying(write.url, lambda client: client.abort_multipart_upload(**address, UploadId=write.upload))
+            self._with_retries(
+                write.url, lambda client: client.abort_multipart_upload(**address, UploadId=write.upload)
+            )
         except MissingObjectError:
             return
 
-    def _retrying(self, url: str, request: Callable[[Any], T]) -> T:
+    def _with_retries(self, url: str, request: Callable[[Any], T]) -> T:
         """Run a request, and retry it after transient errors.
 
         Raises:
@@ -218,30 +220,30 @@ class S3Store:
         start, credentials_renewed = time.monotonic(), False
         for attempt in itertools.count():
             try:
-                client = self._connect()
+                client = self._get_client()
                 if attempt == 0:  # making a client takes a second, which is not the store's delay
                     start = time.monotonic()
                 result = request(client)
-                _ANSWERED.add(self._config.endpoint_url)
+                _REACHED_ENDPOINTS.add(self._config.endpoint_url)
                 return result
             except StorageError:
                 raise
             except Exception as raised:
-                error = _root(raised)
+                error = _unwrap(raised)
                 if _is_denied(error) and not credentials_renewed:
                     self._forget_credentials()
                     credentials_renewed = True
                     self._on_retry()
                     continue  # without a pause, because a denial is not an outage
-                if not _is_passing(error):
+                if not _is_transient(error):
                     if _response_error(error)[0]:
-                        _ANSWERED.add(self._config.endpoint_url)
+                        _REACHED_ENDPOINTS.add(self._config.endpoint_url)
                     _fail(url, error)
             pause = random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2 ** min(attempt, 10)))
             attempt_s = 0.0 if self.answered else self._connect_timeout_s  # duration of another attempt
             if time.monotonic() + pause + attempt_s > start + self._patience_s:
                 self._give_up(url, error, attempt + 1, time.monotonic() - start)
-            self._say_wait(url, error, time.monotonic() - start)
+            self._report_wait(url, error, time.monotonic() - start)
             self._on_retry()
             if self._pause(pause):
                 raise StorageError(f"{url}: reading was stopped while waiting for the store") from error
@@ -250,7 +252,7 @@ class S3Store:
     @property
     def answered(self) -> bool:
         """Return whether the store has answered this process or the process that started it."""
-        return self._config.endpoint_url in _ANSWERED
+        return self._config.endpoint_url in _REACHED_ENDPOINTS
 
     @property
     def _patience_s(self) -> float:
@@ -276,17 +278,17 @@ class S3Store:
             f"{summary}). Restart the run when the store is available again"
         ) from error
 
-    def _say_wait(self, url: str, error: Exception, seconds: float) -> None:
+    def _report_wait(self, url: str, error: Exception, seconds: float) -> None:
         """Report a waiting request, at most once a minute for all threads."""
         now = time.monotonic()
-        if seconds >= _SAY_S and now - self._said >= _SAY_S:
-            self._said = now
+        if seconds >= _WAIT_REPORT_INTERVAL_S and now - self._last_report >= _WAIT_REPORT_INTERVAL_S:
+            self._last_report = now
             self._on_wait(
                 f"waiting for the storage: {url} has failed for {seconds:.0f} s ({_describe(error)}); "
                 f"storage.patience_s is {self._config.patience_s:g} s"
             )
 
-    def _connect(self) -> Any:
+    def _get_client(self) -> Any:
         """Return the client of this process. A client inherited by a fork is replaced."""
         key = (os.getpid(), self.answered)
         with self._lock:
@@ -326,7 +328,7 @@ def _endpoint(config: StorageConfig) -> str | None:
     return config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
-def _split(url: str) -> tuple[str, str]:
+def _split_url(url: str) -> tuple[str, str]:
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not bucket:
         raise StorageError(f"{url}: the bucket is missing; write s3://bucket/key")
@@ -334,12 +336,12 @@ def _split(url: str) -> tuple[str, str]:
 
 
 def _split_folder(url: str) -> tuple[str, str]:
-    bucket, key = _split(url)
+    bucket, key = _split_url(url)
     return bucket, f"{key.strip('/')}/" if key.strip("/") else ""
 
 
 def _address(url: str) -> dict[str, str]:
-    bucket, key = _split(url)
+    bucket, key = _split_url(url)
     if not key:
         raise StorageError(f"{url}: the object key is missing; write s3://bucket/key")
     return {"Bucket": bucket, "Key": key}
@@ -371,7 +373,7 @@ def _response_error(error: BaseException) -> tuple[int, str]:
     return int(status), str(response.get("Error", {}).get("Code", ""))
 
 
-def _root(error: Exception) -> Exception:
+def _unwrap(error: Exception) -> Exception:
     """Return the error inside boto3's wrapper for failed uploads; other errors unchanged."""
     from boto3.exceptions import S3UploadFailedError
 
@@ -379,7 +381,7 @@ def _root(error: Exception) -> Exception:
     return wrapped if isinstance(wrapped, Exception) else error
 
 
-def _is_passing(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Return whether an error is transient, so that the same request may succeed later."""
     from botocore.exceptions import (
         ClientError,
@@ -421,7 +423,7 @@ def _fail(url: str, error: Exception) -> NoReturn:
 
     status, code = _response_error(error)
     if status == 404:
-        what = f"bucket {_split(url)[0]!r}" if code == "NoSuchBucket" else "the object"
+        what = f"bucket {_split_url(url)[0]!r}" if code == "NoSuchBucket" else "the object"
         raise MissingObjectError(
             f"{url}: {what} does not exist (404); check the URL and storage.endpoint_url"
         ) from error

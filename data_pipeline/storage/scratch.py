@@ -19,31 +19,31 @@ from types import TracebackType
 from m2f.data_pipeline.errors import StorageError
 
 _PREFIX = "m2f-"
-_FULL = ("no space left", "disk quota exceeded", "inline_container", "iostream error")
+_FULL_DISK_MESSAGES = ("no space left", "disk quota exceeded", "inline_container", "iostream error")
 """Parts of error messages about a full disk, from the operating system, safetensors and torch (the last two)."""
 _LOCK = ".lock"
 _FILES = "files"
-_SWEEPING = threading.Lock()
+_SWEEP_LOCK = threading.Lock()
 _swept: set[str] = set()
 
 
 class ScratchFolder:
     """Temporary folder `path` on the local disk, deleted by `remove` or at the end of the context."""
 
-    def __init__(self, purpose: str, place: str | None = None) -> None:
-        """Create the folder. The first one of a process in `place` also removes folders of dead processes there.
+    def __init__(self, purpose: str, parent: str | None = None) -> None:
+        """Create the folder. The first one of a process in `parent` also removes folders of dead processes there.
 
         Args:
             purpose: part of the folder's name.
-            place: parent folder; None uses the folder for temporary files.
+            parent: folder to create it in; None uses the folder for temporary files.
 
         Raises:
             StorageError: the folder cannot be created.
         """
         try:
-            place = place or tempfile.gettempdir()
-            _sweep_once(place)
-            self.root = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-", dir=place))
+            parent = parent or tempfile.gettempdir()
+            _sweep_once(parent)
+            self.root = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-", dir=parent))
             self.path = self.root / _FILES
             self.path.mkdir()
             descriptor, name = tempfile.mkstemp(dir=self.path)
@@ -51,8 +51,8 @@ class ScratchFolder:
             Path(name).rename(self.root / _LOCK)  # locked before it becomes visible to `sweep`
         except OSError as error:
             raise StorageError(
-                f"{place or 'temporary files'}: cannot create a folder there ({error}); free some space, or set TMPDIR "
-                "to a folder on another disk"
+                f"{parent or 'temporary files'}: cannot create a folder there ({error}); free some space, or set "
+                "TMPDIR to a folder on another disk"
             ) from error
         self._descriptor = descriptor
 
@@ -81,7 +81,7 @@ class ScratchFolder:
 
 
 @contextmanager
-def full_disk_named(what: str) -> Iterator[None]:
+def report_full_disk(what: str) -> Iterator[None]:
     """In this context, turn errors of a full local disk into a StorageError that names `what`.
 
     Other errors pass unchanged.
@@ -89,7 +89,7 @@ def full_disk_named(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if "TMPDIR" in str(error) or not any(words in str(error).lower() for words in _FULL):
+        if "TMPDIR" in str(error) or not any(words in str(error).lower() for words in _FULL_DISK_MESSAGES):
             raise
         raise StorageError(
             f"{tempfile.gettempdir()}: no space left on the disk for {what} ({error.__cause__ or error}); free some "
@@ -97,21 +97,21 @@ def full_disk_named(what: str) -> Iterator[None]:
         ) from error
 
 
-def require_room(
+def require_free_space(
     size: int,
     what: str,
-    place: str | None = None,
+    path: str | None = None,
     remedy: str = "free some space, or set TMPDIR to a folder on a larger disk",
 ) -> None:
-    """Raise StorageError if the disk of `place` has less than `size` bytes free.
+    """Raise StorageError if the disk of `path` has less than `size` bytes free.
 
     Args:
         size: bytes needed.
         what: the data to be stored, for the message.
-        place: a folder, which may not exist yet; None uses the folder for temporary files.
+        path: a folder, which may not exist yet; None uses the folder for temporary files.
         remedy: last clause of the message.
     """
-    folder = Path(place or tempfile.gettempdir()).absolute()
+    folder = Path(path or tempfile.gettempdir()).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -121,14 +121,14 @@ def require_room(
         )
 
 
-def sweep(place: str) -> int:
-    """Delete the scratch folders of dead processes in `place` and return their number.
+def sweep(parent: str) -> int:
+    """Delete the scratch folders of dead processes in `parent` and return their number.
 
     Folders without a lock file are kept, regardless of their age. They were either kept for inspection or come from an
     earlier version; the two cannot be distinguished.
     """
     removed = 0
-    for lock in Path(place).glob(f"{_PREFIX}*/{_LOCK}"):
+    for lock in Path(parent).glob(f"{_PREFIX}*/{_LOCK}"):
         try:
             with lock.open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,8 +139,8 @@ def sweep(place: str) -> int:
     return removed
 
 
-def _sweep_once(place: str) -> None:
-    with _SWEEPING:
-        if place not in _swept:
-            _swept.add(place)
-            sweep(place)
+def _sweep_once(parent: str) -> None:
+    with _SWEEP_LOCK:
+        if parent not in _swept:
+            _swept.add(parent)
+            sweep(parent)

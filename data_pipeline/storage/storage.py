@@ -110,7 +110,7 @@ class Storage:
         self.config = state["config"]
         self._make_stores(state["answered"], LOGGER.warning)
 
-    def impatient(self, limit_s: float) -> Storage:
+    def without_retries(self, limit_s: float) -> Storage:
         """Return a Storage without retries and with a read timeout of at most `limit_s` seconds.
 
         For callers that retry requests themselves.
@@ -119,9 +119,9 @@ class Storage:
         return type(self)(config, answered=True)
 
     @contextmanager
-    def until(self, stopped: threading.Event) -> Iterator[None]:
+    def retry_until(self, stopped: threading.Event) -> Iterator[None]:
         """In this context, this thread's requests raise StorageError instead of retrying once `stopped` is set."""
-        with self._s3.until(stopped):
+        with self._s3.retry_until(stopped):
             yield
 
     def get(self, url: str) -> bytes:

@@ -140,7 +140,7 @@ def large_scale_jitter(
 def draw_shortest_edge_crop(rng: np.random.Generator, size: tuple[int, int], config: ShortestEdgeCrop) -> AugmentParams:
     """Draw a shortest edge, a uniform crop position, colour jitter, and a flip with probability 1/2."""
     edge, y, x, flip = rng.random(4)
-    scaled = shortest_edge_size(size, _choice(config.shortest_edges, edge), config.max_size)
+    scaled = shortest_edge_size(size, _pick(config.shortest_edges, edge), config.max_size)
     canvas_length = tuple(max(side - crop, 0) for side, crop in zip(scaled, config.crop, strict=True))
     return AugmentParams(
         scaled=scaled,
@@ -160,12 +160,12 @@ def draw_scale_jitter(rng: np.random.Generator, size: tuple[int, int], config: S
     flip, edge, use_part, part_edge, height, width, y, x = rng.random(8).tolist()
     inner, part, start = size, size, (0, 0)
     if config.crop_first is not None and use_part < 0.5:
-        inner = shortest_edge_size(size, _choice(_CROP_FIRST_EDGES, part_edge))
+        inner = shortest_edge_size(size, _pick(_CROP_FIRST_EDGES, part_edge))
         low, high = config.crop_first
         rows, columns = ((min(side, low), min(side, high)) for side in inner)
         part = _uniform_int(*rows, height), _uniform_int(*columns, width)
         start = _uniform_int(0, inner[0] - part[0], y), _uniform_int(0, inner[1] - part[1], x)
-    canvas = shortest_edge_size(part, _choice(config.shortest_edges, edge), config.max_size)
+    canvas = shortest_edge_size(part, _pick(config.shortest_edges, edge), config.max_size)
     # Combine both resizes: scale the whole image so that the part gets its final size.
     rows, columns = (_scaled_axis(*axis) for axis in zip(inner, part, start, canvas, strict=True))
     scaled, offset = zip(rows, columns, strict=True)
@@ -181,7 +181,7 @@ def _scaled_axis(side: int, part: int, start: int, canvas: int) -> tuple[int, in
     return scaled, min(round(start * canvas / part), scaled - canvas)
 
 
-def _choice(values: tuple[int, ...], draw: float) -> int:
+def _pick(values: tuple[int, ...], draw: float) -> int:
     return values[int(draw * len(values))]
 
 

@@ -85,7 +85,7 @@ def collate(examples: Sequence[Example | None], canvas: tuple[int, int] | None) 
     """
     shapes = [example.image.shape[:2] for example in examples if example is not None]
     canvas = canvas or _smallest_canvas(shapes)
-    padded = [_filler(canvas) if example is None else _padded(example, canvas) for example in examples]
+    padded = [_filler(canvas) if example is None else _pad_example(example, canvas) for example in examples]
     return Batch(
         images=_stack_images([example.image for example in padded]),
         targets=_stack_targets(padded),
@@ -136,7 +136,7 @@ def _smallest_canvas(sizes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
     return height, width
 
 
-def _padded(example: Example, canvas: tuple[int, int]) -> Example:
+def _pad_example(example: Example, canvas: tuple[int, int]) -> Example:
     if example.image.shape[:2] == canvas:
         return example
     bottom, right = (side - current for side, current in zip(canvas, example.image.shape, strict=False))

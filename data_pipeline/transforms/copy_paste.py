@@ -71,10 +71,10 @@ def paste(base: ImageTargets, partner: ImageTargets, objects: np.ndarray, *, mer
     ids = np.array([id_by_label.get(int(label), 0) for label in labels], dtype=np.int64)
     ids[added] = first + np.arange(len(added))
 
-    dtype, ignore = _id_type(first + len(added) - 1, base)
-    pasted_ids = _covering(partner, objects, ids, dtype)
+    dtype, ignore = _id_dtype(first + len(added) - 1, base)
+    pasted_ids = _pasted_id_maps(partner, objects, ids, dtype)
     mask = (pasted_ids != BACKGROUND_ID).any(axis=0)
-    maps = _in_layers(base, max(len(base.id_maps), len(pasted_ids)), dtype, ignore)
+    maps = _with_layers(base, max(len(base.id_maps), len(pasted_ids)), dtype, ignore)
     was_visible = _has_pixel(maps, base.layer, base.local_id)
     maps[:, mask] = BACKGROUND_ID
     maps[: len(pasted_ids)][pasted_ids != BACKGROUND_ID] = pasted_ids[pasted_ids != BACKGROUND_ID]
@@ -89,19 +89,19 @@ def paste(base: ImageTargets, partner: ImageTargets, objects: np.ndarray, *, mer
     return PasteResult(targets, mask, int(np.count_nonzero(hidden)))
 
 
-def _covering(partner: ImageTargets, objects: np.ndarray, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _pasted_id_maps(partner: ImageTargets, objects: np.ndarray, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return [Y, H, W]: the new ids at the pixels of the objects, BACKGROUND_ID elsewhere."""
     table = np.full(np.iinfo(partner.id_maps.dtype).max + 1, BACKGROUND_ID, dtype=dtype)
     table[partner.local_id[objects]] = ids
     return table[partner.id_maps]
 
 
-def _id_type(highest: int, base: ImageTargets) -> tuple[np.dtype, int]:
+def _id_dtype(highest: int, base: ImageTargets) -> tuple[np.dtype, int]:
     wide = highest > MAX_UINT8_TARGETS or base.id_maps.dtype == np.int16
     return np.dtype(np.int16 if wide else np.uint8), ignore_id(torch.int16 if wide else torch.uint8)
 
 
-def _in_layers(base: ImageTargets, layers: int, dtype: np.dtype, ignore: int) -> np.ndarray:
+def _with_layers(base: ImageTargets, layers: int, dtype: np.dtype, ignore: int) -> np.ndarray:
     """Return a copy of the id maps with `layers` layers. Pixels ignored in any old layer are ignored in new layers."""
     is_ignored = base.id_maps == base.ignore
     maps = np.empty((layers, *base.id_maps.shape[1:]), dtype=dtype)

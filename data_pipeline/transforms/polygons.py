@@ -75,14 +75,14 @@ def augment_ring(
     if params.flip:
         points[:, 0] = width - points[:, 0]
     for axis, limit in ((0, width), (1, height)):
-        points = _above(points, axis, 0.0)
+        points = _clip_to_minimum(points, axis, 0.0)
         points[:, axis] *= -1
-        points = _above(points, axis, -float(limit))
+        points = _clip_to_minimum(points, axis, -float(limit))
         points[:, axis] *= -1
     return points
 
 
-def _above(points: np.ndarray, axis: int, limit: float) -> np.ndarray:
+def _clip_to_minimum(points: np.ndarray, axis: int, limit: float) -> np.ndarray:
     """Clip a ring [n, 2] to coordinates of at least `limit` on one axis (Sutherland and Hodgman, 1974)."""
     next_points = np.roll(points, -1, axis=0)
     is_inside, next_is_inside = points[:, axis] >= limit, next_points[:, axis] >= limit

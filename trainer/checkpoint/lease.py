@@ -49,7 +49,7 @@ class Lease:
 
     def __init__(self, storage: Storage, run_folder: str, record: LeaseRecord, timing: Timing, renews: bool) -> None:
         self._storage, self._run_folder, self._record, self._timing = storage, run_folder, record, timing
-        self._impatient = storage.impatient(_THREAD_LIMIT_S)
+        self._storage_without_retries = storage.without_retries(_THREAD_LIMIT_S)
         self._renews = renews
         self._lost: LeaseLostError | None = None
         self._closing = threading.Event()
@@ -89,9 +89,9 @@ class Lease:
     def _renew_until_closed(self) -> None:
         while not self._closing.wait(self._timing.renew_s):
             try:
-                check_lease(self._impatient, self._run_folder, self.number)
+                check_lease(self._storage_without_retries, self._run_folder, self.number)
                 if self._renews:
-                    self._write_beat(self._impatient)
+                    self._write_beat(self._storage_without_retries)
             except LeaseLostError as error:
                 self._lost = error
                 return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from m2f.data_pipeline.storage.scratch import ScratchFolder, full_disk_named
+from m2f.data_pipeline.storage.scratch import ScratchFolder, report_full_disk
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.segmenter import Segmenter
 from m2f.model.weights.load import load_weights
@@ -179,7 +179,7 @@ def _inspect(
 ) -> tuple[CheckpointManifest, TrainState] | str:
     try:
         manifest = verify_sizes(storage, url)
-        with full_disk_named("files of a checkpoint"):
+        with report_full_disk("files of a checkpoint"):
             fetch(storage, url, [STATE], manifest, folder)
         state = TrainState.from_json((folder / STATE).read_bytes(), f"{url}/{STATE}")
     except CheckpointError as error:
@@ -209,7 +209,7 @@ def _paths(restart: Restart, manifest: CheckpointManifest, rank: int) -> list[st
 
 def _try_fetch(storage: Storage, url: str, paths: list[str], manifest: CheckpointManifest, folder: Path) -> str | None:
     try:
-        with full_disk_named("files of a checkpoint"):
+        with report_full_disk("files of a checkpoint"):
             fetch(storage, url, paths, manifest, folder)
     except CheckpointError as error:
         return str(error)

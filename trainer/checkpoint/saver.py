@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import safetensors.torch
 import torch
 
-from m2f.data_pipeline.storage.scratch import ScratchFolder, full_disk_named, require_room
+from m2f.data_pipeline.storage.scratch import ScratchFolder, report_full_disk, require_free_space
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.commits import record_commit, withdraw_commit, write_metrics
 from m2f.trainer.checkpoint.folder import (
@@ -80,12 +80,12 @@ class CheckpointSaver:
         own = checkpoint_bytes(engine.module.model, self._job.training, ranks.world_size, ranks.is_first)
         sizes = ranks.gather((host, own))
         machine_bytes = sum(size for other, size in sizes if other == host)
-        ranks.run_on_all(lambda: require_room(machine_bytes, "a checkpoint of the ranks of this machine"))
+        ranks.run_on_all(lambda: require_free_space(machine_bytes, "a checkpoint of the ranks of this machine"))
         run_folder = self._job.run_folder
         if "://" not in run_folder:
             total = sum(size for _, size in sizes)
             remedy = "free some space, or choose an `output` on a larger disk"
-            ranks.run_on_rank0(lambda: require_room(total, "a checkpoint", run_folder, remedy))
+            ranks.run_on_rank0(lambda: require_free_space(total, "a checkpoint", run_folder, remedy))
 
     def newest_commit(self) -> CommittedCheckpoint | None:
         """Return the newest commit known to this rank (rank 0: as soon as it is made). Raises an upload's error."""
@@ -104,7 +104,7 @@ class CheckpointSaver:
         assert self._upload is None, "the previous upload is not finished"
         url = checkpoint_url(self._job.run_folder, state.step, self._job.lease)
         self._ranks.run_on_rank0(lambda: self._clear(url))
-        with full_disk_named(f"checkpoint {state.step}"):
+        with report_full_disk(f"checkpoint {state.step}"):
             scratch = self._write(engine, state)
         self._upload = self._pool.submit(self._publish, scratch, url, state, dict(metrics))
         self._saved_step = state.step

@@ -35,7 +35,7 @@ class StorageWaits:
         urls = [url for url in (job.run_folder, *job.shards) if "://" in url]
         self._probe_urls = [join(url, "manifest.json") for url in dict.fromkeys(urls)]
         """Objects that are queried; whether they exist is irrelevant."""
-        self._storage = storage.impatient(REQUEST_S)
+        self._storage = storage.without_retries(REQUEST_S)
         self._ranks, self._reporter = ranks, reporter
         self._last_count, self._outage_at = 0, float("-inf")  # monotonic time at which an outage was last detected
         self._reported_at = float("-inf")

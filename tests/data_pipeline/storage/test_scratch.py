@@ -8,7 +8,7 @@ import pytest
 
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage import scratch
-from m2f.data_pipeline.storage.scratch import ScratchFolder, full_disk_named, require_room, sweep
+from m2f.data_pipeline.storage.scratch import ScratchFolder, report_full_disk, require_free_space, sweep
 from tests.mounts import fill, read_only, small_disk
 
 KILLED = Path(__file__).with_name("killed_with_scratch.py")
@@ -58,17 +58,17 @@ def test_kept_folder_is_not_swept(temporary):
 def test_full_temporary_disk_raises_storage_error(temporary):
     with small_disk(temporary / "small", "64k") as disk:
         tempfile.tempdir = str(disk)
-        require_room(60_000, "a checkpoint")
+        require_free_space(60_000, "a checkpoint")
         with pytest.raises(StorageError, match=r"small: 0\.1 MB are free .* a checkpoint needs 2,000\.0 MB; .* TMPDIR"):
-            require_room(2_000_000_000, "a checkpoint")
+            require_free_space(2_000_000_000, "a checkpoint")
         other = str(disk / "runs" / "new")
-        require_room(60_000, "a checkpoint", other)
+        require_free_space(60_000, "a checkpoint", other)
         with pytest.raises(
             StorageError, match=r"small: 0\.1 MB are free .* needs 2,000\.0 MB; choose another `output`$"
         ):
-            require_room(2_000_000_000, "a checkpoint", other, "choose another `output`")
+            require_free_space(2_000_000_000, "a checkpoint", other, "choose another `output`")
         folder = ScratchFolder("test")
-        with pytest.raises(StorageError, match=r"no space left on the disk for x .* TMPDIR"), full_disk_named("x"):
+        with pytest.raises(StorageError, match=r"no space left on the disk for x .* TMPDIR"), report_full_disk("x"):
             (folder.path / "big").write_bytes(b"x" * 100_000)
         folder.remove()
         with read_only(disk), pytest.raises(StorageError, match=r"cannot create a folder there .* set TMPDIR"):

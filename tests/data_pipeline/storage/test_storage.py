@@ -30,7 +30,7 @@ BODY = bytes(range(256)) * 4
 @pytest.fixture(autouse=True)
 def no_store_has_answered(monkeypatch):
     """A process remembers the stores that have answered, and tests share addresses."""
-    monkeypatch.setattr(s3_store, "_ANSWERED", set())
+    monkeypatch.setattr(s3_store, "_REACHED_ENDPOINTS", set())
 
 
 @pytest.fixture(autouse=True)
@@ -386,7 +386,7 @@ def test_pickled_storage_keeps_that_the_store_has_answered(faulty, monkeypatch):
     storage = _storage_at(faulty, patience_s=0.2)
     storage.get_range("s3://bucket/key", 0, 10)
     data = pickle.dumps(storage)
-    monkeypatch.setattr("m2f.data_pipeline.storage.s3._ANSWERED", set())  # as in the other process
+    monkeypatch.setattr("m2f.data_pipeline.storage.s3._REACHED_ENDPOINTS", set())  # as in the other process
     faulty.faults = ["503"] * 1000
     with pytest.raises(OutageError):
         pickle.loads(data).get_range("s3://bucket/key", 0, 10)
@@ -425,7 +425,7 @@ def test_a_repeated_conditional_write_recognises_its_own_bytes(s3_endpoint, tmp_
     storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
     url = f"s3://box/{tmp_path.name}/lost-answer"
     storage.exists(url)  # after its first answer the store has another client
-    storage._s3._client = _LosesFirstAnswer(storage._s3._connect())
+    storage._s3._client = _LosesFirstAnswer(storage._s3._get_client())
     storage.put(url, b"same", if_absent=True)
     assert storage.counters.retries == 1
     with pytest.raises(ObjectExistsError):

@@ -12,7 +12,7 @@ import torch
 
 from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.storage.scratch import full_disk_named
+from m2f.data_pipeline.storage.scratch import report_full_disk
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import ModelConfig
 from m2f.trainer.checkpoint.commits import list_commits, read_metrics
@@ -143,10 +143,10 @@ def test_full_local_disk_is_reported_and_leaves_no_files(ranks, job, error):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 def test_full_disk_error_of_torch_is_recognised():
-    with pytest.raises(StorageError, match="no space left on the disk for weights"), full_disk_named("weights"):
+    with pytest.raises(StorageError, match="no space left on the disk for weights"), report_full_disk("weights"):
         torch.save({"w": torch.zeros(10_000)}, "/dev/full")
 
 
 def test_other_errors_while_saving_are_not_converted():
-    with pytest.raises(RuntimeError, match="closed by peer"), full_disk_named("weights"):
+    with pytest.raises(RuntimeError, match="closed by peer"), report_full_disk("weights"):
         raise RuntimeError("Connection closed by peer")
