@@ -86,7 +86,7 @@ class Watchdog:
         training = job.training
         self._job = job
         self._clock, self._ranks, self._reporter = clock, ranks, reporter
-        self._storage = storage.impatient(REQUEST_S)
+        self._storage = storage.without_retries(REQUEST_S)
         self._storage_waits = StorageWaits(job, storage, ranks, reporter)
         self._folder = join(job.run_folder, "failures", f"stall-{attempt}")
         self._limit_s = training.stall_timeout_s
