@@ -101,7 +101,7 @@ class _Loop:
     def _finish_step(self, state: TrainState, step: QueuedStep, phases: dict[Phase, float] | None = None) -> TrainState:
         """Read the outcome of a step; report, detect spikes and save as due. Returns the new state."""
         training, values = self._training, step.read()
-        result = self._run.engine.settle(state.step + 1, values.norm)
+        result = self._run.engine.finish_update(state.step + 1, values.norm)
         state = state.advance(training.global_batch, result.applied)
         self._observer.record_step(state, step, values, result, self._observer.lap() if phases is None else phases)
         if not result.applied:

@@ -16,20 +16,20 @@ from m2f.trainer.job import TrainJob
 from tests.trainer.run_ranks import poisoned_position
 from tests.trainer.tiny_job import StopAt, make_job, train
 
-MAX_STEPS, LOGGED, SAVED = 9, 4, 6
+MAX_STEPS, LOG_EVERY_STEPS, SAVE_EVERY_STEPS = 9, 4, 6
 
 
 def ahead(folder: Path, stage: str) -> dict:
     """One run of each kind, with a step that is skipped and spikes that are looked for, and one that is stopped."""
     seen = {}
     for kind in ("at once", "ahead"):
-        settled: list[tuple[str, int]] = []
-        with poisoned_position(9), _looking(kind == "ahead", settled):
+        calls: list[tuple[str, int]] = []
+        with poisoned_position(9), _recording_engine(kind == "ahead", calls):
             job = _job(folder / kind, stage)
-            seen[kind] = _compared(job, train(job))
-            seen[f"order {kind}"] = settled
+            seen[kind] = _comparable_result(job, train(job))
+            seen[f"order {kind}"] = calls
             stopped = _job(folder / f"{kind} stopped", stage)
-            seen[f"{kind} stopped"] = _compared(stopped, train(stopped, control=StopAt(polls=5)))
+            seen[f"{kind} stopped"] = _comparable_result(stopped, train(stopped, control=StopAt(polls=5)))
     return seen
 
 
@@ -38,8 +38,8 @@ def _job(folder: Path, stage: str) -> TrainJob:
         folder.with_name(f"{folder.name} {stage}"),
         str(folder.parent / "shards"),
         max_steps=MAX_STEPS,
-        log_every_steps=LOGGED,
-        checkpoint=CheckpointConfig(every_steps=SAVED),
+        log_every_steps=LOG_EVERY_STEPS,
+        checkpoint=CheckpointConfig(every_steps=SAVE_EVERY_STEPS),
         spikes=SpikeConfig(window=2, threshold=0.01, steps=1),
         zero=ZeroConfig(stage=int(stage)),
         ema_decay=0.9,
@@ -47,32 +47,32 @@ def _job(folder: Path, stage: str) -> TrainJob:
 
 
 @contextmanager
-def _looking(ahead: bool, settled: list[tuple[str, int]]) -> Iterator[None]:
-    """`settled` gets what the host does, in order: `compute`, `update` and `settle` with the number of the step."""
+def _recording_engine(ahead: bool, calls: list[tuple[str, int]]) -> Iterator[None]:
+    """Append the calls of the host to `calls`: `compute`, `update`, and `finish_update` with the number of the step."""
 
-    class Looking(Engine):
+    class RecordingEngine(Engine):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             assert not self.runs_ahead  # on a CPU
             self.runs_ahead = ahead
 
         def accumulate(self, *arguments):
-            settled.append(("compute", 0))
+            calls.append(("compute", 0))
             return super().accumulate(*arguments)
 
         def update(self):
-            settled.append(("update", 0))
+            calls.append(("update", 0))
             return super().update()
 
-        def settle(self, number, norm):
-            settled.append(("settle", number))
-            return super().settle(number, norm)
+        def finish_update(self, number, norm):
+            calls.append(("finish_update", number))
+            return super().finish_update(number, norm)
 
-    with patch.object(m2f.trainer.setup, "Engine", Looking):
+    with patch.object(m2f.trainer.setup, "Engine", RecordingEngine):
         yield
 
 
-def _compared(job: TrainJob, seen: dict) -> dict:
+def _comparable_result(job: TrainJob, seen: dict) -> dict:
     """What a run leaves, without times and places."""
     folder = Path(job.run_folder)
     weights = sorted(folder.glob("checkpoints/*/*.safetensors"))

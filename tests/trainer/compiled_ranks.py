@@ -23,22 +23,22 @@ def stopped_and_resumed(job, train, stop_at, backend: str, steps: int) -> dict:
     `stop_at(polls=...)` a control that stops the run.
     """
     job = partial(job, max_steps=steps, optimizer=OptimizerConfig(lr=1e-4))
-    with counted_targets() as targets:
+    with count_targets() as targets:
         eager = train(job("eager"))
     parts = job("parts", compile=True)
-    with counted_graphs(backend) as first:
+    with count_graphs(backend) as first:
         stopped = train(parts, control=stop_at(polls=steps // 2 + 1))
-    with counted_graphs(backend) as second:
+    with count_graphs(backend) as second:
         resumed = train(parts)
     graphs = [first.frame_count, second.frame_count]
     return {"eager": eager, "targets": targets, "stopped": stopped, "resumed": resumed, "graphs": graphs}
 
 
-def whole_and_in_16_bits(job, train, backend: str, steps: int) -> dict:
+def whole_run_and_16_bit_runs(job, train, backend: str, steps: int) -> dict:
     """The compiled run at once, and four steps of it in other precisions."""
     job = partial(job, optimizer=OptimizerConfig(lr=1e-4))
     seen = {}
-    with counted_graphs(backend):
+    with count_graphs(backend):
         seen["whole"] = train(job("whole", max_steps=steps, compile=True))
         for precision in ("bf16_autocast", "bf16"):
             for compiled in (False, True):
@@ -48,7 +48,7 @@ def whole_and_in_16_bits(job, train, backend: str, steps: int) -> dict:
 
 
 @contextmanager
-def counted_graphs(backend: str):
+def count_graphs(backend: str):
     """Let regions be compiled by `backend`, and count the graphs that it is given."""
     graphs = CompileCounterWithBackend(backend)
     m2f.trainer.setup.compile_regions = partial(compile_regions, backend=graphs)
@@ -59,7 +59,7 @@ def counted_graphs(backend: str):
 
 
 @contextmanager
-def counted_targets():
+def count_targets():
     """A list of the number of ground-truth masks in every micro-batch of this rank."""
     real, counts = m2f.trainer.loop.count_normalizers, []
 

@@ -51,7 +51,7 @@ class Launcher:
                 process.join()
         return [process.exitcode for process in processes], [log.read_text() for log in logs]
 
-    def run_well(self, scenarios, ranks=2, timeout_s=PATIENCE_S):
+    def run_successfully(self, scenarios, ranks=2, timeout_s=PATIENCE_S):
         """No rank may end with an error."""
         codes, outputs = self.run(scenarios, ranks, timeout_s)
         assert not any(codes), "\n".join(outputs)
@@ -59,19 +59,19 @@ class Launcher:
     def run_each(self, scenarios, ranks=2):
         """One after the other, in one process group to pay for imports once; after a failure the rest in another.
 
-        `seen` of a scenario that failed shows what its ranks wrote.
+        `result` of a scenario that failed shows what its ranks wrote.
         """
-        left = list(scenarios)
-        while left:
-            codes, outputs = self.run(",".join(left), ranks, timeout_s=4 * PATIENCE_S)
+        remaining = list(scenarios)
+        while remaining:
+            codes, outputs = self.run(",".join(remaining), ranks, timeout_s=4 * PATIENCE_S)
             if not any(codes):
                 return
-            done = [all(self._record(name, rank).exists() for rank in range(ranks)) for name in left]
-            failed = done.index(False) if False in done else len(left) - 1
-            self._failure(left[failed]).write_text(f"exit codes {codes}\n" + "\n".join(outputs))
-            left = left[failed + 1 :]
+            done = [all(self._record(name, rank).exists() for rank in range(ranks)) for name in remaining]
+            failed = done.index(False) if False in done else len(remaining) - 1
+            self._failure(remaining[failed]).write_text(f"exit codes {codes}\n" + "\n".join(outputs))
+            remaining = remaining[failed + 1 :]
 
-    def seen(self, scenario, rank=0):
+    def result(self, scenario, rank=0):
         failure = self._failure(scenario)
         assert not failure.exists(), f"{scenario} failed: {failure.read_text()}"
         return json.loads(self._record(scenario, rank).read_text())

@@ -54,7 +54,7 @@ CASES = {
     "stage1_fp16_accumulated": {"precision": "fp16_autocast", "micro_batch": 1},
 }
 """Training settings on two ranks, beside `BASE`."""
-CASES_ALONE = {
+SINGLE_RANK_CASES = {
     "whole": {},
     "accumulated": {"micro_batch": 1},
     "pure_bf16": {"precision": "bf16"},
@@ -62,7 +62,7 @@ CASES_ALONE = {
     "offload": {"zero": ZeroConfig(offload_optimizer=True)},
 }
 """Training settings on one rank, beside `BASE` and a micro-batch of all images."""
-WAITING_CASES = {
+HOST_SYNC_CASES = {
     "stage0": {"zero": ZeroConfig(stage=0)},
     "stage1": {},
     "stage2": {"zero": ZeroConfig(stage=2)},
@@ -219,26 +219,26 @@ def agreement(make_job, case: str) -> dict:
 
 def one_rank(make_job, case: str) -> dict:
     """One rank as it is set up alone, and as it would be among others; one of `CASES_ALONE`."""
-    job = make_job(**(BASE | {"micro_batch": 4} | CASES_ALONE[case]))
+    job = make_job(**(BASE | {"micro_batch": 4} | SINGLE_RANK_CASES[case]))
     ranks, reference = Ranks(60.0), reference_of(make_job)
     alone = with_engine(job, job.training, reference, ranks)
-    with patch("m2f.trainer.engine.engine.deepspeed_config", _among_others):
+    with patch("m2f.trainer.engine.engine.deepspeed_config", _multi_rank_config):
         among = with_engine(job, job.training, reference, ranks)
     return {"alone": alone, "among": among}
 
 
-def _among_others(training: TrainingConfig, world_size: int, universal: bool = False) -> dict:
+def _multi_rank_config(training: TrainingConfig, world_size: int, universal: bool = False) -> dict:
     settings = deepspeed_config(training, world_size, universal)
     return settings | {"zero_optimization": deepspeed_config(training, world_size + 1)["zero_optimization"]}
 
 
-class HostWaits(TorchDispatchMode):
+class HostSyncCounter(TorchDispatchMode):
     """Counts what a device would make the host wait for: values asked of tensors, and constants made on the host.
 
     And all calls, each of which costs the host some microseconds.
     """
 
-    QUESTIONS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+    SYNC_OPERATIONS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,14 +247,14 @@ class HostWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls += 1
-        if func in self.QUESTIONS:
+        if func in self.SYNC_OPERATIONS:
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-def waits(make_job, case: str) -> dict:
+def host_syncs(make_job, case: str) -> dict:
     """What four backward passes and updates of one of `WAITING_CASES` ask of the device, and how often they wait."""
-    job = make_job(**(BASE | {"micro_batch": 4, "ema_decay": 0.0} | WAITING_CASES[case]))
+    job = make_job(**(BASE | {"micro_batch": 4, "ema_decay": 0.0} | HOST_SYNC_CASES[case]))
     engine = Engine(fresh_module(job, job.training.settled_precision), job.training, torch.device("cpu"))
     seen = {"backward": [], "update": [], "calls": [], "parameters": len(list(engine.module.parameters()))}
     gc.collect()  # DeepSpeed's optimizers of cases before wait for the device when they are freed
@@ -262,11 +262,11 @@ def waits(make_job, case: str) -> dict:
         for _ in range(4):
             batch = make_images(job.model, range(GLOBAL_BATCH))
             losses = engine._engine(batch, normalizers_of(job, [batch]))
-            with HostWaits() as backward:
+            with HostSyncCounter() as backward:
                 engine._engine.backward(losses.total)
-            with HostWaits() as update:
+            with HostSyncCounter() as update:
                 norm = engine.update()
-            assert engine.settle(1, float(norm)).applied
+            assert engine.finish_update(1, float(norm)).applied
             seen["backward"].append(len(backward.seen))
             seen["update"].append(len(update.seen))
             seen["calls"].append(update.calls)

@@ -116,7 +116,7 @@ BACKBONES = {
 
 def family_agreement(make_job) -> dict:
     """Loss and gradient norm of one step of four images: whole in plain torch, and sharded with checkpointing."""
-    assert not left_out()
+    assert not untested_options()
     ranks = Ranks(60.0)
     zero = ZeroConfig(stage=3, param_persistence_threshold=0)
     job = make_job(global_batch=GLOBAL_BATCH, micro_batch=2, zero=zero)
@@ -140,29 +140,29 @@ def family_agreement(make_job) -> dict:
 
 
 def whole_and_sharded(job, model: ModelConfig, ranks: Ranks) -> list[dict[str, float]]:
-    return [whole_step(replace(job, model=model)), sharded_step(replace(job, model=checkpointed(model)), ranks)]
+    return [whole_step(replace(job, model=model)), sharded_step(replace(job, model=with_checkpointing(model)), ranks)]
 
 
-def checkpointed(model: ModelConfig) -> ModelConfig:
+def with_checkpointing(model: ModelConfig) -> ModelConfig:
     """With checkpointing, which gathers shards a second time, wherever that can be set."""
     parts = {"backbone": model.backbone, "pixel_decoder": model.pixel_decoder}
-    able = {name: part for name, part in parts.items() if hasattr(part, "checkpointing")}
-    return replace(model, **{name: replace(part, checkpointing=True) for name, part in able.items()})
+    supported = {name: part for name, part in parts.items() if hasattr(part, "checkpointing")}
+    return replace(model, **{name: replace(part, checkpointing=True) for name, part in supported.items()})
 
 
-def left_out() -> set[object]:
+def untested_options() -> set[object]:
     """Kinds and choices that no member has."""
     pixel_decoders, transformer_decoders, losses = zip(*FAMILY.values(), strict=True)
-    there = {type(config) for config in (*pixel_decoders, *transformer_decoders)}
-    there |= {type(config) for _, *parts in HEADS.values() for config in parts}
-    known = {*get_args(PixelDecoderConfig), *get_args(TransformerDecoderConfig)}
+    tested = {type(config) for config in (*pixel_decoders, *transformer_decoders)}
+    tested |= {type(config) for _, *parts in HEADS.values() for config in parts}
+    available = {*get_args(PixelDecoderConfig), *get_args(TransformerDecoderConfig)}
     for cls, configs in ((MaskedTransformerDecoderConfig, transformer_decoders), (LossConfig, losses)):
         of_class = [vars(config) for config in configs if isinstance(config, cls)]
         for name, hint in get_type_hints(cls).items():
             if get_origin(hint) is Literal and name != "class_norm":
-                known |= {(name, choice) for choice in get_args(hint)}
-                there |= {(name, values[name]) for values in of_class}
-    return known - there
+                available |= {(name, choice) for choice in get_args(hint)}
+                tested |= {(name, values[name]) for values in of_class}
+    return available - tested
 
 
 def whole_step(job) -> dict[str, float]:

@@ -17,8 +17,8 @@ from m2f.trainer.worker import process_group
 from tests.trainer import run_ranks
 from tests.trainer.ahead_ranks import ahead
 from tests.trainer.annealed_ranks import annealed, annealed_again
-from tests.trainer.compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
-from tests.trainer.engine_ranks import agreement, one_rank, plain, poisoned, waits
+from tests.trainer.compiled_ranks import stopped_and_resumed, whole_run_and_16_bit_runs
+from tests.trainer.engine_ranks import agreement, host_syncs, one_rank, plain, poisoned
 from tests.trainer.family_ranks import family_agreement
 from tests.trainer.freeze_ranks import frozen, frozen_alone
 from tests.trainer.restore_ranks import attacked, restored, saved
@@ -39,7 +39,7 @@ def engine_alone(_: Path, case: str) -> dict:
 
 
 def engine_waits(_: Path, case: str) -> dict:
-    return waits(without_data, case)
+    return host_syncs(without_data, case)
 
 
 def engine_poisoned(_: Path) -> list:
@@ -57,7 +57,7 @@ def compiled(folder: Path, backend: str = "aot_eager", steps: int = 8) -> dict:
 
 def compiled_by_inductor(folder: Path) -> dict:
     """The same with kernels, and more of it."""
-    more = whole_and_in_16_bits(in_folder(folder / "compiled_by_inductor"), train, "inductor", steps=20)
+    more = whole_run_and_16_bit_runs(in_folder(folder / "compiled_by_inductor"), train, "inductor", steps=20)
     return compiled(folder, "inductor", steps=20) | more
 
 
@@ -69,7 +69,7 @@ def in_folder(folder: Path):
     return lambda name, **training: make_job(folder / name, str(folder.parent / "shards"), **training)
 
 
-OTHERS = (
+SCENARIOS = (
     ahead,
     annealed,
     annealed_again,
@@ -90,10 +90,10 @@ OTHERS = (
 
 
 def main(scenarios: list[str], folder: Path) -> None:
-    others = {scenario.__name__: scenario for scenario in OTHERS}
+    functions = {scenario.__name__: scenario for scenario in SCENARIOS}
     with process_group(torch.device("cpu"), PATIENCE_S):
         for scenario in scenarios:
             name, *arguments = scenario.split(":")
-            seen = (others.get(name) or getattr(run_ranks, name))(folder, *arguments)
+            seen = (functions.get(name) or getattr(run_ranks, name))(folder, *arguments)
             (folder / f"{scenario}.rank_{os.environ['RANK']}.json").write_text(json.dumps(seen))
     end_process(0)

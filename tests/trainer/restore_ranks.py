@@ -32,7 +32,7 @@ def restored(folder: Path, precision: str, stage: str, offload: str) -> dict:
     job = make_job(Path("none"), "none", **(BASE | {"precision": precision, "zero": zero}))
     place, ranks = folder / f"restored_{precision}_{stage}_{offload}", Ranks(60.0)
     seen = {"loads": [], "equal": [], "globals": []}
-    with _halves_on_cpu(), _watched_loads(seen["loads"]):
+    with _fp16_on_cpu(), _recorded_loads(seen["loads"]):
         saving = _engine(job)
         for number in (0, 1):
             _step(saving, job, ranks, number)
@@ -67,9 +67,9 @@ def attacked(folder: Path, path: str, attack: str, ranks: str = "two") -> dict:
     if dist.get_rank() == 0:
         shutil.copytree(folder / "saved", run)
         for file in sorted(next((run / "checkpoints").iterdir()).glob(path.replace(".", "/") + "*.pt")):
-            _exchange(file, attack, folder / "EXECUTED")
+            _tamper(file, attack, folder / "EXECUTED")
     dist.barrier()
-    with _watched_loads(loads):
+    with _recorded_loads(loads):
         seen = train(make_job(run, str(folder / "shards"), max_steps=4))
     return seen | {"loads": loads}
 
@@ -84,7 +84,7 @@ class Command:
         return os.system, (self.command,)
 
 
-def _exchange(file: Path, attack: str, marker: Path) -> None:
+def _tamper(file: Path, attack: str, marker: Path) -> None:
     content = torch.load(file, weights_only=False)
     if attack == "command":
         content["more"] = Command(f"touch {marker}")
@@ -99,20 +99,20 @@ def _exchange(file: Path, attack: str, marker: Path) -> None:
 
 
 @contextmanager
-def _watched_loads(loads: list[str]) -> Iterator[None]:
+def _recorded_loads(loads: list[str]) -> Iterator[None]:
     """Note `weights_only` of every call that reaches torch."""
     load = torch.load
 
-    def noting(*arguments, **options):
+    def recording_load(*arguments, **options):
         loads.append(str(options.get("weights_only")))
         return load(*arguments, **options)
 
-    with patch.object(torch, "load", noting):
+    with patch.object(torch, "load", recording_load):
         yield
 
 
 @contextmanager
-def _halves_on_cpu() -> Iterator[None]:
+def _fp16_on_cpu() -> Iterator[None]:
     """Pure fp16, which is for GPUs, with a first scale that does not overflow."""
 
     def config(training, world_size, universal=False):

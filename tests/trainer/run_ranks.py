@@ -23,7 +23,15 @@ from m2f.trainer.checkpoint.commits import list_commits, read_metrics
 from m2f.trainer.config import MultiStepSchedule, ZeroConfig
 from m2f.trainer.job import TrainJob
 from m2f.trainer.recovery.ending import read_ending
-from tests.trainer.tiny_job import Diary, DieAfterFirstCheckpoint, DrainAt, Recorder, StopAt, make_job, train
+from tests.trainer.tiny_job import (
+    DrainAt,
+    KillAfterFirstCheckpoint,
+    NoticeFileWriter,
+    Recorder,
+    StopAt,
+    make_job,
+    train,
+)
 
 PILOTS = PilotConfig(max_targets=3, label_noise=0.5, mask_noise=0.2)
 """Fewer than images have targets."""
@@ -34,7 +42,7 @@ def uninterrupted(folder: Path) -> dict:
 
 
 def killed(folder: Path) -> dict:
-    reporter = DieAfterFirstCheckpoint() if os.environ["RANK"] == "1" else Recorder()
+    reporter = KillAfterFirstCheckpoint() if os.environ["RANK"] == "1" else Recorder()
     return train(make_job(folder / "killed", str(folder / "shards")), reporter)
 
 
@@ -51,7 +59,7 @@ def stalled(folder: Path) -> dict:
 
     m2f.trainer.loop.count_normalizers = fall_asleep
     job = make_job(folder / "stalled", str(folder / "shards"), stall_timeout_s=10.0)
-    return train(job, Diary(path=folder / "stalled.events"))
+    return train(job, NoticeFileWriter(path=folder / "stalled.events"))
 
 
 def resumed(folder: Path) -> dict:

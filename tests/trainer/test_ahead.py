@@ -15,7 +15,7 @@ def runs(launcher, training_shards):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_reading_outcomes_later_does_not_change_the_results_of_a_run(runs, stage):
-    seen = runs.seen(f"ahead:{stage}")
+    seen = runs.result(f"ahead:{stage}")
     assert seen["ahead"] == seen["at once"]
     assert seen["ahead stopped"] == seen["at once stopped"]
     run = seen["ahead"]
@@ -27,8 +27,11 @@ def test_reading_outcomes_later_does_not_change_the_results_of_a_run(runs, stage
 
 
 def test_step_outcome_is_read_while_the_next_step_is_queued(runs):
-    order = [kind if kind != "settle" else f"settle {number}" for kind, number in runs.seen("ahead:1")["order ahead"]]
-    second = ["compute", "settle 1", "update"]
+    order = [
+        kind if kind != "finish_update" else f"finish_update {number}"
+        for kind, number in runs.result("ahead:1")["order ahead"]
+    ]
+    second = ["compute", "finish_update 1", "update"]
     assert order[:5] == ["compute", "update", *second]
-    at_once = [kind for kind, _ in runs.seen("ahead:1")["order at once"]]
-    assert at_once[:6] == ["compute", "update", "settle"] * 2
+    at_once = [kind for kind, _ in runs.result("ahead:1")["order at once"]]
+    assert at_once[:6] == ["compute", "update", "finish_update"] * 2

@@ -26,7 +26,7 @@ def weights(runs, name: str, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(runs, stage):
-    seen = runs.seen(f"annealed:{stage}")
+    seen = runs.result(f"annealed:{stage}")
     resumed = {**seen["stopped"]["losses"], **seen["resumed"]["losses"]}
     assert resumed == seen["whole"]["losses"]
     whole, parts = weights(runs, f"whole{stage}", 5), weights(runs, f"parts{stage}", 5)
@@ -38,11 +38,11 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(runs, stage):
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_every_stage_gives_the_same_losses(runs, stage):
-    plain, sharded = (runs.seen(f"annealed:{one}")["whole"]["losses"] for one in ("0", stage))
+    plain, sharded = (runs.result(f"annealed:{one}")["whole"]["losses"] for one in ("0", stage))
     assert list(sharded.values()) == pytest.approx(list(plain.values()), rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["1", "3"])
 def test_number_of_ranks_does_not_change_the_random_draws(runs, stage):
-    alone, together = (runs.seen(f"annealed_again:{name}:{stage}")["losses"]["6"] for name in ("parts", "whole"))
+    alone, together = (runs.result(f"annealed_again:{name}:{stage}")["losses"]["6"] for name in ("parts", "whole"))
     assert alone == pytest.approx(together, rel=1e-4)

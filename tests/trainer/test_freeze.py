@@ -87,7 +87,7 @@ def weights_of(runs, name, stage, step, file="weights.safetensors"):
 @pytest.mark.timeout(1800)  # the first one waits for all runs
 @pytest.mark.parametrize("stage", STAGES)
 def test_run_with_frozen_parts_trains_the_rest_and_resumes_exactly(runs, stage):
-    seen = runs.seen(f"frozen:{stage}")
+    seen = runs.result(f"frozen:{stage}")
     assert all(seen[name].get("error") is None for name in seen)
     torch.manual_seed(3)  # the seed of the job
     start = build_model(FROZEN, pretrained_backbone=False).state_dict()
@@ -105,7 +105,7 @@ def test_run_with_frozen_parts_trains_the_rest_and_resumes_exactly(runs, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_frozen_weights_survive_another_number_of_ranks(runs, stage):
-    seen = runs.seen(f"frozen_alone:{stage}")
+    seen = runs.result(f"frozen_alone:{stage}")
     assert seen.get("error") is None
     before, after = (weights_of(runs, "parted", stage, step) for step in (4, 6))
     same = {name for name in before if torch.equal(before[name], after[name])}

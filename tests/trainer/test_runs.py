@@ -63,16 +63,16 @@ def after_kill(with_data):
     codes, outputs = with_data.run("killed")
     assert codes[1] == -9, outputs[1]
     assert codes[0] not in (0, -9), outputs[0]
-    with_data.run_well("resumed")
+    with_data.run_successfully("resumed")
     return with_data
 
 
 def test_a_run_reports_every_step_and_commits_its_checkpoints(whole_runs):
-    run = whole_runs.seen("uninterrupted")
+    run = whole_runs.result("uninterrupted")
     assert list(run["losses"]) == [str(step) for step in range(1, 9)]
     assert run["state"]["step"] == 8
     assert run["state"]["position"] == 32
-    assert run["checkpoints"] == whole_runs.seen("uninterrupted", rank=1)["checkpoints"] == [3, 6, 8]
+    assert run["checkpoints"] == whole_runs.result("uninterrupted", rank=1)["checkpoints"] == [3, 6, 8]
     kept = sorted(
         path.parent.name for path in (whole_runs.folder / "uninterrupted/checkpoints").glob("*/manifest.json")
     )
@@ -80,26 +80,26 @@ def test_a_run_reports_every_step_and_commits_its_checkpoints(whole_runs):
 
 
 def test_killed_rank_does_not_change_the_losses(whole_runs, after_kill):
-    resumed = after_kill.seen("resumed")
+    resumed = after_kill.result("resumed")
     assert resumed["events"][0][:2] == ["resumed", 3]
-    expected = whole_runs.seen("uninterrupted")["losses"]
+    expected = whole_runs.result("uninterrupted")["losses"]
     assert resumed["losses"] == {step: loss for step, loss in expected.items() if int(step) > 3}
 
 
 def test_drain_saves_a_checkpoint_and_a_damaged_checkpoint_is_skipped(whole_runs):
-    both = whole_runs.seen("drained_then_damaged")
+    both = whole_runs.result("drained_then_damaged")
     assert both["drained"]["state"]["step"] == 4
     assert both["drained"]["checkpoints"] == [3, 4]
     assert both["drained"]["events"][-1][0] == "drained"
     resumed = both["resumed"]
     assert [event[:2] for event in resumed["events"]] == [["damaged", 4], ["resumed", 3], ["finished", 8]]
     assert "optim_states.pt" in resumed["events"][0][2]
-    expected = whole_runs.seen("uninterrupted")["losses"]
+    expected = whole_runs.result("uninterrupted")["losses"]
     assert resumed["losses"] == {step: loss for step, loss in expected.items() if int(step) > 3}
 
 
 def test_run_folder_records_commits_metrics_and_the_drain(whole_runs):
-    both = whole_runs.seen("drained_then_damaged")
+    both = whole_runs.result("drained_then_damaged")
     for points, steps in zip(both["kept"], ("123", "4"), strict=True):
         kept = {step: values["loss/total"] for step, values in points.items()}
         assert kept == {step: both["drained"]["losses"][step] for step in steps}
@@ -109,7 +109,7 @@ def test_run_folder_records_commits_metrics_and_the_drain(whole_runs):
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_step_with_a_poisoned_image_is_skipped_and_the_image_named(whole_runs, stage):
-    survived = whole_runs.seen(f"poisoned:{stage}")
+    survived = whole_runs.result(f"poisoned:{stage}")
     kind, step, message = survived["events"][0]
     assert (kind, step) == ("skipped", 2)
     assert "positions 8 to 11" in message
@@ -119,14 +119,14 @@ def test_a_step_with_a_poisoned_image_is_skipped_and_the_image_named(whole_runs,
     assert survived["state"]["position"] == 16
     assert survived["state"]["skipped_total"] == 1
     assert all(math.isfinite(loss) for loss in survived["losses"].values())
-    assert survived["losses"]["3"] == pytest.approx(whole_runs.seen("poisoned:1")["losses"]["3"], rel=1e-4)
+    assert survived["losses"]["3"] == pytest.approx(whole_runs.result("poisoned:1")["losses"]["3"], rel=1e-4)
 
 
 def test_too_many_skipped_steps_stop_all_ranks(whole_runs):
     for rank in (0, 1):
-        error = whole_runs.seen("given_up", rank)["error"]
+        error = whole_runs.result("given_up", rank)["error"]
         assert "max_skipped_steps" in error
-        assert skipped_keys(whole_runs.seen("poisoned:1")["events"][0][2]) in error
+        assert skipped_keys(whole_runs.result("poisoned:1")["events"][0][2]) in error
 
 
 def skipped_keys(message):
@@ -135,7 +135,7 @@ def skipped_keys(message):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_resuming_is_bit_identical(whole_runs, stage):
-    runs = whole_runs.seen(f"resumed_in_stage:{stage}")
+    runs = whole_runs.result(f"resumed_in_stage:{stage}")
     assert runs["stopped"]["state"]["step"] == 1
     assert runs["stopped"]["events"][-1][0] == "stopped"
     assert runs["resumed"]["checkpoints"] == [1, 3]
@@ -146,9 +146,9 @@ def test_resuming_is_bit_identical(whole_runs, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_resuming_with_another_number_of_ranks_changes_almost_nothing(other_ranks, stage):
-    expected = other_ranks.seen(f"resumed_in_stage:{stage}")["whole"]["losses"]
-    shrunk = other_ranks.seen(f"in_stage_again:{stage}:5")
-    grown = other_ranks.seen(f"in_stage_again:{stage}:6")
+    expected = other_ranks.result(f"resumed_in_stage:{stage}")["whole"]["losses"]
+    shrunk = other_ranks.result(f"in_stage_again:{stage}:5")
+    grown = other_ranks.result(f"in_stage_again:{stage}:6")
     assert shrunk["state"]["world_size"] == 1
     assert list(shrunk["losses"]) == ["4", "5"]
     assert list(grown["losses"]) == ["6"]
@@ -166,23 +166,23 @@ def test_resuming_with_another_number_of_ranks_changes_almost_nothing(other_rank
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_runs_in_16_bits_resume_exactly_and_with_other_ranks(other_ranks, precision):
-    runs = other_ranks.seen(f"resumed_in_precision:{precision}")
+    runs = other_ranks.result(f"resumed_in_precision:{precision}")
     expected = runs["whole"]["losses"]
     assert runs["stopped"]["losses"] | runs["resumed"]["losses"] == {step: expected[step] for step in "123"}
-    again = other_ranks.seen(f"in_precision_again:{precision}")["losses"]
+    again = other_ranks.result(f"in_precision_again:{precision}")["losses"]
     # Where a processor multiplies 16 bits itself, products depend on the images beside each other.
     assert again["4"] == pytest.approx(expected["4"], rel=1e-3)
 
 
 def test_damaged_sample_on_one_rank_stops_all_ranks_with_its_message(whole_runs):
-    errors = [whole_runs.seen("unreadable", rank)["error"] for rank in (0, 1)]
+    errors = [whole_runs.result("unreadable", rank)["error"] for rank in (0, 1)]
     assert errors[0] == errors[1]
     assert "training stops on all ranks: rank " in errors[0]
     assert "DataError" in errors[0]
 
 
 def test_bad_samples_are_replaced_and_reported(whole_runs):
-    run = whole_runs.seen("bad_samples")
+    run = whole_runs.result("bad_samples")
     assert run["state"]["position"] == 32
     events = [message for kind, _, message in run["events"] if kind == "substituted"]
     assert events
@@ -190,7 +190,7 @@ def test_bad_samples_are_replaced_and_reported(whole_runs):
 
 
 def test_changed_data_requires_accept_changes(whole_runs):
-    run = whole_runs.seen("changed_data")
+    run = whole_runs.result("changed_data")
     assert run["before"]["state"]["order_start"] == 0
     assert "data.accept_changes=true" in run["refused"]["error"]
     state = run["accepted"]["state"]
@@ -200,18 +200,18 @@ def test_changed_data_requires_accept_changes(whole_runs):
 
 
 def test_traffic_is_reported(whole_runs):
-    assert whole_runs.seen("uninterrupted")["requests"] > 0
+    assert whole_runs.result("uninterrupted")["requests"] > 0
 
 
 def test_a_checkpoint_of_another_run_is_refused(whole_runs):
     for rank in (0, 1):
-        error = whole_runs.seen("misfits", rank)["seed"]["error"]
+        error = whole_runs.result("misfits", rank)["seed"]["error"]
         assert "CheckpointError" in error
         assert "another data order" in error
 
 
 def test_another_zero_stage_keeps_weights_and_average_and_reports_the_reset(whole_runs):
-    runs = whole_runs.seen("other_stages")
+    runs = whole_runs.result("other_stages")
     whole = runs["whole"]["losses"]
     assert runs["to 3"]["losses"] == {step: whole[step] for step in "123"}
     assert runs["to 5"]["losses"]["4"] == pytest.approx(whole["4"], rel=1e-5)  # from the same weights

@@ -81,7 +81,7 @@ class Recorder:
 
 
 @dataclass
-class DieAfterFirstCheckpoint(Recorder):
+class KillAfterFirstCheckpoint(Recorder):
     """Kills this process when it hears of a commit."""
 
     def report(self, event):
@@ -90,7 +90,7 @@ class DieAfterFirstCheckpoint(Recorder):
 
 
 @dataclass
-class Diary(Recorder):
+class NoticeFileWriter(Recorder):
     """Writes notices down at once."""
 
     path: Path = Path()

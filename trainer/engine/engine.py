@@ -48,8 +48,8 @@ class Engine:
     """One rank's part of the weights, gradients and optimizer state.
 
     Per step, call `set_lr_factor`, then `accumulate` for every micro-batch, then `finish_step`. Instead of
-    `finish_step`, call `update`, and `settle` before the next `update`. Raises TrainingError if the settings do not
-    suit the number of ranks or the device. The process group must exist.
+    `finish_step`, call `update`, and `finish_update` before the next `update`. Raises TrainingError if the settings do
+    not suit the number of ranks or the device. The process group must exist.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Engine:
         self._clip_norm = training.optimizer.clip_norm
         self.module = module.to(device)
         self.runs_ahead = device.type == "cuda" and module.loss_scale is None
-        """Whether `settle` may be delayed until after the next step's backward pass. False with loss scaling, because
-        `settle` changes the scale, and on CPUs, because it brings no gain."""
+        """Whether `finish_update` may be delayed until after the next step's backward pass. False with loss scaling,
+        because `finish_update` changes the scale, and on CPUs, because it brings no gain."""
         self._has_master_weights = training.settled_precision in ("bf16", "fp16")
         self._adamw = _build_adamw(module, training)
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
@@ -100,12 +100,13 @@ class Engine:
 
     def finish_step(self, number: int) -> StepResult:
         """Clip, then apply update `number`, counted from 1, or skip it if a gradient is not finite."""
-        return self.settle(number, float(self.update()))
+        return self.finish_update(number, float(self.update()))
 
     def update(self) -> Tensor | float:
         """Clip, then queue the update of the weights on the device, which skips it if a gradient is not finite.
 
-        Returns the norm for `settle`: a tensor, [], on the device if no host synchronisation was needed, else a float.
+        Returns the norm for `finish_update`: a tensor, [], on the device if no host synchronisation was needed, else a
+        float.
         """
         if self.stage == 0:
             norm = self._clip_plain_gradients()
@@ -120,7 +121,7 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
 
-    def settle(self, number: int, norm: float) -> StepResult:
+    def finish_update(self, number: int, norm: float) -> StepResult:
         """Return the outcome of update `number`, given its norm. Call it before the next update."""
         applied = math.isfinite(norm)
         if applied and self._average is not None:

@@ -26,7 +26,7 @@ class StepValues:
 
 
 class QueuedStep:
-    """A step between `Engine.update` and `Engine.settle`. Its scalars are copied to the host asynchronously."""
+    """A step between `Engine.update` and `Engine.finish_update`. Its scalars are copied to the host asynchronously."""
 
     def __init__(self, batches: StepBatches, images: float, losses: Sequence[Losses], norm: Tensor | float) -> None:
         """`images` counts the real images of all ranks; `norm` is the result of `Engine.update`."""

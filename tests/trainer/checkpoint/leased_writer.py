@@ -63,7 +63,7 @@ def commit(storage: Storage, run_folder: str, step: int, parent: int, lease: int
     delete_old(storage, run_folder, step, 1000, lease)
 
 
-def tell(line: str) -> None:
+def write_line(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
@@ -76,20 +76,20 @@ def main() -> None:
     try:
         with hold_lease(storage, run_folder, timing=QUICK) as lease:
             step = newest_step(storage, run_folder)
-            tell(f"holds {lease.number} from {step}")
+            write_line(f"holds {lease.number} from {step}")
             while step < last:
                 lease.raise_if_lost()
                 time.sleep(pause_s)
                 try:
                     commit(storage, run_folder, step + 1, step, lease.number, pause_s)
                 except StorageError:
-                    tell("waits for the store")
+                    write_line("waits for the store")
                     continue
                 step += 1
-                tell(f"committed {step}")
-        tell("finished")
+                write_line(f"committed {step}")
+        write_line("finished")
     except UserError as error:
-        tell(f"{type(error).__name__}: {error}")
+        write_line(f"{type(error).__name__}: {error}")
         sys.exit(2)
 
 

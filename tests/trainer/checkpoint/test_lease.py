@@ -70,7 +70,7 @@ def store_lease(storage: Storage, run_folder: str, number: int, holder=None, fou
     storage.put(record_url(run_folder, number), record.to_json())
 
 
-def elsewhere():
+def holder_on_another_machine():
     return replace(this_process(), host="node-7", boot="another boot")
 
 
@@ -86,7 +86,7 @@ def test_a_contender_is_refused_while_the_holder_lives(storage, run_folder):
             hold_lease(storage, run_folder, timing=QUICK),
         ):
             pass
-    with hold_lease(storage, run_folder, timing=replace(QUICK, unchanged_s=1e9)) as lease:  # released: nobody waits
+    with hold_lease(storage, run_folder, timing=replace(QUICK, unchanged_s=1e9)) as lease:  # released: no wait
         assert lease.number == 2
 
 
@@ -116,12 +116,12 @@ def test_exactly_one_of_many_contenders_gets_the_lease(storage, run_folder):
 
 
 def test_holder_on_another_machine_that_stops_renewing_is_replaced(storage, run_folder):
-    store_lease(storage, run_folder, 1, elsewhere())
-    said, began = [], time.monotonic()
-    record = take_lease(storage, run_folder, said.append, QUICK)
-    assert time.monotonic() - began > QUICK.unchanged_s / 2
+    store_lease(storage, run_folder, 1, holder_on_another_machine())
+    messages, started = [], time.monotonic()
+    record = take_lease(storage, run_folder, messages.append, QUICK)
+    assert time.monotonic() - started > QUICK.unchanged_s / 2
     assert record.number == 2
-    assert "node-7 holds lease 1; waiting" in said[0]
+    assert "on node-7 to renew lease 1" in messages[0]
 
 
 def test_holder_that_provably_ended_is_replaced_immediately(storage, run_folder):
@@ -137,20 +137,20 @@ def test_holder_that_provably_ended_is_replaced_immediately(storage, run_folder)
 
 
 def test_storage_outage_does_not_expire_a_lease(storage, run_folder, monkeypatch):
-    real, began = Storage.get, time.monotonic()
+    real, started = Storage.get, time.monotonic()
 
     def get(self, url):
-        if url.endswith(".beat") and time.monotonic() - began < 3 * QUICK.unchanged_s:
+        if url.endswith(".beat") and time.monotonic() - started < 3 * QUICK.unchanged_s:
             raise StorageError(f"{url}: 503")
         return real(self, url)
 
-    store_lease(storage, run_folder, 1, elsewhere())
+    store_lease(storage, run_folder, 1, holder_on_another_machine())
     beats = iter(range(10_000))
     stop = threading.Event()
 
     def renew() -> None:  # the holder cannot write during the outage either
         while not stop.wait(0.1):
-            if time.monotonic() - began > 3 * QUICK.unchanged_s + 0.3:
+            if time.monotonic() - started > 3 * QUICK.unchanged_s + 0.3:
                 storage.put(f"{record_url(run_folder, 1)}.beat", str(next(beats)).encode())
 
     monkeypatch.setattr(Storage, "get", get)
@@ -164,7 +164,7 @@ def test_storage_outage_does_not_expire_a_lease(storage, run_folder, monkeypatch
 
 def test_holder_detects_that_it_lost_the_lease(storage, run_folder):
     with hold_lease(storage, run_folder, timing=QUICK) as lease:
-        store_lease(storage, run_folder, 2, elsewhere())
+        store_lease(storage, run_folder, 2, holder_on_another_machine())
         with pytest.raises(LeaseLostError, match="node-7 took over this run with lease 2"):
             lease.check()
         lease._thread.join(120)  # ends when it has found out
@@ -332,7 +332,7 @@ def overlap(storage, run_folder, start, kind: str, rng: random.Random, last: int
 
 def overlap_partitioned(storage, run_folder, start, rng: random.Random, last: int) -> None:
     """The driver is gone and its worker cannot reach the store; another driver finishes the run; the worker is back."""
-    store_lease(storage, run_folder, 1, elsewhere())
+    store_lease(storage, run_folder, 1, holder_on_another_machine())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(LEASE_VARIABLE, "1:nonce")
         worker = start(last, 0.1)
@@ -347,6 +347,6 @@ def overlap_partitioned(storage, run_folder, start, rng: random.Random, last: in
 
 
 def test_default_timing_refuses_a_contender_within_seconds():
-    usual = lease_module.Timing()
-    assert usual.renew_s + usual.poll_s < 5.0
-    assert usual.unchanged_s >= 10 * usual.renew_s
+    default = lease_module.Timing()
+    assert default.renew_s + default.poll_s < 5.0
+    assert default.unchanged_s >= 10 * default.renew_s

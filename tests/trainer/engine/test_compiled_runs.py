@@ -22,8 +22,8 @@ KERNELS = pytest.param(("compiled_by_inductor", 2), id="kernels", marks=[pytest.
 @pytest.fixture(scope="module", params=[GRAPHS, KERNELS])
 def runs(request, launcher, training_shards):
     scenario, ranks = request.param
-    launcher.run_well(scenario, ranks, timeout_s=1780)
-    return launcher.seen(scenario)
+    launcher.run_successfully(scenario, ranks, timeout_s=1780)
+    return launcher.result(scenario)
 
 
 def test_compiled_run_has_the_losses_of_an_uncompiled_run(runs):

@@ -15,20 +15,20 @@ def batches():
 
 
 @pytest.fixture
-def told(monkeypatch):
+def operations(monkeypatch):
     """What is told to a GPU that is not there, in order."""
-    told = []
+    operations = []
 
     class Stream:
         def __init__(self, device=None):
             self.name = "copies" if device is not None else "work"
 
         def record_event(self):
-            told.append(f"event {len(copied)} on {self.name}")
+            operations.append(f"event {len(copied)} on {self.name}")
             return len(copied)
 
         def wait_event(self, event):
-            told.append(f"{self.name} waits for event {event}")
+            operations.append(f"{self.name} waits for event {event}")
 
     copied, streams = [], [Stream()]
 
@@ -41,29 +41,31 @@ def told(monkeypatch):
     def copy(batch, device, non_blocking=False):
         copied.append(batch)
         assert (device, non_blocking) == (torch.device("cuda"), True)
-        told.append(f"copy {len(copied)} on {streams[-1].name}")
+        operations.append(f"copy {len(copied)} on {streams[-1].name}")
         return batch
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", current)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
     monkeypatch.setattr(Batch, "to", copy)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(f"kept for {stream.name}"))
-    return told
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: operations.append(f"kept for {stream.name}")
+    )
+    return operations
 
 
-def test_micro_batch_is_copied_while_the_previous_one_is_computed(batches, told):
+def test_micro_batch_is_copied_while_the_previous_one_is_computed(batches, operations):
     arriving = DeviceCopies(torch.device("cuda")).start(batches)
-    assert told == ["copy 1 on copies", "event 1 on copies"]
+    assert operations == ["copy 1 on copies", "event 1 on copies"]
     kept = ["kept for work"] * 10  # the tensors of a batch
     for number in (1, 2, 3):
-        told.clear()
+        operations.clear()
         assert next(arriving) is batches[number - 1]
         ahead = [] if number == 3 else [f"copy {number + 1} on copies", f"event {number + 1} on copies"]
-        assert told == [*ahead, f"work waits for event {number}", *kept]
+        assert operations == [*ahead, f"work waits for event {number}", *kept]
     assert next(arriving, None) is None
 
 
 def test_on_a_cpu_nothing_is_copied(batches):
-    wait = list(DeviceCopies(torch.device("cpu")).start(batches))
-    assert [batch.images.data_ptr() for batch in wait] == [batch.images.data_ptr() for batch in batches]
+    copies = list(DeviceCopies(torch.device("cpu")).start(batches))
+    assert [batch.images.data_ptr() for batch in copies] == [batch.images.data_ptr() for batch in batches]

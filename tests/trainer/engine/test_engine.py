@@ -10,7 +10,7 @@ from m2f.trainer.config import TrainingConfig, ZeroConfig
 from m2f.trainer.engine.engine import check_device, check_world_size, deepspeed_config
 from m2f.trainer.errors import TrainingError
 from tests.trainer.conftest import Launcher
-from tests.trainer.engine_ranks import CASES, CASES_ALONE, WAITING_CASES
+from tests.trainer.engine_ranks import CASES, HOST_SYNC_CASES, SINGLE_RANK_CASES
 
 FULL_PRECISION = [case for case in CASES if "16" not in case]
 
@@ -23,10 +23,10 @@ class Steps:
     scenario: str
 
     def __getitem__(self, case):
-        return self.launcher.seen(f"{self.scenario}:{case}")
+        return self.launcher.result(f"{self.scenario}:{case}")
 
     def of_rank(self, case, rank):
-        return self.launcher.seen(f"{self.scenario}:{case}", rank)
+        return self.launcher.result(f"{self.scenario}:{case}", rank)
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,14 @@ def steps(launcher):
 
 @pytest.fixture(scope="module")
 def plain(launcher, steps):
-    return launcher.seen("engine_plain")
+    return launcher.result("engine_plain")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     launcher = Launcher(tmp_path_factory.mktemp("one_rank"))
-    waits = (f"engine_waits:{case}" for case in WAITING_CASES)
-    cases = (f"engine_alone:{case}" for case in CASES_ALONE)
+    waits = (f"engine_waits:{case}" for case in HOST_SYNC_CASES)
+    cases = (f"engine_alone:{case}" for case in SINGLE_RANK_CASES)
     launcher.run_each(["engine_plain", "engine_poisoned", *waits, *cases], ranks=1)
     return Steps(launcher, "engine_alone")
 
@@ -112,26 +112,26 @@ def test_all_ranks_report_equal_losses_and_norms(steps, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES_ALONE)
+@pytest.mark.parametrize("case", SINGLE_RANK_CASES)
 def test_one_rank_without_buckets_gives_bit_identical_results(alone, case):
     seen = alone[case]
     assert seen["alone"] == seen["among"]
     tolerance = 0.02 if "bf16" in case else 1e-5
-    assert seen["alone"]["losses"] == pytest.approx(alone.launcher.seen("engine_plain")["losses"], rel=tolerance)
+    assert seen["alone"]["losses"] == pytest.approx(alone.launcher.result("engine_plain")["losses"], rel=tolerance)
 
 
 @pytest.mark.slow
 def test_a_step_with_a_bad_gradient_is_not_applied(alone):
-    (first, moved), (second, stayed), (third, on) = alone.launcher.seen("engine_poisoned")
+    (first, moved), (second, stayed), (third, on) = alone.launcher.result("engine_poisoned")
     assert (first, second, third) == (True, False, True)
     assert stayed == 0 < min(moved, on)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", WAITING_CASES)
+@pytest.mark.parametrize("case", HOST_SYNC_CASES)
 def test_update_does_not_wait_for_the_device(alone, case):
     """Counted on a CPU. An offloaded update has its norms on the host already; its backward pass asks nothing, too."""
-    seen = alone.launcher.seen(f"engine_waits:{case}")
+    seen = alone.launcher.result(f"engine_waits:{case}")
     assert seen["synchronized"] == 0
     assert max(seen["backward"]) <= 3  # of deformable attention's form for CPUs
     assert max(seen["update"]) == 0 or case == "offload"
@@ -141,7 +141,7 @@ def test_update_does_not_wait_for_the_device(alone, case):
 @pytest.mark.parametrize("case", ["stage1", "stage2", "bf16"])
 def test_update_makes_few_calls_from_the_host(alone, case):
     """Two for every parameter, which copy its gradient, and some for every group; there were ten."""
-    seen = alone.launcher.seen(f"engine_waits:{case}")
+    seen = alone.launcher.result(f"engine_waits:{case}")
     assert max(seen["calls"]) < 2.5 * seen["parameters"]
 
 

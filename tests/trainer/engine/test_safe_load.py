@@ -59,7 +59,7 @@ def attacked(launcher, training_shards):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SHORT)
 def test_deepspeed_files_load_exactly_without_running_code(restored, case):
-    check_restored(restored.seen(f"restored:{case}"))
+    check_restored(restored.result(f"restored:{case}"))
 
 
 @pytest.mark.soak
@@ -67,26 +67,26 @@ def test_every_stage_and_precision_loads_exactly_without_running_code(launcher):
     launcher.run_each([f"restored:{case}" for case in ALL if case not in SHORT])
     for case in ALL:
         if case not in SHORT:
-            check_restored(launcher.seen(f"restored:{case}"))
+            check_restored(launcher.result(f"restored:{case}"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_file_that_runs_a_command_is_refused_despite_a_valid_checksum(attacked, file):
     for rank in (0, 1):
-        seen = attacked.seen(f"attacked:{file}:command", rank)
+        seen = attacked.result(f"attacked:{file}:command", rank)
         check_refused(attacked, seen, FILES[file], "posix.system")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [file for file in FILES if file != "rng.rank"])
 def test_conversion_for_other_ranks_refuses_a_command(attacked, file):
-    check_refused(attacked, attacked.seen(f"attacked:{file}:command:one"), FILES[file], "posix.system")
+    check_refused(attacked, attacked.result(f"attacked:{file}:command:one"), FILES[file], "posix.system")
 
 
 @pytest.mark.slow
 def test_conversion_creates_no_folder_outside_the_checkpoint(attacked):
-    seen = attacked.seen("attacked:engine.zero_pp:name:one")
+    seen = attacked.result("attacked:engine.zero_pp:name:one")
     check_refused(attacked, seen, "optim_states.pt", "'../../../EXECUTED'")
 
 
@@ -102,7 +102,7 @@ def check_refused(launcher, seen, file, asked):
 
 @pytest.mark.slow
 def test_same_checkpoint_without_an_attack_resumes(attacked):
-    seen = attacked.seen("attacked:engine.mp_rank_00_model:none")
+    seen = attacked.result("attacked:engine.mp_rank_00_model:none")
     assert list(seen["losses"]) == ["4"]
     assert seen["loads"]
     assert set(seen["loads"]) == {"True"}
