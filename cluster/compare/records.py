@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from m2f.cluster.recipe.load import flatten_tree
 from m2f.cluster.tracking.database import schema_problem
-from m2f.cluster.tracking.local_store import moved_artifacts, uri_of_moved
+from m2f.cluster.tracking.local_store import current_uri, moved_artifacts
 from m2f.cluster.tracking.reporter import tracked_name
 from m2f.cluster.tracking.tracking import connect
 from m2f.data_pipeline.documents import parse_json, parse_yaml
@@ -119,7 +119,7 @@ class _Store:
     def __init__(self, uri: str, experiment: str | None) -> None:
         self.uri = uri
         self._client: MlflowClient = connect(uri)
-        with _answering(uri):
+        with _convert_mlflow_errors(uri):
             known = {e.name: e.experiment_id for e in self._client.search_experiments()}
         if experiment is not None and experiment not in known:
             raise CompareError(f"no experiment {experiment!r} at {uri}{_choices(experiment, known)}")
@@ -128,7 +128,7 @@ class _Store:
     def find(self, wanted: str) -> Run:
         """Return the run with this name in the experiments, else the run with this id."""
         quoted = wanted.replace("'", "\\'")
-        with _answering(self.uri):
+        with _convert_mlflow_errors(self.uri):
             named = self._client.search_runs(self._experiments, f"attributes.run_name = '{quoted}'")
             if not named and len(wanted) == 32:
                 try:
@@ -148,7 +148,7 @@ class _Store:
     def search(self, query: str | None) -> list[Run]:
         """Return at most MAX_RUNS runs of the experiments that match the filter, newest first."""
         try:
-            with _answering(self.uri):
+            with _convert_mlflow_errors(self.uri):
                 runs = self._client.search_runs(self._experiments, query or "", max_results=MAX_RUNS)
         except MlflowException as error:
             raise CompareError(f"--filter is {query!r}: {error.message}") from error
@@ -189,7 +189,7 @@ class _Store:
 
     def curves(self, run: Run) -> dict[str, Curve]:
         """Return the history of every compared metric."""
-        with _answering(self.uri):
+        with _convert_mlflow_errors(self.uri):
             keys = [key for key in run.data.metrics if not key.startswith(GROUPS_NOT_COMPARED)]
             wanted = [key for key in keys if key not in NOT_COMPARED]
             return {key: self._curve(run.info.run_id, key) for key in wanted}
@@ -239,7 +239,7 @@ def _open_store(uri: str | None, wanted: str, experiment: str | None) -> _Store:
 
 
 @contextmanager
-def _answering(uri: str) -> Iterator[None]:
+def _convert_mlflow_errors(uri: str) -> Iterator[None]:
     """Convert errors of the MLflow client in the block to one CompareError. Errors about invalid requests stay."""
     try:
         yield
@@ -326,7 +326,7 @@ def _tracked_record(storage: Storage, folder: str, known: Mapping[str, Any] | No
             bare, curves=_stored_curves(storage, folder), notes=("no tracking.json, so its MLflow run is unknown",)
         )
     try:
-        uri = uri_of_moved(folder, without_secrets(known["uri"]), known["run_id"])
+        uri = current_uri(folder, without_secrets(known["uri"]), known["run_id"])
         store = _open_store(uri, known["run_id"], None)
         run = store.find(known["run_id"])
         version = run.data.tags.get("m2f.version")

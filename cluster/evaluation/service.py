@@ -101,7 +101,7 @@ class EvaluationService:
         self._tracking.log_metrics(entry.step, self._cost(self._pool, time.monotonic() - started_at))
         checkpoint = evaluated_checkpoint(self._config, self._storage, entry.checkpoint, entry.step, entry.commit)
         self._tracking.log_evaluation(checkpoint, figures, replaces=self._queue.replaces(entry))
-        self._tracking.note_kept(kept_checkpoints(self._storage, self._config.run_folder))
+        self._tracking.log_kept(kept_checkpoints(self._storage, self._config.run_folder))
         return metrics
 
     @staticmethod

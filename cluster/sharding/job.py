@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 
 from m2f.cluster.environment import uses_ray
 from m2f.cluster.recipe.config import ClusterConfig
-from m2f.cluster.sharding.report import REPORT_FILE, SHOWN_PROBLEMS, ShardFailure, ShardJobError, ShardReport
+from m2f.cluster.sharding.report import MAX_SHOWN_PROBLEMS, REPORT_FILE, ShardFailure, ShardJobError, ShardReport
 from m2f.cluster.terminal import Progress, print_err
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.documents import DocumentError, parse_json
@@ -36,8 +36,8 @@ from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.counted import counted
 from m2f.model.errors import UserError
 
-FEW_IMAGES = 300
-FEW_BYTES = 50_000_000
+MAX_LOCAL_IMAGES = 300
+MAX_LOCAL_BYTES = 50_000_000
 """Numbers of images and bytes that this process writes in about the time that Ray takes to start."""
 Write = Callable[[Sequence[int]], Iterator[ShardPart | ShardFailure]]
 """Function that writes the shards with the given indices and yields a part or failure for each, as they finish."""
@@ -52,7 +52,7 @@ def run_shard_job(
     skip_bad: bool = False,
     keep_going: bool = False,
     redo: bool = False,
-    ray_until: ExitStack | None = None,
+    ray_stack: ExitStack | None = None,
 ) -> ShardReport:
     """Write the missing shards of one data set, then its manifest.
 
@@ -69,7 +69,7 @@ def run_shard_job(
             written.
         keep_going: whether to write all other shards if one cannot be written. Otherwise the job ends at once.
         redo: whether to write all shards again.
-        ray_until: keeps Ray running, if this job starts it, until the stack is closed. This way, further data sets can
+        ray_stack: keeps Ray running, if this job starts it, until the stack is closed. This way, further data sets can
             use it.
 
     Raises:
@@ -100,7 +100,7 @@ def run_shard_job(
     if num_missing:
         with ExitStack() as stack:
             missing = [index for index in range(len(plan.shard_keys)) if index not in parts]
-            write = _choose_writer(reader, plan, missing, storage, cluster, keep_going, ray_until or stack)
+            write = _choose_writer(reader, plan, missing, storage, cluster, keep_going, ray_stack or stack)
             failures = _write_missing(name, plan, parts, missing, write)
     problems = tuple(SampleProblem("", entry.source, entry.message, is_in_shard=True) for entry in unusable)
     problems += tuple(problem for index in sorted(parts) for problem in parts[index].problems)
@@ -128,14 +128,14 @@ def _commit_and_report(
 
     Raises DataError or ShardJobError if the data set is not committed.
     """
-    refusal = None
+    commit_error = None
     if report.committed:
         try:
             commit_manifest(plan, parts, storage, skip_bad=skip_bad)
         except DataError as error:  # no sample is left, or another data set was committed first; still store the report
-            refusal, report = error, replace(report, committed=False)
+            commit_error, report = error, replace(report, committed=False)
     storage.put(join(plan.target, REPORT_FILE), json.dumps(asdict(report), indent=1).encode())
-    _require_committed(plan, report, refusal)
+    _require_committed(plan, report, commit_error)
     return report
 
 
@@ -146,27 +146,27 @@ def _choose_writer(
     storage: Storage,
     cluster: ClusterConfig,
     keep_going: bool,
-    ray_until: ExitStack,
+    ray_stack: ExitStack,
 ) -> Write:
     """Return a function that writes shards in this process if little is missing, else with Ray, which it starts."""
     if not uses_ray(cluster.address) and _is_small(reader, plan, missing):
-        return lambda indices: write_here(reader, plan, indices, storage, keep_going)
+        return lambda indices: write_locally(reader, plan, indices, storage, keep_going)
     from m2f.cluster.ray_cluster import local_or_existing
     from m2f.cluster.sharding.ray_tasks import run_tasks
 
-    ray_until.enter_context(local_or_existing(cluster, cluster.shard_tasks))
+    ray_stack.enter_context(local_or_existing(cluster, cluster.shard_tasks))
     return lambda indices: run_tasks(reader, plan, indices, storage, cluster.shard_tasks, keep_going)
 
 
 def _is_small(reader: Reader, plan: ShardPlan, missing: Sequence[int]) -> bool:
-    """Return whether the missing shards have at most FEW_IMAGES images and FEW_BYTES bytes."""
-    wanted = {key for index in missing for key in plan.shard_keys[index]}
-    if len(wanted) > FEW_IMAGES:
+    """Return whether the missing shards have at most MAX_LOCAL_IMAGES images and MAX_LOCAL_BYTES bytes."""
+    keys = {key for index in missing for key in plan.shard_keys[index]}
+    if len(keys) > MAX_LOCAL_IMAGES:
         return False
-    return sum(reader.size_hint(i) for i, key in enumerate(reader.keys) if key in wanted) <= FEW_BYTES
+    return sum(reader.size_hint(i) for i, key in enumerate(reader.keys) if key in keys) <= MAX_LOCAL_BYTES
 
 
-def write_here(
+def write_locally(
     reader: Reader, plan: ShardPlan, missing: Sequence[int], storage: Storage, keep_going: bool
 ) -> Iterator[ShardPart | ShardFailure]:
     """Write shards one at a time in this process and yield a part or failure for each."""
@@ -228,13 +228,13 @@ def _source_notes(changes: SourceChanges, has_files: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _require_committed(plan: ShardPlan, report: ShardReport, refusal: DataError | None) -> None:
+def _require_committed(plan: ShardPlan, report: ShardReport, commit_error: DataError | None) -> None:
     """Raise an error if the data set is not committed: manifest refused, shards failed or samples unusable."""
     failures, problems = report.failures, report.problems
-    if refusal is not None:
-        raise DataError(f"{report.summary()}\n{refusal}") from refusal
+    if commit_error is not None:
+        raise DataError(f"{report.summary()}\n{commit_error}") from commit_error
     if failures:
-        listed = "\n".join(f"  {failure.message}" for failure in failures[:SHOWN_PROBLEMS])
+        listed = "\n".join(f"  {failure.message}" for failure in failures[:MAX_SHOWN_PROBLEMS])
         raise ShardJobError(
             f"{report.summary()}\n{len(failures)} of {len(plan.shard_keys)} shards could not be written:\n{listed}\n"
             f"All are listed in {join(plan.target, REPORT_FILE)}; run again to write the rest"

@@ -11,7 +11,7 @@ from m2f.model.counted import counted
 from m2f.model.errors import UserError
 
 REPORT_FILE = "report.json"
-SHOWN_PROBLEMS = 10
+MAX_SHOWN_PROBLEMS = 10
 
 
 class ShardJobError(UserError):
@@ -66,6 +66,6 @@ class ShardReport:
             lines[0] += f"; wrote {counted(self.written_shards, 'shard')} in {format_duration(self.elapsed_s)}"
         lines += [f"  {note}" for note in self.notes]
         problems = [problem.line for problem in self.problems]
-        lines += first_lines(problems, SHOWN_PROBLEMS, f" in {join(self.target, REPORT_FILE)}")
+        lines += first_lines(problems, MAX_SHOWN_PROBLEMS, f" in {join(self.target, REPORT_FILE)}")
         lines += [f"  {count:,} {what}" for what, count in self.repairs]
         return "\n".join(lines)

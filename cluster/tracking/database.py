@@ -30,10 +30,10 @@ from m2f.data_pipeline.storage.local import rename_new
 
 LOGGER = logging.getLogger(__name__)
 _MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations"
-_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
+_LOCKS_UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
 """Errors of `flock` on a file system without locks. Creation and upgrades are safe even without a lock."""
 _POLL_S = 0.1
-_SAY_S = 5.0
+_WARNING_DELAY_S = 5.0
 
 
 @contextmanager
@@ -45,17 +45,17 @@ def database_lock(path: Path, patience_s: float) -> Iterator[bool]:
     """
     lock = path.with_name(f"{path.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    began, said = time.monotonic(), False
+    started_at, warned = time.monotonic(), False
     with lock.open("ab") as file:
-        while (is_held := _take(file.fileno())) is False:
-            waited = time.monotonic() - began
+        while (is_held := _try_lock(file.fileno())) is False:
+            waited = time.monotonic() - started_at
             if waited > patience_s:
                 raise TrackingError(
                     f"{path}: another process has held {lock} for longer than storage.patience_s ({patience_s:g} s) "
                     "while preparing this MLflow store. Stop that process and start again"
                 )
-            if waited > _SAY_S and not said:
-                said = True
+            if waited > _WARNING_DELAY_S and not warned:
+                warned = True
                 LOGGER.warning(f"tracking: waiting for another process that is preparing {path}")
             time.sleep(_POLL_S)
         yield is_held is True
@@ -79,8 +79,8 @@ def make_database(path: Path, connect: Callable[[str], MlflowClient]) -> None:
 
 def clear_partials(path: Path) -> None:
     """Delete partial copies of the file that killed processes have left. Call this while holding the lock."""
-    for left in path.parent.glob(f".partial-*-{path.name}*"):
-        left.unlink(missing_ok=True)
+    for partial in path.parent.glob(f".partial-*-{path.name}*"):
+        partial.unlink(missing_ok=True)
 
 
 def upgrade_database(path: Path, patience_s: float) -> None:
@@ -97,15 +97,15 @@ def upgrade_database(path: Path, patience_s: float) -> None:
     if old in (new, ""):
         return
     if not _is_known(old):
-        raise TrackingError(_of_newer(path, old))
-    kept, partial = path.with_name(f"{path.name}.before-{new}"), _partial(path)
-    LOGGER.warning(f"tracking: upgrading {path} to the schema of MLflow {mlflow.__version__}; backup: {kept.name}")
+        raise TrackingError(_newer_schema_message(path, old))
+    backup, partial = path.with_name(f"{path.name}.before-{new}"), _partial(path)
+    LOGGER.warning(f"tracking: upgrading {path} to the schema of MLflow {mlflow.__version__}; backup: {backup.name}")
     try:
         with closing(open_database(path, patience_s)) as database, closing(open_database(path, patience_s)) as reader:
             database.execute("PRAGMA locking_mode=EXCLUSIVE")  # held beyond ROLLBACK, until the copy is back
             database.execute("BEGIN IMMEDIATE")  # keeps other writers out
             _copy(reader, partial)
-            os.replace(partial, kept)
+            os.replace(partial, backup)
             _copy(reader, partial)
             _upgrade(partial, uri)
             database.execute("ROLLBACK")
@@ -127,14 +127,14 @@ def schema_problem(path: Path) -> str | None:
     if found in (_newest_revision(), ""):
         return None
     if not _is_known(found):
-        return _of_newer(path, found)
+        return _newer_schema_message(path, found)
     return (
         f"sqlite:///{path}: its tables are from an older MLflow. The next run that uses it upgrades it; or copy the "
         f"file and run `mlflow db upgrade sqlite:///{path}`"
     )
 
 
-def _of_newer(path: Path, revision: str) -> str:
+def _newer_schema_message(path: Path, revision: str) -> str:
     return (
         f"sqlite:///{path}: its tables are from a newer MLflow (schema {revision}; the installed MLflow "
         f"{mlflow.__version__} has {_newest_revision()}). Install that MLflow, or set tracking.uri to another store"
@@ -160,14 +160,14 @@ def _refuse_busy(status: int, remaining: int, total: int) -> None:
         raise sqlite3.OperationalError("database is locked")
 
 
-def _take(descriptor: int) -> bool | None:
+def _try_lock(descriptor: int) -> bool | None:
     """Try to take the lock and return whether this process holds it; None if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in _LOCKS_UNSUPPORTED:
             raise
         return None
     return True
@@ -178,8 +178,8 @@ def _partial(path: Path) -> Path:
 
 
 def _delete(partial: Path) -> None:
-    for left in (partial, Path(f"{partial}-journal")):
-        left.unlink(missing_ok=True)
+    for file in (partial, Path(f"{partial}-journal")):
+        file.unlink(missing_ok=True)
 
 
 def open_database(path: Path, patience_s: float = 20.0) -> sqlite3.Connection:

@@ -45,10 +45,10 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Open the journal. Raises OSError if the folder of `path` cannot be created."""
         self.path = path
-        self._mark = path.with_name(path.name + ".sent")
+        self._position_file = path.with_name(path.name + ".sent")
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._sent = self._read_mark()
+        self._sent = self._read_position()
 
     def append(self, entry: Entry) -> None:
         """Append one entry. Raises OSError if the disk refuses it; the file is then unchanged."""
@@ -82,9 +82,9 @@ class Journal:
 
     def commit(self, position: int) -> None:
         """Record that everything before `position`, in bytes, has been sent."""
-        partial = self._mark.with_name(self._mark.name + ".partial")
+        partial = self._position_file.with_name(self._position_file.name + ".partial")
         partial.write_text(str(position))
-        os.replace(partial, self._mark)
+        os.replace(partial, self._position_file)
         self._sent = position
 
     @property
@@ -99,13 +99,13 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the files: first the `.sent` file, so a crash in between can only resend entries, not skip any."""
-        self._mark.unlink(missing_ok=True)
+        self._position_file.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
         self._sent = 0
 
-    def _read_mark(self) -> int:
+    def _read_position(self) -> int:
         try:
-            return min(max(0, int(self._mark.read_text())), self.path.stat().st_size)
+            return min(max(0, int(self._position_file.read_text())), self.path.stat().st_size)
         except (OSError, ValueError):
             return 0
 

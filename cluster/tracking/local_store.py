@@ -105,12 +105,17 @@ def find_stored(database: Path, run_id: str) -> StoredRun | None:
 def is_copy(stored: StoredRun, run_folder: str) -> bool:
     """Return whether `run_folder` is a copy of a run folder beside it, to which the MLflow run belongs."""
     other = stored.folder
-    if not other or "://" in other or _same(other, run_folder) or not _same(_parent(other), _parent(run_folder)):
+    if (
+        not other
+        or "://" in other
+        or _is_same_path(other, run_folder)
+        or not _is_same_path(_parent(other), _parent(run_folder))
+    ):
         return False
     return Path(other, "tracking.json").exists()
 
 
-def uri_of_moved(run_folder: str, uri: str, run_id: str) -> str:
+def current_uri(run_folder: str, uri: str, run_id: str) -> str:
     """Return the URI of the store that holds a run.
 
     The run folder or the whole `output` folder may have been moved since `uri` was recorded. Returns `uri` if no local
@@ -150,7 +155,7 @@ def _parent(folder: str) -> str:
     return os.path.dirname(os.path.abspath(folder))
 
 
-def _same(one: str, other: str) -> bool:
+def _is_same_path(one: str, other: str) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 

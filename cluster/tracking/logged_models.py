@@ -112,8 +112,8 @@ class LoggedModels:
         self._client, self._run_id = client, run_id
         run = client.get_run(run_id)
         self._experiment = run.info.experiment_id
-        self._of_run = {name: run.data.tags[name] for name in _SHARED_TAGS if name in run.data.tags}
-        self._has_models = self._knows_models()
+        self._run_tags = {name: run.data.tags[name] for name in _SHARED_TAGS if name in run.data.tags}
+        self._has_models = self._supports_models()
         if EXPERIMENT_KIND not in client.get_experiment(self._experiment).tags:  # created by an earlier version
             client.set_experiment_tag(self._experiment, EXPERIMENT_KIND, MODEL_TRAINING)
 
@@ -126,10 +126,10 @@ class LoggedModels:
             return None
         model = self._find(checkpoint.commit)
         if model is None:
-            made = self._create(checkpoint, checkpoint.model_name)
-            model = self._find(checkpoint.commit) or made
-            if model.model_id != made.model_id:  # another process created it first
-                self._client.delete_logged_model(made.model_id)
+            created = self._create(checkpoint, checkpoint.model_name)
+            model = self._find(checkpoint.commit) or created
+            if model.model_id != created.model_id:  # another process created it first
+                self._client.delete_logged_model(created.model_id)
         return self._complete(model, checkpoint.step)
 
     def make(self, checkpoint: EvaluatedCheckpoint, name: str) -> LoggedModel:
@@ -139,14 +139,14 @@ class LoggedModels:
     def find_tagged(self, commit: str, tag: str, value: str) -> LoggedModel | None:
         """Return a model of a commit whose tag `tag` has this value; None if there is none."""
         query = f"source_run_id = '{self._run_id}' AND tags.`{COMMIT_TAG}` = '{commit}'"
-        return next((model for model in self._all(query) if model.tags.get(tag) == value), None)
+        return next((model for model in self._search(query) if model.tags.get(tag) == value), None)
 
     def _create(self, checkpoint: EvaluatedCheckpoint, name: str) -> LoggedModel:
         return self._client.create_logged_model(
             self._experiment,
             name,
             self._run_id,
-            tags=self._of_run | checkpoint.tags(),
+            tags=self._run_tags | checkpoint.tags(),
             params={"step": str(checkpoint.step)},
             model_type=MODEL_TYPE,
         )
@@ -168,9 +168,9 @@ class LoggedModels:
         if new:
             self._client.log_inputs(self._run_id, [dataset_input(data) for data in new])
 
-    def mark(self, kept: KeptCheckpoints) -> None:
+    def update_states(self, kept: KeptCheckpoints) -> None:
         """Update the state tag of models whose checkpoints were deleted or exist again."""
-        for model in self._all(f"source_run_id = '{self._run_id}'") if self._has_models else ():
+        for model in self._search(f"source_run_id = '{self._run_id}'") if self._has_models else ():
             name, step = model.tags.get(CHECKPOINT_TAG), model.tags.get(STEP_TAG, "")
             if name is None or not step.isdecimal() or (name not in kept.names and int(step) > kept.newest):
                 continue
@@ -189,7 +189,7 @@ class LoggedModels:
         for start in range(0, len(new), METRICS_PER_CALL):
             self._client.log_batch(self._run_id, new[start : start + METRICS_PER_CALL])
 
-    def _knows_models(self) -> bool:
+    def _supports_models(self) -> bool:
         try:
             self._client.search_logged_models([self._experiment], max_results=1)
         except MlflowException as error:
@@ -205,9 +205,9 @@ class LoggedModels:
     def _find(self, commit: str) -> LoggedModel | None:
         """Return the oldest model of a commit; None if there is none."""
         query = f"source_run_id = '{self._run_id}' AND tags.`{COMMIT_TAG}` = '{commit}'"
-        return min(self._all(query), key=lambda m: (m.creation_timestamp, m.model_id), default=None)
+        return min(self._search(query), key=lambda m: (m.creation_timestamp, m.model_id), default=None)
 
-    def _all(self, query: str) -> Iterator[LoggedModel]:
+    def _search(self, query: str) -> Iterator[LoggedModel]:
         token: str | None = None
         while True:
             page = self._client.search_logged_models([self._experiment], query, page_token=token)
@@ -250,10 +250,10 @@ def write_table(client: MlflowClient, run_id: str, step: int, figures: SetMetric
     TABLE_ATTEMPTS times.
     """
     path = f"per_class/{figures.label}.json"
-    wanted = [{"step": step, **row} for row in figures.per_class]
+    new_rows = [{"step": step, **row} for row in figures.per_class]
     for _ in range(TABLE_ATTEMPTS):
-        _put_rows(client, run_id, path, step, wanted)
-        if sum(row.get("step") == step for row in _table_rows(client, run_id, path)) == len(wanted):
+        _put_rows(client, run_id, path, step, new_rows)
+        if sum(row.get("step") == step for row in _table_rows(client, run_id, path)) == len(new_rows):
             break
     known = client.get_run(run_id).data.tags.get(TABLES_TAG)
     named = parse_json(known) if known else []
@@ -262,10 +262,10 @@ def write_table(client: MlflowClient, run_id: str, step: int, figures: SetMetric
         client.set_tag(run_id, TABLES_TAG, json.dumps([*named, entry]))
 
 
-def _put_rows(client: MlflowClient, run_id: str, path: str, step: int, wanted: Sequence[Mapping[str, Any]]) -> None:
+def _put_rows(client: MlflowClient, run_id: str, path: str, step: int, new_rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the table with the rows of a step replaced. Its columns are the union of the columns of all rows."""
     rows = [row for row in _table_rows(client, run_id, path) if row.get("step") != step]
-    rows += [dict(row) for row in wanted]
+    rows += [dict(row) for row in new_rows]
     rows.sort(key=lambda row: row["step"])
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}

@@ -28,13 +28,13 @@ PARENT_TAG = "mlflow.parentRunId"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
-def shown_tags(config: RunConfig, facts: Mapping[str, str], inputs: Sequence[DataInput]) -> dict[str, str]:
+def ui_tags(config: RunConfig, facts: Mapping[str, str], inputs: Sequence[DataInput]) -> dict[str, str]:
     """Return the tags that MLflow's UI shows: user, source, commit and description of the run."""
     tags = {
         "mlflow.user": _user(),
         "mlflow.source.name": _command(),
         "mlflow.source.type": "LOCAL",
-        "mlflow.note.content": note(config, inputs),
+        "mlflow.note.content": description(config, inputs),
     }
     if "code.commit" in facts:
         tags["mlflow.source.git.commit"] = facts["code.commit"]
@@ -45,7 +45,7 @@ def shown_tags(config: RunConfig, facts: Mapping[str, str], inputs: Sequence[Dat
     return tags
 
 
-def note(config: RunConfig, inputs: Sequence[DataInput]) -> str:
+def description(config: RunConfig, inputs: Sequence[DataInput]) -> str:
     """Return the description of a run in Markdown: its model, data sets and run folder."""
     backbone = config.model.backbone
     lines = [
@@ -61,47 +61,47 @@ def note(config: RunConfig, inputs: Sequence[DataInput]) -> str:
     return "\n".join(lines)
 
 
-def parent_run(client: MlflowClient, experiment: str, wanted: str | None, uri: str) -> str | None:
+def parent_run(client: MlflowClient, experiment: str, parent: str | None, uri: str) -> str | None:
     """Return the id of the parent of a new run; None for a run without a parent.
 
-    `wanted` is the id of a run, or a name. A name selects the oldest run of that name in the experiment; a missing one
-    is created. Without `wanted`, the parent is the run that this process has open in the same experiment, as with
+    `parent` is the id of a run, or a name. A name selects the oldest run of that name in the experiment; a missing one
+    is created. Without `parent`, the parent is the run that this process has open in the same experiment, as with
     MLflow's nested runs.
 
     Raises TrackingError if the experiment has no run of this id.
     """
-    if wanted is None:
+    if parent is None:
         active = mlflow.active_run()
         if active is None or active.info.experiment_id != experiment or mlflow.get_tracking_uri() != uri:
             return None
         return active.info.run_id
-    if _RUN_ID.fullmatch(wanted):
-        return _run_of_id(client, experiment, wanted, uri)
-    if (found := _oldest(client, experiment, wanted)) is None:
-        made = client.create_run(experiment, run_name=wanted).info.run_id
-        client.set_terminated(made)  # this run only groups other runs
-        found = _oldest(client, experiment, wanted) or made
-        if found != made:  # another driver created it first
-            client.delete_run(made)
+    if _RUN_ID.fullmatch(parent):
+        return _require_run(client, experiment, parent, uri)
+    if (found := _oldest_run(client, experiment, parent)) is None:
+        created = client.create_run(experiment, run_name=parent).info.run_id
+        client.set_terminated(created)  # this run only groups other runs
+        found = _oldest_run(client, experiment, parent) or created
+        if found != created:  # another driver created it first
+            client.delete_run(created)
     return found
 
 
-def _run_of_id(client: MlflowClient, experiment: str, wanted: str, uri: str) -> str:
+def _require_run(client: MlflowClient, experiment: str, parent: str, uri: str) -> str:
     try:
-        found = client.get_run(wanted)
+        found = client.get_run(parent)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         found = None
     if found is None or found.info.experiment_id != experiment:
         raise TrackingError(
-            f"tracking.parent is {wanted}, but the experiment of this run has no such run at {uri}; give the id of a "
+            f"tracking.parent is {parent}, but the experiment of this run has no such run at {uri}; give the id of a "
             "run in that experiment, or a name"
         )
-    return wanted
+    return parent
 
 
-def _oldest(client: MlflowClient, experiment: str, name: str) -> str | None:
+def _oldest_run(client: MlflowClient, experiment: str, name: str) -> str | None:
     quote = '"' if "'" in name else "'"
     query = f"attributes.run_name = {quote}{name.replace(quote, '_')}{quote}"
     found = client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time ASC"])
@@ -118,9 +118,9 @@ def _user() -> str:
 def _command() -> str:
     """Return the command line of this process without secrets in URLs, at most 500 characters."""
     program = os.path.basename(sys.argv[0]) or "python"
-    return shlex.join([program, *map(_harmless, sys.argv[1:])])[:500]
+    return shlex.join([program, *map(_redact, sys.argv[1:])])[:500]
 
 
-def _harmless(word: str) -> str:
+def _redact(word: str) -> str:
     setting, equals, value = word.partition("=")
     return f"{without_secrets(setting)}{equals}{without_secrets(value)}"

@@ -42,7 +42,7 @@ def model_folder(address: str, tracking: str | None = None, folder: str | None =
     fetched: ScratchFolder | None = None
     try:
         location = _location(address, MlflowClient(tracking_uri=uri, registry_uri=registry))
-        if folder is None and not _is_here(location):
+        if folder is None and not _is_local(location):
             fetched = ScratchFolder("model")
             atexit.register(fetched.remove)
             folder = str(fetched.path)
@@ -77,7 +77,7 @@ def _location(address: str, client: MlflowClient) -> str:
     return str(client.get_logged_model(words).artifact_location)
 
 
-def _is_here(location: str) -> bool:
+def _is_local(location: str) -> bool:
     """Return whether a location is on this machine: a path or a file URL."""
     return urlsplit(location).scheme in ("", "file")
 
@@ -101,13 +101,13 @@ def registry_client(uri: str) -> MlflowClient:
 @contextmanager
 def using_store(uri: str) -> Iterator[None]:
     """Set the store for MLflow's functions that take no URI, and restore the previous one at exit."""
-    before, stated = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
+    before, env_uri = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(checked_uri(uri))  # also sets MLFLOW_TRACKING_URI
     try:
         yield
     finally:
         mlflow.set_tracking_uri(before)
-        if stated is None:
+        if env_uri is None:
             os.environ.pop("MLFLOW_TRACKING_URI", None)
         else:
-            os.environ["MLFLOW_TRACKING_URI"] = stated
+            os.environ["MLFLOW_TRACKING_URI"] = env_uri

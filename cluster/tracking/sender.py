@@ -39,7 +39,7 @@ class Sender:
         """Last stored step by metric; None at the start and after every failure, when the store must be queried."""
         self._steps: dict[str, set[int]] = {}
         """All stored steps of a metric, for metrics that were sent at or before their last stored step."""
-        self.trouble = ""
+        self.last_error = ""
         """Why the last attempt failed; "" if it succeeded."""
         self._storage = Storage(run.lease.storage) if run.lease is not None else None
         self._stopped = False
@@ -48,7 +48,7 @@ class Sender:
         """Stop sending: no further entry is sent."""
         self._stopped = True
 
-    def send_some(self) -> bool:
+    def send_pending(self) -> bool:
         """Send a batch of pending entries and commit them.
 
         Returns False if no entry is pending, the store does not answer, or this process may no longer send.
@@ -59,14 +59,14 @@ class Sender:
             entries = self._journal.read(ENTRIES_PER_READ)
             while entries:
                 entries = self._send_group(entries)
-                self._note_recovery()
+                self._log_recovery()
                 if not entries:
                     return True
         except Exception as error:  # a store, driver or proxy can raise anything, and training must continue
             self._latest = None
-            if not self.trouble:
+            if not self.last_error:
                 LOGGER.warning(f"tracking: {self._run.uri} does not respond ({brief(error)}); metrics are kept on disk")
-            self.trouble = brief(error)
+            self.last_error = brief(error)
         return False
 
     def _may_send(self) -> bool:
@@ -93,11 +93,11 @@ class Sender:
             if not is_refusal(error, self._run.uri):
                 raise
             self._latest = None
-            self._leave(sent, f"{self._run.uri} rejected {len(group)} entries ({brief(error)}); they are kept")
+            self._set_aside(sent, f"{self._run.uri} rejected {len(group)} entries ({brief(error)}); they are kept")
         self._journal.commit(group[-1][1])
         return rest
 
-    def _leave(self, group: list[Entry], reason: str) -> None:
+    def _set_aside(self, group: list[Entry], reason: str) -> None:
         """Set aside entries that can never be sent, and log the reason."""
         self._journal.set_aside(group)
         LOGGER.warning(f"tracking: {reason} in {self._journal.refused}")
@@ -109,11 +109,11 @@ class Sender:
                 points = self._new_points(client, group)
                 for start in range(0, len(points), METRICS_PER_CALL):
                     client.log_batch(run_id, points[start : start + METRICS_PER_CALL])
-                self._note_sent(points)
+                self._record_sent(points)
             case "evaluation":
                 self._send_evaluation(client, first)
             case "kept":
-                self._logged_models(client).mark(
+                self._logged_models(client).update_states(
                     KeptCheckpoints(names=frozenset(first["kept"]), newest=first["newest"])
                 )
             case "artifact":
@@ -125,7 +125,7 @@ class Sender:
             case "status":
                 client.set_terminated(run_id, first["status"])
             case None:
-                self._leave(group, f"an entry is damaged or was written by another version of m2f; {first} is kept")
+                self._set_aside(group, f"an entry is damaged or was written by another version of m2f; {first} is kept")
             case _:
                 assert_never(kind)
 
@@ -134,26 +134,27 @@ class Sender:
         try:
             checkpoint, sets = parse_evaluation(entry)
         except (TypeError, LookupError):
-            self._leave([entry], "an evaluation was written by another version of m2f; it is kept")
+            self._set_aside([entry], "an evaluation was written by another version of m2f; it is kept")
             return
         models = self._logged_models(client)
         models.link_data(sets)
         model = models.ensure(checkpoint)
-        self._look(client)
+        self._load_latest_steps(client)
         points = [
-            one.point(key, value, entry["time_ms"], checkpoint.step, None if model is None else model.model_id)
-            for one in sets
-            for key, value in one.metrics.items()
+            set_metrics.point(key, value, entry["time_ms"], checkpoint.step, None if model is None else model.model_id)
+            for set_metrics in sets
+            for key, value in set_metrics.metrics.items()
         ]
         points = [point if entry["replaces"] else self._as_stored(client, point) for point in points]
         models.add_metrics(model, points)
-        self._note_sent(points)
-        for one in sets if model is not None else ():  # reading a table with MLflow's client requires logged models
-            write_table(client, self._run.run_id, checkpoint.step, one)
+        self._record_sent(points)
+        if model is not None:  # reading a table with MLflow's client requires logged models
+            for set_metrics in sets:
+                write_table(client, self._run.run_id, checkpoint.step, set_metrics)
 
     def _as_stored(self, client: MlflowClient, metric: Metric) -> Metric:
         """Return the metric with the stored value and time if the run has it at this step, to avoid a duplicate."""
-        if not self._has(client, metric.key, metric.step):
+        if not self._is_stored(client, metric.key, metric.step):
             return metric
         history = client.get_metric_history(self._run.run_id, metric.key)
         stored = max((point for point in history if point.step == metric.step), key=lambda point: point.timestamp)
@@ -172,7 +173,7 @@ class Sender:
             self._models = LoggedModels(client, self._run.run_id)
         return self._models
 
-    def _look(self, client: MlflowClient) -> None:
+    def _load_latest_steps(self, client: MlflowClient) -> None:
         """Query the last stored step of each metric, unless it is already known."""
         if self._latest is None:
             self._steps.clear()
@@ -184,7 +185,7 @@ class Sender:
 
         Entries that replace stored values are always included.
         """
-        self._look(client)
+        self._load_latest_steps(client)
         points: dict[tuple[str, int], Metric] = {}
         for entry in group:
             step = entry["step"]
@@ -192,11 +193,11 @@ class Sender:
                 metric = Metric(key, value, entry["time_ms"], step)
                 if entry.get("replaces"):
                     points[key, step] = metric
-                elif not self._has(client, key, step):
+                elif not self._is_stored(client, key, step):
                     points.setdefault((key, step), metric)
         return list(points.values())
 
-    def _has(self, client: MlflowClient, key: str, step: int) -> bool:
+    def _is_stored(self, client: MlflowClient, key: str, step: int) -> bool:
         assert self._latest is not None
         if step > self._latest.get(key, -1):
             return False
@@ -204,7 +205,7 @@ class Sender:
             self._steps[key] = {metric.step for metric in client.get_metric_history(self._run.run_id, key)}
         return step in self._steps[key]
 
-    def _note_sent(self, points: list[Metric]) -> None:
+    def _record_sent(self, points: list[Metric]) -> None:
         assert self._latest is not None
         for point in points:
             self._latest[point.key] = max(point.step, self._latest.get(point.key, -1))
@@ -216,10 +217,10 @@ class Sender:
             self._client = connect(self._run.uri)
         return self._client
 
-    def _note_recovery(self) -> None:
-        if self.trouble:
+    def _log_recovery(self) -> None:
+        if self.last_error:
             LOGGER.warning(f"tracking: {self._run.uri} responds again; sending the pending metrics")
-        self.trouble = ""
+        self.last_error = ""
 
 
 def _send_artifact(client: MlflowClient, run_id: str, path: str, folder: str | None) -> None:

@@ -50,7 +50,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 @contextmanager
-def named_store(uri: str) -> Iterator[None]:
+def store_errors(uri: str) -> Iterator[None]:
     """Convert any error of a store, a driver or a proxy in the block to a TrackingError with a remedy."""
     try:
         yield

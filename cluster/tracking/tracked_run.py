@@ -27,7 +27,7 @@ class TrackedRun:
     """Local folder that contains the journals."""
     lease: RunLease | None = None
     """Lease under which the process writes; None for a process that only adds its own results."""
-    remade: bool = False
+    recreated: bool = False
     """Whether the MLflow run was created again and still lacks the run folder's points and evaluations."""
 
     def journal(self, writer: str) -> Path:

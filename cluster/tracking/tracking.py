@@ -32,13 +32,13 @@ from m2f.cluster.tracking.local_store import (
     FOLDER_TAG,
     StoredRun,
     artifact_root,
+    current_uri,
     find_stored,
     is_copy,
     is_shared,
     local_database,
     prepare,
     sqlite_uri,
-    uri_of_moved,
 )
 from m2f.cluster.tracking.logged_models import (
     EvaluatedCheckpoint,
@@ -47,18 +47,18 @@ from m2f.cluster.tracking.logged_models import (
     dataset_input,
     evaluation_entry,
 )
-from m2f.cluster.tracking.patience import Patience
-from m2f.cluster.tracking.presentation import EXPERIMENT_KIND, MODEL_TRAINING, PARENT_TAG, parent_run, shown_tags
+from m2f.cluster.tracking.presentation import EXPERIMENT_KIND, MODEL_TRAINING, PARENT_TAG, parent_run, ui_tags
 from m2f.cluster.tracking.provenance import DataInput, code_facts, data_facts, data_inputs
 from m2f.cluster.tracking.record import RunRecord, read_record, record_url, write_record
+from m2f.cluster.tracking.retrier import StoreRetrier
 from m2f.cluster.tracking.sender import ENTRIES_PER_READ, Sender
 from m2f.cluster.tracking.store import (
     MAX_PARAM_CHARS,
     TrackingError,
     checked_uri,
     connect,
-    named_store,
     shortened,
+    store_errors,
     store_key,
 )
 from m2f.cluster.tracking.tracked_run import RunLease, TrackedRun
@@ -81,7 +81,7 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
 
     Raises:
         TrackingError: the store cannot be reached or refuses the run. It is contacted only to create or find a run.
-        TrackingAwayError: a server that had answered before did not answer for `storage.patience_s`.
+        TrackingOutageError: a server that had answered before did not answer for `storage.patience_s`.
     """
     uri, spool, parameters = tracking_uri(config), _spool_folder(config), flatten(config)
     _prepare(config, uri)
@@ -89,24 +89,24 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
     inputs = data_inputs(config, storage)
     facts = code_facts() | data_facts(inputs)
     known = _known_run(config, storage, uri)
-    held = RunLease(config.run_folder, lease, config.storage) if lease else None
-    stored = None if known is None else _continued(config, known, uri)
+    run_lease = RunLease(config.run_folder, lease, config.storage) if lease else None
+    stored = None if known is None else _find_continued_run(config, known, uri)
     if known is not None and stored is not None:
-        remade = known.lacks_evaluations
-        run = TrackedRun(uri=uri, run_id=known.run_id, spool=spool, lease=held, remade=remade)
+        recreated = known.lacks_evaluations
+        run = TrackedRun(uri=uri, run_id=known.run_id, spool=spool, lease=run_lease, recreated=recreated)
         _continue_journals(run, (known.parameters or parameters) | (known.facts or facts), parameters | facts)
         if stored.folder != config.run_folder:  # it was moved; a damaged `tracking.json` is restored from this tag
             Journal(run.journal("driver")).append({"tag": FOLDER_TAG, "value": config.run_folder})
     else:
         run_id = _start_run(config, uri, parameters, facts, inputs)
-        run = TrackedRun(uri=uri, run_id=run_id, spool=spool, lease=held, remade=known is not None)
+        run = TrackedRun(uri=uri, run_id=run_id, spool=spool, lease=run_lease, recreated=known is not None)
         if known is not None:
             LOGGER.warning(
                 f"tracking: found no MLflow run {known.run_id} of this run folder (recorded in {known.uri}); "
                 f"creating it again in {uri} from the metrics and evaluations in the run folder"
             )
     if known is None or known.uri != uri or known.run_id != run.run_id or known.parameters is None:
-        write_record(storage, config.run_folder, RunRecord(uri, run.run_id, parameters, facts, run.remade))
+        write_record(storage, config.run_folder, RunRecord(uri, run.run_id, parameters, facts, run.recreated))
     return run
 
 
@@ -115,7 +115,7 @@ def find_run(config: RunConfig) -> TrackedRun | None:
     known = _known_run(config, Storage(config.storage), tracking_uri(config))
     if known is None:
         return None
-    uri = uri_of_moved(config.run_folder, known.uri, known.run_id)
+    uri = current_uri(config.run_folder, known.uri, known.run_id)
     _prepare(config, uri)
     return TrackedRun(uri=uri, run_id=known.run_id, spool=_spool_folder(config))
 
@@ -170,7 +170,7 @@ class Tracking:
         ]
         self._append(evaluation_entry(checkpoint, named, time.time_ns() // 1_000_000, replaces))
 
-    def note_kept(self, kept: KeptCheckpoints) -> None:
+    def log_kept(self, kept: KeptCheckpoints) -> None:
         """Log which checkpoints exist; the logged models of other checkpoints are tagged as deleted."""
         self._append({"kept": sorted(kept.names), "newest": kept.newest})
 
@@ -187,17 +187,17 @@ class Tracking:
 
         Waits at most `timeout_s` seconds for each journal. Returns whether everything was sent.
         """
-        adopted = self._adopted()
+        adopted = self._adopt_journals_of_lease()
         if kept is not None:
-            self.note_kept(kept)
+            self.log_kept(kept)
         self._append({"status": status})
         sent = self.close(timeout_s)
         for path in sorted(Path(self._run.spool).glob("*.jsonl")) if sent else ():
-            left = Tracking(replace(self._run, lease=None), path.stem, self._interval_s)
-            sent = left.close(timeout_s) and sent
+            leftover = Tracking(replace(self._run, lease=None), path.stem, self._interval_s)
+            sent = leftover.close(timeout_s) and sent
         return sent and adopted
 
-    def _adopted(self) -> bool:
+    def _adopt_journals_of_lease(self) -> bool:
         """Take over the journals of the processes of this lease. Returns whether the disk had room for that."""
         try:
             if self._run.lease is not None:
@@ -228,7 +228,7 @@ class Tracking:
         if self._thread.is_alive() or self._journal.read(1):
             LOGGER.warning(
                 f"tracking: {self._run.uri} did not accept the last metrics of run {self._run.run_id} "
-                f"({self._sender.trouble or 'it is slow'}); they are kept in {self._journal.path} "
+                f"({self._sender.last_error or 'it is slow'}); they are kept in {self._journal.path} "
                 "and sent when the run is continued"
             )
             return False
@@ -253,22 +253,22 @@ class Tracking:
         pause_s = self._interval_s
         while True:
             is_closing = self._closing.is_set()  # read before sending, so entries appended before `close` are sent
-            more = self._sender.send_some()
-            if self._sender.trouble:
+            more = self._sender.send_pending()
+            if self._sender.last_error:
                 pause_s = min(MAX_PAUSE_S, pause_s * 2)
             elif more:
                 continue
             else:
                 pause_s = self._interval_s
             if is_closing:
-                if not self._sender.trouble or time.monotonic() > self._deadline:
+                if not self._sender.last_error or time.monotonic() > self._deadline:
                     return
                 time.sleep(min(pause_s, 1.0))
             else:
                 self._closing.wait(pause_s)
 
 
-def _local(config: RunConfig, uri: str) -> Path | None:
+def _database_for_uri(config: RunConfig, uri: str) -> Path | None:
     """Return the local sqlite file of the run if `uri` is its URI; otherwise None."""
     if "://" in config.run_folder:
         return None
@@ -281,21 +281,21 @@ def _prepare(config: RunConfig, uri: str) -> None:
 
     Raises TrackingError if the store cannot be created or upgraded.
     """
-    database = _local(config, uri)
+    database = _database_for_uri(config, uri)
     if database is not None:
-        with named_store(uri):
+        with store_errors(uri):
             prepare(database, is_shared(config.run_folder, database), connect, config.storage.patience_s)
 
 
-def _continued(config: RunConfig, known: RunRecord, uri: str) -> StoredRun | None:
+def _find_continued_run(config: RunConfig, known: RunRecord, uri: str) -> StoredRun | None:
     """Return the recorded run; None if it is missing in the store or belongs to another run folder.
 
     Raises TrackingError if the local database cannot be read.
     """
-    database = _local(config, uri)
+    database = _database_for_uri(config, uri)
     if database is None:
         return StoredRun(config.run_folder) if known.uri == uri else None
-    with named_store(uri):
+    with store_errors(uri):
         stored = find_stored(database, known.run_id)
     return None if stored is None or is_copy(stored, config.run_folder) else stored
 
@@ -305,21 +305,21 @@ def _known_run(config: RunConfig, storage: Storage, uri: str) -> RunRecord | Non
     try:
         return read_record(storage, config.run_folder)
     except ValueError as error:
-        found = _tagged_run(config, uri)
+        found = _find_tagged_run(config, uri)
         outcome = "found no run of this folder; training creates one" if found is None else f"found run {found} there"
         LOGGER.warning(f"{record_url(config.run_folder)} cannot be read ({error}): searched {uri} and {outcome}")
     return None if found is None else RunRecord(uri, found, None, None)
 
 
-def _tagged_run(config: RunConfig, uri: str) -> str | None:
+def _find_tagged_run(config: RunConfig, uri: str) -> str | None:
     """Return the id of the newest run with the tag of this run folder; None if there is none."""
-    local = _local(config, uri)
+    local = _database_for_uri(config, uri)
     if local is not None and not local.exists():
         return None
-    with named_store(uri):
+    with store_errors(uri):
         client = connect(uri)
-        patience = Patience(uri, config.storage.patience_s)
-        experiment = patience.ask(lambda: client.get_experiment_by_name(config.tracking.experiment))
+        retrier = StoreRetrier(uri, config.storage.patience_s)
+        experiment = retrier.ask(lambda: client.get_experiment_by_name(config.tracking.experiment))
         if experiment is None:
             return None
         # All runs of a run folder's own database belong to it, even if the folder was moved and the tag is outdated.
@@ -327,7 +327,7 @@ def _tagged_run(config: RunConfig, uri: str) -> str | None:
         wanted = f"tags.`{FOLDER_TAG}` = {quote}{config.run_folder}{quote}"
         wanted = "" if local is not None and not is_shared(config.run_folder, local) else wanted
         runs = [experiment.experiment_id]
-        found = patience.ask(lambda: client.search_runs(runs, wanted, max_results=1))  # sorted newest first
+        found = retrier.ask(lambda: client.search_runs(runs, wanted, max_results=1))  # sorted newest first
         return found[0].info.run_id if found else None
 
 
@@ -335,24 +335,24 @@ def _start_run(
     config: RunConfig, uri: str, parameters: Mapping[str, str], facts: Mapping[str, str], inputs: Sequence[DataInput]
 ) -> str:
     """Create the run with its parameters, tags, inputs and recipe; return its id."""
-    with named_store(uri):
+    with store_errors(uri):
         if uri.startswith("sqlite:///"):
             make_database(Path(uri.removeprefix("sqlite:///")), connect)
-        client, patience = connect(uri), Patience(uri, config.storage.patience_s)
-        experiment = patience.ask(lambda: _experiment(client, config, uri))
-        parent = patience.ask(lambda: parent_run(client, experiment, config.tracking.parent, uri))
-        tags = {**facts, **shown_tags(config, facts, inputs), **({PARENT_TAG: parent} if parent else {})}
-        run_id = patience.ask(_Creation(client, config, experiment, tags))
+        client, retrier = connect(uri), StoreRetrier(uri, config.storage.patience_s)
+        experiment = retrier.ask(lambda: _ensure_experiment(client, config, uri))
+        parent = retrier.ask(lambda: parent_run(client, experiment, config.tracking.parent, uri))
+        tags = {**facts, **ui_tags(config, facts, inputs), **({PARENT_TAG: parent} if parent else {})}
+        run_id = retrier.ask(_RunCreator(client, config, experiment, tags))
         params = [Param(store_key(key)[:250], shortened(value)) for key, value in parameters.items()]
         for start in range(0, len(params), PARAMS_PER_CALL):
             group = params[start : start + PARAMS_PER_CALL]
-            patience.ask(lambda group=group: client.log_batch(run_id, params=group))
-        patience.ask(lambda: client.log_inputs(run_id, [dataset_input(entry) for entry in inputs]))
-        patience.ask(lambda: client.log_text(run_id, dump_recipe(config), "recipe.yaml"))
+            retrier.ask(lambda group=group: client.log_batch(run_id, params=group))
+        retrier.ask(lambda: client.log_inputs(run_id, [dataset_input(entry) for entry in inputs]))
+        retrier.ask(lambda: client.log_text(run_id, dump_recipe(config), "recipe.yaml"))
     return run_id
 
 
-class _Creation:
+class _RunCreator:
     """Idempotent creation of a run: a second call finds the run if only the answer to the first was lost."""
 
     def __init__(self, client: MlflowClient, config: RunConfig, experiment: str, tags: Mapping[str, str]) -> None:
@@ -368,18 +368,18 @@ class _Creation:
             for run in self._client.search_runs([self._experiment], wanted):
                 if run.data.tags.get(FOLDER_TAG) == self._config.run_folder:
                     return run.info.run_id
-        made = self._client.create_run(self._experiment, self._start_ms, self._tags, self._config.name)
-        return made.info.run_id
+        created = self._client.create_run(self._experiment, self._start_ms, self._tags, self._config.name)
+        return created.info.run_id
 
 
-def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
+def _ensure_experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is not None:
         if EXPERIMENT_KIND not in experiment.tags:
             client.set_experiment_tag(experiment.experiment_id, EXPERIMENT_KIND, MODEL_TRAINING)
         return experiment.experiment_id
     # By default, a sqlite store puts artifacts into the current folder.
-    location, local = None, _local(config, uri)
+    location, local = None, _database_for_uri(config, uri)
     if local is not None:
         location = artifact_root(local, is_shared(config.run_folder, local))
     elif uri.startswith("sqlite") and "://" not in config.run_folder:
@@ -390,9 +390,9 @@ def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        made = client.get_experiment_by_name(config.tracking.experiment)  # another driver created it first
-        assert made is not None, "MLflow says that it exists"
-        return made.experiment_id
+        created = client.get_experiment_by_name(config.tracking.experiment)  # another driver created it first
+        assert created is not None, "MLflow says that it exists"
+        return created.experiment_id
 
 
 def _adopt_journals(run: TrackedRun, newest: int) -> None:
@@ -409,13 +409,13 @@ def _adopt_journals(run: TrackedRun, newest: int) -> None:
         match = _RUN_JOURNAL.fullmatch(path.name)
         if path in (driver.path, evaluation.path) or match is None or int(match[1] or 0) > newest:
             continue
-        left, heir = Journal(path), evaluation if path.name.startswith("evaluation") else driver
-        while entries := left.read(ENTRIES_PER_READ):
+        source_journal, destination = Journal(path), evaluation if path.name.startswith("evaluation") else driver
+        while entries := source_journal.read(ENTRIES_PER_READ):
             for entry, _ in entries:
                 if "status" not in entry:
-                    heir.append(entry)
-            left.commit(entries[-1][1])
-        left.remove()
+                    destination.append(entry)
+            source_journal.commit(entries[-1][1])
+        source_journal.remove()
 
 
 def _continue_journals(run: TrackedRun, before: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -426,14 +426,14 @@ def _continue_journals(run: TrackedRun, before: Mapping[str, str], now: Mapping[
     try:
         if run.lease is not None:
             _adopt_journals(run, run.lease.number - 1)
-        _note_resume(run, before, now)
+        _log_resume(run, before, now)
     except OSError as error:
         raise TrackingError(
             f"cannot write metrics for MLflow to {run.spool} ({error}); free some space, or check its owner and mode"
         ) from error
 
 
-def _note_resume(run: TrackedRun, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+def _log_resume(run: TrackedRun, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     journal = Journal(run.journal("driver"))
     journal.append({"status": "RUNNING"})
     for key in sorted(before.keys() | now.keys()):

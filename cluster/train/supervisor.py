@@ -124,7 +124,7 @@ class _Supervisor:
         known = self._evaluations.entries() if self._evaluations else ()
         settled = [entry for entry in known if entry.settled]
         self._relay = RunRelay(config.training.max_steps, self._tracked, tuple(settled), view)
-        if self._tracked.remade:
+        if self._tracked.recreated:
             self._relay.track_evaluations(config, storage, settled)
             record_evaluations(storage, config.run_folder)
         self._scaler = WorkerScaler(config.cluster, launcher.free_nodes)

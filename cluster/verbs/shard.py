@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         failed = []
         for name in chosen:
-            options = {"skip_bad": args.skip_bad, "keep_going": args.keep_going, "redo": args.redo, "ray_until": stack}
+            options = {"skip_bad": args.skip_bad, "keep_going": args.keep_going, "redo": args.redo, "ray_stack": stack}
             try:
                 print_out(run_shard_job(name, config.datasets[name], config.cluster, storage, **options).summary())
             except UserError as error:

@@ -98,8 +98,8 @@ def test_small_job_runs_in_this_process_and_writes_the_same_bytes(tmp_path, no_r
     ],
 )
 def test_large_job_and_job_for_a_named_cluster_use_ray(tmp_path, no_ray, monkeypatch, cluster, few_images, few_bytes):
-    monkeypatch.setattr(job, "FEW_IMAGES", few_images)
-    monkeypatch.setattr(job, "FEW_BYTES", few_bytes)
+    monkeypatch.setattr(job, "MAX_LOCAL_IMAGES", few_images)
+    monkeypatch.setattr(job, "MAX_LOCAL_BYTES", few_bytes)
     dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=20), shard_mb=0.05)
     with pytest.raises(AssertionError, match="Ray was started"):
         run_shard_job("train", dataset, cluster, Storage())
@@ -237,7 +237,7 @@ def test_killed_tasks_are_retried_and_a_failed_shard_is_written_by_the_next_job(
 @pytest.mark.timeout(900)
 def test_ten_kills_of_drivers_and_tasks_do_not_change_the_shards(tmp_path):
     """Five drivers after random shares of the work, then five tasks half-way through random objects."""
-    num_images, chance = job.FEW_IMAGES + 20, random.Random(10)
+    num_images, chance = job.MAX_LOCAL_IMAGES + 20, random.Random(10)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     dataset = DatasetConfig(shards=str(whole), source=SyntheticSource(num_images=num_images), shard_mb=0.05)
     num_shards = len(write_dataset(open_reader(dataset.source), dataset, Storage()).shards)

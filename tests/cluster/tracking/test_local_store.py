@@ -172,13 +172,13 @@ def test_run_folder_moved_to_another_output_is_created_again_in_its_store(output
     (old,) = read_runs([moved.run_folder], tracking=None, experiment=None, query=None, step=None)
     assert old.curves["train/loss/total"] == ((1, 1.0),)  # from the store where it is still
     run = create_run(moved)
-    assert run.remade
+    assert run.recreated
     assert run.run_id != first.run_id
     assert f"creating it again in sqlite:///{there}/mlflow.db" in caplog.text
     caplog.clear()
     assert create_run(moved) == run  # a driver died before it sent the evaluations that the folder holds
     record_evaluations(Storage(), moved.run_folder)
-    assert create_run(moved) == dataclasses.replace(run, remade=False)
+    assert create_run(moved) == dataclasses.replace(run, recreated=False)
     assert not caplog.text
     assert not Path(config.run_folder).exists()
     shutil.rmtree(output)

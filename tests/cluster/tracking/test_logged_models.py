@@ -55,8 +55,8 @@ def send(run, *evaluations, writer="evaluation", kept=None, replaces=False):
     for one, quality in evaluations:
         tracking.log_evaluation(one, [figures(quality)], replaces)
     if kept is not None:
-        tracking.note_kept(kept)
-    assert tracking.close(PATIENCE_S), tracking._sender.trouble
+        tracking.log_kept(kept)
+    assert tracking.close(PATIENCE_S), tracking._sender.last_error
 
 
 def client_of(run):
@@ -162,7 +162,7 @@ def test_process_death_at_any_call_creates_no_duplicates(run, monkeypatch, after
     tracking = Tracking(run, "evaluation", interval_s=0.02)
     tracking.log_evaluation(checkpoint(4), [figures(40.0)])
     tracking.log_evaluation(checkpoint(8), [figures(50.0)])
-    tracking.note_kept(kept)
+    tracking.log_kept(kept)
     tracking.abandon() if after % 2 else tracking.close(PATIENCE_S)
     send(run, (checkpoint(4), 40.0), (checkpoint(8), 50.0), kept=kept)
     models = models_of(run)

@@ -76,7 +76,7 @@ def test_tracking_uri_of_the_process_is_restored(store, monkeypatch, stated):
 FETCHES = """
 import sys
 from m2f.cluster.tracking import registered
-registered._is_here = lambda location: False
+registered._is_local = lambda location: False
 print(registered.model_folder(sys.argv[1], sys.argv[2]) / "weights.safetensors")
 print(open(registered.model_folder(sys.argv[1], sys.argv[2]) / "weights.safetensors").read())
 """

@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 
 from m2f.cluster.recipe.config import TrackingConfig
 from m2f.cluster.recipe.load import parse_recipe
-from m2f.cluster.tracking import patience
-from m2f.cluster.tracking.patience import TrackingAwayError
+from m2f.cluster.tracking import retrier
+from m2f.cluster.tracking.retrier import TrackingOutageError
 from m2f.cluster.tracking.tracking import TrackingError, create_run
 from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.errors import OutageError
@@ -36,8 +36,10 @@ def config_at(url, folder, patience_s=600.0):
 
 
 def test_server_that_never_responds_is_a_user_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(patience, "_HASTE", patience._HASTE | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1"})
-    monkeypatch.setattr(patience, "FIRST_CONTACT_S", 11.0)
+    monkeypatch.setattr(
+        retrier, "_FIRST_CONTACT_ENV", retrier._FIRST_CONTACT_ENV | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
+    )
+    monkeypatch.setattr(retrier, "FIRST_CONTACT_S", 11.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = "http://{}:{}".format(*listener.getsockname())
         with pytest.raises(TrackingError, match=r"cannot create or find an MLflow run.*Start the server") as caught:
@@ -81,5 +83,5 @@ def test_run_is_created_once_despite_server_outages(server, gateway, tmp_path):
 @pytest.mark.slow
 def test_server_that_stops_responding_is_an_outage(gateway, tmp_path):
     gateway.plan(Outage("create", lambda method, path: path.endswith("runs/create"), 1000.0))
-    with pytest.raises(TrackingAwayError, match=r"longer than storage\.patience_s \(1 s.*Start the run again"):
+    with pytest.raises(TrackingOutageError, match=r"longer than storage\.patience_s \(1 s.*Start the run again"):
         create_run(config_at(gateway.url, tmp_path, patience_s=1.0))

@@ -114,17 +114,17 @@ def test_late_steps_missing_in_the_store_are_sent(run):
 
 def test_entries_appended_while_closing_are_sent(run):
     tracking, late = Tracking(run, "driver", interval_s=0.02), []
-    look = tracking._sender.send_some
+    send = tracking._sender.send_pending
 
-    def look_and_write():
-        more = look()
+    def send_and_write():
+        more = send()
         if not late:
             late.append(1)
             tracking.log_metrics(1, {"loss": 1.0})
             tracking._closing.set()
         return more
 
-    tracking._sender.send_some = look_and_write
+    tracking._sender.send_pending = send_and_write
     wait_until(lambda: late)
     assert tracking.close(PATIENCE_S)
     assert history(run, "loss") == [(1, 1.0)]
@@ -209,7 +209,7 @@ def test_abandon_returns_while_the_store_does_not_respond(server_run, monkeypatc
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracking = Tracking(server_run[0], "driver", interval_s=0.02)
     tracking.log_metrics(1, {"loss": 1.0})
-    wait_until(lambda: tracking._sender.trouble)
+    wait_until(lambda: tracking._sender.last_error)
     tracking.abandon()
     assert tracking._journal.read(1), "the points wait for the next holder"
 

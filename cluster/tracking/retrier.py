@@ -19,47 +19,47 @@ LOGGER = logging.getLogger(__name__)
 FIRST_CONTACT_S = 20.0
 """Seconds to retry before the first answer. A server that never answers counts as a wrong address, not as an outage."""
 _FIRST_REQUEST_S = 10.0
-_HASTE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": f"{_FIRST_REQUEST_S:.0f}"}
+_FIRST_CONTACT_ENV = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": f"{_FIRST_REQUEST_S:.0f}"}
 """Environment variables of MLflow for the first contact. MLflow reads them at every request."""
-_SAY_S = 60.0
+_WARNING_INTERVAL_S = 60.0
 _MAX_PAUSE_S = 20.0
-_TOO_MANY = 429
+_TOO_MANY_REQUESTS = 429
 
 
-class TrackingAwayError(TrackingError, OutageError):
+class TrackingOutageError(TrackingError, OutageError):
     """A server that had answered before has not answered for `storage.patience_s`."""
 
 
-class Patience:
+class StoreRetrier:
     """Calls one store from one process, with retries. A sqlite file is retried only while others write to it."""
 
     def __init__(self, uri: str, patience_s: float) -> None:
         self._uri, self._patience_s = uri, patience_s
         self._answered = False
-        self._said = float("-inf")
+        self._warned_at = float("-inf")
 
     def ask(self, call: Callable[[], T]) -> T:
         """Return the result of `call`, repeating it while the server does not answer. The call must be idempotent.
 
         Raises:
-            TrackingAwayError: the server has answered before, but not for the last `storage.patience_s` seconds.
+            TrackingOutageError: the server has answered before, but not for the last `storage.patience_s` seconds.
             Exception: the error of `call`, if it is not an outage or if the server has never answered.
         """
-        began = time.monotonic()
+        started_at = time.monotonic()
         for attempt in itertools.count():
             try:
-                with environment({} if self._answered else _HASTE):
-                    found = call()
+                with environment({} if self._answered else _FIRST_CONTACT_ENV):
+                    result = call()
             except Exception as error:
                 is_file = not self._uri.startswith("http")
                 if not (is_busy(error) if is_file else _is_outage(error)):
                     raise
                 self._answered = self._answered or is_file
                 pause = min(_MAX_PAUSE_S, 0.5 * 2.0**attempt)
-                self._wait(error, pause, time.monotonic() - began)
+                self._wait(error, pause, time.monotonic() - started_at)
             else:
                 self._answered = True
-                return found
+                return result
         raise AssertionError("unreachable: the loop has no end")
 
     def _wait(self, error: Exception, pause: float, waited: float) -> None:
@@ -67,15 +67,15 @@ class Patience:
         if not self._answered and waited + pause + _FIRST_REQUEST_S > min(FIRST_CONTACT_S, self._patience_s):
             raise error
         if self._answered and waited + pause > self._patience_s:
-            then = "Start the run again when the server is back"
+            remedy = "Start the run again when the server is back"
             if is_busy(error):
-                then = "Other processes write to it all the time: stop them, or set tracking.uri to a server"
-            raise TrackingAwayError(
+                remedy = "Other processes write to it all the time: stop them, or set tracking.uri to a server"
+            raise TrackingOutageError(
                 f"{self._uri} has not responded for longer than storage.patience_s ({self._patience_s:g} s; last "
-                f"error: {brief(error)}). {then}"
+                f"error: {brief(error)}). {remedy}"
             ) from error
-        if time.monotonic() - self._said > _SAY_S:
-            self._said = time.monotonic()
+        if time.monotonic() - self._warned_at > _WARNING_INTERVAL_S:
+            self._warned_at = time.monotonic()
             LOGGER.warning(f"tracking: waiting for {self._uri} ({brief(error)})")
         time.sleep(pause)
 
@@ -86,4 +86,4 @@ def _is_outage(error: Exception) -> bool:
         status = error.get_http_status_code()
     else:
         status = getattr(getattr(error, "response", None), "status_code", 500 if isinstance(error, OSError) else 0)
-    return status >= 500 or status == _TOO_MANY
+    return status >= 500 or status == _TOO_MANY_REQUESTS
