@@ -22,10 +22,12 @@ MAX_BYTES = 32 * 2**20
 """Maximum size of an encoded image, in bytes."""
 TIMEOUT_S = 10.0
 """Seconds for the whole download: connection, response and body."""
-_CHUNK = 2**16
+_CHUNK_BYTES = 2**16
 _PORTS = {"http": 80, "https": 443}
-_OK = 200
-_TRANSLATED = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
+_HTTP_OK = 200
+_IPV4_IN_IPV6_NETWORKS = tuple(
+    ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
+)
 """IPv6 networks whose addresses contain an IPv4 address, which may be private."""
 
 
@@ -52,52 +54,52 @@ def fetch_image(url: str, allowed: Collection[str], max_bytes: int = MAX_BYTES) 
     Raises:
         FetchError: the host is not allowed or not public, or the download failed, is too large or took too long.
     """
-    parts, host, port = _checked(url, allowed)
+    parts, host, port = _parse_allowed_url(url, allowed)
     deadline = time.monotonic() + TIMEOUT_S
     address = _public_address(host, port)
     path = parts.path or "/"
     target = f"{path}?{parts.query}" if parts.query else path
     connection = _Connection(host, port, address, secure=parts.scheme.lower() == "https")
-    timer = threading.Timer(deadline - time.monotonic(), connection.give_up)
+    timer = threading.Timer(deadline - time.monotonic(), connection.abort)
     timer.daemon = True
     timer.start()
     try:
         connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "m2f"})
-        answer = connection.getresponse()
-        if answer.status != _OK:
-            raise FetchError(f"{host} returned HTTP {answer.status} {answer.reason} instead of an image")
-        if answer.length is not None and answer.length > max_bytes:
-            raise FetchError(_too_large(host, max_bytes))
-        body = _body(answer, host, max_bytes)
-        if connection.late:  # without a length, a body seems complete when the timer shuts the socket down
-            raise FetchError(_too_late(host))
+        response = connection.getresponse()
+        if response.status != _HTTP_OK:
+            raise FetchError(f"{host} returned HTTP {response.status} {response.reason} instead of an image")
+        if response.length is not None and response.length > max_bytes:
+            raise FetchError(_size_message(host, max_bytes))
+        body = _read_body(response, host, max_bytes)
+        if connection.timed_out:  # without a length, a body seems complete when the timer shuts the socket down
+            raise FetchError(_timeout_message(host))
         return body
     except (OSError, http.client.HTTPException) as error:
-        if connection.late or isinstance(error, TimeoutError):
-            raise FetchError(_too_late(host)) from error
+        if connection.timed_out or isinstance(error, TimeoutError):
+            raise FetchError(_timeout_message(host)) from error
         raise FetchError(f"{host}: the image cannot be fetched ({type(error).__name__}: {error})") from error
     finally:
         timer.cancel()
         connection.close()
 
 
-def _checked(url: str, allowed: Collection[str]) -> tuple[SplitResult, str, int]:
+def _parse_allowed_url(url: str, allowed: Collection[str]) -> tuple[SplitResult, str, int]:
     try:
         parts = urlsplit(url)
         host, scheme = (parts.hostname or "").lower(), parts.scheme.lower()
         port = parts.port or _PORTS.get(scheme, 0)
     except ValueError:  # the error message quotes parts of the URL and is therefore not shown
         raise FetchError("the host or port in the URL of the image is malformed") from None
-    named = host if port == _PORTS.get(scheme) else f"{host}:{port}"
+    host_and_port = host if port == _PORTS.get(scheme) else f"{host}:{port}"
     if not host or scheme not in _PORTS or "@" in parts.netloc or any(ord(c) <= 32 or ord(c) > 126 for c in url):
         raise FetchError(
             "the URL of the image must be http://HOST/... or https://HOST/..., in ASCII, without a user name"
         )
-    if named not in {one.lower() for one in allowed}:
+    if host_and_port not in {one.lower() for one in allowed}:
         known = ", ".join(sorted(allowed)) or "none"
         raise FetchError(
-            f"images from {named} are not allowed (allowed hosts: {known}). Send the bytes of the image, or register "
-            f"the model with --allow-url {named}"
+            f"images from {host_and_port} are not allowed (allowed hosts: {known}). Send the bytes of the image, or "
+            f"register the model with --allow-url {host_and_port}"
         )
     return parts, host, port
 
@@ -122,7 +124,7 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             ip = ip.ipv4_mapped
-        elif any(ip in net for net in _TRANSLATED):
+        elif any(ip in net for net in _IPV4_IN_IPV6_NETWORKS):
             return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
@@ -133,46 +135,47 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, host: str, port: int, address: str, *, secure: bool) -> None:
         super().__init__(host, port, timeout=TIMEOUT_S)
         self._address, self._secure = address, secure
-        self.late = False
+        self.timed_out = False
         """Whether the timeout has expired."""
-        self._opened: socket.socket | None = None
+        self._socket: socket.socket | None = None
 
     def connect(self) -> None:
         """Open the socket; for https, with TLS that verifies the name of the host."""
-        opened = self._opened = self.sock = socket.create_connection((self._address, self.port), TIMEOUT_S)
+        tcp_socket = self._socket = self.sock = socket.create_connection((self._address, self.port), TIMEOUT_S)
         if self._secure:
-            # A separate handshake lets `give_up` know the TLS socket, so that it can also end a slow handshake.
+            # A separate handshake lets `abort` know the TLS socket, so that it can also end a slow handshake.
             context = ssl.create_default_context()
-            wrapped = context.wrap_socket(opened, server_hostname=self.host, do_handshake_on_connect=False)
-            self._opened = self.sock = wrapped
-            if self.late:
+            tls_socket = context.wrap_socket(tcp_socket, server_hostname=self.host, do_handshake_on_connect=False)
+            self._socket = self.sock = tls_socket
+            if self.timed_out:
                 raise TimeoutError
-            wrapped.do_handshake()
-        elif self.late:
+            tls_socket.do_handshake()
+        elif self.timed_out:
             raise TimeoutError
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         """Shut the socket down at the timeout, which also ends a transfer that arrives byte by byte."""
-        self.late = True
-        if self._opened is not None:
-            with contextlib.suppress(OSError):  # already closed, or replaced by the TLS socket; `connect` checks `late`
-                socket.socket.shutdown(self._opened, socket.SHUT_RDWR)
+        self.timed_out = True
+        if self._socket is not None:
+            # The socket may be closed, or replaced by the TLS socket; `connect` checks `timed_out`.
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
 
-def _body(answer: http.client.HTTPResponse, host: str, max_bytes: int) -> bytes:
+def _read_body(response: http.client.HTTPResponse, host: str, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     size = 0
-    while part := answer.read1(_CHUNK):
+    while part := response.read1(_CHUNK_BYTES):
         size += len(part)
         if size > max_bytes:
-            raise FetchError(_too_large(host, max_bytes))
+            raise FetchError(_size_message(host, max_bytes))
         parts.append(part)
     return b"".join(parts)
 
 
-def _too_late(host: str) -> str:
+def _timeout_message(host: str) -> str:
     return f"{host}: the image did not arrive within {TIMEOUT_S:g} s"
 
 
-def _too_large(host: str, max_bytes: int) -> str:
+def _size_message(host: str, max_bytes: int) -> str:
     return f"{host}: the image is larger than {max_bytes / 2**20:g} MiB"

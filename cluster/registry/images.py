@@ -13,7 +13,7 @@ from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, read_header
 from m2f.model.errors import UserError
 
-_DATA = "data:"
+_DATA_URL_PREFIX = "data:"
 _CHANNELS = 3
 _MAX_VALUE = 255
 
@@ -22,7 +22,7 @@ class ImageError(UserError):
     """The client sent something that is not an image. The message says what is accepted."""
 
 
-def images_of(column: Iterable[object]) -> list[object]:
+def flatten_images(column: Iterable[object]) -> list[object]:
     """Return the images of a column. MLflow's server turns a list of strings into one row; each string is an image."""
     found: list[object] = []
     for value in column:
@@ -50,15 +50,15 @@ def read_pixels(value: object, allowed: Collection[str] = ()) -> np.ndarray:
         FetchError: downloading a URL is not allowed, or failed.
     """
     if isinstance(value, str):
-        data = fetch_image(value, allowed) if is_url(value) else _decoded(value)
-        return _from_file(data)
+        data = fetch_image(value, allowed) if is_url(value) else _decode_base64(value)
+        return _decode_file(data)
     if isinstance(value, bytes | bytearray | memoryview):
-        return _from_file(bytes(value))
-    return _from_array(value)
+        return _decode_file(bytes(value))
+    return _check_array(value)
 
 
-def _decoded(text: str) -> bytes:
-    if text.startswith(_DATA):
+def _decode_base64(text: str) -> bytes:
+    if text.startswith(_DATA_URL_PREFIX):
         text = text.partition(",")[2]
     if len(text) > MAX_BYTES * 4 / 3 + 4:
         raise ImageError(f"the image is larger than {MAX_BYTES / 2**20:g} MiB")
@@ -71,7 +71,7 @@ def _decoded(text: str) -> bytes:
         ) from error
 
 
-def _from_file(data: bytes) -> np.ndarray:
+def _decode_file(data: bytes) -> np.ndarray:
     if len(data) > MAX_BYTES:
         raise ImageError(f"the image is larger than {MAX_BYTES / 2**20:g} MiB")
     try:
@@ -82,7 +82,7 @@ def _from_file(data: bytes) -> np.ndarray:
         raise ImageError(f"the bytes are not a readable image: {error}") from error
 
 
-def _from_array(value: object) -> np.ndarray:
+def _check_array(value: object) -> np.ndarray:
     try:
         pixels = np.asarray(value)
         if pixels.dtype == object:  # an array of lists, as pandas creates it

@@ -27,7 +27,7 @@ from mlflow.types.schema import AnyType, ColSpec, ParamSchema, ParamSpec, Schema
 
 from m2f.cluster.predict.trained_model import TrainedModel
 from m2f.cluster.registry.thresholds import Thresholds
-from m2f.cluster.registry.wheel import exact_requirements, this_project, write_wheel
+from m2f.cluster.registry.wheel import exact_requirements, read_project, write_wheel
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.inference.evaluator import EVALUABLE_TASKS
@@ -60,18 +60,18 @@ def package_digest(
     name = weights_url(checkpoint, storage).rpartition("/")[2]
     weights = read_manifest(storage, checkpoint).files[name].sha256
     with ScratchFolder("wheel") as folder:
-        code = hashlib.sha256(write_wheel(folder, this_project()).read_bytes()).hexdigest()
+        code = hashlib.sha256(write_wheel(folder, read_project()).read_bytes()).hexdigest()
     parts = [weights, "" if thresholds is None else thresholds.to_json(), sorted(allowed_hosts), code]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def build_package(content: PackageContent, folder: Path, storage: Storage, described: Model) -> Path:
+def build_package(content: PackageContent, folder: Path, storage: Storage, mlflow_model: Model) -> Path:
     """Build the folder of a model inside an empty local folder, and return its path.
 
-    `described` is the MLflow metadata of the logged model. Raises CheckpointError if the weights differ from their
+    `mlflow_model` is the MLflow metadata of the logged model. Raises CheckpointError if the weights differ from their
     manifest, and StorageError if the storage cannot be read.
     """
-    project = this_project()
+    project = read_project()
     wheel = write_wheel(folder, project)
     artifacts = {"checkpoint": str(_copy_checkpoint(content, folder / "checkpoint", storage))}
     if content.thresholds is not None:
@@ -93,7 +93,7 @@ def build_package(content: PackageContent, folder: Path, storage: Storage, descr
             input_example={"image": [base64.b64encode(example_jpeg()).decode("ascii")]},
             model_config={"allow_url": list(content.allowed_hosts)},
             metadata={"task": content.trained.task, "categories": describe_categories(content.trained.classes)},
-            mlflow_model=described,
+            mlflow_model=mlflow_model,
         )
     return package
 
@@ -104,8 +104,8 @@ def example_jpeg() -> bytes:
     rows, columns = np.mgrid[:height, :width]
     picture = np.stack([120 + rows, 160 + rows // 2, np.full_like(rows, 220)], axis=-1).clip(0, 255).astype(np.uint8)
     picture[(rows - height // 2) ** 2 + (columns - width // 3) ** 2 < (height // 4) ** 2] = (200, 60, 40)
-    done, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(picture[..., ::-1]))
-    assert done
+    is_encoded, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(picture[..., ::-1]))
+    assert is_encoded
     return jpeg.tobytes()
 
 
@@ -121,8 +121,8 @@ def _copy_checkpoint(content: PackageContent, folder: Path, storage: Storage) ->
     if RECIPE not in present:
         (folder / RECIPE).write_bytes(storage.get(join(content.checkpoint, RECIPE)))
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
-    reduced = CheckpointManifest(manifest.step, manifest.world_size, manifest.zero_stage, files)
-    (folder / MANIFEST).write_bytes(reduced.to_json())
+    copied_manifest = CheckpointManifest(manifest.step, manifest.world_size, manifest.zero_stage, files)
+    (folder / MANIFEST).write_bytes(copied_manifest.to_json())
     return folder
 
 

@@ -18,7 +18,7 @@ from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
 from m2f.cluster.predict.choose_checkpoint import ChosenWeights, choose_checkpoint, open_recipe
 from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.registry.better import RegistryError, Verdict, check_weights, judge
+from m2f.cluster.registry.comparison import RegistryError, Verdict, check_weights, compare_checkpoints
 from m2f.cluster.registry.package import PackageContent, build_package, package_digest
 from m2f.cluster.registry.thresholds import Thresholds, choose_thresholds
 from m2f.cluster.tracking.logged_models import EXTERNAL_TAG, EvaluatedCheckpoint, LoggedModels
@@ -38,15 +38,15 @@ PACKAGE_TAG = "m2f.package"
 """Tag of a logged model and of a version: digest of the uploaded contents."""
 VERSIONS_TAG = "mlflow.modelVersions"
 """Tag of a logged model that lists its registered versions for MLflow's web pages."""
-SEND_S = 60.0
-_OF_THE_STORES = ("tracking.", "storage.")
+TRACKING_CLOSE_TIMEOUT_S = 60.0
+_STORE_PREFIXES = ("tracking.", "storage.")
 """Prefixes of settings that do not affect the model."""
 RUN_TAG, STEP_TAG, COMMIT_TAG = "m2f.run_id", "m2f.step", "m2f.commit"
 WEIGHTS_TAG = "m2f.weights.sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class RegisterOptions:
     """Options of `m2f register`: what to register, and under which condition."""
 
     source: str
@@ -70,7 +70,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Registered:
+class RegistrationResult:
     """Outcome of a call of `register`."""
 
     name: str
@@ -85,23 +85,23 @@ class Registered:
     store: str
 
 
-def register(wanted: Wanted, say: Callable[[str], None] = lambda line: None) -> Registered:
-    """Register a checkpoint. `say` is called with a line of text before each step that takes long.
+def register(options: RegisterOptions, report: Callable[[str], None] = lambda line: None) -> RegistrationResult:
+    """Register a checkpoint. `report` is called with a line of text before each step that takes long.
 
     Raises:
         RegistryError: the run is not in MLflow, or the two sides cannot be compared.
         ConfigError, CheckpointError, DataError, StorageError: the run or the checkpoint cannot be read.
         TrackingError: the MLflow store does not answer, or refuses the registration.
     """
-    _check_overrides(wanted.overrides)
-    config, copied = open_recipe(wanted.source, wanted.overrides)
-    if copied is not None:
-        raise RegistryError(f"{wanted.source} is a checkpoint; give its run, and select the step with --checkpoint N")
+    _check_overrides(options.overrides)
+    config, checkpoint_url = open_recipe(options.source, options.overrides)
+    if checkpoint_url is not None:
+        raise RegistryError(f"{options.source} is a checkpoint; give its run, and select the step with --checkpoint N")
     storage = Storage(config.storage)
-    chosen = choose_checkpoint(config, storage, wanted.checkpoint)
+    chosen = choose_checkpoint(config, storage, options.checkpoint)
     if chosen.step is None:
         raise RegistryError(
-            f"--checkpoint {wanted.checkpoint} is not a checkpoint of {config.run_folder}, and others "
+            f"--checkpoint {options.checkpoint} is not a checkpoint of {config.run_folder}, and others "
             "cannot be registered; give best, last or a step"
         )
     run = find_run(config)
@@ -110,16 +110,16 @@ def register(wanted: Wanted, say: Callable[[str], None] = lambda line: None) -> 
             f"{config.run_folder} has no tracking.json, so its MLflow run is unknown; m2f train creates it when it "
             "resumes the run"
         )
-    with _answering(run.uri), using_store(run.uri):
-        return _Registration(wanted, config, storage, chosen, chosen.step, run, say).run()
+    with _convert_mlflow_errors(run.uri), using_store(run.uri):
+        return _Registration(options, config, storage, chosen, chosen.step, run, report).run()
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
     """Raise ConfigError for settings that have no effect, because a served model uses the recipe in its checkpoint."""
-    dropped = [one for one in overrides if not one.lstrip("+").startswith(_OF_THE_STORES)]
-    if dropped:
+    ignored = [one for one in overrides if not one.lstrip("+").startswith(_STORE_PREFIXES)]
+    if ignored:
         raise ConfigError(
-            f"{', '.join(dropped)}: a registered model uses the settings that its checkpoint was trained with; "
+            f"{', '.join(ignored)}: a registered model uses the settings that its checkpoint was trained with; "
             "only tracking.* and storage.* can be overridden"
         )
 
@@ -129,45 +129,45 @@ class _Registration:
 
     def __init__(
         self,
-        wanted: Wanted,
+        options: RegisterOptions,
         config: RunConfig,
         storage: Storage,
         chosen: ChosenWeights,
         step: int,
         run: TrackedRun,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
-        self._wanted, self._config, self._storage, self._run, self._say = wanted, config, storage, run, say
+        self._options, self._config, self._storage, self._run, self._report = options, config, storage, run, report
         self._chosen, self._step = chosen, step
         self._checkpoint = evaluated_checkpoint(config, storage, chosen.url, step)
-        self._name = wanted.name or config.name
+        self._name = options.name or config.name
         self._client = registry_client(run.uri)
-        sets = [one.label for one in config.evaluation.sets]
-        self._dataset = wanted.dataset or (sets[0] if sets else None)
-        needed = wanted.precision is not None or wanted.if_better is not None
-        self._record = self._candidate() if needed else None
+        labels = [evaluation_set.label for evaluation_set in config.evaluation.sets]
+        self._dataset = options.dataset or (labels[0] if labels else None)
+        needs_results = options.precision is not None or options.if_better is not None
+        self._record = self._read_candidate() if needs_results else None
 
-    def run(self) -> Registered:
+    def run(self) -> RegistrationResult:
         """Compare, pin, upload and register, in this order. Nothing is written if the checkpoint is not better."""
         verdict = self._compare()
-        thresholds = self._thresholds()
+        thresholds = self._choose_thresholds()
         if verdict is not None and not verdict.better:
-            return self._outcome(None, False, verdict, thresholds)
+            return self._result(None, False, verdict, thresholds)
         with self._pinned():
             checkpoint = self._checkpoint
-            self._log_figures(checkpoint)
-            digest = package_digest(self._chosen.url, thresholds, self._wanted.allowed_hosts, self._storage)
-            model, uploaded = self._model(checkpoint, digest, thresholds)
-            version = self._version(model, checkpoint, digest, verdict, thresholds)
-        aliases = dict.fromkeys([*self._wanted.aliases, *([self._wanted.if_better] if self._wanted.if_better else ())])
-        for alias in aliases:
+            self._log_metrics(checkpoint)
+            digest = package_digest(self._chosen.url, thresholds, self._options.allowed_hosts, self._storage)
+            model, uploaded = self._find_or_upload_model(checkpoint, digest, thresholds)
+            version = self._find_or_create_version(model, checkpoint, digest, verdict, thresholds)
+        moved_alias = [self._options.if_better] if self._options.if_better else []
+        for alias in dict.fromkeys([*self._options.aliases, *moved_alias]):
             self._client.set_registered_model_alias(self._name, alias, version.version)
-        return self._outcome(str(version.version), uploaded, verdict, thresholds)
+        return self._result(str(version.version), uploaded, verdict, thresholds)
 
-    def _outcome(
+    def _result(
         self, version: str | None, uploaded: bool, verdict: Verdict | None, thresholds: Thresholds | None
-    ) -> Registered:
-        return Registered(
+    ) -> RegistrationResult:
+        return RegistrationResult(
             name=self._name,
             version=version,
             step=self._step,
@@ -177,7 +177,7 @@ class _Registration:
             store=self._run.uri,
         )
 
-    def _candidate(self) -> RunRecord:
+    def _read_candidate(self) -> RunRecord:
         if self._dataset is None:
             raise RegistryError(
                 "evaluation.sets is empty, so there are no results; evaluate with m2f eval, or give --set"
@@ -190,12 +190,12 @@ class _Registration:
 
     def _compare(self) -> Verdict | None:
         """Compare with the version of the alias. Return None if no comparison is wanted or no version has the alias."""
-        alias = self._wanted.if_better
+        alias = self._options.if_better
         if alias is None or self._record is None or self._dataset is None:
             return None
         version = find_version(self._client, self._name, alias)
         if version is None:
-            self._say(f"no version of {self._name} has the alias {alias} yet, so there is nothing to compare with")
+            self._report(f"no version of {self._name} has the alias {alias} yet, so there is nothing to compare with")
             return None
         tags = version.tags
         if RUN_TAG not in tags or STEP_TAG not in tags:
@@ -203,16 +203,16 @@ class _Registration:
                 f"{self._name}@{alias} was not registered by m2f register, so its results are unknown; move the "
                 "alias to a version that was"
             )
-        self._say(f"comparing with {self._name}@{alias}, version {version.version}")
+        self._report(f"comparing with {self._name}@{alias}, version {version.version}")
         (champion,) = read_runs(
             [tags[RUN_TAG]], tracking=self._run.uri, experiment=None, query=None, step=int(tags[STEP_TAG])
         )
         named = replace(champion, name=f"{alias} (version {version.version})")
         check_weights(named, self._dataset, int(tags[STEP_TAG]), tags.get(WEIGHTS_TAG))
-        return judge(named, self._record, self._dataset, self._wanted.metric)
+        return compare_checkpoints(named, self._record, self._dataset, self._options.metric)
 
-    def _thresholds(self) -> Thresholds | None:
-        if self._wanted.precision is None or self._record is None or self._dataset is None:
+    def _choose_thresholds(self) -> Thresholds | None:
+        if self._options.precision is None or self._record is None or self._dataset is None:
             return None
         found, images = self._record.results.get(self._dataset), self._record.images.get(self._dataset)
         if found is None or images is None or images.instance is None:
@@ -222,33 +222,33 @@ class _Registration:
             )
         names = [str(row["name"]) for row in found.per_class if row["is_thing"]]
         return Thresholds(
-            precision=self._wanted.precision,
+            precision=self._options.precision,
             dataset=self._dataset,
             fingerprint=found.fingerprint,
-            classes=choose_thresholds(images.instance, names, self._wanted.precision),
+            classes=choose_thresholds(images.instance, names, self._options.precision),
         )
 
     @contextmanager
     def _pinned(self) -> Iterator[None]:
         """Pin the checkpoint against deletion. If the block fails, remove the pin unless it existed before."""
-        known = REGISTERED_PIN in pins(self._storage, self._chosen.url)
+        was_pinned = REGISTERED_PIN in pins(self._storage, self._chosen.url)
         pin(self._storage, self._chosen.url, REGISTERED_PIN)
         try:
             yield
         except BaseException:
-            if not known:
+            if not was_pinned:
                 unpin(self._storage, self._chosen.url, REGISTERED_PIN)
             raise
 
-    def _log_figures(self, checkpoint: EvaluatedCheckpoint) -> None:
+    def _log_metrics(self, checkpoint: EvaluatedCheckpoint) -> None:
         """Add the metrics of a published evaluation to the logged model. Earlier versions logged only curve points."""
         for entry in read_entries(self._storage, queue_url(self._config)):
-            if entry.status == "published" and is_entry_of(entry, checkpoint):
+            if entry.status == "published" and is_evaluation_of(entry, checkpoint):
                 tracking = Tracking(self._run, "registration")
                 tracking.log_evaluation(checkpoint, read_set_metrics(self._config, self._storage, entry))
-                tracking.close(SEND_S)
+                tracking.close(TRACKING_CLOSE_TIMEOUT_S)
 
-    def _model(
+    def _find_or_upload_model(
         self, checkpoint: EvaluatedCheckpoint, digest: str, thresholds: Thresholds | None
     ) -> tuple[LoggedModel, bool]:
         """Return the logged model with this content, uploading it if needed, and whether it was uploaded."""
@@ -260,30 +260,30 @@ class _Registration:
             return known, False
         if PACKAGE_TAG in model.tags:  # it has different content, such as different thresholds or hosts
             model = models.make(checkpoint, f"{checkpoint.model_name}-{digest[:8]}")
-        self._say(f"opening {self._chosen.url}")
+        self._report(f"opening {self._chosen.url}")
         content = PackageContent(
             checkpoint=self._chosen.url,
             trained=open_trained(self._chosen.url, (), None, "cpu"),
             thresholds=thresholds,
-            allowed_hosts=self._wanted.allowed_hosts,
+            allowed_hosts=self._options.allowed_hosts,
         )
-        described = Model(
+        mlflow_model = Model(
             artifact_path=model.artifact_location,
             model_uuid=model.model_id,
             run_id=self._run.run_id,
             model_id=model.model_id,
         )
         with ScratchFolder("register") as folder:
-            package = build_package(content, folder, self._storage, described)
+            package = build_package(content, folder, self._storage, mlflow_model)
             size = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
-            self._say(f"uploading {size / 1e6:,.1f} MB to {self._run.uri}")
+            self._report(f"uploading {size / 1e6:,.1f} MB to {self._run.uri}")
             self._client.log_model_artifacts(model.model_id, str(package))
         if EXTERNAL_TAG in model.tags:
             self._client.delete_logged_model_tag(model.model_id, EXTERNAL_TAG)
         self._client.set_logged_model_tags(model.model_id, {PACKAGE_TAG: digest})
         return model, True
 
-    def _version(
+    def _find_or_create_version(
         self,
         model: LoggedModel,
         checkpoint: EvaluatedCheckpoint,
@@ -323,7 +323,7 @@ class _Registration:
         return version
 
 
-def is_entry_of(entry: Entry, checkpoint: EvaluatedCheckpoint) -> bool:
+def is_evaluation_of(entry: Entry, checkpoint: EvaluatedCheckpoint) -> bool:
     """Return whether an evaluation belongs to a checkpoint. Commits decide, because a step may be trained again."""
     if not entry.commit:  # entries of version 0.1 have no commit
         return entry.step == checkpoint.step and entry.folder == checkpoint.name
@@ -344,14 +344,14 @@ def _description(
     if verdict is not None:
         lines += ["", f"{verdict}."]
     if thresholds is not None:
-        silent = [name for name, one in thresholds.classes.items() if one.threshold is None]
+        unreachable_classes = [name for name, one in thresholds.classes.items() if one.threshold is None]
         lines += ["", f"Thresholds by class for a precision of {thresholds.precision:g} on {thresholds.dataset}."]
-        lines += [f"No threshold reaches it for: {', '.join(silent)}."] if silent else []
+        lines += [f"No threshold reaches it for: {', '.join(unreachable_classes)}."] if unreachable_classes else []
     return "\n".join(lines)
 
 
 @contextmanager
-def _answering(uri: str) -> Iterator[None]:
+def _convert_mlflow_errors(uri: str) -> Iterator[None]:
     """Convert MlflowException in the block to TrackingError."""
     try:
         yield

@@ -16,8 +16,8 @@ from m2f.cluster.api.result import Result, make_result
 from m2f.cluster.predict.inputs import number_images
 from m2f.cluster.predict.predict import LoadedImage, Predictor, prepare_model
 from m2f.cluster.predict.trained_model import open_trained
-from m2f.cluster.registry.answers import instances_answer, panoptic_answer, semantic_answer
-from m2f.cluster.registry.images import images_of, read_pixels
+from m2f.cluster.registry.images import flatten_images, read_pixels
+from m2f.cluster.registry.responses import instances_response, panoptic_response, semantic_response
 from m2f.cluster.registry.thresholds import Thresholds
 from m2f.data_pipeline.categories import Task
 from m2f.eval.inference.evaluator import EVALUABLE_TASKS
@@ -42,9 +42,10 @@ class ServedModel(PythonModel):
         self._allowed = tuple(config.get(ALLOWED_HOSTS) or ())
         self._trained = open_trained(context.artifacts[CHECKPOINT], (), None)
         prepare_model(self._trained)
-        self._lowest: np.ndarray | None = None
+        self._class_thresholds: np.ndarray | None = None
         if (path := context.artifacts.get(THRESHOLDS)) is not None:
-            self._lowest = Thresholds.from_json(Path(path).read_bytes(), path).lowest(self._trained.classes)
+            thresholds = Thresholds.from_json(Path(path).read_bytes(), path)
+            self._class_thresholds = thresholds.min_scores(self._trained.classes)
         self._lock = threading.Lock()  # because a server may call `predict` from several threads
 
     def predict(  # type: ignore[bad-override] - of MLflow's own, which is annotated to return nothing
@@ -59,35 +60,36 @@ class ServedModel(PythonModel):
         options = params or {}
         try:
             tasks = self._tasks(str(options.get("task", "")))
-            lowest = self._lowest if options.get("thresholds", True) else None
+            class_thresholds = self._class_thresholds if options.get("thresholds", True) else None
             min_score = float(options.get("min_score", 0.0))
-            return [self._answer(value, tasks, lowest, min_score) for value in images_of(model_input[IMAGE])]
+            images = flatten_images(model_input[IMAGE])
+            return [self._predict_image(image, tasks, class_thresholds, min_score) for image in images]
         except UserError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from error
 
-    def _tasks(self, wanted: str) -> tuple[Task, ...]:
+    def _tasks(self, task_name: str) -> tuple[Task, ...]:
         possible = EVALUABLE_TASKS[self._trained.task]
-        if not wanted:
+        if not task_name:
             return possible
-        chosen = tuple(task for task in possible if task == wanted)
+        chosen = tuple(task for task in possible if task == task_name)
         if not chosen:
-            raise ConfigError(f"task is {wanted!r}; this model supports {', '.join(possible)}")
+            raise ConfigError(f"task is {task_name!r}; this model supports {', '.join(possible)}")
         return chosen
 
-    def _answer(
-        self, value: object, tasks: tuple[Task, ...], lowest: np.ndarray | None, min_score: float
+    def _predict_image(
+        self, value: object, tasks: tuple[Task, ...], class_thresholds: np.ndarray | None, min_score: float
     ) -> dict[str, Any]:
         pixels = read_pixels(value, self._allowed)
-        answer: dict[str, Any] = {"height": pixels.shape[0], "width": pixels.shape[1]}
+        response: dict[str, Any] = {"height": pixels.shape[0], "width": pixels.shape[1]}
         for task, result in self._results(pixels, tasks):
             match task:
                 case "panoptic":
-                    answer["panoptic"] = panoptic_answer(result)
+                    response["panoptic"] = panoptic_response(result)
                 case "instance":
-                    answer["instances"] = instances_answer(result, lowest, min_score)
+                    response["instances"] = instances_response(result, class_thresholds, min_score)
                 case "semantic":
-                    answer["semantic"] = semantic_answer(result, self._trained.classes)
-        return answer
+                    response["semantic"] = semantic_response(result, self._trained.classes)
+        return response
 
     def _results(self, pixels: np.ndarray, tasks: Sequence[Task]) -> list[tuple[Task, Result]]:
         """Predict all tasks with one forward pass and return the results by task."""

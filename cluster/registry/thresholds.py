@@ -64,7 +64,7 @@ class Thresholds:
                 f"{source}: cannot parse the thresholds ({error}); register the checkpoint again"
             ) from error
 
-    def lowest(self, classes: Sequence[Category]) -> np.ndarray:
+    def min_scores(self, classes: Sequence[Category]) -> np.ndarray:
         """Return the lowest accepted score [K] by label.
 
         The score is infinity if no threshold reaches the precision for a class, and 0 if the class is not listed.
@@ -87,25 +87,26 @@ def choose_thresholds(images: InstanceImages, names: Sequence[str], precision: f
     if not 0 < precision <= 1:
         raise ThresholdError(f"--precision is {precision}; it must be above 0 and at most 1")
     labels, scores = images.label.values, images.score.values
-    right = (images.matched.values & 1).astype(bool)  # bit 0: the IoU threshold of 0.5
-    counted = ~(images.ignored.values & 1).astype(bool)
+    correct = (images.matched.values & 1).astype(bool)  # bit 0: the IoU threshold of 0.5
+    is_counted = ~(images.ignored.values & 1).astype(bool)
     truth = np.bincount(images.truth_label.values, images.truth_count.values, minlength=len(names))
     chosen = {}
     for label, name in enumerate(names):
-        mine = counted & (labels == label)
-        chosen[name] = _choose(scores[mine], right[mine], int(truth[label]), precision)
+        selected = is_counted & (labels == label)
+        chosen[name] = _choose_threshold(scores[selected], correct[selected], int(truth[label]), precision)
     return chosen
 
 
-def _choose(scores: np.ndarray, right: np.ndarray, truth: int, precision: float) -> ClassThreshold:
+def _choose_threshold(scores: np.ndarray, correct: np.ndarray, truth: int, precision: float) -> ClassThreshold:
     order = np.argsort(-scores, kind="stable")
-    scores, found = scores[order], np.cumsum(right[order])
+    scores, found = scores[order], np.cumsum(correct[order])
     shares = found / np.arange(1, len(scores) + 1)
-    ends = np.append(scores[1:] != scores[:-1], True)[: len(scores)]  # a threshold cannot separate equal scores
-    fit = np.flatnonzero(ends & (shares >= precision))
-    if not len(fit):
+    # A threshold cannot separate equal scores, so only the last detection of each score can be the lowest.
+    is_last_of_score = np.append(scores[1:] != scores[:-1], True)[: len(scores)]
+    valid = np.flatnonzero(is_last_of_score & (shares >= precision))
+    if not len(valid):
         return ClassThreshold(threshold=None, precision=None, recall=0.0 if truth else None, detections=0)
-    last = int(fit[-1])
+    last = int(valid[-1])
     return ClassThreshold(
         threshold=float(scores[last]),
         precision=float(shares[last]),

@@ -18,11 +18,11 @@ import m2f
 
 PACKAGE = "m2f"
 FOLDERS = ("model", "data_pipeline", "trainer", "eval", "cluster", "configs")
-SERVING = ("mlflow",)
+SERVING_REQUIREMENTS = ("mlflow",)
 """Packages that a served model needs in addition to the dependencies of m2f."""
-_TOP = ("__init__.py", "__init__.pyi", "py.typed")
+_TOP_LEVEL_FILES = ("__init__.py", "__init__.pyi", "py.typed")
 """Files of the package that are not in its folders."""
-_DATE = (2000, 1, 1, 0, 0, 0)
+_FILE_DATE = (2000, 1, 1, 0, 0, 0)
 """Date of every file in the wheel. It is fixed, so that equal code results in equal bytes."""
 
 
@@ -37,7 +37,7 @@ class Project:
     """Requirements; those of an extra have its marker."""
 
 
-def this_project() -> Project:
+def read_project() -> Project:
     """Return the metadata of m2f from pyproject.toml in a checkout, else from the installed package.
 
     In a checkout, the installed metadata may be outdated.
@@ -51,7 +51,7 @@ def this_project() -> Project:
     return Project(
         m2f.__version__,
         table["requires-python"],
-        (*table["dependencies"], *(_of_extra(one, name) for name, needs in extras.items() for one in needs)),
+        (*table["dependencies"], *(_with_extra_marker(one, name) for name, needs in extras.items() for one in needs)),
     )
 
 
@@ -60,19 +60,19 @@ def write_wheel(folder: Path, project: Project) -> Path:
     home = m2f.HOME
     wheel = folder / f"{PACKAGE}-{project.version}-py3-none-any.whl"
     info = f"{PACKAGE}-{project.version}.dist-info"
-    own = Path(m2f.__file__).parent
-    parts = [(f"{PACKAGE}/{name}", (own / name).read_bytes()) for name in _TOP]
-    parts += [(f"{PACKAGE}/{name}", path.read_bytes()) for name, path in _code(home)]
+    package_folder = Path(m2f.__file__).parent
+    parts = [(f"{PACKAGE}/{name}", (package_folder / name).read_bytes()) for name in _TOP_LEVEL_FILES]
+    parts += [(f"{PACKAGE}/{name}", path.read_bytes()) for name, path in _package_files(home)]
     parts += [
         (f"{info}/METADATA", _metadata(project)),
         (f"{info}/WHEEL", _WHEEL),
-        (f"{info}/entry_points.txt", _SCRIPT),
+        (f"{info}/entry_points.txt", _ENTRY_POINTS),
     ]
     record = [f"{name},sha256={_digest(data)},{len(data)}" for name, data in parts] + [f"{info}/RECORD,,"]
     parts.append((f"{info}/RECORD", ("\n".join(record) + "\n").encode()))
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in parts:
-            entry = zipfile.ZipInfo(name, _DATE)
+            entry = zipfile.ZipInfo(name, _FILE_DATE)
             entry.external_attr = 0o644 << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, data)
@@ -85,27 +85,27 @@ def exact_requirements(project: Project) -> tuple[str, ...]:
     They are sorted by name. Packages that are not installed are omitted, because m2f has run without them.
     """
     found: dict[str, str] = {}
-    waiting = [Requirement(one) for one in (*project.dependencies, *SERVING)]
-    waiting = [one for one in waiting if one.marker is None or one.marker.evaluate({"extra": ""})]
+    pending = [Requirement(one) for one in (*project.dependencies, *SERVING_REQUIREMENTS)]
+    pending = [one for one in pending if one.marker is None or one.marker.evaluate({"extra": ""})]
     seen: set[tuple[str, str]] = set()
-    while waiting:
-        wanted = waiting.pop()
-        name = _normal(wanted.name)
-        for extra in ("", *wanted.extras):
+    while pending:
+        requirement = pending.pop()
+        name = _normalize_name(requirement.name)
+        for extra in ("", *requirement.extras):
             if name == PACKAGE or (name, extra) in seen:
                 continue
             seen.add((name, extra))
             try:
-                known = distribution(name)
+                installed = distribution(name)
             except PackageNotFoundError:
                 continue
             found[name] = version(name).partition("+")[0]  # package indexes lack local builds such as 2.11.0+cpu
-            needs = [Requirement(one) for one in known.requires or ()]
-            waiting += [one for one in needs if one.marker is None or one.marker.evaluate({"extra": extra})]
+            needs = [Requirement(one) for one in installed.requires or ()]
+            pending += [one for one in needs if one.marker is None or one.marker.evaluate({"extra": extra})]
     return tuple(f"{name}=={found[name]}" for name in sorted(found))
 
 
-def _code(home: Path) -> Iterator[tuple[str, Path]]:
+def _package_files(home: Path) -> Iterator[tuple[str, Path]]:
     """Yield the files of the package with their paths inside it, in an order that is the same on every machine."""
     for folder in FOLDERS:
         top = home / folder
@@ -115,9 +115,9 @@ def _code(home: Path) -> Iterator[tuple[str, Path]]:
                 yield f"{folder}/{inside.as_posix()}", path
 
 
-def _of_extra(requirement: str, extra: str) -> str:
-    wanted, semicolon, marker = requirement.partition(";")
-    return f"{wanted}; ({marker.strip()}) and extra == '{extra}'" if semicolon else f"{wanted}; extra == '{extra}'"
+def _with_extra_marker(requirement: str, extra: str) -> str:
+    package, semicolon, marker = requirement.partition(";")
+    return f"{package}; ({marker.strip()}) and extra == '{extra}'" if semicolon else f"{package}; extra == '{extra}'"
 
 
 def _metadata(project: Project) -> bytes:
@@ -133,9 +133,9 @@ def _digest(data: bytes) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
-def _normal(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 _WHEEL = b"Wheel-Version: 1.0\nGenerator: m2f\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-_SCRIPT = b"[console_scripts]\nm2f = m2f.cluster.cli:main\n"
+_ENTRY_POINTS = b"[console_scripts]\nm2f = m2f.cluster.cli:main\n"

@@ -70,7 +70,7 @@ def check_hosts(hosts: Sequence[str]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Register the checkpoint. Return exit status 1 if `--if-better` is given and the checkpoint is not better."""
     print_err(f"{args.run}: loading PyTorch and MLflow")
-    from m2f.cluster.registry.register import Wanted, register
+    from m2f.cluster.registry.register import RegisterOptions, register
 
     if not args.alias and not args.if_better and not args.name:
         raise ConfigError(
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         )
     check_hosts(args.allow_url)
     outcome = register(
-        Wanted(
+        RegisterOptions(
             source=args.run,
             overrides=tuple(args.overrides),
             checkpoint=args.checkpoint,

@@ -1,6 +1,6 @@
-"""Loads a registered model where nothing else of us is: `load_registered.py ADDRESS IMAGE EXAMPLE`, prints JSON.
+"""Load a registered model in an environment without m2f: `load_registered.py ADDRESS IMAGE EXAMPLE` prints JSON.
 
-The environment has what the model's requirements name, and nothing of us but the wheel inside the model.
+The environment has the packages that the model requires; m2f comes only from the wheel inside the model.
 """
 
 import base64
@@ -21,11 +21,11 @@ from mlflow.pyfunc import scoring_server  # noqa: E402
 
 address, image = sys.argv[1], Path(sys.argv[2]).read_bytes()
 model = mlflow.pyfunc.load_model(address)
-seconds, answers = [], []
+seconds, responses = [], []
 for _ in range(3):
-    began = time.process_time()
-    answers.append(model.predict({"image": [image]})[0])
-    seconds.append(time.process_time() - began)
+    started = time.process_time()
+    responses.append(model.predict({"image": [image]})[0])
+    seconds.append(time.process_time() - started)
 
 import cv2  # noqa: E402
 
@@ -35,11 +35,12 @@ pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)[..., ::-
 
 
 def serve(body):
-    answer = scoring_server.invocations(json.dumps(body), "application/json", model, model.metadata.get_input_schema())
-    return json.loads(answer.response)["predictions"]
+    schema = model.metadata.get_input_schema()
+    served = scoring_server.invocations(json.dumps(body), "application/json", model, schema)
+    return json.loads(served.response)["predictions"]
 
 
-def refusal(value):
+def error_message(value):
     try:
         model.predict({"image": [value]})
     except mlflow.exceptions.MlflowException as error:
@@ -55,14 +56,15 @@ json.dump(
         "present": present,
         "program": m2f.__file__,
         "cpu_s": seconds,
-        "answer": answers[0],
-        "same": answers[0] == answers[1] == answers[2] == model.predict({"image": [pixels]})[0],
+        "response": responses[0],
+        "same": responses[0] == responses[1] == responses[2] == model.predict({"image": [pixels]})[0],
         "served": [
-            one["panoptic"] == answers[0]["panoptic"] and set(one) == {"height", "width", "panoptic"} for one in served
+            one["panoptic"] == responses[0]["panoptic"] and set(one) == {"height", "width", "panoptic"}
+            for one in served
         ],
         "all_instances": len(model.predict({"image": [image]}, params={"thresholds": False})[0]["instances"]),
         "refused": [
-            refusal(one) for one in ("/etc/passwd", "http://127.0.0.1/x.png", b"no image", np.zeros((4, 4), int))
+            error_message(one) for one in ("/etc/passwd", "http://127.0.0.1/x.png", b"no image", np.zeros((4, 4), int))
         ],
         "example": sorted(serve(json.loads(Path(sys.argv[3]).read_text()))[0]),
         "metadata": model.metadata.metadata["task"],

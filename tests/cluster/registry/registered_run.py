@@ -1,4 +1,4 @@
-"""A run with two evaluated checkpoints of random weights, without training: what `m2f register` begins with."""
+"""Create a run with two evaluated checkpoints of random weights, without training, as input for `m2f register`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = (4, 8)
 
 
 def make_run(folder: Path, database: bytes, name: str = "cells") -> RunConfig:
-    """The run folder below `folder`; its checkpoints are evaluated on `val`."""
+    """Create the run folder below `folder`, with checkpoints that are evaluated on `val`."""
     config = tiny_config(folder, name, small_sets(str(folder / "shards"), Storage()))
     tasks = replace(config.evaluation, tasks=("panoptic", "instance"), extra_metrics=(), panels=0)
     config = replace(config, evaluation=tasks)
@@ -40,7 +40,7 @@ def make_run(folder: Path, database: bytes, name: str = "cells") -> RunConfig:
 
 
 def write_checkpoint(config: RunConfig, step: int) -> None:
-    """Random weights, from the step's number."""
+    """Write a checkpoint of random weights, seeded with the step."""
     classes = Manifest.load(config.datasets["train"].shards, Storage()).categories.for_task("panoptic")
     torch.manual_seed(step)
     model = build_model(replace(config.model, num_classes=len(classes)), pretrained_backbone=False)

@@ -1,4 +1,4 @@
-"""Which images a served model takes: files, arrays, and URLs only of named hosts in the open internet."""
+"""Tests of the images that a served model accepts: files, arrays, and URLs of allowed public hosts only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from m2f.cluster.registry import fetch
 from m2f.cluster.registry.fetch import FetchError, fetch_image, is_public
-from m2f.cluster.registry.images import ImageError, images_of, read_pixels
+from m2f.cluster.registry.images import ImageError, flatten_images, read_pixels
 from m2f.data_pipeline.image_file import encode_png
 from tests.waiting import PATIENCE_S
 
@@ -32,7 +32,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         if self.path != "/endless":
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.server.seen.append((self.path, self.headers["Host"]))
+        self.server.requests.append((self.path, self.headers["Host"]))
         self.wfile.write(body)
 
     def log_message(self, *words):
@@ -41,9 +41,9 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A host whose address counts as public."""
+    """Start a server whose address is treated as public."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.seen = []
+    server.requests = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     real = socket.getaddrinfo
 
@@ -60,7 +60,7 @@ def server(monkeypatch):
 def test_image_from_an_allowed_host_is_fetched(server):
     host = f"pictures.example:{server.server_port}"
     assert fetch_image(f"http://{host}/image?key=1#part", [host]) == PNG
-    assert server.seen == [("/image?key=1", host)]
+    assert server.requests == [("/image?key=1", host)]
     assert np.array_equal(read_pixels(f"HTTP://{host.upper()}/image", [host]), PIXELS)
 
 
@@ -89,18 +89,18 @@ SLOW = {
 
 @pytest.mark.parametrize("slow", SLOW)
 def test_slow_responses_end_at_the_timeout(server, monkeypatch, slow):
-    """Each byte arrives in time, and the whole never does."""
-    first, again = SLOW[slow]
+    """Each byte arrives in time, but the response never ends."""
+    first, repeated = SLOW[slow]
     listener = socket.create_server(("127.0.0.1", 0))
-    port, gone = listener.getsockname()[1], threading.Event()
+    port, stopped = listener.getsockname()[1], threading.Event()
 
     def drip():
         connection, _ = listener.accept()
         with connection:
             try:
                 connection.sendall(first)
-                while not gone.wait(0.02):
-                    connection.sendall(again)
+                while not stopped.wait(0.02):
+                    connection.sendall(repeated)
             except OSError:
                 pass
 
@@ -119,8 +119,8 @@ def test_slow_responses_end_at_the_timeout(server, monkeypatch, slow):
 
     fetching = threading.Thread(target=attempt, daemon=True)
     fetching.start()
-    fetching.join(PATIENCE_S / 4)  # without the limit it would never end
-    gone.set()
+    fetching.join(PATIENCE_S / 4)  # without the timeout it would never end
+    stopped.set()
     thread.join(PATIENCE_S)
     listener.close()
     assert outcome == ["pictures.example: the image did not arrive within 0.5 s"]
@@ -220,6 +220,6 @@ def test_invalid_images_are_rejected(value, message):
 
 def test_row_with_a_list_of_strings_is_several_images():
     text, array = base64.b64encode(PNG).decode(), PIXELS.tolist()
-    assert images_of([[text, text], PNG, array, np.stack([PIXELS, PIXELS])])[:4] == [text, text, PNG, array]
-    assert len(images_of([np.stack([PIXELS, PIXELS])])) == 2
-    assert images_of([np.array([text, text])]) == [text, text]
+    assert flatten_images([[text, text], PNG, array, np.stack([PIXELS, PIXELS])])[:4] == [text, text, PNG, array]
+    assert len(flatten_images([np.stack([PIXELS, PIXELS])])) == 2
+    assert flatten_images([np.array([text, text])]) == [text, text]

@@ -1,4 +1,4 @@
-"""`m2f register`, from a run to a model that answers where nothing else of us is."""
+"""Tests of `m2f register`, up to predictions of the registered model in a separate environment."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from tests.cluster.registry.registered_run import make_run
 from tests.mlflow_server import free_port
 from tests.waiting import PATIENCE_S, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]  # of MLflow about itself
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]  # MLflow warns about itself
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, migrated_database):
+def run_config(tmp_path_factory, migrated_database):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield make_run(tmp_path_factory.mktemp("registry"), migrated_database)
 
 
 @pytest.fixture
-def folder(made, monkeypatch):
+def folder(run_config, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return made.run_folder
+    return run_config.run_folder
 
 
 def client_of(folder):
@@ -72,11 +72,11 @@ def test_checkpoint_is_registered_once_and_predicts_in_another_environment(folde
     assert (Path(folder) / "checkpoints/step_00000004-1/pins/registered").is_file()
 
     # Again under another alias: the same version, and nothing is uploaded.
-    uploaded = files_of(folder)
+    uploaded = registry_files(folder)
     assert register(folder, "--checkpoint", "4", "--alias", "candidate", "--precision", "0.05") == 0
     assert "registered (already uploaded): cells, version 1" in capfd.readouterr().out
     assert client.get_model_version_by_alias("cells", "candidate").version == version.version
-    assert files_of(folder) == uploaded
+    assert registry_files(folder) == uploaded
     weights = [path for path in uploaded if path.endswith("weights.safetensors")]
     assert len(weights) == 1
     assert not [path for path in uploaded if "engine" in path or path.endswith((".pkl", ".pt"))]
@@ -91,16 +91,16 @@ def test_checkpoint_is_registered_once_and_predicts_in_another_environment(folde
     assert f"numpy=={np.__version__}" in needed
     assert all("==" in one and "+" not in one for one in needed if not one.startswith("code/"))
 
-    # The shards and the run folder are gone, and the process stands elsewhere.
-    monkey = Path(folder).rename(Path(folder).with_name("moved away"))
+    # The model must load without the shards and the run folder, and from another working directory.
+    moved = Path(folder).rename(Path(folder).with_name("moved away"))
     try:
-        answered = load_elsewhere(run.uri, "models:/cells@champion", tmp_path, package)
+        outcome = load_elsewhere(run.uri, "models:/cells@champion", tmp_path, package)
     finally:
-        monkey.rename(folder)
-    check_answers(answered)
+        moved.rename(folder)
+    check_outcome(outcome)
 
 
-def files_of(folder):
+def registry_files(folder):
     return sorted(str(path) for path in Path(folder).parent.glob("mlartifacts/models/**/*") if path.is_file())
 
 
@@ -127,7 +127,7 @@ def load_elsewhere(uri, address, place, package):
 
 
 def environment_of(package, home):
-    """The interpreter of an environment that has what requirements.txt of a model names, each by a link."""
+    """Return the Python of a new environment that links to the packages in the model's requirements.txt."""
     venv.create(home, symlinks=True, with_pip=False)
     (site,) = home.glob("lib/python*/site-packages")
     for line in (package / "requirements.txt").read_text().split():
@@ -140,28 +140,28 @@ def environment_of(package, home):
     return home / "bin/python"
 
 
-def check_answers(answered):
-    assert answered["present"] == []
-    assert ".whl/m2f/" in answered["program"]
-    assert answered["same"]
-    assert answered["served"] == [True] * 3
-    assert answered["example"] == ["height", "instances", "panoptic", "semantic", "width"]
-    assert answered["metadata"] == "panoptic"
-    files, urls, broken, grey = answered["refused"]
+def check_outcome(outcome):
+    assert outcome["present"] == []
+    assert ".whl/m2f/" in outcome["program"]
+    assert outcome["same"]
+    assert outcome["served"] == [True] * 3
+    assert outcome["example"] == ["height", "instances", "panoptic", "semantic", "width"]
+    assert outcome["metadata"] == "panoptic"
+    files, urls, broken, grey = outcome["refused"]
     assert "not a base64 image" in files
     assert "images from 127.0.0.1 are not allowed (allowed hosts: none)" in urls
     assert "not a readable image" in broken
     assert "[4, 4]" in grey
-    first, *later = answered["cpu_s"]  # of CPU: others may use the machine
+    first, *later = outcome["cpu_s"]  # CPU time, because the machine may be busy
     assert first < 10
     assert min(later) < 0.3
-    answer = answered["answer"]
-    assert (answer["height"], answer["width"]) == (96, 128)
-    png = decode_rgb(base64.b64decode(answer["panoptic"]["png"])).astype(np.int64)
+    response = outcome["response"]
+    assert (response["height"], response["width"]) == (96, 128)
+    png = decode_rgb(base64.b64decode(response["panoptic"]["png"])).astype(np.int64)
     ids = png[..., 0] + 256 * png[..., 1] + 65536 * png[..., 2]
-    assert set(np.unique(ids)) - {0} == {segment["id"] for segment in answer["panoptic"]["segments_info"]}
-    assert len(answer["instances"]) <= answered["all_instances"]
-    for found in answer["instances"]:
+    assert set(np.unique(ids)) - {0} == {segment["id"] for segment in response["panoptic"]["segments_info"]}
+    assert len(response["instances"]) <= outcome["all_instances"]
+    for found in response["instances"]:
         assert set(found) == {"category_id", "segmentation", "score", "category", "bbox"}
 
 
@@ -244,10 +244,10 @@ def test_register_errors_print_one_message_and_change_nothing(folder, words, mes
 
 
 def test_failed_registration_unpins_the_checkpoint(folder, monkeypatch):
-    def refuse(*words):
+    def raise_no_space(*words):
         raise OSError("no space")
 
-    monkeypatch.setattr("m2f.cluster.registry.register.build_package", refuse)
+    monkeypatch.setattr("m2f.cluster.registry.register.build_package", raise_no_space)
     with pytest.raises(OSError, match="no space"):
         register(folder, "--checkpoint", "8", "--alias", "champion", "--name", "failed")
     assert not list((Path(folder) / "checkpoints/step_00000008-1").glob("pins/*"))
@@ -262,9 +262,9 @@ def test_changed_code_registers_a_new_version(folder, monkeypatch, capfd):
 
 def test_registered_models_work_after_the_store_was_moved(folder, tmp_path):
     assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
-    moved = shutil.copytree(Path(folder).parent, tmp_path / "moved")  # nobody else looks at the old place
+    moved = shutil.copytree(Path(folder).parent, tmp_path / "moved")  # the original folder stays unused
     config, _ = open_recipe(str(moved / "cells"), ())
-    run = find_run(config)  # as every process that is about to write does
+    run = find_run(config)  # every process that writes to the run calls this, and it repairs the paths of a moved store
     assert run.uri == f"sqlite:///{moved}/mlflow.db"
     client = MlflowClient(tracking_uri=run.uri)
     version = client.get_model_version_by_alias("cells", "champion")
@@ -277,7 +277,7 @@ def test_registered_models_work_after_the_store_was_moved(folder, tmp_path):
 
 @pytest.mark.soak
 def test_mlflow_server_serves_the_registered_model(folder, tmp_path):
-    """The small version of this is what `load_registered.py` sends through the server's function."""
+    """`load_registered.py` tests the same without a server process, by calling the server's function."""
     assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
     _, run = client_of(folder)
     (example,) = Path(folder).parent.glob("mlartifacts/models/*/artifacts/serving_input_example.json")
@@ -294,24 +294,24 @@ def test_mlflow_server_serves_the_registered_model(folder, tmp_path):
             start_new_session=True,
         )
     try:
-        wait_until(lambda: asked(port, "GET", "/ping")[0] == 200, "the server", pause_s=0.5)
-        status, answer = asked(port, "POST", "/invocations", example.read_bytes())
-        assert status == 200, answer
-        assert set(json.loads(answer)["predictions"][0]) == {"height", "width", "panoptic", "instances", "semantic"}
-        status, answer = asked(port, "POST", "/invocations", b'{"dataframe_records": [{"image": "/etc/passwd"}]}')
+        wait_until(lambda: request(port, "GET", "/ping")[0] == 200, "the server", pause_s=0.5)
+        status, body = request(port, "POST", "/invocations", example.read_bytes())
+        assert status == 200, body
+        assert set(json.loads(body)["predictions"][0]) == {"height", "width", "panoptic", "instances", "semantic"}
+        status, body = request(port, "POST", "/invocations", b'{"dataframe_records": [{"image": "/etc/passwd"}]}')
         assert status == 400
-        assert b"file paths are not accepted" in answer
+        assert b"file paths are not accepted" in body
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(PATIENCE_S)
 
 
-def asked(port, method, path, body=None):
+def request(port, method, path, body=None):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request(method, path, body, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
+        response = connection.getresponse()
+        return response.status, response.read()
     except OSError:
         return 0, b""
     finally:

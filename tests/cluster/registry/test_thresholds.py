@@ -1,4 +1,4 @@
-"""Thresholds by class for a stated precision."""
+"""Tests of thresholds by class for a given precision."""
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ from m2f.eval.metrics.resampled import InstanceImages
 
 
 def records(detections, truth):
-    """One image of (label, score, right, ignored), and annotated instances by label."""
+    """Return records of one image from rows (label, score, correct, ignored) and counts of instances by label."""
     columns = [np.array([row[i] for row in detections]) for i in range(4)] if detections else [np.zeros(0)] * 4
-    label, score, right, ignored = columns
+    label, score, correct, ignored = columns
 
     def ragged(values, kind):
         return Ragged(np.asarray(values).astype(kind), np.array([len(values)]))
@@ -22,7 +22,7 @@ def records(detections, truth):
     return InstanceImages(
         label=ragged(label, "int32"),
         score=ragged(score, "float64"),
-        matched=ragged(right, "uint16"),
+        matched=ragged(correct, "uint16"),
         ignored=ragged(ignored, "uint16"),
         truth_label=ragged(list(truth), "int32"),
         truth_count=ragged(list(truth.values()), "int32"),
@@ -44,7 +44,7 @@ def test_equal_scores_pass_together_and_ignored_detections_do_not_count():
 
 
 def test_matches_require_an_iou_of_at_least_half():
-    rows = [(0, 0.9, 0b1111111110, 0)]  # matched at all IoU thresholds but the first, which cannot be
+    rows = [(0, 0.9, 0b1111111110, 0)]  # matched at every IoU threshold except 0.5; real records cannot have this
     assert choose_thresholds(records(rows, {0: 1}), ["cat"], 0.5)["cat"].threshold is None
 
 
@@ -54,22 +54,22 @@ def test_matches_require_an_iou_of_at_least_half():
 )
 def test_threshold_equals_that_of_an_exhaustive_search(rows, precision):
     found = choose_thresholds(records([(0, s, int(r), 0) for s, r in rows], {0: 20}), ["cat"], precision)["cat"]
-    fit = []
+    valid = []
     for limit in {score for score, _ in rows}:
         passed = [right for score, right in rows if score >= limit]
         if sum(passed) / len(passed) >= precision:
-            fit.append(limit)
-    assert found.threshold == min(fit, default=None)
+            valid.append(limit)
+    assert found.threshold == min(valid, default=None)
 
 
 def test_thresholds_round_trip_as_json_and_match_classes_by_name():
     classes = {"cat": ClassThreshold(threshold=0.4, precision=0.9, recall=0.5, detections=3)}
     classes["dog"] = ClassThreshold(threshold=None, precision=None, recall=0.0, detections=0)
-    made = Thresholds(precision=0.9, dataset="val", fingerprint="f", classes=classes)
-    read = Thresholds.from_json(made.to_json(), "file")
-    assert read == made
+    written = Thresholds(precision=0.9, dataset="val", fingerprint="f", classes=classes)
+    read = Thresholds.from_json(written.to_json(), "file")
+    assert read == written
     labels = [Category(7, name, True, (0, 0, 0)) for name in ("sky", "dog", "cat")]
-    assert read.lowest(labels).tolist() == [0.0, np.inf, 0.4]
+    assert read.min_scores(labels).tolist() == [0.0, np.inf, 0.4]
     for text in ("[]", "{}", '{"iou": 0.5, "classes": {"a": 1}}', "x"):
         with pytest.raises(ThresholdError, match="file: cannot parse the thresholds"):
             Thresholds.from_json(text, "file")

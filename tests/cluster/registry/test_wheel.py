@@ -1,4 +1,4 @@
-"""This program as a wheel, and exact requirements."""
+"""Tests of the wheel of m2f and of exact requirements."""
 
 import subprocess
 import sys
@@ -7,11 +7,11 @@ from importlib.metadata import version
 
 from packaging.requirements import Requirement
 
-from m2f.cluster.registry.wheel import Project, exact_requirements, this_project, write_wheel
+from m2f.cluster.registry.wheel import Project, exact_requirements, read_project, write_wheel
 
 
 def test_wheel_contains_the_package_and_is_reproducible(tmp_path):
-    project = this_project()
+    project = read_project()
     (tmp_path / "again").mkdir()
     wheel, again = write_wheel(tmp_path, project), write_wheel(tmp_path / "again", project)
     assert wheel.read_bytes() == again.read_bytes()
@@ -26,7 +26,7 @@ def test_wheel_contains_the_package_and_is_reproducible(tmp_path):
 
 
 def test_wheel_can_be_imported_directly(tmp_path):
-    wheel = write_wheel(tmp_path, this_project())
+    wheel = write_wheel(tmp_path, read_project())
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r}); import m2f.data_pipeline.categories as c; print(c.__file__)"
     )
@@ -35,7 +35,7 @@ def test_wheel_can_be_imported_directly(tmp_path):
 
 
 def test_pip_installs_the_wheel(tmp_path):
-    wheel = write_wheel(tmp_path, this_project())
+    wheel = write_wheel(tmp_path, read_project())
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path / "in", wheel]
     subprocess.run([*command, "--disable-pip-version-check", "-q"], check=True, capture_output=True)
     assert (tmp_path / "in" / "m2f" / "eval" / "functions.py").is_file()
@@ -43,7 +43,7 @@ def test_pip_installs_the_wheel(tmp_path):
 
 
 def test_requirements_pin_installed_packages_and_their_dependencies():
-    found = exact_requirements(this_project())
+    found = exact_requirements(read_project())
     names = {Requirement(one).name for one in found}
     assert {"torch", "numpy", "mlflow", "safetensors", "filelock"} <= names
     assert not {"ray", "deepspeed", "webdataset", "m2f", "pytest"} & names
@@ -52,7 +52,7 @@ def test_requirements_pin_installed_packages_and_their_dependencies():
 
 
 def test_extras_and_missing_packages_are_omitted():
-    project = Project("1", ">=3.11", ("numpy>=1", "ray; extra == 'train'", "no-such-package-of-anybody>=1"))
+    project = Project("1", ">=3.11", ("numpy>=1", "ray; extra == 'train'", "no-such-package-exists>=1"))
     names = {Requirement(one).name for one in exact_requirements(project)}
     assert "numpy" in names
-    assert not {"ray", "no-such-package-of-anybody"} & names
+    assert not {"ray", "no-such-package-exists"} & names

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is better than a registered model."""
+"""Tests of the decision whether a checkpoint is better than a registered model."""
 
 from dataclasses import replace
 
@@ -7,8 +7,8 @@ import pytest
 
 from m2f.cluster.compare.records import RunRecord, SetResult
 from m2f.cluster.evaluation.queue import Entry
-from m2f.cluster.registry.better import RegistryError, check_weights, judge
-from m2f.cluster.registry.register import is_entry_of
+from m2f.cluster.registry.comparison import RegistryError, check_weights, compare_checkpoints
+from m2f.cluster.registry.register import is_evaluation_of
 from m2f.cluster.tracking.logged_models import EvaluatedCheckpoint
 from m2f.data_pipeline.storage.ragged_table import Ragged
 from m2f.eval.metrics.resampled import PanopticImages
@@ -18,7 +18,7 @@ IMAGES = 40
 
 
 def record(name, quality, seed=0, settings=None, fingerprint="f"):
-    """A run that finds one segment in every image, with IoUs around `quality`."""
+    """Return the record of a run that finds one segment in every image, with IoUs around `quality`."""
     ious = (quality + np.random.default_rng(seed).normal(0, 0.05, IMAGES)).clip(0.5, 1)
     one, none = np.ones(IMAGES, int), np.zeros(IMAGES, int)
     labels = np.zeros(IMAGES, np.int32)
@@ -43,13 +43,13 @@ def record(name, quality, seed=0, settings=None, fingerprint="f"):
 
 def test_candidate_is_better_if_the_interval_is_above_zero():
     champion = record("champion", 0.7)
-    verdict = judge(champion, record("new", 0.8, seed=1), "val")
+    verdict = compare_checkpoints(champion, record("new", 0.8, seed=1), "val")
     assert verdict.better
     assert verdict.interval.low > 0
     assert str(verdict).startswith("val/PQ of new minus champion: +")
-    assert not judge(champion, record("new", 0.702, seed=1), "val", "PQ").better
-    assert not judge(champion, record("new", 0.6, seed=1), "val").better
-    assert not judge(champion, replace(champion, name="same"), "val").better
+    assert not compare_checkpoints(champion, record("new", 0.702, seed=1), "val", "PQ").better
+    assert not compare_checkpoints(champion, record("new", 0.6, seed=1), "val").better
+    assert not compare_checkpoints(champion, replace(champion, name="same"), "val").better
 
 
 @pytest.mark.parametrize(
@@ -61,27 +61,27 @@ def test_candidate_is_better_if_the_interval_is_above_zero():
 )
 def test_incomparable_evaluations_are_rejected(change, message):
     with pytest.raises(RegistryError, match=message):
-        judge(record("champion", 0.7), record("new", 0.8, **change), "val")
+        compare_checkpoints(record("champion", 0.7), record("new", 0.8, **change), "val")
 
 
 def test_missing_set_or_metric_is_named():
     champion, new = record("champion", 0.7), record("new", 0.8)
     with pytest.raises(RegistryError, match=r"no results with images\.parquet for the set test .*sets: val"):
-        judge(champion, new, "test")
+        compare_checkpoints(champion, new, "test")
     with pytest.raises(RegistryError, match="--metric is AP, which is not available for val; choose one of: PQ"):
-        judge(champion, new, "val", "AP")
+        compare_checkpoints(champion, new, "val", "AP")
     with pytest.raises(RegistryError, match=r"no results with images\.parquet"):
-        judge(replace(champion, images={}), new, "val")
+        compare_checkpoints(replace(champion, images={}), new, "val")
 
 
 def test_results_of_different_weights_are_rejected():
-    made = record("new", 0.8, settings={"weights": "a" * 64})
-    check_weights(made, "val", 8, "a" * 64)
-    check_weights(made, "test", 8, "b" * 64)
-    check_weights(made, "val", 8, "")
+    candidate = record("new", 0.8, settings={"weights": "a" * 64})
+    check_weights(candidate, "val", 8, "a" * 64)
+    check_weights(candidate, "test", 8, "b" * 64)
+    check_weights(candidate, "val", 8, "")
     message = r"new: the results of val at step 8 .*a{12}\).*b{12}\); evaluate that checkpoint again with m2f eval"
     with pytest.raises(RegistryError, match=message):
-        check_weights(made, "val", 8, "b" * 64)
+        check_weights(candidate, "val", 8, "b" * 64)
     with pytest.raises(RegistryError, match="not stated"):
         check_weights(record("old", 0.8, settings={"batch_size": 1}), "val", 8, "b" * 64)
 
@@ -90,7 +90,7 @@ def test_evaluations_are_matched_by_commit_not_by_step():
     checkpoint = EvaluatedCheckpoint(
         commit="00000008-2", name="step_00000008-2", url="x", step=8, run_name="r", weights=None
     )
-    assert is_entry_of(Entry(8, "runs/r/checkpoints/step_00000008-2", 0, commit="00000008-2"), checkpoint)
-    assert not is_entry_of(Entry(8, "runs/r/checkpoints/step_00000008-1", 0, commit="00000008-1"), checkpoint)
-    assert is_entry_of(Entry(8, "runs/r/checkpoints/step_00000008-2", 0), checkpoint)
-    assert not is_entry_of(Entry(8, "runs/r/checkpoints/step_00000008-1", 0), checkpoint)
+    assert is_evaluation_of(Entry(8, "runs/r/checkpoints/step_00000008-2", 0, commit="00000008-2"), checkpoint)
+    assert not is_evaluation_of(Entry(8, "runs/r/checkpoints/step_00000008-1", 0, commit="00000008-1"), checkpoint)
+    assert is_evaluation_of(Entry(8, "runs/r/checkpoints/step_00000008-2", 0), checkpoint)
+    assert not is_evaluation_of(Entry(8, "runs/r/checkpoints/step_00000008-1", 0), checkpoint)

@@ -13,35 +13,36 @@ from m2f.data_pipeline.categories import Category
 from m2f.eval.report.coco_files import label_png
 
 
-def panoptic_answer(result: Result) -> dict[str, Any]:
+def panoptic_response(result: Result) -> dict[str, Any]:
     """Return `segments_info` as in COCO's panoptic JSON, plus category names, and `png`, the map of segment ids."""
     annotation, png = result.to_coco_panoptic(0, "")
     named = zip(annotation["segments_info"], result.class_names, strict=True)
-    return {"segments_info": [{**entry, "category": name} for entry, name in named], "png": _text(png)}
+    return {"segments_info": [{**entry, "category": name} for entry, name in named], "png": _base64(png)}
 
 
-def instances_answer(result: Result, lowest: np.ndarray | None, min_score: float) -> list[dict[str, Any]]:
+def instances_response(result: Result, class_thresholds: np.ndarray | None, min_score: float) -> list[dict[str, Any]]:
     """Return COCO results with masks, boxes (x, y, width, height in pixels) and category names, best score first.
 
-    `lowest` [K] holds the lowest accepted score of each class; None accepts all. Detections below it or below
+    `class_thresholds` [K] holds the lowest accepted score of each class; None accepts all. Detections below it or below
     `min_score` are omitted.
     """
-    limits = np.full(len(result.names), min_score) if lowest is None else np.maximum(lowest, min_score)
-    counted = result.scores >= limits[result.labels]
+    lowest = np.zeros(len(result.names)) if class_thresholds is None else class_thresholds
+    limits = np.maximum(lowest, min_score)
+    accepted = result.scores >= limits[result.labels]
     boxes = result.boxes.copy()
     boxes[:, 2:] -= boxes[:, :2]
-    rows = zip(result.to_coco(0), result.class_names, boxes.tolist(), counted.tolist(), strict=True)
+    rows = zip(result.to_coco(0), result.class_names, boxes.tolist(), accepted.tolist(), strict=True)
     return [
         {**{key: value for key, value in entry.items() if key != "image_id"}, "category": name, "bbox": box}
-        for entry, name, box, counts in rows
-        if counts
+        for entry, name, box, is_accepted in rows
+        if is_accepted
     ]
 
 
-def semantic_answer(result: Result, classes: Sequence[Category]) -> dict[str, Any]:
+def semantic_response(result: Result, classes: Sequence[Category]) -> dict[str, Any]:
     """Return `png`, the map of category ids."""
-    return {"png": _text(label_png(result.semantic, classes))}
+    return {"png": _base64(label_png(result.semantic, classes))}
 
 
-def _text(data: bytes) -> str:
+def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")

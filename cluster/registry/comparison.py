@@ -33,7 +33,7 @@ class Verdict:
         )
 
 
-def judge(champion: RunRecord, candidate: RunRecord, dataset: str, metric: str | None = None) -> Verdict:
+def compare_checkpoints(champion: RunRecord, candidate: RunRecord, dataset: str, metric: str | None = None) -> Verdict:
     """Compare two checkpoints. The candidate is better if the whole interval of the difference lies above 0.
 
     Args:
