@@ -22,7 +22,7 @@ from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.readers import Reader, dataset_fingerprint, open_dataset
 from m2f.data_pipeline.readers.unusable import require_all_usable
-from m2f.data_pipeline.shards.plan import ShardPlan, clear_target, committed_document, plan_shards, withdraw
+from m2f.data_pipeline.shards.plan import ShardPlan, clear_target, committed_document, delete_manifest, plan_shards
 from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources
 from m2f.data_pipeline.shards.write import (
     SampleProblem,
@@ -93,7 +93,7 @@ def run_shard_job(
     if redo:
         clear_target(plan.target, storage)
     elif existing is not None:
-        withdraw(plan, storage)
+        delete_manifest(plan, storage)
     parts = {part.index: part for part in complete_parts(plan, storage, changes)}
     num_missing = len(plan.shard_keys) - len(parts)
     failures = []

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     from m2f.data_pipeline.config import DatasetConfig
     from m2f.data_pipeline.readers.category_file import read_category_file
-    from m2f.data_pipeline.shards.index import IndexOptions, choose_form, find_tars, index_tars
+    from m2f.data_pipeline.shards.index import IndexOptions, detect_format, find_tars, index_tars
     from m2f.data_pipeline.storage.storage import Storage
 
     threads = args.threads or os.cpu_count() or 1
@@ -69,13 +69,13 @@ def run(args: argparse.Namespace) -> int:
         max_pixels=args.max_pixels or DatasetConfig.max_pixels,
     )
     tars = find_tars(args.urls, storage)
-    form = choose_form(tars[0], options, storage)
+    tar_format = detect_format(tars[0], options, storage)
     total = sum(storage.size(tar) for tar in tars)
     with Progress("indexing", total / 1e6, "MB") as progress:
         report = index_tars(
             tars,
             args.output,
-            form,
+            tar_format,
             options,
             storage,
             skip_bad=args.skip_bad,
@@ -102,11 +102,11 @@ def _summary(found: IndexReport, target: str, report: str | None) -> str:
         f"{counted(found.num_samples, 'sample')} of {counted(found.num_shards, 'tar')}, {found.num_bytes / 1e6:,.1f} MB"
     )
     if isinstance(found.form, str):
-        form = "shards of m2f"
+        description = "shards of m2f"
     else:
-        form = f"image .{' or .'.join(found.form.images)}, {found.form.labels} in .{found.form.map}"
-        form += f" and .{found.form.json}" if found.form.json else ""
-    lines = [f"{target}: {what} ({form})", *list_faults(found.faults, report)]
+        description = f"image .{' or .'.join(found.form.images)}, {found.form.labels} in .{found.form.map}"
+        description += f" and .{found.form.json}" if found.form.json else ""
+    lines = [f"{target}: {what} ({description})", *list_faults(found.faults, report)]
     if not found.committed:
         lines.append(
             f"faults: {len(found.faults)}. No manifest was written; correct the samples, or leave them out with "

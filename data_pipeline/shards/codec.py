@@ -32,7 +32,7 @@ from m2f.data_pipeline.image_file import (
 )
 from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Sample, Segment
-from m2f.data_pipeline.shards.foreign import FORM, decode_foreign
+from m2f.data_pipeline.shards.external_tars import FORMAT_MEMBER, decode_external_sample
 
 VERSION = 3
 """Version of the encoding. Unfinished jobs write shards of other versions again."""
@@ -58,8 +58,8 @@ def decode(members: Mapping[str, bytes]) -> DecodedSample:
     Raises:
         DataError: the members cannot be decoded or contradict each other. The message names the sample.
     """
-    if FORM in members:
-        return decode_foreign(members)
+    if FORMAT_MEMBER in members:
+        return decode_external_sample(members)
     description = _decode_description(members)
     name = f"sample {description['key']!r} ({description['source']})"
     extension = next((ext for ext in ("img.jpg", "img.png") if ext in members), None)

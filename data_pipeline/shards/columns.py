@@ -41,7 +41,7 @@ SAMPLE_SCHEMA = pa.schema(
     }
 )
 
-LATER_COLUMNS = ("category_pixels",)
+OPTIONAL_COLUMNS = ("category_pixels",)
 """Columns added after the first version. Files without them are valid."""
 
 
@@ -68,7 +68,7 @@ class Columns:
         check_sizes(self.data)
         found = pq.read_schema(pa.BufferReader(self.data))
         for field in SAMPLE_SCHEMA:
-            if field.name in LATER_COLUMNS and field.name not in found.names:
+            if field.name in OPTIONAL_COLUMNS and field.name not in found.names:
                 continue
             if found.field(field.name).type != field.type:
                 raise TypeError(f"{field.name} is {found.field(field.name).type}, not {field.type}")
@@ -119,7 +119,7 @@ class Columns:
         """
         values, lengths = [], []
         for part in self._parts(name):
-            values.append(_narrowest(np.from_dlpack(part.flatten())))
+            values.append(_to_smallest_dtype(np.from_dlpack(part.flatten())))
             lengths.append(np.diff(np.from_dlpack(part.offsets)))
         if not np.array_equal(np.concatenate(lengths), np.diff(bounds)):
             raise DataError(
@@ -136,7 +136,7 @@ class Columns:
         """Return the distinct member names, and the concatenated indices into them of all rows."""
         parts = pa.chunked_array([part.flatten() for part in self._parts("member_names")]).unify_dictionaries()
         names = tuple(parts.chunk(0).dictionary.to_pylist())
-        return names, np.concatenate([_narrowest(np.from_dlpack(part.indices)) for part in parts.chunks])
+        return names, np.concatenate([_to_smallest_dtype(np.from_dlpack(part.indices)) for part in parts.chunks])
 
     def release_memory(self) -> None:
         """Release the memory of decoding, which is as large as the columns that were read."""
@@ -153,7 +153,7 @@ class Columns:
             raise DataError(f"{SAMPLES_FILE}: {name} cannot be decoded ({error}); restore the file") from error
 
 
-def _narrowest(values: np.ndarray) -> np.ndarray:
+def _to_smallest_dtype(values: np.ndarray) -> np.ndarray:
     """Return the integers in the smallest type that holds them."""
     ends = (values.min(), values.max()) if values.size else (0,)
     return values.astype(np.result_type(*map(np.min_scalar_type, ends)))

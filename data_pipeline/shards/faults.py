@@ -24,7 +24,7 @@ class Fault:
         return f"{self.object}{location}{sample}: {self.problem}; {self.remedy}"
 
 
-def fault_of_message(url: str, message: str) -> Fault:
+def parse_fault(url: str, message: str) -> Fault:
     """Return the fault described by an error message. Its last clause, after `; `, is the remedy."""
     problem, _, remedy = message.rpartition("; ")
     return Fault(object=url, problem=problem.removeprefix(f"{url}: "), remedy=remedy)

@@ -25,8 +25,8 @@ from m2f.data_pipeline.readers.custom import check_annotation
 from m2f.data_pipeline.readers.files import check_image, require_size
 from m2f.data_pipeline.shards import codec, manifest
 from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA, SAMPLES_FILE
-from m2f.data_pipeline.shards.faults import Fault, fault_of_message
-from m2f.data_pipeline.shards.foreign import ForeignForm, Labels, decode_labels, image_extension
+from m2f.data_pipeline.shards.external_tars import ExternalFormat, Labels, decode_labels, image_extension
+from m2f.data_pipeline.shards.faults import Fault, parse_fault
 from m2f.data_pipeline.shards.manifest import ShardInfo, category_columns
 from m2f.data_pipeline.shards.tar_walk import TarSample, walk_tar
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -37,8 +37,8 @@ OnProgress = Callable[[int, int], None]
 
 _PROGRESS_INTERVAL_S = 0.5
 """Seconds between checks for progress while tars are read, at most."""
-_USUAL_VOID: dict[Labels, set[int]] = {"classes": {255}, "instances": {0, 255}, "panoptic": set()}
-"""Labels that are void by convention in data sets of this form."""
+_DEFAULT_VOID: dict[Labels, set[int]] = {"classes": {255}, "instances": {0, 255}, "panoptic": set()}
+"""Labels that are void by convention in data sets of this format."""
 _PLAN_PREFIX = "adopted-"
 """Prefix of `plan` in the dataset.json of indexed tars. It distinguishes them from shards of `m2f shard`."""
 
@@ -52,7 +52,7 @@ class IndexOptions:
     """Labels of pixels without a class. The usual ones (255, for instances also 0) are added unless they are
     categories."""
     labels: Labels | None = None
-    """Content of the label map in foreign tars; see `ForeignForm.labels`."""
+    """Content of the label map in tars of other programs; see `ExternalFormat.labels`."""
     image: str = "jpg"
     """Extension of the image. `jpg` and `jpeg` stand for both."""
     map: str = "png"
@@ -66,7 +66,7 @@ class IndexOptions:
 class IndexReport:
     """Result of indexing."""
 
-    form: ForeignForm | Literal["m2f"]
+    form: ExternalFormat | Literal["m2f"]
     num_samples: int
     num_shards: int
     num_bytes: int
@@ -98,8 +98,8 @@ def find_tars(urls: Iterable[str], storage: Storage) -> tuple[str, ...]:
     return tuple(found)
 
 
-def choose_form(tar: str, options: IndexOptions, storage: Storage) -> ForeignForm | Literal["m2f"]:
-    """Return how to read the tars: `m2f` if the first sample was written by m2f, otherwise the form in the options.
+def detect_format(tar: str, options: IndexOptions, storage: Storage) -> ExternalFormat | Literal["m2f"]:
+    """Return how to read the tars: `m2f` if the first sample was written by m2f, otherwise the format in the options.
 
     Raises:
         DataError: the options lack `labels`, or name members that the first sample lacks. The message lists them.
@@ -119,19 +119,19 @@ def choose_form(tar: str, options: IndexOptions, storage: Storage) -> ForeignFor
             f"with --json (now {options.json}). Maps with a colour per class, polygons and boxes cannot be indexed: "
             "convert them to shards (m2f shard)"
         )
-    return ForeignForm(
+    return ExternalFormat(
         labels=options.labels,
         images=images,
         map=options.map,
         json=options.json if options.labels == "panoptic" else None,
-        void=tuple(sorted(options.void | (_USUAL_VOID[options.labels] - options.categories.by_id.keys()))),
+        void=tuple(sorted(options.void | (_DEFAULT_VOID[options.labels] - options.categories.by_id.keys()))),
     )
 
 
 def index_tars(
     tars: Sequence[str],
     target: str,
-    form: ForeignForm | Literal["m2f"],
+    tar_format: ExternalFormat | Literal["m2f"],
     options: IndexOptions,
     storage: Storage,
     *,
@@ -148,11 +148,11 @@ def index_tars(
         DataError: the target holds another data set, or no sample is usable.
         StorageError: the manifest cannot be written.
     """
-    indexer = _TarIndexer(target, form, options, storage)
+    indexer = _TarIndexer(target, tar_format, options, storage)
     existing = manifest.read_document(target, storage)
     if existing is not None and not existing["plan"].startswith(_PLAN_PREFIX):
         _refuse_target(target)
-    indexed, duplicates = _without_repeats(_index_in_threads(indexer, tars, threads, on_progress))
+    indexed, duplicates = _drop_duplicate_keys(_index_in_threads(indexer, tars, threads, on_progress))
     faults = [fault for tar in indexed for fault in tar.faults] + duplicates
     non_empty = [tar for tar in indexed if tar.rows]
     if not non_empty:
@@ -160,9 +160,9 @@ def index_tars(
         raise DataError(f"{target}: none of the samples in {len(tars)} tars can be used\n{listed}")
     committed = skip_bad or not faults
     if committed:
-        _commit(non_empty, target, form, options.categories, storage)
+        _commit(non_empty, target, tar_format, options.categories, storage)
     return IndexReport(
-        form=form,
+        form=tar_format,
         num_samples=sum(len(tar.rows) for tar in non_empty),
         num_shards=len(non_empty),
         num_bytes=sum(tar.info.size for tar in non_empty),
@@ -184,9 +184,9 @@ class _TarIndexer:
     """Reads and checks tars. Called by several threads."""
 
     def __init__(
-        self, target: str, form: ForeignForm | Literal["m2f"], options: IndexOptions, storage: Storage
+        self, target: str, tar_format: ExternalFormat | Literal["m2f"], options: IndexOptions, storage: Storage
     ) -> None:
-        self._target, self._form, self._options, self._storage = target, form, options, storage
+        self._target, self._format, self._options, self._storage = target, tar_format, options, storage
         self.counts: list[tuple[int, int]] = []
 
     def read_tar(self, url: str) -> _IndexedTar:
@@ -202,25 +202,25 @@ class _TarIndexer:
                 try:
                     rows.append(self._manifest_row(item, name))
                 except DataError as error:
-                    fault = fault_of_message(url, str(error))
+                    fault = parse_fault(url, str(error))
                     faults.append(Fault(**{**asdict(fault), "key": item.key, "offset": item.offset}))
             sha256 = stream.finish()
         except StorageError as error:
-            return _IndexedTar(ShardInfo(name, 0, "", 0), [], [fault_of_message(url, str(error))])
+            return _IndexedTar(ShardInfo(name, 0, "", 0), [], [parse_fault(url, str(error))])
         return _IndexedTar(ShardInfo(name, stream.size, sha256, len(rows)), rows, faults)
 
     def _manifest_row(self, sample: TarSample, tar: str) -> dict[str, Any]:
         """Decode image and labels of a sample and return its row for the manifest. Raises DataError."""
         members, where = sample.contents(), f"sample {sample.key!r} ({tar})"
         key, image_id = sample.key, None
-        if self._form == "m2f":
+        if self._format == "m2f":
             decoded = codec.decode(members)
             key, image_id, annotation, size = decoded.key, decoded.image_id, decoded.annotation, decoded.size
             check_annotation(annotation, self._options.categories, where)
         else:
-            size = self._label_size(members, self._form, where)
-            annotation = decode_labels(members, self._form, self._options.categories, size, where)
-            image = members[image_extension(members, self._form, where)]
+            size = self._label_size(members, self._format, where)
+            annotation = decode_labels(members, self._format, self._options.categories, size, where)
+            image = members[image_extension(members, self._format, where)]
             check_image(image, *size, self._options.max_pixels, where)
         return {
             "key": check_key(key, where),
@@ -236,14 +236,14 @@ class _TarIndexer:
             **category_columns(annotation),
         }
 
-    def _label_size(self, members: dict[str, bytes], form: ForeignForm, where: str) -> tuple[int, int]:
+    def _label_size(self, members: dict[str, bytes], tar_format: ExternalFormat, where: str) -> tuple[int, int]:
         """Return height and width of the labels, after a check of both headers. Raises DataError."""
         try:
-            if form.map not in members:
-                raise BrokenImageError(f"it has no label member {form.map}")
-            labels = read_header(members[form.map])
+            if tar_format.map not in members:
+                raise BrokenImageError(f"it has no label member {tar_format.map}")
+            labels = read_header(members[tar_format.map])
             require_size(labels, self._options.max_pixels)
-            image = read_header(members[image_extension(members, form, where)])
+            image = read_header(members[image_extension(members, tar_format, where)])
             frame_orientation(image, labels.height, labels.width)
         except BrokenImageError as error:
             raise DataError(f"{where}: {error}") from error
@@ -265,7 +265,7 @@ def _index_in_threads(
         return [future.result() for future in futures]
 
 
-def _without_repeats(tars: Sequence[_IndexedTar]) -> tuple[list[_IndexedTar], list[Fault]]:
+def _drop_duplicate_keys(tars: Sequence[_IndexedTar]) -> tuple[list[_IndexedTar], list[Fault]]:
     """Return the tars without samples whose key occurred before in any tar, and these samples as faults."""
     first: dict[str, str] = {}
     kept, faults = [], []
@@ -288,7 +288,7 @@ def _without_repeats(tars: Sequence[_IndexedTar]) -> tuple[list[_IndexedTar], li
 def _commit(
     tars: Sequence[_IndexedTar],
     target: str,
-    form: ForeignForm | Literal["m2f"],
+    tar_format: ExternalFormat | Literal["m2f"],
     categories: CategoryTable,
     storage: Storage,
 ) -> None:
@@ -298,15 +298,17 @@ def _commit(
             row["image_id"] = number
     samples = manifest.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA))
     shards = [ShardInfo(t.info.name, t.info.size, t.info.sha256, len(t.rows)) for t in tars]
-    foreign = None if form == "m2f" else form
-    description = json.dumps([[asdict(shard) for shard in shards], None if foreign is None else asdict(foreign)])
+    external_format = None if tar_format == "m2f" else tar_format
+    description = json.dumps(
+        [[asdict(shard) for shard in shards], None if external_format is None else asdict(external_format)]
+    )
     document = manifest.make_document(
         plan=f"{_PLAN_PREFIX}{hashlib.sha256(description.encode()).hexdigest()}",
         source_fingerprint="",
         categories=categories,
         shards=shards,
         samples=samples,
-        foreign=foreign,
+        external_format=external_format,
     )
     existing = manifest.read_document(target, storage)
     if existing is None:

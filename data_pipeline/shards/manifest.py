@@ -31,7 +31,14 @@ from m2f.data_pipeline.partition import find_runs
 from m2f.data_pipeline.sample import Annotation, DecodedSample
 from m2f.data_pipeline.shards import codec
 from m2f.data_pipeline.shards.columns import SAMPLES_FILE, Columns
-from m2f.data_pipeline.shards.foreign import FORM, IDENTITY, ForeignForm, form_from_json, form_member, identity_member
+from m2f.data_pipeline.shards.external_tars import (
+    FORMAT_MEMBER,
+    IDENTITY_MEMBER,
+    ExternalFormat,
+    encode_format,
+    encode_identity,
+    format_from_json,
+)
 from m2f.data_pipeline.storage.object_info import ObjectInfo
 from m2f.data_pipeline.storage.storage import Storage, join
 
@@ -99,8 +106,8 @@ class Manifest:
     plan: str
     """Hash of the shard plan that the data set was written by."""
     categories: CategoryTable
-    foreign: ForeignForm | None = None
-    """Form of the samples in indexed tars that other programs wrote; None for shards of m2f."""
+    external_format: ExternalFormat | None = None
+    """Format of the samples in indexed tars that other programs wrote; None for shards of m2f."""
     shards: tuple[ShardInfo, ...]
     columns: Columns
     """Columns that are decoded on first use: keys and categories."""
@@ -184,19 +191,19 @@ class Manifest:
         if hashlib.sha256(data).hexdigest() != document.get("samples", {}).get("sha256"):
             raise DataError(f"{join(url, SAMPLES_FILE)} does not match its checksum in {DATASET_FILE}; restore it")
         try:
-            manifest = cls._of(url, document, Columns(data))
+            manifest = cls._from_document(url, document, Columns(data))
         except (LookupError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
             raise DataError(
                 f"{url}: {DATASET_FILE} and {SAMPLES_FILE} have invalid content ({error!r:.200}); restore them or "
                 "write the data set again"
             ) from error
         for shard in manifest.shards:
-            if not _is_elsewhere(shard.name):
+            if not _is_absolute(shard.name):
                 check_key(shard.name, join(url, DATASET_FILE))
         return manifest
 
     @classmethod
-    def _of(cls, url: str, document: dict[str, Any], columns: Columns) -> Self:
+    def _from_document(cls, url: str, document: dict[str, Any], columns: Columns) -> Self:
         columns.check()
         names, codes = columns.member_names()
         members = columns.bounds("member_names")
@@ -205,7 +212,7 @@ class Manifest:
             fingerprint=document["fingerprint"],
             plan=document["plan"],
             categories=_categories_from_json(document["categories"]),
-            foreign=None if document.get("foreign") is None else form_from_json(document["foreign"]),
+            external_format=None if document.get("foreign") is None else format_from_json(document["foreign"]),
             shards=tuple(_shard_from_json(entry) for entry in document["shards"]),
             columns=columns,
             shard=columns.numbers("shard", np.int32),
@@ -227,7 +234,7 @@ class Manifest:
     def shard_url(self, shard: int) -> str:
         """Return the full URL of a shard."""
         name = self.shards[shard].name
-        return name if _is_elsewhere(name) else join(self.url, name)
+        return name if _is_absolute(name) else join(self.url, name)
 
     def check_shard(self, shard: int, storage: Storage) -> ObjectInfo:
         """Return the size and the ETag of a shard in the store.
@@ -268,18 +275,18 @@ class Manifest:
             name: bytes(data[start : start + length])
             for name, start, length in zip(names, starts, lengths, strict=True)
         }
-        return members if self.foreign is None else members | self._foreign_members(index)
+        return members if self.external_format is None else members | self._added_members(index)
 
-    def _foreign_members(self, index: int) -> dict[str, bytes]:
+    def _added_members(self, index: int) -> dict[str, bytes]:
         source = self.shards[self.shard[index]].name
         size = int(self.height[index]), int(self.width[index])
-        identity = identity_member(str(self.key[index]), int(self.image_id[index]), source, *size)
-        return {FORM: self._form_member, IDENTITY: identity}
+        identity = encode_identity(str(self.key[index]), int(self.image_id[index]), source, *size)
+        return {FORMAT_MEMBER: self._format_member, IDENTITY_MEMBER: identity}
 
     @cached_property
-    def _form_member(self) -> bytes:
-        assert self.foreign is not None
-        return form_member(self.foreign, self.categories)
+    def _format_member(self) -> bytes:
+        assert self.external_format is not None
+        return encode_format(self.external_format, self.categories)
 
     def read_members(self, index: int, storage: Storage) -> dict[str, bytes]:
         """Fetch the members of one sample by extension with one ranged read. Raises DataError if it is damaged."""
@@ -335,20 +342,20 @@ def make_document(
     categories: CategoryTable,
     shards: Sequence[ShardInfo],
     samples: bytes,
-    foreign: ForeignForm | None = None,
+    external_format: ExternalFormat | None = None,
 ) -> dict[str, Any]:
     """Return the content of `dataset.json`. `samples` are the bytes of samples.parquet."""
     category_list = [{**asdict(c), "color": list(c.color)} for c in categories.categories]
     shard_list = [asdict(shard) for shard in shards]
-    form = {} if foreign is None else {"foreign": asdict(foreign)}
-    content = json.dumps([FORMAT, category_list, shard_list, *form.values()], sort_keys=True)
+    format_entry = {} if external_format is None else {"foreign": asdict(external_format)}
+    content = json.dumps([FORMAT, category_list, shard_list, *format_entry.values()], sort_keys=True)
     return {
         "format": FORMAT,
         "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
         "plan": plan,
         "source_fingerprint": source_fingerprint,
         "num_samples": sum(shard.num_samples for shard in shards),
-        **form,
+        **format_entry,
         "categories": category_list,
         "shards": shard_list,
         "samples": {"name": SAMPLES_FILE, "size": len(samples), "sha256": hashlib.sha256(samples).hexdigest()},
@@ -401,7 +408,7 @@ def _shard_from_json(entry: dict[str, Any]) -> ShardInfo:
     return shard
 
 
-def _is_elsewhere(name: str) -> bool:
+def _is_absolute(name: str) -> bool:
     return name.startswith("/") or "://" in name
 
 

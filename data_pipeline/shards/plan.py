@@ -20,7 +20,7 @@ from m2f.data_pipeline.shards import manifest
 from m2f.data_pipeline.storage.storage import Storage, join
 
 _PLAN_FILE = "plan.json"
-_WRITTEN = re.compile(r"(samples|(parts|sources)/\d{5,})\.parquet|plan\.json|shards/\d{5,}\.tar")
+_WRITTEN_FILES = re.compile(r"(samples|(parts|sources)/\d{5,})\.parquet|plan\.json|shards/\d{5,}\.tar")
 """Names of the files that sharding writes into the folder of a data set, except the manifest's dataset.json."""
 _SIZE_SAMPLES = 512  # number of samples whose sizes estimate the mean size
 
@@ -96,7 +96,7 @@ def committed_document(plan: ShardPlan, storage: Storage) -> dict[str, Any] | No
     return committed
 
 
-def withdraw(plan: ShardPlan, storage: Storage) -> None:
+def delete_manifest(plan: ShardPlan, storage: Storage) -> None:
     """Delete the committed dataset.json before some shards are written again. The data set is invalid until then."""
     storage.delete(join(plan.target, manifest.DATASET_FILE))
 
@@ -116,7 +116,7 @@ def clear_target(target: str, storage: Storage) -> None:
     storage.delete(join(target, manifest.DATASET_FILE))
     root = f"{target.rstrip('/')}/"
     for url in storage.list(target):
-        if _WRITTEN.fullmatch(url.removeprefix(root)):
+        if _WRITTEN_FILES.fullmatch(url.removeprefix(root)):
             storage.delete(url)
 
 

@@ -91,7 +91,7 @@ def draw_annotation(image: np.ndarray, annotation: Annotation, categories: Categ
         cv2.drawContours(drawn, outline, -1, (255, 255, 255), 1)
     for segment, mask in segments:
         if mask.mean() >= _LABEL_SHARE:
-            _name_segment(drawn, mask, categories.by_id[segment.category_id].name)
+            _draw_name(drawn, mask, categories.by_id[segment.category_id].name)
     return drawn
 
 
@@ -117,7 +117,7 @@ def _inner_part(mask: np.ndarray) -> np.ndarray:
     return cv2.erode(mask.astype(np.uint8), np.ones((size, size), np.uint8)).astype(bool)
 
 
-def _name_segment(picture: np.ndarray, mask: np.ndarray, name: str) -> None:
+def _draw_name(picture: np.ndarray, mask: np.ndarray, name: str) -> None:
     """Write the name around the point of the mask that is farthest from its border."""
     inside = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
     y, x = np.unravel_index(int(np.argmax(inside)), inside.shape)

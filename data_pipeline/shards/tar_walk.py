@@ -24,7 +24,7 @@ _COMPRESSED = {
 }
 _MAX_SAMPLE_BYTES = 1 << 30
 """Limit of a sample, which must fit into memory. Images and label maps are far smaller, but a header can claim more."""
-_REPACK = "repack the tar with the files of each sample next to each other"
+_REPACK_REMEDY = "repack the tar with the files of each sample next to each other"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def walk_tar(stream: ObjectStream) -> Iterator[TarSample | Fault]:
             stream, stream.size, "it has no end marker and is probably truncated", "copy it again, or repack it"
         )
     elif not stream.is_zero_from(end):
-        yield _fault(stream, end, "a header is damaged, or another tar follows; the rest is not read", _REPACK)
+        yield _fault(stream, end, "a header is damaged, or another tar follows; the rest is not read", _REPACK_REMEDY)
 
 
 class _File:
@@ -114,7 +114,11 @@ def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Generator[TarSample 
             continue
         if member_key in finished_keys:
             yield _fault(
-                stream, info.offset, "its files are not next to each other, or it occurs twice", _REPACK, member_key
+                stream,
+                info.offset,
+                "its files are not next to each other, or it occurs twice",
+                _REPACK_REMEDY,
+                member_key,
             )
             continue
         key = member_key
@@ -154,7 +158,9 @@ def _sample(stream: ObjectStream, key: str, group: list[tuple[str, tarfile.TarIn
     first, last = group[0][1].offset, group[-1][1]
     extensions = [extension for extension, _ in group]
     if len(set(extensions)) != len(extensions) or not key:
-        return _fault(stream, first, f"members {extensions} cannot be distinguished by their extensions", _REPACK, key)
+        return _fault(
+            stream, first, f"members {extensions} cannot be distinguished by their extensions", _REPACK_REMEDY, key
+        )
     stream.discard(first)
     end = last.offset_data + -(-last.size // _BLOCK) * _BLOCK
     return TarSample(

@@ -17,7 +17,7 @@ from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.readers.custom import check_annotation
 from m2f.data_pipeline.shards import codec
 from m2f.data_pipeline.shards.columns import SAMPLES_FILE
-from m2f.data_pipeline.shards.faults import Fault, fault_of_message
+from m2f.data_pipeline.shards.faults import Fault, parse_fault
 from m2f.data_pipeline.shards.manifest import DATASET_FILE, Manifest, category_columns
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.data_pipeline.storage.stream import ObjectStream
@@ -27,7 +27,7 @@ Depth = Literal["quick", "full"]
 OnProgress = Callable[[int, int], None]
 """Callback with the numbers of samples checked and bytes read since the last call; runs in the caller's thread."""
 
-_REWRITE = "copy the shard again from an intact copy, or delete the data set and write it again (m2f shard)"
+_REWRITE_REMEDY = "copy the shard again from an intact copy, or delete the data set and write it again (m2f shard)"
 _PROGRESS_INTERVAL_S = 0.5
 """Seconds between checks for progress while shards are read, at most."""
 _TAR_HEADER_BYTES = 512
@@ -74,14 +74,14 @@ def verify(
     try:
         manifest = Manifest.load(url, storage)
     except (DataError, StorageError) as error:
-        fault = fault_of_message(join(url, DATASET_FILE), str(error))
+        fault = parse_fault(join(url, DATASET_FILE), str(error))
         return Verification(url=url, depth=depth, num_samples=0, num_shards=0, num_bytes=0, faults=(fault,))
     if on_start is not None:
         on_start(manifest)
     try:
         faults = list(_check_rows(manifest))
     except DataError as error:  # from a column that is decoded on first use
-        faults = [fault_of_message(join(url, SAMPLES_FILE), str(error))]
+        faults = [parse_fault(join(url, SAMPLES_FILE), str(error))]
     if not faults:  # inconsistent rows cannot be compared with shards
         shards = range(len(manifest.shards))
         with ThreadPoolExecutor(threads) as pool:
@@ -160,7 +160,7 @@ class _ShardCheck:
             if self.depth == "full":
                 return self._read(shard)
         except StorageError as error:
-            return [fault_of_message(url, str(error))]
+            return [parse_fault(url, str(error))]
         self.on_progress(count, 0)
         return []
 
@@ -175,11 +175,11 @@ class _ShardCheck:
             problem = _sample_problem(manifest, row, stream.read_at(offset, length))
             if problem is not None:
                 key = str(manifest.key[row])
-                faults.append(Fault(object=stream.url, key=key, offset=offset, problem=problem, remedy=_REWRITE))
+                faults.append(Fault(object=stream.url, key=key, offset=offset, problem=problem, remedy=_REWRITE_REMEDY))
             self.on_progress(1, length)
         if stream.finish() != manifest.shards[shard].sha256 and not faults:
             problem = "its SHA-256 differs from the manifest's in bytes outside all samples"
-            faults.append(Fault(object=stream.url, problem=problem, remedy=_REWRITE))
+            faults.append(Fault(object=stream.url, problem=problem, remedy=_REWRITE_REMEDY))
         return faults
 
 

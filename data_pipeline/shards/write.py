@@ -29,15 +29,15 @@ from m2f.data_pipeline.readers import Reader, source_fingerprint
 from m2f.data_pipeline.readers.source_files import file_state, recorded_reads
 from m2f.data_pipeline.sample import Sample
 from m2f.data_pipeline.shards import codec, manifest
-from m2f.data_pipeline.shards.columns import LATER_COLUMNS, SAMPLE_SCHEMA, SAMPLES_FILE
+from m2f.data_pipeline.shards.columns import OPTIONAL_COLUMNS, SAMPLE_SCHEMA, SAMPLES_FILE
 from m2f.data_pipeline.shards.manifest import Manifest, ShardInfo, category_columns
 from m2f.data_pipeline.shards.plan import (
     ShardPlan,
     claim_target,
     clear_target,
     committed_document,
+    delete_manifest,
     plan_shards,
-    withdraw,
 )
 from m2f.data_pipeline.shards.sources import SourceChanges, SourceFile, compare_sources, write_record
 from m2f.data_pipeline.storage.bounded_parquet import read_bounded_table
@@ -137,7 +137,7 @@ def complete_parts(plan: ShardPlan, storage: Storage, changes: SourceChanges | N
     """Claim the target for this plan, and return the parts that need not be written again.
 
     Such a part has a receipt, a shard of the right size and the current encoding; nothing was left out, and `changes`
-    has no changed source file of it. If the manifest is committed, receipt and shard suffice; see `withdraw`.
+    has no changed source file of it. If the manifest is committed, receipt and shard suffice; see `delete_manifest`.
 
     Raises:
         DataError: the target belongs to another plan.
@@ -227,7 +227,7 @@ def write_dataset(
     committed_document(plan, storage)
     changes = compare_sources(reader, plan.target, len(plan.shard_keys), storage)
     if changes.shards:
-        withdraw(plan, storage)
+        delete_manifest(plan, storage)
     parts = {part.index: part for part in complete_parts(plan, storage, changes)}
     for index in range(len(plan.shard_keys)):
         if index not in parts:
@@ -305,13 +305,15 @@ def _decode_part(data: bytes, plan: ShardPlan) -> ShardPart | None:
     try:
         table = read_bounded_table(data)
         receipt = parse_json((table.schema.metadata or {})[b"receipt"])
-        return _part_of(receipt, table.replace_schema_metadata(None)) if receipt["plan"] == plan.hash else None
+        return (
+            _part_from_receipt(receipt, table.replace_schema_metadata(None)) if receipt["plan"] == plan.hash else None
+        )
     except (pa.ArrowException, OSError, LookupError, TypeError, ValueError):
         return None
 
 
-def _part_of(receipt: dict[str, Any], rows: pa.Table) -> ShardPart:
-    for name in set(LATER_COLUMNS) - set(rows.column_names):
+def _part_from_receipt(receipt: dict[str, Any], rows: pa.Table) -> ShardPart:
+    for name in set(OPTIONAL_COLUMNS) - set(rows.column_names):
         rows = rows.add_column(
             SAMPLE_SCHEMA.get_field_index(name),
             SAMPLE_SCHEMA.field(name),

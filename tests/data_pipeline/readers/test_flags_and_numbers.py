@@ -11,7 +11,7 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.readers.coco_json import id_text, read_images
-from m2f.data_pipeline.shards.foreign import ForeignForm, decode_labels
+from m2f.data_pipeline.shards.external_tars import ExternalFormat, decode_labels
 from m2f.data_pipeline.sources import LabelMapSource
 from tests.data_pipeline.coco_set import CocoSet
 
@@ -46,13 +46,13 @@ def test_invalid_ignore_flag_is_refused(tmp_path, value):
 
 
 @pytest.mark.parametrize("value", BAD_FLAGS)
-def test_invalid_crowd_flag_in_a_foreign_tar_is_refused(value):
+def test_invalid_crowd_flag_in_an_external_tar_is_refused(value):
     table = CategoryTable((Category(1, "a", True, (1, 2, 3)),))
-    form = ForeignForm(labels="panoptic", images=("jpg",), map="png", json="json")
+    tar_format = ExternalFormat(labels="panoptic", images=("jpg",), map="png", json="json")
     listed = {"segments_info": [{"id": 1, "category_id": 1, "iscrowd": value}]}
     members = {"png": encode_png(np.full((2, 3, 3), (1, 0, 0), np.uint8)), "json": json.dumps(listed).encode()}
     with pytest.raises(DataError, match="sample x: member json: segment 1: iscrowd is"):
-        decode_labels(members, form, table, (2, 3), "sample x")
+        decode_labels(members, tar_format, table, (2, 3), "sample x")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.shards import tar_walk
-from m2f.data_pipeline.shards.index import IndexOptions, choose_form, index_tars
+from m2f.data_pipeline.shards.index import IndexOptions, detect_format, index_tars
 from m2f.data_pipeline.storage.storage import Storage
 
 
@@ -27,8 +27,8 @@ if __name__ == "__main__":
     options = IndexOptions(categories=table, void=void, labels="classes", max_pixels=10_000)
     before = peak_mb()
     try:
-        form = choose_form(tar, options, Storage())
-        report = index_tars([tar], f"{tar}.set", form, options, Storage(), skip_bad=True)
+        tar_format = detect_format(tar, options, Storage())
+        report = index_tars([tar], f"{tar}.set", tar_format, options, Storage(), skip_bad=True)
         found = {"keys": report.num_samples, "faults": [fault.problem for fault in report.faults]}
     except DataError as error:
         found = {"error": str(error)}

@@ -20,7 +20,7 @@ from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards.index import IndexOptions, choose_form, find_tars, index_tars
+from m2f.data_pipeline.shards.index import IndexOptions, detect_format, find_tars, index_tars
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.preview import write_contact_sheet
 from m2f.data_pipeline.shards.verify import verify
@@ -75,8 +75,8 @@ def panoptic(index):
     return colors, {"segments_info": entries, "image_id": index}
 
 
-def members_of(index, form):
-    match form:
+def members_of(index, kind):
+    match kind:
         case "classes":
             return {"jpg": image(index), "png": encode_png(class_map(index))}
         case "instances":
@@ -98,36 +98,36 @@ def write_tar(path, samples, **options):
     return path
 
 
-def write_tars(folder, form, count=12, per_tar=5):
-    samples = {f"{i:04d}": members_of(i, form) for i in range(count)}
+def write_tars(folder, kind, count=12, per_tar=5):
+    samples = {f"{i:04d}": members_of(i, kind) for i in range(count)}
     for number in range(0, count, per_tar):
-        some = dict(list(samples.items())[number : number + per_tar])
-        write_tar(folder / f"{number // per_tar:03d}.tar", some)
+        part = dict(list(samples.items())[number : number + per_tar])
+        write_tar(folder / f"{number // per_tar:03d}.tar", part)
     return samples
 
 
 def index(source, target, options=OPTIONS, **settings):
     tars = find_tars([str(source)], STORAGE)
-    return index_tars(tars, str(target), choose_form(tars[0], options, STORAGE), options, STORAGE, **settings)
+    return index_tars(tars, str(target), detect_format(tars[0], options, STORAGE), options, STORAGE, **settings)
 
 
-def raw_source(folder, samples, form):
-    """The same images and labels as loose files, for the reader of that form."""
+def raw_source(folder, samples, kind):
+    """The same images and labels as loose files, for the reader of that format."""
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
     listed, annotations = [], []
     for number, (key, members) in enumerate(samples.items()):
-        image_ext, map_ext = ("img.png", "seg.png") if form == "instances" else ("jpg", "png")
+        image_ext, map_ext = ("img.png", "seg.png") if kind == "instances" else ("jpg", "png")
         (folder / "images" / f"{key}.{image_ext[-3:]}").write_bytes(members[image_ext])
         (folder / "labels" / f"{key}.png").write_bytes(members[map_ext])
-        if form == "panoptic":
+        if kind == "panoptic":
             listed.append({"id": number, "file_name": f"{key}.jpg", "height": 20 + number, "width": 30})
             entries = json.loads(members["json"])["segments_info"]
             annotations.append({"image_id": number, "file_name": f"{key}.png", "segments_info": entries})
     document = {"images": listed, "annotations": annotations, "categories": CLASSES}
-    (folder / "classes.json").write_text(json.dumps(document if form == "panoptic" else CLASSES))
+    (folder / "classes.json").write_text(json.dumps(document if kind == "panoptic" else CLASSES))
     images, labels, classes = (str(folder / name) for name in ("images", "labels", "classes.json"))
-    match form:
+    match kind:
         case "classes":
             return LabelMapSource(images=images, labels=labels, categories=classes)
         case "instances":
@@ -144,20 +144,20 @@ def described(annotation):
     )
 
 
-@pytest.mark.parametrize("form", ["classes", "instances", "panoptic"])
-def test_indexed_tars_give_the_same_samples_as_shards(tmp_path, form):
-    samples = write_tars(tmp_path / "tars", form)
+@pytest.mark.parametrize("kind", ["classes", "instances", "panoptic"])
+def test_indexed_tars_give_the_same_samples_as_shards(tmp_path, kind):
+    samples = write_tars(tmp_path / "tars", kind)
     before = {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
-    options = replace(OPTIONS, labels=form, **EXTENSIONS.get(form, {}))
-    found = index(tmp_path / "tars", tmp_path / "set", options, threads=2)
-    assert found.committed
-    assert (found.num_samples, found.num_shards) == (12, 3)
+    options = replace(OPTIONS, labels=kind, **EXTENSIONS.get(kind, {}))
+    result = index(tmp_path / "tars", tmp_path / "set", options, threads=2)
+    assert result.committed
+    assert (result.num_samples, result.num_shards) == (12, 3)
     assert {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()} == before
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["dataset.json", "samples.parquet"]
     assert verify(str(tmp_path / "set"), STORAGE, "full").faults == ()
 
     indexed = Manifest.load(str(tmp_path / "set"), STORAGE)
-    source = raw_source(tmp_path / "raw", samples, form)
+    source = raw_source(tmp_path / "raw", samples, kind)
     written = write_dataset(open_reader(source), DatasetConfig(shards=str(tmp_path / "shards"), source=source), STORAGE)
     row_of = {key: row for row, key in enumerate(written.key)}
     assert sorted(indexed.key) == sorted(written.key)
@@ -215,8 +215,8 @@ def test_index_restores_the_manifest_of_m2f_shards(tmp_path):
     written = write_dataset(reader, DatasetConfig(shards=str(tmp_path / "set"), source=source, shard_mb=0.06), STORAGE)
     for name in ("dataset.json", "samples.parquet"):
         (tmp_path / "set" / name).unlink()
-    found = index(tmp_path / "set", tmp_path / "set", replace(OPTIONS, categories=reader.categories, labels=None))
-    assert found.form == "m2f"
+    result = index(tmp_path / "set", tmp_path / "set", replace(OPTIONS, categories=reader.categories, labels=None))
+    assert result.form == "m2f"
     again = Manifest.load(str(tmp_path / "set"), STORAGE)
     assert again.fingerprint == written.fingerprint
     assert again.shards == written.shards
@@ -264,10 +264,10 @@ def corrupt(samples, **changes):
 def test_samples_that_cannot_be_indexed_are_faults(tmp_path, changes, words):
     samples = {f"{i:04d}": members_of(i, "classes") for i in range(5)}
     write_tar(tmp_path / "a.tar", corrupt(samples, **changes))
-    found = index(tmp_path, tmp_path / "set")
-    assert not found.committed
+    result = index(tmp_path, tmp_path / "set")
+    assert not result.committed
     assert not (tmp_path / "set").exists()
-    (fault,) = found.faults
+    (fault,) = result.faults
     assert words in str(fault)
     assert fault.key == "0002"
     assert fault.object == str(tmp_path / "a.tar")
@@ -373,10 +373,10 @@ def test_truncated_or_damaged_tars_are_faults(tmp_path):
         folder = tmp_path / name
         write_tar(folder / "0.tar", {"first": members_of(7, "classes")})
         (folder / "b.tar").write_bytes(data)
-        found = index(folder, folder / "set")
-        assert not found.committed
-        assert any(words in str(fault) for fault in found.faults), (name, found.faults)
-        assert all(fault.object == str(folder / "b.tar") for fault in found.faults)
+        result = index(folder, folder / "set")
+        assert not result.committed
+        assert any(words in str(fault) for fault in result.faults), (name, result.faults)
+        assert all(fault.object == str(folder / "b.tar") for fault in result.faults)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_truncated_or_damaged_tars_are_faults(tmp_path):
 def test_first_sample_without_the_expected_members_is_refused(tmp_path, members, options, words):
     tar = write_tar(tmp_path / "a.tar", {"x": members})
     with pytest.raises(DataError, match=words):
-        choose_form(str(tar), replace(OPTIONS, **options), STORAGE)
+        detect_format(str(tar), replace(OPTIONS, **options), STORAGE)
 
 
 def test_missing_and_repeated_tars_are_refused(tmp_path):

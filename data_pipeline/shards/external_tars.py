@@ -1,7 +1,7 @@
-"""Decode samples from WebDataset tars that other programs wrote (foreign samples).
+"""Decode samples from WebDataset tars that other programs wrote (external samples).
 
-`m2f index` writes a manifest for such tars and does not change them. The manifest describes their form. In memory, a
-foreign sample has two more members, its form and its identity. Their names have a slash, so they cannot collide with
+`m2f index` writes a manifest for such tars and does not change them. The manifest describes their format. In memory, an
+external sample has two more members, its format and its identity. Their names have a slash, so they cannot collide with
 the extensions of members in a tar.
 """
 
@@ -31,16 +31,16 @@ from m2f.data_pipeline.json_fields import optional_flag
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.sample import Annotation, DecodedSample
 
-FORM = "/form"
-IDENTITY = "/identity"
+FORMAT_MEMBER = "/form"
+IDENTITY_MEMBER = "/identity"
 """Names of the two added members. The slash distinguishes them from extensions."""
 
 Labels = Literal["classes", "instances", "panoptic"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForeignForm:
-    """Meaning of the members of foreign samples."""
+class ExternalFormat:
+    """Meaning of the members of external samples."""
 
     labels: Labels
     """Content of the label map. classes: a grey or palette PNG of class labels. instances: a colour PNG; red is the
@@ -56,36 +56,36 @@ class ForeignForm:
     """Labels of pixels without a class. In `panoptic`, id 0 is always void."""
 
 
-def form_member(form: ForeignForm, categories: CategoryTable) -> bytes:
-    """Encode form and categories as the member `FORM`, which is equal for all samples of a data set."""
+def encode_format(tar_format: ExternalFormat, categories: CategoryTable) -> bytes:
+    """Encode format and categories as `FORMAT_MEMBER`, which is equal for all samples of a data set."""
     listed = [(c.id, c.is_thing) for c in categories.categories]
-    return json.dumps({"form": asdict(form), "categories": listed}).encode()
+    return json.dumps({"form": asdict(tar_format), "categories": listed}).encode()
 
 
-def identity_member(key: str, image_id: int, source: str, height: int, width: int) -> bytes:
-    """Encode key, image id, source and size of a sample as the member `IDENTITY`."""
+def encode_identity(key: str, image_id: int, source: str, height: int, width: int) -> bytes:
+    """Encode key, image id, source and size of a sample as `IDENTITY_MEMBER`."""
     return json.dumps({"key": key, "image_id": image_id, "source": source, "size": [height, width]}).encode()
 
 
-def form_from_json(fields: dict[str, Any]) -> ForeignForm:
-    """Return the form for the fields in `dataset.json`."""
+def format_from_json(fields: dict[str, Any]) -> ExternalFormat:
+    """Return the format for the fields in `dataset.json`."""
     lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("images", "void")}
-    return ForeignForm(**(fields | lists))
+    return ExternalFormat(**(fields | lists))
 
 
-def decode_foreign(members: Mapping[str, bytes]) -> DecodedSample:
-    """Decode a foreign sample from its members, including form and identity.
+def decode_external_sample(members: Mapping[str, bytes]) -> DecodedSample:
+    """Decode an external sample from its members, including format and identity.
 
     Raises:
         DataError: the sample cannot be decoded. The message names the sample.
     """
-    form, table = _read_form(members[FORM])
-    identity = parse_json(members[IDENTITY])
+    tar_format, table = _decode_format(members[FORMAT_MEMBER])
+    identity = parse_json(members[IDENTITY_MEMBER])
     name = f"sample {identity['key']!r} ({identity['source']})"
     height, width = identity["size"]
-    annotation = decode_labels(members, form, table, (height, width), name)
+    annotation = decode_labels(members, tar_format, table, (height, width), name)
     try:
-        extension = image_extension(members, form, name)
+        extension = image_extension(members, tar_format, name)
         data = members[extension]
         header = read_header(data)
         _require_size(header, (height, width), "the image")
@@ -102,25 +102,25 @@ def decode_foreign(members: Mapping[str, bytes]) -> DecodedSample:
     )
 
 
-def image_extension(members: Mapping[str, bytes], form: ForeignForm, name: str) -> str:
+def image_extension(members: Mapping[str, bytes], tar_format: ExternalFormat, name: str) -> str:
     """Return the extension of the image member. Raises DataError if there is not exactly one."""
-    found = [extension for extension in form.images if extension in members]
+    found = [extension for extension in tar_format.images if extension in members]
     if len(found) != 1:
         raise DataError(
-            f"{name}: exactly one member of {format_list(form.images)} must be the image; it has "
+            f"{name}: exactly one member of {format_list(tar_format.images)} must be the image; it has "
             f"{format_list(sorted(members))}"
         )
     return found[0]
 
 
 def decode_labels(
-    members: Mapping[str, bytes], form: ForeignForm, table: CategoryTable, size: tuple[int, int], name: str
+    members: Mapping[str, bytes], tar_format: ExternalFormat, table: CategoryTable, size: tuple[int, int], name: str
 ) -> Annotation:
-    """Return the ground truth of a foreign sample.
+    """Return the ground truth of an external sample.
 
     Args:
         members: members by extension.
-        form: meaning of the members.
+        tar_format: meaning of the members.
         table: categories of the data set.
         size: height and width of the sample.
         name: description of the sample for messages.
@@ -128,49 +128,55 @@ def decode_labels(
     Raises:
         DataError: the labels are missing, damaged, of another size, or unknown.
     """
-    if form.map not in members:
-        raise DataError(f"{name} has no label member {form.map}; it has {format_list(sorted(members))}")
+    if tar_format.map not in members:
+        raise DataError(f"{name} has no label member {tar_format.map}; it has {format_list(sorted(members))}")
     try:
-        header = read_header(members[form.map])
-        _require_size(header, size, f"member {form.map}")
-        values = decode_index_png(members[form.map]) if form.labels == "classes" else _colors(members[form.map], header)
+        header = read_header(members[tar_format.map])
+        _require_size(header, size, f"member {tar_format.map}")
+        values = (
+            decode_index_png(members[tar_format.map])
+            if tar_format.labels == "classes"
+            else _colors(members[tar_format.map], header)
+        )
     except BrokenImageError as error:
-        raise DataError(f"{name}: member {form.map}: {error}") from error
-    if form.labels == "panoptic":
-        return _panoptic(values, members, form, table, name)
+        raise DataError(f"{name}: member {tar_format.map}: {error}") from error
+    if tar_format.labels == "panoptic":
+        return _panoptic(values, members, tar_format, table, name)
 
     def classify(value: int) -> Region | None:
-        label, number = (value, 0) if form.labels == "classes" else (value & 255, value >> 8)
-        if label in form.void:
+        label, number = (value, 0) if tar_format.labels == "classes" else (value & 255, value >> 8)
+        if label in tar_format.void:
             return None
         category = table.by_id[label]
         return Region(category, value if number and category.is_thing else category.id)
 
     unknown = "are neither categories nor void; add them to the category file or to --void"
-    return partition(values, classify, f"{name}: member {form.map}", unknown)
+    return partition(values, classify, f"{name}: member {tar_format.map}", unknown)
 
 
 def _panoptic(
-    ids: np.ndarray, members: Mapping[str, bytes], form: ForeignForm, table: CategoryTable, name: str
+    ids: np.ndarray, members: Mapping[str, bytes], tar_format: ExternalFormat, table: CategoryTable, name: str
 ) -> Annotation:
-    assert form.json is not None
+    assert tar_format.json is not None
     regions: dict[int, Region | None] = {0: None}
     try:
-        for entry in parse_json(members[form.json])["segments_info"]:
+        for entry in parse_json(members[tar_format.json])["segments_info"]:
             category = table.by_id[int(entry["category_id"])]
             regions[int(entry["id"])] = Region(
                 category,
                 int(entry["id"]),
-                optional_flag(entry, "iscrowd", f"{name}: member {form.json}: segment {entry['id']}"),
+                optional_flag(entry, "iscrowd", f"{name}: member {tar_format.json}: segment {entry['id']}"),
             )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise DataError(
-            f"{name}: member {form.json} has no usable `segments_info` of known categories ({error!r:.100})"
+            f"{name}: member {tar_format.json} has no usable `segments_info` of known categories ({error!r:.100})"
         ) from error
-    annotation = partition(ids, regions.__getitem__, f"{name}: member {form.map}", f"are not listed in its {form.json}")
+    annotation = partition(
+        ids, regions.__getitem__, f"{name}: member {tar_format.map}", f"are not listed in its {tar_format.json}"
+    )
     absent = sorted(regions.keys() - {0} - {segment.source_id for segment in annotation.segments})
     if absent:
-        raise DataError(f"{name}: member {form.json} lists segments without a pixel: {format_list(absent)}")
+        raise DataError(f"{name}: member {tar_format.json} lists segments without a pixel: {format_list(absent)}")
     return annotation
 
 
@@ -191,8 +197,8 @@ def _require_size(header: ImageHeader, size: tuple[int, int], what: str) -> None
 
 
 @lru_cache(maxsize=16)
-def _read_form(data: bytes) -> tuple[ForeignForm, CategoryTable]:
-    """Return form and category table of a `FORM` member. The table has no names and colours."""
+def _decode_format(data: bytes) -> tuple[ExternalFormat, CategoryTable]:
+    """Return format and category table of a `FORMAT_MEMBER`. The table has no names and colours."""
     content = parse_json(data)
     table = CategoryTable(tuple(Category(i, "", is_thing, (0, 0, 0)) for i, is_thing in content["categories"]))
-    return form_from_json(content["form"]), table
+    return format_from_json(content["form"]), table
