@@ -14,7 +14,7 @@ from benchmarks import ceilings
 from benchmarks.measure import Measurement
 from benchmarks.tables import Setting, json_lines, markdown, save
 
-ON_CPU = ("data", "eval")
+CPU_ONLY = ("data", "eval")
 ON_ANY_DEVICE = (
     "msda",
     "attention",
@@ -34,29 +34,31 @@ ON_ANY_DEVICE = (
 def run(name: str, tiny: bool, device: torch.device) -> list[Measurement]:
     """Import and run one benchmark. Only the packages that this benchmark needs must be installed."""
     benchmark = importlib.import_module(f"benchmarks.bench_{name}").run
-    return benchmark(tiny) if name in ON_CPU else benchmark(tiny, device=device)
+    return benchmark(tiny) if name in CPU_ONLY else benchmark(tiny, device=device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join([*ON_CPU, *ON_ANY_DEVICE])}; default all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{', '.join([*CPU_ONLY, *ON_ANY_DEVICE])}; default all"
+    )
     parser.add_argument("--tiny", action="store_true", help="use small sizes; takes minutes on a laptop")
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu (one thread) or cuda")
     parser.add_argument("--save", metavar="FOLDER", type=Path, help="also write DAY_HARDWARE.md and .jsonl to FOLDER")
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - {*ON_CPU, *ON_ANY_DEVICE}
+    unknown = set(arguments.names) - {*CPU_ONLY, *ON_ANY_DEVICE}
     if unknown:
         parser.error(f"unknown benchmarks: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     setting = Setting.now(arguments.device, ceilings.describe(arguments.device, arguments.tiny))
-    benchmarks = (ON_CPU if arguments.device.type == "cpu" else ()) + ON_ANY_DEVICE
-    wanted = [name for name in benchmarks if not arguments.names or name in arguments.names]
+    benchmarks = (CPU_ONLY if arguments.device.type == "cpu" else ()) + ON_ANY_DEVICE
+    selected = [name for name in benchmarks if not arguments.names or name in arguments.names]
     results: list[Measurement] = []
     try:
-        for number, name in enumerate(wanted, start=1):
+        for number, name in enumerate(selected, start=1):
             began = time.monotonic()
             results += run(name, arguments.tiny, arguments.device)
-            print(f"{number}/{len(wanted)} {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            print(f"{number}/{len(selected)} {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     finally:  # keeps the results that were measured before a failure
         print(f"{markdown(results, setting)}\n\n{json_lines(results, setting)}")
         if arguments.save is not None:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from benchmarks import data_peers as peer
-from benchmarks.measure import Measurement, interleaved
+from benchmarks.measure import Measurement, time_interleaved
 from benchmarks.synthetic_images import SIZE, TABLE, SyntheticImage, make_image, write_images, write_long_manifest
 from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem, StorageConfig
 from m2f.data_pipeline.errors import DataError
@@ -53,9 +53,9 @@ T = TypeVar("T")
 SEED = 0
 BATCH = 2
 EPOCHS = 4
-AREA = LargeScaleJitter(size=1024)
-EXACT = LargeScaleJitter(size=1024, shrink="bilinear")
-DATA = DataConfig(train=(MixtureItem(dataset="images"),), augment=AREA, workers=0, lanes=12, window=32)
+AREA_AUGMENT = LargeScaleJitter(size=1024)
+EXACT_AUGMENT = LargeScaleJitter(size=1024, shrink="bilinear")
+DATA = DataConfig(train=(MixtureItem(dataset="images"),), augment=AREA_AUGMENT, workers=0, lanes=12, window=32)
 MAPPER = "Detectron2 style"
 SHAPE = "640x480 to 1024x1024"
 _SERVER_START_S = 30.0
@@ -90,16 +90,16 @@ def _inputs(images: list[SyntheticImage], manifest: Manifest) -> _Inputs:
         images=[by_name[key] for key in manifest.key],
         members=members,
         samples=[decode(one) for one in members],
-        params=[draw_params(rng, SIZE, AREA) for rng in rngs],
+        params=[draw_params(rng, SIZE, AREA_AUGMENT) for rng in rngs],
     )
 
 
 def _stages(inputs: _Inputs, repeats: int) -> list[Measurement]:
     pixels = [peer.decode(image) for image in inputs.images]
-    examples, mapped = _augment(inputs.samples, AREA), _map(inputs, pixels)
+    examples, mapped = _augment(inputs.samples, AREA_AUGMENT), _map(inputs, pixels)
     decoders = _decoding_error(inputs, pixels)
     area = max(_area_error(*pair) for pair in zip(examples, mapped, strict=True))
-    exact = max(_exact_error(*pair) for pair in zip(_augment(inputs.samples, EXACT), mapped, strict=True))
+    exact = max(_exact_error(*pair) for pair in zip(_augment(inputs.samples, EXACT_AUGMENT), mapped, strict=True))
     assert decoders <= 1 / 255, f"the JPEG decoders differ by {255 * decoders:.0f} grey levels"
     assert exact <= decoders, "the exact mode differs from the peer by more than the decoders differ"
     assert area < 0.01, f"a segment differs by {area:.1%} of its image"
@@ -107,19 +107,19 @@ def _stages(inputs: _Inputs, repeats: int) -> list[Measurement]:
     def measure(case: str, error: float, ours: Callable[[], object], theirs: Callable[[], object]) -> Measurement:
         return _measure(case, SHAPE, error, ours, MAPPER, theirs, len(inputs.images), repeats)
 
-    def whole(config: LargeScaleJitter) -> list[Batch]:
+    def file_to_batch(config: LargeScaleJitter) -> list[Batch]:
         return _collate(_augment(map(decode, inputs.members), config))
 
-    def whole_peer() -> object:
+    def peer_file_to_batch() -> object:
         return _collate_peer(_map(inputs, map(peer.decode, inputs.images)))
 
     return [
         measure("decode", decoders, lambda: list(map(decode, inputs.members)), lambda: _decode_peer(inputs)),
-        measure("augment", area, lambda: _augment(inputs.samples, AREA), lambda: _map(inputs, pixels)),
-        measure("augment, exact", exact, lambda: _augment(inputs.samples, EXACT), lambda: _map(inputs, pixels)),
+        measure("augment", area, lambda: _augment(inputs.samples, AREA_AUGMENT), lambda: _map(inputs, pixels)),
+        measure("augment, exact", exact, lambda: _augment(inputs.samples, EXACT_AUGMENT), lambda: _map(inputs, pixels)),
         measure("collate", area, lambda: _collate(examples), lambda: _collate_peer(mapped)),
-        measure("file to batch", area, lambda: whole(AREA), whole_peer),
-        measure("file to batch, exact", exact, lambda: whole(EXACT), whole_peer),
+        measure("file to batch", area, lambda: file_to_batch(AREA_AUGMENT), peer_file_to_batch),
+        measure("file to batch, exact", exact, lambda: file_to_batch(EXACT_AUGMENT), peer_file_to_batch),
     ]
 
 
@@ -159,7 +159,7 @@ def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Measu
             return [key for step in steps for batch in step.micro_batches for key in batch.keys]
 
     def theirs() -> list[str]:
-        transform, keys = _transform(AREA), []
+        transform, keys = _transform(AREA_AUGMENT), []
         for pair in _pairs(enumerate(peer.stream(urls, storage))):
             keys += collate([make_example(decode(one), 0, n, transform) for n, one in pair], (1024, 1024)).keys
         return keys
@@ -174,18 +174,18 @@ def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Measu
 def _start_up(small: Manifest, folder: Path, count: int, repeats: int) -> Measurement:
     """Compare the start of a rank, up to the choice of its first images, with parsing the panoptic JSON of the set."""
     write_long_manifest(small, folder / "long", count, Storage())
-    parsed = folder / "panoptic.json"
-    parsed.write_text(json.dumps(_panoptic_json(count)))
+    json_path = folder / "panoptic.json"
+    json_path.write_text(json.dumps(_panoptic_json(count)))
 
     def ours() -> object:
         return _first_images(str(folder / "long"))
 
     def theirs() -> object:
-        return {entry["image_id"]: entry for entry in json.loads(parsed.read_bytes())["annotations"]}
+        return {entry["image_id"]: entry for entry in json.loads(json_path.read_bytes())["annotations"]}
 
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        grown = pool.submit(_grown_memory, str(folder / "long")).result()
-    shape = f"{count:,} images, {grown / 1e6:.0f} MB"
+        growth = pool.submit(_memory_growth, str(folder / "long")).result()
+    shape = f"{count:,} images, {growth / 1e6:.0f} MB"
     return _measure("start-up of a rank", shape, 0.0, ours, "JSON per rank", theirs, 1, repeats)
 
 
@@ -196,15 +196,15 @@ def _first_images(url: str) -> object:
     return manifest, order, order.refs(0, 64)
 
 
-def _grown_memory(url: str) -> int:
+def _memory_growth(url: str) -> int:
     """Return the peak growth in bytes of a fresh process when it opens the data set."""
-    _first_images(_small_sibling(url))  # excludes one-time allocations of libraries
+    _first_images(_small_dataset_url(url))  # excludes one-time allocations of libraries
     before = _status("VmRSS")
     kept = _first_images(url)
     return max(0, _status("VmHWM") - before) if kept else 0
 
 
-def _small_sibling(url: str) -> str:
+def _small_dataset_url(url: str) -> str:
     return str(Path(url).parent / "images")
 
 
@@ -294,8 +294,8 @@ def _measure(
     repeats: int,
     clock: Callable[[], float] = time.process_time,
 ) -> Measurement:
-    our_times, their_times = interleaved(ours, theirs, repeats, clock)
-    return Measurement(case, shape, our_times.per(count), name, their_times.per(count), error)
+    our_times, peer_times = time_interleaved(ours, theirs, repeats, clock)
+    return Measurement(case, shape, our_times.per(count), name, peer_times.per(count), error)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
     size = 256 if tiny else 512
     batch = make_batch(2, size, OBJECTS).to(device)
     theirs, ours, config = _twins(size, device)
-    _require_equal(ours, theirs, batch)
+    _check_logits(ours, theirs, batch)
     module = TrainingModule(ours, config, 0, "fp32")
     masks, labels = dense_masks(batch.targets), list(batch.targets.labels)
 
@@ -43,7 +43,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
         total.backward()
         return (total.detach(),)
 
-    def their_step() -> Sequence[Tensor]:
+    def transformers_step() -> Sequence[Tensor]:
         theirs.zero_grad()
         loss = theirs(ours.normalise(batch.images), mask_labels=masks, class_labels=labels).loss
         loss.backward()
@@ -56,7 +56,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
             f"2 x {size} x {size}",
             our_step,
             "transformers",
-            their_step,
+            transformers_step,
             LOSS_TOLERANCE,
             repeats,
             device,
@@ -84,7 +84,7 @@ def _twins(size: int, device: torch.device) -> tuple[nn.Module, Segmenter, Model
 
 
 @torch.no_grad()
-def _require_equal(ours: Segmenter, theirs: nn.Module, batch: Batch) -> None:
+def _check_logits(ours: Segmenter, theirs: nn.Module, batch: Batch) -> None:
     """Assert that the last predictions agree in training mode, in which attention masks are used."""
     pixels = ours.normalise(batch.images)
     found, expected = ours(pixels), theirs(pixels)

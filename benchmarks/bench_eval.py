@@ -73,7 +73,7 @@ def _id_maps(seed: int) -> _IdMaps:
     return _IdMaps(truth, predicted, label_of)
 
 
-def _present(id_map: np.ndarray, one: _IdMaps) -> dict[int, int]:
+def _present_labels(id_map: np.ndarray, one: _IdMaps) -> dict[int, int]:
     return {i: one.label_of[i] for i in np.unique(id_map).tolist() if i}
 
 
@@ -81,8 +81,8 @@ def _pairs(images: Sequence[_IdMaps]) -> list[tuple[PanopticTruth, PanopticPredi
     pairs = []
     for one in images:
         areas = np.bincount(one.truth.ravel())
-        segments = {i: TruthSegment(k, float(areas[i]), False) for i, k in _present(one.truth, one).items()}
-        prediction = PanopticPrediction(one.predicted, _present(one.predicted, one))
+        segments = {i: TruthSegment(k, float(areas[i]), False) for i, k in _present_labels(one.truth, one).items()}
+        prediction = PanopticPrediction(one.predicted, _present_labels(one.predicted, one))
         pairs.append((PanopticTruth(one.truth, segments), prediction))
     return pairs
 
@@ -100,7 +100,7 @@ def _panoptic_quality(images: Sequence[_IdMaps]) -> list[Measurement]:
         return [torch.tensor(counts, dtype=torch.float64)]
 
     def from_png() -> Sequence[Tensor]:
-        return _slow_quality(pairs, files)
+        return _reference_quality(pairs, files)
 
     def from_maps() -> Sequence[Tensor]:
         table = np.zeros((CLASSES, 4))
@@ -115,7 +115,7 @@ def _panoptic_quality(images: Sequence[_IdMaps]) -> list[Measurement]:
     ]
 
 
-def _slow_quality(
+def _reference_quality(
     pairs: Sequence[tuple[PanopticTruth, PanopticPrediction]], files: Sequence[tuple[bytes, ...]]
 ) -> Sequence[Tensor]:
     """Return IoU sums and counts [K, 4] by class, from two PNG files per image."""
@@ -123,19 +123,21 @@ def _slow_quality(
     for (truth, prediction), png in zip(pairs, files, strict=True):
         maps = [np.array(Image.open(io.BytesIO(data)), dtype=np.uint32) for data in png]
         t_map, p_map = (m[..., 0] + 256 * m[..., 1] + 65536 * m[..., 2] for m in maps)
-        _count(table, t_map, p_map, truth, prediction, _wide)
+        _count(table, t_map, p_map, truth, prediction, _to_large_id)
     return [torch.from_numpy(table)]
 
 
-def _wide(i: Any) -> Any:
+def _to_large_id(i: Any) -> Any:
     """Map an id to a larger one that uses all three colour channels, as ids in COCO do."""
     return i * 1_000_003 % 2**24
 
 
 def _as_png(id_map: np.ndarray) -> bytes:
-    wide = _wide(id_map.astype(np.int64))
+    large_ids = _to_large_id(id_map.astype(np.int64))
     buffer = io.BytesIO()
-    Image.fromarray(np.stack([wide & 255, wide >> 8 & 255, wide >> 16], -1).astype(np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.stack([large_ids & 255, large_ids >> 8 & 255, large_ids >> 16], -1).astype(np.uint8)).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()
 
 
@@ -145,15 +147,15 @@ def _count(
     p_map: np.ndarray,
     truth: PanopticTruth,
     prediction: PanopticPrediction,
-    of_map: Callable[[int], int],
+    to_map_id: Callable[[int], int],
 ) -> None:
     """Add IoU sum, true positives, false positives and false negatives of an image to `table` [K, 4].
 
-    It sorts all pairs of pixels and matches with dictionaries, as panopticapi does. `of_map` converts an id to its
+    It sorts all pairs of pixels and matches with dictionaries, as panopticapi does. `to_map_id` converts an id to its
     value in the maps.
     """
-    segments = {of_map(i): s for i, s in truth.segments.items()}
-    labels = {of_map(i): k for i, k in prediction.labels.items()}
+    segments = {to_map_id(i): s for i, s in truth.segments.items()}
+    labels = {to_map_id(i): k for i, k in prediction.labels.items()}
     area = dict(zip(*(a.tolist() for a in np.unique(p_map, return_counts=True)), strict=True))
     keys, counts = np.unique(t_map.astype(np.uint64) * 2**24 + p_map.astype(np.uint64), return_counts=True)
     shared = {divmod(int(key), 2**24): int(n) for key, n in zip(keys, counts, strict=True)}
@@ -182,8 +184,11 @@ def _from_files(images: Sequence[_IdMaps], found: Sequence[InstanceDetections], 
         folder = Path(name)
         for n, ((truth, prediction), data) in enumerate(zip(pairs, pngs, strict=True)):
             listed = [
-                [{"id": _wide(i), "category_id": s.label, "area": int(s.area)} for i, s in truth.segments.items()],
-                [{"id": _wide(i), "category_id": k} for i, k in prediction.labels.items()],
+                [
+                    {"id": _to_large_id(i), "category_id": s.label, "area": int(s.area)}
+                    for i, s in truth.segments.items()
+                ],
+                [{"id": _to_large_id(i), "category_id": k} for i, k in prediction.labels.items()],
             ]
             for (side, annotations), segments, png in zip(sides.items(), listed, data, strict=True):
                 (folder / side).mkdir(exist_ok=True)
@@ -201,7 +206,7 @@ def _from_files(images: Sequence[_IdMaps], found: Sequence[InstanceDetections], 
             prediction_masks=folder / "found",
         )
         files = score_files.ScoreFiles(*score_files.write_instances(folder, coco.dataset, results), panoptic)
-        rows = score_files.run(files, _shape(images), lambda: _slow_quality(pairs, pngs), repeats)
+        rows = score_files.run(files, _shape(images), lambda: _reference_quality(pairs, pngs), repeats)
     return [_per_image(row, len(images)) for row in rows]
 
 
@@ -232,7 +237,7 @@ def _mean_iou(images: Sequence[_IdMaps]) -> Measurement:
 def _detections(one: _IdMaps, seed: int) -> InstanceDetections:
     """Return 100 detections that share 40 masks of shifted things; half of them have a random class."""
     rng = np.random.default_rng(seed)
-    ids = [i for i in _present(one.truth, one) if i > 2]
+    ids = [i for i in _present_labels(one.truth, one) if i > 2]
     chosen = rng.choice(ids, 40)
     masks = np.stack([np.roll(one.truth == i, rng.integers(-12, 13, 2), axis=(0, 1)) for i in chosen])
     index = rng.integers(0, 40, 100)
@@ -244,7 +249,7 @@ def _detections(one: _IdMaps, seed: int) -> InstanceDetections:
 def _truths(images: Sequence[_IdMaps]) -> list[InstanceTruth]:
     truths = []
     for one in images:
-        things = {i: k for i, k in _present(one.truth, one).items() if i > 2}
+        things = {i: k for i, k in _present_labels(one.truth, one).items() if i > 2}
         masks = encode_masks(np.stack([one.truth == i for i in things]))
         crowd = np.zeros(len(things), dtype=bool)
         truths.append(InstanceTruth(masks, np.array(list(things.values())), mask_areas(masks), crowd))

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.measure import Measurement, compare
 from benchmarks.official_order import dense_attention_masks, official_loss
 from benchmarks.synthetic_batches import CLASSES, LAYERS, QUERIES, dense_masks, make_batch, random_predictions
-from benchmarks.transformers_peer import their_criterion
+from benchmarks.transformers_peer import transformers_criterion
 from m2f.model.attention import attention_mask, resize_for_attention
 from m2f.model.config import LossConfig
 from m2f.model.loss.criterion import compute_losses, count_normalizers, point_counts
@@ -53,10 +53,10 @@ def _case(images: int, size: int, objects: int, device: torch.device, repeats: i
         return [_allowed_share(allowed), total.detach(), *torch.autograd.grad(total, predictions[:3])]
 
     def official() -> Sequence[Tensor]:
-        masks, hidden = dense_attention_masks(predictions, sizes, HEADS)
+        masks, blocked_masks = dense_attention_masks(predictions, sizes, HEADS)
         drawn = source.draw(targets.position, LAYERS, point_counts(config))
         total = official_loss(predictions, masks, labels, truth, drawn, config)
-        return [1 - _allowed_share(hidden), total.detach(), *torch.autograd.grad(total, predictions[:3])]
+        return [1 - _allowed_share(blocked_masks), total.detach(), *torch.autograd.grad(total, predictions[:3])]
 
     shape_text = f"{images} x {size} x {size}, {objects} masks"
     return compare(
@@ -72,7 +72,7 @@ def _criteria(images: int, size: int, objects: int, device: torch.device, repeat
     predictions = Predictions(*(tensor.requires_grad_() for tensor in random_predictions(images, size, device)[:3]))
     targets, config = make_batch(images, size, objects).targets.to(device), LossConfig()
     truth, labels, source = dense_masks(targets), list(targets.labels), CounterPoints(seed=0)
-    normalizers, criterion = count_normalizers(targets, QUERIES, config), their_criterion().to(device)
+    normalizers, criterion = count_normalizers(targets, QUERIES, config), transformers_criterion().to(device)
 
     def ours() -> Sequence[Tensor]:
         total = compute_losses(predictions, targets, source, normalizers, config, CLASSES).total

@@ -15,7 +15,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerForU
 
 from benchmarks.measure import Measurement, compare
 from benchmarks.official_order import plain_panoptic
-from benchmarks.synthetic_batches import CLASSES, sure_predictions
+from benchmarks.synthetic_batches import CLASSES, confident_predictions
 from benchmarks.transformers_peer import CONFIG, twins
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.inference.mask_resize import ImageGeometry
@@ -38,10 +38,10 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
     pixels = torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     _check_agreement(ours(pixels), theirs(pixel_values=pixels))
     replay_forward(ours)
-    own_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last  # as `normalise` returns
-    our_pixels = pixels.contiguous(memory_format=own_format)
+    memory_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last  # as `normalise` returns
+    our_pixels = pixels.contiguous(memory_format=memory_format)
     geometry = ImageGeometry(size, size, size)
-    classes, embeddings, features = (tensor.to(device) for tensor in sure_predictions(size, CLASSES))
+    classes, embeddings, features = (tensor.to(device) for tensor in confident_predictions(size, CLASSES))
     masks = torch.einsum("qc,chw->qhw", embeddings, features)  # the forward pass of transformers ends with this product
     precision = torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
 
@@ -51,7 +51,7 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
         found = (panoptic(classes, embeddings, features, geometry, IS_THING, CONFIG.postprocess) for _ in pixels)
         return [result.segment_map for result in found]
 
-    def run_theirs() -> Sequence[Tensor]:
+    def run_transformers() -> Sequence[Tensor]:
         with precision:
             theirs(pixel_values=pixels)
         return [plain_panoptic(classes, masks, geometry, IS_THING, CONFIG.postprocess) for _ in pixels]
@@ -61,7 +61,7 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
         f"{images} x {size[0]} x {size[1]}",
         run_ours,
         "transformers + plain",
-        run_theirs,
+        run_transformers,
         tolerance=0.0,
         repeats=repeats,
         device=device,

@@ -25,11 +25,19 @@ def _case(ours: nn.Module, theirs: nn.Module, size: int, device: torch.device) -
         predictions = ours(images)
         return predictions.class_logits[-1], predictions.mask_logits()
 
-    def run_theirs() -> Sequence[Tensor]:
+    def run_transformers() -> Sequence[Tensor]:
         output = theirs(pixel_values=images)
         return output.class_queries_logits, output.masks_queries_logits
 
     shape = f"1 x {size} x {size}"
     return compare(
-        "R50 forward fp32", shape, run_ours, "transformers", run_theirs, 1e-3, repeats=3, device=device, memory=True
+        "R50 forward fp32",
+        shape,
+        run_ours,
+        "transformers",
+        run_transformers,
+        1e-3,
+        repeats=3,
+        device=device,
+        memory=True,
     )

@@ -79,27 +79,27 @@ class _Case:
             memory=True,
         )
 
-    def _run(self, form: str, backward: bool) -> Sequence[Tensor]:
+    def _run(self, implementation: str, backward: bool) -> Sequence[Tensor]:
         """Run one implementation; return the attended values and, with `backward`, the gradients of all inputs."""
         with torch.set_grad_enabled(backward):
-            output = self._attend(form, self.value, self.offsets, self.logits)
+            output = self._attend(implementation, self.value, self.offsets, self.logits)
         if not backward:
             return [output.float()]
         return output.float(), *torch.autograd.grad(output, (self.value, self.offsets, self.logits), self.cotangent)
 
-    def _attend(self, form: str, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-        if form == "fused":
+    def _attend(self, implementation: str, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        if implementation == "fused":
             from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
 
             return fused_ms_deform_attn(value, self.shapes, self.grid.reference.squeeze(2), offsets, logits)
-        function = ms_deform_attn_grid_sample if form == PEER else ms_deform_attn_embedding_bag
+        function = ms_deform_attn_grid_sample if implementation == PEER else ms_deform_attn_embedding_bag
         weights = logits.flatten(-2).softmax(-1).view(logits.shape)
         locations = self.grid.reference[:, :, None, :, None] + offsets / self.grid.sizes
         return function(value, self.shapes, locations, weights)
 
     @torch.no_grad()
-    def _check_against_float64(self, forms: Sequence[str]) -> None:
+    def _check_against_float64(self, implementations: Sequence[str]) -> None:
         exact = self._attend(PEER, self.value.double(), self.offsets.double(), self.logits.double())
-        for form in forms:
-            error = relative_error(self._attend(form, self.value, self.offsets, self.logits).double(), exact)
-            assert error <= TOLERANCE[self.dtype], f"{form} differs from float64 by {error:.1e}"
+        for implementation in implementations:
+            error = relative_error(self._attend(implementation, self.value, self.offsets, self.logits).double(), exact)
+            assert error <= TOLERANCE[self.dtype], f"{implementation} differs from float64 by {error:.1e}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.measure import Measurement, compare
 from benchmarks.official_order import plain_instance, plain_panoptic, plain_semantic
-from benchmarks.synthetic_batches import sure_predictions
+from benchmarks.synthetic_batches import confident_predictions
 from m2f.model.config import PostprocessConfig
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.inference.postprocess import instance, panoptic, semantic
@@ -25,24 +25,24 @@ IS_THING = [k > 1 for k in range(CLASSES)]
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """Measure `sure_predictions` at the size of a Cityscapes image; `tiny`: panoptic only."""
-    class_logits, embeddings, features = (tensor.to(device) for tensor in sure_predictions(SIZE, CLASSES))
+    """Measure `confident_predictions` at the size of a Cityscapes image; `tiny`: panoptic only."""
+    class_logits, embeddings, features = (tensor.to(device) for tensor in confident_predictions(SIZE, CLASSES))
     torch.manual_seed(0)
     class_logits = class_logits + 0.1 * torch.randn(class_logits.shape).to(device)  # makes all scores distinct
     geometry = ImageGeometry(SIZE, SIZE, SIZE)
-    where = (class_logits, embeddings, features, geometry)
+    inputs = (class_logits, embeddings, features, geometry)
     repeats = 20 if device.type != "cpu" else 1 if tiny else 5
 
     def dense() -> Tensor:
         return torch.einsum("qc,chw->qhw", embeddings, features)
 
     def our_panoptic() -> Sequence[Tensor]:
-        result = panoptic(*where, IS_THING, CONFIG)
+        result = panoptic(*inputs, IS_THING, CONFIG)
         assert len(result.segments) >= 8, "too few segments for meaningful times"
         return [result.segment_map.double()]
 
     def our_instance() -> Sequence[Tensor]:
-        result = instance(*where, [True] * CLASSES, CONFIG)
+        result = instance(*inputs, [True] * CLASSES, CONFIG)
         return _in_order(result.masks.sum((1, 2))[result.mask_index], result.labels, result.scores)
 
     def plain_instances() -> Sequence[Tensor]:
@@ -57,22 +57,22 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
         device=device,
         memory=True,
     )
-    of_panoptic = measure(
+    panoptic_row = measure(
         "panoptic post-processing",
         ours=our_panoptic,
         peer=lambda: [plain_panoptic(class_logits, dense(), geometry, IS_THING, CONFIG).double()],
         tolerance=0.0,
     )
     if tiny:
-        return [of_panoptic]
-    of_semantic = measure(
+        return [panoptic_row]
+    semantic_row = measure(
         "semantic post-processing",
-        ours=lambda: [semantic(*where, CONFIG).label_map.double()],
+        ours=lambda: [semantic(*inputs, CONFIG).label_map.double()],
         peer=lambda: [plain_semantic(class_logits, dense(), geometry).double()],
         tolerance=0.0,
     )
-    of_instance = measure("instance post-processing", ours=our_instance, peer=plain_instances, tolerance=1e-5)
-    return [of_panoptic, of_semantic, of_instance]
+    instance_row = measure("instance post-processing", ours=our_instance, peer=plain_instances, tolerance=1e-5)
+    return [panoptic_row, semantic_row, instance_row]
 
 
 def _in_order(areas: Tensor, labels: Tensor, scores: Tensor) -> Sequence[Tensor]:

@@ -66,7 +66,12 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
         ]
     cases = [_Case(images, 1024, device, repeats=20) for images in ((2,) if tiny else (1, 2, 4, 8))]
     results = [case.against_transformers() for case in cases]
-    return [*results, cases[-1].without_matching(), cases[-1].against_official_order(), cases[-1].at_their_best()]
+    return [
+        *results,
+        cases[-1].without_matching(),
+        cases[-1].against_official_order(),
+        cases[-1].against_compiled_transformers(),
+    ]
 
 
 @dataclass(frozen=True)
@@ -86,16 +91,16 @@ class _Case:
         """Compare with `transformers`; neither side is compiled."""
         workload = _workload(self)
         result = self._measure(
-            "R50 training step", "transformers", workload.our_step(), workload.their_step(), LOSS_TOLERANCE
+            "R50 training step", "transformers", workload.our_step(), workload.transformers_step(), LOSS_TOLERANCE
         )
-        return replace(result, floor_ms=_time_of_products(workload.our_step(), self.device))
+        return replace(result, floor_ms=_product_milliseconds(workload.our_step(), self.device))
 
-    def at_their_best(self) -> Measurement:
+    def against_compiled_transformers(self) -> Measurement:
         """Compare with `transformers`; both are compiled and channels-last. Our layout follows from the images."""
         workload = _workload(self)
         compile_regions(workload.ours)
         compile_parts(workload.theirs.to(memory_format=torch.channels_last))
-        steps = workload.our_step(), workload.their_step(torch.channels_last)
+        steps = workload.our_step(), workload.transformers_step(torch.channels_last)
         return self._measure("R50 training step, compiled", "transformers, compiled", *steps, LOSS_TOLERANCE)
 
     def against_official_order(self) -> Measurement:
@@ -111,7 +116,7 @@ class _Case:
         workload = _workload(self)
         step = workload.our_step()
 
-        def known() -> Sequence[Tensor]:
+        def step_without_matching() -> Sequence[Tensor]:
             with _known_matching(matching):
                 return step()
 
@@ -119,7 +124,11 @@ class _Case:
             step()
         matching = found[-1]
         return self._measure(
-            "R50 training step", "itself, matches known", step, known, SAME_POINTS_TOLERANCE[self.precision]
+            "R50 training step",
+            "itself, matches known",
+            step,
+            step_without_matching,
+            SAME_POINTS_TOLERANCE[self.precision],
         )
 
     def _measure(self, case: str, peer_name: str, ours: Step, peer: Step, tolerance: float) -> Measurement:
@@ -143,7 +152,7 @@ class _Workload(NamedTuple):
         module = TrainingModule(self.ours, CONFIG, seed=0, precision=precision)
         return _step(self.ours, lambda: module(self.batch, self.normalizers).total)
 
-    def their_step(self, memory_format: torch.memory_format = torch.contiguous_format) -> Step:
+    def transformers_step(self, memory_format: torch.memory_format = torch.contiguous_format) -> Step:
         pixels = self.ours.normalise(self.batch.images).contiguous(memory_format=memory_format)
         masks, labels = dense_masks(self.batch.targets), list(self.batch.targets.labels)
 
@@ -185,12 +194,12 @@ def _workload(case: _Case) -> _Workload:
     return _Workload(case, ours, theirs, batch, normalizers)
 
 
-def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
+def _step(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Step:
     """Return a function that runs one training step, with a learning rate so small that all losses are equal."""
     optimizer = torch.optim.AdamW(build_param_groups(model, OptimizerConfig(lr=1e-12)), fused=True)
 
     def step() -> Sequence[Tensor]:
-        loss = loss_of()
+        loss = compute_loss()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
@@ -200,7 +209,7 @@ def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
     return step
 
 
-class _Known(NamedTuple):
+class _FinishedMatching(NamedTuple):
     """Stand-in for a pending matching; its result is already known."""
 
     matching: Matching
@@ -211,7 +220,7 @@ class _Known(NamedTuple):
 
 @contextmanager
 def _known_matching(matching: Matching) -> Iterator[None]:
-    with patch.object(criterion, "start_matching", lambda *_: _Known(matching)):
+    with patch.object(criterion, "start_matching", lambda *_: _FinishedMatching(matching)):
         yield
 
 
@@ -220,15 +229,15 @@ def _recorded_matching() -> Iterator[list[Matching]]:
     found: list[Matching] = []
     start = criterion.start_matching
 
-    def recorded(*arguments: Any) -> _Known:
+    def recorded(*arguments: Any) -> _FinishedMatching:
         found.append(start(*arguments).result())
-        return _Known(found[-1])
+        return _FinishedMatching(found[-1])
 
     with patch.object(criterion, "start_matching", recorded):
         yield found
 
 
-class _TimedProducts(TorchDispatchMode):
+class _ProductTimer(TorchDispatchMode):
     """Sums the CPU time of matrix products and convolutions."""
 
     def __init__(self) -> None:
@@ -245,12 +254,12 @@ class _TimedProducts(TorchDispatchMode):
         return result
 
 
-def _time_of_products(step: Callable[[], object], device: torch.device) -> float:
+def _product_milliseconds(step: Callable[[], object], device: torch.device) -> float:
     """Return the milliseconds that a step spends in matrix products and convolutions."""
     if device.type == "cpu":
-        with _TimedProducts() as timed:
+        with _ProductTimer() as timer:
             step()
-        return timed.milliseconds
+        return timer.milliseconds
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         step()
     events = profiler.key_averages()

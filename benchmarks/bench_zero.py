@@ -47,18 +47,18 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
 def _two_ranks(size: int) -> Measurement:
     """Measure the CPU time of rank 0 of two ranks on this machine."""
     with TemporaryDirectory() as folder:
-        found = Path(folder) / "result.json"
-        launch(_rank, (size, str(found)), 2, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
-        result = json.loads(found.read_text())
+        result_path = Path(folder) / "result.json"
+        launch(_rank, (size, str(result_path)), 2, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+        result = json.loads(result_path.read_text())
     return Measurement(**result | {"ours": Times(*result["ours"]), "theirs": Times(*result["theirs"])})
 
 
-def _rank(size: int, found: str) -> None:
+def _rank(size: int, result_path: str) -> None:
     torch.set_num_threads(1)
     with process_group(CPU, 120.0):
         result = _case(size, CPU, repeats=3)
         if dist.get_rank() == 0:
-            Path(found).write_text(json.dumps(vars(result)))
+            Path(result_path).write_text(json.dumps(vars(result)))
 
 
 def _case(size: int, device: torch.device, repeats: int) -> Measurement:

@@ -21,20 +21,20 @@ def describe(device: torch.device, tiny: bool) -> str:
     The line states the bandwidth of a copy, the rate of a large matrix product, the time to start an operation, and the
     minimum time of an R50 training step at that rate.
     """
-    accelerated = device.type != "cpu"
-    dtype = torch.bfloat16 if accelerated else torch.float32
-    side = 8192 if accelerated else 1024 if tiny else 2048
-    source = torch.empty(2**28 if accelerated else 2**25, dtype=torch.float32, device=device)
+    has_accelerator = device.type != "cpu"
+    dtype = torch.bfloat16 if has_accelerator else torch.float32
+    side = 8192 if has_accelerator else 1024 if tiny else 2048
+    source = torch.empty(2**28 if has_accelerator else 2**25, dtype=torch.float32, device=device)
     target, matrix, small = torch.empty_like(source), torch.randn(side, side, dtype=dtype, device=device), source[:1]
-    copied = _seconds(lambda: target.copy_(source), device)
-    product = _seconds(lambda: matrix @ matrix, device)
-    launched = _seconds(lambda: [small.add(1) for _ in range(1000)], device) / 1000
-    rate = 2 * side**3 / product
-    image = (256, 256) if tiny else (1024, 1024) if accelerated else (512, 512)
+    copy_s = _seconds(lambda: target.copy_(source), device)
+    product_s = _seconds(lambda: matrix @ matrix, device)
+    launch_s = _seconds(lambda: [small.add(1) for _ in range(1000)], device) / 1000
+    rate = 2 * side**3 / product_s
+    image = (256, 256) if tiny else (1024, 1024) if has_accelerator else (512, 512)
     step = 2 * PASSES * executed_flops(build_shapes(CONFIG), image).total
     return (
-        f"copy {2 * source.nbytes / copied / 1e9:.0f} GB/s, {str(dtype).removeprefix('torch.')} product of {side}^2 "
-        f"{rate / 1e12:.2f} TFLOP/s, {1e6 * launched:.1f} us per operation; an R50 training step of {image[0]} x "
+        f"copy {2 * source.nbytes / copy_s / 1e9:.0f} GB/s, {str(dtype).removeprefix('torch.')} product of {side}^2 "
+        f"{rate / 1e12:.2f} TFLOP/s, {1e6 * launch_s:.1f} us per operation; an R50 training step of {image[0]} x "
         f"{image[1]} needs {step / 1e12:.2f} TFLOP per image, {1e3 * step / rate:.1f} ms at that rate"
     )
 

@@ -45,32 +45,32 @@ class RegionCount:
 def count_regions(model: nn.Module, images: Callable[[], Tensor]) -> tuple[RegionCount, ...]:
     """Compile the regions of a model and count their operations.
 
-    Call it in the context of `without_values`. `images` creates the input of the model in the same context.
+    Call it in the context of `fake_tensors`. `images` creates the input of the model in the same context.
     """
     graphs: dict[str, list[fx.GraphModule]] = {name: [] for name in REGIONS}
     for name in REGIONS:
-        model.get_submodule(name).compile(backend=_keep_graphs(graphs[name]), dynamic=False, fullgraph=True)
+        model.get_submodule(name).compile(backend=_collect_graphs(graphs[name]), dynamic=False, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
         predictions = model(images())
     (predictions.class_logits.sum() + predictions.mask_embeddings.sum() + predictions.mask_features.sum()).backward()
     return tuple(_count(name, graphs[name]) for name in REGIONS)
 
 
-def _keep_graphs(into: list[fx.GraphModule]) -> Callable[..., Any]:
-    def keep(graph: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
-        into.append(graph)
+def _collect_graphs(graphs: list[fx.GraphModule]) -> Callable[..., Any]:
+    def collect(graph: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
+        graphs.append(graph)
         return make_boxed_func(graph.forward)
 
-    return aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    return aot_autograd(fw_compiler=collect, bw_compiler=collect)
 
 
 def _count(region: str, graphs: Sequence[fx.GraphModule]) -> RegionCount:
     forward, backward = graphs
     attention = [node for node in forward.graph.nodes if str(node.target) == "m2f.ms_deform_attn.default"]
-    return RegionCount(region, _launches(forward), _launches(backward), len(attention))
+    return RegionCount(region, _count_launches(forward), _count_launches(backward), len(attention))
 
 
-def _launches(graph: fx.GraphModule) -> int:
+def _count_launches(graph: fx.GraphModule) -> int:
     return sum(
         isinstance(node.target, torch._ops.OpOverload) and not _is_view(node.target) for node in graph.graph.nodes
     )
@@ -115,14 +115,14 @@ def count_constants(model: nn.Module, side: int) -> dict[str, int]:
 
 
 @contextmanager
-def without_values() -> Iterator[None]:
+def fake_tensors() -> Iterator[None]:
     """Create tensors that have only shapes, which the fused kernel of deformable attention accepts."""
     with patch.object(MSDeformAttn, "_is_fused", lambda self, value: True), FakeTensorMode():
         yield
 
 
 def main(side: int = 1024, images: int = 2) -> None:
-    with without_values():
+    with fake_tensors():
         model = build_model(ModelConfig(num_classes=133), pretrained_backbone=False).train()
         constants = count_constants(model, side)
 

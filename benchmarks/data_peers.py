@@ -90,5 +90,5 @@ def _transform(array: np.ndarray, params: AugmentParams, method: Image.Resamplin
     if params.flip:
         x = max(width - params.canvas[1], 0) - x
     crop = resized[y : y + params.canvas[0], x : x + params.canvas[1]]
-    missing = [side - have for side, have in zip(params.canvas, crop.shape[:2], strict=True)]
+    missing = [side - actual for side, actual in zip(params.canvas, crop.shape[:2], strict=True)]
     return np.pad(crop, ((0, missing[0]), (0, missing[1]), (0, 0)), constant_values=padding)

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
-WORTH_STARTING_S = 15.0
+MIN_STEP_S = 15.0
 """Minimum time in seconds that must be left in a call to start another step."""
-BRIEF = 400
+MAX_SHOWN_CHARACTERS = 400
 """Maximum number of characters of a finding in the table; results.jsonl contains the whole finding."""
 State = Literal["ok", "skipped", "failed", "timeout", "no time"]
 
@@ -64,7 +64,7 @@ class Result:
 
     def line(self) -> str:
         """Return a line of the printed table."""
-        return f"{self.step:<16} {self.state:<8} {self.seconds:5.0f} s  {json.dumps(self.found)[:BRIEF]}"
+        return f"{self.step:<16} {self.state:<8} {self.seconds:5.0f} s  {json.dumps(self.found)[:MAX_SHOWN_CHARACTERS]}"
 
 
 CALLS = {
@@ -110,41 +110,41 @@ def run_call(number: str, arguments: Sequence[str], out: Path) -> list[Result]:
     """Run the steps of a call while time is left; print each result when the step ends."""
     call, began, results = CALLS[number], time.monotonic(), []
     for step in call.steps:
-        left = call.seconds - (time.monotonic() - began)
-        if left < WORTH_STARTING_S:
+        remaining_s = call.seconds - (time.monotonic() - began)
+        if remaining_s < MIN_STEP_S:
             result = Result(step.name, "no time", 0.0, None)
         else:
-            result = _in_process(step, arguments, out, min(step.seconds, left), out / f"log_{number}.txt")
+            result = _run_in_process(step, arguments, out, min(step.seconds, remaining_s), out / f"log_{number}.txt")
         results.append(result)
         print(result.line(), flush=True)
     return results
 
 
-def _in_process(step: Step, arguments: Sequence[str], out: Path, box_s: float, log: Path) -> Result:
-    began, lines = time.monotonic(), len(_recorded(out))
+def _run_in_process(step: Step, arguments: Sequence[str], out: Path, limit_s: float, log: Path) -> Result:
+    began, num_before = time.monotonic(), len(_read_results(out))
     with log.open("a", encoding="utf-8") as text:
         text.write(f"\n==== {step.name}\n")
         text.flush()
         process = subprocess.Popen(
-            command_of(step, arguments), cwd=ROOT, stdout=text, stderr=text, start_new_session=True
+            step_command(step, arguments), cwd=ROOT, stdout=text, stderr=text, start_new_session=True
         )
         try:
-            status = process.wait(box_s)
+            status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # kills the step and the processes that it started
             process.wait()
-            result = Result(step.name, "timeout", time.monotonic() - began, f"stopped after {box_s:.0f} s")
-            _record(result, out)
+            result = Result(step.name, "timeout", time.monotonic() - began, f"stopped after {limit_s:.0f} s")
+            _append_result(result, out)
             return result
-    recorded = _recorded(out)[lines:]
-    if recorded:
-        return recorded[-1]
+    new_results = _read_results(out)[num_before:]
+    if new_results:
+        return new_results[-1]
     result = Result(step.name, "failed", time.monotonic() - began, f"exit status {status}, see {log.name}")
-    _record(result, out)
+    _append_result(result, out)
     return result
 
 
-def command_of(step: Step, arguments: Sequence[str]) -> list[str]:
+def step_command(step: Step, arguments: Sequence[str]) -> list[str]:
     """Return the command that runs a step in the repository."""
     return [sys.executable, "-u", "-m", "benchmarks.first_gpu_minutes", "step", step.name, *arguments]
 
@@ -170,16 +170,16 @@ def run_step(step: Step, out: Path, recording: Path | None, dry: bool) -> Result
         traceback.print_exc()
         state, found = "failed", f"{type(error).__name__}: {str(error)[:500]}"
     result = Result(step.name, state, round(time.monotonic() - began, 1), found)
-    _record(result, out)
+    _append_result(result, out)
     return result
 
 
-def _record(result: Result, out: Path) -> None:
+def _append_result(result: Result, out: Path) -> None:
     with (out / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(result), default=str) + "\n")
 
 
-def _recorded(out: Path) -> list[Result]:
+def _read_results(out: Path) -> list[Result]:
     file = out / "results.jsonl"
     if not file.is_file():
         return []
@@ -204,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = run_step(STEPS[arguments.name], out, recording, arguments.dry_run)
         print(result.line())
         return int(result.state == "failed")
-    passed = ["--out", str(out), *([] if recording is None else ["--recording", str(recording)])]
-    results = run_call(arguments.name, [*passed, *(["--dry-run"] if arguments.dry_run else [])], out)
+    options = ["--out", str(out), *([] if recording is None else ["--recording", str(recording)])]
+    results = run_call(arguments.name, [*options, *(["--dry-run"] if arguments.dry_run else [])], out)
     print("\n".join(["", *(result.line() for result in results)]))
     return int(any(result.state in ("failed", "timeout") for result in results))
 

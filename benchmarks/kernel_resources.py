@@ -39,15 +39,21 @@ class Resources:
     barriers: int
     """Number of instructions in the code that synchronise the warps of a program."""
 
-    def warps_resident(self, num_warps: int, limit: int = 64) -> int:
+    def resident_warps(self, num_warps: int, limit: int = 64) -> int:
         """Return how many warps a multiprocessor can hold at a time, limited by registers and `limit`."""
         per_warp = -(-self.registers * WARP // 256) * 256
         return min(limit, REGISTERS // (per_warp * num_warps) * num_warps)
 
 
-def resources(kernel: Any, capability: int, dim: int, cut: LaunchConfig, **constants: bool) -> Resources:
+def resources(kernel: Any, capability: int, dim: int, config: LaunchConfig, **constants: bool) -> Resources:
     """Compile a kernel for one launch configuration and parse the report of the assembler."""
-    sizes = {"DIM": dim, "LANES": triton.next_power_of_2(dim), "LEVELS": LEVELS, "POINTS": POINTS, "BLOCK": cut.block}
+    sizes = {
+        "DIM": dim,
+        "LANES": triton.next_power_of_2(dim),
+        "LEVELS": LEVELS,
+        "POINTS": POINTS,
+        "BLOCK": config.block,
+    }
     sizes |= {"SAMPLES": triton.next_power_of_2(LEVELS * POINTS), **constants}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in sizes else _type(name) for name in names}
@@ -55,9 +61,9 @@ def resources(kernel: Any, capability: int, dim: int, cut: LaunchConfig, **const
         kernel,
         signature,
         constexprs={(names.index(name),): value for name, value in sizes.items()},
-        attrs={(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name.endswith("_ptr")},
+        attrs={(position,): [["tt.divisibility", 16]] for position, name in enumerate(names) if name.endswith("_ptr")},
     )
-    options = {"num_warps": cut.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -82,15 +88,15 @@ def main(capabilities: str = "80,90,100", channels: str = "32,48,64,96,128") -> 
     print("|---|--:|---|---|--:|--:|--:|--:|--:|")
     for capability in map(int, capabilities.split(",")):
         for dim in map(int, channels.split(",")):
-            for name, kernel, table, more in (
+            for name, kernel, table, constants in (
                 ("forward", forward_kernel, FORWARD.table, {}),
                 ("backward", backward_kernel, BACKWARD.table, {"SCATTER": True}),
             ):
-                for cut in table:
-                    used = resources(kernel, capability, dim, cut, **more)
+                for config in table:
+                    used = resources(kernel, capability, dim, config, **constants)
                     print(
-                        f"| sm_{capability} | {dim} | {name} | {cut.block}, {cut.num_warps} | {used.registers} | "
-                        f"{used.spilled} | {used.shared} | {used.barriers} | {used.warps_resident(cut.num_warps)} |",
+                        f"| sm_{capability} | {dim} | {name} | {config.block}, {config.num_warps} | {used.registers} | "
+                        f"{used.spilled} | {used.shared} | {used.barriers} | {used.resident_warps(config.num_warps)} |",
                         flush=True,
                     )
 

@@ -94,7 +94,7 @@ def compare(
     assert error <= tolerance, f"{case} {shape}: ours and {peer_name} differ by {error:.1e}, more than {tolerance:.1e}"
     if device.type != "cpu":  # changing TF32 triggers a recompilation, which must not be part of the timing
         ours(), peer()
-    our_times, peer_times = interleaved(ours, peer, repeats, _clock(device))
+    our_times, peer_times = time_interleaved(ours, peer, repeats, _clock(device))
     result = Measurement(case, shape, our_times, peer_name, peer_times, error)
     if memory:
         result = replace(result, ours_gb=peak_growth(ours, device), peer_gb=peak_growth(peer, device))
@@ -124,23 +124,23 @@ def _clock(device: torch.device) -> Callable[[], float]:
     if device.type == "cpu":
         return time.process_time
 
-    def done() -> float:
+    def synchronized_time() -> float:
         torch.accelerator.synchronize()
         return time.perf_counter()
 
-    return done
+    return synchronized_time
 
 
-def interleaved(
+def time_interleaved(
     ours: Callable[[], object], peer: Callable[[], object], repeats: int, clock: Callable[[], float] = time.process_time
 ) -> tuple[Times, Times]:
     """Run both in turn, `repeats` times each, and return their times."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
-        for run, of_run in zip((ours, peer), seconds, strict=True):
+        for run, run_seconds in zip((ours, peer), seconds, strict=True):
             start = clock()
             run()
-            of_run.append(clock() - start)
+            run_seconds.append(clock() - start)
     return Times.of(seconds[0]), Times.of(seconds[1])
 
 

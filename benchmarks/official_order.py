@@ -52,14 +52,14 @@ def dense_attention_masks(
     Mask logits are [B, Q, h, w]. Attention masks are bool [B * heads, Q, T], True where attention is blocked.
     """
     masks = [torch.einsum("bqc,bchw->bqhw", e, predictions.mask_features) for e in predictions.mask_embeddings]
-    hidden = []
+    blocked_masks = []
     for layer, mask in enumerate(masks[:-1]):
         resized = F.interpolate(mask, sizes[layer % len(sizes)], mode="bilinear", align_corners=False)
         repeated = resized.sigmoid().flatten(2).unsqueeze(1).repeat(1, heads, 1, 1).flatten(0, 1)
         blocked = (repeated < 0.5).bool().detach()
         blocked[blocked.all(-1)] = False
-        hidden.append(blocked)
-    return masks, hidden
+        blocked_masks.append(blocked)
+    return masks, blocked_masks
 
 
 def official_loss(
@@ -110,12 +110,12 @@ def _class_loss(
     classes: Tensor, labels: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]], config: LossConfig
 ) -> Tensor:
     no_object = classes.shape[-1] - 1
-    wanted = torch.full(classes.shape[:2], no_object, device=classes.device)
+    expected = torch.full(classes.shape[:2], no_object, device=classes.device)
     for image, (queries, targets) in enumerate(pairs):
-        wanted[image, queries] = labels[image][targets]
+        expected[image, queries] = labels[image][targets]
     weight = torch.ones(no_object + 1, device=classes.device)
     weight[-1] = config.no_object_weight
-    return F.cross_entropy(classes.transpose(1, 2), wanted, weight)
+    return F.cross_entropy(classes.transpose(1, 2), expected, weight)
 
 
 def _mask_losses(
@@ -128,15 +128,15 @@ def _mask_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return the mask loss and the dice loss, summed over the matched masks of one prediction."""
     matched = torch.cat([logits[image, queries] for image, (queries, _) in enumerate(pairs)])
-    wanted = torch.cat([truth[image][targets] for image, (_, targets) in enumerate(pairs)])
+    expected = torch.cat([truth[image][targets] for image, (_, targets) in enumerate(pairs)])
     image = torch.cat([torch.full_like(targets, image) for image, (_, targets) in enumerate(pairs)])
     target = torch.cat([targets for _, targets in pairs])
     candidates, fresh = (points[:] for points in drawn.of_rows(RowIndex(torch.full_like(image, layer), image, target)))
     with torch.no_grad():
         uncertain = int(config.num_points * config.importance_sample_ratio)
-        nearest = _sample(matched, candidates).abs().neg().topk(uncertain, dim=1).indices
-        points = torch.cat((candidates.gather(1, nearest[..., None].expand(-1, -1, 2)), fresh), dim=1)
-        t = _sample(wanted, points)
+        most_uncertain = _sample(matched, candidates).abs().neg().topk(uncertain, dim=1).indices
+        points = torch.cat((candidates.gather(1, most_uncertain[..., None].expand(-1, -1, 2)), fresh), dim=1)
+        t = _sample(expected, points)
     x = _sample(matched, points)
     mask = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1).sum()
     p = x.sigmoid()

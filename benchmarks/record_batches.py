@@ -41,7 +41,7 @@ def record(
     spec = LoaderSpec(
         global_batch=job.training.global_batch, micro_batch=1, rank=0, world=1, start_step=0, seed=job.seed
     )
-    done, recipe = 0, dump_recipe(replace(config, output="runs"))  # the training machine has different folders
+    num_steps, recipe = 0, dump_recipe(replace(config, output="runs"))  # the training machine has different folders
     with (
         closing(open_shards(job, storage).steps(job, storage, spec, order_start=0)) as loaded,
         RecordingWriter(path, recipe, job.model.num_classes, int(max_mb * 1e6), quality) as writer,
@@ -49,13 +49,13 @@ def record(
         for step in islice(loaded, steps):
             if not writer.add([batch.to("cpu") for batch in step.micro_batches]):
                 break
-            done += 1
-        if done < (steps or 1):
+            num_steps += 1
+        if num_steps < (steps or 1):
             raise ConfigError(
-                f"{path}: {done} of {steps or 1} steps of {job.training.global_batch} images fit into {max_mb:g} MB; "
-                "lower --steps or --quality, or make images smaller (data.augment)"
+                f"{path}: {num_steps} of {steps or 1} steps of {job.training.global_batch} images fit into "
+                f"{max_mb:g} MB; lower --steps or --quality, or make images smaller (data.augment)"
             )
-    return done
+    return num_steps
 
 
 def main() -> int:
@@ -65,9 +65,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the recipe")
     parser.add_argument("--steps", type=int, help="number of training steps; default: as many as fit")
     parser.add_argument("--max-mb", type=float, default=MAX_MB, help=f"maximum file size in MB; default {MAX_MB:g}")
-    kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--quality", type=int, default=92, help="JPEG quality, 1 to 100; default 92")
-    kept.add_argument("--lossless", action="store_true", help="store lossless PNG, about five times larger")
+    format_group = parser.add_mutually_exclusive_group()
+    format_group.add_argument("--quality", type=int, default=92, help="JPEG quality, 1 to 100; default 92")
+    format_group.add_argument("--lossless", action="store_true", help="store lossless PNG, about five times larger")
     arguments = parser.parse_args()
     quality = None if arguments.lossless else arguments.quality
     try:

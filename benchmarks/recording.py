@@ -39,7 +39,7 @@ from m2f.trainer.job import TrainJob
 FORMAT = 1
 _RECIPE, _IMAGES = "recipe.yaml", "images.json"
 _STEPS_AHEAD = 2
-_MOST_PIXELS = 2**26
+_MAX_PIXELS = 2**26
 _MEMBER_BYTES = 128  # upper bound of the zip headers of a member, in bytes
 _JPEG_OPTIONS = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
@@ -61,11 +61,11 @@ class Recording:
         try:
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             with zipfile.ZipFile(path) as archive:
-                listed = json.loads(archive.read(_IMAGES))
-                if listed["format"] != FORMAT:
-                    raise DataError(f"{path} has format {listed['format']}, but this version reads {FORMAT}")
-                examples = tuple(_read_example(archive, n, entry) for n, entry in enumerate(listed["images"]))
-                return cls(archive.read(_RECIPE).decode(), listed["num_classes"], examples, digest)
+                index = json.loads(archive.read(_IMAGES))
+                if index["format"] != FORMAT:
+                    raise DataError(f"{path} has format {index['format']}, but this version reads {FORMAT}")
+                examples = tuple(_read_example(archive, n, entry) for n, entry in enumerate(index["images"]))
+                return cls(archive.read(_RECIPE).decode(), index["num_classes"], examples, digest)
         except (OSError, zipfile.BadZipFile, BrokenImageError, LookupError, TypeError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
@@ -81,24 +81,26 @@ class Recording:
 
     def steps(self, job: TrainJob, storage: Storage, spec: LoaderSpec, order_start: int) -> Generator[StepBatches]:
         """Yield the steps of one rank endlessly; two steps are prepared ahead."""
-        made = map_in_thread(lambda step: self._step(step, spec, order_start), count(spec.start_step), _STEPS_AHEAD)
+        prepared = map_in_thread(lambda step: self._step(step, spec, order_start), count(spec.start_step), _STEPS_AHEAD)
         try:
             while True:
                 began = time.perf_counter()
-                yield replace(next(made), wait_s=time.perf_counter() - began)
+                yield replace(next(prepared), wait_s=time.perf_counter() - began)
         finally:
-            made.close()
+            prepared.close()
 
     def _step(self, step: int, spec: LoaderSpec, start: int) -> StepBatches:
         batches = tuple(
-            collate([None if position is None else self._at(position, start) for position in positions], self._canvas)
+            collate(
+                [None if position is None else self._example(position, start) for position in positions], self._canvas
+            )
             for positions in spec.positions(step)
         )
         positions = tuple(p for batch in batches for p in batch.targets.position.tolist() if p != FILLER_POSITION)
         pinned = tuple(batch.pin_memory() for batch in batches) if spec.pin else batches
         return StepBatches(step, pinned, positions, wait_s=0.0)
 
-    def _at(self, position: int, start: int) -> Example:
+    def _example(self, position: int, start: int) -> Example:
         return replace(self.examples[(position - start) % len(self.examples)], position=position)
 
     @cached_property
@@ -129,8 +131,8 @@ class RecordingWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            listed = {"format": FORMAT, "num_classes": self._num_classes, "images": self._entries}
-            self._archive.writestr(_IMAGES, json.dumps(listed, separators=(",", ":")))
+            index = {"format": FORMAT, "num_classes": self._num_classes, "images": self._entries}
+            self._archive.writestr(_IMAGES, json.dumps(index, separators=(",", ":")))
         self._archive.close()
         if error is not None:
             self._path.unlink()
@@ -138,10 +140,10 @@ class RecordingWriter:
     def add(self, batches: Sequence[Batch]) -> bool:
         """Append one step, given as micro-batches of one image. Return False, and add nothing, if it does not fit."""
         encoded = [_encode(batch, self._quality) for batch in batches]
-        needed = sum(_size_of(entry, members) for entry, members in encoded)
-        if self._bytes + needed > self._max_bytes:
+        num_bytes = sum(_size_of(entry, members) for entry, members in encoded)
+        if self._bytes + num_bytes > self._max_bytes:
             return False
-        self._bytes += needed
+        self._bytes += num_bytes
         for entry, members in encoded:
             for name, data in members.items():
                 self._archive.writestr(name.format(len(self._entries)), data)
@@ -177,8 +179,8 @@ def _encode(batch: Batch, quality: int | None) -> tuple[dict[str, Any], dict[str
 
 def _encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    done, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality, *_JPEG_OPTIONS])
-    assert done, f"OpenCV cannot write a JPEG of {pixels.shape}"
+    success, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality, *_JPEG_OPTIONS])
+    assert success, f"OpenCV cannot write a JPEG of {pixels.shape}"
     return data.tobytes()
 
 
@@ -186,13 +188,13 @@ def _size_of(entry: Mapping[str, Any], members: Mapping[str, bytes]) -> int:
     return len(json.dumps(entry)) + sum(len(data) + _MEMBER_BYTES for data in members.values())
 
 
-def _read(archive: zipfile.ZipFile, name: str) -> bytes:
+def _read_picture(archive: zipfile.ZipFile, name: str) -> bytes:
     """Return the bytes of a picture. Raises ValueError if it is compressed or its header states too many pixels."""
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
     data = archive.read(name)
     header = read_header(data)
-    if header.height * header.width > _MOST_PIXELS:
+    if header.height * header.width > _MAX_PIXELS:
         raise ValueError(f"{name} has {header.height} x {header.width} pixels, too many")
     return data
 
@@ -200,7 +202,10 @@ def _read(archive: zipfile.ZipFile, name: str) -> bytes:
 def _read_example(archive: zipfile.ZipFile, number: int, entry: Mapping[str, Any]) -> Example:
     names = [f"images/{number:06d}.{ext}" for ext in ("jpg", "png")]
     picture = next((name for name in names if name in archive.NameToInfo), names[0])
-    pixels, stacked = decode_rgb(_read(archive, picture)), decode_index_png(_read(archive, f"maps/{number:06d}.png"))
+    pixels, stacked = (
+        decode_rgb(_read_picture(archive, picture)),
+        decode_index_png(_read_picture(archive, f"maps/{number:06d}.png")),
+    )
     stacked = stacked.view(np.int16) if entry["wide"] else stacked
     labels, layer, local_id = (np.asarray(entry[name], dtype=np.int64) for name in ("labels", "layer", "local_id"))
     targets = ImageTargets(stacked.reshape(entry["layers"], *pixels.shape[:2]), labels, layer, local_id)

@@ -41,11 +41,11 @@ def write_instances(
     folder: Path, dataset: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
 ) -> tuple[Path, Path]:
     """Write ground truth and results as JSON with compressed run lengths; return both paths."""
-    truth, found = folder / "instances.json", folder / "results.json"
+    truth_path, results_path = folder / "instances.json", folder / "results.json"
     annotations = [_with_text(entry) for entry in dataset["annotations"]]
-    truth.write_text(json.dumps({**dataset, "annotations": annotations}))
-    found.write_text(json.dumps([_with_text(entry) for entry in results]))
-    return truth, found
+    truth_path.write_text(json.dumps({**dataset, "annotations": annotations}))
+    results_path.write_text(json.dumps([_with_text(entry) for entry in results]))
+    return truth_path, results_path
 
 
 def _with_text(entry: Mapping[str, Any]) -> dict[str, Any]:

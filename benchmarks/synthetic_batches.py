@@ -64,7 +64,7 @@ def dense_masks(targets: Targets) -> list[Tensor]:
     return [(maps[layer[valid]] == ids[valid, None, None]).float() for maps, layer, ids, valid in images]
 
 
-def sure_predictions(size: tuple[int, int], num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def confident_predictions(size: tuple[int, int], num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the last prediction for one image of `size` (height, width) pixels, with confident queries.
 
     The tensors are class logits [100, K + 1], mask embeddings [100, 256] and mask features [256, H / 4, W / 4]. Twelve

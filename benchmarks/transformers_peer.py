@@ -46,18 +46,18 @@ class Criterion(nn.Module):
 
     def forward(self, masks: Tensor, classes: Tensor, truth: list[Tensor], labels: list[Tensor]) -> Tensor:
         """Return the total loss of mask logits [L, B, Q, h, w] and class logits [L, B, Q, K + 1]."""
-        earlier = [
+        auxiliary = [
             {"masks_queries_logits": mask, "class_queries_logits": logits}
             for mask, logits in zip(masks[:-1], classes[:-1], strict=True)
         ]
-        found = self.loss(masks[-1], classes[-1], truth, labels, earlier)
-        return torch.stack([value * self._weight(name) for name, value in found.items()]).sum()
+        losses = self.loss(masks[-1], classes[-1], truth, labels, auxiliary)
+        return torch.stack([value * self._weight(name) for name, value in losses.items()]).sum()
 
     def _weight(self, name: str) -> float:
         return next(weight for key, weight in self.weights.items() if key in name)
 
 
-def their_criterion() -> Criterion:
+def transformers_criterion() -> Criterion:
     """Return the criterion for 100 queries and the classes of synthetic batches."""
     return Criterion(Mask2FormerConfig(num_labels=CLASSES))
 

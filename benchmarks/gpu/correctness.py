@@ -14,7 +14,7 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.stage import Stage, Workload, described, make_workload, milliseconds, small_model
+from benchmarks.gpu.stage import Stage, Workload, describe_error, make_workload, milliseconds, small_model
 from benchmarks.measure import count_waits
 from m2f.model.config import TimmBackboneConfig
 from m2f.model.mask2former import build_model
@@ -24,7 +24,7 @@ LIBRARIES = (
     *("torch", "triton", "torchvision", "timm", "transformers", "deepspeed", "pydantic", "numpy", "scipy"),
     *("opencv-python-headless", "pyarrow", "pycocotools", "safetensors"),
 )
-USED = (
+REQUIRED_MODULES = (
     *("m2f.trainer.worker", "m2f.trainer.engine.engine", "m2f.eval.inference.evaluator", "m2f.cluster.predict.predict"),
     *(
         "benchmarks.train_recorded",
@@ -34,12 +34,12 @@ USED = (
     ),
 )
 """Modules that other steps import, and modules that users of this machine need."""
-REPORTS = (("nvidia-smi",), ("nvcc", "--version"), ("free", "-g"), ("df", "-h", "/tmp", "/dev/shm"))
+REPORT_COMMANDS = (("nvidia-smi",), ("nvcc", "--version"), ("free", "-g"), ("df", "-h", "/tmp", "/dev/shm"))
 
 
 def machine(stage: Stage) -> dict[str, object]:
     """Report the machine, its library versions, and modules that cannot be imported."""
-    for command in REPORTS:
+    for command in REPORT_COMMANDS:
         if shutil.which(command[0]) is not None:
             print(subprocess.run(command, capture_output=True, text=True).stdout, flush=True)
     versions: dict[str, str] = {}
@@ -49,11 +49,11 @@ def machine(stage: Stage) -> dict[str, object]:
         except metadata.PackageNotFoundError:
             versions[name] = "missing"
     failures: dict[str, str] = {}
-    for name in USED:
+    for name in REQUIRED_MODULES:
         try:
             importlib.import_module(name)
         except Exception as error:
-            failures[name] = described(error)
+            failures[name] = describe_error(error)
     facts: dict[str, object] = {"versions": versions, "imports that fail": failures, "cores": os.cpu_count()}
     if not stage.dry:
         gpu = torch.cuda.get_device_properties(stage.device)
@@ -79,14 +79,14 @@ def parity(stage: Stage) -> dict[str, object]:
         return workload, losses.terms.float().cpu(), gradients
 
     _, exact, expected = run("fp32", torch.device("cpu"))
-    whole = torch.cat([gradient.flatten() for gradient in expected.values()])
+    expected_gradients = torch.cat([gradient.flatten() for gradient in expected.values()])
     facts: dict[str, object] = {}
     for precision in ("fp32", "bf16_autocast"):
         workload, terms, found = run(precision, stage.device)
-        together = torch.cat([found[name].flatten() for name in expected])
+        found_gradients = torch.cat([found[name].flatten() for name in expected])
         facts[precision] = {
             "loss": f"{float((terms - exact).abs().max() / exact.abs().max()):.1e}",
-            "gradient": f"{float((together - whole).norm() / whole.norm()):.1e}",
+            "gradient": f"{float((found_gradients - expected_gradients).norm() / expected_gradients.norm()):.1e}",
             "waits": count_waits(workload.backward, stage.device),
         }
     return facts
@@ -101,9 +101,9 @@ def graphs(stage: Stage) -> dict[str, object]:
     model = build_model(stage.config, pretrained_backbone=False).to(stage.device).eval()
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     facts: dict[str, object] = {}
-    for name, half in (("fp32", False), ("bf16", True)):
+    for name, use_bf16 in (("fp32", False), ("bf16", True)):
         replayed, worst = ReplayedForward(model.forward), 0.0
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=half), exact:
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=use_bf16), exact:
             for height, width in 5 * ((800, 1344), (640, 640), (512, 768)):
                 pixels = torch.randn(1, 3, height, width, device=stage.device).to(memory_format=torch.channels_last)
                 pairs = zip(replayed(pixels), model.forward(pixels), strict=True)

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.gpu.stage import Stage, Workload, described, make_workload, small_model
+from benchmarks.gpu.stage import Stage, Workload, describe_error, make_workload, small_model
 from m2f.trainer.config import OptimizerConfig, Precision, TrainingConfig, ZeroConfig
 from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.engine.engine import Engine
 from m2f.trainer.engine.param_groups import build_param_groups
 
 STEPS = 4
-SAVED = 3
+STEPS_BEFORE_SAVE = 3
 """Number of steps before the state is saved."""
 
 
@@ -38,9 +38,9 @@ class Mode:
         return " ".join((f"ZeRO-{self.stage} {self.precision}", *extras))
 
 
-IN_DRY_RUN = Mode(1, "fp32")
+DRY_RUN_MODE = Mode(1, "fp32")
 MODES = (
-    IN_DRY_RUN,
+    DRY_RUN_MODE,
     Mode(0, "fp32"),
     Mode(1, "bf16_autocast"),
     Mode(1, "bf16"),
@@ -60,12 +60,12 @@ def engine(stage: Stage) -> dict[str, object]:
     dist.init_process_group(stage.pick("nccl", "gloo"), store=dist.HashStore(), rank=0, world_size=1)
     expected = _plain_losses(stage)
     rows: dict[str, object] = {}
-    for mode in stage.pick(MODES, (IN_DRY_RUN,)):
+    for mode in stage.pick(MODES, (DRY_RUN_MODE,)):
         try:
-            rows[str(mode)] = _row(mode, stage, expected)
+            rows[str(mode)] = _run_mode(mode, stage, expected)
         except Exception as error:
             traceback.print_exc()
-            rows[str(mode)] = described(error)
+            rows[str(mode)] = describe_error(error)
         print(mode, rows[str(mode)], flush=True)
     dist.destroy_process_group()
     return rows
@@ -88,25 +88,25 @@ def _plain_losses(stage: Stage) -> list[float]:
     return losses
 
 
-def _row(mode: Mode, stage: Stage, expected: list[float]) -> dict[str, object]:
+def _run_mode(mode: Mode, stage: Stage, expected: list[float]) -> dict[str, object]:
     began = time.monotonic()
     engine, workload = _engine(mode, stage)
     losses: list[float] = []
     applied = 0
     with tempfile.TemporaryDirectory() as folder:
         for number in range(STEPS):
-            if number == SAVED:
+            if number == STEPS_BEFORE_SAVE:
                 engine.save(Path(folder), "saved")
             losses.append(float(engine.accumulate(workload.batch, workload.normalizers).total))
             applied += engine.finish_step(number + 1).applied
-        again, workload = _engine(mode, stage)
-        again.load(Path(folder), "saved")
-        resumed = float(again.accumulate(workload.batch, workload.normalizers).total)
+        resumed_engine, workload = _engine(mode, stage)
+        resumed_engine.load(Path(folder), "saved")
+        resumed_loss = float(resumed_engine.accumulate(workload.batch, workload.normalizers).total)
     worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
     return {
         "from plain fp32": f"{worst:.0e}",
         "applied": applied,
-        "resumed": f"{abs(resumed - losses[SAVED]) / abs(losses[SAVED]):.0e}",
+        "resumed": f"{abs(resumed_loss - losses[STEPS_BEFORE_SAVE]) / abs(losses[STEPS_BEFORE_SAVE]):.0e}",
         "s": round(time.monotonic() - began, 1),
     }
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu.stage import Stage, described, distance, milliseconds
+from benchmarks.gpu.stage import Stage, describe_error, distance, milliseconds
 from m2f.model.deform_attn.module import ms_deform_attn_grid_sample
 from m2f.model.deform_attn.tuning import Autotuner, LaunchConfig
 
@@ -40,14 +40,14 @@ class Case:
     all_tunings: bool = False
 
 
-REAL = (
+MODEL_CASES = (
     Case("1024", ((128, 128), (64, 64), (32, 32)), 2, None, 8, 32, 4, all_tunings=True),
     Case("800x1344", ((25, 42), (50, 84), (100, 168)), 1, None, 8, 32, 4),
     Case("24 channels", ((16, 16), (8, 8), (4, 4)), 2, None, 4, 24, 4, all_tunings=True),
     Case("64 channels", ((16, 12), (8, 6)), 2, 50, 4, 64, 4),
     Case("128 channels", ((6, 6),), 1, 20, 2, 128, 4),
 )
-ODD = (
+EDGE_CASES = (
     Case("one pixel", ((1, 1), (1, 1)), 2, 3, 2, 4, 2),
     Case("thin", ((1, 13), (9, 1)), 3, 5, 1, 8, 3),
     Case("33 channels", ((4, 5),), 1, 9, 2, 33, 2),
@@ -62,22 +62,24 @@ def msda(stage: Stage) -> dict[str, object]:
     from m2f.model.deform_attn.module import _checked_kernel
     from m2f.model.deform_attn.triton_op import BACKWARD, FORWARD
 
-    every = list(
+    configs = list(
         dict.fromkeys((*FORWARD.table, *BACKWARD.table, LaunchConfig(4, 1), LaunchConfig(8, 2), LaunchConfig(16, 1)))
     )
     worst: dict[str, float] = {}
-    wrong: list[str] = []
-    for case, dtype in itertools.product(stage.pick((*REAL, *ODD), ODD), stage.pick(DTYPES, DTYPES[:2])):
-        for config in every if case.all_tunings else every[:1]:
+    failures: list[str] = []
+    for case, dtype in itertools.product(
+        stage.pick((*MODEL_CASES, *EDGE_CASES), EDGE_CASES), stage.pick(DTYPES, DTYPES[:2])
+    ):
+        for config in configs if case.all_tunings else configs[:1]:
             with only_config(FORWARD, config), only_config(BACKWARD, config):
                 error = _kernel_error(case, dtype, stage.device)
             name = f"{case.name} {str(dtype).removeprefix('torch.')}"
             worst[name] = max(worst.get(name, 0.0), error)
             if not error < TOLERANCE[dtype]:
-                wrong.append(f"{name} {tuple(config)}: {error:.1e}")
+                failures.append(f"{name} {tuple(config)}: {error:.1e}")
     print(worst, flush=True)
-    if wrong:
-        raise AssertionError(f"{len(wrong)} errors above TOLERANCE in {len(worst)} cases: {'; '.join(wrong[:5])}")
+    if failures:
+        raise AssertionError(f"{len(failures)} errors above TOLERANCE in {len(worst)} cases: {'; '.join(failures[:5])}")
     accepted = None if stage.dry else _checked_kernel(torch.bfloat16, 3, 8, 4, 32)
     return {"worst": f"{max(worst.values()):.1e}", "cases": len(worst), "accepted by the model's own trial": accepted}
 
@@ -104,13 +106,13 @@ def _kernel_error(case: Case, dtype: torch.dtype, device: torch.device) -> float
     inputs = (value, offsets, logits)
     ours = fused_ms_deform_attn(value, list(case.shapes), reference, offsets, logits)
     found = (ours, *torch.autograd.grad(ours, inputs, cotangent))
-    precise = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
-    plain = _in_plain_steps(case, precise[0], reference.double(), precise[1], precise[2])
-    exact = (plain, *torch.autograd.grad(plain, precise, cotangent.double()))
+    double_inputs = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+    plain = _reference_attention(case, double_inputs[0], reference.double(), double_inputs[1], double_inputs[2])
+    exact = (plain, *torch.autograd.grad(plain, double_inputs, cotangent.double()))
     return max(distance(a, b) for a, b in zip(found, exact, strict=True))
 
 
-def _in_plain_steps(case: Case, value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+def _reference_attention(case: Case, value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
     sizes = torch.tensor([(width, height) for height, width in case.shapes], dtype=value.dtype, device=value.device)
     locations = reference[:, :, None, None, None] + offsets / sizes[:, None]
     return ms_deform_attn_grid_sample(
@@ -129,11 +131,11 @@ def sdpa(stage: Stage) -> dict[str, object]:
             try:
                 with sdpa_kernel(backends) if backends else contextlib.nullcontext():
                     found = attend()
-                    took = milliseconds(attend, stage.device)
+                    elapsed_ms = milliseconds(attend, stage.device)
                 error = max(distance(a, b) for a, b in zip(found, exact, strict=True))
-                rows[f"{images} x {tokens} {name}"] = f"{took} ms, {error:.0e}"
+                rows[f"{images} x {tokens} {name}"] = f"{elapsed_ms} ms, {error:.0e}"
             except RuntimeError as error:
-                rows[f"{images} x {tokens} {name}"] = described(error)
+                rows[f"{images} x {tokens} {name}"] = describe_error(error)
     return rows
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.kernels import only_config
-from benchmarks.gpu.stage import Stage, described, make_workload, milliseconds, training_step
+from benchmarks.gpu.stage import Stage, describe_error, make_workload, milliseconds, training_step
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
 from m2f.model.deform_attn.tuning import LaunchConfig
 
@@ -34,7 +34,7 @@ def rewrites(stage: Stage) -> dict[str, object]:
         step = training_step(workload)
         facts[f"{images} images as it is"] = milliseconds(step, stage.device, REPEATS)
         for name, change in _changes().items():
-            facts[f"{images} images {name}"] = _tried(change, step, stage)
+            facts[f"{images} images {name}"] = _try_change(change, step, stage)
             print(images, name, facts[f"{images} images {name}"], flush=True)
         if images == 2:
             compile_regions(workload.module.model)
@@ -44,12 +44,14 @@ def rewrites(stage: Stage) -> dict[str, object]:
     return facts
 
 
-def _tried(change: Callable[[], AbstractContextManager[object]], step: Callable[[], object], stage: Stage) -> object:
+def _try_change(
+    change: Callable[[], AbstractContextManager[object]], step: Callable[[], object], stage: Stage
+) -> object:
     try:
         with change():
             return milliseconds(step, stage.device, REPEATS)
     except Exception as error:
-        return described(error)
+        return describe_error(error)
 
 
 def _changes() -> dict[str, Callable[[], AbstractContextManager[object]]]:
@@ -59,12 +61,18 @@ def _changes() -> dict[str, Callable[[], AbstractContextManager[object]]]:
     return {
         "attention without cuDNN": lambda: sdpa_kernel(without_cudnn),
         "TF32 products": _tf32,
-        "constants of frozen norms kept": lambda: patch.object(FrozenBatchNorm2d, "forward", kept_constants),
+        "constants of frozen norms kept": lambda: patch.object(FrozenBatchNorm2d, "forward", cached_constants),
         "GroupNorm in channels_last": lambda: patch.object(
             nn.GroupNorm, "forward", torch.compile(group_norm_channels_last, dynamic=False)
         ),
-        **{f"msda forward {tuple(cut)}": lambda cut=cut: only_config(FORWARD, cut) for cut in FORWARD_CONFIGS},
-        **{f"msda backward {tuple(cut)}": lambda cut=cut: only_config(BACKWARD, cut) for cut in BACKWARD_CONFIGS},
+        **{
+            f"msda forward {tuple(config)}": lambda config=config: only_config(FORWARD, config)
+            for config in FORWARD_CONFIGS
+        },
+        **{
+            f"msda backward {tuple(config)}": lambda config=config: only_config(BACKWARD, config)
+            for config in BACKWARD_CONFIGS
+        },
     }
 
 
@@ -77,7 +85,7 @@ def _tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def kept_constants(self: FrozenBatchNorm2d, features: Tensor) -> Tensor:
+def cached_constants(self: FrozenBatchNorm2d, features: Tensor) -> Tensor:
     """Replacement of `FrozenBatchNorm2d.forward` that computes scale and shift once."""
     constants = self.__dict__.get("_kept_constants")
     if constants is None or constants[0].dtype != features.dtype:

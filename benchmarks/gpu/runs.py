@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.gpu.stage import Skipped, Stage
 
-TRAIN_S, END_S = 75.0, 60.0
+TRAIN_S, SHUTDOWN_S = 75.0, 60.0
 """Seconds until a part of the run is stopped, and seconds that it then has to save its checkpoint."""
 WARM_UP = 5
 """Number of first steps of a part that do not count in the mean time of a step."""
@@ -43,21 +43,21 @@ def _train_in(runs: Path, stage: Stage, recording: Path) -> dict[str, object]:
         f"training.log_every_steps={stage.pick(25, 1)}",
     )
     command = [sys.executable, "-m", "benchmarks.train_recorded", str(recording), *settings]
-    ends = [_part(command), _part(command)]
+    statuses = [_run_part(command), _run_part(command)]
     traces = sorted((runs / "gpu" / "traces").glob("*/rank_0000.jsonl"), key=lambda path: path.stat().st_mtime)
     for number, trace in enumerate(traces, start=1):
         shutil.copy(trace, stage.out / f"trace_part_{number}.jsonl")
-    _keep_weights(runs / "gpu" / "checkpoints", stage.out / "weights_half.safetensors")
-    return {"exit statuses": ends, "parts": [_summary(trace) for trace in traces]}
+    _save_half_weights(runs / "gpu" / "checkpoints", stage.out / "weights_half.safetensors")
+    return {"exit statuses": statuses, "parts": [_summary(trace) for trace in traces]}
 
 
-def _part(command: list[str]) -> int:
+def _run_part(command: list[str]) -> int:
     process = subprocess.Popen(command)
     try:
         return process.wait(TRAIN_S)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
-        return process.wait(END_S)
+        return process.wait(SHUTDOWN_S)
 
 
 def _summary(trace: Path) -> dict[str, object]:
@@ -73,7 +73,7 @@ def _summary(trace: Path) -> dict[str, object]:
     }
 
 
-def _keep_weights(checkpoints: Path, target: Path) -> None:
+def _save_half_weights(checkpoints: Path, target: Path) -> None:
     """Write the weights of the newest checkpoint to `target` in half precision, so that the file is small."""
     newest = sorted(checkpoints.glob("*/weights.safetensors"))[-1:]
     for path in newest:
@@ -87,12 +87,12 @@ def sanitizer(stage: Stage) -> list[str]:
     if shutil.which("compute-sanitizer") is None:
         raise Skipped("needs compute-sanitizer from the CUDA toolkit")
     command = ["compute-sanitizer", "--tool", "memcheck", sys.executable, "-m", "benchmarks.gpu.runs"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    print(done.stdout[-3000:], done.stderr[-1000:], flush=True)
-    return [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "accepted" in line]
+    completed = subprocess.run(command, capture_output=True, text=True)
+    print(completed.stdout[-3000:], completed.stderr[-1000:], flush=True)
+    return [line for line in completed.stdout.splitlines() if "ERROR SUMMARY" in line or "accepted" in line]
 
 
-def try_kernels() -> None:
+def run_kernels() -> None:
     """Run the kernels. Called in the process that compute-sanitizer checks."""
     from m2f.model.deform_attn.module import _checked_kernel
 
@@ -100,4 +100,4 @@ def try_kernels() -> None:
 
 
 if __name__ == "__main__":
-    try_kernels()
+    run_kernels()

@@ -12,16 +12,16 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
 from benchmarks import ceilings as device_ceilings
-from benchmarks.gpu.stage import Stage, described, make_workload, milliseconds, training_step
+from benchmarks.gpu.stage import Stage, describe_error, make_workload, milliseconds, training_step
 from benchmarks.measure import Measurement
 from benchmarks.tables import Setting, json_lines
 
-IN_TRAIN = (
+TRAIN_COMPARISONS = (
     *((8, "against_transformers"), (2, "against_transformers"), (8, "against_official_order")),
-    *((8, "without_matching"), (8, "at_their_best")),
+    *((8, "without_matching"), (8, "against_compiled_transformers")),
 )
 """Batch size and comparison of each measurement of the training step, the most important first."""
-SLOWEST = 12
+NUM_SLOWEST = 12
 """Number of kernels in the list of the slowest ones."""
 
 
@@ -32,7 +32,7 @@ def ceilings(stage: Stage) -> str:
 
 def bench_msda(stage: Stage) -> list[str]:
     """Compare deformable attention with `grid_sample`."""
-    return _rows(stage, ("msda",))
+    return _run_benchmarks(stage, ("msda",))
 
 
 def bench_train(stage: Stage) -> list[str]:
@@ -46,7 +46,7 @@ def bench_train(stage: Stage) -> list[str]:
     torch.backends.cudnn.allow_tf32 = False  # TF32 would break the required agreement of the logits to 1e-3
     results: list[Measurement] = []
     lines: list[str] = []
-    for images, comparison in IN_TRAIN:
+    for images, comparison in TRAIN_COMPARISONS:
         torch.cuda.empty_cache()
         torch._dynamo.reset()
         try:
@@ -54,27 +54,27 @@ def bench_train(stage: Stage) -> list[str]:
             lines.append(_line(results[-1]))
         except Exception as error:
             traceback.print_exc()
-            lines.append(f"{images} images {comparison}: {described(error)}")
+            lines.append(f"{images} images {comparison}: {describe_error(error)}")
         print(lines[-1], flush=True)
-    _keep(stage, results)
+    _append_rows(stage, results)
     return lines
 
 
 def bench_inference(stage: Stage) -> list[str]:
     """Compare inference of the R50 model with `transformers`."""
     stage.need_gpu()
-    return _rows(stage, ("inference",))
+    return _run_benchmarks(stage, ("inference",))
 
 
 def bench_zero(stage: Stage) -> list[str]:
     """Measure the overhead of DeepSpeed."""
-    return _rows(stage, ("zero",), tiny=True)
+    return _run_benchmarks(stage, ("zero",), tiny=True)
 
 
 def bench_rest(stage: Stage) -> list[str]:
     """Measure the parts of the model separately."""
     stage.need_gpu()
-    return _rows(stage, ("attention", "heads", "matcher", "postproc"), tiny=True)
+    return _run_benchmarks(stage, ("attention", "heads", "matcher", "postproc"), tiny=True)
 
 
 def step_b2(stage: Stage) -> dict[str, object]:
@@ -125,14 +125,14 @@ def profile(stage: Stage) -> dict[str, object]:
             "wall ms": round(wall, 1),
             "kernels": sum(event.count for event in kernels),
             "busy ms": round(sum(event.self_device_time_total for event in kernels) / 1e3, 1),
-            "slowest": [f"{e.key[:60]} {e.self_device_time_total / 1e3:.2f} ms" for e in kernels[:SLOWEST]],
+            "slowest": [f"{e.key[:60]} {e.self_device_time_total / 1e3:.2f} ms" for e in kernels[:NUM_SLOWEST]],
         }
         if images == 2:
             profiled.export_chrome_trace(str(stage.out / "trace_2_images.json.gz"))
     return facts
 
 
-def _rows(stage: Stage, names: Sequence[str], tiny: bool = False) -> list[str]:
+def _run_benchmarks(stage: Stage, names: Sequence[str], tiny: bool = False) -> list[str]:
     """Run some benchmarks and return their lines; raise the first error after all have run."""
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
@@ -144,14 +144,14 @@ def _rows(stage: Stage, names: Sequence[str], tiny: bool = False) -> list[str]:
         except Exception as error:
             traceback.print_exc()
             errors.append(error)
-    _keep(stage, results)
+    _append_rows(stage, results)
     print("\n".join(map(_line, results)), flush=True)
     if errors:
         raise errors[0]
     return [_line(result) for result in results]
 
 
-def _keep(stage: Stage, results: Sequence[Measurement]) -> None:
+def _append_rows(stage: Stage, results: Sequence[Measurement]) -> None:
     """Append the measurements to rows.jsonl in the output folder."""
     with (stage.out / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write(json_lines(results, Setting.now(stage.device, "")) + "\n")

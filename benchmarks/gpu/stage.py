@@ -149,7 +149,7 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
     return round(statistics.median(times), 3)
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the type of an error and the first 200 characters of its message, for a line of a table."""
     return f"{type(error).__name__}: {str(error)[:200]}"
 

@@ -29,8 +29,8 @@ from benchmarks.quality.arms import ARMS, IMAGE_SETS, Run
 from benchmarks.quality.markdown import markdown
 from benchmarks.quality.plain_step import PlainStep
 from benchmarks.quality.run_arms import make_shards
-from benchmarks.quality.their_draws import recorded_draws
-from benchmarks.quality.their_model import their_loss, their_twin
+from benchmarks.quality.transformers_draws import record_draws
+from benchmarks.quality.transformers_model import transformers_loss, transformers_twin
 from benchmarks.tables import Setting
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_out
@@ -49,7 +49,7 @@ from m2f.trainer.start_model import start_model
 
 TOLERANCE = 1e-3
 """Largest allowed relative difference of the losses at any step."""
-_MOST_MOVED = 0.25
+_MAX_SHIFT_PIXELS = 0.25
 """Largest initial shift of a sampling point, in pixels."""
 
 
@@ -70,18 +70,18 @@ def compare_losses(
     job: TrainJob, ours: Mask2Former, batches: Iterable[Batch], dtype: torch.dtype
 ) -> Iterator[StepLosses]:
     """Train both on the batches, one step per batch, and yield the losses of every step."""
-    theirs = their_twin(ours, job.model).to(dtype).train()
+    theirs = transformers_twin(ours, job.model).to(dtype).train()
     ours = ours.to(dtype).train()
-    update_ours, update_theirs = PlainStep(ours, job.training), PlainStep(theirs, job.training)
+    update_ours, update_transformers = PlainStep(ours, job.training), PlainStep(theirs, job.training)
     torch.manual_seed(job.seed)
     for number, batch in enumerate(batches):
         pixels = ours.normalise(batch.images, batch.sizes).to(dtype)
-        with recorded_draws(theirs.criterion) as draws:
-            their_total = their_loss(theirs, pixels, batch.targets)
+        with record_draws(theirs.criterion) as draws:
+            transformers_total = transformers_loss(theirs, pixels, batch.targets)
         our_total = _our_loss(ours, pixels, batch.targets, draws.points(batch.targets), job.model)
         update_ours(our_total, number)
-        update_theirs(their_total, number)
-        yield StepLosses(float(our_total.detach()), float(their_total.detach()))
+        update_transformers(transformers_total, number)
+        yield StepLosses(float(our_total.detach()), float(transformers_total.detach()))
 
 
 def _our_loss(model: Mask2Former, pixels: Tensor, targets: Targets, points: PointSource, config: ModelConfig) -> Tensor:
@@ -91,7 +91,7 @@ def _our_loss(model: Mask2Former, pixels: Tensor, targets: Targets, points: Poin
 
 
 @contextmanager
-def computing_in(dtype: torch.dtype) -> Iterator[None]:
+def use_default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """In the block, use `dtype` as the default type and as the result of `Tensor.float()`, which our losses call."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -108,7 +108,7 @@ def move_offsets(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("sampling_offsets.bias"):
-            parameter.add_(_MOST_MOVED * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+            parameter.add_(_MAX_SHIFT_PIXELS * (2 * torch.rand(parameter.shape, generator=generator) - 1))
 
 
 def losses_of_recipe(config: RunConfig, steps: int, dtype: torch.dtype) -> list[StepLosses]:
@@ -120,7 +120,10 @@ def losses_of_recipe(config: RunConfig, steps: int, dtype: torch.dtype) -> list[
     move_offsets(ours)
     batch = job.training.global_batch
     spec = LoaderSpec(global_batch=batch, micro_batch=batch, rank=0, world=1, start_step=0, seed=job.seed)
-    with closing(open_shards(job, storage).steps(job, storage, spec, order_start=0)) as loaded, computing_in(dtype):
+    with (
+        closing(open_shards(job, storage).steps(job, storage, spec, order_start=0)) as loaded,
+        use_default_dtype(dtype),
+    ):
         return list(compare_losses(job, ours, (step.micro_batches[0] for step in islice(loaded, steps)), dtype))
 
 
@@ -145,7 +148,7 @@ def agree(losses: Sequence[StepLosses]) -> bool:
     return all(one.error <= TOLERANCE for one in losses)
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; return exit status 0 if all losses agree in 64 bits."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.agreement", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder for shards")
@@ -154,12 +157,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings for all runs")
     parser.add_argument("--save", type=Path, metavar="DIR", help="also write DIR/DAY_HARDWARE_transformers_losses.md")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     setting = Setting.now(CPU, ceilings="")
     runs = [Run(s, ARMS[0], seed) for s in IMAGE_SETS if s.name in arguments.sets for seed in arguments.seeds]
-    where = f"{setting.day}, {setting.hardware}, torch {setting.torch}, commit {setting.commit}"
-    tables, is_good = [f"{where}, transformers {transformers.__version__}, one thread"], True
+    heading = f"{setting.day}, {setting.hardware}, torch {setting.torch}, commit {setting.commit}"
+    tables, is_good = [f"{heading}, transformers {transformers.__version__}, one thread"], True
     for run in runs:
         config = run.config(arguments.folder.absolute(), arguments.overrides)
         double, single = (losses_of_recipe(config, arguments.steps, dtype) for dtype in (torch.float64, torch.float32))

@@ -68,21 +68,21 @@ IMAGE_SETS = (
 the objects have diameters of 4 to 12 pixels. A micro-batch is a whole step, because the loss of `transformers` has only
 per-batch normalisers. `nuclei` and `camvid` read images below M2F_DATA."""
 
-_FEW = "model.loss.num_points=1024"
-_MATCHING = "model.loss.matching_box_share=0.5"
-_SUPERVISION = "model.loss.supervision_box_share=0.5"
+_POINTS_1024 = "model.loss.num_points=1024"
+_BOX_MATCHING = "model.loss.matching_box_share=0.5"
+_BOX_SUPERVISION = "model.loss.supervision_box_share=0.5"
 ARMS = (
-    Arm("base", (_FEW,)),
-    Arm("box_matching", (_FEW, _MATCHING)),
-    Arm("box_points", (_FEW, _MATCHING, _SUPERVISION)),
+    Arm("base", (_POINTS_1024,)),
+    Arm("box_matching", (_POINTS_1024, _BOX_MATCHING)),
+    Arm("box_points", (_POINTS_1024, _BOX_MATCHING, _BOX_SUPERVISION)),
     Arm("uniform_8192", ("model.loss.num_points=8192",)),
-    Arm("transformers", (_FEW,), trainer="transformers"),
+    Arm("transformers", (_POINTS_1024,), trainer="transformers"),
 )
 """`transformers` is the peer of `base`, with the same initial weights, images and optimizer."""
 PILOT_ARMS = (
-    Arm("base_2500", (_FEW, "training.max_steps=2500")),
-    Arm("base_1250", (_FEW, "training.max_steps=1250")),
-    Arm("pilots_1500", (_FEW, "training.max_steps=1500", "model.pilots.max_targets=100")),
+    Arm("base_2500", (_POINTS_1024, "training.max_steps=2500")),
+    Arm("base_1250", (_POINTS_1024, "training.max_steps=1250")),
+    Arm("pilots_1500", (_POINTS_1024, "training.max_steps=1500", "model.pilots.max_targets=100")),
 )
 """Arms for `shapes` with a different number of steps, such as `base_1250` with half the steps of `base_2500`."""
 ALL_ARMS = ARMS + PILOT_ARMS
@@ -115,13 +115,15 @@ class Run:
 
     def config(self, folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         """Return the run's recipe, which writes only below `folder`. `overrides` apply to all runs of a comparison."""
-        places = [
+        shard_paths = [
             f"datasets.{part}.shards={folder / 'shards' / self.image_set.name / part}" for part in ("train", "val")
         ]
-        own = [f"name={self.name}", f"output={folder / 'runs'}", f"seed={self.seed}", *places]
-        return load_recipe(self.image_set.recipe, [*self.image_set.overrides, *self.arm.overrides, *overrides, *own])
+        run_settings = [f"name={self.name}", f"output={folder / 'runs'}", f"seed={self.seed}", *shard_paths]
+        return load_recipe(
+            self.image_set.recipe, [*self.image_set.overrides, *self.arm.overrides, *overrides, *run_settings]
+        )
 
 
-def runs_of(sets: Iterable[ImageSet], arms: Sequence[Arm], seeds: Sequence[int]) -> list[Run]:
+def list_runs(sets: Iterable[ImageSet], arms: Sequence[Arm], seeds: Sequence[int]) -> list[Run]:
     """Return all runs. Those of one set and seed are consecutive, so that pairs are complete early."""
     return [Run(image_set, arm, seed) for image_set in sets for seed in seeds for arm in arms]

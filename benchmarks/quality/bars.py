@@ -9,13 +9,13 @@ from benchmarks.quality.arms import IMAGE_SETS, JUDGED_SEEDS, PILOT_ARMS, Compar
 from benchmarks.quality.differences import Difference, Results, cpu_ratio, paired_difference
 from benchmarks.quality.point_costs import Costs
 
-SMALL_GAIN = 0.2
+MIN_SMALL_GAIN = 0.2
 """Minimum relative gain in AP of small objects that box points must reach."""
-MANY_MARGIN = 1.5
+UNIFORM_MARGIN = 1.5
 """Number of PQ points by which 1024 box points may fall below 8192 uniform points."""
-MOST_COST = 0.35
+MAX_COST = 0.35
 """Maximum CPU time of matching and losses with 1024 box points, as a share of that with 8192 uniform points."""
-PILOT_COST = 0.7
+MAX_PILOT_COST = 0.7
 """Maximum CPU time in which pilots must reach the same PQ, as a share of the base's CPU time for 2,500 steps."""
 _BOX_ARMS = ("box_matching", "box_points")
 _UNIFORM = "uniform_8192"
@@ -28,39 +28,39 @@ class Bar:
     image_set: str
     comparison: Comparison
     metric: str
-    least_gain: float | None = None
+    min_gain: float | None = None
     """Minimum gain as a share of the reference; None if `no loss` suffices."""
-    most_cost: float | None = None
+    max_cost: float | None = None
     """Maximum CPU time of training, as a share of the reference's; None for no limit."""
 
     def __str__(self) -> str:
-        wanted = "no loss" if self.least_gain is None else f"a gain of at least {100 * self.least_gain:g} %"
-        allowed = f" (margin {self.comparison.margin:g})" if self.least_gain is None else ""
+        required = "no loss" if self.min_gain is None else f"a gain of at least {100 * self.min_gain:g} %"
+        margin_text = f" (margin {self.comparison.margin:g})" if self.min_gain is None else ""
         pair = f"{self.comparison.arm} against {self.comparison.reference}"
-        cost = "" if self.most_cost is None else f", in at most {self.most_cost:g} of the CPU seconds"
-        return f"{pair} on {self.image_set}: {wanted} in {self.metric}{allowed}{cost}"
+        cost = "" if self.max_cost is None else f", in at most {self.max_cost:g} of the CPU seconds"
+        return f"{pair} on {self.image_set}: {required} in {self.metric}{margin_text}{cost}"
 
 
 _BOX_BARS = tuple(
     bar
     for arm in _BOX_ARMS
     for bar in (
-        Bar("shapes", Comparison(arm, _UNIFORM, MANY_MARGIN), "PQ"),
-        Bar("small_shapes", Comparison(arm, "base"), "APs", SMALL_GAIN),
+        Bar("shapes", Comparison(arm, _UNIFORM, UNIFORM_MARGIN), "PQ"),
+        Bar("small_shapes", Comparison(arm, "base"), "APs", MIN_SMALL_GAIN),
         Bar("small_shapes", Comparison(arm, "base"), "APm"),
         # Both sizes, because class averages of objects from 1,024 pixels on cannot be combined from two averages.
         Bar("small_shapes", Comparison(arm, "base"), "PQ_medium"),
         Bar("small_shapes", Comparison(arm, "base"), "PQ_large"),
     )
 )
-BARS = (*_BOX_BARS, Bar("shapes", Comparison("pilots_1500", "base_2500"), "PQ", most_cost=PILOT_COST))
+BARS = (*_BOX_BARS, Bar("shapes", Comparison("pilots_1500", "base_2500"), "PQ", max_cost=MAX_PILOT_COST))
 
 
 @dataclass(frozen=True)
 class Part:
     """Runs that are reported together."""
 
-    what: str
+    name: str
     image_set: str
     arms: tuple[str, ...]
     seeds: int
@@ -79,26 +79,26 @@ def judge(bar: Bar, results: Results) -> str:
     """Return a line with the verdict (`holds`, `FAILS` or `not decided`), the bar, and the result or missing runs."""
     needed = [(arm, seed) for arm in (bar.comparison.arm, bar.comparison.reference) for seed in range(JUDGED_SEEDS)]
     if missing := [key for key in needed if key not in results]:
-        return f"FAILS: {bar}: not run: {_listed(missing)}"
+        return f"FAILS: {bar}: not run: {_format_runs(missing)}"
     found = paired_difference(bar.comparison, bar.metric, results)
     if found is None:
         return f"FAILS: {bar}: the results have no {bar.metric}"
     value, low, high = found.interval
     relative = "" if found.relative is None else f", {100 * found.relative:+.1f} %"
     verdict, cost = _verdict(bar, found), ""
-    if bar.most_cost is not None:
+    if bar.max_cost is not None:
         ratio = cpu_ratio(bar.comparison, results)
-        verdict = verdict if ratio is not None and ratio <= bar.most_cost else "FAILS"
+        verdict = verdict if ratio is not None and ratio <= bar.max_cost else "FAILS"
         cost = f", {'unknown' if ratio is None else f'{ratio:.2f}'} of the CPU seconds"
     return f"{verdict}: {bar}: {value:+.2f} ({low:+.2f} to {high:+.2f}){relative}{cost}"
 
 
 def _verdict(bar: Bar, found: Difference) -> str:
     verdict = found.verdict(bar.comparison.margin)
-    if bar.least_gain is None:
+    if bar.min_gain is None:
         return {"gain": "holds", "no loss": "holds", "loss": "FAILS"}.get(verdict, verdict)
-    enough = found.relative is not None and found.relative >= bar.least_gain
-    if not enough:
+    is_large_enough = found.relative is not None and found.relative >= bar.min_gain
+    if not is_large_enough:
         return "FAILS"
     return "holds" if verdict == "gain" else "not decided"
 
@@ -109,8 +109,8 @@ def judge_costs(costs: Iterable[Costs]) -> list[str]:
     for one in costs:
         for arm in _BOX_ARMS:
             ratio = one.milliseconds[arm] / one.milliseconds[_UNIFORM]
-            verdict = "holds" if ratio <= MOST_COST else "FAILS"
-            what = f"{arm} takes at most {MOST_COST:g} of the CPU time of {_UNIFORM} in matching and losses"
+            verdict = "holds" if ratio <= MAX_COST else "FAILS"
+            what = f"{arm} takes at most {MAX_COST:g} of the CPU time of {_UNIFORM} in matching and losses"
             lines.append(f"{verdict}: {what} ({one.sizes}): {ratio:.2f}")
     return lines
 
@@ -122,23 +122,23 @@ def missing_runs(part: Part, results: Results) -> str | None:
         return None
     total = len(part.arms) * part.seeds
     found = f"{total - len(missing)} of {total} runs are finished"
-    return f"FAILS: {part.what} on {part.image_set}: {found}; missing: {_listed(missing)}"
+    return f"FAILS: {part.name} on {part.image_set}: {found}; missing: {_format_runs(missing)}"
 
 
-def all_lines(results: Mapping[str, Results], costs: Sequence[Costs]) -> list[str]:
+def report_lines(results: Mapping[str, Results], costs: Sequence[Costs]) -> list[str]:
     """Return lines for all incomplete parts, bars and costs. `results` are finished runs by image set."""
-    gaps = [line for part in PARTS if (line := missing_runs(part, results[part.image_set])) is not None]
-    judged = [judge(bar, results[bar.image_set]) for bar in BARS]
-    return [*gaps, *judged, *(judge_costs(costs) or ["FAILS: cost of points: not measured"])]
+    missing_lines = [line for part in PARTS if (line := missing_runs(part, results[part.image_set])) is not None]
+    verdicts = [judge(bar, results[bar.image_set]) for bar in BARS]
+    return [*missing_lines, *verdicts, *(judge_costs(costs) or ["FAILS: cost of points: not measured"])]
 
 
-def _listed(runs: Sequence[tuple[str, int]]) -> str:
+def _format_runs(runs: Sequence[tuple[str, int]]) -> str:
     """Format arms and seeds, for example `base 0-2, box_points 0 3`."""
     arms = dict.fromkeys(arm for arm, _ in runs)
-    return ", ".join(f"{arm} {_ranges([seed for name, seed in runs if name == arm])}" for arm in arms)
+    return ", ".join(f"{arm} {_format_seeds([seed for name, seed in runs if name == arm])}" for arm in arms)
 
 
-def _ranges(seeds: Sequence[int]) -> str:
+def _format_seeds(seeds: Sequence[int]) -> str:
     """Format ascending numbers; consecutive ones become a range."""
     starts = [one for one in seeds if one - 1 not in seeds]
     ends = [one for one in seeds if one + 1 not in seeds]

@@ -43,16 +43,16 @@ def read_run(folders: Sequence[Path], run: Run) -> RunResult | None:
     return RunResult(result.step, result.num_images, metrics, read_cpu(_cpu_record(folder, run)))
 
 
-def keep_run(folder: Path, kept: Path, run: Run) -> None:
-    """Copy the files that `read_run` needs, a few kilobytes, to `kept`. Do nothing if there is no evaluation."""
+def keep_run(folder: Path, destination: Path, run: Run) -> None:
+    """Copy the files that `read_run` needs, a few kilobytes, to `destination`. Do nothing if there is no evaluation."""
     evaluation = _newest_evaluation(folder, run)
     if evaluation is None:
         return
     for path in (evaluation, _cpu_record(folder, run)):
         if path.exists():
-            to = kept / path.relative_to(folder)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, to)
+            target = destination / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _newest_evaluation(folder: Path, run: Run) -> Path | None:

@@ -19,7 +19,7 @@ from benchmarks.quality.arms import (
     ImageSet,
     Run,
 )
-from benchmarks.quality.bars import all_lines
+from benchmarks.quality.bars import report_lines
 from benchmarks.quality.differences import Difference, Results, cpu_ratio, paired_difference, read_results
 from benchmarks.quality.finished_runs import keep_run
 from benchmarks.quality.markdown import markdown
@@ -27,7 +27,7 @@ from benchmarks.quality.point_costs import costs_table, read_costs
 from m2f.cluster.terminal import print_out
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables of every image set with evaluated runs, the cost of points, and all bars; return 0."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.make_tables", description=__doc__)
     parser.add_argument(
@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--overrides", nargs="*", default=[], metavar="section.key=value", help="settings used to train the runs"
     )
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     folders: list[Path] = arguments.folders
     results = {image_set.name: read_results(folders, image_set) for image_set in IMAGE_SETS}
     for name, found in results.items():
@@ -50,7 +50,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.keep is not None:
         _keep(finished, folders, arguments.keep)
     print_out("## Bars and missing runs\n")
-    for line in all_lines(finished, costs):
+    for line in report_lines(finished, costs):
         print_out(f"- {line}")
     return 0
 
@@ -65,35 +65,38 @@ def _keep(finished: Mapping[str, Results], folders: Sequence[Path], kept: Path) 
 
 def _finished(image_set: ImageSet, results: Results, overrides: Sequence[str]) -> Results:
     """Return the runs that reached the last step of their recipe."""
-    there = {name for name, _ in results}
+    arm_names = {name for name, _ in results}
     last = {
         arm.name: Run(image_set, arm, 0).config(Path(), overrides).training.max_steps
         for arm in ALL_ARMS
-        if arm.name in there
+        if arm.name in arm_names
     }
     return {(name, seed): result for (name, seed), result in results.items() if result.step == last[name]}
 
 
-def _seen_metrics(results: Results) -> list[str]:
+def _available_metrics(results: Results) -> list[str]:
     return [metric for metric in METRICS if any(metric in result.metrics for result in results.values())]
 
 
 def spread_table(results: Results) -> str:
     """Return a table of mean and standard deviation over seeds, and CPU seconds, for every arm."""
-    some = next(iter(results.values()))
-    metrics = _seen_metrics(results)
+    first_result = next(iter(results.values()))
+    metrics = _available_metrics(results)
     rows = [_spread_row(arm, results, metrics) for arm in ALL_ARMS if any(name == arm.name for name, _ in results)]
     head = ["arm", "seeds", *metrics, "training, CPU s", "evaluation, CPU s"]
     steps = ", ".join(str(step) for step in sorted({result.step for result in results.values()}))
-    return f"{steps} steps, {some.images} validation images\n\n{markdown(head, rows)}"
+    return f"{steps} steps, {first_result.images} validation images\n\n{markdown(head, rows)}"
 
 
 def _spread_row(arm: Arm, results: Results, metrics: Sequence[str]) -> list[str]:
-    own = [result for (name, _), result in results.items() if name == arm.name]
-    cells = [_mean_and_spread([r.metrics[metric] for r in own if metric in r.metrics], 2) for metric in metrics]
-    known = [result.cpu for result in own if result.cpu is not None]
-    seconds = [_mean_and_spread([cpu.training for cpu in known], 0), _mean_and_spread([c.evaluation for c in known], 0)]
-    return [arm.name, str(len(own)), *cells, *seconds]
+    arm_results = [result for (name, _), result in results.items() if name == arm.name]
+    cells = [_mean_and_spread([r.metrics[metric] for r in arm_results if metric in r.metrics], 2) for metric in metrics]
+    cpu_times = [result.cpu for result in arm_results if result.cpu is not None]
+    seconds = [
+        _mean_and_spread([cpu.training for cpu in cpu_times], 0),
+        _mean_and_spread([c.evaluation for c in cpu_times], 0),
+    ]
+    return [arm.name, str(len(arm_results)), *cells, *seconds]
 
 
 def _mean_and_spread(values: Sequence[float], digits: int) -> str:
@@ -109,7 +112,7 @@ def difference_table(results: Results) -> str:
     rows = [
         _difference_row(comparison, metric, found, cpu_ratio(comparison, results))
         for comparison in COMPARISONS
-        for metric in _seen_metrics(results)
+        for metric in _available_metrics(results)
         if (found := paired_difference(comparison, metric, results)) is not None
     ]
     head = ["arms", "metric", "seeds", "difference", "relative", "95 % interval", "verdict", "margin", "CPU s, ratio"]

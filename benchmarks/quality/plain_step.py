@@ -21,7 +21,7 @@ class PlainStep:
         self._model, self._training = model, training
         self._rates = [group["lr"] for group in groups]
         self._adamw = torch.optim.AdamW(groups, betas=training.optimizer.betas, eps=training.optimizer.eps)
-        self._average = {name: tensor.detach().clone() for name, tensor in self._trained()}
+        self._average = {name: tensor.detach().clone() for name, tensor in self._averaged_parameters()}
 
     def __call__(self, loss: Tensor, step: int) -> None:
         """Run the backward pass of `loss` and update the weights; `step` is the number of finished steps."""
@@ -47,7 +47,7 @@ class PlainStep:
         self._adamw.load_state_dict(state["adamw"])
         self._average = state["average"]
 
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+    def _averaged_parameters(self) -> list[tuple[str, nn.Parameter]]:
         if not self._training.ema_decay:
             return []
         return [(name, parameter) for name, parameter in self._model.named_parameters() if parameter.requires_grad]
@@ -56,5 +56,5 @@ class PlainStep:
     def _update_average(self, number: int) -> None:
         """Update the average with the decay that our trainer uses after step `number`."""
         decay = min(self._training.ema_decay, (1 + number) / (10 + number))
-        for name, parameter in self._trained():
+        for name, parameter in self._averaged_parameters():
             self._average[name].lerp_(parameter, 1 - decay)

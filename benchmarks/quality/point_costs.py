@@ -55,13 +55,13 @@ def measure(sizes: Sizes, losses: Sequence[LossConfig], repeats: int) -> list[fl
     predictions, targets = _inputs(sizes)
     seconds: list[list[float]] = [[] for _ in losses]
     for _ in range(repeats + 1):
-        for config, taken in zip(losses, seconds, strict=True):
+        for config, times in zip(losses, seconds, strict=True):
             began = time.process_time()
             normalizers = count_normalizers(targets, sizes.queries, config)
             total = compute_losses(predictions, targets, CounterPoints(0), normalizers, config, CLASSES).total
             torch.autograd.grad(total, predictions[:3])
-            taken.append(time.process_time() - began)
-    return [statistics.median(taken[1:]) for taken in seconds]  # leaves out the warm-up run
+            times.append(time.process_time() - began)
+    return [statistics.median(times[1:]) for times in seconds]  # leaves out the warm-up run
 
 
 def _inputs(sizes: Sizes) -> tuple[Predictions, Targets]:
@@ -115,12 +115,12 @@ def costs_table(costs: Sequence[Costs]) -> str:
     return markdown(["micro-batch", *(f"{name}, ms (ratio)" for name in names)], rows)
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure all sizes, print the table, and return 0."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.point_costs", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="also write the results to FOLDER, for make_tables")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     costs = measure_all(SIZES, arguments.repeats)
     if arguments.save is not None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.arms import ALL_ARMS, ARMS, IMAGE_SETS, Run, runs_of
+from benchmarks.quality.arms import ALL_ARMS, ARMS, IMAGE_SETS, Run, list_runs
 from benchmarks.quality.finished_runs import read_run
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_out
@@ -27,26 +27,30 @@ POLL_S = 2.0
 _ONE_CORE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train the requested runs; return exit status 0 if all are finished, else 1."""
-    arguments = parse(words)
+    arguments = parse(argv)
     folder = arguments.folder.absolute()
     sets = [one for one in IMAGE_SETS if one.name in arguments.sets]
     arms = [one for one in ALL_ARMS if one.name in arguments.arms]
     pool = Pool(folder, arguments.overrides, arguments.processes, arguments.kept)
-    return pool.work(runs_of(sets, arms, arguments.seeds), 60 * arguments.minutes)
+    return pool.train(list_runs(sets, arms, arguments.seeds), 60 * arguments.minutes)
 
 
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.run_arms", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder for shards, runs, logs and CPU records")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings for all runs")
     parser.add_argument("--sets", nargs="+", choices=[one.name for one in IMAGE_SETS], default=["shapes"])
     names = [one.name for one in ALL_ARMS]
-    own = [one.name for one in ARMS if one.trainer == "m2f"]
+    m2f_arms = [one.name for one in ARMS if one.trainer == "m2f"]
     parser.add_argument(
-        "--arms", nargs="+", choices=names, default=own, help="default: arms of m2f with the recipe's number of steps"
+        "--arms",
+        nargs="+",
+        choices=names,
+        default=m2f_arms,
+        help="default: arms of m2f with the recipe's number of steps",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument(
@@ -56,7 +60,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="time limit, after which all runs stop after a checkpoint"
     )
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 def make_shards(config: RunConfig) -> None:
@@ -75,20 +79,20 @@ class Pool:
         self._running: dict[Run, subprocess.Popen[bytes]] = {}
         self._stopped = False
 
-    def work(self, runs: Sequence[Run], seconds: float) -> int:
+    def train(self, runs: Sequence[Run], seconds: float) -> int:
         """Train the unfinished runs in order; return 0 if all are finished, else 1.
 
         On SIGINT, on SIGTERM or after `seconds`, all processes stop after a checkpoint.
         """
-        waiting = [run for run in runs if not self._is_finished(run)]
-        print_out(f"{len(waiting)} of {len(runs)} runs to train")
-        until = time.monotonic() + seconds
+        pending = [run for run in runs if not self._is_finished(run)]
+        print_out(f"{len(pending)} of {len(runs)} runs to train")
+        deadline = time.monotonic() + seconds
         with handling(lambda _: self._stop()):
-            while self._running or (waiting and not self._stopped):
-                if time.monotonic() > until:
+            while self._running or (pending and not self._stopped):
+                if time.monotonic() > deadline:
                     self._stop()
-                while waiting and not self._stopped and len(self._running) < self._processes:
-                    self._start(waiting.pop(0))
+                while pending and not self._stopped and len(self._running) < self._processes:
+                    self._start(pending.pop(0))
                 self._collect()
                 time.sleep(POLL_S)
         missing = [run.name for run in runs if not self._is_finished(run)]
@@ -96,9 +100,9 @@ class Pool:
         return 1 if missing else 0
 
     def _is_finished(self, run: Run) -> bool:
-        last = run.config(self._folder, self._overrides).training.max_steps
+        last_step = run.config(self._folder, self._overrides).training.max_steps
         result = read_run(self._results, run)
-        return result is not None and result.step == last
+        return result is not None and result.step == last_step
 
     def _start(self, run: Run) -> None:
         make_shards(run.config(self._folder, self._overrides))
@@ -120,8 +124,8 @@ class Pool:
         for run, process in list(self._running.items()):
             if process.poll() is not None:
                 del self._running[run]
-                done = "finished" if self._is_finished(run) else f"ended with status {process.returncode}"
-                print_out(f"{run.name}: {done}")
+                outcome = "finished" if self._is_finished(run) else f"ended with status {process.returncode}"
+                print_out(f"{run.name}: {outcome}")
 
     def _stop(self) -> None:
         if not self._stopped:

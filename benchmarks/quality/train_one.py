@@ -26,22 +26,24 @@ def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
     config = run.config(folder, overrides)
     record = folder / "cpu" / f"{run.name}.jsonl"
     record.parent.mkdir(parents=True, exist_ok=True)
-    _add(record, {"event": "start"})
+    _append_line(record, {"event": "start"})
     before = _cpu_seconds(resource.RUSAGE_SELF)
     try:
         finished = _train(run, config)
     finally:
-        own = _cpu_seconds(resource.RUSAGE_SELF) - before
-        _add(record, {"event": "end", "training_s": _cpu_seconds(resource.RUSAGE_CHILDREN), "evaluation_s": own})
+        evaluation_s = _cpu_seconds(resource.RUSAGE_SELF) - before
+        _append_line(
+            record, {"event": "end", "training_s": _cpu_seconds(resource.RUSAGE_CHILDREN), "evaluation_s": evaluation_s}
+        )
     return 0 if finished else 1
 
 
 def _train(run: Run, config: RunConfig) -> bool:
     """Train and evaluate the run; return whether both are complete."""
     if run.arm.trainer == "transformers":
-        from benchmarks.quality.their_run import train_theirs
+        from benchmarks.quality.transformers_run import train_transformers
 
-        return train_theirs(config)
+        return train_transformers(config)
     from m2f.cluster.terminal import print_err
     from m2f.cluster.train.local import train_locally
 
@@ -52,19 +54,19 @@ def _train(run: Run, config: RunConfig) -> bool:
     return summary.status == "finished" and not failed
 
 
-def _cpu_seconds(whose: int) -> float:
-    used = resource.getrusage(whose)
-    return used.ru_utime + used.ru_stime
+def _cpu_seconds(who: int) -> float:
+    usage = resource.getrusage(who)
+    return usage.ru_utime + usage.ru_stime
 
 
-def _add(record: Path, line: dict[str, object]) -> None:
+def _append_line(record: Path, line: dict[str, object]) -> None:
     with record.open("a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def named(image_set: str, arm: str, seed: str) -> Run:
+def find_run(image_set: str, arm: str, seed: str) -> Run:
     """Return the run that these names from the command line select."""
     from benchmarks.quality.arms import ALL_ARMS, IMAGE_SETS, Run
 
@@ -73,4 +75,4 @@ def named(image_set: str, arm: str, seed: str) -> Run:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), named(*sys.argv[2:5]), sys.argv[5:]))
+    sys.exit(main(Path(sys.argv[1]), find_run(*sys.argv[2:5]), sys.argv[5:]))

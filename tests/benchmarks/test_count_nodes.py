@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.count_nodes import count_constants, count_regions, without_values
+from benchmarks.count_nodes import count_constants, count_regions, fake_tensors
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which Dynamo reads of tensors without values
 def test_graphs_of_a_training_step_stay_within_their_operation_counts():
     torch.compiler.reset()
-    with without_values():
+    with fake_tensors():
         model = build_model(CONFIG, pretrained_backbone=False).train()
         kept = count_constants(model, 128)
         counts = count_regions(model, lambda: torch.zeros(2, 3, 128, 128))

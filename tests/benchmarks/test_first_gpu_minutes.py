@@ -13,7 +13,7 @@ from benchmarks import first_gpu_minutes
 from benchmarks.first_gpu_minutes import CALLS, STEPS, Call, Step, main, run_call
 from benchmarks.gpu.stage import Stage, distance, milliseconds
 
-IN_SECONDS = ("determinism", "graphs", "parity", "probe", "sanitizer", "sdpa", "train")
+FAST_STEPS = ("determinism", "graphs", "parity", "probe", "sanitizer", "sdpa", "train")
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=lambda step: step.name)
@@ -29,14 +29,14 @@ def test_calls_are_shorter_than_ten_minutes():
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch):
+def restore_environment(monkeypatch):
     """Steps are made for processes of their own: what they set is taken back."""
     for name in ("TRITON_INTERPRET", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
 
 
-@pytest.mark.parametrize("name", IN_SECONDS)
+@pytest.mark.parametrize("name", FAST_STEPS)
 def test_cheap_steps_work_in_a_dry_run(name, tmp_path):
     assert main(["step", name, "--dry-run", "--out", str(tmp_path)]) == 0
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
@@ -58,7 +58,7 @@ def test_step_that_hangs_or_dies_does_not_stop_the_call(tmp_path, monkeypatch, c
     for name, text in (("hangs", "import time; time.sleep(600)"), ("dies", "raise SystemExit(7)")):
         (tmp_path / name).write_text(text)
     monkeypatch.setitem(CALLS, "1", Call(300, (Step("hangs", "none", 0.5), Step("dies", "none", 100))))
-    monkeypatch.setattr(first_gpu_minutes, "command_of", lambda step, _: [sys.executable, str(tmp_path / step.name)])
+    monkeypatch.setattr(first_gpu_minutes, "step_command", lambda step, _: [sys.executable, str(tmp_path / step.name)])
     hung, died = run_call("1", [], tmp_path)
     assert (hung.state, died.state) == ("timeout", "failed")
     assert "exit status 7" in str(died.found)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.__main__ import ON_ANY_DEVICE
-from benchmarks.bench_train_step import _time_of_products
-from benchmarks.measure import CPU, Measurement, Times, compare, interleaved
+from benchmarks.bench_train_step import _product_milliseconds
+from benchmarks.measure import CPU, Measurement, Times, compare, time_interleaved
 from benchmarks.tables import Setting, json_lines, markdown, save
 
 RESULT = Measurement("step", "2 x 64", Times(10.0, (9.0, 11.0), 12.0), "peer", Times(25.0, (24.0, 26.0), 27.0), 1e-6)
@@ -57,7 +57,7 @@ def test_model_benchmarks_do_not_need_packages_of_other_benchmarks():
 
 def test_both_sides_run_in_turn():
     calls, clock = [], iter(range(100))
-    ours, peer = interleaved(lambda: calls.append("o"), lambda: calls.append("p"), 3, lambda: float(next(clock)))
+    ours, peer = time_interleaved(lambda: calls.append("o"), lambda: calls.append("p"), 3, lambda: float(next(clock)))
     assert "".join(calls) == "opopop"
     assert ours == peer == Times(1000.0, (1000.0, 1000.0), 1000.0)
 
@@ -74,9 +74,9 @@ def test_times_have_median_quartiles_and_95th_percentile():
 def test_floor_counts_only_products_and_convolutions():
     model = torch.nn.Sequential(torch.nn.Conv2d(8, 32, 3), torch.nn.Flatten(), torch.nn.Linear(32 * 62 * 62, 16))
     images = torch.randn(4, 8, 64, 64)
-    assert _time_of_products(lambda: model(images).sum().backward(), CPU) > 0
-    assert _time_of_products(lambda: images @ images, CPU) > 0
-    assert _time_of_products(lambda: images.exp().sum(), CPU) == 0
+    assert _product_milliseconds(lambda: model(images).sum().backward(), CPU) > 0
+    assert _product_milliseconds(lambda: images @ images, CPU) > 0
+    assert _product_milliseconds(lambda: images.exp().sum(), CPU) == 0
 
 
 def test_table_states_machine_and_software(setting):

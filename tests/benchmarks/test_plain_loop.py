@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.quality.arms import ARMS, IMAGE_SETS, Run
-from benchmarks.quality.plain_loop import CHECKPOINT, train_plainly
+from benchmarks.quality.plain_loop import CHECKPOINT, run_plain_loop
 from benchmarks.quality.run_arms import make_shards
-from benchmarks.quality.their_run import WEIGHTS
+from benchmarks.quality.transformers_run import WEIGHTS
 from m2f.cluster.train.compose import compose_job
 from m2f.model.errors import ConfigError
 from m2f.model.mask2former import build_model
@@ -33,12 +33,12 @@ class StopsBefore(ManualControl):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        self.asked = -1
+        self.num_requests = -1
         self.steps = steps
 
     def stop_requested(self) -> bool:
-        self.asked += 1
-        return self.asked == self.steps
+        self.num_requests += 1
+        return self.num_requests == self.steps
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def job(tmp_path_factory):
 
 def test_interrupted_run_ends_with_the_same_weights(job, tmp_path):
     whole, parts = (dataclasses.replace(job, run_folder=str(tmp_path / name)) for name in ("whole", "parts"))
-    train_plainly(whole, ManualControl())
-    train_plainly(parts, StopsBefore(2))
+    run_plain_loop(whole, ManualControl())
+    run_plain_loop(parts, StopsBefore(2))
     assert (tmp_path / "parts" / CHECKPOINT).exists()
     assert not (tmp_path / "parts" / WEIGHTS).exists()
-    train_plainly(parts, ManualControl())
+    run_plain_loop(parts, ManualControl())
     models = [build_model(job.model) for _ in range(2)]
     for model, name in zip(models, ("whole", "parts"), strict=True):
         assert load_weights(model, tmp_path / name / WEIGHTS).complete
@@ -65,4 +65,4 @@ def test_interrupted_run_ends_with_the_same_weights(job, tmp_path):
 def test_settings_that_the_peer_does_not_support_are_refused(job, tmp_path):
     training = dataclasses.replace(job.training, micro_batch=2)
     with pytest.raises(ConfigError, match=r"training\.micro_batch 2; training transformers requires fp32"):
-        train_plainly(dataclasses.replace(job, training=training, run_folder=str(tmp_path)), ManualControl())
+        run_plain_loop(dataclasses.replace(job, training=training, run_folder=str(tmp_path)), ManualControl())

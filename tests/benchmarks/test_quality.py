@@ -17,17 +17,17 @@ from benchmarks.quality.arms import (
     PILOT_ARMS,
     Comparison,
     Run,
-    runs_of,
+    list_runs,
 )
 from benchmarks.quality.bars import BARS, PARTS, Bar, judge, judge_costs, missing_runs
 from benchmarks.quality.differences import cpu_ratio, paired_difference, read_results
 from benchmarks.quality.finished_runs import CpuSeconds, read_cpu, read_run
 from benchmarks.quality.make_tables import difference_table, spread_table
 from benchmarks.quality.run_arms import Pool, parse
-from benchmarks.quality.train_one import named
+from benchmarks.quality.train_one import find_run
 
 SHAPES, SMALL_SHAPES = IMAGE_SETS[:2]
-BASE, BOXES, MANY, THEIRS = ARMS[0], ARMS[2], ARMS[3], ARMS[4]
+BASE, BOXES, UNIFORM = ARMS[0], ARMS[2], ARMS[3]
 
 
 def write_run(folder: Path, run: Run, *, step: int, seconds: float = 100.0, **metrics: float | None) -> None:
@@ -58,7 +58,7 @@ def folder(tmp_path):
 
 
 def test_every_arm_has_a_valid_recipe(tmp_path):
-    configs = [run.config(tmp_path) for run in runs_of(IMAGE_SETS, ARMS, [0, 7])]
+    configs = [run.config(tmp_path) for run in list_runs(IMAGE_SETS, ARMS, [0, 7])]
     assert len({config.name for config in configs}) == len(configs) == 2 * len(IMAGE_SETS) * len(ARMS)
     assert {config.seed for config in configs} == {0, 7}
     shapes = configs[: 2 * 2 * len(ARMS)]
@@ -74,22 +74,22 @@ def test_every_arm_has_a_valid_recipe(tmp_path):
 
 
 def test_arms_differ_only_in_their_overrides(tmp_path):
-    base, boxes, many = (Run(SHAPES, arm, 3).config(tmp_path) for arm in (BASE, BOXES, MANY))
+    base, boxes, uniform = (Run(SHAPES, arm, 3).config(tmp_path) for arm in (BASE, BOXES, UNIFORM))
     assert base.model.loss.num_points == boxes.model.loss.num_points == 1024
     assert (boxes.model.loss.matching_box_share, boxes.model.loss.supervision_box_share) == (0.5, 0.5)
-    assert many.model.loss.num_points == 8192
-    assert base.datasets == boxes.datasets == many.datasets
-    assert base.training == boxes.training == many.training
+    assert uniform.model.loss.num_points == 8192
+    assert base.datasets == boxes.datasets == uniform.datasets
+    assert base.training == boxes.training == uniform.training
 
 
 def test_all_arms_of_a_seed_run_before_the_next_seed():
-    assert [(run.arm.name, run.seed) for run in runs_of([SHAPES], [BASE, BOXES], [0, 1])] == [
+    assert [(run.arm.name, run.seed) for run in list_runs([SHAPES], [BASE, BOXES], [0, 1])] == [
         ("base", 0),
         ("box_points", 0),
         ("base", 1),
         ("box_points", 1),
     ]
-    assert named("shapes", "box_points", "4") == Run(SHAPES, BOXES, 4)
+    assert find_run("shapes", "box_points", "4") == Run(SHAPES, BOXES, 4)
 
 
 def test_command_line_selects_sets_arms_and_seeds():
@@ -100,7 +100,7 @@ def test_command_line_selects_sets_arms_and_seeds():
 
 def test_finished_runs_are_not_trained_again(folder, capsys):
     pool = Pool(folder, ["training.max_steps=900"], processes=1)
-    assert pool.work(runs_of([SHAPES], [BASE, BOXES], [0, 1, 2]), seconds=60) == 0
+    assert pool.train(list_runs([SHAPES], [BASE, BOXES], [0, 1, 2]), seconds=60) == 0
     assert capsys.readouterr().out == "0 of 6 runs to train\nall runs are finished\n"
 
 
@@ -183,7 +183,7 @@ def write_pairs(folder, base, boxes, metric="APs"):
         write_run(folder, Run(SMALL_SHAPES, BOXES, seed), step=9, **{metric: other})
 
 
-SMALL_OBJECTS = Bar("small_shapes", Comparison("box_points", "base"), "APs", least_gain=0.2)
+SMALL_OBJECTS = Bar("small_shapes", Comparison("box_points", "base"), "APs", min_gain=0.2)
 MEDIUM_OBJECTS = Bar("small_shapes", Comparison("box_points", "base"), "APm")
 
 
@@ -261,7 +261,7 @@ def test_pilots_are_compared_with_longer_and_shorter_runs(tmp_path):
         assert config.training.max_steps % config.training.checkpoint.every_steps == 0
         assert config.datasets == Run(SHAPES, BASE, 2).config(tmp_path).datasets
     assert (long.model.pilots.max_targets, pilots.model.pilots.max_targets) == (0, 100)
-    assert named("shapes", "pilots_1500", "4").arm == PILOT_ARMS[2]
+    assert find_run("shapes", "pilots_1500", "4").arm == PILOT_ARMS[2]
 
 
 @pytest.mark.parametrize(("seconds", "verdict"), [(69.0, "holds"), (71.0, "FAILS")])
@@ -288,7 +288,7 @@ def test_kept_results_replace_their_run_folders(folder, tmp_path, capsys):
     write_run(later, Run(SHAPES, BOXES, 3), step=900, PQ=57.0)
     assert len(read_results([kept, later], SHAPES)) == 7
     pool = Pool(later, ["training.max_steps=900"], processes=1, kept=[kept])
-    assert pool.work(runs_of([SHAPES], [BASE, BOXES], [0, 1, 2]), seconds=60) == 0
+    assert pool.train(list_runs([SHAPES], [BASE, BOXES], [0, 1, 2]), seconds=60) == 0
 
 
 def test_make_tables_prints_all_tables_and_bars(folder, capsys):

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.quality.agreement import StepLosses, agree, losses_of_recipe, move_offsets, table
 from benchmarks.quality.arms import ARMS, IMAGE_SETS, Run
-from benchmarks.quality.their_model import their_twin, to_our_names
+from benchmarks.quality.transformers_model import to_our_names, transformers_twin
 from benchmarks.synthetic_batches import dense_masks
 from m2f.model.mask2former import build_model
 from m2f.trainer.engine.param_groups import build_param_groups
@@ -34,7 +34,7 @@ def config(tmp_path_factory):
 def twins(config):
     model = dataclasses.replace(config.model, num_classes=7)
     ours = build_model(model)
-    return ours, their_twin(ours, model)
+    return ours, transformers_twin(ours, model)
 
 
 def test_both_trainings_have_the_same_losses(config):

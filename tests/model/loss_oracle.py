@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from transformers.models.mask2former import modeling_mask2former as hf
 
-from benchmarks.quality.their_draws import replayed
+from benchmarks.quality.transformers_draws import replay
 from m2f.model.config import LossConfig
 from m2f.model.structures import Predictions, Targets, ignore_id
 
@@ -98,4 +98,4 @@ def transformers_losses(class_logits, masks, targets: Targets, config: LossConfi
     terms = torch.stack([torch.stack([result[name + suffix] for name in names]) for suffix in suffixes])
     order = [layers - 1, *range(layers - 1)]  # the final prediction draws first
     assignments = [assigned[order.index(layer)] for layer in range(layers)]
-    return terms, replayed(drawn, assignments, order, targets)
+    return terms, replay(drawn, assignments, order, targets)

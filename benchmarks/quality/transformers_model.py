@@ -21,7 +21,7 @@ from m2f.model.structures import Targets
 from m2f.model.weights.names import to_hugging_face_names, to_own_names
 
 _BACKBONE = "backbone."
-_THEIR_BACKBONE = "model.pixel_level_module.encoder.backbone."
+_TRANSFORMERS_BACKBONE = "model.pixel_level_module.encoder.backbone."
 _EXPANSION = 4  # channel expansion of a bottleneck
 
 
@@ -38,7 +38,7 @@ class _Encoder(nn.Module):
         return BackboneOutput(feature_maps=self.backbone(pixel_values))
 
 
-def their_twin(ours: Mask2Former, config: ModelConfig) -> Mask2FormerForUniversalSegmentation:
+def transformers_twin(ours: Mask2Former, config: ModelConfig) -> Mask2FormerForUniversalSegmentation:
     """Return their network and criterion with the weights of ours and a copy of our backbone.
 
     Raises WeightsError if `transformers` does not have the decoders of the recipe.
@@ -46,24 +46,24 @@ def their_twin(ours: Mask2Former, config: ModelConfig) -> Mask2FormerForUniversa
     channels: tuple[int, ...] = ours.backbone.channels  # type: ignore[assignment]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You'd better set embed_dim")  # uses a kernel that CPUs lack
-        theirs = Mask2FormerForUniversalSegmentation(_their_config(config, channels))
+        theirs = Mask2FormerForUniversalSegmentation(_transformers_config(config, channels))
     theirs.model.pixel_level_module.encoder = _Encoder(deepcopy(ours.backbone), channels)
-    state = to_their_names(ours.state_dict())
+    state = to_transformers_names(ours.state_dict())
     theirs.load_state_dict({"criterion.empty_weight": theirs.criterion.empty_weight, **state})
     return theirs
 
 
-def their_loss(theirs: Mask2FormerForUniversalSegmentation, pixels: Tensor, targets: Targets) -> Tensor:
+def transformers_loss(theirs: Mask2FormerForUniversalSegmentation, pixels: Tensor, targets: Targets) -> Tensor:
     """Return the total loss [] of a micro-batch; `pixels` [B, 3, H, W] are normalised by our model."""
     labels = [own[valid] for own, valid in zip(targets.labels, targets.valid, strict=True)]
     return theirs(pixel_values=pixels, mask_labels=dense_masks(targets), class_labels=labels).loss.view(())
 
 
-def to_their_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights of our model to the names of `their_twin`."""
+def to_transformers_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename weights of our model to the names of `transformers_twin`."""
     heads = {name: tensor for name, tensor in own.items() if not name.startswith(_BACKBONE)}
     backbone = {
-        _THEIR_BACKBONE + name.removeprefix(_BACKBONE): tensor
+        _TRANSFORMERS_BACKBONE + name.removeprefix(_BACKBONE): tensor
         for name, tensor in own.items()
         if name.startswith(_BACKBONE)
     }
@@ -71,17 +71,17 @@ def to_their_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_our_names(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights of `their_twin` to the names of our model."""
-    heads = {name: tensor for name, tensor in theirs.items() if not name.startswith(_THEIR_BACKBONE)}
+    """Rename weights of `transformers_twin` to the names of our model."""
+    heads = {name: tensor for name, tensor in theirs.items() if not name.startswith(_TRANSFORMERS_BACKBONE)}
     backbone = {
-        _BACKBONE + name.removeprefix(_THEIR_BACKBONE): tensor
+        _BACKBONE + name.removeprefix(_TRANSFORMERS_BACKBONE): tensor
         for name, tensor in theirs.items()
-        if name.startswith(_THEIR_BACKBONE)
+        if name.startswith(_TRANSFORMERS_BACKBONE)
     }
     return to_own_names(heads, "hugging_face") | backbone
 
 
-def _their_config(config: ModelConfig, channels: tuple[int, ...]) -> Mask2FormerConfig:
+def _transformers_config(config: ModelConfig, channels: tuple[int, ...]) -> Mask2FormerConfig:
     """Return their configuration, with a small ResNet of the same channels as the backbone.
 
     It only determines the input channels of their pixel decoder.

@@ -18,7 +18,7 @@ WEIGHTS = "weights.safetensors"
 """File that exists in the run folder once training has finished."""
 
 
-def train_theirs(config: RunConfig) -> bool:
+def train_transformers(config: RunConfig) -> bool:
     """Train or resume, then evaluate; return False if a signal stopped training after a checkpoint.
 
     Raises:
@@ -41,6 +41,6 @@ def train_theirs(config: RunConfig) -> bool:
 def train_rank(job: TrainJob) -> None:
     """Train in the training process, the only one that imports `transformers`."""
     with stopped_by_signals() as control:
-        from benchmarks.quality.plain_loop import train_plainly
+        from benchmarks.quality.plain_loop import run_plain_loop
 
-        train_plainly(job, control)
+        run_plain_loop(job, control)

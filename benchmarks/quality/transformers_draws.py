@@ -32,11 +32,11 @@ class RecordedDraws:
         """Return the recorded points for our criterion, indexed by prediction, image and target."""
         last = len(self.assigned) - 1
         order = [last, *range(last)]
-        return replayed(self.drawn, [self.assigned[order.index(layer)] for layer in range(last + 1)], order, targets)
+        return replay(self.drawn, [self.assigned[order.index(layer)] for layer in range(last + 1)], order, targets)
 
 
 @contextmanager
-def recorded_draws(criterion: Mask2FormerLoss) -> Iterator[RecordedDraws]:
+def record_draws(criterion: Mask2FormerLoss) -> Iterator[RecordedDraws]:
     """Record draws and assignments of one pass; no other code may call `torch.rand` inside the context."""
     draws, rand = RecordedDraws(), torch.rand
 
@@ -52,7 +52,7 @@ def recorded_draws(criterion: Mask2FormerLoss) -> Iterator[RecordedDraws]:
         hook.remove()
 
 
-def replayed(
+def replay(
     drawn: Sequence[Tensor], assignments: Sequence[Assignment], order: Sequence[int], targets: Targets
 ) -> GivenPoints:
     """Return draws of the official order, sorted by prediction, image and target.
@@ -65,9 +65,9 @@ def replayed(
         order: indices of the predictions in the order of the draws.
         targets: targets of the micro-batch.
     """
-    layers, (images, most) = len(order), targets.valid.shape
+    layers, (images, max_targets) = len(order), targets.valid.shape
     per_layer = [drawn[i : i + images + 2] for i in range(0, len(drawn), images + 2)]
-    shape = (layers, images, most)
+    shape = (layers, images, max_targets)
     matching = torch.zeros(layers, images, *drawn[0].shape[1:])
     candidates = torch.zeros(*shape, *drawn[images].shape[1:])
     fresh = torch.zeros(*shape, *drawn[images + 1].shape[1:])
