@@ -90,10 +90,13 @@ class Dataset:
         for position, (file, annotation) in enumerate(zip(files, annotations, strict=True)):
             height, width = check_annotation(annotation, table, f"annotation {position}")
             check_image(file, height, width, DatasetConfig.max_pixels, f"image {position}")
-        of_name = {f"{position:08d}": position for position in range(len(files))}
+        position_of = {f"{position:08d}": position for position in range(len(files))}
         config = DatasetConfig(shards=os.fspath(folder), source=CustomSource(version=_digest(files, annotations)))
         reader = CustomReader.of(
-            table, tuple(of_name), lambda name: (files[of_name[name]], annotations[of_name[name]]), config.max_pixels
+            table,
+            tuple(position_of),
+            lambda name: (files[position_of[name]], annotations[position_of[name]]),
+            config.max_pixels,
         )
         return write_dataset(reader, config, Storage()).num_samples
 
@@ -127,7 +130,7 @@ class Dataset:
 
     def _annotation(self, position: int, truth: Truth) -> Annotation:
         if isinstance(truth, Instances):
-            return self._of_instances(position, truth)
+            return self._instance_annotation(position, truth)
         where = f"annotation {position}"
         values = truth.id_map if isinstance(truth, PanopticImage) else truth
         if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer) or values.size == 0:
@@ -141,12 +144,14 @@ class Dataset:
                 f"{where} has values from {values.min()} to {values.max()}; they must be at least 0 and below {_MAX_ID}"
             )
         classify = self._segment_of(truth) if isinstance(truth, PanopticImage) else self._class_of
-        known = (
+        requirement = (
             "have no valid label in `labels`"
             if isinstance(truth, PanopticImage)
             else f"are not below {len(self.names)}"
         )
-        return partition(values.astype(np.uint32), classify, where, f"{known}, and names has {len(self.names)} classes")
+        return partition(
+            values.astype(np.uint32), classify, where, f"{requirement}, and names has {len(self.names)} classes"
+        )
 
     def _segment_of(self, truth: PanopticImage) -> Callable[[int], Region | None]:
         categories = self._table.categories
@@ -168,7 +173,7 @@ class Dataset:
             raise KeyError(value)
         return Region(self._table.categories[value], value + 1)
 
-    def _of_instances(self, position: int, truth: Instances) -> Annotation:
+    def _instance_annotation(self, position: int, truth: Instances) -> Annotation:
         where = f"annotation {position}"
         masks = [mask if isinstance(mask, np.ndarray) else decode_mask(mask) for mask in truth.masks]
         labels = [int(label) for label in truth.labels]

@@ -43,16 +43,16 @@ def evaluate(
         DataError: a set cannot be read, or its classes contradict those of the model.
         EvaluationError: images could not be evaluated, or the weights belong to a different model.
     """
-    config, own = open_recipe(resolve_source(os.fspath(source)), overrides_of(settings))
-    wanted = own if checkpoint is None else str(checkpoint)
-    weights = choose_checkpoint(config, Storage(config.storage), wanted)
-    with own_threads():
-        found = evaluate_checkpoint(config, weights.url, step=weights.step)
-    return {one.results.subject.label: one.results for one in found}
+    config, default_checkpoint = open_recipe(resolve_source(os.fspath(source)), overrides_of(settings))
+    selected = default_checkpoint if checkpoint is None else str(checkpoint)
+    weights = choose_checkpoint(config, Storage(config.storage), selected)
+    with preserve_num_threads():
+        evaluations = evaluate_checkpoint(config, weights.url, step=weights.step)
+    return {evaluation.results.subject.label: evaluation.results for evaluation in evaluations}
 
 
 @contextmanager
-def own_threads() -> Iterator[None]:
+def preserve_num_threads() -> Iterator[None]:
     """Restore torch's number of threads after the block, because an evaluation in this process changes it."""
     before = torch.get_num_threads()
     try:

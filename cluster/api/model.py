@@ -146,15 +146,15 @@ class Model:
         given = given_images(images, channels, storage)
         predictor = Predictor(self._trained, task, min_score)
         results: dict[int, Result] = {}
-        for together in batches_by_shape(loaded_images(given, storage), predictor, batch):
-            for loaded, found in zip(together, predictor.predict(together), strict=True):
-                number = loaded.image.id
-                results[number] = make_result(
-                    found,
+        for batch_images in batches_by_shape(loaded_images(given, storage), predictor, batch):
+            for loaded, prediction in zip(batch_images, predictor.predict(batch_images), strict=True):
+                image_id = loaded.image.id
+                results[image_id] = make_result(
+                    prediction,
                     self._trained.classes,
                     source=loaded.image.url,
                     size=(loaded.pixels.shape[0], loaded.pixels.shape[1]),
-                    read=partial(_pixels, given[number - 1]),
+                    read=partial(_pixels, given[image_id - 1]),
                 )
         ordered = [results[image.input.id] for image in given]
         return ordered[0] if is_single(images) else ordered
@@ -205,15 +205,15 @@ def load(
         StorageError: the storage cannot be read.
         CheckpointError: the weights differ from the manifest of their checkpoint.
     """
-    place = os.fspath(source)
+    source_url = os.fspath(source)
     overrides = overrides_of(settings)
-    where = resolved_device(device)
+    torch_device = resolved_device(device)
     if recipe is None:
-        chosen = None if checkpoint is None else str(checkpoint)
-        return Model(open_trained(place, overrides, chosen, where))
+        selected = None if checkpoint is None else str(checkpoint)
+        return Model(open_trained(source_url, overrides, selected, torch_device))
     if checkpoint is not None:
         raise ConfigError(f"checkpoint is {checkpoint!r}, but recipe is also set; give the run folder without recipe")
-    return Model(open_trained(os.fspath(recipe), overrides, place, where))
+    return Model(open_trained(os.fspath(recipe), overrides, source_url, torch_device))
 
 
 def overrides_of(settings: Mapping[str, Any] | None) -> list[str]:

@@ -42,7 +42,7 @@ class Result:
     """[N] int64 labels, from 0. Detections are sorted by descending score, classes of a label map by label."""
     scores: np.ndarray
     """[N] float64 scores from 0 to 1; NaN for the classes of a label map, which have no scores."""
-    _found: Prediction
+    _prediction: Prediction
     _classes: tuple[Category, ...]
     _read: Callable[[], np.ndarray]
 
@@ -83,12 +83,12 @@ class Result:
 
         Raises ConfigError if the task is not "panoptic".
         """
-        if not isinstance(self._found, PanopticResult):
+        if not isinstance(self._prediction, PanopticResult):
             raise ConfigError(
                 f"this result has no segment map, because its task is {self.task}; use predict(..., task='panoptic') "
                 "with a model trained for panoptic segmentation"
             )
-        return self._found.segment_map.numpy()
+        return self._prediction.segment_map.numpy()
 
     @property
     def semantic(self) -> np.ndarray:
@@ -97,10 +97,10 @@ class Result:
         A semantic result returns the map of the model. A panoptic result returns for each pixel the class of its
         segment. Raises ConfigError for instance results, because several instances may cover a pixel.
         """
-        if isinstance(self._found, SemanticResult):
-            return self._found.label_map.numpy()
-        if isinstance(self._found, PanopticResult):
-            return np.array([-1, *self.labels], dtype=np.int64)[self._found.segment_map.numpy()]
+        if isinstance(self._prediction, SemanticResult):
+            return self._prediction.label_map.numpy()
+        if isinstance(self._prediction, PanopticResult):
+            return np.array([-1, *self.labels], dtype=np.int64)[self._prediction.segment_map.numpy()]
         raise ConfigError(
             "this result has no label map, because its task is instance; use predict(..., task='semantic') with a "
             "model trained for panoptic or semantic segmentation"
@@ -112,14 +112,14 @@ class Result:
         Only detections with a score of at least `min_score` are drawn, the highest score on top. `min_score` does not
         apply to other tasks. Raises DataError if the image file no longer exists.
         """
-        found = self._found
-        if isinstance(found, InstanceDetections):
-            overlay = predicted_instances(found, self.size, min_score)
-        elif isinstance(found, SemanticResult):
+        prediction = self._prediction
+        if isinstance(prediction, InstanceDetections):
+            overlay = predicted_instances(prediction, self.size, min_score)
+        elif isinstance(prediction, SemanticResult):
             overlay = predicted_labels(self.semantic, len(self.names))
         else:
             labels, scores = (
-                {s.id: value(s) for s in found.segments} for value in (lambda s: s.label, lambda s: s.score)
+                {s.id: value(s) for s in prediction.segments} for value in (lambda s: s.label, lambda s: s.score)
             )
             overlay = predicted_segments("prediction", self.panoptic, labels, scores)
         return Image.fromarray(draw_overlay(self.image, overlay, self._classes))
@@ -130,7 +130,7 @@ class Result:
         Classes of a label map have no score. `json.dumps` and pycocotools' `loadRes` accept the entries.
         """
         results = mask_results(image_id, self._detections, self._classes)
-        if isinstance(self._found, SemanticResult):
+        if isinstance(self._prediction, SemanticResult):
             return [{name: value for name, value in entry.items() if name != "score"} for entry in results]
         return results
 
@@ -140,8 +140,8 @@ class Result:
         Raises ConfigError if the task is not "panoptic".
         """
         png = panoptic_png(self.panoptic)
-        assert isinstance(self._found, PanopticResult)
-        return panoptic_annotation(image_id, file_name, self._found.segments, self._classes), png
+        assert isinstance(self._prediction, PanopticResult)
+        return panoptic_annotation(image_id, file_name, self._prediction.segments, self._classes), png
 
     def to_supervision(self) -> Any:
         """Return `supervision.Detections` with boxes, masks, labels, scores and `data["class_name"]`.
@@ -170,27 +170,27 @@ class Result:
         return file.getvalue()
 
     def __repr__(self) -> str:
-        found = ", ".join(self.class_names[:5]) + (", ..." if len(self) > 5 else "")
-        return f"Result({self.source!r}, {self.task}, {self.size[1]} x {self.size[0]} pixels, {len(self)}: {found})"
+        names = ", ".join(self.class_names[:5]) + (", ..." if len(self) > 5 else "")
+        return f"Result({self.source!r}, {self.task}, {self.size[1]} x {self.size[0]} pixels, {len(self)}: {names})"
 
     @cached_property
     def _masks(self) -> tuple[Rle, ...]:
-        found = self._found
-        if isinstance(found, InstanceDetections):
-            return tuple(found.masks[i] for i in found.mask_index.tolist())
-        if isinstance(found, SemanticResult):
+        prediction = self._prediction
+        if isinstance(prediction, InstanceDetections):
+            return tuple(prediction.masks[i] for i in prediction.mask_index.tolist())
+        if isinstance(prediction, SemanticResult):
             return encode_masks(self.semantic == label for label in self.labels)
-        return encode_masks(self.panoptic == segment.id for segment in found.segments)
+        return encode_masks(self.panoptic == segment.id for segment in prediction.segments)
 
     @property
     def _detections(self) -> InstanceDetections:
-        if isinstance(self._found, InstanceDetections):
-            return self._found
+        if isinstance(self._prediction, InstanceDetections):
+            return self._prediction
         return InstanceDetections(self._masks, np.arange(len(self)), self.labels, self.scores)
 
 
 def make_result(
-    found: Prediction,
+    prediction: Prediction,
     classes: tuple[Category, ...],
     *,
     source: str,
@@ -199,19 +199,19 @@ def make_result(
 ) -> Result:
     """Create a `Result` from a prediction and move its maps to the CPU. `read` returns the pixels of the image."""
     task: Task
-    if isinstance(found, PanopticResult):
+    if isinstance(prediction, PanopticResult):
         task = "panoptic"
-        found = replace(found, segment_map=found.segment_map.cpu())
-        labels = np.array([segment.label for segment in found.segments], dtype=np.int64)
-        scores = np.array([segment.score for segment in found.segments], dtype=np.float64)
-    elif isinstance(found, SemanticResult):
+        prediction = replace(prediction, segment_map=prediction.segment_map.cpu())
+        labels = np.array([segment.label for segment in prediction.segments], dtype=np.int64)
+        scores = np.array([segment.score for segment in prediction.segments], dtype=np.float64)
+    elif isinstance(prediction, SemanticResult):
         task = "semantic"
-        found = SemanticResult(found.label_map.cpu())
-        present = np.unique(found.label_map.numpy())
+        prediction = SemanticResult(prediction.label_map.cpu())
+        present = np.unique(prediction.label_map.numpy())
         labels = present[present >= 0]
         scores = np.full(len(labels), np.nan)
     else:
-        task, labels, scores = "instance", found.labels, found.scores
+        task, labels, scores = "instance", prediction.labels, prediction.scores
     return Result(
         source=source,
         size=size,
@@ -219,7 +219,7 @@ def make_result(
         names=tuple(category.name for category in classes),
         labels=labels,
         scores=scores,
-        _found=found,
+        _prediction=prediction,
         _classes=classes,
         _read=read,
     )

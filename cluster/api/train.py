@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from m2f.cluster.api.evaluate import own_threads
+from m2f.cluster.api.evaluate import preserve_num_threads
 from m2f.cluster.api.model import Model, load, overrides_of
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe, recipe_of_tree
@@ -93,9 +93,9 @@ def train(
     else:
         config = load_recipe(os.fspath(recipe), overrides)
     storage = Storage(config.storage)
-    with naming_extras("m2f.train"), own_threads():
+    with naming_extras("m2f.train"), preserve_num_threads():
         _write_missing_shards(config, storage)
-        return _run_of(_train(with_pinned_weights(config, storage), launcher), storage)
+        return _make_run(_train(with_pinned_weights(config, storage), launcher), storage)
 
 
 def _train(config: RunConfig, launcher: Launcher) -> RunSummary:
@@ -114,12 +114,12 @@ def _write_missing_shards(config: RunConfig, storage: Storage) -> None:
     used = [item.dataset for item in config.data.train] + [item.dataset for item in config.evaluation.sets]
     for name in dict.fromkeys(used):
         dataset = config.datasets[name]
-        is_ours = dataset.source is not None and not isinstance(dataset.source, CustomSource)
-        if is_ours and not storage.exists(join(dataset.shards, DATASET_FILE)):
+        can_shard = dataset.source is not None and not isinstance(dataset.source, CustomSource)
+        if can_shard and not storage.exists(join(dataset.shards, DATASET_FILE)):
             run_shard_job(name, dataset, config.cluster, storage)
 
 
-def _run_of(summary: RunSummary, storage: Storage) -> Run:
+def _make_run(summary: RunSummary, storage: Storage) -> Run:
     if summary.status == "failed":
         reason = summary.failures[-1].message if summary.failures else "no reason was recorded"
         raise TrainingFailedError(f"training in {summary.run_folder} failed: {reason}")

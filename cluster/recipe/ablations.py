@@ -56,13 +56,13 @@ def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
     files = {path.stem: path for path in CONFIGS.rglob("*.yaml") if path != TABLE}
     if base not in files:
         raise ConfigError(
-            f"no recipe is named {base!r}{_nearest(base, files)}; give a path or the name of a file in configs/"
+            f"no recipe is named {base!r}{_did_you_mean(base, files)}; give a path or the name of a file in configs/"
         )
     overrides: list[str] = []
     for name in names:
         ablation = ablations().get(name)
         if ablation is None:
-            raise ConfigError(f"{text}: no ablation is named {name!r}{_nearest(name, ablations())} (see {TABLE})")
+            raise ConfigError(f"{text}: no ablation is named {name!r}{_did_you_mean(name, ablations())} (see {TABLE})")
         if base not in ablation.published:
             raise ConfigError(
                 f"{text}: the ablation {name!r} applies to {', '.join(ablation.published)}, not to {base}"
@@ -84,7 +84,7 @@ def _overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())  # JSON is valid YAML on one line
 
 
-def _nearest(name: str, known: Mapping[str, object]) -> str:
+def _did_you_mean(name: str, known: Mapping[str, object]) -> str:
     found = [other for other in known if other.startswith(name)][:3]
     found = found or get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" (did you mean {', '.join(found)}?)" if found else ""

@@ -32,7 +32,7 @@ def fill_defaults(tree: dict[str, Any]) -> None:
         evaluation["sets"] = [{"dataset": validation[0]}]
 
 
-def take_input_rules(tree: dict[str, Any]) -> list[str]:
+def fill_input_rules(tree: dict[str, Any]) -> list[str]:
     """Set the pixel mean and standard deviation that packaged backbone weights expect, unless the recipe sets them.
 
     Changes the tree in place. Returns a message for each value that was set, and for each value in the recipe that
@@ -48,8 +48,9 @@ def take_input_rules(tree: dict[str, Any]) -> list[str]:
     except ConfigError:
         return []  # the checks of the whole recipe report this
     rules = {"pixel_mean": list(known.pixel_mean), "pixel_std": list(known.pixel_std)}
-    taken = {name: values for name, values in rules.items() if name not in model}
-    other = {name: values for name, values in rules.items() if name in model and model[name] != values}
-    model.update(taken)
-    lines = [f"model.{name} is {values}, as {weights} expects" for name, values in taken.items()]
-    return lines + [f"model.{name} is {model[name]}, but {weights} expects {values}" for name, values in other.items()]
+    filled = {name: values for name, values in rules.items() if name not in model}
+    conflicting = {name: values for name, values in rules.items() if name in model and model[name] != values}
+    model.update(filled)
+    lines = [f"model.{name} is {values}, as {weights} expects" for name, values in filled.items()]
+    lines += [f"model.{name} is {model[name]}, but {weights} expects {values}" for name, values in conflicting.items()]
+    return lines

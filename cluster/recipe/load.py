@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from m2f.cluster.recipe.ablations import find_recipe
 from m2f.cluster.recipe.config import RunConfig, url_problems
-from m2f.cluster.recipe.defaults import fill_defaults, take_input_rules
+from m2f.cluster.recipe.defaults import fill_defaults, fill_input_rules
 from m2f.cluster.recipe.paths import with_absolute_paths
 from m2f.cluster.recipe.retired import apply_renames, drop_retired, raise_collective_timeout, renamed_path
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
@@ -96,9 +96,9 @@ def _build_recipe(
     for override in overrides:
         _apply_override(tree, override, problems)
     drop_retired(tree, problems)
-    tree = _expand(tree, "", problems)
+    tree = _expand_variables(tree, "", problems)
     fill_defaults(tree)
-    hints += take_input_rules(tree)
+    hints += fill_input_rules(tree)
     config = _build(RunConfig, tree, "", problems)
     if not is_stored:  # a stored name may be that of an earlier timm version; building the model reports this
         problems += _unknown_backbones(tree)
@@ -166,7 +166,7 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     return tree
 
 
-def _expand(node: Any, path: str, problems: list[str]) -> Any:
+def _expand_variables(node: Any, path: str, problems: list[str]) -> Any:
     """Return the tree with `${NAME}` and `${NAME:-default}` in its strings replaced from the environment."""
 
     def value(match: re.Match[str]) -> str:
@@ -179,9 +179,9 @@ def _expand(node: Any, path: str, problems: list[str]) -> Any:
         return found or ""
 
     if isinstance(node, dict):
-        return {key: _expand(child, f"{path}.{key}".lstrip("."), problems) for key, child in node.items()}
+        return {key: _expand_variables(child, f"{path}.{key}".lstrip("."), problems) for key, child in node.items()}
     if isinstance(node, list):
-        return [_expand(child, f"{path}.{index}", problems) for index, child in enumerate(node)]
+        return [_expand_variables(child, f"{path}.{index}", problems) for index, child in enumerate(node)]
     return _VARIABLE.sub(value, node) if isinstance(node, str) else node
 
 
@@ -281,9 +281,9 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
     for name, field in fields.items():
         if name in value:
             arguments[name] = _build(hints[name], value[name], _join(path, name), problems, _default_of(field))
-            if wrong := range_problems(_join(path, name), arguments[name], ranges_of(section).get(name)):
+            if range_errors := range_problems(_join(path, name), arguments[name], ranges_of(section).get(name)):
                 arguments[name] = _INVALID
-                problems += wrong
+                problems += range_errors
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             arguments[name] = _add_problem(
                 problems, f"`{_join(path, name)}` is missing; {_required_hint(section, name)}"
@@ -300,8 +300,8 @@ def _build_leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     kinds = {hint, *get_args(hint)}
     if isinstance(value, bool) and not kinds.isdisjoint((int, float)) and bool not in kinds:
         return _add_problem(problems, f"`{path}`: expected a number, got {str(value).lower()}")
-    if unfit := url_problems(value, path):
-        problems += unfit
+    if url_errors := url_problems(value, path):
+        problems += url_errors
         return _INVALID
     try:
         return _adapter(hint).validate_python(value)

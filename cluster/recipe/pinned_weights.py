@@ -26,8 +26,8 @@ def with_pinned_weights(config: RunConfig, storage: Storage) -> RunConfig:
         return config
     if list_checkpoints(storage, config.run_folder):
         stored = _stored_weights(config, storage)
-        asked = HubAddress.parse(weights)
-        if not stored.startswith(HUB) or asked.is_commit or HubAddress.parse(stored).repo != asked.repo:
+        requested = HubAddress.parse(weights)
+        if not stored.startswith(HUB) or requested.is_commit or HubAddress.parse(stored).repo != requested.repo:
             return config
         weights = stored
     else:

@@ -29,7 +29,7 @@ def recipe_schema() -> dict[str, Any]:
             if name in docs:
                 setting["description"] = docs[name]
             if name in ranges:
-                _limit(setting, ranges[name])
+                _add_range(setting, ranges[name])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "m2f recipe"}
 
 
@@ -38,11 +38,11 @@ def _all_sections(section: type) -> set[type]:
     return {section}.union(*(_all_sections(found) for found in inner))
 
 
-def _limit(schema: Any, allowed: Range) -> None:
+def _add_range(schema: Any, allowed: Range) -> None:
     """Add the range to the schema of every number in a setting, including numbers inside lists and mappings."""
     if isinstance(schema, list):
         for item in schema:
-            _limit(item, allowed)
+            _add_range(item, allowed)
     elif isinstance(schema, dict):
         if schema.get("type") in ("number", "integer"):
             if allowed.low > -math.inf:
@@ -50,4 +50,4 @@ def _limit(schema: Any, allowed: Range) -> None:
             if allowed.high < math.inf:
                 schema["exclusiveMaximum" if allowed.below else "maximum"] = allowed.high
         for name in ("anyOf", "items", "prefixItems", "additionalProperties"):
-            _limit(schema.get(name), allowed)
+            _add_range(schema.get(name), allowed)

@@ -39,7 +39,7 @@ def stored_setting(content: str | bytes, *keys: str) -> Any:
     return found
 
 
-def fresh_name(config: RunConfig) -> str:
+def unused_name(config: RunConfig) -> str:
     """Return the run's name if its folder does not exist, otherwise the first free one of NAME-2, NAME-3, ..."""
     storage = Storage(config.storage)
     names = itertools.chain([config.name], (f"{config.name}-{number}" for number in itertools.count(2)))

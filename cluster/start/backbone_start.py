@@ -32,7 +32,7 @@ class BackboneStart:
 def settle_backbone(
     config: RunConfig,
     stored: bool | None,
-    problem: Callable[[str], str | None],
+    find_problem: Callable[[str], str | None],
     is_frozen: Callable[[BackboneConfig], bool],
 ) -> BackboneStart:
     """Choose published weights for the backbone of a new run if available, otherwise random ones with a warning.
@@ -40,7 +40,7 @@ def settle_backbone(
     Args:
         config: the recipe. Its explicit settings of the backbone stay.
         stored: whether a continued run started from published weights; None for a new run.
-        problem: returns why the published weights of a timm model are not available, or None if they are.
+        find_problem: returns why the published weights of a timm model are not available, or None if they are.
         is_frozen: returns whether a backbone has frozen norms.
     """
     backbone = config.model.backbone
@@ -55,7 +55,7 @@ def settle_backbone(
         case TimmBackboneConfig(pretrained=True):
             return BackboneStart(config)
         case TimmBackboneConfig(pretrained=False):
-            return _random(config, backbone, "model.backbone.pretrained is false", is_frozen, stated=True)
+            return _random(config, backbone, "model.backbone.pretrained is false", is_frozen, is_explicit=True)
         case TimmBackboneConfig(norm="group"):  # was meant for random weights; published weights have different norms
             return BackboneStart(_with_pretrained(config, False))
         case TimmBackboneConfig(options=options) if options:
@@ -64,7 +64,7 @@ def settle_backbone(
             )
             return _random(_with_pretrained(config, False), backbone, reason, is_frozen)
         case TimmBackboneConfig(name=name):
-            reason = problem(name)
+            reason = find_problem(name)
             if reason is not None:
                 return _random(_with_pretrained(config, False), backbone, reason, is_frozen)
             return BackboneStart(_with_pretrained(config, True), f"backbone: timm's published weights of {name}")
@@ -82,14 +82,14 @@ def _random(
     backbone: TimmBackboneConfig,
     reason: str,
     is_frozen: Callable[[BackboneConfig], bool],
-    stated: bool = False,
+    is_explicit: bool = False,
 ) -> BackboneStart:
     """Return a start from random weights, with a warning.
 
-    If the recipe requests random weights (`stated`), the warning is given only for frozen norms.
+    If the recipe requests random weights (`is_explicit`), the warning is given only for frozen norms.
     """
     frozen = backbone.norm == "frozen_batch" and is_frozen(backbone)
-    if stated and not frozen:
+    if is_explicit and not frozen:
         return BackboneStart(config)
     return BackboneStart(config, warning=_warning(backbone.name, reason, _FROZEN if frozen else ""))
 

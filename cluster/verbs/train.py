@@ -51,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
     """Train the recipe, and return an `ExitStatus` that depends on how the run ended."""
     from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.recipe.pinned_weights import with_pinned_weights
-    from m2f.cluster.recipe.stored import fresh_name
+    from m2f.cluster.recipe.stored import unused_name
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.checkpoint.lease import LEASE_VARIABLE
 
     config = load_recipe(args.recipe, args.overrides)
     if args.fresh:
-        args.overrides = [*args.overrides, f"name={fresh_name(config)}"]  # restarts must use the same folder
+        args.overrides = [*args.overrides, f"name={unused_name(config)}"]  # restarts must use the same folder
         config = load_recipe(args.recipe, args.overrides)
     config = with_pinned_weights(
         config, Storage(config.storage, answered=LEASE_VARIABLE in os.environ, on_wait=print_err)

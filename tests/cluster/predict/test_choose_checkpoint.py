@@ -13,7 +13,7 @@ from m2f.cluster.predict import choose_checkpoint as module
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import parse_recipe
-from m2f.cluster.recipe.stored import fresh_name
+from m2f.cluster.recipe.stored import unused_name
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.reporting import CommittedCheckpoint
@@ -62,11 +62,11 @@ def test_best_checkpoint_without_evaluations_is_an_error_with_a_remedy(config):
 
 def test_fresh_run_uses_the_first_free_folder_name(tmp_path):
     config = parse_recipe(RECIPE, [f"output={tmp_path}"])
-    assert fresh_name(config) == "run"
+    assert unused_name(config) == "run"
     for name in ("run", "run-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.yaml").write_text(RECIPE)
-    assert fresh_name(config) == "run-3"
+    assert unused_name(config) == "run-3"
 
 
 def test_hugging_face_folder_without_a_recipe_is_rejected(tmp_path: Path) -> None:
