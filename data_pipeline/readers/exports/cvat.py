@@ -10,6 +10,7 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.coco_json import whole_number
 from m2f.data_pipeline.readers.exports.object_parts import (
+    INVALID_FIELD,
     AnnotatedImage,
     ObjectPart,
     categories_from_names,
@@ -50,7 +51,7 @@ def open_cvat(source: CvatSource, max_pixels: int) -> CocoInstancesReader:
                 continue
             try:
                 part = _part(shape, label_ids, height, width)
-                parts.append((whole_number({"z_order": "0", **shape.attrib}, "z_order", "it"), part))
+                parts.append((whole_number({"z_order": "0", **shape.attrib}, "z_order", INVALID_FIELD), part))
             except DataError as error:
                 message = f"image {name}, shape {number} ({shape.tag}) {error}"
                 unusable.append(UnusableAnnotation(source.annotations, message))
@@ -89,7 +90,7 @@ def _mask(shape: Element, height: int, width: int) -> dict[str, object]:
     CVAT writes runs row by row within the window of the mask, beginning with background. Raises DataError if they are
     invalid.
     """
-    x, y, w, h = (whole_number(shape.attrib, name, "it") for name in ("left", "top", "width", "height"))
+    x, y, w, h = (whole_number(shape.attrib, name, INVALID_FIELD) for name in ("left", "top", "width", "height"))
     runs = _numbers(shape.get("rle", ""))
     if (
         not (0 < w <= 2 * width and 0 < h <= 2 * height)

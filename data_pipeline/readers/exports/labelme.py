@@ -15,6 +15,7 @@ from m2f.data_pipeline.json_fields import field
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.coco_json import whole_number
 from m2f.data_pipeline.readers.exports.object_parts import (
+    INVALID_FIELD,
     AnnotatedImage,
     ObjectPart,
     categories_from_names,
@@ -82,11 +83,11 @@ def _image_name(path: Path, document: dict[str, Any], images: Path) -> str:
 
 
 def _part(shape: dict[str, Any], label_ids: dict[str, int], height: int, width: int) -> ObjectPart:
-    label, kind = str(field(shape, "label", "it")), shape.get("shape_type") or "polygon"
+    label, kind = str(field(shape, "label", INVALID_FIELD)), shape.get("shape_type") or "polygon"
     if label not in label_ids:
         raise DataError(f"has the label {label[:40]!r}, which source.classes does not list")
     try:
-        points = np.array(field(shape, "points", "it"), np.float64).reshape(-1, 2)
+        points = np.array(field(shape, "points", INVALID_FIELD), np.float64).reshape(-1, 2)
     except (TypeError, ValueError, OverflowError):
         raise DataError("has points that are not pairs of numbers") from None
     group = None if shape.get("group_id") is None else str(shape["group_id"])

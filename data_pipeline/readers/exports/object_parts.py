@@ -18,6 +18,8 @@ from m2f.data_pipeline.readers.files import unique_keys
 from m2f.data_pipeline.readers.masks import read_rle
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 
+INVALID_FIELD = "has an invalid field"
+"""Place in messages about a field of a shape; they follow the name of the shape."""
 _MAX_PIXELS = 2**30
 """Limit of height x width. The annotation file states the size, and masks are painted before the image is read."""
 

@@ -21,8 +21,10 @@ BATCH = 4
 def read_steps(folder, log, steps, workers, cache):
     """Go on with the log of (position, key, pixels) where it ends."""
     path = Path(log)
-    whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
-    path.write_text("".join(whole))
+    complete_lines = (
+        [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+    )
+    path.write_text("".join(complete_lines))
     manifest = Manifest.load(folder, Storage())
     data = DataConfig(
         train=(MixtureItem(dataset="a"),),
@@ -33,10 +35,10 @@ def read_steps(folder, log, steps, workers, cache):
         window=8,
         cache=CacheConfig(folder=cache, max_gb=0.0002) if cache else None,
     )
-    spec = LoaderSpec(global_batch=BATCH, micro_batch=2, rank=0, world=1, start_step=len(whole), seed=5)
+    spec = LoaderSpec(global_batch=BATCH, micro_batch=2, rank=0, world=1, start_step=len(complete_lines), seed=5)
     loader = build_loader([manifest], build_order([manifest], 5, data), data, Storage(), spec)
     with path.open("a") as file:
-        for step in islice(loader, steps - len(whole)):
+        for step in islice(loader, steps - len(complete_lines)):
             rows = [
                 (position, key, hashlib.sha256(batch.images[row].numpy().tobytes()).hexdigest())
                 for batch in step.micro_batches

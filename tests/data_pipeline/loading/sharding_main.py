@@ -9,10 +9,10 @@ from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 
 
-def undisturbed_shards(folder, images):
+def write_shards(folder, images):
     config = DatasetConfig(shards=str(folder), source=SyntheticSource(num_images=images, seed=8), shard_mb=0.05)
     return write_dataset(open_reader(config.source), config, Storage())
 
 
 if __name__ == "__main__":
-    undisturbed_shards(sys.argv[1], int(sys.argv[2]))
+    write_shards(sys.argv[1], int(sys.argv[2]))

@@ -22,7 +22,7 @@ from m2f.data_pipeline.storage.storage import StorageCounters
 from m2f.model.errors import ConfigError
 
 
-def cache_in(folder, max_bytes=10_000, upcoming=lambda: ()):
+def make_cache(folder, max_bytes=10_000, upcoming=lambda: ()):
     return ChunkCache(CacheConfig(folder=str(folder), max_gb=max_bytes / 1e9), StorageCounters(), upcoming)
 
 
@@ -30,7 +30,7 @@ def content(name, length=1000):
     return random.Random(name).randbytes(length)
 
 
-def held(folder):
+def cached_sizes(folder):
     return {path.stem: path.stat().st_size for path in Path(folder, "chunks").glob("*.chunk")}
 
 
@@ -41,7 +41,7 @@ def test_a_chunk_is_fetched_once_and_shared(tmp_path):
         fetched.append(1)
         return content("a")
 
-    first, second = cache_in(tmp_path), cache_in(tmp_path)
+    first, second = make_cache(tmp_path), make_cache(tmp_path)
     assert [cache.read("a", 1000, fetch) for cache in (first, second, first)] == [content("a")] * 3
     assert len(fetched) == 1
     assert (first._counters.cache_hits, second._counters.bytes_cached) == (1, 1000)
@@ -59,7 +59,7 @@ def test_simultaneous_readers_wait_for_one_fetch(tmp_path):
         return content("a")
 
     results = []
-    caches = [cache_in(tmp_path) for _ in range(6)]
+    caches = [make_cache(tmp_path) for _ in range(6)]
     threads = [threading.Thread(target=lambda c=c: results.append(c.read("a", 1000, fetch))) for c in caches]
     for thread in threads:
         thread.start()
@@ -70,18 +70,18 @@ def test_simultaneous_readers_wait_for_one_fetch(tmp_path):
 
 
 def test_failed_fetch_raises_and_leaves_no_file(tmp_path):
-    cache = cache_in(tmp_path)
+    cache = make_cache(tmp_path)
 
     def fetch():
         raise StorageError("no such shard")
 
     with pytest.raises(StorageError, match="no such shard"):
         cache.read("a", 1000, fetch)
-    assert not held(tmp_path)
+    assert not cached_sizes(tmp_path)
 
 
 def test_a_truncated_file_is_a_cache_miss(tmp_path):
-    cache = cache_in(tmp_path)
+    cache = make_cache(tmp_path)
     cache.read("a", 1000, lambda: content("a"))
     path = tmp_path / "chunks" / "a.chunk"
     path.write_bytes(path.read_bytes()[:500])
@@ -90,12 +90,12 @@ def test_a_truncated_file_is_a_cache_miss(tmp_path):
 
 def test_cache_stays_below_its_limit_and_evicts_the_latest_needed_chunks(tmp_path):
     names = [f"n{i}" for i in range(40)]
-    cache = cache_in(tmp_path, 10_000, lambda: names[::-1])  # the last ones written are wanted soonest
+    cache = make_cache(tmp_path, 10_000, lambda: names[::-1])  # the last ones written are wanted soonest
     for name in names:
         cache.read(name, 1000, lambda name=name: content(name))
-        assert sum(held(tmp_path).values()) <= 10_000
-    assert set(held(tmp_path)) <= set(names[-10:])
-    assert len(held(tmp_path)) >= 8
+        assert sum(cached_sizes(tmp_path).values()) <= 10_000
+    assert set(cached_sizes(tmp_path)) <= set(names[-10:])
+    assert len(cached_sizes(tmp_path)) >= 8
 
 
 @given(
@@ -104,37 +104,37 @@ def test_cache_stays_below_its_limit_and_evicts_the_latest_needed_chunks(tmp_pat
     excess=st.integers(0, 40),
 )
 def test_evicted_chunks_are_those_needed_last(sizes, upcoming, excess):
-    gone = choose_victims(sizes, upcoming, excess)
-    freed = sum(sizes[name] for name in gone)
+    evicted = choose_victims(sizes, upcoming, excess)
+    freed = sum(sizes[name] for name in evicted)
     assert freed >= min(excess, sum(sizes.values()))
-    assert not gone or freed - sizes[gone[-1]] < excess
-    wanted = {name: upcoming.index(name) if name in upcoming else 99 for name in sizes}
-    assert all(wanted[a] >= wanted[b] for a in gone for b in sizes.keys() - set(gone))
+    assert not evicted or freed - sizes[evicted[-1]] < excess
+    next_use = {name: upcoming.index(name) if name in upcoming else 99 for name in sizes}
+    assert all(next_use[a] >= next_use[b] for a in evicted for b in sizes.keys() - set(evicted))
 
 
 def test_full_disk_shrinks_the_cache_with_one_warning(tmp_path, monkeypatch, caplog):
-    cache = cache_in(tmp_path)
+    cache = make_cache(tmp_path)
     for name in "abcd":
         cache.read(name, 1000, lambda name=name: content(name))
 
-    def full(self, data):
+    def raise_full_disk(self, data):
         with self.open("wb") as file:
             file.write(data[:100])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", raise_full_disk)
     with caplog.at_level(logging.WARNING):
         for name in "efghij":
             assert cache.read(name, 1000, lambda name=name: content(name)) == content(name)
     assert len(caplog.records) == 1
     assert "No space left on device" in caplog.text
     assert "data.cache.max_gb" in caplog.text
-    assert sum(held(tmp_path).values()) < 4000
+    assert sum(cached_sizes(tmp_path).values()) < 4000
     assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_cache_folder_deleted_during_a_run_causes_one_warning(tmp_path, caplog):
-    cache = cache_in(tmp_path / "cache")
+    cache = make_cache(tmp_path / "cache")
     cache.read("a", 1000, lambda: content("a"))
     shutil.rmtree(tmp_path / "cache")
     with caplog.at_level(logging.WARNING):
@@ -147,35 +147,35 @@ def test_cache_folder_deleted_during_a_run_causes_one_warning(tmp_path, caplog):
 def test_unusable_cache_folder_raises_error_with_its_path(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"data\.cache\.folder .*file/x cannot be created"):
-        cache_in(tmp_path / "file" / "x")
+        make_cache(tmp_path / "file" / "x")
     with pytest.raises(ConfigError, match=r"CacheConfig: max_gb"):
         CacheConfig(folder="x", max_gb=0)
 
 
 def read_forever(folder, seed):
-    cache, draw = cache_in(folder, 50_000), random.Random(seed)
+    cache, rng = make_cache(folder, 50_000), random.Random(seed)
     while True:
-        name = f"n{draw.randrange(100)}"
+        name = f"n{rng.randrange(100)}"
         assert cache.read(name, 1000, lambda name=name: content(name)) == content(name)
 
 
 def kill_readers(folder, rounds):
     context = multiprocessing.get_context("fork")
-    for turn in range(rounds):
-        readers = [context.Process(target=read_forever, args=(folder, 10 * turn + i)) for i in range(3)]
+    for round_number in range(rounds):
+        readers = [context.Process(target=read_forever, args=(folder, 10 * round_number + i)) for i in range(3)]
         for reader in readers:
             reader.start()
-        time.sleep(0.1 + 0.1 * random.Random(turn).random())
+        time.sleep(0.1 + 0.1 * random.Random(round_number).random())
         for reader in readers:
             assert reader.is_alive()
             os.kill(reader.pid, signal.SIGKILL)
             reader.join()
         for path in Path(folder, "chunks").glob("*.chunk"):
             assert path.read_bytes() == content(path.stem)
-    cache = cache_in(folder, 50_000)
+    cache = make_cache(folder, 50_000)
     for name in (f"n{i}" for i in range(100)):
         assert cache.read(name, 1000, lambda name=name: content(name)) == content(name)
-    assert sum(held(folder).values()) <= 50_000
+    assert sum(cached_sizes(folder).values()) <= 50_000
 
 
 def test_killed_readers_leave_only_complete_chunks(tmp_path):
@@ -192,16 +192,16 @@ def test_upcoming_chunks_equal_a_brute_force_search(make_manifest):
     items = (MixtureItem(dataset="a", weight=2), MixtureItem(dataset="b"))
     order = build_order(manifests, 0, DataConfig(train=items, chunk_mb=0.03, lanes=6, window=8))
     chunks = [group_chunks(m.shard, m.offset, 30_000) for m in manifests]
-    slow = []
+    expected = []
     for position in range(77, 77 + 500):
-        place = order.at(position)
-        chunk = (place.dataset, int(chunks[place.dataset].chunk_of[place.index]))
-        if position % 5 in (1, 3) and chunk not in slow:
-            slow.append(chunk)
-    assert upcoming_chunks(order, chunks, 77, 500, 5, [1, 3]) == slow
-    future = UpcomingChunks(manifests, chunks, order, 1, [0])
-    everything = future()
-    assert len(everything) == len(set(everything)) == sum(len(c.shard) for c in chunks)
+        ref = order.at(position)
+        chunk = (ref.dataset, int(chunks[ref.dataset].chunk_of[ref.index]))
+        if position % 5 in (1, 3) and chunk not in expected:
+            expected.append(chunk)
+    assert upcoming_chunks(order, chunks, 77, 500, 5, [1, 3]) == expected
+    upcoming = UpcomingChunks(manifests, chunks, order, 1, [0])
+    names = upcoming()
+    assert len(names) == len(set(names)) == sum(len(c.shard) for c in chunks)
     first = manifests[order.at(0).dataset].offset[order.at(0).index]
-    start, length = map(int, everything[0].split("-")[1:])
+    start, length = map(int, names[0].split("-")[1:])
     assert start <= first < start + length

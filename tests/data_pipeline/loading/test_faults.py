@@ -51,7 +51,7 @@ class FaultyS3(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.fault, self.ranges, self.numbers = (
             Path(folder),
-            lambda number, again: "",
+            lambda number, attempt: "",
             [],
             itertools.count(),
         )
@@ -91,36 +91,36 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file() or (fault or "").isdigit():
             self.empty(int(fault) if (fault or "").isdigit() else 404)
             return
-        whole = path.read_bytes()
-        etag = f'"{hashlib.md5(whole).hexdigest()}"'
+        content = path.read_bytes()
+        etag = f'"{hashlib.md5(content).hexdigest()}"'
         if self.headers.get("If-Match", etag) != etag:
             self.empty(412)
             return
-        body, ranged = whole, "Range" in self.headers
-        if ranged:
+        body, is_range = content, "Range" in self.headers
+        if is_range:
             first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-            body = whole[first : last + 1]
+            body = content[first : last + 1]
             self.server.ranges.append((path.name, first, last))
-        self.send_response(206 if ranged else 200)
+        self.send_response(206 if is_range else 200)
         self.send_header("ETag", etag)
         self.send_header("Content-Length", str(len(body)))
-        if ranged:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(whole)}")
+        if is_range:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
         if fault == "slow":
             threading.Event().wait(0.3)
         self.end_headers()
-        if fault == "flip" and ranged:
+        if fault == "flip" and is_range:
             body = self.flip(body, path.name, first)
         if fault is not None:
             self.body(body, fault)
 
     def flip(self, body, name, first):
         """One bit changed, unless one of these bytes was flipped before: a flip that passes is gone on the re-read."""
-        flipped, spot = self.server.flipped, len(body) // 3
+        flipped, index = self.server.flipped, len(body) // 3
         if any((name, first + offset) in flipped for offset in range(len(body))):
             return body
-        flipped.add((name, first + spot))
-        return body[:spot] + bytes([body[spot] ^ 4]) + body[spot + 1 :]
+        flipped.add((name, first + index))
+        return body[:index] + bytes([body[index] ^ 4]) + body[index + 1 :]
 
     def body(self, body, fault):
         if fault in ("cut", "reset"):
@@ -139,14 +139,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _fast_retries(monkeypatch):
     monkeypatch.setattr(s3_store, "_BACKOFF_BASE_S", 0.001)
     for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test")):
         monkeypatch.setenv(f"AWS_{name}", value)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def dataset_folder(tmp_path_factory):
     """The folder of a data set."""
     folder = tmp_path_factory.mktemp("written")
     source = SyntheticSource(num_images=IMAGES, seed=8)
@@ -156,16 +156,16 @@ def written(tmp_path_factory):
 
 
 @pytest.fixture
-def served(written, tmp_path):
+def s3_server(dataset_folder, tmp_path):
     """A server with a copy of the data set."""
-    shutil.copytree(written, tmp_path / "objects" / "set")
+    shutil.copytree(dataset_folder, tmp_path / "objects" / "set")
     with FaultyS3(tmp_path / "objects") as server:
         yield server
         server.shutdown()
 
 
 URL = "s3://bucket/set"
-PASSES = 3
+MAX_FAULTS_PER_REQUEST = 3
 """A fault that passes spoils a request this often at most: fewer times than the storage retries."""
 SETTINGS = DataConfig(
     train=(MixtureItem(dataset="set"),),
@@ -177,12 +177,12 @@ SETTINGS = DataConfig(
 )
 
 
-def deliver(storage, url=URL, data=SETTINGS, steps=2 * IMAGES // 6, rank=0, world=1, start_step=0):
+def load_samples(storage, url=URL, data=SETTINGS, steps=2 * IMAGES // 6, rank=0, world=1, start_step=0):
     """What a rank gets: position -> (key, pixels), and the substitutions."""
     manifest = Manifest.load(url, storage)
     order = build_order([manifest], 1, data)
     spec = LoaderSpec(global_batch=6, micro_batch=3, rank=rank, world=world, start_step=start_step, seed=1)
-    found, substitutions = {}, []
+    samples, substitutions = {}, []
     loader = build_loader([manifest], order, data, storage, spec)
     try:
         for step in itertools.islice(loader, steps):
@@ -190,125 +190,127 @@ def deliver(storage, url=URL, data=SETTINGS, steps=2 * IMAGES // 6, rank=0, worl
             for batch in step.micro_batches:
                 for row, position in enumerate(batch.targets.position.tolist()):
                     if position >= 0:
-                        assert position not in found
-                        found[position] = (batch.keys[row], batch.images[row].numpy().tobytes())
+                        assert position not in samples
+                        samples[position] = (batch.keys[row], batch.images[row].numpy().tobytes())
     finally:
         loader.close()
-    return found, substitutions
+    return samples, substitutions
 
 
 @pytest.fixture(scope="module")
-def truth(written):
+def reference(dataset_folder):
     """Without faults and without a server."""
-    found, _ = deliver(Storage(), str(written))
-    assert len(found) == 2 * IMAGES
+    samples, _ = load_samples(Storage(), str(dataset_folder))
+    assert len(samples) == 2 * IMAGES
     for epoch in range(2):
-        assert len({found[p][0] for p in range(epoch * IMAGES, (epoch + 1) * IMAGES)}) == IMAGES
-    return found
+        assert len({samples[p][0] for p in range(epoch * IMAGES, (epoch + 1) * IMAGES)}) == IMAGES
+    return samples
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "429", "reset", "cut", "flip", "slow"])
-def test_transient_faults_do_not_change_the_batches(served, truth, fault):
-    served.fault = lambda number, again: fault if number % 3 == 1 and again < PASSES else ""
-    storage = served.storage
-    assert deliver(storage)[0] == truth
+def test_transient_faults_do_not_change_the_batches(s3_server, reference, fault):
+    s3_server.fault = lambda number, attempt: fault if number % 3 == 1 and attempt < MAX_FAULTS_PER_REQUEST else ""
+    storage = s3_server.storage
+    assert load_samples(storage)[0] == reference
     if fault not in ("flip", "slow"):
         assert storage.counters.retries > 0
 
 
 def mixed_faults(seed, rate):
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     kinds = ["503", "500", "reset", "cut", "flip"]
-    return lambda number, again: draw.choice(kinds) if draw.random() < rate and again < PASSES else ""
+    return lambda number, attempt: rng.choice(kinds) if rng.random() < rate and attempt < MAX_FAULTS_PER_REQUEST else ""
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_mixed_faults_do_not_change_the_batches(served, truth, tmp_path, cached):
-    served.fault = mixed_faults(3, rate=0.25)
+def test_mixed_faults_do_not_change_the_batches(s3_server, reference, tmp_path, cached):
+    s3_server.fault = mixed_faults(3, rate=0.25)
     cache = CacheConfig(folder=str(tmp_path / "cache"), max_gb=1e-3) if cached else None
-    assert deliver(served.storage, data=replace(SETTINGS, cache=cache))[0] == truth
+    assert load_samples(s3_server.storage, data=replace(SETTINGS, cache=cache))[0] == reference
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(20))
-def test_many_seeds_of_mixed_faults_do_not_change_the_batches(served, truth, tmp_path, seed):
-    served.fault = mixed_faults(seed, rate=0.35)
+def test_many_seeds_of_mixed_faults_do_not_change_the_batches(s3_server, reference, tmp_path, seed):
+    s3_server.fault = mixed_faults(seed, rate=0.35)
     size = (1e-3, 1e-4)[seed % 2]
     cache = CacheConfig(folder=str(tmp_path / "cache"), max_gb=size) if seed % 3 else None
-    found = {}
+    samples = {}
     for rank in range(1 + seed % 4):
-        found |= deliver(served.storage, data=replace(SETTINGS, cache=cache), rank=rank, world=1 + seed % 4)[0]
-    assert found == truth
+        samples |= load_samples(s3_server.storage, data=replace(SETTINGS, cache=cache), rank=rank, world=1 + seed % 4)[
+            0
+        ]
+    assert samples == reference
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "message"),
     [("403", r"access is denied \(403"), ("404", "does not exist"), ("503", r"longer than storage\.patience_s")],
 )
-def test_permanent_faults_raise_error_with_the_reason(served, fault, words):
-    served.fault = lambda number, again: fault if number > 3 else ""
-    storage = Storage(replace(served.storage.config, patience_s=0.5))
-    with pytest.raises(StorageError, match=rf"s3://bucket/set/shards/.*tar.*{words}"):
-        deliver(storage)
+def test_permanent_faults_raise_error_with_the_reason(s3_server, fault, message):
+    s3_server.fault = lambda number, attempt: fault if number > 3 else ""
+    storage = Storage(replace(s3_server.storage.config, patience_s=0.5))
+    with pytest.raises(StorageError, match=rf"s3://bucket/set/shards/.*tar.*{message}"):
+        load_samples(storage)
 
 
-def test_close_stops_reads_that_wait_for_the_store(served):
+def test_close_stops_reads_that_wait_for_the_store(s3_server):
     """Threads that waited on would keep the process for storage.patience_s."""
-    manifest = Manifest.load(URL, served.storage)
+    manifest = Manifest.load(URL, s3_server.storage)
     groups = iter([(SampleRef(0, 0, 0),)])
     limits = FetchLimits(groups_ahead=0, horizon=1)
-    served.fault = lambda number, again: "503"
+    s3_server.fault = lambda number, attempt: "503"
     fetcher = SampleFetcher(
-        [manifest], [group_chunks(manifest.shard, manifest.offset, 1 << 20)], served.storage, groups, limits
+        [manifest], [group_chunks(manifest.shard, manifest.offset, 1 << 20)], s3_server.storage, groups, limits
     )
     with ThreadPoolExecutor(1) as consumer:
-        waiting = consumer.submit(next, fetcher)
-        wait_until(lambda: served.asked, what="the first read")
+        pending = consumer.submit(next, fetcher)
+        wait_until(lambda: s3_server.asked, what="the first read")
         fetcher.close()
         with pytest.raises(StorageError, match=r"00000\.tar: reading was stopped while waiting for the store"):
-            waiting.result(PATIENCE_S)
+            pending.result(PATIENCE_S)
 
 
-def test_truncated_object_raises_error_with_both_sizes(served):
-    path = served.folder / "set" / "shards" / "00001.tar"
+def test_truncated_object_raises_error_with_both_sizes(s3_server):
+    path = s3_server.folder / "set" / "shards" / "00001.tar"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1024])
     with pytest.raises(StorageError, match=rf"00001\.tar has {size - 1024} bytes, but its manifest says {size}:"):
-        deliver(served.storage)
+        load_samples(s3_server.storage)
 
 
-def test_missing_object_raises_error_with_its_url(served):
-    (served.folder / "set" / "shards" / "00001.tar").unlink()
+def test_missing_object_raises_error_with_its_url(s3_server):
+    (s3_server.folder / "set" / "shards" / "00001.tar").unlink()
     with pytest.raises(StorageError, match=r"s3://bucket/set/shards/00001\.tar.*does not exist"):
-        deliver(served.storage)
+        load_samples(s3_server.storage)
 
 
-def test_object_replaced_while_being_read_raises_error(served, monkeypatch):
+def test_object_replaced_while_being_read_raises_error(s3_server, monkeypatch):
     """Between its HEAD and its first ranged GET; one thread, so that no other shard is opened meanwhile."""
 
-    def replace_shards(number, again):
+    def replace_shards(number, attempt):
         if number == 0:
-            for path in (served.folder / "set" / "shards").iterdir():
+            for path in (s3_server.folder / "set" / "shards").iterdir():
                 path.write_bytes(bytes(reversed(path.read_bytes())))
         return ""
 
     monkeypatch.setattr(fetch, "_THREADS", 1)
-    served.fault = replace_shards
+    s3_server.fault = replace_shards
     with pytest.raises(StorageError, match="was replaced while it was being read"):
-        deliver(served.storage)
+        load_samples(s3_server.storage)
 
 
-def test_permanently_damaged_sample_raises_error_naming_it(served):
-    spoil(served)
+def test_permanently_damaged_sample_raises_error_naming_it(s3_server):
+    damage_sample(s3_server)
     with pytest.raises(
         DataError, match=r"sample '[\w-]+' in s3://bucket/set/shards/0000\d\.tar at byte \d+ is damaged"
     ):
-        deliver(served.storage)
+        load_samples(s3_server.storage)
 
 
-def spoil(served):
+def damage_sample(s3_server):
     """Damage the sample of position 7 in its shard; returns its key."""
-    manifest = Manifest.load(str(served.folder / "set"), Storage())
+    manifest = Manifest.load(str(s3_server.folder / "set"), Storage())
     index = build_order([manifest], 1, SETTINGS).at(7).index
     path = Path(manifest.shard_url(int(manifest.shard[index])))
     data = bytearray(path.read_bytes())
@@ -318,58 +320,60 @@ def spoil(served):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_substitutes_of_bad_samples_depend_on_the_position(served, truth, workers):
-    bad = spoil(served)
+def test_substitutes_of_bad_samples_depend_on_the_position(s3_server, reference, workers):
+    bad_key = damage_sample(s3_server)
     data = replace(SETTINGS, max_bad_samples=2, workers=workers)
-    found, substitutions = deliver(served.storage, data=data)
-    assert sorted(found) == sorted(truth)
-    spoiled = [p for p in truth if truth[p][0] == bad]
-    assert [s.position for s in substitutions] == spoiled
+    samples, substitutions = load_samples(s3_server.storage, data=data)
+    assert sorted(samples) == sorted(reference)
+    bad_positions = [p for p in reference if reference[p][0] == bad_key]
+    assert [s.position for s in substitutions] == bad_positions
     for substitution in substitutions:
-        assert substitution.key == bad
-        assert f"sample {bad!r} in s3://bucket/set/shards/" in substitution.cause
-        assert found[substitution.position][0] == substitution.substitute != bad
-        assert substitution.substitute == truth.get(substitution.position + 1, (substitution.substitute,))[0]
-    assert {p: v for p, v in found.items() if p not in spoiled} == {p: v for p, v in truth.items() if p not in spoiled}
+        assert substitution.key == bad_key
+        assert f"sample {bad_key!r} in s3://bucket/set/shards/" in substitution.cause
+        assert samples[substitution.position][0] == substitution.substitute != bad_key
+        assert substitution.substitute == reference.get(substitution.position + 1, (substitution.substitute,))[0]
+    assert {p: v for p, v in samples.items() if p not in bad_positions} == {
+        p: v for p, v in reference.items() if p not in bad_positions
+    }
     if not workers:
-        elsewhere, _ = deliver(served.storage, data=data, rank=1, world=3)
-        others = (
-            deliver(served.storage, data=data, rank=0, world=3)[0]
-            | deliver(served.storage, data=data, rank=2, world=3)[0]
+        rank_1, _ = load_samples(s3_server.storage, data=data, rank=1, world=3)
+        other_ranks = (
+            load_samples(s3_server.storage, data=data, rank=0, world=3)[0]
+            | load_samples(s3_server.storage, data=data, rank=2, world=3)[0]
         )
-        assert elsewhere | others == found
+        assert rank_1 | other_ranks == samples
 
 
-def test_cache_serves_the_second_epoch_and_refetches_damaged_chunks(served, truth, tmp_path):
+def test_cache_serves_the_second_epoch_and_refetches_damaged_chunks(s3_server, reference, tmp_path):
     data = replace(SETTINGS, cache=CacheConfig(folder=str(tmp_path / "cache"), max_gb=1.0))
-    storage = served.storage
-    assert deliver(storage, data=data)[0] == truth
-    reads = len(served.ranges)
-    assert len(set(served.ranges)) == reads, "every chunk is fetched once"
+    storage = s3_server.storage
+    assert load_samples(storage, data=data)[0] == reference
+    reads = len(s3_server.ranges)
+    assert len(set(s3_server.ranges)) == reads, "every chunk is fetched once"
     assert storage.counters.cache_hits > reads / 2
     for path in (tmp_path / "cache" / "chunks").iterdir():
         content = bytearray(path.read_bytes())
         content[600] ^= 1
         path.write_bytes(content)
-    assert deliver(served.storage, data=data)[0] == truth
-    assert len(served.ranges) == 2 * reads, "damaged copies are fetched again, once"
+    assert load_samples(s3_server.storage, data=data)[0] == reference
+    assert len(s3_server.ranges) == 2 * reads, "damaged copies are fetched again, once"
 
 
-def test_ranks_of_a_machine_share_a_cache(served, truth, tmp_path):
+def test_ranks_of_a_machine_share_a_cache(s3_server, reference, tmp_path):
     data = replace(SETTINGS, cache=CacheConfig(folder=str(tmp_path / "cache"), max_gb=1.0))
-    found = {}
+    samples = {}
     for rank in range(3):
-        found |= deliver(served.storage, data=data, rank=rank, world=3)[0]
-    assert found == truth
-    assert len(set(served.ranges)) == len(served.ranges)
+        samples |= load_samples(s3_server.storage, data=data, rank=rank, world=3)[0]
+    assert samples == reference
+    assert len(set(s3_server.ranges)) == len(s3_server.ranges)
 
 
-def test_reading_continues_when_the_cache_disk_is_full(served, truth, tmp_path, monkeypatch, caplog):
-    def full(self, data):
+def test_reading_continues_when_the_cache_disk_is_full(s3_server, reference, tmp_path, monkeypatch, caplog):
+    def raise_full_disk(self, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", raise_full_disk)
     data = replace(SETTINGS, cache=CacheConfig(folder=str(tmp_path / "cache"), max_gb=1.0))
     with caplog.at_level(logging.WARNING, "m2f.data_pipeline.loading.chunk_cache"):
-        assert deliver(served.storage, data=data)[0] == truth
+        assert load_samples(s3_server.storage, data=data)[0] == reference
     assert len([r for r in caplog.records if r.name == "m2f.data_pipeline.loading.chunk_cache"]) == 1

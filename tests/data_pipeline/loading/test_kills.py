@@ -15,59 +15,59 @@ import pytest
 from m2f.data_pipeline.shards.verify import verify
 from m2f.data_pipeline.storage.storage import Storage
 from tests.data_pipeline.loading.reading_main import BATCH, read_steps
-from tests.data_pipeline.loading.sharding_main import undisturbed_shards
+from tests.data_pipeline.loading.sharding_main import write_shards
 from tests.waiting import PATIENCE_S
 
 
-def start(script, *words):
+def start_script(script, *arguments):
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, str(Path(__file__).with_name(script)), *(str(word) for word in words)]
+    command = [sys.executable, str(Path(__file__).with_name(script)), *(str(argument) for argument in arguments)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def kill_and_finish(begin, progress, total, kills, seed):
+def kill_and_finish(start, progress, total, kills, seed):
     """Start again and again: killed a moment after a random amount of new work, the last time left alone."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     for kill in range(kills):
-        process = begin()
-        wanted = min(3 * total // 4, progress() + chance.randint(0, max(1, total // kills)))
-        while process.poll() is None and progress() < wanted:
+        process = start()
+        target = min(3 * total // 4, progress() + rng.randint(0, max(1, total // kills)))
+        while process.poll() is None and progress() < target:
             time.sleep(0.002)
-        time.sleep(chance.random() * 0.03)
+        time.sleep(rng.random() * 0.03)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stderr.close()
         assert progress() < total, f"finished before kill {kill}"
-    last = begin()
-    _, errors = last.communicate(timeout=PATIENCE_S)
-    assert last.returncode == 0, errors
+    final = start()
+    _, errors = final.communicate(timeout=PATIENCE_S)
+    assert final.returncode == 0, errors
 
 
 def digests(folder):
-    kept = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".partial-"))
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
+    paths = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".partial-"))
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
 def kill_sharding(tmp_path, images, kills):
-    whole = undisturbed_shards(tmp_path / "whole", images)
+    reference = write_shards(tmp_path / "whole", images)
     folder = tmp_path / "killed"
     kill_and_finish(
-        lambda: start("sharding_main.py", folder, images),
+        lambda: start_script("sharding_main.py", folder, images),
         lambda: len(list(folder.glob("parts/*.parquet"))) + (folder / "dataset.json").exists(),
         len(list((tmp_path / "whole" / "parts").iterdir())) + 1,
         kills,
         seed=kills,
     )
-    assert digests(folder) == digests(whole.url)
+    assert digests(folder) == digests(reference.url)
     assert verify(str(folder), Storage(), "full").passed
 
 
 def kill_reading(tmp_path, images, steps, kills, workers):
-    manifest = undisturbed_shards(tmp_path / "set", images)
+    manifest = write_shards(tmp_path / "set", images)
     read_steps(manifest.url, tmp_path / "whole.log", steps, 0, "")
     log, cache = tmp_path / "killed.log", tmp_path / "cache"
     kill_and_finish(
-        lambda: start("reading_main.py", manifest.url, log, steps, workers, cache),
+        lambda: start_script("reading_main.py", manifest.url, log, steps, workers, cache),
         lambda: log.read_text().count("\n") if log.exists() else 0,
         steps,
         kills,

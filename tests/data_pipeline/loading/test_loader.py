@@ -120,7 +120,7 @@ def spec(rank=0, world=1, start_step=0, global_batch=6, micro_batch=2, pin=False
     )
 
 
-def loaded(manifests, data, steps, storage=None, **changes):
+def load_steps(manifests, data, steps, storage=None, **changes):
     """Steps of one rank, with the loader closed afterwards."""
     manifests = list(manifests)
     data = replace(data, train=data.train[:1] * len(manifests)) if len(data.train) == 1 else data
@@ -134,48 +134,48 @@ def loaded(manifests, data, steps, storage=None, **changes):
 
 def pixels_by_position(steps):
     """Everything that a sample brings into training, keyed by its position."""
-    found = {}
+    samples = {}
     for step in steps:
         for batch in step.micro_batches:
             for row, position in enumerate(batch.targets.position.tolist()):
                 if position < 0:
                     assert batch.targets.weight[row] == 0
                     continue
-                assert position not in found
+                assert position not in samples
                 ids, valid = batch.targets.id_maps[row], batch.targets.valid[row]
-                found[position] = (
+                samples[position] = (
                     batch.keys[row],
                     batch.images[row].numpy().tobytes(),
                     ids.numpy().tobytes(),
                     batch.targets.labels[row][valid].tolist(),
                     batch.sizes[row].tolist(),
                 )
-    return found
+    return samples
 
 
 def test_pixels_depend_only_on_the_position(boxes):
     """Whatever the world, the micro-batch, the worker count and the start: equal pixels at equal positions."""
     data = data_config()
-    reference = pixels_by_position(loaded([boxes], data, 8))
+    reference = pixels_by_position(load_steps([boxes], data, 8))
     assert sorted(reference) == list(range(48))
     for world, micro_batch in [(2, 3), (4, 1), (5, 2)]:
-        found = {}
+        samples = {}
         for rank in range(world):
-            found |= pixels_by_position(loaded([boxes], data, 8, rank=rank, world=world, micro_batch=micro_batch))
-        assert found == reference
-    late = pixels_by_position(loaded([boxes], data, 3, start_step=5))
-    assert late == {p: v for p, v in reference.items() if p >= 30}
-    with_workers = pixels_by_position(loaded([boxes], data_config(workers=2), 8))
+            samples |= pixels_by_position(load_steps([boxes], data, 8, rank=rank, world=world, micro_batch=micro_batch))
+        assert samples == reference
+    resumed = pixels_by_position(load_steps([boxes], data, 3, start_step=5))
+    assert resumed == {p: v for p, v in reference.items() if p >= 30}
+    with_workers = pixels_by_position(load_steps([boxes], data_config(workers=2), 8))
     assert with_workers == reference
 
 
 @pytest.mark.parametrize(("workers", "thread"), [(0, "prepare"), (1, "_pin_memory_loop")])
 def test_loader_thread_pins_batches(boxes, monkeypatch, workers, thread):
     """With an accelerator that says it is there, and pinned memory that is none."""
-    pinning = []
+    pinned_by = []
 
     def pin(tensor):
-        pinning.append(threading.current_thread().name)
+        pinned_by.append(threading.current_thread().name)
         return tensor.clone()
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
@@ -184,11 +184,11 @@ def test_loader_thread_pins_batches(boxes, monkeypatch, workers, thread):
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
     data = data_config(workers=workers)
-    plain = pixels_by_position(loaded([boxes], data, 2))
-    assert not pinning
-    assert pixels_by_position(loaded([boxes], data, 2, pin=True)) == plain
-    assert len(pinning) >= 2 * 3 * 10  # ten tensors of every micro-batch
-    assert all(thread in name for name in pinning)
+    unpinned = pixels_by_position(load_steps([boxes], data, 2))
+    assert not pinned_by
+    assert pixels_by_position(load_steps([boxes], data, 2, pin=True)) == unpinned
+    assert len(pinned_by) >= 2 * 3 * 10  # ten tensors of every micro-batch
+    assert all(thread in name for name in pinned_by)
 
 
 def test_pinning_loader_yields_raw_batches_as_tuples(monkeypatch):
@@ -200,32 +200,32 @@ def test_pinning_loader_yields_raw_batches_as_tuples(monkeypatch):
             super().__init__([[None, "a raw example"], "a batch"])
 
     monkeypatch.setattr(m2f.data_pipeline.loading.loader, "DataLoader", Loader)
-    found = list(m2f.data_pipeline.loading.loader._results(None, iter(()), workers=1, ahead=1, pin=True))
-    assert found == [(None, "a raw example"), "a batch"]
+    results = list(m2f.data_pipeline.loading.loader._results(None, iter(()), workers=1, ahead=1, pin=True))
+    assert results == [(None, "a raw example"), "a batch"]
 
 
 def test_changing_the_world_size_neither_skips_nor_repeats_samples(boxes, tmp_path):
     """Three epochs of a mixture in six attempts, each with other ranks, some with fillers: as in one go."""
-    more = write_boxes(tmp_path / "more", count=15, prefix="more")
-    manifests, data, batch = [boxes, more], weighted(4.0, 1.0), 12
-    reference = pixels_by_position(loaded(manifests, data, 16, global_batch=batch, micro_batch=6))
-    found, step = {}, 0
+    second = write_boxes(tmp_path / "more", count=15, prefix="more")
+    manifests, data, batch = [boxes, second], weighted(4.0, 1.0), 12
+    reference = pixels_by_position(load_steps(manifests, data, 16, global_batch=batch, micro_batch=6))
+    samples, step = {}, 0
     for world, steps in [(8, 3), (6, 2), (4, 3), (1, 2), (3, 3), (16, 3)]:
         for rank in range(world):
-            some = loaded(manifests, data, steps, rank=rank, world=world, start_step=step, global_batch=batch)
-            mine = pixels_by_position(some)
-            assert not mine.keys() & found.keys()
-            found |= mine
+            rank_steps = load_steps(manifests, data, steps, rank=rank, world=world, start_step=step, global_batch=batch)
+            rank_samples = pixels_by_position(rank_steps)
+            assert not rank_samples.keys() & samples.keys()
+            samples |= rank_samples
         step += steps
-    assert found == reference
-    assert sorted(found) == list(range(16 * batch))
-    boxes_seen = [found[p][0] for p in sorted(found) if found[p][0].startswith("box")]
+    assert samples == reference
+    assert sorted(samples) == list(range(16 * batch))
+    boxes_seen = [samples[p][0] for p in sorted(samples) if samples[p][0].startswith("box")]
     for epoch in range(3):
         assert len(set(boxes_seen[epoch * 48 : (epoch + 1) * 48])) == 48
 
 
 def test_an_epoch_shows_every_annotated_image_once(boxes):
-    steps = loaded([boxes], data_config(), 16)
+    steps = load_steps([boxes], data_config(), 16)
     keys = [key for step in steps for batch in step.micro_batches for key in batch.keys]
     annotated = {f"box_{i:04d}" for i in range(60) if i % 5 != 4}
     assert set(keys[:48]) == annotated
@@ -234,7 +234,7 @@ def test_an_epoch_shows_every_annotated_image_once(boxes):
 
 
 def test_step_batches_contain_their_step_and_positions(boxes):
-    first, second = loaded([boxes], data_config(), 2, rank=1, world=4)
+    first, second = load_steps([boxes], data_config(), 2, rank=1, world=4)
     assert (first.step, first.positions) == (0, (1, 5))
     assert (second.step, second.positions) == (1, (9,))
     assert len(first.micro_batches) == len(second.micro_batches) == 1
@@ -243,7 +243,7 @@ def test_step_batches_contain_their_step_and_positions(boxes):
 
 def test_images_without_targets_can_be_kept(boxes):
     data = data_config(skip_images_without_targets=False)
-    keys = {k for s in loaded([boxes], data, 10) for b in s.micro_batches for k in b.keys}
+    keys = {k for s in load_steps([boxes], data, 10) for b in s.micro_batches for k in b.keys}
     assert len(keys) == 60
 
 
@@ -252,13 +252,13 @@ def weighted(*weights):
 
 
 def test_mixture_samples_data_sets_by_weight(boxes, tmp_path):
-    more = write_boxes(tmp_path / "more", count=20, prefix="more")
-    order = build_order([boxes, more], 3, weighted(3.0, 1.0))
+    second = write_boxes(tmp_path / "more", count=20, prefix="more")
+    order = build_order([boxes, second], 3, weighted(3.0, 1.0))
     refs = [order.at(p) for p in range(400)]
     assert sum(p.dataset == 1 for p in refs) == 100
-    assert order.fingerprint != build_order([boxes, more], 3, weighted(1.0, 1.0)).fingerprint
-    assert order.fingerprint == build_order([boxes, more], 3, weighted(6.0, 2.0)).fingerprint
-    steps = loaded([boxes, more], weighted(1.0, 1.0), 6)
+    assert order.fingerprint != build_order([boxes, second], 3, weighted(1.0, 1.0)).fingerprint
+    assert order.fingerprint == build_order([boxes, second], 3, weighted(6.0, 2.0)).fingerprint
+    steps = load_steps([boxes, second], weighted(1.0, 1.0), 6)
     batches = [batch for step in steps for batch in step.micro_batches]
     found = {(d, k[:3]) for b in batches for d, k in zip(b.targets.dataset.tolist(), b.keys, strict=True)}
     assert found == {(0, "box"), (1, "mor")}
@@ -280,8 +280,8 @@ def test_data_sets_of_a_mixture_keep_their_own_ids(boxes, tmp_path):
     other = write_boxes(tmp_path / "other", count=20, prefix="more", categories=swapped)
     assert mixture_labels([boxes, other], "panoptic") == [{1: 0, 4: 1}, {7: 1, 2: 0}]
     assert mixture_labels([other, boxes], "instance") == [{7: 0}, {4: 0}]
-    found = pixels_by_position(loaded([boxes, other], weighted(1.0, 1.0), 8))
-    things = {key[:3]: set(labels) for key, _, _, labels, _ in found.values() if len(labels) == 2}
+    samples = pixels_by_position(load_steps([boxes, other], weighted(1.0, 1.0), 8))
+    things = {key[:3]: set(labels) for key, _, _, labels, _ in samples.values() if len(labels) == 2}
     assert things == {"box": {0, 1}, "mor": {0, 1}}
 
 
@@ -289,7 +289,7 @@ def test_mixture_with_an_unknown_class_is_refused(boxes, tmp_path):
     table = CategoryTable((*TABLE.categories, Category(9, "sky", False, (0, 0, 255))))
     other = write_boxes(tmp_path / "other", count=5, categories=table)
     with pytest.raises(DataError) as error:
-        loaded([boxes, other], data_config(), 1)
+        load_steps([boxes, other], data_config(), 1)
     assert boxes.url in str(error.value)
     assert other.url in str(error.value)
     assert "does not have ['sky']" in str(error.value)
@@ -316,7 +316,7 @@ def test_flipped_byte_raises_error_naming_the_sample(tmp_path, workers):
     index = list(manifest.key).index("box_0006")
     damage(manifest, index)
     with pytest.raises(DataError, match=rf"'box_0006'.*\.tar at byte {manifest.offset[index]}\b"):
-        loaded([manifest], data_config(workers=workers), 10)
+        load_steps([manifest], data_config(workers=workers), 10)
 
 
 class FlakyStorage(Storage):
@@ -337,9 +337,9 @@ class FlakyStorage(Storage):
 
 
 def test_data_damaged_in_transit_is_read_again(boxes):
-    reference = pixels_by_position(loaded([boxes], data_config(), 4))
+    reference = pixels_by_position(load_steps([boxes], data_config(), 4))
     storage = FlakyStorage(faults=3)
-    assert pixels_by_position(loaded([boxes], data_config(), 4, storage=storage)) == reference
+    assert pixels_by_position(load_steps([boxes], data_config(), 4, storage=storage)) == reference
     assert storage.faults == 0
 
 
@@ -347,7 +347,7 @@ def test_missing_shard_raises_error(tmp_path):
     manifest = write_boxes(tmp_path / "set", count=12)
     Path(manifest.shard_url(0)).unlink()
     with pytest.raises(StorageError, match=r"00000\.tar"):
-        loaded([manifest], data_config(), 10)
+        load_steps([manifest], data_config(), 10)
 
 
 def fetcher_for(manifest, groups, storage, **limits):
@@ -381,13 +381,13 @@ def test_small_memory_limit_rereads_samples_with_the_same_bytes(boxes):
     order = build_order([boxes], 3, data)
     groups = [(order.at(p), None) for p in range(96)]
     storage = FlakyStorage(faults=0)
-    chunks, small = fetcher_for(boxes, groups, storage, groups_ahead=3, horizon=96, max_bytes=30_000)
-    for (ref, _), (sample, filler) in zip(groups, small, strict=True):
+    chunks, fetcher = fetcher_for(boxes, groups, storage, groups_ahead=3, horizon=96, max_bytes=30_000)
+    for (ref, _), (sample, filler) in zip(groups, fetcher, strict=True):
         assert filler is None
         assert sample.ref == ref
         assert sample.members == boxes.read_members(ref.index, storage)
-        assert small._held_bytes <= 30_000
-    small.close()
+        assert fetcher._held_bytes <= 30_000
+    fetcher.close()
     assert len(storage.ranges) > len(chunks.shard)
 
 
@@ -427,11 +427,11 @@ def test_padding_of_an_image_does_not_depend_on_its_batch(boxes, batch_size):
 def test_loading_does_not_advance_the_global_torch_generator(boxes):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    loaded([boxes], data_config(workers=1), 1)
+    load_steps([boxes], data_config(workers=1), 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def endless(manifest, workers):
+def open_loader(manifest, workers):
     data = data_config(workers=workers)
     order = build_order([manifest], 3, data)
     return build_loader([manifest], order, data, Storage(StorageConfig()), spec())
@@ -439,20 +439,20 @@ def endless(manifest, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_close_leaves_no_process_or_thread(boxes, workers):
-    loader = endless(boxes, workers)
+    loader = open_loader(boxes, workers)
     next(loader)
     assert len(multiprocessing.active_children()) == workers
     loader.close()
-    wait_until(lambda: not leftover(), what=lambda: f"the end of {leftover()}")
+    wait_until(lambda: not leftovers(), what=lambda: f"the end of {leftovers()}")
 
 
-def leftover():
+def leftovers():
     threads = [t.name for t in threading.enumerate() if t.name.startswith(("fetch", "prepare", "QueueFeeder"))]
     return multiprocessing.active_children() + threads
 
 
 def test_killed_worker_raises_error_instead_of_hanging(boxes):
-    loader = endless(boxes, workers=1)
+    loader = open_loader(boxes, workers=1)
     next(loader)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
@@ -476,5 +476,5 @@ def test_shards_in_s3_give_the_same_pixels(boxes, s3_endpoint):
     storage = Storage(StorageConfig(endpoint_url=s3_endpoint, region="us-east-1"))
     remote = write_boxes("s3://box/boxes", storage=storage)
     assert remote.fingerprint == boxes.fingerprint
-    found = pixels_by_position(loaded([remote], data_config(), 4, storage=storage))
-    assert found == pixels_by_position(loaded([boxes], data_config(), 4))
+    found = pixels_by_position(load_steps([remote], data_config(), 4, storage=storage))
+    assert found == pixels_by_position(load_steps([boxes], data_config(), 4))

@@ -102,9 +102,9 @@ def test_changing_world_sizes_neither_skip_nor_repeat_positions(global_batch, mi
             assert len(sizes) == 1
             assert sizes.pop() <= micro_batch
             for rank, plan in enumerate(plans):
-                mine = [p for batch in plan for p in batch if p is not None]
-                assert all(p % world == rank for p in mine)
-                seen += mine
+                positions = [p for batch in plan for p in batch if p is not None]
+                assert all(p % world == rank for p in positions)
+                seen += positions
             step += 1
     assert sorted(seen) == list(range(step * global_batch))
 
@@ -115,7 +115,7 @@ def test_changing_world_sizes_neither_skip_nor_repeat_positions(global_batch, mi
     positions=st.integers(1, 400),
 )
 def test_mixture_reads_every_child_in_order_and_by_its_share(weights, positions):
-    class Counting:
+    class FakeOrder:
         fingerprint = ""
 
         def __init__(self, dataset):
@@ -124,15 +124,15 @@ def test_mixture_reads_every_child_in_order_and_by_its_share(weights, positions)
         def at(self, position):
             return SampleRef(self.dataset, 0, position)
 
-    left = [sum(weights[k:]) for k in range(len(weights))]
-    shares = tuple(w / rest for w, rest in zip(weights, left, strict=True))
-    mixture = MixtureOrder(tuple(Counting(k) for k in range(len(weights))), shares, "")
+    remaining = [sum(weights[k:]) for k in range(len(weights))]
+    shares = tuple(w / rest for w, rest in zip(weights, remaining, strict=True))
+    mixture = MixtureOrder(tuple(FakeOrder(k) for k in range(len(weights))), shares, "")
     visited = {k: [] for k in range(len(weights))}
     for position in range(positions):
         ref = mixture.at(position)
         visited[ref.dataset].append(ref.index)
         for k, weight in enumerate(weights):
-            expected = (position + 1) * weight / left[0]
+            expected = (position + 1) * weight / remaining[0]
             assert abs(len(visited[k]) - expected) <= len(weights)
     assert all(indices == list(range(len(indices))) for indices in visited.values())
 
@@ -148,8 +148,8 @@ def mixed(counts, weights, *, lanes, window, chunk, repeats=()):
                 order, rates=SamplingRates(random.integers(1 << 24, 3 << 24, count), random.integers(0, 1 << 24, count))
             )
         children.append(order)
-    left = [sum(weights[k:]) for k in range(len(weights))]
-    shares = tuple(Fraction(w) / rest for w, rest in zip(weights, left, strict=True))
+    remaining = [sum(weights[k:]) for k in range(len(weights))]
+    shares = tuple(Fraction(w) / rest for w, rest in zip(weights, remaining, strict=True))
     return MixtureOrder(tuple(children), shares, "")
 
 
@@ -169,20 +169,20 @@ def test_changing_world_sizes_neither_skip_nor_repeat_samples_of_a_mixture(
     """Dealt to any ranks, the samples are those of the data sets' own orders, one after the other from the first on."""
     counts, weights = zip(*sets, strict=True)
     mixture = mixed(counts, weights, lanes=lanes, window=window, chunk=chunk, repeats=(0,) if repeated else ())
-    dealt, step = {}, 0
+    refs_by_position, step = {}, 0
     for world, steps in worlds:
         for _ in range(steps):
             for rank in range(world):
                 for batch in step_positions(step, global_batch, rank, world, 3):
-                    dealt |= {p: mixture.at(p) for p in batch if p is not None}
+                    refs_by_position |= {p: mixture.at(p) for p in batch if p is not None}
             step += 1
-    assert len(dealt) == step * global_batch
+    assert len(refs_by_position) == step * global_batch
     for k, child in enumerate(mixture.children):
-        rates = [dealt[p] for p in sorted(dealt) if dealt[p].dataset == k]
-        assert rates == [child.at(q) for q in range(len(rates))]
-        whole = [ref.index for ref in rates if ref.epoch < rates[-1].epoch] if rates else []
-        expected = sum((child.rates.counts(e) for e in range(rates[-1].epoch)), np.zeros(counts[k])) if rates else 0
-        assert (np.bincount(whole, minlength=counts[k]) == expected).all()
+        refs = [refs_by_position[p] for p in sorted(refs_by_position) if refs_by_position[p].dataset == k]
+        assert refs == [child.at(q) for q in range(len(refs))]
+        complete_epochs = [ref.index for ref in refs if ref.epoch < refs[-1].epoch] if refs else []
+        expected = sum((child.rates.counts(e) for e in range(refs[-1].epoch)), np.zeros(counts[k])) if refs else 0
+        assert (np.bincount(complete_epochs, minlength=counts[k]) == expected).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -196,16 +196,16 @@ def test_refs_equals_at_for_every_position(weights, start, count):
     weights = [Fraction(str(weight)) for weight in weights]
     mixture = mixed([70, 30, 110][: len(weights)], weights, lanes=6, window=8, chunk=90, repeats=(1,))
     refs = mixture.refs(start, count)
-    single = [mixture.at(p) for p in range(start, start + count)]
-    assert refs.dataset.tolist() == [ref.dataset for ref in single]
-    assert refs.index.tolist() == [ref.index for ref in single]
+    expected = [mixture.at(p) for p in range(start, start + count)]
+    assert refs.dataset.tolist() == [ref.dataset for ref in expected]
+    assert refs.index.tolist() == [ref.index for ref in expected]
 
 
 def test_an_offset_order_starts_at_its_first_position():
     order = shard_order(50)
-    later = OffsetOrder(order, 30)
-    assert [later.at(30 + p) for p in range(60)] == [order.at(p) for p in range(60)]
-    assert later.refs(40, 20).index.tolist() == order.refs(10, 20).index.tolist()
+    shifted = OffsetOrder(order, 30)
+    assert [shifted.at(30 + p) for p in range(60)] == [order.at(p) for p in range(60)]
+    assert shifted.refs(40, 20).index.tolist() == order.refs(10, 20).index.tolist()
 
 
 def test_random_access_equals_sequential_access():

@@ -35,7 +35,7 @@ def config(**changes):
     return DataConfig(train=(item(),), chunk_mb=0.05, lanes=4, window=8, **changes)
 
 
-def chosen(manifest, **changes):
+def select_rates(manifest, **changes):
     return select(manifest, item(**changes), config(), seed=1, dataset=0)
 
 
@@ -44,26 +44,26 @@ def classes(manifest, index):
 
 
 def test_class_filters_equal_a_loop_over_the_images(manifest):
-    rates = chosen(manifest, include=("class 2", "class 4"), exclude=("class 1",))
-    slow = [
+    rates = select_rates(manifest, include=("class 2", "class 4"), exclude=("class 1",))
+    expected = [
         bool(classes(manifest, i) & {"class 2", "class 4"}) and "class 1" not in classes(manifest, i)
         for i in range(600)
     ]
-    assert rates.selected.tolist() == slow
-    assert 0 < sum(slow) < 300
+    assert rates.selected.tolist() == expected
+    assert 0 < sum(expected) < 300
 
 
 def test_unknown_classes_and_empty_selections_are_refused(manifest):
     with pytest.raises(
         DataError, match=r"include of 'train' lists the class 'clas 2', which it does not have; did you mean"
     ):
-        chosen(manifest, include=("clas 2",))
+        select_rates(manifest, include=("clas 2",))
     with pytest.raises(DataError, match=r"none of its 600 images matches include .* and exclude .* of 'train'"):
-        chosen(manifest, include=("class 3",), exclude=("class 3",))
+        select_rates(manifest, include=("class 3",), exclude=("class 3",))
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("setting", "message"),
     [
         ({"weight": 0}, "MixtureItem: weight is 0; it must be above 0"),
         ({"fraction": 0}, "fraction is 0; it must be above 0 and at most 1"),
@@ -72,31 +72,31 @@ def test_unknown_classes_and_empty_selections_are_refused(manifest):
         ({"repeat_threshold": 0.0}, "repeat_threshold is 0.0; it must be above 0"),
     ],
 )
-def test_invalid_settings_are_refused(setting, words):
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_settings_are_refused(setting, message):
+    with pytest.raises(ConfigError, match=message):
         item(**setting)
 
 
 def test_subsets_are_nested_and_do_not_depend_on_the_shards(manifest):
-    parts = [set(manifest.key[chosen(manifest, fraction=f).selected]) for f in (0.1, 0.25, 0.5)]
-    everything = chosen(manifest).selected
+    parts = [set(manifest.key[select_rates(manifest, fraction=f).selected]) for f in (0.1, 0.25, 0.5)]
+    everything = select_rates(manifest).selected
     assert [len(part) for part in parts] == [round(f * everything.sum()) for f in (0.1, 0.25, 0.5)]
     assert parts[0] < parts[1] < parts[2]
     rows = pq.read_table(io.BytesIO(manifest.columns.data))
     other = replace(manifest, columns=Columns(write_table(rows.take(np.arange(600)[::-1]))))
-    assert set(other.key[chosen(other, fraction=0.1).selected]) == parts[0]
-    assert set(manifest.key[chosen(manifest, limit=7).selected]) < parts[0]
-    assert chosen(manifest, fraction=0.25, limit=7).selected.sum() == 7
+    assert set(other.key[select_rates(other, fraction=0.1).selected]) == parts[0]
+    assert set(manifest.key[select_rates(manifest, limit=7).selected]) < parts[0]
+    assert select_rates(manifest, fraction=0.25, limit=7).selected.sum() == 7
 
 
 def test_repeat_factors_are_those_of_the_paper(manifest):
-    selected = chosen(manifest, exclude=("class 2",)).selected
+    selected = select_rates(manifest, exclude=("class 2",)).selected
     rows = np.flatnonzero(selected)
     images = Counter(name for i in rows for name in classes(manifest, i))
     factors = repeat_factors(manifest, selected, 0.05)
     for i in rows:
-        slow = max(max(1.0, math.sqrt(0.05 / (images[name] / len(rows)))) for name in classes(manifest, i))
-        assert factors[i] == pytest.approx(slow, rel=1e-12)
+        expected = max(max(1.0, math.sqrt(0.05 / (images[name] / len(rows)))) for name in classes(manifest, i))
+        assert factors[i] == pytest.approx(expected, rel=1e-12)
     assert factors.max() > 1.5
 
 
@@ -114,8 +114,8 @@ def test_uses_of_a_sample_differ_from_its_rate_by_less_than_one(rates, epoch, se
     for position in (rates.total(epoch), rates.total(epoch + 1) - 1):
         assert rates.epoch_of(position) == epoch
     if epoch < 50:
-        so_far = sum((rates.counts(e) for e in range(epoch)), np.zeros(len(rate), dtype=np.int64))
-        assert (np.abs(so_far - epoch * rate / ONCE) < 1).all()
+        total_uses = sum((rates.counts(e) for e in range(epoch)), np.zeros(len(rate), dtype=np.int64))
+        assert (np.abs(total_uses - epoch * rate / ONCE) < 1).all()
 
 
 def test_fractional_rates_are_met_on_average():
@@ -134,8 +134,8 @@ def test_epoch_uses_every_image_as_often_as_its_rate(manifest):
     for epoch in range(3):
         refs = [order.at(p) for p in range(start, rates.total(epoch + 1))]
         assert {ref.epoch for ref in refs} == {epoch}
-        found = np.bincount([ref.index for ref in refs], minlength=600)
-        assert found.tolist() == rates.counts(epoch).tolist()
+        uses = np.bincount([ref.index for ref in refs], minlength=600)
+        assert uses.tolist() == rates.counts(epoch).tolist()
         start = rates.total(epoch + 1)
     assert order.at(5) == build_order([manifest], 1, settings).at(5)
 
@@ -145,10 +145,10 @@ def test_repeats_are_spread_over_the_epoch(manifest):
     order = build_order([manifest], 1, settings)
     count = select(manifest, settings.train[0], settings, 1, 0).total(1)
     rows = order.refs(0, count).index
-    often = np.argmax(np.bincount(rows))
-    visited = np.flatnonzero(rows == often)
-    assert len(visited) >= 4
-    assert visited[-1] - visited[0] > count / 3
+    most_repeated = np.argmax(np.bincount(rows))
+    positions = np.flatnonzero(rows == most_repeated)
+    assert len(positions) >= 4
+    assert positions[-1] - positions[0] > count / 3
 
 
 def test_filters_are_part_of_the_fingerprint(manifest):
@@ -161,10 +161,10 @@ def test_filters_are_part_of_the_fingerprint(manifest):
         {"repeat_threshold": 0.05},
         {"repeat_threshold": 0.06},
     ]
-    prints = [build_order([manifest], 1, replace(config(), train=(item(**c),))).fingerprint for c in changes]
-    assert len(set(prints)) == len(changes)
+    fingerprints = [build_order([manifest], 1, replace(config(), train=(item(**c),))).fingerprint for c in changes]
+    assert len(set(fingerprints)) == len(changes)
     without_effect = replace(config(), train=(item(limit=5000, repeat_threshold=1e-9),))
-    assert build_order([manifest], 1, without_effect).fingerprint == prints[0]
+    assert build_order([manifest], 1, without_effect).fingerprint == fingerprints[0]
 
 
 def test_uniform_rates_use_every_kept_sample_once():
@@ -180,7 +180,7 @@ def test_queries_of_a_coco_sized_manifest_take_little_cpu_time(make_manifest):
     rows = class_table(manifest)
     statistics_s = time.process_time() - start
     start = time.process_time()
-    rates = chosen(manifest, include=("class 0",), exclude=("class 19",), fraction=0.5, repeat_threshold=0.01)
+    rates = select_rates(manifest, include=("class 0",), exclude=("class 19",), fraction=0.5, repeat_threshold=0.01)
     selection_s = time.process_time() - start
     assert rows[0].num_images == 118_287
     assert rates.repeats

@@ -144,6 +144,14 @@ def test_cvat_masks_outside_their_image_are_unusable(tmp_path, change):
     assert len(reader.unusable) == 6
 
 
+def test_invalid_field_of_a_shape_is_named(tmp_path):
+    tool_exports.cvat(tmp_path)
+    path = tmp_path / "annotations.xml"
+    path.write_text(path.read_text().replace('left="45"', 'left="far"'))
+    with pytest.raises(DataError, match=r"shape 1 \(mask\) has an invalid field: left is 'far', not a whole number"):
+        open_reader(_source("cvat", tmp_path))
+
+
 def test_cvat_mask_of_a_huge_stated_size_is_refused_before_allocation(tmp_path):
     tool_exports.cvat(tmp_path)
     path = tmp_path / "annotations.xml"
