@@ -108,7 +108,7 @@ class _Parser(argparse.ArgumentParser):
 def _run_verb(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
-        return ExitStatus.DONE if words else ExitStatus.MISTAKE
+        return ExitStatus.DONE if words else ExitStatus.USER_ERROR
     if words[0] == "--version":
         print(f"m2f {m2f.__version__}")
         return ExitStatus.DONE
@@ -132,7 +132,7 @@ def _run_verb(words: list[str]) -> int:
             return _fail(str(missing))
         if user_error is None:
             raise
-        status = ExitStatus.OUTAGE if isinstance(user_error, OutageError) else ExitStatus.MISTAKE
+        status = ExitStatus.OUTAGE if isinstance(user_error, OutageError) else ExitStatus.USER_ERROR
         return _fail(f"m2f {verb}: {user_error}", status)
 
 
@@ -154,7 +154,7 @@ def _user_error(error: BaseException) -> UserError | None:
     return error if isinstance(error, UserError) else None
 
 
-def _fail(message: str, status: ExitStatus = ExitStatus.MISTAKE) -> int:
+def _fail(message: str, status: ExitStatus = ExitStatus.USER_ERROR) -> int:
     print(printable(message), file=sys.stderr)
     return status
 

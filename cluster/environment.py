@@ -26,7 +26,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def names_cluster(address: str | None) -> bool:
+def is_external_cluster(address: str | None) -> bool:
     """Return whether `address` or RAY_ADDRESS names a cluster that m2f did not start. It may gain nodes later."""
     named = address or os.environ.get("RAY_ADDRESS")
     return named is not None and named != os.environ.get(OWN_CLUSTER)

@@ -13,9 +13,9 @@ class ExitStatus(IntEnum):
     """Every status that a verb can exit with. A restart helps only after OUTAGE, DRAINED or death by a signal."""
 
     DONE = 0
-    GAVE_UP = 1
+    FAILED = 1
     """The job ran and failed, or a check found faults."""
-    MISTAKE = 2
+    USER_ERROR = 2
     """The user made a mistake and can correct it. `m2f` prints one message and no traceback."""
     STOPPED = 3
     """The user stopped a training run, which saved a checkpoint first."""
@@ -29,8 +29,8 @@ class ExitStatus(IntEnum):
 
 MEANINGS = {
     ExitStatus.DONE: "done",
-    ExitStatus.GAVE_UP: "the job failed, or a check found problems",
-    ExitStatus.MISTAKE: "a user error, explained by one message",
+    ExitStatus.FAILED: "the job failed, or a check found problems",
+    ExitStatus.USER_ERROR: "a user error, explained by one message",
     ExitStatus.STOPPED: "train: stopped by the user after a checkpoint",
     ExitStatus.OUTAGE: "the storage or Ray cluster did not respond for too long; a restart may help",
     ExitStatus.DRAINED: "train: the machine is about to be preempted; a checkpoint is saved, restart to continue",

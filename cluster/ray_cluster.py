@@ -17,10 +17,10 @@ import ray
 
 from m2f.cluster.environment import OWN_CLUSTER, environment
 from m2f.cluster.exit_status import RESTARTED
-from m2f.cluster.ray_private import on_loopback, quiet_tokens
-from m2f.cluster.ray_watch import watching
+from m2f.cluster.ray_private import only_on_loopback, quiet_tokens
+from m2f.cluster.ray_watch import end_if_ray_dies
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
-from m2f.cluster.recipe.devices import SeenDevices, gpus_of_machine, gpus_of_nodes
+from m2f.cluster.recipe.devices import AvailableDevices, cluster_gpus, local_gpus
 from m2f.cluster.terminal import print_err
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.scratch import ScratchFolder
@@ -29,7 +29,7 @@ from m2f.model.errors import UserError
 
 OBJECT_STORE_BYTES = 400_000_000
 """Object store of a local cluster, in bytes. Ray's default, 30 % of the memory, would leave too little for training."""
-MAX_PLACE_BYTES = 14
+MAX_TEMP_FOLDER_BYTES = 14
 """Maximum length in bytes of the path of the temporary folder in which Ray creates its sockets.
 
 The names of our folder, of Ray's session and of the socket add 91 bytes.
@@ -37,9 +37,9 @@ The names of our folder, of Ray's session and of the socket add 91 bytes.
 CONNECT_S = 10.0
 RECONNECT_S = 120.0
 """Seconds that a restarted driver waits for its cluster."""
-_LOOK_S = 2.0
+_RETRY_S = 2.0
 _PROBE_S = 60.0
-PLENTY = 10_000.0
+UNLIMITED_AMOUNT = 10_000.0
 """Amount of every custom resource on the only node of a local cluster."""
 
 
@@ -47,7 +47,7 @@ class ClusterError(UserError):
     """A Ray cluster cannot be reached or started. The message names the address and the remedy."""
 
 
-class ClusterAwayError(ClusterError, OutageError):
+class ClusterOutageError(ClusterError, OutageError):
     """The cluster of a restarted driver has not come back within RECONNECT_S."""
 
 
@@ -66,18 +66,18 @@ def connect(config: RunConfig) -> Iterator[None]:
         num_cpus += evaluation.actors * evaluation.num_cpus_per_actor
     # Ray Train checks through the state API whether a run is alive, and that API is part of the dashboard.
     groups = (*cluster.resources_per_worker, *evaluation.resources_per_actor)
-    with local_or_existing(cluster, ceil(num_cpus), dashboard=True, resources=groups):
+    with existing_or_local_cluster(cluster, ceil(num_cpus), dashboard=True, resources=groups):
         yield
 
 
 @contextmanager
-def local_or_existing(
+def existing_or_local_cluster(
     cluster: ClusterConfig, num_cpus: int, dashboard: bool = False, resources: Iterable[str] = ()
 ) -> Iterator[None]:
     """Connect to an existing Ray cluster, or start a local one and stop it after the block.
 
     The address is `cluster.address`, or RAY_ADDRESS, which is set for drivers that run as Ray jobs. Without an
-    address, a local cluster starts with at least `num_cpus`. It also has PLENTY of each custom resource in
+    address, a local cluster starts with at least `num_cpus`. It also has UNLIMITED_AMOUNT of each custom resource in
     `resources`, so that recipes which select nodes of large clusters by resource run on it too.
 
     A process that is already connected keeps its connection. Otherwise the process ends with status OUTAGE if Ray's
@@ -92,32 +92,32 @@ def local_or_existing(
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     print_err("starting Ray on this machine" if address is None else f"connecting to the Ray cluster at {address}")
     if address is not None:
-        _reach(address, cluster)
+        _connect_with_retry(address, cluster)
         try:
-            with watching(is_ours=False):
+            with end_if_ray_dies(is_ours=False):
                 yield
         finally:
             ray.shutdown()
         return
-    _guard_with_token()
-    with _local_environment(), on_loopback(), _private_folder() as folder:
+    _protect_with_token()
+    with _local_environment(), only_on_loopback(), _private_folder() as folder:
         _start(folder, num_cpus, dashboard, resources)
         try:
             # Ray's lookup of "the cluster of this machine" may find another process's cluster and delete its actors.
             address = ray.get_runtime_context().gcs_address
-            with environment({"RAY_ADDRESS": address, OWN_CLUSTER: address}), watching(is_ours=True):
+            with environment({"RAY_ADDRESS": address, OWN_CLUSTER: address}), end_if_ray_dies(is_ours=True):
                 yield
         finally:
             ray.shutdown()
 
 
-def _reach(address: str, cluster: ClusterConfig) -> None:
+def _connect_with_retry(address: str, cluster: ClusterConfig) -> None:
     """Connect to the cluster. Only a restarted driver waits: both may have died together."""
     is_new = RESTARTED not in os.environ
-    began, told = time.monotonic(), False
+    started, warned = time.monotonic(), False
     while True:
         try:
-            knock(address)
+            require_listening(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
             return
         except Exception as error:
@@ -127,12 +127,12 @@ def _reach(address: str, cluster: ClusterConfig) -> None:
                     f"{reason}. Correct cluster.address (now {cluster.address!r}; if it is null, RAY_ADDRESS is "
                     "used), or start the cluster"
                 ) from error
-            if time.monotonic() - began > RECONNECT_S:
-                raise ClusterAwayError(f"{reason}. Start the run again when the cluster is back online") from error
-            if not told:
+            if time.monotonic() - started > RECONNECT_S:
+                raise ClusterOutageError(f"{reason}. Start the run again when the cluster is back online") from error
+            if not warned:
                 print_err(f"{reason}; waiting up to {RECONNECT_S:.0f} s for it")
-            told = True
-        time.sleep(_LOOK_S)
+            warned = True
+        time.sleep(_RETRY_S)
 
 
 def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]) -> None:
@@ -140,7 +140,7 @@ def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]
         ray.init(
             address="local",
             num_cpus=max(num_cpus, os.cpu_count() or 1),
-            resources=dict.fromkeys(resources, PLENTY),
+            resources=dict.fromkeys(resources, UNLIMITED_AMOUNT),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
@@ -155,22 +155,22 @@ def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]
         ) from error
 
 
-def cluster_devices(may_grow: bool) -> SeenDevices:
+def cluster_devices(may_grow: bool) -> AvailableDevices:
     """Return the GPUs of the connected cluster, as Ray counts them.
 
     Ray trusts `ray start --num-gpus` or device files. If this machine is the only node, the count is checked with
     torch; no GPU is returned if torch sees none.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    gpus, found = gpus_of_nodes(node["Resources"] for node in nodes), "the Ray cluster has"
-    is_here = [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]
-    if gpus and is_here and not gpus_of_machine() and not _sees_gpu():
+    gpus, found = cluster_gpus(node["Resources"] for node in nodes), "the Ray cluster has"
+    is_only_this_node = [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]
+    if gpus and is_only_this_node and not local_gpus() and not _sees_gpu():
         found = f"Ray reports {counted(len(gpus), 'GPU')} on {socket.gethostname()}, where torch sees"
         gpus = ()
-    return SeenDevices(gpus, found=found, may_grow=may_grow)
+    return AvailableDevices(gpus, found=found, may_grow=may_grow)
 
 
-def this_node() -> dict[str, str]:
+def this_node_selector() -> dict[str, str]:
     """Return a label selector that places an actor on the node of this process.
 
     A soft node affinity does not work: Ray 2.60 ignores it for actors that need no CPU.
@@ -178,7 +178,7 @@ def this_node() -> dict[str, str]:
     return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
-def knock(address: str) -> None:
+def require_listening(address: str) -> None:
     """Raise OSError if no process listens at the address; Ray itself would retry for minutes.
 
     Addresses without a port, such as `auto`, are not checked.
@@ -195,16 +195,16 @@ def _sees_gpu() -> bool:
     """
     print_err("checking whether torch sees the GPU that Ray reports on this machine")
     try:
-        return ray.get(ray.remote(num_cpus=0, num_gpus=0.001)(_is_gpu_seen).remote(), timeout=_PROBE_S)
+        return ray.get(ray.remote(num_cpus=0, num_gpus=0.001)(_torch_sees_gpu).remote(), timeout=_PROBE_S)
     except ray.exceptions.RayError:  # all GPUs are in use
         return True
 
 
-def _is_gpu_seen() -> bool:
-    return bool(gpus_of_machine())
+def _torch_sees_gpu() -> bool:
+    return bool(local_gpus())
 
 
-def _guard_with_token() -> None:
+def _protect_with_token() -> None:
     """Protect a local cluster with a random token in the environment, so that Ray writes no token file to $HOME.
 
     Without a token, other users of this machine could run code through Ray's ports. An explicit RAY_AUTH_MODE is kept.
@@ -218,16 +218,16 @@ def _guard_with_token() -> None:
 def _local_environment() -> Iterator[None]:
     """Set environment variables for a local cluster and its processes. Variables that the user has set are kept."""
     loopback_name = "lo0" if sys.platform == "darwin" else "lo"
-    wanted = {
+    variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds all ports to loopback, see `on_loopback`
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds all ports to loopback, see `only_on_loopback`
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_worker_niceness": "0",  # with Ray's niceness of 15, ranks get almost no CPU time when other processes run
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": loopback_name,
     }
-    with environment({name: value for name, value in wanted.items() if name not in os.environ}):
+    with environment({name: value for name, value in variables.items() if name not in os.environ}):
         yield
 
 
@@ -235,10 +235,10 @@ def _local_environment() -> Iterator[None]:
 def _private_folder() -> Iterator[str]:
     """Create a session folder inside a folder that only this user may enter: Ray's is readable to everybody.
 
-    It is in /tmp if TMPDIR is longer than MAX_PLACE_BYTES, because paths of Unix sockets have at most 107 bytes.
+    It is in /tmp if TMPDIR is longer than MAX_TEMP_FOLDER_BYTES, because paths of Unix sockets have at most 107 bytes.
     """
     temporary = tempfile.gettempdir()
-    folder = ScratchFolder("ray", parent=temporary if len(os.fsencode(temporary)) <= MAX_PLACE_BYTES else "/tmp")
+    folder = ScratchFolder("ray", parent=temporary if len(os.fsencode(temporary)) <= MAX_TEMP_FOLDER_BYTES else "/tmp")
     try:
         yield str(folder.path)
     except ClusterError:  # the error message refers to the logs in this folder

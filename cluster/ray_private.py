@@ -1,4 +1,4 @@
-"""Functions that wrap everything m2f uses from Ray's private modules, tested with the versions in TESTED.
+"""Functions that wrap everything m2f uses from Ray's private modules, tested with the versions in TESTED_VERSIONS.
 
 No other module imports from these. Each function imports only the parts of Ray that it needs, to save import time.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
     from ray.train.v2.api.config import RunConfig, ScalingConfig
 
-TESTED = ">=2.60,<2.61"
+TESTED_VERSIONS = ">=2.60,<2.61"
 """Ray versions with which these functions were tested, as a pip version specifier."""
 LOGGER = logging.getLogger(__name__)
 
@@ -28,27 +28,27 @@ class RayVersionError(UserError):
 
 
 @contextmanager
-def _expected() -> Iterator[None]:
+def _require_private_api() -> Iterator[None]:
     """Convert ImportError and AttributeError in the block to RayVersionError, which names the versions needed."""
     try:
         yield
     except (ImportError, AttributeError) as error:
         raise RayVersionError(
             f"Ray {metadata.version('ray')} lacks a private API that m2f needs ({error}). m2f is tested with Ray "
-            f"{TESTED}; install it: pip install 'ray[default,train]{TESTED}'"
+            f"{TESTED_VERSIONS}; install it: pip install 'ray[default,train]{TESTED_VERSIONS}'"
         ) from error
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
     """Return the free resources of every live node, by node id and resource name."""
-    with _expected():
+    with _require_private_api():
         from ray._private.state import available_resources_per_node
     return available_resources_per_node()
 
 
 def dashboard_url() -> str | None:
     """Return the URL of the dashboard of the connected cluster, or None if it has none."""
-    with _expected():
+    with _require_private_api():
         from ray._private.worker import get_dashboard_url
 
         address = get_dashboard_url()
@@ -57,7 +57,7 @@ def dashboard_url() -> str | None:
 
 def draining_nodes() -> frozenset[str]:
     """Return the ids of the nodes that are about to leave the cluster."""
-    with _expected():
+    with _require_private_api():
         from ray._private.state import state
 
         nodes = state.get_draining_nodes
@@ -70,7 +70,7 @@ def preemption_notice() -> Callable[[], bool]:
     Call it inside a Ray Train worker. The returned function only reads state of this process, whereas the public
     `get_preemption_info` is a barrier that every rank must enter.
     """
-    with _expected():
+    with _require_private_api():
         from ray.train.v2._internal.execution import context
 
         preemption = context.get_train_context().preemption_context
@@ -80,7 +80,7 @@ def preemption_notice() -> Callable[[], bool]:
 
 def scaling_config(workers: int, gpus: bool, needs: Mapping[str, float]) -> ScalingConfig:
     """Return the Ray Train configuration for the workers of an attempt; `needs` are the resources of each worker."""
-    with _expected():  # type checkers see the public ray.train.ScalingConfig as one of two classes
+    with _require_private_api():  # type checkers see the public ray.train.ScalingConfig as one of two classes
         from ray.train.v2.api.config import ScalingConfig
     return ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=dict(needs))
 
@@ -92,7 +92,7 @@ def attempt_config(name: str, folder: str) -> RunConfig:
         name: name of the subfolder of `folder` in which Ray stores its state.
         folder: path on the driver's disk.
     """
-    with _expected():
+    with _require_private_api():
         from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
     return RunConfig(
         name=name,
@@ -103,12 +103,12 @@ def attempt_config(name: str, folder: str) -> RunConfig:
 
 
 @contextmanager
-def on_loopback() -> Iterator[None]:
+def only_on_loopback() -> Iterator[None]:
     """Make clusters that start in the block listen only on loopback, as Ray does on macOS.
 
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does the same for new processes, but this process has already imported Ray.
     """
-    with _expected():
+    with _require_private_api():
         from ray._private import ray_constants
 
         before = ray_constants.ENABLE_RAY_CLUSTER
@@ -121,7 +121,7 @@ def on_loopback() -> Iterator[None]:
 
 def quiet_reports() -> None:
     """Stop Ray Train from logging every report. Call it inside a worker."""
-    with _expected():
+    with _require_private_api():
         from ray.train.v2._internal.execution import context
 
         context.logger.setLevel(logging.WARNING)
@@ -129,7 +129,7 @@ def quiet_reports() -> None:
 
 def quiet_tokens() -> None:
     """Stop Ray from logging where it found its authentication token."""
-    with _expected():
+    with _require_private_api():
         from ray._private.authentication import authentication_token_setup
 
         authentication_token_setup.logger.setLevel(logging.ERROR)
@@ -137,7 +137,7 @@ def quiet_tokens() -> None:
 
 def quiet_job_client() -> None:
     """Stop the Jobs API client from logging every upload and every end of a log stream."""
-    with _expected():
+    with _require_private_api():
         from ray.dashboard.modules import dashboard_sdk
         from ray.dashboard.modules.job import sdk
 
@@ -145,12 +145,12 @@ def quiet_job_client() -> None:
             module.logger.setLevel(logging.WARNING)
 
 
-def ray_version_of(client: JobSubmissionClient) -> str | None:
+def server_ray_version(client: JobSubmissionClient) -> str | None:
     """Return the cluster's Ray version, or None if the server did not report it.
 
     The public `get_version` returns the version of the Jobs API.
     """
-    with _expected():
+    with _require_private_api():
         return client._server_ray_version
 
 
@@ -159,6 +159,6 @@ def pack_working_dir(folder: Path, archive: Path) -> None:
 
     It honours .rayignore, and equal files result in equal bytes.
     """
-    with _expected():
+    with _require_private_api():
         from ray._private.runtime_env.packaging import create_package
     create_package(str(folder), archive, include_gitignore=False, logger=LOGGER)

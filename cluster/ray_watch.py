@@ -20,7 +20,7 @@ import ray
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err
 
-LOOK_S = 0.5
+POLL_S = 0.5
 CONNECT_S = 5.0
 HEAD_PATIENCE_S = 30.0
 """Seconds for which the GCS of an external cluster may refuse connections, because its owner may restart it.
@@ -34,75 +34,75 @@ _REMEDY = (
 
 
 @contextmanager
-def watching(is_ours: bool) -> Iterator[None]:
+def end_if_ray_dies(is_ours: bool) -> Iterator[None]:
     """During the block, end this process with status OUTAGE if the raylet of this machine or the GCS dies.
 
-    If the cluster `is_ours`, the wait for the GCS is only 2 * LOOK_S, since nobody else would restart it.
+    If the cluster `is_ours`, the wait for the GCS is only 2 * POLL_S, since nobody else would restart it.
     """
     address = ray.get_runtime_context().gcs_address
-    ended = threading.Event()
-    arguments = ended.is_set, _raylet_socket(), address, 2 * LOOK_S if is_ours else HEAD_PATIENCE_S
+    stopped = threading.Event()
+    arguments = stopped.is_set, _raylet_socket(), address, 2 * POLL_S if is_ours else HEAD_PATIENCE_S
     thread = threading.Thread(target=_watch, args=arguments, name="ray-watch", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        ended.set()
+        stopped.set()
         thread.join()
 
 
-def _watch(is_over: Callable[[], bool], raylet: str | None, gcs: str, patience_s: float) -> None:
-    """Check raylet and GCS every LOOK_S until `is_over` returns True.
+def _watch(is_stopped: Callable[[], bool], raylet: str | None, gcs: str, patience_s: float) -> None:
+    """Check raylet and GCS every POLL_S until `is_stopped` returns True.
 
     The end of the raylet closes a persistent connection. The GCS is checked with a new connection each time.
     """
-    link = None if raylet is None else _connect_local(raylet)
-    heard = time.monotonic()
-    while not is_over():
-        if link is None:
-            time.sleep(LOOK_S)
-        elif _has_ended(link):
-            link.close()
-            link = _connect_local(raylet or "")
-            if link is None and not is_over():
-                _end(f"Ray's raylet on this machine died: {_REMEDY}")
-        if _listens(gcs):
-            heard = time.monotonic()
-        elif time.monotonic() - heard >= patience_s and not is_over():
-            _end(f"the head of the Ray cluster died, its GCS at {gcs} no longer accepts connections: {_REMEDY}")
-    if link is not None:
-        link.close()
+    connection = None if raylet is None else _connect_local(raylet)
+    last_response = time.monotonic()
+    while not is_stopped():
+        if connection is None:
+            time.sleep(POLL_S)
+        elif _is_closed(connection):
+            connection.close()
+            connection = _connect_local(raylet or "")
+            if connection is None and not is_stopped():
+                _exit_with_outage(f"Ray's raylet on this machine died: {_REMEDY}")
+        if _is_listening(gcs):
+            last_response = time.monotonic()
+        elif time.monotonic() - last_response >= patience_s and not is_stopped():
+            _exit_with_outage(f"the head of the Ray cluster died, its GCS at {gcs} accepts no connections: {_REMEDY}")
+    if connection is not None:
+        connection.close()
 
 
 def _raylet_socket() -> str | None:
     """Return the socket path of this process's raylet, or None if it runs on another machine (`ray://`)."""
-    mine = ray.get_runtime_context().get_node_id()
-    path = next((node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == mine), "")
+    node_id = ray.get_runtime_context().get_node_id()
+    path = next((node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == node_id), "")
     return path if os.path.exists(path) else None
 
 
 def _connect_local(path: str) -> socket.socket | None:
-    link = socket.socket(socket.AF_UNIX)
-    link.settimeout(LOOK_S)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(POLL_S)
     try:
-        link.connect(path)
+        connection.connect(path)
     except OSError:
-        link.close()
+        connection.close()
         return None
-    return link
+    return connection
 
 
-def _has_ended(link: socket.socket) -> bool:
-    """Wait up to LOOK_S and return whether the raylet has closed the connection. The raylet never sends data on it."""
+def _is_closed(connection: socket.socket) -> bool:
+    """Wait up to POLL_S and return whether the raylet has closed the connection. The raylet never sends data on it."""
     try:
-        return link.recv(1) == b""
+        return connection.recv(1) == b""
     except TimeoutError:
         return False
     except OSError:
         return True
 
 
-def _listens(address: str) -> bool:
+def _is_listening(address: str) -> bool:
     host, _, port = address.rpartition(":")
     with suppress(OSError):
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
@@ -110,7 +110,7 @@ def _listens(address: str) -> bool:
     return False
 
 
-def _end(message: str) -> NoReturn:
+def _exit_with_outage(message: str) -> NoReturn:
     """Print the message and exit at once with status OUTAGE.
 
     A regular exit could hang, because Ray calls may block in any thread. The next start cleans up what is left behind,

@@ -22,7 +22,7 @@ if not (HOME / "model").is_dir():  # a checkout without symbolic links has text 
     HOME = HOME.parent
     __path__.append(str(HOME))
 
-_PLACES = {
+_MODULES = {
     "Dataset": "m2f.cluster.api.dataset",
     "Instances": "m2f.eval.functions",
     "Model": "m2f.cluster.api.model",
@@ -40,13 +40,13 @@ _PLACES = {
 }
 """Module that defines each public name."""
 
-__all__ = sorted(_PLACES)  # noqa: PLE0605 - the stub lists them
+__all__ = sorted(_MODULES)  # noqa: PLE0605 - the stub lists them
 
 
 def __getattr__(name: str) -> object:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'm2f' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    value = getattr(import_module(_PLACES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""What tests take from Ray's private modules, with the versions in `m2f.cluster.ray_private.TESTED`."""
+"""What tests take from Ray's private modules, with the versions in `m2f.cluster.ray_private.TESTED_VERSIONS`."""
 
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason

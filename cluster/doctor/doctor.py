@@ -65,8 +65,8 @@ def driver_checks(config: RunConfig | None, dashboard: str | None = None) -> lis
 
 
 def exit_status(findings: Sequence[Finding]) -> int:
-    """Return GAVE_UP if a check failed, else DONE."""
-    return ExitStatus.GAVE_UP if any(finding.state == "failed" for finding in findings) else ExitStatus.DONE
+    """Return FAILED if a check failed, else DONE."""
+    return ExitStatus.FAILED if any(finding.state == "failed" for finding in findings) else ExitStatus.DONE
 
 
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:

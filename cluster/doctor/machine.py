@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 import m2f
 from m2f.cluster.doctor.finding import Finding
-from m2f.cluster.ray_private import TESTED
+from m2f.cluster.ray_private import TESTED_VERSIONS
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.counted import counted
@@ -48,8 +48,11 @@ def check_versions() -> Finding:
         return Finding("versions", "failed", "; ".join(wrong), remedy)
     shown = " ".join(f"{name} {found[name]}" for name in ("torch", "deepspeed", "ray", "mlflow") if name in found)
     detail = f"Python {platform.python_version()}, {shown}"
-    if not SpecifierSet(TESTED).contains(found["ray"], prereleases=True):
-        remedy = f"m2f uses private APIs of Ray and is tested with {TESTED}: pip install 'ray[default,train]{TESTED}'"
+    if not SpecifierSet(TESTED_VERSIONS).contains(found["ray"], prereleases=True):
+        remedy = (
+            f"m2f uses private APIs of Ray and is tested with {TESTED_VERSIONS}: "
+            f"pip install 'ray[default,train]{TESTED_VERSIONS}'"
+        )
         return Finding("versions", "warning", detail, remedy)
     return Finding("versions", "ok", detail)
 
@@ -168,7 +171,7 @@ def check_compiler(config: RunConfig | None) -> Finding:
     path = find_compiler(device)
     if path is not None:
         return Finding("compiler", "ok", path)
-    if config is not None and not gpus and not config.training.compile:
+    if config is not None and not gpus and not config.training.settled_compile:
         return Finding("compiler", "ok", "none, and none needed")
     user = "GPU kernels need" if gpus else "training.compile needs"
     state = "warning" if config is None and not gpus else "failed"

@@ -15,7 +15,7 @@ from m2f.cluster.evaluation.manager import EvaluationStatus
 from m2f.cluster.evaluation.pool import EvaluationPool
 from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
 from m2f.cluster.evaluation.service import EvaluationService
-from m2f.cluster.ray_cluster import this_node
+from m2f.cluster.ray_cluster import this_node_selector
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.data_pipeline.storage.storage import Storage
@@ -77,7 +77,7 @@ class EvaluationClient:
     def _start(self) -> Any:
         service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationService)
         return service.options(  # runs on the driver's node, which holds the journal of MLflow points
-            name=self._name, namespace=NAMESPACE, lifetime="detached", label_selector=this_node()
+            name=self._name, namespace=NAMESPACE, lifetime="detached", label_selector=this_node_selector()
         ).remote(self._config, self._tracked, make_pool)
 
     def _replace(self, error: ActorDiedError) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from m2f.cluster.environment import names_cluster, uses_ray
+from m2f.cluster.environment import is_external_cluster, uses_ray
 from m2f.cluster.evaluation.actor import evaluated_rows
 from m2f.cluster.evaluation.evaluate import Pool, SetEvaluation, evaluate_sets
 from m2f.cluster.evaluation.local_pool import LocalPool
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.devices import SeenDevices, announced, evaluation_devices, gpus_of_machine
+from m2f.cluster.recipe.devices import AvailableDevices, evaluation_devices, local_gpus, print_settled
 from m2f.cluster.terminal import Progress
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
@@ -41,7 +41,7 @@ def evaluate_checkpoint(
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets is empty: add at least one set, for example [{dataset: val}]")
     if _is_small(config) or find_spec("ray") is None:
-        config = announced(evaluation_devices(config, SeenDevices(gpus_of_machine())))
+        config = print_settled(evaluation_devices(config, AvailableDevices(local_gpus())))
         return _evaluate(config, LocalPool(config), checkpoint, step, dump)
     return _evaluate_on_ray(config, checkpoint, step, dump)
 
@@ -50,13 +50,13 @@ def _evaluate_on_ray(
     config: RunConfig, checkpoint: str, step: int | None, dump: str | None
 ) -> tuple[SetEvaluation, ...]:
     from m2f.cluster.evaluation.client import make_pool
-    from m2f.cluster.ray_cluster import cluster_devices, local_or_existing
+    from m2f.cluster.ray_cluster import cluster_devices, existing_or_local_cluster
 
     settings = config.evaluation
-    may_grow = names_cluster(config.cluster.address)
+    may_grow = is_external_cluster(config.cluster.address)
     num_cpus = max(1, round(settings.actors * settings.num_cpus_per_actor))
-    with local_or_existing(config.cluster, num_cpus, resources=settings.resources_per_actor):
-        config = announced(evaluation_devices(config, cluster_devices(may_grow)))
+    with existing_or_local_cluster(config.cluster, num_cpus, resources=settings.resources_per_actor):
+        config = print_settled(evaluation_devices(config, cluster_devices(may_grow)))
         return _evaluate(config, make_pool(config), checkpoint, step, dump)
 
 

@@ -151,10 +151,10 @@ def _choose_writer(
     """Return a function that writes shards in this process if little is missing, else with Ray, which it starts."""
     if not uses_ray(cluster.address) and _is_small(reader, plan, missing):
         return lambda indices: write_locally(reader, plan, indices, storage, keep_going)
-    from m2f.cluster.ray_cluster import local_or_existing
+    from m2f.cluster.ray_cluster import existing_or_local_cluster
     from m2f.cluster.sharding.ray_tasks import run_tasks
 
-    ray_stack.enter_context(local_or_existing(cluster, cluster.shard_tasks))
+    ray_stack.enter_context(existing_or_local_cluster(cluster, cluster.shard_tasks))
     return lambda indices: run_tasks(reader, plan, indices, storage, cluster.shard_tasks, keep_going)
 
 

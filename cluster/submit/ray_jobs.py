@@ -20,8 +20,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from m2f.cluster.exit_status import ExitStatus
-from m2f.cluster.ray_cluster import knock
-from m2f.cluster.ray_private import quiet_job_client, ray_version_of
+from m2f.cluster.ray_cluster import require_listening
+from m2f.cluster.ray_private import quiet_job_client, server_ray_version
 from m2f.cluster.terminal import format_duration, print_err, print_out
 from m2f.data_pipeline.urls import url_problem
 from m2f.model.errors import UserError
@@ -82,7 +82,7 @@ class JobInfo:
                 return ExitStatus.STOPPED
             case JobStatus.FAILED:
                 was_lost = self.error and not any(words in self.error for words in _BEFORE_THE_DRIVER)
-                return ExitStatus.OUTAGE if was_lost else ExitStatus.GAVE_UP
+                return ExitStatus.OUTAGE if was_lost else ExitStatus.FAILED
         return ExitStatus.DONE
 
     def describe(self) -> str:
@@ -104,9 +104,9 @@ class JobClient:
         self._last_contact = time.monotonic()
         quiet_job_client()
         with _job_errors(self.address):
-            knock(self.address)
+            require_listening(self.address)
             self._client = JobSubmissionClient(self.address)
-            version = ray_version_of(self._client)
+            version = server_ray_version(self._client)
         if version != ray.__version__:
             print_err(f"the cluster has Ray {version}, but this machine has {ray.__version__}")
 

@@ -103,7 +103,7 @@ class _Driver:
         finally:
             os.close(reader)
             os.close(writer)
-        return ExitStatus.OUTAGE if status == ExitStatus.GAVE_UP and not is_deliberate else status
+        return ExitStatus.OUTAGE if status == ExitStatus.FAILED and not is_deliberate else status
 
     def wait(self, seconds: float) -> None:
         """Wait before the next start. Return early if a stop is requested."""

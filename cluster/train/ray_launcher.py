@@ -17,13 +17,19 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 
-from m2f.cluster.environment import names_cluster
+from m2f.cluster.environment import is_external_cluster
 from m2f.cluster.evaluation.client import EvaluationClient
-from m2f.cluster.ray_cluster import ClusterError, cluster_devices, connect, local_or_existing, this_node
+from m2f.cluster.ray_cluster import (
+    ClusterError,
+    cluster_devices,
+    connect,
+    existing_or_local_cluster,
+    this_node_selector,
+)
 from m2f.cluster.ray_private import attempt_config, draining_nodes, free_resources, scaling_config
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.devices import SeenDevices
-from m2f.cluster.start.settling import settled_run, this_machine
+from m2f.cluster.recipe.devices import AvailableDevices
+from m2f.cluster.start.settling import settled_run, local_devices
 from m2f.cluster.terminal import print_err
 from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.cluster.train.failure_policy import AttemptError
@@ -52,19 +58,19 @@ def run_training(config: RunConfig, live: bool = False) -> RunSummary:
         LeaseHeldError: another process is training in the run folder.
         LeaseLostError: another process took over the run folder, because this one did not renew its lease.
     """
-    with _seen_devices(config) as seen:
-        config = settled_run(config, seen, beside=True)
+    with _available_devices(config) as devices:
+        config = settled_run(config, devices, during_training=True)
         return run_supervised(config, RayLauncher(config), live)
 
 
 @contextmanager
-def _seen_devices(config: RunConfig) -> Iterator[SeenDevices]:
+def _available_devices(config: RunConfig) -> Iterator[AvailableDevices]:
     """Yield the devices of the cluster that the run will use, or of this machine if a local cluster will be started."""
-    may_grow = names_cluster(config.cluster.address)
+    may_grow = is_external_cluster(config.cluster.address)
     if not may_grow and not ray.is_initialized():
-        yield this_machine()
+        yield local_devices()
         return
-    with local_or_existing(config.cluster, 0):
+    with existing_or_local_cluster(config.cluster, 0):
         yield cluster_devices(may_grow)
 
 
@@ -81,13 +87,14 @@ class RayLauncher:
         self._error: BaseException | None = None
 
     def __enter__(self) -> Self:
-        may_grow = names_cluster(self._cluster.address)
+        may_grow = is_external_cluster(self._cluster.address)
         with ExitStack() as stack:
             stack.enter_context(connect(self._config))
             self._scratch = str(stack.enter_context(ScratchFolder("ray-train")))
             check_gpus(self._config, ray.cluster_resources().get("GPU", 0), may_grow)
             # Runs on the driver's node, so that it survives the loss of worker nodes.
-            mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=this_node())(Mailbox)
+            selector = this_node_selector()
+            mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=selector)(Mailbox)
             self._mailbox = mailbox.remote()
             if self._cluster.min_workers < self._cluster.max_workers:
                 stack.callback(request_resources, bundles=[])

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoints = (CommittedCheckpoint(args.step, chosen.url),)
     print_out(f"{'step':>8} {'MB':>9} {'files':>6} {'ranks':>6} {'ZeRO':>5}  state")
     whole = [_print_state(storage, checkpoint, every_byte=args.action == "verify") for checkpoint in checkpoints]
-    return ExitStatus.DONE if all(whole) else ExitStatus.GAVE_UP
+    return ExitStatus.DONE if all(whole) else ExitStatus.FAILED
 
 
 def _collect(storage: Storage, run_folder: str, dry_run: bool) -> int:

@@ -21,4 +21,4 @@ def run(args: argparse.Namespace) -> int:
     print_err(f"demo below {args.output}: loading PyTorch, Ray and MLflow")
     from m2f.cluster.demo import run_demo
 
-    return ExitStatus.GAVE_UP if run_demo(args.output, args.overrides).status == "failed" else ExitStatus.DONE
+    return ExitStatus.FAILED if run_demo(args.output, args.overrides).status == "failed" else ExitStatus.DONE

@@ -54,11 +54,11 @@ def run(args: argparse.Namespace) -> int:
 def _on_cluster(config: RunConfig | None, address: str) -> list[Finding]:
     from m2f.cluster.doctor.cluster_checks import CLUSTER, check_cluster
     from m2f.cluster.doctor.doctor import driver_checks, run_checks
-    from m2f.cluster.ray_cluster import local_or_existing
+    from m2f.cluster.ray_cluster import existing_or_local_cluster
     from m2f.cluster.ray_private import dashboard_url
     from m2f.cluster.recipe.config import ClusterConfig
 
-    with local_or_existing(ClusterConfig(address=address), num_cpus=0):
+    with existing_or_local_cluster(ClusterConfig(address=address), num_cpus=0):
         checks = driver_checks(config, dashboard_url())
         return [*check_cluster(config), *run_checks(checks, where=CLUSTER)]
 

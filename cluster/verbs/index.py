@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     print_out(_summary(report, args.output, args.report))
     if args.report:
         storage.put(args.report, json.dumps(asdict(report), indent=1).encode())
-    return ExitStatus.DONE if report.committed else ExitStatus.GAVE_UP
+    return ExitStatus.DONE if report.committed else ExitStatus.FAILED
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         print_err(
             f"no submission was written: it would lack {counted(len(problems), 'image')}, which the server would reject"
         )
-    return ExitStatus.GAVE_UP if problems else ExitStatus.DONE
+    return ExitStatus.FAILED if problems else ExitStatus.DONE
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         print_out(str(outcome.verdict))
     if outcome.version is None:
         print_err(f"step {outcome.step} is not better than {outcome.name}@{args.if_better}, so it is not registered")
-        return ExitStatus.GAVE_UP
+        return ExitStatus.FAILED
     for name, one in (outcome.thresholds.classes if outcome.thresholds else {}).items():
         if one.threshold is None:
             print_out(f"{name}: no threshold reaches the precision, so all detections of this class are rejected")

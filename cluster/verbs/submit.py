@@ -91,14 +91,14 @@ def _stop_or_show(client: JobClient, args: argparse.Namespace) -> int:
     jobs = _named_jobs(client, args)
     if not jobs:
         print_err("the cluster has no job of this run")
-        return ExitStatus.GAVE_UP
+        return ExitStatus.FAILED
     if args.stop:
         jobs = [job if job.ended else client.stop(job.job_id) for job in jobs[-1:]]
     for job in jobs:
         print_out(job.describe())
         if job.status == "FAILED":
             print_err(f"  {job.message}")
-    return ExitStatus.GAVE_UP if jobs[-1].status == "FAILED" else ExitStatus.DONE
+    return ExitStatus.FAILED if jobs[-1].status == "FAILED" else ExitStatus.DONE
 
 
 def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[JobInfo]:

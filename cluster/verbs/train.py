@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _STATUS = {
     "finished": ExitStatus.DONE,
-    "failed": ExitStatus.GAVE_UP,
+    "failed": ExitStatus.FAILED,
     "stopped": ExitStatus.STOPPED,
     "drained": ExitStatus.DRAINED,
 }

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         entries = [{**asdict(verification), "passed": verification.passed} for verification in found]
         storage.put(args.report, json.dumps(entries, indent=1).encode())
-    return ExitStatus.DONE if all(verification.passed for verification in found) else ExitStatus.GAVE_UP
+    return ExitStatus.DONE if all(verification.passed for verification in found) else ExitStatus.FAILED
 
 
 def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verification:

@@ -1,12 +1,12 @@
-"""Whether a Ray cluster is that of others, which may get more nodes."""
+"""Tests of the detection of external Ray clusters, which may get more nodes."""
 
 import pytest
 
-from m2f.cluster.environment import OWN_CLUSTER, names_cluster
+from m2f.cluster.environment import OWN_CLUSTER, is_external_cluster
 
 
 @pytest.mark.parametrize(
-    ("address", "variables", "is_others"),
+    ("address", "variables", "is_external"),
     [
         (None, {}, False),
         ("auto", {}, True),
@@ -15,9 +15,9 @@ from m2f.cluster.environment import OWN_CLUSTER, names_cluster
         ("10.0.0.1:6379", {"RAY_ADDRESS": "127.0.0.1:6379", OWN_CLUSTER: "127.0.0.1:6379"}, True),
     ],
 )
-def test_names_cluster_is_false_for_the_local_cluster_of_m2f(address, variables, is_others, monkeypatch):
+def test_is_external_cluster_is_false_for_the_local_cluster_of_m2f(address, variables, is_external, monkeypatch):
     for name in ("RAY_ADDRESS", OWN_CLUSTER):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert names_cluster(address) == is_others
+    assert is_external_cluster(address) == is_external

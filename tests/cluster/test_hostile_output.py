@@ -58,7 +58,7 @@ def test_verbs_print_hostile_arguments_as_escapes(capsys, words):
 def test_options_and_warnings_are_printable(capsys):
     with pytest.raises(SystemExit):
         main(["stats", f"--{HOSTILE}"])
-    assert main(["stats", "/nowhere"]) == ExitStatus.MISTAKE
+    assert main(["stats", "/nowhere"]) == ExitStatus.USER_ERROR
     assert logging.lastResort is not None
     record = logging.LogRecord("m2f", logging.WARNING, "", 0, "%s", (HOSTILE,), None)
     assert logging.lastResort.format(record) == SHOWN

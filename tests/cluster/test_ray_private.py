@@ -14,15 +14,15 @@ CLUSTER = m2f.HOME / "cluster"
 
 
 def test_installed_ray_version_is_tested():
-    assert SpecifierSet(ray_private.TESTED).contains(metadata.version("ray"))
+    assert SpecifierSet(ray_private.TESTED_VERSIONS).contains(metadata.version("ray"))
 
 
 def test_requirements_allow_the_lowest_tested_ray_version():
     needed = [Requirement(text) for text in metadata.requires("m2f")]
-    lowest = min(Version(part.version) for part in SpecifierSet(ray_private.TESTED))
-    ranges = [one.specifier for one in needed if one.name == "ray"]
-    assert ranges
-    assert all(one.contains(lowest) for one in ranges)
+    lowest = min(Version(part.version) for part in SpecifierSet(ray_private.TESTED_VERSIONS))
+    specifiers = [requirement.specifier for requirement in needed if requirement.name == "ray"]
+    assert specifiers
+    assert all(specifier.contains(lowest) for specifier in specifiers)
 
 
 def test_only_ray_private_imports_private_modules_of_ray():

@@ -125,7 +125,7 @@ def test_few_images_are_evaluated_without_ray(small, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(ray_cluster, "local_or_existing", refuse)
+    monkeypatch.setattr(ray_cluster, "existing_or_local_cluster", refuse)
     config, weights = small
     config = replace(config, evaluation=replace(config.evaluation, sets=config.evaluation.sets[:2]))
     found = offline.evaluate_checkpoint(config, weights)

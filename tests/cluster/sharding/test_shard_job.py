@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
-from m2f.cluster.ray_cluster import local_or_existing
+from m2f.cluster.ray_cluster import existing_or_local_cluster
 from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.sharding import job
 from m2f.cluster.sharding.job import run_shard_job
@@ -76,7 +76,7 @@ def no_ray(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("m2f.cluster.ray_cluster.local_or_existing", refuse)
+    monkeypatch.setattr("m2f.cluster.ray_cluster.existing_or_local_cluster", refuse)
 
 
 def test_small_job_runs_in_this_process_and_writes_the_same_bytes(tmp_path, no_ray):
@@ -172,7 +172,7 @@ def label_maps(tmp_path):
 def test_bad_image_is_reported_and_prevents_the_commit(tmp_path, label_maps):
     target = tmp_path / "shards"
     dataset = DatasetConfig(shards=str(target), source=label_maps, shard_mb=0.01)
-    with local_or_existing(CLUSTER, CLUSTER.shard_tasks):
+    with existing_or_local_cluster(CLUSTER, CLUSTER.shard_tasks):
         with pytest.raises(DataError, match=r"1 of 12 samples cannot be used, so the data set is not commi") as caught:
             run_shard_job("train", dataset, CLUSTER, Storage())
         assert "07.png" in str(caught.value)
@@ -216,7 +216,7 @@ def test_killed_tasks_are_retried_and_a_failed_shard_is_written_by_the_next_job(
     dataset = replace(dataset, shards=str(folder))
     moments = ("shards/00001.tar", "parts/00002.parquet")
     failing = storage_that_kills(folder, moments, "shards/00000.tar", marks)
-    with local_or_existing(CLUSTER, CLUSTER.shard_tasks):
+    with existing_or_local_cluster(CLUSTER, CLUSTER.shard_tasks):
         with pytest.raises(ShardJobError, match=r"1 of \d+ shards could not be written:\n.*00000.tar: no space"):
             run_shard_job("train", dataset, CLUSTER, failing, keep_going=True)
         killed = {mark.read_text() for mark in marks.iterdir()}
@@ -253,7 +253,7 @@ def test_ten_kills_of_drivers_and_tasks_do_not_change_the_shards(tmp_path):
     missing = [i for i in range(num_shards) if not (folder / f"parts/{i:05d}.parquet").exists()]
     names = ("shards/{:05d}.tar", "parts/{:05d}.parquet")
     moments = [chance.choice(names).format(index) for index in chance.sample(missing, 5)]
-    with local_or_existing(CLUSTER, CLUSTER.shard_tasks):
+    with existing_or_local_cluster(CLUSTER, CLUSTER.shard_tasks):
         failing = storage_that_kills(folder, moments, "", tmp_path / "marks")
         report = run_shard_job("train", replace(dataset, shards=str(folder)), CLUSTER, failing)
     assert len(list((tmp_path / "marks").iterdir())) == len(moments)
