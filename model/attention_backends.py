@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _IMAGES, _HEADS, _QUERIES = 2, 8, 100
-_TAKES_NO_SUCH_INPUT = ("No available kernel", "No viable backend")
+_UNSUPPORTED_INPUT = ("No available kernel", "No viable backend")
 
 
 class Backend(NamedTuple):
@@ -44,12 +44,12 @@ class Case(NamedTuple):
     tokens: int
     dim: int
     """Channels per head."""
-    is_added: bool = False
+    is_additive: bool = False
     """Whether the mask is added to the logits instead of being boolean."""
     queries: int = _QUERIES
 
     def __str__(self) -> str:
-        mask = "an additive mask" if self.is_added else "a boolean mask"
+        mask = "an additive mask" if self.is_additive else "a boolean mask"
         return f"{self.tokens} tokens of {self.dim} channels in {str(self.dtype).removeprefix('torch.')} with {mask}"
 
 
@@ -57,7 +57,7 @@ CASES = (
     Case(torch.bfloat16, 1024, 32),
     Case(torch.bfloat16, 1050, 32),  # 25 x 42: neither side is a multiple of 4
     Case(torch.bfloat16, 1600, 32),  # remainder 64 modulo 128
-    Case(torch.bfloat16, 1600, 32, is_added=True),
+    Case(torch.bfloat16, 1600, 32, is_additive=True),
     Case(torch.bfloat16, 1600, 64),
     Case(torch.bfloat16, 1129, 64, queries=1129),  # self-attention over all tokens of a transformer
     Case(torch.float16, 1600, 32),
@@ -66,54 +66,54 @@ CASES = (
 
 
 @functools.cache
-def settle_attention(device: torch.device) -> str | None:
+def select_attention_backends(device: torch.device) -> str | None:
     """Disable the fused kernels that are wrong on this GPU, with a warning for each.
 
     Return one line that names the kernels in use, or None on a CPU, which has only one implementation.
     """
-    return None if device.type != "cuda" else choose(device, BACKENDS)
+    return None if device.type != "cuda" else disable_wrong_backends(device, BACKENDS)
 
 
-def choose(device: torch.device, backends: tuple[Backend, ...]) -> str:
-    """Test `backends` and disable the wrong ones; see `settle_attention`."""
-    right: list[str] = []
+def disable_wrong_backends(device: torch.device, backends: tuple[Backend, ...]) -> str:
+    """Test `backends` and disable the wrong ones; see `select_attention_backends`."""
+    correct: list[str] = []
     wrong: list[str] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for backend in backends:
-            trouble = first_trouble(backend, device)
-            if trouble is None:
-                right.append(backend.name)
-            elif trouble:
+            problem = first_problem(backend, device)
+            if problem is None:
+                correct.append(backend.name)
+            elif problem:
                 backend.allow(False)
                 wrong.append(backend.name)
                 warnings.warn(
-                    f"PyTorch's {backend.name} attention is disabled on this GPU: {trouble}; using the next "
+                    f"PyTorch's {backend.name} attention is disabled on this GPU: {problem}; using the next "
                     "kernel instead",
                     stacklevel=2,
                 )
-    found = " or ".join(right) if right else "matrix products, which are slower"
+    found = " or ".join(correct) if correct else "matrix products, which are slower"
     return f"masked attention uses {found}" + (f"; {' and '.join(wrong)} failed the check" if wrong else "")
 
 
-def first_trouble(backend: Backend, device: torch.device) -> str | None:
+def first_problem(backend: Backend, device: torch.device) -> str | None:
     """Return the first problem of a backend.
 
     Return None if it is right in all cases that it supports, and an empty string if it supports none.
     """
-    takes_some = False
+    is_supported = False
     for case in CASES:
         try:
             error = _error(backend, case, device)
         except torch.OutOfMemoryError:
             raise  # does not show that the kernel is wrong
         except RuntimeError as problem:
-            if any(text in str(problem) for text in _TAKES_NO_SUCH_INPUT):
+            if any(text in str(problem) for text in _UNSUPPORTED_INPUT):
                 continue
             return f"{case}: {problem}"
-        takes_some = True
+        is_supported = True
         if not error <= (1e-4 if case.dtype == torch.float32 else 0.05):  # also true for NaN
             return f"{case}: error is {error:.2g} of the largest value"
-    return None if takes_some else ""
+    return None if is_supported else ""
 
 
 def _error(backend: Backend, case: Case, device: torch.device) -> float:
@@ -128,7 +128,7 @@ def _error(backend: Backend, case: Case, device: torch.device) -> float:
         return rows.unflatten(-1, (_HEADS, -1)).transpose(1, 2).requires_grad_()
 
     inputs = [heads(case.queries), heads(case.tokens), heads(case.tokens)]
-    if case.is_added:
+    if case.is_additive:
         added = torch.randn(_IMAGES, _HEADS, case.queries, case.tokens, device=device).to(case.dtype)
         mask = added.requires_grad_()
         inputs.append(mask)
@@ -143,7 +143,7 @@ def _error(backend: Backend, case: Case, device: torch.device) -> float:
             found = (output.detach(), *torch.autograd.grad(output, inputs, cotangent))
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     with torch.enable_grad():
-        plain = plain_attention(exact[0], exact[1], exact[2], exact[3] if case.is_added else mask)
+        plain = plain_attention(exact[0], exact[1], exact[2], exact[3] if case.is_additive else mask)
         expected = (plain.detach(), *torch.autograd.grad(plain, exact, cotangent.double()))
     errors = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
     return float(torch.stack(errors).max())

@@ -192,7 +192,7 @@ class MaskedTransformerDecoderConfig(Section):
     """Apply LayerNorm before each block instead of after its residual."""
 
     @property
-    def takes_pilots(self) -> bool:
+    def supports_pilots(self) -> bool:
         """Whether the decoder accepts a given attention mask for each query, as pilots need."""
         return self.attention in ("masked", "mask_pooling")
 
@@ -233,8 +233,8 @@ class StandardTransformerDecoderConfig(Section):
         _check_decoder(self)
 
 
-_OfTokens = EomtDecoderConfig | PmtDecoderConfig
-TransformerDecoderConfig = MaskedTransformerDecoderConfig | StandardTransformerDecoderConfig | _OfTokens
+_TokenDecoderConfig = EomtDecoderConfig | PmtDecoderConfig
+TransformerDecoderConfig = MaskedTransformerDecoderConfig | StandardTransformerDecoderConfig | _TokenDecoderConfig
 
 
 def _check_decoder(config: MaskedTransformerDecoderConfig | StandardTransformerDecoderConfig) -> None:
@@ -406,21 +406,21 @@ class ModelConfig(Section):
                 f"model.weights_are_deltas is true and model.weights is {self.weights}; it needs model.weights and the "
                 "base weights: set model.backbone.pretrained to true, or model.backbone.weights to a file"
             )
-        kind, takes_tokens = self.transformer_decoder.kind, ("eomt", "pmt")
+        kind, token_kinds = self.transformer_decoder.kind, ("eomt", "pmt")
         found = {
-            "transformer_decoder.kind": (kind, kind if kind in takes_tokens else " or ".join(takes_tokens)),
+            "transformer_decoder.kind": (kind, kind if kind in token_kinds else " or ".join(token_kinds)),
             "pixel_decoder.kind": (self.pixel_decoder.kind, "upscale"),
             "backbone.features": (getattr(self.backbone, "features", "maps"), "tokens"),
         }
-        belong = [value == wanted for value, wanted in found.values()]
-        if any(belong) and not all(belong):
+        is_set = [value == wanted for value, wanted in found.values()]
+        if any(is_set) and not all(is_set):
             has = ", ".join(f"model.{name} {value}" for name, (value, _) in found.items())
             needs = ", ".join(f"{name} {wanted}" for name, (_, wanted) in found.items())
             raise ConfigError(f"{has} cannot be combined; set all of {needs}, or none of them")
 
     def _check_pilots(self) -> None:
         decoder = self.transformer_decoder
-        if self.pilots.max_targets and not getattr(decoder, "takes_pilots", False):
+        if self.pilots.max_targets and not getattr(decoder, "supports_pilots", False):
             attention = f" with attention {found}" if (found := getattr(decoder, "attention", None)) else ""
             raise ConfigError(
                 f"model.pilots.max_targets is {self.pilots.max_targets}, but model.transformer_decoder is "

@@ -13,7 +13,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def kept(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def cache_constants(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Cache the last `size` results of a function with hashable arguments. Callers must not write to the results.
 
     The cache is bypassed during compilation and export, under a dispatch mode, and while a CUDA graph is recorded. In
@@ -22,20 +22,20 @@ def kept(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(make: Callable[P, R]) -> Callable[P, R]:
         @functools.lru_cache(maxsize=size)
-        def make_once(*args: P.args, **kwargs: P.kwargs) -> R:
+        def cached(*args: P.args, **kwargs: P.kwargs) -> R:
             with torch.inference_mode(False):  # autograd cannot save inference tensors for a backward pass
                 return make(*args, **kwargs)
 
         @functools.wraps(make)
         def get(*args: P.args, **kwargs: P.kwargs) -> R:
-            return make_once(*args, **kwargs) if may_keep() else make(*args, **kwargs)
+            return cached(*args, **kwargs) if can_cache() else make(*args, **kwargs)
 
         return get
 
     return decorate
 
 
-def may_keep() -> bool:
+def can_cache() -> bool:
     """Return whether tensors made now have values and stay valid, so that they can be cached."""
     if torch.compiler.is_compiling():
         return False

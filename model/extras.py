@@ -42,7 +42,7 @@ def missing_extra(what: str, error: BaseException | None) -> MissingExtraError |
 
 
 @contextmanager
-def naming_extras(what: str) -> Iterator[None]:
+def report_missing_extras(what: str) -> Iterator[None]:
     """Context manager that turns a failed import of an extra's package into MissingExtraError.
 
     `what` names the feature that needs the package. Other import errors pass through unchanged.

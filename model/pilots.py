@@ -101,10 +101,10 @@ class PilotGuides(NamedTuple):
         """
         images, number = self.valid.shape
         is_pilot = torch.arange(number + num_queries, device=self.valid.device) < number
-        open_to_pilots = torch.cat((self.valid, self.valid.new_ones(images, num_queries)), dim=1)[:, None]
-        allowed = torch.where(is_pilot[:, None], open_to_pilots, ~is_pilot)
-        itself = torch.eye(number + num_queries, dtype=torch.bool, device=self.valid.device)
-        return (allowed | itself)[:, None]
+        visible_to_pilots = torch.cat((self.valid, self.valid.new_ones(images, num_queries)), dim=1)[:, None]
+        allowed = torch.where(is_pilot[:, None], visible_to_pilots, ~is_pilot)
+        identity = torch.eye(number + num_queries, dtype=torch.bool, device=self.valid.device)
+        return (allowed | identity)[:, None]
 
 
 class PilotQueries(nn.Module):
@@ -124,45 +124,45 @@ class PilotQueries(nn.Module):
 
         Every random number is a function of the seed, the image's position and the target.
         """
-        images, most = targets.valid.shape
+        images, num_targets = targets.valid.shape
         device = targets.valid.device
-        chosen = min(most, self.settings.max_targets)
+        chosen = min(num_targets, self.settings.max_targets)
         number = padded_number(chosen, self.settings.max_targets)
         image_keys = mix(targets.position + signed((self.seed ^ _SALT) * GOLDEN))
-        keys = mix(image_keys[:, None] + torch.arange(1, most + 1, device=device) * GOLDEN)
+        keys = mix(image_keys[:, None] + torch.arange(1, num_targets + 1, device=device) * GOLDEN)
         target = choose(targets.valid, keys, chosen)
         keys, labels, valid = (values.gather(1, target) for values in (keys, targets.labels, targets.valid))
         target, keys, labels, valid = (F.pad(values, (0, number - chosen)) for values in (target, keys, labels, valid))
 
-        place = torch.where(valid, target, most)
-        of_target = torch.full((images, most + 1), number, dtype=torch.int16, device=device)
-        of_target.scatter_(1, place, torch.arange(number, dtype=torch.int16, device=device).expand(images, -1))
-        content = self.class_query(self._noisy(labels, keys))
+        place = torch.where(valid, target, num_targets)
+        pilot_of_target = torch.full((images, num_targets + 1), number, dtype=torch.int16, device=device)
+        pilot_of_target.scatter_(1, place, torch.arange(number, dtype=torch.int16, device=device).expand(images, -1))
+        content = self.class_query(self._with_label_noise(labels, keys))
         return Pilots(
             content=torch.where(valid[..., None], content, 0.0),
             target=target,
             valid=valid,
-            owners=pixel_owners(targets, of_target[:, :most], number),
+            owners=pixel_owners(targets, pilot_of_target[:, :num_targets], number),
             keys=keys,
             mask_noise=self.settings.mask_noise,
             first_prediction=self.first_prediction,
         )
 
-    def _noisy(self, labels: Tensor, keys: Tensor) -> Tensor:
+    def _with_label_noise(self, labels: Tensor, keys: Tensor) -> Tensor:
         """Return labels [B, N] with some replaced by a random class, which may be the same class."""
         replaced = to_unit_interval(mix(keys + signed(_Word.LABEL_NOISE * GOLDEN))) < self.settings.label_noise
         drawn = shift_right(mix(keys + signed(_Word.LABEL * GOLDEN)), 1) % self.class_query.num_embeddings
         return torch.where(replaced, drawn, labels)
 
 
-def padded_number(chosen: int, most: int) -> int:
+def padded_number(chosen: int, max_targets: int) -> int:
     """Return the padded number of pilots per image: the next power of two, at least BUCKET.
 
-    The maximum is `most` rounded up to a multiple of BUCKET. Few distinct values keep the number of tensor shapes
-    small.
+    The maximum is `max_targets` rounded up to a multiple of BUCKET. Few distinct values keep the number of tensor
+    shapes small.
     """
     power = 1 << max(chosen - 1, BUCKET - 1).bit_length()
-    return min(power, -(-most // BUCKET) * BUCKET)
+    return min(power, -(-max_targets // BUCKET) * BUCKET)
 
 
 def choose(valid: Tensor, keys: Tensor, count: int) -> Tensor:

@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from m2f.model.constants import kept
+from m2f.model.constants import cache_constants
 
 TEMPERATURE = 10_000.0
 EPSILON = 1e-6
 """Both constants as in DETR and the official code."""
 
 
-@kept(12)  # three levels for each of four image sizes
+@cache_constants(12)  # three levels for each of four image sizes
 def sine_position_embedding(height: int, width: int, channels: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the sine embedding [height, width, channels] of a map, always in float32.
 

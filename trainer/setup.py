@@ -10,7 +10,7 @@ import torch
 
 from m2f.data_pipeline.loading.loader import StepBatches
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.model.attention_backends import settle_attention
+from m2f.model.attention_backends import select_attention_backends
 from m2f.trainer.checkpoint.folder import list_checkpoints
 from m2f.trainer.checkpoint.identity import require_own_checkpoint
 from m2f.trainer.checkpoint.resume import open_restart
@@ -92,7 +92,7 @@ def prepare_device(ranks: Ranks, reporter: Reporter) -> torch.device:
     """
     device = selected_device()
     require_exclusive_device(device, ranks)
-    attention = settle_attention(device)
+    attention = select_attention_backends(device)
     if attention is not None and ranks.is_first:
         reporter.report(Notice("device", 0, attention))
     return device

@@ -25,7 +25,7 @@ from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.functions import Instances, PanopticImage
 from m2f.eval.metrics.rle import decode_mask
-from m2f.model.extras import naming_extras
+from m2f.model.extras import report_missing_extras
 
 Truth: TypeAlias = PanopticImage | Instances | np.ndarray
 """Annotation of one image. An array is a label map [H, W] of integer labels."""
@@ -82,7 +82,7 @@ class Dataset:
                 f"{len(self.images)} images and {len(self.annotations)} annotations; give at least one "
                 "image and one annotation per image"
             )
-        with naming_extras("Dataset.write"):
+        with report_missing_extras("Dataset.write"):
             from m2f.data_pipeline.shards.write import write_dataset
         table = self._table
         files = self._files()

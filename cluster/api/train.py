@@ -15,7 +15,7 @@ from m2f.cluster.recipe.pinned_weights import with_pinned_weights
 from m2f.data_pipeline.shards.manifest import DATASET_FILE
 from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.model.extras import naming_extras
+from m2f.model.extras import report_missing_extras
 from m2f.trainer.checkpoint.commits import read_metrics
 from m2f.trainer.checkpoint.folder import list_checkpoints
 
@@ -93,7 +93,7 @@ def train(
     else:
         config = load_recipe(os.fspath(recipe), overrides)
     storage = Storage(config.storage)
-    with naming_extras("m2f.train"), preserve_num_threads():
+    with report_missing_extras("m2f.train"), preserve_num_threads():
         _write_missing_shards(config, storage)
         return _make_run(_train(with_pinned_weights(config, storage), launcher), storage)
 

@@ -11,7 +11,7 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
-from m2f.model.attention_backends import settle_attention
+from m2f.model.attention_backends import select_attention_backends
 from m2f.model.config import ModelConfig
 from m2f.model.segmenter import Segmenter
 from m2f.model.weights.build import build_with_weights
@@ -52,5 +52,5 @@ def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, d
             f"{weights} does not contain all weights of the recipe's model with {config.num_classes} classes: {report}"
         )
     torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    settle_attention(torch_device)
+    select_attention_backends(torch_device)
     return model.eval().to(torch_device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from m2f.model.extras import naming_extras
+from m2f.model.extras import report_missing_extras
 from m2f.model.weights.hub import hub_folder
 from m2f.model.weights.sources import HUB
 
@@ -24,7 +24,7 @@ def resolve_source(source: str) -> str:
     if source.startswith(HUB):
         return str(hub_folder(source))
     if source.startswith(REGISTERED):
-        with naming_extras(source):
+        with report_missing_extras(source):
             from m2f.cluster.tracking.registered import model_folder
         return str(model_folder(source))
     return source

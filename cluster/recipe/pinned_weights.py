@@ -10,7 +10,7 @@ from dataclasses import replace
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.stored import STORED_RECIPE, stored_setting
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.model.weights.hub import pinned
+from m2f.model.weights.hub import pin_revision
 from m2f.model.weights.sources import HUB, HubAddress
 from m2f.trainer.checkpoint.folder import list_checkpoints
 
@@ -31,7 +31,7 @@ def with_pinned_weights(config: RunConfig, storage: Storage) -> RunConfig:
             return config
         weights = stored
     else:
-        weights = pinned(weights)
+        weights = pin_revision(weights)
     return replace(config, model=replace(config.model, weights=weights))
 
 

@@ -273,7 +273,7 @@ def detect(output: ImageOutput, is_thing: Sequence[bool], config: PostprocessCon
     """Return detections of one image with the model's labels. Masks are encoded in small groups as they arrive."""
     masks: list[Rle] = []
     ranking = stream_instances(
-        *output, is_thing, config, take=lambda group: masks.extend(encode_masks(group.cpu().numpy()))
+        *output, is_thing, config, consume=lambda group: masks.extend(encode_masks(group.cpu().numpy()))
     )
     return InstanceDetections(
         masks=tuple(masks),

@@ -60,7 +60,7 @@ def count_activations(
     _use_kernel_shapes(model)
     with SHAPES_ONLY:
         for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
-            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
         truth = _targets(images, size, targets)
         queries = PilotQueries(config, seed=0) if config.pilots.max_targets else None
         with LiveBytesCounter() as live:
@@ -104,7 +104,7 @@ class LiveBytesCounter(TorchDispatchMode):
         self.current -= size
 
 
-def _forget_gradient(parameter: Tensor) -> None:
+def _drop_gradient(parameter: Tensor) -> None:
     """Drop the gradient of a weight. Gradients are counted separately, because ZeRO may release them immediately."""
     parameter.grad = None
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m2f.model.constants import may_keep
+from m2f.model.constants import can_cache
 from m2f.model.layers import GroupNorm
 
 
-class _KeptConstants(NamedTuple):
+class _CachedConstants(NamedTuple):
     """Cached scale and shift of a frozen BatchNorm, with the buffers and versions they were computed from."""
 
     dtype: torch.dtype
@@ -22,7 +22,7 @@ class _KeptConstants(NamedTuple):
     versions: list[int]
     scale_and_shift: tuple[Tensor, Tensor]
 
-    def is_of(self, dtype: torch.dtype, buffers: tuple[Tensor, ...], versions: list[int]) -> bool:
+    def matches(self, dtype: torch.dtype, buffers: tuple[Tensor, ...], versions: list[int]) -> bool:
         """Return whether the constants were computed from these buffers in these versions."""
         is_same = all(mine is theirs for mine, theirs in zip(self.buffers, buffers, strict=True))
         return is_same and dtype == self.dtype and versions == self.versions
@@ -42,7 +42,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("bias", torch.zeros(source.num_features))
         self.register_buffer("running_mean", torch.zeros(source.num_features))
         self.register_buffer("running_var", torch.ones(source.num_features) - source.eps)
-        self._kept: _KeptConstants | None = None
+        self._cached: _CachedConstants | None = None
 
     @classmethod
     def from_trained(cls, source: nn.BatchNorm2d) -> FrozenBatchNorm2d:
@@ -53,7 +53,7 @@ class FrozenBatchNorm2d(nn.Module):
         return frozen
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}  # version counters start again in a copy
+        return self.__dict__ | {"_cached": None}  # version counters start again in a copy
 
     def forward(self, features: Tensor) -> Tensor:
         """Normalise [B, C, H, W]; shape and dtype stay the same.
@@ -69,13 +69,13 @@ class FrozenBatchNorm2d(nn.Module):
         They are recomputed only after a buffer was replaced or written to.
         """
         buffers = (self.weight, self.bias, self.running_mean, self.running_var)
-        if not may_keep() or any(buffer.is_inference() for buffer in buffers):  # these have no version counter
+        if not can_cache() or any(buffer.is_inference() for buffer in buffers):  # these have no version counter
             return self._make_scale_and_shift(dtype)
         versions = [buffer._version for buffer in buffers]
-        if self._kept is None or not self._kept.is_of(dtype, buffers, versions):
+        if self._cached is None or not self._cached.matches(dtype, buffers, versions):
             with torch.inference_mode(False):  # autograd cannot save inference tensors for a backward pass
-                self._kept = _KeptConstants(dtype, buffers, versions, self._make_scale_and_shift(dtype))
-        return self._kept.scale_and_shift
+                self._cached = _CachedConstants(dtype, buffers, versions, self._make_scale_and_shift(dtype))
+        return self._cached.scale_and_shift
 
     def _make_scale_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scale = self.weight * (self.running_var + self.eps).rsqrt()

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from m2f.model.backbones.timm_backbone import create_timm_model
 from m2f.model.config import TimmBackboneConfig
-from m2f.model.constants import kept
+from m2f.model.constants import cache_constants
 from m2f.model.errors import ConfigError
 
 _PATCH = 16
@@ -116,7 +116,7 @@ class PlainVit(nn.Module):
         return block(tokens, *positions, attn_mask=mask)
 
 
-@kept(4)
+@cache_constants(4)
 def rotary_positions(grid: Grid, dim: int, device: torch.device) -> Tensor:
     """Return sine and cosine [N, 2 * dim] of the rotation angles for heads of width `dim`.
 
@@ -130,7 +130,7 @@ def rotations(angles: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-@kept(4)
+@cache_constants(4)
 def rotary_angles(grid: Grid, dim: int, device: torch.device) -> Tensor:
     """Return angles [N, dim] in float32, independent of the model's precision.
 

@@ -8,7 +8,7 @@ from m2f.model.analysis.flops.executed import build_backbone_shapes
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
 from m2f.model.config import BackboneConfig
 from m2f.model.errors import ConfigError
-from m2f.model.weights.hub import unavailable
+from m2f.model.weights.hub import unavailable_reason
 
 
 def published_problem(name: str) -> str | None:
@@ -25,7 +25,7 @@ def published_problem(name: str) -> str | None:
         raise ConfigError(f"model.backbone.name is {name!r}: {error}; published weights: {known}") from error
     if found is None or not (found.hf_hub_id or found.url):
         return f"timm has no published weights for {name}"
-    return None if found.hf_hub_id is None else unavailable(found.hf_hub_id)
+    return None if found.hf_hub_id is None else unavailable_reason(found.hf_hub_id)
 
 
 def has_frozen_norms(config: BackboneConfig) -> bool:

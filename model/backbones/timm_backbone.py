@@ -23,7 +23,7 @@ from m2f.model.config import TimmBackboneConfig
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.weights.files import read_state
 from m2f.model.weights.names import to_timm_names
-from m2f.model.weights.packages import packaged_weights, renamed_in_order, weights_path
+from m2f.model.weights.packages import packaged_weights, rename_by_order, weights_path
 from m2f.model.weights.sources import PACKAGE
 
 STRIDES = (4, 8, 16, 32)
@@ -101,8 +101,8 @@ class TimmBackbone(nn.Module):
             ) from error
         finally:
             self.train(training)
-        wanted = [(height // stride, width // stride) for stride in STRIDES]
-        if [shape[2:] for shape in shapes] != wanted:
+        expected = [(height // stride, width // stride) for stride in STRIDES]
+        if [shape[2:] for shape in shapes] != expected:
             raise ConfigError(
                 f"model.backbone.name is {name!r}, whose features of a {height} x {width} image have the shapes "
                 f"{shapes}; [batch, channels, height, width] at strides 4, 8, 16 and 32 are needed. "
@@ -183,7 +183,7 @@ def _read_weights(weights: str) -> dict[str, Tensor]:
     known = packaged_weights(weights)
     with torch.device("meta"):
         names = list(timm.create_model(known.model).state_dict())
-    renamed = renamed_in_order(state, names)
+    renamed = rename_by_order(state, names)
     return {name: tensor for name, tensor in renamed.items() if name.partition(".")[0] not in known.head}
 
 
@@ -200,7 +200,7 @@ def _required_multiple(body: nn.Module) -> int:
     return math.lcm(*sides)
 
 
-def _write_no_input(body: nn.Module) -> None:
+def _disable_inplace(body: nn.Module) -> None:
     """Prevent stages from overwriting their inputs, which checkpointing keeps.
 
     Before timm 1.0.31, a ReLU of the stem is a separate stage and works in place.
@@ -230,6 +230,6 @@ def _enable_checkpointing(body: nn.Module, config: TimmBackboneConfig) -> None:
         body.grad_checkpointing = True
     elif callable(enable := getattr(body, "set_grad_checkpointing", None)):
         enable(True)
-        _write_no_input(body)
+        _disable_inplace(body)
     else:
         raise ConfigError(f"{where} has no activation checkpointing in timm; set it to false")

@@ -18,7 +18,7 @@ def name_problem(name: str) -> str | None:
     A name may end in a tag of weights: `resnet50.a1_in1k`. If timm is not installed, return None.
     """
     architecture = name.partition(".")[0]
-    if not (known := _written_names()) or architecture in known or _is_model(architecture):
+    if not (known := _registered_names()) or architecture in known or _is_model(architecture):
         return None
     return f"which timm does not have; {nearest(architecture, known)}"
 
@@ -30,7 +30,7 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 @lru_cache
-def _written_names() -> frozenset[str]:
+def _registered_names() -> frozenset[str]:
     """Return the registered names in the source of the installed timm.
 
     Deprecated names of renamed models are not among them.

@@ -54,7 +54,7 @@ class ViTAdapter(nn.Module):
         _require_fit(self.vit, config)
         width = self.vit.width
         self.channels = (width,) * len(STRIDES)
-        self.layers = seen_layers(len(self.vit.blocks))
+        self.layers = extraction_layers(len(self.vit.blocks))
         self.drop_path = config.drop_path
         self.checkpointing = config.checkpointing
         self.prior = SpatialPrior(config.stem_width, width)
@@ -84,10 +84,10 @@ class ViTAdapter(nn.Module):
         levels = tokens.transpose(1, 2).split([rows * columns for rows, columns in shapes], dim=2)
         others = [level.unflatten(2, shape) for level, shape in zip(levels, shapes, strict=True)]
         maps = [stride4 + self.up(others[0]), *others]
-        seen = [layer.transpose(1, 2).unflatten(2, grid) for layer in layers]
+        layer_maps = [layer.transpose(1, 2).unflatten(2, grid) for layer in layers]
         features = [
             norm(level + F.interpolate(layer, level.shape[-2:], mode="bilinear", align_corners=False).to(level.dtype))
-            for norm, level, layer in zip(self.norms, maps, seen, strict=True)
+            for norm, level, layer in zip(self.norms, maps, layer_maps, strict=True)
         ]
         return tuple(
             feature[..., : -(-height // stride), : -(-width // stride)]  # integer arithmetic only, for torch.export
@@ -102,7 +102,7 @@ class ViTAdapter(nn.Module):
         ]
         # The residual stream keeps the parameters' dtype: float32 under autocast.
         tokens = torch.cat(flat, dim=1).to(self.level_embed.dtype)
-        places = _places(shapes, grid, tokens.device)
+        sampling_grid = _sampling_grid(shapes, grid, tokens.device)
         # Drawn before the extractors, so that recomputing a checkpointed one draws no random numbers.
         scales: Sequence[Tensor | None] = [None] * sum(_EXTRACTORS)
         if self.training and self.drop_path > 0:
@@ -111,7 +111,7 @@ class ViTAdapter(nn.Module):
         pairs = zip(self.interactions, layers, strict=True)
         steps = [(extractor, layer) for extractors, layer in pairs for extractor in extractors.children()]
         for (extractor, layer), scale in zip(steps, scales, strict=True):
-            tokens = run_layer(extractor, self.checkpointing, tokens, layer, places, shapes, scale)
+            tokens = run_layer(extractor, self.checkpointing, tokens, layer, sampling_grid, shapes, scale)
         return tokens
 
 
@@ -160,10 +160,10 @@ class Extractor(nn.Module):
         self.ffn = ConvolutionalFeedForward(width)
 
     def forward(
-        self, tokens: Tensor, layer: Tensor, places: SamplingGrid, shapes: Sequence[Grid], scale: Tensor | None
+        self, tokens: Tensor, layer: Tensor, sampling_grid: SamplingGrid, shapes: Sequence[Grid], scale: Tensor | None
     ) -> Tensor:
         """Update `tokens` [B, T, C] from `layer` [B, N, C]; `scale` [B, 1, 1] is the drop-path factor or None."""
-        tokens = tokens + self.attn(self.query_norm(tokens), self.feat_norm(layer), places)
+        tokens = tokens + self.attn(self.query_norm(tokens), self.feat_norm(layer), sampling_grid)
         transformed = self.ffn(self.ffn_norm(tokens), shapes)
         return tokens + (transformed if scale is None else scale * transformed)
 
@@ -186,7 +186,7 @@ class ConvolutionalFeedForward(nn.Module):
         return self.fc2(F.gelu(mixed))
 
 
-def seen_layers(depth: int) -> tuple[int, ...]:
+def extraction_layers(depth: int) -> tuple[int, ...]:
     """Return the blocks, from 0, whose outputs the adapter reads: the last of each quarter.
 
     For 24 blocks, DINOv3 takes block 4 instead of 5.
@@ -194,7 +194,7 @@ def seen_layers(depth: int) -> tuple[int, ...]:
     return (4, 11, 17, 23) if depth == 24 else tuple(quarter * depth // 4 - 1 for quarter in range(1, 5))
 
 
-def _places(shapes: list[Grid], grid: Grid, device: torch.device) -> SamplingGrid:
+def _sampling_grid(shapes: list[Grid], grid: Grid, device: torch.device) -> SamplingGrid:
     """Return the grid in which every pixel of the maps samples at its own position among the patches."""
     centres = SamplingGrid.of_pixels(shapes, device).reference
     return SamplingGrid([grid], SamplingGrid.of_pixels([grid], device).sizes, centres)

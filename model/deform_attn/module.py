@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f.model.constants import kept
+from m2f.model.constants import cache_constants
 from m2f.model.deform_attn.cpu import SampledRowSum, Shapes
 
 _exporting = False
@@ -95,7 +95,7 @@ class SamplingGrid(NamedTuple):
         return SamplingGrid(shapes, *_sizes_and_centres(tuple((height, width) for height, width in shapes), device))
 
 
-@kept(4)
+@cache_constants(4)
 def _sizes_and_centres(shapes: Shapes, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Return `sizes` and `reference` of `SamplingGrid.of_pixels`."""
     # Filled on the device, because a copy from the host would wait for all queued work.
@@ -201,16 +201,16 @@ def _checked_kernel(dtype: torch.dtype, levels: int, heads: int, points: int, di
         from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
 
         worst = _kernel_error(fused_ms_deform_attn, dtype, levels, heads, points, dim)
-        trouble = f"its error is {worst:.2g}" if worst > (1e-4 if dtype == torch.float32 else 0.05) else None
+        problem = f"its error is {worst:.2g}" if worst > (1e-4 if dtype == torch.float32 else 0.05) else None
     except Exception as error:  # no triton, no compiler, an unsupported GPU
-        trouble = f"{type(error).__name__}: {error}"
-    if trouble is not None:
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
         warnings.warn(
-            f"the fused kernel of deformable attention cannot be used ({trouble}); falling back to grid_sample, which "
+            f"the fused kernel of deformable attention cannot be used ({problem}); falling back to grid_sample, which "
             "is several times slower",
             stacklevel=2,
         )
-    return trouble is None
+    return problem is None
 
 
 def _kernel_error(

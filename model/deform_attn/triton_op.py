@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from m2f.model.constants import kept
+from m2f.model.constants import cache_constants
 from m2f.model.deform_attn.cpu import Samples, Shapes, padded_table, unpadded_values
 from m2f.model.deform_attn.triton_kernels import backward_kernel, forward_kernel
 from m2f.model.deform_attn.tuning import Autotuner, LaunchConfig, milliseconds_on_gpu
@@ -91,8 +91,8 @@ def _gradients(
     value_gradient, offset_gradient, logit_gradient = _empty_gradients(gradient, *inputs[:1], sides, *inputs[2:])
     in_order = torch.are_deterministic_algorithms_enabled()
 
-    def run(tuning: LaunchConfig, added_up: Tensor) -> None:
-        outputs = (added_up, offset_gradient, logit_gradient)
+    def run(tuning: LaunchConfig, value_sums: Tensor) -> None:
+        outputs = (value_sums, offset_gradient, logit_gradient)
         _launch(backward_kernel, tuning, (*inputs, gradient, *outputs), SCATTER=not in_order)
 
     tuning = _launch_config(BACKWARD, inputs, lambda tuning: run(tuning, torch.empty_like(value_gradient)))
@@ -135,7 +135,7 @@ def _inputs(
     return value.contiguous(), levels, reference.contiguous(), offsets.contiguous(), logits.contiguous()
 
 
-@kept(16)
+@cache_constants(16)
 def _level_table(sides: tuple[int, ...], device: torch.device) -> Tensor:
     """Return int32 [L, 3]: width, height and first pixel of every level.
 

@@ -53,21 +53,21 @@ def export_dinov3(model: Segmenter, config: ModelConfig) -> OrderedDict[str, Ten
 def require_dinov3(config: ModelConfig) -> None:
     """Raise WeightsError with the first setting that DINOv3's segmentation head does not have."""
     for section, settings in _FIXED.items():
-        for name, wanted in settings.items():
+        for name, required in settings.items():
             found = getattr(getattr(config, section), name, None)
-            if found != wanted:
-                raise _unknown(f"{section}.{name}", found, f"only {wanted!r}")
+            if found != required:
+                raise _unsupported(f"{section}.{name}", found, f"only {required!r}")
     widths = {
         "pixel_decoder.conv_dim": getattr(config.pixel_decoder, "conv_dim", None),
         "pixel_decoder.mask_dim": getattr(config.pixel_decoder, "mask_dim", None),
     }
     for name, width in widths.items():
         if width != (hidden := getattr(config.transformer_decoder, "hidden_dim", None)):
-            raise _unknown(name, width, f"only the value of model.transformer_decoder.hidden_dim ({hidden})")
+            raise _unsupported(name, width, f"only the value of model.transformer_decoder.hidden_dim ({hidden})")
 
 
-def _unknown(setting: str, value: object, wanted: str) -> WeightsError:
+def _unsupported(setting: str, value: object, required: str) -> WeightsError:
     return WeightsError(
-        f"model.{setting} is {value!r}; DINOv3's segmentation head supports {wanted}. Export as torch_export or onnx, "
-        "or use the weights with m2f"
+        f"model.{setting} is {value!r}; DINOv3's segmentation head supports {required}. Export as torch_export or "
+        "onnx, or use the weights with m2f"
     )

@@ -53,8 +53,8 @@ def read_eomt(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     values, kind = _DEFAULTS | dict(values), values["model_type"]
     patch, width = values["patch_size"], values["hidden_size"]
-    wanted = _SUPPORTED | {"num_upscale_blocks": max(1, patch.bit_length() - 3), "use_gated_mlp": False}
-    for name, value in wanted.items():
+    required = _SUPPORTED | {"num_upscale_blocks": max(1, patch.bit_length() - 3), "use_gated_mlp": False}
+    for name, value in required.items():
         if values[name] != value:
             raise WeightsError(f"{path}: {name} is {values[name]!r}; only {value!r} is supported")
     name, gated = _NAMES[kind].get(width, _NAMES[kind][384]), values["use_swiglu_ffn"]

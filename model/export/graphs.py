@@ -80,8 +80,8 @@ def export_hugging_face(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_hugging_face_config(folder, config, labels, notes or {}, shortest_edge, max_size)
-    to_their_names = eomt_to_transformers if isinstance(model, Eomt) else to_hugging_face_names
-    state = to_their_names(model.state_dict())
+    convert_names = eomt_to_transformers if isinstance(model, Eomt) else to_hugging_face_names
+    state = convert_names(model.state_dict())
     state = _contiguous(state | _unused_by_inference(state, len(labels), config))
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 

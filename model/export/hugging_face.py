@@ -322,10 +322,10 @@ def _require_supported(queries: MaskedTransformerDecoderConfig, pixels: MSDeform
     """Raise WeightsError if the transformer decoder is a variant that Hugging Face does not have."""
     plain = MaskedTransformerDecoderConfig()
     for name in ("attention", "features", "queries", "cross_attention_first", "pre_norm"):
-        value, wanted = getattr(queries, name), getattr(plain, name)
-        if value != wanted:
+        value, required = getattr(queries, name), getattr(plain, name)
+        if value != required:
             raise WeightsError(
-                f"model.transformer_decoder.{name} is {value!r}; Hugging Face's Mask2Former supports only {wanted!r}"
+                f"model.transformer_decoder.{name} is {value!r}; Hugging Face's Mask2Former supports only {required!r}"
             )
     if pixels.num_points != 4:
         raise WeightsError(
@@ -343,8 +343,8 @@ def _require_supported(queries: MaskedTransformerDecoderConfig, pixels: MSDeform
         )
 
 
-def _require(path: Path, values: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> None:
-    for name, value in wanted.items():
+def _require(path: Path, values: Mapping[str, Any], required: Mapping[str, Any], prefix: str = "") -> None:
+    for name, value in required.items():
         if values[name] != value:
             raise WeightsError(f"{path}: {prefix}{name} is {values[name]!r}; only {value!r} is supported")
 

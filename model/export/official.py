@@ -68,36 +68,40 @@ def require_official(config: ModelConfig) -> None:
     """Raise WeightsError with the first setting that the official Mask2Former does not have."""
     plain, queries, pixels = MaskedTransformerDecoderConfig(), config.transformer_decoder, config.pixel_decoder
     if not isinstance(queries, MaskedTransformerDecoderConfig):
-        raise _unknown("transformer_decoder.kind", queries.kind, "masked")
+        raise _unsupported("transformer_decoder.kind", queries.kind, "masked")
     for name in ("attention", "features", "queries", "cross_attention_first"):
         if getattr(queries, name) != getattr(plain, name):
-            raise _unknown(f"transformer_decoder.{name}", getattr(queries, name), repr(getattr(plain, name)))
+            raise _unsupported(f"transformer_decoder.{name}", getattr(queries, name), repr(getattr(plain, name)))
     if not isinstance(pixels, MSDeformAttnPixelDecoderConfig):
-        raise _unknown("pixel_decoder.kind", pixels.kind, "ms_deform_attn")
+        raise _unsupported("pixel_decoder.kind", pixels.kind, "ms_deform_attn")
     if pixels.num_points != MSDeformAttnPixelDecoderConfig().num_points:
-        raise _unknown("pixel_decoder.num_points", pixels.num_points, f"{MSDeformAttnPixelDecoderConfig().num_points}")
+        raise _unsupported(
+            "pixel_decoder.num_points", pixels.num_points, f"{MSDeformAttnPixelDecoderConfig().num_points}"
+        )
     if pixels.feedforward_dim != _PIXEL_FEEDFORWARD:
-        raise _unknown("pixel_decoder.feedforward_dim", pixels.feedforward_dim, f"{_PIXEL_FEEDFORWARD}")
+        raise _unsupported("pixel_decoder.feedforward_dim", pixels.feedforward_dim, f"{_PIXEL_FEEDFORWARD}")
     if pixels.conv_dim % _GROUPS:
-        raise _unknown("pixel_decoder.conv_dim", pixels.conv_dim, f"multiples of {_GROUPS}")
+        raise _unsupported("pixel_decoder.conv_dim", pixels.conv_dim, f"multiples of {_GROUPS}")
     if pixels.num_heads != queries.num_heads:  # the tensors would fit, but the results would differ
-        raise _unknown("pixel_decoder.num_heads", pixels.num_heads, "the value of model.transformer_decoder.num_heads")
+        raise _unsupported(
+            "pixel_decoder.num_heads", pixels.num_heads, "the value of model.transformer_decoder.num_heads"
+        )
     backbone = config.backbone
     if isinstance(backbone, SwinBackboneConfig):
         return
     if isinstance(backbone, ViTAdapterBackboneConfig):
-        raise _unknown("backbone.kind", backbone.kind, "timm and swin")
+        raise _unsupported("backbone.kind", backbone.kind, "timm and swin")
     if backbone.name.partition(".")[0] not in _RESNETS:
-        raise _unknown("backbone.name", backbone.name, "resnet50, resnet101 and kind swin")
+        raise _unsupported("backbone.name", backbone.name, "resnet50, resnet101 and kind swin")
     if backbone.norm not in ("frozen_batch", "sync_batch"):
-        raise _unknown("backbone.norm", backbone.norm, "frozen_batch and sync_batch")
+        raise _unsupported("backbone.norm", backbone.norm, "frozen_batch and sync_batch")
     others = {name: value for name, value in backbone.options.items() if name not in _RESNET_OPTIONS}
     if others:
-        raise _unknown("backbone.options", others, "the standard blocks and channels")
+        raise _unsupported("backbone.options", others, "the standard blocks and channels")
 
 
-def _unknown(setting: str, value: object, wanted: str) -> WeightsError:
+def _unsupported(setting: str, value: object, supported: str) -> WeightsError:
     return WeightsError(
-        f"model.{setting} is {value!r}; the official Mask2Former supports only {wanted}. Export as torch_export or "
+        f"model.{setting} is {value!r}; the official Mask2Former supports only {supported}. Export as torch_export or "
         "onnx, or use the weights with m2f"
     )

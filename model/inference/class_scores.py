@@ -143,9 +143,9 @@ class _WindowMean:
     """Mean scores of windows for rows of the resized image. Calls must be in ascending order of rows."""
 
     def __init__(self, windows: Iterable[Window], width: int) -> None:
-        self._coming = iter(windows)
-        self._next: Window | None = next(self._coming)
-        self._open: list[Window] = []
+        self._remaining = iter(windows)
+        self._next: Window | None = next(self._remaining)
+        self._active: list[Window] = []
         self._width = width
         first = self._next.scores
         self.num_classes = first.num_classes
@@ -154,14 +154,14 @@ class _WindowMean:
 
     def at(self, rows: slice) -> Tensor:
         """Return mean scores [K, rows, width]."""
-        self._open = [window for window in self._open if window.bottom > rows.start]
+        self._active = [window for window in self._active if window.bottom > rows.start]
         while self._next is not None and self._next.top < rows.stop:
-            self._open.append(self._next)
-            self._next = next(self._coming, None)
+            self._active.append(self._next)
+            self._next = next(self._remaining, None)
         height = rows.stop - rows.start
         total = torch.zeros(self.num_classes, height, self._width, device=self.device)
         count = torch.zeros(height, self._width, device=self.device)
-        for window in self._open:
+        for window in self._active:
             first, stop = max(rows.start, window.top), min(rows.stop, window.bottom)
             if first < stop:
                 covered = (

@@ -51,12 +51,12 @@ class ReplayedForward:
         self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
         """Recording by image size; None for a size seen once."""
         self._pool: Any = None
-        self._works = True
+        self._is_enabled = True
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Predictions:
         """Return the model's predictions for images [B, 3, H, W]."""
-        if not self._works:
+        if not self._is_enabled:
             return self._forward(images)
         size = (images.shape, images.stride(), images.dtype, torch.is_autocast_enabled("cuda"))
         is_new = size not in self._recordings
@@ -80,12 +80,12 @@ class ReplayedForward:
             recording = self._record(images)
             if _agree(recording.replay(images), expected):
                 return recording
-            trouble = "its predictions differ"
+            problem = "its predictions differ"
         except RuntimeError as error:
-            trouble = str(error)
-        self._works = False
+            problem = str(error)
+        self._is_enabled = False
         self._recordings.clear()
-        warnings.warn(f"the model cannot be replayed as a CUDA graph ({trouble}); running it without one", stacklevel=4)
+        warnings.warn(f"the model cannot be replayed as a CUDA graph ({problem}); running it without one", stacklevel=4)
         return None
 
     def _record(self, images: Tensor) -> _Recording:

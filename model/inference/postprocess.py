@@ -131,9 +131,9 @@ def stream_instances(
     geometry: ImageGeometry,
     is_thing: Sequence[bool],
     config: PostprocessConfig,
-    take: Callable[[Tensor], None],
+    consume: Callable[[Tensor], None],
 ) -> InstanceRanking:
-    """Compute the result of `instance`, but pass the masks to `take` in groups [n, H, W] bool, at least once.
+    """Compute the result of `instance`, but pass the masks to `consume` in groups [n, H, W] bool, at least once.
 
     The masks of a large image therefore need not all be in memory. A group has at most MASK_GROUP_BYTES, or one mask.
     """
@@ -148,7 +148,7 @@ def stream_instances(
     group_scores = []
     for group in queries.split(group_size):
         masks, mask_scores = _masks_and_scores(mask_embeddings[group], mask_features, geometry)
-        take(masks)
+        consume(masks)
         group_scores.append(mask_scores)
 
     scores = flat_scores[best] * torch.cat(group_scores)[mask_index]

@@ -60,8 +60,8 @@ class PendingPilots:
     @staticmethod
     def start(pilots: Pilots, targets: Targets) -> PendingPilots:
         """Queue the copy and return immediately. Pilots of images with weight 0 are marked as not valid."""
-        counted = pilots.valid & (targets.weight > 0)[:, None]
-        return PendingPilots(HostCopy(torch.stack((pilots.target, counted.long()))), pilots.first_prediction)
+        is_counted = pilots.valid & (targets.weight > 0)[:, None]
+        return PendingPilots(HostCopy(torch.stack((pilots.target, is_counted.long()))), pilots.first_prediction)
 
 
 def assign_columns(matching: Matching, pilots: PendingPilots | None) -> Assignment:
@@ -71,15 +71,15 @@ def assign_columns(matching: Matching, pilots: PendingPilots | None) -> Assignme
     target = np.broadcast_to(np.arange(num_targets), (num_images, num_targets))
     if pilots is None:
         return Assignment(query_index, matching.finite, target, target)
-    known, valid = pilots.copy.wait()
-    place = np.arange(known.shape[1])
-    is_learnt = (np.arange(num_layers) >= pilots.first_prediction)[:, None, None] & (valid > 0)
-    matched = np.where(query_index < 0, -1, query_index + len(place))
+    pilot_targets, valid = pilots.copy.wait()
+    pilot_index = np.arange(pilot_targets.shape[1])
+    is_supervised = (np.arange(num_layers) >= pilots.first_prediction)[:, None, None] & (valid > 0)
+    matched = np.where(query_index < 0, -1, query_index + len(pilot_index))
     return Assignment(
-        query_index=np.concatenate((matched, np.where(is_learnt, place, -1)), axis=2),
+        query_index=np.concatenate((matched, np.where(is_supervised, pilot_index, -1)), axis=2),
         finite=matching.finite,
-        target=np.concatenate((target, known), axis=1),
-        draw=np.concatenate((target, known + _PILOT), axis=1),
+        target=np.concatenate((target, pilot_targets), axis=1),
+        draw=np.concatenate((target, pilot_targets + _PILOT), axis=1),
     )
 
 

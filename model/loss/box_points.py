@@ -29,17 +29,17 @@ def target_boxes(targets: Targets) -> Tensor:
     """
     height, width = targets.id_maps.shape[-2:]
     images, num_targets = targets.labels.shape
-    device, longer = targets.id_maps.device, max(height, width)
-    place = torch.arange(longer, device=device)
+    device, longer_side = targets.id_maps.device, max(height, width)
+    place = torch.arange(longer_side, device=device)
     # Columns, then rows, that every target occupies; the last index collects pixels without a target.
     number = torch.arange(num_targets, device=device).expand(images, -1)
-    column = pixel_owners(targets, number, num_targets) * longer
-    row = column + (num_targets + 1) * longer + place[:height, None]
-    occupied = torch.zeros(images, 2 * (num_targets + 1) * longer, dtype=torch.bool, device=device)
+    column = pixel_owners(targets, number, num_targets) * longer_side
+    row = column + (num_targets + 1) * longer_side + place[:height, None]
+    occupied = torch.zeros(images, 2 * (num_targets + 1) * longer_side, dtype=torch.bool, device=device)
     for index in (column + place[:width], row):
         occupied = occupied.scatter_(1, index.flatten(1), True)
-    occupied = occupied.view(images, 2, num_targets + 1, longer)[:, :, :num_targets]
-    low = torch.where(occupied, place, longer).amin(-1)  # [B, 2, N]
+    occupied = occupied.view(images, 2, num_targets + 1, longer_side)[:, :, :num_targets]
+    low = torch.where(occupied, place, longer_side).amin(-1)  # [B, 2, N]
     high = torch.where(occupied, place + 1, 0).amax(-1)
     growth = ((high - low) * GROWTH).clamp(min=MIN_GROWTH)
     size = torch.full((2, 1), width, device=device)
@@ -55,7 +55,7 @@ def move_into_boxes(points: Tensor, boxes: Tensor) -> Tensor:
     return low + points * (high - low)
 
 
-def deal_to_boxes(points: Tensor, boxes: Tensor, valid: Tensor, num_in_boxes: int) -> tuple[Tensor, Tensor]:
+def assign_to_boxes(points: Tensor, boxes: Tensor, valid: Tensor, num_in_boxes: int) -> tuple[Tensor, Tensor]:
     """Move the last `num_in_boxes` points of each set into the boxes of the image's valid targets, in turn.
 
     Without valid targets, the points do not move.
@@ -73,15 +73,17 @@ def deal_to_boxes(points: Tensor, boxes: Tensor, valid: Tensor, num_in_boxes: in
     num_points = points.shape[2]
     if boxes.shape[1] == 0 or num_in_boxes == 0:
         return points, torch.ones_like(points[..., 0])
-    dealers = valid.sum(1, keepdim=True).clamp(min=1)  # without targets, the first box is the whole map
-    turn = torch.arange(num_in_boxes, device=points.device) % dealers
-    own_box = boxes.gather(1, turn[..., None].expand(-1, -1, 4))
-    uniform, dealt = points.split((num_points - num_in_boxes, num_in_boxes), dim=2)
-    points = torch.cat((uniform, move_into_boxes(dealt, own_box)), dim=2)
+    num_valid = valid.sum(1, keepdim=True).clamp(min=1)  # without targets, the first box is the whole map
+    box_index = torch.arange(num_in_boxes, device=points.device) % num_valid
+    own_box = boxes.gather(1, box_index[..., None].expand(-1, -1, 4))
+    uniform, assigned = points.split((num_points - num_in_boxes, num_in_boxes), dim=2)
+    points = torch.cat((uniform, move_into_boxes(assigned, own_box)), dim=2)
 
     number = torch.arange(boxes.shape[1], device=points.device)
-    received = (num_in_boxes - number + dealers - 1).div(dealers, rounding_mode="floor") * (number < dealers)
-    rate = received / (num_points * _areas(boxes))
+    points_per_box = (num_in_boxes - number + num_valid - 1).div(num_valid, rounding_mode="floor") * (
+        number < num_valid
+    )
+    rate = points_per_box / (num_points * _areas(boxes))
     inside = _is_inside(points[..., None, :], boxes[:, None])
     density = (inside * rate[:, None]).sum(-1) + (num_points - num_in_boxes) / num_points
     return points, 1 / density

@@ -201,8 +201,8 @@ def _class_losses(
     weighted = losses * torch.where(learns_object, 1.0, config.no_object_weight)
     if num_pilots == 0:
         return [weighted.sum(-1)]
-    of_pilots = torch.where(learns_object, losses, 0.0)[:, :, :num_pilots]
-    return [weighted[:, :, num_pilots:].sum(-1), of_pilots.sum(-1)]
+    pilot_losses = torch.where(learns_object, losses, 0.0)[:, :, :num_pilots]
+    return [weighted[:, :, num_pilots:].sum(-1), pilot_losses.sum(-1)]
 
 
 def _assigned_mask_logits(embeddings: Tensor, maps: Sequence[Tensor], assignment: Assignment) -> Tensor:
@@ -213,7 +213,9 @@ def _assigned_mask_logits(embeddings: Tensor, maps: Sequence[Tensor], assignment
     """
     pairs = (assignment.query_index >= 0).sum(axis=2)  # [L, B]
     rows = pairs.T.reshape(pairs.shape[1] * len(maps), -1).sum(1).tolist()
-    features = [feature for image in zip(*(of_map.flatten(2) for of_map in maps), strict=True) for feature in image]
+    features = [
+        feature for image in zip(*(feature_map.flatten(2) for feature_map in maps), strict=True) for feature in image
+    ]
     products = [embedding @ feature for embedding, feature in zip(embeddings.split(rows), features, strict=True)]
     return torch.cat(products).unflatten(1, maps[0].shape[2:])
 

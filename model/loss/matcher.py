@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from m2f.model.config import LossConfig
-from m2f.model.loss.box_points import deal_to_boxes
+from m2f.model.loss.box_points import assign_to_boxes
 from m2f.model.loss.host_copies import HostCopy
 from m2f.model.loss.mask_losses import pairwise_sums
 from m2f.model.loss.point_sampling import LabelMaps, chunk_elements, sample_features
@@ -58,10 +58,10 @@ class PendingMatching:
         finite = np.ones((num_layers, num_images), dtype=bool)
 
         def solve(image: int) -> None:
-            wanted = columns[image]
-            cost = costs[:, image][..., wanted]
+            is_matched = columns[image]
+            cost = costs[:, image][..., is_matched]
             finite[:, image] = np.isfinite(cost).all(axis=(1, 2))
-            query_index[:, image][:, wanted] = assign(cost)
+            query_index[:, image][:, is_matched] = assign(cost)
 
         list(_solvers().map(solve, range(num_images)))
         return Matching(query_index, finite)
@@ -87,9 +87,9 @@ def start_matching(
     The arguments are those of `matching_cost`. The host solves the assignment in `result`. Meanwhile the device runs
     the work that the caller has queued after this call.
     """
-    counted = targets.valid & (targets.weight > 0)[:, None]
+    is_counted = targets.valid & (targets.weight > 0)[:, None]
     cost = matching_cost(predictions, targets, label_maps, points, config, boxes)
-    return PendingMatching(HostCopy(torch.cat((cost.flatten(), counted.flatten().float()))), cost.shape)
+    return PendingMatching(HostCopy(torch.cat((cost.flatten(), is_counted.flatten().float()))), cost.shape)
 
 
 def match(
@@ -152,15 +152,17 @@ def _cost_at_points(
     channels = predictions.mask_features.shape[1]
     per_point = num_images * (channels + 2 * num_queries + num_targets * (1 if boxes is None else 4))
     layers = max(1, chunk_elements(points.device) // (per_point * num_points))
-    of_map = len(points) // len(maps)  # predictions per feature map
-    groups = zip(maps, predictions.mask_embeddings.float().split(of_map), points.split(of_map), strict=True)
+    layers_per_map = len(points) // len(maps)  # predictions per feature map
+    groups = zip(
+        maps, predictions.mask_embeddings.float().split(layers_per_map), points.split(layers_per_map), strict=True
+    )
     costs = []
-    for shared, embeddings, points_of_map in groups:
-        features = shared.float().permute(0, 2, 3, 1).contiguous()
+    for feature_map, embeddings, points_of_map in groups:
+        features = feature_map.float().permute(0, 2, 3, 1).contiguous()
         for embedding, at in zip(embeddings.split(layers), points_of_map.split(layers), strict=True):
             weights = None
             if boxes is not None:
-                at, weights = deal_to_boxes(at, boxes, targets.valid, num_in_boxes)
+                at, weights = assign_to_boxes(at, boxes, targets.valid, num_in_boxes)
             logits = torch.einsum("lbqc,lbpc->lbqp", embedding, sample_features(features, at))
             labels = label_maps.images(targets.layer, targets.local_id, at)
             sums = pairwise_sums(logits, labels, config.mask_loss, weights)

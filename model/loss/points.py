@@ -106,10 +106,10 @@ class CounterPoints:
         streams = torch.arange(1, num_layers * len(_Stream) + 1, device=position.device).mul_(GOLDEN)
         keys = mix(image_keys + streams.view(num_layers, len(_Stream), 1))  # [L, S, B]
         counters = torch.arange(1, max(counts) + 1, device=position.device).mul_(GOLDEN)
-        of_points = (_Stream.MATCHING, _Stream.CANDIDATES, _Stream.FRESH)
+        point_streams = (_Stream.MATCHING, _Stream.CANDIDATES, _Stream.FRESH)
         bits = [
             (keys[:, stream, :, None] + counters[:count]).flatten()
-            for stream, count in zip(of_points, counts, strict=True)
+            for stream, count in zip(point_streams, counts, strict=True)
         ]
         points = _to_unit_square(mix(torch.cat(bits))).split([len(piece) for piece in bits])
         shape = (num_layers, len(position))

@@ -15,10 +15,10 @@ from torch import Tensor
 from m2f.model.errors import WeightsError
 from m2f.model.weights.tables import NameTable
 
-_THEIR_BACKBONE = "segmentation_model.0"
-_THEIR_VIT = f"{_THEIR_BACKBONE}.backbone"
-_THEIR_PIXELS = "segmentation_model.1.pixel_decoder"
-_THEIR_QUERIES = "segmentation_model.1.predictor"
+_AUTHORS_BACKBONE = "segmentation_model.0"
+_AUTHORS_VIT = f"{_AUTHORS_BACKBONE}.backbone"
+_AUTHORS_PIXELS = "segmentation_model.1.pixel_decoder"
+_AUTHORS_QUERIES = "segmentation_model.1.predictor"
 _PIXELS = "sem_seg_head.pixel_decoder"
 _QUERIES = "sem_seg_head.predictor"
 _UNUSED = re.compile(r"\.(bias_mask|mask_token|rope_embed\.periods)$|\.local_cls_norm\.")
@@ -28,46 +28,46 @@ _BIAS = re.compile(r"(backbone\.vit\.blocks\.\d+\.attn)\.qkv\.bias")
 # Their names (left) and ours (right).
 _BACKBONE = NameTable(
     *(
-        (f"{_THEIR_VIT}.{theirs}", f"backbone.vit.embed.{ours}")
+        (f"{_AUTHORS_VIT}.{theirs}", f"backbone.vit.embed.{ours}")
         for theirs, ours in (
             ("cls_token", "cls_token"),
             ("storage_tokens", "reg_token"),
             ("patch_embed.proj.*", "proj.*"),
         )
     ),
-    (f"{_THEIR_VIT}.norm.*", "backbone.vit.norm.*"),
-    *((f"{_THEIR_VIT}.blocks.#.ls{i}.gamma", f"backbone.vit.blocks.#.gamma_{i}") for i in (1, 2)),
-    (f"{_THEIR_VIT}.blocks.#.mlp.w1.*", "backbone.vit.blocks.#.mlp.fc1_g.*"),
-    (f"{_THEIR_VIT}.blocks.#.mlp.w2.*", "backbone.vit.blocks.#.mlp.fc1_x.*"),
-    (f"{_THEIR_VIT}.blocks.#.*", "backbone.vit.blocks.#.*"),
-    (f"{_THEIR_BACKBONE}.spm.*", "backbone.prior.*"),
-    (f"{_THEIR_BACKBONE}.interactions.#.extractor.ffn.dwconv.dwconv.*", "backbone.interactions.#.0.ffn.dwconv.*"),
-    (f"{_THEIR_BACKBONE}.interactions.#.extractor.*", "backbone.interactions.#.0.*"),
+    (f"{_AUTHORS_VIT}.norm.*", "backbone.vit.norm.*"),
+    *((f"{_AUTHORS_VIT}.blocks.#.ls{i}.gamma", f"backbone.vit.blocks.#.gamma_{i}") for i in (1, 2)),
+    (f"{_AUTHORS_VIT}.blocks.#.mlp.w1.*", "backbone.vit.blocks.#.mlp.fc1_g.*"),
+    (f"{_AUTHORS_VIT}.blocks.#.mlp.w2.*", "backbone.vit.blocks.#.mlp.fc1_x.*"),
+    (f"{_AUTHORS_VIT}.blocks.#.*", "backbone.vit.blocks.#.*"),
+    (f"{_AUTHORS_BACKBONE}.spm.*", "backbone.prior.*"),
+    (f"{_AUTHORS_BACKBONE}.interactions.#.extractor.ffn.dwconv.dwconv.*", "backbone.interactions.#.0.ffn.dwconv.*"),
+    (f"{_AUTHORS_BACKBONE}.interactions.#.extractor.*", "backbone.interactions.#.0.*"),
     *(
         (
-            f"{_THEIR_BACKBONE}.interactions.#.extra_extractors.{i}.ffn.dwconv.dwconv.*",
+            f"{_AUTHORS_BACKBONE}.interactions.#.extra_extractors.{i}.ffn.dwconv.dwconv.*",
             f"backbone.interactions.#.{i + 1}.ffn.dwconv.*",
         )
         for i in (0, 1)
     ),
     *(
-        (f"{_THEIR_BACKBONE}.interactions.#.extra_extractors.{i}.*", f"backbone.interactions.#.{i + 1}.*")
+        (f"{_AUTHORS_BACKBONE}.interactions.#.extra_extractors.{i}.*", f"backbone.interactions.#.{i + 1}.*")
         for i in (0, 1)
     ),
-    *((f"{_THEIR_BACKBONE}.norm{i + 1}.*", f"backbone.norms.{i}.*") for i in range(4)),
-    (f"{_THEIR_BACKBONE}.level_embed", "backbone.level_embed"),
-    (f"{_THEIR_BACKBONE}.up.*", "backbone.up.*"),
+    *((f"{_AUTHORS_BACKBONE}.norm{i + 1}.*", f"backbone.norms.{i}.*") for i in range(4)),
+    (f"{_AUTHORS_BACKBONE}.level_embed", "backbone.level_embed"),
+    (f"{_AUTHORS_BACKBONE}.up.*", "backbone.up.*"),
 )
 # Their names (left) and canonical ones (right).
 _HEAD = NameTable(
-    (f"{_THEIR_PIXELS}.input_convs.*", f"{_PIXELS}.input_proj.*"),
-    (f"{_THEIR_PIXELS}.encoder.level_encoding", f"{_PIXELS}.transformer.level_embed"),
-    (f"{_THEIR_PIXELS}.encoder.encoder.*", f"{_PIXELS}.transformer.encoder.*"),
-    (f"{_THEIR_PIXELS}.lateral_convs.0.*", f"{_PIXELS}.adapter_1.*"),
-    (f"{_THEIR_PIXELS}.output_convs.0.*", f"{_PIXELS}.layer_1.*"),
-    (f"{_THEIR_PIXELS}.mask_feature.*", f"{_PIXELS}.mask_features.*"),
-    (f"{_THEIR_QUERIES}.post_norm.*", f"{_QUERIES}.decoder_norm.*"),
-    (f"{_THEIR_QUERIES}.*", f"{_QUERIES}.*"),
+    (f"{_AUTHORS_PIXELS}.input_convs.*", f"{_PIXELS}.input_proj.*"),
+    (f"{_AUTHORS_PIXELS}.encoder.level_encoding", f"{_PIXELS}.transformer.level_embed"),
+    (f"{_AUTHORS_PIXELS}.encoder.encoder.*", f"{_PIXELS}.transformer.encoder.*"),
+    (f"{_AUTHORS_PIXELS}.lateral_convs.0.*", f"{_PIXELS}.adapter_1.*"),
+    (f"{_AUTHORS_PIXELS}.output_convs.0.*", f"{_PIXELS}.layer_1.*"),
+    (f"{_AUTHORS_PIXELS}.mask_feature.*", f"{_PIXELS}.mask_features.*"),
+    (f"{_AUTHORS_QUERIES}.post_norm.*", f"{_QUERIES}.decoder_norm.*"),
+    (f"{_AUTHORS_QUERIES}.*", f"{_QUERIES}.*"),
 )
 
 
@@ -79,7 +79,7 @@ def is_dinov3(names: Iterable[str]) -> bool:
 def lacks_vit(names: Iterable[str]) -> bool:
     """Return whether these are names of DINOv3's head without the vision transformer, as published."""
     names = tuple(names)
-    return is_dinov3(names) and not any(name.startswith(f"{_THEIR_VIT}.") for name in names)
+    return is_dinov3(names) and not any(name.startswith(f"{_AUTHORS_VIT}.") for name in names)
 
 
 def dinov3_to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from m2f.model.weights.packing import PackedNames, attention_packs, pack, unpack
 from m2f.model.weights.tables import NameTable
 
 _POSITIONS = "backbone.embed.pos_embed"
-_THEIR_BACKBONE = "network.encoder.backbone"
+_AUTHORS_BACKBONE = "network.encoder.backbone"
 _HEADS = (
     ("layernorm.*", "backbone.norm.*"),
     ("query.*", "transformer_decoder.query_feat.*"),
@@ -47,7 +47,7 @@ _DINOV3 = NameTable(
 )
 # Names of the authors (left) and of transformers (right).
 _AUTHORS_HEADS = (
-    (f"{_THEIR_BACKBONE}.norm.*", "layernorm.*"),
+    (f"{_AUTHORS_BACKBONE}.norm.*", "layernorm.*"),
     ("network.q.*", "query.*"),
     ("network.class_head.*", "class_predictor.*"),
     *((f"network.mask_head.{2 * i}.*", f"mask_head.fc{i + 1}.*") for i in range(3)),
@@ -57,19 +57,19 @@ _AUTHORS_HEADS = (
 )
 _AUTHORS_DINOV2 = NameTable(
     *_AUTHORS_HEADS,
-    (f"{_THEIR_BACKBONE}.cls_token", "embeddings.cls_token"),
-    (f"{_THEIR_BACKBONE}.reg_token", "embeddings.register_tokens"),
-    (f"{_THEIR_BACKBONE}.pos_embed", "embeddings.position_embeddings.weight"),
-    (f"{_THEIR_BACKBONE}.patch_embed.proj.*", "embeddings.patch_embeddings.projection.*"),
-    (f"{_THEIR_BACKBONE}.blocks.#.attn.proj.*", "layers.#.attention.out_proj.*"),
-    (f"{_THEIR_BACKBONE}.blocks.#.attn.*", "layers.#.attention.*"),
-    *((f"{_THEIR_BACKBONE}.blocks.#.ls{i}.gamma", f"layers.#.layer_scale{i}.lambda1") for i in (1, 2)),
-    (f"{_THEIR_BACKBONE}.blocks.#.*", "layers.#.*"),
+    (f"{_AUTHORS_BACKBONE}.cls_token", "embeddings.cls_token"),
+    (f"{_AUTHORS_BACKBONE}.reg_token", "embeddings.register_tokens"),
+    (f"{_AUTHORS_BACKBONE}.pos_embed", "embeddings.position_embeddings.weight"),
+    (f"{_AUTHORS_BACKBONE}.patch_embed.proj.*", "embeddings.patch_embeddings.projection.*"),
+    (f"{_AUTHORS_BACKBONE}.blocks.#.attn.proj.*", "layers.#.attention.out_proj.*"),
+    (f"{_AUTHORS_BACKBONE}.blocks.#.attn.*", "layers.#.attention.*"),
+    *((f"{_AUTHORS_BACKBONE}.blocks.#.ls{i}.gamma", f"layers.#.layer_scale{i}.lambda1") for i in (1, 2)),
+    (f"{_AUTHORS_BACKBONE}.blocks.#.*", "layers.#.*"),
 )
 _AUTHORS_DINOV3 = NameTable(
     *_AUTHORS_HEADS,
-    (f"{_THEIR_BACKBONE}.patch_embed.*", "embeddings.*"),
-    (f"{_THEIR_BACKBONE}.blocks.#.*", "layers.#.*"),
+    (f"{_AUTHORS_BACKBONE}.patch_embed.*", "embeddings.*"),
+    (f"{_AUTHORS_BACKBONE}.blocks.#.*", "layers.#.*"),
 )
 
 

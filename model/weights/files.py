@@ -155,9 +155,9 @@ def _reason(error: Exception, path: Path) -> str:
 
     The message of torch is not shown, because it suggests loading the file unsafely.
     """
-    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and asked:
-        return f"it references {asked[1]}, but weights files may contain only tensors; nothing in it was executed"
+    match = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and match:
+        return f"it references {match[1]}, but weights files may contain only tensors; nothing in it was executed"
     return f"it may be truncated, it has {path.stat().st_size} bytes ({_first_sentence(error)})"
 
 

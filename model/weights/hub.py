@@ -18,7 +18,7 @@ _INDEX = "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 _NOTES = ("config.json", "preprocessor_config.json")
 """File names of a model in transformers."""
-_PATIENCE_S = 4.0
+_TIMEOUT_S = 4.0
 """Maximum seconds to wait for the hub's answer. Name resolution alone could otherwise take longer."""
 _REMEDY = (
     "set model.weights to a folder that was downloaded elsewhere, set HF_ENDPOINT to a mirror, or set "
@@ -36,7 +36,7 @@ class _Listing:
     files: tuple[str, ...]
 
 
-def pinned(text: str) -> str:
+def pin_revision(text: str) -> str:
     """Return the address with its revision replaced by the current commit, from the cache if the hub does not answer.
 
     Raises WeightsError within 5 s if the hub has no such model, or if neither hub nor cache knows the revision.
@@ -44,11 +44,11 @@ def pinned(text: str) -> str:
     address = HubAddress.parse(text)
     if address.is_commit:
         return text
-    found = _ask(address)
+    found = _query_hub(address)
     if not isinstance(found, _Listing):
         folder = _cached_folder(address)
         if folder is None:
-            raise _not_to_be_had(address, found)
+            raise _unavailable_error(address, found)
         return str(HubAddress(address.repo, folder.name))
     if _NOTES[0] not in found.files:
         return str(HubAddress(address.repo, found.commit))
@@ -62,31 +62,31 @@ def hub_folder(text: str, *, weights: bool = True) -> Path:
     Without `weights`, the folder holds config files only. Files in the cache are not downloaded again. Raises
     WeightsError if the hub is not reachable, has no such model, or has no safetensors of it.
     """
-    address = HubAddress.parse(pinned(text))
+    address = HubAddress.parse(pin_revision(text))
     cached = _cached_folder(address)
     if cached is not None and (_has_weights(cached) or (not weights and (cached / _NOTES[0]).is_file())):
         return cached
-    listing = _ask(address)  # fails within 5 s; a download without a network would be retried for minutes
+    listing = _query_hub(address)  # fails within 5 s; a download without a network would be retried for minutes
     if not isinstance(listing, _Listing):
-        raise _not_to_be_had(address, listing)
+        raise _unavailable_error(address, listing)
     if weights and not {_WEIGHTS, _INDEX} & set(listing.files):
         raise WeightsError(
             f"model.weights is {text}, which has neither {_WEIGHTS} nor {_INDEX}; other files may contain code and "
             "are not downloaded. Choose a model with safetensors, or convert it and set model.weights to the folder"
         )
-    wanted = [*_NOTES, _WEIGHTS] if _WEIGHTS in listing.files else [*_NOTES, _INDEX, _SHARDS]
-    names = [name for name in listing.files if any(fnmatch(name, pattern) for pattern in wanted)]
+    patterns = [*_NOTES, _WEIGHTS] if _WEIGHTS in listing.files else [*_NOTES, _INDEX, _SHARDS]
+    names = [name for name in listing.files if any(fnmatch(name, pattern) for pattern in patterns)]
     return _download(address, names if weights else [name for name in names if name in _NOTES])
 
 
-def unavailable(repo: str) -> str | None:
+def unavailable_reason(repo: str) -> str | None:
     """Return why a hub model OWNER/NAME is not available, or None if the cache or the hub has it. Takes at most 5 s."""
     address = HubAddress(repo)
     cached = _cached_folder(address)
     if cached is not None and _has_weights(cached):
         return None
     try:
-        found = _ask(address)
+        found = _query_hub(address)
     except WeightsError:
         return f"the hub has no {repo}, or requires a token for it (HF_TOKEN)"
     return found if isinstance(found, str) else None
@@ -105,7 +105,7 @@ def _download(address: HubAddress, names: list[str]) -> Path:
     return paths[0].parent
 
 
-def _ask(address: HubAddress) -> _Listing | str:
+def _query_hub(address: HubAddress) -> _Listing | str:
     """Return the hub's listing, or why the hub cannot be asked. Raises WeightsError if the hub has no such model."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -113,8 +113,8 @@ def _ask(address: HubAddress) -> _Listing | str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
-        info = _within(
-            _PATIENCE_S, lambda: HfApi().model_info(address.repo, revision=address.revision, timeout=_PATIENCE_S)
+        info = _run_with_timeout(
+            _TIMEOUT_S, lambda: HfApi().model_info(address.repo, revision=address.revision, timeout=_TIMEOUT_S)
         )
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise WeightsError(
@@ -128,7 +128,7 @@ def _ask(address: HubAddress) -> _Listing | str:
     return _Listing(info.sha, tuple(sibling.rfilename for sibling in info.siblings or ()))
 
 
-def _not_to_be_had(address: HubAddress, reason: str) -> WeightsError:
+def _unavailable_error(address: HubAddress, reason: str) -> WeightsError:
     return WeightsError(f"model.weights is {address}, which is not in the cache, and {reason}; {_REMEDY}")
 
 
@@ -153,17 +153,17 @@ def _has_weights(folder: Path) -> bool:
     return all((folder / str(shard)).is_file() for shard in shards)
 
 
-def _within(seconds: float, ask: Callable[[], _T]) -> _T:
-    """Run `ask` in a thread and return its result or raise its error; raise TimeoutError after `seconds`.
+def _run_with_timeout(seconds: float, function: Callable[[], _T]) -> _T:
+    """Run `function` in a thread and return its result or raise its error; raise TimeoutError after `seconds`.
 
-    After a timeout, the thread continues in the background until `ask` ends.
+    After a timeout, the thread continues in the background until `function` ends.
     """
-    outcome: list[_T] = []
+    results: list[_T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            outcome.append(ask())
+            results.append(function())
         except BaseException as error:
             errors.append(error)
 
@@ -172,9 +172,9 @@ def _within(seconds: float, ask: Callable[[], _T]) -> _T:
     thread.join(seconds)
     if errors:
         raise errors[0]
-    if not outcome:
+    if not results:
         raise TimeoutError(f"no answer within {seconds:g} s")
-    return outcome[0]
+    return results[0]
 
 
 def _first_line(error: BaseException) -> str:

@@ -146,11 +146,11 @@ def load_weights(
 def _select_class_rows(state: dict[str, Tensor], target: Mapping[str, Tensor], rows: Sequence[int | None]) -> None:
     """Replace the class head [K + 1, ...] of a file, in place, by rows in the order of the model's classes."""
     for key in [key for key in state if _CLASS_HEAD.match(key) and key in target]:
-        picked = target[key].clone().to(state[key].dtype)
+        selected = target[key].clone().to(state[key].dtype)
         for label, row in enumerate([*rows, len(state[key]) - 1]):
             if row is not None:
-                picked[label] = state[key][row]
-        state[key] = picked
+                selected[label] = state[key][row]
+        state[key] = selected
 
 
 def _describe_rows(rows: Sequence[int | None]) -> str:
@@ -168,20 +168,22 @@ def _match_timm_names(target: Mapping[str, Tensor], state: dict[str, Tensor], la
     """
     if layout != "backbone":
         return state
-    cut = {key.replace("_", ".").replace(".body.model.", ".body."): key for key in target}
-    return {key if key in target else cut.get(key.replace("_", "."), key): tensor for key, tensor in state.items()}
+    model_names = {key.replace("_", ".").replace(".body.model.", ".body."): key for key in target}
+    return {
+        key if key in target else model_names.get(key.replace("_", "."), key): tensor for key, tensor in state.items()
+    }
 
 
 def _resize_position_biases(state: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Interpolate Swin's relative position biases [(2 w - 1)^2, heads] in place to the model's window size w."""
     resized = []
     for key, tensor in state.items():
-        wanted = target[key].shape if key.endswith(_RELATIVE_POSITIONS) and key in target else tensor.shape
-        if wanted != tensor.shape and wanted[1:] == tensor.shape[1:]:
+        target_shape = target[key].shape if key.endswith(_RELATIVE_POSITIONS) and key in target else tensor.shape
+        if target_shape != tensor.shape and target_shape[1:] == tensor.shape[1:]:
             resized.append(_both_shapes(key, state, target))
-            side, wanted_side = round(len(tensor) ** 0.5), round(wanted[0] ** 0.5)
+            side, target_side = round(len(tensor) ** 0.5), round(target_shape[0] ** 0.5)
             grid = tensor.float().T.view(1, -1, side, side)
-            grid = F.interpolate(grid, (wanted_side, wanted_side), mode="bicubic", align_corners=False)
+            grid = F.interpolate(grid, (target_side, target_side), mode="bicubic", align_corners=False)
             state[key] = grid.flatten(2)[0].T
     return tuple(resized)
 

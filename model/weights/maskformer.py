@@ -72,7 +72,7 @@ def maskformer_to_own(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises WeightsError for a model of MaskFormer's code that is not supported.
     """
-    _refuse_relatives(official)
+    _reject_unsupported_variants(official)
     canonical = unpack(official, attention_packs(official))
     own = {_TO_OWN.forward(name) or CANONICAL_TO_OWN.forward(name) or name: t for name, t in canonical.items()}
     return pack(own, _own_packs(own))
@@ -96,18 +96,18 @@ def require_maskformer(own: Mapping[str, Tensor], target: Collection[str], sourc
     )
 
 
-def _refuse_relatives(official: Mapping[str, Tensor]) -> None:
-    lacking = None
+def _reject_unsupported_variants(official: Mapping[str, Tensor]) -> None:
+    variant = None
     if f"{_PREDICTOR}.weight" in official or f"{_PREDICTOR}.class_embed.weight" not in official:
-        lacking = "per-pixel classification instead of masks (PerPixelBaselineHead)"
+        variant = "per-pixel classification instead of masks (PerPixelBaselineHead)"
     elif any(name.startswith(f"{_PREDICTOR}.transformer.encoder.") for name in official):
-        lacking = "a transformer encoder inside the predictor (MODEL.MASK_FORMER.ENC_LAYERS above 0)"
+        variant = "a transformer encoder inside the predictor (MODEL.MASK_FORMER.ENC_LAYERS above 0)"
     elif not any(name.startswith(f"{_PREDICTOR}.transformer.decoder.layers.0.self_attn.") for name in official):
-        lacking = "a decoder without self-attention (MaskFormerNoSAHead)"
+        variant = "a decoder without self-attention (MaskFormerNoSAHead)"
     elif f"{_PIXELS}.transformer.encoder.norm.weight" in official:
-        lacking = "LayerNorms before the blocks (MODEL.MASK_FORMER.PRE_NORM)"
-    if lacking is not None:
-        raise WeightsError(f"the weights are of a MaskFormer model with {lacking}, which m2f does not support")
+        variant = "LayerNorms before the blocks (MODEL.MASK_FORMER.PRE_NORM)"
+    if variant is not None:
+        raise WeightsError(f"the weights are of a MaskFormer model with {variant}, which m2f does not support")
 
 
 def _count_layers(own: Iterable[str], part: str) -> int:

@@ -83,13 +83,15 @@ def weights_path(weights: str) -> Path:
     return path
 
 
-def renamed_in_order(state: Mapping[str, _T], names: list[str]) -> dict[str, _T]:
+def rename_by_order(state: Mapping[str, _T], names: list[str]) -> dict[str, _T]:
     """Return the tensors of `state` under `names`, matched by order. Batch counters are skipped on both sides.
 
     Raises ConfigError if the numbers of tensors differ.
     """
-    kept = [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
+    tensors = [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
     wanted = [name for name in names if not name.endswith("num_batches_tracked")]
-    if len(kept) != len(wanted):
-        raise ConfigError(f"the file has {len(kept)} tensors, but the model has {len(wanted)}; timm changed the model")
-    return dict(zip(wanted, kept, strict=True))
+    if len(tensors) != len(wanted):
+        raise ConfigError(
+            f"the file has {len(tensors)} tensors, but the model has {len(wanted)}; timm changed the model"
+        )
+    return dict(zip(wanted, tensors, strict=True))

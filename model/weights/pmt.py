@@ -10,44 +10,46 @@ from m2f.model.weights.eomt import eomt_to_authors, eomt_to_own
 from m2f.model.weights.packing import attention_packs, pack, unpack
 from m2f.model.weights.tables import NameTable
 
-_THEIRS, _OURS = "network.decoder", "transformer_decoder"
+_AUTHORS, _OWN = "network.decoder", "transformer_decoder"
 _ENCODER = "network.encoder."
-_OLD = ("network.decoder.pe.", "network.bn_prefix.", "network.bn_patch.", "network._attn_mask_probs_fallback")
+_OBSOLETE = ("network.decoder.pe.", "network.bn_prefix.", "network.bn_patch.", "network._attn_mask_probs_fallback")
 """Name prefixes in older files of modules that the authors' code no longer has."""
-_BLOCK, _OWN_BLOCK = f"{_THEIRS}.blocks.#", f"{_OURS}.blocks.#"
+_AUTHORS_BLOCK, _OWN_BLOCK = f"{_AUTHORS}.blocks.#", f"{_OWN}.blocks.#"
 # Names of the authors (left) and ours (right), with separate attention projections.
 _TABLE = NameTable(
-    (f"{_THEIRS}.q.*", f"{_OURS}.query_feat.*"),
-    (f"{_THEIRS}.class_head.*", f"{_OURS}.class_embed.*"),
-    (f"{_THEIRS}.mask_head.*", f"{_OURS}.mask_embed.*"),
-    (f"{_THEIRS}.attn_mask_probs", f"{_OURS}.attn_mask_probs"),
-    (f"{_THEIRS}.upscale.*", "pixel_decoder.*"),
-    ("network.bn.#.*", f"{_OURS}.laterals.#.norm.*"),
-    (f"{_THEIRS}.lateral_projections.#.0.*", f"{_OURS}.laterals.#.fc1.*"),
-    (f"{_THEIRS}.lateral_projections.#.2.*", f"{_OURS}.laterals.#.fc2.*"),
-    (f"{_THEIRS}.scalers.#", f"{_OURS}.laterals.#.scale"),
-    (f"{_THEIRS}.decoder_norm.*", f"{_OURS}.norm.*"),
-    *((f"{_BLOCK}.norm{i}.*", f"{_OWN_BLOCK}.norm{i}.*") for i in (1, 2)),
-    *((f"{_BLOCK}.layer_scale{i}.lambda1", f"{_OWN_BLOCK}.gamma_{i}") for i in (1, 2)),
-    (f"{_BLOCK}.attention.q_proj.bias", f"{_OWN_BLOCK}.attn.q_bias"),
-    (f"{_BLOCK}.attention.v_proj.bias", f"{_OWN_BLOCK}.attn.v_bias"),
-    (f"{_BLOCK}.attention.o_proj.*", f"{_OWN_BLOCK}.attn.proj.*"),
-    (f"{_BLOCK}.attention.*", f"{_OWN_BLOCK}.attn.*"),
-    (f"{_BLOCK}.mlp.up_proj.*", f"{_OWN_BLOCK}.mlp.fc1.*"),
-    (f"{_BLOCK}.mlp.down_proj.*", f"{_OWN_BLOCK}.mlp.fc2.*"),
+    (f"{_AUTHORS}.q.*", f"{_OWN}.query_feat.*"),
+    (f"{_AUTHORS}.class_head.*", f"{_OWN}.class_embed.*"),
+    (f"{_AUTHORS}.mask_head.*", f"{_OWN}.mask_embed.*"),
+    (f"{_AUTHORS}.attn_mask_probs", f"{_OWN}.attn_mask_probs"),
+    (f"{_AUTHORS}.upscale.*", "pixel_decoder.*"),
+    ("network.bn.#.*", f"{_OWN}.laterals.#.norm.*"),
+    (f"{_AUTHORS}.lateral_projections.#.0.*", f"{_OWN}.laterals.#.fc1.*"),
+    (f"{_AUTHORS}.lateral_projections.#.2.*", f"{_OWN}.laterals.#.fc2.*"),
+    (f"{_AUTHORS}.scalers.#", f"{_OWN}.laterals.#.scale"),
+    (f"{_AUTHORS}.decoder_norm.*", f"{_OWN}.norm.*"),
+    *((f"{_AUTHORS_BLOCK}.norm{i}.*", f"{_OWN_BLOCK}.norm{i}.*") for i in (1, 2)),
+    *((f"{_AUTHORS_BLOCK}.layer_scale{i}.lambda1", f"{_OWN_BLOCK}.gamma_{i}") for i in (1, 2)),
+    (f"{_AUTHORS_BLOCK}.attention.q_proj.bias", f"{_OWN_BLOCK}.attn.q_bias"),
+    (f"{_AUTHORS_BLOCK}.attention.v_proj.bias", f"{_OWN_BLOCK}.attn.v_bias"),
+    (f"{_AUTHORS_BLOCK}.attention.o_proj.*", f"{_OWN_BLOCK}.attn.proj.*"),
+    (f"{_AUTHORS_BLOCK}.attention.*", f"{_OWN_BLOCK}.attn.*"),
+    (f"{_AUTHORS_BLOCK}.mlp.up_proj.*", f"{_OWN_BLOCK}.mlp.fc1.*"),
+    (f"{_AUTHORS_BLOCK}.mlp.down_proj.*", f"{_OWN_BLOCK}.mlp.fc2.*"),
 )
 
 
 def is_pmt(names: Iterable[str]) -> bool:
     """Return whether these are names of PMT's authors."""
-    return any(name.startswith(f"{_THEIRS}.upscale.") for name in names)
+    return any(name.startswith(f"{_AUTHORS}.upscale.") for name in names)
 
 
 def pmt_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights under our names, backbone included if the file has it. Names without a rule stay unchanged."""
     backbone = eomt_to_own({name: tensor for name, tensor in state.items() if name.startswith(_ENCODER)})
     decoder = {
-        _TABLE.forward(name) or name: tensor for name, tensor in state.items() if not name.startswith((_ENCODER, *_OLD))
+        _TABLE.forward(name) or name: tensor
+        for name, tensor in state.items()
+        if not name.startswith((_ENCODER, *_OBSOLETE))
     }
     return backbone | pack(decoder, attention_packs(decoder))
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from m2f.model import attention_backends
-from m2f.model.attention_backends import Backend, Case, choose, first_trouble, settle_attention
+from m2f.model.attention_backends import Backend, Case, disable_wrong_backends, first_problem, select_attention_backends
 
 CPU = torch.device("cpu")
 real = torch.nn.functional.scaled_dot_product_attention
@@ -15,7 +15,7 @@ real = torch.nn.functional.scaled_dot_product_attention
 @pytest.fixture
 def backends(monkeypatch):
     """Two forms that are there on a CPU, and what the process is allowed. The cases are smaller."""
-    cases = (Case(torch.bfloat16, 128, 8), Case(torch.bfloat16, 192, 8), Case(torch.float32, 192, 8, is_added=True))
+    cases = (Case(torch.bfloat16, 128, 8), Case(torch.bfloat16, 192, 8), Case(torch.float32, 192, 8, is_additive=True))
     monkeypatch.setattr(attention_backends, "CASES", cases)
     allowed = {"first": True, "second": True}
     kinds = {"first": SDPBackend.FLASH_ATTENTION, "second": SDPBackend.MATH}
@@ -53,7 +53,7 @@ def test_correct_kernels_stay_enabled_and_are_named(backends):
     (first, second), allowed = backends
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose(CPU, (first, second)) == "masked attention uses first or second"
+        assert disable_wrong_backends(CPU, (first, second)) == "masked attention uses first or second"
     assert allowed == {"first": True, "second": True}
 
 
@@ -64,7 +64,7 @@ def test_kernel_with_wrong_gradients_is_disabled(backends, wrong, monkeypatch):
     with pytest.warns(
         UserWarning, match="first attention is disabled on this GPU: 192 tokens of 8 channels in bfloat16"
     ):
-        line = choose(CPU, both)
+        line = disable_wrong_backends(CPU, both)
     assert line == "masked attention uses second; first failed the check"
     assert allowed == {"first": False, "second": True}
 
@@ -72,9 +72,9 @@ def test_kernel_with_wrong_gradients_is_disabled(backends, wrong, monkeypatch):
 def test_kernel_that_does_not_support_the_inputs_is_ignored(backends):
     (_, second), _ = backends
     absent = Backend("cuDNN", SDPBackend.CUDNN_ATTENTION, lambda allow: pytest.fail("it is not there"))
-    assert first_trouble(absent, CPU) == ""
-    assert choose(CPU, (absent, second)) == "masked attention uses second"
-    assert choose(CPU, (absent,)) == "masked attention uses matrix products, which are slower"
+    assert first_problem(absent, CPU) == ""
+    assert disable_wrong_backends(CPU, (absent, second)) == "masked attention uses second"
+    assert disable_wrong_backends(CPU, (absent,)) == "masked attention uses matrix products, which are slower"
 
 
 def test_kernel_that_raises_an_error_is_disabled(backends, monkeypatch):
@@ -85,12 +85,12 @@ def test_kernel_that_raises_an_error_is_disabled(backends, monkeypatch):
 
     monkeypatch.setattr(attention_backends.F, "scaled_dot_product_attention", broken)
     with pytest.warns(UserWarning, match="misaligned address"):
-        choose(CPU, both[:1])
+        disable_wrong_backends(CPU, both[:1])
     assert not allowed["first"]
 
 
 def test_check_leaves_the_random_state_unchanged_and_is_skipped_on_cpu(backends):
     before = torch.get_rng_state()
-    choose(CPU, backends[0])
+    disable_wrong_backends(CPU, backends[0])
     assert torch.equal(torch.get_rng_state(), before)
-    assert settle_attention(CPU) is None
+    assert select_attention_backends(CPU) is None

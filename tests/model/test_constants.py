@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
-from m2f.model.constants import kept
+from m2f.model.constants import cache_constants
 from m2f.model.position_encoding import sine_position_embedding
 
 
@@ -17,7 +17,7 @@ def made():
     """A function that keeps two results, and how often each was made."""
     calls = []
 
-    @kept(2)
+    @cache_constants(2)
     def ones(length):
         calls.append(length)
         return torch.ones(length)

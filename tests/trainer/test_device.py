@@ -58,7 +58,7 @@ def test_rank_uses_the_gpu_of_its_local_rank(monkeypatch):
 @pytest.mark.parametrize(("rank", "line"), [(0, "attention by a"), (1, "attention by a"), (0, None)])
 def test_first_rank_reports_the_attention_kernels_in_use(rank, line, monkeypatch):
     tried, reporter = [], Recorder()
-    monkeypatch.setattr(m2f.trainer.setup, "settle_attention", lambda device: tried.append(device) or line)
+    monkeypatch.setattr(m2f.trainer.setup, "select_attention_backends", lambda device: tried.append(device) or line)
     ranks = SimpleNamespace(is_first=rank == 0, gather=lambda name: [name, "GPU-b of x"])
     assert prepare_device(ranks, reporter) == torch.device("cpu")
     assert tried == [torch.device("cpu")]

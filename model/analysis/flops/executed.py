@@ -23,7 +23,7 @@ Size = Sequence[int]
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_END = 10**9
+_AFTER_TRAINING = 10**9
 """A step after the end of any training run."""
 SHAPES_ONLY = FakeTensorMode()
 """Mode in which tensors have no values. All models share it, because tensors of two modes cannot be combined."""
@@ -77,15 +77,15 @@ def executed_flops_inside(model: Segmenter, size: tuple[int, int], part: str) ->
 
 def _executed(model: Segmenter, size: tuple[int, int], parts: Sequence[str]) -> list[float]:
     with torch.no_grad(), SHAPES_ONLY:
-        model.set_progress(_END, _END)
+        model.set_progress(_AFTER_TRAINING, _AFTER_TRAINING)
         with _counter() as counter:
             model(torch.zeros(1, 3, *size)).mask_logits()
     # Names begin with the class name of the model.
     counts = {name.partition(".")[2]: sum(of.values()) / 2 for name, of in counter.get_flop_counts().items()}
-    return [_of_part(counts, part) if part else counter.get_total_flops() / 2 for part in parts]
+    return [_sum_part(counts, part) if part else counter.get_total_flops() / 2 for part in parts]
 
 
-def _of_part(counts: Mapping[str, float], part: str) -> float:
+def _sum_part(counts: Mapping[str, float], part: str) -> float:
     """Sum the counts of a part of the model, whose modules may have been called separately."""
     names = {name for name in counts if f"{name}.".startswith(f"{part}.")}
     return sum(counts[name] for name in names if not any(name.startswith(f"{other}.") for other in names))

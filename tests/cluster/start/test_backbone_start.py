@@ -63,7 +63,7 @@ def test_has_frozen_norms_detects_frozen_batch_norms():
 
 def test_published_problem_asks_the_hub_and_names_known_weights(monkeypatch):
     asked = []
-    monkeypatch.setattr(m2f.model.backbones.published, "unavailable", lambda repo: asked.append(repo) or NO_HUB)
+    monkeypatch.setattr(m2f.model.backbones.published, "unavailable_reason", lambda repo: asked.append(repo) or NO_HUB)
     assert published_problem("resnet50.tv_in1k") == NO_HUB
     assert asked == ["timm/resnet50.tv_in1k"]
     assert published_problem("resnet10t_of_mine") is None

@@ -5,12 +5,12 @@ import sys
 
 import timm
 
-from m2f.model.backbones.timm_names import _written_names, name_problem
+from m2f.model.backbones.timm_names import _registered_names, name_problem
 
 
 def test_every_timm_name_is_recognised():
     assert [name for name in timm.list_models() if name_problem(name) is not None] == []
-    assert _written_names() <= set(timm.list_models())
+    assert _registered_names() <= set(timm.list_models())
     assert name_problem("resnet50.a1_in1k") is None
     assert name_problem("convnext_base_in22k") is None  # an old name, which timm still takes
 

@@ -14,8 +14,8 @@ from m2f.model.config import LossConfig
 from m2f.model.errors import ConfigError
 from m2f.model.loss import criterion, matcher
 from m2f.model.loss.box_points import (
+    assign_to_boxes,
     box_weights,
-    deal_to_boxes,
     importance_density,
     move_into_boxes,
     share_within,
@@ -363,7 +363,7 @@ def test_point_weights_are_bounded_by_the_share_outside_boxes(share):
     boxes, count = target_boxes(targets), 64
     in_box = int(count * share)
     most = count / (count - in_box)
-    _, weights = deal_to_boxes(torch.rand(3, 2, count, 2, generator=g), boxes, targets.valid, in_box)
+    _, weights = assign_to_boxes(torch.rand(3, 2, count, 2, generator=g), boxes, targets.valid, in_box)
     assert 0 < weights.min() < 0.5
     assert weights.max() <= most * (1 + 1e-6)
     rows = boxes.flatten(0, 1)
@@ -425,10 +425,10 @@ def test_matching_points_and_weights_do_not_depend_on_other_images():
     targets = scene("several sizes")
     padded = rectangles(*SCENES["several sizes"]["images"], pad=6)
     points = CounterPoints(seed=2).draw(targets.position, LAYERS, point_counts(BOTH)).matching
-    whole, weights = deal_to_boxes(points, target_boxes(targets), targets.valid, 40)
+    whole, weights = assign_to_boxes(points, target_boxes(targets), targets.valid, 40)
     for image in range(2):
         _, alone = take(predictions_for(padded), padded, [image])
-        part, part_weights = deal_to_boxes(points[:, [image]], target_boxes(alone), alone.valid, 40)
+        part, part_weights = assign_to_boxes(points[:, [image]], target_boxes(alone), alone.valid, 40)
         assert torch.equal(part[:, 0], whole[:, image])
         torch.testing.assert_close(part_weights[:, 0], weights[:, image], rtol=1e-6, atol=0)
 

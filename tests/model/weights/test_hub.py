@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from m2f.model.errors import ConfigError, WeightsError
-from m2f.model.weights.hub import hub_folder, pinned, unavailable
+from m2f.model.weights.hub import hub_folder, pin_revision, unavailable_reason
 from m2f.model.weights.sources import HubAddress
 from tests.model.weights.hub_server import COMMIT, REPO, serve_hub
 from tests.waiting import PATIENCE_S
@@ -50,20 +50,20 @@ def closed_port() -> str:
 
 @pytest.mark.parametrize("revision", ["", "@main", "@v1", f"@{COMMIT}"])
 def test_a_revision_is_pinned_to_its_commit(hub, revision):
-    assert pinned(ADDRESS + revision) == f"{ADDRESS}@{COMMIT}"
+    assert pin_revision(ADDRESS + revision) == f"{ADDRESS}@{COMMIT}"
 
 
 def test_availability_is_checked_without_downloading_weights(hub, model, monkeypatch):
-    assert unavailable(REPO) is None
-    assert "the hub has no someone/else" in str(unavailable("someone/else"))
+    assert unavailable_reason(REPO) is None
+    assert "the hub has no someone/else" in str(unavailable_reason("someone/else"))
     assert not any("safetensors" in request for request in hub.requests)
     hub_folder(ADDRESS, weights=False)
     use_endpoint(monkeypatch, closed_port())
-    assert "does not answer" in str(unavailable(REPO))  # the cache has the notes alone
+    assert "does not answer" in str(unavailable_reason(REPO))  # the cache has the notes alone
     use_endpoint(monkeypatch, hub.url)
     hub_folder(ADDRESS)
     use_endpoint(monkeypatch, closed_port())
-    assert unavailable(REPO) is None
+    assert unavailable_reason(REPO) is None
 
 
 def test_only_safetensors_and_config_files_are_downloaded_and_only_once(hub):
@@ -109,13 +109,13 @@ def test_a_model_without_safetensors_is_refused(hub, model):
 @pytest.mark.parametrize("address", ["hub:someone/else", f"{ADDRESS}@v2"])
 def test_an_unknown_model_or_revision_is_named(hub, address):
     with pytest.raises(WeightsError, match="has no such model or revision"):
-        pinned(address)
+        pin_revision(address)
 
 
 def test_cache_is_used_if_the_hub_does_not_answer(hub, monkeypatch):
     folder = hub_folder(ADDRESS)
     use_endpoint(monkeypatch, closed_port())
-    assert pinned(ADDRESS) == f"{ADDRESS}@{COMMIT}"
+    assert pin_revision(ADDRESS) == f"{ADDRESS}@{COMMIT}"
     assert hub_folder(ADDRESS) == folder
 
 

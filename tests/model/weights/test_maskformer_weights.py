@@ -240,7 +240,7 @@ def test_error_for_a_model_with_other_heads_states_the_settings(encoded, pixel_d
 
 
 @pytest.mark.parametrize(
-    ("add", "drop", "lacking"),
+    ("add", "drop", "variant"),
     [
         ("predictor.weight", "predictor.", r"per-pixel classification instead of masks \(PerPixelBaselineHead\)"),
         ("predictor.transformer.x", "predictor.class_embed.", "per-pixel classification instead of masks"),
@@ -249,10 +249,10 @@ def test_error_for_a_model_with_other_heads_states_the_settings(encoded, pixel_d
         ("predictor.transformer.x", "predictor.transformer.decoder.layers.0.self_attn.", "without self-attention"),
     ],
 )
-def test_unsupported_maskformer_variants_are_named(add, drop, lacking):
+def test_unsupported_maskformer_variants_are_named(add, drop, variant):
     state = official_heads(True, CHANNELS)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(f"sem_seg_head.{drop}")}
     with pytest.raises(
-        WeightsError, match=f"the given state dict: .* a MaskFormer model with .*{lacking}.*does not support"
+        WeightsError, match=f"the given state dict: .* a MaskFormer model with .*{variant}.*does not support"
     ):
         load_weights(maskformer(ENCODED), kept | {f"sem_seg_head.{add}": torch.zeros(1)})

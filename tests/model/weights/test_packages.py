@@ -8,7 +8,7 @@ from m2f.model.backbones.build import build_backbone
 from m2f.model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig
 from m2f.model.errors import ConfigError
 from m2f.model.weights.files import read_state, weights_sha256
-from m2f.model.weights.packages import packaged_weights, renamed_in_order, weights_path
+from m2f.model.weights.packages import packaged_weights, rename_by_order, weights_path
 
 LITE0 = "package:efficientnet-lite0"
 BACKBONE = TimmBackboneConfig(name="tf_efficientnet_lite0", weights=LITE0)
@@ -33,7 +33,7 @@ def test_packaged_tensors_have_the_order_of_the_timm_model():
 def test_a_backbone_has_the_features_of_the_whole_model(caplog):
     names = list(timm.create_model("tf_efficientnet_lite0").state_dict())
     whole = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
-    whole.load_state_dict(renamed_in_order(read_state(weights_path(LITE0)), names), strict=False)
+    whole.load_state_dict(rename_by_order(read_state(weights_path(LITE0)), names), strict=False)
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = build_backbone(BACKBONE).eval()(images)
