@@ -30,8 +30,8 @@ def make_manifest():
 
     def make(count, seed=0, sample_bytes=150_000, shard_samples=1000):
         random = np.random.default_rng(seed)
-        shows = random.random((count, CLASSES)) < 1 / np.arange(1, CLASSES + 1) ** 2
-        column = np.nonzero(shows)[1]
+        is_present = random.random((count, CLASSES)) < 1 / np.arange(1, CLASSES + 1) ** 2
+        column = np.nonzero(is_present)[1]
         length = random.integers(sample_bytes // 2, sample_bytes * 3 // 2, count) // 512 * 512
         shard = np.arange(count) // shard_samples
         end = np.cumsum(length)
@@ -49,7 +49,7 @@ def make_manifest():
                 ShardInfo(f"{s:05d}.tar", int(length[shard == s].sum()), f"{seed}x{s}", int((shard == s).sum()))
                 for s in range(shard[-1] + 1)
             ),
-            columns=_columns([f"image_{i:08d}" for i in range(count)], shows.sum(1), column + 1),
+            columns=_columns([f"image_{i:08d}" for i in range(count)], is_present.sum(1), column + 1),
             shard=shard.astype(np.int32),
             offset=offset,
             length=length,
@@ -57,7 +57,7 @@ def make_manifest():
             image_id=np.arange(count),
             height=ones.astype(np.int32) * 480,
             width=ones.astype(np.int32) * 640,
-            num_segments=shows.sum(1).astype(np.int32),
+            num_segments=is_present.sum(1).astype(np.int32),
             member_names=("img.jpg",),
             member_codes=names,
             member_offsets=names,

@@ -59,10 +59,10 @@ def test_hostile_yaml_is_refused_wherever_recipes_are_read(tmp_path, text):
         load_recipe(tmp_path / "recipe.yaml")
     with pytest.raises(ConfigError, match="the recipe of the weights is not valid YAML"):
         model_changes(text, "{}")
-    overridden = "name: a\ndatasets: {a: {shards: s}}\ndata: {train: [{dataset: a}]}\ntraining: {max_steps: 1}"
-    assert parse_recipe(overridden).name == "a"
+    recipe = "name: a\ndatasets: {a: {shards: s}}\ndata: {train: [{dataset: a}]}\ntraining: {max_steps: 1}"
+    assert parse_recipe(recipe).name == "a"
     with pytest.raises(ConfigError, match="the value is not valid YAML"):
-        parse_recipe(overridden, [f"name={text}"])
+        parse_recipe(recipe, [f"name={text}"])
 
 
 def test_small_anchors_and_merges_are_read():

@@ -36,9 +36,9 @@ PNG = _saved(Image.fromarray(PIXELS), "PNG")
 
 
 def _with_orientation(orientation: int, order: str = "<") -> bytes:
-    mark = b"II" if order == "<" else b"MM"
+    byte_order = b"II" if order == "<" else b"MM"
     directory = struct.pack(order + "HHHIHHI", 1, 0x0112, 3, 1, orientation, 0, 0)
-    exif = b"Exif\0\0" + mark + struct.pack(order + "HI", 42, 8) + directory
+    exif = b"Exif\0\0" + byte_order + struct.pack(order + "HI", 42, 8) + directory
     return JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + JPEG[2:]
 
 
@@ -127,21 +127,21 @@ def _fails(decode, data: bytes) -> bool:
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "restart_marker_blocks": 2}])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_check_pixels_refuses_the_same_files_as_decoding(options, mode):
-    whole = _saved(Image.fromarray(PIXELS[:31, :45]).convert(mode), "JPEG", **options)
-    random, refused = np.random.default_rng(5), 0
+    intact = _saved(Image.fromarray(PIXELS[:31, :45]).convert(mode), "JPEG", **options)
+    random, num_refused = np.random.default_rng(5), 0
     for _ in range(150):
-        data, spot = bytearray(whole), random.integers(2, len(whole) - 2)
-        data[spot] ^= 1 << random.integers(8)
-        data[random.integers(spot, len(data)) : -2] = b""
+        data, position = bytearray(intact), random.integers(2, len(intact) - 2)
+        data[position] ^= 1 << random.integers(8)
+        data[random.integers(position, len(data)) : -2] = b""
         try:
             header = read_header(bytes(data))
         except BrokenImageError:
             continue
         fails = _fails(decode_rgb, bytes(data))
         assert _fails(lambda data, header=header: check_pixels(data, header), bytes(data)) == fails
-        refused += fails
-    check_pixels(whole, read_header(whole))
-    assert refused
+        num_refused += fails
+    check_pixels(intact, read_header(intact))
+    assert num_refused
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -156,12 +156,12 @@ def test_palette_pngs_are_decoded_to_indices(bits):
 def test_label_maps_of_1_and_16_bits_are_decoded():
     values = RANDOM.integers(0, 2, (5, 9), dtype=np.uint8)
     assert np.array_equal(decode_index_png(_saved(Image.fromarray(values.astype(bool)), "PNG")), values)
-    deep = RANDOM.integers(0, 1 << 16, (5, 9), dtype=np.uint16)
-    assert np.array_equal(decode_index_png(encode_png(deep)), deep)
-    assert decode_index_png(encode_png(deep)).dtype == np.uint16
-    for wrong in (PNG, JPEG):
+    values_16 = RANDOM.integers(0, 1 << 16, (5, 9), dtype=np.uint16)
+    assert np.array_equal(decode_index_png(encode_png(values_16)), values_16)
+    assert decode_index_png(encode_png(values_16)).dtype == np.uint16
+    for data in (PNG, JPEG):
         with pytest.raises(BrokenImageError, match="grey or palette PNG"):
-            decode_index_png(wrong)
+            decode_index_png(data)
 
 
 def test_panoptic_ids_use_all_three_channels():

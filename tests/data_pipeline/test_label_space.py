@@ -18,28 +18,28 @@ MODEL = (CAR, SKY, DOG)
 
 def test_tables_that_differ_only_in_colours_are_equal():
     assert match_classes(MODEL, MODEL).kind == "equal"
-    painted = (Category(1, "car", True, (9, 9, 9)), SKY, DOG)
-    assert match_classes(MODEL, painted).kind == "equal"
-    assert match_classes(MODEL, painted).labels == (0, 1, 2)
+    recolored = (Category(1, "car", True, (9, 9, 9)), SKY, DOG)
+    assert match_classes(MODEL, recolored).kind == "equal"
+    assert match_classes(MODEL, recolored).labels == (0, 1, 2)
 
 
 def test_tables_with_another_order_or_other_ids_are_matched_by_name():
-    found = match_classes(MODEL, (DOG, CAR, SKY))
-    assert (found.kind, found.labels) == ("by_name", (1, 2, 0))
+    match = match_classes(MODEL, (DOG, CAR, SKY))
+    assert (match.kind, match.labels) == ("by_name", (1, 2, 0))
     renumbered = (
         Category(70, "car", True, (0,) * 3),
         Category(1, "sky", False, (0,) * 3),
         Category(2, "dog", True, (0,) * 3),
     )
-    found = match_classes(MODEL, renumbered)
-    assert (found.kind, found.labels) == ("by_name", (0, 1, 2))
+    match = match_classes(MODEL, renumbered)
+    assert (match.kind, match.labels) == ("by_name", (0, 1, 2))
 
 
 def test_subset_keeps_the_common_classes_and_is_described():
-    found = match_classes(MODEL, (DOG, Category(9, "cat", True, (0,) * 3)))
-    assert (found.kind, found.labels) == ("subset", (None, None, 0))
-    assert (found.only_first, found.only_second) == (("car", "sky"), ("cat",))
-    assert describe_subset(found, "the model", "val") == "1 class in both; val lacks car, sky; the model lacks cat"
+    match = match_classes(MODEL, (DOG, Category(9, "cat", True, (0,) * 3)))
+    assert (match.kind, match.labels) == ("subset", (None, None, 0))
+    assert (match.only_first, match.only_second) == (("car", "sky"), ("cat",))
+    assert describe_subset(match, "the model", "val") == "1 class in both; val lacks car, sky; the model lacks cat"
     assert describe_subset(match_classes(MODEL, MODEL), "the model", "val") is None
 
 

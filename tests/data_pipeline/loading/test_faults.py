@@ -42,7 +42,7 @@ IMAGES = 24
 
 
 class FaultyS3(socketserver.ThreadingTCPServer):
-    """Files of a folder as objects of any bucket, with ETags and conditions; `fault(number, again)` spoils requests."""
+    """S3 server for the files of a folder, with ETags and conditions. `fault(number, attempt)` breaks requests."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -55,7 +55,7 @@ class FaultyS3(socketserver.ThreadingTCPServer):
             [],
             itertools.count(),
         )
-        self.asked: Counter[tuple[str, str]] = Counter()
+        self.request_counts: Counter[tuple[str, str]] = Counter()
         self.flipped: set[tuple[str, int]] = set()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -76,25 +76,25 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self):
-        self.answer(None)
+        self.respond(None)
 
     def do_GET(self):
         if "Range" not in self.headers:
-            self.answer("")
+            self.respond("")
             return
         request = (self.path, self.headers["Range"])
-        self.server.asked[request] += 1
-        self.answer(self.server.fault(next(self.server.numbers), self.server.asked[request] - 1))
+        self.server.request_counts[request] += 1
+        self.respond(self.server.fault(next(self.server.numbers), self.server.request_counts[request] - 1))
 
-    def answer(self, fault):
+    def respond(self, fault):
         path = self.server.folder / self.path.split("?")[0].split("/", 2)[2]
         if not path.is_file() or (fault or "").isdigit():
-            self.empty(int(fault) if (fault or "").isdigit() else 404)
+            self.send_empty(int(fault) if (fault or "").isdigit() else 404)
             return
         content = path.read_bytes()
         etag = f'"{hashlib.md5(content).hexdigest()}"'
         if self.headers.get("If-Match", etag) != etag:
-            self.empty(412)
+            self.send_empty(412)
             return
         body, is_range = content, "Range" in self.headers
         if is_range:
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "flip" and is_range:
             body = self.flip(body, path.name, first)
         if fault is not None:
-            self.body(body, fault)
+            self.send_body(body, fault)
 
     def flip(self, body, name, first):
         """One bit changed, unless one of these bytes was flipped before: a flip that passes is gone on the re-read."""
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         flipped.add((name, first + index))
         return body[:index] + bytes([body[index] ^ 4]) + body[index + 1 :]
 
-    def body(self, body, fault):
+    def send_body(self, body, fault):
         if fault in ("cut", "reset"):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(body)
 
-    def empty(self, status):
+    def send_empty(self, status):
         self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -265,7 +265,7 @@ def test_close_stops_reads_that_wait_for_the_store(s3_server):
     )
     with ThreadPoolExecutor(1) as consumer:
         pending = consumer.submit(next, fetcher)
-        wait_until(lambda: s3_server.asked, what="the first read")
+        wait_until(lambda: s3_server.request_counts, what="the first read")
         fetcher.close()
         with pytest.raises(StorageError, match=r"00000\.tar: reading was stopped while waiting for the store"):
             pending.result(PATIENCE_S)

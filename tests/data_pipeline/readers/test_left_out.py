@@ -12,7 +12,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.sources import CityscapesPanopticSource
 from tests.data_pipeline.coco_set import IDS, CocoSet, H, W
 
-ODD_CATEGORIES = [17, "cat", None, 1.5, float("inf"), float("nan"), 10**30, [3]]
+INVALID_CATEGORIES = [17, "cat", None, 1.5, float("inf"), float("nan"), 10**30, [3]]
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def coco(tmp_path):
     return CocoSet(tmp_path)
 
 
-def _strictly(coco, source):
+def _refusal(coco, source):
     """The message without --skip-bad, which must offer it."""
     coco.write()
     with pytest.raises(DataError, match="Correct them, or leave them out with --skip-bad") as caught:
@@ -28,10 +28,10 @@ def _strictly(coco, source):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("category", ODD_CATEGORIES)
+@pytest.mark.parametrize("category", INVALID_CATEGORIES)
 def test_instance_with_an_invalid_category_is_left_out(coco, category):
     coco.instances[1]["category_id"] = category
-    assert "instances.json: annotation 2: category_id is" in _strictly(coco, coco.instances_source)
+    assert "instances.json: annotation 2: category_id is" in _refusal(coco, coco.instances_source)
     reader = open_reader(coco.instances_source, skip_bad=True)
     assert [s.source_id for s in reader.read(0).annotation.segments] == [1, 3]
     (unusable,) = reader.unusable
@@ -45,18 +45,18 @@ def test_annotation_with_an_invalid_crowd_flag_is_left_out(coco, kind, flag):
     entry = coco.instances[1] if kind == "instances" else coco.panoptic[0]["segments_info"][1]
     entry["iscrowd"] = flag
     source = getattr(coco, f"{kind}_source")
-    named = "annotation 2" if kind == "instances" else "annotation of image 40, segment 70000"
-    assert f"{named}: iscrowd is {flag!r}; it must be 0, 1, true or false" in _strictly(coco, source)
+    name = "annotation 2" if kind == "instances" else "annotation of image 40, segment 70000"
+    assert f"{name}: iscrowd is {flag!r}; it must be 0, 1, true or false" in _refusal(coco, source)
     reader = open_reader(source, skip_bad=True)
     assert len(reader.unusable) == 1
-    left = [s.source_id for s in reader.read(0).annotation.segments]
-    assert left == ([1, 3] if kind == "instances" else [IDS[0]])
+    source_ids = [s.source_id for s in reader.read(0).annotation.segments]
+    assert source_ids == ([1, 3] if kind == "instances" else [IDS[0]])
 
 
-@pytest.mark.parametrize("category", ODD_CATEGORIES)
+@pytest.mark.parametrize("category", INVALID_CATEGORIES)
 def test_panoptic_segment_with_an_invalid_category_is_left_out(coco, category):
     coco.panoptic[0]["segments_info"][0]["category_id"] = category
-    assert "annotation of image 40, segment 5: category_id is" in _strictly(coco, coco.panoptic_source)
+    assert "annotation of image 40, segment 5: category_id is" in _refusal(coco, coco.panoptic_source)
     reader = open_reader(coco.panoptic_source, skip_bad=True)
     sample = reader.read(0)
     assert [s.source_id for s in sample.annotation.segments] == [IDS[1]]
@@ -84,19 +84,19 @@ def test_instance_beside_a_panoptic_map_with_an_invalid_category_is_left_out(coc
 def test_annotation_of_an_unknown_image_is_left_out(coco, kind, image):
     entries = getattr(coco, kind)
     source = getattr(coco, f"{kind}_source")
-    healthy = (coco.write(), open_reader(source).read(0))[1]
+    intact = (coco.write(), open_reader(source).read(0))[1]
     entries.append({**entries[0], "image_id": image, "id": 9})
-    assert f"annotations[{len(entries) - 1}]" in _strictly(coco, source)
+    assert f"annotations[{len(entries) - 1}]" in _refusal(coco, source)
     reader = open_reader(source, skip_bad=True)
     assert len(reader.unusable) == 1
-    assert reader.read(0).annotation.segments == healthy.annotation.segments
+    assert reader.read(0).annotation.segments == intact.annotation.segments
     assert reader.subset([0]).unusable == (), "the driver has said it; tasks need not carry it"
 
 
-@pytest.mark.parametrize("own", ["five", None, 0, -1, 1.5, float("inf"), 1 << 24])
-def test_panoptic_segment_with_an_invalid_id_is_left_out(coco, own):
-    coco.panoptic[0]["segments_info"][1]["id"] = own
-    assert "segments_info[1]: id is" in _strictly(coco, coco.panoptic_source)
+@pytest.mark.parametrize("segment_id", ["five", None, 0, -1, 1.5, float("inf"), 1 << 24])
+def test_panoptic_segment_with_an_invalid_id_is_left_out(coco, segment_id):
+    coco.panoptic[0]["segments_info"][1]["id"] = segment_id
+    assert "segments_info[1]: id is" in _refusal(coco, coco.panoptic_source)
     sample = open_reader(coco.panoptic_source, skip_bad=True).read(0)
     assert [s.source_id for s in sample.annotation.segments] == [IDS[0]]
     np.testing.assert_array_equal(sample.annotation.seg, coco.ids == IDS[0])
@@ -106,7 +106,7 @@ def test_panoptic_segment_with_an_invalid_id_is_left_out(coco, own):
 
 def test_panoptic_segments_with_the_same_id_are_left_out(coco):
     coco.panoptic[0]["segments_info"].append({"id": IDS[1], "category_id": 90})
-    assert "segment 70000: 2 segments have this id" in _strictly(coco, coco.panoptic_source)
+    assert "segment 70000: 2 segments have this id" in _refusal(coco, coco.panoptic_source)
     reader = open_reader(coco.panoptic_source, skip_bad=True)
     assert [s.source_id for s in reader.read(0).annotation.segments] == [IDS[0]]
     assert len(reader.unusable) == 2
@@ -115,7 +115,7 @@ def test_panoptic_segments_with_the_same_id_are_left_out(coco):
 @pytest.mark.parametrize("entry", [None, 5, "segment", []])
 def test_invalid_entries_of_segments_info_are_left_out(coco, entry):
     coco.panoptic[0]["segments_info"].append(entry)
-    assert "segments_info[2] has no field 'category_id'" in _strictly(coco, coco.panoptic_source)
+    assert "segments_info[2] has no field 'category_id'" in _refusal(coco, coco.panoptic_source)
     assert len(open_reader(coco.panoptic_source, skip_bad=True).read(0).annotation.segments) == 2
 
 
@@ -141,9 +141,9 @@ def test_a_segment_without_pixels_and_pixels_without_a_segment_are_left_out(coco
     ]
 
 
-@pytest.mark.parametrize("by_label", [True, False])
-@pytest.mark.parametrize("odd", [99, "road", None])
-def test_invalid_category_does_not_change_the_cityscapes_table(tmp_path, by_label, odd):
+@pytest.mark.parametrize("uses_label_ids", [True, False])
+@pytest.mark.parametrize("invalid_category", [99, "road", None])
+def test_invalid_category_does_not_change_the_cityscapes_table(tmp_path, uses_label_ids, invalid_category):
     """A JSON without categories: label ids or train ids, which the segments tell."""
     name, ids = "ulm_000001_000019", np.full((H, W), 7, np.uint32)
     ids[:5], ids[5:9] = 11, 26001
@@ -153,8 +153,12 @@ def test_invalid_category_does_not_change_the_cityscapes_table(tmp_path, by_labe
     ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{name}{ending}").write_bytes(encode_png(pixels))
-    road, car = (7, 26) if by_label else (0, 13)
-    segments = [{"id": 7, "category_id": road}, {"id": 11, "category_id": odd}, {"id": 26001, "category_id": car}]
+    road, car = (7, 26) if uses_label_ids else (0, 13)
+    segments = [
+        {"id": 7, "category_id": road},
+        {"id": 11, "category_id": invalid_category},
+        {"id": 26001, "category_id": car},
+    ]
     entry = {"image_id": name, "file_name": f"{name}_gtFine_panoptic.png", "segments_info": segments}
     (tmp_path / "panoptic.json").write_text(json.dumps({"annotations": [entry]}))
     root = str(tmp_path)

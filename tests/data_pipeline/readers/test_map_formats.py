@@ -17,11 +17,11 @@ from tests.data_pipeline.coco_set import IDS, CocoSet
 
 RANDOM = np.random.default_rng(0)
 GREY = RANDOM.integers(0, 256, (7, 9), dtype=np.uint8)
-DEEP = RANDOM.integers(0, 65536, (7, 9), dtype=np.uint16)
+GREY_16 = RANDOM.integers(0, 65536, (7, 9), dtype=np.uint16)
 COLORS = RANDOM.integers(0, 256, (7, 9, 3), dtype=np.uint8)
 
 
-def saved(values, kind, palette=None, **options):
+def encode(values, kind, palette=None, **options):
     image = Image.fromarray(values)
     if palette is not None:
         image.putpalette(palette)
@@ -49,29 +49,29 @@ def bmp(values, palette):
     return b"BM" + struct.pack("<IHHI", 54 + len(colors) + len(data), 0, 0, 54 + len(colors)) + header + colors + data
 
 
-SHUFFLED = RANDOM.permutation(768).astype(np.uint8).tobytes()
+SHUFFLED_PALETTE = RANDOM.permutation(768).astype(np.uint8).tobytes()
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd"])
-@pytest.mark.parametrize("values", [GREY, DEEP], ids=["8 bits", "16 bits"])
+@pytest.mark.parametrize("values", [GREY, GREY_16], ids=["8 bits", "16 bits"])
 def test_tiff_without_loss_is_read_exactly(values, compression):
-    found = decode_index_map(saved(values, "TIFF", compression=compression))
-    assert found.dtype == values.dtype
-    np.testing.assert_array_equal(found, values)
+    decoded = decode_index_map(encode(values, "TIFF", compression=compression))
+    assert decoded.dtype == values.dtype
+    np.testing.assert_array_equal(decoded, values)
 
 
 @pytest.mark.parametrize(
     ("data", "values"),
     [
-        (saved(GREY, "TIFF", SHUFFLED), GREY),
-        (saved(GREY, "BMP", SHUFFLED), GREY),
-        (saved(GREY, "BMP"), GREY),
-        (saved(GREY > 127, "BMP"), GREY > 127),
+        (encode(GREY, "TIFF", SHUFFLED_PALETTE), GREY),
+        (encode(GREY, "BMP", SHUFFLED_PALETTE), GREY),
+        (encode(GREY, "BMP"), GREY),
+        (encode(GREY > 127, "BMP"), GREY > 127),
         (bmp(GREY % 3, [0, 1, 2]), GREY % 3),
         (bmp(GREY, range(255, -1, -1)), GREY),
         *((tiff(GREY & 2**bits - 1, bits), GREY & 2**bits - 1) for bits in (1, 2, 4, 8)),
-        (cv2.imencode(".tif", DEEP)[1].tobytes(), DEEP),
-        (encode_png(DEEP), DEEP),
+        (cv2.imencode(".tif", GREY_16)[1].tobytes(), GREY_16),
+        (encode_png(GREY_16), GREY_16),
     ],
 )
 def test_palette_maps_are_read_as_indices(data, values):
@@ -81,37 +81,37 @@ def test_palette_maps_are_read_as_indices(data, values):
 @pytest.mark.parametrize("kind", ["TIFF", "BMP", "PNG"])
 def test_colours_are_read_as_ids(kind):
     red, green, blue = np.moveaxis(COLORS.astype(np.uint32), -1, 0)
-    np.testing.assert_array_equal(decode_id_map(saved(COLORS, kind)), red + 256 * green + 65536 * blue)
+    np.testing.assert_array_equal(decode_id_map(encode(COLORS, kind)), red + 256 * green + 65536 * blue)
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "message"),
     [
-        (saved(GREY, "JPEG"), "must be PNG, TIFF or BMP; JPEG and WebP change values"),
-        (saved(COLORS, "WEBP", lossless=True), "must be PNG, TIFF or BMP"),
-        (saved(GREY, "TIFF", compression="jpeg"), "jpeg compression may change the values"),
+        (encode(GREY, "JPEG"), "must be PNG, TIFF or BMP; JPEG and WebP change values"),
+        (encode(COLORS, "WEBP", lossless=True), "must be PNG, TIFF or BMP"),
+        (encode(GREY, "TIFF", compression="jpeg"), "jpeg compression may change the values"),
         (tiff(GREY, 8, photometric=0), "in which white is 0"),
         (bmp(GREY % 2, [0, 255]), "two greys in its palette"),
-        (saved(COLORS, "TIFF"), "must be grey or have a palette"),
-        (saved(np.dstack([COLORS, GREY]), "TIFF"), "this is RGBA"),
-        (cv2.imencode(".tif", np.dstack([DEEP] * 3))[1].tobytes(), "a map must be 8-bit or 16-bit grey"),
-        (saved(GREY.astype(np.int32), "TIFF"), "no defined value range"),
-        (saved(GREY, "TIFF", tiffinfo={274: 6}), "EXIF orientation 6"),
-        (saved(GREY, "TIFF")[:-20], "cannot be"),
-        (saved(GREY, "BMP")[:-20], "cannot be decoded"),
+        (encode(COLORS, "TIFF"), "must be grey or have a palette"),
+        (encode(np.dstack([COLORS, GREY]), "TIFF"), "this is RGBA"),
+        (cv2.imencode(".tif", np.dstack([GREY_16] * 3))[1].tobytes(), "a map must be 8-bit or 16-bit grey"),
+        (encode(GREY.astype(np.int32), "TIFF"), "no defined value range"),
+        (encode(GREY, "TIFF", tiffinfo={274: 6}), "EXIF orientation 6"),
+        (encode(GREY, "TIFF")[:-20], "cannot be"),
+        (encode(GREY, "BMP")[:-20], "cannot be decoded"),
     ],
 )
-def test_inexact_label_maps_are_refused(data, words):
-    with pytest.raises(BrokenImageError, match=words):
+def test_inexact_label_maps_are_refused(data, message):
+    with pytest.raises(BrokenImageError, match=message):
         decode_index_map(data)
 
 
 def test_grey_file_is_refused_as_a_colour_map():
     with pytest.raises(BrokenImageError, match="three 8-bit channels"):
-        decode_id_map(saved(GREY, "TIFF"))
+        decode_id_map(encode(GREY, "TIFF"))
 
 
-def _folders(root, kind, labels):
+def _make_source(root, kind, labels):
     for name in ("images", "labels"):
         (root / name).mkdir()
     for stem in ("a", "b"):
@@ -130,10 +130,10 @@ def _map(kind, value):
 
 
 @pytest.mark.parametrize("kind", ["labels", "huggingface"])
-@pytest.mark.parametrize(("ending", "form"), [("tif", "TIFF"), ("TIFF", "TIFF"), ("bmp", "BMP")])
-def test_readers_accept_tiff_and_bmp_maps(tmp_path, kind, ending, form):
-    labels = {f"a.{ending}": saved(_map(kind, 1), form), f"b.{ending}": saved(_map(kind, 2), form)}
-    reader = open_reader(_folders(tmp_path, kind, labels))
+@pytest.mark.parametrize(("ending", "image_format"), [("tif", "TIFF"), ("TIFF", "TIFF"), ("bmp", "BMP")])
+def test_readers_accept_tiff_and_bmp_maps(tmp_path, kind, ending, image_format):
+    labels = {f"a.{ending}": encode(_map(kind, 1), image_format), f"b.{ending}": encode(_map(kind, 2), image_format)}
+    reader = open_reader(_make_source(tmp_path, kind, labels))
     assert [[s.category_id for s in reader.read(i).annotation.segments] for i in (0, 1)] == [[1], [2]]
 
 
@@ -141,23 +141,23 @@ def test_readers_accept_tiff_and_bmp_maps(tmp_path, kind, ending, form):
 def test_png_maps_take_precedence_over_other_formats(tmp_path, kind):
     labels = {f"{stem}.png": encode_png(_map(kind, 1)) for stem in "ab"}
     labels |= {"a.tif": b"a preview", "a.bmp": b"another one", "a.jpg": b"and a third"}
-    assert len(open_reader(_folders(tmp_path, kind, labels)).read(0).annotation.segments) == 1
+    assert len(open_reader(_make_source(tmp_path, kind, labels)).read(0).annotation.segments) == 1
 
 
 @pytest.mark.parametrize("kind", ["labels", "huggingface"])
-@pytest.mark.parametrize(("ending", "form"), [("jpg", "JPEG"), ("JPEG", "JPEG"), ("webp", "WEBP")])
-def test_jpeg_and_webp_maps_are_refused(tmp_path, kind, ending, form):
-    labels = {f"{stem}.{ending}": saved(_map(kind, 1), form) for stem in "ab"}
+@pytest.mark.parametrize(("ending", "image_format"), [("jpg", "JPEG"), ("JPEG", "JPEG"), ("webp", "WEBP")])
+def test_jpeg_and_webp_maps_are_refused(tmp_path, kind, ending, image_format):
+    labels = {f"{stem}.{ending}": encode(_map(kind, 1), image_format) for stem in "ab"}
     with pytest.raises(DataError, match=rf"labels: 2 maps are JPEG or WebP files.*a.{ending}, b.{ending}; export"):
-        open_reader(_folders(tmp_path, kind, labels))
+        open_reader(_make_source(tmp_path, kind, labels))
 
 
-@pytest.mark.parametrize(("form", "is_exact"), [("TIFF", True), ("BMP", True), ("JPEG", False)])
-def test_panoptic_masks_are_read_in_lossless_formats_only(tmp_path, form, is_exact):
+@pytest.mark.parametrize(("image_format", "is_exact"), [("TIFF", True), ("BMP", True), ("JPEG", False)])
+def test_panoptic_masks_are_read_in_lossless_formats_only(tmp_path, image_format, is_exact):
     coco = CocoSet(tmp_path)
     coco.write()
     colors = np.dstack([coco.ids & 255, coco.ids >> 8 & 255, coco.ids >> 16]).astype(np.uint8)
-    (tmp_path / "masks" / "a.png").write_bytes(saved(colors, form))
+    (tmp_path / "masks" / "a.png").write_bytes(encode(colors, image_format))
     reader = open_reader(coco.panoptic_source)
     if not is_exact:
         with pytest.raises(DataError, match=r"masks/a.png: label maps must be PNG, TIFF or BMP"):

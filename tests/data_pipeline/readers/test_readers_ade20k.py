@@ -22,7 +22,7 @@ def _write(path, pixels):
 
 
 @pytest.fixture
-def challenge(tmp_path):
+def write_challenge(tmp_path):
     """A function that writes one image with its maps and returns the source."""
     source = Ade20kSource(
         images=f"{tmp_path}/images",
@@ -65,13 +65,13 @@ def test_class_lists_equal_the_published_ones():
     assert full.by_id[401].name == "car"
 
 
-def test_panoptic_map_is_stuff_with_instances_on_top(challenge):
+def test_panoptic_map_is_stuff_with_instances_on_top(write_challenge):
     labels, instances = _blank()
     labels[0], labels[1], labels[2], labels[3] = 1, 3, 13, 21  # wall, sky, person, car
     instances[2, :4] = (4, 1, 0)
     instances[2, 4:6] = (4, 2, 0)  # the rest of the row has no instance: void
     instances[1, 0] = (9, 3, 0)  # an instance over stuff wins
-    source = challenge(labels, instances)
+    source = write_challenge(labels, instances)
     annotation = open_reader(source).read(0).annotation
     assert [(s.category_id, s.is_thing, s.area) for s in annotation.segments] == [
         (1, False, 10),
@@ -87,21 +87,21 @@ def test_panoptic_map_is_stuff_with_instances_on_top(challenge):
     assert source_fingerprint(semantic) != source_fingerprint(source)
 
 
-def test_invalid_challenge_maps_are_refused(challenge):
+def test_invalid_challenge_maps_are_refused(write_challenge):
     labels, instances = _blank()
     labels[0, 0] = 151
     with pytest.raises(DataError, match=r"a.png: pixel values 151 are not classes of the challenge"):
-        open_reader(challenge(labels, instances)).read(0)
+        open_reader(write_challenge(labels, instances)).read(0)
     labels[0, 0] = 0
     instances[0, 0], instances[0, 1] = (101, 1, 0), (0, 2, 0)
     with pytest.raises(DataError, match=r"annotations_instance/a.png: .* red 101, green 1, red 0, green 2 are"):
-        open_reader(challenge(labels, instances)).read(0)
+        open_reader(write_challenge(labels, instances)).read(0)
     with pytest.raises(
         DataError, match=r"_instance/a.png: the instance map is 9 x 6 pixels, but the label map is 10 x 6"
     ):
-        open_reader(challenge(labels, instances[:, 1:])).read(0)
+        open_reader(write_challenge(labels, instances[:, 1:])).read(0)
     with pytest.raises(DataError, match=r"annotations/a.png: label maps of the challenge have 8 bits"):
-        open_reader(challenge(labels.astype(np.uint16), np.zeros_like(instances))).read(0)
+        open_reader(write_challenge(labels.astype(np.uint16), np.zeros_like(instances))).read(0)
 
 
 def test_full_release_encoding_and_own_categories(tmp_path):
@@ -115,11 +115,11 @@ def test_full_release_encoding_and_own_categories(tmp_path):
     _write(tmp_path / "street/ADE_train_1_parts_1.png", seg)
     sample = open_reader(Ade20kFullSource(folder=str(tmp_path))).read(0)
     assert sample.key == "ADE_train_1"
-    found = [(s.category_id, s.is_thing, s.area) for s in sample.annotation.segments]
-    assert found == [(312, False, 20), (401, True, 10), (401, True, 10)]
-    own = tmp_path / "own.json"
-    own.write_text(json.dumps([{"label": 513, "name": "clod", "isthing": 1}]))
-    source = Ade20kFullSource(folder=str(tmp_path), categories=str(own))
+    segments = [(s.category_id, s.is_thing, s.area) for s in sample.annotation.segments]
+    assert segments == [(312, False, 20), (401, True, 10), (401, True, 10)]
+    categories_file = tmp_path / "own.json"
+    categories_file.write_text(json.dumps([{"label": 513, "name": "clod", "isthing": 1}]))
+    source = Ade20kFullSource(folder=str(tmp_path), categories=str(categories_file))
     assert [s.category_id for s in open_reader(source).read(0).annotation.segments] == [513]
     (tmp_path / "street/ADE_train_1_seg.png").unlink()
     with pytest.raises(DataError, match=r"_seg.png\) have no counterpart .*: street/ADE_train_1"):
@@ -148,12 +148,12 @@ def test_challenge_sample_equals_the_official_preparation(real_data, split):
     root = real_data / "ade20k_challenge_layout"
     names = [line.split("\t")[4].strip() for line in (root / "objectInfo150.txt").read_text().splitlines()[1:]]
     assert [c.name for c in CATEGORIES_150.categories] == names
-    places = {
+    folders = {
         "images": f"{root}/images/{split}",
         "annotations": f"{root}/annotations/{split}",
         "instances": f"{root}/annotations_instance/{split}",
     }
-    sample = open_reader(Ade20kSource(**places)).read(0)
+    sample = open_reader(Ade20kSource(**folders)).read(0)
     labels = decode_index_png((root / "annotations" / split / f"{sample.key}.png").read_bytes())
     ids = decode_id_png((root / "annotations_instance" / split / f"{sample.key}.png").read_bytes())
     expected, classes = _official_panoptic(labels, np.stack([ids & 255, ids >> 8 & 255], axis=-1))
@@ -161,8 +161,8 @@ def test_challenge_sample_equals_the_official_preparation(real_data, split):
     pairs = {(int(a), int(b)) for a, b in zip(sample.annotation.seg.ravel(), expected.ravel(), strict=True)}
     assert len(pairs) == len(segments) + 1 == len(classes) + 1, "the same partition, under other ids"
     assert all(segments[a].category_id == classes[b] for a, b in pairs if a)
-    places.pop("instances")
-    semantic = open_reader(Ade20kSource(**places)).read(0).annotation
+    folders.pop("instances")
+    semantic = open_reader(Ade20kSource(**folders)).read(0).annotation
     table = np.array([0, *(s.category_id for s in semantic.segments)])
     assert np.array_equal(table[semantic.seg], labels)
 
@@ -175,18 +175,18 @@ def test_full_release_sample_matches_its_json_and_instance_masks(real_data):
         annotation = reader.read(index).annotation
         (description,) = root.rglob(f"{key}.json")
         objects = json.loads(description.read_text("latin-1"))["annotation"]["object"]
-        whole = [o for o in objects if o["parts"]["part_level"] == 0]
-        assert {s.category_id for s in annotation.segments} == {o["name_ndx"] for o in whole} & set(
+        whole_objects = [o for o in objects if o["parts"]["part_level"] == 0]
+        assert {s.category_id for s in annotation.segments} == {o["name_ndx"] for o in whole_objects} & set(
             reader.categories.by_id
         )
-        for entry in whole:
+        for entry in whole_objects:
             category = reader.categories.by_id.get(entry["name_ndx"])
             assert category is None or entry["name"].startswith(category.name)
             if category is None or not category.is_thing:
                 continue
             visible = decode_index_png((description.parent / entry["instance_mask"]).read_bytes()) == 255
-            ours = [annotation.seg == s.id for s in annotation.segments if s.category_id == category.id]
-            ious.append(max(np.count_nonzero(m & visible) / np.count_nonzero(m | visible) for m in ours))
+            masks = [annotation.seg == s.id for s in annotation.segments if s.category_id == category.id]
+            ious.append(max(np.count_nonzero(m & visible) / np.count_nonzero(m | visible) for m in masks))
     assert len(ious) > 50
     assert min(ious) > 0.96
     assert np.mean(np.array(ious) == 1) > 0.95

@@ -52,7 +52,7 @@ def _stray_annotation(coco):
     return r"1 annotation cannot be used.*\n.*annotations\[\d\] belongs to image 99, which `images` does not list"
 
 
-def _senseless_size(coco):
+def _invalid_size(coco):
     coco.images[0]["width"] = "wide"
     return r"images\[0\]: width is 'wide', not a whole number"
 
@@ -62,12 +62,12 @@ def _path_outside(coco):
     return r"file_name: the name '../../secret.jpg' is not a path inside its folder"
 
 
-def _senseless_id(coco):
+def _invalid_id(coco):
     coco.images[0]["id"] = 1.5
     return r"images\[0\]: id is 1.5, not a whole number"
 
 
-def _senseless_color(coco):
+def _invalid_color(coco):
     coco.categories[0]["color"] = [1, 2, "x"]
     return r"categories\[0\]: color is \[1, 2, 'x'\], not three whole numbers"
 
@@ -88,18 +88,18 @@ def _repeated_category(coco):
             _repeated_image_id,
             _same_key,
             _stray_annotation,
-            _senseless_size,
+            _invalid_size,
             _path_outside,
             _repeated_category,
-            _senseless_id,
-            _senseless_color,
+            _invalid_id,
+            _invalid_color,
         )
     ],
 )
 def test_invalid_annotation_files_are_refused(coco, fault, kind):
-    words = fault(coco)
+    message = fault(coco)
     coco.write()
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         open_reader(getattr(coco, f"{kind}_source"))
 
 
@@ -110,9 +110,9 @@ def test_missing_or_invalid_json_files_are_refused(coco, kind):
         open_reader(source)
     coco.write()
     path = coco.root / f"{kind}.json"
-    for content, words in (("{", "is not valid JSON"), ("[]", "has no list images, annotations, categories")):
+    for content, message in (("{", "is not valid JSON"), ("[]", "has no list images, annotations, categories")):
         path.write_text(content)
-        with pytest.raises(DataError, match=f"{kind}.json {words}"):
+        with pytest.raises(DataError, match=f"{kind}.json {message}"):
             open_reader(source)
     path.unlink()
     with pytest.raises(DataError, match=rf"{kind}.json does not exist or is not a file"):
@@ -176,8 +176,8 @@ def _no_image(coco):
     [_fault(f) for f in (_truncated_image, _image_of_another_size, _missing_image, _no_image)],
 )
 def test_invalid_images_are_refused(coco, fault, kind):
-    words = fault(coco)
-    with pytest.raises(DataError, match=words):
+    message = fault(coco)
+    with pytest.raises(DataError, match=message):
         getattr(coco, f"read_{kind}")()
 
 
@@ -209,7 +209,7 @@ def test_invalid_panoptic_masks_are_refused(coco):
 
 
 @pytest.mark.parametrize(
-    ("segmentation", "words"),
+    ("segmentation", "message"),
     [
         ([], "has no usable `segmentation`"),
         (None, "has no usable `segmentation`"),
@@ -227,14 +227,14 @@ def test_invalid_panoptic_masks_are_refused(coco):
         ({"size": [H, W], "counts": rle_of(np.ones((H + 1, W), np.uint8))["counts"]}, "do not add up"),
     ],
 )
-def test_invalid_segmentations_are_refused(coco, segmentation, words):
+def test_invalid_segmentations_are_refused(coco, segmentation, message):
     coco.instances[1]["segmentation"] = segmentation
-    with pytest.raises(DataError, match=f"images/a.jpg: annotation 2.*{words}"):
+    with pytest.raises(DataError, match=f"images/a.jpg: annotation 2.*{message}"):
         coco.read_instances()
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"area": float("nan")}, "area is nan; it must be a number from 0"),
         ({"area": -1}, "area is -1; it must be"),
@@ -246,13 +246,13 @@ def test_invalid_segmentations_are_refused(coco, segmentation, words):
         ({"segmentation": [[0.0, 0.0, 5.0, 0.0, "x", 5.0]]}, "coordinates far outside"),
     ],
 )
-def test_invalid_numbers_are_refused(coco, change, words):
+def test_invalid_numbers_are_refused(coco, change, message):
     coco.instances[1] |= change
-    with pytest.raises(DataError, match=f"images/a.jpg: annotation 2.*{words}"):
+    with pytest.raises(DataError, match=f"images/a.jpg: annotation 2.*{message}"):
         coco.read_instances()
     if "segmentation" not in change:
         coco.panoptic[0]["segments_info"][1] |= change
-        with pytest.raises(DataError, match=f"masks/a.png: segment 70000.*{words}"):
+        with pytest.raises(DataError, match=f"masks/a.png: segment 70000.*{message}"):
             coco.read_panoptic()
 
 

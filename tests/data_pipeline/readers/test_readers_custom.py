@@ -86,7 +86,7 @@ def test_custom_samples_and_subsets():
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"seg": None}, "has neither `seg` nor `inst`"),
         ({"inst": np.zeros((1, H, W + 1), np.uint8)}, "`seg` and `inst` differ in size"),
@@ -97,8 +97,8 @@ def test_custom_samples_and_subsets():
         ({"inst": np.full((1, H, W), 3, np.uint8)}, "`inst` has ids without a segment: 3"),
     ],
 )
-def test_invalid_custom_annotations_are_refused(changes, words):
-    with pytest.raises(DataError, match=f"scans/a.png: .*{words}"):
+def test_invalid_custom_annotations_are_refused(changes, message):
+    with pytest.raises(DataError, match=f"scans/a.png: .*{message}"):
         _read(_annotation(**changes))
 
 

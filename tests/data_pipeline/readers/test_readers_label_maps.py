@@ -102,7 +102,7 @@ def test_colour_label_maps_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ("{", "is not valid JSON"),
         ("{}", "is not a list"),
@@ -110,9 +110,9 @@ def test_colour_label_maps_are_refused(folder):
         ('[{"label": 255, "name": "x", "isthing": 1}]', "255 is the label of 'x' and in the list of void labels"),
     ],
 )
-def test_invalid_categories_file_is_refused(folder, content, words):
+def test_invalid_categories_file_is_refused(folder, content, message):
     (folder / "classes.json").write_text(content)
-    with pytest.raises(DataError, match=f"classes.json.*{words}"):
+    with pytest.raises(DataError, match=f"classes.json.*{message}"):
         open_reader(_source(folder))
 
 

@@ -73,13 +73,13 @@ def test_generated_colours_differ():
 
 
 def test_files_are_paired_by_stem(tmp_path):
-    images, labels, more = tmp_path / "images", tmp_path / "labels", tmp_path / "more"
+    images, labels, other_labels = tmp_path / "images", tmp_path / "labels", tmp_path / "more"
     _touch(images, "b.JPG", "sub/a.jpeg", "notes.txt")
     _touch(labels, "b.png", "sub/a.png", "b.json")
-    _touch(more, "b.png", "sub/a.png")
-    first, second = pair_files(images, labels, more)
+    _touch(other_labels, "b.png", "sub/a.png")
+    first, second = pair_files(images, labels, other_labels)
     assert (first.index, first.key, first.image) == (0, "b", "b.JPG")
-    assert first.maps == (labels / "b.png", more / "b.png")
+    assert first.maps == (labels / "b.png", other_labels / "b.png")
     assert (second.image, second.maps[0]) == ("sub/a.jpeg", labels / "sub/a.png")
     assert [r.key for r in pair_files(images, labels, base_names=True)] == ["b", "a"]
 
@@ -160,8 +160,8 @@ def test_map_readers_are_picklable_and_subsets_keep_their_ids(channels):
     write, _, folder = channels
     pixels = np.zeros((H, W, 3), np.uint8)
     write(pixels)
-    for place in ("images", "annotations"):
-        (folder / place / "b.png").write_bytes((folder / place / "a.png").read_bytes())
+    for name in ("images", "annotations"):
+        (folder / name / "b.png").write_bytes((folder / name / "a.png").read_bytes())
     part = pickle.loads(pickle.dumps(write(pixels).subset([1])))
     assert (part.keys, part.source(0), part.read(0).image_id) == (("b",), "images/b.png", 1)
     assert part.read(0).annotation.segments == ()
@@ -169,17 +169,17 @@ def test_map_readers_are_picklable_and_subsets_keep_their_ids(channels):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"isthing": "0"}, "isthing is '0'; it must be 0, 1, true"),
         ({"color": "red"}, "color is red, not three whole numbers"),
         ({"color": [0, 0, 256]}, "color is .*, not three whole numbers from 0 to 255"),
     ],
 )
-def test_invalid_categories_are_refused(channels, change, words):
+def test_invalid_categories_are_refused(channels, change, message):
     write, _, folder = channels
     (folder / "classes.json").write_text(json.dumps([CLASSES[1] | change]))
-    with pytest.raises(DataError, match=f"classes.json: entry 0: {words}"):
+    with pytest.raises(DataError, match=f"classes.json: entry 0: {message}"):
         write(np.zeros((H, W, 3), np.uint8))
 
 

@@ -45,12 +45,12 @@ def test_coco_panoptic_areas_equal_the_json(real_data):
     root = real_data / "coco_panoptic"
     path = root / "annotations" / "panoptic_val2017.json"
     reader = _coco_panoptic(root)
-    truth = {a["image_id"]: a["segments_info"] for a in json.loads(path.read_text())["annotations"]}
-    assert [len(truth[reader.read(i).image_id]) for i in range(len(reader.keys))] == [18, 32]
+    segments_info = {a["image_id"]: a["segments_info"] for a in json.loads(path.read_text())["annotations"]}
+    assert [len(segments_info[reader.read(i).image_id]) for i in range(len(reader.keys))] == [18, 32]
     for index in range(len(reader.keys)):
         sample = reader.read(index)
         areas = np.bincount(sample.annotation.seg.ravel())
-        for segment, entry in zip(sample.annotation.segments, truth[sample.image_id], strict=True):
+        for segment, entry in zip(sample.annotation.segments, segments_info[sample.image_id], strict=True):
             assert (segment.source_id, segment.category_id) == (entry["id"], entry["category_id"])
             assert areas[segment.id] == segment.area == entry["area"]
         _round_trip(sample)
@@ -79,13 +79,13 @@ def test_coco_panoptic_equals_the_official_conversions(real_data):
         masks = [coco_mask.decode(entry["segmentation"]).astype(bool) for entry in entries]
         assert len(entries) == len(segments)
         for segment in segments:
-            (found,) = [e for e, mask in zip(entries, masks, strict=True) if np.array_equal(mask, seg == segment.id)]
+            (match,) = [e for e, mask in zip(entries, masks, strict=True) if np.array_equal(mask, seg == segment.id)]
             assert (segment.category_id, segment.area, segment.bbox) == (
-                found["category_id"],
-                found["area"],
-                tuple(found["bbox"]),
+                match["category_id"],
+                match["area"],
+                tuple(match["bbox"]),
             )
-            assert segment.is_crowd == bool(found["iscrowd"])
+            assert segment.is_crowd == bool(match["iscrowd"])
         # Two channels: category and number within it, 255 = crowd.
         channels = decode_id_png((root / "extra" / "two_channel" / f"{sample.key}.png").read_bytes())
         categories = np.array([0, *(s.category_id for s in segments)])[seg]
@@ -127,21 +127,21 @@ def test_layers_contain_every_official_mask(real_data, images, annotations, obje
     reader = open_reader(
         CocoInstancesSource(images=str(real_data / images), instances_json=str(real_data / annotations))
     )
-    seen, most_layers = 0, 0
+    num_objects, max_layers = 0, 0
     for index in range(len(reader.keys)):
         sample = reader.read(index)
         inst = sample.annotation.inst
-        most_layers = max(most_layers, len(inst))
+        max_layers = max(max_layers, len(inst))
         for segment in sample.annotation.segments:
             annotation = official.anns[segment.source_id]
             assert np.array_equal(inst[segment.layer] == segment.id, official.annToMask(annotation))
             assert (segment.category_id, segment.area) == (annotation["category_id"], annotation["area"])
             assert segment.is_crowd == bool(annotation["iscrowd"])
-            seen += 1
+            num_objects += 1
         if index % 16 == 0:
             _round_trip(sample)
-    assert seen == objects
-    assert most_layers == (1 if "nuclei" in images else 4)
+    assert num_objects == objects
+    assert max_layers == (1 if "nuclei" in images else 4)
 
 
 def test_panoptic_nuclei_match_their_instances(real_data):

@@ -133,14 +133,14 @@ def test_a_panoptic_json_of_annotations_only_uses_label_ids_or_train_ids(street,
     assert names == ["road", "car"]
     assert _targets(sample, reader.categories, "panoptic").labels.tolist() == [0, 13]
     assert [s.area for s in sample.annotation.segments] == [H * W - 6, 6]
-    for spoiled, words in (
+    for invalid, message in (
         ({"annotations": [entry | {"segments_info": 7}]}, "segments_info is not a list"),
         ({"annotations": [entry | {"image_id": None}]}, "image_id is None"),
         ({"annotations": 7}, "has no list annotations"),
         ({"annotations": [entry], "images": 7}, "has no list images"),
     ):
-        (tmp_path / "p.json").write_text(json.dumps(spoiled))
-        with pytest.raises(DataError, match=f"p.json.*{words}"):
+        (tmp_path / "p.json").write_text(json.dumps(invalid))
+        with pytest.raises(DataError, match=f"p.json.*{message}"):
             open_reader(reader_source)
 
 
@@ -162,23 +162,23 @@ def test_cityscapes_sample_matches_its_panoptic_and_label_files(real_data, split
         sample = reader.read(index)
         other = panoptic.read(panoptic.keys.index(key))
         assert other.image == sample.image
-        ours = {(s.source_id, s.category_id, s.is_crowd, s.area, s.bbox) for s in sample.annotation.segments}
-        assert ours == {(s.source_id, s.category_id, s.is_crowd, s.area, s.bbox) for s in other.annotation.segments}
+        segments = {(s.source_id, s.category_id, s.is_crowd, s.area, s.bbox) for s in sample.annotation.segments}
+        assert segments == {(s.source_id, s.category_id, s.is_crowd, s.area, s.bbox) for s in other.annotation.segments}
         classes = _class_map(sample.annotation)
         prefix = gt / split / key.split("_")[0] / f"{key}_gtFine"
         labels = decode_index_png((prefix.parent / f"{prefix.name}_labelIds.png").read_bytes())
-        known = np.isin(labels, list(CATEGORIES.by_id))
-        assert np.array_equal(classes, np.where(known, labels.astype(int), -1))
-        trained = decode_index_png((prefix.parent / f"{prefix.name}_labelTrainIds.png").read_bytes())
-        assert np.array_equal(np.vectorize(lambda c: train_ids.get(c, 255))(classes), trained)
+        is_evaluated = np.isin(labels, list(CATEGORIES.by_id))
+        assert np.array_equal(classes, np.where(is_evaluated, labels.astype(int), -1))
+        expected = decode_index_png((prefix.parent / f"{prefix.name}_labelTrainIds.png").read_bytes())
+        assert np.array_equal(np.vectorize(lambda c: train_ids.get(c, 255))(classes), expected)
     assert any(s.is_crowd for i in range(len(reader.keys)) for s in reader.read(i).annotation.segments)
 
 
 def test_cityscapes_dummy_files_are_read(real_data, tmp_path):
     root = real_data / "cityscapes_dummy"
     tiny = open_reader(CityscapesSource(images=f"{root}/tiny/leftImg8bit/test", annotations=f"{root}/tiny/gtFine/test"))
-    found = [[(s.source_id, s.area) for s in tiny.read(i).annotation.segments] for i in range(2)]
-    assert found == [[(27001, 1), (27002, 2)], [(12, 1), (31001, 2)]]
+    segments = [[(s.source_id, s.area) for s in tiny.read(i).annotation.segments] for i in range(2)]
+    assert segments == [[(27001, 1), (27002, 2)], [(12, 1), (31001, 2)]]
     folder = root / "deeplab2/gtFine/cityscapes_panoptic_dummy_trainId"  # its JSON lists no images and no categories
     reader = open_reader(
         CityscapesPanopticSource(
@@ -237,18 +237,18 @@ def test_mapillary_maps_give_instances_and_void(vistas):
 
 
 @pytest.mark.parametrize(
-    ("document", "words"),
+    ("document", "message"),
     [
         ({}, "has no list of up to 256 labels"),
         ({"labels": [LABELS[2]]}, "no label has `evaluate` true"),
         ({"labels": [{"name": "x", "instances": True}]}, r"labels\[0\] has no field 'evaluate'"),
     ],
 )
-def test_invalid_mapillary_config_is_refused(vistas, document, words):
+def test_invalid_mapillary_config_is_refused(vistas, document, message):
     source, write, folder = vistas
     write(np.zeros((H, W)))
     (folder / "config.json").write_text(json.dumps(document))
-    with pytest.raises(DataError, match=f"config.json.*{words}"):
+    with pytest.raises(DataError, match=f"config.json.*{message}"):
         open_reader(source)
 
 
@@ -273,10 +273,10 @@ def test_mapillary_sample_matches_its_panoptic_and_label_files(real_data):
             labels = decode_index_png((folder / "labels" / f"{key}.png").read_bytes())
             assert np.array_equal(_class_map(annotation), np.where(labels == 11, -1, labels.astype(int)))
             # The JSON counts categories from 1, and leaves blobs below 25 pixels void that the instance maps keep.
-            category_of = {s.id: s.category_id + 1 for s in annotation.segments}
+            category_by_id = {s.id: s.category_id + 1 for s in annotation.segments}
             for segment in other.segments:
-                (ours,) = np.unique(annotation.seg[other.seg == segment.id])
-                assert category_of[ours] == segment.category_id
+                (local_id,) = np.unique(annotation.seg[other.seg == segment.id])
+                assert category_by_id[local_id] == segment.category_id
             assert np.count_nonzero((annotation.seg != 0) & (other.seg == 0)) < 0.01 * labels.size
             assert len(other.segments) <= len(annotation.segments)
 
@@ -291,8 +291,8 @@ def test_mapillary_dummy_files_are_read(real_data, version, year):
         config_json=f"{root}/config_{version}.json",
     )
     reader = open_reader(source)
-    found = [[(s.category_id, s.area) for s in reader.read(i).annotation.segments] for i in range(2)]
-    assert found == [[(0, 15), (1, 10)], [(1, 5), (2, 10), (2, 10)]]
+    segments = [[(s.category_id, s.area) for s in reader.read(i).annotation.segments] for i in range(2)]
+    assert segments == [[(0, 15), (1, 10)], [(1, 5), (2, 10), (2, 10)]]
     panoptic = open_reader(
         CocoPanopticSource(
             images=f"{folder}/images",

@@ -9,37 +9,37 @@ from m2f.data_pipeline.readers.masks import checked_areas, compressed_texts, rea
 from m2f.data_pipeline.readers.run_lengths import DamagedRunsError, text_areas
 
 
-def slow(text):
+def decode_slowly(text):
     """Character by character, as the format is defined."""
-    runs, place = [], 0
-    while place < len(text):
+    runs, index = [], 0
+    while index < len(text):
         value, shift, more = 0, 0, True
         while more:
-            code = ord(text[place]) - 48
+            code = ord(text[index]) - 48
             value |= (code & 31) << shift
-            more, place, shift = bool(code & 32), place + 1, shift + 5
+            more, index, shift = bool(code & 32), index + 1, shift + 5
         if code & 16:
             value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
     return runs
 
 
-def is_sound(texts, height, width):
+def is_valid(texts, height, width):
     try:
         return bool((text_areas(texts, height, width) >= 0).all())
     except DamagedRunsError:
         return False
 
 
-def texts_of(rng, count, height, width):
+def random_texts(rng, count, height, width):
     masks = rng.random((count, height, width)) < rng.choice([0.0, 0.001, 0.3, 1.0], (count, 1, 1))
     return [rle["counts"].decode() for rle in coco_masks.encode(np.asfortranarray(masks.transpose(1, 2, 0)))]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (40, 60), (300, 700)])
 def test_areas_of_many_texts_equal_those_of_each_text(size):
-    texts = texts_of(np.random.default_rng(0), 12, *size)
-    runs = [slow(text) for text in texts]
+    texts = random_texts(np.random.default_rng(0), 12, *size)
+    runs = [decode_slowly(text) for text in texts]
     assert [sum(part) for part in runs] == [size[0] * size[1]] * len(texts)
     assert text_areas(texts, *size).tolist() == [sum(part[1::2]) for part in runs]
     assert text_areas(texts, size[0] + 1, size[1]).tolist() == [-1] * len(texts)
@@ -47,27 +47,27 @@ def test_areas_of_many_texts_equal_those_of_each_text(size):
 
 def test_areas_are_computed_over_several_batches():
     rng = np.random.default_rng(2)
-    texts = [text for _ in range(60) for text in texts_of(rng, 16, 5, 9)]
-    assert text_areas(texts, 5, 9).tolist() == [sum(slow(text)[1::2]) for text in texts]
+    texts = [text for _ in range(60) for text in random_texts(rng, 16, 5, 9)]
+    assert text_areas(texts, 5, 9).tolist() == [sum(decode_slowly(text)[1::2]) for text in texts]
     assert text_areas([], 5, 9).tolist() == []
 
 
 def test_one_invalid_text_among_many_is_found():
     rng = np.random.default_rng(1)
     for seed in range(300):
-        texts = texts_of(rng, 4, 9, 11)
-        wrong = int(rng.integers(4))
-        place = int(rng.integers(len(texts[wrong])))
-        texts[wrong] = texts[wrong][:place] + chr(int(rng.integers(40, 120))) + texts[wrong][place + 1 :]
+        texts = random_texts(rng, 4, 9, 11)
+        row = int(rng.integers(4))
+        index = int(rng.integers(len(texts[row])))
+        texts[row] = texts[row][:index] + chr(int(rng.integers(40, 120))) + texts[row][index + 1 :]
         try:
-            runs = slow(texts[wrong]) if all(48 <= ord(c) < 112 for c in texts[wrong]) else [-1]
+            runs = decode_slowly(texts[row]) if all(48 <= ord(c) < 112 for c in texts[row]) else [-1]
         except IndexError:
             runs = [-1]
-        sound = min(runs) >= 0 and sum(runs) == 99
-        assert is_sound(texts, 9, 11) == sound, seed
-        if not sound:
-            with pytest.raises(DataError, match=f"^mask {wrong}: "):
-                read_rle({"size": [9, 11], "counts": texts[wrong]}, 9, 11, f"mask {wrong}")
+        expected = min(runs) >= 0 and sum(runs) == 99
+        assert is_valid(texts, 9, 11) == expected, seed
+        if not expected:
+            with pytest.raises(DataError, match=f"^mask {row}: "):
+                read_rle({"size": [9, 11], "counts": texts[row]}, 9, 11, f"mask {row}")
 
 
 @pytest.mark.parametrize("text", ["", "o", "oooooooo0", "é", None, 5, b"0", "~"])
@@ -81,16 +81,16 @@ def test_invalid_run_lengths_are_refused(text):
 def test_negative_runs_with_the_right_sum_are_invalid():
     """pycocotools would read 2^32 less one pixel."""
     text = "5O0"  # 5, -1, 0
-    assert slow(text) == [5, -1, 0]
+    assert decode_slowly(text) == [5, -1, 0]
     assert text_areas([text], 2, 2).tolist() == [-1]
 
 
 def test_only_compressed_masks_of_one_size_are_batched():
-    one = {"size": [4, 4], "counts": "`0"}
+    mask = {"size": [4, 4], "counts": "`0"}
     assert compressed_texts([], 4, 4) == []
-    assert compressed_texts([one, one], 4, 4) == ["`0", "`0"]
-    for other in (one | {"size": [4, 5]}, one | {"counts": [16]}, [[0, 0, 2, 0, 2, 2, 0, 2]], None):
-        assert compressed_texts([one, other], 4, 4) is None
+    assert compressed_texts([mask, mask], 4, 4) == ["`0", "`0"]
+    for other in (mask | {"size": [4, 5]}, mask | {"counts": [16]}, [[0, 0, 2, 0, 2, 2, 0, 2]], None):
+        assert compressed_texts([mask, other], 4, 4) is None
     assert checked_areas(["`0"], 4, 4).tolist() == [0]
     assert checked_areas(["`0"], 4, 5) is None
     assert checked_areas(["o"], 4, 4) is None

@@ -19,32 +19,32 @@ from m2f.model.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
-def drawings():
+def images():
     return [draw_image(0, index) for index in range(120)]
 
 
-def test_image_depends_only_on_seed_and_index(drawings):
+def test_image_depends_only_on_seed_and_index(images):
     again = draw_image(0, 5)
-    assert np.array_equal(again.image, drawings[5].image)
-    assert np.array_equal(again.seg, drawings[5].seg)
-    others = [draw_image(1, 5), draw_image(5, 0), drawings[6]]
+    assert np.array_equal(again.image, images[5].image)
+    assert np.array_equal(again.seg, images[5].seg)
+    others = [draw_image(1, 5), draw_image(5, 0), images[6]]
     assert not any(other.image.shape == again.image.shape and (other.image == again.image).all() for other in others)
 
 
-def test_images_are_as_hard_as_documented(drawings):
+def test_images_are_as_hard_as_documented(images):
     objects = [
         (hidden, diameter)
-        for drawn in drawings
+        for drawn in images
         for name, hidden, diameter in zip(drawn.names, drawn.hidden, drawn.diameters, strict=True)
         if name in SHAPES
     ]
-    counts = [sum(name in SHAPES for name in drawn.names) for drawn in drawings]
+    counts = [sum(name in SHAPES for name in drawn.names) for drawn in images]
     assert min(counts) >= 3  # a crowded image may lack room for one
     assert max(counts) == 12
     assert np.mean([hidden > 0.1 for hidden, _ in objects]) > 0.3
     assert 0.2 < np.mean([diameter < 12 for _, diameter in objects]) < 0.3
-    assert {name for drawn in drawings for name in drawn.names} == {*SHAPES, *TEXTURES}
-    for drawn in drawings:
+    assert {name for drawn in images for name in drawn.names} == {*SHAPES, *TEXTURES}
+    for drawn in images:
         assert all(128 <= side <= 192 for side in drawn.seg.shape)
         assert np.array_equal(np.unique(drawn.seg), np.arange(1, len(drawn.names) + 1))
 
@@ -59,13 +59,15 @@ def test_share_and_diameters_of_small_objects_can_be_set():
         if segment.is_thing and segment.map == "seg" and segment.area < 12**2
     ]
     drawn = [draw_image(3, index, 0.6, (4.0, 12.0)) for index in range(40)]
-    diameters = [d for one in drawn for d in one.diameters if 0 < d < 30]
-    objects = sum(d > 0 for one in drawn for d in one.diameters)
+    diameters = [d for image in drawn for d in image.diameters if 0 < d < 30]
+    objects = sum(d > 0 for image in drawn for d in image.diameters)
     assert min(diameters) < 4.5
     assert 11.5 < max(diameters) < 12
     assert 0.5 < len(diameters) / objects < 0.7
     assert min(small) < 12
-    assert all(hidden == 0 for one in drawn for hidden, d in zip(one.hidden, one.diameters, strict=True) if 0 < d < 30)
+    assert all(
+        hidden == 0 for image in drawn for hidden, d in zip(image.hidden, image.diameters, strict=True) if 0 < d < 30
+    )
 
 
 def test_object_sizes_change_the_fingerprint_unless_they_are_the_defaults():
@@ -78,16 +80,16 @@ def test_object_sizes_change_the_fingerprint_unless_they_are_the_defaults():
 
 
 @pytest.mark.parametrize("names", [SHAPES, TEXTURES], ids=["shapes", "textures"])
-def test_colours_do_not_reveal_the_class(drawings, names):
+def test_colours_do_not_reveal_the_class(images, names):
     """The mean colour of every shape is the same, and of every texture, within what chance leaves."""
     centers = []
     for name in names:
-        pixels = [drawn.image[drawn.seg == i].mean(axis=0) for drawn in drawings for i in ids_of(drawn, name)]
+        pixels = [drawn.image[drawn.seg == i].mean(axis=0) for drawn in images for i in ids_with_name(drawn, name)]
         centers.append(np.mean(pixels, axis=0))
     assert np.abs(np.array(centers) - np.mean(centers, axis=0)).max() < 20
 
 
-def ids_of(drawn, name):
+def ids_with_name(drawn, name):
     return [local_id for local_id, other in enumerate(drawn.names, start=1) if other == name]
 
 
@@ -141,8 +143,8 @@ def _panoptic_quality(pairs):
     return np.mean([iou / max(tp + 0.5 * fp + 0.5 * fn, 1) for iou, tp, fp, fn in tally.values()])
 
 
-def test_a_colour_baseline_fails(drawings):
-    train, held_out = drawings[:80], drawings[80:92]
+def test_a_colour_baseline_fails(images):
+    train, held_out = images[:80], images[80:92]
     centers = _mean_colours(train)
     quality = _panoptic_quality([(drawn, _colour_baseline(centers, drawn)) for drawn in held_out])
     perfect = _panoptic_quality(
@@ -159,12 +161,12 @@ def test_coco_files_hold_the_same_samples(tmp_path):
     assert tuple(from_files.keys) == tuple(in_memory.keys)
     assert from_files.categories == in_memory.categories
     for index in range(6):
-        ours, theirs = in_memory.read(index), from_files.read(index)
-        assert np.array_equal(ours.annotation.seg, theirs.annotation.seg)
-        assert np.array_equal(ours.annotation.inst, theirs.annotation.inst)
-        assert ours.annotation.segments == theirs.annotation.segments
+        expected, actual = in_memory.read(index), from_files.read(index)
+        assert np.array_equal(expected.annotation.seg, actual.annotation.seg)
+        assert np.array_equal(expected.annotation.inst, actual.annotation.inst)
+        assert expected.annotation.segments == actual.annotation.segments
         fields = ("key", "image_id", "source", "image", "image_ext", "height", "width")
-        assert all(getattr(ours, name) == getattr(theirs, name) for name in fields)
+        assert all(getattr(expected, name) == getattr(actual, name) for name in fields)
     instances = open_reader(CocoInstancesSource(images=source.images, instances_json=source.instances_json))
     assert instances.read(2).annotation.inst is not None
 

@@ -65,10 +65,10 @@ def test_every_export_format_gives_the_drawn_pixels(kind, tmp_path):
     reader = open_reader(_source(kind, tmp_path))
     assert len(reader.keys) == (4 if kind in ("yolo_seg", "voc") else 6)
     for index in range(len(reader.keys)):
-        found = _class_map(reader.read(index), reader.categories)
-        truth = tool_exports.class_map(index)
-        assert np.array_equal(found == "cell", truth == 1)
-        assert np.array_equal(found == "dirt", truth == 2)
+        actual = _class_map(reader.read(index), reader.categories)
+        expected = tool_exports.class_map(index)
+        assert np.array_equal(actual == "cell", expected == 1)
+        assert np.array_equal(actual == "dirt", expected == 2)
     assert len(source_fingerprint(_source(kind, tmp_path))) == 64
 
 
@@ -242,17 +242,17 @@ def test_a_background_makes_instances_panoptic(tmp_path):
 def test_large_images_are_cut_into_tiles(tmp_path):
     reader, _ = open_dataset(_coco(tmp_path, background="ground", tiles=TileConfig(above_megapixels=0.001, side=32)))
     assert len(reader.keys) == 24
-    few = reader.subset([3, 4, 5, 6, 7])
-    samples = [few.read(i) for i in range(1, 5)]
+    tiles = reader.subset([3, 4, 5, 6, 7])
+    samples = [tiles.read(i) for i in range(1, 5)]
     assert "_y0_x0" in samples[0].key
     assert {(sample.height, sample.width) for sample in samples} == {(32, 32)}
-    whole = reader.reader.read(1)
-    cells = [s.area for sample in samples for s in sample.annotation.segments if s.map == "inst"]
-    assert sum(cells) == sum(s.area for s in whole.annotation.segments if s.map == "inst")
-    rows = [np.concatenate([_names(s) for s in samples[i : i + 2]], axis=1) for i in (0, 2)]
-    assert np.array_equal(np.concatenate(rows), _names(whole))
+    whole_image = reader.reader.read(1)
+    areas = [s.area for sample in samples for s in sample.annotation.segments if s.map == "inst"]
+    assert sum(areas) == sum(s.area for s in whole_image.annotation.segments if s.map == "inst")
+    rows = [np.concatenate([_category_map(s) for s in samples[i : i + 2]], axis=1) for i in (0, 2)]
+    assert np.array_equal(np.concatenate(rows), _category_map(whole_image))
 
 
-def _names(sample):
+def _category_map(sample):
     ids = {s.id: s.category_id for s in sample.annotation.segments if s.map == "seg"}
     return np.vectorize(ids.__getitem__)(sample.annotation.seg)

@@ -36,13 +36,13 @@ def source_with_instances(coco, categories):
     )
 
 
-@pytest.mark.parametrize("own_id", [1, 90])  # 90 is sky in the panoptic file
-def test_instances_are_matched_by_name(coco, own_id):
+@pytest.mark.parametrize("category_id", [1, 90])  # 90 is sky in the panoptic file
+def test_instances_are_matched_by_name(coco, category_id):
     for entry in coco.instances:
-        entry["category_id"] = own_id
-    annotation = open_reader(source_with_instances(coco, [{"id": own_id, "name": "cat"}])).read(0).annotation
-    found = {(s.category_id, s.is_thing) for s in annotation.segments if s.map == "inst"}
-    assert found == {(3, True)}
+        entry["category_id"] = category_id
+    annotation = open_reader(source_with_instances(coco, [{"id": category_id, "name": "cat"}])).read(0).annotation
+    categories = {(s.category_id, s.is_thing) for s in annotation.segments if s.map == "inst"}
+    assert categories == {(3, True)}
 
 
 @pytest.mark.parametrize(

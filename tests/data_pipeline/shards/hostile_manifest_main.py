@@ -18,7 +18,7 @@ def peak_mb() -> float:
 
 if __name__ == "__main__":
     assert verify  # imported before the measurement
-    before, said = peak_mb(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    before, output = peak_mb(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = main(["verify", sys.argv[1]])
-    sys.stdout.write(json.dumps({"status": status, "said": said.getvalue(), "mb": peak_mb() - before}))
+    sys.stdout.write(json.dumps({"status": status, "output": output.getvalue(), "mb": peak_mb() - before}))

@@ -17,7 +17,7 @@ from m2f.eval.errors import EvaluationError
 from m2f.eval.results.images import read_image_records
 
 
-def images(folder: Path) -> str:
+def read_images(folder: Path) -> str:
     try:
         read_image_records((folder / "file.parquet").read_bytes())
     except EvaluationError as error:
@@ -25,25 +25,25 @@ def images(folder: Path) -> str:
     return "read"
 
 
-def source(folder: Path) -> LabelMapSource:
+def make_source(folder: Path) -> LabelMapSource:
     return LabelMapSource(images=f"{folder}/images", labels=f"{folder}/labels", categories=f"{folder}/classes.json")
 
 
-def parts(folder: Path) -> str:
-    made = source(folder)
-    config = DatasetConfig(shards=f"{folder}/shards", source=made)
-    plan = plan_shards(open_reader(made), config, source_fingerprint(made))
+def read_parts(folder: Path) -> str:
+    source = make_source(folder)
+    config = DatasetConfig(shards=f"{folder}/shards", source=source)
+    plan = plan_shards(open_reader(source), config, source_fingerprint(source))
     return f"{len(complete_parts(plan, Storage()))} parts"
 
 
-def records(folder: Path) -> str:
-    changes = compare_sources(open_reader(source(folder)), f"{folder}/shards", 1, Storage())
+def read_source_records(folder: Path) -> str:
+    changes = compare_sources(open_reader(make_source(folder)), f"{folder}/shards", 1, Storage())
     return f"{len(changes.digests)} records"
 
 
-DOORS: dict[str, Callable[[Path], str]] = {"images": images, "parts": parts, "records": records}
+READERS: dict[str, Callable[[Path], str]] = {"images": read_images, "parts": read_parts, "records": read_source_records}
 
 if __name__ == "__main__":
-    door, before = DOORS[sys.argv[1]], peak_mb()
-    said = door(Path(sys.argv[2]))
-    sys.stdout.write(json.dumps({"said": said, "mb": peak_mb() - before}))
+    reader, before = READERS[sys.argv[1]], peak_mb()
+    result = reader(Path(sys.argv[2]))
+    sys.stdout.write(json.dumps({"output": result, "mb": peak_mb() - before}))

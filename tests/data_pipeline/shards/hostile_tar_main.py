@@ -29,7 +29,7 @@ if __name__ == "__main__":
     try:
         tar_format = detect_format(tar, options, Storage())
         report = index_tars([tar], f"{tar}.set", tar_format, options, Storage(), skip_bad=True)
-        found = {"keys": report.num_samples, "faults": [fault.problem for fault in report.faults]}
+        result = {"keys": report.num_samples, "faults": [fault.problem for fault in report.faults]}
     except DataError as error:
-        found = {"error": str(error)}
-    sys.stdout.write(json.dumps(found | {"mb": peak_mb() - before}))
+        result = {"error": str(error)}
+    sys.stdout.write(json.dumps(result | {"mb": peak_mb() - before}))

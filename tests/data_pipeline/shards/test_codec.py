@@ -134,6 +134,6 @@ def test_decoding_errors_name_the_sample():
         ({**members, "seg.png": other["seg.png"]}, r"a_key-1.*seg.png is \(5, 9\)"),
         ({**members, "seg.png": members["img.png"]}, "a_key-1.*seg.png: a label map must be"),
     ]
-    for broken, words in cases:
-        with pytest.raises(DataError, match=words):
-            codec.decode(broken)
+    for invalid, message in cases:
+        with pytest.raises(DataError, match=message):
+            codec.decode(invalid)

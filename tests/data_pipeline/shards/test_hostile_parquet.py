@@ -22,8 +22,8 @@ from m2f.data_pipeline.storage.ragged_table import Ragged, read_table_bytes, tab
 from m2f.data_pipeline.storage.storage import Storage
 
 MAIN = Path(__file__).with_name("hostile_parquet_main.py")
-BOUND_MB = 150
-ROWS, AT_ONCE = 30_000_000, 1_000_000
+MAX_MB = 150
+ROWS, BATCH_ROWS = 30_000_000, 1_000_000
 
 
 @pytest.fixture
@@ -44,42 +44,42 @@ def folder(tmp_path):
     return tmp_path
 
 
-def enter(door, folder):
+def run_reader(name, folder):
     """What comes of it in a process of its own."""
-    ended = subprocess.run([sys.executable, MAIN, door, folder], capture_output=True, text=True, check=True)
-    found = json.loads(ended.stdout)
-    assert found["mb"] < BOUND_MB
-    return found["said"]
+    process = subprocess.run([sys.executable, MAIN, name, folder], capture_output=True, text=True, check=True)
+    result = json.loads(process.stdout)
+    assert result["mb"] < MAX_MB
+    return result["output"]
 
 
-def repeat(table, path, times, at_once=AT_ONCE):
+def write_repeated(table, path, times, batch_rows=BATCH_ROWS):
     """A small file in which the first row of a table is repeated so often."""
-    rows = table.slice(0, 1).take(pa.array(np.zeros(at_once, np.int64))).combine_chunks()
+    rows = table.slice(0, 1).take(pa.array(np.zeros(batch_rows, np.int64))).combine_chunks()
     with pq.ParquetWriter(path, rows.schema, compression="zstd") as writer:
-        for _ in range(times // at_once):
+        for _ in range(times // batch_rows):
             writer.write_table(rows)
     assert path.stat().st_size < 2_000_000
 
 
 def test_image_records_that_decode_to_too_many_rows_are_refused(tmp_path):
-    repeat(pa.table({"image_id": [7], "PQ": [0.5]}), tmp_path / "file.parquet", ROWS)
-    assert "bytes decode to 30000000 rows" in enter("images", tmp_path)
+    write_repeated(pa.table({"image_id": [7], "PQ": [0.5]}), tmp_path / "file.parquet", ROWS)
+    assert "bytes decode to 30000000 rows" in run_reader("images", tmp_path)
 
 
 def test_receipts_that_decode_to_too_many_rows_are_ignored(folder):
-    assert enter("parts", folder) == "1 parts"
+    assert run_reader("parts", folder) == "1 parts"
     path = folder / "shards/parts/00000.parquet"
     table = pq.read_table(path)
-    repeat(table.select(["offset", "length"]).replace_schema_metadata(table.schema.metadata), path, ROWS)
-    assert enter("parts", folder) == "0 parts"
+    write_repeated(table.select(["offset", "length"]).replace_schema_metadata(table.schema.metadata), path, ROWS)
+    assert run_reader("parts", folder) == "0 parts"
 
 
-@pytest.mark.parametrize("times", [ROWS, AT_ONCE // 2])
+@pytest.mark.parametrize("times", [ROWS, BATCH_ROWS // 2])
 def test_source_records_that_decode_to_too_many_rows_are_ignored(folder, times):
-    assert enter("records", folder) == "1 records"
+    assert run_reader("records", folder) == "1 records"
     path = folder / "shards/sources/00000.parquet"
-    repeat(pq.read_table(path), path, times, AT_ONCE // 2)
-    assert enter("records", folder) == "0 records"
+    write_repeated(pq.read_table(path), path, times, BATCH_ROWS // 2)
+    assert run_reader("records", folder) == "0 records"
 
 
 def test_source_record_with_invalid_file_numbers_is_ignored(folder):
@@ -88,7 +88,7 @@ def test_source_record_with_invalid_file_numbers_is_ignored(folder):
     index = table.schema.get_field_index("number")
     numbers = pa.array(np.arange(len(table), dtype=np.int32) + 40)
     pq.write_table(table.set_column(index, table.schema.field(index), numbers), path)
-    assert enter("records", folder) == "0 records"
+    assert run_reader("records", folder) == "0 records"
 
 
 def parquet(table, **settings):
@@ -127,9 +127,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_tables_that_decode_to_far_more_bytes_are_refused(name):
-    data, said = HOSTILE[name]
-    with pytest.raises(DataError, match=said):
-        read_table_bytes(data())
+    make_data, message = HOSTILE[name]
+    with pytest.raises(DataError, match=message):
+        read_table_bytes(make_data())
 
 
 def test_own_tables_are_read_unchanged():
@@ -143,13 +143,13 @@ def test_own_tables_are_read_unchanged():
         "score": Ragged(random.random(counts.sum()), counts),
         "crowd": Ragged(np.zeros(counts.sum(), bool), counts),
     }
-    found = read_table_bytes(table_bytes(columns))
-    assert found.keys() == columns.keys()
+    decoded = read_table_bytes(table_bytes(columns))
+    assert decoded.keys() == columns.keys()
     for name in ("score", "crowd"):
-        assert np.array_equal(found[name].values, columns[name].values)
-        assert np.array_equal(found[name].counts, columns[name].counts)
-    assert np.array_equal(found["PQ"], columns["PQ"], equal_nan=True)
-    assert found["name"].tolist() == columns["name"].tolist()
+        assert np.array_equal(decoded[name].values, columns[name].values)
+        assert np.array_equal(decoded[name].counts, columns[name].counts)
+    assert np.array_equal(decoded["PQ"], columns["PQ"], equal_nan=True)
+    assert decoded["name"].tolist() == columns["name"].tolist()
 
 
 def test_texts_and_nulls_are_read_unchanged(tmp_path):

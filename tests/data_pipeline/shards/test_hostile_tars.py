@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 MAIN = Path(__file__).with_name("hostile_tar_main.py")
-BOUND_MB = 150
+MAX_MB = 150
 """Far below what the files would take; a usual tar takes some MB."""
 
 
-def good(name):
+def sample_bytes(name):
     """Headers and content of one sample."""
     image = cv2.imencode(".jpg", np.full((8, 9, 3), 90, np.uint8))[1].tobytes()
     labels = cv2.imencode(".png", np.ones((8, 9), np.uint8))[1].tobytes()
@@ -54,99 +54,149 @@ MB = 1_000_000
 # name: parts of the file, a number being so many bytes that are zero; what is said; samples that are found
 HOSTILE = {
     "sparse map": (
-        [good("a"), good("b"), pax([(b"GNU.sparse.map", b"x,y")]), member("s.jpg"), good("c"), END],
+        [
+            sample_bytes("a"),
+            sample_bytes("b"),
+            pax([(b"GNU.sparse.map", b"x,y")]),
+            member("s.jpg"),
+            sample_bytes("c"),
+            END,
+        ],
         "not a regular file",
         3,
     ),
     "sparse 1.0": (
         [
-            good("a"),
-            good("b"),
+            sample_bytes("a"),
+            sample_bytes("b"),
             pax([(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")]),
             member("s.jpg"),
-            good("c"),
+            sample_bytes("c"),
             END,
         ],
         "not a regular file",
         3,
     ),
-    "sparse size": ([good("a"), good("b"), pax([(b"GNU.sparse.size", b"x")]), member("s.jpg"), END], "damaged here", 1),
-    "sparse old": ([good("a"), good("b"), sparse_old(), good("c"), END], "not a regular file", 2),
-    "name not UTF-8": (
-        [good("a"), good("b"), pax([(b"path", b"\xff\xfe.jpg")]), member("x.jpg"), good("c"), END],
-        "character",
-        3,
+    "sparse size": (
+        [sample_bytes("a"), sample_bytes("b"), pax([(b"GNU.sparse.size", b"x")]), member("s.jpg"), END],
+        "damaged here",
+        1,
     ),
-    "binary names": (
+    "sparse old": (
+        [sample_bytes("a"), sample_bytes("b"), sparse_old(), sample_bytes("c"), END],
+        "not a regular file",
+        2,
+    ),
+    "name not UTF-8": (
         [
-            good("a"),
-            good("b"),
-            pax([(b"hdrcharset", b"BINARY"), (b"path", b"\xe4.jpg")]),
+            sample_bytes("a"),
+            sample_bytes("b"),
+            pax([(b"path", b"\xff\xfe.jpg")]),
             member("x.jpg"),
-            good("c"),
+            sample_bytes("c"),
             END,
         ],
         "character",
         3,
     ),
-    "charset": ([good("a"), good("b"), pax([(b"hdrcharset", b"\xff")]), member("x.jpg"), END], "damaged here", 1),
-    "keyword not UTF-8": ([good("a"), good("b"), pax([(b"\xff\xfe", b"v")]), good("c"), END], None, 3),
+    "binary names": (
+        [
+            sample_bytes("a"),
+            sample_bytes("b"),
+            pax([(b"hdrcharset", b"BINARY"), (b"path", b"\xe4.jpg")]),
+            member("x.jpg"),
+            sample_bytes("c"),
+            END,
+        ],
+        "character",
+        3,
+    ),
+    "charset": (
+        [sample_bytes("a"), sample_bytes("b"), pax([(b"hdrcharset", b"\xff")]), member("x.jpg"), END],
+        "damaged here",
+        1,
+    ),
+    "keyword not UTF-8": (
+        [sample_bytes("a"), sample_bytes("b"), pax([(b"\xff\xfe", b"v")]), sample_bytes("c"), END],
+        None,
+        3,
+    ),
     "huge header": (
-        [good("a"), good("b"), member("p", kind=tarfile.XHDTYPE, size=300 * MB), 300 * MB],
+        [sample_bytes("a"), sample_bytes("b"), member("p", kind=tarfile.XHDTYPE, size=300 * MB), 300 * MB],
         "300000000 bytes",
         1,
     ),
     "huge global": (
-        [good("a"), good("b"), member("p", kind=tarfile.XGLTYPE, size=300 * MB), 300 * MB],
+        [sample_bytes("a"), sample_bytes("b"), member("p", kind=tarfile.XGLTYPE, size=300 * MB), 300 * MB],
         "300000000 bytes",
         1,
     ),
     "huge name": (
-        [good("a"), good("b"), member("p", kind=tarfile.GNUTYPE_LONGNAME, size=300 * MB), 300 * MB],
+        [sample_bytes("a"), sample_bytes("b"), member("p", kind=tarfile.GNUTYPE_LONGNAME, size=300 * MB), 300 * MB],
         "300000000",
         1,
     ),
     "huge first": ([member("p", kind=tarfile.XHDTYPE, size=300 * MB), 300 * MB], "300000000 bytes", None),
     "many names": (
-        [good("a"), good("b"), member("n", b"x" * 9, kind=tarfile.GNUTYPE_LONGNAME) * 5000, END],
+        [sample_bytes("a"), sample_bytes("b"), member("n", b"x" * 9, kind=tarfile.GNUTYPE_LONGNAME) * 5000, END],
         "follow each",
         1,
     ),
-    "many headers": ([good("a"), good("b"), pax([(b"a", b"b")]) * 5000, member("x.jpg"), END], "follow each other", 1),
+    "many headers": (
+        [sample_bytes("a"), sample_bytes("b"), pax([(b"a", b"b")]) * 5000, member("x.jpg"), END],
+        "follow each other",
+        1,
+    ),
     "many globals": (
         [
-            good("a"),
-            good("b"),
+            sample_bytes("a"),
+            sample_bytes("b"),
             *(pax([(b"%d" % i, b"v" * 5000)], tarfile.XGLTYPE) + member(f"{i}", b"") for i in range(99)),
             END,
         ],
         "global headers have more than",
         2,
     ),
-    "digits": ([good("a"), good("b"), pax([(b"a", b"9" * 60_000)]), member("x.jpg"), END], "more than 30 digits", 1),
-    "negative": ([good("a"), good("b"), pax([(b"size", b"-9999999")]), member("x.jpg"), END], "negative", 1),
-    "a little negative": ([good("a"), good("b"), pax([(b"size", b"-600")]), member("x.jpg"), END], "negative", 1),
+    "digits": (
+        [sample_bytes("a"), sample_bytes("b"), pax([(b"a", b"9" * 60_000)]), member("x.jpg"), END],
+        "more than 30 digits",
+        1,
+    ),
+    "negative": (
+        [sample_bytes("a"), sample_bytes("b"), pax([(b"size", b"-9999999")]), member("x.jpg"), END],
+        "negative",
+        1,
+    ),
+    "a little negative": (
+        [sample_bytes("a"), sample_bytes("b"), pax([(b"size", b"-600")]), member("x.jpg"), END],
+        "negative",
+        1,
+    ),
     "size of no end": (
-        [good("a"), good("b"), pax([(b"size", b"9" * 29)]), member("x.jpg"), END],
+        [sample_bytes("a"), sample_bytes("b"), pax([(b"size", b"9" * 29)]), member("x.jpg"), END],
         "is truncated: its header",
         1,
     ),
     "large member": (
-        [good("a"), good("b"), member("x.jpg", size=300 * MB), 300_000_256, good("c"), END],
+        [sample_bytes("a"), sample_bytes("b"), member("x.jpg", size=300 * MB), 300_000_256, sample_bytes("c"), END],
         "the limit is",
         3,
     ),
     "large sample": (
         [
-            good("a"),
+            sample_bytes("a"),
             *(part for i in range(6) for part in (member(f"x.{i}", size=51_200_000), 51_200_000)),
-            good("c"),
+            sample_bytes("c"),
             END,
         ],
         "its files have more than",
         2,
     ),
-    "many folders": ([good("a"), good("b"), member("f/", kind=tarfile.DIRTYPE) * 400_000, good("c"), END], None, 3),
+    "many folders": (
+        [sample_bytes("a"), sample_bytes("b"), member("f/", kind=tarfile.DIRTYPE) * 400_000, sample_bytes("c"), END],
+        None,
+        3,
+    ),
 }
 
 
@@ -158,10 +208,10 @@ def test_hostile_tar_is_a_fault_at_bounded_cost(tmp_path, parts, problem, count)
             file.seek(part, io.SEEK_CUR) if isinstance(part, int) else file.write(part)
         file.truncate()
     command = [sys.executable, MAIN, tmp_path / "hostile.tar", tmp_path / "classes.json"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(ended.stdout)
-    assert found["mb"] < BOUND_MB
-    assert found.get("keys") == count
-    said = found["error"] if count is None else " ".join(found["faults"])
-    assert problem is None or problem in said
-    assert bool(said) == (problem is not None), said
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(process.stdout)
+    assert result["mb"] < MAX_MB
+    assert result.get("keys") == count
+    problems = result["error"] if count is None else " ".join(result["faults"])
+    assert problem is None or problem in problems
+    assert bool(problems) == (problem is not None), problems

@@ -67,10 +67,10 @@ def panoptic(index):
     """Segment ids in colours and their JSON."""
     values = class_map(index)
     ids = {7: 70_000, 0: 12, 3: 300}
-    number = np.zeros(values.shape, np.int64)
+    segment_ids = np.zeros(values.shape, np.int64)
     for label, segment in ids.items():
-        number[values == label] = segment
-    colors = np.stack([number % 256, number // 256 % 256, number // 65536], axis=-1).astype(np.uint8)
+        segment_ids[values == label] = segment
+    colors = np.stack([segment_ids % 256, segment_ids // 256 % 256, segment_ids // 65536], axis=-1).astype(np.uint8)
     entries = [{"id": segment, "category_id": label, "iscrowd": int(label == 3)} for label, segment in ids.items()]
     return colors, {"segments_info": entries, "image_id": index}
 
@@ -82,8 +82,8 @@ def members_of(index, kind):
         case "instances":
             return {"img.png": image(index, "png"), "seg.png": encode_png(color_map(index))}
         case "panoptic":
-            colors, described = panoptic(index)
-            return {"jpg": image(index), "png": encode_png(colors), "json": json.dumps(described).encode()}
+            colors, description = panoptic(index)
+            return {"jpg": image(index), "png": encode_png(colors), "json": json.dumps(description).encode()}
 
 
 def write_tar(path, samples, **options):
@@ -136,14 +136,6 @@ def raw_source(folder, samples, kind):
             return CocoPanopticSource(images=images, panoptic_json=classes, panoptic_masks=labels)
 
 
-def described(annotation):
-    """Segments with their pixels, whatever their local ids and order."""
-    return sorted(
-        (s.category_id, s.is_thing, s.is_crowd, s.area, tuple(s.bbox), (annotation.seg == s.id).tobytes())
-        for s in annotation.segments
-    )
-
-
 @pytest.mark.parametrize("kind", ["classes", "instances", "panoptic"])
 def test_indexed_tars_give_the_same_samples_as_shards(tmp_path, kind):
     samples = write_tars(tmp_path / "tars", kind)
@@ -162,16 +154,16 @@ def test_indexed_tars_give_the_same_samples_as_shards(tmp_path, kind):
     row_of = {key: row for row, key in enumerate(written.key)}
     assert sorted(indexed.key) == sorted(written.key)
     for row, key in enumerate(indexed.key):
-        ours, theirs = written.read_sample(row_of[key], STORAGE), indexed.read_sample(row, STORAGE)
-        assert np.array_equal(ours.image, theirs.image)
+        expected, actual = written.read_sample(row_of[key], STORAGE), indexed.read_sample(row, STORAGE)
+        assert np.array_equal(expected.image, actual.image)
         pixels = [
             {s.category_id: sample.annotation.seg == s.id for s in sample.annotation.segments}
-            for sample in (ours, theirs)
+            for sample in (expected, actual)
         ]
         assert pixels[0].keys() == pixels[1].keys()
         summary = [
             sorted((s.category_id, s.is_thing, s.is_crowd, s.area, tuple(s.bbox)) for s in sample.annotation.segments)
-            for sample in (ours, theirs)
+            for sample in (expected, actual)
         ]
         assert summary[0] == summary[1]
         assert all(np.array_equal(pixels[0][c], pixels[1][c]) for c in pixels[0])
@@ -202,9 +194,9 @@ def test_training_reads_indexed_tars(tmp_path):
     batches = load_steps(manifest, 4, workers=0)
     assert sorted(key for batch in batches for key in batch.keys) == sorted(f"{i:04d}" for i in range(12))
     assert {int(label) for b in batches for label in b.targets.labels[b.targets.valid]} == {0, 1, 2}
-    for one, other in zip(batches, load_steps(manifest, 4, workers=1), strict=True):
-        assert (one.images == other.images).all()
-        assert (one.targets.id_maps == other.targets.id_maps).all()
+    for first, with_workers in zip(batches, load_steps(manifest, 4, workers=1), strict=True):
+        assert (first.images == with_workers.images).all()
+        assert (first.targets.id_maps == with_workers.targets.id_maps).all()
     write_contact_sheet(manifest, [0, 5], STORAGE, str(tmp_path / "sheet.png"))
     assert cv2.imread(str(tmp_path / "sheet.png")) is not None
 
@@ -249,7 +241,7 @@ def corrupt(samples, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"png": None}, "has no label member png"),
         ({"jpg": None}, "must be the image"),
@@ -261,14 +253,14 @@ def corrupt(samples, **changes):
         ({"png": b"hello"}, "not a JPEG, PNG, TIFF"),
     ],
 )
-def test_samples_that_cannot_be_indexed_are_faults(tmp_path, changes, words):
+def test_samples_that_cannot_be_indexed_are_faults(tmp_path, changes, message):
     samples = {f"{i:04d}": members_of(i, "classes") for i in range(5)}
     write_tar(tmp_path / "a.tar", corrupt(samples, **changes))
     result = index(tmp_path, tmp_path / "set")
     assert not result.committed
     assert not (tmp_path / "set").exists()
     (fault,) = result.faults
-    assert words in str(fault)
+    assert message in str(fault)
     assert fault.key == "0002"
     assert fault.object == str(tmp_path / "a.tar")
     assert fault.offset
@@ -277,7 +269,7 @@ def test_samples_that_cannot_be_indexed_are_faults(tmp_path, changes, words):
 
 
 @pytest.mark.parametrize(
-    ("described", "words"),
+    ("description", "message"),
     [
         (b"{", "no usable `segments_info`"),
         (b"[" * 100_000, "no usable `segments_info`"),
@@ -285,12 +277,12 @@ def test_samples_that_cannot_be_indexed_are_faults(tmp_path, changes, words):
         (b'{"segments_info": [{"id": 12, "category_id": 0}]}', "are not listed in its json"),
     ],
 )
-def test_panoptic_descriptions_that_do_not_match_are_faults(tmp_path, described, words):
+def test_panoptic_descriptions_that_do_not_match_are_faults(tmp_path, description, message):
     samples = {f"{i:04d}": members_of(i, "panoptic") for i in range(3)}
-    write_tar(tmp_path / "a.tar", corrupt(samples, json=described))
+    write_tar(tmp_path / "a.tar", corrupt(samples, json=description))
     options = replace(OPTIONS, labels="panoptic")
     (fault,) = index(tmp_path, tmp_path / "set", options).faults
-    assert words in str(fault)
+    assert message in str(fault)
     extra = json.loads(samples["0002"]["json"])
     extra["segments_info"].append({"id": 5, "category_id": 0})
     write_tar(tmp_path / "a.tar", corrupt(samples, json=json.dumps(extra).encode()))
@@ -326,14 +318,14 @@ def test_keys_must_be_unique_over_all_tars(tmp_path):
 
 @pytest.mark.parametrize("name", ["/etc/x.jpg", "../x.jpg", "a/../../x.jpg"])
 def test_paths_outside_the_folder_are_refused_and_nothing_is_written(tmp_path, name):
-    inside = tmp_path / "deep" / "set"
+    target = tmp_path / "deep" / "set"
     write_tar(tmp_path / "tars" / "a.tar", {"good": members_of(0, "classes")})
     with tarfile.open(tmp_path / "tars" / "a.tar", "a") as tar:
         info = tarfile.TarInfo(name)
         info.size = 4
         tar.addfile(info, io.BytesIO(b"evil"))
     before = sorted(tmp_path.rglob("*"))
-    (fault,) = index(tmp_path / "tars", inside).faults
+    (fault,) = index(tmp_path / "tars", target).faults
     assert "is not a path inside its folder" in fault.problem
     assert sorted(tmp_path.rglob("*")) == before
     assert not Path("/etc/x.jpg").exists()
@@ -351,36 +343,36 @@ def test_links_and_devices_are_refused(tmp_path):
 
 def test_truncated_or_damaged_tars_are_faults(tmp_path):
     samples = {f"{i:04d}": members_of(i, "classes") for i in range(4)}
-    whole = write_tar(tmp_path / "whole" / "a.tar", samples).read_bytes()
+    intact = write_tar(tmp_path / "whole" / "a.tar", samples).read_bytes()
     index(tmp_path / "whole", tmp_path / "whole")
     manifest = Manifest.load(str(tmp_path / "whole"), STORAGE)
-    border, middle = int(manifest.offset[2]), int(manifest.offset[2]) + 700
-    garbled = bytearray(whole)
-    garbled[border : border + 512] = b"\7" * 512
-    zeroed = bytearray(whole)
-    zeroed[border : border + 1024] = bytes(1024)
+    boundary, middle = int(manifest.offset[2]), int(manifest.offset[2]) + 700
+    garbled = bytearray(intact)
+    garbled[boundary : boundary + 512] = b"\7" * 512
+    zeroed = bytearray(intact)
+    zeroed[boundary : boundary + 1024] = bytes(1024)
     cases = {
-        "border": (whole[:border], "no end marker"),
-        "middle": (whole[:middle], "truncated"),
+        "border": (intact[:boundary], "no end marker"),
+        "middle": (intact[:middle], "truncated"),
         "garbled": (bytes(garbled), "header is damaged"),
         "zeroed": (bytes(zeroed), "header is damaged, or another tar follows"),
-        "joined": (whole + whole, "another tar follows"),
+        "joined": (intact + intact, "another tar follows"),
         "no_tar": (b"hello" * 400, "not a tar, or is truncated"),
         "empty": (b"", "not a tar, or is truncated"),
-        "gzip": (b"\x1f\x8b" + whole, "compressed (gzip)"),
+        "gzip": (b"\x1f\x8b" + intact, "compressed (gzip)"),
     }
-    for name, (data, words) in cases.items():
+    for name, (data, message) in cases.items():
         folder = tmp_path / name
         write_tar(folder / "0.tar", {"first": members_of(7, "classes")})
         (folder / "b.tar").write_bytes(data)
         result = index(folder, folder / "set")
         assert not result.committed
-        assert any(words in str(fault) for fault in result.faults), (name, result.faults)
+        assert any(message in str(fault) for fault in result.faults), (name, result.faults)
         assert all(fault.object == str(folder / "b.tar") for fault in result.faults)
 
 
 @pytest.mark.parametrize(
-    ("members", "options", "words"),
+    ("members", "options", "message"),
     [
         (members_of(0, "classes"), {"labels": None}, r"its members are jpg, png\. Give --labels \(now None\)"),
         (members_of(0, "instances"), {}, r"members are img.png, seg.png\. Give .* with --image \(now jpg\)"),
@@ -389,9 +381,9 @@ def test_truncated_or_damaged_tars_are_faults(tmp_path):
         (members_of(0, "classes"), {"labels": "panoptic"}, r"with --json \(now json\)"),
     ],
 )
-def test_first_sample_without_the_expected_members_is_refused(tmp_path, members, options, words):
+def test_first_sample_without_the_expected_members_is_refused(tmp_path, members, options, message):
     tar = write_tar(tmp_path / "a.tar", {"x": members})
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         detect_format(str(tar), replace(OPTIONS, **options), STORAGE)
 
 
@@ -425,7 +417,7 @@ def test_index_command_reads_from_and_writes_to_s3(tmp_path, bucket, capsys):
     for path in (tmp_path / "tars").iterdir():
         storage.put_file(f"{tars}/{path.name}", path)
     (tmp_path / "classes.json").write_text(json.dumps(CLASSES))
-    words = [
+    options = [
         "--categories",
         str(tmp_path / "classes.json"),
         "--labels",
@@ -433,19 +425,19 @@ def test_index_command_reads_from_and_writes_to_s3(tmp_path, bucket, capsys):
         "--report",
         str(tmp_path / "report.json"),
     ]
-    assert main(["index", tars, "--output", tars, *words]) == 0
+    assert main(["index", tars, "--output", tars, *options]) == 0
     out, err = capsys.readouterr()
     assert "12 samples of 3 tars" in out
     assert "image .jpg or .jpeg, classes in .png" in out
     assert "indexing: " in err
     assert json.loads((tmp_path / "report.json").read_text())["num_samples"] == 12
     assert Manifest.load(tars, storage).shards[0].name == "000.tar"
-    assert main(["index", tars, "--output", str(tmp_path / "here"), *words]) == 0
-    here = Manifest.load(str(tmp_path / "here"), storage)
-    assert here.shards[0].name == f"{tars}/000.tar"
-    assert here.read_sample(3, storage).key == "0003"
+    assert main(["index", tars, "--output", str(tmp_path / "here"), *options]) == 0
+    local = Manifest.load(str(tmp_path / "here"), storage)
+    assert local.shards[0].name == f"{tars}/000.tar"
+    assert local.read_sample(3, storage).key == "0003"
     assert main(["verify", tars, str(tmp_path / "here"), "--full"]) == 0
     bad = write_tar(tmp_path / "bad" / "a.tar", corrupt({f"{i}": members_of(i, "classes") for i in range(4)}, png=None))
-    assert main(["index", str(bad), "--output", str(tmp_path / "out"), *words]) == 1
+    assert main(["index", str(bad), "--output", str(tmp_path / "out"), *options]) == 1
     assert "No manifest was written; correct the samples, or leave them out with --skip-bad" in capsys.readouterr().out
-    assert main(["index", str(bad), "--output", str(tmp_path / "out"), *words, "--void", "x"]) == 2
+    assert main(["index", str(bad), "--output", str(tmp_path / "out"), *options, "--void", "x"]) == 2

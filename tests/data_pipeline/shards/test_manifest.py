@@ -30,64 +30,64 @@ SOURCE = SyntheticSource(num_images=10, seed=6)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     config = DatasetConfig(shards=str(folder), source=SOURCE, shard_mb=0.1)
     return write_dataset(open_reader(SOURCE), config, STORAGE)
 
 
 @pytest.fixture
-def copy(written, tmp_path):
+def copy(dataset, tmp_path):
     """A copy to damage."""
-    shutil.copytree(written.url, tmp_path / "copy")
+    shutil.copytree(dataset.url, tmp_path / "copy")
     return tmp_path / "copy"
 
 
-def test_columns_describe_the_samples(written):
+def test_columns_describe_the_samples(dataset):
     samples = {sample.key: sample for sample in map(open_reader(SOURCE).read, range(10))}
-    assert written.num_samples == 10
-    assert written.shard.tolist() == sorted(written.shard.tolist())
-    for index, key in enumerate(written.key):
+    assert dataset.num_samples == 10
+    assert dataset.shard.tolist() == sorted(dataset.shard.tolist())
+    for index, key in enumerate(dataset.key):
         sample = samples[key]
-        assert (written.height[index], written.width[index]) == (sample.height, sample.width)
-        assert written.image_id[index] == sample.image_id
+        assert (dataset.height[index], dataset.width[index]) == (sample.height, sample.width)
+        assert dataset.image_id[index] == sample.image_id
         things = [s for s in sample.annotation.segments if s.map == "inst"]
         stuff = [s for s in sample.annotation.segments if not s.is_thing]
         segments = things + stuff
         ids = sorted({s.category_id for s in segments})
-        assert written.num_segments[index] == len(segments)
-        assert written.category_ids[index].tolist() == ids
-        assert written.category_counts[index].tolist() == [sum(s.category_id == i for s in segments) for i in ids]
-        assert written.category_areas[index].tolist() == [
+        assert dataset.num_segments[index] == len(segments)
+        assert dataset.category_ids[index].tolist() == ids
+        assert dataset.category_counts[index].tolist() == [sum(s.category_id == i for s in segments) for i in ids]
+        assert dataset.category_areas[index].tolist() == [
             sum(s.area for s in segments if s.category_id == i) for i in ids
         ]
 
 
-def test_samples_fill_their_shards(written):
-    for shard, info in enumerate(written.shards):
-        rows = np.flatnonzero(written.shard == shard)
+def test_samples_fill_their_shards(dataset):
+    for shard, info in enumerate(dataset.shards):
+        rows = np.flatnonzero(dataset.shard == shard)
         assert len(rows) == info.num_samples
-        starts = [0, *np.cumsum(written.length[rows])]
-        assert written.offset[rows].tolist() == starts[:-1]
-        assert starts[-1] <= info.size == Path(written.shard_url(shard)).stat().st_size
+        starts = [0, *np.cumsum(dataset.length[rows])]
+        assert dataset.offset[rows].tolist() == starts[:-1]
+        assert starts[-1] <= info.size == Path(dataset.shard_url(shard)).stat().st_size
 
 
-def test_statistics_count_images_segments_and_pixels(written):
-    totals = {statistics.category.name: statistics for statistics in written.statistics()}
-    assert list(totals) == [category.name for category in written.categories.categories]
-    assert sum(s.num_segments for s in totals.values()) == written.num_segments.sum()
-    assert sum(s.num_pixels for s in totals.values()) == (written.height.astype(int) * written.width).sum()
-    assert sum(s.num_images for s in totals.values()) == len(written.category_ids.values)
+def test_statistics_count_images_segments_and_pixels(dataset):
+    totals = {statistics.category.name: statistics for statistics in dataset.statistics()}
+    assert list(totals) == [category.name for category in dataset.categories.categories]
+    assert sum(s.num_segments for s in totals.values()) == dataset.num_segments.sum()
+    assert sum(s.num_pixels for s in totals.values()) == (dataset.height.astype(int) * dataset.width).sum()
+    assert sum(s.num_images for s in totals.values()) == len(dataset.category_ids.values)
 
 
-def test_a_manifest_can_be_pickled(written):
-    again = pickle.loads(pickle.dumps(written))
-    assert again.read_sample(3, STORAGE).key == written.key[3]
+def test_a_manifest_can_be_pickled(dataset):
+    again = pickle.loads(pickle.dumps(dataset))
+    assert again.read_sample(3, STORAGE).key == dataset.key[3]
 
 
-def test_ragged_rows_give_the_row_of_every_value(written):
-    rows = written.category_ids.rows()
-    assert rows.tolist() == [i for i in range(10) for _ in written.category_ids[i]]
+def test_ragged_rows_give_the_row_of_every_value(dataset):
+    rows = dataset.category_ids.rows()
+    assert rows.tolist() == [i for i in range(10) for _ in dataset.category_ids[i]]
 
 
 def test_ragged_any_finds_rows_with_a_flag():
@@ -111,14 +111,14 @@ def test_list_columns_use_the_narrowest_integer_type():
     assert columns.items("category_ids", columns.bounds("category_ids")).dtype == np.uint8
 
 
-def test_damaged_sample_raises_error_with_its_place(written, copy):
-    path = copy / written.shards[0].name
+def test_damaged_sample_raises_error_with_its_place(dataset, copy):
+    path = copy / dataset.shards[0].name
     data = bytearray(path.read_bytes())
-    data[int(written.offset[1]) + 700] ^= 1
+    data[int(dataset.offset[1]) + 700] ^= 1
     path.write_bytes(data)
     damaged = Manifest.load(str(copy), STORAGE)
     damaged.read_sample(0, STORAGE)
-    with pytest.raises(DataError, match=rf"sample '{written.key[1]}' in .*00000.tar at byte \d+ is damaged"):
+    with pytest.raises(DataError, match=rf"sample '{dataset.key[1]}' in .*00000.tar at byte \d+ is damaged"):
         damaged.read_sample(1, STORAGE)
 
 
@@ -141,9 +141,9 @@ def test_unusable_manifests_are_refused(copy):
         Manifest.load(str(copy), STORAGE)
 
 
-@pytest.mark.parametrize("spoil", [lambda t: t.drop(["category_areas"]), lambda t: t.set_column(0, "key", t["shard"])])
-def test_lazy_columns_are_checked_when_the_manifest_is_opened(copy, spoil):
-    data = manifest_module.write_table(spoil(pq.read_table(copy / "samples.parquet")))
+@pytest.mark.parametrize("damage", [lambda t: t.drop(["category_areas"]), lambda t: t.set_column(0, "key", t["shard"])])
+def test_lazy_columns_are_checked_when_the_manifest_is_opened(copy, damage):
+    data = manifest_module.write_table(damage(pq.read_table(copy / "samples.parquet")))
     (copy / "samples.parquet").write_bytes(data)
     document = json.loads((copy / "dataset.json").read_text())
     document["samples"]["sha256"] = hashlib.sha256(data).hexdigest()

@@ -150,10 +150,10 @@ def test_an_interrupted_run_is_resumed(reader, dataset, tmp_path):
         commit_manifest(plan, complete_parts(plan, STORAGE), STORAGE)
     assert not (tmp_path / "dataset.json").exists()
     counting = _CountingReader(reader, frozenset())
-    heard = []
-    write_dataset(counting, _config(tmp_path), STORAGE, progress=lambda part: heard.append(part.index))
+    written_indices = []
+    write_dataset(counting, _config(tmp_path), STORAGE, progress=lambda part: written_indices.append(part.index))
     assert _CountingReader.reads == len(plan.shard_keys[1]) + len(plan.shard_keys[3])
-    assert heard == [0, 1, 2, 3]
+    assert written_indices == [0, 1, 2, 3]
     assert _digests(tmp_path) == _digests(dataset.url)
 
 

@@ -34,7 +34,7 @@ def uncompressed(value):
     return cv2.imencode(".png", np.full((24, 32), value, np.uint8), [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes()
 
 
-class Maps:
+class LabelMapSet:
     """Nine images with label maps in about four shards."""
 
     def __init__(self, root):
@@ -77,17 +77,17 @@ class Maps:
         size = path.stat().st_size
         path.write_bytes(uncompressed(value))
         assert path.stat().st_size == size
-        later(path)
+        advance_mtime(path)
 
 
 @pytest.fixture
 def maps(tmp_path):
-    return Maps(tmp_path)
+    return LabelMapSet(tmp_path)
 
 
-def later(path, seconds=100):
-    found = os.stat(path)
-    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + seconds * 10**9))
+def advance_mtime(path, seconds=100):
+    status = os.stat(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + seconds * 10**9))
 
 
 def labels_of(manifest, key):
@@ -95,7 +95,7 @@ def labels_of(manifest, key):
     return [s.category_id for s in sample.annotation.segments]
 
 
-def times(folder):
+def shard_mtimes(folder):
     return {path.name: path.stat().st_mtime_ns for path in Path(folder).glob("shards/*.tar")}
 
 
@@ -107,7 +107,7 @@ def test_changed_label_map_rewrites_only_its_shard(maps):
     before = maps.write()
     assert len(before.shards) > 2
     assert labels_of(before, "3") == [1]
-    written = times(maps.config.shards)
+    mtimes_before = shard_mtimes(maps.config.shards)
     maps.relabel("3", 2)
     changes = maps.compare()
     assert changes.changed == (f"{maps.root}/labels/3.png",)
@@ -115,7 +115,9 @@ def test_changed_label_map_rewrites_only_its_shard(maps):
     after = maps.write()
     assert labels_of(after, "3") == [2]
     assert after.fingerprint != before.fingerprint
-    assert {n for n, t in times(maps.config.shards).items() if t != written[n]} == {f"{shard_of(maps, '3'):05d}.tar"}
+    assert {n for n, t in shard_mtimes(maps.config.shards).items() if t != mtimes_before[n]} == {
+        f"{shard_of(maps, '3'):05d}.tar"
+    }
     assert maps.compare().changed == (), "known from now on"
     fresh = write_dataset(maps.reader(), replace(maps.config, shards=f"{maps.root}/fresh"), STORAGE)
     assert fresh.fingerprint == after.fingerprint, "as if it had been written at once"
@@ -147,7 +149,7 @@ def test_changed_images_and_panoptic_maps_are_detected(tmp_path, kind, folder):
     documents = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
     coco.write()
     assert documents == {path: path.read_bytes() for path in tmp_path.glob("*.json")}
-    later(next((tmp_path / folder).iterdir()))
+    advance_mtime(next((tmp_path / folder).iterdir()))
     again = write_dataset(open_reader(source), config, STORAGE)
     is_read = folder == "images" or kind == "panoptic"
     assert (again.fingerprint != first.fingerprint) == is_read
@@ -155,16 +157,16 @@ def test_changed_images_and_panoptic_maps_are_detected(tmp_path, kind, folder):
 
 def test_changed_times_with_the_same_content_rewrite_nothing(maps):
     first = maps.write()
-    written = times(maps.config.shards)
+    mtimes_before = shard_mtimes(maps.config.shards)
     for path in maps.root.rglob("*.png"):
-        later(path)
-    said = []
-    assert maps.compare(on_content=lambda: said.append(1)).changed == ()
-    assert said == [1], "once"
-    assert maps.compare(on_content=lambda: said.append(2)).changed == ()
-    assert said == [1], "the new times are known"
+        advance_mtime(path)
+    calls = []
+    assert maps.compare(on_content=lambda: calls.append(1)).changed == ()
+    assert calls == [1], "once"
+    assert maps.compare(on_content=lambda: calls.append(2)).changed == ()
+    assert calls == [1], "the new times are known"
     assert maps.write().fingerprint == first.fingerprint
-    assert times(maps.config.shards) == written
+    assert shard_mtimes(maps.config.shards) == mtimes_before
 
 
 def test_copied_source_keeps_the_shards(maps):
@@ -174,25 +176,25 @@ def test_copied_source_keeps_the_shards(maps):
         shutil.copytree(maps.root / name, copy / name, copy_function=shutil.copyfile)
     shutil.copyfile(maps.root / "classes.json", copy / "classes.json")
     for path in copy.rglob("*.png"):
-        later(path, -500)
-    written = times(maps.config.shards)
+        advance_mtime(path, -500)
+    mtimes_before = shard_mtimes(maps.config.shards)
     maps.at(copy)
     assert maps.write().fingerprint == first.fingerprint
-    assert times(maps.config.shards) == written
+    assert shard_mtimes(maps.config.shards) == mtimes_before
 
 
 def test_read_only_store_compares_contents_every_time(maps, monkeypatch):
     maps.write()
-    later(maps.root / "labels" / "4.png")
+    advance_mtime(maps.root / "labels" / "4.png")
 
     def refuse(*_, **__):
         raise StorageError("read-only")
 
     monkeypatch.setattr(Storage, "put", refuse)
     for _ in range(2):
-        said = []
-        assert maps.compare(on_content=lambda said=said: said.append(1)).changed == ()
-        assert said == [1]
+        calls = []
+        assert maps.compare(on_content=lambda calls=calls: calls.append(1)).changed == ()
+        assert calls == [1]
 
 
 def test_missing_source_files_do_not_rewrite_their_shards(tmp_path):
@@ -218,9 +220,9 @@ def test_repaired_or_restored_source_files_are_added_to_the_shards(tmp_path):
     assert compare_sources(open_reader(config.source), config.shards, 1, STORAGE).changed == ()
     for name in ("b.jpg", "c.jpg"):
         (tmp_path / "images" / name).write_bytes(good)
-        now = write_dataset(open_reader(config.source), config, STORAGE, skip_bad=True)
-        assert name[0] in now.key.tolist()
-    assert sorted(now.key.tolist()) == ["a", "b", "c"]
+        manifest = write_dataset(open_reader(config.source), config, STORAGE, skip_bad=True)
+        assert name[0] in manifest.key.tolist()
+    assert sorted(manifest.key.tolist()) == ["a", "b", "c"]
 
 
 def test_shards_without_a_source_record_are_kept(maps):
@@ -281,13 +283,13 @@ def test_receipt_older_than_its_shard_is_ignored(maps):
 def test_redo_rewrites_all_shards_and_keeps_other_files(maps):
     first = maps.write()
     target = Path(maps.config.shards)
-    written = times(target)
+    mtimes_before = shard_mtimes(target)
     (target / "notes.txt").write_text("mine")
     (target / "shards" / "00099.tar").write_bytes(b"of a longer plan")
     (target / "shards" / "other.tar").write_bytes(b"mine")
     again = maps.write(redo=True)
     assert again.fingerprint == first.fingerprint
-    assert all(time != written[name] for name, time in times(target).items() if name in written)
+    assert all(time != mtimes_before[name] for name, time in shard_mtimes(target).items() if name in mtimes_before)
     assert not (target / "shards" / "00099.tar").exists()
     assert (target / "notes.txt").exists()
     assert (target / "shards" / "other.tar").exists()
@@ -296,8 +298,8 @@ def test_redo_rewrites_all_shards_and_keeps_other_files(maps):
 def test_changed_annotation_files_are_refused_without_redo(maps):
     maps.write()
     (maps.root / "classes.json").write_text(json.dumps([CLASSES[2], *CLASSES[:2]]))
-    words = r"different: settings or annotation files of the source\); .*`m2f shard --redo`"
-    with pytest.raises(DataError, match=words):
+    message = r"different: settings or annotation files of the source\); .*`m2f shard --redo`"
+    with pytest.raises(DataError, match=message):
         maps.write()
     assert [c.name for c in maps.write(redo=True).categories.categories] == ["tree", "sky", "road"]
     (maps.root / "images" / "10.png").write_bytes((maps.root / "images" / "1.png").read_bytes())

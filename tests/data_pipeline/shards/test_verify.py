@@ -32,15 +32,15 @@ SOURCE = SyntheticSource(num_images=10, seed=4)
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
+def intact(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
     return write_dataset(open_reader(SOURCE), DatasetConfig(shards=str(folder), source=SOURCE, shard_mb=0.1), STORAGE)
 
 
 @pytest.fixture
-def damaged(sound, tmp_path):
+def damaged(intact, tmp_path):
     """A copy to damage."""
-    shutil.copytree(sound.url, tmp_path / "set")
+    shutil.copytree(intact.url, tmp_path / "set")
     return tmp_path / "set"
 
 
@@ -84,7 +84,7 @@ def replace_sample(folder, row, change):
     rewrite(folder, rows, document)
 
 
-def put_member(name, row, new):
+def replace_member(name, row, new):
     """A change for `replace_sample`: other content of a member, of the same length or padded with zeros."""
 
     def change(sample, manifest):
@@ -99,45 +99,47 @@ def put_member(name, row, new):
 
 
 @pytest.mark.parametrize("depth", ["quick", "full"])
-def test_intact_data_set_passes_and_reports_progress(sound, depth):
+def test_intact_data_set_passes_and_reports_progress(intact, depth):
     progress = []
     started = []
-    found = verify(sound.url, STORAGE, depth, 2, started.append, lambda n, size: progress.append((n, size)))
-    assert found.passed
-    assert (found.num_samples, found.num_shards) == (10, len(sound.shards))
+    result = verify(intact.url, STORAGE, depth, 2, started.append, lambda n, size: progress.append((n, size)))
+    assert result.passed
+    assert (result.num_samples, result.num_shards) == (10, len(intact.shards))
     assert sum(n for n, _ in progress) == 10
-    assert sum(size for _, size in progress) == (sound.length.sum() if depth == "full" else 0)
+    assert sum(size for _, size in progress) == (intact.length.sum() if depth == "full" else 0)
     assert [manifest.num_samples for manifest in started] == [10]
 
 
-def test_quick_check_finds_missing_and_truncated_shards(damaged, sound):
-    (damaged / sound.shards[0].name).unlink()
-    cut = damaged / sound.shards[1].name
-    cut.write_bytes(cut.read_bytes()[:-512])
-    missing, short = faults(damaged, "quick")
+def test_quick_check_finds_missing_and_truncated_shards(damaged, intact):
+    (damaged / intact.shards[0].name).unlink()
+    path = damaged / intact.shards[1].name
+    path.write_bytes(path.read_bytes()[:-512])
+    missing, truncated = faults(damaged, "quick")
     assert missing.object.endswith("00000.tar")
     assert "does not exist" in missing.problem
-    assert short.object == str(cut)
-    assert f"has {sound.shards[1].size - 512} bytes, but its manifest says {sound.shards[1].size}:" in short.problem
-    assert "write the data set again" in short.remedy
+    assert truncated.object == str(path)
+    assert (
+        f"has {intact.shards[1].size - 512} bytes, but its manifest says {intact.shards[1].size}:" in truncated.problem
+    )
+    assert "write the data set again" in truncated.remedy
     assert len(faults(damaged)) == 2
 
 
-def test_flipped_bits_are_faults_of_their_samples(damaged, sound):
+def test_flipped_bits_are_faults_of_their_samples(damaged, intact):
     for row in (1, 8):
-        path = damaged / sound.shards[sound.shard[row]].name
+        path = damaged / intact.shards[intact.shard[row]].name
         data = bytearray(path.read_bytes())
-        data[int(sound.offset[row]) + 900] ^= 4
+        data[int(intact.offset[row]) + 900] ^= 4
         path.write_bytes(data)
     assert not faults(damaged, "quick")
     found = faults(damaged)
-    assert [(f.key, f.offset) for f in found] == [(sound.key[row], sound.offset[row]) for row in (1, 8)]
+    assert [(f.key, f.offset) for f in found] == [(intact.key[row], intact.offset[row]) for row in (1, 8)]
     assert all("checksum" in f.problem for f in found)
-    assert f"at byte {sound.offset[1]} (sample '{sound.key[1]}'): its checksum differs" in str(found[0])
+    assert f"at byte {intact.offset[1]} (sample '{intact.key[1]}'): its checksum differs" in str(found[0])
 
 
-def test_damage_outside_samples_is_a_fault(damaged, sound):
-    path = damaged / sound.shards[0].name
+def test_damage_outside_samples_is_a_fault(damaged, intact):
+    path = damaged / intact.shards[0].name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     (fault,) = faults(damaged)
     assert (fault.object, fault.key) == (str(path), None)
@@ -166,7 +168,7 @@ def test_parquet_file_with_other_columns_is_a_fault(damaged):
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "words"),
+    ("column", "value", "message"),
     [
         ("key", "synthetic-4-000003", "appears more than once"),
         ("shard", 77, "is in shard 77, but there are"),
@@ -176,8 +178,8 @@ def test_parquet_file_with_other_columns_is_a_fault(damaged):
         ("category_ids", [991], "category ids [991] are not in dataset.json"),
     ],
 )
-def test_inconsistent_manifests_are_faults(damaged, sound, column, value, words):
-    row = next(i for i, key in enumerate(sound.key) if key != "synthetic-4-000003" and i)
+def test_inconsistent_manifests_are_faults(damaged, intact, column, value, message):
+    row = next(i for i, key in enumerate(intact.key) if key != "synthetic-4-000003" and i)
 
     def change(rows):
         rows[row][column] = value
@@ -185,11 +187,11 @@ def test_inconsistent_manifests_are_faults(damaged, sound, column, value, words)
             rows[row] |= {"category_counts": [1], "category_areas": [1]}
 
     rewrite(damaged, change)
-    assert any(words in fault.problem for fault in faults(damaged, "quick"))
+    assert any(message in fault.problem for fault in faults(damaged, "quick"))
 
 
-def test_overlapping_samples_are_faults(damaged, sound):
-    row = next(i for i in range(1, 10) if sound.shard[i] == sound.shard[i - 1])
+def test_overlapping_samples_are_faults(damaged, intact):
+    row = next(i for i in range(1, 10) if intact.shard[i] == intact.shard[i - 1])
 
     def change(rows):
         rows[row]["offset"] = rows[row - 1]["offset"] + 512
@@ -198,7 +200,7 @@ def test_overlapping_samples_are_faults(damaged, sound):
     assert any("overlap" in fault.problem for fault in faults(damaged, "quick"))
 
 
-def test_labels_that_differ_from_the_statistics_are_faults(damaged, sound):
+def test_labels_that_differ_from_the_statistics_are_faults(damaged, intact):
     def change(rows):
         rows[2]["category_areas"] = [area + 1 for area in rows[2]["category_areas"]]
         rows[5]["height"] += 1
@@ -206,9 +208,9 @@ def test_labels_that_differ_from_the_statistics_are_faults(damaged, sound):
     rewrite(damaged, change)
     assert not faults(damaged, "quick")
     found = {fault.key: fault.problem for fault in faults(damaged)}
-    assert found.keys() == {sound.key[2], sound.key[5]}
-    assert "its category_areas is" in found[sound.key[2]]
-    assert "its size is" in found[sound.key[5]]
+    assert found.keys() == {intact.key[2], intact.key[5]}
+    assert "its category_areas is" in found[intact.key[2]]
+    assert "its size is" in found[intact.key[5]]
 
 
 def bomb(width, height):
@@ -222,7 +224,7 @@ def bomb(width, height):
 
 
 @pytest.mark.parametrize(
-    ("member", "new", "words"),
+    ("member", "new", "message"),
     [
         ("seg.png", lambda old: bomb(60_000, 60_000), "seg.png is (60000, 60000), not"),
         ("seg.png", lambda old: encode_png(np.full((2, 2), 9, np.uint8)), "seg.png is (2, 2), not"),
@@ -233,22 +235,22 @@ def bomb(width, height):
         ("json", lambda old: old.replace(b'"id":1,', b'"id":9,', 1), "segment ids of `seg` are not unique"),
     ],
 )
-def test_hostile_members_with_correct_checksums_are_faults(damaged, sound, member, new, words):
-    replace_sample(damaged, 3, put_member(member, 3, new))
+def test_hostile_members_with_correct_checksums_are_faults(damaged, intact, member, new, message):
+    replace_sample(damaged, 3, replace_member(member, 3, new))
     (fault,) = faults(damaged)
-    assert fault.key == sound.key[3]
-    assert words in fault.problem
+    assert fault.key == intact.key[3]
+    assert message in fault.problem
 
 
-def test_areas_that_are_not_numbers_are_faults(damaged, sound):
+def test_areas_that_are_not_numbers_are_faults(damaged, intact):
     replace_sample(
-        damaged, 3, put_member("json", 3, lambda old: re.sub(rb'"area":[0-9.]+', b'"area":NaN', old, count=1))
+        damaged, 3, replace_member("json", 3, lambda old: re.sub(rb'"area":[0-9.]+', b'"area":NaN', old, count=1))
     )
     (fault,) = faults(damaged)
     assert "area nan or box" in fault.problem
 
 
-def test_tar_headers_that_other_tools_read_differently_are_faults(damaged, sound):
+def test_tar_headers_that_other_tools_read_differently_are_faults(damaged, intact):
     def change(sample, manifest):
         other = bytearray(sample[:512])
         other[0:4] = b"/etc"
@@ -272,14 +274,14 @@ def test_objects_larger_than_a_block_are_streamed(tmp_path, monkeypatch):
     assert stream.finish() == hashlib.sha256(data).hexdigest()
 
 
-def test_verify_command_prints_a_report_and_sets_its_exit_status(capsys, damaged, sound, tmp_path):
+def test_verify_command_prints_a_report_and_sets_its_exit_status(capsys, damaged, intact, tmp_path):
     report = tmp_path / "report.json"
-    assert main(["verify", sound.url, "--full"]) == 0
+    assert main(["verify", intact.url, "--full"]) == 0
     out, err = capsys.readouterr()
     assert "all bytes and samples are valid" in out
     assert "10/10 samples" in err
-    (damaged / sound.shards[0].name).unlink()
-    assert main(["verify", sound.url, str(damaged), "--quick", "--report", str(report)]) == 1
+    (damaged / intact.shards[0].name).unlink()
+    assert main(["verify", intact.url, str(damaged), "--quick", "--report", str(report)]) == 1
     out = capsys.readouterr().out
     assert "all shards exist and have the right size" in out
     assert "1 fault\n" in out
@@ -292,15 +294,15 @@ def test_verify_command_prints_a_report_and_sets_its_exit_status(capsys, damaged
     assert "m2f shard" in capsys.readouterr().out
 
 
-def test_data_set_in_s3_is_verified(sound, bucket, capsys):
+def test_data_set_in_s3_is_verified(intact, bucket, capsys):
     url = f"{bucket}/a"
     storage = Storage()
-    for path in Path(sound.url).rglob("*"):
+    for path in Path(intact.url).rglob("*"):
         if path.is_file():
-            storage.put_file(f"{url}/{path.relative_to(sound.url)}", path)
+            storage.put_file(f"{url}/{path.relative_to(intact.url)}", path)
     assert main(["verify", url, "--full"]) == 0
-    data = bytearray(Path(sound.shard_url(0)).read_bytes())
-    data[int(sound.offset[0]) + 700] ^= 1
-    storage.put(f"{url}/{sound.shards[0].name}", bytes(data))
+    data = bytearray(Path(intact.shard_url(0)).read_bytes())
+    data[int(intact.offset[0]) + 700] ^= 1
+    storage.put(f"{url}/{intact.shards[0].name}", bytes(data))
     assert main(["verify", url, "--full"]) == 1
-    assert f"{url}/{sound.shards[0].name} at byte 0 (sample" in capsys.readouterr().out
+    assert f"{url}/{intact.shards[0].name} at byte 0 (sample" in capsys.readouterr().out

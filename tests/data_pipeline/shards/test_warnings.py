@@ -33,10 +33,10 @@ def test_objects_beyond_the_queries_are_counted(make_manifest, task):
     expected = np.array([sum(int(i) in things for i in manifest.category_ids[row]) for row in range(200)])
     assert objects_per_image(manifest, task).tolist() == expected.tolist()
     assert query_warning("train", manifest, task, int(expected.max())) is None
-    over = expected[expected > 1]
+    excess = expected[expected > 1]
     text = query_warning("train", manifest, task, 1)
-    assert text.startswith(f"train: {len(over)} of 200 images have more objects than the model has queries (1)")
-    assert f"at least {(over - 1).sum()} of {expected.sum()} objects" in text
+    assert text.startswith(f"train: {len(excess)} of 200 images have more objects than the model has queries (1)")
+    assert f"at least {(excess - 1).sum()} of {expected.sum()} objects" in text
 
 
 @pytest.mark.parametrize("void", [(255,), (0, 255)])

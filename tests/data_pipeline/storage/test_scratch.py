@@ -11,7 +11,7 @@ from m2f.data_pipeline.storage import scratch
 from m2f.data_pipeline.storage.scratch import ScratchFolder, report_full_disk, require_free_space, sweep
 from tests.mounts import fill, read_only, small_disk
 
-KILLED = Path(__file__).with_name("killed_with_scratch.py")
+SCRIPT = Path(__file__).with_name("killed_with_scratch.py")
 
 
 @pytest.fixture
@@ -21,21 +21,21 @@ def temporary(tmp_path, monkeypatch):
     return tmp_path
 
 
-def be_killed(temporary):
-    assert subprocess.run([sys.executable, KILLED, temporary], check=False).returncode == -signal.SIGKILL
+def run_killed_process(temporary):
+    assert subprocess.run([sys.executable, SCRIPT, temporary], check=False).returncode == -signal.SIGKILL
     return temporary.glob("m2f-test-*/files/big.bin")
 
 
 def test_only_folders_of_killed_processes_are_swept(temporary):
-    (left,) = be_killed(temporary)
+    (leftover,) = run_killed_process(temporary)
     (temporary / "m2f-test-of-a-person").mkdir()
-    with ScratchFolder("other") as used:  # the first one of a process sweeps
-        assert not left.exists()
-        (used / "file").write_text("kept")
-        assert len(list(be_killed(temporary))) == 1
+    with ScratchFolder("other") as folder:  # the first one of a process sweeps
+        assert not leftover.exists()
+        (folder / "file").write_text("kept")
+        assert len(list(run_killed_process(temporary))) == 1
         assert sweep(str(temporary)) == 1
         assert sweep(str(temporary)) == 0
-        assert (used / "file").read_text() == "kept"
+        assert (folder / "file").read_text() == "kept"
     assert [path.name for path in temporary.iterdir()] == ["m2f-test-of-a-person"]
 
 

@@ -28,7 +28,7 @@ BODY = bytes(range(256)) * 4
 
 
 @pytest.fixture(autouse=True)
-def no_store_has_answered(monkeypatch):
+def _no_reached_endpoints(monkeypatch):
     """A process remembers the stores that have answered, and tests share addresses."""
     monkeypatch.setattr(s3_store, "_REACHED_ENDPOINTS", set())
 
@@ -41,7 +41,7 @@ def _quick_backoff(monkeypatch):
 
 
 @pytest.fixture(params=["local", "s3"])
-def place(request, tmp_path):
+def storage_and_root(request, tmp_path):
     """A storage and an empty folder in it."""
     if request.param == "local":
         return Storage(), str(tmp_path / "root")
@@ -49,8 +49,8 @@ def place(request, tmp_path):
     return Storage(StorageConfig(endpoint_url=endpoint)), f"s3://box/{tmp_path.name}"
 
 
-def test_written_bytes_are_read_back(place, tmp_path):
-    storage, root = place
+def test_written_bytes_are_read_back(storage_and_root, tmp_path):
+    storage, root = storage_and_root
     url = join(root, "a", "b.bin")
     assert not storage.exists(url)
     storage.put(url, BODY)
@@ -65,9 +65,9 @@ def test_written_bytes_are_read_back(place, tmp_path):
     assert storage.counters.retries == 0
 
 
-def test_written_files_are_read_back(place, tmp_path, monkeypatch):
+def test_written_files_are_read_back(storage_and_root, tmp_path, monkeypatch):
     monkeypatch.setattr(s3_store, "_FILE_PART_BYTES", 300)
-    storage, root = place
+    storage, root = storage_and_root
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(BODY)
     storage.put_file(join(root, "file"), source)
@@ -78,8 +78,8 @@ def test_written_files_are_read_back(place, tmp_path, monkeypatch):
     assert not (tmp_path / "never").exists()
 
 
-def test_if_absent_never_overwrites(place):
-    storage, root = place
+def test_if_absent_never_overwrites(storage_and_root):
+    storage, root = storage_and_root
     url = join(root, "once")
     storage.put(url, b"first", if_absent=True)
     with pytest.raises(ObjectExistsError, match="once already exists"):
@@ -87,8 +87,8 @@ def test_if_absent_never_overwrites(place):
     assert storage.get(url) == b"first"
 
 
-def test_only_one_of_many_conditional_writers_wins(place):
-    storage, root = place
+def test_only_one_of_many_conditional_writers_wins(storage_and_root):
+    storage, root = storage_and_root
 
     def write(i):
         try:
@@ -103,8 +103,8 @@ def test_only_one_of_many_conditional_writers_wins(place):
     assert storage.get(join(root, "race")) == b"%d" % winners[0]
 
 
-def test_list_and_delete(place):
-    storage, root = place
+def test_list_and_delete(storage_and_root):
+    storage, root = storage_and_root
     urls = [join(root, name) for name in ("x/1", "x/2", "x/y/3", "xx/4")]
     assert storage.list(root) == ()
     for url in urls:
@@ -119,8 +119,8 @@ def test_list_and_delete(place):
     assert storage.list(root) == (urls[3],)
 
 
-def test_missing_and_short_objects_raise_errors_with_their_url(place):
-    storage, root = place
+def test_missing_and_short_objects_raise_errors_with_their_url(storage_and_root):
+    storage, root = storage_and_root
     url = join(root, "short")
     for call in (storage.get, storage.size, lambda u: storage.get_range(u, 0, 1)):
         with pytest.raises(MissingObjectError, match="short"):
@@ -132,8 +132,8 @@ def test_missing_and_short_objects_raise_errors_with_their_url(place):
     assert storage.counters.retries == 0
 
 
-def test_a_replaced_object_is_not_mixed_with_the_old_one(place):
-    storage, root = place
+def test_a_replaced_object_is_not_mixed_with_the_old_one(storage_and_root):
+    storage, root = storage_and_root
     url = join(root, "shard")
     storage.put(url, BODY)
     info = storage.stat(url)
@@ -147,8 +147,8 @@ def test_a_replaced_object_is_not_mixed_with_the_old_one(place):
     assert storage.counters.retries == 0
 
 
-def test_pickled_storage_works_without_its_client(place):
-    storage, root = place
+def test_pickled_storage_works_without_its_client(storage_and_root):
+    storage, root = storage_and_root
     storage.put(join(root, "k"), b"v")
     copy = pickle.loads(pickle.dumps(storage))
     assert copy.get(join(root, "k")) == b"v"
@@ -157,12 +157,12 @@ def test_pickled_storage_works_without_its_client(place):
 
 def test_invalid_urls_are_refused(tmp_path):
     storage = Storage()
-    for url, words in (
+    for url, message in (
         ("gs://bucket/key", "scheme 'gs' is not supported"),
         ("s3://bucket", "the object key is missing"),
         ("s3:///key", "the bucket is missing"),
     ):
-        with pytest.raises(StorageError, match=words):
+        with pytest.raises(StorageError, match=message):
             storage.get(url)
     with pytest.raises(StorageError, match="whole bucket"):
         storage.delete_prefix("s3://bucket/")
@@ -226,12 +226,12 @@ class _FaultyHandler(BaseHTTPRequestHandler):
         fault = self._fault()
         self._refuse(fault if fault.isdigit() else "204")
 
-    def _fault(self):
+    def _next_fault(self):
         self.server.requests += 1
         fault = self.server.faults.pop(0) if self.server.faults else "none"
         return fault if f"Credential={self.server.access_key}/" in self.headers["Authorization"] else "403"
 
-    def _refuse(self, status):
+    def _send_status(self, status):
         self.send_response(int(status))
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -261,7 +261,7 @@ class _FaultyHandler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def faulty():
+def faulty_server():
     with _FaultyServer(("127.0.0.1", 0), _FaultyHandler) as server:
         server.faults, server.requests = [], 0
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -277,56 +277,56 @@ def _storage_at(server, **settings):
     return Storage(_config_of(server, **settings))
 
 
-def test_transient_faults_are_retried(faulty):
-    faulty.faults = ["503", "500", "cut", "429", "stall", "cut"]
-    storage = _storage_at(faulty, read_timeout_s=3.0)
+def test_transient_faults_are_retried(faulty_server):
+    faulty_server.faults = ["503", "500", "cut", "429", "stall", "cut"]
+    storage = _storage_at(faulty_server, read_timeout_s=3.0)
     assert storage.get_range("s3://bucket/key", 100, 700) == BODY[100:800]
     assert storage.counters.retries == 6
     assert storage.counters.requests == 7
 
 
-def test_bytes_with_a_wrong_checksum_are_read_again(faulty):
-    faulty.faults = ["flipped", "flipped"]
-    storage = _storage_at(faulty)
+def test_bytes_with_a_wrong_checksum_are_read_again(faulty_server):
+    faulty_server.faults = ["flipped", "flipped"]
+    storage = _storage_at(faulty_server)
     assert storage.get_range("s3://bucket/key", 100, 700) == BODY[100:800]
     assert storage.counters.retries == 2
 
 
-def test_permanent_faults_are_not_retried(faulty):
-    for status, words in (("404", "does not exist"), ("400", "400")):
-        faulty.faults, faulty.requests = [status], 0
-        with pytest.raises(StorageError, match=f"s3://bucket/key.*{words}"):
-            _storage_at(faulty).get_range("s3://bucket/key", 0, 10)
-        assert faulty.requests == 1
+def test_permanent_faults_are_not_retried(faulty_server):
+    for status, message in (("404", "does not exist"), ("400", "400")):
+        faulty_server.faults, faulty_server.requests = [status], 0
+        with pytest.raises(StorageError, match=f"s3://bucket/key.*{message}"):
+            _storage_at(faulty_server).get_range("s3://bucket/key", 0, 10)
+        assert faulty_server.requests == 1
 
 
-def test_expired_credentials_are_looked_up_again_once(faulty, monkeypatch):
-    storage = _storage_at(faulty, patience_s=0.5)
+def test_expired_credentials_are_looked_up_again_once(faulty_server, monkeypatch):
+    storage = _storage_at(faulty_server, patience_s=0.5)
     for _ in range(2):  # after its first answer the store has another client
         assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
-    faulty.access_key = "newer"
+    faulty_server.access_key = "newer"
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "newer")
     assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
-    assert (storage.counters.retries, faulty.requests) == (1, 4)
-    faulty.access_key = "newest"
+    assert (storage.counters.retries, faulty_server.requests) == (1, 4)
+    faulty_server.access_key = "newest"
     with pytest.raises(AccessDeniedError, match=r"s3://bucket/key.*access is denied \(403.*credentials"):
         storage.get_range("s3://bucket/key", 0, 10)
-    assert faulty.requests == 6
+    assert faulty_server.requests == 6
 
 
-def test_head_status_400_looks_up_credentials_again(faulty):
-    storage = _storage_at(faulty, patience_s=0.5)
+def test_head_status_400_looks_up_credentials_again(faulty_server):
+    storage = _storage_at(faulty_server, patience_s=0.5)
     storage.get_range("s3://bucket/key", 0, 10)
-    faulty.faults = ["400"]
+    faulty_server.faults = ["400"]
     assert storage.stat("s3://bucket/key").size == len(BODY)
     assert storage.counters.retries == 1
 
 
-def test_outage_is_retried_and_reported_once_a_minute(faulty, monkeypatch):
+def test_outage_is_retried_and_reported_once_a_minute(faulty_server, monkeypatch):
     lines, now = [], itertools.count(step=10)
-    storage = Storage(_config_of(faulty), answered=True, on_wait=lines.append)
+    storage = Storage(_config_of(faulty_server), answered=True, on_wait=lines.append)
     monkeypatch.setattr("m2f.data_pipeline.storage.s3.time", SimpleNamespace(monotonic=now.__next__, sleep=id))
-    faulty.faults = ["503"] * 10
+    faulty_server.faults = ["503"] * 10
     assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
     assert storage.counters.retries == 10
     assert 2 <= len(lines) <= 5
@@ -334,11 +334,11 @@ def test_outage_is_retried_and_reported_once_a_minute(faulty, monkeypatch):
     assert "(503 503); storage.patience_s is 600 s" in lines[0]
 
 
-def test_outage_longer_than_patience_raises_error(faulty):
-    faulty.faults = ["503"] * 1000
+def test_outage_longer_than_patience_raises_error(faulty_server):
+    faulty_server.faults = ["503"] * 1000
     with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(0\.5 s; \d+ attempts .*503"):
-        Storage(_config_of(faulty, patience_s=0.5), answered=True).get_range("s3://bucket/key", 0, 10)
-    assert faulty.requests >= 2
+        Storage(_config_of(faulty_server, patience_s=0.5), answered=True).get_range("s3://bucket/key", 0, 10)
+    assert faulty_server.requests >= 2
 
 
 def test_requests_wait_until_a_stopped_server_returns():
@@ -346,8 +346,8 @@ def test_requests_wait_until_a_stopped_server_returns():
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         address = reserved.getsockname()
     storage = Storage(StorageConfig(endpoint_url=f"http://127.0.0.1:{address[1]}"), answered=True)
-    found: list[bytes] = []
-    reader = threading.Thread(target=lambda: found.append(storage.get_range("s3://bucket/key", 100, 700)))
+    results: list[bytes] = []
+    reader = threading.Thread(target=lambda: results.append(storage.get_range("s3://bucket/key", 100, 700)))
     reader.start()
     wait_until(lambda: storage.counters.retries >= 2)
     with _FaultyServer(address, _FaultyHandler) as server:
@@ -355,39 +355,39 @@ def test_requests_wait_until_a_stopped_server_returns():
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         reader.join(PATIENCE_S)
         server.shutdown()
-    assert found == [BODY[100:800]]
+    assert results == [BODY[100:800]]
 
 
-@pytest.mark.parametrize("place", ["http://127.0.0.1:9", "http://nobody.invalid"])
-def test_unreachable_store_that_answered_before_is_an_outage(place):
+@pytest.mark.parametrize("endpoint_url", ["http://127.0.0.1:9", "http://nobody.invalid"])
+def test_unreachable_store_that_answered_before_is_an_outage(endpoint_url):
     with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(0\.5 s; \d+ attempts"):
-        Storage(StorageConfig(endpoint_url=place, patience_s=0.5), answered=True).get("s3://bucket/key")
+        Storage(StorageConfig(endpoint_url=endpoint_url, patience_s=0.5), answered=True).get("s3://bucket/key")
 
 
-def test_store_that_never_answered_raises_storage_error_and_no_outage(faulty, monkeypatch):
+def test_store_that_never_answered_raises_storage_error_and_no_outage(faulty_server, monkeypatch):
     monkeypatch.setattr("m2f.data_pipeline.storage.s3.FIRST_CONTACT_S", 3.0)
-    faulty.faults = ["503"] * 1000
+    faulty_server.faults = ["503"] * 1000
     with pytest.raises(StorageError, match=r"the store does not answer .*503.*check storage\.endpoint_url") as caught:
-        _storage_at(faulty, read_timeout_s=2.5).get_range("s3://bucket/key", 0, 10)
+        _storage_at(faulty_server, read_timeout_s=2.5).get_range("s3://bucket/key", 0, 10)
     assert not isinstance(caught.value, OutageError)
 
 
 @pytest.mark.parametrize("fault", ["404", "none"])
-def test_patience_applies_after_any_answer_of_the_store(faulty, fault):
-    faulty.faults = [fault]
+def test_patience_applies_after_any_answer_of_the_store(faulty_server, fault):
+    faulty_server.faults = [fault]
     with suppress(StorageError):
-        _storage_at(faulty).get_range("s3://bucket/key", 0, 10)
-    faulty.faults = ["503"] * 1000
+        _storage_at(faulty_server).get_range("s3://bucket/key", 0, 10)
+    faulty_server.faults = ["503"] * 1000
     with pytest.raises(OutageError):
-        _storage_at(faulty, patience_s=0.2).get_range("s3://bucket/other", 0, 10)
+        _storage_at(faulty_server, patience_s=0.2).get_range("s3://bucket/other", 0, 10)
 
 
-def test_pickled_storage_keeps_that_the_store_has_answered(faulty, monkeypatch):
-    storage = _storage_at(faulty, patience_s=0.2)
+def test_pickled_storage_keeps_that_the_store_has_answered(faulty_server, monkeypatch):
+    storage = _storage_at(faulty_server, patience_s=0.2)
     storage.get_range("s3://bucket/key", 0, 10)
     data = pickle.dumps(storage)
     monkeypatch.setattr("m2f.data_pipeline.storage.s3._REACHED_ENDPOINTS", set())  # as in the other process
-    faulty.faults = ["503"] * 1000
+    faulty_server.faults = ["503"] * 1000
     with pytest.raises(OutageError):
         pickle.loads(data).get_range("s3://bucket/key", 0, 10)
 
@@ -399,13 +399,13 @@ def test_unreachable_endpoint_raises_error_with_its_address(monkeypatch):
         storage.get("s3://bucket/key")
 
 
-def test_denied_deletion_keeps_the_object_with_a_warning(faulty, caplog):
-    faulty.faults = ["403", "403"]
-    _storage_at(faulty).delete("s3://bucket/key")
+def test_denied_deletion_keeps_the_object_with_a_warning(faulty_server, caplog):
+    faulty_server.faults = ["403", "403"]
+    _storage_at(faulty_server).delete("s3://bucket/key")
     assert "not deleted: s3://bucket/key: access is denied (403" in caplog.text
 
 
-class _LosesFirstAnswer:
+class _LosesFirstResponse:
     """A client whose first put succeeds in the store but never hears so."""
 
     def __init__(self, client):
@@ -425,7 +425,7 @@ def test_a_repeated_conditional_write_recognises_its_own_bytes(s3_endpoint, tmp_
     storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
     url = f"s3://box/{tmp_path.name}/lost-answer"
     storage.exists(url)  # after its first answer the store has another client
-    storage._s3._client = _LosesFirstAnswer(storage._s3._get_client())
+    storage._s3._client = _LosesFirstResponse(storage._s3._get_client())
     storage.put(url, b"same", if_absent=True)
     assert storage.counters.retries == 1
     with pytest.raises(ObjectExistsError):

@@ -34,7 +34,7 @@ def blocks(height, width):
     return (1 + (y // 8) * 7 % 5 + 6 * ((x // 8) % 6)).astype(np.uint8)[None]
 
 
-def official_way(image, ids, params):
+def augment_officially(image, ids, params):
     """Flip, resize everything with Pillow, crop, pad."""
     (height, width), (y, x), (rows, columns) = params.scaled, params.offset, params.canvas
     pixels, labels = image, ids[0]
@@ -44,15 +44,15 @@ def official_way(image, ids, params):
     labels = Image.fromarray(np.ascontiguousarray(labels)).resize((width, height), Image.Resampling.NEAREST)
     crop = np.asarray(pixels)[y : y + rows, x : x + columns]
     crop_labels = np.asarray(labels)[y : y + rows, x : x + columns]
-    missing = (0, rows - crop.shape[0]), (0, columns - crop.shape[1])
-    return np.pad(crop, (*missing, (0, 0)), constant_values=128), np.pad(crop_labels, missing, constant_values=IGNORE)
+    padding = (0, rows - crop.shape[0]), (0, columns - crop.shape[1])
+    return np.pad(crop, (*padding, (0, 0)), constant_values=128), np.pad(crop_labels, padding, constant_values=IGNORE)
 
 
-def whole_then_crop(image, ids, params):
+def resize_then_crop(image, ids, params):
     """The obvious way: resize everything, crop, flip, pad; the official code flips first."""
     height, width = params.scaled
     if params.shrink == "bilinear":
-        return official_way(image, ids, params)
+        return augment_officially(image, ids, params)
     area = height < image.shape[0] and width < image.shape[1]
     resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
     rows = ((np.arange(height) + 0.5) * image.shape[0] / height).astype(int)
@@ -125,7 +125,7 @@ def test_bilinear_shrinking_equals_a_resize_before_the_crop(size, flip, scale, c
     config = LargeScaleJitter(size=64, shrink="bilinear")
     params = large_scale_jitter(size, config, flip=flip, scale=scale, crop_position=crop_position)
     result = augment(image, ids, params, IGNORE)
-    expected, labels = official_way(image, ids, params)
+    expected, labels = augment_officially(image, ids, params)
     np.testing.assert_array_equal(result.image, expected)
     np.testing.assert_array_equal(result.id_maps[0], labels)
 
@@ -146,7 +146,7 @@ def test_cropping_before_resizing_moves_content_by_less_than_a_pixel(size, posit
     )
     params = draw_params(sample_rng(1, position, Stream.AUGMENT), size, config)
     result = augment(image, ids, params, IGNORE)
-    _, labels = whole_then_crop(image, ids, params)
+    _, labels = resize_then_crop(image, ids, params)
     assert result.image.shape == (*params.canvas, 3)
     # Every label is found in the reference within one pixel; of the border's neighbours some are outside the crop.
     around = np.pad(labels, 1, mode="edge")
@@ -165,7 +165,7 @@ def test_augmentation_without_a_crop_equals_a_plain_resize(shrink, scaled):
     image, ids = smooth_image(48, 64), blocks(48, 64)
     params = AugmentParams(scaled=scaled, offset=(0, 0), canvas=(128, 128), flip=True, shrink=shrink)
     result = augment(image, ids, params, IGNORE)
-    expected, labels = whole_then_crop(image, ids, params)
+    expected, labels = resize_then_crop(image, ids, params)
     np.testing.assert_array_equal(result.image, expected)
     np.testing.assert_array_equal(result.id_maps[0], labels)
 
@@ -178,10 +178,10 @@ def test_image_and_ids_stay_aligned_when_cropped():
     for position in range(40):
         params = draw_params(sample_rng(3, position, Stream.AUGMENT), (70, 90), config)
         result = augment(image, ids, params, IGNORE)
-        shown = result.image[..., 0] == result.id_maps[0] * 5
+        matches = result.image[..., 0] == result.id_maps[0] * 5
         flat = cv2.erode(result.image[..., 0], np.ones((5, 5))) == cv2.dilate(result.image[..., 0], np.ones((5, 5)))
         h, w = result.size
-        assert shown[:h, :w][flat[:h, :w]].all()
+        assert matches[:h, :w][flat[:h, :w]].all()
 
 
 def test_draws_depend_only_on_seed_and_position():
@@ -230,10 +230,10 @@ def test_scale_jitter_crops_half_of_the_images():
     shares = np.array([p.canvas[0] / p.scaled[0] for p in parts])
     assert 384 / 600 - 0.01 < shares.min() < 384 / 600 + 0.03
     assert shares.max() <= 1
-    places = np.array([p.offset[1] / (p.scaled[1] - p.canvas[1]) for p in parts if p.scaled[1] - p.canvas[1] > 99])
-    assert 0.45 < places.mean() < 0.55
-    assert places.min() < 0.02
-    assert places.max() > 0.98
+    positions = np.array([p.offset[1] / (p.scaled[1] - p.canvas[1]) for p in parts if p.scaled[1] - p.canvas[1] > 99])
+    assert 0.45 < positions.mean() < 0.55
+    assert positions.min() < 0.02
+    assert positions.max() > 0.98
 
 
 def test_crop_before_resizing_equals_the_enlarged_crop():
@@ -242,7 +242,7 @@ def test_crop_before_resizing_equals_the_enlarged_crop():
     for position in range(20):
         params = draw_params(sample_rng(2, position, Stream.AUGMENT), (48, 64), config)
         result = augment(image, ids, dataclasses.replace(params, shrink="bilinear"), IGNORE)
-        expected, labels = whole_then_crop(image, ids, dataclasses.replace(params, shrink="bilinear"))
+        expected, labels = resize_then_crop(image, ids, dataclasses.replace(params, shrink="bilinear"))
         np.testing.assert_array_equal(result.image, expected)
         np.testing.assert_array_equal(result.id_maps[0], labels)
         assert result.size == params.canvas

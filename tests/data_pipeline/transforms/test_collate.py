@@ -64,7 +64,7 @@ def panoptic():
     return sample_of(seg, segments=segments)
 
 
-def painted(targets, shape):
+def paint_labels(targets, shape):
     """Class of every pixel that a target covers; -1 background, -2 ignored."""
     out = np.full(shape, -1)
     for layer in targets.id_maps:
@@ -78,19 +78,19 @@ def test_panoptic_has_one_target_per_segment_and_ignores_crowd_and_void(panoptic
     targets = image_targets(panoptic, "panoptic", TABLE.labels("panoptic"))
     assert targets.labels.tolist() == [0, 1, 1, 2]
     assert targets.id_maps.dtype == np.uint8
-    assert painted(targets, (16, 24)) == [-2, 0, 1, 1, -2, 2]
+    assert paint_labels(targets, (16, 24)) == [-2, 0, 1, 1, -2, 2]
 
 
 def test_semantic_has_one_target_per_class(panoptic):
     targets = image_targets(panoptic, "semantic", TABLE.labels("semantic"))
     assert targets.labels.tolist() == [0, 1, 2]
-    assert painted(targets, (16, 24)) == [-2, 0, 1, 1, 1, 2]
+    assert paint_labels(targets, (16, 24)) == [-2, 0, 1, 1, 1, 2]
 
 
 def test_instance_targets_are_the_things_of_a_panoptic_map(panoptic):
     targets = image_targets(panoptic, "instance", TABLE.labels("instance"))
     assert targets.labels.tolist() == [0, 0]
-    assert painted(targets, (16, 24)) == [-1, -1, 0, 0, -2, -1]
+    assert paint_labels(targets, (16, 24)) == [-1, -1, 0, 0, -2, -1]
 
 
 def test_instance_layers_keep_overlaps_and_ignore_crowds_in_all_layers():
@@ -138,10 +138,10 @@ def test_missing_map_and_unknown_category_are_refused(panoptic):
 def test_targets_without_pixels_are_dropped_and_counted(panoptic):
     targets = image_targets(panoptic, "panoptic", TABLE.labels("panoptic"))
     targets.id_maps[targets.id_maps == 2] = 0
-    left, dropped = drop_empty_targets(targets, (16, 24))
+    remaining, dropped = drop_empty_targets(targets, (16, 24))
     assert dropped == 1
-    assert left.labels.tolist() == [0, 1, 2]
-    assert left.local_id.tolist() == [1, 3, 4]
+    assert remaining.labels.tolist() == [0, 1, 2]
+    assert remaining.local_id.tolist() == [1, 3, 4]
 
 
 def transform(task="panoptic", **changes):
@@ -184,10 +184,10 @@ def test_small_and_wide_maps_with_different_layers_share_a_batch():
     inst[0, 10:, 10:] = 2
     few = (segment(1, CAT, map_="inst", layer=2), segment(2, DOG, map_="inst", crowd=True))
     crop = ShortestEdgeCrop(shortest_edges=(15,), max_size=20, crop=(15, 20), color=False)
-    rule = transform("instance", augment=crop)
+    crop_transform = transform("instance", augment=crop)
     examples = [
-        make_example(sample_of(inst=wide, segments=many), 0, 0, rule),
-        make_example(sample_of(inst=inst, segments=few), 0, 1, rule),
+        make_example(sample_of(inst=wide, segments=many), 0, 0, crop_transform),
+        make_example(sample_of(inst=inst, segments=few), 0, 1, crop_transform),
     ]
     targets = collate(examples, (15, 20)).targets
     assert targets.id_maps.dtype == torch.int16
@@ -210,18 +210,18 @@ def test_targets_of_real_images_have_the_areas_stated_by_coco(real_data):
     )
     reader = open_reader(source)
     labels = reader.categories.labels("panoptic")
-    stated = json.loads(Path(source.panoptic_json).read_text())["annotations"]
+    annotations = json.loads(Path(source.panoptic_json).read_text())["annotations"]
     for index in range(len(reader.keys)):
         encoded = reader.read(index)
         members = {name.removeprefix(f"{encoded.key}."): data for name, data in codec.encode(encoded)}
         targets = image_targets(codec.decode(members), "panoptic", labels)
-        found = [
+        actual = [
             (int(label), int((targets.id_maps[layer] == id_).sum()))
             for label, layer, id_ in zip(targets.labels, targets.layer, targets.local_id, strict=True)
         ]
-        segments = next(a for a in stated if a["image_id"] == encoded.image_id)["segments_info"]
+        segments = next(a for a in annotations if a["image_id"] == encoded.image_id)["segments_info"]
         expected = [(labels[s["category_id"]], s["area"]) for s in segments if not s["iscrowd"]]
-        assert sorted(found) == sorted(expected)
+        assert sorted(actual) == sorted(expected)
 
 
 def test_images_of_several_sizes_are_padded_to_the_largest(panoptic):

@@ -50,14 +50,14 @@ DATA = DataConfig(
 )
 
 
-def written_to(folder):
+def write_shapes(folder):
     source = SyntheticSource(num_images=40, seed=4)
     return write_dataset(open_reader(source), DatasetConfig(shards=str(folder), source=source, shard_mb=0.3), Storage())
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    return written_to(tmp_path_factory.mktemp("set"))
+def dataset(tmp_path_factory):
+    return write_shapes(tmp_path_factory.mktemp("set"))
 
 
 def random_targets(rng, layers, count, dtype=np.uint8, size=(12, 14)):
@@ -88,28 +88,28 @@ def masks(targets):
     ]
 
 
-def pasted_slowly(base, partner, objects, merge):
+def paste_by_masks(base, partner, objects, merge):
     """One boolean mask per target, as the paper tells it."""
-    new = [masks(partner)[row] for row in objects]
-    covered = np.any([mask for _, mask, _ in new], axis=0)
+    pasted = [masks(partner)[row] for row in objects]
+    covered = np.any([mask for _, mask, _ in pasted], axis=0)
     result, hidden = [], 0
-    for label, mask, unknown in masks(base):
-        left = mask & ~covered
+    for label, mask, unlabelled in masks(base):
+        visible = mask & ~covered
         if merge:
-            for other, added, _ in new:
-                left |= added & (other == label)
-        if mask.any() and not left.any():
+            for other, added, _ in pasted:
+                visible |= added & (other == label)
+        if mask.any() and not visible.any():
             hidden += 1
             continue
-        result.append((label, left, unknown & ~covered))
-    known = {label for label, _, _ in masks(base)} if merge else set()
-    unknown = (base.id_maps == base.ignore).any(axis=0) & ~covered
+        result.append((label, visible, unlabelled & ~covered))
+    base_labels = {label for label, _, _ in masks(base)} if merge else set()
+    unlabelled = (base.id_maps == base.ignore).any(axis=0) & ~covered
     for row in objects:
         label, mask, _ = masks(partner)[row]
-        if label not in known:
+        if label not in base_labels:
             layer = partner.layer[row]
-            theirs = base.id_maps[layer] == base.ignore if layer < len(base.id_maps) else unknown
-            result.append((label, mask, theirs & ~covered))
+            ignored = base.id_maps[layer] == base.ignore if layer < len(base.id_maps) else unlabelled
+            result.append((label, mask, ignored & ~covered))
     return result, covered, hidden
 
 
@@ -134,15 +134,15 @@ def test_pasting_equals_a_loop_over_masks(seed, layers, counts, wide, semantic):
     if not len(objects):
         return
     before = base.id_maps.copy()
-    found = paste(base, partner, objects, merge_classes=semantic)
-    expected, covered, hidden = pasted_slowly(base, partner, objects, semantic)
-    np.testing.assert_array_equal(found.mask, covered)
-    for mine, slow in zip(masks(found.targets), expected, strict=True):
-        assert mine[0] == slow[0]
-        np.testing.assert_array_equal(mine[1], slow[1])
-        np.testing.assert_array_equal(mine[2], slow[2])
-    assert found.hidden == hidden
-    assert len(set(found.targets.local_id.tolist())) == len(found.targets.local_id)
+    result = paste(base, partner, objects, merge_classes=semantic)
+    expected, covered, hidden = paste_by_masks(base, partner, objects, semantic)
+    np.testing.assert_array_equal(result.mask, covered)
+    for actual, reference in zip(masks(result.targets), expected, strict=True):
+        assert actual[0] == reference[0]
+        np.testing.assert_array_equal(actual[1], reference[1])
+        np.testing.assert_array_equal(actual[2], reference[2])
+    assert result.hidden == hidden
+    assert len(set(result.targets.local_id.tolist())) == len(result.targets.local_id)
     np.testing.assert_array_equal(base.id_maps, before)
 
 
@@ -153,34 +153,34 @@ def test_pasting_beyond_254_targets_widens_the_map():
     base.id_maps[0, 0, 0] = 255
     maps = np.zeros((1, 2, 127), np.uint8)
     maps[0, 1, 5:7] = 1
-    found = paste(
+    result = paste(
         base, ImageTargets(maps, np.array([3]), np.array([0]), np.array([1])), np.array([0]), merge_classes=False
     )
-    assert found.targets.id_maps.dtype == np.int16
-    assert found.targets.id_maps[0, 0, 0] == found.targets.ignore == 32767
-    assert found.hidden == 2
-    assert (found.targets.labels == 3).sum() == 1
-    assert (found.targets.id_maps[0, 1, 5:7] == 255).all()
+    assert result.targets.id_maps.dtype == np.int16
+    assert result.targets.id_maps[0, 0, 0] == result.targets.ignore == 32767
+    assert result.hidden == 2
+    assert (result.targets.labels == 3).sum() == 1
+    assert (result.targets.id_maps[0, 1, 5:7] == 255).all()
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
-def test_pasted_pixels_match_their_targets(written, task):
+def test_pasted_pixels_match_their_targets(dataset, task):
     """Pixels and targets come from the same image: the partner's under the pasted objects, else the image's own."""
-    table = written.categories
+    table = dataset.categories
     things = frozenset(label for label, c in enumerate(table.for_task(task)) if c.is_thing)
     transform = TrainTransform(task, table.labels(task), DATA.augment, drop_empty_targets=True, seed=3, things=things)
-    samples = [written.read_sample(row, Storage()) for row in (5, 9)]
+    samples = [dataset.read_sample(row, Storage()) for row in (5, 9)]
     changed = 0
     for position in range(12):
-        shown = augment_sample(samples[0], 0, position, transform, Stream.AUGMENT)
+        base = augment_sample(samples[0], 0, position, transform, Stream.AUGMENT)
         partner = augment_sample(samples[1], 0, position, transform, Stream.PASTED)
-        result = without_empty_targets(paste_objects(shown, partner, transform), transform)
+        result = without_empty_targets(paste_objects(base, partner, transform), transform)
         objects = draw_objects(partner.targets, things, 3, position)
         assert set(partner.targets.labels[objects].tolist()) <= things
         mask = np.zeros((96, 96), bool)
         for row in objects:
             mask |= partner.targets.id_maps[partner.targets.layer[row]] == partner.targets.local_id[row]
-        np.testing.assert_array_equal(result.image, np.where(mask[..., None], partner.image, shown.image))
+        np.testing.assert_array_equal(result.image, np.where(mask[..., None], partner.image, base.image))
         plain = make_example(samples[0], 0, position, transform)
         if not mask.any():
             np.testing.assert_array_equal(result.targets.id_maps, plain.targets.id_maps)
@@ -193,14 +193,14 @@ def test_pasted_pixels_match_their_targets(written, task):
         if task == "semantic":
             assert len(set(result.targets.labels)) == len(result.targets.labels)
         else:
-            gone = len(plain.targets.labels) + len(objects) - len(result.targets.labels)
-            assert result.dropped == plain.dropped + gone
+            num_removed = len(plain.targets.labels) + len(objects) - len(result.targets.labels)
+            assert result.dropped == plain.dropped + num_removed
     assert changed > 6
 
 
-def loaded(manifest, data, steps, storage=None, world=1, ranks=None, start=0, micro_batch=2):
+def load_samples(manifest, data, steps, storage=None, world=1, ranks=None, start=0, micro_batch=2):
     """What every position shows: key, pixels, ids, labels, size; and the substitutions."""
-    found, substitutions = {}, []
+    samples, substitutions = {}, []
     order = build_order([manifest], 3, data)
     for rank in range(world) if ranks is None else ranks:
         spec = LoaderSpec(global_batch=BATCH, micro_batch=micro_batch, rank=rank, world=world, start_step=start, seed=3)
@@ -211,7 +211,7 @@ def loaded(manifest, data, steps, storage=None, world=1, ranks=None, start=0, mi
                 for row, position in enumerate(batch.targets.position.tolist()):
                     if position >= 0:
                         valid = batch.targets.valid[row]
-                        found[position] = (
+                        samples[position] = (
                             batch.keys[row],
                             batch.images[row].numpy().tobytes(),
                             # Layers of the batch without a target are empty; how many there are depends on its rows.
@@ -220,22 +220,26 @@ def loaded(manifest, data, steps, storage=None, world=1, ranks=None, start=0, mi
                             batch.sizes[row].tolist(),
                         )
         loader.close()
-    return found, substitutions
+    return samples, substitutions
 
 
-def test_pixels_depend_only_on_the_position(written):
-    reference, _ = loaded(written, DATA, 8)
+def test_pixels_depend_only_on_the_position(dataset):
+    reference, _ = load_samples(dataset, DATA, 8)
     assert sorted(reference) == list(range(8 * BATCH))
-    plain, _ = loaded(written, replace(DATA, copy_paste=None), 8)
-    assert sum(plain[p] != reference[p] for p in plain) > 20
-    assert [plain[p][0] for p in sorted(plain)] == [reference[p][0] for p in sorted(plain)]
+    without_pasting, _ = load_samples(dataset, replace(DATA, copy_paste=None), 8)
+    assert sum(without_pasting[p] != reference[p] for p in without_pasting) > 20
+    assert [without_pasting[p][0] for p in sorted(without_pasting)] == [
+        reference[p][0] for p in sorted(without_pasting)
+    ]
     for world, micro_batch in [(2, 3), (5, 1)]:
-        assert loaded(written, DATA, 8, world=world, micro_batch=micro_batch)[0] == reference
-    assert loaded(written, DATA, 3, start=5)[0] == {p: v for p, v in reference.items() if p >= 5 * BATCH}
-    assert loaded(written, replace(DATA, workers=1), 3)[0] == {p: v for p, v in reference.items() if p < 3 * BATCH}
+        assert load_samples(dataset, DATA, 8, world=world, micro_batch=micro_batch)[0] == reference
+    assert load_samples(dataset, DATA, 3, start=5)[0] == {p: v for p, v in reference.items() if p >= 5 * BATCH}
+    assert load_samples(dataset, replace(DATA, workers=1), 3)[0] == {
+        p: v for p, v in reference.items() if p < 3 * BATCH
+    }
 
 
-class Counting(Storage):
+class RecordingStorage(Storage):
     def __init__(self):
         super().__init__()
         self.ranges = []
@@ -247,7 +251,7 @@ class Counting(Storage):
 
 def reads_of_an_epoch(manifest, data, world):
     """Ranged reads of all ranks for exactly the epoch's positions."""
-    order, storage = build_order([manifest], 3, data), Counting()
+    order, storage = build_order([manifest], 3, data), RecordingStorage()
     chunks = group_chunks(manifest.shard, manifest.offset, chunk_bytes(data))
     for rank in range(world):
         partners = [(p, partner_position(p, 3, data)) for p in range(rank, manifest.num_samples, world)]
@@ -259,16 +263,18 @@ def reads_of_an_epoch(manifest, data, world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_simulated_reads_with_partners_equal_actual_reads(written, world):
+def test_simulated_reads_with_partners_equal_actual_reads(dataset, world):
     """Where the ranks divide the lanes they cost next to nothing: what is beyond the epoch's end is read early."""
-    order = build_order([written], 3, DATA)
-    found = simulate_reads(
-        [written], order, DATA, 3, SimulatedRanks(world=world, per_machine=1, batch=2, images_per_s=1.0)
+    order = build_order([dataset], 3, DATA)
+    costs = simulate_reads(
+        [dataset], order, DATA, 3, SimulatedRanks(world=world, per_machine=1, batch=2, images_per_s=1.0)
     )
-    reads, plain = (reads_of_an_epoch(written, data, world) for data in (DATA, replace(DATA, copy_paste=None)))
-    assert found.images == 40
-    assert found.reads == reads
-    assert world == 3 or reads <= plain + 2 * DATA.lanes
+    reads, reads_without_pasting = (
+        reads_of_an_epoch(dataset, data, world) for data in (DATA, replace(DATA, copy_paste=None))
+    )
+    assert costs.images == 40
+    assert costs.reads == reads
+    assert world == 3 or reads <= reads_without_pasting + 2 * DATA.lanes
 
 
 def test_partners_come_from_the_same_lane_with_the_set_probability():
@@ -283,51 +289,51 @@ def test_partners_come_from_the_same_lane_with_the_set_probability():
 
 def test_a_damaged_partner_is_replaced_and_reported(tmp_path):
     """The image it would have been pasted on keeps its own place; the cause names the partner."""
-    manifest = written_to(tmp_path)
+    manifest = write_shapes(tmp_path)
     order = build_order([manifest], 3, DATA)
-    reference, _ = loaded(manifest, DATA, 4)
-    bad = next(
+    reference, _ = load_samples(manifest, DATA, 4)
+    bad_position = next(
         other
         for p in range(4 * BATCH)
         if (other := partner_position(p, 3, DATA)) is not None and order.at(other).index != order.at(p).index
     )
-    row = order.at(bad).index
+    row = order.at(bad_position).index
     path = Path(manifest.shard_url(int(manifest.shard[row])))
     content = bytearray(path.read_bytes())
     content[int(manifest.offset[row]) + int(manifest.length[row]) // 2] ^= 0x40
     path.write_bytes(content)
     with pytest.raises(DataError, match=str(manifest.key[row])):
-        loaded(manifest, DATA, 4)
-    found, substitutions = loaded(manifest, replace(DATA, max_bad_samples=1), 4)
+        load_samples(manifest, DATA, 4)
+    samples, substitutions = load_samples(manifest, replace(DATA, max_bad_samples=1), 4)
     assert {s.key for s in substitutions} == {manifest.key[row]}
-    touched = {s.position for s in substitutions}
+    affected = {s.position for s in substitutions}
     as_partner = {
         p for p in range(4 * BATCH) if (q := partner_position(p, 3, DATA)) is not None and order.at(q).index == row
     }
-    assert touched == as_partner | {p for p in range(4 * BATCH) if order.at(p).index == row}
-    for position in as_partner & touched:
+    assert affected == as_partner | {p for p in range(4 * BATCH) if order.at(p).index == row}
+    for position in as_partner & affected:
         if order.at(position).index != row:
-            assert found[position][0] == reference[position][0]
-    assert {p: v for p, v in found.items() if p not in touched} == {
-        p: v for p, v in reference.items() if p not in touched
+            assert samples[position][0] == reference[position][0]
+    assert {p: v for p, v in samples.items() if p not in affected} == {
+        p: v for p, v in reference.items() if p not in affected
     }
     for world in (2, 3):
-        again, reported = loaded(manifest, replace(DATA, max_bad_samples=1), 4, world=world)
-        assert again == found
+        again, reported = load_samples(manifest, replace(DATA, max_bad_samples=1), 4, world=world)
+        assert again == samples
         assert sorted(map(repr, reported)) == sorted(map(repr, substitutions))
 
 
-def test_unsupported_settings_are_refused(written):
+def test_unsupported_settings_are_refused(dataset):
     with pytest.raises(ConfigError, match=r"data\.copy_paste needs images of equal size"):
         replace(DATA, augment=ScaleJitter())
     with pytest.raises(ConfigError, match="CopyPasteConfig: probability is 0; it must be above 0"):
         CopyPasteConfig(probability=0)
     stuff = replace(
-        written,
+        dataset,
         categories=replace(
-            written.categories,
-            categories=tuple(replace(c, is_thing=False) for c in written.categories.categories),
+            dataset.categories,
+            categories=tuple(replace(c, is_thing=False) for c in dataset.categories.categories),
         ),
     )
     with pytest.raises(DataError, match=r"no class is a thing, so data\.copy_paste has nothing to paste"):
-        loaded(stuff, DATA, 1)
+        load_samples(stuff, DATA, 1)

@@ -73,7 +73,7 @@ def transform(augment, **changes):
     )
 
 
-def augmented_whole(ring, params):
+def augment_unclipped(ring, params):
     """The ring in the crop, with nothing cut off."""
     points = np.asarray(ring).reshape(-1, 2) * (params.scaled[1] / WIDTH, params.scaled[0] / HEIGHT)
     points -= params.offset[::-1]
@@ -90,7 +90,7 @@ def mask_of(example, row):
 @pytest.mark.parametrize("augment", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
 def test_masks_equal_the_augmented_polygons(augment):
     rng = np.random.default_rng(1)
-    whole = 0
+    num_inside = 0
     for position in range(40):
         polygons = [[blob(rng, rng.uniform((0, 0), (WIDTH, HEIGHT)), rng.uniform(2, 15))] for _ in range(6)]
         polygons[0].append(blob(rng, (20, 20), 5))
@@ -98,20 +98,20 @@ def test_masks_equal_the_augmented_polygons(augment):
         params = draw_params(sample_rng(0, position, Stream.AUGMENT), (HEIGHT, WIDTH), augment)
         height, width = (min(*pair) for pair in zip(params.canvas, params.scaled, strict=True))
         for row, rings in enumerate(polygons):
-            points = [augmented_whole(ring, params) for ring in rings]
+            points = [augment_unclipped(ring, params) for ring in rings]
             margin = 2000  # whole pixels, so that rounding is the same
             large = pixels([(p + margin).ravel() for p in points], margin + height + 1000, margin + width + 1000)
-            wanted = large[margin : margin + height, margin : margin + width]
+            expected = large[margin : margin + height, margin : margin + width]
             mask = mask_of(example, row)
             assert mask.shape == params.canvas
             assert not mask[height:].any()
             assert not mask[:, width:].any()
             inside = all(((p >= 0) & (p <= (width, height))).all() for p in points)
-            differ = np.count_nonzero(mask[:height, :width] != wanted)
+            differ = np.count_nonzero(mask[:height, :width] != expected)
             # An edge that leaves the crop is cut there, and COCO's code rounds the end to a fifth of a pixel.
-            assert differ == 0 if inside else differ <= 0.02 * wanted.sum() + 6
-            whole += inside
-    assert whole > 20
+            assert differ == 0 if inside else differ <= 0.02 * expected.sum() + 6
+            num_inside += inside
+    assert num_inside > 20
 
 
 def test_small_objects_keep_their_shape_when_they_are_enlarged():
@@ -122,11 +122,11 @@ def test_small_objects_keep_their_shape_when_they_are_enlarged():
         ring = blob(rng, rng.uniform((20, 20), (60, 40)), rng.uniform(4, 8))
         augment = LargeScaleJitter(size=264, min_scale=1.0, max_scale=1.0)
         params = draw_params(sample_rng(0, position, Stream.AUGMENT), (HEIGHT, WIDTH), augment)
-        truth = np.zeros(params.canvas, bool)
-        truth[:198] = pixels([augmented_whole(ring, params).ravel()], 198, 264)
-        for rasterised, found in scores.items():
+        expected = np.zeros(params.canvas, bool)
+        expected[:198] = pixels([augment_unclipped(ring, params).ravel()], 198, 264)
+        for rasterised, ious in scores.items():
             mask = mask_of(make_example(sample_of([[ring]]), 0, position, transform(augment, rasterise=rasterised)), 0)
-            found.append((mask & truth).sum() / (mask | truth).sum())
+            ious.append((mask & expected).sum() / (mask | expected).sum())
     assert min(scores["crop"]) == 1
     assert 0.85 < np.mean(scores["source"]) < 0.95
 
@@ -142,8 +142,8 @@ def test_touching_objects_of_one_layer_stay_whole():
         example = make_example(sample, 0, position, transform(augment, rasterise="crop"))
         params = draw_params(sample_rng(0, position, Stream.AUGMENT), (HEIGHT, WIDTH), augment)
         for row, ring in enumerate(shared):
-            wanted = pixels([augmented_whole(ring, params).ravel()], 150, 200)
-            np.testing.assert_array_equal(mask_of(example, row)[:150], wanted)
+            expected = pixels([augment_unclipped(ring, params).ravel()], 150, 200)
+            np.testing.assert_array_equal(mask_of(example, row)[:150], expected)
 
 
 def test_crowds_stay_ignored_and_rle_objects_keep_their_pixels():

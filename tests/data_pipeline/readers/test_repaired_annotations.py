@@ -38,10 +38,10 @@ def _read(coco):
     return open_reader(coco.instances_source).read(0)
 
 
-BAD = [{"segmentation": None}, {"segmentation": [[1, 2, 3]]}, {"area": float("nan")}, {"bbox": "x"}]
+INVALID_CHANGES = [{"segmentation": None}, {"segmentation": [[1, 2, 3]]}, {"area": float("nan")}, {"bbox": "x"}]
 
 
-@pytest.mark.parametrize("change", BAD)
+@pytest.mark.parametrize("change", INVALID_CHANGES)
 def test_bad_annotation_is_left_out_and_others_are_kept(coco, change):
     coco.instances[1] |= change
     sample = _read(coco)
@@ -51,7 +51,7 @@ def test_bad_annotation_is_left_out_and_others_are_kept(coco, change):
     assert message.startswith("images/a.jpg: annotation 2")
 
 
-@pytest.mark.parametrize("change", BAD)
+@pytest.mark.parametrize("change", INVALID_CHANGES)
 def test_bad_annotation_beside_a_panoptic_map_is_left_out_and_others_are_kept(coco, change):
     coco.instances[0] |= change
     coco.write()
@@ -67,9 +67,9 @@ def test_bad_annotation_beside_a_panoptic_map_is_left_out_and_others_are_kept(co
     assert len(sample.left_out) == 1
 
 
-@pytest.mark.parametrize("own_id", [1, "first", None, 1.5, 10**30, float("inf")])
-def test_annotations_with_unusable_ids_are_renumbered(coco, own_id):
-    coco.instances[1]["id"] = own_id
+@pytest.mark.parametrize("annotation_id", [1, "first", None, 1.5, 10**30, float("inf")])
+def test_annotations_with_unusable_ids_are_renumbered(coco, annotation_id):
+    coco.instances[1]["id"] = annotation_id
     sample = _read(coco)
     assert [s.source_id for s in sample.annotation.segments] == [1, 4, 3]
     assert sample.repairs == (RENUMBERED_IDS,)
@@ -98,11 +98,11 @@ def test_missing_file_without_a_size_raises_error_when_it_is_read(coco):
 @pytest.mark.parametrize("ring", [[], [1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
 @pytest.mark.parametrize("first", [True, False])
 def test_rings_of_at_most_two_points_are_ignored(coco, ring, first):
-    healthy = _read(coco).annotation
+    intact = _read(coco).annotation
     coco.instances[0]["segmentation"] = [ring, POLYGON] if first else [POLYGON, ring]
     sample = _read(coco)
-    np.testing.assert_array_equal(sample.annotation.inst, healthy.inst)
-    assert sample.annotation.segments == healthy.segments
+    np.testing.assert_array_equal(sample.annotation.inst, intact.inst)
+    assert sample.annotation.segments == intact.segments
     assert sample.repairs == (SHORT_RINGS,)
     assert read_rle([ring, POLYGON], H, W, "x") == read_rle([POLYGON], H, W, "x"), "as `m2f score` reads it"
 
