@@ -20,8 +20,8 @@ from m2f.cluster.compare.records import (
     RunRecord,
     SetResult,
     compared_step,
-    is_of_training,
-    set_and_metric,
+    is_training_metric,
+    split_metric_name,
 )
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.label_space import describe_subset, match_classes
@@ -35,9 +35,9 @@ METRIC_ORDER = (
 CLASS_METRICS = ("PQ", "AP", "IoU")
 """Columns of per_class in results.json that are compared for each class."""
 HEADLINES = ("PQ", "AP", "mIoU")
-IDENTITY = ("name", "output")
+IDENTITY_SETTINGS = ("name", "output")
 """Settings that always differ between runs. Their differences are not reported."""
-OF_THE_MODEL = ("weights",)
+IGNORED_SETTINGS = ("weights",)
 """Evaluation settings that always differ between checkpoints. Their differences are not reported."""
 
 
@@ -124,9 +124,9 @@ def compare_runs(
             other.
     """
     by_run = [_metric_values(run, step) for run in runs]
-    names = _chosen_metrics(by_run, metrics)
+    names = _choose_metrics(by_run, metrics)
     if len(runs) > 1 and not any(all(name in values for values in by_run) for name in names):
-        evaluated = "; ".join(f"{run.name}: {_listed(values)}" for run, values in zip(runs, by_run, strict=True))
+        evaluated = "; ".join(f"{run.name}: {_list_metrics(values)}" for run, values in zip(runs, by_run, strict=True))
         raise CompareError(
             f"these runs have no metric in common ({evaluated}). Compare training curves with "
             "--metric train/loss/total, or evaluate the runs on the same set with m2f eval"
@@ -135,14 +135,14 @@ def compare_runs(
     first_set = _first_set(runs, by_run)
     rows = []
     for name in names:
-        dataset, metric = set_and_metric(name)
+        dataset, metric = split_metric_name(name)
         published = paper.metrics.get(metric) if paper is not None and dataset == first_set else None
         rows.append(_run_values(name, [values.get(name) for values in by_run], paper=published))
-    sets = list(dict.fromkeys(set_and_metric(name)[0] for name in names if not is_of_training(name)))
-    lacking = _compare_classes(runs, sets)
-    judged = [name for name in names if not is_of_training(name)]
-    judged = [name for name in judged if metrics or set_and_metric(name)[1] in HEADLINES]
-    intervals = [*image_intervals(runs, judged, draws), *seed_intervals(runs, by_run, judged)]
+    sets = list(dict.fromkeys(split_metric_name(name)[0] for name in names if not is_training_metric(name)))
+    class_notes = _compare_classes(runs, sets)
+    interval_metrics = [name for name in names if not is_training_metric(name)]
+    interval_metrics = [name for name in interval_metrics if metrics or split_metric_name(name)[1] in HEADLINES]
+    intervals = [*image_intervals(runs, interval_metrics, draws), *seed_intervals(runs, by_run, interval_metrics)]
     return Comparison(
         runs=tuple(runs),
         metrics=tuple(rows),
@@ -153,7 +153,7 @@ def compare_runs(
         classes=tuple(_class_tables(runs, sets)),
         plots=tuple(_plots(runs, names)),
         intervals=tuple(intervals),
-        notes=(*lacking, *_notes(runs, sets, step), *(interval_notes(runs, intervals, sets) if draws else ())),
+        notes=(*class_notes, *_notes(runs, sets, step), *(interval_notes(runs, intervals, sets) if draws else ())),
     )
 
 
@@ -167,29 +167,29 @@ def _metric_values(run: RunRecord, step: int | None) -> dict[str, float]:
     """
     values: dict[str, float] = {}
     for name, curve in run.curves.items():
-        if is_of_training(name):
+        if is_training_metric(name):
             values[name] = curve[-1][1]
         else:
-            at = compared_step(set_and_metric(name)[0], run.curves, step)
+            at = compared_step(split_metric_name(name)[0], run.curves, step)
             values |= {name: value for evaluated, value in curve if evaluated == at}  # noqa: B035 (at most one)
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def _chosen_metrics(by_run: Sequence[Mapping[str, float]], wanted: Sequence[str]) -> list[str]:
-    known = sorted({name for values in by_run for name in values}, key=_order)
-    if not wanted:
-        return [name for name in known if not is_of_training(name)]
+def _choose_metrics(by_run: Sequence[Mapping[str, float]], requested: Sequence[str]) -> list[str]:
+    known = sorted({name for values in by_run for name in values}, key=_metric_order)
+    if not requested:
+        return [name for name in known if not is_training_metric(name)]
     chosen: list[str] = []
-    for one in wanted:
-        found = [name for name in known if one in (name, set_and_metric(name)[1])]
+    for one in requested:
+        found = [name for name in known if one in (name, split_metric_name(name)[1])]
         if not found:
             raise CompareError(f"no run has the metric {one!r} at the compared step; available: {', '.join(known)}")
         chosen += found
     return list(dict.fromkeys(chosen))
 
 
-def _order(name: str) -> tuple[str, int, str]:
-    dataset, metric = set_and_metric(name)
+def _metric_order(name: str) -> tuple[str, int, str]:
+    dataset, metric = split_metric_name(name)
     return dataset, METRIC_ORDER.index(metric) if metric in METRIC_ORDER else len(METRIC_ORDER), metric
 
 
@@ -219,12 +219,12 @@ def _first_set(runs: Sequence[RunRecord], by_run: Sequence[Mapping[str, float]])
     """Return the set that the baseline's recipe evaluates first. The paper's numbers refer to this set."""
     recipe = runs[0].recipe
     named = recipe.get("evaluation.sets.0.name") or recipe.get("evaluation.sets.0.dataset")
-    sets = [set_and_metric(name)[0] for name in by_run[0] if not is_of_training(name)]
+    sets = [split_metric_name(name)[0] for name in by_run[0] if not is_training_metric(name)]
     return named if named in sets else next(iter(sets), None)
 
 
-def _listed(values: Mapping[str, float]) -> str:
-    evaluated = [name for name in values if not is_of_training(name)]
+def _list_metrics(values: Mapping[str, float]) -> str:
+    evaluated = [name for name in values if not is_training_metric(name)]
     return ", ".join(evaluated[:6]) + (", ..." if len(evaluated) > 6 else "") or "not evaluated"
 
 
@@ -238,13 +238,13 @@ def _speed(runs: Sequence[RunRecord]) -> tuple[RunValues, ...]:
         found = [[value for _, value in run.curves.get(key, ())] for run in runs]
         return _run_values(name, [reduce(values) if values else None for values in found], higher=higher)
 
-    memory = sorted({key for run in runs for key in run.curves if is_of_training(key) and "memory" in key})
+    memory = sorted({key for run in runs for key in run.curves if is_training_metric(key) and "memory" in key})
     rows = [
         measure("images/s (median)", "train/images_per_s", statistics.median, higher=True),
         measure("step time, s (median)", "train/step_time_s", statistics.median),
         measure("data wait, % (mean)", "train/data_wait_share", lambda shares: 100 * statistics.fmean(shares)),
         _run_values(
-            "training time, h", [_hours(run.curves.get("train/step_time_s", ())) for run in runs], higher=False
+            "training time, h", [_training_hours(run.curves.get("train/step_time_s", ())) for run in runs], higher=False
         ),
         measure("MFU, % (median)", "train/mfu", lambda shares: 100 * statistics.median(shares), higher=True),
         *(measure(f"{key.removeprefix('train/')} (largest)", key, max) for key in memory),
@@ -252,7 +252,7 @@ def _speed(runs: Sequence[RunRecord]) -> tuple[RunValues, ...]:
     return tuple(row for row in rows if any(value.value is not None for value in row.values))
 
 
-def _hours(step_times: Curve) -> float | None:
+def _training_hours(step_times: Curve) -> float | None:
     """Return the hours spent in steps, or None if no step times were logged.
 
     Each logged step time counts for all steps since the previous logged one.
@@ -272,7 +272,7 @@ def _differences(runs: Sequence[RunRecord]) -> tuple[Difference, ...]:
     return tuple(
         Difference(setting=setting, values=tuple(run.recipe.get(setting) for run in runs))
         for setting in settings
-        if setting not in IDENTITY and len({recipe.get(setting) for recipe in known}) > 1
+        if setting not in IDENTITY_SETTINGS and len({recipe.get(setting) for recipe in known}) > 1
     )
 
 
@@ -326,7 +326,7 @@ def _plots(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Plot]:
 
     The x axis counts images instead of steps if the global batch differs between runs.
     """
-    shown = [name for name in names if set_and_metric(name)[1] in HEADLINES] or list(names)
+    shown = [name for name in names if split_metric_name(name)[1] in HEADLINES] or list(names)
     shown += [name for name in ("train/loss/total",) if name not in shown and any(name in r.curves for r in runs)]
     batches = [run.recipe.get("training.global_batch") for run in runs]
     by_images = len(set(batches)) > 1 and all(batch is not None and batch.isdecimal() for batch in batches)
@@ -368,7 +368,7 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
 def _settings_notes(dataset: str, found: Sequence[tuple[str, SetResult]]) -> list[str]:
     """Return one message for each evaluation setting that differs between the results that record their settings."""
     known = [(name, dict(one.settings)) for name, one in found if one.settings is not None]
-    names = dict.fromkeys(setting for _, settings in known for setting in settings if setting not in OF_THE_MODEL)
+    names = dict.fromkeys(setting for _, settings in known for setting in settings if setting not in IGNORED_SETTINGS)
     notes = []
     for setting in names:
         if len({json.dumps(settings.get(setting), sort_keys=True) for _, settings in known}) > 1:

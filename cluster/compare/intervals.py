@@ -2,7 +2,7 @@
 
 `images`: a paired bootstrap. Image sets are resampled from the evaluated images, the same sets for both runs, and the
 interval is the middle 95 % of the differences. It does not include the noise of training. `seeds`: runs that differ
-only in their seed form one side, and the interval is Student's t interval (Welch's for two sides).
+only in their seed form one group, and the interval is Student's t interval (Welch's for two groups).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from m2f.cluster.compare.records import RunRecord, set_and_metric
+from m2f.cluster.compare.records import RunRecord, split_metric_name
 from m2f.eval.metrics.resampled import draw_weights
 from m2f.eval.metrics.seed_interval import SeedInterval, difference_interval, mean_interval
 from m2f.eval.results.images import IMAGES_FILE, ImageRecords
@@ -22,8 +22,8 @@ DRAWS = 1000
 """Number of image sets that are drawn for an interval."""
 CONFIDENCE = 0.95
 MIN_SEEDS = 2
-NOT_OF_A_SIDE = ("name", "output", "seed")
-"""Settings in which the runs of one side may differ."""
+GROUP_IGNORES = ("name", "output", "seed")
+"""Settings in which the runs of one group may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Interval:
     """Set and metric, such as `val/PQ`."""
     kind: Literal["images", "seeds"]
     run: str
-    """Name of the run, or of the first run of a side over seeds."""
+    """Name of the run, or of the first run of a group over seeds."""
     baseline: str | None
     """Name of the run to which `value` is the difference; None if `value` is a mean."""
     value: float
@@ -43,7 +43,7 @@ class Interval:
     images: int | None = None
     """Number of images from which sets are drawn; None for an interval over seeds."""
     runs: tuple[int, ...] = ()
-    """Number of runs of each side, the baseline's first; empty for an interval over images."""
+    """Number of runs of each group, the baseline's first; empty for an interval over images."""
 
 
 def image_intervals(runs: Sequence[RunRecord], metrics: Sequence[str], draws: int = DRAWS) -> list[Interval]:
@@ -52,20 +52,21 @@ def image_intervals(runs: Sequence[RunRecord], metrics: Sequence[str], draws: in
     Runs that were evaluated on different images than the first run are omitted.
     """
     intervals: list[Interval] = []
-    for dataset in dict.fromkeys(set_and_metric(name)[0] for name in metrics):
+    for dataset in dict.fromkeys(split_metric_name(name)[0] for name in metrics):
         baseline = runs[0].images.get(dataset)
         compared = [run for run in runs[1:] if baseline is not None and _same_images(run, baseline, dataset)]
         if baseline is None or not compared or not draws:
             continue
         # The first draw is the original set, with every image once.
-        once = np.ones((len(baseline.image_ids), 1), dtype=np.int32)
-        weights = np.concatenate([once, draw_weights(baseline.image_ids, draws)], axis=1)
-        of_baseline = baseline.resampled(weights)
+        original = np.ones((len(baseline.image_ids), 1), dtype=np.int32)
+        weights = np.concatenate([original, draw_weights(baseline.image_ids, draws)], axis=1)
+        baseline_values = baseline.resampled(weights)
         for run in compared:
             for metric, values in run.images[dataset].resampled(weights).items():
-                if f"{dataset}/{metric}" in metrics and metric in of_baseline:
-                    differences = values - of_baseline[metric]
-                    found = _of_draws(f"{dataset}/{metric}", differences, run.name, runs[0].name, len(once))
+                if f"{dataset}/{metric}" in metrics and metric in baseline_values:
+                    differences = values - baseline_values[metric]
+                    name = f"{dataset}/{metric}"
+                    found = _bootstrap_interval(name, differences, run.name, runs[0].name, len(original))
                     intervals += [] if found is None else [found]
     return intervals
 
@@ -75,7 +76,7 @@ def _same_images(run: RunRecord, baseline: ImageRecords, dataset: str) -> bool:
     return records is not None and np.array_equal(records.image_ids, baseline.image_ids)
 
 
-def _of_draws(metric: str, differences: np.ndarray, run: str, baseline: str, images: int) -> Interval | None:
+def _bootstrap_interval(metric: str, differences: np.ndarray, run: str, baseline: str, images: int) -> Interval | None:
     """Return the middle CONFIDENCE share of the differences as an interval, or None if it is undefined.
 
     The first difference is that of the original set and becomes the value; the others are those of the draws.
@@ -94,46 +95,51 @@ def _of_draws(metric: str, differences: np.ndarray, run: str, baseline: str, ima
 def seed_intervals(
     runs: Sequence[RunRecord], values: Sequence[Mapping[str, float]], metrics: Sequence[str]
 ) -> list[Interval]:
-    """Return the intervals of sides with at least MIN_SEEDS seeds against the side of the first run.
+    """Return the intervals of groups with at least MIN_SEEDS seeds against the group of the first run.
 
-    If only that side has enough seeds, return the interval of its mean.
+    If only that group has enough seeds, return the interval of its mean.
 
     Args:
         runs: the compared runs.
         values: metrics of each run, by name.
         metrics: names of the metrics to use.
     """
-    sides = seed_sides(runs)
+    groups = seed_groups(runs)
     intervals = []
     for metric in metrics:
-        found = [[values[i][metric] for i in side if metric in values[i]] for side in sides]
-        if len(found[0]) < MIN_SEEDS:
+        by_group = [[values[i][metric] for i in group if metric in values[i]] for group in groups]
+        baseline_values = by_group[0]
+        if len(baseline_values) < MIN_SEEDS:
             continue
-        first = runs[sides[0][0]].name
-        others = [(side, of) for side, of in zip(sides[1:], found[1:], strict=True) if len(of) >= MIN_SEEDS]
-        for side, of in others:
-            counts, bounds = (len(found[0]), len(of)), difference_interval(found[0], of, CONFIDENCE)
-            intervals.append(_over_seeds(metric, runs[side[0]].name, first, bounds, counts))
-        if not others:
-            bounds = mean_interval(found[0], CONFIDENCE)
-            intervals.append(_over_seeds(metric, first, None, bounds, (len(found[0]),)))
+        first = runs[groups[0][0]].name
+        others = zip(groups[1:], by_group[1:], strict=True)
+        compared = [(group, group_values) for group, group_values in others if len(group_values) >= MIN_SEEDS]
+        for group, group_values in compared:
+            counts = (len(baseline_values), len(group_values))
+            bounds = difference_interval(baseline_values, group_values, CONFIDENCE)
+            intervals.append(_seed_interval(metric, runs[group[0]].name, first, bounds, counts))
+        if not compared:
+            bounds = mean_interval(baseline_values, CONFIDENCE)
+            intervals.append(_seed_interval(metric, first, None, bounds, (len(baseline_values),)))
     return intervals
 
 
-def _over_seeds(metric: str, run: str, baseline: str | None, bounds: SeedInterval, counts: tuple[int, ...]) -> Interval:
+def _seed_interval(
+    metric: str, run: str, baseline: str | None, bounds: SeedInterval, counts: tuple[int, ...]
+) -> Interval:
     return Interval(metric=metric, kind="seeds", run=run, baseline=baseline, **bounds._asdict(), runs=counts)
 
 
-def seed_sides(runs: Sequence[RunRecord]) -> list[list[int]]:
+def seed_groups(runs: Sequence[RunRecord]) -> list[list[int]]:
     """Group the positions of runs that differ only in name, output and seed.
 
     Only the first run of each seed counts. A run without a recipe forms its own group.
     """
-    sides: dict[object, dict[str | None, int]] = {}
+    groups: dict[object, dict[str | None, int]] = {}
     for position, run in enumerate(runs):
-        recipe = frozenset((key, value) for key, value in run.recipe.items() if key not in NOT_OF_A_SIDE)
-        sides.setdefault(recipe if run.recipe else position, {}).setdefault(run.recipe.get("seed"), position)
-    return [list(side.values()) for side in sides.values()]
+        recipe = frozenset((key, value) for key, value in run.recipe.items() if key not in GROUP_IGNORES)
+        groups.setdefault(recipe if run.recipe else position, {}).setdefault(run.recipe.get("seed"), position)
+    return [list(group.values()) for group in groups.values()]
 
 
 def interval_notes(runs: Sequence[RunRecord], intervals: Sequence[Interval], sets: Sequence[str]) -> list[str]:

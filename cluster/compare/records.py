@@ -31,9 +31,9 @@ from m2f.trainer.checkpoint.commits import read_metrics
 
 Curve = tuple[tuple[int, float], ...]
 """(step, value) points in ascending order of steps, one per step."""
-NOT_COMPARED = {"train/eta_s", "train/images"}
+EXCLUDED_METRICS = {"train/eta_s", "train/images"}
 """Metrics that are not compared, because they say nothing about the quality or speed of a run."""
-GROUPS_NOT_COMPARED = ("train/storage/", "train/ranks/", "system/")
+EXCLUDED_PREFIXES = ("train/storage/", "train/ranks/", "system/")
 """Name prefixes of further metrics that are not compared."""
 MAX_RUNS = 50
 
@@ -80,14 +80,14 @@ class RunRecord:
 
 
 def read_runs(
-    wanted: Sequence[str], *, tracking: str | None, experiment: str | None, query: str | None, step: int | None
+    requested: Sequence[str], *, tracking: str | None, experiment: str | None, query: str | None, step: int | None
 ) -> list[RunRecord]:
-    """Read the `wanted` runs in their order, then the runs that match `query`, newest first.
+    """Read the `requested` runs in their order, then the runs that match `query`, newest first.
 
     Args:
-        wanted: paths or URLs of run folders, or MLflow run ids or names.
+        requested: paths or URLs of run folders, or MLflow run ids or names.
         tracking: URI of the MLflow server; None takes MLFLOW_TRACKING_URI.
-        experiment: MLflow experiment in which names are looked up. Without `wanted` and `query`, its newest runs are
+        experiment: MLflow experiment in which names are looked up. Without `requested` and `query`, its newest runs are
             read.
         query: filter in MLflow's search syntax, for example `metrics."val/PQ" > 50`.
         step: step of the evaluations; None takes the newest one of each run and set.
@@ -96,11 +96,11 @@ def read_runs(
         CompareError: a run or experiment does not exist, the filter is invalid, or the server does not answer.
     """
     uri = tracking or os.environ.get("MLFLOW_TRACKING_URI")
-    by_filter = query is not None or (experiment is not None and not wanted)
+    by_filter = query is not None or (experiment is not None and not requested)
     records: list[RunRecord] = []
     store: _Store | None = None
-    for one in wanted:
-        if _is_folder(one):
+    for one in requested:
+        if _is_run_folder(one):
             records.append(_read_folder(one, step))
         else:
             store = store or _open_store(uri, one, experiment)
@@ -122,27 +122,28 @@ class _Store:
         with _convert_mlflow_errors(uri):
             known = {e.name: e.experiment_id for e in self._client.search_experiments()}
         if experiment is not None and experiment not in known:
-            raise CompareError(f"no experiment {experiment!r} at {uri}{_choices(experiment, known)}")
+            raise CompareError(f"no experiment {experiment!r} at {uri}{_suggestion(experiment, known)}")
         self._experiments = [known[experiment]] if experiment is not None else list(known.values())
 
-    def find(self, wanted: str) -> Run:
+    def find(self, name_or_id: str) -> Run:
         """Return the run with this name in the experiments, else the run with this id."""
-        quoted = wanted.replace("'", "\\'")
+        quoted = name_or_id.replace("'", "\\'")
         with _convert_mlflow_errors(self.uri):
             named = self._client.search_runs(self._experiments, f"attributes.run_name = '{quoted}'")
-            if not named and len(wanted) == 32:
+            if not named and len(name_or_id) == 32:
                 try:
-                    return self._client.get_run(wanted)
+                    return self._client.get_run(name_or_id)
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                         raise
             others = [] if named else self._client.search_runs(self._experiments, max_results=1000)
         if len(named) > 1:
             ids = ", ".join(run.info.run_id for run in named[:10])
-            raise CompareError(f"{len(named)} runs at {self.uri} have the name {wanted!r}; give an id: {ids}")
+            raise CompareError(f"{len(named)} runs at {self.uri} have the name {name_or_id!r}; give an id: {ids}")
         if not named:
             names = sorted({run.info.run_name or run.info.run_id for run in others})
-            raise CompareError(f"no run folder, run id or run name {wanted!r} at {self.uri}{_choices(wanted, names)}")
+            suggestion = _suggestion(name_or_id, names)
+            raise CompareError(f"no run folder, run id or run name {name_or_id!r} at {self.uri}{suggestion}")
         return named[0]
 
     def search(self, query: str | None) -> list[Run]:
@@ -166,14 +167,14 @@ class _Store:
         recipe = self._artifact(run, "recipe.yaml", notes)
         results: dict[str, SetResult] = {}
         images: dict[str, ImageRecords] = {}
-        for name in dict.fromkeys(set_and_metric(key)[0] for key in curves if not is_of_training(key)):
+        for name in dict.fromkeys(split_metric_name(key)[0] for key in curves if not is_training_metric(key)):
             at = compared_step(name, curves, step)
             if at is None:
                 continue
-            place = f"evaluations/step_{at:08d}/{name}"
-            if (text := self._artifact(run, f"{place}/results.json", notes)) is not None:
+            folder = f"evaluations/step_{at:08d}/{name}"
+            if (text := self._artifact(run, f"{folder}/results.json", notes)) is not None:
                 results[name] = parse_results(text.decode())
-                if (records := self._images(run, place, notes)) is not None:
+                if (records := self._images(run, folder, notes)) is not None:
                     images[name] = records
         return RunRecord(
             name=run.info.run_name or run_id,
@@ -190,26 +191,26 @@ class _Store:
     def curves(self, run: Run) -> dict[str, Curve]:
         """Return the history of every compared metric."""
         with _convert_mlflow_errors(self.uri):
-            keys = [key for key in run.data.metrics if not key.startswith(GROUPS_NOT_COMPARED)]
-            wanted = [key for key in keys if key not in NOT_COMPARED]
-            return {key: self._curve(run.info.run_id, key) for key in wanted}
+            keys = [key for key in run.data.metrics if not key.startswith(EXCLUDED_PREFIXES)]
+            compared = [key for key in keys if key not in EXCLUDED_METRICS]
+            return {key: self._curve(run.info.run_id, key) for key in compared}
 
     def _curve(self, run_id: str, key: str) -> Curve:
         by_step = {point.step: point.value for point in self._client.get_metric_history(run_id, key)}
         return tuple(sorted(by_step.items()))
 
-    def _images(self, run: Run, place: str, notes: list[str]) -> ImageRecords | None:
+    def _images(self, run: Run, folder: str, notes: list[str]) -> ImageRecords | None:
         """Return the image records stored beside results.json; None if there are none, as in earlier versions."""
-        path = f"{place}/{IMAGES_FILE}"
+        path = f"{folder}/{IMAGES_FILE}"
         try:
             if (moved := moved_artifacts(self.uri, run.info.artifact_uri)) is not None:
-                is_there = (moved / path).exists()
+                exists = (moved / path).exists()
             else:
-                is_there = path in {file.path for file in self._client.list_artifacts(run.info.run_id, place)}
+                exists = path in {file.path for file in self._client.list_artifacts(run.info.run_id, folder)}
         except Exception as error:
-            notes.append(f"{place} cannot be listed ({_brief(error)})")
+            notes.append(f"{folder} cannot be listed ({_brief(error)})")
             return None
-        payload = self._artifact(run, path, notes) if is_there else None
+        payload = self._artifact(run, path, notes) if exists else None
         return None if payload is None else _parse_images(payload, path, notes)
 
     def _artifact(self, run: Run, path: str, notes: list[str]) -> bytes | None:
@@ -224,11 +225,11 @@ class _Store:
             return None
 
 
-def _open_store(uri: str | None, wanted: str, experiment: str | None) -> _Store:
+def _open_store(uri: str | None, name_or_id: str, experiment: str | None) -> _Store:
     if uri is None:
         raise CompareError(
-            f"{wanted!r} is not a run folder (it has no recipe.yaml), and no MLflow server is set; give a run folder, "
-            "or set --tracking or MLFLOW_TRACKING_URI"
+            f"{name_or_id!r} is not a run folder (it has no recipe.yaml), and no MLflow server is set; give a run "
+            "folder, or set --tracking or MLFLOW_TRACKING_URI"
         )
     database = uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).exists():
@@ -255,8 +256,8 @@ def _convert_mlflow_errors(uri: str) -> Iterator[None]:
 # Run folders
 
 
-def _is_folder(wanted: str) -> bool:
-    return "://" in wanted or Path(wanted, "recipe.yaml").is_file()
+def _is_run_folder(path: str) -> bool:
+    return "://" in path or Path(path, "recipe.yaml").is_file()
 
 
 def _read_folder(folder: str, step: int | None) -> RunRecord:
@@ -320,21 +321,21 @@ def _parse_images(payload: bytes, where: str, notes: list[str]) -> ImageRecords 
 
 def _tracked_record(storage: Storage, folder: str, known: Mapping[str, Any] | None) -> RunRecord:
     """Return status, version and training curves from MLflow. If that fails, return only the curves in the folder."""
-    bare = RunRecord(name=folder, source=folder)
+    untracked = RunRecord(name=folder, source=folder)
     if known is None:
         return replace(
-            bare, curves=_stored_curves(storage, folder), notes=("no tracking.json, so its MLflow run is unknown",)
+            untracked, curves=_stored_curves(storage, folder), notes=("no tracking.json, so its MLflow run is unknown",)
         )
     try:
         uri = current_uri(folder, without_secrets(known["uri"]), known["run_id"])
         store = _open_store(uri, known["run_id"], None)
         run = store.find(known["run_id"])
         version = run.data.tags.get("m2f.version")
-        return replace(bare, status=run.info.status, version=version, curves=store.curves(run))
+        return replace(untracked, status=run.info.status, version=version, curves=store.curves(run))
     except CompareError as error:
         curves = _stored_curves(storage, folder)
         found = "training curves are read from the run folder" if curves else "no training curves"
-        return replace(bare, curves=curves, notes=(f"{found}: {error}",))
+        return replace(untracked, curves=curves, notes=(f"{found}: {error}",))
 
 
 def _stored_curves(storage: Storage, folder: str) -> dict[str, Curve]:
@@ -344,7 +345,7 @@ def _stored_curves(storage: Storage, folder: str) -> dict[str, Curve]:
         for step, values in by_step.items():
             for name, value in values.items():
                 key = tracked_name(name)
-                if key not in NOT_COMPARED and not key.startswith(GROUPS_NOT_COMPARED):
+                if key not in EXCLUDED_METRICS and not key.startswith(EXCLUDED_PREFIXES):
                     points.setdefault(key, {})[step] = value
     return {key: tuple(sorted(values.items())) for key, values in points.items()}
 
@@ -359,27 +360,27 @@ def parse_results(text: str) -> SetResult:
         raise CompareError(f"a results.json is damaged ({error}); delete it, and evaluate again") from error
 
 
-def set_and_metric(key: str) -> tuple[str, str]:
+def split_metric_name(key: str) -> tuple[str, str]:
     """Split a name such as `val/PQ` into set and metric: (`val`, `PQ`)."""
     name, _, metric = key.rpartition("/")
     return name, metric
 
 
-def is_of_training(key: str) -> bool:
+def is_training_metric(key: str) -> bool:
     """Return whether training logged the metric.
 
     An evaluation set may also be called `train`; the names of its metrics contain capitals.
     """
-    name, metric = set_and_metric(key)
+    name, metric = split_metric_name(key)
     return key.startswith("train/") and (name != "train" or metric.islower())
 
 
-def compared_step(dataset: str, curves: Mapping[str, Curve], wanted: int | None) -> int | None:
-    """Return the wanted step of a set, or its newest evaluated step if `wanted` is None; None if not evaluated."""
-    evaluated = [key for key in curves if set_and_metric(key)[0] == dataset and not is_of_training(key)]
+def compared_step(dataset: str, curves: Mapping[str, Curve], requested: int | None) -> int | None:
+    """Return the requested step of a set, or its newest evaluated step if that is None; None if not evaluated."""
+    evaluated = [key for key in curves if split_metric_name(key)[0] == dataset and not is_training_metric(key)]
     steps = {step for key in evaluated for step, _ in curves[key]}
-    if wanted is not None:
-        return wanted if wanted in steps else None
+    if requested is not None:
+        return requested if requested in steps else None
     return max(steps, default=None)
 
 
@@ -392,7 +393,7 @@ def _with_distinct_names(records: Sequence[RunRecord]) -> list[RunRecord]:
     names = [record.name for record in records]
     if len(set(names)) < len(names):
         folders = [record.source.rstrip("/").rpartition("/")[2] for record in records]
-        if len(set(folders)) == len(folders) and all(_is_folder(record.source) for record in records):
+        if len(set(folders)) == len(folders) and all(_is_run_folder(record.source) for record in records):
             return [replace(record, name=folder) for record, folder in zip(records, folders, strict=True)]
     return [
         replace(record, name=f"{record.name} ({position})") if names.count(record.name) > 1 else record
@@ -400,9 +401,9 @@ def _with_distinct_names(records: Sequence[RunRecord]) -> list[RunRecord]:
     ]
 
 
-def _choices(wanted: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+def _suggestion(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     names = list(known)
-    close = difflib.get_close_matches(wanted, names, n=1)
+    close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f" (available: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else " (it is empty)"

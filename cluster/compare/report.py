@@ -24,12 +24,12 @@ def as_text(comparison: Comparison) -> str:
         blocks.append("\n".join(f"! {note}" for note in comparison.notes))
     blocks += _blocks(report.metrics, "metric", len(comparison.runs))
     if report.intervals.rows:
-        blocks.append(aligned(report.intervals.head, *report.intervals.rows))
+        blocks.append(align_columns(report.intervals.head, *report.intervals.rows))
     blocks += _blocks(report.speed, "speed", len(comparison.runs))
-    for table, of_class in zip(report.classes, comparison.classes, strict=True):
-        blocks += _class_blocks(table, of_class)
+    for table, class_table in zip(report.classes, comparison.classes, strict=True):
+        blocks += _class_blocks(table, class_table)
     if report.differences.rows:
-        blocks.append(aligned(report.differences.head, *report.differences.rows))
+        blocks.append(align_columns(report.differences.head, *report.differences.rows))
     elif len(comparison.runs) > 1:
         blocks.append("The recipes do not differ.")
     return "\n\n".join(blocks) + "\n"
@@ -58,7 +58,7 @@ def as_json(comparison: Comparison) -> str:
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
-def aligned(*rows: Sequence[str | Number]) -> str:
+def align_columns(*rows: Sequence[str | Number]) -> str:
     """Format rows as aligned columns: the first to the left, the others to the right. The first row is the header."""
     lines = [[*map(str, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -69,8 +69,8 @@ def aligned(*rows: Sequence[str | Number]) -> str:
 def _runs(comparison: Comparison, report: Report) -> str:
     lines = [report.title + (" (* = best)" if len(comparison.runs) > 1 else "")]
     for run in comparison.runs:
-        about = ", ".join(part for part in (run.source, run.status, run.version and f"m2f {run.version}") if part)
-        lines.append(f"  {run.name}: {about}")
+        details = ", ".join(part for part in (run.source, run.status, run.version and f"m2f {run.version}") if part)
+        lines.append(f"  {run.name}: {details}")
     if report.paper is not None:
         lines.append(f"  paper: {report.paper}")
     return "\n".join(lines)
@@ -92,14 +92,14 @@ def _blocks(table: Table, first: str, runs: int) -> list[str]:
         chunks[-1].append(column)
     paper = range(runs + 1, len(table.head))
     rows = [(first, *table.head[1:]), *table.rows]
-    return [aligned(*([row[c] for c in (0, *chunk, *paper)] for row in rows)) for chunk in chunks]
+    return [align_columns(*([row[c] for c in (0, *chunk, *paper)] for row in rows)) for chunk in chunks]
 
 
-def _class_blocks(table: Table, of_class: ClassTable) -> list[str]:
+def _class_blocks(table: Table, class_table: ClassTable) -> list[str]:
     """Return one table with the largest gains and losses for every run except the baseline."""
     blocks = []
     for run in range(1, len(table.head) - 1):
-        changes, left_out = largest_changes(of_class, run, SHOWN_CLASSES)
+        changes, left_out = largest_changes(class_table, run, SHOWN_CLASSES)
         rows = [
             [row.name, number_text(row.values[0].value), number_text(row.values[run].value), f"{delta:+.2f}"]
             for row, delta in changes
@@ -107,7 +107,7 @@ def _class_blocks(table: Table, of_class: ClassTable) -> list[str]:
         if left_out:
             rows.insert(SHOWN_CLASSES, [f"({left_out} more)", "", "", ""])
         if rows:
-            blocks.append(aligned([table.title, table.head[1], table.head[1 + run], "delta"], *rows))
+            blocks.append(align_columns([table.title, table.head[1], table.head[1 + run], "delta"], *rows))
     return blocks
 
 

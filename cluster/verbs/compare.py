@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from m2f.cluster.compare.compare import Comparison
 
 SUMMARY = "compare runs: metrics, recipes, classes, curves and speed"
-ENDINGS = {".md": "markdown", ".html": "html", ".htm": "html", ".json": "json", ".txt": "text"}
+FORMAT_BY_SUFFIX = {".md": "markdown", ".html": "html", ".htm": "html", ".json": "json", ".txt": "text"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,26 +63,26 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.compare.compare import compare_runs
     from m2f.cluster.compare.records import CompareError, read_runs
 
-    form = args.format or ENDINGS.get(Path(args.output or "").suffix.lower(), "text")
+    output_format = args.format or FORMAT_BY_SUFFIX.get(Path(args.output or "").suffix.lower(), "text")
     runs = read_runs(args.runs, tracking=args.tracking, experiment=args.experiment, query=args.filter, step=args.step)
     if args.draws < 0:
         raise CompareError(f"--draws is {args.draws}; it must be at least 0")
     comparison = compare_runs(runs, args.metric, args.step, args.draws)
     if args.output is None:
-        print_out(_render(comparison, form, None).rstrip("\n"))
+        print_out(_render(comparison, output_format, None).rstrip("\n"))
         return ExitStatus.DONE
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(_render(comparison, form, output))
+    output.write_text(_render(comparison, output_format, output))
     print_out(f"{output}: {counted(len(runs), 'run')}")
     return ExitStatus.DONE
 
 
-def _render(comparison: Comparison, form: str, output: Path | None) -> str:
+def _render(comparison: Comparison, output_format: str, output: Path | None) -> str:
     from m2f.cluster.compare.page import as_page
     from m2f.cluster.compare.report import as_json, as_markdown, as_text
 
-    match form:
+    match output_format:
         case "html":
             return as_page(comparison)
         case "json":

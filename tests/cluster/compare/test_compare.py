@@ -1,4 +1,4 @@
-"""Comparison of runs: figures, missing values, differences, reports, and reading from folders and MLflow."""
+"""Tests of the comparison of runs: numbers, missing values, differences, reports, and reading of runs."""
 
 from __future__ import annotations
 
@@ -120,15 +120,15 @@ def test_training_time_counts_every_step():
 
 
 def test_runs_without_a_common_metric_are_rejected_with_their_metrics(pair):
-    other = record("stranger", {"test/PQ": ((5, 1.0),)})
-    with pytest.raises(CompareError, match=r"base: val/PQ, val/mIoU; stranger: test/PQ"):
+    other = record("unrelated", {"test/PQ": ((5, 1.0),)})
+    with pytest.raises(CompareError, match=r"base: val/PQ, val/mIoU; unrelated: test/PQ"):
         compare_runs([pair[0], other])
     with pytest.raises(CompareError, match="no run has the metric 'AP'"):
         compare_runs(pair, ["AP"])
 
 
 def test_an_evaluated_set_may_be_called_train(pair):
-    """Its metrics stand beside the curves of training, which end at a later step."""
+    """The curves of training, which have the same prefix, end at a later step."""
     runs = [
         replace(run, curves=run.curves | {"train/AP": ((10, ap),), "train/lr": ((10, 0.1), (30, 0.0))}, results={})
         for run, ap in zip(pair, (40.0, 42.0), strict=True)
@@ -174,14 +174,14 @@ def test_classes_that_only_one_run_has_are_noted(pair):
 
 
 @pytest.mark.parametrize(
-    ("row", "named"),
+    ("row", "message"),
     [
         ((2, "sky", True), r"base: id 2 'sky' \(stuff\); other: id 2 'sky' \(thing\)"),
         ((2, "cloud", False), r"base: id 2 'sky' \(stuff\); other: id 2 'cloud' \(stuff\)"),
     ],
 )
-def test_runs_whose_classes_contradict_each_other_are_refused(pair, row, named):
-    with pytest.raises(CompareError, match=named):
+def test_runs_whose_classes_contradict_each_other_are_refused(pair, row, message):
+    with pytest.raises(CompareError, match=message):
         compare_runs([with_classes(pair[0], TABLE), with_classes(pair[1], (TABLE[0], row))])
 
 
@@ -196,20 +196,20 @@ def test_published_results_are_shown_for_the_first_set():
 
 
 def test_published_results_match_the_recipes():
-    """Line 2 of a recipe starts with its published figures."""
-    compared = 0
+    """Line 2 of a recipe starts with its published numbers."""
+    num_compared = 0
     for path in CONFIGS.rglob("*.yaml"):
-        row, promise = paper_result(path.stem), path.read_text().splitlines()[1]
+        row, expectation = paper_result(path.stem), path.read_text().splitlines()[1]
         if row is not None:
-            for metric, figure in re.findall(r"\b(PQ|AP|mIoU) (\d+\.\d+)", promise.replace("boundary AP", "")):
-                assert row.metrics[metric] == float(figure), path
-                compared += 1
-    assert compared
+            for metric, number in re.findall(r"\b(PQ|AP|mIoU) (\d+\.\d+)", expectation.replace("boundary AP", "")):
+                assert row.metrics[metric] == float(number), path
+                num_compared += 1
+    assert num_compared
     assert len(PAPER_RESULTS) > 40
 
 
-class WellFormed(HTMLParser):
-    """Fails on tags that are not closed in order; collects the text."""
+class StrictParser(HTMLParser):
+    """HTML parser that fails if tags are not closed in order, and collects text and links."""
 
     VOID = ("meta", "img", "!doctype")
 
@@ -244,7 +244,7 @@ def test_report_formats_agree_and_are_self_contained(pair):
         assert "-7.50" in report
     assert "| val/PQ | 50.00* | 42.50 -7.50 |" in markdown
     assert "<b>other" not in html
-    parsed = WellFormed(html)
+    parsed = StrictParser(html)
     assert "(absent)" in parsed.text
     assert all(link.startswith("#") for link in parsed.links)
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", html)
@@ -278,13 +278,13 @@ def write_run(folder, name, pq, *, lr="0.001", step=100):
     return str(folder)
 
 
-def read(*wanted, **options):
-    return read_runs(wanted, **({"tracking": None, "experiment": None, "query": None, "step": None} | options))
+def read(*runs, **options):
+    return read_runs(runs, **({"tracking": None, "experiment": None, "query": None, "step": None} | options))
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, migrated_database):
-    """A database with three runs, two of one name, one with artifacts; returns its URI and the ids."""
+    """Return URI and run ids of a database with three runs. Two share a name, and one has artifacts."""
     folder = tmp_path_factory.mktemp("store")
     (folder / "mlflow.db").write_bytes(migrated_database)
     uri = f"sqlite:///{folder / 'mlflow.db'}"
@@ -347,7 +347,7 @@ def test_runs_are_found_by_id_name_and_filter(store):
     assert alpha.results["val"].per_class[0]["PQ"] == 50.0
     assert alpha.recipe["training.optimizer.lr"] == "0.001"
     assert alpha.notes == ()
-    assert beta.recipe == {"training.optimizer.lr": "0.5"}  # of its parameters
+    assert beta.recipe == {"training.optimizer.lr": "0.5"}  # from the parameters of the MLflow run
     assert [note.split(" ")[0] for note in beta.notes] == ["recipe.yaml", "evaluations/step_00000100/val/results.json"]
     found = read(tracking=uri, experiment="m2f", query='metrics."val/PQ" > 51')
     assert [run.name for run in found] == ["beta (1)", "beta (2)"]
@@ -357,7 +357,7 @@ def test_runs_are_found_by_id_name_and_filter(store):
 def test_runs_that_cannot_be_found_are_refused(store, tmp_path, monkeypatch):
     uri, _ = store
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for options, wanted, message in (
+    for options, names, message in (
         ({"tracking": uri}, ["alpa"], "did you mean 'alpha'"),
         ({"tracking": uri}, ["0" * 32], "no run folder, run id or run name"),
         ({"tracking": uri}, ["beta"], "2 runs .* give an id"),
@@ -369,7 +369,7 @@ def test_runs_that_cannot_be_found_are_refused(store, tmp_path, monkeypatch):
         ({}, [], "no run to compare"),
     ):
         with pytest.raises(CompareError, match=message):
-            read(*wanted, **options)
+            read(*names, **options)
     assert not list(tmp_path.iterdir())
 
 

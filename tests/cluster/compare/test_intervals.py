@@ -1,4 +1,4 @@
-"""Intervals of differences between runs, over images and over seeds, and what the reports say about them."""
+"""Tests of intervals of differences between runs, over images and over seeds, and of their reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from m2f.cluster.cli import main
 from m2f.cluster.compare.compare import compare_runs
-from m2f.cluster.compare.intervals import seed_sides
+from m2f.cluster.compare.intervals import seed_groups
 from m2f.cluster.compare.page import as_page
 from m2f.cluster.compare.records import RunRecord, SetResult, read_runs
 from m2f.cluster.compare.report import as_json, as_markdown, as_text
@@ -17,12 +17,12 @@ from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoUState
 from m2f.eval.results.images import image_records, image_table, read_image_records
 
 
-def records_of(right, num_images=400, first_id=0, seed=0):
-    """Two classes; of the hundred pixels of an image about `right` per cent are right."""
+def make_records(correct, num_images=400, first_id=0, seed=0):
+    """Return records of two classes, in which about `correct` of the 100 pixels of each image are correct."""
     random = np.random.default_rng(seed)
     state = MeanIoUState(2)
     for image_id in range(first_id, first_id + num_images):
-        hits = random.binomial(100, right / 100, size=2)
+        hits = random.binomial(100, correct / 100, size=2)
         cells = [hits[0], 100 - hits[0], 100 - hits[1], hits[1]]
         state.add(image_id, ConfusionRecord(np.flatnonzero(cells), [n for n in cells if n]))
     return image_records(None, None, state)
@@ -34,7 +34,7 @@ def result(**settings):
     )
 
 
-def run_of(name, images=None, value=50.0, results=None, **recipe):
+def make_run(name, images=None, value=50.0, results=None, **recipe):
     return RunRecord(
         name=name,
         source=f"runs/{name}",
@@ -46,11 +46,11 @@ def run_of(name, images=None, value=50.0, results=None, **recipe):
 
 
 def test_image_interval_contains_the_difference_and_notes_its_limits():
-    base, better = records_of(70), records_of(75, seed=1)
-    comparison = compare_runs([run_of("base", base), run_of("better", better, lr="2")])
+    base, better = make_records(70), make_records(75, seed=1)
+    comparison = compare_runs([make_run("base", base), make_run("better", better, lr="2")])
     (interval,) = comparison.intervals
-    once = np.ones((400, 1), dtype=np.int32)
-    value = better.resampled(once)["mIoU"][0] - base.resampled(once)["mIoU"][0]
+    original = np.ones((400, 1), dtype=np.int32)
+    value = better.resampled(original)["mIoU"][0] - base.resampled(original)["mIoU"][0]
     assert (interval.kind, interval.metric, interval.images) == ("images", "val/mIoU", 400)
     assert interval.value == pytest.approx(value)
     assert 0 < interval.low < value < interval.high < 2 * value
@@ -61,20 +61,20 @@ def test_image_interval_contains_the_difference_and_notes_its_limits():
         assert f"{interval.low:.2f} to {interval.high:.2f}" in text
         assert "400 images" in text
     assert json.loads(as_json(comparison))["intervals"][0]["low"] == interval.low
-    assert compare_runs(comparison.runs).intervals == comparison.intervals  # drawn alike every time
+    assert compare_runs(comparison.runs).intervals == comparison.intervals  # the draws are reproducible
     assert compare_runs(comparison.runs, draws=0).intervals == ()
 
 
 def test_paired_interval_of_equal_records_is_zero():
-    base = records_of(70)
-    same = compare_runs([run_of("base", base), run_of("twin", base, lr="2")]).intervals[0]
+    base = make_records(70)
+    same = compare_runs([make_run("base", base), make_run("twin", base, lr="2")]).intervals[0]
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
 def test_runs_without_comparable_image_records_are_noted():
-    base = run_of("base", records_of(70))
+    base = make_run("base", make_records(70))
     notes = " ".join(
-        compare_runs([base, run_of("old", lr="2"), run_of("moved", records_of(70, first_id=9), lr="3")]).notes
+        compare_runs([base, make_run("old", lr="2"), make_run("moved", make_records(70, first_id=9), lr="3")]).notes
     )
     assert "no intervals over images for old, whose results have no images.parquet" in notes
     assert "no intervals over images for moved: evaluated on other images" in notes
@@ -82,15 +82,15 @@ def test_runs_without_comparable_image_records_are_noted():
 
 def test_runs_that_differ_only_in_seed_are_grouped():
     runs = [
-        run_of("a0"),
-        run_of("b0", lr="2", value=52.0),
-        run_of("a1", seed="1", value=50.5),
-        run_of("b1", lr="2", seed="1", value=53.0),
-        run_of("a1_again", seed="1"),
-        run_of("lone", lr="3"),
+        make_run("a0"),
+        make_run("b0", lr="2", value=52.0),
+        make_run("a1", seed="1", value=50.5),
+        make_run("b1", lr="2", seed="1", value=53.0),
+        make_run("a1_again", seed="1"),
+        make_run("lone", lr="3"),
     ]
-    assert seed_sides(runs) == [[0, 2], [1, 3], [5]]
-    assert seed_sides([RunRecord(name=n, source=n) for n in "xy"]) == [[0], [1]]
+    assert seed_groups(runs) == [[0, 2], [1, 3], [5]]
+    assert seed_groups([RunRecord(name=n, source=n) for n in "xy"]) == [[0], [1]]
     comparison = compare_runs(runs)
     (interval,) = comparison.intervals
     assert (interval.kind, interval.run, interval.baseline, interval.runs) == ("seeds", "b0", "a0", (2, 2))
@@ -101,33 +101,34 @@ def test_runs_that_differ_only_in_seed_are_grouped():
 
 
 def test_single_group_of_seeds_gets_an_interval_of_its_mean():
-    comparison = compare_runs([run_of("a0"), run_of("a1", seed="1", value=51.0), run_of("a2", seed="2", value=52.0)])
+    seeds = [make_run("a0"), make_run("a1", seed="1", value=51.0), make_run("a2", seed="2", value=52.0)]
+    comparison = compare_runs(seeds)
     (interval,) = comparison.intervals
     assert (interval.value, interval.baseline, interval.runs) == (51.0, None, (3,))
     assert "3 seeds" in as_text(comparison)
 
 
 def test_different_evaluation_settings_are_noted():
-    first = run_of("first", results=result(shrink="area", batch_size=1, weights="1"))
-    second = run_of("second", results=result(shrink="bilinear", batch_size=1, weights="2"))
+    first = make_run("first", results=result(shrink="area", batch_size=1, weights="1"))
+    second = make_run("second", results=result(shrink="bilinear", batch_size=1, weights="2"))
     notes = compare_runs([first, second]).notes
     assert 'val: evaluated with different `shrink` (first "area", second "bilinear"); this alone' in " ".join(notes)
     assert not any("batch_size" in note or "weights" in note for note in notes)
 
 
 def test_image_records_are_read_from_run_folders(tmp_path, capsys):
-    for name, right in (("base", 70), ("better", 75)):
-        place = tmp_path / name / "evaluations/step_00000005/val"
-        place.mkdir(parents=True)
-        records = records_of(right)
-        (tmp_path / name / "recipe.yaml").write_text(f"name: {name}\nseed: 0\nlr: {right}\n")
+    for name, correct in (("base", 70), ("better", 75)):
+        folder = tmp_path / name / "evaluations/step_00000005/val"
+        folder.mkdir(parents=True)
+        records = make_records(correct)
+        (tmp_path / name / "recipe.yaml").write_text(f"name: {name}\nseed: 0\nlr: {correct}\n")
         content = {"step": 5, "fingerprint": "f" * 64, "subset": None, "num_images": 400, "per_class": []}
         metrics = {"mIoU": float(records.resampled(np.ones((400, 1)))["mIoU"][0])}
-        (place / "results.json").write_text(json.dumps(content | {"metrics": metrics}))
-        (place / "images.parquet").write_bytes(image_table(records))
+        (folder / "results.json").write_text(json.dumps(content | {"metrics": metrics}))
+        (folder / "images.parquet").write_bytes(image_table(records))
     folders = [str(tmp_path / name) for name in ("base", "better")]
     (base, _) = read_runs(folders, tracking=None, experiment=None, query=None, step=None)
-    assert image_table(base.images["val"]) == image_table(read_image_records(image_table(records_of(70))))
+    assert image_table(base.images["val"]) == image_table(read_image_records(image_table(make_records(70))))
     assert main(["compare", *folders, "--draws", "50"]) == 0
     assert "400 images" in capsys.readouterr().out
     (tmp_path / "better/evaluations/step_00000005/val/images.parquet").write_bytes(b"broken")
