@@ -167,7 +167,7 @@ def cluster_devices(may_grow: bool) -> AvailableDevices:
     if gpus and is_only_this_node and not local_gpus() and not _sees_gpu():
         found = f"Ray reports {counted(len(gpus), 'GPU')} on {socket.gethostname()}, where torch sees"
         gpus = ()
-    return AvailableDevices(gpus, found=found, may_grow=may_grow)
+    return AvailableDevices(gpus, sentence_start=found, may_grow=may_grow)
 
 
 def this_node_selector() -> dict[str, str]:

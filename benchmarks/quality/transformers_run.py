@@ -7,7 +7,7 @@ from pathlib import Path
 from m2f.cluster.evaluation.evaluate import evaluate_sets, write_files
 from m2f.cluster.evaluation.local_pool import LocalPool
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.start.settling import settled_run, this_machine
+from m2f.cluster.start.settling import local_devices, settled_run
 from m2f.cluster.train.compose import compose_job
 from m2f.cluster.train.launch import launch
 from m2f.cluster.train.local_rank import stopped_by_signals, worker_environment
@@ -25,7 +25,7 @@ def train_transformers(config: RunConfig) -> bool:
         LaunchError: training failed.
         EvaluationError, DataError, StorageError: see `evaluate_sets`.
     """
-    config = settled_run(config, this_machine(), beside=False)
+    config = settled_run(config, local_devices(), during_training=False)
     launch(train_rank, (compose_job(config),), 1, worker_environment(config))
     weights = Path(config.run_folder) / WEIGHTS
     if not weights.exists():

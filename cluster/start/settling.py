@@ -8,7 +8,7 @@ from typing import get_args
 
 from m2f.cluster.environment import usable_cores
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.devices import SeenDevices, announced, gpus_of_machine, settle
+from m2f.cluster.recipe.devices import AvailableDevices, local_gpus, print_settled, settle
 from m2f.cluster.recipe.stored import stored_setting
 from m2f.cluster.start.backbone_start import settle_backbone
 from m2f.cluster.start.continuation import newest_recipe
@@ -19,14 +19,14 @@ from m2f.trainer.checkpoint.lease import LEASE_VARIABLE
 from m2f.trainer.config import Precision
 
 
-def settled_run(config: RunConfig, seen: SeenDevices, *, beside: bool) -> RunConfig:
+def settled_run(config: RunConfig, devices: AvailableDevices, *, during_training: bool) -> RunConfig:
     """Return the recipe with `auto` resolved, and print the decisions; see `settle` and `settle_backbone`.
 
-    A continued run keeps its precision and its choice of initial backbone weights. `beside` states whether evaluations
-    run during training.
+    A continued run keeps its precision and its choice of initial backbone weights. `during_training` states
+    whether evaluations run during training.
     """
     stored = _stored_choices(config)
-    config = announced(settle(config, seen, stored.precision, beside=beside))
+    config = print_settled(settle(config, devices, stored.precision, during_training=during_training))
     start = settle_backbone(config, stored.pretrained, published_problem, has_frozen_norms)
     if start.line is not None:
         print_out(start.line)
@@ -35,9 +35,9 @@ def settled_run(config: RunConfig, seen: SeenDevices, *, beside: bool) -> RunCon
     return start.config
 
 
-def this_machine() -> SeenDevices:
+def local_devices() -> AvailableDevices:
     """Return the GPUs that torch sees on this machine, and its number of usable cores."""
-    return SeenDevices(gpus_of_machine(), cores=usable_cores())
+    return AvailableDevices(local_gpus(), cores=usable_cores())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from m2f.cluster.evaluation.manager import EvaluationStatus
 from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
 from m2f.cluster.evaluation.service import EvaluationService
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.start.settling import settled_run, this_machine
+from m2f.cluster.start.settling import local_devices, settled_run
 from m2f.cluster.terminal import print_out
 from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.cluster.train.failure_policy import AttemptError, root_cause
@@ -41,7 +41,7 @@ def train_locally(config: RunConfig, live: bool = False) -> RunSummary:
         LeaseHeldError: another process is training in the run folder.
         LeaseLostError: another process took over the run folder, because this one did not renew its lease.
     """
-    config = settled_run(config, this_machine(), beside=config.training.early_stopping is not None)
+    config = settled_run(config, local_devices(), during_training=config.training.early_stopping is not None)
     cluster = replace(config.cluster, num_workers=config.cluster.max_workers)
     return run_supervised(config, LocalLauncher(replace(config, cluster=cluster)), live)
 

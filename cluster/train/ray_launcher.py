@@ -29,7 +29,7 @@ from m2f.cluster.ray_cluster import (
 from m2f.cluster.ray_private import attempt_config, draining_nodes, free_resources, scaling_config
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.devices import AvailableDevices
-from m2f.cluster.start.settling import settled_run, local_devices
+from m2f.cluster.start.settling import local_devices, settled_run
 from m2f.cluster.terminal import print_err
 from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.cluster.train.failure_policy import AttemptError

@@ -2,14 +2,13 @@ import re
 from dataclasses import replace
 
 import pytest
-
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.cluster.recipe.devices import (
-    SeenDevices,
-    SeenGpu,
+    AvailableDevices,
+    AvailableGpu,
+    cluster_gpus,
     device_index,
     evaluation_devices,
-    gpus_of_nodes,
     settle,
 )
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
@@ -18,7 +17,7 @@ from m2f.model.errors import ConfigError
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.precision import default_precision
 
-H100, T4, P100 = (SeenGpu(name, cap) for name, cap in (("H100", (9, 0)), ("T4", (7, 5)), ("P100", (6, 0))))
+H100, T4, P100 = (AvailableGpu(name, cap) for name, cap in (("H100", (9, 0)), ("T4", (7, 5)), ("P100", (6, 0))))
 AUTO = "auto"
 
 
@@ -74,12 +73,12 @@ def recipe(workers=AUTO, gpus=AUTO, evaluating=AUTO, actors=1, sets=True, precis
     ],
 )
 def test_auto_resolves_workers_gpus_and_precision(settings, gpus, workers, each, actor, precision):
-    settled = settle(recipe(**settings), SeenDevices(tuple(gpus))).config
+    settled = settle(recipe(**settings), AvailableDevices(tuple(gpus))).config
     assert settled.cluster.num_workers == workers
     assert settled.cluster.num_gpus_per_worker == each
     assert settled.evaluation.num_gpus_per_actor == pytest.approx(actor)
     assert settled.training.precision == precision
-    assert settle(settled, SeenDevices(tuple(gpus))).config == settled
+    assert settle(settled, AvailableDevices(tuple(gpus))).config == settled
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ def test_auto_resolves_workers_gpus_and_precision(settings, gpus, workers, each,
     ],
 )
 def test_settle_warns_of_idle_missing_and_unshared_gpus(settings, gpus, warning):
-    warnings = settle(recipe(**settings), SeenDevices(tuple(gpus))).warnings
+    warnings = settle(recipe(**settings), AvailableDevices(tuple(gpus))).warnings
     assert len(warnings) == (warning is not None)
     if warning is not None:
         assert re.search(warning, warnings[0])
@@ -114,13 +113,13 @@ def test_settle_warns_of_idle_missing_and_unshared_gpus(settings, gpus, warning)
 )
 def test_missing_and_shared_gpus_are_rejected(settings, gpus, problem):
     with pytest.raises(ConfigError, match=problem):
-        settle(recipe(**settings), SeenDevices(tuple(gpus)))
+        settle(recipe(**settings), AvailableDevices(tuple(gpus)))
 
 
 def test_cluster_that_may_grow_accepts_missing_gpus():
-    seen = SeenDevices((), "the Ray cluster has", may_grow=True)
-    assert settle(recipe(gpus=1, workers=8), seen).config.cluster.num_workers == 8
-    settled = settle(recipe(), seen)
+    devices = AvailableDevices((), "the Ray cluster has", may_grow=True)
+    assert settle(recipe(gpus=1, workers=8), devices).config.cluster.num_workers == 8
+    settled = settle(recipe(), devices)
     assert settled.config.cluster.num_gpus_per_worker == 0
     assert settled.warnings == (
         "the Ray cluster has no GPU now: training on its CPUs. If GPUs are added, set cluster.num_gpus_per_worker to 1",
@@ -128,14 +127,14 @@ def test_cluster_that_may_grow_accepts_missing_gpus():
 
 
 def test_evaluation_after_training_gets_a_whole_gpu():
-    settled = settle(recipe(), SeenDevices((H100,)), beside=False).config
+    settled = settle(recipe(), AvailableDevices((H100,)), during_training=False).config
     assert (settled.cluster.num_gpus_per_worker, settled.evaluation.num_gpus_per_actor) == (1, 1)
 
 
 def test_continued_run_keeps_its_precision():
-    assert settle(recipe(), SeenDevices((H100,)), "fp32").config.training.precision == "fp32"
-    assert settle(recipe(), SeenDevices(), "bf16_autocast").config.training.precision == "bf16_autocast"
-    assert settle(recipe(precision="bf16"), SeenDevices(), "fp32").config.training.precision == "bf16"
+    assert settle(recipe(), AvailableDevices((H100,)), "fp32").config.training.precision == "fp32"
+    assert settle(recipe(), AvailableDevices(), "bf16_autocast").config.training.precision == "bf16_autocast"
+    assert settle(recipe(precision="bf16"), AvailableDevices(), "fp32").config.training.precision == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,7 @@ def test_continued_run_keeps_its_precision():
     ],
 )
 def test_devices_are_described_in_one_line(settings, gpus, line):
-    assert settle(recipe(**settings), SeenDevices(tuple(gpus))).line == line
+    assert settle(recipe(**settings), AvailableDevices(tuple(gpus))).line == line
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,7 @@ def test_devices_are_described_in_one_line(settings, gpus, line):
     ],
 )
 def test_run_on_the_cpu_gets_hints_to_make_it_faster(settings, gpus, cores, hints):
-    found = settle(recipe(**settings), SeenDevices(tuple(gpus), cores=cores)).hints
+    found = settle(recipe(**settings), AvailableDevices(tuple(gpus), cores=cores)).hints
     assert len(found) == len(hints)
     for hint, part in zip(found, hints, strict=True):
         assert part in hint
@@ -180,7 +179,7 @@ def test_run_on_the_cpu_gets_hints_to_make_it_faster(settings, gpus, cores, hint
     ],
 )
 def test_evaluation_without_training_uses_one_gpu_per_actor_or_warns(asked, gpus, may_grow, each, warned):
-    settled = evaluation_devices(recipe(evaluating=asked), SeenDevices(tuple(gpus), may_grow=may_grow))
+    settled = evaluation_devices(recipe(evaluating=asked), AvailableDevices(tuple(gpus), may_grow=may_grow))
     assert settled.config.evaluation.num_gpus_per_actor == each
     assert bool(settled.warnings) == warned
     assert settled.config.cluster == replace(recipe().cluster)
@@ -188,7 +187,7 @@ def test_evaluation_without_training_uses_one_gpu_per_actor_or_warns(asked, gpus
 
 def test_accelerator_type_determines_compute_capability():
     nodes = [{"CPU": 4.0}, {"GPU": 2.0, "accelerator_type:T4": 1.0}, {"GPU": 1.0}]
-    found = gpus_of_nodes(nodes)
+    found = cluster_gpus(nodes)
     assert [gpu.name for gpu in found] == ["T4", "T4", "GPU"]
     assert default_precision([gpu.capability for gpu in found]) == "fp16_autocast"
 
@@ -208,9 +207,9 @@ def test_assigned_gpu_missing_in_cuda_visible_devices_is_rejected():
 
 def test_actor_share_that_leaves_too_little_gpu_to_ranks_is_rejected():
     with pytest.raises(ConfigError, match=r"num_gpus_per_actor is 0\.5, and 1 actor on the 2 GPUs .* leave 0\.5"):
-        settle(recipe(evaluating=0.5), SeenDevices((H100, H100)))
+        settle(recipe(evaluating=0.5), AvailableDevices((H100, H100)))
 
 
 def test_actor_does_not_span_several_gpus():
     with pytest.raises(ConfigError, match=r"3 actors on the 2 GPUs of the ranks"):  # two others hold one actor each
-        settle(recipe(evaluating=0.6, actors=3, workers=2), SeenDevices((H100,) * 4))
+        settle(recipe(evaluating=0.6, actors=3, workers=2), AvailableDevices((H100,) * 4))

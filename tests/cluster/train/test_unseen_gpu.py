@@ -11,7 +11,7 @@ from ray.train import ControllerError
 from m2f.cluster import ray_cluster
 from m2f.cluster.evaluation.actor import EvaluationActor, EvaluationTask
 from m2f.cluster.ray_cluster import cluster_devices
-from m2f.cluster.recipe.devices import SeenDevices, SeenGpu, settle
+from m2f.cluster.recipe.devices import AvailableDevices, AvailableGpu, settle
 from m2f.cluster.train import ray_launcher
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Stop, decide, failure_of
 from m2f.cluster.train.supervisor import _Supervisor
@@ -23,7 +23,7 @@ from m2f.eval.errors import EvaluationError
 from m2f.trainer.errors import TrainingError
 from tests.cluster.tiny_run import small_sets, tiny_config
 
-GPU = SeenGpu("GPU", (8, 0))
+GPU = AvailableGpu("GPU", (8, 0))
 
 
 def worker(node, assigned="0", is_visible=True):
@@ -71,16 +71,16 @@ def test_single_node_cluster_has_the_gpus_that_torch_sees(nodes, driver, task, g
     listed = [{"Alive": True, "NodeID": str(i), "Resources": {"GPU": count}} for i, count in enumerate(nodes)]
     monkeypatch.setattr(ray, "nodes", lambda: listed)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0"))
-    monkeypatch.setattr(ray_cluster, "gpus_of_machine", lambda: (GPU,) * driver)
+    monkeypatch.setattr(ray_cluster, "local_gpus", lambda: (GPU,) * driver)
     monkeypatch.setattr(ray_cluster, "_sees_gpu", lambda: task)  # None: is not asked
-    seen = cluster_devices(may_grow=True)
-    assert len(seen.gpus) == gpus
-    assert ("Ray reports 1 GPU on" in seen.none) == (task is False)
+    devices = cluster_devices(may_grow=True)
+    assert len(devices.gpus) == gpus
+    assert ("Ray reports 1 GPU on" in devices.no_gpu_text) == (task is False)
 
 
 def test_auto_trains_on_the_cpu_with_a_warning_if_torch_sees_no_gpu(tmp_path):
     config = tiny_config(tmp_path, "run", {name: DatasetConfig(shards="s") for name in ("train", "val")})
-    settled = settle(config, SeenDevices((), "Ray reports 1 GPU on n1, where torch sees", may_grow=True))
+    settled = settle(config, AvailableDevices((), "Ray reports 1 GPU on n1, where torch sees", may_grow=True))
     assert settled.config.cluster.gpus_per_worker == 0
     assert settled.warnings[0].startswith("Ray reports 1 GPU on n1, where torch sees no GPU now: training on its CPUs.")
 
@@ -114,8 +114,10 @@ def test_run_on_cluster_with_unseen_gpus_stops_with_one_message(tmp_path, monkey
     ray.init("local", num_cpus=4, num_gpus=2, object_store_memory=80 * 2**20, log_to_driver=False)
     try:
         assert not cluster_devices(may_grow=True).gpus
-        seen = SeenDevices((GPU, GPU), "the Ray cluster has", may_grow=True)  # as where its GPUs are on other nodes
-        monkeypatch.setattr(ray_launcher, "cluster_devices", lambda _: seen)
+        devices = AvailableDevices(
+            (GPU, GPU), "the Ray cluster has", may_grow=True
+        )  # as where its GPUs are on other nodes
+        monkeypatch.setattr(ray_launcher, "cluster_devices", lambda _: devices)
         with pytest.raises(TrainingError, match=r"torch sees no GPU where Ray assigned one: rank 0 on .* rank 1 on"):
             ray_launcher.run_training(config)
     finally:
