@@ -41,9 +41,9 @@ def test_agreement_is_checked_without_tf32_and_timing_uses_the_current_setting(m
         seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
         return [torch.ones(1)]
 
-    usual = (True, torch.backends.cuda.matmul.allow_tf32)
+    current = (True, torch.backends.cuda.matmul.allow_tf32)
     compare("case", "shape", result, "peer", result, 0.0, repeats=1)
-    assert seen == [(False, False)] * 2 + [usual] * 2
+    assert seen == [(False, False)] * 2 + [current] * 2
 
 
 def test_model_benchmarks_do_not_need_packages_of_other_benchmarks():

@@ -26,8 +26,8 @@ IS_THING = [True, True, True, False]
 CONFIG = PostprocessConfig(object_threshold=0.3, overlap_threshold=0.1, max_instances=12)
 
 
-def drawn(labels_of):
-    """A model that sees objects by their colour: red is the id, `labels_of` gives class and surety of an id."""
+def color_model(labels_of):
+    """A model that sees objects by their colour: red is the id, `labels_of` gives class and confidence of an id."""
 
     def predict(images, sizes):
         ids = images[0, 0][::4, ::4].long()
@@ -36,15 +36,15 @@ def drawn(labels_of):
         logits = torch.zeros(count, len(IS_THING) + 1)
         logits[:, -1] = 5.0
         for query, i in enumerate(present):
-            label, surety = labels_of[i]
-            logits[query, label], logits[query, -1] = 5.0 + surety, 0.0
+            label, confidence = labels_of[i]
+            logits[query, label], logits[query, -1] = 5.0 + confidence, 0.0
         features = torch.stack([torch.where(ids == i, 20.0, -20.0) for i in present] or [torch.full(ids.shape, -20.0)])
         return Predictions(logits[None, None], torch.eye(count)[None, None], features[None])
 
     return predict
 
 
-def noisy(images, sizes):
+def noisy_model(images, sizes):
     """A model whose masks hang together only by the colours it sees, with classes by chance of the window."""
     seed = int(images.long().sum()) % 2**31
     generator = torch.Generator().manual_seed(seed)
@@ -132,15 +132,15 @@ def slow_merge(task, image, side, stride, predict):
         low, high = sorted((group[a], group[b]))
         group[:] = [low if g == high else g for g in group]
 
-    seen = {}
+    covered = {}
     for i, top in enumerate(tops):
         for j, left in enumerate(lefts):
-            seen[i, j] = np.zeros((height, width), bool)
-            seen[i, j][top : top + side, left : left + side] = True
-    places = list(seen)
+            covered[i, j] = np.zeros((height, width), bool)
+            covered[i, j][top : top + side, left : left + side] = True
+    places = list(covered)
     for a, one in enumerate(places):
         for other in places[a + 1 :]:
-            both = seen[one] & seen[other]
+            both = covered[one] & covered[other]
             pairs = []
             for m, first in enumerate(segments):
                 for n, second in enumerate(segments):
@@ -200,8 +200,8 @@ def test_merged_windows_equal_the_slow_reference(task, size, side, stride):
     with torch.inference_mode():
         for seed in range(2):
             image = picture(*size, seed)
-            expected = slow_merge(task, image, side, stride, noisy)
-            assert_equal(fast_merge(task, image, side, stride, noisy), expected)
+            expected = slow_merge(task, image, side, stride, noisy_model)
+            assert_equal(fast_merge(task, image, side, stride, noisy_model), expected)
             assert len(expected) > 2
 
 
@@ -213,7 +213,7 @@ def test_object_across_four_windows_is_merged_into_one(task):
     image[40:56, 80:96, 0] = 2
     image[40:56, 4:20, 0] = 3
     labels_of = {1: (0, 3.0), 2: (0, 2.0), 3: (1, 2.0), 4: (3, 2.0)}
-    found = fast_merge(task, image, 64, 32, drawn(labels_of), PostprocessConfig(max_instances=3))
+    found = fast_merge(task, image, 64, 32, color_model(labels_of), PostprocessConfig(max_instances=3))
     for i, label in ((1, 0), (2, 0), (3, 1)):
         masks = [mask for found_label, _, mask in found if found_label == label and mask[image[..., 0] == i].any()]
         assert len(masks) == 1
@@ -227,8 +227,8 @@ def test_object_across_four_windows_is_merged_into_one(task):
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
 def test_objects_are_resized_to_the_image(task):
     image = np.kron(picture(48, 64), np.ones((2, 2, 1))).astype(np.uint8)
-    found = fast_merge(task, image, 32, 24, noisy, edge=48)
-    small = fast_merge(task, np.ascontiguousarray(image[::2, ::2]), 32, 24, noisy)
+    found = fast_merge(task, image, 32, 24, noisy_model, edge=48)
+    small = fast_merge(task, np.ascontiguousarray(image[::2, ::2]), 32, 24, noisy_model)
     assert_equal(found, [(label, score, np.kron(mask, np.ones((2, 2), bool))) for label, score, mask in small])
 
 
@@ -238,7 +238,7 @@ def test_window_cores_partition_the_image_and_lie_inside_their_windows():
         for place in window_places(size, side, stride):
             rows, columns = slice(place.core.top, place.core.bottom), slice(place.core.left, place.core.right)
             owners[rows, columns] += 1
-            assert place.core.common(place.area) == place.core
+            assert place.core.intersection(place.area) == place.core
         assert (owners == 1).all()
 
 
@@ -256,8 +256,8 @@ def test_mask_areas_are_correct_for_more_than_255_detections():
     assert mask_areas(masks).tolist() == [min(i, 16) for i in range(600)]
 
 
-class Drawn(nn.Module):
-    """`noisy` as a model."""
+class NoisyModel(nn.Module):
+    """`noisy_model` as a module."""
 
     def __init__(self):
         super().__init__()
@@ -267,7 +267,7 @@ class Drawn(nn.Module):
         return images
 
     def forward(self, images):
-        return noisy(images, None)
+        return noisy_model(images, None)
 
 
 def test_all_tasks_are_evaluated_from_the_same_windows():
@@ -292,7 +292,7 @@ def test_all_tasks_are_evaluated_from_the_same_windows():
     def evaluate(*tasks):
         config = EvaluationConfig(tasks=tasks)
         evaluator = Evaluator(
-            Drawn(),
+            NoisyModel(),
             table,
             config,
             model_task="panoptic",

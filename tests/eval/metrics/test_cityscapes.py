@@ -47,7 +47,7 @@ def street_detections(rng, ids):
 
 def slow_ap(images, label, overlap):
     """The benchmark's rules for one class and overlap; None where no annotated instance counts."""
-    judged, num_truth, any_found = [], 0, False
+    scored, num_truth, any_found = [], 0, False
     for ids, detections in images:
         masks = {int(v): ids == v for v in np.unique(ids) if v == label or v // 1000 == label}
         counted = [v for v, m in masks.items() if v >= 1000 and m.sum() >= 100]
@@ -60,7 +60,7 @@ def slow_ap(images, label, overlap):
 
         for v in counted:
             scores = sorted((d.score for d in found if overlaps(d, v)), reverse=True)
-            judged += [(score, rank == 0) for rank, score in enumerate(scores)]
+            scored += [(score, rank == 0) for rank, score in enumerate(scores)]
         for d in found:
             if any(overlaps(d, v) for v in masks):
                 continue
@@ -68,12 +68,12 @@ def slow_ap(images, label, overlap):
             for v, m in masks.items():
                 ignored += (d.mask & m).sum() * ((v < 1000) + int(m.sum() < 100))
             if ignored / d.mask.sum() <= overlap:
-                judged.append((d.score, False))
+                scored.append((d.score, False))
     if not num_truth:
         return None
     points = [(1.0, 0.0)]
-    for threshold in sorted({score for score, _ in judged}, reverse=True):
-        kept = [right for score, right in judged if score >= threshold]
+    for threshold in sorted({score for score, _ in scored}, reverse=True):
+        kept = [right for score, right in scored if score >= threshold]
         points.append((sum(kept) / len(kept), sum(kept) / num_truth))
     points.append((0.0, points[-1][1]))
     recalls = [points[0][1]] + [recall for _, recall in points]

@@ -18,7 +18,7 @@ from m2f.eval.metrics.segment_errors import panoptic_candidates
 
 NUM_CLASSES = 3
 SIDE = 130
-OF_TIDE = {
+TIDE_VALUES = {
     0: [25.008, 6.764, 19.063, 3.171, 1.024, 5.005, 0.977],
     1: [24.391, 3.575, 15.201, 3.235, 1.654, 8.491, 2.415],
     2: [24.860, 3.024, 19.570, 1.792, 0.984, 8.971, 3.791],
@@ -35,7 +35,7 @@ OF_TIDE = {
 }
 """AP50 and gains in per cent that tidecv 1.0.1 gives for `some_images(seed)`: classification, localisation, both,
 duplicate, background, missed. They have no crowds: that version repairs detections that it ignores."""
-RECALLS_OF_TIDE = np.arange(101) / 100
+TIDE_RECALLS = np.arange(101) / 100
 """Where it reads the precision. COCO's thresholds differ from these in the last bit, which counts where a recall is
 just there: by 0.12 for `missed` of set 1, by 0.14 for `localisation` of set 3."""
 
@@ -61,13 +61,15 @@ def some_images(seed, crowds=0.0, count=20):
         found = np.concatenate([np.array(shifted).reshape(-1, SIDE, SIDE), some_masks(random, 4)]).astype(bool)
         near = np.concatenate([np.repeat(labels[:4], 2), random.integers(0, NUM_CLASSES, 4)])
         other = random.integers(0, NUM_CLASSES, len(near))
-        guessed = np.where(random.random(len(near)) < 0.3, other, near)
-        detections = InstanceDetections(encode_masks(found), np.arange(len(found)), guessed, random.random(len(found)))
+        predicted_labels = np.where(random.random(len(near)) < 0.3, other, near)
+        detections = InstanceDetections(
+            encode_masks(found), np.arange(len(found)), predicted_labels, random.random(len(found))
+        )
         images[image_id] = truth, detections
     return images
 
 
-@pytest.mark.parametrize("seed", list(OF_TIDE))
+@pytest.mark.parametrize("seed", list(TIDE_VALUES))
 def test_gains_equal_those_of_tide(seed, monkeypatch):
     errors, precision = ErrorState(NUM_CLASSES, "AP50"), AveragePrecisionState(NUM_CLASSES)
     for image_id, (truth, detections) in some_images(seed).items():
@@ -75,10 +77,10 @@ def test_gains_equal_those_of_tide(seed, monkeypatch):
         precision.update(image_id, truth, detections)
     found = errors.compute()
     assert found.value == pytest.approx(precision.compute().stats["AP50"], abs=1e-12)
-    assert [100 * v for v in (found.value, *found.gains.values())] == pytest.approx(OF_TIDE[seed], abs=0.15)
-    monkeypatch.setattr(average_precision, "RECALL_THRESHOLDS", RECALLS_OF_TIDE)
+    assert [100 * v for v in (found.value, *found.gains.values())] == pytest.approx(TIDE_VALUES[seed], abs=0.15)
+    monkeypatch.setattr(average_precision, "RECALL_THRESHOLDS", TIDE_RECALLS)
     found = errors.compute()
-    assert [100 * v for v in (found.value, *found.gains.values())] == pytest.approx(OF_TIDE[seed], abs=0.001)
+    assert [100 * v for v in (found.value, *found.gains.values())] == pytest.approx(TIDE_VALUES[seed], abs=0.001)
     assert ErrorState.from_bytes(errors.to_bytes()).to_bytes() == errors.to_bytes()
 
 
@@ -119,16 +121,16 @@ def test_panoptic_errors_have_the_expected_types_and_gains():
     quality.add(0, match_panoptic(truth, prediction))
     costs = errors.compute()
     # Classes: iou / (tp + fp / 2 + fn / 2). 0: 0.7 / (1 + 4 / 2 + 1 / 2), 1: 0 / (1 / 2 + 1 / 2), 2: 0 / (2 / 2)
-    now = 0.7 / 3.5
-    assert costs.value == pytest.approx(now / 3) == pytest.approx(quality.compute().all.pq)
+    base = 0.7 / 3.5
+    assert costs.value == pytest.approx(base / 3) == pytest.approx(quality.compute().all.pq)
     assert costs.gains == pytest.approx(
         {
-            "classification": (0.7 / 3 + 1 / 1.5 - now) / 3,
-            "localisation": (1.7 / 3.5 - now) / 3,
+            "classification": (0.7 / 3 + 1 / 1.5 - base) / 3,
+            "localisation": (1.7 / 3.5 - base) / 3,
             "both": 0,
-            "duplicate": (0.7 / 3 - now) / 3,
-            "background": (0.7 / 3 - now) / 3,
-            "missed": (now / 2 - now / 3),  # the third class does not occur any more
+            "duplicate": (0.7 / 3 - base) / 3,
+            "background": (0.7 / 3 - base) / 3,
+            "missed": (base / 2 - base / 3),  # the third class does not occur any more
         }
     )
     assert costs.counts == dict.fromkeys(costs.counts, 1) | {"missed": 2}

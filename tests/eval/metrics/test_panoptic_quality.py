@@ -68,10 +68,10 @@ def slow_reference(truth, prediction):
         if p in used_p:
             continue
         here = p_map == p
-        forgiven = int((here & (t_map == 0)).sum())
+        ignored = int((here & (t_map == 0)).sum())
         if label in last_crowd:
-            forgiven += int((here & (t_map == last_crowd[label])).sum())
-        if not forgiven / int(here.sum()) > 0.5:
+            ignored += int((here & (t_map == last_crowd[label])).sum())
+        if not ignored / int(here.sum()) > 0.5:
             fp.append(label)
     return matched, sorted(fp), sorted(fn)
 

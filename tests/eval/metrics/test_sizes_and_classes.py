@@ -128,9 +128,9 @@ def random_panoptic(random):
     ids = np.unique(truth_map).tolist()
     labels = dict(zip(ids, random.integers(0, NUM_CLASSES, len(ids)).tolist(), strict=True))
     segments = {i: TruthSegment(label, float((truth_map == i).sum()), False) for i, label in labels.items()}
-    guessed = {i: labels[i] if random.random() < 0.7 else int(random.integers(0, NUM_CLASSES)) for i in ids}
-    guessed = {i: label for i, label in guessed.items() if (predicted == i).any()}
-    return PanopticTruth(truth_map, segments), PanopticPrediction(predicted, guessed)
+    predicted_labels = {i: labels[i] if random.random() < 0.7 else int(random.integers(0, NUM_CLASSES)) for i in ids}
+    predicted_labels = {i: label for i, label in predicted_labels.items() if (predicted == i).any()}
+    return PanopticTruth(truth_map, segments), PanopticPrediction(predicted, predicted_labels)
 
 
 def slow_quality_of_size(images, low, high):

@@ -61,12 +61,12 @@ def coco(tmp_path):
             }
         shifted = [np.roll(m, random.integers(-6, 7, 2), axis=(0, 1)) for m in masks for _ in range(2)]
         found = np.concatenate([np.array(shifted).reshape(-1, SIDE, SIDE), random_masks(random, 3)]).astype(bool)
-        guessed = np.concatenate([np.repeat(labels, 2), random.integers(0, 3, 3)])
+        predicted_labels = np.concatenate([np.repeat(labels, 2), random.integers(0, 3, 3)])
         scores = np.round(random.random(len(found)), 1)
-        for mask, label, score in zip(found, guessed, scores, strict=True):
+        for mask, label, score in zip(found, predicted_labels, scores, strict=True):
             results.append({"image_id": image_id, "category_id": IDS[label], "segmentation": rle(mask)})
             results[-1] |= {"score": float(score)}
-        arrays.append((Instances(masks, labels, is_crowd=crowd), Instances(found, guessed, scores)))
+        arrays.append((Instances(masks, labels, is_crowd=crowd), Instances(found, predicted_labels, scores)))
     truth = {
         "images": [{"id": i, "height": SIDE, "width": SIDE} for i in range(1, 13)],
         "categories": [{"id": i, "name": name} for i, name in zip(IDS, NAMES, strict=True)],
@@ -116,8 +116,8 @@ def test_box_and_mask_ap_equal_pycocotools(coco, stated):
     if not stated:
         assert [found[name] for name in STATS] == masks.stats.tolist()
     for category in IDS:
-        of_class = oracle(truth, results, "bbox", catIds=[category]).stats.tolist()
-        assert list(found["box"]["per_class_stats"][str(category)].values()) == of_class
+        class_stats = oracle(truth, results, "bbox", catIds=[category]).stats.tolist()
+        assert list(found["box"]["per_class_stats"][str(category)].values()) == class_stats
 
 
 def test_zero_boxes_are_replaced_by_mask_boxes_and_invalid_boxes_are_refused(coco, capsys):
@@ -189,13 +189,13 @@ def test_report_and_per_image_file_are_written(coco):
 def test_python_functions_give_the_results_of_m2f_score(coco):
     folder, _, _, arrays = coco
     found = scored(folder, "--boxes")
-    of_files = evaluate_instances(folder / "truth.json", str(folder / "results.json"), boxes=True)
-    assert of_files.metrics()["AP"] == 100 * found["AP"]
+    file_results = evaluate_instances(folder / "truth.json", str(folder / "results.json"), boxes=True)
+    assert file_results.metrics()["AP"] == 100 * found["AP"]
     truth, predictions = zip(*arrays, strict=True)
-    of_arrays = evaluate_instances(truth, predictions, class_names=NAMES)
-    assert of_arrays.metrics()["AP"] == pytest.approx(100 * found["AP"], abs=1e-10)
-    assert of_arrays.per_class()[0]["name"] == "cat"
-    assert of_arrays.errors.counts == of_files.errors.counts
+    array_results = evaluate_instances(truth, predictions, class_names=NAMES)
+    assert array_results.metrics()["AP"] == pytest.approx(100 * found["AP"], abs=1e-10)
+    assert array_results.per_class()[0]["name"] == "cat"
+    assert array_results.errors.counts == file_results.errors.counts
     masks = random_masks(np.random.default_rng(0), 2)
     with pytest.raises(EvaluationError, match="image 0: scores has 1 entries for 2 masks"):
         evaluate_instances([Instances(masks, [0, 0])], [Instances(masks, [0, 0], [0.5])], class_names=["a"])
@@ -217,14 +217,14 @@ def panoptic(tmp_path):
         truth_labels = {i: int(random.integers(0, 3)) for i in np.unique(base).tolist()}
         predicted = np.roll(base, random.integers(0, 7), axis=1)
         labels = {i: k if random.random() < 0.7 else int(random.integers(0, 3)) for i, k in truth_labels.items()}
-        for side, id_map, of_side in (("truth", base, truth_labels), ("results", predicted, labels)):
+        for side, id_map, side_labels in (("truth", base, truth_labels), ("results", predicted, labels)):
             folder = tmp_path / f"{side}_masks"
             folder.mkdir(exist_ok=True)
             bgr = np.stack([id_map * 0, id_map // 256, id_map % 256], axis=-1).astype(np.uint8)
             cv2.imwrite(str(folder / f"{image_id}.png"), bgr)
             segments = [
                 {"id": i, "category_id": IDS[k], "area": int((id_map == i).sum()), "iscrowd": 0}
-                for i, k in of_side.items()
+                for i, k in side_labels.items()
             ]
             documents[side].append({"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": segments})
         arrays.append((PanopticImage(base, truth_labels), PanopticImage(predicted, labels)))
@@ -246,17 +246,17 @@ def test_panoptic_scoring_supports_sizes_reports_subsets_and_arrays(panoptic, ca
     assert "gain in PQ by type of error" in page
     assert "Confusion" in page
     truth, predictions = zip(*arrays, strict=True)
-    of_arrays = evaluate_panoptic(truth, predictions, class_names=NAMES, is_thing=[True, True, False])
-    assert of_arrays.panoptic.all.pq == pytest.approx(found["all"]["pq"], abs=1e-12)
-    assert of_arrays.panoptic.by_size["small"].pq == pytest.approx(found["by_size"]["small"]["pq"], abs=1e-12)
-    of_files = evaluate_panoptic(
+    array_results = evaluate_panoptic(truth, predictions, class_names=NAMES, is_thing=[True, True, False])
+    assert array_results.panoptic.all.pq == pytest.approx(found["all"]["pq"], abs=1e-12)
+    assert array_results.panoptic.by_size["small"].pq == pytest.approx(found["by_size"]["small"]["pq"], abs=1e-12)
+    file_results = evaluate_panoptic(
         folder / "truth.json",
         folder / "results.json",
         truth_masks=folder / "truth_masks",
         prediction_masks=folder / "results_masks",
     )
-    assert of_files.errors.gains == pytest.approx(of_arrays.errors.gains)
-    assert of_files.table().startswith("results.json: 4 images\n")
+    assert file_results.errors.gains == pytest.approx(array_results.errors.gains)
+    assert file_results.table().startswith("results.json: 4 images\n")
 
     assert scored(folder, *words, "--by-size", kind="panoptic") == found
     bounds = scored(folder, *words, "--area-bounds", "10", "900", kind="panoptic")["by_size"]
@@ -264,9 +264,9 @@ def test_panoptic_scoring_supports_sizes_reports_subsets_and_arrays(panoptic, ca
     assert bounds["large"] is None
     assert bounds["medium"]["n"] == 3
 
-    some = scored(folder, *words, "--classes", "dog", kind="panoptic")
-    assert some["all"]["pq"] == found["per_class"]["1"]["pq"]
-    assert some["all"]["n"] == 1
+    dog_only = scored(folder, *words, "--classes", "dog", kind="panoptic")
+    assert dog_only["all"]["pq"] == found["per_class"]["1"]["pq"]
+    assert dog_only["all"]["n"] == 1
     (folder / "one.txt").write_text("2\n")
     one = scored(folder, *words, "--images", str(folder / "one.txt"), kind="panoptic")
     alone = evaluate_panoptic(truth[2:3], predictions[2:3], class_names=NAMES, is_thing=[True, True, False])
@@ -311,10 +311,10 @@ def test_semantic_scoring_supports_names_subsets_reports_and_arrays(tmp_path, ca
     assert "dog" in capsys.readouterr().out
     assert "pixels" in (tmp_path / "page.html").read_text()
     whole = json.loads((tmp_path / "out.json").read_text())
-    of_arrays = evaluate_semantic(*zip(*maps, strict=True), class_names=NAMES)
-    of_files = evaluate_semantic(tmp_path / "truth", tmp_path / "found", class_names=NAMES)
-    assert of_arrays.semantic == of_files.semantic
-    assert of_arrays.semantic.miou == whole["mIoU"]
+    array_results = evaluate_semantic(*zip(*maps, strict=True), class_names=NAMES)
+    file_results = evaluate_semantic(tmp_path / "truth", tmp_path / "found", class_names=NAMES)
+    assert array_results.semantic == file_results.semantic
+    assert array_results.semantic.miou == whole["mIoU"]
 
     (tmp_path / "some.txt").write_text("b/c\n")
     assert main(["score", "semantic", *words, "--classes", "dog", "2", "--images", str(tmp_path / "some.txt")]) == 0

@@ -470,31 +470,31 @@ def test_errors_in_cityscapes_files_are_reported(tmp_path):
         cityscapes_instance_scoring(truth, truth)
 
 
-def fail_late(jobs):
-    return [one_that_fails_late(job) for job in jobs]
+def squares_or_fail(jobs):
+    return [square_or_fail(job) for job in jobs]
 
 
-def one_that_fails_late(job):
+def square_or_fail(job):
     if job == 23:  # after those that the first process does itself
-        raise EvaluationError("image 23 is amiss")
+        raise EvaluationError("image 23 is damaged")
     return job * job
 
 
 def test_worker_errors_propagate_and_results_keep_their_order(monkeypatch):
     monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
-    assert list(map_jobs(fail_late, range(30, 90), workers=2)) == [n * n for n in range(30, 90)]
-    with pytest.raises(EvaluationError, match="image 23 is amiss"):
-        list(map_jobs(fail_late, range(60), workers=2))
+    assert list(map_jobs(squares_or_fail, range(30, 90), workers=2)) == [n * n for n in range(30, 90)]
+    with pytest.raises(EvaluationError, match="image 23 is damaged"):
+        list(map_jobs(squares_or_fail, range(60), workers=2))
 
 
-def process_of(jobs):
+def process_ids(jobs):
     return [os.getpid()] * len(jobs)
 
 
 def test_processes_start_only_if_they_save_time(monkeypatch):
     """300 fast images are done before two processes have started."""
-    assert set(map_jobs(process_of, range(300), workers=2)) == {os.getpid()}
+    assert set(map_jobs(process_ids, range(300), workers=2)) == {os.getpid()}
     monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
-    processes = list(map_jobs(process_of, range(60), workers=2))
+    processes = list(map_jobs(process_ids, range(60), workers=2))
     assert set(processes[:16]) == {os.getpid()}
     assert os.getpid() not in processes[16:]
