@@ -59,7 +59,7 @@ def goldens() -> Path:
 
 
 @pytest.fixture(scope="session")
-def beyond() -> Path:
+def authors_goldens() -> Path:
     """Folder with numbers made by the code of the authors of later heads."""
     return _present(SHARED / "goldens" / "beyond")
 

@@ -29,7 +29,7 @@ def backends(monkeypatch):
 def wrong_at(remainder, kind, wrong):
     """Attention whose gradients one backend gets wrong where the tokens leave this remainder by 128."""
 
-    class Spoiled(torch.autograd.Function):
+    class WrongGradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx, output: Tensor) -> Tensor:
             return output.view_as(output)
@@ -44,7 +44,7 @@ def wrong_at(remainder, kind, wrong):
             SDPBackend.MATH: torch._C._get_math_sdp_enabled,
         }
         output = real(query, key, value, attn_mask=attn_mask)
-        return Spoiled.apply(output) if flags[kind]() and key.shape[2] % 128 == remainder else output
+        return WrongGradient.apply(output) if flags[kind]() and key.shape[2] % 128 == remainder else output
 
     return attend
 

@@ -13,7 +13,7 @@ from m2f.model.position_encoding import sine_position_embedding
 
 
 @pytest.fixture
-def made():
+def counted_ones():
     """A function that keeps two results, and how often each was made."""
     calls = []
 
@@ -25,15 +25,15 @@ def made():
     return ones, calls
 
 
-def test_most_recent_results_are_cached(made):
-    ones, calls = made
+def test_most_recent_results_are_cached(counted_ones):
+    ones, calls = counted_ones
     assert ones(3) is ones(3)
     ones(4), ones(5), ones(3)
     assert calls == [3, 4, 5, 3]
 
 
-def test_fake_tensors_are_neither_cached_nor_replaced_by_cached_ones(made):
-    ones, calls = made
+def test_fake_tensors_are_neither_cached_nor_replaced_by_cached_ones(counted_ones):
+    ones, calls = counted_ones
     real = ones(3)
     with FakeTensorMode():
         fake = ones(3)
@@ -42,8 +42,8 @@ def test_fake_tensors_are_neither_cached_nor_replaced_by_cached_ones(made):
     assert calls == [3, 3]
 
 
-def test_constants_made_in_inference_mode_can_be_used_in_training(made):
-    ones, _ = made
+def test_constants_made_in_inference_mode_can_be_used_in_training(counted_ones):
+    ones, _ = counted_ones
     with torch.inference_mode():
         ones(3)
     weight = torch.zeros(3, requires_grad=True)

@@ -54,7 +54,7 @@ BACKBONES = {
 
 def twins(backbone: str, head: dict[str, int], queries: int):
     """The same random weights in both implementations."""
-    own_backbone, their_backbone = BACKBONES[backbone]
+    our_backbone, their_backbone = BACKBONES[backbone]
     config = transformers.Mask2FormerConfig(
         backbone_config=their_backbone,
         feature_size=head["feature"],
@@ -77,7 +77,7 @@ def twins(backbone: str, head: dict[str, int], queries: int):
             parameter.add_(torch.randn_like(parameter), alpha=4 * spread if "sampling_offsets" in name else spread)
     model = build_model(
         ModelConfig(
-            backbone=own_backbone,
+            backbone=our_backbone,
             pixel_decoder=MSDeformAttnPixelDecoderConfig(
                 conv_dim=head["feature"],
                 mask_dim=head["mask"],

@@ -53,7 +53,7 @@ CONFIG = ModelConfig(
     pilots=PilotConfig(max_targets=20, label_noise=0.5, mask_noise=0.3),
     num_classes=CLASSES,
 )
-NUMBERS = Normalizers(torch.tensor(9.0), torch.tensor(7.0), torch.tensor(1.0))
+NORMALIZERS = Normalizers(torch.tensor(9.0), torch.tensor(7.0), torch.tensor(1.0))
 
 
 def targets_of(*counts, **options) -> Targets:
@@ -65,8 +65,7 @@ def images_of(targets: Targets, images: list[int]) -> Targets:
     most = int(targets.valid[images].sum(1).max())
     width = max(1, -(-most // 8)) * 8
     part = Targets(*(getattr(targets, field.name)[images] for field in fields(targets)))
-    columns = {name: getattr(part, name)[:, :width] for name in ("labels", "layer", "local_id", "valid")}
-    return replace(part, **columns)
+    return replace(part, **{name: getattr(part, name)[:, :width] for name in ("labels", "layer", "local_id", "valid")})
 
 
 def pilots_of(targets: Targets, config: ModelConfig = CONFIG):
@@ -198,10 +197,10 @@ def test_pilots_depend_on_the_position_and_not_on_other_images():
             count = min(most, int(targets.valid[image].sum()))
             for name in ("content", "target", "keys"):
                 assert torch.equal(getattr(part, name)[row, :count], getattr(whole, name)[image, :count])
-            mine, all_of_them = (pilots.at(SIZES).attention_mask(5, [0, 1, 2]) for pilots in (part, whole))
-            assert torch.equal(mine[row, :, :count], all_of_them[image, :, :count])
-    moved = pilots_of(replace(targets, position=targets.position + 1))
-    assert not torch.equal(moved.content, whole.content)
+            part_mask, whole_mask = (pilots.at(SIZES).attention_mask(5, [0, 1, 2]) for pilots in (part, whole))
+            assert torch.equal(part_mask[row, :, :count], whole_mask[image, :, :count])
+    shifted = pilots_of(replace(targets, position=targets.position + 1))
+    assert not torch.equal(shifted.content, whole.content)
 
 
 # What a decoder makes of them
@@ -214,7 +213,7 @@ def attend(module, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return module.output(torch.cat([row.softmax(0) @ values[:, part] for row, part in zip(logits, heads, strict=True)]))
 
 
-class WrittenOut:
+class ReferenceDecoder:
     """One image with its valid pilots alone, one query after the other."""
 
     def __init__(self, decoder, config, guides: PilotGuides, image: int) -> None:
@@ -239,13 +238,9 @@ class WrittenOut:
         used = sorted({level for group in LEVELS[self.config.features] for level in group})
         groups = [[0, 1, 2]] if self.config.features == "naive_multi_scale" else [[level] for level in used]
         embeddings = self.decoder.level_embed.weight
-        return [
-            [
-                tuple(part[0] for part in parts)
-                for parts in memory([features[n][None] for n in group], embeddings[group])
-            ]
-            for memory, group in zip(self.decoder.memories, groups, strict=True)
-        ]
+        pairs = zip(self.decoder.memories, groups, strict=True)
+        found = [memory([features[n][None] for n in group], embeddings[group]) for memory, group in pairs]
+        return [[tuple(part[0] for part in parts) for parts in memory] for memory in found]
 
     def predict(self, queries, pixels):
         normalised = self.decoder.norm(queries)
@@ -255,35 +250,36 @@ class WrittenOut:
     def allowed(self, index, levels, queries, pixels) -> list[Tensor]:
         """Indices of the cells that every query may attend to."""
         first = len(self.valid)
-        known = self.guides.attention_mask(index, levels)[self.image, 0, self.valid]
+        pilot_masks = self.guides.attention_mask(index, levels)[self.image, 0, self.valid]
         masks = self.predict(queries[first:], pixels)[1][None]
         logits = torch.cat([F.interpolate(masks, SIZES[n], mode="bilinear")[0].flatten(1) for n in levels], dim=1)
-        rows = [*known, *(logits >= 0)]
+        rows = [*pilot_masks, *(logits >= 0)]
         return [(row if row.any() else ~row).nonzero().flatten() for row in rows]
 
     def layer(self, layer, queries, position, memory, allowed):
         first = len(self.valid)
 
-        def look(source):
+        def cross_attention(source):
             if self.config.attention == "mask_pooling":
                 return torch.stack([layer.cross.output(memory[0][cells].mean(0)) for cells in allowed])
-            asked = layer.cross_query(source + position)
-            pairs = zip(asked, allowed, strict=True)
+            projected = layer.cross_query(source + position)
+            pairs = zip(projected, allowed, strict=True)
             return torch.stack([attend(layer.cross, q, *(part[cells] for part in memory)) for q, cells in pairs])
 
-        def talk(source):
+        def self_attention(source):
             query, key = layer.self_query_key(source + position).chunk(2, dim=-1)
             value = layer.self_value(source)
-            seen = [slice(0, None) if n < first else slice(first, None) for n in range(len(source))]
-            return torch.stack(
-                [attend(layer.self_attention, q, key[rows], value[rows]) for q, rows in zip(query, seen, strict=True)]
-            )
+            visible = [slice(0, None) if n < first else slice(first, None) for n in range(len(source))]
+            pairs = zip(query, visible, strict=True)
+            return torch.stack([attend(layer.self_attention, q, key[rows], value[rows]) for q, rows in pairs])
 
-        def think(source):
+        def feed_forward(source):
             return layer.linear2(layer.linear1(source).relu())
 
-        blocks = [(look, layer.cross.norm), (talk, layer.self_attention.norm)]
-        for block, norm in [*(blocks if self.config.cross_attention_first else blocks[::-1]), (think, layer.norm)]:
+        blocks = [(cross_attention, layer.cross.norm), (self_attention, layer.self_attention.norm)]
+        if not self.config.cross_attention_first:
+            blocks.reverse()
+        for block, norm in [*blocks, (feed_forward, layer.norm)]:
             queries = queries + block(norm(queries)) if self.config.pre_norm else norm(queries + block(queries))
         return queries
 
@@ -298,7 +294,7 @@ def test_decoder_with_pilots_equals_the_reference_arithmetic(name):
     predictions = decoder(features, pixels, guides)
     assert predictions.class_logits.shape[2] == 16 + QUERIES
     for image in range(3):
-        expected = WrittenOut(decoder, config, guides, image).run([f[image] for f in features], pixels[image])
+        expected = ReferenceDecoder(decoder, config, guides, image).run([f[image] for f in features], pixels[image])
         rows = [*guides.valid[image].nonzero().flatten().tolist(), *range(16, 16 + QUERIES)]
         for layer, (classes, masks) in enumerate(expected):
             torch.testing.assert_close(predictions.class_logits[layer, image, rows], classes, rtol=1e-4, atol=1e-4)
@@ -312,9 +308,9 @@ def test_queries_do_not_see_pilots(name):
     decoder = decoder_of(config)
     guides = pilots_of(targets, replace(CONFIG, transformer_decoder=config)).at(SIZES)
     inputs = maps_of(targets.position)
-    alone, beside = decoder(*inputs), decoder(*inputs, guides)
-    for without, with_them in zip(alone[:2], beside[:2], strict=True):
-        torch.testing.assert_close(with_them[:, :, 16:], without, rtol=1e-5, atol=1e-5)
+    without_pilots, with_pilots = decoder(*inputs), decoder(*inputs, guides)
+    for expected, actual in zip(without_pilots[:2], with_pilots[:2], strict=True):
+        torch.testing.assert_close(actual[:, :, 16:], expected, rtol=1e-5, atol=1e-5)
 
 
 # What the losses make of them
@@ -329,11 +325,11 @@ def losses_of(targets: Targets, config: ModelConfig = CONFIG, seed: int = 3):
     features, pixels = maps_of(targets.position)
     pixels.requires_grad_()
     predictions = decoder(features, pixels, pilots.at(SIZES))
-    losses = compute_losses(predictions, targets, CounterPoints(seed), NUMBERS, config.loss, CLASSES, pilots)
+    losses = compute_losses(predictions, targets, CounterPoints(seed), NORMALIZERS, config.loss, CLASSES, pilots)
     return losses, pixels, queries, predictions, pilots
 
 
-def one_loss_written_out(logits: Tensor, mask: Tensor, points: Tensor | None) -> tuple[Tensor, Tensor]:
+def reference_losses(logits: Tensor, mask: Tensor, points: Tensor | None) -> tuple[Tensor, Tensor]:
     """BCE and dice of one mask [h, w] with its target [H, W], at points [P, 2] or on every pixel."""
     if points is None:
         values = F.interpolate(logits[None, None], mask.shape, mode="bilinear", align_corners=False).flatten()
@@ -349,7 +345,7 @@ def one_loss_written_out(logits: Tensor, mask: Tensor, points: Tensor | None) ->
     return bce, dice
 
 
-def points_written_out(row: RowIndex, drawn, logits: Tensor, loss: LossConfig) -> Tensor:
+def reference_points(row: RowIndex, drawn, logits: Tensor, loss: LossConfig) -> Tensor:
     candidates, fresh = (points[:][0] for points in drawn.of_rows(row))
     values = F.grid_sample(logits[None, None], candidates[None, None] * 2 - 1, align_corners=False).flatten()
     kept = values.abs().argsort()[: loss.num_points - len(fresh)]
@@ -378,10 +374,10 @@ def test_losses_equal_the_reference_arithmetic(supervision, queries):
             points = None
             if supervision == "points":
                 row = RowIndex(*(torch.tensor([n]) for n in (layer, image, target + 2**32)))
-                points = points_written_out(row, drawn, masks[image, slot].detach(), config.loss)
-            bce, dice = one_loss_written_out(masks[image, slot], mask, points)
+                points = reference_points(row, drawn, masks[image, slot].detach(), config.loss)
+            bce, dice = reference_losses(masks[image, slot], mask, points)
             cross_entropy = -predictions.class_logits[layer, image, slot].log_softmax(-1)[label]
-            expected[image] += torch.stack((2 * cross_entropy, 5 * bce, 5 * dice)).detach() / NUMBERS.num_masks
+            expected[image] += torch.stack((2 * cross_entropy, 5 * bce, 5 * dice)).detach() / NORMALIZERS.num_masks
     assert count == 4 * (3 + 6)
     matched = compute_losses(
         predictions._replace(
@@ -390,7 +386,7 @@ def test_losses_equal_the_reference_arithmetic(supervision, queries):
         ),
         targets,
         CounterPoints(3),
-        NUMBERS,
+        NORMALIZERS,
         config.loss,
         CLASSES,
     )
@@ -433,8 +429,8 @@ def test_class_queries_get_gradients_only_from_their_pilots():
     targets, config = targets_of(5, 2), replace(CONFIG, pilots=PilotConfig(max_targets=20, label_noise=0.0))
     losses, _, queries, *_ = losses_of(targets, config)
     (losses.total - losses.terms.sum()).backward()
-    there = set(targets.labels[targets.valid].tolist())
-    assert {n for n in range(CLASSES) if queries.class_query.weight.grad[n].any()} == there
+    present = set(targets.labels[targets.valid].tolist())
+    assert {n for n in range(CLASSES) if queries.class_query.weight.grad[n].any()} == present
 
 
 def test_model_uses_pilots_only_in_training():
@@ -445,12 +441,12 @@ def test_model_uses_pilots_only_in_training():
     assert not any("pilot" in name for name in model.state_dict())
     images = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
-        alone = model(images)
-        beside = model(images, TrainingContext(targets, 3, queries(targets)))
-    assert isinstance(beside, Predictions)
-    assert alone.class_logits.shape[2] == QUERIES
-    assert beside.class_logits.shape[2] == 16 + QUERIES
-    torch.testing.assert_close(beside.class_logits[:, :, 16:], alone.class_logits, rtol=1e-4, atol=1e-5)
+        without_pilots = model(images)
+        with_pilots = model(images, TrainingContext(targets, 3, queries(targets)))
+    assert isinstance(with_pilots, Predictions)
+    assert without_pilots.class_logits.shape[2] == QUERIES
+    assert with_pilots.class_logits.shape[2] == 16 + QUERIES
+    torch.testing.assert_close(with_pilots.class_logits[:, :, 16:], without_pilots.class_logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

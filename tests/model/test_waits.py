@@ -97,9 +97,9 @@ def step(loss=CONFIG.loss, pilots=False):
         images = images.to("cuda", non_blocking=True)
         normalizers = type(normalizers)(*(number.to("cuda", non_blocking=True) for number in normalizers))
         blocking.seen.clear()  # the model's
-        made = queries(targets) if pilots else None
-        predictions = model(model.normalise(images), TrainingContext(targets, 0, made))
-        losses = compute_losses(predictions, targets, CounterPoints(0), normalizers, loss, CLASSES, made)
+        pilot_queries = queries(targets) if pilots else None
+        predictions = model(model.normalise(images), TrainingContext(targets, 0, pilot_queries))
+        losses = compute_losses(predictions, targets, CounterPoints(0), normalizers, loss, CLASSES, pilot_queries)
     assert losses.total.device.type == "cuda"
     return blocking.seen
 

@@ -74,8 +74,10 @@ def allocated(config, images):
     ("checkpointing", "box_share", "pilots"), [(False, 0.0, 0), (True, 0.0, 0), (False, 0.5, 0), (False, 0.0, 20)]
 )
 def test_memory_estimate_equals_the_allocation_of_a_real_step(checkpointing, box_share, pilots, monkeypatch):
-    of_device = m2f.model.analysis.memory.chunk_elements
-    monkeypatch.setattr(m2f.model.analysis.memory, "chunk_elements", lambda device: of_device(torch.device("cpu")))
+    real_chunk_elements = m2f.model.analysis.memory.chunk_elements
+    monkeypatch.setattr(
+        m2f.model.analysis.memory, "chunk_elements", lambda device: real_chunk_elements(torch.device("cpu"))
+    )
     loss = replace(FPN.loss, matching_box_share=box_share, supervision_box_share=box_share)
     backbone = replace(FPN.backbone, checkpointing=checkpointing)
     config = replace(FPN, backbone=backbone, loss=loss, pilots=PilotConfig(max_targets=pilots))

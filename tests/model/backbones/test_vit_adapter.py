@@ -71,8 +71,8 @@ def config_of(described: dict) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def case(beyond: Path):
-    folder = beyond / "dinov3_m2f" / "dinov3_adapter_m2f"
+def case(authors_goldens: Path):
+    folder = authors_goldens / "dinov3_m2f" / "dinov3_adapter_m2f"
     files = (load_file(folder / f"{name}.safetensors") for name in ("weights", "inputs", "outputs", "outputs_float64"))
     return json.loads((folder / "case.json").read_text()), *files
 

@@ -42,13 +42,15 @@ def errors(dtype, batch, heads, dim, points, queries, shared_reference, in_order
     gradients = torch.autograd.grad(output, ours, cotangent)
     torch.use_deterministic_algorithms(False)
     expected = plain(exact[0], reference.double(), *exact[1:])
-    wanted = torch.autograd.grad(expected, exact, cotangent.double())
+    expected_gradients = torch.autograd.grad(expected, exact, cotangent.double())
     assert output.dtype == dtype
-    pairs = zip(("output", "value", "offsets", "logits"), (output, *gradients), (expected, *wanted), strict=True)
+    pairs = zip(
+        ("output", "value", "offsets", "logits"), (output, *gradients), (expected, *expected_gradients), strict=True
+    )
     return {name: float((a.double() - b).abs().max() / b.abs().max()) for name, a, b in pairs}
 
 
-def a_location_without_a_number_reaches_the_output() -> bool:
+def nan_location_reaches_the_output() -> bool:
     """NaN in an offset makes its query's output NaN, and no other."""
     value, reference = torch.randn(1, PIXELS, 1, 4), torch.rand(1, 3, 2)
     offsets, logits = torch.zeros(1, 3, 1, len(SHAPES), 1, 2), torch.zeros(1, 3, 1, len(SHAPES), 1)
@@ -57,9 +59,9 @@ def a_location_without_a_number_reaches_the_output() -> bool:
     return output.isnan().all(-1).tolist() == [[False, True, False]]
 
 
-def after_trying_all_tunings() -> list[dict[str, float]]:
+def errors_of_all_tunings() -> list[dict[str, float]]:
     """Errors with each tuning of the tables, after all others have run as the tuner makes them run."""
-    usual, seen = ms_deform_attn_triton._launch_config, []
+    original, results = ms_deform_attn_triton._launch_config, []
     for place in range(len(ms_deform_attn_triton.BACKWARD.table)):
 
         def try_all(tuner, inputs, run, place=place):
@@ -68,12 +70,12 @@ def after_trying_all_tunings() -> list[dict[str, float]]:
             return tuner.table[place % len(tuner.table)]
 
         ms_deform_attn_triton._launch_config = try_all
-        seen.append(errors(torch.float32, 1, 1, 4, 1, 9, shared_reference=True))
-    ms_deform_attn_triton._launch_config = usual
-    return seen
+        results.append(errors(torch.float32, 1, 1, 4, 1, 9, shared_reference=True))
+    ms_deform_attn_triton._launch_config = original
+    return results
 
 
-def is_an_operator() -> list[str]:
+def opcheck_results() -> list[str]:
     """What torch finds when it looks for mistakes in how the operators are declared: schema, autograd, fake tensors."""
     value = torch.randn(2, PIXELS, 2, 4, requires_grad=True)
     offsets = torch.randn(2, 5, 2, len(SHAPES), 2, 2, requires_grad=True)
@@ -86,7 +88,7 @@ def is_an_operator() -> list[str]:
     return [*forward.values(), *backward.values()]
 
 
-def compiled_in_one_graph() -> float:
+def compiled_error() -> float:
     """Largest difference between a compiled function around the operator and the same one as it is."""
     value, reference = torch.randn(1, PIXELS, 1, 4), torch.rand(1, 3, 2)
     offsets, logits = torch.randn(1, 3, 1, len(SHAPES), 1, 2), torch.randn(1, 3, 1, len(SHAPES), 1)
@@ -103,7 +105,7 @@ def compiled_in_one_graph() -> float:
 
 def main() -> None:
     """One JSON object on standard output."""
-    seen = {
+    results = {
         "float32": errors(torch.float32, 2, 2, 4, 2, 19, shared_reference=True),
         "reference_per_image": errors(torch.float32, 2, 1, 4, 2, 5, shared_reference=False),
         "odd_dim": errors(torch.float32, 1, 2, 6, 3, 9, shared_reference=True),
@@ -112,12 +114,12 @@ def main() -> None:
         "bfloat16": errors(torch.bfloat16, 1, 2, 4, 2, 19, shared_reference=True),
         "float16": errors(torch.float16, 1, 2, 4, 2, 19, shared_reference=True),
         "batch_16": errors(torch.float32, 16, 1, 4, 1, 3, shared_reference=True),
-        "tunings": after_trying_all_tunings(),
-        "operator": is_an_operator(),
-        "compiled": compiled_in_one_graph(),
-        "nan": a_location_without_a_number_reaches_the_output(),
+        "tunings": errors_of_all_tunings(),
+        "operator": opcheck_results(),
+        "compiled": compiled_error(),
+        "nan": nan_location_reaches_the_output(),
     }
-    sys.stdout.write(json.dumps(seen))
+    sys.stdout.write(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -172,8 +172,8 @@ def test_the_kernel_check_is_a_constant_of_compiled_graphs(worst, chosen, monkey
     """torch.compile looks through caches into functions; the trial must not become part of a graph."""
     pytest.importorskip("triton")
     torch.compiler.reset()
-    trials = []
-    monkeypatch.setattr(own, "_kernel_error", lambda *sizes: trials.append(sizes) or worst)
+    checked = []
+    monkeypatch.setattr(own, "_kernel_error", lambda *sizes: checked.append(sizes) or worst)
     own._checked_kernel.cache_clear()
 
     def take(value):
@@ -184,4 +184,4 @@ def test_the_kernel_check_is_a_constant_of_compiled_graphs(worst, chosen, monkey
         result = torch.compile(take, backend="eager", fullgraph=True)(torch.zeros(1))
     own._checked_kernel.cache_clear()
     assert result.item() == (1 if chosen == "kernel" else -1)
-    assert [sizes[1:] for sizes in trials] == [(torch.float32, 3, 2, 4, 8)]
+    assert [sizes[1:] for sizes in checked] == [(torch.float32, 3, 2, 4, 8)]

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.fixture(scope="module")
-def seen():
+def results():
     script = Path(__file__).with_name("fused_kernel_oracle.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(m2f.__file__).parents[1])}
     result = subprocess.run(
@@ -26,29 +26,29 @@ def seen():
 
 
 @pytest.mark.parametrize("case", ["float32", "reference_per_image", "odd_dim", "many_blocks", "in_order", "batch_16"])
-def test_the_kernel_equals_the_plain_form_and_its_gradients(seen, case):
-    assert max(seen[case].values()) < 2e-6, seen[case]
+def test_the_kernel_equals_the_plain_form_and_its_gradients(results, case):
+    assert max(results[case].values()) < 2e-6, results[case]
 
 
 @pytest.mark.parametrize(("case", "tolerance"), [("bfloat16", 1e-2), ("float16", 2e-3)])
-def test_half_precision_rounds_values_only(seen, case, tolerance):
-    assert seen[case]["output"] < tolerance
-    assert seen[case]["value"] < tolerance
-    assert max(seen[case]["offsets"], seen[case]["logits"]) < 2e-5  # never half: geometry and softmax
+def test_half_precision_rounds_values_only(results, case, tolerance):
+    assert results[case]["output"] < tolerance
+    assert results[case]["value"] < tolerance
+    assert max(results[case]["offsets"], results[case]["logits"]) < 2e-5  # never half: geometry and softmax
 
 
-def test_every_launch_config_gives_the_same_result_and_timing_has_no_side_effect(seen):
-    assert len(seen["tunings"]) == 6
-    for errors in seen["tunings"]:
+def test_every_launch_config_gives_the_same_result_and_timing_has_no_side_effect(results):
+    assert len(results["tunings"]) == 6
+    for errors in results["tunings"]:
         assert max(errors.values()) < 2e-6, errors
 
 
-def test_operator_registrations_pass_opcheck(seen):
-    assert set(seen["operator"]) == {"SUCCESS"}
+def test_operator_registrations_pass_opcheck(results):
+    assert set(results["operator"]) == {"SUCCESS"}
 
 
-def test_an_operator_is_one_node_of_a_compiled_graph(seen):
-    assert seen["compiled"] < 1e-6
+def test_an_operator_is_one_node_of_a_compiled_graph(results):
+    assert results["compiled"] < 1e-6
 
 
 @pytest.mark.slow
@@ -80,9 +80,9 @@ def test_kernel_compiles_for_a_gpu_with_sixteen_byte_accesses(direction, tmp_pat
     )
     options = {"num_warps": tuning.num_warps, "enable_fp_fusion": True}
     code = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    wanted = "ld.global.v4.b32" if direction == "forward" else "red.global.gpu.relaxed.add.v4.f32"
-    assert code.count(wanted) == 48  # 3 levels, 4 points, 4 corners
+    instruction = "ld.global.v4.b32" if direction == "forward" else "red.global.gpu.relaxed.add.v4.f32"
+    assert code.count(instruction) == 48  # 3 levels, 4 points, 4 corners
 
 
-def test_non_finite_location_gives_a_non_finite_result(seen):
-    assert seen["nan"]
+def test_non_finite_location_gives_a_non_finite_result(results):
+    assert results["nan"]

@@ -40,7 +40,7 @@ def config_of(family: str) -> ModelConfig:
     )
 
 
-def finished(family: str):
+def trained_model(family: str):
     torch.manual_seed(2)
     model = build_model(config_of(family), pretrained_backbone=False).eval()
     for parameter in model.parameters():
@@ -51,7 +51,7 @@ def finished(family: str):
 
 @pytest.mark.parametrize("family", BACKBONES)
 def test_transformers_loads_an_exported_folder_and_gives_the_same_outputs(family, tmp_path):
-    model, config = finished(family), config_of(family)
+    model, config = trained_model(family), config_of(family)
     export_hugging_face(model, config, tmp_path, ["cat", "dog", "sky"], shortest_edge=64, max_size=64)
     library = transformers.AutoModelForUniversalSegmentation
     theirs, found = library.from_pretrained(tmp_path, output_loading_info=True)
@@ -100,7 +100,7 @@ def test_published_sizes_are_recognised_by_shape(width, shape, name, tmp_path):
     ],
 )
 def test_exported_graph_gives_the_same_outputs(family, size, onnx, tmp_path):
-    model = finished(family)
+    model = trained_model(family)
     program = export_program(model, size)
     images = torch.rand(1, 3, *(size or (96, 160))) * 255
     with torch.no_grad():

@@ -39,8 +39,8 @@ def model_of(config: dict):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request, beyond: Path):
-    folder = beyond / "eomt" / request.param
+def case(request, authors_goldens: Path):
+    folder = authors_goldens / "eomt" / request.param
     files = (load_file(folder / f"{name}.safetensors") for name in ("weights", "inputs", "outputs", "outputs_float64"))
     return json.loads((folder / "case.json").read_text()), *files
 
@@ -59,8 +59,12 @@ def mask_logits(predictions, layer: int) -> torch.Tensor:
 def run(described: dict, model, images, draws, monkeypatch, masks):
     """Predictions of a run with its own draws, and the masks that its blocks were given."""
     probabilities = described["mask_probability_per_block"]
-    taken = iter(draws)
-    rows = torch.stack([next(taken) if p < 1 else torch.zeros_like(draws[0]) for p in probabilities]) if draws else None
+    remaining_draws = iter(draws)
+    rows = (
+        torch.stack([next(remaining_draws) if p < 1 else torch.zeros_like(draws[0]) for p in probabilities])
+        if draws
+        else None
+    )
     monkeypatch.setattr(eomt, "uniform_draws", lambda *_: rows)
     model.transformer_decoder.set_probabilities(tuple(probabilities))
     run_block = model.backbone.run

@@ -33,7 +33,7 @@ FAMILIES = {
 }
 
 
-def theirs_of(family: str, attention: str = "sdpa") -> transformers.PreTrainedModel:
+def reference_model(family: str, attention: str = "sdpa") -> transformers.PreTrainedModel:
     common = {**SIZES, "layerscale_value": 1.0, "attn_implementation": attention}
     if family == "dinov3":
         config = transformers.EomtDinov3Config(**common, intermediate_size=64, layer_norm_eps=1e-5)
@@ -48,7 +48,7 @@ def theirs_of(family: str, attention: str = "sdpa") -> transformers.PreTrainedMo
     return model
 
 
-def ours_of(family: str) -> torch.nn.Module:
+def our_model(family: str) -> torch.nn.Module:
     name, options = FAMILIES[family]
     config = ModelConfig(
         backbone=TimmBackboneConfig(name=name, features="tokens", options=OPTIONS | options),
@@ -70,7 +70,7 @@ def test_outputs_and_gradients_equal_transformers(family, masked, dtype):
     torch.manual_seed(1)
     # Their masks are float32: only their own attention takes them in float64, with a softmax in float32.
     attention = "eager" if masked and dtype == torch.float64 else "sdpa"
-    theirs, ours = theirs_of(family, attention).to(dtype).eval(), ours_of(family).to(dtype).eval()
+    theirs, ours = reference_model(family, attention).to(dtype).eval(), our_model(family).to(dtype).eval()
     theirs.attn_mask_probs.fill_(float(masked))
     report = load_weights(ours, theirs.state_dict())
     assert report.complete
@@ -93,7 +93,7 @@ def test_outputs_and_gradients_equal_transformers(family, masked, dtype):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exported_weights_load_back_unchanged(family):
-    theirs, ours = theirs_of(family), ours_of(family)
+    theirs, ours = reference_model(family), our_model(family)
     load_weights(ours, theirs.state_dict())
     own = ours.state_dict()
     published = {name: tensor for name, tensor in theirs.state_dict().items() if name != "criterion.empty_weight"}
@@ -101,14 +101,14 @@ def test_exported_weights_load_back_unchanged(family):
     assert {name: tensor.tolist() for name, tensor in written.items()} == {
         name: tensor.tolist() for name, tensor in published.items()
     }
-    again = ours_of(family)
+    again = our_model(family)
     assert load_weights(again, eomt_to_authors(own)).complete
     assert all(torch.equal(tensor, own[name]) for name, tensor in again.state_dict().items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_deltas_are_added_only_to_the_backbone(family):
-    base, trained, again = ours_of(family), ours_of(family), ours_of(family)
+    base, trained, again = our_model(family), our_model(family), our_model(family)
     again.backbone.load_state_dict(base.backbone.state_dict())
     state = trained.state_dict()
     published = {
@@ -121,14 +121,14 @@ def test_deltas_are_added_only_to_the_backbone(family):
 
 
 def test_file_without_mask_probabilities_loads_as_finished_training():
-    state, ours = theirs_of("dinov2").state_dict(), ours_of("dinov2")
+    state, ours = reference_model("dinov2").state_dict(), our_model("dinov2")
     del state["attn_mask_probs"]
     assert load_weights(ours, state).complete
     assert ours.transformer_decoder.probabilities == (0.0, 0.0)
 
 
-def test_losses_matching_and_gradients_equal_the_authors(beyond: Path):
-    folder = beyond / "eomt" / "loss_dinov2_patch14"
+def test_losses_matching_and_gradients_equal_the_authors(authors_goldens: Path):
+    folder = authors_goldens / "eomt" / "loss_dinov2_patch14"
     inputs, outputs = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
     layers, counts = range(3), (3, 2)
     masks = [inputs[f"mask_logits_layer{layer}"].requires_grad_() for layer in layers]

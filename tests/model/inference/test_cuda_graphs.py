@@ -29,15 +29,15 @@ class Model:
 class Gpu:
     """Stands in for torch.cuda: what runs inside `graph` is recorded by the model, and replayed by value."""
 
-    def __init__(self, model, monkeypatch, wrong_by=0.0):
-        self.model, self.wrong_by, self.graphs = model, wrong_by, []
+    def __init__(self, model, monkeypatch, error=0.0):
+        self.model, self.error, self.graphs = model, error, []
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
         monkeypatch.setattr("torch.autocast", lambda *a, **k: torch.inference_mode())
 
     def new_graph(self):
-        self.graphs.append(Graph(self.wrong_by))
+        self.graphs.append(Graph(self.error))
         return self.graphs[-1]
 
     @contextmanager
@@ -49,13 +49,13 @@ class Gpu:
 
 
 class Graph:
-    def __init__(self, wrong_by):
-        self.captured, self.wrong_by, self.replays = [], wrong_by, 0
+    def __init__(self, error):
+        self.captured, self.error, self.replays = [], error, 0
 
     def replay(self):
         self.replays += 1
         for images, predictions in self.captured:
-            predictions.class_logits.copy_(images[:, :1] * 2 + self.wrong_by)
+            predictions.class_logits.copy_(images[:, :1] * 2 + self.error)
             predictions.mask_embeddings.copy_(images * 2)
             predictions.mask_features.copy_(images + 1)
 
@@ -64,7 +64,7 @@ def images(value, size=4):
     return torch.full((1, 3, size, size), float(value))
 
 
-def assert_right(predictions, value):
+def assert_correct(predictions, value):
     assert predictions.class_logits.unique().item() == 2 * value
     assert predictions.mask_embeddings.unique().item() == 2 * value
     assert predictions.mask_features.unique().item() == value + 1
@@ -78,8 +78,8 @@ def test_the_second_image_of_a_size_records_and_later_ones_replay(monkeypatch):
     assert model.runs == 3  # twice as it is, once to record
     assert [graph.replays for graph in gpu.graphs] == [4]  # checked once, then images 3 to 5
     for value, predictions in enumerate(kept, start=1):
-        assert_right(predictions, value)  # a later replay does not overwrite what was handed out
-    assert_right(forward(images(7, size=8)), 7)
+        assert_correct(predictions, value)  # a later replay does not overwrite what was handed out
+    assert_correct(forward(images(7, size=8)), 7)
     assert model.runs == 4
     assert len(gpu.graphs) == 1
 
@@ -94,19 +94,19 @@ def test_only_the_most_recently_used_sizes_are_kept(monkeypatch):
     runs = model.runs
     forward(images(2, 4))
     assert model.runs == runs
-    assert_right(forward(images(3, 8)), 3)
+    assert_correct(forward(images(3, 8)), 3)
     assert model.runs == runs + 1
 
 
 def test_recording_with_wrong_predictions_is_not_used(monkeypatch):
     model = Model()
-    Gpu(model, monkeypatch, wrong_by=0.5)
+    Gpu(model, monkeypatch, error=0.5)
     forward = ReplayedForward(model)
     forward(images(1))
     with pytest.warns(UserWarning, match=r"cannot be replayed .* \(its predictions differ\); running it without one"):
-        assert_right(forward(images(2)), 2)
+        assert_correct(forward(images(2)), 2)
     for value in (3, 4):
-        assert_right(forward(images(value)), value)
+        assert_correct(forward(images(value)), value)
 
 
 def test_model_that_cannot_be_captured_runs_without_graphs(monkeypatch):
@@ -120,8 +120,8 @@ def test_model_that_cannot_be_captured_runs_without_graphs(monkeypatch):
     forward = ReplayedForward(model)
     forward(images(1))
     with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
-        assert_right(forward(images(2)), 2)
-    assert_right(forward(images(3)), 3)
+        assert_correct(forward(images(2)), 2)
+    assert_correct(forward(images(3)), 3)
 
 
 def test_model_on_a_cpu_is_left_unchanged():

@@ -29,7 +29,7 @@ MODELS = {
 }
 
 
-def made(name):
+def build(name):
     backbone, pixel_decoder = MODELS[name]
     decoder = MaskedTransformerDecoderConfig(
         hidden_dim=32, num_heads=4, num_queries=5, num_layers=3, feedforward_dim=32
@@ -42,7 +42,7 @@ def made(name):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_weights_cast_in_advance_give_the_bits_of_autocast(name):
-    model, images = made(name), torch.randn(1, 3, 64, 96)
+    model, images = build(name), torch.randn(1, 3, 64, 96)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(images)
     cast = deepcopy(model)
@@ -58,7 +58,7 @@ def test_weights_cast_in_advance_give_the_bits_of_autocast(name):
 
 @torch.no_grad()
 def test_fp32_changes_nothing():
-    model, images = made("swin, fpn"), torch.randn(1, 3, 64, 96)
+    model, images = build("swin, fpn"), torch.randn(1, 3, 64, 96)
     expected = model(images)
     set_precision(model, "fp32")
     found = model(images)

@@ -114,25 +114,25 @@ def box_of(targets: Targets, image: int, target: int) -> tuple[float, float, flo
     return ends[0][0], ends[1][0], ends[0][1], ends[1][1]
 
 
-def is_in(point: Tensor, box: tuple[float, ...]) -> bool:
-    slack = 1e-6  # a point's coordinates are rounded to fp32
+def is_inside(point: Tensor, box: tuple[float, ...]) -> bool:
+    tolerance = 1e-6  # a point's coordinates are rounded to fp32
     x, y = point.tolist()
-    return box[0] - slack <= x <= box[2] + slack and box[1] - slack <= y <= box[3] + slack
+    return box[0] - tolerance <= x <= box[2] + tolerance and box[1] - tolerance <= y <= box[3] + tolerance
 
 
 def area(box: tuple[float, ...]) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def into(points: Tensor, box: tuple[float, ...]) -> Tensor:
+def scale_into(points: Tensor, box: tuple[float, ...]) -> Tensor:
     low, high = (torch.tensor(corner, dtype=torch.float32) for corner in (box[:2], box[2:]))
     return low + points * (high - low)
 
 
-def at_points(one_map: Tensor, points: Tensor) -> Tensor:
+def at_points(values: Tensor, points: Tensor) -> Tensor:
     """[P] float64 of a map [h, w] at points [P, 2]."""
     grid = (2 * points.double() - 1)[None, None]
-    return F.grid_sample(one_map.double()[None, None], grid, align_corners=False)[0, 0, 0]
+    return F.grid_sample(values.double()[None, None], grid, align_corners=False)[0, 0, 0]
 
 
 def weighted_terms(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ def weighted_terms(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Ten
     return (weights * bce).mean(), 1 - (2 * overlap + 1) / (both + 1)
 
 
-def written_out(predictions: Predictions, targets: Targets, config: LossConfig) -> Tensor:
+def reference_terms(predictions: Predictions, targets: Targets, config: LossConfig) -> Tensor:
     """Weighted mask and dice terms [L, 2]: every density is a mean over the densities of the single draws."""
     drawn = CounterPoints(seed=2).draw(targets.position, LAYERS, point_counts(config))
     terms = torch.zeros(LAYERS, 2, dtype=torch.float64)
@@ -151,7 +151,7 @@ def written_out(predictions: Predictions, targets: Targets, config: LossConfig) 
         count = int(targets.valid[image].sum())
         logits = predictions.mask_logits(layer)[image].detach()
         classes = predictions.class_logits[layer, image].detach().double().softmax(-1)
-        points, weights = dealt(drawn.matching[layer, image], targets, image, config)
+        points, weights = reference_matching_points(drawn.matching[layer, image], targets, image, config)
         cost = torch.zeros(QUERIES, count, dtype=torch.float64)
         for query, target in product(range(QUERIES), range(count)):
             labels = at_points(mask_of(targets, image, target).float(), points)
@@ -167,37 +167,40 @@ def written_out(predictions: Predictions, targets: Targets, config: LossConfig) 
             row = RowIndex(*(torch.tensor([i]) for i in (layer, image, target)))
             candidates, fresh = (points[:][0] for points in drawn.of_rows(row))
             box = box_of(targets, image, target)
-            points, weights = chosen(logits[query], candidates, fresh, box, config)
+            points, weights = reference_row_points(logits[query], candidates, fresh, box, config)
             labels = at_points(mask_of(targets, image, target).float(), points)
             terms[layer] += torch.stack(weighted_terms(at_points(logits[query], points), labels, weights))
     return terms / max(1, int(targets.valid.sum())) * torch.tensor([config.mask_weight, config.dice_weight])
 
 
-def dealt(points: Tensor, targets: Targets, image: int, config: LossConfig) -> tuple[Tensor, Tensor]:
+def reference_matching_points(
+    points: Tensor, targets: Targets, image: int, config: LossConfig
+) -> tuple[Tensor, Tensor]:
     """Matching points [P, 2] and weights [P]: the later draws belong to the targets in turn."""
     boxes = [box_of(targets, image, n) for n in range(int(targets.valid[image].sum()))] or [(0.0, 0.0, 1.0, 1.0)]
     uniform = len(points) - int(len(points) * config.matching_box_share)
     owners = [None if i < uniform else boxes[(i - uniform) % len(boxes)] for i in range(len(points))]
-    placed = [point if box is None else into(point, box) for point, box in zip(points, owners, strict=True)]
+    placed = [point if box is None else scale_into(point, box) for point, box in zip(points, owners, strict=True)]
     densities = [
-        sum(1.0 if box is None else is_in(point, box) / area(box) for box in owners) / len(points) for point in placed
+        sum(1.0 if box is None else is_inside(point, box) / area(box) for box in owners) / len(points)
+        for point in placed
     ]
     return torch.stack(placed), 1 / torch.tensor(densities, dtype=torch.float64)
 
 
-def chosen(logits: Tensor, candidates: Tensor, fresh: Tensor, box: tuple[float, ...], config: LossConfig):
+def reference_row_points(logits: Tensor, candidates: Tensor, fresh: Tensor, box: tuple[float, ...], config: LossConfig):
     """Points [P, 2] and weights [P] of one row: official ones, then those in the box."""
     in_box = int(config.num_points * config.supervision_box_share)
     official = config.num_points - in_box
     kept = int(official * config.importance_sample_ratio)
     distance = at_points(logits, candidates).abs()
     nearest = distance.argsort()[:kept]
-    points = torch.cat((candidates[nearest], fresh[: official - kept], into(fresh[official - kept :], box)))
+    points = torch.cat((candidates[nearest], fresh[: official - kept], scale_into(fresh[official - kept :], box)))
     weights = []
     limit = distance[nearest].max() + 1e-6 if kept else torch.tensor(-1.0)
     for point, x in zip(points, at_points(logits, points), strict=True):
         omega = ((official - kept) + (len(candidates) if abs(x) <= limit else 0)) / official
-        q = (official * omega + in_box * is_in(point, box) / area(box)) / config.num_points
+        q = (official * omega + in_box * is_inside(point, box) / area(box)) / config.num_points
         weights.append(omega / q)
     return points, torch.tensor(weights, dtype=torch.float64)
 
@@ -226,7 +229,7 @@ def test_losses_equal_the_reference_arithmetic(name, config):
     targets = scene(name)
     predictions = predictions_for(targets)
     losses = losses_of(predictions, targets, config)
-    expected = written_out(predictions, targets, config)
+    expected = reference_terms(predictions, targets, config)
     torch.testing.assert_close(losses.terms[:, 1:].double(), expected, rtol=2e-5, atol=1e-6)
     for gradient in torch.autograd.grad(losses.total, predictions[:3]):  # raises where the graph is cut
         assert gradient.isfinite().all()
@@ -238,7 +241,7 @@ def fine_grid(size: int) -> Tensor:
     return torch.stack(torch.meshgrid(at, at, indexing="xy"), -1).flatten(0, 1)
 
 
-def one_row(box, *, seed=0, shift=-6.0) -> tuple[Tensor, Targets]:
+def example_row(box, *, seed=0, shift=-6.0) -> tuple[Tensor, Targets]:
     """Logits [8, 8] that see a part of the target and err elsewhere, and the target on 32 x 32 pixels."""
     targets = rectangles([box], size=(32, 32), pad=0)
     seen = F.avg_pool2d(mask_of(targets, 0, 0).float()[None, None], 4)[0, 0]
@@ -293,7 +296,7 @@ def dense_sums(logits: Tensor, targets: Targets, config: LossConfig) -> Tensor:
 @pytest.mark.parametrize("box", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("share", [0.5, 0.25])
 def test_loss_sums_are_unbiased_against_all_pixels(box, share, monkeypatch):
-    logits, targets = one_row(box)
+    logits, targets = example_row(box)
     config = LossConfig(num_points=33, importance_sample_ratio=0.0, supervision_box_share=share)
     found = sums_of_draws(logits, targets, config, monkeypatch)
     error = found.mean(0) - dense_sums(logits, targets, config)
@@ -305,7 +308,7 @@ def test_loss_sums_are_unbiased_against_all_pixels(box, share, monkeypatch):
 def test_sums_keep_the_density_of_importance_sampling(box, monkeypatch):
     """Against all pixels with the density of importance sampling; its limit, a quantile of the candidates, is noisy, so
     that with finitely many points there is a bias of their inverse."""
-    logits, targets = one_row(box)
+    logits, targets = example_row(box)
     config = LossConfig(num_points=256, supervision_box_share=0.5)
     found = sums_of_draws(logits, targets, config, monkeypatch)
     dense = dense_sums(logits, targets, config)
@@ -315,7 +318,7 @@ def test_sums_keep_the_density_of_importance_sampling(box, monkeypatch):
 
 @pytest.mark.parametrize("box", [ROWS["one pixel"], ROWS["at the border"]], ids=["one pixel", "at the border"])
 def test_box_points_reduce_the_variance_of_small_targets(box, monkeypatch):
-    logits, targets = one_row(box)
+    logits, targets = example_row(box)
     spread = []
     for share in (0.0, 0.5):
         config = LossConfig(num_points=64, importance_sample_ratio=0.0, supervision_box_share=share)
@@ -328,7 +331,7 @@ def test_box_points_reduce_the_variance_of_small_targets(box, monkeypatch):
 def test_matching_sums_are_unbiased_against_all_pixels(boxes, kind, monkeypatch):
     """All pairs of a draw share its points: 41 of them, of which 20 are dealt."""
     targets = rectangles(boxes, size=(32, 32))
-    queries = torch.stack([one_row(ROWS["large"])[0], one_row(ROWS["one pixel"], seed=1)[0]])
+    queries = torch.stack([example_row(ROWS["large"])[0], example_row(ROWS["one pixel"], seed=1)[0]])
     seen = []
 
     def spy(x, y, kind, weights=None):
@@ -389,7 +392,7 @@ def test_a_flat_map_is_sampled_evenly():
     assert importance_density(logits[:, :20], 10, 10, share).tolist() == [[1.0] * 20]
 
 
-def taken_by_rows(predictions, targets, config, monkeypatch) -> list[Tensor]:
+def row_loss_inputs(predictions, targets, config, monkeypatch) -> list[Tensor]:
     """What the criterion hands to the losses of masks: logits, labels and weights [R, P]."""
     seen = []
 
@@ -413,9 +416,9 @@ def test_loss_points_do_not_depend_on_other_images(monkeypatch):
     targets = scene("several sizes")
     padded = rectangles(*SCENES["several sizes"]["images"], pad=6)
     predictions = predictions_for(targets)
-    together = taken_by_rows(predictions, targets, BOTH, monkeypatch)
+    together = row_loss_inputs(predictions, targets, BOTH, monkeypatch)
     assert len(together) == 3
-    alone = [taken_by_rows(*take(predictions, padded, [b]), BOTH, monkeypatch) for b in range(2)]
+    alone = [row_loss_inputs(*take(predictions, padded, [b]), BOTH, monkeypatch) for b in range(2)]
     for whole, *parts in zip(together, *alone, strict=True):
         assert torch.equal(whole[:, 40:], torch.cat(parts)[:, 40:])  # those kept come in no special order
         assert torch.equal(whole[:, :40].sort(1).values, torch.cat(parts)[:, :40].sort(1).values)
@@ -448,7 +451,7 @@ def test_box_points_leave_other_random_points_unchanged():
 def test_points_have_no_weights_by_default(monkeypatch):
     targets = scene("several sizes")
     monkeypatch.setattr(criterion, "target_boxes", None)
-    assert len(taken_by_rows(predictions_for(targets), targets, LossConfig(num_points=64), monkeypatch)) == 2
+    assert len(row_loss_inputs(predictions_for(targets), targets, LossConfig(num_points=64), monkeypatch)) == 2
 
 
 @pytest.mark.parametrize("use", ["matching", "supervision"])

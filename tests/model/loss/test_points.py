@@ -38,8 +38,8 @@ def test_points_do_not_depend_on_row_order_and_slicing():
     rows = every_row(2, 2, 3)
     order = torch.randperm(len(rows.layer), generator=torch.Generator().manual_seed(0))
     shuffled, _ = drawn.of_rows(RowIndex(*(axis[order] for axis in rows)))
-    straight = drawn.of_rows(rows)[0][:]
-    assert torch.equal(shuffled[:], straight[order])
+    unshuffled = drawn.of_rows(rows)[0][:]
+    assert torch.equal(shuffled[:], unshuffled[order])
     assert torch.equal(torch.cat([shuffled[0:5], shuffled[5:12]]), shuffled[:])
 
 

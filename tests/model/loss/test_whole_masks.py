@@ -94,7 +94,7 @@ def at_points(maps, points):
     return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0, 0]
 
 
-def written_out(predictions, targets, config):
+def reference_terms(predictions, targets, config):
     """Unweighted mask and dice terms [L, 2]: dense masks, one pair at a time; the same points as ours."""
     uncertain = int(config.num_points * config.importance_sample_ratio)
     counts = PointCounts(
@@ -145,7 +145,7 @@ def pixel_cost(logits, labels, kind):
 def test_all_combinations_equal_the_reference_arithmetic(config, counts):
     predictions, targets = scene(counts)
     losses = ours(predictions, targets, config)
-    expected = written_out(predictions, targets, config) * torch.tensor([config.mask_weight, config.dice_weight])
+    expected = reference_terms(predictions, targets, config) * torch.tensor([config.mask_weight, config.dice_weight])
     torch.testing.assert_close(losses.terms[:, 1:].double(), expected, rtol=1e-5, atol=1e-6)
     for gradient in torch.autograd.grad(losses.total, predictions[:3]):  # raises where the graph is cut
         assert gradient.isfinite().all()

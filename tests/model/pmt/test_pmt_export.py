@@ -16,7 +16,7 @@ from m2f.model.weights.files import count_classes
 from tests.model.pmt.test_pmt_training import DINOV2, DINOV3, config_of, model_of
 
 
-def finished(name: str, **settings):
+def trained_model(name: str, **settings):
     model = model_of(name, **settings).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -33,7 +33,7 @@ def finished(name: str, **settings):
     ],
 )
 def test_exported_graph_gives_the_same_outputs(name, size, onnx, tmp_path):
-    model = finished(name, depth=2, num_layers=1)
+    model = trained_model(name, depth=2, num_layers=1)
     program = export_program(model, size)
     images = torch.rand(1, 3, *(size or (96, 160))) * 255
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_exported_graph_gives_the_same_outputs(name, size, onnx, tmp_path):
 @pytest.mark.parametrize("name", [DINOV3, DINOV2])
 def test_authors_format_omits_a_frozen_backbone_and_loads_back(name, tmp_path):
     whole, head, backbone = (tmp_path / name for name in ("whole.bin", "head.bin", "backbone.pt"))
-    model, frozen, free = finished(name), config_of(name), config_of(name, freeze=())
+    model, frozen, free = trained_model(name), config_of(name), config_of(name, freeze=())
     write_official(model, frozen, head)
     write_official(model, free, whole)
     names = torch.load(head, weights_only=True).keys()

@@ -16,7 +16,7 @@ from m2f.model.segmenter import TrainingContext
 from m2f.model.weights.load import load_weights
 from m2f.model.weights.pmt import pmt_to_authors
 
-LEFT_OVER = {"network.encoder.pixel_mean", "network.encoder.pixel_std"}
+UNUSED_WEIGHTS = {"network.encoder.pixel_mean", "network.encoder.pixel_std"}
 
 
 def model_of(config: dict):
@@ -42,8 +42,8 @@ def model_of(config: dict):
 
 
 @pytest.fixture(scope="module")
-def case(beyond: Path):
-    folder = beyond / "pmt" / "pmt_dinov3_patch16"
+def case(authors_goldens: Path):
+    folder = authors_goldens / "pmt" / "pmt_dinov3_patch16"
     files = (load_file(folder / f"{name}.safetensors") for name in ("weights", "inputs", "outputs", "outputs_float64"))
     return json.loads((folder / "case.json").read_text()), *files
 
@@ -84,7 +84,7 @@ def test_equals_the_authors_code(case, dtype, monkeypatch):
     model = model_of(described["config"]).to(dtype)
     report = load_weights(model, weights)
     assert report.complete
-    assert set(report.unexpected) == LEFT_OVER
+    assert set(report.unexpected) == UNUSED_WEIGHTS
     images = model.normalise(inputs["image_uint8"]).to(dtype)
     differences = []
     for one in described["runs"]:
@@ -135,7 +135,7 @@ def test_decoder_of_the_authors_loads_by_name_and_is_exported_unchanged(case):
     assert written.keys() == published.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in published.items())
     whole = pmt_to_authors(model.state_dict(), backbone=True)
-    assert whole.keys() == weights.keys() - LEFT_OVER
+    assert whole.keys() == weights.keys() - UNUSED_WEIGHTS
 
 
 def test_file_without_mask_probabilities_loads_as_finished_training(case):

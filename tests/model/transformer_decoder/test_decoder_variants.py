@@ -73,12 +73,14 @@ class Reference:
         reference = decoder.reference(queries + position) if config.attention == "smca" else None
         predictions = [self.predict(queries, mask_features)] if config.queries == "supervised" else []
         schedule = LEVELS[config.features]
-        seen = {}
+        next_slot = {}
         for index, levels in enumerate(schedule):
-            slot = seen.setdefault(str(levels), 0)
-            seen[str(levels)] += 1
-            look = self.looker(index, slot, levels, features, mask_features, queries, position, reference)
-            queries = self.layer(decoder.layers[index], queries, position, look)
+            slot = next_slot.setdefault(str(levels), 0)
+            next_slot[str(levels)] += 1
+            cross_attention = self.cross_attention(
+                index, slot, levels, features, mask_features, queries, position, reference
+            )
+            queries = self.layer(decoder.layers[index], queries, position, cross_attention)
             predictions.append(self.predict(queries, mask_features))
         return predictions
 
@@ -87,17 +89,17 @@ class Reference:
         masks = torch.einsum("qc,chw->qhw", self.decoder.mask_embed(normalised), mask_features)
         return self.decoder.class_embed(normalised), masks
 
-    def looker(self, index, slot, levels, features, mask_features, queries, position, reference):
+    def cross_attention(self, index, slot, levels, features, mask_features, queries, position, reference):
         """How the queries of this layer look at the image: a function of the (maybe normalised) queries."""
         config, decoder, layer = self.config, self.decoder, self.decoder.layers[index]
         used = sorted({level for group in LEVELS[config.features] for level in group})
         memory = decoder.memories[index % len({str(group) for group in LEVELS[config.features]})]
-        tokens, places = [], []
+        tokens, positions = [], []
         for level in levels:
             embedding = decoder.level_embed.weight[used.index(level)]
             tokens.append(memory.input_proj(features[level][None])[0].flatten(1).T + embedding)
-            places.append(sine_position_embedding(*SIZES[level], DIM).flatten(0, 1))
-        tokens, places = torch.cat(tokens), torch.cat(places)
+            positions.append(sine_position_embedding(*SIZES[level], DIM).flatten(0, 1))
+        tokens, positions = torch.cat(tokens), torch.cat(positions)
         masks = self.predict(queries, mask_features)[1][None]
         logits = torch.cat([F.interpolate(masks, SIZES[n], mode="bilinear")[0].flatten(1) for n in levels], dim=1)
         blocked = logits.sigmoid() < 0.5
@@ -110,7 +112,7 @@ class Reference:
         if config.attention == "smca":
             bias = self.gaussian(decoder.priors[index], queries + position, reference, levels)
         rows = slice(slot * DIM, (slot + 1) * DIM)
-        key = F.linear(tokens + places, memory.key.weight[rows], memory.key.bias[rows])
+        key = F.linear(tokens + positions, memory.key.weight[rows], memory.key.bias[rows])
         value = F.linear(tokens, memory.value.weight[rows], memory.value.bias[rows])
         return lambda source: attention(layer.cross, layer.cross_query(source + position), key, value, bias)
 
@@ -134,18 +136,18 @@ class Reference:
                     pixel += 1
         return bias
 
-    def layer(self, layer, queries, position, look):
-        def talk(source):
+    def layer(self, layer, queries, position, cross_attention):
+        def self_attention(source):
             query, key = layer.self_query_key(source + position).chunk(2, dim=-1)
             return attention(layer.self_attention, query, key, layer.self_value(source), 0.0)
 
-        def think(source):
+        def feed_forward(source):
             return layer.linear2(layer.linear1(source).relu())
 
-        blocks = [(look, layer.cross.norm), (talk, layer.self_attention.norm)]
+        blocks = [(cross_attention, layer.cross.norm), (self_attention, layer.self_attention.norm)]
         if not self.config.cross_attention_first:
             blocks.reverse()
-        for block, norm in [*blocks, (think, layer.norm)]:
+        for block, norm in [*blocks, (feed_forward, layer.norm)]:
             queries = queries + block(norm(queries)) if self.config.pre_norm else norm(queries + block(queries))
         return queries
 
@@ -183,8 +185,8 @@ def test_every_parameter_gets_a_gradient_in_every_variant(config, in_dim):
     assert [name for name, parameter in decoder.named_parameters() if parameter.grad is None] == []
     zero = {name for name, parameter in decoder.named_parameters() if not parameter.grad.any()}
     # A key bias shifts all logits of a query alike; queries of zeros have no values for each other at first.
-    told = {"layers.0.self_value.weight"} if config.queries == "zero" and not config.cross_attention_first else set()
-    assert {name for name in zero if "key.bias" not in name} <= told
+    unused = {"layers.0.self_value.weight"} if config.queries == "zero" and not config.cross_attention_first else set()
+    assert {name for name in zero if "key.bias" not in name} <= unused
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=name_of)

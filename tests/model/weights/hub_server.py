@@ -13,7 +13,7 @@ from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/some-model"
-KNOWN = (["main"], ["v1"], [COMMIT])
+REVISIONS = (["main"], ["v1"], [COMMIT])
 
 
 @dataclass
@@ -36,10 +36,10 @@ def serve_hub(folder: Path) -> Iterator[Hub]:
         def do_GET(self) -> None:
             hub.requests.append(f"{self.command} {self.path}")
             parts = self.path.partition("?")[0].strip("/").split("/")
-            if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) == REPO and parts[5:] in KNOWN:
+            if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) == REPO and parts[5:] in REVISIONS:
                 files = [{"rfilename": path.name} for path in sorted(folder.iterdir())]
                 self._send(json.dumps({"id": REPO, "sha": COMMIT, "siblings": files}).encode(), "application/json")
-            elif parts[2:3] == ["resolve"] and parts[3:4] in KNOWN and (folder / parts[-1]).is_file():
+            elif parts[2:3] == ["resolve"] and parts[3:4] in REVISIONS and (folder / parts[-1]).is_file():
                 self._send((folder / parts[-1]).read_bytes(), "application/octet-stream")
             else:
                 self.send_response(404)

@@ -70,9 +70,9 @@ def test_only_safetensors_and_config_files_are_downloaded_and_only_once(hub):
     folder = hub_folder(ADDRESS)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert folder.name == COMMIT
-    asked = len(hub.requests)
+    num_requests = len(hub.requests)
     assert hub_folder(f"{ADDRESS}@{COMMIT}") == folder
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == num_requests
     hub_folder(ADDRESS)
     assert sorted(hub.fetched) == ["config.json", "model.safetensors"]
 
@@ -121,12 +121,12 @@ def test_cache_is_used_if_the_hub_does_not_answer(hub, monkeypatch):
 
 def test_offline_mode_uses_the_cache_and_sends_no_request(hub, monkeypatch):
     folder = hub_folder(ADDRESS)
-    asked = len(hub.requests)
+    num_requests = len(hub.requests)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert hub_folder(f"{ADDRESS}@{COMMIT}") == hub_folder(ADDRESS) == folder
     with pytest.raises(WeightsError, match="which is not in the cache, and HF_HUB_OFFLINE is set"):
         hub_folder("hub:someone/else")
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == num_requests
 
 
 @pytest.mark.parametrize("text", ["hub:name", "hub:a/b/c", "hub:a/b@", "hub:../b c"])
@@ -135,7 +135,7 @@ def test_malformed_addresses_are_refused(text):
         HubAddress.parse(text)
 
 
-SILENT = """
+OPEN_MODEL = """
 import sys, time
 from m2f.model.weights.hub import hub_folder
 try:
@@ -155,7 +155,7 @@ def test_missing_network_is_a_one_line_error(tmp_path, monkeypatch, answers):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("HF_HOME", str(tmp_path))
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        done = subprocess.run([sys.executable, "-c", SILENT], capture_output=True, text=True, timeout=PATIENCE_S)
+        done = subprocess.run([sys.executable, "-c", OPEN_MODEL], capture_output=True, text=True, timeout=PATIENCE_S)
     message = done.stdout.strip()
-    assert all(words in message for words in ("does not answer", "HF_ENDPOINT", "HF_HUB_OFFLINE=1"))
+    assert all(text in message for text in ("does not answer", "HF_ENDPOINT", "HF_HUB_OFFLINE=1"))
     assert len(message.splitlines()) == 1

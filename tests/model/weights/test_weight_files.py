@@ -195,7 +195,7 @@ def as_bytes_argument(data):
     return b"B" + len(data).to_bytes(4, "little") + data + b"\x85R"
 
 
-MADE = {
+CONSTRUCTED = {
     "shared data type": NAMES["dtype"] + b"U\x02f8\x85R",
     "own data type": NAMES["dtype"] + b"U\x02f8\x89\x88\x87R",
     "data type of dates": NAMES["dtype"] + b"U\x05M8[s]\x85R",
@@ -225,7 +225,7 @@ def reachable():
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("target", [*NAMES.values(), *MADE.values()], ids=[*NAMES, *MADE])
+@pytest.mark.parametrize("target", [*NAMES.values(), *CONSTRUCTED.values()], ids=[*NAMES, *CONSTRUCTED])
 def test_pickle_cannot_modify_the_process(tmp_path, target, change):
     before = reachable()
     (tmp_path / "model.pkl").write_bytes(b"\x80\x02" + target + change + b".")
@@ -237,7 +237,7 @@ def test_pickle_cannot_modify_the_process(tmp_path, target, change):
 
 @pytest.mark.parametrize(("made", "named"), [("function of torch", "function"), ("class of torch", "StorageType")])
 def test_tensor_storage_must_be_a_storage(tmp_path, made, named):
-    (tmp_path / "model.pkl").write_bytes(b"\x80\x02" + MADE[made] + b".")
+    (tmp_path / "model.pkl").write_bytes(b"\x80\x02" + CONSTRUCTED[made] + b".")
     with pytest.raises(WeightsError, match=f"unexpected {named} as a tensor storage"):
         read_state(tmp_path / "model.pkl")
 

@@ -25,14 +25,14 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def schedules(beyond: Path) -> dict:
-    return json.loads((beyond / "eomt" / "schedules.json").read_text())
+def schedules(authors_goldens: Path) -> dict:
+    return json.loads((authors_goldens / "eomt" / "schedules.json").read_text())
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_learning_rates_equal_those_of_the_authors(schedules, beyond, name):
+def test_learning_rates_equal_those_of_the_authors(schedules, authors_goldens, name):
     expected, (case, options) = schedules[name], CASES[name]
-    described = json.loads((beyond / "eomt" / case / "case.json").read_text())
+    described = json.loads((authors_goldens / "eomt" / case / "case.json").read_text())
     model = model_of(described["config"])
     settings = expected["settings"]
     config = OptimizerConfig(
@@ -50,7 +50,9 @@ def test_learning_rates_equal_those_of_the_authors(schedules, beyond, name):
     rates = {key: torch.full_like(p, rate[p], dtype=torch.float64) for key, p in model.named_parameters()}
     found = {key: sorted(set(tensor.flatten().tolist())) for key, tensor in eomt_to_authors(rates).items()}
     assert set(found) == set(expected["base_lr"])
-    assert set(found) == {key for key in load_file(beyond / "eomt" / case / "weights.safetensors") if key in found}
+    assert set(found) == {
+        key for key in load_file(authors_goldens / "eomt" / case / "weights.safetensors") if key in found
+    }
     for key, value in expected["base_lr"].items():
         assert found[key] == pytest.approx([value], rel=1e-12), key
 
