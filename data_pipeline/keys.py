@@ -10,7 +10,7 @@ import re
 
 from m2f.data_pipeline.errors import DataError
 
-MAX_KEY = 1000
+MAX_KEY_LENGTH = 1000
 """Longest key in characters; file systems and object stores limit a path to 1024 to 4096 bytes."""
 
 _SIMPLE_KEY = re.compile(r"[\w-][\w.-]{0,200}", re.ASCII)  # fast path: matches most keys
@@ -26,8 +26,8 @@ def key_problem(key: object) -> str | None:
         return None
     if not isinstance(key, str) or not key:
         return "is not a non-empty string"
-    if len(key) > MAX_KEY:
-        return f"has {len(key)} characters, more than {MAX_KEY}"
+    if len(key) > MAX_KEY_LENGTH:
+        return f"has {len(key)} characters, more than {MAX_KEY_LENGTH}"
     if found := _FORBIDDEN.search(key):
         return f"contains the character {found[0]!a}"
     if not {"", ".", ".."}.isdisjoint(key.split("/")):

@@ -14,8 +14,8 @@ class Chunks:
     """N samples grouped into C chunks. Every sample lies in exactly one chunk as a whole."""
 
     samples: np.ndarray
-    """[N] sample indices in storage order. Chunk c holds `samples[first[c]:first[c + 1]]`."""
-    first: np.ndarray
+    """[N] sample indices in storage order. Chunk c holds `samples[bounds[c]:bounds[c + 1]]`."""
+    bounds: np.ndarray
     """[C + 1] bounds of the chunks in `samples`."""
     chunk_of: np.ndarray
     """[N] chunk number of each sample index."""
@@ -24,7 +24,7 @@ class Chunks:
 
     def members(self, chunk: int) -> np.ndarray:
         """Return the sample indices of a chunk in storage order."""
-        return self.samples[self.first[chunk] : self.first[chunk + 1]]
+        return self.samples[self.bounds[chunk] : self.bounds[chunk + 1]]
 
     def span(self, manifest: Manifest, chunk: int) -> tuple[int, int, int]:
         """Return the shard number, first byte and number of bytes of a whole chunk."""
@@ -48,7 +48,7 @@ def group_chunks(shard: np.ndarray, offset: np.ndarray, chunk_bytes: int) -> Chu
     cell = offset[samples] // chunk_bytes
     starts = np.ones(len(samples), dtype=bool)
     starts[1:] = (np.diff(shard[samples]) != 0) | (np.diff(cell) != 0)
-    first = np.append(np.flatnonzero(starts), len(samples))
+    bounds = np.append(np.flatnonzero(starts), len(samples))
     chunk_of = np.empty(len(samples), dtype=np.int64)
     chunk_of[samples] = np.cumsum(starts) - 1
-    return Chunks(samples=samples, first=first, chunk_of=chunk_of, shard=shard[samples[first[:-1]]])
+    return Chunks(samples=samples, bounds=bounds, chunk_of=chunk_of, shard=shard[samples[bounds[:-1]]])

@@ -65,7 +65,7 @@ def simulate_reads(
     chunks = [group_chunks(manifest.shard, manifest.offset, chunk_bytes(data)) for manifest in manifests]
     needed = _sample_reads(manifests, chunks, order, _needed_positions(count, seed, data))
     rank = needed.time % ranks.world
-    read, sample_order = _group_reads(needed, rank, reach=look_ahead(data, ranks.world) * ranks.world)
+    read, sample_order = _group_reads(needed, rank, horizon=look_ahead(data, ranks.world) * ranks.world)
     start, end = needed.offset[sample_order], needed.offset[sample_order] + needed.length[sample_order]
     sizes = _chunk_sizes(manifests, chunks)
     used = np.unique(needed.chunk)
@@ -147,7 +147,7 @@ def _sample_reads(
     return _SampleReads(time, chunk, offset, length)
 
 
-def _group_reads(needed: _SampleReads, rank: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
+def _group_reads(needed: _SampleReads, rank: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the start of each read in the sorted samples, and the samples sorted by rank, chunk and time.
 
     A rank reads a chunk again if its next use of the chunk is more than `reach` positions later.
@@ -155,7 +155,9 @@ def _group_reads(needed: _SampleReads, rank: np.ndarray, reach: int) -> tuple[np
     sample_order = np.lexsort((needed.time, needed.chunk, rank))
     chunk, owner_rank = needed.chunk[sample_order], rank[sample_order]
     starts_read = np.ones(len(sample_order), dtype=bool)
-    starts_read[1:] = (np.diff(chunk) != 0) | (np.diff(owner_rank) != 0) | (np.diff(needed.time[sample_order]) > reach)
+    starts_read[1:] = (
+        (np.diff(chunk) != 0) | (np.diff(owner_rank) != 0) | (np.diff(needed.time[sample_order]) > horizon)
+    )
     return np.flatnonzero(starts_read), sample_order
 
 
@@ -167,17 +169,15 @@ def _peak_bytes(needed: _SampleReads, rank: np.ndarray, read: np.ndarray, sample
     first = np.repeat(needed.time[sample_order[read]], np.diff(np.append(read, len(sample_order))))
     time = np.concatenate([first, needed.time[sample_order]])
     change = np.concatenate([needed.length[sample_order], -needed.length[sample_order]])
-    events = np.lexsort(
-        (change < 0, time, np.tile(rank[sample_order], 2))
-    )  # each rank ends at 0: one running sum suffices
+    events = np.lexsort((change < 0, time, np.tile(rank[sample_order], 2)))  # ranks end at 0: one running sum suffices
     return int(np.cumsum(change[events]).max())
 
 
 def _chunk_sizes(manifests: Sequence[Manifest], chunks: Sequence[Chunks]) -> np.ndarray:
     return np.concatenate(
         [
-            np.add.reduceat(manifest.length[grouped.samples], grouped.first[:-1])
-            for manifest, grouped in zip(manifests, chunks, strict=True)
+            np.add.reduceat(manifest.length[dataset_chunks.samples], dataset_chunks.bounds[:-1])
+            for manifest, dataset_chunks in zip(manifests, chunks, strict=True)
         ]
     )
 

@@ -23,7 +23,7 @@ from m2f.data_pipeline.image_file import (
 from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.readers.source_files import read_file
 
-_MAX_KEY = 80  # with the longest suffix of a member, names in a tar stay below 100 characters
+_MAX_KEY_LENGTH = 80  # with the longest suffix of a member, names in a tar stay below 100 characters
 ANNOTATION_BYTES = 12_000
 """Rough size in bytes of the members of a sample other than the image, for estimates."""
 
@@ -142,9 +142,9 @@ def make_key(file_name: str) -> str:
     """
     stem = str(PurePosixPath(file_name).with_suffix(""))
     clean = re.sub(r"[^A-Za-z0-9_-]", "-", stem)
-    if clean == stem and len(stem) <= _MAX_KEY:
+    if clean == stem and len(stem) <= _MAX_KEY_LENGTH:
         return stem
-    return f"{clean[: _MAX_KEY - 9]}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
+    return f"{clean[: _MAX_KEY_LENGTH - 9]}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
 
 
 def unique_keys(file_names: Iterable[str]) -> tuple[str, ...]:

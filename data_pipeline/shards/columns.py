@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.keys import MAX_KEY
+from m2f.data_pipeline.keys import MAX_KEY_LENGTH
 from m2f.data_pipeline.storage.bounded_parquet import check_sizes
 
 SAMPLES_FILE = "samples.parquet"
@@ -18,7 +18,7 @@ SAMPLES_FILE = "samples.parquet"
 _BATCH_ROWS = 4096
 """Number of rows per decoding step, so that decoding needs little memory in addition to the resulting arrays."""
 
-_TEXT_BYTES = 4 * MAX_KEY
+_TEXT_BYTES = 4 * MAX_KEY_LENGTH
 
 SAMPLE_SCHEMA = pa.schema(
     {

@@ -409,15 +409,15 @@ class _LosesFirstResponse:
     """A client whose first put succeeds in the store but never hears so."""
 
     def __init__(self, client):
-        self.client, self.lost = client, False
+        self.client, self.has_failed = client, False
 
     def __getattr__(self, name):
         return getattr(self.client, name)
 
     def put_object(self, **arguments):
         self.client.put_object(**arguments)
-        if not self.lost:
-            self.lost = True
+        if not self.has_failed:
+            self.has_failed = True
             raise ConnectionResetError("peer went away")
 
 
