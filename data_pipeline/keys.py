@@ -28,8 +28,8 @@ def key_problem(key: object) -> str | None:
         return "is not a non-empty string"
     if len(key) > MAX_KEY_LENGTH:
         return f"has {len(key)} characters, more than {MAX_KEY_LENGTH}"
-    if found := _FORBIDDEN.search(key):
-        return f"contains the character {found[0]!a}"
+    if match := _FORBIDDEN.search(key):
+        return f"contains the character {match[0]!a}"
     if not {"", ".", ".."}.isdisjoint(key.split("/")):
         return "is not a path inside its folder"
     return None

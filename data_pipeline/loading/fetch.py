@@ -168,16 +168,16 @@ class SampleFetcher:
     def _read_with_retries(
         self, dataset: int, number: int, indices: list[int]
     ) -> dict[_SampleKey, Members | DataError]:
-        found: dict[_SampleKey, Members | DataError] = {}
+        samples: dict[_SampleKey, Members | DataError] = {}
         for _ in range(1 + _REFETCHES):
             data, start = self._read_span(dataset, number, indices)
-            found |= {(dataset, index): self._split_members(dataset, index, data, start) for index in indices}
-            indices = [index for index in indices if isinstance(found[dataset, index], DataError)]
+            samples |= {(dataset, index): self._split_members(dataset, index, data, start) for index in indices}
+            indices = [index for index in indices if isinstance(samples[dataset, index], DataError)]
             if not indices:
                 break
             if self._cache is not None:
                 self._cache.delete(self._name(dataset, number))
-        return found
+        return samples
 
     def _read_span(self, dataset: int, number: int, indices: list[int]) -> tuple[memoryview, int]:
         """Return the bytes from the first to the last of the given samples, and the offset of the first byte.

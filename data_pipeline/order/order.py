@@ -125,12 +125,12 @@ class DatasetOrder:
 
     def _epoch_at(self, position: int) -> _Epoch:
         with self._lock:
-            found = next((e for e in self._epochs if e.start <= position < e.stop), None)
-            if found is None:
+            epoch = next((e for e in self._epochs if e.start <= position < e.stop), None)
+            if epoch is None:
                 number = self.rates.epoch_of(position)
-                found = _Epoch(number, self.rates.total(number), self._permute(number))
-                self._epochs[:] = [*self._epochs[1 - _MAX_CACHED_EPOCHS :], found]
-            return found
+                epoch = _Epoch(number, self.rates.total(number), self._permute(number))
+                self._epochs[:] = [*self._epochs[1 - _MAX_CACHED_EPOCHS :], epoch]
+            return epoch
 
     def _permute(self, epoch: int) -> np.ndarray:
         sequence = self._permuted_chunks(epoch)

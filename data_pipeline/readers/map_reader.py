@@ -193,10 +193,10 @@ def pair_files(
 def _refuse_lossy(folder: Path, stems: set[str]) -> None:
     """Raise DataError if maps with these stems exist in a lossy format, which changes values."""
     lossy = _names_by_stem(folder, _LOSSY_ENDINGS)
-    if found := sorted(lossy[stem] for stem in stems & lossy.keys()):
+    if names := sorted(lossy[stem] for stem in stems & lossy.keys()):
         raise DataError(
-            f"{folder}: {len(found)} maps are JPEG or WebP files, which change values along the borders of segments: "
-            f"{format_list(found)}; export them again as PNG, TIFF or BMP (a conversion keeps the wrong values)"
+            f"{folder}: {len(names)} maps are JPEG or WebP files, which change values along the borders of segments: "
+            f"{format_list(names)}; export them again as PNG, TIFF or BMP (a conversion keeps the wrong values)"
         )
 
 

@@ -109,13 +109,13 @@ def area_mismatches(areas: Iterable[tuple[float, int]]) -> list[str]:
     The area of a polygon differs from its pixels along its border. Small segments and small differences are therefore
     accepted.
     """
-    found = []
+    repairs = []
     for area, pixels in areas:
         if pixels == 0:
-            found.append(NO_PIXELS)
+            repairs.append(NO_PIXELS)
         elif max(area, pixels) >= _MIN_CHECKED_AREA and min(area, pixels) < _MIN_AREA_RATIO * max(area, pixels):
-            found.append(AREA_MISMATCH)
-    return found
+            repairs.append(AREA_MISMATCH)
+    return repairs
 
 
 def share_outside(rings: Sequence[Sequence[float]], height: int, width: int) -> float:

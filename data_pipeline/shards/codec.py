@@ -158,8 +158,8 @@ def _decode_map(members: Mapping[str, bytes], member: str, shape: tuple[int, int
     try:
         header = read_header(members[member])
         if (header.height, header.width) != shape:  # before decoding: a small file may claim to be huge
-            found = header.height, header.width
-            raise DataError(f"{name}: member {member} is {found}, not {shape}; write the shard again")
+            size = header.height, header.width
+            raise DataError(f"{name}: member {member} is {size}, not {shape}; write the shard again")
         return decode_index_png(members[member])
     except BrokenImageError as error:
         raise DataError(f"{name}: member {member}: {error}") from error

@@ -66,12 +66,12 @@ class Columns:
             ValueError: the file claims to hold much more than its bytes can.
         """
         check_sizes(self.data)
-        found = pq.read_schema(pa.BufferReader(self.data))
+        schema = pq.read_schema(pa.BufferReader(self.data))
         for field in SAMPLE_SCHEMA:
-            if field.name in OPTIONAL_COLUMNS and field.name not in found.names:
+            if field.name in OPTIONAL_COLUMNS and field.name not in schema.names:
                 continue
-            if found.field(field.name).type != field.type:
-                raise TypeError(f"{field.name} is {found.field(field.name).type}, not {field.type}")
+            if schema.field(field.name).type != field.type:
+                raise TypeError(f"{field.name} is {schema.field(field.name).type}, not {field.type}")
 
     @property
     def num_rows(self) -> int:

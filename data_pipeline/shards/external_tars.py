@@ -104,13 +104,13 @@ def decode_external_sample(members: Mapping[str, bytes]) -> DecodedSample:
 
 def image_extension(members: Mapping[str, bytes], tar_format: ExternalFormat, name: str) -> str:
     """Return the extension of the image member. Raises DataError if there is not exactly one."""
-    found = [extension for extension in tar_format.images if extension in members]
-    if len(found) != 1:
+    extensions = [extension for extension in tar_format.images if extension in members]
+    if len(extensions) != 1:
         raise DataError(
             f"{name}: exactly one member of {format_list(tar_format.images)} must be the image; it has "
             f"{format_list(sorted(members))}"
         )
-    return found[0]
+    return extensions[0]
 
 
 def decode_labels(

@@ -82,20 +82,22 @@ def find_tars(urls: Iterable[str], storage: Storage) -> tuple[str, ...]:
     Raises:
         DataError: no tar is found, or one is given twice.
     """
-    found: list[str] = []
+    tars: list[str] = []
     for url in urls:
         absolute = url if "://" in url else str(Path(url).expanduser().absolute())
         if storage.exists(absolute):
-            found.append(absolute)
+            tars.append(absolute)
         else:
-            found += [name for name in storage.list(absolute) if name.endswith(".tar")]
-    repeated = [url for url, count in Counter(found).items() if count > 1]
-    if repeated or not found:
+            tars += [name for name in storage.list(absolute) if name.endswith(".tar")]
+    duplicates = [url for url, count in Counter(tars).items() if count > 1]
+    if duplicates or not tars:
         problem = (
-            f"tars are given twice: {format_list(repeated)}" if repeated else f"no tar was found at {format_list(urls)}"
+            f"tars are given twice: {format_list(duplicates)}"
+            if duplicates
+            else f"no tar was found at {format_list(urls)}"
         )
         raise DataError(f"{problem}; give tars, or folders or s3:// prefixes that contain tars")
-    return tuple(found)
+    return tuple(tars)
 
 
 def detect_format(tar: str, options: IndexOptions, storage: Storage) -> ExternalFormat | Literal["m2f"]:

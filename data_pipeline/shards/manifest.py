@@ -80,8 +80,8 @@ class Ragged:
 
     def any(self, flags: np.ndarray) -> np.ndarray:
         """Return [rows] bool: whether any value of the row has its flag set. `flags` has one bool per value."""
-        found = np.logical_or.reduceat(np.append(flags, False), self.offsets[:-1])
-        return found & (np.diff(self.offsets) > 0)
+        has_flag = np.logical_or.reduceat(np.append(flags, False), self.offsets[:-1])
+        return has_flag & (np.diff(self.offsets) > 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,10 +86,10 @@ class LocalStore:
     def list(self, prefix: str) -> tuple[str, ...]:
         """Return the sorted paths of all files in a folder and its subfolders."""
         root = prefix.rstrip("/") or "/"
-        found = []
+        paths = []
         for folder, _, names in os.walk(root):
-            found += [f"{folder}/{name}" for name in names if not name.startswith(_TEMPORARY)]
-        return tuple(sorted(found))
+            paths += [f"{folder}/{name}" for name in names if not name.startswith(_TEMPORARY)]
+        return tuple(sorted(paths))
 
     def list_unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
         """Return the temporary files of running or killed writes in a folder and its subfolders."""

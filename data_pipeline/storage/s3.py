@@ -195,8 +195,8 @@ class S3Store:
 
         def request(client: Any) -> tuple[UnfinishedWrite, ...]:
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=folder)
-            found = [upload for page in pages for upload in page.get("Uploads", ())]
-            return tuple(UnfinishedWrite(f"s3://{bucket}/{upload['Key']}", upload["UploadId"]) for upload in found)
+            uploads = [upload for page in pages for upload in page.get("Uploads", ())]
+            return tuple(UnfinishedWrite(f"s3://{bucket}/{upload['Key']}", upload["UploadId"]) for upload in uploads)
 
         return self._with_retries(prefix, request)
 

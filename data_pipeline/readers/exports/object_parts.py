@@ -116,11 +116,11 @@ def encode_window(mask: np.ndarray, x: int, y: int, height: int, width: int) -> 
     check_canvas(height, width)
     if not (-mask.shape[1] < x < width and -mask.shape[0] < y < height):
         raise DataError(f"has a mask outside the {width} x {height} pixels of its image")
-    whole = np.zeros((height, width), np.uint8, order="F")
+    canvas = np.zeros((height, width), np.uint8, order="F")
     top, left = max(y, 0), max(x, 0)
     inside = mask[top - y : height - y, left - x : width - x]
-    whole[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
-    return {"size": [height, width], "counts": _rle_text(coco_mask.encode(whole))}
+    canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    return {"size": [height, width], "counts": _rle_text(coco_mask.encode(canvas))}
 
 
 def _rle_text(rle: Any) -> str:
