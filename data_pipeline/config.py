@@ -16,10 +16,10 @@ from m2f.model.limits import (
     FROM_1,
     GIGABYTES,
     MEGABYTES,
-    PART,
     PIXELS,
     SECONDS,
     SECONDS_FROM_0,
+    SHARE_ABOVE_0,
     STEPS,
     Section,
 )
@@ -153,7 +153,7 @@ Rasterise = Literal["source", "crop"]
 class CopyPasteConfig(Section):
     """Simple Copy-Paste (Ghiasi et al., CVPR 2021): paste things from a second augmented image onto an image."""
 
-    probability: Annotated[float, PART] = 1.0
+    probability: Annotated[float, SHARE_ABOVE_0] = 1.0
     """Share of the images that receive objects. Each thing of the second image is pasted with probability 1/2."""
 
 
@@ -169,11 +169,11 @@ class MixtureItem(Section):
     """Class names. Use only images that show at least one of these classes; crowds do not count. Empty uses all."""
     exclude: tuple[str, ...] = ()
     """Class names. Leave out images that show any of these classes; crowds do not count."""
-    fraction: Annotated[float, PART] = 1.0
+    fraction: Annotated[float, SHARE_ABOVE_0] = 1.0
     """Share of the remaining images to use. The selection is fixed; a larger share contains a smaller one."""
     limit: Annotated[int | None, FROM_1] = None
     """Largest number of images, selected in the same way as for `fraction`. None sets no limit."""
-    repeat_threshold: Annotated[float | None, PART] = None
+    repeat_threshold: Annotated[float | None, SHARE_ABOVE_0] = None
     """Repeat images with rare classes. An image whose rarest class is in a share f of the images is shown
     max(1, sqrt(repeat_threshold / f)) times per epoch on average. LVIS uses 0.001. None repeats nothing."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from m2f.model.limits import MEGAPIXELS, PART, PIXELS, Section
+from m2f.model.limits import MEGAPIXELS, PIXELS, SHARE_ABOVE_0, Section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class PartConfig(Section):
 
     take: Literal["train", "val"]
     """Part of the source that this data set uses. A second data set of the same source can use the other part."""
-    val_share: Annotated[float, PART] = 0.2
+    val_share: Annotated[float, SHARE_ABOVE_0] = 0.2
     """Share of the groups used for validation; at least one group."""
     group: str | None = None
     """Regular expression matched at the start of each key, for example `[^_]+`. Images with the same match stay in one

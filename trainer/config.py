@@ -11,9 +11,9 @@ from m2f.model.limits import (
     BELOW_1,
     FROM_0,
     FROM_1,
-    PART,
     SECONDS,
     SECONDS_FROM_0,
+    SHARE_ABOVE_0,
     STEPS,
     STEPS_FROM_0,
     Range,
@@ -33,7 +33,7 @@ class OptimizerConfig(Section):
     """Decoupled weight decay: each update subtracts learning rate times this value times the weight."""
     backbone_lr_multiplier: Annotated[float, FROM_0] = 0.1
     """Learning rate of the backbone, as a multiple of `lr`."""
-    layer_decay: Annotated[float, PART] = 1.0
+    layer_decay: Annotated[float, SHARE_ABOVE_0] = 1.0
     """Factor on the backbone's learning rate per block, counted from the top; 1: all blocks have the same rate."""
     layer_decay_from: Literal["head", "top"] = "head"
     """Part of the model that has the full rate. head: the head; the top block is one factor below it, and layers before

@@ -95,8 +95,8 @@ def test_run_with_frozen_parts_trains_the_rest_and_resumes_exactly(runs, stage):
     for name, value in whole.items():
         is_frozen = name.startswith("backbone.")
         assert torch.equal(value, start[name]) == is_frozen, name
-    parted = weights_of(runs, "parted", stage, 4)
-    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+    stopped = weights_of(runs, "parted", stage, 4)
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     average, stored = (weights_of(runs, name, stage, 4, "ema.safetensors") for name in ("whole", "parted"))
     assert all(torch.equal(average[name], stored[name]) for name in whole)
     assert all(torch.equal(average[name], start[name]) for name in whole if name.startswith("backbone."))

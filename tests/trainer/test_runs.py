@@ -109,17 +109,17 @@ def test_run_folder_records_commits_metrics_and_the_drain(whole_runs):
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_step_with_a_poisoned_image_is_skipped_and_the_image_named(whole_runs, stage):
-    survived = whole_runs.result(f"poisoned:{stage}")
-    kind, step, message = survived["events"][0]
+    poisoned = whole_runs.result(f"poisoned:{stage}")
+    kind, step, message = poisoned["events"][0]
     assert (kind, step) == ("skipped", 2)
     assert "positions 8 to 11" in message
     assert message.count("is not finite") == 1
     assert "," not in skipped_keys(message)
-    assert survived["state"]["step"] == 3
-    assert survived["state"]["position"] == 16
-    assert survived["state"]["skipped_total"] == 1
-    assert all(math.isfinite(loss) for loss in survived["losses"].values())
-    assert survived["losses"]["3"] == pytest.approx(whole_runs.result("poisoned:1")["losses"]["3"], rel=1e-4)
+    assert poisoned["state"]["step"] == 3
+    assert poisoned["state"]["position"] == 16
+    assert poisoned["state"]["skipped_total"] == 1
+    assert all(math.isfinite(loss) for loss in poisoned["losses"].values())
+    assert poisoned["losses"]["3"] == pytest.approx(whole_runs.result("poisoned:1")["losses"]["3"], rel=1e-4)
 
 
 def test_too_many_skipped_steps_stop_all_ranks(whole_runs):
@@ -147,21 +147,23 @@ def test_resuming_is_bit_identical(whole_runs, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_resuming_with_another_number_of_ranks_changes_almost_nothing(other_ranks, stage):
     expected = other_ranks.result(f"resumed_in_stage:{stage}")["whole"]["losses"]
-    shrunk = other_ranks.result(f"in_stage_again:{stage}:5")
-    grown = other_ranks.result(f"in_stage_again:{stage}:6")
-    assert shrunk["state"]["world_size"] == 1
-    assert list(shrunk["losses"]) == ["4", "5"]
-    assert list(grown["losses"]) == ["6"]
-    for step, loss in (shrunk["losses"] | grown["losses"]).items():
+    on_one_rank = other_ranks.result(f"in_stage_again:{stage}:5")
+    continued = other_ranks.result(f"in_stage_again:{stage}:6")
+    assert on_one_rank["state"]["world_size"] == 1
+    assert list(on_one_rank["losses"]) == ["4", "5"]
+    assert list(continued["losses"]) == ["6"]
+    for step, loss in (on_one_rank["losses"] | continued["losses"]).items():
         assert loss == pytest.approx(expected[step], rel=1e-6), step
     whole, parts = (
         load_file(other_ranks.folder / f"{name}{stage}/checkpoints/step_00000006/ema.safetensors")
         for name in ("whole", "parts")
     )
     assert set(whole) == set(parts)
-    apart = torch.cat([(parts[name].float() - average.float()).abs().flatten() for name, average in whole.items()])
-    assert apart.max() < 1e-3  # the rate, by which Adam moves a weight whose gradient is nothing but rounding
-    assert apart.mean() < 1e-6
+    differences = torch.cat(
+        [(parts[name].float() - average.float()).abs().flatten() for name, average in whole.items()]
+    )
+    assert differences.max() < 1e-3  # the rate, by which Adam moves a weight whose gradient is nothing but rounding
+    assert differences.mean() < 1e-6
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -329,7 +329,7 @@ def test_box_points_reduce_the_variance_of_small_targets(box, monkeypatch):
 @pytest.mark.parametrize("boxes", [list(ROWS.values()), [ROWS["one pixel"]], [ROWS["large"], None]], ids=len)
 @pytest.mark.parametrize("kind", ["bce", "focal"])
 def test_matching_sums_are_unbiased_against_all_pixels(boxes, kind, monkeypatch):
-    """All pairs of a draw share its points: 41 of them, of which 20 are dealt."""
+    """All pairs of a draw share its points: 41 of them, of which 20 lie in boxes."""
     targets = rectangles(boxes, size=(32, 32))
     queries = torch.stack([example_row(ROWS["large"])[0], example_row(ROWS["one pixel"], seed=1)[0]])
     seen = []

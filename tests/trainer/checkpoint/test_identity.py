@@ -58,8 +58,8 @@ def test_ranks_refuse_a_checkpoint_of_other_classes_or_another_task(tmp_path):
     urls = [str(tmp_path / "absent"), str(tmp_path / "damaged"), str(tmp_path)]
     require_own_checkpoint(Storage(), urls, MADE)
     require_own_checkpoint(Storage(), urls, None)
-    turned = replace(MADE, label_spaces=(LabelSpace("panoptic", CLASSES[::-1]),))
+    reordered = replace(MADE, label_spaces=(LabelSpace("panoptic", CLASSES[::-1]),))
     with pytest.raises(CheckpointError, match=r"checkpoint: id 7 'car' \(thing\); data: id 2 'sky' \(stuff\)"):
-        require_own_checkpoint(Storage(), urls, turned)
+        require_own_checkpoint(Storage(), urls, reordered)
     with pytest.raises(CheckpointError, match=r"for the task panoptic, but data\.task is semantic"):
         require_own_checkpoint(Storage(), urls, replace(MADE, label_spaces=(LabelSpace("semantic", CLASSES),)))

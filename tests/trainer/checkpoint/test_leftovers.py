@@ -125,9 +125,9 @@ def test_gc_deletes_nothing_of_a_run_that_is_training(run_folder, recipe, capsys
         url = save(storage, run_folder, 4, lease.number, name="")
         begin_write(join(run_folder, "recipe.yaml"))
         assert main(["checkpoint", "gc", recipe, "--dry-run"]) == 0
-        said = capsys.readouterr()
-        assert "0 to delete" in said.out
-        assert "a process may be training here" in said.err
+        captured = capsys.readouterr()
+        assert "0 to delete" in captured.out
+        assert "a process may be training here" in captured.err
         assert main(["checkpoint", "gc", recipe]) == 2
         assert "is training in this folder" in capsys.readouterr().err
         assert storage.list(url)

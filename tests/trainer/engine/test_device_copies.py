@@ -16,7 +16,7 @@ def batches():
 
 @pytest.fixture
 def operations(monkeypatch):
-    """What is told to a GPU that is not there, in order."""
+    """Operations that a simulated GPU receives, in order."""
     operations = []
 
     class Stream:

@@ -58,13 +58,13 @@ def gradients(precision, **options):
     module = TrainingModule(model, PILOTED, 3, precision, **options)
     seen = {}
 
-    def see(_, inputs, outputs):
+    def record(_, inputs, outputs):
         mask_features, features = outputs
         tensors = [*inputs[0], mask_features, *features]
         seen["dtypes"] = {tensor.dtype for tensor in tensors}
         seen["autocast"] = torch.is_autocast_enabled("cpu")
 
-    module.model.pixel_decoder.register_forward_hook(see)
+    module.model.pixel_decoder.register_forward_hook(record)
     batch = make_images(MODEL, range(4))
     normalizers = count_normalizers(batch.targets, MODEL.transformer_decoder.num_queries, MODEL.loss)
     finite = False

@@ -29,8 +29,8 @@ def test_every_parameter_has_the_official_settings(goldens, golden, backbone):
     rows = {entry["key"]: entry["shape"][0] for entry in entries if entry["shape"]}
     choices = sorted({(lr, decay) for _, lr, decay in official["groups"]})
     # Each official tensor becomes a column that holds its group, so that joined and split projections carry theirs.
-    coded = {name: torch.full((rows[name],), choices.index((lr, wd))) for name, lr, wd in official["groups"]}
-    expected = to_own_names(coded, "official")
+    encoded = {name: torch.full((rows[name],), choices.index((lr, wd))) for name, lr, wd in official["groups"]}
+    expected = to_own_names(encoded, "official")
 
     ours = settings_by_name(build_model(ModelConfig(num_classes=133, backbone=backbone), pretrained_backbone=False))
     assert set(ours) == set(expected)

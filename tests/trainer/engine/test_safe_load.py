@@ -11,7 +11,7 @@ from m2f.trainer.engine.safe_load import safe_loads
 from m2f.trainer.errors import CheckpointError
 from tests.trainer.restore_ranks import Command
 
-SHORT = (
+QUICK_CASES = (
     *(f"fp32:{stage}:device" for stage in (0, 1, 2, 3)),
     "bf16:1:device",
     "fp16:1:device",
@@ -19,7 +19,7 @@ SHORT = (
     "fp32:1:offload",
 )
 """Precision, stage and place of the optimizer state; the rest is a long proof."""
-ALL = tuple(
+CASES = tuple(
     f"{precision}:{stage}:{place}"
     for precision in ("fp32", "bf16_autocast", "fp16_autocast", "bf16", "fp16")
     for stage in (0, 1, 2, 3)
@@ -43,7 +43,7 @@ def check_restored(seen):
 
 @pytest.fixture(scope="module")
 def restored(launcher):
-    launcher.run_each([f"restored:{case}" for case in SHORT])
+    launcher.run_each([f"restored:{case}" for case in QUICK_CASES])
     return launcher
 
 
@@ -57,16 +57,16 @@ def attacked(launcher, training_shards):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SHORT)
+@pytest.mark.parametrize("case", QUICK_CASES)
 def test_deepspeed_files_load_exactly_without_running_code(restored, case):
     check_restored(restored.result(f"restored:{case}"))
 
 
 @pytest.mark.soak
 def test_every_stage_and_precision_loads_exactly_without_running_code(launcher):
-    launcher.run_each([f"restored:{case}" for case in ALL if case not in SHORT])
-    for case in ALL:
-        if case not in SHORT:
+    launcher.run_each([f"restored:{case}" for case in CASES if case not in QUICK_CASES])
+    for case in CASES:
+        if case not in QUICK_CASES:
             check_restored(launcher.result(f"restored:{case}"))
 
 
@@ -90,10 +90,10 @@ def test_conversion_creates_no_folder_outside_the_checkpoint(attacked):
     check_refused(attacked, seen, "optim_states.pt", "'../../../EXECUTED'")
 
 
-def check_refused(launcher, seen, file, asked):
+def check_refused(launcher, seen, file, rejected_name):
     assert "CheckpointError: " in seen["error"]
     assert file in seen["error"]
-    assert asked in seen["error"]
+    assert rejected_name in seen["error"]
     assert "/checkpoints/step_00000003" in seen["error"]
     assert "\n" not in seen["error"]
     assert set(seen["loads"]) <= {"True"}

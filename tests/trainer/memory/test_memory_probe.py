@@ -41,18 +41,18 @@ JOB = TrainJob(
 )
 
 
-def room_for(images):
+def fits_up_to(images):
     return lambda size: size <= images
 
 
 @pytest.mark.parametrize(("room", "found"), [(8, 8), (7, 4), (3, 2), (1, 1)])
 def test_the_micro_batch_is_halved_until_it_fits(room, found):
-    assert largest_that_fits(room_for(room), 8) == found
+    assert largest_that_fits(fits_up_to(room), 8) == found
 
 
 def test_a_single_image_that_does_not_fit_is_an_error():
     with pytest.raises(OutOfMemoryError, match="before the first step with a single image"):
-        largest_that_fits(room_for(0), 8)
+        largest_that_fits(fits_up_to(0), 8)
 
 
 @pytest.mark.parametrize(
