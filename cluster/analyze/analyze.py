@@ -80,8 +80,9 @@ def analyze_layers(subject: AnalysisSubject) -> tuple[LayerQuality, ...]:
     analysis = LayerAnalysis(evaluator, categories)
     for batch in _batches(subject):
         analysis.update(batch)
-    described = EvaluationSubject(dataset=subject.dataset, fingerprint=subject.manifest.fingerprint, step=subject.step)
-    return analysis.compute(described, config.model.transformer_decoder.num_layers)
+    fingerprint = subject.manifest.fingerprint
+    evaluation_subject = EvaluationSubject(dataset=subject.dataset, fingerprint=fingerprint, step=subject.step)
+    return analysis.compute(evaluation_subject, config.model.transformer_decoder.num_layers)
 
 
 def analyze_attention(subject: AnalysisSubject, num_pictures: int) -> tuple[AttentionMass, dict[int, bytes]]:
@@ -104,11 +105,11 @@ def analyze_attention(subject: AnalysisSubject, num_pictures: int) -> tuple[Atte
             mass.update(maps, index, objects)
             if len(objects.queries) and len(pictures) < num_pictures:
                 scores = predictions.class_logits[-1, index].softmax(-1).cpu()[objects.queries, objects.labels]
-                pictures[sample.image_id] = _picture(batch, index, maps, objects, scores, classes)
+                pictures[sample.image_id] = _attention_picture(batch, index, maps, objects, scores, classes)
     return mass, pictures
 
 
-def _picture(
+def _attention_picture(
     batch: EvalBatch,
     index: int,
     maps: Sequence[AttentionMap],

@@ -36,7 +36,7 @@ class _Published:
     things: int
 
     @classmethod
-    def of(cls, name: str, table: CategoryTable) -> _Published:
+    def from_table(cls, name: str, table: CategoryTable) -> _Published:
         """Return the entry of a data set whose classes are known without a file."""
         return cls(name, len(table.for_task("panoptic")), len(table.for_task("instance")))
 
@@ -48,7 +48,7 @@ class _Published:
 # The classes of these data sets are in an annotation file, which may not be downloaded yet.
 _COCO, _COCO_INSTANCES = _Published("COCO", 133, 80), _Published("COCO", 80, 80)
 _VISTAS = _Published("Mapillary Vistas 1.2", 65, 37)
-_FILES: tuple[tuple[str, _Published], ...] = (
+_PUBLISHED_FILES: tuple[tuple[str, _Published], ...] = (
     (r"panoptic_(train|val)2017\.json$", _COCO),
     (r"instances_(train|val)2017\.json$", _COCO_INSTANCES),
     (r"v1\.2/panoptic/panoptic_2018\.json$", _VISTAS),
@@ -62,7 +62,7 @@ class CountedModel:
     """A recipe's model with its number of classes."""
 
     model: ModelConfig
-    assumed: str | None = None
+    assumption: str | None = None
     """Message about the origin of the number if neither shards nor source exist; otherwise None."""
 
 
@@ -73,38 +73,39 @@ def with_class_count(config: RunConfig) -> CountedModel:
     name = config.data.train[0].dataset
     dataset, task = config.datasets[name], config.data.task
     try:
-        table = _table(dataset, Storage(config.storage))
+        table = _category_table(dataset, Storage(config.storage))
     except DataError as error:
-        published = _published(dataset)
+        published = _published_data_set(dataset)
         if published is None:
             raise ConfigError(
                 f"{error}; write its shards with m2f shard, or set the number of classes: model.num_classes=80"
             ) from error
         number = published.count(task) + (dataset.background is not None and task != "instance")
-        assumed = f"{config.name}: assuming the {number} classes of {published.name}; neither shards nor source found"
-        return CountedModel(replace(config.model, num_classes=number), assumed)
+        origin = f"assuming the {number} classes of {published.name}; neither shards nor source found"
+        assumption = f"{config.name}: {origin}"
+        return CountedModel(replace(config.model, num_classes=number), assumption)
     return CountedModel(replace(config.model, num_classes=len(table.for_task(task))))
 
 
-def _table(dataset: DatasetConfig, storage: Storage) -> CategoryTable:
+def _category_table(dataset: DatasetConfig, storage: Storage) -> CategoryTable:
     """Return the category table of the shards, else of the source. Raises DataError if neither exists."""
     if dataset.source is None or storage.exists(join(dataset.shards, DATASET_FILE)):
         return Manifest.load(dataset.shards, storage).categories
     return open_dataset(dataset)[0].categories
 
 
-def _published(dataset: DatasetConfig) -> _Published | None:
+def _published_data_set(dataset: DatasetConfig) -> _Published | None:
     match dataset.source:
         case Ade20kSource():
-            return _Published.of("ADE20K", CATEGORIES_150)
+            return _Published.from_table("ADE20K", CATEGORIES_150)
         case Ade20kFullSource(categories=None):
-            return _Published.of("ADE20K full", categories_847())
+            return _Published.from_table("ADE20K full", categories_847())
         case CityscapesSource() | CityscapesPanopticSource():
-            return _Published.of("Cityscapes", CITYSCAPES)
+            return _Published.from_table("Cityscapes", CITYSCAPES)
         case CocoPanopticSource(panoptic_json=file) | CocoInstancesSource(instances_json=file):
             pass
         case MapillarySource(config_json=file):
             pass
         case _:
             return None
-    return next((published for pattern, published in _FILES if re.search(pattern, file)), None)
+    return next((published for pattern, published in _PUBLISHED_FILES if re.search(pattern, file)), None)

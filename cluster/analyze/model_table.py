@@ -66,8 +66,8 @@ def recipe_size(config: RunConfig, size: Size, *, timed: bool) -> ModelSize:
     this. Raises ConfigError if the number of classes cannot be determined.
     """
     counted = with_class_count(config)
-    if counted.assumed is not None:
-        print_err(counted.assumed)
+    if counted.assumption is not None:
+        print_err(counted.assumption)
     return _measure(config.name, counted.model, size, timed)
 
 

@@ -70,7 +70,7 @@ class RunRecord:
     recipe: Mapping[str, str] = field(default_factory=dict)
     """Resolved settings by dotted path."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
-    """Curves by name, `train/...` or `<set>/<metric>`; `is_of_training` distinguishes the two."""
+    """Curves by name, `train/...` or `<set>/<metric>`; `is_training_metric` distinguishes the two."""
     results: Mapping[str, SetResult] = field(default_factory=dict)
     """Results at the compared step, by set. A set without results.json is missing."""
     images: Mapping[str, ImageRecords] = field(default_factory=dict)

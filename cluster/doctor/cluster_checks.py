@@ -36,12 +36,12 @@ def check_cluster(config: RunConfig | None) -> list[Finding]:
     check = ray.remote(num_cpus=0, max_retries=0)(check_node)
     calls: dict[Any, Mapping[str, Any]] = {}
     for node in nodes:
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         gpus = int(node["Resources"].get("GPU", 0))
-        calls[check.options(scheduling_strategy=here).remote(config, gpus, _address(node))] = node
+        calls[check.options(scheduling_strategy=on_node).remote(config, gpus, _address(node))] = node
     findings: list[Finding] = []
     versions: dict[tuple[str, str], list[str]] = {}
-    done, late = ray.wait(list(calls), num_returns=len(calls), timeout=NODE_TIMEOUT_S)
+    done, unfinished = ray.wait(list(calls), num_returns=len(calls), timeout=NODE_TIMEOUT_S)
     for call in done:
         name = _address(calls[call])
         try:
@@ -52,14 +52,14 @@ def check_cluster(config: RunConfig | None) -> list[Finding]:
             continue
         findings += report.findings
         versions.setdefault(report.versions, []).append(name)
-    for call in late:
+    for call in unfinished:
         detail, remedy = (
             f"no response in {NODE_TIMEOUT_S:.0f} s",
             "the node is overloaded or unreachable; see the dashboard",
         )
         findings.append(Finding("node", "failed", detail, remedy, _address(calls[call])))
     findings.sort(key=lambda finding: finding.where)
-    return [*findings, _check_versions(versions), *_check_clocks(nodes), *_capacity(config, nodes)]
+    return [*findings, _check_versions(versions), *_check_clocks(nodes), *_check_capacity(config, nodes)]
 
 
 def check_node(config: RunConfig | None, gpus: int, name: str) -> NodeReport:
@@ -81,14 +81,14 @@ def _check_clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
     findings: list[Finding] = []
     clock = ray.remote(num_cpus=0)(read_clock)
     for node in nodes:
-        here = clock.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        on_node = clock.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
         try:
-            ray.get(here.remote(), timeout=NODE_TIMEOUT_S)
+            ray.get(on_node.remote(), timeout=NODE_TIMEOUT_S)
             before = time.time()
-            theirs = ray.get(here.remote(), timeout=NODE_TIMEOUT_S)
+            node_time = ray.get(on_node.remote(), timeout=NODE_TIMEOUT_S)
         except ray.exceptions.RayError:
             continue  # the node already has a finding about the failure
-        skew = theirs - (before + time.time()) / 2
+        skew = node_time - (before + time.time()) / 2
         finding = skew_finding(skew, "the driver")
         if finding.state != "ok":
             findings.append(Finding(finding.check, finding.state, finding.detail, finding.remedy, _address(node)))
@@ -104,7 +104,7 @@ def _check_versions(versions: Mapping[tuple[str, str], list[str]]) -> Finding:
     return Finding("same versions", "ok", "all nodes have the same Python and Ray", where=CLUSTER)
 
 
-def _capacity(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding]:
+def _check_capacity(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding]:
     """Return findings on whether the run fits into the cluster at its current size."""
     if config is None:
         return []

@@ -72,16 +72,16 @@ def exit_status(findings: Sequence[Finding]) -> int:
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
     """Print a table of the findings and a line with their numbers by state."""
     console = console or Console(highlight=False)
-    of_nodes = {finding.where for finding in findings} != {HERE}
+    shows_nodes = {finding.where for finding in findings} != {HERE}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in (*(("node",) if of_nodes else ()), "check", "state"):
+    for column in (*(("node",) if shows_nodes else ()), "check", "state"):
         table.add_column(column, no_wrap=True)
     table.add_column("finding and remedy", overflow="fold")
     for finding in findings:
         style = _STYLES[finding.state]
         text = finding.detail + (f"\n-> {finding.remedy}" if finding.remedy else "")
         row = (finding.check, f"[{style}]{finding.state}[/]", escape(printable(text)))
-        table.add_row(*((finding.where,) if of_nodes else ()), *row)
+        table.add_row(*((finding.where,) if shows_nodes else ()), *row)
     console.print(table)
     count = {state: sum(finding.state == state for finding in findings) for state in _STYLES}
     console.print(", ".join(f"{number} {state}" for state, number in count.items() if number))

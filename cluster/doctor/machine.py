@@ -65,11 +65,11 @@ def _requirements() -> tuple[SpecifierSet, list[Requirement]]:
     project = Path(m2f.__file__).parents[1] / "pyproject.toml"
     if project.is_file():
         declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-        every = [*declared["dependencies"], *declared["optional-dependencies"]["train"]]
-        return SpecifierSet(declared["requires-python"]), [Requirement(text) for text in every]
-    stated = [Requirement(text) for text in metadata.requires("m2f") or []]
+        requirements = [*declared["dependencies"], *declared["optional-dependencies"]["train"]]
+        return SpecifierSet(declared["requires-python"]), [Requirement(text) for text in requirements]
+    installed = [Requirement(text) for text in metadata.requires("m2f") or []]
     python = SpecifierSet(metadata.metadata("m2f")["Requires-Python"])
-    return python, [r for r in stated if r.marker is None or r.marker.evaluate({"extra": "train"})]
+    return python, [r for r in installed if r.marker is None or r.marker.evaluate({"extra": "train"})]
 
 
 def check_gpus(config: RunConfig | None, expected: int | None) -> Finding:
@@ -112,11 +112,11 @@ def check_collectives() -> Finding:
             else "set GLOO_SOCKET_IFNAME to the network interface of this machine (see `ip address`)"
         )
         return Finding("collectives", "failed", f"{name}: {str(error).splitlines()[0]}", remedy)
-    took = time.monotonic() - started
+    elapsed_s = time.monotonic() - started
     return Finding(
         "collectives",
         "ok",
-        f"{name} all-reduce over {counted(ranks, 'process', 'processes')}, {took:.0f} s including startup",
+        f"{name} all-reduce over {counted(ranks, 'process', 'processes')}, {elapsed_s:.0f} s including startup",
     )
 
 
@@ -185,12 +185,12 @@ def check_op_cache() -> Finding:
         "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR", triton)),
         "TORCHINDUCTOR_CACHE_DIR": Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())),
     }
-    closed = {name: folder for name, folder in folders.items() if not _is_writable(folder)}
-    if closed:
+    unwritable = {name: folder for name, folder in folders.items() if not _is_writable(folder)}
+    if unwritable:
         detail = (
-            f"cannot write to {' and '.join(map(str, closed.values()))}, the cache of GPU kernels and compiled code"
+            f"cannot write to {' and '.join(map(str, unwritable.values()))}, the cache of GPU kernels and compiled code"
         )
-        return Finding("op cache", "warning", detail, f"set {' and '.join(closed)} to a writable folder")
+        return Finding("op cache", "warning", detail, f"set {' and '.join(unwritable)} to a writable folder")
     return Finding("op cache", "ok", ", ".join(map(str, folders.values())))
 
 
@@ -207,7 +207,7 @@ def check_disk(config: RunConfig | None) -> Finding:
     detail = "; ".join(f"{_gib(free[folder])} free in {folder}" for folder in needs)
     if any(free[folder] < needed for folder, (needed, _) in needs.items()):
         return Finding("disk", "failed", detail, "free some space, or set TMPDIR to a larger disk")
-    if any(free[folder] < wanted for folder, (_, wanted) in needs.items()):
+    if any(free[folder] < recommended for folder, (_, recommended) in needs.items()):
         return Finding("disk", "warning", detail, "free some space; checkpoints are written here before their upload")
     return Finding("disk", "ok", detail)
 

@@ -39,19 +39,19 @@ def check_run_folder(config: RunConfig | None) -> Finding:
     try:
         started = time.monotonic()
         storage.put(url, content)
-        same = storage.get(url) == content
+        is_unchanged = storage.get(url) == content
         storage.delete(url)
-        took = time.monotonic() - started
+        elapsed_s = time.monotonic() - started
     except UserError as error:
         return Finding("run folder", "failed", str(error), _storage_remedy(config.run_folder))
-    if not same:
+    if not is_unchanged:
         return Finding(
             "run folder",
             "failed",
             f"{url}: bytes read differ from bytes written",
             "the storage is faulty; use another one",
         )
-    return Finding("run folder", "ok", f"{config.run_folder}: write, read, delete in {took * 1000:.0f} ms")
+    return Finding("run folder", "ok", f"{config.run_folder}: write, read, delete in {elapsed_s * 1000:.0f} ms")
 
 
 def check_shards(config: RunConfig | None) -> Finding:
@@ -148,8 +148,8 @@ def clock_skew(url: str) -> float | None:
     """
     before = time.time()
     try:
-        with urlopen(Request(url, method="HEAD"), timeout=TIMEOUT_S) as answer:
-            date = answer.headers["Date"]
+        with urlopen(Request(url, method="HEAD"), timeout=TIMEOUT_S) as response:
+            date = response.headers["Date"]
     except HTTPError as error:  # an error response also has a date
         date = error.headers["Date"]
     except (OSError, ValueError):
@@ -165,7 +165,7 @@ def check_ray_token(dashboard: str | None = None) -> Finding:
     because this process's environment does not show in which mode the cluster was started.
     """
     if dashboard is not None:
-        return _ask_without_token(dashboard)
+        return _query_without_token(dashboard)
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode == "disabled":
         detail = "RAY_AUTH_MODE=disabled: anyone who can reach a port of Ray can run code on its nodes"
@@ -177,7 +177,7 @@ def check_ray_token(dashboard: str | None = None) -> Finding:
     return Finding("Ray token", "ok", "set" if given else "not set; m2f generates one for each local cluster")
 
 
-def _ask_without_token(dashboard: str) -> Finding:
+def _query_without_token(dashboard: str) -> Finding:
     """Request the list of jobs from the dashboard without a token. If that works, anyone can also submit jobs."""
     try:
         urlopen(f"{dashboard.rstrip('/')}/api/jobs/", timeout=TIMEOUT_S).close()

@@ -16,12 +16,12 @@ from m2f.model.errors import ConfigError
 
 STOP_WAIT_S = 600
 """Seconds between SIGTERM and SIGKILL of a stopped job, so that it can save a checkpoint. Ray's default is 3 s."""
-FAMILIES = (
+ALLOWED_PREFIXES = (
     *("CUBLAS_", "CUDA_", "CUDNN_", "FI_", "GLOO_", "GOMP_", "KMP_", "MKL_", "NCCL_", "NVIDIA_", "NVTE_", "OMP_"),
     *("OPENBLAS_", "PYTORCH_", "RAY_TRAIN_", "TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TRITON_", "UCX_"),
 )
 """Prefixes of allowed names: settings of libraries for computation and communication, which contain no passwords."""
-NAMES = frozenset(
+ALLOWED_NAMES = frozenset(
     [
         *("AWS_CA_BUNDLE", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"),
         *("AWS_REGION", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"),
@@ -49,7 +49,7 @@ def job_environment(variables: Sequence[str], config: RunConfig | None = None) -
         env["MLFLOW_TRACKING_URI"] = tracking
     for variable in variables:
         name, equals, value = variable.partition("=")
-        if name not in NAMES and not name.startswith(FAMILIES):
+        if name not in ALLOWED_NAMES and not name.startswith(ALLOWED_PREFIXES):
             raise ConfigError(
                 f"--env {name}: the variable may contain a secret, and Ray stores and shows the environment of jobs. "
                 "Set it where the nodes start Ray (on Kubernetes, in the template), because the processes of a job "

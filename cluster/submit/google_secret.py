@@ -26,15 +26,15 @@ def read_secret(project: str, name: str, metadata: str = METADATA["gcp"], servic
     them refuses the request or does not answer.
     """
     account = f"{metadata}/computeMetadata/v1/instance/service-accounts/default/token"
-    token = _ask(account, {"Metadata-Flavor": "Google"})["access_token"]
+    token = _request_json(account, {"Metadata-Flavor": "Google"})["access_token"]
     url = f"{service}/v1/projects/{project}/secrets/{name}/versions/latest:access"
-    answer = _ask(url, {"Authorization": f"Bearer {token}"})
-    return base64.b64decode(answer["payload"]["data"]).decode().strip()
+    response = _request_json(url, {"Authorization": f"Bearer {token}"})
+    return base64.b64decode(response["payload"]["data"]).decode().strip()
 
 
-def _ask(url: str, headers: dict[str, str]) -> Mapping[str, Mapping[str, str]]:
-    with urlopen(Request(url, headers=headers), timeout=TIMEOUT_S) as answer:
-        return json.load(answer)
+def _request_json(url: str, headers: dict[str, str]) -> Mapping[str, Mapping[str, str]]:
+    with urlopen(Request(url, headers=headers), timeout=TIMEOUT_S) as response:
+        return json.load(response)
 
 
 def main(arguments: list[str]) -> int:

@@ -111,8 +111,8 @@ def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
         problems += _pod_problems(group["groupName"], group["template"]["spec"])
     nodes = [node for group in groups for node in [_pod_resources(group)] * group.get("maxReplicas", 0)]
     for request in resource_requests(config):
-        if (places := count_fitting(nodes, request.needs)) < request.count:
-            problems.append(f"{request}, but the groups have room for {places}; raise maxReplicas or the resources")
+        if (capacity := count_fitting(nodes, request.needs)) < request.count:
+            problems.append(f"{request}, but the groups have room for {capacity}; raise maxReplicas or the resources")
     return problems
 
 
@@ -170,8 +170,8 @@ def _object_name(config: RunConfig) -> str:
 
     It is short, because KubeRay appends suffixes to the names of objects that it creates.
     """
-    readable = re.sub(r"[^a-z0-9]+", "-", config.name.lower())[:MAX_NAME_LENGTH].strip("-")
-    return f"m2f-{readable}-{run_digest(config)}"
+    short_name = re.sub(r"[^a-z0-9]+", "-", config.name.lower())[:MAX_NAME_LENGTH].strip("-")
+    return f"m2f-{short_name}-{run_digest(config)}"
 
 
 def _read_template(template: Path) -> dict[str, Any]:
@@ -202,11 +202,11 @@ def _submitter_pod(head: Mapping[str, Any]) -> dict[str, Any]:
     security context and mounts such a token. KubeRay adds the command and Ray's token to this pod as well.
     """
     ray = head["containers"][0]
-    same = {key: ray[key] for key in ("image", "imagePullPolicy", "securityContext") if key in ray}
+    shared_settings = {key: ray[key] for key in ("image", "imagePullPolicy", "securityContext") if key in ray}
     resources = {"requests": {"cpu": "500m", "memory": "200Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}}
     pod = {key: head[key] for key in ("securityContext", "imagePullSecrets") if key in head}
     return pod | {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
-        "containers": [{"name": "ray-job-submitter", **same, "resources": resources}],
+        "containers": [{"name": "ray-job-submitter", **shared_settings, "resources": resources}],
     }

@@ -29,7 +29,7 @@ from m2f.model.errors import UserError
 POLL_S = 0.5
 DASHBOARD_TIMEOUT_S = 300.0
 """Seconds for which the dashboard may fail to answer while a job is followed."""
-_BEFORE_THE_DRIVER = ("RUNTIME_ENV_SETUP_FAILURE", "START", "UNSCHEDULABLE")
+_STARTUP_ERRORS = ("RUNTIME_ENV_SETUP_FAILURE", "START", "UNSCHEDULABLE")
 """Parts of Ray's error types for jobs whose command never ran."""
 
 
@@ -65,7 +65,7 @@ class JobInfo:
     """Ray's error type of a failed job; "" if there is none."""
 
     @property
-    def ended(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether the job finished, failed or was stopped."""
         return JobStatus(self.status).is_terminal()
 
@@ -81,15 +81,15 @@ class JobInfo:
             case JobStatus.STOPPED:
                 return ExitStatus.STOPPED
             case JobStatus.FAILED:
-                was_lost = self.error and not any(words in self.error for words in _BEFORE_THE_DRIVER)
+                was_lost = self.error and not any(part in self.error for part in _STARTUP_ERRORS)
                 return ExitStatus.OUTAGE if was_lost else ExitStatus.FAILED
         return ExitStatus.DONE
 
     def describe(self) -> str:
         """Return id, status, duration and run in one line."""
-        took = "" if self.seconds is None else f" after {format_duration(self.seconds)}"
+        duration = "" if self.seconds is None else f" after {format_duration(self.seconds)}"
         run = self.metadata.get("m2f_run")
-        return f"{self.job_id}  {self.status}{took}" + ("" if run is None else f"  {run}")
+        return f"{self.job_id}  {self.status}{duration}" + ("" if run is None else f"  {run}")
 
 
 class JobClient:
@@ -100,10 +100,10 @@ class JobClient:
     """
 
     def __init__(self, address: str | None) -> None:
-        self.address = _checked_address(address)
+        self.address = _resolve_address(address)
         self._last_contact = time.monotonic()
         quiet_job_client()
-        with _job_errors(self.address):
+        with _convert_errors(self.address):
             require_listening(self.address)
             self._client = JobSubmissionClient(self.address)
             version = server_ray_version(self._client)
@@ -112,18 +112,18 @@ class JobClient:
 
     def jobs(self) -> list[JobInfo]:
         """Return all jobs that were submitted through the Jobs API."""
-        with _job_errors(self.address):
+        with _convert_errors(self.address):
             jobs: list[Any] = self._client.list_jobs()
         return [_job_info(job) for job in jobs if job.submission_id is not None]
 
     def job(self, job_id: str) -> JobInfo:
         """Return the job with this id."""
-        with _job_errors(self.address):
+        with _convert_errors(self.address):
             return _job_info(self._client.get_job_info(job_id))
 
     def submit(self, job: JobRequest) -> bool:
         """Submit a job. Return False if its id already exists, because another process has submitted it."""
-        with _job_errors(self.address):
+        with _convert_errors(self.address):
             try:
                 self._client.submit_job(
                     entrypoint=job.command,
@@ -139,9 +139,9 @@ class JobClient:
 
     def stop(self, job_id: str) -> JobInfo:
         """Ask a job to stop, wait until it has ended, and return its state. A training run saves a checkpoint first."""
-        with _job_errors(self.address):
+        with _convert_errors(self.address):
             self._client.stop_job(job_id)
-            while not (job := self.job(job_id)).ended:
+            while not (job := self.job(job_id)).has_ended:
                 time.sleep(POLL_S)
         return job
 
@@ -153,9 +153,9 @@ class JobClient:
         printed, self._last_contact = 0, time.monotonic()
         try:
             while True:
-                printed = asyncio.run(self._tail(job_id, printed))
+                printed = asyncio.run(self._print_log(job_id, printed))
                 job = self._poll(job_id)
-                if job is not None and job.ended:
+                if job is not None and job.has_ended:
                     break
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
@@ -166,7 +166,7 @@ class JobClient:
             print_err(job.message)
         return job.exit_status
 
-    async def _tail(self, job_id: str, printed: int) -> int:
+    async def _print_log(self, job_id: str, printed: int) -> int:
         """Print the log after its first `printed` characters until the connection ends; return its printed length."""
         received = 0
         try:
@@ -207,7 +207,7 @@ def _job_info(info: Any) -> JobInfo:
 
 
 @contextmanager
-def _job_errors(address: str) -> Iterator[None]:
+def _convert_errors(address: str) -> Iterator[None]:
     """Convert errors of Ray, requests and sockets to JobError."""
     try:
         yield
@@ -229,7 +229,7 @@ def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "unknown")[:500]
 
 
-def _checked_address(address: str | None) -> str:
+def _resolve_address(address: str | None) -> str:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if address is None:
         raise JobError("no cluster given; use --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")

@@ -24,7 +24,9 @@ NOTICE_S: dict[Cloud, int] = {"aws": 110, "gcp": 25}
 """Seconds that the machine keeps running after the notice, minus a safety margin."""
 
 
-def watch(cloud: Cloud, drain: Callable[[int], None], metadata: str | None = None, poll_s: float = POLL_S) -> None:
+def drain_on_notice(
+    cloud: Cloud, drain: Callable[[int], None], metadata: str | None = None, poll_s: float = POLL_S
+) -> None:
     """Wait for the notice, then call `drain(seconds_left)` once. `metadata` replaces the URL of the metadata server."""
     while not is_preempted(cloud, metadata or METADATA[cloud]):
         time.sleep(poll_s)
@@ -39,14 +41,14 @@ def is_preempted(cloud: Cloud, metadata: str) -> bool:
     try:
         match cloud:
             case "aws":
-                token = _ask(
+                token = _request(
                     f"{metadata}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, method="PUT"
                 )
                 url = f"{metadata}/latest/meta-data/spot/instance-action"
-                return bool(_ask(url, {"X-aws-ec2-metadata-token": token}))
+                return bool(_request(url, {"X-aws-ec2-metadata-token": token}))
             case "gcp":
                 url = f"{metadata}/computeMetadata/v1/instance/preempted"
-                return _ask(url, {"Metadata-Flavor": "Google"}).strip() == "TRUE"
+                return _request(url, {"Metadata-Flavor": "Google"}).strip() == "TRUE"
     except HTTPError as error:
         if error.code != 404:  # AWS answers 404 without a notice
             LOGGER.warning("%s: %s", metadata, error)
@@ -61,16 +63,16 @@ def drain_this_node(seconds: int) -> None:
     subprocess.run(["ray", "drain-node", *reason, "--deadline-remaining-seconds", str(seconds)], check=True)
 
 
-def _ask(url: str, headers: dict[str, str], method: str = "GET") -> str:
-    with urlopen(Request(url, headers=headers, method=method), timeout=TIMEOUT_S) as answer:
-        return answer.read().decode()
+def _request(url: str, headers: dict[str, str], method: str = "GET") -> str:
+    with urlopen(Request(url, headers=headers, method=method), timeout=TIMEOUT_S) as response:
+        return response.read().decode()
 
 
 def main(arguments: list[str]) -> int:
     """Watch for the notice and drain the node. Return exit status 2 for an unknown cloud, otherwise 0."""
     for cloud in get_args(Cloud):
         if arguments == [cloud]:
-            watch(cloud, drain_this_node)
+            drain_on_notice(cloud, drain_this_node)
             return 0
     sys.stderr.write(f"usage: python -m m2f.cluster.submit.spot_notice {'|'.join(get_args(Cloud))}\n")
     return 2

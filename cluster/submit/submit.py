@@ -100,9 +100,9 @@ def choose_job(config: RunConfig, digest: str, jobs: Iterable[JobInfo]) -> Chose
 
     Raises ConfigError if the active job has a different recipe.
     """
-    earlier = jobs_of(config, jobs)
-    for job in earlier:
-        if job.ended:
+    jobs_of_this_run = jobs_of_run(config, jobs)
+    for job in jobs_of_this_run:
+        if job.has_ended:
             continue
         if job.metadata.get("m2f_recipe") != digest:
             raise ConfigError(
@@ -110,17 +110,17 @@ def choose_job(config: RunConfig, digest: str, jobs: Iterable[JobInfo]) -> Chose
                 f"stop the job with `m2f submit --stop {job.job_id}`"
             )
         return ChosenJob(job.job_id, is_new=False)
-    number = max((_number(job) for job in earlier), default=0) + 1
+    number = max((_job_number(job) for job in jobs_of_this_run), default=0) + 1
     return ChosenJob(f"{job_name(config)}-{number}", is_new=True)
 
 
-def jobs_of(config: RunConfig, jobs: Iterable[JobInfo]) -> list[JobInfo]:
+def jobs_of_run(config: RunConfig, jobs: Iterable[JobInfo]) -> list[JobInfo]:
     """Return the jobs of this run, newest last."""
     pattern = re.compile(re.escape(job_name(config)) + r"-\d+")
-    return sorted((job for job in jobs if pattern.fullmatch(job.job_id)), key=_number)
+    return sorted((job for job in jobs if pattern.fullmatch(job.job_id)), key=_job_number)
 
 
-def _number(job: JobInfo) -> int:
+def _job_number(job: JobInfo) -> int:
     return int(job.job_id.rpartition("-")[2])
 
 
@@ -133,7 +133,7 @@ def bind_to_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
     problems = [
         f"{setting} is {path}, which is a local path; use s3://, or give `--shared FOLDER` if all nodes of the "
         "cluster mount it"
-        for setting, path in _paths(config).items()
+        for setting, path in _data_paths(config).items()
         if "://" not in path and not any(Path(path).is_relative_to(folder) for folder in shared)
     ]
     uri = config.tracking.uri or ""
@@ -147,7 +147,7 @@ def bind_to_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
     return replace(config, cluster=replace(config.cluster, address=None))
 
 
-def _paths(config: RunConfig) -> dict[str, str]:
+def _data_paths(config: RunConfig) -> dict[str, str]:
     """Return the paths that a run reads and writes, by setting. Caches are omitted: each machine has its own."""
     used = [item.dataset for item in config.data.train] + [item.dataset for item in config.evaluation.sets]
     paths = {"output": config.output}

@@ -22,7 +22,7 @@ LIMIT_BYTES = 100 * 2**20
 """Maximum size of the archive in bytes. Ray's dashboard refuses larger requests with HTTP 413."""
 IGNORE_FILE = ".rayignore"
 _PROJECT_FILES = ("pyproject.toml", IGNORE_FILE)
-_NAMED_FOLDERS = 5
+_MAX_FOLDERS_LISTED = 5
 """Number of folders that the error message about a large upload lists."""
 _RECIPE_TIME = 946684800
 """Modification time of the recipe in the archive, 2000-01-01 (Unix time).
@@ -64,10 +64,10 @@ def _copy_code(source: Path, staged: Path) -> None:
     # no links, they are text files and are replaced by the folders here.
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(source / PACKAGE, staged / PACKAGE, ignore=ignore)
-    for stub in (staged / PACKAGE).iterdir():
-        if stub.is_file() and stub.suffix != ".py" and (source / stub.name).is_dir():
-            stub.unlink()
-            shutil.copytree(source / stub.name, stub, ignore=ignore)
+    for link_file in (staged / PACKAGE).iterdir():
+        if link_file.is_file() and link_file.suffix != ".py" and (source / link_file.name).is_dir():
+            link_file.unlink()
+            shutil.copytree(source / link_file.name, link_file, ignore=ignore)
     for name in _PROJECT_FILES:
         if (source / name).is_file():
             shutil.copy2(source / name, staged / name)
@@ -81,7 +81,7 @@ def _check_size(archive: Path) -> None:
     with zipfile.ZipFile(archive) as members:
         for member in members.infolist():
             folders[str(Path(member.filename).parent)] += member.compress_size
-    largest = ", ".join(f"{name} ({_mib(sent)})" for name, sent in folders.most_common(_NAMED_FOLDERS))
+    largest = ", ".join(f"{name} ({_mib(size)})" for name, size in folders.most_common(_MAX_FOLDERS_LISTED))
     raise UploadError(
         f"the code to upload is {_mib(size)}, but Ray accepts at most {_mib(LIMIT_BYTES)}. Largest folders: {largest}. "
         f"Move data out of the code, or list it in {IGNORE_FILE} beside pyproject.toml"

@@ -83,7 +83,7 @@ def _layers(args: argparse.Namespace) -> int:
     from m2f.cluster.analyze.analyze import analyze_layers
     from m2f.eval.inference.layers import layer_table
 
-    subject = _subject(args)
+    subject = _open_subject(args)
     layers = analyze_layers(subject)
     print_out(f"{subject.title}\n\n{layer_table(layers)}")
     _write(args.output, {"layers.json": json.dumps([asdict(layer) for layer in layers], indent=1).encode()})
@@ -95,7 +95,7 @@ def _attention(args: argparse.Namespace) -> int:
 
     from m2f.cluster.analyze.analyze import analyze_attention
 
-    subject = _subject(args)
+    subject = _open_subject(args)
     mass, pictures = analyze_attention(subject, args.pictures if args.output else 0)
     print_out(f"{subject.title}\n\n{mass.table()}")
     shares = {"object_share_by_layer": mass.by_layer, "object_share_by_level": mass.by_level}
@@ -104,7 +104,7 @@ def _attention(args: argparse.Namespace) -> int:
     return ExitStatus.DONE
 
 
-def _subject(args: argparse.Namespace) -> AnalysisSubject:
+def _open_subject(args: argparse.Namespace) -> AnalysisSubject:
     from m2f.cluster.analyze.analyze import open_subject
     from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
     from m2f.cluster.recipe.load import load_recipe

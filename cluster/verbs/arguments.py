@@ -44,7 +44,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_trained(parser: argparse.ArgumentParser) -> None:
+def add_model_source(parser: argparse.ArgumentParser) -> None:
     """Add the argument for a trained model, for `m2f.cluster.predict.trained_model.open_trained`."""
     parser.add_argument(
         "source",
@@ -61,12 +61,12 @@ def count(text: str) -> int:
     return number
 
 
-def list_faults(faults: Sequence[object], report: str | None) -> list[str]:
+def format_faults(faults: Sequence[object], report: str | None) -> list[str]:
     """Return lines for the first 20 faults; the others are in the file given by `--report`."""
     return first_lines(faults, 20, f" in {report}" if report else "; use --report FILE to list all")
 
 
-def use_token() -> None:
+def enable_token_authentication() -> None:
     """Enable token authentication if a token is set. Call this before Ray is imported and reads its settings."""
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -78,9 +78,9 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if word not in overrides], overrides
 
 
-def choose_datasets(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
+def choose_datasets(requested: Sequence[str], available: Sequence[str]) -> list[str]:
     """Return the requested data sets, or all if none is given. Raises ConfigError for an unknown name."""
-    for name in wanted:
-        if name not in known:
-            raise ConfigError(f"no data set {name!r} under `datasets` (known: {', '.join(known)})")
-    return list(wanted or known)
+    for name in requested:
+        if name not in available:
+            raise ConfigError(f"no data set {name!r} under `datasets` (known: {', '.join(available)})")
+    return list(requested or available)

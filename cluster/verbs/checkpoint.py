@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     config, _ = open_recipe(args.recipe, args.overrides)
     storage = Storage(config.storage)
     if args.action == "gc":
-        return _collect(storage, config.run_folder, args.dry_run)
+        return _delete_leftovers(storage, config.run_folder, args.dry_run)
     chosen = choose_checkpoint(config, storage, None if args.step is None else str(args.step))
     if args.action == "export":
         return _export(storage, chosen.url, args.output, averaged=not args.no_average)
@@ -55,11 +55,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         checkpoints = (CommittedCheckpoint(args.step, chosen.url),)
     print_out(f"{'step':>8} {'MB':>9} {'files':>6} {'ranks':>6} {'ZeRO':>5}  state")
-    whole = [_print_state(storage, checkpoint, every_byte=args.action == "verify") for checkpoint in checkpoints]
-    return ExitStatus.DONE if all(whole) else ExitStatus.FAILED
+    verifies = args.action == "verify"
+    are_valid = [_print_state(storage, checkpoint, reads_all_bytes=verifies) for checkpoint in checkpoints]
+    return ExitStatus.DONE if all(are_valid) else ExitStatus.FAILED
 
 
-def _collect(storage: Storage, run_folder: str, dry_run: bool) -> int:
+def _delete_leftovers(storage: Storage, run_folder: str, dry_run: bool) -> int:
     """Print files that are no longer needed, and delete them under the lease of the run folder unless `dry_run`."""
     from m2f.cluster.terminal import print_err
     from m2f.trainer.checkpoint.lease import hold_lease
@@ -107,7 +108,7 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
     return ExitStatus.DONE
 
 
-def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) -> bool:
+def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, reads_all_bytes: bool) -> bool:
     """Print the row of a checkpoint, and return whether it is complete and readable."""
     from m2f.trainer.checkpoint.folder import pins, read_manifest, verify_sizes
     from m2f.trainer.errors import CheckpointError, NewerFormatError
@@ -118,7 +119,7 @@ def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: 
         size = sum(entry.size for entry in manifest.files.values()) / 1e6
         row += f" {size:>9,.1f} {len(manifest.files):>6} {manifest.world_size:>6} {manifest.zero_stage:>5}"
         verify_sizes(storage, checkpoint.url)
-        if every_byte:
+        if reads_all_bytes:
             _verify_bytes(storage, checkpoint.url, manifest)
     except NewerFormatError as error:
         print_out(f"{row}  written by a newer version: {error}")
@@ -127,7 +128,7 @@ def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: 
         print_out(f"{row}  damaged: {error}")
         return False
     kept_for = pins(storage, checkpoint.url)
-    state = "every byte verified" if every_byte else "complete"
+    state = "every byte verified" if reads_all_bytes else "complete"
     print_out(f"{row}  {', kept for '.join([state, *kept_for])}")
     return True
 

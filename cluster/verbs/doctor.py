@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from m2f.cluster.terminal import print_err
-from m2f.cluster.verbs.arguments import add_overrides, use_token
+from m2f.cluster.verbs.arguments import add_overrides, enable_token_authentication
 
 if TYPE_CHECKING:
     from m2f.cluster.doctor.finding import Finding
@@ -34,24 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the checks and print the findings. Return exit status 1 if a check failed."""
-    use_token()
+    enable_token_authentication()
     from m2f.cluster.recipe.load import load_recipe
 
     config = None if args.recipe is None else load_recipe(args.recipe, args.overrides)
     print_err(f"checking {'this machine' if args.address is None else f'the cluster at {args.address}'}")
     if args.address is not None and args.address.startswith(("http://", "https://")):
-        return _as_job(config, args)
+        return _check_in_job(config, args)
     from m2f.cluster.doctor.doctor import driver_checks, exit_status, machine_checks, print_findings, run_checks
 
     if args.address is None:
         findings = run_checks([*machine_checks(config), *driver_checks(config)])
     else:
-        findings = _on_cluster(config, args.address)
+        findings = _check_on_cluster(config, args.address)
     print_findings(findings)
     return exit_status(findings)
 
 
-def _on_cluster(config: RunConfig | None, address: str) -> list[Finding]:
+def _check_on_cluster(config: RunConfig | None, address: str) -> list[Finding]:
     from m2f.cluster.doctor.cluster_checks import CLUSTER, check_cluster
     from m2f.cluster.doctor.doctor import driver_checks, run_checks
     from m2f.cluster.ray_cluster import existing_or_local_cluster
@@ -63,7 +63,7 @@ def _on_cluster(config: RunConfig | None, address: str) -> list[Finding]:
         return [*check_cluster(config), *run_checks(checks, where=CLUSTER)]
 
 
-def _as_job(config: RunConfig | None, args: argparse.Namespace) -> int:
+def _check_in_job(config: RunConfig | None, args: argparse.Namespace) -> int:
     """Run the checks in a job on the cluster, with the code of this machine; return its exit status."""
     from m2f.cluster.submit.environment import job_environment
     from m2f.cluster.submit.ray_jobs import JobClient

@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> int:
     from m2f.data_pipeline.storage.scratch import ScratchFolder
     from m2f.data_pipeline.storage.storage import Storage, join
 
-    config, copied = open_recipe(args.source, args.overrides)
-    if copied is not None and args.output is None:
+    config, checkpoint_url = open_recipe(args.source, args.overrides)
+    if checkpoint_url is not None and args.output is None:
         raise ConfigError(f"{args.source} is a checkpoint without its run; give a folder for the results with --output")
     storage = Storage(config.storage)
-    weights = choose_checkpoint(config, storage, args.checkpoint or copied)
+    weights = choose_checkpoint(config, storage, args.checkpoint or checkpoint_url)
     print_out(f"evaluating {weights.url}")
     from m2f.cluster.evaluation.evaluate import results_name, write_files
     from m2f.cluster.evaluation.offline import evaluate_checkpoint

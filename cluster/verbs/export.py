@@ -6,14 +6,14 @@ import argparse
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
-from m2f.cluster.verbs.arguments import add_checkpoint, add_overrides, add_trained
+from m2f.cluster.verbs.arguments import add_checkpoint, add_model_source, add_overrides
 
 SUMMARY = "export a trained model as official checkpoint, Hugging Face folder, torch.export program or ONNX"
 FORMATS = ("official", "hugging_face", "torch_export", "onnx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_trained(parser)
+    add_model_source(parser)
     add_overrides(parser)
     add_checkpoint(parser)
     parser.add_argument("--format", required=True, choices=FORMATS, help="output format")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_out
-from m2f.cluster.verbs.arguments import count, list_faults
+from m2f.cluster.verbs.arguments import count, format_faults
 from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 
@@ -106,7 +106,7 @@ def _summary(found: IndexReport, target: str, report: str | None) -> str:
     else:
         description = f"image .{' or .'.join(found.form.images)}, {found.form.labels} in .{found.form.map}"
         description += f" and .{found.form.json}" if found.form.json else ""
-    lines = [f"{target}: {what} ({description})", *list_faults(found.faults, report)]
+    lines = [f"{target}: {what} ({description})", *format_faults(found.faults, report)]
     if not found.committed:
         lines.append(
             f"faults: {len(found.faults)}. No manifest was written; correct the samples, or leave them out with "

@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
             f"no shards yet: assuming {segments} segments per image (one per query); to predict reads, run `m2f shard`"
         )
     found = with_class_count(config)
-    if found.assumed is not None:
-        print_err(found.assumed)
+    if found.assumption is not None:
+        print_err(found.assumption)
     training = config.training
     if training.precision == "auto":
         training = replace(training, precision="bf16_autocast")

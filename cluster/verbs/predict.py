@@ -6,7 +6,7 @@ import argparse
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
-from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained, count, split_overrides
+from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_model_source, count, split_overrides
 from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 
@@ -14,7 +14,7 @@ SUMMARY = "predict images, and write pictures and files in COCO formats or label
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_trained(parser)
+    add_model_source(parser)
     parser.add_argument(
         "words",
         nargs="+",

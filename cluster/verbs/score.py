@@ -123,18 +123,18 @@ def run(args: argparse.Namespace) -> int:
             flag = option.replace("_", "-")
             raise EvaluationError(f"--{flag} {path}: the folder does not exist; create it first")
     print_err("scoring: reading the files")
-    scoring = _open(args)
+    scoring = _open_scoring(args)
     with Progress("scoring", len(scoring.jobs), "images") as progress:
         found = scoring.evaluate(workers, progress.advance)
     report = scoring.report(found)
-    _write_beside(args, scoring, found)
+    _write_additional_files(args, scoring, found)
     if args.output is not None:
         args.output.write_text(json.dumps(report.content, indent=1, allow_nan=False) + "\n")
     print_out(report.table)
     return ExitStatus.DONE
 
 
-def _write_beside(args: argparse.Namespace, scoring: Scoring, found: Any) -> None:
+def _write_additional_files(args: argparse.Namespace, scoring: Scoring, found: Any) -> None:
     """Write the HTML page and the parquet file if they are requested."""
     from m2f.eval.report.evaluation_page import evaluation_page
 
@@ -160,7 +160,7 @@ def _options(args: argparse.Namespace) -> ScoreOptions:
     )
 
 
-def _open(args: argparse.Namespace) -> Scoring:
+def _open_scoring(args: argparse.Namespace) -> Scoring:
     match args.kind:
         case "panoptic":
             from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring

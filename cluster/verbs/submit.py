@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
-from m2f.cluster.verbs.arguments import add_overrides, use_token
+from m2f.cluster.verbs.arguments import add_overrides, enable_token_authentication
 from m2f.model.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--output and --apply require --kuberay TEMPLATE; without it, the run is submitted to a Ray cluster"
         )
-    use_token()
+    enable_token_authentication()
     print_err("connecting to the cluster")
     from m2f.cluster.submit.ray_jobs import JobClient
 
@@ -88,12 +88,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _stop_or_show(client: JobClient, args: argparse.Namespace) -> int:
     """Carry out `--stop` or `--status`. Return exit status 1 if there is no job or the last job failed."""
-    jobs = _named_jobs(client, args)
+    jobs = _find_jobs(client, args)
     if not jobs:
         print_err("the cluster has no job of this run")
         return ExitStatus.FAILED
     if args.stop:
-        jobs = [job if job.ended else client.stop(job.job_id) for job in jobs[-1:]]
+        jobs = [job if job.has_ended else client.stop(job.job_id) for job in jobs[-1:]]
     for job in jobs:
         print_out(job.describe())
         if job.status == "FAILED":
@@ -101,10 +101,10 @@ def _stop_or_show(client: JobClient, args: argparse.Namespace) -> int:
     return ExitStatus.FAILED if jobs[-1].status == "FAILED" else ExitStatus.DONE
 
 
-def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[JobInfo]:
+def _find_jobs(client: JobClient, args: argparse.Namespace) -> list[JobInfo]:
     """Return the job with the given id, or all jobs of a recipe's run."""
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.submit.submit import jobs_of
+    from m2f.cluster.submit.submit import jobs_of_run
 
     jobs = client.jobs()
     if named := [job for job in jobs if job.job_id == args.recipe]:
@@ -113,7 +113,7 @@ def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[JobInfo]:
         config = load_recipe(args.recipe, args.overrides)
     except ConfigError as error:
         raise ConfigError(f"{client.address} has no job {args.recipe}, and it is not a recipe: {error}") from error
-    return jobs_of(config, jobs)
+    return jobs_of_run(config, jobs)
 
 
 def _write_ray_job(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from m2f.cluster.verbs.arguments import add_recipe
 if TYPE_CHECKING:
     from m2f.cluster.recipe.config import RunConfig
 
-_STATUS = {
+_EXIT_STATUS = {
     "finished": ExitStatus.DONE,
     "failed": ExitStatus.FAILED,
     "stopped": ExitStatus.STOPPED,
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print_err(f"{args.recipe}: loading PyTorch and MLflow")
     if args.restart:
-        return _restarted(args, config)
+        return _train_with_restarts(args, config)
     from m2f.cluster.train.driver_restarts import report_deliberate_exit
 
     try:
@@ -97,10 +97,10 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
     for entry in summary.evaluations:
         if entry.status == "failed":
             print_err(f"evaluation of step {entry.step} failed: {entry.detail}; run `m2f eval` to repeat it")
-    return _STATUS[summary.status]
+    return _EXIT_STATUS[summary.status]
 
 
-def _restarted(args: argparse.Namespace, config: RunConfig) -> int:
+def _train_with_restarts(args: argparse.Namespace, config: RunConfig) -> int:
     """Train in a child process that is restarted after failures (`--restart`); return its last exit status."""
     from m2f.cluster.train.driver_restarts import run_with_restarts
 

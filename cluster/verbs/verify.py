@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_out
-from m2f.cluster.verbs.arguments import count, list_faults
+from m2f.cluster.verbs.arguments import count, format_faults
 from m2f.model.counted import counted
 
 if TYPE_CHECKING:
@@ -75,4 +75,4 @@ def _summary(found: Verification, report: str | None) -> str:
         )
         return f"{found.url}: {what}: {read}"
     lines = [f"{found.url}: {what}: {len(found.faults)} fault{'s' if len(found.faults) > 1 else ''}"]
-    return "\n".join(lines + list_faults(found.faults, report))
+    return "\n".join(lines + format_faults(found.faults, report))

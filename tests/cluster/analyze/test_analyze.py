@@ -55,15 +55,15 @@ SMALL = ModelConfig(
 
 
 @pytest.fixture(scope="module")
-def analysed(tmp_path_factory):
-    """A recipe with shards, and a file of random weights."""
+def folder(tmp_path_factory):
+    """Write a recipe, its shards and a file of random weights, and return their folder."""
     folder = tmp_path_factory.mktemp("analyze")
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
     dataset = DatasetConfig(shards=str(folder / "shards"), source=SyntheticSource(num_images=6))
     write_dataset(open_reader(dataset.source), dataset, Storage())
     torch.manual_seed(0)
-    categories = len(open_reader(dataset.source).categories.for_task("panoptic"))
-    model = build_model(ModelConfig(**{**vars(SMALL), "num_classes": categories}), pretrained_backbone=False)
+    num_classes = len(open_reader(dataset.source).categories.for_task("panoptic"))
+    model = build_model(ModelConfig(**{**vars(SMALL), "num_classes": num_classes}), pretrained_backbone=False)
     save_file(model.state_dict(), folder / "weights.safetensors")
     return folder
 
@@ -74,8 +74,8 @@ def run(capsys, *words):
     return status, out, err
 
 
-def test_every_decoder_layer_is_evaluated(capsys, analysed, tmp_path):
-    words = ("layers", analysed / "recipe.yaml", "train", "--checkpoint", analysed / "weights.safetensors")
+def test_every_decoder_layer_is_evaluated(capsys, folder, tmp_path):
+    words = ("layers", folder / "recipe.yaml", "train", "--checkpoint", folder / "weights.safetensors")
     status, out, err = run(capsys, "analyze", *words, "--images", "2", "--output", tmp_path / "out")
     assert status == 0, err
     assert out.startswith("train: 2 of 6 images, weights")
@@ -84,8 +84,8 @@ def test_every_decoder_layer_is_evaluated(capsys, analysed, tmp_path):
     assert {"PQ", "AP", "mIoU", "AR10", "AR100"} <= set(layers[0]["metrics"])
 
 
-def test_attention_shares_and_pictures_are_written(capsys, analysed, tmp_path):
-    words = ("attention", analysed / "recipe.yaml", "--checkpoint", analysed / "weights.safetensors")
+def test_attention_shares_and_pictures_are_written(capsys, folder, tmp_path):
+    words = ("attention", folder / "recipe.yaml", "--checkpoint", folder / "weights.safetensors")
     options = ("--images", "3", "--pictures", "2", "--output", tmp_path / "out")
     status, out, err = run(capsys, "analyze", *words, *options)
     assert status == 0, err
@@ -98,8 +98,8 @@ def test_attention_shares_and_pictures_are_written(capsys, analysed, tmp_path):
     assert decode_picture(pictures[0].read_bytes()).shape[1] > 4 * 500
 
 
-def test_recipe_table_uses_the_class_count_of_its_data(capsys, analysed):
-    recipe = analysed / "recipe.yaml"
+def test_recipe_table_uses_the_class_count_of_its_data(capsys, folder):
+    recipe = folder / "recipe.yaml"
     status, out, _ = run(capsys, "analyze", "table", recipe, "--size", "64x96", "--seconds")
     assert status == 0
     assert out.splitlines()[0].split()[-3:] == ["CPU", "s", "64x96"]
@@ -119,17 +119,17 @@ def test_paper_rows_contain_the_published_numbers():
 
 @pytest.mark.slow
 def test_documented_model_table_matches_the_formulas():
-    written = {}
+    documented = {}
     for line in (Path(m2f.__file__).parents[1] / "docs" / "models.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| ") and len(cells) == 9:
-            written[cells[0]] = cells
-    assert list(written)[2:] == [row.name for row in paper_models()]
+            documented[cells[0]] = cells
+    assert list(documented)[2:] == [row.name for row in paper_models()]
     for row in paper_models():
         count = flops_counter(row.config)
         counted = mean_flops(row.config) if row.size is None else count(row.size, True)
         small = count((256, 256), False)
-        _, table, _, _, flops, paper, official, _, _ = written[row.name]
+        _, table, _, _, flops, paper, official, _, _ = documented[row.name]
         assert table == row.table
         assert (flops, official) == (f"{counted.total / 1e9:.1f}", f"{(small.total - small.inference) / 1e9:.1f}")
         assert paper == ("-" if row.flops is None else f"{row.flops:.0f}")
@@ -155,8 +155,8 @@ def test_cpu_time_is_measured():
         (["attention", "RECIPE"], "has no checkpoint; train first"),
     ],
 )
-def test_analyze_errors_print_one_message(capsys, analysed, words, expected):
-    status, _, err = run(capsys, "analyze", *[analysed / "recipe.yaml" if word == "RECIPE" else word for word in words])
+def test_analyze_errors_print_one_message(capsys, folder, words, expected):
+    status, _, err = run(capsys, "analyze", *[folder / "recipe.yaml" if word == "RECIPE" else word for word in words])
     assert status == 2
     assert expected in err
     assert "Traceback" not in err

@@ -10,8 +10,8 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture(autouse=True)
-def nowhere(monkeypatch, tmp_path):
-    """Neither shards nor raw data sets."""
+def empty_working_directory(monkeypatch, tmp_path):
+    """Run in a folder that has neither shards nor raw data sets."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("M2F_DATA", raising=False)
 
@@ -33,10 +33,10 @@ def nowhere(monkeypatch, tmp_path):
 def test_class_counts_of_published_data_sets_need_no_files(recipe, classes, name):
     found = with_class_count(load_recipe(CONFIGS / f"{recipe}.yaml"))
     assert found.model.num_classes == classes
-    assert f"assuming the {classes} classes of {name}; neither shards nor source found" in str(found.assumed)
+    assert f"assuming the {classes} classes of {name}; neither shards nor source found" in str(found.assumption)
 
 
-def own(source, more=""):
+def own_recipe(source, more=""):
     return parse_recipe(
         f"name: own\ndatasets: {{train: {{shards: none, source: {source}{more}}}}}\n"
         "data: {task: semantic, train: [{dataset: train}]}\ntraining: {max_steps: 1}\n"
@@ -44,8 +44,8 @@ def own(source, more=""):
 
 
 def test_classes_of_an_existing_source_are_counted():
-    found = with_class_count(own("{kind: synthetic, num_images: 2}"))
-    assert (found.model.num_classes, found.assumed) == (10, None)
+    found = with_class_count(own_recipe("{kind: synthetic, num_images: 2}"))
+    assert (found.model.num_classes, found.assumption) == (10, None)
 
 
 def test_missing_own_data_is_rejected_with_a_remedy():
@@ -54,4 +54,4 @@ def test_missing_own_data_is_rejected_with_a_remedy():
         "{kind: label_maps, images: i, labels: l, categories: c.json}",
     ):
         with pytest.raises(ConfigError, match="write its shards with m2f shard, or set the number of classes"):
-            with_class_count(own(source))
+            with_class_count(own_recipe(source))

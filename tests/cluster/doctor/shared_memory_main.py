@@ -1,4 +1,4 @@
-"""What the doctor finds about /dev/shm."""
+"""Print the finding of the check of /dev/shm."""
 
 import sys
 

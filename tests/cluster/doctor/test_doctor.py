@@ -1,4 +1,4 @@
-"""The doctor on a healthy machine and on broken ones: no store, no MLflow, tiny shared memory, no compiler."""
+"""Tests of `m2f doctor`: a healthy machine, unreachable services, too little shared memory, a missing compiler."""
 
 import shutil
 import subprocess
@@ -48,7 +48,7 @@ datasets: {{train: {{shards: "{folder}/shards"}}}}
 data: {{train: [{{dataset: train}}]}}
 training: {{max_steps: 10}}
 """
-NOWHERE = "http://127.0.0.1:9"
+UNREACHABLE_URL = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def recipe(tmp_path_factory):
 
 
 @pytest.fixture
-def quiet(monkeypatch, tmp_path):
-    """A machine without settings of its own."""
+def clean_environment(monkeypatch, tmp_path):
+    """Remove settings of this machine from the environment."""
     for name in ("MLFLOW_TRACKING_URI", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
@@ -76,8 +76,8 @@ def doctor(capsys, *words):
 
 
 @pytest.mark.slow
-def test_a_healthy_machine_passes_every_check(capsys, recipe, quiet):
-    """The real checks, the all-reduce of two processes among them."""
+def test_a_healthy_machine_passes_every_check(capsys, recipe, clean_environment):
+    """All checks run as in production, including the all-reduce of two processes."""
     status, out = doctor(capsys, recipe)
     assert status == 0, out
     assert "gloo all-reduce over 2 processes" in out
@@ -85,24 +85,24 @@ def test_a_healthy_machine_passes_every_check(capsys, recipe, quiet):
     assert not list((recipe.parent / "runs").rglob("*-*")), "the probe of the run folder is deleted"
 
 
-def test_an_unreachable_run_folder_fails_quickly_with_a_remedy(recipe, quiet):
-    config = load_recipe(recipe, ["output=s3://bucket/runs", f"storage.endpoint_url={NOWHERE}"])
+def test_an_unreachable_run_folder_fails_quickly_with_a_remedy(recipe, clean_environment):
+    config = load_recipe(recipe, ["output=s3://bucket/runs", f"storage.endpoint_url={UNREACHABLE_URL}"])
     started = time.monotonic()
     finding = check_run_folder(config)
-    assert time.monotonic() - started < 120  # the defaults of its clients would try for longer
-    assert (finding.state, NOWHERE in finding.detail) == ("failed", True)
+    assert time.monotonic() - started < 120  # the default timeouts are longer
+    assert (finding.state, UNREACHABLE_URL in finding.detail) == ("failed", True)
     assert "storage.endpoint_url" in finding.remedy
 
 
-def test_unreachable_shards_fail(recipe, quiet):
+def test_unreachable_shards_fail(recipe, clean_environment):
     finding = check_shards(
-        load_recipe(recipe, ["datasets.train.shards=s3://bucket/train", f"storage.endpoint_url={NOWHERE}"])
+        load_recipe(recipe, ["datasets.train.shards=s3://bucket/train", f"storage.endpoint_url={UNREACHABLE_URL}"])
     )
-    assert (finding.state, NOWHERE in finding.detail, "JSON" in finding.detail) == ("failed", True, False)
+    assert (finding.state, UNREACHABLE_URL in finding.detail, "JSON" in finding.detail) == ("failed", True, False)
 
 
-def test_an_unwritable_run_folder_fails(recipe, tmp_path, quiet):
-    (tmp_path / "file").write_text("in the way")
+def test_an_unwritable_run_folder_fails(recipe, tmp_path, clean_environment):
+    (tmp_path / "file").write_text("not a folder")
     assert check_run_folder(load_recipe(recipe, [f"output={tmp_path}/file"])).state == "failed"
 
 
@@ -121,28 +121,28 @@ def test_data_that_do_not_match_the_model_are_a_warning(recipe, tmp_path):
     assert check_data(None).state == "skipped"
 
 
-def test_an_mlflow_server_that_is_down_fails_quickly(recipe, quiet):
+def test_an_mlflow_server_that_is_down_fails_quickly(recipe, clean_environment):
     started = time.monotonic()
-    finding = check_tracking(load_recipe(recipe, [f"tracking.uri={NOWHERE}"]))
-    assert time.monotonic() - started < 120  # the defaults of its clients would try for longer
-    assert (finding.state, NOWHERE in finding.detail) == ("failed", True)
+    finding = check_tracking(load_recipe(recipe, [f"tracking.uri={UNREACHABLE_URL}"]))
+    assert time.monotonic() - started < 120  # the default timeouts are longer
+    assert (finding.state, UNREACHABLE_URL in finding.detail) == ("failed", True)
     assert "start the server" in finding.remedy
 
 
-def test_a_run_in_s3_without_a_tracking_server_fails(recipe, quiet):
+def test_a_run_in_s3_without_a_tracking_server_fails(recipe, clean_environment):
     finding = check_tracking(load_recipe(recipe, ["output=s3://bucket/runs"]))
     assert (finding.state, "MLFLOW_TRACKING_URI" in finding.detail) == ("failed", True)
 
 
-def test_shared_memory_of_64_mib_fails(quiet):
-    """A real one, in a mount namespace."""
+def test_shared_memory_of_64_mib_fails(clean_environment):
+    """Mounts a small /dev/shm in a mount namespace."""
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     check = [sys.executable, str(Path(__file__).with_name("shared_memory_main.py"))]
     command = ["unshare", "--mount", "sh", "-c", mount, "sh", *check]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
-    if "not permitted" in done.stderr or "unshare" in done.stderr:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    if "not permitted" in result.stderr or "unshare" in result.stderr:
         pytest.skip("needs the right to make a mount namespace")
-    assert done.stdout.startswith("failed 0.1 GiB free in /dev/shm"), done.stderr
+    assert result.stdout.startswith("failed 0.1 GiB free in /dev/shm"), result.stderr
 
 
 def test_shared_memory_of_this_machine_suffices():
@@ -204,7 +204,7 @@ def test_an_untested_version_of_ray_is_a_warning(monkeypatch):
     assert (finding.state, "ray 99.0" in finding.detail, ">=2.60" in finding.remedy) == ("warning", True, True)
 
 
-def test_a_missing_token_fails_and_disabled_tokens_warn(monkeypatch, quiet, tmp_path):
+def test_a_missing_token_fails_and_disabled_tokens_warn(monkeypatch, clean_environment, tmp_path):
     assert check_ray_token().state == "ok"
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -216,7 +216,7 @@ def test_a_missing_token_fails_and_disabled_tokens_warn(monkeypatch, quiet, tmp_
 
 
 @pytest.mark.parametrize(
-    ("answer", "state", "words"),
+    ("http_status", "state", "words"),
     [
         (200, "failed", "accepts jobs without a token"),
         (401, "ok", "rejects requests without a token"),
@@ -224,15 +224,15 @@ def test_a_missing_token_fails_and_disabled_tokens_warn(monkeypatch, quiet, tmp_
         (500, "warning", "returned HTTP 500 to a request without a token"),
     ],
 )
-def test_token_check_sends_a_request_without_a_token(answer, state, words, monkeypatch):
-    """Whatever is set here: the settings of this process are not those that the cluster was started with."""
+def test_token_check_sends_a_request_without_a_token(http_status, state, words, monkeypatch):
+    """The environment of this process has no influence, because the cluster may have been started differently."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hush")
 
     class Server(BaseHTTPRequestHandler):
         def do_GET(self):
             assert self.headers["Authorization"] is None
-            self.send_response_only(answer if self.path == "/api/jobs/" else 404)
+            self.send_response_only(http_status if self.path == "/api/jobs/" else 404)
             self.end_headers()
 
         def log_message(self, *arguments):
@@ -246,7 +246,7 @@ def test_token_check_sends_a_request_without_a_token(answer, state, words, monke
 
 
 def test_unreachable_dashboard_is_a_warning():
-    assert check_ray_token(NOWHERE).state == "warning"
+    assert check_ray_token(UNREACHABLE_URL).state == "warning"
 
 
 @pytest.mark.parametrize(("ahead", "state"), [(0, "ok"), (60, "warning"), (-3600, "failed")])
@@ -270,7 +270,7 @@ def test_clock_skew_warns_and_then_fails(recipe, ahead, state):
 
 
 def test_the_clock_check_is_skipped_without_a_server(recipe):
-    assert check_clock(load_recipe(recipe, [f"tracking.uri={NOWHERE}"])).state == "skipped"
+    assert check_clock(load_recipe(recipe, [f"tracking.uri={UNREACHABLE_URL}"])).state == "skipped"
     assert skew_finding(-6, "x").detail == "6 s behind x"
 
 

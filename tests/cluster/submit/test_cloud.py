@@ -1,4 +1,4 @@
-"""The examples of `cluster/cloud` against Ray's, Amazon's and our own schemas, and the notices of spot machines."""
+"""Tests of the examples in `cluster/cloud` against Ray's, Amazon's and our own schemas, and of spot notices."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.submit.google_secret import read_secret
 from m2f.cluster.submit.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
-from m2f.cluster.submit.spot_notice import NOTICE_S, is_preempted, watch
+from m2f.cluster.submit.spot_notice import NOTICE_S, drain_on_notice, is_preempted
 from tests.waiting import PATIENCE_S
 
 CLOUD = Path(m2f.__file__).parent / "cluster" / "cloud"
@@ -44,7 +44,7 @@ GCP_INSTANCE = {"machineType", "disks", "scheduling", "serviceAccounts"}
 """Fields of an instance that the example uses, as Google's API writes them."""
 
 
-def read(path: Path):
+def read_yaml(path: Path):
     return yaml.safe_load(path.read_text())
 
 
@@ -53,7 +53,7 @@ def read(path: Path):
 
 @pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
 def test_ray_up_accepts_the_examples(path):
-    validate_config(prepare_config(read(path)))
+    validate_config(prepare_config(read_yaml(path)))
 
 
 def test_there_are_two_examples_for_ray_up():
@@ -62,7 +62,7 @@ def test_there_are_two_examples_for_ray_up():
 
 @pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
 def test_ray_up_validation_finds_a_misspelt_key(path):
-    example = read(path)
+    example = read_yaml(path)
     example["available_node_types"]["train"]["max_wrokers"] = 1
     with pytest.raises(Exception, match="max_wrokers"):
         validate_config(prepare_config(example))
@@ -70,7 +70,7 @@ def test_ray_up_validation_finds_a_misspelt_key(path):
 
 @pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
 def test_the_head_offers_no_cpus_and_groups_offer_their_resources(path):
-    example = read(path)
+    example = read_yaml(path)
     types = example["available_node_types"]
     assert types[example["head_node_type"]]["resources"] == {"CPU": 0}
     assert types["train"]["resources"]["trainer"] == types["train"]["resources"]["GPU"]
@@ -84,7 +84,7 @@ def test_the_head_offers_no_cpus_and_groups_offer_their_resources(path):
 
 @pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
 def test_every_node_writes_the_token_before_ray_starts(path):
-    example = read(path)
+    example = read_yaml(path)
     assert "--env RAY_AUTH_MODE=token" in example["docker"]["run_options"]
     assert "@sha256:" in example["docker"]["image"]
     for which in ("head", "worker"):
@@ -96,26 +96,26 @@ def test_every_node_writes_the_token_before_ray_starts(path):
 
 
 def test_token_file_is_readable_only_by_its_user(tmp_path):
-    """Amazon's, with a client of its own in place of boto3."""
+    """Runs the command of the AWS example with a fake boto3."""
     (tmp_path / "boto3.py").write_text(
         "class client:\n"
         "    def __init__(self, service, region_name): assert service == 'secretsmanager'\n"
         "    def get_secret_value(self, SecretId): return {'SecretString': SecretId + '-value'}\n"
     )
-    command = read(CLOUD / "aws.yaml")["head_start_ray_commands"][1]
+    command = read_yaml(CLOUD / "aws.yaml")["head_start_ray_commands"][1]
     env = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     subprocess.run(["bash", "-c", command], env=env, check=True, timeout=PATIENCE_S)
-    written = tmp_path / ".ray" / "auth_token"
-    assert written.read_text() == "m2f-ray-token-value\n"
-    assert (written.stat().st_mode & 0o777, written.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    token_file = tmp_path / ".ray" / "auth_token"
+    assert token_file.read_text() == "m2f-ray-token-value\n"
+    assert (token_file.stat().st_mode & 0o777, token_file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
 @pytest.mark.parametrize("group", ["head", "train", "evaluate"])
 def test_aws_example_uses_only_fields_known_to_ec2(group):
-    """Ray hands `node_config` over unread; botocore knows what RunInstances takes."""
+    """Ray does not check `node_config`; botocore knows the parameters of RunInstances."""
     operation = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances")
-    node = read(CLOUD / "aws.yaml")["available_node_types"][group]["node_config"]
+    node = read_yaml(CLOUD / "aws.yaml")["available_node_types"][group]["node_config"]
     report = ParamValidator().validate(node | {"MinCount": 1, "MaxCount": 1}, operation.input_shape)
     assert not report.has_errors(), report.generate_report()
     assert (node.get("InstanceMarketOptions") is not None) == (group == "train"), "only training is on spot machines"
@@ -123,7 +123,7 @@ def test_aws_example_uses_only_fields_known_to_ec2(group):
 
 @pytest.mark.parametrize("group", ["head", "train", "evaluate"])
 def test_the_gcp_example_has_valid_machines(group):
-    node = read(CLOUD / "gcp.yaml")["available_node_types"][group]["node_config"]
+    node = read_yaml(CLOUD / "gcp.yaml")["available_node_types"][group]["node_config"]
     assert set(node) <= GCP_INSTANCE
     assert (node.get("scheduling", {}).get("provisioningModel") == "SPOT") == (group == "train")
     assert sum(disk["boot"] for disk in node["disks"]) == 1
@@ -140,13 +140,13 @@ def test_examples_contain_no_secrets(path):
 
 @pytest.fixture
 def template(tmp_path):
-    """The example with an image."""
+    """Write the example with a valid image, and return its path."""
     path = tmp_path / "kuberay.yaml"
     path.write_text(KUBERAY.read_text().replace("REGISTRY", "registry.example.com").replace("DIGEST", DIGEST))
     return path
 
 
-def written(template: Path, *overrides):
+def ray_job_documents(template: Path, *overrides):
     return list(yaml.safe_load_all(ray_job_yaml(parse_recipe(RECIPE, overrides), template, {"NCCL_DEBUG": "WARN"})))
 
 
@@ -157,7 +157,7 @@ def with_image(document):
 
 
 def test_the_ray_job_runs_the_recipe_from_a_config_map(template):
-    config_map, ray_job = written(template)
+    config_map, ray_job = ray_job_documents(template)
     name = ray_job["metadata"]["name"]
     assert name.startswith("m2f-cloud-run-1-")
     assert config_map["metadata"] == {"name": name, "namespace": "default"}
@@ -171,17 +171,17 @@ def test_the_ray_job_runs_the_recipe_from_a_config_map(template):
 
 
 def test_long_name_is_truncated_to_the_kuberay_limit(template):
-    name = written(template, f"name=a{'_Long.' * 20}")[1]["metadata"]["name"]
+    name = ray_job_documents(template, f"name=a{'_Long.' * 20}")[1]["metadata"]["name"]
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name)
     assert len(name) <= 47
 
 
 def test_written_ray_job_matches_the_kuberay_schema(template):
-    assert schema_problems(written(template)[1]) == []
+    assert schema_problems(ray_job_documents(template)[1]) == []
 
 
 def test_kuberay_example_pods_have_minimal_privileges():
-    spec = read(KUBERAY)["spec"]["rayClusterSpec"]
+    spec = read_yaml(KUBERAY)["spec"]["rayClusterSpec"]
     assert spec["authOptions"]["mode"] == "token"
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     for pod in (group["template"]["spec"] for group in groups):
@@ -199,7 +199,7 @@ def test_kuberay_example_pods_have_minimal_privileges():
 
 
 def test_submitter_pod_has_image_and_rights_of_the_head_but_no_kubernetes_token(template):
-    spec = written(template)[1]["spec"]
+    spec = ray_job_documents(template)[1]["spec"]
     head, pod = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"], spec["submitterPodTemplate"]["spec"]
     (container,) = pod["containers"]
     assert container["image"] == head["containers"][0]["image"] == f"registry.example.com/m2f@sha256:{DIGEST}"
@@ -213,24 +213,24 @@ def test_submitter_pod_has_image_and_rights_of_the_head_but_no_kubernetes_token(
 
 
 def test_submitter_of_the_template_is_kept_and_needs_an_image_digest(template):
-    document = read(template)
+    document = read_yaml(template)
     own = {"spec": {"restartPolicy": "Never", "containers": [{"name": "mine", "image": f"r/m2f@sha256:{DIGEST}"}]}}
     document["spec"]["submitterPodTemplate"] = own
     template.write_text(yaml.safe_dump(document))
-    assert written(template)[1]["spec"]["submitterPodTemplate"] == own
+    assert ray_job_documents(template)[1]["spec"]["submitterPodTemplate"] == own
     own["spec"]["containers"][0]["image"] = "r/m2f:latest"
     template.write_text(yaml.safe_dump(document))
     with pytest.raises(KubeRayError, match="submitterPodTemplate: image is r/m2f:latest; use the digest"):
-        written(template)
+        ray_job_documents(template)
 
 
 def test_other_submission_modes_get_no_submitter_pod(template):
     template.write_text(template.read_text().replace("K8sJobMode", "HTTPMode"))
-    assert "submitterPodTemplate" not in written(template)[1]["spec"]
+    assert "submitterPodTemplate" not in ray_job_documents(template)[1]["spec"]
 
 
 def test_the_kuberay_example_drains_before_pods_end():
-    groups = {group["groupName"]: group for group in read(KUBERAY)["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+    groups = {group["groupName"]: group for group in read_yaml(KUBERAY)["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
     pod = groups["train"]["template"]["spec"]
     (_, _, script) = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     seconds = int(script.rpartition("sleep ")[2])
@@ -240,7 +240,7 @@ def test_the_kuberay_example_drains_before_pods_end():
     assert "nodeSelector" not in groups["evaluate"]["template"]["spec"], "evaluation is on demand"
 
 
-def change(tree, path: str, value):
+def set_value(tree, path: str, value):
     *parents, last = (int(key) if key.isdecimal() else key for key in path.split("."))
     for key in parents:
         tree = tree[key]
@@ -251,7 +251,7 @@ def change(tree, path: str, value):
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "found"),
+    ("path", "value", "expected"),
     [
         ("spec.rayClusterSpec.workerGroupSpecs.0.maxReplicas", "4", "workerGroupSpecs[0].maxReplicas"),
         ("spec.rayClusterSpec.workerGroupSpecs.0.groupName", None, "'groupName' is a required property"),
@@ -262,15 +262,15 @@ def change(tree, path: str, value):
         ("apiVersion", "ray.io/v1alpha1", "'ray.io/v1' was expected"),
     ],
 )
-def test_fields_that_kubernetes_rejects_or_drops_are_reported(path, value, found):
-    document = read(KUBERAY)
-    change(document, path, value)
+def test_fields_that_kubernetes_rejects_or_drops_are_reported(path, value, expected):
+    document = read_yaml(KUBERAY)
+    set_value(document, path, value)
     (problem,) = schema_problems(document)
-    assert found in problem
+    assert expected in problem
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "found"),
+    ("path", "value", "expected"),
     [
         ("headGroupSpec.rayStartParams.num-cpus", "4", "beside the driver"),
         ("workerGroupSpecs.1.template.spec.containers.0.volumeMounts", [], "evaluate: nothing is mounted at /dev/shm"),
@@ -294,12 +294,12 @@ def test_fields_that_kubernetes_rejects_or_drops_are_reported(path, value, found
         ("workerGroupSpecs.1.rayStartParams", {}, "evaluation: 1 process with 1 CPU, 1 evaluator each, but the gro"),
     ],
 )
-def test_clusters_that_cannot_start_the_run_are_reported(path, value, found):
-    spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
+def test_clusters_that_cannot_start_the_run_are_reported(path, value, expected):
+    spec = with_image(read_yaml(KUBERAY))["spec"]["rayClusterSpec"]
     assert cluster_problems(parse_recipe(RECIPE), deepcopy(spec)) == []
-    change(spec, path, value)
+    set_value(spec, path, value)
     (problem,) = cluster_problems(parse_recipe(RECIPE), spec)
-    assert found in problem
+    assert expected in problem
 
 
 @pytest.mark.parametrize(
@@ -312,14 +312,14 @@ def test_clusters_that_cannot_start_the_run_are_reported(path, value, found):
     ],
 )
 def test_pod_resources_must_fit_the_run(workers, fits):
-    spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
+    spec = with_image(read_yaml(KUBERAY))["spec"]["rayClusterSpec"]
     config = parse_recipe(RECIPE.replace("num_workers: 16", workers))
     assert (cluster_problems(config, spec) == []) == fits
 
 
 @pytest.mark.parametrize(("cpu", "fits"), [("900m", False), ("6000m", True), (6, True), ("6", True), ("0.5", False)])
 def test_cpu_quantities_are_parsed(cpu, fits):
-    spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
+    spec = with_image(read_yaml(KUBERAY))["spec"]["rayClusterSpec"]
     limits = spec["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["resources"]["limits"]
     limits["cpu"] = cpu
     problems = cluster_problems(parse_recipe(RECIPE), spec)
@@ -327,18 +327,18 @@ def test_cpu_quantities_are_parsed(cpu, fits):
 
 
 def test_resources_of_a_group_are_read_from_their_own_field():
-    spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
+    spec = with_image(read_yaml(KUBERAY))["spec"]["rayClusterSpec"]
     spec["workerGroupSpecs"][0] |= {"resources": {"trainer": "4"}, "rayStartParams": {}}
     assert cluster_problems(parse_recipe(RECIPE), spec) == []
 
 
 @pytest.mark.parametrize("text", ["{trainer: 4}", "[4]", '{"trainer": "many"}', "[" * 200_000, '"4"'])
 def test_ray_start_resources_that_are_not_json_are_refused(tmp_path, text):
-    document = with_image(read(KUBERAY))
-    change(document, "spec.rayClusterSpec.workerGroupSpecs.0.rayStartParams.resources", text)
+    document = with_image(read_yaml(KUBERAY))
+    set_value(document, "spec.rayClusterSpec.workerGroupSpecs.0.rayStartParams.resources", text)
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(document))
     with pytest.raises(KubeRayError, match=r"train: rayStartParams\.resources is not a JSON object"):
-        written(tmp_path / "t.yaml")
+        ray_job_documents(tmp_path / "t.yaml")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_ray_start_resources_that_are_not_json_are_refused(tmp_path, text):
 def test_templates_that_are_not_one_ray_job_are_refused(tmp_path, text):
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(KubeRayError, match="template"):
-        written(tmp_path / "t.yaml")
+        ray_job_documents(tmp_path / "t.yaml")
 
 
 def test_options_of_kuberay_without_a_template_are_refused(tmp_path, capsys):
@@ -394,35 +394,35 @@ def test_apply_passes_the_ray_job_to_kubectl(tmp_path, template, monkeypatch, ca
 
 @pytest.fixture
 def metadata_server():
-    """Amazon's and Google's in one; `notice.set()` announces the end of the machine."""
+    """Yield the URL of a metadata server for both clouds, and an event that announces the preemption if it is set."""
     notice = threading.Event()
 
     class Server(BaseHTTPRequestHandler):
-        def answer(self, status: int, text: str = ""):
+        def respond(self, status: int, text: str = ""):
             self.send_response_only(status)
             self.end_headers()
             self.wfile.write(text.encode())
 
         def do_PUT(self):
-            self.answer(200, "token" if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else "")
+            self.respond(200, "token" if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else "")
 
         def do_GET(self):
             if self.path == "/latest/meta-data/spot/instance-action":
                 if self.headers["X-aws-ec2-metadata-token"] != "token":
-                    self.answer(401)
+                    self.respond(401)
                 elif notice.is_set():
-                    self.answer(200, json.dumps({"action": "terminate", "time": "2030-01-01T00:00:00Z"}))
+                    self.respond(200, json.dumps({"action": "terminate", "time": "2030-01-01T00:00:00Z"}))
                 else:
-                    self.answer(404)
+                    self.respond(404)
             elif self.path == "/computeMetadata/v1/instance/preempted" and self.headers["Metadata-Flavor"] == "Google":
-                self.answer(200, "TRUE" if notice.is_set() else "FALSE")
+                self.respond(200, "TRUE" if notice.is_set() else "FALSE")
             elif self.path == "/computeMetadata/v1/instance/service-accounts/default/token":
-                self.answer(200 if self.headers["Metadata-Flavor"] else 403, json.dumps({"access_token": "pass"}))
+                self.respond(200 if self.headers["Metadata-Flavor"] else 403, json.dumps({"access_token": "pass"}))
             elif self.path == "/v1/projects/p/secrets/s/versions/latest:access":
                 payload = {"payload": {"data": base64.b64encode(b"hush\n").decode()}}
-                self.answer(200 if self.headers["Authorization"] == "Bearer pass" else 401, json.dumps(payload))
+                self.respond(200 if self.headers["Authorization"] == "Bearer pass" else 401, json.dumps(payload))
             else:
-                self.answer(403)
+                self.respond(403)
 
         def log_message(self, *arguments):
             pass
@@ -438,7 +438,7 @@ def test_a_spot_notice_drains_the_node(metadata_server, cloud):
     address, notice = metadata_server
     assert not is_preempted(cloud, address)
     drained: list[int] = []
-    watcher = threading.Thread(target=lambda: watch(cloud, drained.append, address, poll_s=0.02))
+    watcher = threading.Thread(target=lambda: drain_on_notice(cloud, drained.append, address, poll_s=0.02))
     watcher.start()
     watcher.join(0.2)
     assert watcher.is_alive()
@@ -460,6 +460,6 @@ def test_unreachable_metadata_server_is_not_a_notice(caplog):
 
 
 def test_ray_has_the_drain_node_command():
-    """It is hidden from the overview, so a new version may drop it."""
+    """The command is not listed in Ray's help, so a new version may remove it."""
     options = {option for parameter in drain_node.params for option in parameter.opts}
     assert {"--reason", "--reason-message", "--deadline-remaining-seconds"} <= options

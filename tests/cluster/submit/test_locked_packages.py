@@ -1,4 +1,4 @@
-"""The packages of the image, each by version and hash: those of constraints.txt, and all that m2f needs."""
+"""Tests that the image pins all packages by version and hash, as in constraints.txt, and all that m2f requires."""
 
 import re
 from importlib.metadata import PackageNotFoundError, requires
@@ -25,7 +25,7 @@ IMAGE = {
 
 
 def pins(path: Path) -> dict[str, str]:
-    """Version by name."""
+    """Return the pinned versions by name."""
     found = re.findall(r"^([\w.-]+)==([^\s\\]+)", path.read_text(), re.MULTILINE)
     return {canonicalize_name(name): version for name, version in found}
 
@@ -49,7 +49,7 @@ def test_locked_versions_match_the_constraints():
 
 
 def test_all_requirements_of_m2f_are_locked():
-    """pip refuses a package without a hash, in the middle of building the image."""
+    """Otherwise pip fails while the image is built, because it refuses packages without a hash."""
     locked, seen = pins(LOCKED), set[tuple[str, str]]()
 
     def visit(name: str, extra: str) -> None:
@@ -58,7 +58,7 @@ def test_all_requirements_of_m2f_are_locked():
         seen.add((name, extra))
         try:
             needed = [Requirement(text) for text in requires(name) or ()]
-        except PackageNotFoundError:  # of another platform or build of torch
+        except PackageNotFoundError:  # a package for another platform or build of torch
             return
         for requirement in needed:
             if requirement.marker is None or requirement.marker.evaluate(IMAGE | {"extra": extra}):

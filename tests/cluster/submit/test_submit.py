@@ -1,4 +1,4 @@
-"""What is sent to a cluster; and a real one with a token, where a job is joined and stopped."""
+"""Tests of uploads, recipes, environments and ids of jobs, and of a Ray cluster with token authentication."""
 
 import os
 import re
@@ -18,9 +18,9 @@ import pytest
 from m2f.cluster.cli import main
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.recipe.load import load_recipe, parse_recipe
-from m2f.cluster.submit.environment import FAMILIES, NAMES, job_environment
+from m2f.cluster.submit.environment import ALLOWED_NAMES, ALLOWED_PREFIXES, job_environment
 from m2f.cluster.submit.ray_jobs import JobClient, JobError, JobInfo
-from m2f.cluster.submit.submit import ChosenJob, bind_to_cluster, choose_job, job_name, jobs_of
+from m2f.cluster.submit.submit import ChosenJob, bind_to_cluster, choose_job, job_name, jobs_of_run
 from m2f.cluster.submit.upload import LIMIT_BYTES, UploadError, pack
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
@@ -43,7 +43,7 @@ TOKEN = "0123456789abcdef" * 4
 REPOSITORY = Path(__file__).parents[3]
 
 
-def sent_recipe(*overrides):
+def recipe_config(*overrides):
     return parse_recipe(RECIPE, overrides)
 
 
@@ -51,10 +51,10 @@ def job_info(job_id, status="RUNNING", digest="same"):
     return JobInfo(job_id, status, "", None, 1.0, {"m2f_recipe": digest})
 
 
-# What is sent
+# Upload
 
 
-def code_folder(folder: Path, extra: int = 0) -> Path:
+def write_code(folder: Path, extra: int = 0) -> Path:
     for package in ("model", "eval"):
         package = f"m2f/{package}"
         (folder / package / "__pycache__").mkdir(parents=True)
@@ -72,7 +72,7 @@ def members(archive: Path) -> set[str]:
 
 
 def test_archive_contains_code_and_recipe_without_caches(tmp_path):
-    code = code_folder(tmp_path / "code")
+    code = write_code(tmp_path / "code")
     (tmp_path / "out").mkdir()
     archive = pack(tmp_path / "out", "name: x\n", source=code)
     expected = {"m2f/model/__init__.py", "m2f/eval/__init__.py"}
@@ -80,7 +80,7 @@ def test_archive_contains_code_and_recipe_without_caches(tmp_path):
 
 
 def test_equal_content_gives_an_equal_archive(tmp_path):
-    code = code_folder(tmp_path / "code")
+    code = write_code(tmp_path / "code")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     first, second = (pack(tmp_path / name, "name: x\n", source=code).read_bytes() for name in ("one", "two"))
@@ -92,7 +92,7 @@ def test_archive_contains_only_the_recipe_if_m2f_is_installed(tmp_path):
 
 
 def test_a_too_large_archive_is_refused_and_rayignore_is_respected(tmp_path):
-    code = code_folder(tmp_path / "code", extra=LIMIT_BYTES + 1)
+    code = write_code(tmp_path / "code", extra=LIMIT_BYTES + 1)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     with pytest.raises(UploadError, match=r"is 100\.. MiB.*m2f/model/zoo \(100\.. MiB\).*\.rayignore"):
@@ -105,11 +105,11 @@ def test_the_archive_of_this_checkout_is_below_4_mib(tmp_path):
     assert pack(tmp_path, None).stat().st_size < 4 * 2**20
 
 
-# Which recipe
+# Recipe
 
 
 def test_the_recipe_of_a_job_has_no_cluster_address():
-    config = sent_recipe("cluster.address=10.0.0.1:6379")
+    config = recipe_config("cluster.address=10.0.0.1:6379")
     assert bind_to_cluster(config).cluster.address is None
 
 
@@ -119,28 +119,28 @@ def test_the_recipe_of_a_job_has_no_cluster_address():
 )
 def test_local_paths_are_refused_with_their_setting(override):
     with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
-        bind_to_cluster(sent_recipe(override))
+        bind_to_cluster(recipe_config(override))
 
 
 def test_paths_in_shared_folders_are_accepted():
-    config = sent_recipe("output=/mnt/fsx/runs")
+    config = recipe_config("output=/mnt/fsx/runs")
     assert bind_to_cluster(config, ["/mnt/fsx"]).output == "/mnt/fsx/runs"
     with pytest.raises(ConfigError, match="output"):
         bind_to_cluster(config, ["/mnt/fs"])
 
 
 def test_loopback_address_prints_a_warning(capsys):
-    bind_to_cluster(sent_recipe("tracking.uri=http://localhost:5000"))
+    bind_to_cluster(recipe_config("tracking.uri=http://localhost:5000"))
     assert "on every node, this address refers to the node itself" in capsys.readouterr().err
 
 
-# The environment
+# Environment
 
 
 def test_a_job_gets_given_variables_and_the_tracking_server(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     monkeypatch.setenv("M2F_DATA", "/data")
-    env = job_environment(["M2F_DATA", "NCCL_DEBUG=INFO"], sent_recipe("tracking.uri=null"))
+    env = job_environment(["M2F_DATA", "NCCL_DEBUG=INFO"], recipe_config("tracking.uri=null"))
     assert env["M2F_DATA"] == "/data"
     assert env["NCCL_DEBUG"] == "INFO"
     assert env["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
@@ -149,7 +149,7 @@ def test_a_job_gets_given_variables_and_the_tracking_server(monkeypatch):
 
 def test_a_local_tracking_store_is_not_passed_on(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////home/me/mlflow.db")
-    assert "MLFLOW_TRACKING_URI" not in job_environment([], sent_recipe("tracking.uri=null"))
+    assert "MLFLOW_TRACKING_URI" not in job_environment([], recipe_config("tracking.uri=null"))
 
 
 SECRETS = (
@@ -183,13 +183,13 @@ def test_urls_with_secrets_are_rejected_in_every_variable(name, value):
 def test_tracking_uri_with_a_secret_is_not_passed_to_the_job(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://hush@host")
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_TOKEN"):
-        job_environment([], sent_recipe("tracking.uri=null"))
+        job_environment([], recipe_config("tracking.uri=null"))
 
 
 def test_every_allowed_variable_is_documented():
     text = (REPOSITORY / "docs" / "cloud.md").read_text()
     documented = text.partition("`--env` takes")[2].partition("\n\n")[0]
-    assert set(re.findall(r"`(\w+?)\*?`", documented)) == NAMES | set(FAMILIES)
+    assert set(re.findall(r"`(\w+?)\*?`", documented)) == ALLOWED_NAMES | set(ALLOWED_PREFIXES)
 
 
 def test_an_unset_variable_is_refused(monkeypatch):
@@ -198,33 +198,33 @@ def test_an_unset_variable_is_refused(monkeypatch):
         job_environment(["NCCL_NOWHERE"])
 
 
-# Which job
+# Choice of the job
 
 
 def test_the_first_job_of_a_run_has_number_1():
-    config = sent_recipe()
+    config = recipe_config()
     assert choose_job(config, "same", [job_info("other-1"), job_info(job_name(config) + "-x")]) == ChosenJob(
         f"{job_name(config)}-1", is_new=True
     )
 
 
 def test_active_job_is_reused():
-    base = job_name(sent_recipe())
+    base = job_name(recipe_config())
     jobs = [job_info(f"{base}-1", "FAILED"), job_info(f"{base}-2", "PENDING")]
-    assert choose_job(sent_recipe(), "same", jobs) == ChosenJob(f"{base}-2", is_new=False)
+    assert choose_job(recipe_config(), "same", jobs) == ChosenJob(f"{base}-2", is_new=False)
 
 
 def test_new_job_gets_the_next_number_after_ended_jobs():
-    base = job_name(sent_recipe())
+    base = job_name(recipe_config())
     jobs = [job_info(f"{base}-10", "STOPPED"), job_info(f"{base}-9", "SUCCEEDED")]
-    assert choose_job(sent_recipe(), "same", jobs) == ChosenJob(f"{base}-11", is_new=True)
-    assert [job.job_id for job in jobs_of(sent_recipe(), jobs)] == [f"{base}-9", f"{base}-10"]
+    assert choose_job(recipe_config(), "same", jobs) == ChosenJob(f"{base}-11", is_new=True)
+    assert [job.job_id for job in jobs_of_run(recipe_config(), jobs)] == [f"{base}-9", f"{base}-10"]
 
 
 def test_an_active_job_with_another_recipe_is_refused():
-    base = job_name(sent_recipe())
+    base = job_name(recipe_config())
     with pytest.raises(ConfigError, match=f"m2f submit --stop {base}-1"):
-        choose_job(sent_recipe(), "other", [job_info(f"{base}-1")])
+        choose_job(recipe_config(), "other", [job_info(f"{base}-1")])
 
 
 @pytest.mark.parametrize(
@@ -266,10 +266,10 @@ def test_status_takes_a_recipe_by_name_or_the_id_of_a_job(monkeypatch, capsys):
 
 
 def test_job_names_differ_between_run_folders():
-    assert job_name(sent_recipe()) != job_name(sent_recipe("output=s3://other/runs"))
+    assert job_name(recipe_config()) != job_name(recipe_config("output=s3://other/runs"))
 
 
-# The way there
+# Connection
 
 
 def test_a_missing_or_wrong_address_is_refused(monkeypatch):
@@ -296,13 +296,13 @@ def free_port() -> int:
 
 @contextmanager
 def ray_head(folder: Path, env: dict[str, str], num_cpus: int = 2):
-    """`ray start --head` on loopback; the address of its dashboard. Everything it started ends with it."""
+    """Run `ray start --head` on loopback and yield the URL of its dashboard. All its processes end with the block."""
     gcs, dashboard, agent = free_port(), free_port(), free_port()
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *("--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
         *(f"--dashboard-port={dashboard}", f"--num-cpus={num_cpus}", f"--temp-dir={folder}"),
-        f"--dashboard-agent-listen-port={agent}",  # the default is taken where other tests still hold a cluster
+        f"--dashboard-agent-listen-port={agent}",  # the default port may be used by other tests
         "--object-store-memory=200000000",
     ]
     with open(folder / "head.log", "wb") as log:
@@ -322,7 +322,7 @@ def ray_head(folder: Path, env: dict[str, str], num_cpus: int = 2):
         head.terminate()
         _, alive = psutil.wait_procs(started, timeout=5)
         for process in alive:
-            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
                 process.kill()
         head.wait()
 
@@ -346,7 +346,7 @@ def dashboard():
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A recipe with everything in a folder that the "nodes" share."""
+    """Write a recipe and its data to a folder that all "nodes" share."""
     folder = tmp_path_factory.mktemp("shared")
     source = SyntheticSource(num_images=8)
     dataset = DatasetConfig(shards=str(folder / "shards"), source=source)
@@ -367,17 +367,17 @@ training: {{max_steps: 100000, global_batch: 2, checkpoint: {{every_steps: 10000
 
 
 def wait_for_steps(config, attempts: int) -> None:
-    """Until that many worker groups have begun and the last of them has done four steps, by their traces."""
+    """Wait until `attempts` worker groups have written traces, and the last one has done four steps."""
 
-    def trains() -> bool:
+    def is_training() -> bool:
         traces = sorted(Path(config.run_folder).glob("traces/*/rank_0000.jsonl"))
         return len(traces) >= attempts and len(traces[-1].read_text().splitlines()) >= 4
 
-    wait_until(trains, "the steps of the job", pause_s=0.5)
+    wait_until(is_training, "the steps of the job", pause_s=0.5)
 
 
 def kill_driver() -> None:
-    """That of the job: the child of the process that Ray has started for it. It has the variables of its node."""
+    """Kill the driver of the job, and check that it has inherited the variables of its node."""
     (driver,) = [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -388,7 +388,7 @@ def kill_driver() -> None:
 
 
 def m2f(*words, token=TOKEN) -> subprocess.CompletedProcess:
-    """In a process of its own, as Ray reads the token when it is imported."""
+    """Run m2f in a separate process, because Ray reads the token when it is imported."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"RAY_AUTH_TOKEN": token}
     command = [sys.executable, "-m", "m2f.cluster.cli", *words]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
@@ -403,21 +403,21 @@ def submit(shared, dashboard):
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_wrong_token_is_reported_with_the_remedy(dashboard):
-    done = m2f("submit", "--status", "some-job", "--address", dashboard, token="f" * 64)
-    assert done.returncode == 2
-    assert "requires a different token" in done.stderr
-    assert "ray get-auth-token" in done.stderr
+    result = m2f("submit", "--status", "some-job", "--address", dashboard, token="f" * 64)
+    assert result.returncode == 2
+    assert "requires a different token" in result.stderr
+    assert "ray get-auth-token" in result.stderr
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_run_is_submitted_followed_and_stopped(submit, shared):
-    """The job would train for hours. Its driver is killed and comes back; --stop ends it with a checkpoint."""
+    """The driver of a long job is killed and restarts; then --stop ends the job with a checkpoint."""
     config = load_recipe(shared / "recipe.yaml")
-    sent = submit("--detach")
-    assert sent.returncode == 0, sent.stderr
-    joined: list[subprocess.CompletedProcess] = []
-    follower = threading.Thread(target=lambda: joined.append(submit()))
+    submitted = submit("--detach")
+    assert submitted.returncode == 0, submitted.stderr
+    followed: list[subprocess.CompletedProcess] = []
+    follower = threading.Thread(target=lambda: followed.append(submit()))
     follower.start()
     wait_for_steps(config, attempts=1)
     kill_driver()
@@ -426,11 +426,11 @@ def test_run_is_submitted_followed_and_stopped(submit, shared):
     follower.join()
     assert stopped.returncode == 0, stopped.stderr
     assert "STOPPED" in stopped.stdout
-    assert f"the run already has a job: {job_name(config)}-1" in joined[0].stdout
-    assert re.search(r"step +3/", joined[0].stdout), joined[0].stdout
-    assert joined[0].returncode == ExitStatus.STOPPED
-    assert "the driver was killed (SIGKILL)" in joined[0].stdout
-    assert joined[0].stdout.count("stopping after a checkpoint") == 1
+    assert f"the run already has a job: {job_name(config)}-1" in followed[0].stdout
+    assert re.search(r"step +3/", followed[0].stdout), followed[0].stdout
+    assert followed[0].returncode == ExitStatus.STOPPED
+    assert "the driver was killed (SIGKILL)" in followed[0].stdout
+    assert followed[0].stdout.count("stopping after a checkpoint") == 1
     (checkpoint,) = list_checkpoints(Storage(), config.run_folder)
     assert checkpoint.step >= 3
     status = submit("--status")
@@ -440,19 +440,19 @@ def test_run_is_submitted_followed_and_stopped(submit, shared):
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_failed_job_gives_its_exit_status(submit, shared):
-    done = submit("name=broken", f"datasets.train.shards={shared}/absent")
-    assert done.returncode == 2
-    assert f"{shared}/absent" in done.stdout
+    result = submit("name=broken", f"datasets.train.shards={shared}/absent")
+    assert result.returncode == 2
+    assert f"{shared}/absent" in result.stdout
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_the_doctor_checks_every_node(dashboard):
-    """A job of its own, with a task on every node; what it finds is the exit status here."""
-    done = m2f("doctor", "--address", dashboard)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """The doctor runs as a job with a task on every node, and its exit status is returned."""
+    result = m2f("doctor", "--address", dashboard)
+    assert result.returncode == 0, result.stdout + result.stderr
     expected = ("gloo all-reduce over 2 processes", "clocks of all nodes agree", "the same Python and Ray")
-    printed = " ".join(done.stdout.split())  # the table breaks lines
+    printed = " ".join(result.stdout.split())  # the table breaks lines
     for words in (*expected, "rejects requests without a token"):
         assert words in printed
 
@@ -460,15 +460,15 @@ def test_the_doctor_checks_every_node(dashboard):
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_doctor_reports_a_cluster_without_token_authentication():
-    """One that was started without tokens, which Ray asks for by default; whatever is set here."""
+    """The cluster was started without tokens. The environment of this process has no influence."""
     folder = Path("/tmp") / f"m2f-open-{os.getpid()}"
     folder.mkdir()
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     env |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
     with ray_head(folder, env) as address:
-        done = m2f("doctor", "--address", address)
+        result = m2f("doctor", "--address", address)
     shutil.rmtree(folder, ignore_errors=True)
-    assert done.returncode == 1, done.stdout + done.stderr
-    printed = " ".join(done.stdout.split())
+    assert result.returncode == 1, result.stdout + result.stderr
+    printed = " ".join(result.stdout.split())
     assert "accepts jobs without a token: anyone who can reach it can run code on the nodes" in printed
     assert "start all nodes with RAY_AUTH_MODE=token" in printed
