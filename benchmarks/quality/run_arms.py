@@ -18,7 +18,7 @@ from benchmarks.quality.arms import ALL_ARMS, ARMS, IMAGE_SETS, Run, list_runs
 from benchmarks.quality.finished_runs import read_run
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_out
-from m2f.cluster.train.signals import handling
+from m2f.cluster.train.signals import handling_signals
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
@@ -87,7 +87,7 @@ class Pool:
         pending = [run for run in runs if not self._is_finished(run)]
         print_out(f"{len(pending)} of {len(runs)} runs to train")
         deadline = time.monotonic() + seconds
-        with handling(lambda _: self._stop()):
+        with handling_signals(lambda _: self._stop()):
             while self._running or (pending and not self._stopped):
                 if time.monotonic() > deadline:
                     self._stop()
