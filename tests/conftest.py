@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: where the optional real data and golden numbers are, and a quiet environment."""
+"""Fixtures shared by all tests: folders of optional real data and golden numbers, and environment variables."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # as clusters of our own have it: tests share the machine
+os.environ.setdefault("RAY_worker_niceness", "0")  # as in local clusters of m2f, because tests share the machine
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A process keeps the authentication mode of its first Ray cluster, so all clusters of a test session have the same one.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
-# Machines are noisy: an example that takes long once is no defect.
+# No deadline, because a single example may be slow on a busy machine.
 hypothesis.settings.register_profile("m2f", deadline=None)
 hypothesis.settings.load_profile("m2f")
 
@@ -31,50 +31,50 @@ SHARED = Path(os.environ.get("M2F_SHARED", REPOSITORY.parent / "shared"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Waits of tests, and of the processes that they start, end before pytest's own limit of a test does."""
+    """Set the patience of tests and of their processes, so that it ends before pytest's timeout of a test."""
     limit = config.getoption("timeout") or config.getini("timeout")
     os.environ["M2F_TEST_PATIENCE_S"] = f"{0.8 * float(limit)}"  # tests.waiting reads it; tests are imported later
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _ranks_of_this_process_are_forks() -> Iterator[None]:
+def _fork_ranks() -> Iterator[None]:
     from m2f.cluster.train import processes
-    from tests.forks import FORKS
+    from tests.forks import FORK_CONTEXT
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "_START", FORKS)
+        patch.setattr(processes, "_SPAWN_CONTEXT", FORK_CONTEXT)
         yield
 
 
-def _present(folder: Path) -> Path:
+def _require_folder(folder: Path) -> Path:
     if not folder.exists():
-        pytest.skip(f"{folder.name} is not here (looked in {folder}); set M2F_SHARED to its parent folder")
+        pytest.skip(f"{folder} does not exist; set M2F_SHARED to the folder that contains the shared data")
     return folder
 
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     """Folder with numbers made by the official code."""
-    return _present(SHARED / "goldens" / "official")
+    return _require_folder(SHARED / "goldens" / "official")
 
 
 @pytest.fixture(scope="session")
 def authors_goldens() -> Path:
     """Folder with numbers made by the code of the authors of later heads."""
-    return _present(SHARED / "goldens" / "beyond")
+    return _require_folder(SHARED / "goldens" / "beyond")
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder with real images and annotations."""
-    return _present(SHARED / "data")
+    return _require_folder(SHARED / "data")
 
 
 @pytest.fixture(scope="module")
 def s3_endpoint() -> Iterator[str]:
     """URL of an S3 server on loopback with an empty bucket `box`; the environment has credentials for it."""
     import boto3
-    from moto.server import ThreadedMotoServer  # takes seconds, which only tests that want it should pay
+    from moto.server import ThreadedMotoServer  # takes seconds, so it is imported only if needed
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -84,12 +84,12 @@ def s3_endpoint() -> Iterator[str]:
             patch.setenv(f"AWS_{name}", value)
         boto3.session.Session().client("s3", endpoint_url=endpoint).create_bucket(Bucket="box")
         yield endpoint
-    urlopen(Request(f"{endpoint}/moto-api/reset", method="POST")).close()  # objects outlive their server otherwise
+    urlopen(Request(f"{endpoint}/moto-api/reset", method="POST")).close()  # the next server would see its objects
     server.stop()
 
 
 @pytest.fixture
 def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """`s3://box`, to which the environment alone leads."""
+    """Return `s3://box`. The environment holds the endpoint and the credentials."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     return "s3://box"

@@ -11,7 +11,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-IMPORTED = [
+PRELOADED_MODULES = [
     "torch._dynamo",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imports Inductor; DeepSpeed imports it if ZeRO is on
     "m2f.cluster.train.local_rank",
@@ -19,12 +19,12 @@ IMPORTED = [
 ]
 
 
-class Forks:
+class ForkContext:
     """The part of a `multiprocessing` context that starts ranks: `Pipe` and `Process`."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(IMPORTED)
+        self._context.set_forkserver_preload(PRELOADED_MODULES)
         self.Pipe = self._context.Pipe
 
     def Process(self, target, args, name=None):
@@ -40,4 +40,4 @@ def _in_environment(environment, target, arguments):
     target(*arguments)
 
 
-FORKS = Forks()
+FORK_CONTEXT = ForkContext()

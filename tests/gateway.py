@@ -1,4 +1,4 @@
-"""A server in front of another one that answers 503 when a test wants it, for S3 stores and MLflow."""
+"""Proxy for S3 stores and MLflow servers that responds with 503 during planned outages."""
 
 import http.client
 import threading
@@ -13,34 +13,34 @@ from tests.waiting import PATIENCE_S
 
 @dataclass
 class Outage:
-    """Begins with the first request for which `begins(method, path)` is true, and lasts `seconds`."""
+    """An outage that begins with the first request for which `begins(method, path)` is true, and lasts `seconds`."""
 
     name: str
     begins: Callable[[str, str], bool]
     seconds: float
-    loses_answer: bool = False
-    """The first request still reaches the server; only what that answers is lost."""
+    loses_response: bool = False
+    """Whether the first request still reaches the server, and only its response is lost."""
     refused: int = 0
-    """Requests so far that got no answer from the server."""
-    until: float = 0.0
-    """Of the monotonic clock."""
-    over: threading.Event = field(default_factory=threading.Event)
+    """Number of requests so far that got no response from the server."""
+    ends_at: float = 0.0
+    """End of the outage on the monotonic clock; 0 before it begins."""
+    has_ended: threading.Event = field(default_factory=threading.Event)
 
-    def fate(self, method: str, path: str) -> Literal["answered", "refused", "lost"]:
-        """What becomes of a request that comes now."""
+    def decide_outcome(self, method: str, path: str) -> Literal["answered", "refused", "lost"]:
+        """Return what happens to a request that arrives now."""
         now = time.monotonic()
-        if not self.until and self.begins(method, path):
-            self.until = now + self.seconds
-        if now >= self.until:
-            if self.until:
-                self.over.set()
+        if not self.ends_at and self.begins(method, path):
+            self.ends_at = now + self.seconds
+        if now >= self.ends_at:
+            if self.ends_at:
+                self.has_ended.set()
             return "answered"
         self.refused += 1
-        return "lost" if self.loses_answer and self.refused == 1 else "refused"
+        return "lost" if self.loses_response and self.refused == 1 else "refused"
 
 
 class Gateway(ThreadingHTTPServer):
-    """Passes requests on. While `closed`, or in an outage, it answers 503 and counts these answers."""
+    """Forwards requests. While `closed` is set, or during an outage, it counts requests and responds with 503."""
 
     daemon_threads = True
 
@@ -58,21 +58,24 @@ class Gateway(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def plan(self, outage: Outage) -> Outage:
-        """It begins when those that were planned before are over. At least one request is refused."""
+        """Add an outage, which can begin when all earlier ones have ended. At least one request is refused."""
         with self._lock:
             self._outages.append(outage)
         return outage
 
-    def fate(self, method: str, path: str) -> Literal["answered", "refused", "lost"]:
-        """What becomes of a request."""
+    def decide_outcome(self, method: str, path: str) -> Literal["answered", "refused", "lost"]:
+        """Return what happens to a request."""
         with self._lock:
-            outage = next((outage for outage in self._outages if not outage.over.is_set()), None)
-            fate = "refused" if self.closed.is_set() else "answered" if outage is None else outage.fate(method, path)
-            self.refused += fate != "answered"
-        return fate
+            outage = next((outage for outage in self._outages if not outage.has_ended.is_set()), None)
+            if self.closed.is_set():
+                outcome = "refused"
+            else:
+                outcome = "answered" if outage is None else outage.decide_outcome(method, path)
+            self.refused += outcome != "answered"
+        return outcome
 
     def handle_error(self, request, client_address):
-        """Clients that hang up are no defect."""
+        """Ignore clients that close the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -82,23 +85,23 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def pass_on(self):
+    def forward(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fate = self.server.fate(self.command, self.path)
-        if fate == "refused":
-            self.answer(503, {}, b"")
+        outcome = self.server.decide_outcome(self.command, self.path)
+        if outcome == "refused":
+            self.respond(503, {}, b"")
             return
         server = http.client.HTTPConnection(self.server.server, timeout=PATIENCE_S)
         server.request(self.command, self.path, body, dict(self.headers))
-        found = server.getresponse()
-        content = found.read()
+        response = server.getresponse()
+        content = response.read()
         server.close()
-        if fate == "lost":
-            self.answer(503, {}, b"")
+        if outcome == "lost":
+            self.respond(503, {}, b"")
         else:
-            self.answer(found.status, dict(found.getheaders()), content)
+            self.respond(response.status, dict(response.getheaders()), content)
 
-    def answer(self, status, headers, body):
+    def respond(self, status, headers, body):
         self.send_response(status)
         length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(body))
         for name, value in headers.items():
@@ -109,4 +112,4 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = do_HEAD = pass_on
+    do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = do_HEAD = forward

@@ -1,4 +1,4 @@
-"""Imports modules where packages are missing: `import_without.py MISSING,... MODULE...`."""
+"""Import modules while packages are missing: `import_without.py MISSING,... MODULE...`."""
 
 import importlib
 import sys

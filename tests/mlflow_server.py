@@ -1,4 +1,4 @@
-"""An MLflow server as a process of its own."""
+"""Start an MLflow server in a separate process."""
 
 import contextlib
 import http.client

@@ -1,4 +1,4 @@
-"""Real file systems that are full or cannot be written to."""
+"""Mount real file systems that are full or read-only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of that size (`2m`) at `folder`. The test is skipped where it may not be mounted."""
+    """Mount a file system of the given size (such as `2m`) at `folder`. Skip the test if mounting is not allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     with _mounted(folder, "-t", "tmpfs", "-o", f"size={size}", "tmpfs"):
         yield folder
@@ -20,15 +20,15 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[Path]:
-    """The folder, which nobody can write to; as root, modes do not count. The test may be skipped as above."""
+    """Mount the folder read-only, because root ignores file modes. Skip the test if mounting is not allowed."""
     with ExitStack() as stack:
         stack.enter_context(_mounted(folder, "--bind", str(folder)))
         _mount(folder, "-o", "remount,ro,bind")
         yield folder
 
 
-def fill(folder: Path, leave: int = 0) -> Path:
-    """Use up the disk of a folder but for some bytes; returns the file to delete."""
+def fill_disk(folder: Path, num_free_bytes: int = 0) -> Path:
+    """Fill the disk of a folder except for `num_free_bytes`, and return the file to delete."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -36,7 +36,7 @@ def fill(folder: Path, leave: int = 0) -> Path:
                 pass
         except OSError:
             pass
-        file.truncate(file.tell() - leave)
+        file.truncate(file.tell() - num_free_bytes)
     return filler
 
 
@@ -50,6 +50,6 @@ def _mounted(folder: Path, *words: str) -> Iterator[None]:
 
 
 def _mount(folder: Path, *words: str) -> None:
-    done = subprocess.run(["mount", *words, str(folder)], check=False, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a file system for this test cannot be mounted here: {done.stderr.strip()}")
+    result = subprocess.run(["mount", *words, str(folder)], check=False, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"a file system for this test cannot be mounted here: {result.stderr.strip()}")

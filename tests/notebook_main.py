@@ -1,7 +1,7 @@
-"""Runs the code cells of a notebook in order, as Jupyter does: notebook_main.py NOTEBOOK [STORED]
+"""Run the code cells of a notebook in order, as Jupyter does: notebook_main.py NOTEBOOK [STORED]
 
-With STORED, a copy is written that holds what the cells print and show, with paths from the working directory on. After
-a change of docs/python.ipynb, give it twice, from an empty folder.
+With STORED, a copy with the outputs of the cells is written, in which paths are relative to the working directory.
+After a change of docs/python.ipynb, run this from an empty folder with docs/python.ipynb as both arguments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def run_cell(source, names):
-    """What a cell prints, and the value of its last line if that is an expression."""
+    """Run a cell. Return what it prints, and the value of its last line if that is an expression."""
     tree = ast.parse(source)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     printed = io.StringIO()
@@ -29,7 +29,7 @@ def run_cell(source, names):
 
 
 def outputs(printed, value):
-    """As a notebook stores them."""
+    """Return the outputs of a cell in the format of notebooks."""
     found = [{"output_type": "stream", "name": "stdout", "text": printed.splitlines(keepends=True)}] if printed else []
     if value is not None:
         data = {"text/plain": re.sub(r" at 0x[0-9A-F]+", "", repr(value)).splitlines(keepends=True)}

@@ -1,6 +1,6 @@
-"""Run by test_package.py beside files with the names of our folders: packaged.py HOME ARCHIVES
+"""Check an installation of m2f from a folder with files named like our packages: packaged.py HOME ARCHIVES
 
-Everything of m2f must come from HOME, the folder that holds `m2f`; what is sent to a cluster is packed in ARCHIVES.
+All modules of m2f must come from HOME, the folder that contains `m2f`. The upload for a cluster is packed in ARCHIVES.
 """
 
 import importlib
@@ -15,9 +15,9 @@ from m2f.cluster.submit.upload import pack  # noqa: E402
 
 for name in ("eval.inference.evaluator", "model.mask2former", "trainer.loop", "cluster.verbs.train"):
     importlib.import_module(f"m2f.{name}")
-ours = {name: Path(module.__file__ or "") for name, module in sys.modules.items() if name.partition(".")[0] == "m2f"}
-outside = {name: path for name, path in ours.items() if not path.is_relative_to(home)}
-assert not outside, outside
+paths = {name: Path(module.__file__ or "") for name, module in sys.modules.items() if name.partition(".")[0] == "m2f"}
+misplaced = {name: path for name, path in paths.items() if not path.is_relative_to(home)}
+assert not misplaced, misplaced
 assert not {"model", "eval", "trainer"} & set(sys.modules)
 assert demo.RECIPE.is_relative_to(home), demo.RECIPE
 archives.mkdir()

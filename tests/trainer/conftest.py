@@ -13,7 +13,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
-from tests.forks import FORKS
+from tests.forks import FORK_CONTEXT
 from tests.trainer.rank_process import run_rank
 from tests.waiting import PATIENCE_S
 
@@ -39,7 +39,7 @@ class Launcher:
         processes = []
         for rank, log in enumerate(logs):
             variables = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(FORKS.Process(run_rank, (variables, scenarios, self.folder, log)))
+            processes.append(FORK_CONTEXT.Process(run_rank, (variables, scenarios, self.folder, log)))
             processes[-1].start()
         deadline = time.monotonic() + timeout_s
         try:

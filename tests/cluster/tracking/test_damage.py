@@ -17,7 +17,7 @@ from m2f.cluster.tracking.reporter import TrackingReporter
 from m2f.cluster.tracking.tracked_run import RunLease
 from m2f.cluster.tracking.tracking import Tracking, TrackingError, create_run, find_run
 from m2f.data_pipeline.config import StorageConfig
-from tests.mounts import fill, read_only, small_disk
+from tests.mounts import fill_disk, read_only, small_disk
 from tests.waiting import PATIENCE_S, wait_until
 
 RECIPE = """
@@ -45,7 +45,7 @@ def run(config, migrated_database):
 @contextmanager
 def full_disk(folder):
     with small_disk(folder, "16k"):
-        fill(folder)
+        fill_disk(folder)
         yield
 
 
@@ -109,7 +109,7 @@ def test_metrics_rejected_by_a_full_disk_can_be_reported_again(run, config, tmp_
         tracking = Tracking(full, "driver", interval_s=3600.0)
         reporter = TrackingReporter(tracking)
         assert reporter.track(1, {"loss": 1.0})
-        filler = fill(disk)
+        filler = fill_disk(disk)
         accepted = [reporter.track(step, {"loss": float(step)}) for step in range(2, 200)]
         assert not all(accepted), "the disk is larger than it should be"
         assert "cannot write" in caplog.text
@@ -125,7 +125,7 @@ def test_full_disk_at_the_end_keeps_journals_for_the_next_start(run, config, tmp
         evaluation = Journal(held.journal("evaluation"))
         evaluation.append({"metrics": {"val/PQ": 50.0}, "step": 4, "time_ms": 1})
         tracking = Tracking(held, "driver", interval_s=0.05)
-        filler = fill(disk)
+        filler = fill_disk(disk)
         assert not tracking.finish("FINISHED", 1.0)
         assert "free some space, and start the run again" in caplog.text
         assert evaluation.path.exists()
@@ -138,7 +138,7 @@ def test_full_disk_at_the_end_keeps_journals_for_the_next_start(run, config, tmp
 def test_failed_append_on_a_full_disk_leaves_no_partial_line(tmp_path):
     with small_disk(tmp_path / "small", "64k") as disk:
         journal = Journal(disk / "a.jsonl")
-        filler = fill(disk, leave=4096)
+        filler = fill_disk(disk, num_free_bytes=4096)
         with pytest.raises(OSError, match="No space"):
             journal.append({"long": "x" * 9000})  # a part of it finds room
         journal.append({"short": 1})

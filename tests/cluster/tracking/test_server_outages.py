@@ -67,7 +67,7 @@ def gateway(server):
 
 @pytest.mark.slow
 def test_run_is_created_once_despite_server_outages(server, gateway, tmp_path):
-    lost = gateway.plan(Outage("create", lambda method, path: path.endswith("runs/create"), 2.0, loses_answer=True))
+    lost = gateway.plan(Outage("create", lambda method, path: path.endswith("runs/create"), 2.0, loses_response=True))
     params = gateway.plan(Outage("params", lambda method, path: path.endswith("runs/log-batch"), 2.0))
     recipe = gateway.plan(Outage("recipe", lambda method, path: path.endswith("recipe.yaml"), 2.0))
     made = create_run(config_at(gateway.url, tmp_path))

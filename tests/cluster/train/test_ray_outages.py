@@ -48,13 +48,13 @@ def config(gateway, tmp_path, seconds, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     bucket = StorageConfig(endpoint_url=gateway.url, region="us-east-1")
     place = f"s3://box/{tmp_path.name}"
-    made = tiny_config(tmp_path, "disturbed", small_sets(f"{place}/shards", Storage(bucket)))
-    stall_timeout_s = 40.0 if seconds > 40.0 else made.training.stall_timeout_s  # a long outage is no stall
+    base = tiny_config(tmp_path, "disturbed", small_sets(f"{place}/shards", Storage(bucket)))
+    stall_timeout_s = 40.0 if seconds > 40.0 else base.training.stall_timeout_s  # a long outage is no stall
     return replace(
-        made,
+        base,
         output=f"{place}/runs",
         storage=bucket,
-        training=replace(made.training, stall_timeout_s=stall_timeout_s),
+        training=replace(base.training, stall_timeout_s=stall_timeout_s),
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
     )
 
@@ -69,46 +69,48 @@ def kill_a_worker():
     raise AssertionError("no worker lives")
 
 
-def disturb(gateway, config, moments, seconds, gate, seen):
+def run_outages(gateway, config, outages, seconds, gate, refused_requests):
     """Plan the outages one after the other, and note how many requests each refused; open the gate with the last."""
-    for moment in moments:
+    for moment in outages:
         if moment == "look-up":
             wait_until(lambda: list_commits(Storage(config.storage), config.run_folder))
         outage = gateway.plan(Outage(moment, MOMENTS[moment], seconds))
-        if moment == moments[-1]:
+        if moment == outages[-1]:
             gate.touch()
         if moment == "look-up":
             kill_a_worker()
-        wait_until(outage.over.is_set, f"the end of the outage at {moment}", patience_s=seconds + PATIENCE_S)
-        seen[moment] = outage.refused
+        wait_until(outage.has_ended.is_set, f"the end of the outage at {moment}", patience_s=seconds + PATIENCE_S)
+        refused_requests[moment] = outage.refused
 
 
 LONG = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.parametrize(
-    ("moments", "seconds"),
+    ("outages", "seconds"),
     [
         pytest.param(tuple(MOMENTS), 4.0, id="4s"),
         pytest.param(tuple(MOMENTS), 45.0, marks=LONG, id="45s"),
         *(pytest.param((moment,), 300.0, marks=LONG, id=f"300s-{moment}") for moment in MOMENTS),
     ],
 )
-def test_storage_outages_do_not_change_results(calm_run, gateway, config, gate, moments, seconds, tmp_path):
-    seen: dict[str, int] = {}
-    disturbance = threading.Thread(target=disturb, args=(gateway, config, moments, seconds, gate, seen), daemon=True)
-    disturbance.start()
+def test_storage_outages_do_not_change_results(baseline_run, gateway, config, gate, outages, seconds, tmp_path):
+    refused_requests: dict[str, int] = {}
+    outage_thread = threading.Thread(
+        target=run_outages, args=(gateway, config, outages, seconds, gate, refused_requests), daemon=True
+    )
+    outage_thread.start()
     summary = run_training(config)
-    disturbance.join(PATIENCE_S)
-    assert list(seen) == list(moments)
-    assert all(seen.values()), seen
+    outage_thread.join(PATIENCE_S)
+    assert list(refused_requests) == list(outages)
+    assert all(refused_requests.values()), refused_requests
     assert summary.status == "finished"
-    assert len(summary.failures) == ("look-up" in moments)
-    assert tracked_points(summary.tracked, "train/loss/total") == calm_run.losses
+    assert len(summary.failures) == ("look-up" in outages)
+    assert tracked_points(summary.tracked, "train/loss/total") == baseline_run.losses
     steps = list(range(EVERY, STEPS + 1, EVERY))
     assert [(entry.step, entry.status) for entry in summary.evaluations] == [(step, "published") for step in steps]
     assert [step for step, _ in tracked_points(summary.tracked, "val/PQ")] == steps
     assert summary.checkpoint is not None
     copy = tmp_path / "weights.safetensors"
     copy.write_bytes(Storage(config.storage).get(f"{summary.checkpoint.url}/{copy.name}"))
-    assert_equal_files(copy, Path(calm_run.run_folder, "checkpoints", f"step_{STEPS:08d}-1", copy.name))
+    assert_equal_files(copy, Path(baseline_run.run_folder, "checkpoints", f"step_{STEPS:08d}-1", copy.name))

@@ -8,7 +8,7 @@ import pytest
 
 from m2f.data_pipeline.errors import ObjectExistsError, StorageError
 from m2f.data_pipeline.storage.storage import Storage
-from tests.mounts import fill, read_only, small_disk
+from tests.mounts import fill_disk, read_only, small_disk
 
 
 def test_only_one_of_many_writers_creates_a_file_without_hard_links(tmp_path, monkeypatch):
@@ -35,7 +35,7 @@ def test_copy_to_a_full_disk_raises_error_naming_the_target(tmp_path):
     source = tmp_path / "source"
     source.write_bytes(b"x" * 100_000)
     with small_disk(tmp_path / "small", "64k") as disk:
-        fill(disk)
+        fill_disk(disk)
         with pytest.raises(StorageError, match=r"small/copy: No space left on device; free some space"):
             Storage().get_file(str(source), disk / "copy")
 

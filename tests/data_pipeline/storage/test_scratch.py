@@ -9,7 +9,7 @@ import pytest
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage import scratch
 from m2f.data_pipeline.storage.scratch import ScratchFolder, report_full_disk, require_free_space, sweep
-from tests.mounts import fill, read_only, small_disk
+from tests.mounts import fill_disk, read_only, small_disk
 
 SCRIPT = Path(__file__).with_name("killed_with_scratch.py")
 
@@ -77,7 +77,7 @@ def test_full_temporary_disk_raises_storage_error(temporary):
 
 def test_missing_temporary_directory_raises_storage_error(temporary, monkeypatch):
     with small_disk(temporary / "small", "64k") as disk:
-        fill(disk)
+        fill_disk(disk)
         monkeypatch.setattr(tempfile, "tempdir", None)
         monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(disk)])  # what TMPDIR, /tmp, ... can be
         with pytest.raises(StorageError, match=r"No usable temporary directory .* set TMPDIR"):
