@@ -214,7 +214,7 @@ class _Loop:
             self._uncommitted[state.step] = metrics
 
     def _report_substitutions(self, state: TrainState, batches: StepBatches) -> None:
-        for found in self._bad_samples.note(batches.substitutions):  # a collective
+        for found in self._bad_samples.add(batches.substitutions):  # a collective
             message = f"{found.cause}; replaced by {found.substitute!r} at position {found.position}"
             self._notify("substituted", state.step, message)
 

@@ -63,18 +63,18 @@ def recorded_attention(model: Segmenter) -> Iterator[list[AttentionMap]]:
     maps: list[AttentionMap] = []
     sizes: list[tuple[int, int]] = []
 
-    def note_sizes(_: nn.Module, inputs: tuple[Sequence[Tensor], Tensor]) -> None:
+    def record_sizes(_: nn.Module, inputs: tuple[Sequence[Tensor], Tensor]) -> None:
         sizes[:] = [(feature.shape[-2], feature.shape[-1]) for feature in inputs[0]]
 
-    def note_weights(index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record_weights(index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         group = groups[index % len(groups)]
         strides, shapes = tuple(32 >> level for level in group), tuple(sizes[level] for level in group)
         maps.append(AttentionMap(index + 1, strides, shapes, attention_weights(module, *inputs)))
 
     with ExitStack() as hooks:
-        handles = [decoder.register_forward_pre_hook(note_sizes)]
+        handles = [decoder.register_forward_pre_hook(record_sizes)]
         handles += [
-            cast("DecoderLayer", layer).cross.register_forward_pre_hook(partial(note_weights, index))
+            cast("DecoderLayer", layer).cross.register_forward_pre_hook(partial(record_weights, index))
             for index, layer in enumerate(decoder.layers)
         ]
         for handle in handles:

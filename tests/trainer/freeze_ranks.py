@@ -29,10 +29,10 @@ def frozen_job(folder: Path, name: str, stage: int, steps: int = 4) -> TrainJob:
 def frozen(folder: Path, stage: str) -> dict:
     """A whole run, and one that stops after two steps and goes on."""
     whole = train(frozen_job(folder, "whole", int(stage)))
-    stopped = train(frozen_job(folder, "parted", int(stage)), control=StopAt(polls=3))
-    return {"whole": whole, "stopped": stopped, "resumed": train(frozen_job(folder, "parted", int(stage)))}
+    stopped = train(frozen_job(folder, "stopped", int(stage)), control=StopAt(polls=3))
+    return {"whole": whole, "stopped": stopped, "resumed": train(frozen_job(folder, "stopped", int(stage)))}
 
 
 def frozen_alone(folder: Path, stage: str) -> dict:
     """The second run goes on with another number of ranks."""
-    return train(frozen_job(folder, "parted", int(stage), steps=6))
+    return train(frozen_job(folder, "stopped", int(stage), steps=6))

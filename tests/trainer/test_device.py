@@ -43,13 +43,13 @@ def test_two_ranks_on_one_gpu_are_refused(names, problem):
 
 
 def test_rank_uses_the_gpu_of_its_local_rank(monkeypatch):
-    taken = []
+    selected = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "set_device", selected.append)
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert select_device() == torch.device("cuda", 0)
-    assert taken == [0]
+    assert selected == [0]
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(TrainingError, match=r"needs the GPU with index 1 .* torch sees only 1 .*; start fewer ranks"):
         select_device()
@@ -57,11 +57,11 @@ def test_rank_uses_the_gpu_of_its_local_rank(monkeypatch):
 
 @pytest.mark.parametrize(("rank", "line"), [(0, "attention by a"), (1, "attention by a"), (0, None)])
 def test_first_rank_reports_the_attention_kernels_in_use(rank, line, monkeypatch):
-    tried, reporter = [], Recorder()
-    monkeypatch.setattr(m2f.trainer.setup, "select_attention_backends", lambda device: tried.append(device) or line)
+    checked, reporter = [], Recorder()
+    monkeypatch.setattr(m2f.trainer.setup, "select_attention_backends", lambda device: checked.append(device) or line)
     ranks = SimpleNamespace(is_first=rank == 0, gather=lambda name: [name, "GPU-b of x"])
     assert prepare_device(ranks, reporter) == torch.device("cpu")
-    assert tried == [torch.device("cpu")]
+    assert checked == [torch.device("cpu")]
     assert reporter.events == ([("device", 0, "attention by a")] if line and rank == 0 else [])
 
 

@@ -95,9 +95,9 @@ def test_run_with_frozen_parts_trains_the_rest_and_resumes_exactly(runs, stage):
     for name, value in whole.items():
         is_frozen = name.startswith("backbone.")
         assert torch.equal(value, start[name]) == is_frozen, name
-    stopped = weights_of(runs, "parted", stage, 4)
+    stopped = weights_of(runs, "stopped", stage, 4)
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    average, stored = (weights_of(runs, name, stage, 4, "ema.safetensors") for name in ("whole", "parted"))
+    average, stored = (weights_of(runs, name, stage, 4, "ema.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(average[name], stored[name]) for name in whole)
     assert all(torch.equal(average[name], start[name]) for name in whole if name.startswith("backbone."))
 
@@ -107,7 +107,7 @@ def test_run_with_frozen_parts_trains_the_rest_and_resumes_exactly(runs, stage):
 def test_frozen_weights_survive_another_number_of_ranks(runs, stage):
     seen = runs.result(f"frozen_alone:{stage}")
     assert seen.get("error") is None
-    before, after = (weights_of(runs, "parted", stage, step) for step in (4, 6))
+    before, after = (weights_of(runs, "stopped", stage, step) for step in (4, 6))
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if name.startswith("backbone.")} <= same
     assert "transformer_decoder.class_embed.weight" not in same

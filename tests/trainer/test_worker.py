@@ -74,7 +74,7 @@ def test_single_machine_run_listens_only_on_loopback(ranks):
     assert listening == {"127.0.0.1"}
 
 
-TWICE = """
+TRAIN_TWICE = """
 import sys
 from pathlib import Path
 from m2f.trainer.worker import run_worker
@@ -87,7 +87,7 @@ for name in ("first", "second"):
 @pytest.mark.slow
 def test_one_process_can_train_twice(no_launcher, training_shards, tmp_path):
     repository = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", TWICE, str(tmp_path), str(training_shards)]
+    command = [sys.executable, "-c", TRAIN_TWICE, str(tmp_path), str(training_shards)]
     done = subprocess.run(
         command,
         cwd=repository,

@@ -17,7 +17,7 @@ class BadSamples:
         self._limit, self._ranks = limit, ranks
         self._causes: dict[str, str] = {}
 
-    def note(self, substitutions: Sequence[Substitution]) -> list[Substitution]:
+    def add(self, substitutions: Sequence[Substitution]) -> list[Substitution]:
         """Add this rank's substitutions of a step; return those of all ranks, ordered by position.
 
         Every rank must call it.

@@ -110,14 +110,14 @@ class SlowRank:
     host: str
     work: Literal["data", "forward"]
     seconds: float
-    usual: float
+    median: float
     """Time of the median rank."""
 
     def __str__(self) -> str:
         what = "waiting for data" if self.work == "data" else "on forward passes"
         return (
             f"rank {self.rank} on {self.host} spends {self.seconds:.2f} s per step {what}, "
-            f"the median rank {self.usual:.2f} s"
+            f"the median rank {self.median:.2f} s"
         )
 
 
@@ -126,7 +126,7 @@ def slow_ranks(numbers: Sequence[RankNumbers]) -> list[SlowRank]:
     found = []
     for work in ("data", "forward"):
         seconds = [n.data_s if work == "data" else n.forward_s for n in numbers]
-        usual = median_low(seconds)
-        limit = max(SLOW_FACTOR * usual, usual + SLOW_S)
-        found += [SlowRank(n.rank, n.host, work, s, usual) for n, s in zip(numbers, seconds, strict=True) if s > limit]
+        median = median_low(seconds)
+        limit = max(SLOW_FACTOR * median, median + SLOW_S)
+        found += [SlowRank(n.rank, n.host, work, s, median) for n, s in zip(numbers, seconds, strict=True) if s > limit]
     return found

@@ -70,13 +70,13 @@ def test_checkpoint_can_be_committed_again_after_its_commit_was_withdrawn(run_fo
 def test_a_commit_without_its_entry_is_listed_and_pinned_by_the_next_start(run_folder):
     storage = Storage()
     commit(storage, run_folder, 10, 1)
-    unlisted = save(storage, run_folder, 20, 1)
+    missing = save(storage, run_folder, 20, 1)
     assert steps(storage, run_folder) == [10]
     repair_commits(storage, run_folder, evaluates=True)
     assert steps(storage, run_folder) == [10, 20]
-    assert pins(storage, unlisted.url) == (EVALUATION_PIN,)
+    assert pins(storage, missing.url) == (EVALUATION_PIN,)
     repair_commits(storage, run_folder, evaluates=False)
-    assert pins(storage, unlisted.url) == ()
+    assert pins(storage, missing.url) == ()
 
 
 def test_late_commits_of_a_driver_that_lost_the_lease_are_ignored(run_folder):

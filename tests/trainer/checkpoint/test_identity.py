@@ -22,18 +22,20 @@ from m2f.trainer.errors import CheckpointError
 
 CLASSES = (Category(7, "car", True, (1, 2, 3)), Category(2, "sky", False, (4, 5, 6)))
 RULES = InputRules(shortest_edge=64, max_size=96, pixel_mean=(1.0, 2.0, 3.0), pixel_std=(4.0, 5.0, 6.5))
-MADE = ModelIdentity(label_spaces=(LabelSpace("panoptic", CLASSES),), input=RULES, num_queries=12, recipe="name: x\n")
+IDENTITY = ModelIdentity(
+    label_spaces=(LabelSpace("panoptic", CLASSES),), input=RULES, num_queries=12, recipe="name: x\n"
+)
 
 
 def test_identity_round_trips_through_text_and_metadata(tmp_path):
-    assert ModelIdentity.from_json(MADE.to_json(), "x") == MADE
-    assert MADE.tasks == ("panoptic",)
+    assert ModelIdentity.from_json(IDENTITY.to_json(), "x") == IDENTITY
+    assert IDENTITY.tasks == ("panoptic",)
     weights = {"a": torch.arange(3.0)}
-    save_file(weights, tmp_path / "w.safetensors", metadata={"format": "pt", METADATA_KEY: MADE.to_json()})
-    assert read_metadata(tmp_path / "w.safetensors") == MADE
+    save_file(weights, tmp_path / "w.safetensors", metadata={"format": "pt", METADATA_KEY: IDENTITY.to_json()})
+    assert read_metadata(tmp_path / "w.safetensors") == IDENTITY
     assert torch.equal(load_file(tmp_path / "w.safetensors")["a"], weights["a"])
-    torch.save({"model": weights, METADATA_KEY: MADE.to_json()}, tmp_path / "w.pth")
-    assert read_metadata(tmp_path / "w.pth") == MADE
+    torch.save({"model": weights, METADATA_KEY: IDENTITY.to_json()}, tmp_path / "w.pth")
+    assert read_metadata(tmp_path / "w.pth") == IDENTITY
 
 
 def test_weights_without_identity_return_none(tmp_path):
@@ -52,14 +54,14 @@ def test_a_damaged_identity_is_named(text):
 
 
 def test_ranks_refuse_a_checkpoint_of_other_classes_or_another_task(tmp_path):
-    (tmp_path / "identity.json").write_text(MADE.to_json())
+    (tmp_path / "identity.json").write_text(IDENTITY.to_json())
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/identity.json").write_text("{}")
     urls = [str(tmp_path / "absent"), str(tmp_path / "damaged"), str(tmp_path)]
-    require_own_checkpoint(Storage(), urls, MADE)
+    require_own_checkpoint(Storage(), urls, IDENTITY)
     require_own_checkpoint(Storage(), urls, None)
-    reordered = replace(MADE, label_spaces=(LabelSpace("panoptic", CLASSES[::-1]),))
+    reordered = replace(IDENTITY, label_spaces=(LabelSpace("panoptic", CLASSES[::-1]),))
     with pytest.raises(CheckpointError, match=r"checkpoint: id 7 'car' \(thing\); data: id 2 'sky' \(stuff\)"):
         require_own_checkpoint(Storage(), urls, reordered)
     with pytest.raises(CheckpointError, match=r"for the task panoptic, but data\.task is semantic"):
-        require_own_checkpoint(Storage(), urls, replace(MADE, label_spaces=(LabelSpace("semantic", CLASSES),)))
+        require_own_checkpoint(Storage(), urls, replace(IDENTITY, label_spaces=(LabelSpace("semantic", CLASSES),)))

@@ -80,9 +80,9 @@ def test_start_aborts_only_writes_of_earlier_leases(run_folder):
         begin_write(join(f"{run_folder}-2", "checkpoints/step_00000004-1/engine/states.pt"))  # another run's
         assert len(storage.list_unfinished(run_folder)) == 3
         repair_commits(storage, run_folder, evaluates=False)
-    left = [write.url.removeprefix(run_folder) for write in storage.list_unfinished(run_folder)]
-    assert len(left) == 2
-    assert [url for url in left if url.startswith("/checkpoints/step_00000006-2/engine/")]
+    remaining = [write.url.removeprefix(run_folder) for write in storage.list_unfinished(run_folder)]
+    assert len(remaining) == 2
+    assert [url for url in remaining if url.startswith("/checkpoints/step_00000006-2/engine/")]
     assert len(storage.list_unfinished(f"{run_folder}-2")) == 1
 
 

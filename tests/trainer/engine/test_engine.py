@@ -41,11 +41,11 @@ def plain(launcher, steps):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def one_rank(tmp_path_factory):
     launcher = Launcher(tmp_path_factory.mktemp("one_rank"))
-    waits = (f"engine_waits:{case}" for case in HOST_SYNC_CASES)
+    sync_scenarios = (f"engine_waits:{case}" for case in HOST_SYNC_CASES)
     cases = (f"engine_alone:{case}" for case in SINGLE_RANK_CASES)
-    launcher.run_each(["engine_plain", "engine_poisoned", *waits, *cases], ranks=1)
+    launcher.run_each(["engine_plain", "engine_poisoned", *sync_scenarios, *cases], ranks=1)
     return Steps(launcher, "engine_alone")
 
 
@@ -113,25 +113,25 @@ def test_all_ranks_report_equal_losses_and_norms(steps, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SINGLE_RANK_CASES)
-def test_one_rank_without_buckets_gives_bit_identical_results(alone, case):
-    seen = alone[case]
+def test_one_rank_without_buckets_gives_bit_identical_results(one_rank, case):
+    seen = one_rank[case]
     assert seen["alone"] == seen["among"]
     tolerance = 0.02 if "bf16" in case else 1e-5
-    assert seen["alone"]["losses"] == pytest.approx(alone.launcher.result("engine_plain")["losses"], rel=tolerance)
+    assert seen["alone"]["losses"] == pytest.approx(one_rank.launcher.result("engine_plain")["losses"], rel=tolerance)
 
 
 @pytest.mark.slow
-def test_a_step_with_a_bad_gradient_is_not_applied(alone):
-    (first, first_change), (second, second_change), (third, third_change) = alone.launcher.result("engine_poisoned")
+def test_a_step_with_a_bad_gradient_is_not_applied(one_rank):
+    (first, first_change), (second, second_change), (third, third_change) = one_rank.launcher.result("engine_poisoned")
     assert (first, second, third) == (True, False, True)
     assert second_change == 0 < min(first_change, third_change)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HOST_SYNC_CASES)
-def test_update_does_not_wait_for_the_device(alone, case):
+def test_update_does_not_wait_for_the_device(one_rank, case):
     """Counted on a CPU. An offloaded update has its norms on the host already; its backward pass asks nothing, too."""
-    seen = alone.launcher.result(f"engine_waits:{case}")
+    seen = one_rank.launcher.result(f"engine_waits:{case}")
     assert seen["synchronized"] == 0
     assert max(seen["backward"]) <= 3  # of deformable attention's form for CPUs
     assert max(seen["update"]) == 0 or case == "offload"
@@ -139,9 +139,9 @@ def test_update_does_not_wait_for_the_device(alone, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["stage1", "stage2", "bf16"])
-def test_update_makes_few_calls_from_the_host(alone, case):
+def test_update_makes_few_calls_from_the_host(one_rank, case):
     """Two for every parameter, which copy its gradient, and some for every group; there were ten."""
-    seen = alone.launcher.result(f"engine_waits:{case}")
+    seen = one_rank.launcher.result(f"engine_waits:{case}")
     assert max(seen["calls"]) < 2.5 * seen["parameters"]
 
 

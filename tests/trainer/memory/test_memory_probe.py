@@ -77,10 +77,10 @@ def test_probe_computes_a_whole_step_and_restores_the_state(monkeypatch):
     assert batch.targets.id_maps.unique().tolist() == list(range(1, 9))
     assert _fits(module, batch, reserved_bytes=1000)
 
-    def full(*arguments):
+    def raise_out_of_memory(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(m2f.trainer.engine.module, "compute_losses", full)
+    monkeypatch.setattr(m2f.trainer.engine.module, "compute_losses", raise_out_of_memory)
     assert not _fits(module, batch, reserved_bytes=1000)
     assert all(parameter.grad is None for parameter in module.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
