@@ -47,14 +47,16 @@ def write_shards(config: DatasetConfig, storage: Storage) -> None:
     commit_manifest(plan, parts, storage)
 
 
-def small_sets(place: str, storage: Storage) -> dict[str, DatasetConfig]:
-    made = {
-        "train": DatasetConfig(shards=f"{place}/train", source=SyntheticSource(num_images=24)),
-        "val": DatasetConfig(shards=f"{place}/val", source=SyntheticSource(num_images=20, seed=1, image_id_start=1001)),
+def small_sets(folder: str, storage: Storage) -> dict[str, DatasetConfig]:
+    datasets = {
+        "train": DatasetConfig(shards=f"{folder}/train", source=SyntheticSource(num_images=24)),
+        "val": DatasetConfig(
+            shards=f"{folder}/val", source=SyntheticSource(num_images=20, seed=1, image_id_start=1001)
+        ),
     }
-    for config in made.values():
+    for config in datasets.values():
         write_shards(config, storage)
-    return made
+    return datasets
 
 
 def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> RunConfig:
@@ -116,24 +118,24 @@ def assert_equal_weights(first: str, second: str) -> None:
 
 def assert_equal_files(first: Path, second: Path) -> None:
     """Two files of weights hold the same ones to the last bit; their metadata may differ."""
-    weights, others = load_file(first), load_file(second)
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    first_weights, second_weights = load_file(first), load_file(second)
+    assert first_weights.keys() == second_weights.keys()
+    assert all(torch.equal(first_weights[name], second_weights[name]) for name in first_weights)
 
 
 @contextmanager
 def changed_losses(change):
     """Let the losses of every micro-batch be `change(losses, targets)`."""
-    real = m2f.trainer.engine.module.compute_losses
+    original = m2f.trainer.engine.module.compute_losses
 
     def changed(predictions, targets, *rest):
-        return change(real(predictions, targets, *rest), targets)
+        return change(original(predictions, targets, *rest), targets)
 
     m2f.trainer.engine.module.compute_losses = changed
     try:
         yield
     finally:
-        m2f.trainer.engine.module.compute_losses = real
+        m2f.trainer.engine.module.compute_losses = original
 
 
 class FullInBackward(torch.autograd.Function):
@@ -185,22 +187,22 @@ def slow_loop(arguments):
 @contextmanager
 def refused_upload(marker: Path):
     """The store refuses the first upload of rank 1; `marker` is a file that remembers that."""
-    real = Storage.put_file
+    original = Storage.put_file
 
     def put_file(self, url, path):
         if "zero_pp_rank_1" in url and not marker.exists():
             marker.touch()
             raise StorageError(f"{url}: the store refuses to write (AccessDenied)")
-        real(self, url, path)
+        original(self, url, path)
 
     Storage.put_file = put_file
     try:
         yield
     finally:
-        Storage.put_file = real
+        Storage.put_file = original
 
 
-def troubled_loop(arguments):
+def faulty_loop(arguments):
     """What a Ray worker runs: its first upload is refused, later memory is short in step 5, steps 8 and 9 spike.
 
     Step 5 waits for the commit of step 4, and step 9 for the evaluation of step 8.
@@ -208,20 +210,20 @@ def troubled_loop(arguments):
     from m2f.cluster.train.worker import train_loop
 
     folder = Path(arguments["settings"].job.run_folder)
-    ledger = str(folder / "evaluations" / "queue.json")
+    queue_file = str(folder / "evaluations" / "queue.json")
     first_attempt = not (folder / "refused").exists()
 
-    def trouble(losses, targets):
+    def inject_faults(losses, targets):
         position = int(targets.position.max())
         if first_attempt:
             return losses
         if 16 <= position < 20:
             _wait_for(lambda: list_commits(Storage(), str(folder)))
         if 32 <= position < 36:
-            _wait_for(lambda: any(entry.step == 8 and entry.settled for entry in read_entries(Storage(), ledger)))
+            _wait_for(lambda: any(entry.step == 8 and entry.settled for entry in read_entries(Storage(), queue_file)))
         return spike(28, out_of_memory(17, losses, targets), targets)
 
-    with refused_upload(folder / "refused"), changed_losses(trouble):
+    with refused_upload(folder / "refused"), changed_losses(inject_faults):
         train_loop(arguments)
 
 
@@ -233,15 +235,15 @@ def _wait_for(condition) -> None:
         time.sleep(0.1)
 
 
-def mistaken_loop(arguments):
+def buggy_loop(arguments):
     """What a Ray worker runs, with a bug that only rank 1 meets in its third step."""
     from m2f.cluster.train.worker import train_loop
 
-    def mistake(losses, targets):
+    def inject_bug(losses, targets):
         if (targets.position == 9).any():
             Path(arguments["settings"].job.run_folder, "mistake").touch()
             raise ValueError("the colour of sample 9 is wrong")
         return losses
 
-    with changed_losses(mistake):
+    with changed_losses(inject_bug):
         train_loop(arguments)

@@ -15,7 +15,7 @@ from tests.gateway import Gateway
 
 
 @dataclass(frozen=True)
-class CalmRun:
+class BaselineRun:
     """What `tiny_config` gives where nothing happens; faults, stores and launchers change no bit of it."""
 
     run_folder: str
@@ -24,13 +24,13 @@ class CalmRun:
 
 
 @pytest.fixture(scope="session")
-def calm_run(tmp_path_factory: pytest.TempPathFactory) -> CalmRun:
+def baseline_run(tmp_path_factory: pytest.TempPathFactory) -> BaselineRun:
     """Trained once for all tests that compare with it."""
-    folder = tmp_path_factory.mktemp("calm")
-    config = replace(tiny_config(folder, "calm", small_sets(str(folder), Storage())), evaluation=EvaluationConfig())
+    folder = tmp_path_factory.mktemp("baseline")
+    config = replace(tiny_config(folder, "baseline", small_sets(str(folder), Storage())), evaluation=EvaluationConfig())
     summary = train_locally(config)
     assert summary.status == "finished"
-    return CalmRun(config.run_folder, tracked_points(summary.tracked, "train/loss/total"))
+    return BaselineRun(config.run_folder, tracked_points(summary.tracked, "train/loss/total"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,20 +25,20 @@ def write_variables(folder):
     Path(folder, f"rank{rank()}").write_text(" ".join(os.environ[n] for n in names))
 
 
-def fail(how):
+def fail(failure):
     if rank() == 0:
         raise RuntimeError("[gloo] Connection reset by peer")
-    if how == "mistake":
+    if failure == "mistake":
         raise ConfigError("training.lr is -1; it must be positive")
-    if how == "error":
+    if failure == "error":
         raise ZeroDivisionError("division by zero")
-    if how == "unpicklable":
+    if failure == "unpicklable":
 
         class Local(RuntimeError):
             pass
 
         raise Local("only here")
-    if how == "kill":
+    if failure == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
 
 

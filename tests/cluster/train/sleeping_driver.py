@@ -8,8 +8,8 @@ import signal
 import sys
 import time
 
-runs, manner = sys.argv[1:]
-if manner == "heeds":
+runs, signal_handling = sys.argv[1:]
+if signal_handling == "heeds":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 with pathlib.Path(runs).open("a") as file:
     file.write("x")

@@ -111,23 +111,23 @@ def announce_end(cluster, *nodes):
 def test_preempted_worker_node_repeats_at_most_one_step_and_preempted_driver_node_drains_run(nodes, driver, tmp_path):
     cluster, node = nodes
     config, process = driver
-    said = (tmp_path / "driver.log").read_text
-    wait_until(lambda: (steps := traced_steps(tmp_path)) and len(steps[0]) > 3, said)
-    wanted = {("m2f_rank_step_seconds", "0"), ("m2f_rank_step_seconds", "1"), ("m2f_images_per_second", None)}
-    found = wait_until(lambda: (samples := scrape()) and wanted <= samples.keys() and samples, said)
+    output = (tmp_path / "driver.log").read_text
+    wait_until(lambda: (steps := traced_steps(tmp_path)) and len(steps[0]) > 3, output)
+    expected_samples = {("m2f_rank_step_seconds", "0"), ("m2f_rank_step_seconds", "1"), ("m2f_images_per_second", None)}
+    found = wait_until(lambda: (samples := scrape()) and expected_samples <= samples.keys() and samples, output)
     assert found["m2f_rank_step_seconds", "0"] > 0
     assert found["m2f_rank_process_bytes", "1"] > 1e8
     assert found["m2f_images_per_second", None] > 0
     assert found["m2f_ranks", None] == 2
 
     deadline = announce_end(cluster, node)
-    saved = wait_until(lambda: list_checkpoints(Storage(), config.run_folder), said)
+    saved = wait_until(lambda: list_checkpoints(Storage(), config.run_folder), output)
     wait_until(lambda: time.time() > deadline)  # a node that ends before is no preempted one to Ray
     cluster.remove_node(node, allow_graceful=False)
     other = cluster.add_node(num_cpus=2, object_store_memory=STORE)
-    wait_until(lambda: len(steps := traced_steps(tmp_path)) > 1 and len(steps[1]) > 3, said)
+    wait_until(lambda: len(steps := traced_steps(tmp_path)) > 1 and len(steps[1]) > 3, output)
     announce_end(cluster, cluster.head_node, other)
-    assert process.wait(PATIENCE_S) == ExitStatus.DRAINED, said()
+    assert process.wait(PATIENCE_S) == ExitStatus.DRAINED, output()
 
     before, after = traced_steps(tmp_path)
     assert before == list(range(1, before[-1] + 1))
@@ -135,5 +135,5 @@ def test_preempted_worker_node_repeats_at_most_one_step_and_preempted_driver_nod
     assert after == list(range(after[0], after[-1] + 1))
     assert before[-1] - after[0] + 1 <= 1  # steps that were done twice
     assert newest_step(Storage(), config.run_folder) == after[-1]
-    assert "restarting in 0 s: the node was preempted" in said()
-    assert "run drained: " in said()
+    assert "restarting in 0 s: the node was preempted" in output()
+    assert "run drained: " in output()

@@ -29,16 +29,16 @@ ON_RAY = [pytest.mark.cluster, pytest.mark.soak]  # the supervisor decides, whic
 
 @pytest.mark.parametrize("train", [train_locally, pytest.param(run_training, marks=ON_RAY)])
 def test_early_stopped_run_finishes_and_does_not_train_again(config, capsys, train):
-    nothing_is_better = EarlyStoppingConfig(metric="val/PQ", patience=1, min_delta=100.0)
+    stopping = EarlyStoppingConfig(metric="val/PQ", patience=1, min_delta=100.0)
     checkpoint = CheckpointConfig(every_steps=2, keep=3)
-    training = replace(config.training, max_steps=5000, checkpoint=checkpoint, early_stopping=nothing_is_better)
+    training = replace(config.training, max_steps=5000, checkpoint=checkpoint, early_stopping=stopping)
     config = replace(config, training=training)
     summary = train(config)
     reached = newest_step(Storage(), config.run_folder)
     assert summary.status == "finished"
     assert reached < 5000
-    said = capsys.readouterr().out
-    assert "step 4: early_stop: val/PQ has not risen above" in said
+    output = capsys.readouterr().out
+    assert "step 4: early_stop: val/PQ has not risen above" in output
     published = [entry.step for entry in summary.evaluations if entry.status == "published"]
     assert published[:2] == [2, 4]
     assert published[-1] == reached  # the last checkpoint is evaluated, too
@@ -55,11 +55,11 @@ def test_early_stopped_run_finishes_and_does_not_train_again(config, capsys, tra
 
 def test_run_folder_moved_to_another_output_restores_its_metrics_and_evaluations(config, tmp_path, capsys):
     first = train_locally(config)
-    there = replace(config, output=str(tmp_path / "there"), training=replace(config.training, max_steps=14))
-    Path(there.output).mkdir()
-    shutil.move(config.run_folder, there.run_folder)
+    moved = replace(config, output=str(tmp_path / "there"), training=replace(config.training, max_steps=14))
+    Path(moved.output).mkdir()
+    shutil.move(config.run_folder, moved.run_folder)
     mlflow_memory._artifact_repos_cache.clear()  # whoever goes on does so in another process
-    summary = train_locally(there)
+    summary = train_locally(moved)
     assert summary.tracked.run_id != first.tracked.run_id
     client = MlflowClient(tracking_uri=summary.tracked.uri)
     losses = client.get_metric_history(summary.tracked.run_id, "train/loss/total")
@@ -68,5 +68,5 @@ def test_run_folder_moved_to_another_output_restores_its_metrics_and_evaluations
     assert sorted(point.step for point in quality) == [4, 8, 12, 14]
     folders = {Path(file.path).name for file in client.list_artifacts(summary.tracked.run_id, "evaluations")}
     assert folders == {f"step_{step:08d}" for step in (4, 8, 12, 14)}
-    assert Path(there.output, "mlartifacts", summary.tracked.run_id).is_dir()
+    assert Path(moved.output, "mlartifacts", summary.tracked.run_id).is_dir()
     assert not Path(config.run_folder).exists()

@@ -156,11 +156,11 @@ def test_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
     assert [(resize.before, resize.after) for resize in summary.resizes] == [(2, 1), (1, 2)]
     assert summary.resizes[1].steps_redone == 0  # grows after a checkpoint of its own
     assert summary.resizes[0].steps_redone <= EVERY + 2
-    calm = replace(config, name="calm", cluster=ClusterConfig(num_workers=2), evaluation=EvaluationConfig())
-    train_locally(calm)
+    baseline = replace(config, name="baseline", cluster=ClusterConfig(num_workers=2), evaluation=EvaluationConfig())
+    train_locally(baseline)
     losses = history(summary.tracked, "train/loss/total")
     assert sorted(losses) == list(range(1, STEPS + 1))
-    assert losses == pytest.approx(history(create_run(calm), "train/loss/total"), rel=1e-6)
+    assert losses == pytest.approx(history(create_run(baseline), "train/loss/total"), rel=1e-6)
     committed = {commit.checkpoint.step for commit in list_commits(Storage(), config.run_folder)}
     assert committed >= {*range(EVERY, STEPS, EVERY), STEPS}
     assert {entry.step for entry in summary.evaluations if entry.status == "published"} == committed

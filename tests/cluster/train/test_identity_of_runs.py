@@ -185,8 +185,8 @@ def test_run_continues_with_changed_losses_learning_rates_and_colours(run):
     job = compose_job(replace(config, training=training, model=model))
     assert job.identity is not None
     space = job.identity.label_spaces[0]
-    recoloured = tuple(replace(c, color=(1, 2, 3)) for c in space.classes)
-    identity = replace(job.identity, label_spaces=(replace(space, classes=recoloured),))
+    recolored_classes = tuple(replace(c, color=(1, 2, 3)) for c in space.classes)
+    identity = replace(job.identity, label_spaces=(replace(space, classes=recolored_classes),))
     check_continuation(replace(job, identity=identity), Storage())
 
 

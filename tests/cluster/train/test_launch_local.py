@@ -55,7 +55,7 @@ def test_ranks_communicate_over_loopback(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"),
+    ("failure", "expected"),
     [
         ("mistake", "ConfigError training.lr is -1"),
         ("error", "LaunchError rank 1: ZeroDivisionError: division by zero\n(exit codes: rank 0: 1, rank 1: 1)\nTrace"),
@@ -63,8 +63,8 @@ def test_ranks_communicate_over_loopback(start, tmp_path):
         ("kill", "LaunchError rank 1: RankDiedError: rank 1 was killed by SIGKILL (often the kernel's out-of-memory"),
     ],
 )
-def test_root_cause_is_reported_instead_of_its_consequence_on_a_lower_rank(start, how, expected):
-    assert finish(start("fail", "2", how), 3).startswith(expected)
+def test_root_cause_is_reported_instead_of_its_consequence_on_a_lower_rank(start, failure, expected):
+    assert finish(start("fail", "2", failure), 3).startswith(expected)
 
 
 def test_failed_rank_ends_the_other_ranks(start):

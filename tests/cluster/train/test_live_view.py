@@ -33,7 +33,7 @@ class Clock:
         return self.now
 
 
-def drawn(view, width=100):
+def render(view, width=100):
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(view)
     lines = console.file.getvalue().splitlines()
@@ -44,9 +44,9 @@ def drawn(view, width=100):
 def test_panel_shows_progress_metrics_and_silence():
     clock = Clock()
     view = LiveView("ade20k", 160_000, clock=clock)
-    assert "0 / 160,000" in drawn(view)
+    assert "0 / 160,000" in render(view)
     view.begin_attempt(8)
-    assert "starting 8 workers" in drawn(view)
+    assert "starting 8 workers" in render(view)
     view.add_evaluation(Entry(5000, "c", 0, "published", metrics={"val/PQ": 35.2}))
     view.add_evaluation(Entry(10000, "c", 0, "published", metrics={"val/PQ": 34.2}))
     for loss in (60.0, 40.0, 31.25):
@@ -54,7 +54,7 @@ def test_panel_shows_progress_metrics_and_silence():
     view.report(CommitReport(CommittedCheckpoint(12000, "c")))
     view.show_evaluation(EvaluationProgress(12000, "12000", "val", 3, 63))
     clock.now += 8
-    picture = drawn(view)
+    panel = render(view)
     for text in (
         "12,020 / 160,000",
         "7.5 %   2:10:33 left",
@@ -68,14 +68,14 @@ def test_panel_shows_progress_metrics_and_silence():
         "evaluating step 12,000 on val, 3 of 63 batches",
         "training \u00b7 8 workers \u00b7 Ctrl-C stops after a checkpoint",
     ):
-        assert text in picture, picture
-    drawn(view, 60)
+        assert text in panel, panel
+    render(view, 60)
     clock.now += 100
-    assert "no report for 1:48" in drawn(view)
+    assert "no report for 1:48" in render(view)
     view.begin_attempt(7)
-    assert "starting 7 workers \u00b7 1 restart" in drawn(view)
+    assert "starting 7 workers \u00b7 1 restart" in render(view)
     view.show_interrupted()
-    assert "1 restart \u00b7 stopping after a checkpoint, Ctrl-C again stops now" in drawn(view)
+    assert "1 restart \u00b7 stopping after a checkpoint, Ctrl-C again stops now" in render(view)
 
 
 @pytest.mark.parametrize(
@@ -108,15 +108,15 @@ def test_terminal_shows_one_panel_below_the_log(tmp_path):
         return screen()
 
     try:
-        seen = wait_for("30 / 1,000")
+        output = wait_for("30 / 1,000")
         wait_for("skipped: the loss of img_7 is not finite")
         time.sleep(1.2)  # further refreshes draw over the panel, not below it
-        seen = screen()
-        assert seen.count("in-a-terminal") == seen.count("images/s") == 1, seen
-        assert seen.index("img_7") < seen.index("in-a-terminal")
+        output = screen()
+        assert output.count("in-a-terminal") == output.count("images/s") == 1, output
+        assert output.index("img_7") < output.index("in-a-terminal")
         stop.touch()
-        seen = wait_for("after the panel")
-        assert seen.count("in-a-terminal") == 1, seen
-        assert seen.index("finished \u00b7 2 workers") < seen.index("after the panel")
+        output = wait_for("after the panel")
+        assert output.count("in-a-terminal") == 1, output
+        assert output.index("finished \u00b7 2 workers") < output.index("after the panel")
     finally:
         subprocess.run([*tmux, "kill-server"], check=False)

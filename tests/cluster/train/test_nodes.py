@@ -44,10 +44,10 @@ TOKEN = "fedcba9876543210" * 4
 DASHBOARD = f"http://{NET}.2:8265"
 
 
-def sh(*words: str, check: bool = True) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
-    return done.stdout
+def run_command(*words: str, check: bool = True) -> str:
+    result = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert not check or result.returncode == 0, f"{' '.join(words)}: {result.stderr}"
+    return result.stdout
 
 
 @contextmanager
@@ -58,31 +58,33 @@ def network():
     if Path(sys.prefix).is_relative_to("/tmp"):
         pytest.skip(f"nodes have a /tmp of their own, in which the environment {sys.prefix} is missing")
     try:
-        sh("ip", "link", "add", BRIDGE, "type", "bridge")
+        run_command("ip", "link", "add", BRIDGE, "type", "bridge")
     except AssertionError as error:
         pytest.skip(f"no network namespaces here: {error}")
     try:
-        sh("ip", "address", "add", f"{HOST}/24", "dev", BRIDGE)
-        sh("ip", "link", "set", BRIDGE, "up")
+        run_command("ip", "address", "add", f"{HOST}/24", "dev", BRIDGE)
+        run_command("ip", "link", "set", BRIDGE, "up")
         for name, (number, _) in NODES.items():
-            sh("ip", "netns", "add", f"m2f-{name}")
-            sh("ip", "link", "add", f"m2f-{name}", "type", "veth", "peer", "name", "eth0", "netns", f"m2f-{name}")
-            sh("ip", "link", "set", f"m2f-{name}", "master", BRIDGE, "up")
+            run_command("ip", "netns", "add", f"m2f-{name}")
+            run_command(
+                "ip", "link", "add", f"m2f-{name}", "type", "veth", "peer", "name", "eth0", "netns", f"m2f-{name}"
+            )
+            run_command("ip", "link", "set", f"m2f-{name}", "master", BRIDGE, "up")
             inside = ("ip", "netns", "exec", f"m2f-{name}", "ip")
-            sh(*inside, "address", "add", f"{NET}.{number}/24", "dev", "eth0")
-            sh(*inside, "link", "set", "eth0", "up")
-            sh(*inside, "link", "set", "lo", "up")
+            run_command(*inside, "address", "add", f"{NET}.{number}/24", "dev", "eth0")
+            run_command(*inside, "link", "set", "eth0", "up")
+            run_command(*inside, "link", "set", "lo", "up")
         yield
     finally:
         for name in NODES:
-            sh("ip", "netns", "delete", f"m2f-{name}", check=False)
-            sh("ip", "link", "delete", f"m2f-{name}", check=False)
-        sh("ip", "link", "delete", BRIDGE, check=False)
+            run_command("ip", "netns", "delete", f"m2f-{name}", check=False)
+            run_command("ip", "link", "delete", f"m2f-{name}", check=False)
+        run_command("ip", "link", "delete", BRIDGE, check=False)
 
 
-def cable(node: str, state: str) -> None:
+def set_link(node: str, state: str) -> None:
     """Plug in (`up`) or pull (`down`): packets vanish, no connection is closed."""
-    sh("ip", "link", "set", f"m2f-{node}", state)
+    run_command("ip", "link", "set", f"m2f-{node}", state)
 
 
 NODE_ENV = {
@@ -136,7 +138,7 @@ def node(name: str, log: Path):
                 child.kill()
             process.kill()
             process.wait()
-            for pid in sh("ip", "netns", "pids", f"m2f-{name}", check=False).split():
+            for pid in run_command("ip", "netns", "pids", f"m2f-{name}", check=False).split():
                 os.kill(int(pid), signal.SIGKILL)
 
 
@@ -201,7 +203,7 @@ tracking: {{uri: "{mlflow}"}}
 """
 
 
-class Requests(logging.Handler):
+class RequestLog(logging.Handler):
     """The lines that the S3 server writes about requests, which begin with the address of who asks."""
 
     def __init__(self) -> None:
@@ -214,7 +216,7 @@ class Requests(logging.Handler):
 
 @pytest.fixture(scope="module")
 def requests():
-    handler, logger = Requests(), logging.getLogger("werkzeug")
+    handler, logger = RequestLog(), logging.getLogger("werkzeug")
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -248,23 +250,23 @@ def recipe(tmp_path_factory, requests):
         path = folder / "recipe.yaml"
         path.write_text(RECIPE.format(s3=s3, mlflow=tracking))
         command = ("python", "-m", "m2f.cluster.cli", "shard", "recipe.yaml")
-        done = on_cluster("ray.scripts.scripts", "job", "submit", "--working-dir", packed(path), "--", *command)
-        assert done.returncode == 0, done.stdout + done.stderr
+        result = run_module("ray.scripts.scripts", "job", "submit", "--working-dir", make_archive(path), "--", *command)
+        assert result.returncode == 0, result.stdout + result.stderr
         yield path
 
 
-def packed(recipe: Path) -> str:
+def make_archive(recipe: Path) -> str:
     """An archive of the code and the recipe, in place of a folder with both."""
     folder = recipe.parent / "packed"
     folder.mkdir()
     return str(pack(folder, dump_recipe(load_recipe(recipe))))
 
 
-def m2f(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
-    return on_cluster("m2f.cluster.cli", *words, "--address", DASHBOARD, timeout=timeout)
+def run_m2f(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    return run_module("m2f.cluster.cli", *words, "--address", DASHBOARD, timeout=timeout)
 
 
-def on_cluster(module: str, *words: str, timeout: float = 600) -> subprocess.CompletedProcess:
+def run_module(module: str, *words: str, timeout: float = 600) -> subprocess.CompletedProcess:
     env = os.environ | {"RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": DASHBOARD}
     command = [sys.executable, "-m", module, *words]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
@@ -288,10 +290,10 @@ def test_shards_are_written_by_several_nodes(recipe, requests, tmp_path):
 
 
 def test_doctor_checks_every_node(recipe):
-    done = m2f("doctor", str(recipe))
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = run_m2f("doctor", str(recipe))
+    assert result.returncode == 0, result.stdout + result.stderr
     for number, _ in NODES.values():
-        assert f"{NET}.{number}" in done.stdout
+        assert f"{NET}.{number}" in result.stdout
 
 
 def test_run_shrinks_when_a_node_is_disconnected_and_grows_when_it_returns(recipe, requests):
@@ -305,32 +307,32 @@ def test_run_shrinks_when_a_node_is_disconnected_and_grows_when_it_returns(recip
             return newest[0].step
         return None
 
-    def say(what: str) -> None:
-        sys.stdout.write(f"{time.monotonic() - started:6.1f} s  {what}\n")
+    def log_progress(message: str) -> None:
+        sys.stdout.write(f"{time.monotonic() - started:6.1f} s  {message}\n")
         sys.stdout.flush()
 
     started = time.monotonic()
-    sent = m2f("submit", str(recipe), "--detach")
-    assert sent.returncode == 0, sent.stderr
+    submitted = run_m2f("submit", str(recipe), "--detach")
+    assert submitted.returncode == 0, submitted.stderr
     step = wait_until(lambda: checkpoint_after(0, 2), "the first checkpoint of two ranks", patience_s=600, pause_s=1)
-    say(f"two ranks, checkpoint of step {step}; train2 is cut off")
-    cable("train2", "down")
+    log_progress(f"two ranks, checkpoint of step {step}; train2 is cut off")
+    set_link("train2", "down")
     step = wait_until(lambda: checkpoint_after(step + 10, 1), "a checkpoint of one rank", patience_s=600, pause_s=1)
-    say(f"one rank, checkpoint of step {step}; train2 is back")
-    cable("train2", "up")
+    log_progress(f"one rank, checkpoint of step {step}; train2 is back")
+    set_link("train2", "up")
     step = wait_until(lambda: checkpoint_after(step, 2), "a checkpoint of two ranks again", patience_s=600, pause_s=1)
-    say(f"two ranks again, checkpoint of step {step}")
-    stopped = m2f("submit", str(recipe), "--stop")
+    log_progress(f"two ranks again, checkpoint of step {step}")
+    stopped = run_m2f("submit", str(recipe), "--stop")
     assert stopped.returncode == 0, stopped.stderr
-    say("stopped")
-    log = on_cluster("ray.scripts.scripts", "job", "logs", stopped.stdout.split()[0]).stdout
-    say("\n".join(line for line in log.splitlines() if not re.match(r"step +\d+/", line)))
+    log_progress("stopped")
+    log = run_module("ray.scripts.scripts", "job", "logs", stopped.stdout.split()[0]).stdout
+    log_progress("\n".join(line for line in log.splitlines() if not re.match(r"step +\d+/", line)))
     assert re.search(r"resized from 2 to 1 worker in .*resized from 1 to 2 workers in ", log, re.DOTALL)
     assert "(raylet)" not in log
     last = list_checkpoints(storage, config.run_folder)[0].step + 5
-    done = m2f("submit", str(recipe), f"training.max_steps={last}", timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    say(f"finished at step {last}")
+    result = run_m2f("submit", str(recipe), f"training.max_steps={last}", timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    log_progress(f"finished at step {last}")
     assert list_checkpoints(storage, config.run_folder)[0].step == last
 
     assert config.tracking.uri is not None

@@ -31,9 +31,9 @@ SHORT_S = 12.0
 def config(gateway, tmp_path):
     bucket = StorageConfig(endpoint_url=gateway.url, region="us-east-1")
     place = f"s3://box/{tmp_path.name}"
-    made = tiny_config(tmp_path, "run", small_sets(f"{place}/shards", Storage(bucket)))
+    base = tiny_config(tmp_path, "run", small_sets(f"{place}/shards", Storage(bucket)))
     return replace(
-        made,
+        base,
         output=f"{place}/runs",
         storage=bucket,
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
@@ -50,8 +50,8 @@ def close_at_first_commit(gateway, config, seconds=SHORT_S):
     """Close the gateway once the first commit is listed; open it again after `seconds` and at least one refusal."""
     wait_until(lambda: list_commits(Storage(config.storage), config.run_folder))
     gateway.closed.set()
-    began = time.monotonic()
-    wait_until(lambda: gateway.refused and time.monotonic() - began > seconds, patience_s=seconds + PATIENCE_S)
+    started_at = time.monotonic()
+    wait_until(lambda: gateway.refused and time.monotonic() - started_at > seconds, patience_s=seconds + PATIENCE_S)
     gateway.closed.clear()
 
 
@@ -65,14 +65,14 @@ def close_at_first_commit(gateway, config, seconds=SHORT_S):
 )
 def test_storage_outage_within_patience_causes_no_failure_and_no_stall(gateway, config, seconds, stall_timeout_s):
     config = replace(config, training=replace(config.training, stall_timeout_s=stall_timeout_s))
-    calm = train_locally(replace(config, name="calm"))
+    baseline = train_locally(replace(config, name="baseline"))
     outage = threading.Thread(target=close_at_first_commit, args=(gateway, config, seconds), daemon=True)
     outage.start()
     summary = train_locally(config)
     outage.join()
     assert summary.status == "finished"
     assert summary.failures == ()
-    assert losses(summary) == losses(calm)
+    assert losses(summary) == losses(baseline)
     assert [step for step, _ in losses(summary)] == list(range(1, STEPS + 1))
     assert {entry.step: entry.status for entry in summary.evaluations} == dict.fromkeys(
         range(EVERY, STEPS + 1, EVERY), "published"
@@ -80,11 +80,11 @@ def test_storage_outage_within_patience_causes_no_failure_and_no_stall(gateway, 
 
 
 def test_storage_outage_beyond_patience_ends_the_run_and_a_new_start_continues_it(gateway, config):
-    hasty = replace(config, storage=replace(config.storage, patience_s=3.0))
+    impatient = replace(config, storage=replace(config.storage, patience_s=3.0))
     outage = threading.Thread(target=close_at_first_commit, args=(gateway, config), daemon=True)
     outage.start()
     with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(3 s"):
-        train_locally(hasty)
+        train_locally(impatient)
     outage.join()
     summary = train_locally(config)
     assert summary.status == "finished"
@@ -106,14 +106,14 @@ def mlflow(migrated_database, tmp_path):
 
 def test_mlflow_outage_during_training_loses_no_metrics(mlflow, tmp_path):
     """Training does not wait for it; at the end it is waited for, and it has every point once."""
-    made = tiny_config(tmp_path, "run", small_sets(str(tmp_path), Storage()))
-    calm = train_locally(replace(made, name="calm"))
-    config = replace(made, tracking=TrackingConfig(uri=mlflow.url))
+    base = tiny_config(tmp_path, "run", small_sets(str(tmp_path), Storage()))
+    baseline = train_locally(replace(base, name="baseline"))
+    config = replace(base, tracking=TrackingConfig(uri=mlflow.url))
     outage = threading.Thread(target=close_at_first_commit, args=(mlflow, config), daemon=True)
     outage.start()
     summary = train_locally(config)
     outage.join()
     assert summary.status == "finished"
     assert summary.failures == ()
-    assert losses(summary) == losses(calm)
+    assert losses(summary) == losses(baseline)
     assert all(entry.status == "published" for entry in summary.evaluations)

@@ -30,7 +30,7 @@ from tests.cluster.tiny_run import assert_equal_weights, small_sets, tiny_config
 pytestmark = pytest.mark.slow
 DRIVER = Path(__file__).with_name("leased_driver.py")
 STEPS = 16
-LONGEST_S = 280
+TIMEOUT_S = 280
 OVERLAPS = int(os.environ.get("M2F_SOAK_OVERLAPS", "40"))
 
 
@@ -48,8 +48,8 @@ def make_config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def calm(make_config):
-    config = make_config("calm")
+def baseline(make_config):
+    config = make_config("baseline")
     assert train_locally(config).status == "finished"
     return config
 
@@ -70,7 +70,7 @@ class Driver:
             )
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + LONGEST_S
+        deadline = time.monotonic() + TIMEOUT_S
         while not condition():
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
@@ -100,12 +100,12 @@ def losses(config) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in points)
 
 
-def check(config, calm) -> None:
+def check(config, baseline) -> None:
     """One curve, whole checkpoints, and the weights of a run to which nothing happened."""
-    assert losses(config) == losses(calm)
+    assert losses(config) == losses(baseline)
     for checkpoint in list_checkpoints(Storage(), config.run_folder):
         verify_sizes(Storage(), checkpoint.url)
-    assert_equal_weights(config.run_folder, calm.run_folder)
+    assert_equal_weights(config.run_folder, baseline.run_folder)
 
 
 def test_ranks_end_when_their_launcher_is_killed(make_config, start):
@@ -114,11 +114,11 @@ def test_ranks_end_when_their_launcher_is_killed(make_config, start):
     ranks = first.ranks()
     assert len(ranks) == 2
     first.process.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=LONGEST_S)
+    _, alive = psutil.wait_procs(ranks, timeout=TIMEOUT_S)
     assert not alive
 
 
-def overlap(config, calm, start, kind: str, rng: random.Random) -> None:
+def overlap(config, baseline, start, kind: str, rng: random.Random) -> None:
     """The first start waits within its run; it is left alone, killed or stopped when the second one comes."""
     committed = 2 * rng.randint(1, 4)
     first = start(config, gate_step=committed + rng.randint(1, 2))
@@ -126,7 +126,7 @@ def overlap(config, calm, start, kind: str, rng: random.Random) -> None:
     if kind != "live":
         first.process.send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
     second = start(config)
-    second.process.wait(LONGEST_S)
+    second.process.wait(TIMEOUT_S)
     if kind == "live":
         assert "is training in this folder (lease 1)" in second.log.read_text()
     else:
@@ -135,22 +135,22 @@ def overlap(config, calm, start, kind: str, rng: random.Random) -> None:
     first.gate.touch()
     if kind == "stop":
         first.process.send_signal(signal.SIGCONT)
-    first.process.wait(LONGEST_S)
+    first.process.wait(TIMEOUT_S)
     if kind == "stop":
         assert "took over this run with lease 2" in first.log.read_text()
     if "did not accept the last metrics" in second.log.read_text():  # the first was stopped with the database locked
-        start(config).process.wait(LONGEST_S)
-    check(config, calm)
+        start(config).process.wait(TIMEOUT_S)
+    check(config, baseline)
 
 
 @pytest.mark.parametrize("kind", ["live", "stop"])
-def test_second_start_of_a_run_leaves_metrics_and_checkpoints_of_one_run(make_config, calm, start, kind):
-    overlap(make_config(kind), calm, start, kind, random.Random(0))
+def test_second_start_of_a_run_leaves_metrics_and_checkpoints_of_one_run(make_config, baseline, start, kind):
+    overlap(make_config(kind), baseline, start, kind, random.Random(0))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", range(OVERLAPS))
-def test_many_second_starts_leave_metrics_and_checkpoints_of_one_run(make_config, calm, start, number):
+def test_many_second_starts_leave_metrics_and_checkpoints_of_one_run(make_config, baseline, start, number):
     kind = ("stop", "kill", "stop", "live")[number % 4]
-    overlap(make_config(f"soak{number}"), calm, start, kind, random.Random(number))
+    overlap(make_config(f"soak{number}"), baseline, start, kind, random.Random(number))

@@ -17,8 +17,8 @@ from m2f.trainer.recovery.adjustments import SkipPositions, SmallerMicroBatch
 
 
 def history(*attempts: tuple[str, int], start: int = 0, message: str = "m{}") -> AttemptHistory:
-    made = [Attempt(Failure(0, kind, message.format(i)), step) for i, (kind, step) in enumerate(attempts)]  # type: ignore[arg-type]
-    return AttemptHistory(start, tuple(made))
+    failed_attempts = [Attempt(Failure(0, kind, message.format(i)), step) for i, (kind, step) in enumerate(attempts)]  # type: ignore[arg-type]
+    return AttemptHistory(start, tuple(failed_attempts))
 
 
 class ActorDiedError(Exception):
@@ -79,12 +79,14 @@ def test_deaths_are_retried_with_backoff_up_to_max_failures():
 
 
 def test_new_checkpoint_resets_the_failure_count():
-    spent = [("death", 4)] * 3
-    assert isinstance(decide(history(*spent, start=4), max_failures=2), Stop)
-    assert isinstance(decide(history(*spent, ("death", 8), start=4), max_failures=2), Retry)
+    failures = [("death", 4)] * 3
+    assert isinstance(decide(history(*failures, start=4), max_failures=2), Stop)
+    assert isinstance(decide(history(*failures, ("death", 8), start=4), max_failures=2), Retry)
     # the attempt that wrote the checkpoint is the first failure of the new budget
-    assert isinstance(decide(history(*spent, ("death", 8), ("death", 8), start=4), max_failures=2), Retry)
-    assert isinstance(decide(history(*spent, ("death", 8), ("death", 8), ("death", 8), start=4), max_failures=2), Stop)
+    assert isinstance(decide(history(*failures, ("death", 8), ("death", 8), start=4), max_failures=2), Retry)
+    assert isinstance(
+        decide(history(*failures, ("death", 8), ("death", 8), ("death", 8), start=4), max_failures=2), Stop
+    )
 
 
 def test_error_stops_the_run_when_it_repeats_without_progress():
@@ -95,9 +97,9 @@ def test_error_stops_the_run_when_it_repeats_without_progress():
 
 
 def test_preemptions_do_not_count_as_failures():
-    taken = [("preemption", 0)] * 20
-    assert decide(history(*taken), max_failures=0) == Retry(0.0, "the node was preempted")
-    assert isinstance(decide(history(*taken, ("death", 0)), max_failures=1), Retry)
+    preemptions = [("preemption", 0)] * 20
+    assert decide(history(*preemptions), max_failures=0) == Retry(0.0, "the node was preempted")
+    assert isinstance(decide(history(*preemptions, ("death", 0)), max_failures=1), Retry)
 
 
 def test_lack_of_resources_does_not_count_as_failure():

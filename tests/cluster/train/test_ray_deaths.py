@@ -39,29 +39,29 @@ def parent(config, tmp_path):
         process.wait()
 
 
-def strike(parent, config, step, name):
+def kill_process(parent, config, step, name):
     """Kill this process of the driver's own cluster once a checkpoint of `step` is there; what must end with it."""
     wait_until(lambda: newest_step(Storage(), config.run_folder) >= step or parent.poll() is not None)
     (driver,) = parent.children()
-    family = driver.children(recursive=True)
+    descendants = driver.children(recursive=True)
     (victim,) = [process for process in driver.children() if process.name() == name]
     victim.kill()
-    return [driver, *family]
+    return [driver, *descendants]
 
 
-def test_run_survives_death_of_raylet_and_of_head(calm_run, config, parent, tmp_path):
-    struck = strike(parent, config, EVERY, "raylet")
-    struck += strike(parent, config, 2 * EVERY, "gcs_server")
-    _, left = psutil.wait_procs(struck, timeout=PATIENCE_S)
+def test_run_survives_death_of_raylet_and_of_head(baseline_run, config, parent, tmp_path):
+    ended_processes = kill_process(parent, config, EVERY, "raylet")
+    ended_processes += kill_process(parent, config, 2 * EVERY, "gcs_server")
+    _, left = psutil.wait_procs(ended_processes, timeout=PATIENCE_S)
     assert left == [], "a process of an old cluster lives on"
-    status, said = parent.wait(PATIENCE_S), (tmp_path / "driver.log").read_text()
-    assert status == 0, said
-    assert said.count("m2f: Ray's raylet on this machine died") == 1, said
-    assert said.count("m2f: the head of the Ray cluster died") == 1, said
-    assert said.count("the driver ended because the storage or Ray did not answer") == 2, said
+    status, output = parent.wait(PATIENCE_S), (tmp_path / "driver.log").read_text()
+    assert status == 0, output
+    assert output.count("m2f: Ray's raylet on this machine died") == 1, output
+    assert output.count("m2f: the head of the Ray cluster died") == 1, output
+    assert output.count("the driver ended because the storage or Ray did not answer") == 2, output
     run = find_run(config)
-    assert tracked_points(run, "train/loss/total") == calm_run.losses
-    assert_equal_weights(config.run_folder, calm_run.run_folder)
+    assert tracked_points(run, "train/loss/total") == baseline_run.losses
+    assert_equal_weights(config.run_folder, baseline_run.run_folder)
     steps = list(range(EVERY, STEPS + 1, EVERY))
     assert [(e.step, e.status) for e in read_entries(Storage(), queue_url(config))] == [(s, "published") for s in steps]
     assert [step for step, _ in tracked_points(run, "val/PQ")] == steps

@@ -19,20 +19,20 @@ from tests.waiting import PATIENCE_S, wait_until
 HERE = Path(__file__).parent
 
 RECIPE = """
-name: watched
+name: restarted
 datasets: {train: {shards: /data/train}}
 data: {train: [{dataset: train}]}
 training: {max_steps: 10}
 """
 
 
-def watched(folder, *overrides):
+def make_config(folder, *overrides):
     return parse_recipe(RECIPE, [f"output={folder}", *overrides])
 
 
-def driver(folder: Path, ends: list[int | str]) -> list[str]:
+def driver(folder: Path, exit_specs: list[int | str]) -> list[str]:
     """A command whose runs end one after the other as `ending_driver.py` explains."""
-    return [sys.executable, "-S", str(HERE / "ending_driver.py"), str(folder / "runs.txt"), *map(str, ends)]
+    return [sys.executable, "-S", str(HERE / "ending_driver.py"), str(folder / "runs.txt"), *map(str, exit_specs)]
 
 
 def runs(folder: Path) -> int:
@@ -40,50 +40,50 @@ def runs(folder: Path) -> int:
 
 
 @pytest.fixture
-def waits(monkeypatch):
+def recorded_waits(monkeypatch):
     """Pauses between drivers, in seconds, which are not made."""
     found = []
     monkeypatch.setattr(restarts._Driver, "wait", lambda self, seconds: found.append(seconds))
     return found
 
 
-def test_killed_driver_is_restarted(tmp_path, waits, capsys):
-    assert run_with_restarts(driver(tmp_path, [-signal.SIGKILL, -signal.SIGSEGV, 0]), watched(tmp_path)) == 0
+def test_killed_driver_is_restarted(tmp_path, recorded_waits, capsys):
+    assert run_with_restarts(driver(tmp_path, [-signal.SIGKILL, -signal.SIGSEGV, 0]), make_config(tmp_path)) == 0
     assert runs(tmp_path) == 3
-    assert waits == [1.0, 2.0]
+    assert recorded_waits == [1.0, 2.0]
     assert "the driver was killed (SIGKILL)" in capsys.readouterr().err
 
 
-def test_deaths_without_a_new_checkpoint_count_against_max_failures(tmp_path, waits, capsys):
-    config = watched(tmp_path, "cluster.max_failures=2")
+def test_deaths_without_a_new_checkpoint_count_against_max_failures(tmp_path, recorded_waits, capsys):
+    config = make_config(tmp_path, "cluster.max_failures=2")
     assert run_with_restarts(driver(tmp_path, [-signal.SIGKILL] * 9), config) == 128 + signal.SIGKILL
     assert runs(tmp_path) == 3
     assert "cluster.max_failures allows 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 3])
-def test_driver_that_exits_deliberately_is_not_restarted(tmp_path, waits, status):
-    assert run_with_restarts(driver(tmp_path, [status, 7]), watched(tmp_path)) == status
+def test_driver_that_exits_deliberately_is_not_restarted(tmp_path, recorded_waits, status):
+    assert run_with_restarts(driver(tmp_path, [status, 7]), make_config(tmp_path)) == status
     assert runs(tmp_path) == 1
 
 
 @pytest.mark.parametrize(
     ("status", "why"), [(69, "the storage or Ray did not answer"), (75, "is about to be preempted")]
 )
-def test_driver_is_restarted_after_outage_and_preemption(tmp_path, waits, capsys, status, why):
-    assert run_with_restarts(driver(tmp_path, [status, 3]), watched(tmp_path)) == 3
+def test_driver_is_restarted_after_outage_and_preemption(tmp_path, recorded_waits, capsys, status, why):
+    assert run_with_restarts(driver(tmp_path, [status, 3]), make_config(tmp_path)) == 3
     assert runs(tmp_path) == 2
     assert why in capsys.readouterr().err
 
 
-def test_driver_ended_by_ray_with_status_1_is_restarted(tmp_path, waits, capsys):
-    assert run_with_restarts(driver(tmp_path, ["ray", 1, 0]), watched(tmp_path)) == 1
+def test_driver_ended_by_ray_with_status_1_is_restarted(tmp_path, recorded_waits, capsys):
+    assert run_with_restarts(driver(tmp_path, ["ray", 1, 0]), make_config(tmp_path)) == 1
     assert runs(tmp_path) == 2
     assert "the storage or Ray did not answer" in capsys.readouterr().err
 
 
-def test_outages_without_a_new_checkpoint_count_against_max_failures(tmp_path, waits):
-    assert run_with_restarts(driver(tmp_path, [69] * 9), watched(tmp_path, "cluster.max_failures=2")) == 69
+def test_outages_without_a_new_checkpoint_count_against_max_failures(tmp_path, recorded_waits):
+    assert run_with_restarts(driver(tmp_path, [69] * 9), make_config(tmp_path, "cluster.max_failures=2")) == 69
     assert runs(tmp_path) == 3
 
 
@@ -93,8 +93,8 @@ def start(tmp_path):
     recipe, parents = tmp_path / "recipe.yaml", []
     recipe.write_text(RECIPE + f"output: {tmp_path}\n")
 
-    def run(manner: str) -> tuple[psutil.Popen, psutil.Process]:
-        driver = [sys.executable, "-S", HERE / "sleeping_driver.py", tmp_path / "runs.txt", manner]
+    def run(signal_handling: str) -> tuple[psutil.Popen, psutil.Process]:
+        driver = [sys.executable, "-S", HERE / "sleeping_driver.py", tmp_path / "runs.txt", signal_handling]
         command = [sys.executable, HERE / "restarting_parent.py", recipe, *driver]
         parents.append(psutil.Popen([str(word) for word in command], stderr=subprocess.DEVNULL))
         wait_until(lambda: parents[0].poll() is not None or ((tmp_path / "runs.txt").exists() and runs(tmp_path)))
@@ -108,9 +108,9 @@ def start(tmp_path):
         parent.wait()
 
 
-@pytest.mark.parametrize(("manner", "status"), [("heeds", 0), ("ignorant", 128 + signal.SIGTERM)])
-def test_sigterm_reaches_the_driver_and_prevents_a_restart(start, tmp_path, manner, status):
-    parent, child = start(manner)
+@pytest.mark.parametrize(("signal_handling", "status"), [("heeds", 0), ("ignorant", 128 + signal.SIGTERM)])
+def test_sigterm_reaches_the_driver_and_prevents_a_restart(start, tmp_path, signal_handling, status):
+    parent, child = start(signal_handling)
     os.kill(parent.pid, signal.SIGTERM)
     assert parent.wait(PATIENCE_S) == status
     assert not child.is_running()

@@ -24,7 +24,7 @@ def cluster():
     ray.shutdown()
 
 
-class Holder:
+class GpuReporter:
     """An actor that says which GPUs Ray gave to it."""
 
     def gpus(self):
@@ -33,11 +33,11 @@ class Holder:
 
 def test_ray_places_one_rank_and_one_actor_on_each_gpu(cluster):
     """On the shares that `settle` gives out."""
-    holder = ray.remote(Holder)
-    ranks = [holder.options(num_cpus=0, num_gpus=RANK_SHARE).remote() for _ in range(GPUS)]
-    actors = [holder.options(num_cpus=0, num_gpus=1 - RANK_SHARE).remote() for _ in range(GPUS)]
-    of_ranks = ray.get([rank.gpus.remote() for rank in ranks], timeout=PATIENCE_S)
-    of_actors = ray.get([actor.gpus.remote() for actor in actors], timeout=PATIENCE_S)
-    assert sorted(of_ranks) == sorted(of_actors) == [[gpu] for gpu in range(GPUS)]
+    reporter = ray.remote(GpuReporter)
+    ranks = [reporter.options(num_cpus=0, num_gpus=RANK_SHARE).remote() for _ in range(GPUS)]
+    actors = [reporter.options(num_cpus=0, num_gpus=1 - RANK_SHARE).remote() for _ in range(GPUS)]
+    rank_gpus = ray.get([rank.gpus.remote() for rank in ranks], timeout=PATIENCE_S)
+    actor_gpus = ray.get([actor.gpus.remote() for actor in actors], timeout=PATIENCE_S)
+    assert sorted(rank_gpus) == sorted(actor_gpus) == [[gpu] for gpu in range(GPUS)]
     for handle in (*ranks, *actors):
         ray.kill(handle)

@@ -27,9 +27,9 @@ from tests.cluster.tiny_run import assert_equal_weights, small_sets, tiny_config
 KILLS = int(os.environ.get("M2F_SOAK_KILLS", "20"))
 STEPS, EVERY = 5 * KILLS, 5
 TARGETS = ("RayTrainWorker", "EvaluationActor", "driver")
-LONGEST_S = 120.0 * KILLS
+TIMEOUT_S = 120.0 * KILLS
 
-pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(LONGEST_S + 300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(TIMEOUT_S + 300)]
 
 
 class Run:
@@ -54,18 +54,18 @@ class Run:
         assert code in (None, 0), f"the driver ended with {code}"
         return code == 0
 
-    def kill(self, target, draw):
+    def kill(self, target, rng):
         """SIGKILL one process; returns whether there was one."""
-        family = psutil.Process(self.driver.pid).children(recursive=True)
+        descendants = psutil.Process(self.driver.pid).children(recursive=True)
         if target == "driver":
             self.driver.kill()
             self.driver.wait()
-            psutil.wait_procs(family, timeout=30)  # they follow their driver
+            psutil.wait_procs(descendants, timeout=30)  # they follow their driver
             self.driver = self._start()
             return True
-        found = [process for process in family if title(process).startswith(f"ray::{target}")]
+        found = [process for process in descendants if title(process).startswith(f"ray::{target}")]
         with suppress(psutil.NoSuchProcess):  # it may have ended by itself
-            for process in draw.sample(found, min(1, len(found))):
+            for process in rng.sample(found, min(1, len(found))):
                 process.kill()
                 return True
         return False
@@ -78,29 +78,29 @@ def title(process):
         return ""
 
 
-def kill_again_and_again(run, config, draw):
+def kill_repeatedly(run, config, rng):
     """Every target equally often, in random order, at random moments, some before the run gets anywhere."""
 
     def wait_until(condition):
         while not condition() and not run.finished():
-            assert time.monotonic() - began < LONGEST_S, "the run takes too long"
+            assert time.monotonic() - started_at < TIMEOUT_S, "the run takes too long"
             time.sleep(0.2)
 
-    began = time.monotonic()
+    started_at = time.monotonic()
     targets = (TARGETS * KILLS)[:KILLS]
-    for count, target in enumerate(draw.sample(targets, KILLS)):
+    for count, target in enumerate(rng.sample(targets, KILLS)):
         step = newest_step(Storage(), config.run_folder)
         if step < EVERY * count // 2:
             wait_until(lambda step=step: newest_step(Storage(), config.run_folder) > step)
-        time.sleep(draw.uniform(0, 6))
-        wait_until(lambda target=target: run.kill(target, draw))
+        time.sleep(rng.uniform(0, 6))
+        wait_until(lambda target=target: run.kill(target, rng))
         assert not run.finished(), f"the run was over after {count} kills"
         run.note(f"{time.time():.1f} s: kill {count + 1}, {target}, after checkpoint step {step}")
     wait_until(run.finished)
 
 
 def wait_for_step(config, step):
-    deadline = time.monotonic() + LONGEST_S
+    deadline = time.monotonic() + TIMEOUT_S
     while newest_step(Storage(), config.run_folder) < step:
         assert time.monotonic() < deadline, "the run takes too long"
         time.sleep(0.1)
@@ -117,20 +117,20 @@ def test_repeated_kills_do_not_change_results(tmp_path):
     base = tiny_config(tmp_path, "killed", small_sets(str(tmp_path), Storage()))
     training = replace(base.training, max_steps=STEPS, checkpoint=CheckpointConfig(every_steps=EVERY, keep=2))
     config = replace(base, training=training, cluster=ClusterConfig(num_workers=2, max_failures=3 * KILLS))
-    calm = replace(config, name="calm", evaluation=EvaluationConfig())
-    train_locally(calm)
+    baseline = replace(config, name="baseline", evaluation=EvaluationConfig())
+    train_locally(baseline)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_recipe(config))
-    began = time.monotonic()
+    started_at = time.monotonic()
     with (tmp_path / "driver.log").open("w") as log:
         run = Run(recipe, log)
         try:
-            kill_again_and_again(run, config, random.Random(0))
+            kill_repeatedly(run, config, random.Random(0))
         finally:
             run.driver.kill()
-    print(f"{KILLS} kills, {time.monotonic() - began:.0f} s")  # noqa: T201
-    assert history(config, "train/loss/total") == history(calm, "train/loss/total")
-    assert_equal_weights(config.run_folder, calm.run_folder)
+    print(f"{KILLS} kills, {time.monotonic() - started_at:.0f} s")  # noqa: T201
+    assert history(config, "train/loss/total") == history(baseline, "train/loss/total")
+    assert_equal_weights(config.run_folder, baseline.run_folder)
     steps = list(range(EVERY, STEPS + 1, EVERY))
     assert [(e.step, e.status) for e in read_entries(Storage(), queue_url(config))] == [(s, "published") for s in steps]
     assert [step for step, _ in history(config, "val/PQ")] == steps
@@ -141,18 +141,18 @@ def test_metrics_not_received_by_a_killed_driver_are_logged_after_restart(tmp_pa
     base = tiny_config(tmp_path, "deaf", small_sets(str(tmp_path), Storage()))
     training = replace(base.training, max_steps=15, checkpoint=CheckpointConfig(every_steps=EVERY, keep=1))
     config = replace(base, training=training, evaluation=EvaluationConfig())
-    calm = replace(config, name="calm")
-    train_locally(calm)
+    baseline = replace(config, name="baseline")
+    train_locally(baseline)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_recipe(config))
     with (tmp_path / "driver.log").open("w") as log:
-        run = Run(recipe, log, poll_s=LONGEST_S)
+        run = Run(recipe, log, poll_s=TIMEOUT_S)
         try:
             wait_for_step(config, 2 * EVERY)
             assert history(config, "train/loss/total") == []
             run.kill("driver", random.Random(0))
-            run.driver.wait(LONGEST_S)
+            run.driver.wait(TIMEOUT_S)
         finally:
             run.driver.kill()
     assert run.finished()
-    assert history(config, "train/loss/total") == history(calm, "train/loss/total")
+    assert history(config, "train/loss/total") == history(baseline, "train/loss/total")

@@ -57,11 +57,11 @@ def labels(config):
 @pytest.fixture
 def hub(config, labels, tmp_path, monkeypatch):
     # A fork would keep the addresses that huggingface_hub has read from the environment when it was imported.
-    monkeypatch.setattr(processes, "_START", multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(processes, "_SPAWN_CONTEXT", multiprocessing.get_context("spawn"))
     folder = tmp_path / "model"
-    there = replace(config.model, num_classes=len(labels))
+    hub_model = replace(config.model, num_classes=len(labels))
     torch.manual_seed(0)
-    export_hugging_face(build_model(there), there, folder, labels)
+    export_hugging_face(build_model(hub_model), hub_model, folder, labels)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     for name, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
@@ -82,24 +82,24 @@ def test_run_from_hub_stores_commit_and_digest_and_resumes_without_the_hub(confi
     printed = capfd.readouterr()
     assert f"{PINNED} (sha256 {digest})" in printed.out + printed.err
     url = list_checkpoints(Storage(), run.run_folder)[0].url
-    stated = ModelIdentity.from_json(Storage().get(f"{url}/{IDENTITY}"), url)
-    assert stated.start == (StartWeights(setting="model.weights", source=PINNED, sha256=digest),)
+    identity = ModelIdentity.from_json(Storage().get(f"{url}/{IDENTITY}"), url)
+    assert identity.start == (StartWeights(setting="model.weights", source=PINNED, sha256=digest),)
     stored = parse_recipe(Storage().get(f"{run.run_folder}/{STORED_RECIPE}").decode())
     assert stored.model.weights == PINNED
 
     head = read_state(f"{url}/{WEIGHTS}")["transformer_decoder.class_embed.weight"]
-    theirs = read_state(tmp_path / "model")["class_predictor.weight"]
-    for label, category in enumerate(stated.label_spaces[0].classes):
+    hub_head = read_state(tmp_path / "model")["class_predictor.weight"]
+    for label, category in enumerate(identity.label_spaces[0].classes):
         if category.name in labels:
-            torch.testing.assert_close(head[label], theirs[labels.index(category.name)], rtol=0, atol=1e-6)
-    torch.testing.assert_close(head[-1], theirs[-1], rtol=0, atol=1e-6)  # no object
+            torch.testing.assert_close(head[label], hub_head[labels.index(category.name)], rtol=0, atol=1e-6)
+    torch.testing.assert_close(head[-1], hub_head[-1], rtol=0, atol=1e-6)  # no object
 
-    asked = len(hub.requests)
+    num_requests = len(hub.requests)
     longer = replace(run, training=replace(run.training, max_steps=2))
     assert train_locally(longer).status == "finished"
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == num_requests
     url = list_checkpoints(Storage(), run.run_folder)[0].url
-    assert ModelIdentity.from_json(Storage().get(f"{url}/{IDENTITY}"), url).start == stated.start
+    assert ModelIdentity.from_json(Storage().get(f"{url}/{IDENTITY}"), url).start == identity.start
     assert "settings differ" in (text := capfd.readouterr().err)
     assert "model.weights" not in text.partition("settings differ")[2].partition("weights  ")[0]
 

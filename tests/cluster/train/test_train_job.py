@@ -121,14 +121,14 @@ def summary(cluster, config) -> RunSummary:
     return summary
 
 
-def test_killed_worker_does_not_change_losses(summary, config, calm_run):
+def test_killed_worker_does_not_change_losses(summary, config, baseline_run):
     assert summary.status == "finished"
     assert [failure.kind for failure in summary.failures] == ["death"]
     assert summary.checkpoint is not None
     assert summary.checkpoint.step == STEPS
     losses = history(config, "train/loss/total")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))  # every step once
-    assert losses == calm_run.losses  # to the last bit
+    assert losses == baseline_run.losses  # to the last bit
 
 
 def test_every_checkpoint_is_evaluated_and_published_once(summary, config):
@@ -228,7 +228,7 @@ def workers_with(monkeypatch):
 
 
 def test_bug_on_one_rank_stops_the_run_and_is_reported_first(cluster, config, workers_with, capsys):
-    workers_with(tiny_run.mistaken_loop)
+    workers_with(tiny_run.buggy_loop)
     buggy = replace(config, name="buggy", evaluation=EvaluationConfig())
     summary = run_training(buggy)
     assert (
@@ -236,9 +236,9 @@ def test_bug_on_one_rank_stops_the_run_and_is_reported_first(cluster, config, wo
     )  # and not the 60 s of a collective operation
     assert summary.status == "failed"
     assert [(failure.rank, failure.kind) for failure in summary.failures] == [(1, "mistake")]
-    said = capsys.readouterr().err.splitlines()
-    assert any("more objects than the model has queries" in line for line in said)
-    lines = [line for line in said if not line.startswith("warning: ")]
+    output = capsys.readouterr().err.splitlines()
+    assert any("more objects than the model has queries" in line for line in output)
+    lines = [line for line in output if not line.startswith("warning: ")]
     assert lines[0] == "attempt 1 ended on rank 1 after checkpoint step 0: ValueError: the colour of sample 9 is wrong"
     assert lines[-1] == "  giving up: a restart would fail in the same way"
     assert len(lines) == 3
@@ -246,12 +246,14 @@ def test_bug_on_one_rank_stops_the_run_and_is_reported_first(cluster, config, wo
     assert "the colour of sample 9 is wrong" in details.read_text()
 
 
-def test_run_recovers_from_failed_upload_out_of_memory_and_loss_spike(cluster, config, calm_run, workers_with, capsys):
+def test_run_recovers_from_failed_upload_out_of_memory_and_loss_spike(
+    cluster, config, baseline_run, workers_with, capsys
+):
     """In one run: the upload of step 4 is refused, rank 1 is out of memory in step 5, steps 8 and 9 spike.
 
     Step 8 is evaluated before step 9: its commit is withdrawn, and the evaluation of the second one takes its place.
     """
-    workers_with(tiny_run.troubled_loop)
+    workers_with(tiny_run.faulty_loop)
     spikes = SpikeConfig(action="roll_back", window=4, threshold=20.0, steps=2)
     training = replace(config.training, checkpoint=CheckpointConfig(every_steps=EVERY, keep=9), spikes=spikes)
     troubled = replace(config, name="troubled", training=training)
@@ -274,7 +276,7 @@ def test_run_recovers_from_failed_upload_out_of_memory_and_loss_spike(cluster, c
     assert positions == [16, 40, 56]  # steps 8 and 9 were done with other images
     losses = history(troubled, "train/loss/total")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
-    assert dict(losses[:7]) == pytest.approx(dict(calm_run.losses[:7]), rel=1e-6)
+    assert dict(losses[:7]) == pytest.approx(dict(baseline_run.losses[:7]), rel=1e-6)
     assert_step_8_was_evaluated_again(troubled, summary)
 
 

@@ -45,8 +45,8 @@ def make_config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def calm(make_config):
-    config = make_config("calm")
+def baseline(make_config):
+    config = make_config("baseline")
     assert train_locally(config).status == "finished"
     return logged_losses(config)
 
@@ -67,20 +67,20 @@ def logged_losses(config):
     return {point.step: point.value for point in points}
 
 
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(make_config, calm, with_fault, capsys):
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(make_config, baseline, with_fault, capsys):
     config = make_config("small")
     with_fault(partial(out_of_memory, 21))  # sixth step, rank 1 of 2
     assert train_locally(config).status == "finished"
-    said = capsys.readouterr().err
-    assert "out of memory in step 6 with 2 images at once (training.micro_batch): CUDA out of memory" in said
-    assert "restarting in 0 s: with 1 image per micro-batch instead of 2" in said
-    assert logged_losses(config) == pytest.approx(calm, rel=1e-6)
+    output = capsys.readouterr().err
+    assert "out of memory in step 6 with 2 images at once (training.micro_batch): CUDA out of memory" in output
+    assert "restarting in 0 s: with 1 image per micro-batch instead of 2" in output
+    assert logged_losses(config) == pytest.approx(baseline, rel=1e-6)
     (reason,) = json.loads((Path(config.run_folder) / "adjustments.json").read_text())["reasons"]
     assert "with 1 image per micro-batch instead of 2" in reason
     assert read_adjustments(Storage(), config.run_folder).micro_batch == 1
 
 
-def test_loss_spike_is_rolled_back_and_its_samples_are_skipped(make_config, calm, with_fault, capsys):
+def test_loss_spike_is_rolled_back_and_its_samples_are_skipped(make_config, baseline, with_fault, capsys):
     spikes = SpikeConfig(action="roll_back", window=4, threshold=20.0, steps=2)
     config = make_config("spiky", spikes=spikes, checkpoint=CheckpointConfig(every_steps=3, keep=9))
     with_fault(partial(spike, 20))  # sixth and seventh step
@@ -93,7 +93,7 @@ def test_loss_spike_is_rolled_back_and_its_samples_are_skipped(make_config, calm
     ]
     assert positions == [12, 32, 44]  # that of step 6 was taken again, from behind the spike
     losses = logged_losses(config)
-    assert {step: losses[step] for step in range(1, 6)} == {step: calm[step] for step in range(1, 6)}
+    assert {step: losses[step] for step in range(1, 6)} == {step: baseline[step] for step in range(1, 6)}
 
 
 def killed_rank(marker, job, post):
@@ -110,7 +110,7 @@ def killed_rank(marker, job, post):
 
 
 def test_killed_rank_is_restarted_and_checkpoints_are_evaluated_at_the_end(
-    make_config, calm, tmp_path, monkeypatch, capsys
+    make_config, baseline, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("m2f.cluster.train.local.train_rank", partial(killed_rank, str(tmp_path / "marker")))
     config = replace(make_config("killed"), evaluation=make_config.evaluation)
@@ -118,7 +118,7 @@ def test_killed_rank_is_restarted_and_checkpoints_are_evaluated_at_the_end(
     assert summary.status == "finished"
     assert [failure.kind for failure in summary.failures] == ["death"]
     assert ": RankDiedError: rank 1 was killed by SIGKILL" in capsys.readouterr().err
-    assert logged_losses(config) == calm  # to the last bit
+    assert logged_losses(config) == baseline  # to the last bit
     assert [(entry.step, entry.status) for entry in summary.evaluations] == [(s, "published") for s in (4, 8, 10)]
     results = json.loads((Path(config.run_folder) / "evaluations/step_00000010/val/results.json").read_text())
     assert results["metrics"]["PQ"] == summary.evaluations[-1].metrics["val/PQ"]
@@ -132,7 +132,7 @@ def test_killed_rank_is_restarted_and_checkpoints_are_evaluated_at_the_end(
     assert "rebuilt from commits and results: 3 published, 0 to evaluate" in capsys.readouterr().err
 
 
-def test_metrics_missed_by_the_driver_are_logged_at_the_next_start(make_config, calm, monkeypatch):
+def test_metrics_missed_by_the_driver_are_logged_at_the_next_start(make_config, baseline, monkeypatch):
     config = make_config("deaf")
     monkeypatch.setattr("m2f.cluster.train.relay.RunRelay.report", lambda self, event: None)
     monkeypatch.setattr("m2f.cluster.train.relay.RunRelay.track_stored", lambda self, storage, folder: None)
@@ -140,7 +140,7 @@ def test_metrics_missed_by_the_driver_are_logged_at_the_next_start(make_config, 
     assert logged_losses(config) == {}
     monkeypatch.undo()
     assert train_locally(config).status == "finished"
-    assert logged_losses(config) == calm
+    assert logged_losses(config) == baseline
 
 
 def rank_lost_at_commit(marker, step, job, post):
@@ -157,7 +157,9 @@ def rank_lost_at_commit(marker, step, job, post):
 
 
 @pytest.mark.parametrize("step", [4, STEPS])
-def test_rank_killed_during_commit_loses_no_metrics_and_no_evaluation(make_config, calm, tmp_path, monkeypatch, step):
+def test_rank_killed_during_commit_loses_no_metrics_and_no_evaluation(
+    make_config, baseline, tmp_path, monkeypatch, step
+):
     lost = partial(rank_lost_at_commit, str(tmp_path / "marker"), step)
     monkeypatch.setattr("m2f.cluster.train.local.train_rank", lost)
     config = replace(make_config(f"lost{step}"), evaluation=make_config.evaluation)
@@ -165,4 +167,4 @@ def test_rank_killed_during_commit_loses_no_metrics_and_no_evaluation(make_confi
     assert (tmp_path / "marker").exists()
     assert summary.status == "finished"
     assert [(entry.step, entry.status) for entry in summary.evaluations] == [(s, "published") for s in (4, 8, 10)]
-    assert logged_losses(config) == calm
+    assert logged_losses(config) == baseline

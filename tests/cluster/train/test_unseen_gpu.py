@@ -122,6 +122,6 @@ def test_run_on_cluster_with_unseen_gpus_stops_with_one_message(tmp_path, monkey
             ray_launcher.run_training(config)
     finally:
         ray.shutdown()
-    said = capsys.readouterr().err
-    assert "attempt 1 ended after checkpoint step 0: TrainingError: torch sees no GPU" in said
-    assert "attempt 2" not in said
+    output = capsys.readouterr().err
+    assert "attempt 1 ended after checkpoint step 0: TrainingError: torch sees no GPU" in output
+    assert "attempt 2" not in output
