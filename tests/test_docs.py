@@ -1,4 +1,4 @@
-"""The written documentation agrees with the code."""
+"""Tests that the documentation agrees with the code."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ FOLDERS = "model|data_pipeline|trainer|eval|cluster|configs|tests|benchmarks"
 
 
 def test_configuration_document_matches_the_settings():
-    written = (REPOSITORY / "docs" / "configuration.md").read_text()
-    assert written.strip() == explain().strip(), "run `make docs`"
+    document = (REPOSITORY / "docs" / "configuration.md").read_text()
+    assert document.strip() == explain().strip(), "run `make docs`"
 
 
 def test_links_between_documents_resolve():
@@ -37,21 +37,21 @@ def test_links_between_documents_resolve():
 
 def test_files_named_in_documents_exist():
     for document in DOCUMENTS:
-        for named in re.findall(rf"(?:{FOLDERS})/[\w/]+\.(?:py|yaml)\b", document.read_text()):
-            assert (REPOSITORY / named).is_file(), f"{document.name}: {named}"
+        for path in re.findall(rf"(?:{FOLDERS})/[\w/]+\.(?:py|yaml)\b", document.read_text()):
+            assert (REPOSITORY / path).is_file(), f"{document.name}: {path}"
 
 
 def test_documented_layers_match_the_import_contracts():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    described = [re.sub(r"^[a-z_]+/", "", line.strip()).strip() for line in DESIGN.read_text().splitlines()]
-    text = "\n".join(described)
+    lines = [re.sub(r"^[a-z_]+/", "", line.strip()).strip() for line in DESIGN.read_text().splitlines()]
+    text = "\n".join(lines)
     for contract in project["tool"]["importlinter"]["contracts"]:
         if "containers" in contract:
             assert "\n".join(layer.replace(" | ", ", ") for layer in contract["layers"]) in text, contract["name"]
 
 
 def _commands(document):
-    """Command lines of m2f in the indented blocks of a document, without comments and with all optional parts."""
+    """Return the commands of m2f in the indented blocks of a document, without comments and with all optional parts."""
     text = document.read_text().replace("\\\n", " ")
     lines = re.findall(r"^    (?:\w+=\S+ )*m2f (.+)$", text, re.MULTILINE)
     return [shlex.split(re.sub(r"[][]", "", line), comments=True) for line in lines if "|" not in line]

@@ -1,4 +1,4 @@
-"""`make test` runs both halves of the suite, and fails where one of them does; `make check-lowest` has the versions."""
+"""Tests that `make test` runs both halves of the suite, and that `make check-lowest` has the lowest versions."""
 
 import re
 import shutil
@@ -25,8 +25,8 @@ def test_make_test_runs_both_halves_and_accepts_empty_selections(tmp_path, first
     stub.write_text(PYTEST.format(folder=tmp_path, first=first, second=second))
     stub.chmod(0o755)
     command = ["make", "--old-file", ".venv/installed", "test", f"BIN={tmp_path}"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert (done.returncode == 0) == passes, done.stderr
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (result.returncode == 0) == passes, result.stderr
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
 
 

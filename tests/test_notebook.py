@@ -1,4 +1,4 @@
-"""The notebook of the documentation runs from top to bottom, and shows pictures."""
+"""Tests that the notebook of the documentation runs from top to bottom and shows pictures."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "python.ipynb"
 RUNNER = Path(__file__).with_name("notebook_main.py")
 
 
-def shown(notebook):
-    """Texts and pictures that a notebook holds, in order."""
+def read_outputs(notebook):
+    """Return the texts and pictures in the outputs of a notebook, in order."""
     texts, pictures = [], []
     for cell in json.loads(notebook.read_text())["cells"]:
         for output in cell.get("outputs", ()):
@@ -32,7 +32,7 @@ def shown(notebook):
 
 
 def test_stored_notebook_shows_pictures_and_no_local_paths():
-    text, pictures = shown(NOTEBOOK)
+    text, pictures = read_outputs(NOTEBOOK)
     assert [picture.shape[1] > 900 for picture in pictures] == [True] * 4
     assert all(len(np.unique(picture.reshape(-1, 3), axis=0)) > 1000 for picture in pictures)
     assert not re.search(r"/(tmp|home|root|work|Users)/", text)
@@ -41,11 +41,11 @@ def test_stored_notebook_shows_pictures_and_no_local_paths():
 
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
-    again = tmp_path / "again.ipynb"
-    words = [sys.executable, str(RUNNER), str(NOTEBOOK), str(again)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stderr
-    text, pictures = shown(again)
+    executed = tmp_path / "executed.ipynb"
+    words = [sys.executable, str(RUNNER), str(NOTEBOOK), str(executed)]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert result.returncode == 0, result.stderr
+    text, pictures = read_outputs(executed)
     assert len(pictures) == 4
-    quality, own = map(float, re.search(r"PQ (\S+), the run's own (\S+)", text).groups())
-    assert quality == own > 40
+    recomputed, stored = map(float, re.search(r"PQ (\S+), the run's own (\S+)", text).groups())
+    assert recomputed == stored > 40

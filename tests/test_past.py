@@ -1,4 +1,4 @@
-"""What commit 451e9d8 wrote is resumed, evaluated, exported and compared by the code of today.
+"""Tests that files written by commit 451e9d8 can be resumed, evaluated, exported and compared by the current code.
 
 `tests/past/451e9d8` holds shards, a run of two ranks that was stopped after step 1241, its MLflow database, an
 evaluation with dumps and an exported model; `make.sh` in it says how they were made.
@@ -20,26 +20,26 @@ from mlflow import MlflowClient
 from m2f.cluster.cli import main
 
 PAST = Path(__file__).parent / "past" / "451e9d8"
-MADE_IN = "/tmp/m2f-past"  # absolute paths of that folder stand in files of a run
+ORIGINAL_FOLDER = "/tmp/m2f-past"  # files of the run contain absolute paths below this folder
 STEP = 1241
 LOSSES = {1242: 7.62991, 1243: 6.34603, 1244: 8.54128}
-"""That 451e9d8 itself had when it went on in this way."""
+"""Losses by step when 451e9d8 itself continued the run in the same way."""
 RESULTS = f"evaluations/step_{STEP:08d}/val/results.json"
 
 
 @pytest.fixture
 def past(tmp_path, monkeypatch):
-    """A copy of the folder in which its user would go on, as if it had been made there."""
+    """Copy the folder, and change the paths in its files as if the run had been made in the copy."""
     folder = tmp_path / "past"
     shutil.copytree(PAST, folder)
     for path in (folder / "runs").rglob("*"):
         if path.suffix in (".json", ".yaml") and "checkpoints" not in path.parts:
-            path.write_text(path.read_text().replace(MADE_IN, str(folder)))
+            path.write_text(path.read_text().replace(ORIGINAL_FOLDER, str(folder)))
     database = folder / "runs/past/mlflow.db"
     database.write_bytes(gzip.decompress(Path(f"{database}.gz").read_bytes()))
     with sqlite3.connect(database) as connection:
         for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
-            connection.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (MADE_IN, str(folder)))
+            connection.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (ORIGINAL_FOLDER, str(folder)))
     connection.close()
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -61,7 +61,7 @@ def test_old_run_resumes_from_its_checkpoint(past, capfd):
     assert f"from {past}/runs/past/checkpoints/step_{STEP:08d}" in capfd.readouterr().out
     losses = points(past, "train/loss/total")
     assert {step: losses[step] for step in losses if step > STEP} == pytest.approx(LOSSES, rel=1e-3)
-    assert min(losses) == 100  # what the past logged is still there
+    assert min(losses) == 100  # points that were logged before are kept
     assert (past / f"runs/past/checkpoints/step_{STEP + 3:08d}-1/manifest.json").is_file()
 
 
@@ -77,15 +77,15 @@ def test_old_run_resumes_with_a_different_number_of_ranks(past, capfd):
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_old_checkpoint_evaluates_to_the_same_results(past):
-    then = json.loads((PAST / "runs/past" / RESULTS).read_text())
+    old = json.loads((PAST / "runs/past" / RESULTS).read_text())
     assert main(["eval", "recipe.yaml", "--output", "again", "--dump", "dumps_again"]) == 0
-    now = json.loads((past / "again/val/results.json").read_text())
-    undefined = {name for name, value in then["metrics"].items() if value is None}
-    assert {name for name in then["metrics"] if now["metrics"][name] is None} == undefined  # later names are more
-    for name in then["metrics"].keys() - undefined:
-        assert now["metrics"][name] == pytest.approx(then["metrics"][name], rel=1e-3), name
+    new = json.loads((past / "again/val/results.json").read_text())
+    undefined = {name for name, value in old["metrics"].items() if value is None}
+    assert {name for name in old["metrics"] if new["metrics"][name] is None} == undefined  # new metrics may be added
+    for name in old["metrics"].keys() - undefined:
+        assert new["metrics"][name] == pytest.approx(old["metrics"][name], rel=1e-3), name
     written = {path.name for path in (past / "dumps_again/val").iterdir()}
-    assert written >= {path.name for path in (past / "dumps/val").iterdir()}  # later files are more
+    assert written >= {path.name for path in (past / "dumps/val").iterdir()}  # new files may be added
 
 
 def test_old_checkpoint_exports_the_same_graph(past):
@@ -97,8 +97,8 @@ def test_old_checkpoint_exports_the_same_graph(past):
         session = onnxruntime.InferenceSession(model)
         return session.run(None, {session.get_inputs()[0].name: images})
 
-    then = outputs(gzip.decompress((past / "exported/model.onnx.gz").read_bytes()))
-    for old, new in zip(then, outputs((past / "again.onnx").read_bytes()), strict=True):
+    old_outputs = outputs(gzip.decompress((past / "exported/model.onnx.gz").read_bytes()))
+    for old, new in zip(old_outputs, outputs((past / "again.onnx").read_bytes()), strict=True):
         np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""What `import m2f` offers: these names and no others, quickly, and as a type checker of a user sees them."""
+"""Tests of the public names of `import m2f`, its speed, and its types as a user's type checker sees them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PUBLIC = [
     "load",
     "train",
 ]
-USER = """
+VALID_CODE = """
 import numpy as np
 import m2f
 from PIL import Image
@@ -48,7 +48,7 @@ value: float = run.metrics["val/PQ"]
 table: str = m2f.evaluate(run.folder)["val"].table()
 m2f.Dataset([np.zeros((4, 5, 3), np.uint8)], [np.zeros((4, 5), np.uint8)], ["road"]).write("shards")
 """
-WRONG = """
+INVALID_CODE = """
 import m2f
 
 m2f.lod("runs/demo")
@@ -65,8 +65,8 @@ def test_public_names_match_the_expected_list():
     assert sorted(m2f.__all__) == PUBLIC
     assert set(dir(m2f)) == {"__version__", *PUBLIC}
     stub = ast.parse(Path(m2f.__file__).with_suffix(".pyi").read_text())
-    seen = [name.asname for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names if name.asname]
-    assert sorted(seen) == PUBLIC
+    imported = [name for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names]
+    assert sorted(name.asname for name in imported if name.asname) == PUBLIC
     with pytest.raises(AttributeError, match="no attribute 'lod'; public names: Dataset"):
         _ = m2f.lod
 
@@ -86,29 +86,29 @@ def test_every_public_name_has_a_docstring(name):
 def test_import_is_fast_and_loads_no_heavy_package():
     heavy = ("torch", "numpy", "ray", "mlflow", "deepspeed", "cv2")
     code = (
-        "import time; t = time.process_time(); import m2f; took = time.process_time() - t; "
-        f"import sys; print(took < 0.5, sorted(set({heavy}) & set(sys.modules)), m2f.load.__name__)"
+        "import time; t = time.process_time(); import m2f; elapsed_s = time.process_time() - t; "
+        f"import sys; print(elapsed_s < 0.5, sorted(set({heavy}) & set(sys.modules)), m2f.load.__name__)"
     )
-    done = python("-c", code)
-    assert done.stdout.split("\n")[0] == "True [] load", done.stderr
+    result = python("-c", code)
+    assert result.stdout.split("\n")[0] == "True [] load", result.stderr
 
 
 def test_version_option_prints_the_package_version():
-    done = python("-m", "m2f.cluster.cli", "--version")
-    assert (done.returncode, done.stdout) == (0, f"m2f {m2f.__version__}\n")
+    result = python("-m", "m2f.cluster.cli", "--version")
+    assert (result.returncode, result.stdout) == (0, f"m2f {m2f.__version__}\n")
 
 
 def test_strict_type_checker_accepts_valid_user_code_and_finds_errors(tmp_path):
     (tmp_path / "pyproject.toml").write_text('[tool.pyrefly]\npreset = "strict"\n')
-    (tmp_path / "user.py").write_text(USER)
-    (tmp_path / "wrong.py").write_text(WRONG)
+    (tmp_path / "user.py").write_text(VALID_CODE)
+    (tmp_path / "wrong.py").write_text(INVALID_CODE)
     checker = [str(Path(sys.executable).with_name("pyrefly")), "check", "--python-interpreter-path", sys.executable]
     home = str(m2f.HOME.parent if (m2f.HOME / "__init__.py").exists() else m2f.HOME)
     words = ["--search-path", home, "--output-format", "min-text", "user.py", "wrong.py"]
-    done = subprocess.run([*checker, *words], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
-    errors = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
+    result = subprocess.run([*checker, *words], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
+    errors = [line for line in result.stdout.splitlines() if line.startswith("ERROR")]
     assert [re.search(r"(\w+\.py):(\d+)", line).groups() for line in errors] == [
         ("wrong.py", "4"),
         ("wrong.py", "5"),
         ("wrong.py", "6"),
-    ], done.stdout + done.stderr
+    ], result.stdout + result.stderr

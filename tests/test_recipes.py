@@ -1,4 +1,4 @@
-"""Every recipe loads, says what the paper's row and the official configuration say, and trains a step."""
+"""Tests that every recipe loads, matches the paper and the official configuration, and trains a step."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ RECIPES = {path.stem: path for path in sorted(CONFIGS.rglob("*.yaml")) if path.n
 ABLATIONS = {
     f"{base}_{ablation.name}": (base, ablation) for ablation in ablations().values() for base in ablation.published
 }
-"""By the name of the run: base recipe and ablation."""
-_OTHERS = (CONFIGS, *(CONFIGS / folder for folder in ("eomt", "finetune", "pmt", "vit_adapter")))
-PAPER = [*(n for n, path in RECIPES.items() if path.parent not in _OTHERS), *ABLATIONS]
-"""The recipes of the paper's tables."""
-HEADS = [n for n, path in RECIPES.items() if path.parent.name in ("eomt", "pmt", "vit_adapter")]
+"""Base recipe and ablation, by the name of the run."""
+_NOT_IN_PAPER = (CONFIGS, *(CONFIGS / folder for folder in ("eomt", "finetune", "pmt", "vit_adapter")))
+PAPER_RECIPES = [*(n for n, path in RECIPES.items() if path.parent not in _NOT_IN_PAPER), *ABLATIONS]
+"""Names of the recipes of the paper's tables."""
+HEAD_RECIPES = [n for n, path in RECIPES.items() if path.parent.name in ("eomt", "pmt", "vit_adapter")]
 
 
 @cache
-def loaded(name):
+def load_config(name):
     base, ablation = ABLATIONS.get(name, (name, None))
     return load_recipe(base if ablation is None else f"{base}+{ablation.name}")
 
 
-def is_of(name, *folders):
+def is_in_folder(name, *folders):
     return (RECIPES[name].relative_to(CONFIGS).parts[0] if name in RECIPES else "ablations") in folders
 
 
-# What each file says
+# Files
 
 
 def test_recipe_names_are_unique():
@@ -71,7 +71,7 @@ def test_recipe_names_are_unique():
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablation_changes_its_base_recipe_and_states_the_published_result(name):
     base, ablation = ABLATIONS[name]
-    changed, before = loaded(name), loaded(base)
+    changed, before = load_config(name), load_config(base)
     assert changed.name == name
     assert changed != replace(before, name=name)
     assert re.match(r"(PQ|AP|mIoU) ([\d.]+ .*|of Figure IV, .*)\(paper", ablation.published[base])
@@ -112,25 +112,25 @@ def test_recipes_load_and_start_with_command_and_expected_result(name):
 
 def test_recipes_document_lists_every_recipe_with_its_results():
     document = (REPOSITORY / "docs" / "recipes.md").read_text()
-    listed = {name for pattern in re.findall(r"`([\w*+]+)`", document) for name in expanded(pattern)}
-    assert listed == {*PAPER, *HEADS}
+    listed = {name for pattern in re.findall(r"`([\w*+]+)`", document) for name in expand_pattern(pattern)}
+    assert listed == {*PAPER_RECIPES, *HEAD_RECIPES}
     columns: list[str] = []
     for line in document.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         columns = cells if "mIoU" in cells else columns
-        for name in (name for pattern in re.findall(r"`([\w*+]+)`", cells[0]) for name in expanded(pattern)):
+        for name in (name for pattern in re.findall(r"`([\w*+]+)`", cells[0]) for name in expand_pattern(pattern)):
             if line.startswith("|"):
-                assert figures(name).items() <= dict(zip(columns, cells, strict=True)).items(), name
+                assert stated_results(name).items() <= dict(zip(columns, cells, strict=True)).items(), name
 
 
-def expanded(pattern):
-    """Recipes that a name in the document stands for: `*_r50+smca` for the same ablation on three tasks."""
+def expand_pattern(pattern):
+    """Return the recipes that a name in the document means: `*_r50+smca` means an ablation on three tasks."""
     name = pattern.replace("+", "_").replace("*", r"(coco_panoptic|coco_instance|ade20k_semantic)")
-    return [recipe for recipe in (*PAPER, *HEADS) if re.fullmatch(name, recipe)]
+    return [recipe for recipe in (*PAPER_RECIPES, *HEAD_RECIPES) if re.fullmatch(name, recipe)]
 
 
-def figures(name):
-    """PQ, AP and mIoU as a recipe's second line states them."""
+def stated_results(name):
+    """Return PQ, AP and mIoU as the second line of a recipe states them."""
     base, ablation = ABLATIONS.get(name, (name, None))
     expected = RECIPES[name].read_text().splitlines()[1] if ablation is None else ablation.published[base]
     return dict(re.findall(r"(?<!boundary )\b(PQ|AP|mIoU) ([\d.]+)", expected))
@@ -141,7 +141,7 @@ def figures(name):
     [("r50", "r50"), ("swin_t", "swin_t"), ("swin_s", "swin_s"), ("swin_b", "swin_b"), ("swin_l", "swin_l_200q")],
 )
 def test_finetune_recipes_match_the_model_of_the_published_weights(tuned, published):
-    recipe, base = loaded(f"finetune_{tuned}"), loaded(f"coco_instance_{published}")
+    recipe, base = load_config(f"finetune_{tuned}"), load_config(f"coco_instance_{published}")
     assert model_changes(dump_recipe(base), dump_recipe(recipe)) == ()
     assert recipe.model.weights is not None
     size = {"swin_t": "tiny", "swin_s": "small", "swin_b": "base", "swin_l": "large"}.get(tuned, "model_final_3c8ec9")
@@ -152,19 +152,19 @@ def test_finetune_recipes_match_the_model_of_the_published_weights(tuned, publis
 
 
 COCO_EPOCH = 7375
-"""Official steps of 16 images that count as an epoch of COCO."""
+"""Number of steps with 16 images that the official code counts as an epoch of COCO."""
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", PAPER_RECIPES)
 def test_schedules_match_the_official_code(name):
-    training = loaded(name).training
+    training = load_config(name).training
     assert training.global_batch == 16
-    own_training = re.search(r"maskformer_r50$", name)  # MaskFormer's own parameters
-    assert training.optimizer == OptimizerConfig(weight_decay=1e-4 if own_training else 0.05)
+    is_maskformer = re.search(r"maskformer_r50$", name)  # it has other training settings
+    assert training.optimizer == OptimizerConfig(weight_decay=1e-4 if is_maskformer else 0.05)
     if not name.startswith("coco"):
         steps = {"ade20k": 160_000, "cityscapes": 90_000, "mapillary": 300_000}[name.split("_")[0]]
         assert (training.max_steps, training.schedule) == (steps, PolySchedule(power=0.9))
-    elif own_training:
+    elif is_maskformer:
         assert (training.max_steps, training.schedule) == (554_400, MultiStepSchedule(milestones=(369_600,)))
     else:
         match = re.search(r"_(\d+)ep", name)
@@ -186,16 +186,16 @@ def test_schedules_match_the_official_code(name):
 )
 def test_learning_rates_match_the_official_code(goldens, golden, name):
     expected = json.loads((goldens / "g_lr_schedule.json").read_text())[golden]
-    training = loaded(name).training
+    training = load_config(name).training
     assert training.max_steps == expected["max_iter"]
     for step, lr in expected["lr_at_iter"]:
         ours = training.optimizer.lr * lr_factor(training.schedule, step, training.max_steps)
         assert ours == pytest.approx(lr, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", PAPER_RECIPES)
 def test_image_sizes_match_the_official_code(name):
-    config = loaded(name)
+    config = load_config(name)
     augment, data_set = config.data.augment, name.split("_")[0]
     if data_set == "coco":
         assert (config.evaluation.shortest_edge, config.evaluation.max_size) == (800, 1333)
@@ -213,9 +213,10 @@ def test_image_sizes_match_the_official_code(name):
 
 
 def test_only_convergence_and_maskformer_recipes_augment_coco_differently():
-    others = {n: loaded(n).data.augment for n in PAPER if n.startswith("coco")}
+    others = {n: load_config(n).data.augment for n in PAPER_RECIPES if n.startswith("coco")}
     others = {n: augment for n, augment in others.items() if isinstance(augment, ScaleJitter)}
-    assert set(others) == {n for n in PAPER if n.endswith("_standard") or re.match(r"coco.*_maskformer_r50$", n)}
+    pattern = r".*_standard|coco.*_maskformer_r50"
+    assert set(others) == {name for name in PAPER_RECIPES if re.fullmatch(pattern, name)}
     for name, augment in others.items():
         cropped = not name.endswith("_standard")
         assert augment == ScaleJitter(
@@ -223,9 +224,9 @@ def test_only_convergence_and_maskformer_recipes_augment_coco_differently():
         )
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", PAPER_RECIPES)
 def test_queries_thresholds_and_norms_match_the_official_code(name):
-    config = loaded(name)
+    config = load_config(name)
     match = re.search(r"_(\d+)q$", name)
     assert config.model.transformer_decoder.num_queries == (int(match[1]) if match else 100)
     assert ("swin_l" in name and "semantic" not in name) <= name.endswith("200q")
@@ -242,9 +243,9 @@ def test_queries_thresholds_and_norms_match_the_official_code(name):
         assert backbone.norm == ("sync_batch" if trained else "frozen_batch")
 
 
-@pytest.mark.parametrize("name", [name for name in PAPER if "swin" in name])
+@pytest.mark.parametrize("name", [name for name in PAPER_RECIPES if "swin" in name])
 def test_swin_recipes_use_pretrained_weights_of_matching_shape(name):
-    backbone = loaded(name).model.backbone
+    backbone = load_config(name).model.backbone
     size, window, width = {
         (96, 6): ("tiny", 7, 224),
         (96, 18): ("small", 7, 224),
@@ -257,7 +258,7 @@ def test_swin_recipes_use_pretrained_weights_of_matching_shape(name):
     assert (backbone.window_size, backbone.drop_path) == (window, 0.3)
 
 
-OFFICIAL = {
+OFFICIAL_SETTINGS = {
     "model.loss.class_norm": "per_rank",
     "data.augment.shrink": "bilinear",
     "data.crop_padding": "grey",
@@ -266,9 +267,9 @@ OFFICIAL = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in PAPER if name.endswith("_official")])
+@pytest.mark.parametrize("name", [name for name in PAPER_RECIPES if name.endswith("_official")])
 def test_official_recipes_change_only_the_documented_settings(name):
-    changed = OFFICIAL | ({"data.drop_empty_targets": "False"} if "panoptic" in name else {})
+    changed = OFFICIAL_SETTINGS | ({"data.drop_empty_targets": "False"} if "panoptic" in name else {})
     changed |= {"data.rasterise": "crop"} if "instance" in name else {}
     assert differences(name.removesuffix("_official"), name) == changed
 
@@ -276,7 +277,7 @@ def test_official_recipes_change_only_the_documented_settings(name):
 # Ablations
 
 
-ABLATED = {
+ALLOWED_SETTINGS = {
     "attention": r"model\.transformer_decoder\.attention",
     "features": r"model\.transformer_decoder\.features",
     "decoder": r"model\.transformer_decoder\.(queries|cross_attention_first|dropout)",
@@ -285,29 +286,29 @@ ABLATED = {
     "loss": r"model\.loss\.(matching|supervision)|training\.micro_batch",
     "epochs": r"training\.(max_steps|schedule\.milestones\.\d)|data\.augment\..*",
 }
-"""Settings that a row may change, by what it is about."""
+"""Settings that an ablation may change, by subject."""
 
 
 def differences(base, name):
-    """Settings of `name` that `base` has otherwise, but for the name itself."""
-    ours, theirs = (flatten(loaded(n)) for n in (name, base))
-    keys = (ours.keys() | theirs.keys()) - {"name"}
-    return {key: ours.get(key, "") for key in keys if ours.get(key) != theirs.get(key)}
+    """Return the settings of `name` that differ from those of `base`, except for the name."""
+    changed, original = (flatten(load_config(n)) for n in (name, base))
+    keys = (changed.keys() | original.keys()) - {"name"}
+    return {key: changed.get(key, "") for key in keys if changed.get(key) != original.get(key)}
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablation_changes_settings_of_one_group_only(name):
     changed = differences(ABLATIONS[name][0], name)
     assert changed
-    assert any(all(re.fullmatch(pattern, key) for key in changed) for pattern in ABLATED.values()), changed
+    assert any(all(re.fullmatch(pattern, key) for key in changed) for pattern in ALLOWED_SETTINGS.values()), changed
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in PAPER if not is_of(n, "ablations", "maskformer") and not n.endswith("_official")]
+    "name", [n for n in PAPER_RECIPES if not is_in_folder(n, "ablations", "maskformer") and not n.endswith("_official")]
 )
 def test_backbone_recipes_differ_only_in_allowed_settings(name):
-    """Against R50 on the same data and task: backbone, queries, images per forward, FaPN, Swin-L's schedule on COCO,
-    the larger crops on ADE20K."""
+    """Compared with R50 on the same data and task: backbone, queries, micro-batch, FaPN, the schedule of Swin-L on
+    COCO, and the larger crops on ADE20K."""
     allowed = r"model\.backbone\..*|model\.transformer_decoder\.num_queries|training\.micro_batch"
     if "fapn" in name:
         allowed += r"|model\.pixel_decoder\..*"
@@ -341,7 +342,7 @@ CLASSES = {
     "cityscapes": (19, 8, 19),
     "mapillary": (65, 37, 65),
 }
-"""Of panoptic, instance and semantic models (paper section 4)."""
+"""Number of classes of panoptic, instance and semantic models (paper section 4)."""
 
 
 def test_category_tables_have_the_class_counts_of_the_paper():
@@ -350,8 +351,8 @@ def test_category_tables_have_the_class_counts_of_the_paper():
         assert tuple(len(TABLES[data_set].for_task(task)) for task in tasks) == counts
 
 
-def narrow(model):
-    """The same structure with few channels and layers."""
+def shrink_model(model):
+    """Return a model of the same structure with few channels and layers."""
     if isinstance(model.backbone, SwinBackboneConfig):
         backbone = replace(model.backbone, embed_dim=8, depths=(2, 1, 1, 1), num_heads=(1, 1, 2, 2), pretrained=None)
     else:
@@ -368,7 +369,7 @@ def narrow(model):
     return replace(model, backbone=backbone, pixel_decoder=pixel_decoder, transformer_decoder=decoder, loss=loss)
 
 
-def small(augment):
+def shrink_augmentation(augment):
     match augment:
         case LargeScaleJitter():
             return replace(augment, size=64)
@@ -379,27 +380,28 @@ def small(augment):
             return replace(augment, shortest_edges=(48, 64), max_size=96)
 
 
-def reduced(name):
-    """The recipe's model and augmentation, small enough for a step in a test."""
-    config = loaded(name)
-    return replace(config, model=narrow(config.model), data=replace(config.data, augment=small(config.data.augment)))
+def reduce_recipe(name):
+    """Return the recipe with a model and an augmentation that are small enough for a step in a test."""
+    config = load_config(name)
+    data = replace(config.data, augment=shrink_augmentation(config.data.augment))
+    return replace(config, model=shrink_model(config.model), data=data)
 
 
-def representatives():
-    """Recipes of which each brings a structure of the model, or a kind of data, that those before it lack."""
-    seen: set[str] = set()
-    for name in PAPER:
-        config = reduced(name)
+def representative_recipes():
+    """Yield recipes that have a model structure or a kind of data that no earlier recipe has."""
+    covered: set[str] = set()
+    for name in PAPER_RECIPES:
+        config = reduce_recipe(name)
         structure = replace(config.model, postprocess=PostprocessConfig())
         traits = {repr(structure), f"{name.split('_')[0]} {config.data.task} {type(config.data.augment)}"}
-        if traits - seen:
+        if traits - covered:
             yield name
-        seen |= traits
+        covered |= traits
 
 
-def checkered(table, position):
-    """An image of 48 x 64 pixels with twelve segments, things and stuff in turn."""
-    things, stuff = ([c for c in table.categories if c.is_thing == wanted] for wanted in (True, False))
+def checkered_sample(table, position):
+    """Return an image of 48 x 64 pixels with a grid of twelve segments, alternating between things and stuff."""
+    things, stuff = ([c for c in table.categories if c.is_thing == is_thing] for is_thing in (True, False))
     columns, rows = np.meshgrid(np.arange(64) // 16, np.arange(48) // 16)
     seg = (1 + 4 * rows + columns).astype(np.uint8)
     segments = []
@@ -423,7 +425,7 @@ def checkered(table, position):
     return DecodedSample(key=f"s{position}", image_id=position, source="memory", image=image, annotation=annotation)
 
 
-def one_batch(config, table):
+def make_batch(config, table):
     recipe = TrainTransform(
         task=config.data.task,
         labels=table.labels(config.data.task),
@@ -431,24 +433,24 @@ def one_batch(config, table):
         drop_empty_targets=config.data.drop_empty_targets,
         seed=0,
     )
-    return collate([make_example(checkered(table, p), 0, p, recipe) for p in range(2)], recipe.canvas)
+    return collate([make_example(checkered_sample(table, p), 0, p, recipe) for p in range(2)], recipe.canvas)
 
 
-@pytest.mark.parametrize("name", representatives())
+@pytest.mark.parametrize("name", representative_recipes())
 def test_reduced_recipe_trains_one_step(name):
-    config, table = reduced(name), TABLES[name.split("_")[0]]
+    config, table = reduce_recipe(name), TABLES[name.split("_")[0]]
     model_config = replace(config.model, num_classes=len(table.for_task(config.data.task)))
     torch.manual_seed(0)
     module = TrainingModule(build_model(model_config), model_config, seed=0, precision="fp32")
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-    batch = one_batch(config, table)
+    batch = make_batch(config, table)
     assert batch.targets.valid.any()
     queries = model_config.transformer_decoder.num_queries
     losses = module(batch, count_normalizers(batch.targets, queries, model_config.loss))
     losses.total.backward()
     assert torch.isfinite(losses.total)
-    without = [key for key, parameter in module.named_parameters() if parameter.grad is None]
-    assert without == []
+    without_gradient = [key for key, parameter in module.named_parameters() if parameter.grad is None]
+    assert without_gradient == []
     assert all(torch.isfinite(parameter.grad).all() for parameter in module.parameters())
     before = [parameter.detach().clone() for parameter in module.parameters()]
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Tiny data sets in the layouts that labelling tools document, written by hand after their documentation."""
+"""Write tiny data sets in the export formats of labelling tools, following their documentation."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CLASSES = ("cell", "dirt")
 
 
 def square(number: int) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the cell in an image."""
+    """Return left, top, right and bottom of the cell in an image."""
     return 8 + number, 10, 30 + number, 32
 
 
 def write_image(path: Path, number: int) -> None:
-    """A dark image with a bright cell, and a grey speck of dirt."""
+    """Write a dark image with a bright cell and a grey speck of dirt."""
     image = np.full((SIZE, SIZE, 3), 40, np.uint8)
     x0, y0, x1, y1 = square(number)
     image[y0:y1, x0:x1] = 220
@@ -32,7 +32,7 @@ def write_image(path: Path, number: int) -> None:
 
 
 def class_map(number: int) -> np.ndarray:
-    """0 background, 1 cell, 2 dirt."""
+    """Return the label map of an image: 0 is background, 1 cell, 2 dirt."""
     values = np.zeros((SIZE, SIZE), np.uint8)
     x0, y0, x1, y1 = square(number)
     values[y0:y1, x0:x1] = 1
@@ -41,13 +41,13 @@ def class_map(number: int) -> np.ndarray:
 
 
 def rings(number: int) -> list[list[float]]:
-    """The cell's and the dirt's corners."""
+    """Return the polygons of the cell and the dirt."""
     x0, y0, x1, y1 = square(number)
     return [[x0, y0, x1, y0, x1, y1, x0, y1], [45, 45, 55, 45, 55, 55, 45, 55]]
 
 
 def yolo_seg(folder: Path) -> None:
-    """Ultralytics: images/SPLIT, labels/SPLIT, data.yaml."""
+    """Write the format of Ultralytics: images/SPLIT, labels/SPLIT, data.yaml."""
     for number in range(COUNT):
         split = "val" if number > 3 else "train"
         write_image(folder / f"images/{split}/im{number}.png", number)
@@ -59,7 +59,7 @@ def yolo_seg(folder: Path) -> None:
 
 
 def labelme(folder: Path) -> None:
-    """labelme: a JSON beside every image; the dirt is a mask."""
+    """Write the format of labelme: a JSON file beside every image. The dirt is a mask."""
     for number in range(COUNT):
         write_image(folder / f"im{number}.png", number)
         ring = np.array(rings(number)[0], float).reshape(-1, 2)
@@ -74,7 +74,7 @@ def labelme(folder: Path) -> None:
 
 
 def cvat(folder: Path) -> None:
-    """CVAT for images 1.1: annotations.xml and images/; the dirt is a mask in runs, row by row."""
+    """Write CVAT for images 1.1: annotations.xml and images/. The dirt is a run-length encoded mask."""
     images = []
     for number in range(COUNT):
         write_image(folder / f"images/im{number}.png", number)
@@ -94,7 +94,7 @@ def cvat(folder: Path) -> None:
 
 
 def voc(folder: Path) -> None:
-    """Segmentation mask 1.1: JPEGImages, SegmentationClass, SegmentationObject, ImageSets, labelmap.txt."""
+    """Write Segmentation mask 1.1: JPEGImages, SegmentationClass, SegmentationObject, ImageSets, labelmap.txt."""
     for number in range(COUNT):
         write_image(folder / f"JPEGImages/im{number}.png", number)
         for name in ("SegmentationClass", "SegmentationObject"):
@@ -110,7 +110,7 @@ def voc(folder: Path) -> None:
 
 
 def mask_pngs(folder: Path) -> None:
-    """Images and grey maps whose names end in `_mask`."""
+    """Write images, and grey maps whose names end in `_mask`."""
     for number in range(COUNT):
         write_image(folder / f"images/im{number}.png", number)
         (folder / "masks").mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ def mask_pngs(folder: Path) -> None:
 
 
 def camvid(folder: Path) -> None:
-    """CamVid as released: colour maps with `_L`, label_colors.txt."""
+    """Write the format of CamVid: colour maps whose names end in `_L`, and label_colors.txt."""
     colors = np.array([(0, 0, 0), (128, 64, 128), (64, 0, 192)], np.uint8)
     for number in range(COUNT):
         write_image(folder / f"701_StillsRaw_full/im{number}.png", number)
@@ -138,7 +138,7 @@ def _coco(names: list[str], first: int, categories: list[dict]) -> str:
 
 
 def roboflow(folder: Path) -> None:
-    """Roboflow's COCO: SPLIT/_annotations.coco.json beside the images; class 0 is the unused parent of the others."""
+    """Write Roboflow's COCO: SPLIT/_annotations.coco.json beside the images. Class 0 is an unused supercategory."""
     categories = [{"id": 0, "name": "cells", "supercategory": "none"}]
     categories += [{"id": k + 1, "name": name, "supercategory": "cells"} for k, name in enumerate(CLASSES)]
     for split, numbers in (("train", range(4)), ("valid", range(4, COUNT))):
@@ -149,7 +149,7 @@ def roboflow(folder: Path) -> None:
 
 
 def label_studio(folder: Path) -> None:
-    """Label Studio's COCO: result.json, whose file names begin with images/."""
+    """Write Label Studio's COCO: result.json, whose file names begin with images/."""
     for number in range(COUNT):
         write_image(folder / f"images/im{number}.png", number)
     categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES)]
@@ -158,7 +158,7 @@ def label_studio(folder: Path) -> None:
 
 
 def cvat_coco(folder: Path) -> None:
-    """CVAT's COCO 1.0: annotations/instances_default.json and images/."""
+    """Write CVAT's COCO 1.0: annotations/instances_default.json and images/."""
     for number in range(COUNT):
         write_image(folder / f"images/default/im{number}.png", number)
     (folder / "annotations").mkdir()
@@ -168,7 +168,7 @@ def cvat_coco(folder: Path) -> None:
 
 
 def hugging_face(folder: Path) -> None:
-    """Colour PNGs: red the class, green the instance; 0 is void."""
+    """Write the Hugging Face format: in colour PNGs, red is the class and green the instance; 0 is void."""
     for number in range(COUNT):
         write_image(folder / f"images/im{number}.png", number)
         (folder / "annotations").mkdir(exist_ok=True)
