@@ -215,16 +215,16 @@ class _FaultyHandler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self):
-        if (fault := self._fault()).isdigit():
-            self._refuse(fault)
+        if (fault := self._next_fault()).isdigit():
+            self._send_status(fault)
             return
         self.send_response(200)
         self.send_header("Content-Length", str(len(BODY)))
         self.end_headers()
 
     def do_DELETE(self):
-        fault = self._fault()
-        self._refuse(fault if fault.isdigit() else "204")
+        fault = self._next_fault()
+        self._send_status(fault if fault.isdigit() else "204")
 
     def _next_fault(self):
         self.server.requests += 1
@@ -237,8 +237,8 @@ class _FaultyHandler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self):
-        if (fault := self._fault()).isdigit():
-            self._refuse(fault)
+        if (fault := self._next_fault()).isdigit():
+            self._send_status(fault)
             return
         first, last = (int(v) for v in self.headers["Range"].removeprefix("bytes=").split("-"))
         body = BODY[first : last + 1]
