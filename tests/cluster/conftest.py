@@ -1,4 +1,4 @@
-"""What tests of the cluster package share."""
+"""Fixtures shared by the tests of the cluster package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory) -> bytes:
-    """An empty MLflow database; making one takes seconds, copying it none."""
+    """Return an empty MLflow database. Creating one takes seconds, so tests copy it."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
     return path.read_bytes()

@@ -1,4 +1,4 @@
-"""Runs the command line and fails where it imports a package that it shall not: `help_main.py HEAVY,... WORD...`."""
+"""Run a command line, and fail if it imports a heavy package: `help_main.py HEAVY,... WORD...`."""
 
 import sys
 

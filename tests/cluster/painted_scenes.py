@@ -1,7 +1,7 @@
-"""A COCO data set whose images show their own annotation, and a model that reads it off imperfectly; no test module.
+"""A COCO data set whose images encode their annotations, and a model that decodes them with errors.
 
-The red channel of an image is 20 times the segment's number, so the model finds real segments: some of them shifted,
-some of another class, some not at all.
+The red channel of an image is 20 times the number of the segment. The model finds these segments, but shifts some,
+gives some a wrong class, and misses some.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ CATEGORIES = (
 NUM_SEGMENTS = 8
 
 
-class Reader(nn.Module):
-    """One query per number; every third mask is 4 pixels off, every seventh segment has another class."""
+class SceneModel(nn.Module):
+    """Model with one query per segment number. It shifts every third mask by 4 pixels; every seventh class is wrong."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,18 +43,18 @@ class Reader(nn.Module):
         numbers = (images[:, 0, 2::4, 2::4] / 20).round().long().clamp(0, NUM_SEGMENTS)
         features = F.one_hot(numbers, NUM_SEGMENTS + 1).permute(0, 3, 1, 2).float() * 12 - 6
         features[:, ::3] = features[:, ::3].roll(1, -1)
-        shade = images[:, 1, 0, 0].long()  # of the picture: differs from one to the next
+        image_ids = images[:, 1, 0, 0].long()
         class_logits = torch.zeros(1, len(images), NUM_SEGMENTS + 1, len(CATEGORIES) + 1)
-        for row, value in enumerate(shade.tolist()):
+        for row, image_id in enumerate(image_ids.tolist()):
             for number in range(NUM_SEGMENTS + 1):
-                right = number % len(CATEGORIES)
-                label = (right + 1) % len(CATEGORIES) if (number + value) % 7 == 0 else right
-                class_logits[0, row, number, label] = 2.0 + 0.37 * ((number * 5 + value) % 8)
+                correct = number % len(CATEGORIES)
+                label = (correct + 1) % len(CATEGORIES) if (number + image_id) % 7 == 0 else correct
+                class_logits[0, row, number, label] = 2.0 + 0.37 * ((number * 5 + image_id) % 8)
         return Predictions(class_logits, torch.eye(NUM_SEGMENTS + 1).expand(1, len(images), -1, -1), features)
 
 
 def write_painted_scenes(folder: Path, count: int) -> None:
-    """Images, panoptic and instance annotations, and label maps of category ids, as COCO and ADE20K lay them out."""
+    """Write images, panoptic and instance annotations, and label maps, in the formats of COCO and ADE20K."""
     images, panoptic, instances = [], [], []
     for name in ("images", "panoptic", "labels"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a person sees in a browser: the MLflow UI of a real server with a run of ours in it, and the HTML reports."""
+"""Tests in a browser: the MLflow UI of a real server with a run of m2f, and the HTML reports."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PATIENCE_S = 240.0
 
 
 class Tab:
-    """One tab, driven through the DevTools protocol."""
+    """A browser tab, controlled through the DevTools protocol."""
 
     def __init__(self, socket):
         self._socket, self._number = socket, 0
@@ -63,7 +63,7 @@ class Tab:
                 assert "error" not in message, message
                 return message["result"]
 
-    async def value(self, script):
+    async def evaluate(self, script):
         return (await self.call("Runtime.evaluate", expression=script, returnByValue=True))["result"].get("value")
 
     async def open(self, url, width=1300, height=3000):
@@ -72,11 +72,11 @@ class Tab:
         )
         await self.call("Page.navigate", url=url)
 
-    async def see(self, *texts):
+    async def wait_for_text(self, *texts):
         """Wait until the page shows every text."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            shown = await self.value("document.body ? document.body.innerText : ''") or ""
+            shown = await self.evaluate("document.body ? document.body.innerText : ''") or ""
             missing = [text for text in texts if text not in shown]
             if not missing:
                 return
@@ -84,11 +84,11 @@ class Tab:
             await asyncio.sleep(0.2)
 
     async def picture(self):
-        shot = await self.call("Page.captureScreenshot", format="png")
-        return decode_picture(base64.b64decode(shot["data"]))
+        screenshot = await self.call("Page.captureScreenshot", format="png")
+        return decode_picture(base64.b64decode(screenshot["data"]))
 
-    async def see_color(self, red, green, blue):
-        """Wait until some hundred pixels have the colour; also those of frames whose text is out of reach."""
+    async def wait_for_color(self, red, green, blue):
+        """Wait until hundreds of pixels have the colour. This also works for frames whose text cannot be read."""
         deadline = time.monotonic() + PATIENCE_S
         while (np.abs((await self.picture()).astype(int) - (red, green, blue)).max(axis=-1) <= 6).sum() < 300:
             assert time.monotonic() < deadline, "the colour does not appear"
@@ -116,8 +116,8 @@ async def browser(folder):
             await asyncio.sleep(0.1)
         address = f"http://127.0.0.1:{ready.read_text().split()[0]}"
         async with aiohttp.ClientSession() as session:
-            async with session.get(f"{address}/json/list") as answer:
-                target = next(t for t in await answer.json() if t["type"] == "page")
+            async with session.get(f"{address}/json/list") as response:
+                target = next(t for t in await response.json() if t["type"] == "page")
             async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as connection:
                 tab = Tab(connection)
                 await tab.call("Page.enable")
@@ -192,39 +192,39 @@ def test_the_mlflow_ui_shows_metrics_and_artifacts(tmp_path, migrated_database, 
             tracking.log_artifact(tmp_path / name, "evaluations/step_00001000/val")
         assert tracking.finish("FINISHED")
         experiment = MlflowClient(tracking_uri=url).get_experiment_by_name("m2f").experiment_id
-        asyncio.run(look_at_mlflow(tmp_path, f"{url}/#/experiments/{experiment}", run.run_id))
+        asyncio.run(check_mlflow_pages(tmp_path, f"{url}/#/experiments/{experiment}", run.run_id))
 
 
-async def look_at_mlflow(folder, experiment, run_id):
+async def check_mlflow_pages(folder, experiment, run_id):
     async with browser(folder) as tab:
         await tab.open(f"{experiment}/runs")
-        await tab.see("seen_in_a_browser")
+        await tab.wait_for_text("seen_in_a_browser")
         await tab.open(f"{experiment}/runs/{run_id}")
-        await tab.see("seen_in_a_browser", "val/PQ", "45.75", "training.optimizer.lr", "0.00123")
+        await tab.wait_for_text("seen_in_a_browser", "val/PQ", "45.75", "training.optimizer.lr", "0.00123")
         files = f"{experiment}/runs/{run_id}/artifacts/evaluations/step_00001000/val"
         await tab.open(f"{files}/panels.png")
-        await tab.see("panels.png", "report.html")
-        await tab.see_color(10, 200, 30)
+        await tab.wait_for_text("panels.png", "report.html")
+        await tab.wait_for_color(10, 200, 30)
     async with browser(folder / "again") as tab:  # the page keeps the file that it opened first
         await tab.open(f"{files}/report.html", height=1000)
-        await tab.see("report.html")
-        await tab.see_color(0, 0x72, 0xB2)  # the bars of the report
+        await tab.wait_for_text("report.html")
+        await tab.wait_for_color(0, 0x72, 0xB2)  # the bars of the report
 
 
 @pytest.mark.parametrize("report", [evaluation_report, comparison_report])
 def test_reports_are_readable_on_desktop_phone_and_paper(tmp_path, report):
     (tmp_path / "report.html").write_text(report())
-    asyncio.run(look_at_report(tmp_path, (tmp_path / "report.html").as_uri()))
+    asyncio.run(check_report(tmp_path, (tmp_path / "report.html").as_uri()))
 
 
-async def look_at_report(folder, url):
+async def check_report(folder, url):
     async with browser(folder) as tab:
         for width in (1300, 390):
             await tab.open(url, width)
-            await tab.see("Metrics", "PQ")
-            await tab.see_color(0, 0x72, 0xB2)
-            assert await tab.value("document.documentElement.scrollWidth") <= width  # only tables scroll sideways
-            small = "[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)"
-            assert await tab.value(f"Math.min(...{small})") >= 6
+            await tab.wait_for_text("Metrics", "PQ")
+            await tab.wait_for_color(0, 0x72, 0xB2)
+            assert await tab.evaluate("document.documentElement.scrollWidth") <= width  # only tables scroll sideways
+            text_heights = "[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)"
+            assert await tab.evaluate(f"Math.min(...{text_heights})") >= 6
         pdf = await tab.call("Page.printToPDF", printBackground=False)
         assert base64.b64decode(pdf["data"]).startswith(b"%PDF")

@@ -45,14 +45,14 @@ model:
 training: {{max_steps: 10}}
 evaluation: {{shortest_edge: 64, max_size: 96}}
 """
-SMALL_SHARDS = "datasets.train.shards={folder}/others"
-NOBODY = "cluster.address=127.0.0.1:9"
+NEW_SHARDS = "datasets.train.shards={folder}/others"
+NO_CLUSTER = "cluster.address=127.0.0.1:9"
 HEAVY = ("torch", "ray", "mlflow", "pyarrow", "boto3", "cv2", "numpy", "pydantic", "rich", "deepspeed")
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """A recipe whose training set is sharded."""
+    """Write a recipe and the shards of its training set."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
     dataset = DatasetConfig(shards=str(folder / "shards"), source=SyntheticSource(num_images=6))
@@ -69,22 +69,22 @@ def run(capsys, *words):
 @pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)])
 def test_help_imports_no_heavy_package(words):
     command = [sys.executable, Path(__file__).with_name("help_main.py"), ",".join(HEAVY), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stderr
-    assert "usage: m2f" in done.stdout
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert result.returncode == 0, result.stderr
+    assert "usage: m2f" in result.stdout
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["config", "--explain"]])
 def test_a_closed_pipe_ends_without_a_traceback(words):
     command = [sys.executable, "-m", "m2f.cluster.cli", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()  # as `| head -0` may do it before the first line
+    process.stdout.close()  # as `| head -0` may do before the first line
     assert (process.stderr.read(), process.wait(PATIENCE_S)) == ("", 0)
     process.stderr.close()
 
 
 def test_help_takes_less_than_a_second_of_cpu_time():
-    """Of the processor: how long that takes depends on what else runs."""
+    """CPU time is measured, because wall time depends on other processes."""
     times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -118,7 +118,7 @@ def test_unknown_verb_suggests_a_similar_one(capsys):
         (["stats", "RECIPE", "absent"], "dataset.json does not exist"),
         (["preview", "RECIPE", "train", "absent"], "preview takes one data set, not 2: train, absent"),
         (["shard", "RECIPE", "absent"], "set datasets.absent.source"),
-        (["shard", "RECIPE", "train", SMALL_SHARDS, NOBODY], "cannot reach the Ray cluster at 127.0.0.1:9"),
+        (["shard", "RECIPE", "train", NEW_SHARDS, NO_CLUSTER], "cannot reach the Ray cluster at 127.0.0.1:9"),
         (["eval", "RECIPE"], "has no checkpoint; train first"),
         (["eval", "RECIPE", "--checkpoint", "12"], "has no checkpoint; train first"),
         (["predict", "RECIPE", "nowhere.jpg", "--output", "out"], "nowhere.jpg: no such image"),
@@ -193,9 +193,9 @@ def test_local_training_writes_a_checkpoint_and_a_finished_mlflow_run(recipe, tm
         "model.loss.num_points=64",
     ]
     command = [sys.executable, "-m", "m2f.cluster.cli", "train", str(recipe), "--launcher", "local", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stderr
-    assert f"run finished: {tmp_path}/small\ncurves: mlflow ui " in done.stdout
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert result.returncode == 0, result.stderr
+    assert f"run finished: {tmp_path}/small\ncurves: mlflow ui " in result.stdout
     config = load_recipe(recipe, overrides)
     assert choose_checkpoint(config, Storage(), None).name == "step_00000002"
     with pytest.raises(ConfigError, match="no such file or folder"):
@@ -208,7 +208,7 @@ def test_local_training_writes_a_checkpoint_and_a_finished_mlflow_run(recipe, tm
 
 @pytest.fixture(scope="module")
 def weights(recipe):
-    """Random weights of the recipe's model."""
+    """Write random weights of the recipe's model."""
     from m2f.model.mask2former import build_model
 
     path = recipe.parent / "weights.safetensors"
@@ -394,7 +394,7 @@ def test_plan_works_without_shards(recipe, tmp_path, capsys):
     assert out.startswith("GPU memory ")
 
 
-SCORED = ["--truth", "a", "--predictions", "b", "--truth-masks", "c", "--prediction-masks", "d"]
+FILES = ["--truth", "a", "--predictions", "b", "--truth-masks", "c", "--prediction-masks", "d"]
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ SCORED = ["--truth", "a", "--predictions", "b", "--truth-masks", "c", "--predict
             ["train", "recipe.yaml", "--laucher", "local"],
             "unrecognized arguments: --laucher local; did you mean --launcher?",
         ),
-        (["score", "panoptic", *SCORED, "--reprt", "x"], "unrecognized arguments: --reprt x; did you mean --report?"),
+        (["score", "panoptic", *FILES, "--reprt", "x"], "unrecognized arguments: --reprt x; did you mean --report?"),
         (["score", "panoptc"], "did you mean panoptic?"),
         (["train", "recipe.yaml", "--launcher", "locl"], "did you mean local?"),
     ],

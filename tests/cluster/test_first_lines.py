@@ -1,4 +1,4 @@
-"""Verbs that load large packages say so first: loading takes seconds, on a busy machine much longer."""
+"""Tests that verbs print a message before they load large packages, which takes seconds."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ FIRST_LINES = {
 
 def test_verbs_print_a_message_before_loading_large_packages(tmp_path):
     command = [sys.executable, Path(__file__).with_name("first_lines_main.py"), HEAVY, *FIRST_LINES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    said = done.stderr.splitlines()
-    assert {line[2:]: said[number + 1] for number, line in enumerate(said) if line.startswith("> ")} == FIRST_LINES
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    assert {line[2:]: lines[number + 1] for number, line in enumerate(lines) if line.startswith("> ")} == FIRST_LINES

@@ -1,4 +1,4 @@
-"""Names from files that would lead out of a folder, at the doors where predictions are written and scored."""
+"""Tests that names which lead out of a folder are rejected when predictions are written or scored."""
 
 import zipfile
 
@@ -18,26 +18,26 @@ from m2f.eval.score.files import mask_file
 from m2f.model.errors import ConfigError
 from m2f.model.structures import PanopticResult
 
-OUTSIDE = ("../../x", "/x", "a/../../x", "..", "a\x1b[2Jx", "a\\..\\x")
+UNSAFE_NAMES = ("../../x", "/x", "a/../../x", "..", "a\x1b[2Jx", "a\\..\\x")
 
 
-def sample_of(key):
-    nothing = Annotation(seg=None, inst=None, segments=())
+def make_sample(key):
+    empty = Annotation(seg=None, inst=None, segments=())
     return DecodedSample(
-        key=key, image_id=1, source="foreign.tar", image=np.zeros((4, 5, 3), np.uint8), annotation=nothing
+        key=key, image_id=1, source="foreign.tar", image=np.zeros((4, 5, 3), np.uint8), annotation=empty
     )
 
 
-@pytest.mark.parametrize("key", OUTSIDE)
+@pytest.mark.parametrize("key", UNSAFE_NAMES)
 def test_result_dump_rejects_unsafe_keys(tmp_path, key):
     import torch
 
     dump = ResultDump(CategoryTable((Category(3, "boat", True, (1, 2, 3)),)))
-    dump.add_labels(sample_of("folder/inside"), np.zeros((4, 5), int))
+    dump.add_labels(make_sample("folder/inside"), np.zeros((4, 5), int))
     with pytest.raises(DataError, match=r"^foreign.tar: the name .* rename it"):
-        dump.add_labels(sample_of(key), np.zeros((4, 5), int))
+        dump.add_labels(make_sample(key), np.zeros((4, 5), int))
     with pytest.raises(DataError, match=r"^foreign.tar: the name .* rename it"):
-        dump.add_panoptic(sample_of(key), PanopticResult(torch.zeros(4, 5, dtype=torch.int32), ()))
+        dump.add_panoptic(make_sample(key), PanopticResult(torch.zeros(4, 5, dtype=torch.int32), ()))
     dump.store(Storage(), str(tmp_path / "a" / "b"), 0)
     files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(map(str, files)) == ["a/b/labels/folder/inside.png", "a/b/parts/images.000000"]
@@ -60,7 +60,7 @@ def test_submission_rejects_unsafe_file_names(tmp_path):
         write_submission(tmp_path, "ade20k", "semantic", None, "m2f")
 
 
-@pytest.mark.parametrize("name", [*OUTSIDE, 3, None])
+@pytest.mark.parametrize("name", [*UNSAFE_NAMES, 3, None])
 def test_scoring_rejects_mask_paths_outside_the_folder(tmp_path, name):
     assert mask_file(tmp_path, {"file_name": "a/b.png"}, "here") == tmp_path / "a/b.png"
     with pytest.raises(EvaluationError, match=r"^here: file_name .* it must name a file in "):

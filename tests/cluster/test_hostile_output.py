@@ -1,4 +1,4 @@
-"""Names with control sequences, as they reach terminals, logs and pages: none of them commands a terminal."""
+"""Tests that names with control sequences are escaped in terminals, logs and pages."""
 
 import io
 import logging
@@ -14,13 +14,13 @@ from m2f.data_pipeline.printable import printable
 from m2f.eval.report.page import Section, page
 from m2f.trainer.reporting import LogReporter, Notice
 
-CLEAR = "\x1b[2J\x1b]0;owned\x07"
-HOSTILE = f"a{CLEAR}\x9b31m\u202eb\udcff\r"
-SHOWN = "a\\x1b[2J\\x1b]0;owned\\x07\\x9b31m\\u202eb\\udcff\\r"
+CONTROL_SEQUENCE = "\x1b[2J\x1b]0;owned\x07"
+HOSTILE = f"a{CONTROL_SEQUENCE}\x9b31m\u202eb\udcff\r"
+ESCAPED = "a\\x1b[2J\\x1b]0;owned\\x07\\x9b31m\\u202eb\\udcff\\r"
 
 
 def test_printable_escapes_terminal_control_sequences():
-    assert printable(HOSTILE) == SHOWN
+    assert printable(HOSTILE) == ESCAPED
     assert printable("usual\ttext\nof lines, äöü 漢字 ┃ 1 ≤ 2") == "usual\ttext\nof lines, äöü 漢字 ┃ 1 ≤ 2"
     assert printable("\x1b[36mred\x1b[0m\x1b[2J", colors=True) == "\x1b[36mred\x1b[0m\\x1b[2J"
 
@@ -32,17 +32,17 @@ def test_lines_progress_and_events_are_printable(capsys):
     with Progress(HOSTILE, 3, "images", stream=stream) as progress:
         progress.note(HOSTILE)
         progress.advance(3)
-    said = capsys.readouterr()
-    assert said.out == said.err == f"{SHOWN}\n"
-    assert stream.getvalue().count(SHOWN) == 3
+    output = capsys.readouterr()
+    assert output.out == output.err == f"{ESCAPED}\n"
+    assert stream.getvalue().count(ESCAPED) == 3
     assert printable(stream.getvalue()) == stream.getvalue()
 
 
 def test_findings_of_doctor_are_printable(capsys):
     print_findings([Finding("check", "failed", HOSTILE, HOSTILE)])
-    said = capsys.readouterr().out
-    assert printable(said) == said
-    assert "owned" in said
+    output = capsys.readouterr().out
+    assert printable(output) == output
+    assert "owned" in output
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_findings_of_doctor_are_printable(capsys):
 )
 def test_verbs_print_hostile_arguments_as_escapes(capsys, words):
     main(words)
-    said = capsys.readouterr()
-    assert printable(said.out + said.err) == said.out + said.err
-    assert "\\x1b[2J" in said.out + said.err
+    output = capsys.readouterr()
+    assert printable(output.out + output.err) == output.out + output.err
+    assert "\\x1b[2J" in output.out + output.err
 
 
 def test_options_and_warnings_are_printable(capsys):
@@ -61,9 +61,9 @@ def test_options_and_warnings_are_printable(capsys):
     assert main(["stats", "/nowhere"]) == ExitStatus.USER_ERROR
     assert logging.lastResort is not None
     record = logging.LogRecord("m2f", logging.WARNING, "", 0, "%s", (HOSTILE,), None)
-    assert logging.lastResort.format(record) == SHOWN
-    said = capsys.readouterr()
-    assert printable(said.out + said.err) == said.out + said.err
+    assert logging.lastResort.format(record) == ESCAPED
+    output = capsys.readouterr()
+    assert printable(output.out + output.err) == output.out + output.err
 
 
 def test_pages_are_printable():
@@ -73,6 +73,6 @@ def test_pages_are_printable():
 
 def test_help_shows_the_meaning_of_every_exit_status(capsys):
     assert main(["--help"]) == ExitStatus.DONE
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert set(MEANINGS) == set(ExitStatus)
-    assert all(f"  {status.value:<11}{meaning}" in said for status, meaning in MEANINGS.items())
+    assert all(f"  {status.value:<11}{meaning}" in output for status, meaning in MEANINGS.items())

@@ -1,4 +1,4 @@
-"""What `m2f eval --dump` writes, scored with `m2f score` against the original files, gives what the pool published."""
+"""Tests that the files of `m2f eval --dump`, scored with `m2f score`, give the metrics of the evaluation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.eval.metrics.rle import encode_masks
 from m2f.eval.report.dump import ResultDump, image_file_name, join_dump
-from tests.cluster.painted_scenes import CATEGORIES, Reader, write_painted_scenes
+from tests.cluster.painted_scenes import CATEGORIES, SceneModel, write_painted_scenes
 
 RECIPE = """
 name: painted
@@ -54,18 +54,18 @@ evaluation: {{sets: [{{dataset: val}}], tasks: [panoptic, instance, semantic], s
 """
 
 
-class ReadingActor(EvaluationActor):
-    """Evaluates the model of the painted scenes."""
+class SceneActor(EvaluationActor):
+    """Actor that evaluates the model of the painted scenes."""
 
     def _model(self, *_):
-        return Reader()
+        return SceneModel()
 
 
-class TroubledPool:
-    """Stands in for the pool: calls come in any order, and twice."""
+class RepeatingPool:
+    """Replacement for the pool that evaluates every batch twice, and in a different order."""
 
     def __init__(self, config):
-        self.actors = [ReadingActor(config), ReadingActor(config)]
+        self.actors = [SceneActor(config), SceneActor(config)]
 
     def run(self, task, batches, on_result):
         order = [*reversed(list(batches)), *batches]
@@ -74,72 +74,72 @@ class TroubledPool:
             on_result(batch, result)
 
 
-def die_once(death: Path) -> None:
-    """End this process by SIGKILL if the file is there, and take it away."""
+def kill_once(marker: Path) -> None:
+    """Kill this process if the marker file exists, and delete the file first."""
     with contextlib.suppress(FileNotFoundError):
-        death.unlink()
+        marker.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class MortalStorage(Storage):
-    """Its process dies once after four files, which leaves a call's predictions stored in part."""
+class KillingStorage(Storage):
+    """Storage that kills its process once after four files, so that the predictions of a call are incomplete."""
 
-    def __init__(self, death: Path) -> None:
+    def __init__(self, marker: Path) -> None:
         super().__init__(answered=True)
-        self._death, self._files = death, 0
+        self._marker, self._num_files = marker, 0
 
     def put(self, *args, **kwargs) -> None:
         super().put(*args, **kwargs)
-        self._files += 1
-        if self._files == 4:
-            die_once(self._death)
+        self._num_files += 1
+        if self._num_files == 4:
+            kill_once(self._marker)
 
 
-class MortalActor(ReadingActor):
-    """Dies once while it stores what it predicted, and once in the second and third call before it answers."""
+class KilledActor(SceneActor):
+    """Actor that is killed once while it stores predictions, and once each before it returns calls 1 and 2."""
 
-    def __init__(self, config, deaths: Path) -> None:
+    def __init__(self, config, markers: Path) -> None:
         super().__init__(config)
-        self._storage = MortalStorage(deaths / "storing")
-        self._deaths = deaths
+        self._storage = KillingStorage(markers / "storing")
+        self._markers = markers
 
     def evaluate(self, task, call: int) -> bytes:
         states = super().evaluate(task, call)
-        die_once(self._deaths / f"answering_{call}")
+        kill_once(self._markers / f"returning_{call}")
         return states
 
 
 @contextlib.contextmanager
-def pool_of_killed_actors(config: RunConfig, deaths: Path) -> Iterator[Pool]:
-    """The pool on Ray; every death has happened in the end."""
-    deaths.mkdir()
-    for name in ("storing", "answering_1", "answering_2"):
-        (deaths / name).touch()
+def pool_of_killed_actors(config: RunConfig, markers: Path) -> Iterator[Pool]:
+    """Yield a pool of killed actors on Ray, and check at the end that every kill has happened."""
+    markers.mkdir()
+    for name in ("storing", "returning_1", "returning_2"):
+        (markers / name).touch()
     ray.init("local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1)(MortalActor)
-    pool = EvaluationPool(lambda: actor.remote(config, deaths), size=2, hang_s=config.evaluation.hang_s)
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(KilledActor)
+    pool = EvaluationPool(lambda: actor.remote(config, markers), size=2, hang_s=config.evaluation.hang_s)
     try:
         yield pool
-        assert not list(deaths.iterdir())
+        assert not list(markers.iterdir())
     finally:
         pool.close()
         ray.shutdown()
 
 
-def calm_or_killed(kind: str, config: RunConfig, folder: Path) -> contextlib.AbstractContextManager[Pool]:
-    return pool_of_killed_actors(config, folder) if kind == "killed" else contextlib.nullcontext(TroubledPool(config))
+def make_pool(kind: str, config: RunConfig, folder: Path) -> contextlib.AbstractContextManager[Pool]:
+    return pool_of_killed_actors(config, folder) if kind == "killed" else contextlib.nullcontext(RepeatingPool(config))
 
 
-@pytest.fixture(scope="module", params=["troubled", pytest.param("killed", marks=pytest.mark.cluster)])
+@pytest.fixture(scope="module", params=["repeating", pytest.param("killed", marks=pytest.mark.cluster)])
 def dumped(request, tmp_path_factory):
-    """Folder with truth and dump, and the pool's results."""
+    """Return the folder with ground truth and dump, and the results of the evaluation."""
     folder = tmp_path_factory.mktemp("painted")
     write_painted_scenes(folder / "truth", 19)
     config = parse_recipe(RECIPE.format(folder=folder))
     write_dataset(open_reader(config.datasets["val"].source), config.datasets["val"], Storage())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        with calm_or_killed(request.param, config, folder / "deaths") as pool:
+        with make_pool(request.param, config, folder / "markers") as pool:
             (evaluation,) = evaluate_sets(config, pool, "weights.pth", 7, lambda *_: None, dump=str(folder / "dump"))
     return folder, evaluation.results
 
@@ -190,8 +190,8 @@ def test_semantic_dump_scores_like_the_evaluation(dumped):
     files = "--truth", folder / "truth/labels", "--predictions", folder / "dump/val/labels"
     scored = score(folder, "semantic", *files, "--num-classes", 201, "--ignore", 0)
     metrics = results.metrics()
-    for ours, published in (("mIoU", "mIoU"), ("mIoU_union", "mIoU_occurring"), ("fwIoU", "fwIoU"), ("pACC", "pACC")):
-        assert 100 * scored[ours] == pytest.approx(metrics[published], rel=1e-14)
+    for name, published in (("mIoU", "mIoU"), ("mIoU_union", "mIoU_occurring"), ("fwIoU", "fwIoU"), ("pACC", "pACC")):
+        assert 100 * scored[name] == pytest.approx(metrics[published], rel=1e-14)
     assert 5 < metrics["mIoU"] < 95
 
 
@@ -201,8 +201,8 @@ def test_dump_in_a_bucket_equals_a_local_dump(tmp_path, bucket):
     image = np.zeros((4, 5, 3), np.uint8)
     for url in (remote, str(tmp_path)):
         for call in (1, 0, 1):
-            nothing = Annotation(seg=None, inst=None, segments=())
-            sample = DecodedSample(key=f"k{call}", image_id=call, source="", image=image, annotation=nothing)
+            empty = Annotation(seg=None, inst=None, segments=())
+            sample = DecodedSample(key=f"k{call}", image_id=call, source="", image=image, annotation=empty)
             mask = encode_masks(np.ones((call, 4, 5), bool))
             dump = ResultDump(table)
             dump.add_instances(sample, InstanceDetections(mask, *np.zeros((2, call), int), np.ones(call)))
@@ -275,7 +275,7 @@ INSTANCE = {
 
 @pytest.mark.parametrize(("name", "annotation"), [("panoptic", PANOPTIC), ("labels", INSTANCE)])
 def test_json_files_follow_the_coco_schema(dumped, name, annotation):
-    """As pycocotools and viewers (FiftyOne, supervision) want it, with files of images that exist."""
+    """The format is that of pycocotools and viewers (FiftyOne, supervision), and the image files exist."""
     folder, _ = dumped
     lists = {"images": IMAGE, "categories": CATEGORY, "annotations": annotation}
     document = json.loads((folder / f"dump/val/{name}.json").read_text())
@@ -317,8 +317,8 @@ def test_pycocotools_reads_the_annotation_file(dumped):
     ],
 )
 def test_image_file_name_is_derived_from_the_source(source, ending, name):
-    image, nothing = np.zeros((4, 5, 3), np.uint8), Annotation(seg=None, inst=None, segments=())
-    sample = DecodedSample(key="k", image_id=1, source=source, image=image, annotation=nothing, image_ext=ending)
+    image, empty = np.zeros((4, 5, 3), np.uint8), Annotation(seg=None, inst=None, segments=())
+    sample = DecodedSample(key="k", image_id=1, source=source, image=image, annotation=empty, image_ext=ending)
     assert image_file_name(sample) == name
 
 

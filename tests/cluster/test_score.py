@@ -1,4 +1,4 @@
-"""The verb `m2f score`: command lines, JSON, tables and mistakes."""
+"""Tests of `m2f score`: command lines, JSON, tables and errors."""
 
 import json
 
@@ -55,8 +55,8 @@ def test_instance_scores_are_printed_and_written(tmp_path, capsys):
 def test_score_errors_print_one_message(label_folders, tmp_path, capsys):
     assert main(["score", "semantic", *label_folders, "--num-classes", "2"]) == 2
     assert "m2f score: x.png: the prediction has labels from 0 to 2" in capsys.readouterr().err
-    nowhere = str(tmp_path / "none" / "out.json")
-    assert main(["score", "semantic", *label_folders, "--num-classes", "4", "--output", nowhere]) == 2
+    missing_folder = str(tmp_path / "none" / "out.json")
+    assert main(["score", "semantic", *label_folders, "--num-classes", "4", "--output", missing_folder]) == 2
     assert "the folder does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["score", "panoptic", "--truth", "x"])

@@ -1,4 +1,4 @@
-"""Secrets in URLs at every door to what is stored: recipes, MLflow, stores, dashboards. Forms: test_urls.py."""
+"""Tests that URLs with secrets are rejected in recipes, MLflow, storage and dashboards. See also test_urls.py."""
 
 import dataclasses
 import logging
@@ -74,7 +74,7 @@ def test_recipe_built_in_python_rejects_urls_with_secrets(recipe):
 
 
 def test_stored_recipe_with_a_secret_loads_without_it(recipe, caplog):
-    """What is not to be taken apart is replaced, so that predict and export still open the run."""
+    """A URL that cannot be parsed is replaced, so that predict and export can still open the run."""
     config = load_recipe(recipe)
     text = dump_recipe(config).replace("uri: null", "uri: https://tophush@host")
     text = text.replace("endpoint_url: null", "endpoint_url: http://me:tophush")
@@ -107,15 +107,15 @@ def test_run_with_a_secret_in_its_stored_recipe_resumes(recipe):
 def test_mlflow_uris_with_secrets_are_rejected(recipe, uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     config = load_recipe(recipe)
-    for use in (lambda: tracking_uri(config), lambda: connect(uri)):
+    for call in (lambda: tracking_uri(config), lambda: connect(uri)):
         with pytest.raises(TrackingError, match="MLFLOW_TRACKING_TOKEN") as caught:
-            use()
+            call()
         assert "tophush" not in str(caught.value)
     with pytest.raises((CompareError, TrackingError)) as caught:
         read_runs(["some run"], tracking=uri, experiment=None, query=None, step=None)
     assert "tophush" not in str(caught.value)
-    for given in (config, None):
-        finding = check_tracking(given)
+    for recipe_config in (config, None):
+        finding = check_tracking(recipe_config)
         assert (finding.state, "tophush" in str(finding)) == ("failed", False)
 
 

@@ -1,4 +1,4 @@
-"""A tiny run for tests of whole trainings: its data, its recipe, and faults that its ranks can be made to have."""
+"""A tiny run for tests of whole trainings: its data, its recipe, and faults that can be injected into its ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EVERY = 4
 BATCH = 4
 PAUSE_S = 0.3
 GATE = ""
-"""Path of a file without which `slow_loop` waits after the last checkpoint but one; nothing where it is empty."""
+"""Path of a file for which `slow_loop` waits after the second to last checkpoint; empty: it does not wait."""
 
 
 def write_shards(config: DatasetConfig, storage: Storage) -> None:
@@ -103,21 +103,21 @@ def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> 
 
 
 def tracked_points(run: TrackedRun, metric: str) -> list[tuple[int, float]]:
-    """Steps and values in MLflow; a step that is there twice is there twice."""
-    from mlflow import MlflowClient  # which ranks do not need
+    """Return steps and values in MLflow, including steps that were logged twice."""
+    from mlflow import MlflowClient  # ranks do not need it
 
     history = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, metric)
     return sorted((point.step, point.value) for point in history)
 
 
 def assert_equal_weights(first: str, second: str) -> None:
-    """The newest checkpoints of two run folders hold equal weights to the last bit; their metadata may differ."""
+    """Assert that the newest checkpoints of two run folders have bit-identical weights; their metadata may differ."""
     urls = [newest_undamaged(Storage(), folder).url for folder in (first, second)]
     assert_equal_files(*(Path(url, "weights.safetensors") for url in urls))
 
 
 def assert_equal_files(first: Path, second: Path) -> None:
-    """Two files of weights hold the same ones to the last bit; their metadata may differ."""
+    """Assert that two weight files have bit-identical weights; their metadata may differ."""
     first_weights, second_weights = load_file(first), load_file(second)
     assert first_weights.keys() == second_weights.keys()
     assert all(torch.equal(first_weights[name], second_weights[name]) for name in first_weights)
@@ -125,7 +125,7 @@ def assert_equal_files(first: Path, second: Path) -> None:
 
 @contextmanager
 def changed_losses(change):
-    """Let the losses of every micro-batch be `change(losses, targets)`."""
+    """Replace the losses of every micro-batch by `change(losses, targets)`."""
     original = m2f.trainer.engine.module.compute_losses
 
     def changed(predictions, targets, *rest):
@@ -138,8 +138,8 @@ def changed_losses(change):
         m2f.trainer.engine.module.compute_losses = original
 
 
-class FullInBackward(torch.autograd.Function):
-    """Runs out of memory in backward."""
+class OutOfMemoryInBackward(torch.autograd.Function):
+    """Identity function that runs out of memory in the backward pass."""
 
     @staticmethod
     def forward(context, value):
@@ -151,20 +151,20 @@ class FullInBackward(torch.autograd.Function):
 
 
 def out_of_memory(position, losses, targets):
-    """Memory does not hold the gradients of two images of which one is at this position."""
+    """Run out of memory in the backward pass of a micro-batch of several images that includes this position."""
     if len(targets.position) > 1 and (targets.position == position).any():
-        return losses._replace(total=FullInBackward.apply(losses.total))
+        return losses._replace(total=OutOfMemoryInBackward.apply(losses.total))
     return losses
 
 
 def spike(start, losses, targets):
-    """The two steps of four images from position `start` on bring a hundred times the loss."""
+    """Multiply the loss by 100 in the two steps of four images that begin at position `start`."""
     factor = torch.where(((targets.position >= start) & (targets.position < start + 8)).any(), 100.0, 1.0)
     return losses._replace(total=losses.total * factor, terms=losses.terms * factor)
 
 
 def slow_loop(arguments):
-    """What a Ray worker runs, with time for the cluster to change under it; `node_of_rank_0` holds a node's id."""
+    """Train slowly in a Ray worker, so that the cluster can change. Rank 0 writes its node id to `node_of_rank_0`."""
     import ray
     import ray.train
 
@@ -186,7 +186,7 @@ def slow_loop(arguments):
 
 @contextmanager
 def refused_upload(marker: Path):
-    """The store refuses the first upload of rank 1; `marker` is a file that remembers that."""
+    """Refuse the first upload of rank 1. The file `marker` is created when this has happened."""
     original = Storage.put_file
 
     def put_file(self, url, path):
@@ -203,7 +203,7 @@ def refused_upload(marker: Path):
 
 
 def faulty_loop(arguments):
-    """What a Ray worker runs: its first upload is refused, later memory is short in step 5, steps 8 and 9 spike.
+    """Train in a Ray worker with faults: the first upload is refused, step 5 runs out of memory, steps 8 and 9 spike.
 
     Step 5 waits for the commit of step 4, and step 9 for the evaluation of step 8.
     """
@@ -228,7 +228,7 @@ def faulty_loop(arguments):
 
 
 def _wait_for(condition) -> None:
-    """Workers cannot import `tests.waiting`."""
+    """Wait for a condition. Workers cannot import `tests.waiting`."""
     deadline = time.monotonic() + 60.0
     while not condition():
         assert time.monotonic() < deadline
@@ -236,7 +236,7 @@ def _wait_for(condition) -> None:
 
 
 def buggy_loop(arguments):
-    """What a Ray worker runs, with a bug that only rank 1 meets in its third step."""
+    """Train in a Ray worker with a bug that only occurs on rank 1 in its third step."""
     from m2f.cluster.train.worker import train_loop
 
     def inject_bug(losses, targets):

@@ -29,7 +29,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.report.coco_files import panoptic_png
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.identity import METADATA_KEY
-from tests.cluster.painted_scenes import CATEGORIES, Reader, write_painted_scenes
+from tests.cluster.painted_scenes import CATEGORIES, SceneModel, write_painted_scenes
 
 RECIPE = """
 name: painted
@@ -49,7 +49,7 @@ RECOLOURED = [c | {"color": [1, 2, 3]} for c in CATEGORIES]
 WITHOUT_BUOYS = [c for c in CATEGORIES if c["name"] != "buoy"]
 
 
-class PoolHere:
+class InProcessPool:
     """Stands in for the pool: one actor, called directly."""
 
     def __init__(self, config):
@@ -60,7 +60,7 @@ class PoolHere:
             on_result(batch, self.actor.evaluate(task, batch))
 
 
-class World:
+class SceneSets:
     """The painted scenes with their own table, and again with others."""
 
     def __init__(self, folder):
@@ -105,7 +105,7 @@ class World:
             [f"evaluation.sets=[{{dataset: {name}}}]"]
             + [f"datasets.{n}.shards={d.shards}" for n, d in self.config.datasets.items()],
         )
-        (found,) = evaluate_sets(config, PoolHere(config), weights or self.weights, 7, lambda *_: None)
+        (found,) = evaluate_sets(config, InProcessPool(config), weights or self.weights, 7, lambda *_: None)
         return found.results
 
     def check(self, name):
@@ -114,16 +114,16 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def scene_sets(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the actor sets it
-        patch.setattr(eval_actor, "model_with_weights", lambda *_, **__: Reader())
-        yield World(tmp_path_factory.mktemp("classes"))
+        patch.setattr(eval_actor, "model_with_weights", lambda *_, **__: SceneModel())
+        yield SceneSets(tmp_path_factory.mktemp("classes"))
 
 
 @pytest.fixture(scope="module")
-def expected(world):
-    return world.evaluate("train")
+def expected(scene_sets):
+    return scene_sets.evaluate("train")
 
 
 def by_name(results):
@@ -133,20 +133,20 @@ def by_name(results):
 @pytest.mark.parametrize(
     ("name", "categories"), [("turned", REVERSED), ("renumbered", RENUMBERED), ("recoloured", RECOLOURED)]
 )
-def test_reordered_renumbered_and_recoloured_classes_give_the_same_metrics(world, expected, name, categories):
-    found = world.evaluate(world.add(name, categories))
+def test_reordered_renumbered_and_recoloured_classes_give_the_same_metrics(scene_sets, expected, name, categories):
+    found = scene_sets.evaluate(scene_sets.add(name, categories))
     assert 5 < expected.metrics()["PQ"] < 95
     assert found.metrics() == pytest.approx(expected.metrics(), abs=1e-9)
     assert by_name(found) == {n: pytest.approx(row, abs=1e-9) for n, row in by_name(expected).items()}
     assert found.subject.classes is None
-    world.check(name)
+    scene_sets.check(name)
 
 
-def test_model_with_additional_class_is_evaluated_on_common_classes(world, expected):
+def test_model_with_additional_class_is_evaluated_on_common_classes(scene_sets, expected):
     """The model knows buoys, the set does not: numbers of the others are those of the model alone."""
     whole = by_name(expected)
-    name = world.write("less", without_buoys(world))
-    results = world.evaluate(name)
+    name = scene_sets.write("less", without_buoys(scene_sets))
+    results = scene_sets.evaluate(name)
     found = by_name(results)
     assert set(found) == {"sea", "boat", "sky"}
     assert found["boat"]["AP"] == pytest.approx(whole["boat"]["AP"], abs=1e-9)
@@ -156,23 +156,23 @@ def test_model_with_additional_class_is_evaluated_on_common_classes(world, expec
     assert results.subject.classes == "3 classes in both; less lacks buoy"
     assert "SOME CLASSES: 3 classes in both; less lacks buoy" in results.table()
     assert json.loads(results.to_json())["classes"] == results.subject.classes
-    world.check("less")
+    scene_sets.check("less")
 
 
-def test_model_without_a_class_of_the_set_is_evaluated_on_the_others(world, expected, monkeypatch):
+def test_model_without_a_class_of_the_set_is_evaluated_on_the_others(scene_sets, expected, monkeypatch):
     """Logits of sea, boat and sky only; buoys of the set have no label then."""
 
-    class WithoutBuoys(Reader):
+    class WithoutBuoys(SceneModel):
         def forward(self, images):
             predictions = super().forward(images)
             return predictions._replace(class_logits=predictions.class_logits[..., [0, 1, 2, 4]])
 
     monkeypatch.setattr(eval_actor, "model_with_weights", lambda *_, **__: WithoutBuoys())
-    world.write_weights(CLASSES[:3])
+    scene_sets.write_weights(CLASSES[:3])
     try:
-        results = world.evaluate("train")
+        results = scene_sets.evaluate("train")
     finally:
-        world.write_weights(CLASSES)
+        scene_sets.write_weights(CLASSES)
     assert set(by_name(results)) == {"sea", "boat", "sky"}
     assert results.subject.classes == "3 classes in both; the model lacks buoy"
     assert by_name(results)["boat"]["TP"] == by_name(expected)["boat"]["TP"]
@@ -185,43 +185,43 @@ def test_model_without_a_class_of_the_set_is_evaluated_on_the_others(world, expe
         ("named", {"name": "float"}, r"the model: id 7 'buoy' \(thing\); named: id 7 'float' \(thing\)"),
     ],
 )
-def test_contradicting_classes_are_rejected_with_both_definitions(world, name, changed, rows):
-    document = {**world.document, "categories": [*CATEGORIES[:3], CATEGORIES[3] | changed]}
-    world.write(name, document)
+def test_contradicting_classes_are_rejected_with_both_definitions(scene_sets, name, changed, rows):
+    document = {**scene_sets.document, "categories": [*CATEGORIES[:3], CATEGORIES[3] | changed]}
+    scene_sets.write(name, document)
     with pytest.raises(DataError, match=rows):
-        world.evaluate(name)
+        scene_sets.evaluate(name)
     with pytest.raises(DataError, match=rows):
-        world.check(name)
+        scene_sets.check(name)
 
 
-def test_weights_without_identity_use_the_classes_of_the_training_data(world, expected):
-    old = str(world.folder / "old.safetensors")
+def test_weights_without_identity_use_the_classes_of_the_training_data(scene_sets, expected):
+    old = str(scene_sets.folder / "old.safetensors")
     save_file({"a": torch.zeros(1)}, old)
-    world.add("turned_again", REVERSED)
-    assert world.evaluate("turned_again", old).metrics() == pytest.approx(expected.metrics(), abs=1e-9)
+    scene_sets.add("turned_again", REVERSED)
+    assert scene_sets.evaluate("turned_again", old).metrics() == pytest.approx(expected.metrics(), abs=1e-9)
 
 
-def test_weights_of_another_task_or_model_are_rejected(world):
-    other = parse_recipe(RECIPE.format(folder=world.folder), ["data.task=semantic", "evaluation.tasks=[semantic]"])
-    path = str(world.folder / "other.safetensors")
+def test_weights_of_another_task_or_model_are_rejected(scene_sets):
+    other = parse_recipe(RECIPE.format(folder=scene_sets.folder), ["data.task=semantic", "evaluation.tasks=[semantic]"])
+    path = str(scene_sets.folder / "other.safetensors")
     save_file({"a": torch.zeros(1)}, path, metadata={METADATA_KEY: identity_of(other, CLASSES).to_json()})
     with pytest.raises(ConfigError, match=r"for the task semantic, but data\.task is panoptic"):
-        world.evaluate("train", path)
-    other = parse_recipe(RECIPE.format(folder=world.folder), ["model.transformer_decoder.attention=cross"])
+        scene_sets.evaluate("train", path)
+    other = parse_recipe(RECIPE.format(folder=scene_sets.folder), ["model.transformer_decoder.attention=cross"])
     save_file({"a": torch.zeros(1)}, path, metadata={METADATA_KEY: identity_of(other, CLASSES).to_json()})
     with pytest.raises(ConfigError, match=r"model\.transformer_decoder\.attention: cross -> masked"):
-        world.evaluate("train", path)
+        scene_sets.evaluate("train", path)
 
 
-def without_buoys(world):
+def without_buoys(scene_sets):
     """The document of the scenes without buoys, with maps in which their pixels are void."""
-    masks = world.folder / "truth/panoptic"
+    masks = scene_sets.folder / "truth/panoptic"
     (masks / "void").mkdir()
     annotations = []
-    for annotation in world.document["annotations"]:
+    for annotation in scene_sets.document["annotations"]:
         buoys = [s["id"] for s in annotation["segments_info"] if s["category_id"] == 7]
         ids = decode_id_png((masks / annotation["file_name"]).read_bytes())
         (masks / "void" / annotation["file_name"]).write_bytes(panoptic_png(np.where(np.isin(ids, buoys), 0, ids)))
         kept = [s for s in annotation["segments_info"] if s["id"] not in buoys]
         annotations.append(annotation | {"segments_info": kept, "file_name": f"void/{annotation['file_name']}"})
-    return {**world.document, "annotations": annotations, "categories": WITHOUT_BUOYS}
+    return {**scene_sets.document, "annotations": annotations, "categories": WITHOUT_BUOYS}

@@ -29,11 +29,11 @@ from m2f.model.config import ModelConfig, PostprocessConfig
 from m2f.model.errors import ConfigError
 from m2f.model.mask2former import build_model
 from tests.cluster.evaluation.test_evaluate import RECIPE
-from tests.cluster.painted_scenes import CATEGORIES, Reader, write_painted_scenes
+from tests.cluster.painted_scenes import CATEGORIES, SceneModel, write_painted_scenes
 
 CLASSES = tuple(Category(c["id"], c["name"], bool(c["isthing"]), tuple(c["color"])) for c in CATEGORIES)
 PAINTED = TrainedModel(
-    model=Reader(),
+    model=SceneModel(),
     config=ModelConfig(postprocess=PostprocessConfig(object_threshold=0.3, overlap_threshold=0.3)),
     task="panoptic",
     classes=CLASSES,
