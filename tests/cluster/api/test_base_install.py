@@ -92,14 +92,14 @@ def run(folder, program, **options):
     return python(folder, str(path), **options)
 
 
-def blocked(program):
+def without_packages(program):
     """The program where importing these packages fails as if they were not installed."""
     return f"import sys\nsys.modules |= dict.fromkeys({ABSENT!r})\nRECIPE = {RECIPE!r}\n{program}"
 
 
 def test_base_features_work_without_training_packages(tmp_path):
-    done = run(tmp_path, blocked(PROGRAM))
-    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["done"]), done.stderr
+    result = run(tmp_path, without_packages(PROGRAM))
+    assert (result.returncode, result.stdout.splitlines()[-1:]) == (0, ["done"]), result.stderr
 
 
 def test_verb_without_its_extra_names_the_extra(tmp_path):
@@ -117,12 +117,12 @@ def test_verb_without_its_extra_names_the_extra(tmp_path):
             status = main(words.split())
         print(status, text.getvalue().splitlines()[-1])
     """
-    done = run(tmp_path, blocked(f"VERBS = {list(VERBS)!r}\n{textwrap.dedent(program)}"))
+    result = run(tmp_path, without_packages(f"VERBS = {list(VERBS)!r}\n{textwrap.dedent(program)}"))
     expected = [
         f"2 m2f {words.split()[0]} needs {absent}, which is not installed: pip install 'm2f[train]'"
         for words, absent in VERBS.items()
     ]
-    assert done.stdout.splitlines() == expected, done.stderr
+    assert result.stdout.splitlines() == expected, result.stderr
 
 
 def test_extras_contain_the_packages_missing_in_base():
@@ -143,9 +143,9 @@ def test_wheel_works_in_an_environment_with_base_packages_only(tmp_path):
     home = tmp_path / "environment"
     venv.create(home, symlinks=True, with_pip=False)
     (site,) = home.glob("lib/python*/site-packages")
-    own = next(Path(folder) for folder in sys.path if folder.endswith("site-packages"))
+    site_packages = next(Path(folder) for folder in sys.path if folder.endswith("site-packages"))
     outside = {*ABSENT, "onnxruntime", "onnx_ir", "pip", "m2f", "transformers", "moto", "pytest", "_pytest"}
-    for entry in own.iterdir():
+    for entry in site_packages.iterdir():
         name = entry.name.partition("-")[0].partition(".")[0]
         if (
             name not in outside
@@ -154,13 +154,13 @@ def test_wheel_works_in_an_environment_with_base_packages_only(tmp_path):
         ):
             (site / entry.name).symlink_to(entry)
     words = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
-    done = python(tmp_path, *words)
-    assert done.returncode == 0, done.stderr
+    result = python(tmp_path, *words)
+    assert result.returncode == 0, result.stderr
     work = tmp_path / "work"
     work.mkdir()
     (work / "program.py").write_text(f"RECIPE = {RECIPE!r}\n{PROGRAM}\nprint(m2f.__file__)\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
+    result = subprocess.run(
         [str(home / "bin" / "python"), "program.py"],
         cwd=work,
         env=environment,
@@ -168,12 +168,13 @@ def test_wheel_works_in_an_environment_with_base_packages_only(tmp_path):
         text=True,
         timeout=PATIENCE_S,
     )
-    assert (done.returncode, done.stdout.splitlines()[-2:]) == (0, ["done", str(site / "m2f/__init__.py")]), done.stderr
-    done = subprocess.run(
+    expected = ["done", str(site / "m2f/__init__.py")]
+    assert (result.returncode, result.stdout.splitlines()[-2:]) == (0, expected), result.stderr
+    result = subprocess.run(
         [str(home / "bin" / "python"), "-m", "m2f.cluster.cli", "--version"],
         env=environment,
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
     )
-    assert done.stdout == f"m2f {m2f.__version__}\n", done.stderr
+    assert result.stdout == f"m2f {m2f.__version__}\n", result.stderr

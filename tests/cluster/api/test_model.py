@@ -34,7 +34,7 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture
-def painted():
+def painted_model():
     return m2f.Model(PAINTED)
 
 
@@ -46,7 +46,7 @@ def image_of(scenes, name="12"):
 
 
 @pytest.fixture(scope="module")
-def written(scenes, tmp_path_factory):
+def verb_output(scenes, tmp_path_factory):
     """What the verb writes, by task."""
     patch = pytest.MonkeyPatch()
     patch.setattr(trained_model, "open_trained", lambda *_: PAINTED)
@@ -59,15 +59,15 @@ def written(scenes, tmp_path_factory):
     return output
 
 
-def test_segments_equal_those_of_m2f_predict(painted, scenes, written):
-    document = json.loads((written / "panoptic/panoptic.json").read_text())
-    results = painted.predict(scenes / "images")
+def test_segments_equal_those_of_m2f_predict(painted_model, scenes, verb_output):
+    document = json.loads((verb_output / "panoptic/panoptic.json").read_text())
+    results = painted_model.predict(scenes / "images")
     assert len(results) == len(document["annotations"]) == 5
     for number, (result, annotation) in enumerate(zip(results, document["annotations"], strict=True), start=1):
         name = annotation["file_name"]
         entry, png = result.to_coco_panoptic(number, name)
         assert entry == annotation
-        assert png == (written / "panoptic/panoptic" / name).read_bytes()
+        assert png == (verb_output / "panoptic/panoptic" / name).read_bytes()
         assert (decode_id_png(png) == result.panoptic).all()
         for position, mask in enumerate(result.masks):
             assert (mask == (result.panoptic == position + 1)).all()
@@ -75,25 +75,25 @@ def test_segments_equal_those_of_m2f_predict(painted, scenes, written):
         assert ((result.semantic == -1) == (result.panoptic == 0)).all()
 
 
-def test_detections_equal_those_of_m2f_predict(painted, scenes, written):
-    stored = json.loads((written / "instance/instances.json").read_text())
-    boxes = json.loads((written / "instance/boxes.json").read_text())
-    results = painted.predict([scenes / "images"], task="instance")
+def test_detections_equal_those_of_m2f_predict(painted_model, scenes, verb_output):
+    stored = json.loads((verb_output / "instance/instances.json").read_text())
+    boxes = json.loads((verb_output / "instance/boxes.json").read_text())
+    results = painted_model.predict([scenes / "images"], task="instance")
     found = [entry for number, result in enumerate(results, start=1) for entry in result.to_coco(number)]
     assert json.loads(json.dumps(found)) == stored
-    ours = np.concatenate([result.boxes for result in results])
-    theirs = np.array([box["bbox"] for box in boxes])
-    assert (ours[:, :2] == theirs[:, :2]).all()
-    assert (ours[:, 2:] - ours[:, :2] == theirs[:, 2:]).all()
+    api_boxes = np.concatenate([result.boxes for result in results])
+    verb_boxes = np.array([box["bbox"] for box in boxes])
+    assert (api_boxes[:, :2] == verb_boxes[:, :2]).all()
+    assert (api_boxes[:, 2:] - api_boxes[:, :2] == verb_boxes[:, 2:]).all()
     with pytest.raises(m2f.UserError, match="its task is instance"):
         _ = results[0].semantic
     with pytest.raises(m2f.UserError, match="task='panoptic'"):
         _ = results[0].panoptic
 
 
-def test_label_maps_equal_those_of_m2f_predict(painted, scenes, written):
-    for result in painted.predict(str(scenes / "images/*.png"), task="semantic"):
-        stored = decode_index_png((written / "semantic/labels" / f"{result.source[-6:-4]}.png").read_bytes())
+def test_label_maps_equal_those_of_m2f_predict(painted_model, scenes, verb_output):
+    for result in painted_model.predict(str(scenes / "images/*.png"), task="semantic"):
+        stored = decode_index_png((verb_output / "semantic/labels" / f"{result.source[-6:-4]}.png").read_bytes())
         ids = np.array([category.id for category in CLASSES])
         assert (ids[result.semantic] == stored).all()
         assert np.isnan(result.scores).all()
@@ -102,7 +102,7 @@ def test_label_maps_equal_those_of_m2f_predict(painted, scenes, written):
         assert all("score" not in entry for entry in result.to_coco())
 
 
-def test_to_coco_is_accepted_by_pycocotools(painted, scenes):
+def test_to_coco_is_accepted_by_pycocotools(painted_model, scenes):
     truth = COCO()
     truth.dataset = {
         "images": [{"id": 7, "height": 64, "width": 96}],
@@ -110,38 +110,40 @@ def test_to_coco_is_accepted_by_pycocotools(painted, scenes):
         "categories": describe_categories(CLASSES),
     }
     truth.createIndex()
-    result = painted.predict(image_of(scenes))
+    result = painted_model.predict(image_of(scenes))
     loaded = truth.loadRes(result.to_coco(7))
     assert len(loaded.getAnnIds()) == len(result) == len(result.masks)
-    assert [painted.category_ids[label] for label in result.labels] == [e["category_id"] for e in result.to_coco(7)]
+    assert [painted_model.category_ids[label] for label in result.labels] == [
+        e["category_id"] for e in result.to_coco(7)
+    ]
 
 
 # Forms of images
 
 
-def test_all_image_types_give_the_same_prediction(painted, scenes):
+def test_all_image_types_give_the_same_prediction(painted_model, scenes):
     path = image_of(scenes)
-    expected = painted.predict(path)
+    expected = painted_model.predict(path)
     rgb = np.asarray(Image.open(path))
     chw = torch.from_numpy(rgb.copy()).permute(2, 0, 1)
     for image in (str(path), Image.open(path), rgb, chw, chw / 255):
-        found = painted.predict(image)
+        found = painted_model.predict(image)
         assert (found.panoptic == expected.panoptic).all()
         assert (found.image == rgb).all()
-    assert (painted.predict(cv2.imread(str(path)), channels="bgr").panoptic == expected.panoptic).all()
-    mixed = painted.predict([rgb, path, chw], batch=2)
+    assert (painted_model.predict(cv2.imread(str(path)), channels="bgr").panoptic == expected.panoptic).all()
+    mixed = painted_model.predict([rgb, path, chw], batch=2)
     assert [one.source for one in mixed] == ["image 0", str(path), "image 2"]
     assert all((one.panoptic == expected.panoptic).all() for one in mixed)
-    assert painted.predict([]) == []
+    assert painted_model.predict([]) == []
 
 
-def test_exif_orientation_is_applied(painted, scenes, tmp_path):
-    turned = Image.open(image_of(scenes))
-    exif = turned.getexif()
+def test_exif_orientation_is_applied(painted_model, scenes, tmp_path):
+    rotated = Image.open(image_of(scenes))
+    exif = rotated.getexif()
     exif[0x0112] = 6
-    turned.save(tmp_path / "turned.png", exif=exif)
-    from_file = painted.predict(tmp_path / "turned.png")
-    from_pil = painted.predict(Image.open(tmp_path / "turned.png"))
+    rotated.save(tmp_path / "turned.png", exif=exif)
+    from_file = painted_model.predict(tmp_path / "turned.png")
+    from_pil = painted_model.predict(Image.open(tmp_path / "turned.png"))
     assert from_file.size == from_pil.size == (96, 64)
     assert (from_file.image == from_pil.image).all()
 
@@ -160,9 +162,9 @@ def test_exif_orientation_is_applied(painted, scenes, tmp_path):
         ("nowhere.jpg", "nowhere.jpg: no such image"),
     ],
 )
-def test_invalid_images_are_rejected_with_their_name(painted, image, message):
+def test_invalid_images_are_rejected_with_their_name(painted_model, image, message):
     with pytest.raises(m2f.UserError, match=message):
-        painted.predict(image)
+        painted_model.predict(image)
 
 
 @pytest.mark.parametrize(
@@ -174,61 +176,61 @@ def test_invalid_images_are_rejected_with_their_name(painted, image, message):
         ({"channels": "hsv"}, "channels is 'hsv'"),
     ],
 )
-def test_invalid_options_are_rejected_with_their_name(painted, options, message):
+def test_invalid_options_are_rejected_with_their_name(painted_model, options, message):
     with pytest.raises(m2f.UserError, match=message):
-        painted.predict(np.zeros((4, 5, 3), np.uint8), **options)
+        painted_model.predict(np.zeros((4, 5, 3), np.uint8), **options)
 
 
-def test_broken_image_file_is_named(painted, tmp_path):
+def test_broken_image_file_is_named(painted_model, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(m2f.UserError, match=r"broken\.jpg"):
-        painted.predict(tmp_path)
+        painted_model.predict(tmp_path)
 
 
 # Pictures and lowest scores
 
 
-def test_the_overlay_has_the_size_of_the_image(painted, scenes):
-    result = painted.predict(image_of(scenes), task="instance")
+def test_the_overlay_has_the_size_of_the_image(painted_model, scenes):
+    result = painted_model.predict(image_of(scenes), task="instance")
     picture, everything = result.overlay(), result.overlay(min_score=0.0)
     assert picture.size == everything.size == (96, 64)
     assert picture.tobytes() != everything.tobytes()
     assert result._repr_png_().startswith(b"\x89PNG")
 
 
-def test_min_score_filters_detections(painted, scenes):
-    everything = painted.predict(image_of(scenes), task="instance")
-    few = painted.predict(image_of(scenes), task="instance", min_score=0.6)
+def test_min_score_filters_detections(painted_model, scenes):
+    everything = painted_model.predict(image_of(scenes), task="instance")
+    few = painted_model.predict(image_of(scenes), task="instance", min_score=0.6)
     assert 0 < len(few) < len(everything)
     assert few.scores.tolist() == [score for score in everything.scores if score >= 0.6]
 
 
-def test_to_supervision_returns_detections_if_the_package_is_installed(painted, scenes, monkeypatch):
-    result = painted.predict(image_of(scenes))
+def test_to_supervision_returns_detections_if_the_package_is_installed(painted_model, scenes, monkeypatch):
+    result = painted_model.predict(image_of(scenes))
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(m2f.UserError, match="pip install supervision"):
         result.to_supervision()
-    stands_in = SimpleNamespace(Detections=lambda **columns: columns)
-    monkeypatch.setitem(sys.modules, "supervision", stands_in)
+    fake_supervision = SimpleNamespace(Detections=lambda **columns: columns)
+    monkeypatch.setitem(sys.modules, "supervision", fake_supervision)
     found = result.to_supervision()
     assert list(found) == ["xyxy", "mask", "confidence", "class_id", "data"]
     assert found["data"]["class_name"].tolist() == result.class_names
 
 
-def test_result_without_objects_is_valid(painted):
-    nothing = painted.predict(np.zeros((40, 50, 3), np.uint8), min_score=1.0)
-    assert (len(nothing), nothing.masks.shape, nothing.boxes.shape) == (0, (0, 40, 50), (0, 4))
-    assert (nothing.to_coco(), nothing.class_names) == ([], [])
-    assert not nothing.panoptic.any()
-    assert (nothing.semantic == -1).all()
-    assert nothing.overlay().size == (50, 40)
+def test_result_without_objects_is_valid(painted_model):
+    empty_result = painted_model.predict(np.zeros((40, 50, 3), np.uint8), min_score=1.0)
+    assert (len(empty_result), empty_result.masks.shape, empty_result.boxes.shape) == (0, (0, 40, 50), (0, 4))
+    assert (empty_result.to_coco(), empty_result.class_names) == ([], [])
+    assert not empty_result.panoptic.any()
+    assert (empty_result.semantic == -1).all()
+    assert empty_result.overlay().size == (50, 40)
 
 
 # Sources
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
+def model_files(tmp_path_factory):
     """A small model as official file with its recipe, and as Hugging Face folder."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
@@ -240,27 +242,27 @@ def places(tmp_path_factory):
     return folder
 
 
-def test_hugging_face_folder_and_official_file_give_the_same_predictions(places, scenes):
-    theirs = m2f.load(places / "theirs", device="cpu")
-    official = m2f.load(places / "official.pth", recipe=places / "recipe.yaml")
-    assert theirs.names == ("person", "sky", "tree")
+def test_hugging_face_folder_and_official_file_give_the_same_predictions(model_files, scenes):
+    exported = m2f.load(model_files / "theirs", device="cpu")
+    official = m2f.load(model_files / "official.pth", recipe=model_files / "recipe.yaml")
+    assert exported.names == ("person", "sky", "tree")
     assert official.names == ("class 0", "class 1", "class 2")
-    first, second = (model.predict(image_of(scenes), task="instance") for model in (theirs, official))
+    first, second = (model.predict(image_of(scenes), task="instance") for model in (exported, official))
     assert first.scores.tolist() == second.scores.tolist()
     assert (first.masks == second.masks).all()
 
 
-def test_load_applies_settings_to_the_recipe(places):
+def test_load_applies_settings_to_the_recipe(model_files):
     settings = {"evaluation.shortest_edge": 32, "evaluation.test_time": {"kind": "whole"}}
-    model = m2f.load(places / "official.pth", recipe=places / "recipe.yaml", settings=settings)
+    model = m2f.load(model_files / "official.pth", recipe=model_files / "recipe.yaml", settings=settings)
     assert model._trained.evaluation.shortest_edge == 32
 
 
-def test_number_of_torch_threads_is_restored(places):
+def test_number_of_torch_threads_is_restored(model_files):
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
-        m2f.load(places / "theirs").predict(np.zeros((40, 50, 3), np.uint8))
+        m2f.load(model_files / "theirs").predict(np.zeros((40, 50, 3), np.uint8))
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
@@ -275,7 +277,7 @@ def test_number_of_torch_threads_is_restored(places):
         ({"source": "official.pth", "recipe": "x.yaml", "checkpoint": 3}, "checkpoint is 3, but recipe is also set"),
     ],
 )
-def test_load_errors_name_the_cause(places, monkeypatch, options, message):
-    monkeypatch.chdir(places)
+def test_load_errors_name_the_cause(model_files, monkeypatch, options, message):
+    monkeypatch.chdir(model_files)
     with pytest.raises(m2f.UserError, match=message):
         m2f.load(**options)

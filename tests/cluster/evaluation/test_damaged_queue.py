@@ -114,9 +114,9 @@ def test_rebuilt_queue_publishes_results_of_the_same_weights_and_queues_the_rest
     run.evaluate(30, "cc", 43.0, sets=("val",))  # the process died before the second set
     last = run.commit(40, "dd")
     run.damage()
-    said = restore_queue(run.config, run.storage)
-    assert said is not None
-    assert "rebuilt from commits and results: 1 published, 3 to evaluate" in said
+    message = restore_queue(run.config, run.storage)
+    assert message is not None
+    assert "rebuilt from commits and results: 1 published, 3 to evaluate" in message
     assert run.statuses() == [(10, "published"), (20, "waiting"), (30, "waiting"), (40, "waiting")]
     assert read_entries(run.storage, queue_url(run.config))[0].metrics == {"val/PQ": 41.0, "small/PQ": 41.0}
     assert pins(run.storage, last) == (EVALUATION_PIN,)

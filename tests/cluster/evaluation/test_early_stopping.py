@@ -24,7 +24,7 @@ def entry(step, value=None, status="published", metric="val/PQ"):
     return Entry(step, f"checkpoints/{step}", 0, status, metrics={} if value is None else {metric: value})
 
 
-def ledger(*values):
+def make_entries(*values):
     return [entry(10 * (number + 1), value) for number, value in enumerate(values)]
 
 
@@ -42,12 +42,12 @@ def ledger(*values):
     ],
 )
 def test_run_stops_when_patience_is_exhausted(values, step):
-    found = early_stop(CONFIG, ledger(*values))
+    found = early_stop(CONFIG, make_entries(*values))
     assert (found and found.step) == step
 
 
 def test_reason_names_the_best_value_and_the_patience():
-    found = early_stop(CONFIG, ledger(30.0, 20.0, 20.0))
+    found = early_stop(CONFIG, make_entries(30.0, 20.0, 20.0))
     assert found.reason == (
         "val/PQ has not risen above 30.00 (step 10) by more than 1 in 2 evaluations "
         "(training.early_stopping.patience 2)"
@@ -56,21 +56,23 @@ def test_reason_names_the_best_value_and_the_patience():
 
 def test_failed_dropped_and_withdrawn_checkpoints_do_not_count():
     others = [entry(step, 1.0, status) for step, status in ((15, "failed"), (16, "dropped"), (17, "withdrawn"))]
-    assert early_stop(CONFIG, [*ledger(30.0), *others, entry(20, 20.0)]) is None
+    assert early_stop(CONFIG, [*make_entries(30.0), *others, entry(20, 20.0)]) is None
 
 
 @given(st.lists(st.floats(0, 100), max_size=12), st.lists(st.booleans(), min_size=12, max_size=12))
-def test_decision_does_not_depend_on_the_order_of_results(values, known):
-    entries = ledger(*values)
-    partly = [e if done else dataclasses.replace(e, status="waiting") for e, done in zip(entries, known, strict=False)]
-    assert early_stop(CONFIG, partly) in (None, early_stop(CONFIG, entries))
+def test_decision_does_not_depend_on_the_order_of_results(values, are_done):
+    entries = make_entries(*values)
+    partly_done = [
+        e if done else dataclasses.replace(e, status="waiting") for e, done in zip(entries, are_done, strict=False)
+    ]
+    assert early_stop(CONFIG, partly_done) in (None, early_stop(CONFIG, entries))
 
 
 def test_unknown_metric_is_reported_with_the_available_ones():
     assert unknown_metric(CONFIG, []) is None
-    assert unknown_metric(CONFIG, ledger(1.0)) is None
-    said = unknown_metric(CONFIG, [entry(1, 1.0, metric="val/mIoU")])
-    assert said == "training.early_stopping.metric is 'val/PQ', which no evaluation computes; available: val/mIoU"
+    assert unknown_metric(CONFIG, make_entries(1.0)) is None
+    message = unknown_metric(CONFIG, [entry(1, 1.0, metric="val/mIoU")])
+    assert message == "training.early_stopping.metric is 'val/PQ', which no evaluation computes; available: val/mIoU"
 
 
 @pytest.mark.parametrize(

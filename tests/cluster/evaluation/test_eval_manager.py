@@ -114,11 +114,11 @@ def test_damaged_queue_raises_an_error_with_its_path(tmp_path):
 
 
 def test_every_checkpoint_is_evaluated_once_and_a_failure_affects_only_its_entry(tmp_path):
-    seen: list[int] = []
+    evaluated_steps: list[int] = []
     released: list[int] = []
 
     def evaluate(entry: Entry, report) -> dict[str, float]:
-        seen.append(entry.step)
+        evaluated_steps.append(entry.step)
         report(EvaluationProgress(entry.step, entry.key, "val", 1, 2))
         if entry.step == 20:
             raise EvaluationError("evaluation batch 7 failed 3 times")
@@ -137,7 +137,7 @@ def test_every_checkpoint_is_evaluated_once_and_a_failure_affects_only_its_entry
     steps.append(30)
     wait_until(lambda: len(released) == 3)
     manager.close()
-    assert seen == released == [10, 20, 30]
+    assert evaluated_steps == released == [10, 20, 30]
     assert manager.status().entries[2].metrics == {"val/PQ": 30.0}
     assert statuses(manager.status().entries) == {10: "published", 20: "failed", 30: "published"}
     assert manager.status().entries[1].detail == "EvaluationError: evaluation batch 7 failed 3 times"
@@ -165,11 +165,11 @@ def test_new_manager_continues_the_stored_queue(tmp_path):
     entry, _ = queue.take("every")
     queue.publish(entry, {"val/PQ": 50.0})
     queue.take("every")  # dies here, in the middle of step 20
-    seen: list[int] = []
+    evaluated_steps: list[int] = []
     released: list[int] = []
 
     def evaluate(entry: Entry, report) -> dict[str, float]:
-        seen.append(entry.step)
+        evaluated_steps.append(entry.step)
         return {}
 
     manager = EvaluationManager(
@@ -181,7 +181,7 @@ def test_new_manager_continues_the_stored_queue(tmp_path):
     )
     wait_until(lambda: len(released) == 2)
     manager.close()
-    assert seen == [20]
+    assert evaluated_steps == [20]
     assert released == [10, 20]  # the dead one may not have released step 10
 
 

@@ -50,7 +50,7 @@ class Squares:
     def ping(self) -> None:
         pass
 
-    def who(self) -> int:
+    def process_id(self) -> int:
         return os.getpid()
 
     def evaluate(self, task: str, batch: int) -> bytes:
@@ -86,10 +86,10 @@ def pool(folder):
 
 
 def results_of(pool: EvaluationPool, task: str, count: int) -> dict[int, bytes]:
-    taken: list[tuple[int, bytes]] = []
-    pool.run(task, range(count), lambda batch, result: taken.append((batch, result)))
-    assert len(taken) == len(dict(taken)), "a result was taken twice"
-    return dict(taken)
+    results: list[tuple[int, bytes]] = []
+    pool.run(task, range(count), lambda batch, result: results.append((batch, result)))
+    assert len(results) == len(dict(results)), "a result was taken twice"
+    return dict(results)
 
 
 @pytest.mark.cluster
@@ -120,7 +120,7 @@ def test_hung_actor_is_replaced(pool, folder):
         (folder / f"stuck_hangs_once_{batch}").touch()
     assert results_of(pool, "stuck", 12) == expected
     assert results_of(pool, "calm", 12) == expected
-    answers = pool.ask("who")
+    answers = pool.ask("process_id")
     assert 1 <= len(answers) <= 2
     assert all((folder / f"pid_{pid}").exists() for pid in answers)
 

@@ -55,7 +55,7 @@ evaluation:
 """
 
 
-class PoolHere:
+class InProcessPool:
     """Stands in for the pool: one actor, called directly; counts its calls."""
 
     def __init__(self, config):
@@ -82,7 +82,7 @@ def small(tmp_path, monkeypatch):
 
 def test_result_files_contain_panels_worst_images_tables_and_report(small):
     config, weights = small
-    pool = PoolHere(config)
+    pool = InProcessPool(config)
     whole, subset, scaled = evaluate_sets(config, pool, weights, 7, lambda *_: None)
     files = whole.files()
     written = {"results.json", "results.txt", "details.json", "report.html", "panels.jpg", "worst.jpg"}
@@ -99,13 +99,13 @@ def test_result_files_contain_panels_worst_images_tables_and_report(small):
     evaluation, drawing = pool.calls[:2]
     assert evaluation[1] == [0, 1]
     assert drawing[1] == [0, 1]
-    again = evaluate_sets(config, PoolHere(config), weights, 7, lambda *_: None)[0]
+    again = evaluate_sets(config, InProcessPool(config), weights, 7, lambda *_: None)[0]
     assert again.files() == files
     errors = json.loads(files["details.json"])["segments"]
     images = read_image_records(files["images.parquet"])
-    of_the_set = images.resampled(np.ones((10, 1), dtype=np.int32))
+    resampled_metrics = images.resampled(np.ones((10, 1), dtype=np.int32))
     metrics = whole.results.metrics()
-    assert {name: float(value[0]) for name, value in of_the_set.items()} == pytest.approx(
+    assert {name: float(value[0]) for name, value in resampled_metrics.items()} == pytest.approx(
         {name: metrics[name] for name in ("PQ", "AP", "mIoU")}, abs=1e-10
     )
     found = sum(row["found"] for row in errors["by_class"].values())
@@ -115,7 +115,7 @@ def test_result_files_contain_panels_worst_images_tables_and_report(small):
 def test_panels_0_writes_no_pictures(small):
     config, weights = small
     config = replace(config, evaluation=replace(config.evaluation, panels=0))
-    pool = PoolHere(config)
+    pool = InProcessPool(config)
     whole, *_ = evaluate_sets(config, pool, weights, None, lambda *_: None)
     assert not {"panels.jpg", "worst.jpg"} & set(whole.files())
     assert [task.panel_rows for task, _ in pool.calls] == [(), (), ()]
@@ -129,7 +129,7 @@ def test_few_images_are_evaluated_without_ray(small, monkeypatch):
     config, weights = small
     config = replace(config, evaluation=replace(config.evaluation, sets=config.evaluation.sets[:2]))
     found = offline.evaluate_checkpoint(config, weights)
-    expected = evaluate_sets(config, PoolHere(config), weights, None, lambda *_: None)
+    expected = evaluate_sets(config, InProcessPool(config), weights, None, lambda *_: None)
     assert [one.files() for one in found] == [one.files() for one in expected]
     monkeypatch.setattr(offline, "MAX_LOCAL_IMAGES", 12)  # the sets have 10 and 3
     with pytest.raises(AssertionError, match="Ray was started"):
@@ -142,7 +142,7 @@ def test_batch_size_changes_metrics_only_by_rounding(small):
     results = []
     for batch_size in (1, 4):
         sized = replace(config, evaluation=replace(config.evaluation, batch_size=batch_size))
-        (evaluated,) = evaluate_sets(sized, PoolHere(sized), weights, 7, lambda *_: None)
+        (evaluated,) = evaluate_sets(sized, InProcessPool(sized), weights, 7, lambda *_: None)
         results.append(evaluated.results.headline())
     assert len(results[0]) > 20
     assert results[1] == pytest.approx(results[0], abs=0.05)
@@ -154,26 +154,26 @@ def test_results_with_other_settings_or_weights_get_a_separate_name(small, tmp_p
 
     def evaluate(**settings):
         changed = replace(config, evaluation=replace(config.evaluation, **settings))
-        return evaluate_sets(changed, PoolHere(changed), weights, 7, lambda *_: None)[0]
+        return evaluate_sets(changed, InProcessPool(changed), weights, 7, lambda *_: None)[0]
 
-    storage, place = Storage(), str(tmp_path / "evaluations")
+    storage, folder = Storage(), str(tmp_path / "evaluations")
     published, same, larger = evaluate(), evaluate(actors=3), evaluate(shortest_edge=80)
-    assert results_name(storage, place, published.results) == "val"
-    write_files(storage, f"{place}/val", published.files(), local=tmp_path)
-    assert results_name(storage, place, same.results) == "val"
+    assert results_name(storage, folder, published.results) == "val"
+    write_files(storage, f"{folder}/val", published.files(), local=tmp_path)
+    assert results_name(storage, folder, same.results) == "val"
     assert same.files() == published.files()
     digest = larger.results.subject.settings.digest
-    assert results_name(storage, place, larger.results) == f"val.{digest}"
+    assert results_name(storage, folder, larger.results) == f"val.{digest}"
     stored = json.loads((tmp_path / "evaluations/val/results.json").read_text())
     assert stored["settings"]["shortest_edge"] == 64
     other = replace(published.results.subject.settings, weights="0" * 64)
     subject = replace(published.results.subject, settings=other)
-    assert results_name(storage, place, replace(published.results, subject=subject)) == f"val.{other.digest}"
+    assert results_name(storage, folder, replace(published.results, subject=subject)) == f"val.{other.digest}"
 
     del stored["settings_digest"]  # as version 0.1 wrote it
     (tmp_path / "evaluations/val/results.json").write_text(json.dumps(stored))
-    assert results_name(storage, place, same.results) == "val"
-    assert results_name(storage, place, larger.results) == f"val.{digest}"
+    assert results_name(storage, folder, same.results) == "val"
+    assert results_name(storage, folder, larger.results) == f"val.{digest}"
     for damaged in ("", "[1]", "[" * 200_000):
         (tmp_path / "evaluations/val/results.json").write_text(damaged)
-        assert results_name(storage, place, same.results) == f"val.{same.results.subject.settings.digest}"
+        assert results_name(storage, folder, same.results) == f"val.{same.results.subject.settings.digest}"

@@ -37,9 +37,9 @@ def recipe(tmp_path, monkeypatch):
 
 def test_all_problems_are_in_one_message_and_nothing_starts(recipe, capsys):
     assert main(["train", str(recipe), "--launcher", "local"]) == 2
-    said = capsys.readouterr().err
-    assert f"{len(PROBLEMS)} problems" in said
-    assert [problem for problem in PROBLEMS if problem not in said] == []
+    output = capsys.readouterr().err
+    assert f"{len(PROBLEMS)} problems" in output
+    assert [problem for problem in PROBLEMS if problem not in output] == []
     assert list(recipe.parent.iterdir()) == [recipe]
 
 

@@ -186,21 +186,21 @@ def test_bad_image_is_reported_and_prevents_the_commit(tmp_path, label_maps):
     assert len(again.problems) == 1
 
 
-def storage_that_kills(target, moments, full, marks):
+def make_killing_storage(target, kill_at, failing_object, marker_folder):
     """A storage whose process is killed half-way through the first write of some objects; one shard never fits."""
-    marks.mkdir()
+    marker_folder.mkdir()
 
     class KillingStorage(Storage):
         def put(self, url, data, **options):
             name = url.removeprefix(f"{target}/")
-            mark = marks / name.replace("/", "-")
-            if name in moments and not mark.exists():
-                mark.write_text(str(os.getpid()))
+            marker = marker_folder / name.replace("/", "-")
+            if name in kill_at and not marker.exists():
+                marker.write_text(str(os.getpid()))
                 half = Path(url).with_name(".partial-killed")
                 half.parent.mkdir(parents=True, exist_ok=True)
                 half.write_bytes(data[: len(data) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            if name == full:
+            if name == failing_object:
                 raise StorageError(f"{url}: no space; free some")
             super().put(url, data, **options)
 
@@ -210,17 +210,17 @@ def storage_that_kills(target, moments, full, marks):
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_killed_tasks_are_retried_and_a_failed_shard_is_written_by_the_next_job(tmp_path):
-    whole, folder, marks = tmp_path / "whole", tmp_path / "killed", tmp_path / "marks"
-    dataset = DatasetConfig(shards=str(whole), source=SyntheticSource(num_images=24), shard_mb=0.05)
+    reference, folder, marker_folder = tmp_path / "whole", tmp_path / "killed", tmp_path / "marks"
+    dataset = DatasetConfig(shards=str(reference), source=SyntheticSource(num_images=24), shard_mb=0.05)
     write_dataset(open_reader(dataset.source), dataset, Storage())
     dataset = replace(dataset, shards=str(folder))
-    moments = ("shards/00001.tar", "parts/00002.parquet")
-    failing = storage_that_kills(folder, moments, "shards/00000.tar", marks)
+    kill_at = ("shards/00001.tar", "parts/00002.parquet")
+    failing = make_killing_storage(folder, kill_at, "shards/00000.tar", marker_folder)
     with existing_or_local_cluster(CLUSTER, CLUSTER.shard_tasks):
         with pytest.raises(ShardJobError, match=r"1 of \d+ shards could not be written:\n.*00000.tar: no space"):
             run_shard_job("train", dataset, CLUSTER, failing, keep_going=True)
-        killed = {mark.read_text() for mark in marks.iterdir()}
-        assert len(killed) == len(moments)
+        killed = {marker.read_text() for marker in marker_folder.iterdir()}
+        assert len(killed) == len(kill_at)
         assert str(os.getpid()) not in killed
         written = digests(folder)
         assert "parts/00000.parquet" not in written
@@ -228,7 +228,7 @@ def test_killed_tasks_are_retried_and_a_failed_shard_is_written_by_the_next_job(
         report = run_shard_job("train", dataset, CLUSTER, Storage())
     assert report.committed
     assert report.written_shards == 1
-    assert digests(folder) == digests(whole)
+    assert digests(folder) == digests(reference)
 
 
 @pytest.mark.cluster
@@ -237,14 +237,14 @@ def test_killed_tasks_are_retried_and_a_failed_shard_is_written_by_the_next_job(
 @pytest.mark.timeout(900)
 def test_ten_kills_of_drivers_and_tasks_do_not_change_the_shards(tmp_path):
     """Five drivers after random shares of the work, then five tasks half-way through random objects."""
-    num_images, chance = job.MAX_LOCAL_IMAGES + 20, random.Random(10)
-    whole, folder = tmp_path / "whole", tmp_path / "killed"
-    dataset = DatasetConfig(shards=str(whole), source=SyntheticSource(num_images=num_images), shard_mb=0.05)
+    num_images, rng = job.MAX_LOCAL_IMAGES + 20, random.Random(10)
+    reference, folder = tmp_path / "whole", tmp_path / "killed"
+    dataset = DatasetConfig(shards=str(reference), source=SyntheticSource(num_images=num_images), shard_mb=0.05)
     num_shards = len(write_dataset(open_reader(dataset.source), dataset, Storage()).shards)
     for _ in range(5):
         driver = start_driver(folder, num_images, 0)
-        wanted = len(list(folder.glob("parts/*.parquet"))) + chance.randint(1, num_shards // 8)
-        while len(list(folder.glob("parts/*.parquet"))) < wanted:
+        target_parts = len(list(folder.glob("parts/*.parquet"))) + rng.randint(1, num_shards // 8)
+        while len(list(folder.glob("parts/*.parquet"))) < target_parts:
             assert driver.poll() is None, driver.communicate()
             time.sleep(0.002)
         driver.send_signal(signal.SIGKILL)
@@ -252,10 +252,10 @@ def test_ten_kills_of_drivers_and_tasks_do_not_change_the_shards(tmp_path):
         assert not (folder / "dataset.json").exists()
     missing = [i for i in range(num_shards) if not (folder / f"parts/{i:05d}.parquet").exists()]
     names = ("shards/{:05d}.tar", "parts/{:05d}.parquet")
-    moments = [chance.choice(names).format(index) for index in chance.sample(missing, 5)]
+    kill_at = [rng.choice(names).format(index) for index in rng.sample(missing, 5)]
     with existing_or_local_cluster(CLUSTER, CLUSTER.shard_tasks):
-        failing = storage_that_kills(folder, moments, "", tmp_path / "marks")
+        failing = make_killing_storage(folder, kill_at, "", tmp_path / "marks")
         report = run_shard_job("train", replace(dataset, shards=str(folder)), CLUSTER, failing)
-    assert len(list((tmp_path / "marks").iterdir())) == len(moments)
+    assert len(list((tmp_path / "marks").iterdir())) == len(kill_at)
     assert report.written_shards == len(missing)
-    assert digests(folder) == digests(whole)
+    assert digests(folder) == digests(reference)

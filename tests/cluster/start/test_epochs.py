@@ -35,8 +35,8 @@ def test_max_epochs_is_replaced_by_max_steps_and_printed(config, capsys):
     batch = config.training.global_batch
     steps = found.training.max_steps
     assert (steps, found.training.max_epochs) == (-(-3 * images // batch), 0)
-    said = f"training.max_epochs 3: {steps:,} steps of {batch} images, {images:.0f} images per epoch\n"
-    assert capsys.readouterr().out == said
+    output = f"training.max_epochs 3: {steps:,} steps of {batch} images, {images:.0f} images per epoch\n"
+    assert capsys.readouterr().out == output
     assert with_steps(config, Storage()) is config
 
 

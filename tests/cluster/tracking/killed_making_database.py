@@ -20,7 +20,7 @@ training: {max_steps: 10}
 """
 
 
-def die(partial, uri):
+def write_and_die(partial, uri):
     with open(partial, "ab") as file:
         file.write(b"half an upgrade")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -28,5 +28,5 @@ def die(partial, uri):
 
 output, name = [*sys.argv[1:], "tracked"][:2]
 if sys.argv[3:] == ["dies"]:
-    database._upgrade = die
+    database._upgrade = write_and_die
 create_run(dataclasses.replace(parse_recipe(RECIPE), output=output, name=name))

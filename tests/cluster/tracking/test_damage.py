@@ -26,7 +26,7 @@ datasets: {train: {shards: shards/train}}
 data: {train: [{dataset: train}]}
 training: {max_steps: 10}
 """
-KILLED = Path(__file__).with_name("killed_making_database.py")
+KILLED_DRIVER = Path(__file__).with_name("killed_making_database.py")
 
 
 @pytest.fixture
@@ -70,19 +70,19 @@ def test_damaged_tracking_record_is_rebuilt_from_the_store(config, run, content,
 def test_damaged_record_in_a_shared_store_finds_the_run_of_its_folder(config, migrated_database, tmp_path, caplog):
     (tmp_path / "shared.db").write_bytes(migrated_database)
     uri = f"sqlite:///{tmp_path}/shared.db"
-    ours, other, none = (
+    own, other, without_run = (
         dataclasses.replace(
             config, output=f"{tmp_path}/it's", name=name, tracking=dataclasses.replace(config.tracking, uri=uri)
         )
         for name in ("ours", "other", "none")
     )
-    run, *_ = create_run(ours), create_run(other)
-    for each in (ours, none):
+    run, *_ = create_run(own), create_run(other)
+    for each in (own, without_run):
         Path(each.run_folder).mkdir(exist_ok=True, parents=True)
         Path(each.run_folder, "tracking.json").write_text('{"uri"')
-    assert create_run(ours).run_id == run.run_id
-    assert find_run(none) is None
-    assert create_run(none).run_id != run.run_id
+    assert create_run(own).run_id == run.run_id
+    assert find_run(without_run) is None
+    assert create_run(without_run).run_id != run.run_id
     assert "found no run of this folder; training creates one" in caplog.text
 
 
@@ -105,8 +105,8 @@ def test_unknown_journal_entry_does_not_block_the_following_ones(run, line, capl
 
 def test_metrics_rejected_by_a_full_disk_can_be_reported_again(run, config, tmp_path, caplog):
     with small_disk(tmp_path / "small", "64k") as disk:
-        full = dataclasses.replace(run, spool=str(disk))
-        tracking = Tracking(full, "driver", interval_s=3600.0)
+        run_on_disk = dataclasses.replace(run, spool=str(disk))
+        tracking = Tracking(run_on_disk, "driver", interval_s=3600.0)
         reporter = TrackingReporter(tracking)
         assert reporter.track(1, {"loss": 1.0})
         filler = fill_disk(disk)
@@ -121,16 +121,16 @@ def test_metrics_rejected_by_a_full_disk_can_be_reported_again(run, config, tmp_
 
 def test_full_disk_at_the_end_keeps_journals_for_the_next_start(run, config, tmp_path, caplog):
     with small_disk(tmp_path / "small", "64k") as disk:
-        held = dataclasses.replace(run, spool=str(disk), lease=RunLease(config.run_folder, 1, StorageConfig()))
-        evaluation = Journal(held.journal("evaluation"))
+        leased_run = dataclasses.replace(run, spool=str(disk), lease=RunLease(config.run_folder, 1, StorageConfig()))
+        evaluation = Journal(leased_run.journal("evaluation"))
         evaluation.append({"metrics": {"val/PQ": 50.0}, "step": 4, "time_ms": 1})
-        tracking = Tracking(held, "driver", interval_s=0.05)
+        tracking = Tracking(leased_run, "driver", interval_s=0.05)
         filler = fill_disk(disk)
         assert not tracking.finish("FINISHED", 1.0)
         assert "free some space, and start the run again" in caplog.text
         assert evaluation.path.exists()
         filler.unlink()
-        again = dataclasses.replace(held, lease=RunLease(config.run_folder, 2, StorageConfig()))
+        again = dataclasses.replace(leased_run, lease=RunLease(config.run_folder, 2, StorageConfig()))
         assert Tracking(again, "driver", interval_s=0.05).finish("FINISHED", PATIENCE_S)
         assert not evaluation.path.exists()
 
@@ -164,7 +164,7 @@ def test_full_disk_at_the_first_start_raises_one_message_without_sql(config, tmp
 
 
 def test_start_killed_during_table_creation_leaves_no_partial_database(config):
-    process = subprocess.Popen([sys.executable, KILLED, config.output], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, KILLED_DRIVER, config.output], stdout=subprocess.PIPE, text=True)
     folder = Path(config.output)
     wait_until(lambda: any(path.stat().st_size for path in folder.glob(".partial-*-mlflow.db")), "a partial database")
     process.kill()

@@ -36,7 +36,7 @@ data: {train: [{dataset: train}]}
 training: {max_steps: 10}
 """
 MIGRATIONS = Path(sys.modules["mlflow"].__file__).parent / "store" / "db_migrations"
-KILLED = Path(__file__).with_name("killed_making_database.py")
+KILLED_DRIVER = Path(__file__).with_name("killed_making_database.py")
 
 
 @pytest.fixture(autouse=True)
@@ -164,17 +164,17 @@ def test_run_folder_moved_to_another_output_is_created_again_in_its_store(output
     write_point(first, 1)
     write_metrics(Storage(), config.run_folder, 2, 0, {1: {"loss/total": 1.0}, 2: {"loss/total": 0.5}})
     write_recipe(config)
-    there = tmp_path / "there"
-    there.mkdir()
-    (there / "mlflow.db").write_bytes(migrated_database)
-    move(config.run_folder, there)
-    moved = config_in(there)
+    new_output = tmp_path / "there"
+    new_output.mkdir()
+    (new_output / "mlflow.db").write_bytes(migrated_database)
+    move(config.run_folder, new_output)
+    moved = config_in(new_output)
     (old,) = read_runs([moved.run_folder], tracking=None, experiment=None, query=None, step=None)
     assert old.curves["train/loss/total"] == ((1, 1.0),)  # from the store where it is still
     run = create_run(moved)
     assert run.recreated
     assert run.run_id != first.run_id
-    assert f"creating it again in sqlite:///{there}/mlflow.db" in caplog.text
+    assert f"creating it again in sqlite:///{new_output}/mlflow.db" in caplog.text
     caplog.clear()
     assert create_run(moved) == run  # a driver died before it sent the evaluations that the folder holds
     record_evaluations(Storage(), moved.run_folder)
@@ -182,11 +182,11 @@ def test_run_folder_moved_to_another_output_is_created_again_in_its_store(output
     assert not caplog.text
     assert not Path(config.run_folder).exists()
     shutil.rmtree(output)
-    shutil.rmtree(there / ARTIFACTS)
-    (there / "mlflow.db").unlink()
-    (alone,) = read_runs([moved.run_folder], tracking=None, experiment=None, query=None, step=None)
-    assert alone.curves["train/loss/total"] == ((1, 1.0), (2, 0.5))  # those of the run folder
-    assert "read from the run folder: the MLflow database" in alone.notes[0]
+    shutil.rmtree(new_output / ARTIFACTS)
+    (new_output / "mlflow.db").unlink()
+    (restored,) = read_runs([moved.run_folder], tracking=None, experiment=None, query=None, step=None)
+    assert restored.curves["train/loss/total"] == ((1, 1.0), (2, 0.5))  # those of the run folder
+    assert "read from the run folder: the MLflow database" in restored.notes[0]
 
 
 def test_copied_run_folder_gets_a_new_mlflow_run(output):
@@ -263,7 +263,9 @@ def test_newer_schema_raises_one_message(output):
 
 
 def start(output, name, *words):
-    return subprocess.Popen([sys.executable, KILLED, str(output), name, *words], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, KILLED_DRIVER, str(output), name, *words], stdout=subprocess.PIPE, text=True
+    )
 
 
 def names_in(output):

@@ -126,15 +126,15 @@ def test_per_class_metrics_are_logged_as_one_table(run):
 def test_table_rows_overwritten_by_another_process_are_written_again(run, monkeypatch):
     """Another process had read the table before these rows were in it, and writes it after."""
     send(run, (checkpoint(4), 40.0))
-    real, others = MlflowClient.log_text, []
+    original, others = MlflowClient.log_text, []
 
     def write(self, run_id, text, path):
         if path.startswith("per_class/") and not others:
             others.append(client_of(run).download_artifacts(run_id, path))
             before = Path(others[0]).read_text()
-            real(self, run_id, text, path)
-            return real(self, run_id, before, path)
-        return real(self, run_id, text, path)
+            original(self, run_id, text, path)
+            return original(self, run_id, before, path)
+        return original(self, run_id, text, path)
 
     monkeypatch.setattr(MlflowClient, "log_text", write)
     send(run, (checkpoint(8), 50.0))
@@ -147,17 +147,17 @@ def test_process_death_at_any_call_creates_no_duplicates(run, monkeypatch, after
     """The process dies after the store took a call and before the journal notes it; another one evaluates again."""
     calls = ["create_logged_model", "log_model_artifacts", "finalize_logged_model", "log_outputs", "log_batch"]
     calls += ["log_text", "set_tag", "log_inputs", "set_logged_model_tags"]
-    name, dead = calls[after], []
-    real = getattr(MlflowClient, name)
+    name, died = calls[after], []
+    original = getattr(MlflowClient, name)
 
-    def dies(self, *args, **options):
-        found = real(self, *args, **options)
-        if not dead:
-            dead.append(1)
+    def call_and_die(self, *args, **options):
+        found = original(self, *args, **options)
+        if not died:
+            died.append(1)
             raise RuntimeError("killed")
         return found
 
-    monkeypatch.setattr(MlflowClient, name, dies)
+    monkeypatch.setattr(MlflowClient, name, call_and_die)
     kept = KeptCheckpoints(names=["step_00000008-1"], newest=8)
     tracking = Tracking(run, "evaluation", interval_s=0.02)
     tracking.log_evaluation(checkpoint(4), [figures(40.0)])

@@ -10,7 +10,7 @@ from m2f.cluster.tracking.presentation import EXPERIMENT_KIND, MODEL_TRAINING, P
 from m2f.cluster.tracking.tracking import TrackingError, create_run
 
 
-def named(config, name, parent):
+def with_name_and_parent(config, name, parent):
     return dataclasses.replace(config, name=name, tracking=dataclasses.replace(config.tracking, parent=parent))
 
 
@@ -36,15 +36,15 @@ def test_run_has_tags_for_user_command_and_description(stored_config, monkeypatc
 
 
 def test_runs_with_the_same_parent_name_share_one_parent_run(stored_config):
-    first, second = (create_run(named(stored_config, name, "seeds 'of' today")) for name in ("a", "b"))
+    first, second = (create_run(with_name_and_parent(stored_config, name, "seeds 'of' today")) for name in ("a", "b"))
     parent = tags(first)[PARENT_TAG]
     assert tags(second)[PARENT_TAG] == parent
     client = MlflowClient(tracking_uri=first.uri)
     assert client.get_run(parent).info.run_name == "seeds 'of' today"
     assert client.get_run(parent).info.status == "FINISHED"
-    assert tags(create_run(named(stored_config, "c", first.run_id)))[PARENT_TAG] == first.run_id
+    assert tags(create_run(with_name_and_parent(stored_config, "c", first.run_id)))[PARENT_TAG] == first.run_id
     with pytest.raises(TrackingError, match=r"tracking\.parent is 0{32}, but"):
-        create_run(named(stored_config, "d", "0" * 32))
+        create_run(with_name_and_parent(stored_config, "d", "0" * 32))
 
 
 def test_active_mlflow_run_becomes_the_parent(stored_config):

@@ -29,7 +29,7 @@ training: {{max_steps: 10}}
 """
 
 
-def make(url, num_images):
+def write_shards(url, num_images):
     source = SyntheticSource(num_images=num_images)
     write_dataset(open_reader(source), DatasetConfig(shards=str(url), source=source), Storage())
 
@@ -37,8 +37,8 @@ def make(url, num_images):
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    make(tmp_path / "train", 3)
-    make(tmp_path / "val", 2)
+    write_shards(tmp_path / "train", 3)
+    write_shards(tmp_path / "val", 2)
     return parse_recipe(RECIPE.format(folder=tmp_path))
 
 
@@ -78,7 +78,7 @@ def test_run_logs_data_and_code_and_tags_later_changes(config, migrated_database
     assert stored.data.tags["data.train"] == train.fingerprint
 
     monkeypatch.setattr("m2f.cluster.tracking.tracking.code_facts", lambda: {"code.commit": "def"})
-    make(tmp_path / "later", 4)
+    write_shards(tmp_path / "later", 4)
     datasets = {**config.datasets, "train": dataclasses.replace(config.datasets["train"], shards=f"{tmp_path}/later")}
     assert create_run(dataclasses.replace(config, datasets=datasets)) == run
     journal = Journal(tmp_path / "runs/made/tracking/driver.jsonl")

@@ -18,7 +18,7 @@ from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture(autouse=True)
-def own_temporary_files(tmp_path, monkeypatch):
+def separate_temporary_folder(tmp_path, monkeypatch):
     """Fetched models would mix with those of other tests."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -57,11 +57,11 @@ def test_local_model_files_are_used_in_place(store, tmp_path):
     assert model_folder(source, uri, str(tmp_path / "copied")).is_relative_to(tmp_path / "copied")
 
 
-@pytest.mark.parametrize("stated", [None, "sqlite:///other.db"])
-def test_tracking_uri_of_the_process_is_restored(store, monkeypatch, stated):
+@pytest.mark.parametrize("env_uri", [None, "sqlite:///other.db"])
+def test_tracking_uri_of_the_process_is_restored(store, monkeypatch, env_uri):
     uri, source = store
-    if stated is not None:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", stated)
+    if env_uri is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", env_uri)
     before = dict(os.environ), mlflow.get_tracking_uri()
     model_folder(source, uri)
     assert (dict(os.environ), mlflow.get_tracking_uri()) == before
@@ -84,14 +84,14 @@ print(open(registered.model_folder(sys.argv[1], sys.argv[2]) / "weights.safetens
 
 def test_fetched_model_files_are_removed_when_the_process_ends(store, tmp_path):
     uri, source = store
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FETCHES, source, uri],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
     )
-    path, content = done.stdout.split()
-    assert Path(path).is_relative_to(tmp_path / "temporary"), done.stderr
+    path, content = result.stdout.split()
+    assert Path(path).is_relative_to(tmp_path / "temporary"), result.stderr
     assert content == "weights"
     assert not list((tmp_path / "temporary").glob("**/weights.safetensors"))

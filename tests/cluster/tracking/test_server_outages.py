@@ -70,14 +70,14 @@ def test_run_is_created_once_despite_server_outages(server, gateway, tmp_path):
     lost = gateway.plan(Outage("create", lambda method, path: path.endswith("runs/create"), 2.0, loses_response=True))
     params = gateway.plan(Outage("params", lambda method, path: path.endswith("runs/log-batch"), 2.0))
     recipe = gateway.plan(Outage("recipe", lambda method, path: path.endswith("recipe.yaml"), 2.0))
-    made = create_run(config_at(gateway.url, tmp_path))
+    created = create_run(config_at(gateway.url, tmp_path))
     assert [outage.refused > 0 for outage in (lost, params, recipe)] == [True] * 3
     client = MlflowClient(tracking_uri=server)
     experiment = client.get_experiment_by_name("m2f").experiment_id
     (run,) = client.search_runs([experiment])
-    assert run.info.run_id == made.run_id
+    assert run.info.run_id == created.run_id
     assert run.data.params["training.max_steps"] == "10"
-    assert [file.path for file in client.list_artifacts(made.run_id)] == ["recipe.yaml"]
+    assert [file.path for file in client.list_artifacts(created.run_id)] == ["recipe.yaml"]
 
 
 @pytest.mark.slow

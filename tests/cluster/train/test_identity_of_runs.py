@@ -75,7 +75,7 @@ def m2f(capsys, *words):
     return status, captured.out + captured.err
 
 
-def table(config):
+def class_table(config):
     return Manifest.load(config.datasets["train"].shards, Storage()).categories.categories
 
 
@@ -85,16 +85,16 @@ def test_checkpoint_stores_identity_of_its_model(run):
     for name in ("weights.safetensors", "ema.safetensors"):
         identity = read_metadata(Path(url, name))
         assert identity is not None
-        assert identity.label_spaces[0].classes == table(config)
+        assert identity.label_spaces[0].classes == class_table(config)
         assert identity.tasks == ("panoptic",)
         assert (identity.input.shortest_edge, identity.input.max_size) == (64, 96)
         assert identity.num_queries == 8
         assert identity.recipe == Path(url, "recipe.yaml").read_text()
-        stated = dump_recipe(config).splitlines()
-        decided = {line.strip() for line in identity.recipe.splitlines()} - {line.strip() for line in stated}
-        assert decided == {"pretrained: false", "num_gpus_per_worker: 0.0", "num_gpus_per_actor: 0.0"}
+        dumped = dump_recipe(config).splitlines()
+        resolved = {line.strip() for line in identity.recipe.splitlines()} - {line.strip() for line in dumped}
+        assert resolved == {"pretrained: false", "num_gpus_per_worker: 0.0", "num_gpus_per_actor: 0.0"}
         assert identity.recipe.count("precision: fp32") == 2  # of training and of evaluation
-        assert len(identity.recipe.splitlines()) == len(stated)
+        assert len(identity.recipe.splitlines()) == len(dumped)
         assert ": auto\n" not in identity.recipe
         assert identity.to_json() == Path(url, "identity.json").read_text()
         with safe_open(Path(url, name), "pt") as file:
@@ -106,24 +106,24 @@ def test_copied_checkpoint_predicts_without_run_folder_and_shards(run, copied, i
     status, text = m2f(capsys, "predict", copied, image, "--output", tmp_path / "seen", "--min-score", "0")
     assert status == 0, text
     names = [entry["name"] for entry in json.loads((tmp_path / "seen/categories.json").read_text())]
-    assert names == [c.name for c in table(config)]
-    assert open_trained(str(copied), (), None).classes == table(config)
+    assert names == [c.name for c in class_table(config)]
+    assert open_trained(str(copied), (), None).classes == class_table(config)
     status, text = m2f(capsys, "eval", copied)
     assert (status, "give a folder for the results" in text) == (2, True), text
 
 
 def test_exported_graphs_contain_identity(copied, tmp_path, capsys):
-    made = open_trained(str(copied), (), None)
-    for form, name in (("torch_export", "m.pt2"), ("onnx", "m.onnx")):
-        words = ("export", copied, "--format", form, "--output", tmp_path / name, "--size", "64", "64")
+    trained = open_trained(str(copied), (), None)
+    for export_format, name in (("torch_export", "m.pt2"), ("onnx", "m.onnx")):
+        words = ("export", copied, "--format", export_format, "--output", tmp_path / name, "--size", "64", "64")
         status, text = m2f(capsys, *words)
         assert status == 0, text
     extra = {METADATA_KEY: ""}
     torch.export.load(tmp_path / "m.pt2", extra_files=extra)
-    assert extra[METADATA_KEY] == made.identity.to_json()
+    assert extra[METADATA_KEY] == trained.identity.to_json()
     onnx = pytest.importorskip("onnx")
     props = {p.key: p.value for p in onnx.load(tmp_path / "m.onnx").metadata_props}
-    assert props[METADATA_KEY] == made.identity.to_json()
+    assert props[METADATA_KEY] == trained.identity.to_json()
 
 
 @pytest.mark.parametrize("verb", ["predict", "export", "eval", "analyze"])
@@ -235,7 +235,7 @@ def coco_shards(folder, categories):
 
 def test_class_head_keeps_rows_of_known_classes_when_classes_are_added(run, tmp_path):
     config, url = run
-    old = table(config)
+    old = class_table(config)
     dataset = coco_shards(tmp_path / "new", [(3, "submarine"), (1, old[4].name), (2, old[1].name)])
     assert [old[4].is_thing, old[1].is_thing] == [True, True]
     config = replace(config, name="finer", datasets={"train": dataset}, data=replace(config.data, task="instance"))
@@ -256,8 +256,8 @@ def test_class_head_keeps_rows_of_known_classes_when_classes_are_added(run, tmp_
 
 def test_weights_with_contradicting_classes_are_rejected(run, tmp_path):
     config, url = run
-    stuff = next(c for c in table(config) if not c.is_thing)
-    dataset = coco_shards(tmp_path / "new", [(3, stuff.name), (1, table(config)[-1].name)])
+    stuff = next(c for c in class_table(config) if not c.is_thing)
+    dataset = coco_shards(tmp_path / "new", [(3, stuff.name), (1, class_table(config)[-1].name)])
     model = replace(config.model, weights=url)
     config = replace(config, name="finer", model=model, datasets={"train": dataset})
     with pytest.raises(DataError, match=rf"'{stuff.name}' \(thing\).*'{stuff.name}' \(stuff\)"):
