@@ -24,8 +24,8 @@ from m2f.cluster.recipe.devices import AvailableDevices, cluster_gpus, local_gpu
 from m2f.cluster.terminal import print_err
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.scratch import ScratchFolder
-from m2f.model.counted import counted
 from m2f.model.errors import UserError
+from m2f.model.format_count import format_count
 
 OBJECT_STORE_BYTES = 400_000_000
 """Object store of a local cluster, in bytes. Ray's default, 30 % of the memory, would leave too little for training."""
@@ -165,7 +165,7 @@ def cluster_devices(may_grow: bool) -> AvailableDevices:
     gpus, found = cluster_gpus(node["Resources"] for node in nodes), "the Ray cluster has"
     is_only_this_node = [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]
     if gpus and is_only_this_node and not local_gpus() and not _sees_gpu():
-        found = f"Ray reports {counted(len(gpus), 'GPU')} on {socket.gethostname()}, where torch sees"
+        found = f"Ray reports {format_count(len(gpus), 'GPU')} on {socket.gethostname()}, where torch sees"
         gpus = ()
     return AvailableDevices(gpus, sentence_start=found, may_grow=may_grow)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args
 
 from m2f.data_pipeline.categories import Category, Task
 from m2f.data_pipeline.errors import DataError, format_list
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 _MAX_LISTED_PAIRS = 20
 """Upper limit of differing rows in a message, so that it fits on a screen."""
@@ -138,7 +138,7 @@ def describe_subset(match: ClassMatch, first_name: str, second_name: str) -> str
     if match.kind != "subset":
         return None
     common = sum(label is not None for label in match.labels)
-    parts = [f"{counted(common, 'class', 'classes')} in both"]
+    parts = [f"{format_count(common, 'class', 'classes')} in both"]
     for names, other_name in ((match.only_first, second_name), (match.only_second, first_name)):
         if names:
             parts.append(f"{other_name} lacks {format_list(names, 8)}")

@@ -25,7 +25,7 @@ from m2f.eval.inference.layers import LayerAnalysis, LayerQuality
 from m2f.eval.report.panels import render_heat_maps
 from m2f.eval.results.results import EvaluationSubject
 from m2f.model.analysis.attention_maps import AttentionMap, recorded_attention
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 from m2f.model.segmenter import Segmenter
 from m2f.trainer.checkpoint.weights import weights_url
 
@@ -47,7 +47,7 @@ class AnalysisSubject:
     def title(self) -> str:
         """Title that names data set, number of images and checkpoint, with a second line if only some classes count."""
         what = "weights" if self.step is None else f"checkpoint of step {self.step}"
-        title = f"{self.dataset}: {len(self.indices)} of {counted(self.manifest.num_samples, 'image')}, {what}"
+        title = f"{self.dataset}: {len(self.indices)} of {format_count(self.manifest.num_samples, 'image')}, {what}"
         return title if self.classes.note is None else f"{title}\nSOME CLASSES: {self.classes.note}"
 
 

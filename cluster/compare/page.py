@@ -9,7 +9,7 @@ from m2f.cluster.compare.compare import ClassTable, Comparison, Plot
 from m2f.cluster.compare.tables import Number, Report, Table, build_report, largest_changes
 from m2f.eval.report.charts import BAD, GOOD, Bar, Series, bar_chart, line_chart
 from m2f.eval.report.page import Cell, Section, collapsible, grid, page, paragraph, table
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 SHOWN_CLASSES = 20
 """Number of largest gains, and of largest losses, in a chart. The table below the chart contains all classes."""
@@ -70,7 +70,7 @@ def _classes(comparison: Comparison, report: Report) -> str:
     others = list(enumerate(comparison.runs))[1:]
     charts = [_change_chart(one, position, run.name) for one in comparison.classes for position, run in others]
     tables = [
-        collapsible(f"{one.dataset}/{one.metric} of {counted(len(one.rows), 'class', 'classes')}", _table(content))
+        collapsible(f"{one.dataset}/{one.metric} of {format_count(len(one.rows), 'class', 'classes')}", _table(content))
         for one, content in zip(comparison.classes, report.classes, strict=True)
     ]
     return grid([chart for chart in charts if chart]) + "".join(tables)

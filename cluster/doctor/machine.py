@@ -20,7 +20,7 @@ from m2f.cluster.doctor.finding import Finding
 from m2f.cluster.ray_private import TESTED_VERSIONS
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.storage.scratch import ScratchFolder
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 GIB = 2**30
 SHM_REQUIRED, SHM_RECOMMENDED = GIB // 4, 2 * GIB
@@ -116,7 +116,7 @@ def check_collectives() -> Finding:
     return Finding(
         "collectives",
         "ok",
-        f"{name} all-reduce over {counted(ranks, 'process', 'processes')}, {elapsed_s:.0f} s including startup",
+        f"{name} all-reduce over {format_count(ranks, 'process', 'processes')}, {elapsed_s:.0f} s including startup",
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from m2f.cluster.evaluation.choice import HEADLINE
 from m2f.cluster.evaluation.manager import EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 
 def describe(entry: Entry) -> str:
@@ -26,4 +26,4 @@ def headline(metrics: Mapping[str, float]) -> str:
 
 def describe_start(progress: EvaluationProgress) -> str:
     """Return a line about an evaluation that starts."""
-    return f"step {progress.step}: evaluating on {progress.dataset}, {counted(progress.total, 'batch', 'batches')}"
+    return f"step {progress.step}: evaluating on {progress.dataset}, {format_count(progress.total, 'batch', 'batches')}"

@@ -25,9 +25,9 @@ from m2f.cluster.terminal import print_out
 from m2f.data_pipeline.readers import open_dataset
 from m2f.data_pipeline.sources import CocoInstancesSource
 from m2f.model.config import ModelConfig
-from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 from m2f.model.export.hugging_face import known_labels, read_hugging_face_config
+from m2f.model.format_count import format_count
 from m2f.model.weights.hub import hub_folder
 from m2f.model.weights.sources import HUB
 
@@ -81,7 +81,7 @@ def crowd_notes(data_format: DataFormat, found: Survey) -> list[str]:
     if not found.num_crowds:
         return []
     hint = "; if they are objects, set source.crowds_are_objects" if data_format.kind == "coco_instances" else ""
-    return [f"{counted(found.num_crowds, 'segment')} of these are crowds, which are ignored in training{hint}"]
+    return [f"{format_count(found.num_crowds, 'segment')} of these are crowds, which are ignored in training{hint}"]
 
 
 def init(folder: Path, output: Path, args: Namespace) -> None:

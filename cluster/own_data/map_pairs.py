@@ -16,8 +16,8 @@ from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, is_im
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.map_reader import read_index_map
 from m2f.data_pipeline.sources import CocoStuffSource, ColorMapSource, HuggingFaceSource, LabelMapSource
-from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
+from m2f.model.format_count import format_count
 
 _LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt", "labels.txt")
 _CATEGORY_FILES = ("classes.json", "categories.json")
@@ -61,7 +61,7 @@ def find_map_formats(folder: Path) -> list[DataFormat]:
     location = f"{pairs[0].images.name}/ and {pairs[0].maps.name}/"
     if pairs[0].images == pairs[0].maps:
         location = f"{pairs[0].images.name}/ with NAME and NAME{pairs[0].suffix}"
-    evidence = f"{counted(len(pairs), 'pair')} of images and maps, the first {location}"
+    evidence = f"{format_count(len(pairs), 'pair')} of images and maps, the first {location}"
     if mode not in ("gray", "palette"):
         return _color_map_formats(pairs, legend, category_file, evidence)
     if legend is not None and legend.name == "labels.txt" and _is_coco_stuff(legend):

@@ -11,7 +11,7 @@ from statistics import median
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_dataset
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 _SAMPLE_SIZE = 500
 _MAX_FAULTS_SHOWN = 10
@@ -43,13 +43,13 @@ class Survey:
         classes = ", ".join(f"{name} {count}" for name, count in self.class_counts[:12])
         more = f" and {len(self.class_counts) - 12} more" if len(self.class_counts) > 12 else ""
         lines = [
-            f"{counted(self.num_images, 'image')} ({self.num_read} read), median longer side {self.long_side} pixels; "
-            f"at most {counted(self.most_objects, 'segment')} per image, the median covers {self.object_share:.2%}",
+            f"{format_count(self.num_images, 'image')} ({self.num_read} read), median longer side {self.long_side} pixels; "
+            f"at most {format_count(self.most_objects, 'segment')} per image, the median covers {self.object_share:.2%}",
             f"segments by class: {classes}{more}",
         ]
         if self.faults:
             kinds = Counter(fault_kind(fault) for fault in self.faults)
-            lines.append(f"{counted(len(self.faults), 'fault')}:")
+            lines.append(f"{format_count(len(self.faults), 'fault')}:")
             lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
             lines += ["first faults:", *(f"  {fault}" for fault in self.faults[:_MAX_FAULTS_SHOWN])]
         return lines
@@ -93,7 +93,7 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
             shares += [segment.area / pixels for segment in segments]
     if not long_sides:
         listed = "\n".join(f"  {fault}" for fault in faults[:_MAX_FAULTS_SHOWN])
-        raise DataError(f"none of {counted(num_images, 'image')} can be read:\n{listed}")
+        raise DataError(f"none of {format_count(num_images, 'image')} can be read:\n{listed}")
     return Survey(
         num_images=num_images,
         num_read=len(long_sides),

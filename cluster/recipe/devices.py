@@ -13,8 +13,8 @@ from typing import Any
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_err, print_out
 from m2f.data_pipeline.config import LargeScaleJitter
-from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
+from m2f.model.format_count import format_count
 from m2f.trainer.config import Precision
 from m2f.trainer.precision import Capability, default_precision
 
@@ -123,7 +123,7 @@ def require_gpus(config: RunConfig, devices: AvailableDevices) -> None:
     needed = math.ceil(requested) * cluster.min_workers
     if needed > len(devices.gpus):
         raise ConfigError(
-            f"cluster.num_gpus_per_worker is {requested:g} with {counted(cluster.min_workers, 'worker')}, but "
+            f"cluster.num_gpus_per_worker is {requested:g} with {format_count(cluster.min_workers, 'worker')}, but "
             f"{devices.sentence_start} {len(devices.gpus) or 'none'}; set cluster.num_workers and "
             "cluster.num_gpus_per_worker to auto to use the available GPUs, or num_gpus_per_worker to 0 to train on "
             "the CPU. If there are more GPUs, check nvidia-smi, CUDA_VISIBLE_DEVICES and `m2f doctor`"
@@ -135,7 +135,7 @@ def describe(config: RunConfig, devices: AvailableDevices) -> str:
     cluster, evaluation = config.cluster, config.evaluation
     max_workers = cluster.max_workers
     count = (
-        counted(max_workers, "worker")
+        format_count(max_workers, "worker")
         if cluster.min_workers == max_workers
         else f"{cluster.min_workers} to {max_workers} workers"
     )
@@ -229,7 +229,7 @@ def _hints(config: RunConfig, devices: AvailableDevices) -> tuple[str, ...]:
         )
     if 2 * workers * training.threads <= devices.cores:
         hints.append(
-            f"{counted(workers * training.threads, 'core')} of {devices.cores} will be busy; "
+            f"{format_count(workers * training.threads, 'core')} of {devices.cores} will be busy; "
             f"training.threads={devices.cores // workers} uses the others"
         )
     return tuple(hints)
@@ -249,7 +249,7 @@ def _training_devices(
     if requested != "auto" and not requested:
         if num_gpus:
             warnings.append(
-                f"{counted(num_gpus, 'GPU')} ({devices.gpus[0].name}) stay idle, as cluster.num_gpus_per_worker is 0; "
+                f"{format_count(num_gpus, 'GPU')} ({devices.gpus[0].name}) stay idle, as cluster.num_gpus_per_worker is 0; "
                 "set it to auto to train on them"
             )
         return 1 if cluster.num_workers == "auto" else cluster.num_workers, 0.0
@@ -261,8 +261,8 @@ def _training_devices(
         workers = 1 if may_share else min(room, config.training.global_batch)
     elif requested == "auto" and not devices.may_grow and cluster.max_workers > num_gpus:
         warnings.append(
-            f"cluster.num_workers is {cluster.max_workers}, but {devices.sentence_start} {counted(num_gpus, 'GPU')}, "
-            f"and each worker needs one: training with {counted(num_gpus, 'worker')} and the same global batch"
+            f"cluster.num_workers is {cluster.max_workers}, but {devices.sentence_start} {format_count(num_gpus, 'GPU')}, "
+            f"and each worker needs one: training with {format_count(num_gpus, 'worker')} and the same global batch"
         )
         workers = num_gpus
     if requested != "auto":
@@ -296,8 +296,8 @@ def _rank_gpu_share(config: RunConfig, ranks: int, free: int, during_training: b
     left = 1 - requested * math.ceil(evaluation.actors / ranks)
     if left <= (0.5 if ranks > 1 else 0):
         raise ConfigError(
-            f"evaluation.num_gpus_per_actor is {requested:g}, and {counted(evaluation.actors, 'actor')} on the "
-            f"{counted(ranks, 'GPU')} of the ranks would leave {max(0.0, left):g} of a GPU per rank. Several ranks "
+            f"evaluation.num_gpus_per_actor is {requested:g}, and {format_count(evaluation.actors, 'actor')} on the "
+            f"{format_count(ranks, 'GPU')} of the ranks would leave {max(0.0, left):g} of a GPU per rank. Several ranks "
             "need more than 0.5 each; set it to auto, or to 0 to evaluate on the CPU"
         )
     return min(RANK_SHARE, left)

@@ -33,13 +33,13 @@ from m2f.data_pipeline.shards.write import (
     write_shard,
 )
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.model.counted import counted
 from m2f.model.errors import UserError
+from m2f.model.format_count import format_count
 
 MAX_LOCAL_IMAGES = 300
 MAX_LOCAL_BYTES = 50_000_000
 """Numbers of images and bytes that this process writes in about the time that Ray takes to start."""
-Write = Callable[[Sequence[int]], Iterator[ShardPart | ShardFailure]]
+WriteShards = Callable[[Sequence[int]], Iterator[ShardPart | ShardFailure]]
 """Function that writes the shards with the given indices and yields a part or failure for each, as they finish."""
 
 
@@ -147,7 +147,7 @@ def _choose_writer(
     cluster: ClusterConfig,
     keep_going: bool,
     ray_stack: ExitStack,
-) -> Write:
+) -> WriteShards:
     """Return a function that writes shards in this process if little is missing, else with Ray, which it starts."""
     if not uses_ray(cluster.address) and _is_small(reader, plan, missing):
         return lambda indices: write_locally(reader, plan, indices, storage, keep_going)
@@ -180,7 +180,7 @@ def write_locally(
 
 
 def _write_missing(
-    name: str, plan: ShardPlan, parts: dict[int, ShardPart], missing: Sequence[int], write: Write
+    name: str, plan: ShardPlan, parts: dict[int, ShardPart], missing: Sequence[int], write: WriteShards
 ) -> list[ShardFailure]:
     """Write the missing shards with a progress line, add them to `parts`, and return the failures."""
     failures: list[ShardFailure] = []
@@ -215,11 +215,11 @@ def _source_notes(changes: SourceChanges, has_files: bool) -> tuple[str, ...]:
     notes = []
     if changes.changed:
         notes.append(
-            f"changed: {counted(len(changes.changed), 'source file')} ({format_list(changes.changed, 3)}); "
-            f"rewritten: {counted(len(changes.shards), 'shard')}"
+            f"changed: {format_count(len(changes.changed), 'source file')} ({format_list(changes.changed, 3)}); "
+            f"rewritten: {format_count(len(changes.shards), 'shard')}"
         )
     if changes.num_missing:
-        notes.append(f"missing: {counted(changes.num_missing, 'source file')}; the existing shards are kept")
+        notes.append(f"missing: {format_count(changes.num_missing, 'source file')}; the existing shards are kept")
     if has_files and not changes.digests:
         notes.append(
             "these shards were written before m2f tracked source files, so changed files are not detected; --redo "

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from m2f.cluster.terminal import first_lines, format_duration
 from m2f.data_pipeline.shards.write import SampleProblem
 from m2f.data_pipeline.storage.storage import join
-from m2f.model.counted import counted
 from m2f.model.errors import UserError
+from m2f.model.format_count import format_count
 
 REPORT_FILE = "report.json"
 MAX_SHOWN_PROBLEMS = 10
@@ -57,13 +57,13 @@ class ShardReport:
         """Return the report as text: counts, messages, and the first problems."""
         kept = self.num_samples - sum(not problem.is_in_shard for problem in self.problems)
         lines = [
-            f"{self.dataset}: {counted(kept, 'sample')} in {counted(self.num_shards, 'shard')}, "
+            f"{self.dataset}: {format_count(kept, 'sample')} in {format_count(self.num_shards, 'shard')}, "
             f"{self.num_bytes / 1e6:.1f} MB"
         ]
         if not self.written_shards:
             lines[0] += ", no new shards written"
         else:
-            lines[0] += f"; wrote {counted(self.written_shards, 'shard')} in {format_duration(self.elapsed_s)}"
+            lines[0] += f"; wrote {format_count(self.written_shards, 'shard')} in {format_duration(self.elapsed_s)}"
         lines += [f"  {note}" for note in self.notes]
         problems = [problem.line for problem in self.problems]
         lines += first_lines(problems, MAX_SHOWN_PROBLEMS, f" in {join(self.target, REPORT_FILE)}")

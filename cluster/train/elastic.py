@@ -15,7 +15,7 @@ from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.terminal import print_out
 from m2f.cluster.train.relay import RunRelay
 from m2f.cluster.train.resources import count_fitting
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 CHECK_INTERVAL_S = 2.0
 PATIENCE_S = 10.0
@@ -36,8 +36,8 @@ class Resize:
     """Number of reported steps that were lost because no checkpoint contained them."""
 
     def __str__(self) -> str:
-        size = f"from {self.before} to {counted(self.after, 'worker')}"
-        return f"{size} in {self.seconds:.1f} s, {counted(self.steps_redone, 'step')} redone"
+        size = f"from {self.before} to {format_count(self.after, 'worker')}"
+        return f"{size} in {self.seconds:.1f} s, {format_count(self.steps_redone, 'step')} redone"
 
 
 def next_size(free: int, config: ClusterConfig, waited_s: float) -> int | None:
@@ -106,7 +106,9 @@ class WorkerScaler:
         elif self._room_since is None:
             self._room_since = now
         elif now - self._room_since >= PATIENCE_S:
-            print_out(f"resources for more than {counted(self._size, 'worker')} are free; restarts after a checkpoint")
+            print_out(
+                f"resources for more than {format_count(self._size, 'worker')} are free; restarts after a checkpoint"
+            )
             self.growing = True
 
     def record_end(self, relay: RunRelay) -> None:

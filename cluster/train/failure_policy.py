@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from m2f.data_pipeline.errors import LoaderDiedError, OutageError, StorageError
-from m2f.model.counted import counted
 from m2f.model.errors import UserError
+from m2f.model.format_count import format_count
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, RankDiedError
 from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.adjustments import Change, SkipPositions, SmallerMicroBatch
@@ -156,7 +156,7 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
     num_failures = sum(a.failure.kind not in _UNCOUNTED_KINDS for a in streak)
     if num_failures > max_failures:
         return Stop(
-            f"{counted(num_failures, 'failure')} without a new checkpoint; cluster.max_failures allows {max_failures}"
+            f"{format_count(num_failures, 'failure')} without a new checkpoint; cluster.max_failures allows {max_failures}"
         )
     if last.positions is not None:
         return Retry(
@@ -175,7 +175,7 @@ def _halve_micro_batch(micro_batch: int) -> Retry | Stop:
             "higher training.zero.stage, or set training.zero.offload_optimizer"
         )
     half = micro_batch // 2
-    size = f"{counted(half, 'image')} per micro-batch"
+    size = f"{format_count(half, 'image')} per micro-batch"
     reason = f"with {size} instead of {micro_batch}, and more micro-batches for the same global batch"
     return Retry(0.0, reason, SmallerMicroBatch(half))
 

@@ -38,7 +38,7 @@ from m2f.cluster.train.supervisor import RunSummary, run_supervised
 from m2f.cluster.train.torch_backend import CheckedTorchConfig
 from m2f.cluster.train.worker import WorkerSettings, train_loop
 from m2f.data_pipeline.storage.scratch import ScratchFolder
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 from m2f.trainer.job import TrainJob
 from m2f.trainer.reporting import Event
 
@@ -167,7 +167,7 @@ class RayLauncher:
         """Describe the resources that a worker needs and those that are free in the cluster."""
         free = ray.available_resources()
         needs = [f"{amount:g} {name} ({free.get(name, 0):g} free now)" for name, amount in self._cluster.needs.items()]
-        return f"the run needs at least {counted(self._cluster.min_workers, 'worker')}, each with {' and '.join(needs)}"
+        return f"the run needs at least {format_count(self._cluster.min_workers, 'worker')}, each with {' and '.join(needs)}"
 
     def _trainer(self, job: TrainJob, workers: int) -> TorchTrainer:
         cluster = self._cluster

@@ -16,7 +16,7 @@ from m2f.cluster.tracking.reporter import TrackingReporter
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, Tracking
 from m2f.cluster.train.live_view import LiveView
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 from m2f.trainer.checkpoint.commits import read_metrics
 from m2f.trainer.reporting import Event, LogReporter, Notice, Reporters, StepReport
 
@@ -48,7 +48,7 @@ class RunRelay:
         """Show that workers are starting."""
         self.resumed = None
         if self._view is None:
-            print_out(f"starting {counted(workers, 'training worker')}")
+            print_out(f"starting {format_count(workers, 'training worker')}")
         else:
             self._view.begin_attempt(workers)
 

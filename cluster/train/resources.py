@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from m2f.cluster.recipe.config import RunConfig
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ResourceRequest:
 
     def __str__(self) -> str:
         each = ", ".join(f"{amount:g} {name}" for name, amount in self.needs.items())
-        return f"{self.purpose}: {counted(self.count, 'process', 'processes')} with {each} each"
+        return f"{self.purpose}: {format_count(self.count, 'process', 'processes')} with {each} each"
 
 
 def resource_requests(config: RunConfig) -> list[ResourceRequest]:

@@ -46,8 +46,8 @@ from m2f.cluster.train.relay import RunRelay
 from m2f.cluster.train.signals import handling_signals
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.model.counted import counted
 from m2f.model.errors import UserError
+from m2f.model.format_count import format_count
 from m2f.trainer.checkpoint.commits import list_commits, repair_commits
 from m2f.trainer.checkpoint.folder import delete_old, newest_step, newest_undamaged
 from m2f.trainer.checkpoint.lease import LEASE_VARIABLE, Lease, hold_lease
@@ -166,7 +166,7 @@ class _Supervisor:
                 self._relay.close(_TRACKED_STATUS[status], kept)
         waiting = sum(not entry.settled for entry in entries)
         if waiting:
-            print_out(f"{counted(waiting, 'evaluation')} pending until the run is continued")
+            print_out(f"{format_count(waiting, 'evaluation')} pending until the run is continued")
         return RunSummary(
             run_folder=self._config.run_folder,
             status=status,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(_render(comparison, output_format, output))
-    print_out(f"{output}: {counted(len(runs), 'run')}")
+    print_out(f"{output}: {format_count(len(runs), 'run')}")
     return ExitStatus.DONE
 
 

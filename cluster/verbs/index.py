@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import count, format_faults
-from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
+from m2f.model.format_count import format_count
 
 if TYPE_CHECKING:
     from m2f.data_pipeline.shards.index import IndexReport
@@ -98,9 +98,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _summary(found: IndexReport, target: str, report: str | None) -> str:
     """Return text that states what was indexed and lists the faults."""
-    what = (
-        f"{counted(found.num_samples, 'sample')} of {counted(found.num_shards, 'tar')}, {found.num_bytes / 1e6:,.1f} MB"
-    )
+    what = f"{format_count(found.num_samples, 'sample')} of {format_count(found.num_shards, 'tar')}, {found.num_bytes / 1e6:,.1f} MB"
     if isinstance(found.form, str):
         description = "shards of m2f"
     else:

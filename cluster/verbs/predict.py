@@ -7,8 +7,8 @@ import argparse
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_model_source, count, split_overrides
-from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
+from m2f.model.format_count import format_count
 
 SUMMARY = "predict images, and write pictures and files in COCO formats or label maps"
 
@@ -87,16 +87,16 @@ def run(args: argparse.Namespace) -> int:
     with PredictionFolder(output, predictor.classes, **options) as folder:
         problems = predict_images(predictor, images, storage, folder, args.batch)
     print_out(
-        f"{len(images) - len(problems)} of {counted(len(images), 'image')}: {args.output} (weights: {trained.weights})"
+        f"{len(images) - len(problems)} of {format_count(len(images), 'image')}: {args.output} (weights: {trained.weights})"
     )
     if folder.num_empty:
-        where = counted(folder.num_empty, "image")
+        where = format_count(folder.num_empty, "image")
         print_out(f"no segment scored high enough to be drawn in {where}; use --min-score 0.1 to show more")
     if args.submission and not problems:
         print_out(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
     elif args.submission:
         print_err(
-            f"no submission was written: it would lack {counted(len(problems), 'image')}, which the server would reject"
+            f"no submission was written: it would lack {format_count(len(problems), 'image')}, which the server would reject"
         )
     return ExitStatus.FAILED if problems else ExitStatus.DONE
 

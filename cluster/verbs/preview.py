@@ -7,8 +7,8 @@ import argparse
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, count, split_overrides
-from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
+from m2f.model.format_count import format_count
 
 SUMMARY = "draw a contact sheet of images and annotations from the shards"
 
@@ -36,5 +36,5 @@ def run(args: argparse.Namespace) -> int:
     manifest = Manifest.load(config.datasets[name].shards, storage)
     indices = spread_indices(manifest, args.images)
     write_contact_sheet(manifest, indices, storage, args.output)
-    print_out(f"{args.output}: {len(indices)} of {counted(manifest.num_samples, 'image')} of {name}")
+    print_out(f"{args.output}: {len(indices)} of {format_count(manifest.num_samples, 'image')} of {name}")
     return ExitStatus.DONE

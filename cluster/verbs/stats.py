@@ -7,7 +7,7 @@ import argparse
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 SUMMARY = "show images, segments and pixels by class of sharded data sets"
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         manifest = Manifest.load(config.datasets[name].shards, storage)
         size = sum(shard.size for shard in manifest.shards) / 1e6
         print_out(
-            f"{name}: {counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}, "
+            f"{name}: {format_count(manifest.num_samples, 'image')} in {format_count(len(manifest.shards), 'shard')}, "
             f"{size:,.1f} MB, {manifest.url}"
         )
         print_out(format_class_table(class_table(manifest)) + "\n")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import count, format_faults
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 if TYPE_CHECKING:
     from m2f.data_pipeline.shards.verify import Depth, Verification
@@ -67,7 +67,7 @@ def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verificat
 
 def _summary(found: Verification, report: str | None) -> str:
     """Return text that states that the data set is complete, or lists its faults."""
-    what = f"{counted(found.num_samples, 'sample')} in {counted(found.num_shards, 'shard')}"
+    what = f"{format_count(found.num_samples, 'sample')} in {format_count(found.num_shards, 'shard')}"
     what += f", {found.num_bytes / 1e6:,.1f} MB"
     if found.passed:
         read = (

@@ -13,7 +13,7 @@ from m2f.data_pipeline.order.order import Order, chunk_bytes, look_ahead
 from m2f.data_pipeline.order.selection import select
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.transforms.copy_paste import partner_position
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 _BYTES_PER_PIXEL = 4  # three colours and one layer of ids
 
@@ -90,9 +90,9 @@ def format_read_costs(costs: ReadCosts, ranks: SimulatedRanks) -> str:
     rate = costs.read_bytes / costs.images * speed / 1e6
     memory = costs.fetched_peak + costs.batch_bytes
     lines = [
-        f"{counted(ranks.world, 'rank')} with {counted(ranks.batch, 'image')} each on "
-        f"{counted(machines, 'machine')}, {speed:,.0f} images/s in total",
-        f"epoch         {counted(costs.images, 'image')} in {counted(costs.chunks, 'chunk')}, "
+        f"{format_count(ranks.world, 'rank')} with {format_count(ranks.batch, 'image')} each on "
+        f"{format_count(machines, 'machine')}, {speed:,.0f} images/s in total",
+        f"epoch         {format_count(costs.images, 'image')} in {format_count(costs.chunks, 'chunk')}, "
         f"{costs.chunk_bytes / 1e9:,.2f} GB, "
         f"{costs.images / speed / 60:,.1f} minutes",
         f"reads         {costs.reads / costs.chunks:.2f} per chunk, {per_image * speed:,.1f} requests/s, "

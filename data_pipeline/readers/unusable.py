@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from m2f.data_pipeline.errors import DataError
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 _MAX_LISTED = 10
 
@@ -29,6 +29,6 @@ def require_all_usable(unusable: Sequence[UnusableAnnotation]) -> None:
     if len(unusable) > _MAX_LISTED:
         listed.append(f"  and {len(unusable) - _MAX_LISTED} more")
     raise DataError(
-        f"{counted(len(unusable), 'annotation')} cannot be used. Correct them, or leave them out with --skip-bad:\n"
+        f"{format_count(len(unusable), 'annotation')} cannot be used. Correct them, or leave them out with --skip-bad:\n"
         + "\n".join(listed)
     )

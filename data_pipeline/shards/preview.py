@@ -14,7 +14,7 @@ from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.augment import resize_image
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 _TILE = 320  # longer side of one image in pixels
 _GAP = 8  # pixels between images
@@ -145,7 +145,7 @@ def _tile(sample: DecodedSample, num_segments: int, categories: CategoryTable) -
         segments=sample.annotation.segments,
     )
     pair = _stack_horizontally([image, draw_annotation(image, annotation, categories)], 2)
-    caption = f"{sample.key}  {width}x{height}  {counted(num_segments, 'segment')}"
+    caption = f"{sample.key}  {width}x{height}  {format_count(num_segments, 'segment')}"
     return _Tile(
         picture=_stack_vertically([_text_line(caption, pair.shape[1]), pair], 0),
         category_ids=frozenset(s.category_id for s in sample.annotation.segments),

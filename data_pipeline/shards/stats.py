@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from m2f.data_pipeline.shards.manifest import Manifest
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def format_class_table(rows: Sequence[ClassRow]) -> str:
     ]
     segments, pixels = sum(row.num_segments for row in rows), sum(row.pixel_share for row in rows)
     body.append(
-        (f"total of {counted(len(rows), 'class', 'classes')}", "", "", "", f"{segments:,}", f"{100 * pixels:.2f}")
+        (f"total of {format_count(len(rows), 'class', 'classes')}", "", "", "", f"{segments:,}", f"{100 * pixels:.2f}")
     )
     widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
     return "\n".join(_aligned(line, widths) for line in (header, *body))

@@ -21,7 +21,7 @@ from m2f.data_pipeline.shards.faults import Fault, parse_fault
 from m2f.data_pipeline.shards.manifest import DATASET_FILE, Manifest, category_columns
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.data_pipeline.storage.stream import ObjectStream
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 Depth = Literal["quick", "full"]
 OnProgress = Callable[[int, int], None]
@@ -134,7 +134,7 @@ def _check_rows(manifest: Manifest) -> Iterator[Fault]:
     for shard, count in zip(manifest.shards, num_samples, strict=True):
         if shard.num_samples != count:
             yield fault(
-                None, f"{shard.name} has {counted(count, 'sample')} here and {shard.num_samples} in {DATASET_FILE}"
+                None, f"{shard.name} has {format_count(count, 'sample')} here and {shard.num_samples} in {DATASET_FILE}"
             )
     unknown = sorted(set(manifest.category_ids.values.tolist()) - set(manifest.categories.by_id))
     if unknown:

@@ -42,7 +42,7 @@ from m2f.data_pipeline.shards.plan import (
 from m2f.data_pipeline.shards.sources import SourceChanges, SourceFile, compare_sources, write_record
 from m2f.data_pipeline.storage.bounded_parquet import read_bounded_table
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 _BLOCK = 512  # bytes of a tar header and unit of padding
 
@@ -351,8 +351,8 @@ def count_problems(problems: Sequence[SampleProblem], num_samples: int) -> str:
     """Return text such as `2 of 20 samples`, `3 annotations` or `3 annotations and 2 of 20 samples`."""
     inside = sum(problem.is_in_shard for problem in problems)
     annotations, samples = (
-        f"{counted(inside, 'annotation')}",
-        f"{len(problems) - inside} of {counted(num_samples, 'sample')}",
+        f"{format_count(inside, 'annotation')}",
+        f"{len(problems) - inside} of {format_count(num_samples, 'sample')}",
     )
     return " and ".join([annotations] * (inside > 0) + [samples] * (inside < len(problems)))
 

@@ -20,7 +20,7 @@ from m2f.eval.metrics.panoptic_quality import PanopticQuality, Quality
 from m2f.eval.metrics.segment_errors import SegmentErrors
 from m2f.eval.results.extra import ExtraResults
 from m2f.eval.results.settings import EvaluationSettings
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 
 Number = float | int | None
 CLASS_DETAILS = ("AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -167,7 +167,7 @@ class EvaluationResults:
 
     def _title(self) -> str:
         subject = self.subject
-        parts = [f"{subject.label}: {counted(self.num_images, 'image')}"]
+        parts = [f"{subject.label}: {format_count(self.num_images, 'image')}"]
         if subject.subset is not None:
             parts.append(f"SUBSET ({subject.subset})")
         if subject.test_time is not None:

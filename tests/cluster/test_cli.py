@@ -24,8 +24,8 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
+from m2f.model.format_count import format_count
 from m2f.trainer.checkpoint.folder import CheckpointManifest, FileEntry, checkpoint_url, pin
 from tests.waiting import PATIENCE_S
 
@@ -417,8 +417,8 @@ def test_misspelt_option_or_choice_suggests_the_closest_one(capsys, words, expec
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 shards"), (1, "1 shard"), (1200, "1,200 shards")])
 def test_counted_uses_singular_and_plural(number, text):
-    assert counted(number, "shard") == text
+    assert format_count(number, "shard") == text
 
 
 def test_counted_accepts_an_irregular_plural():
-    assert (counted(1, "batch", "batches"), counted(2, "batch", "batches")) == ("1 batch", "2 batches")
+    assert (format_count(1, "batch", "batches"), format_count(2, "batch", "batches")) == ("1 batch", "2 batches")

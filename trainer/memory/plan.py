@@ -11,7 +11,7 @@ from m2f.data_pipeline.order.order import step_positions
 from m2f.model.analysis.flops.executed import build_shapes, count_parameters
 from m2f.model.analysis.memory import count_activations
 from m2f.model.config import ModelConfig
-from m2f.model.counted import counted
+from m2f.model.format_count import format_count
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.memory.probe import largest_shape
 from m2f.trainer.memory.states import WEIGHT_DTYPES, state_bytes
@@ -69,12 +69,12 @@ def format_memory(plan: MemoryPlan, world: int, stage: int, gpu_gb: float) -> st
     """Describe the plan in two lines of text."""
     height, width = plan.size
     largest = plan.largest_micro_batch(gpu_gb * 1e9)
-    fits = f"up to {counted(largest, 'image')} at once fit" if largest else "not even one image fits"
+    fits = f"up to {format_count(largest, 'image')} at once fit" if largest else "not even one image fits"
     return "\n".join(
         [
-            f"GPU memory    {plan.peak(plan.micro_batch) / 1e9:,.2f} GB with {counted(plan.micro_batch, 'image')} of "
+            f"GPU memory    {plan.peak(plan.micro_batch) / 1e9:,.2f} GB with {format_count(plan.micro_batch, 'image')} of "
             f"{height} x {width} at once: {plan.states / 1e9:,.2f} GB of weights, gradients and optimizer state "
-            f"(ZeRO {stage} on {counted(world, 'rank')}), {plan.fixed / 1e9:,.2f} GB fixed and "
+            f"(ZeRO {stage} on {format_count(world, 'rank')}), {plan.fixed / 1e9:,.2f} GB fixed and "
             f"{plan.per_image / 1e9:,.2f} GB per image",
             f"              {fits} into a GPU of {gpu_gb:g} GB (training.micro_batch)",
         ]
