@@ -133,8 +133,8 @@ def _reading(manifest: Manifest, repeats: int) -> Measurement:
         groups = ((order.at(position),) for position in range(manifest.num_samples))
         limits = FetchLimits(groups_ahead=4, horizon=manifest.num_samples)
         with closing(SampleFetcher([manifest], [chunks], Storage(), groups, limits)) as fetcher:
-            found = [sample.members for (sample,) in fetcher if sample is not None]
-            return [members["img.jpg"] for members in found if not isinstance(members, DataError)]
+            members_by_image = [sample.members for (sample,) in fetcher if sample is not None]
+            return [members["img.jpg"] for members in members_by_image if not isinstance(members, DataError)]
 
     def theirs() -> list[bytes]:
         return [sample["img.jpg"] for sample in peer.stream(urls)]
@@ -259,21 +259,21 @@ def _collate_peer(mapped: Sequence[peer.Mapped]) -> list[object]:
 
 def _decoding_error(inputs: _Inputs, pixels: Sequence[peer.Pixels]) -> float:
     """Return the largest pixel difference of the decoded images, in [0, 1]; assert that segments are equal."""
-    worst = 0.0
+    max_error = 0.0
     for sample, encoded, (image, colors) in zip(inputs.samples, inputs.images, pixels, strict=True):
         ids = peer.segment_ids(colors)
         assert sample.annotation.seg is not None
         for segment in encoded.annotation.segments:
             assert np.array_equal(sample.annotation.seg == segment.id, ids == segment.source_id)
-        worst = max(worst, np.abs(sample.image.astype(int) - image).max() / 255)
-    return worst
+        max_error = max(max_error, np.abs(sample.image.astype(int) - image).max() / 255)
+    return max_error
 
 
 def _exact_error(ours: Example, theirs: peer.Mapped) -> float:
     """Return the largest pixel difference of the images, in [0, 1]; assert that masks are equal."""
     masks = theirs.masks[theirs.masks.any(dim=(1, 2))]
-    found = ours.targets.id_maps[0] == ours.targets.local_id[:, None, None]
-    assert torch.equal(masks, torch.from_numpy(found)), "masks of the exact mode differ from the peer's"
+    our_masks = ours.targets.id_maps[0] == ours.targets.local_id[:, None, None]
+    assert torch.equal(masks, torch.from_numpy(our_masks)), "masks of the exact mode differ from the peer's"
     return float(np.abs(ours.image.transpose(2, 0, 1).astype(int) - theirs.image.numpy()).max()) / 255
 
 

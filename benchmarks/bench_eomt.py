@@ -87,9 +87,9 @@ def _twins(size: int, device: torch.device) -> tuple[nn.Module, Segmenter, Model
 def _check_logits(ours: Segmenter, theirs: nn.Module, batch: Batch) -> None:
     """Assert that the last predictions agree in training mode, in which attention masks are used."""
     pixels = ours.normalise(batch.images)
-    found, expected = ours(pixels), theirs(pixels)
+    actual, expected = ours(pixels), theirs(pixels)
     error = max(
-        relative_error(found.class_logits[-1], expected.class_queries_logits),
-        relative_error(found.mask_logits(), expected.masks_queries_logits),
+        relative_error(actual.class_logits[-1], expected.class_queries_logits),
+        relative_error(actual.mask_logits(), expected.masks_queries_logits),
     )
     assert error <= LOGITS_TOLERANCE, f"logits differ by {error:.1e}, more than {LOGITS_TOLERANCE:.1e}"

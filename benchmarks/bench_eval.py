@@ -44,9 +44,9 @@ def run(tiny: bool) -> list[Measurement]:
     """Measure PQ, mIoU and AP on generated images; times are per image."""
     count = 10 if tiny else 300
     images = [_id_maps(seed) for seed in range(count)]
-    found = [_detections(one, seed) for seed, one in enumerate(images)]
-    rows = [*_panoptic_quality(images), _mean_iou(images), _average_precision(images, found)]
-    return [*rows, *_from_files(images, found, 1 if tiny else 3)]
+    detections = [_detections(one, seed) for seed, one in enumerate(images)]
+    rows = [*_panoptic_quality(images), _mean_iou(images), _average_precision(images, detections)]
+    return [*rows, *_from_files(images, detections, 1 if tiny else 3)]
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,9 @@ def _count(
         table[label, 2] += p not in matched_p and shared.get((0, p), 0) / area[p] <= 0.5
 
 
-def _from_files(images: Sequence[_IdMaps], found: Sequence[InstanceDetections], repeats: int) -> list[Measurement]:
+def _from_files(images: Sequence[_IdMaps], detections: Sequence[InstanceDetections], repeats: int) -> list[Measurement]:
     """Measure AP and PQ on the same images, read from files."""
-    coco, results = _as_coco(_truths(images), found)
+    coco, results = _as_coco(_truths(images), detections)
     pairs = _pairs(images)
     pngs = [tuple(_as_png(id_map) for id_map in (one.truth, one.predicted)) for one in images]
     categories = [{"id": k, "name": str(k), "isthing": int(k > 1)} for k in range(CLASSES)]
@@ -195,9 +195,9 @@ def _from_files(images: Sequence[_IdMaps], found: Sequence[InstanceDetections], 
                 (folder / side / f"{n}.png").write_bytes(png)
                 entries = [segment | {"iscrowd": 0} for segment in segments]
                 annotations.append({"image_id": n, "file_name": f"{n}.png", "segments_info": entries})
-        shown = [{"id": n, "height": SIZE[0], "width": SIZE[1]} for n in range(len(images))]
+        image_entries = [{"id": n, "height": SIZE[0], "width": SIZE[1]} for n in range(len(images))]
         for side, annotations in sides.items():
-            document = {"images": shown, "annotations": annotations, "categories": categories}
+            document = {"images": image_entries, "annotations": annotations, "categories": categories}
             (folder / f"{side}.json").write_text(json.dumps(document))
         panoptic = PanopticFiles(
             truth=folder / "truth.json",

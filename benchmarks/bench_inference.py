@@ -48,8 +48,8 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
     def run_ours() -> Sequence[Tensor]:
         with precision:
             ours(our_pixels)
-        found = (panoptic(classes, embeddings, features, geometry, IS_THING, CONFIG.postprocess) for _ in pixels)
-        return [result.segment_map for result in found]
+        results = (panoptic(classes, embeddings, features, geometry, IS_THING, CONFIG.postprocess) for _ in pixels)
+        return [result.segment_map for result in results]
 
     def run_transformers() -> Sequence[Tensor]:
         with precision:
@@ -69,6 +69,6 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
     )
 
 
-def _check_agreement(mine: Predictions, other: Mask2FormerForUniversalSegmentationOutput) -> None:
-    torch.testing.assert_close(mine.class_logits[-1], other.class_queries_logits, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(mine.mask_logits(), other.masks_queries_logits, rtol=1e-3, atol=1e-3)
+def _check_agreement(ours: Predictions, theirs: Mask2FormerForUniversalSegmentationOutput) -> None:
+    torch.testing.assert_close(ours.class_logits[-1], theirs.class_queries_logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours.mask_logits(), theirs.masks_queries_logits, rtol=1e-3, atol=1e-3)

@@ -40,19 +40,19 @@ def _case(images: int, size: int, objects: int, device: torch.device, repeats: i
         return [torch.from_numpy(match(predictions, targets, maps, drawn.matching, config).query_index).double()]
 
     def official() -> Sequence[Tensor]:
-        found = torch.full((LAYERS, images, objects), -1)
+        query_index = torch.full((LAYERS, images, objects), -1)
         for layer, masks in enumerate(logits):
-            for b, own in enumerate(truth):
+            for b, image_truth in enumerate(truth):
                 queries, columns = official_assignment(
                     predictions.class_logits[layer, b],
                     masks[b],
                     targets.labels[b],
-                    own,
+                    image_truth,
                     drawn.matching[layer, b],
                     config,
                 )
-                found[layer, b, columns.cpu()] = queries.cpu()
-        return [found.double()]
+                query_index[layer, b, columns.cpu()] = queries.cpu()
+        return [query_index.double()]
 
     shape_text = f"{images} x {size} x {size}, {objects} masks"
     return compare("matcher", shape_text, ours, "official order", official, 0.0, repeats, device, memory=True)

@@ -120,9 +120,9 @@ class _Case:
             with _known_matching(matching):
                 return step()
 
-        with _recorded_matching() as found:
+        with _recorded_matching() as matchings:
             step()
-        matching = found[-1]
+        matching = matchings[-1]
         return self._measure(
             "R50 training step",
             "itself, matches known",
@@ -187,9 +187,9 @@ def _workload(case: _Case) -> _Workload:
     batch = make_batch(case.images, case.size, OBJECTS).to(case.device)
     with torch.no_grad():
         pixels = ours.normalise(batch.images)
-        mine, other = ours(pixels), theirs(pixel_values=pixels)
-    torch.testing.assert_close(mine.class_logits[-1], other.class_queries_logits, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(mine.mask_logits(), other.masks_queries_logits, rtol=1e-3, atol=1e-3)
+        our_output, their_output = ours(pixels), theirs(pixel_values=pixels)
+    torch.testing.assert_close(our_output.class_logits[-1], their_output.class_queries_logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(our_output.mask_logits(), their_output.masks_queries_logits, rtol=1e-3, atol=1e-3)
     normalizers = count_normalizers(batch.targets, CONFIG.transformer_decoder.num_queries, CONFIG.loss)
     return _Workload(case, ours, theirs, batch, normalizers)
 
@@ -226,15 +226,15 @@ def _known_matching(matching: Matching) -> Iterator[None]:
 
 @contextmanager
 def _recorded_matching() -> Iterator[list[Matching]]:
-    found: list[Matching] = []
+    matchings: list[Matching] = []
     start = criterion.start_matching
 
     def recorded(*arguments: Any) -> _FinishedMatching:
-        found.append(start(*arguments).result())
-        return _FinishedMatching(found[-1])
+        matchings.append(start(*arguments).result())
+        return _FinishedMatching(matchings[-1])
 
     with patch.object(criterion, "start_matching", recorded):
-        yield found
+        yield matchings
 
 
 class _ProductTimer(TorchDispatchMode):

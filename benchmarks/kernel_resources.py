@@ -70,9 +70,9 @@ def resources(kernel: Any, capability: int, dim: int, config: LaunchConfig, **co
         file.flush()
         command = [str(triton.knobs.nvidia.cuobjdump.path), "--dump-resource-usage", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     barriers = len(re.findall(r"\bbar(?:rier)?\.(?:cta\.)?sync", compiled.asm["ptx"]))
-    return Resources(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared, barriers)
+    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, barriers)
 
 
 def _type(name: str) -> str:

@@ -35,6 +35,6 @@ def peak_growth(run: Callable[[], object], device: torch.device) -> float | None
 
 
 def _kibibytes(field: str) -> int:
-    found = re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1])
+    match = re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    assert match is not None
+    return int(match[1])

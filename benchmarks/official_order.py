@@ -186,9 +186,9 @@ def plain_panoptic(
     segment_map = torch.zeros(geometry.original_size, dtype=torch.int32, device=masks.device)
     stuff, last = {}, 0
     for k, label in enumerate(labels.tolist()):
-        own = masks[k] >= 0.5
-        painted = own & (winner == k)
-        if not painted.any() or (winner == k).sum().item() / own.sum().item() < config.overlap_threshold:
+        inside = masks[k] >= 0.5
+        painted = inside & (winner == k)
+        if not painted.any() or (winner == k).sum().item() / inside.sum().item() < config.overlap_threshold:
             continue
         if label in stuff:
             segment_map[painted] = stuff[label]

@@ -21,9 +21,9 @@ def make_batch(images: int, size: int, objects: int, seed: int = 0) -> Batch:
     for id_map in id_maps:
         nearest, distance = torch.zeros(size, size), torch.full((size, size), torch.inf)
         for number, centre in enumerate(torch.rand(objects, 2, generator=generator), start=1):
-            own = (coordinates - centre[:, None, None]).square().sum(0)
-            nearest[own < distance] = number
-            distance = torch.minimum(distance, own)
+            square_distance = (coordinates - centre[:, None, None]).square().sum(0)
+            nearest[square_distance < distance] = number
+            distance = torch.minimum(distance, square_distance)
         id_map[0] = nearest
     shape = (images, objects)
     targets = Targets(
@@ -75,12 +75,12 @@ def confident_predictions(size: tuple[int, int], num_classes: int) -> tuple[Tens
     centers = torch.rand(100, 2, 1, 1, generator=generator)
     y, x = torch.meshgrid(torch.linspace(0, 1, size[0] // 4), torch.linspace(0, 1, size[1] // 4), indexing="ij")
     distance = ((torch.stack((y, x)) - centers) * torch.tensor([1.0, 2.0])[:, None, None]).square().sum(1).sqrt()
-    own = distance[:12].argmin(0)
+    nearest_query = distance[:12].argmin(0)
     logits = (
-        torch.where(own == torch.arange(100)[:, None, None], 5.0, -5.0)
-        + torch.randn(100, *own.shape, generator=generator) * 0.5
+        torch.where(nearest_query == torch.arange(100)[:, None, None], 5.0, -5.0)
+        + torch.randn(100, *nearest_query.shape, generator=generator) * 0.5
     )
-    features = (embeddings.T @ logits.flatten(1)).view(256, *own.shape)
+    features = (embeddings.T @ logits.flatten(1)).view(256, *nearest_query.shape)
     class_logits = torch.full((100, num_classes + 1), -4.0)
     class_logits[torch.arange(100), torch.arange(100) % num_classes] = torch.where(torch.arange(100) < 12, 5.0, -1.0)
     class_logits[12:, -1] = 1.0

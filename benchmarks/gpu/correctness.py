@@ -82,8 +82,8 @@ def parity(stage: Stage) -> dict[str, object]:
     expected_gradients = torch.cat([gradient.flatten() for gradient in expected.values()])
     facts: dict[str, object] = {}
     for precision in ("fp32", "bf16_autocast"):
-        workload, terms, found = run(precision, stage.device)
-        found_gradients = torch.cat([found[name].flatten() for name in expected])
+        workload, terms, gradients_by_name = run(precision, stage.device)
+        found_gradients = torch.cat([gradients_by_name[name].flatten() for name in expected])
         facts[precision] = {
             "loss": f"{float((terms - exact).abs().max() / exact.abs().max()):.1e}",
             "gradient": f"{float((found_gradients - expected_gradients).norm() / expected_gradients.norm()):.1e}",
@@ -102,14 +102,14 @@ def graphs(stage: Stage) -> dict[str, object]:
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     facts: dict[str, object] = {}
     for name, use_bf16 in (("fp32", False), ("bf16", True)):
-        replayed, worst = ReplayedForward(model.forward), 0.0
+        replayed, max_error = ReplayedForward(model.forward), 0.0
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=use_bf16), exact:
             for height, width in 5 * ((800, 1344), (640, 640), (512, 768)):
                 pixels = torch.randn(1, 3, height, width, device=stage.device).to(memory_format=torch.channels_last)
                 pairs = zip(replayed(pixels), model.forward(pixels), strict=True)
-                worst = max(worst, *(float((a.float() - b.float()).abs().max()) for a, b in pairs))
+                max_error = max(max_error, *(float((a.float() - b.float()).abs().max()) for a, b in pairs))
             facts[name] = {
-                "worst": f"{worst:.1e}",
+                "worst": f"{max_error:.1e}",
                 "as it is": f"{milliseconds(lambda pixels=pixels: model.forward(pixels), stage.device)} ms",
                 "replayed": f"{milliseconds(lambda pixels=pixels, run=replayed: run(pixels), stage.device)} ms",
                 "recorded sizes": sum(recording is not None for recording in replayed._recordings.values()),

@@ -102,9 +102,9 @@ def _run_mode(mode: Mode, stage: Stage, expected: list[float]) -> dict[str, obje
         resumed_engine, workload = _engine(mode, stage)
         resumed_engine.load(Path(folder), "saved")
         resumed_loss = float(resumed_engine.accumulate(workload.batch, workload.normalizers).total)
-    worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+    max_error = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
     return {
-        "from plain fp32": f"{worst:.0e}",
+        "from plain fp32": f"{max_error:.0e}",
         "applied": applied,
         "resumed": f"{abs(resumed_loss - losses[STEPS_BEFORE_SAVE]) / abs(losses[STEPS_BEFORE_SAVE]):.0e}",
         "s": round(time.monotonic() - began, 1),

@@ -65,7 +65,7 @@ def msda(stage: Stage) -> dict[str, object]:
     configs = list(
         dict.fromkeys((*FORWARD.table, *BACKWARD.table, LaunchConfig(4, 1), LaunchConfig(8, 2), LaunchConfig(16, 1)))
     )
-    worst: dict[str, float] = {}
+    max_errors: dict[str, float] = {}
     failures: list[str] = []
     for case, dtype in itertools.product(
         stage.pick((*MODEL_CASES, *EDGE_CASES), EDGE_CASES), stage.pick(DTYPES, DTYPES[:2])
@@ -74,14 +74,20 @@ def msda(stage: Stage) -> dict[str, object]:
             with only_config(FORWARD, config), only_config(BACKWARD, config):
                 error = _kernel_error(case, dtype, stage.device)
             name = f"{case.name} {str(dtype).removeprefix('torch.')}"
-            worst[name] = max(worst.get(name, 0.0), error)
+            max_errors[name] = max(max_errors.get(name, 0.0), error)
             if not error < TOLERANCE[dtype]:
                 failures.append(f"{name} {tuple(config)}: {error:.1e}")
-    print(worst, flush=True)
+    print(max_errors, flush=True)
     if failures:
-        raise AssertionError(f"{len(failures)} errors above TOLERANCE in {len(worst)} cases: {'; '.join(failures[:5])}")
+        raise AssertionError(
+            f"{len(failures)} errors above TOLERANCE in {len(max_errors)} cases: {'; '.join(failures[:5])}"
+        )
     accepted = None if stage.dry else _checked_kernel(torch.bfloat16, 3, 8, 4, 32)
-    return {"worst": f"{max(worst.values()):.1e}", "cases": len(worst), "accepted by the model's own trial": accepted}
+    return {
+        "worst": f"{max(max_errors.values()):.1e}",
+        "cases": len(max_errors),
+        "accepted by the model's own trial": accepted,
+    }
 
 
 def _kernel_error(case: Case, dtype: torch.dtype, device: torch.device) -> float:
@@ -105,11 +111,11 @@ def _kernel_error(case: Case, dtype: torch.dtype, device: torch.device) -> float
 
     inputs = (value, offsets, logits)
     ours = fused_ms_deform_attn(value, list(case.shapes), reference, offsets, logits)
-    found = (ours, *torch.autograd.grad(ours, inputs, cotangent))
+    actual = (ours, *torch.autograd.grad(ours, inputs, cotangent))
     double_inputs = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
     plain = _reference_attention(case, double_inputs[0], reference.double(), double_inputs[1], double_inputs[2])
     exact = (plain, *torch.autograd.grad(plain, double_inputs, cotangent.double()))
-    return max(distance(a, b) for a, b in zip(found, exact, strict=True))
+    return max(distance(a, b) for a, b in zip(actual, exact, strict=True))
 
 
 def _reference_attention(case: Case, value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
@@ -130,9 +136,9 @@ def sdpa(stage: Stage) -> dict[str, object]:
         for name, backends in BACKENDS.items():
             try:
                 with sdpa_kernel(backends) if backends else contextlib.nullcontext():
-                    found = attend()
+                    actual = attend()
                     elapsed_ms = milliseconds(attend, stage.device)
-                error = max(distance(a, b) for a, b in zip(found, exact, strict=True))
+                error = max(distance(a, b) for a, b in zip(actual, exact, strict=True))
                 rows[f"{images} x {tokens} {name}"] = f"{elapsed_ms} ms, {error:.0e}"
             except RuntimeError as error:
                 rows[f"{images} x {tokens} {name}"] = describe_error(error)

@@ -80,12 +80,12 @@ def judge(bar: Bar, results: Results) -> str:
     needed = [(arm, seed) for arm in (bar.comparison.arm, bar.comparison.reference) for seed in range(JUDGED_SEEDS)]
     if missing := [key for key in needed if key not in results]:
         return f"FAILS: {bar}: not run: {_format_runs(missing)}"
-    found = paired_difference(bar.comparison, bar.metric, results)
-    if found is None:
+    difference = paired_difference(bar.comparison, bar.metric, results)
+    if difference is None:
         return f"FAILS: {bar}: the results have no {bar.metric}"
-    value, low, high = found.interval
-    relative = "" if found.relative is None else f", {100 * found.relative:+.1f} %"
-    verdict, cost = _verdict(bar, found), ""
+    value, low, high = difference.interval
+    relative = "" if difference.relative is None else f", {100 * difference.relative:+.1f} %"
+    verdict, cost = _verdict(bar, difference), ""
     if bar.max_cost is not None:
         ratio = cpu_ratio(bar.comparison, results)
         verdict = verdict if ratio is not None and ratio <= bar.max_cost else "FAILS"
@@ -93,11 +93,11 @@ def judge(bar: Bar, results: Results) -> str:
     return f"{verdict}: {bar}: {value:+.2f} ({low:+.2f} to {high:+.2f}){relative}{cost}"
 
 
-def _verdict(bar: Bar, found: Difference) -> str:
-    verdict = found.verdict(bar.comparison.margin)
+def _verdict(bar: Bar, difference: Difference) -> str:
+    verdict = difference.verdict(bar.comparison.margin)
     if bar.min_gain is None:
         return {"gain": "holds", "no loss": "holds", "loss": "FAILS"}.get(verdict, verdict)
-    is_large_enough = found.relative is not None and found.relative >= bar.min_gain
+    is_large_enough = difference.relative is not None and difference.relative >= bar.min_gain
     if not is_large_enough:
         return "FAILS"
     return "holds" if verdict == "gain" else "not decided"
@@ -121,8 +121,8 @@ def missing_runs(part: Part, results: Results) -> str | None:
     if not missing:
         return None
     total = len(part.arms) * part.seeds
-    found = f"{total - len(missing)} of {total} runs are finished"
-    return f"FAILS: {part.name} on {part.image_set}: {found}; missing: {_format_runs(missing)}"
+    progress = f"{total - len(missing)} of {total} runs are finished"
+    return f"FAILS: {part.name} on {part.image_set}: {progress}; missing: {_format_runs(missing)}"
 
 
 def report_lines(results: Mapping[str, Results], costs: Sequence[Costs]) -> list[str]:

@@ -19,14 +19,14 @@ Results = Mapping[tuple[str, int], RunResult]
 
 def read_results(folders: Sequence[Path], image_set: ImageSet) -> Results:
     """Return the runs that reached the last step of any run of their arm."""
-    found = {
+    results = {
         (arm.name, seed): result
         for arm in ALL_ARMS
         for seed in range(MAX_SEEDS)
         if (result := read_run(folders, Run(image_set, arm, seed))) is not None
     }
-    last = {arm: max(result.step for (name, _), result in found.items() if name == arm) for arm, _ in found}
-    return {(arm, seed): result for (arm, seed), result in found.items() if result.step == last[arm]}
+    last = {arm: max(result.step for (name, _), result in results.items() if name == arm) for arm, _ in results}
+    return {(arm, seed): result for (arm, seed), result in results.items() if result.step == last[arm]}
 
 
 @dataclass(frozen=True)

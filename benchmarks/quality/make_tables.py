@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     folders: list[Path] = arguments.folders
     results = {image_set.name: read_results(folders, image_set) for image_set in IMAGE_SETS}
-    for name, found in results.items():
-        if found:
-            print_out("\n\n".join((f"## {name}", spread_table(found), difference_table(found), "")))
+    for name, set_results in results.items():
+        if set_results:
+            print_out("\n\n".join((f"## {name}", spread_table(set_results), difference_table(set_results), "")))
     costs = [cost for folder in folders for cost in read_costs(folder)]
     if costs:
         print_out(f"## Cost of points\n\n{costs_table(costs)}\n")
@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _keep(finished: Mapping[str, Results], folders: Sequence[Path], kept: Path) -> None:
+def _keep(finished: Mapping[str, Results], folders: Sequence[Path], destination: Path) -> None:
     arms = {arm.name: arm for arm in ALL_ARMS}
     for image_set in IMAGE_SETS:
         for name, seed in finished[image_set.name]:
-            for folder in set(folders) - {kept}:
-                keep_run(folder, kept, Run(image_set, arms[name], seed))
+            for folder in set(folders) - {destination}:
+                keep_run(folder, destination, Run(image_set, arms[name], seed))
 
 
 def _finished(image_set: ImageSet, results: Results, overrides: Sequence[str]) -> Results:
@@ -110,25 +110,25 @@ def _mean_and_spread(values: Sequence[float], digits: int) -> str:
 def difference_table(results: Results) -> str:
     """Return a table of the paired differences, intervals, verdicts and CPU ratios of all comparisons."""
     rows = [
-        _difference_row(comparison, metric, found, cpu_ratio(comparison, results))
+        _difference_row(comparison, metric, difference, cpu_ratio(comparison, results))
         for comparison in COMPARISONS
         for metric in _available_metrics(results)
-        if (found := paired_difference(comparison, metric, results)) is not None
+        if (difference := paired_difference(comparison, metric, results)) is not None
     ]
     head = ["arms", "metric", "seeds", "difference", "relative", "95 % interval", "verdict", "margin", "CPU s, ratio"]
     return markdown(head, rows) if rows else "No comparison has results of two seeds yet."
 
 
-def _difference_row(comparison: Comparison, metric: str, found: Difference, ratio: float | None) -> list[str]:
-    value, low, high = found.interval
+def _difference_row(comparison: Comparison, metric: str, difference: Difference, ratio: float | None) -> list[str]:
+    value, low, high = difference.interval
     return [
         f"{comparison.arm} - {comparison.reference}",
         metric,
-        str(found.seeds),
+        str(difference.seeds),
         f"{value:+.2f}",
-        "-" if found.relative is None else f"{100 * found.relative:+.1f} %",
+        "-" if difference.relative is None else f"{100 * difference.relative:+.1f} %",
         f"{low:+.2f} to {high:+.2f}",
-        found.verdict(comparison.margin) if found.seeds >= JUDGED_SEEDS else "too few seeds",
+        difference.verdict(comparison.margin) if difference.seeds >= JUDGED_SEEDS else "too few seeds",
         f"{comparison.margin:g}",
         "-" if ratio is None else f"{ratio:.2f}",
     ]

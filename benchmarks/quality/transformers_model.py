@@ -59,23 +59,23 @@ def transformers_loss(theirs: Mask2FormerForUniversalSegmentation, pixels: Tenso
     return theirs(pixel_values=pixels, mask_labels=dense_masks(targets), class_labels=labels).loss.view(())
 
 
-def to_transformers_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_transformers_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename weights of our model to the names of `transformers_twin`."""
-    heads = {name: tensor for name, tensor in own.items() if not name.startswith(_BACKBONE)}
+    heads = {name: tensor for name, tensor in weights.items() if not name.startswith(_BACKBONE)}
     backbone = {
         _TRANSFORMERS_BACKBONE + name.removeprefix(_BACKBONE): tensor
-        for name, tensor in own.items()
+        for name, tensor in weights.items()
         if name.startswith(_BACKBONE)
     }
     return to_hugging_face_names(heads) | backbone
 
 
-def to_our_names(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename weights of `transformers_twin` to the names of our model."""
-    heads = {name: tensor for name, tensor in theirs.items() if not name.startswith(_TRANSFORMERS_BACKBONE)}
+    heads = {name: tensor for name, tensor in weights.items() if not name.startswith(_TRANSFORMERS_BACKBONE)}
     backbone = {
         _BACKBONE + name.removeprefix(_TRANSFORMERS_BACKBONE): tensor
-        for name, tensor in theirs.items()
+        for name, tensor in weights.items()
         if name.startswith(_TRANSFORMERS_BACKBONE)
     }
     return to_own_names(heads, "hugging_face") | backbone

@@ -49,8 +49,8 @@ def match_boxes(
 ) -> DetectionRecord:
     """Match the detections of one image greedily by the IoU of boxes, as `match_by_iou` does."""
     ious = box_ious(detections.boxes, truth.boxes, truth.is_crowd)
-    found = ScoredDetections(detections.labels, detections.scores, detections.areas, ious)
-    return match_by_iou(truth.labels, truth.areas, truth.is_crowd, found, limit, ranges)
+    scored = ScoredDetections(detections.labels, detections.scores, detections.areas, ious)
+    return match_by_iou(truth.labels, truth.areas, truth.is_crowd, scored, limit, ranges)
 
 
 def truth_boxes(truth: InstanceTruth) -> BoxTruth:

@@ -108,7 +108,7 @@ def match_cityscapes(truth: np.ndarray, detections: Iterable[CityscapesDetection
     counted = ~grouped & (truth_pixels >= MIN_PIXELS)
     void = np.isin(truth_ids, VOID_LABELS)
 
-    found = []
+    candidates = []
     for detection in detections:
         if detection.mask.shape != truth.shape:
             raise ValueError(f"a mask has shape {detection.mask.shape}, but the truth has {truth.shape}")
@@ -116,15 +116,19 @@ def match_cityscapes(truth: np.ndarray, detections: Iterable[CityscapesDetection
         pixels = int(shared.sum())
         if not pixels or detection.label not in THING_LABELS:
             continue
-        own = truth_label == detection.label
+        same_class = truth_label == detection.label
         # The benchmark counts a small group twice: as a group and as too small.
-        ignored = shared[void].sum() + shared[own & grouped].sum() + shared[own & (truth_pixels < MIN_PIXELS)].sum()
-        iou = np.where(own, shared / (truth_pixels + pixels - shared), 0.0)
-        found.append(_Candidate(detection.label, detection.score, iou, float(ignored) / pixels))
-    correct, wrong = _resolve_matches(found, counted)
+        ignored = (
+            shared[void].sum()
+            + shared[same_class & grouped].sum()
+            + shared[same_class & (truth_pixels < MIN_PIXELS)].sum()
+        )
+        iou = np.where(same_class, shared / (truth_pixels + pixels - shared), 0.0)
+        candidates.append(_Candidate(detection.label, detection.score, iou, float(ignored) / pixels))
+    correct, wrong = _resolve_matches(candidates, counted)
     return CityscapesRecord(
-        label=np.array([f.label for f in found]),
-        score=np.array([f.score for f in found]),
+        label=np.array([f.label for f in candidates]),
+        score=np.array([f.score for f in candidates]),
         correct=correct @ _BITS,
         wrong=wrong @ _BITS,
         truth_label=truth_label[counted & np.isin(truth_label, THING_LABELS)],
@@ -141,14 +145,14 @@ class _Candidate:
     """Share of its pixels in void, groups and small instances."""
 
 
-def _resolve_matches(found: list[_Candidate], counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _resolve_matches(candidates: list[_Candidate], counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return flags of true and of false positives, [D, T] each.
 
     If several detections match an instance, the one with the best score is correct.
     """
-    ious = np.array([f.iou for f in found]).reshape(len(found), len(counted))
-    scores, ignored = np.array([f.score for f in found]), np.array([f.ignored for f in found])
-    correct = np.zeros((len(found), len(OVERLAPS)), dtype=bool)
+    ious = np.array([f.iou for f in candidates]).reshape(len(candidates), len(counted))
+    scores, ignored = np.array([f.score for f in candidates]), np.array([f.ignored for f in candidates])
+    correct = np.zeros((len(candidates), len(OVERLAPS)), dtype=bool)
     wrong = np.zeros_like(correct)
     for t, overlap in enumerate(OVERLAPS):
         matches = ious > overlap

@@ -72,10 +72,10 @@ def draw_weights(image_ids: np.ndarray, draws: int) -> np.ndarray:
 
 def panoptic_qualities(images: PanopticImages, weights: np.ndarray) -> np.ndarray:
     """Return the PQ over the classes that occur in a draw: [draws], as shares; NaN if none occurs."""
-    found, wrong, missed = images.matched_label, images.false_positive, images.false_negative
+    matched, wrong, missed = images.matched_label, images.false_positive, images.false_negative
     parts = [
-        (found, images.matched_iou.values),
-        *((side, np.ones(len(side.values))) for side in (found, wrong, missed)),
+        (matched, images.matched_iou.values),
+        *((side, np.ones(len(side.values))) for side in (matched, wrong, missed)),
     ]
 
     def quality(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +145,7 @@ def average_precisions(images: InstanceImages, weights: np.ndarray) -> np.ndarra
     annotated = np.zeros((groups, len(images.label.counts)))
     np.add.at(annotated, (truth, images.truth_label.rows), images.truth_count.values)
     chunk = max(1, CHUNK_BYTES // (4 * max(1, len(label))))
-    found = []
+    chunks = []
     for first in range(0, weights.shape[1], chunk):
         part = np.ascontiguousarray(weights[:, first : first + chunk])
         truth_count = annotated @ part
@@ -153,8 +153,8 @@ def average_precisions(images: InstanceImages, weights: np.ndarray) -> np.ndarra
         occurs = truth_count > 0
         defined = occurs.sum(axis=0)
         total = np.where(occurs, by_group, 0).sum(axis=0)
-        found.append(np.divide(total, defined, out=np.full(len(total), np.nan), where=defined > 0))
-    return np.concatenate(found) if found else np.zeros(0)
+        chunks.append(np.divide(total, defined, out=np.full(len(total), np.nan), where=defined > 0))
+    return np.concatenate(chunks) if chunks else np.zeros(0)
 
 
 def image_precisions(images: InstanceImages) -> np.ndarray:

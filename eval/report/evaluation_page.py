@@ -184,17 +184,17 @@ def _outcome_table(first: str, names: Sequence[str], counts: np.ndarray) -> str:
 
 def _confusion(results: EvaluationResults) -> str:
     """Return matrices and the most frequent confusions; "" if no task has any."""
-    found: list[tuple[str, list[str], np.ndarray]] = []
+    matrices: list[tuple[str, list[str], np.ndarray]] = []
     if results.segments is not None:
-        found.append(("segments", [*_segment_names(results), NO_PARTNER], results.segments.confusion))
+        matrices.append(("segments", [*_segment_names(results), NO_PARTNER], results.segments.confusion))
     if results.pixels is not None:
-        found.append(("pixels", [c.name for c in results.categories.for_task("semantic")], results.pixels))
-    found = [one for one in found if one[2].any()]
-    if not found:
+        matrices.append(("pixels", [c.name for c in results.categories.for_task("semantic")], results.pixels))
+    matrices = [one for one in matrices if one[2].any()]
+    if not matrices:
         return ""
     explained = "Rows: truth; columns: prediction; per cent of the row. Segments are paired as under Errors."
     lead = paragraph(f"{explained} Bad outlines are included.", "faint")
-    return lead + grid([_matrix(*one) for one in found]) + grid([_top_confusions(*one) for one in found])
+    return lead + grid([_matrix(*one) for one in matrices]) + grid([_top_confusions(*one) for one in matrices])
 
 
 def _matrix(unit: str, names: Sequence[str], counts: np.ndarray) -> str:

@@ -210,13 +210,13 @@ def _palette(
     """Return colour [N, 3] and opacity [N, 1] of every id that is present; ids that are not drawn are darkened."""
     colors = np.zeros((len(drawn_ids), 3), dtype=np.float32)
     opacity = np.full((len(drawn_ids), 1), VOID_OPACITY, dtype=np.float32)
-    seen: dict[int, int] = {}
+    instance_counts: dict[int, int] = {}
     for position, segment_id in enumerate(drawn_ids):
         if segment_id is not None:
             label = overlay.segments[segment_id].label
-            colors[position] = segment_color(classes[label], label, seen.get(label, 0))
+            colors[position] = segment_color(classes[label], label, instance_counts.get(label, 0))
             opacity[position] = FILL_OPACITY
-            seen[label] = seen.get(label, 0) + 1
+            instance_counts[label] = instance_counts.get(label, 0) + 1
     return colors, opacity
 
 
@@ -242,7 +242,7 @@ def _write_names(
     draw = ImageDraw.Draw(canvas, "RGBA")
     font = _font(FONT_SIZE)
     areas = np.bincount(positions.ravel(), minlength=len(drawn_ids))
-    taken: list[tuple[float, float, float, float]] = []
+    used_boxes: list[tuple[float, float, float, float]] = []
     for position in np.argsort(-areas, kind="stable"):
         segment_id = drawn_ids[position]
         if segment_id is None:
@@ -259,9 +259,9 @@ def _write_names(
             y -= round(bottom) + 2 - _last_run_start(mask[: y + 1, x])
             left, top, right, bottom = draw.textbbox((x, y), text, font, anchor="mm")
         box = _move_inside((left - 3, top - 2, right + 3, bottom + 2), canvas.size)
-        if any(_overlap(box, other) for other in taken):
+        if any(_overlap(box, other) for other in used_boxes):
             continue
-        taken.append(box)
+        used_boxes.append(box)
         draw.rounded_rectangle(box, radius=3, fill=(0, 0, 0, 150))
         draw.text((box[0] - left + 3 + x, box[1] - top + 2 + y), text, TEXT_COLOR, font, anchor="mm")
 

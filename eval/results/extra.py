@@ -56,16 +56,16 @@ class ExtraResults:
             recalls = {n: _defined(value) for n, value in self.class_agnostic.stats.items() if n.startswith("AR")}
             groups.append(Group("class-agnostic", "class_agnostic_", recalls))
         if self.cityscapes_instance is not None:
-            found = self.cityscapes_instance
-            numbers = {"AP": _percent(found.ap), "AP50": _percent(found.ap50)}
+            result = self.cityscapes_instance
+            numbers = {"AP": _percent(result.ap), "AP50": _percent(result.ap50)}
             groups.append(Group("Cityscapes instances", "cityscapes_", numbers))
         if self.cityscapes_semantic is not None:
-            found = self.cityscapes_semantic
+            result = self.cityscapes_semantic
             shares = {
-                "IoU": found.iou,
-                "iIoU": found.iiou,
-                "IoU_categories": found.group_iou,
-                "iIoU_categories": found.group_iiou,
+                "IoU": result.iou,
+                "iIoU": result.iiou,
+                "IoU_categories": result.group_iou,
+                "iIoU_categories": result.group_iiou,
             }
             numbers = {name: _percent(share) for name, share in shares.items()}
             groups.append(Group("Cityscapes semantic", "cityscapes_", numbers))

@@ -111,10 +111,10 @@ def _from_columns(kind: type[_ImagesT], task: str, columns: Mapping[str, np.ndar
     names = [one.name for one in fields(kind)]
     if f"{task}_{names[0]}" not in columns:
         return None
-    found = {name: columns[f"{task}_{name}"] for name in names}
-    if not all(isinstance(column, Ragged) for column in found.values()):
+    image_columns = {name: columns[f"{task}_{name}"] for name in names}
+    if not all(isinstance(column, Ragged) for column in image_columns.values()):
         raise DataError(f"the columns of {task} are not lists")
-    return kind(**found)  # type: ignore[arg-type]
+    return kind(**image_columns)  # type: ignore[arg-type]
 
 
 def _from_state(kind: type[_ImagesT], state: MetricState) -> _ImagesT:

@@ -122,22 +122,22 @@ def read_results(predictions: Path, *, with_boxes: bool) -> Any:
 
 def _listed_images(listed: Sequence[Any], truth: Path) -> dict[Any, ImageEntries]:
     """Return the images without entries, by id in ascending order."""
-    found: dict[Any, ImageEntries] = {}
+    by_id: dict[Any, ImageEntries] = {}
     for number, entry in enumerate(listed):
         image_id = require_field(entry, "id", f"{truth}: images[{number}]")
         if type(image_id) not in (int, str):
             raise EvaluationError(f"{truth}: images[{number}] has id {str(image_id)[:40]}; ids are integers or text")
         where = f"{truth}: image {image_id}"
-        if image_id in found:
+        if image_id in by_id:
             raise EvaluationError(f"{where} is listed twice; image ids must be unique")
         height, width = (read_int(entry, side, where) for side in ("height", "width"))
         if height < 1 or width < 1 or height * width > MAX_PIXELS:
             size = " x ".join(str(side) if side < 1e12 else "more than 1e12" for side in (width, height))
             raise EvaluationError(f"{where} has {size} pixels; it must have from 1 to {MAX_PIXELS} pixels in total")
-        found[image_id] = ImageEntries(image_id, height, width, [], [], [])
-    if len({type(image_id) for image_id in found}) > 1:
+        by_id[image_id] = ImageEntries(image_id, height, width, [], [], [])
+    if len({type(image_id) for image_id in by_id}) > 1:
         raise EvaluationError(f"{truth}: some image ids are integers and some are text; use one type")
-    return {image_id: found[image_id] for image_id in sorted(found)}
+    return {image_id: by_id[image_id] for image_id in sorted(by_id)}
 
 
 def describe_missing_results(images: Sequence[ImageEntries], predictions: Path) -> str | None:
@@ -167,15 +167,15 @@ def mask_pixels(images: Sequence[ImageEntries]) -> list[MaskPixels]:
         for side in (_run_length_texts(image, image.annotations), _run_length_texts(image, image.results))
     ]
     sizes = [(image.height, image.width) for image in images for _ in range(2)]
-    found: list[np.ndarray | None] = [None] * len(sides)
+    pixels: list[np.ndarray | None] = [None] * len(sides)
     for size in set(sizes):
         readable = [(i, side) for i, side in enumerate(sides) if side is not None and sizes[i] == size]
         areas = checked_areas([text for _, side in readable for text in side], *size)
         if areas is not None:
             ends = itertools.accumulate(len(side) for _, side in readable)
             for (i, side), end in zip(readable, ends, strict=True):
-                found[i] = areas[end - len(side) : end]
-    return [MaskPixels(*found[i : i + 2]) for i in range(0, len(found), 2)]
+                pixels[i] = areas[end - len(side) : end]
+    return [MaskPixels(*pixels[i : i + 2]) for i in range(0, len(pixels), 2)]
 
 
 def _run_length_texts(image: ImageEntries, entries: Sequence[Result]) -> list[str] | None:
@@ -214,9 +214,9 @@ def _areas(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
     """Return the stated areas: [N] float64."""
     areas = [entry.get("area") for entry in entries]
     if set(map(type, areas)) <= {float, int}:
-        found = np.array(areas)
-        if found.dtype != object and (found >= 0).all() and (found <= MAX_AREA).all():
-            return found.astype(np.float64)
+        values = np.array(areas)
+        if values.dtype != object and (values >= 0).all() and (values <= MAX_AREA).all():
+            return values.astype(np.float64)
     return np.array([read_area(entry, name(i)) for i, entry in enumerate(entries)], dtype=np.float64)
 
 
@@ -270,9 +270,9 @@ def _scores(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
     """Return the scores: [D] float64, all finite."""
     scores = [entry.get("score") for entry in entries]
     if set(map(type, scores)) <= {float}:
-        found = np.array(scores, dtype=np.float64)
-        if np.isfinite(found).all():
-            return found
+        values = np.array(scores, dtype=np.float64)
+        if np.isfinite(values).all():
+            return values
     for position, entry in enumerate(entries):
         score = require_field(entry, "score", name(position))
         if not isinstance(score, int | float) or not _is_finite(score):

@@ -131,8 +131,10 @@ def _unknown_categories(
     images: Sequence[ImageEntries], known: Mapping[int, int], dropped: Collection[int]
 ) -> frozenset[int]:
     """Return category ids of the results that are neither known nor dropped."""
-    found = {one for image in images for result in image.results if isinstance(one := get_category_id(result), int)}
-    return frozenset(found - known.keys() - set(dropped))
+    category_ids = {
+        one for image in images for result in image.results if isinstance(one := get_category_id(result), int)
+    }
+    return frozenset(category_ids - known.keys() - set(dropped))
 
 
 def _results(
@@ -187,7 +189,9 @@ class _ScoreImages:
     def match(self, images: Sequence[tuple[InstanceTruth, InstanceDetections]]) -> list[DetectionRecord]:
         """Return the records for mask AP."""
         if self.class_agnostic:
-            images = [(class_agnostic_truth(truth), class_agnostic_detections(found)) for truth, found in images]
+            images = [
+                (class_agnostic_truth(truth), class_agnostic_detections(detections)) for truth, detections in images
+            ]
         return match_images(images, self.limit, self.boundary_ratio, self.ranges)
 
 

@@ -144,8 +144,8 @@ def _unknown_categories(
 ) -> frozenset[int]:
     """Return category ids of the predictions that are neither known nor dropped."""
     entries = (entry for i in ids for entry in predictions[i].get("segments_info", ()) if isinstance(entry, dict))
-    found = {one for entry in entries if isinstance(one := entry.get("category_id"), int)}
-    return frozenset(found - known.keys() - set(dropped))
+    category_ids = {one for entry in entries if isinstance(one := entry.get("category_id"), int)}
+    return frozenset(category_ids - known.keys() - set(dropped))
 
 
 def _results(
