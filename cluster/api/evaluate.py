@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from m2f.cluster.api.model import overrides_of
+from m2f.cluster.api.model import to_overrides
 from m2f.cluster.evaluation.offline import evaluate_checkpoint
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
 from m2f.cluster.predict.sources import resolve_source
@@ -43,7 +43,7 @@ def evaluate(
         DataError: a set cannot be read, or its classes contradict those of the model.
         EvaluationError: images could not be evaluated, or the weights belong to a different model.
     """
-    config, default_checkpoint = open_recipe(resolve_source(os.fspath(source)), overrides_of(settings))
+    config, default_checkpoint = open_recipe(resolve_source(os.fspath(source)), to_overrides(settings))
     selected = default_checkpoint if checkpoint is None else str(checkpoint)
     weights = choose_checkpoint(config, Storage(config.storage), selected)
     with preserve_num_threads():

@@ -206,7 +206,7 @@ def load(
         CheckpointError: the weights differ from the manifest of their checkpoint.
     """
     source_url = os.fspath(source)
-    overrides = overrides_of(settings)
+    overrides = to_overrides(settings)
     torch_device = resolved_device(device)
     if recipe is None:
         selected = None if checkpoint is None else str(checkpoint)
@@ -216,7 +216,7 @@ def load(
     return Model(open_trained(os.fspath(recipe), overrides, source_url, torch_device))
 
 
-def overrides_of(settings: Mapping[str, Any] | None) -> list[str]:
+def to_overrides(settings: Mapping[str, Any] | None) -> list[str]:
     """Convert settings to `name=value` words, as `m2f` takes them on the command line.
 
     Raises ConfigError if a value is not a dictionary, list, string, number or None.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from m2f.cluster.api.evaluate import preserve_num_threads
-from m2f.cluster.api.model import Model, load, overrides_of
+from m2f.cluster.api.model import Model, load, to_overrides
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.load import load_recipe, recipe_of_tree
+from m2f.cluster.recipe.load import load_recipe, recipe_from_tree
 from m2f.cluster.recipe.pinned_weights import with_pinned_weights
 from m2f.data_pipeline.shards.manifest import DATASET_FILE
 from m2f.data_pipeline.sources import CustomSource
@@ -87,9 +87,9 @@ def train(
         TrainingFailedError: the run gave up, for example after more than `cluster.max_failures` failures without a
             new checkpoint.
     """
-    overrides = overrides_of(settings)
+    overrides = to_overrides(settings)
     if isinstance(recipe, Mapping):
-        config = recipe_of_tree(recipe, overrides)
+        config = recipe_from_tree(recipe, overrides)
     else:
         config = load_recipe(os.fspath(recipe), overrides)
     storage = Storage(config.storage)

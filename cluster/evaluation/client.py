@@ -21,8 +21,8 @@ from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.data_pipeline.storage.storage import Storage
 
 NAMESPACE = "m2f"
-PATIENCE_S = 10.0
-CLOSE_S = 60.0
+STATUS_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 60.0
 MAX_STARTS = 4
 
 
@@ -39,7 +39,7 @@ class EvaluationClient:
         self._name = f"evaluation-{hashlib.sha256(config.run_folder.encode()).hexdigest()[:16]}"
         self._deaths = 0
         self._next_start = 0.0
-        self.lost: str | None = None
+        self.failure_reason: str | None = None
         """Why the service was given up; None while it exists. A continued run processes the stored queue."""
         _kill_existing(self._name)
         self._service = self._start()
@@ -48,11 +48,11 @@ class EvaluationClient:
         """Do nothing: the evaluation actors have resources of their own and do not wait for the end of training."""
 
     def status(self) -> EvaluationStatus | None:
-        """Return the status of the service, or None while it does not answer within PATIENCE_S."""
-        if self.lost is not None:
+        """Return the status of the service, or None while it does not answer within STATUS_TIMEOUT_S."""
+        if self.failure_reason is not None:
             return None
         try:
-            status = ray.get(self._service.status.remote(), timeout=PATIENCE_S)
+            status = ray.get(self._service.status.remote(), timeout=STATUS_TIMEOUT_S)
         except ActorDiedError as error:  # it is permanently dead; in all other cases Ray restarts it
             self._replace(error)
             return None
@@ -70,7 +70,7 @@ class EvaluationClient:
         status = self.status()
         if status is not None and status.idle:
             with suppress(RayError):  # points that were not sent stay in its journal
-                ray.get(self._service.close.remote(), timeout=CLOSE_S)
+                ray.get(self._service.close.remote(), timeout=CLOSE_TIMEOUT_S)
         ray.kill(self._service)
         return self.entries()
 
@@ -83,13 +83,13 @@ class EvaluationClient:
     def _replace(self, error: ActorDiedError) -> None:
         """Create the service again after its actor died permanently, with a pause that doubles each time.
 
-        Give up after MAX_STARTS attempts in a row and set `lost`.
+        Give up after MAX_STARTS attempts in a row and set `failure_reason`.
         """
         if time.monotonic() < self._next_start:
             return
         self._deaths += 1
         if self._deaths > MAX_STARTS:
-            self.lost = str(error).strip().splitlines()[-1]
+            self.failure_reason = str(error).strip().splitlines()[-1]
             return
         self._next_start = time.monotonic() + 2.0**self._deaths
         _kill_existing(self._name)

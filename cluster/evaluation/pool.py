@@ -81,13 +81,13 @@ class _Slot:
     actor: Any
     batches: set[int] = field(default_factory=set)
     """Batches in flight."""
-    since: float = 0.0
+    call_started_at: float = 0.0
     """Monotonic time in seconds at which the current call became the actor's next call."""
     needs_ping: bool = True
     """Whether the actor gets no batches until it answers a ping. Every actor starts in this state."""
     pinging: bool = False
     """Whether a ping is in flight."""
-    ping_after: float = 0.0
+    next_ping_at: float = 0.0
     """Monotonic time in seconds of the next ping at the earliest."""
     answered: bool = False
     """Whether the actor has ever answered a ping. Until then it may wait for resources and is not presumed hung."""
@@ -168,8 +168,8 @@ class EvaluationPool:
         now = time.monotonic()
         for slot in self._slots:
             if slot.needs_ping:
-                if not slot.pinging and now >= slot.ping_after:
-                    slot.pinging, slot.since = True, now
+                if not slot.pinging and now >= slot.next_ping_at:
+                    slot.pinging, slot.call_started_at = True, now
                     calls[slot.actor.ping.remote()] = _Call(slot, None)
                 continue
             while len(slot.batches) < MAX_CALLS_PER_ACTOR and not any(map(ledger.is_suspect, slot.batches)):
@@ -177,7 +177,7 @@ class EvaluationPool:
                 if batch is None:
                     break
                 if not slot.batches:
-                    slot.since = now
+                    slot.call_started_at = now
                 slot.batches.add(batch)
                 calls[slot.actor.evaluate.remote(task, batch)] = _Call(slot, batch)
 
@@ -187,7 +187,7 @@ class EvaluationPool:
             self._receive_ping(ref, slot)
             return
         slot.batches.discard(batch)
-        slot.since = time.monotonic()
+        slot.call_started_at = time.monotonic()
         try:
             result = ray.get(ref)
         except RayActorError as error:
@@ -203,7 +203,7 @@ class EvaluationPool:
 
     def _receive_ping(self, ref: Any, slot: _Slot) -> None:
         slot.pinging = False
-        slot.ping_after = time.monotonic() + PING_PAUSE_S
+        slot.next_ping_at = time.monotonic() + PING_PAUSE_S
         try:
             ray.get(ref)
         except ActorDiedError as error:  # it is permanently dead; in all other cases Ray restarts the actor
@@ -224,7 +224,7 @@ class EvaluationPool:
         now = time.monotonic()
         for slot in self._slots:
             has_pending_call = bool(slot.batches) or (slot.pinging and slot.answered)
-            if not has_pending_call or now - slot.since <= self._hang_s:
+            if not has_pending_call or now - slot.call_started_at <= self._hang_s:
                 continue
             LOGGER.warning("replacing an evaluation actor that did not respond for %.0f s", self._hang_s)
             ray.kill(slot.actor)

@@ -76,7 +76,7 @@ class EvaluationService:
         if self._pool is None:
             self._pool = self._make_pool(self._config)
         metrics: dict[str, float] = {}
-        figures: list[SetMetrics] = []
+        set_results: list[SetMetrics] = []
         started_at = time.monotonic()
         evaluations = evaluate_sets(
             self._config,
@@ -88,19 +88,19 @@ class EvaluationService:
         self._check_lease()
         for evaluation in evaluations:
             name = evaluation.results.subject.label
-            place = f"{evaluation_folder(entry.step)}/{name}"
+            relative_folder = f"{evaluation_folder(entry.step)}/{name}"
             folder = write_files(
                 self._storage,
-                join(self._config.run_folder, place),
+                join(self._config.run_folder, relative_folder),
                 evaluation.files(),
-                local=Path(self._tracked.spool) / place,
+                local=Path(self._tracked.spool) / relative_folder,
             )
-            self._tracking.log_artifact(folder, place)
+            self._tracking.log_artifact(folder, relative_folder)
             metrics |= evaluation.results.headline(name)
-            figures.append(make_set_metrics(self._config, self._storage, evaluation, name))
+            set_results.append(make_set_metrics(self._config, self._storage, evaluation, name))
         self._tracking.log_metrics(entry.step, self._cost(self._pool, time.monotonic() - started_at))
         checkpoint = evaluated_checkpoint(self._config, self._storage, entry.checkpoint, entry.step, entry.commit)
-        self._tracking.log_evaluation(checkpoint, figures, replaces=self._queue.replaces(entry))
+        self._tracking.log_evaluation(checkpoint, set_results, replaces=self._queue.replaces(entry))
         self._tracking.log_kept(kept_checkpoints(self._storage, self._config.run_folder))
         return metrics
 

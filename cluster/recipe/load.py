@@ -56,7 +56,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return with_absolute_paths(config)
 
 
-def recipe_of_tree(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+def recipe_from_tree(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
     """Build a RunConfig like `load_recipe`, from nested dictionaries, lists and scalars.
 
     Raises ConfigError with all problems, including values that YAML cannot represent.

@@ -259,7 +259,7 @@ class _Registration:
         if (known := models.find_tagged(checkpoint.commit, PACKAGE_TAG, digest)) is not None:
             return known, False
         if PACKAGE_TAG in model.tags:  # it has different content, such as different thresholds or hosts
-            model = models.make(checkpoint, f"{checkpoint.model_name}-{digest[:8]}")
+            model = models.create_another(checkpoint, f"{checkpoint.model_name}-{digest[:8]}")
         self._report(f"opening {self._chosen.url}")
         content = PackageContent(
             checkpoint=self._chosen.url,

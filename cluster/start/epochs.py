@@ -23,7 +23,7 @@ def with_steps(config: RunConfig, storage: Storage) -> RunConfig:
     if not training.max_epochs:
         return config
     images = images_per_epoch(config, storage)
-    steps = steps_of(training.max_epochs, images, training.global_batch)
+    steps = count_steps(training.max_epochs, images, training.global_batch)
     print_out(
         f"training.max_epochs {training.max_epochs:g}: {steps:,} steps of {training.global_batch} images, "
         f"{images:,.0f} images per epoch"
@@ -40,7 +40,7 @@ def images_per_epoch(config: RunConfig, storage: Storage) -> float:
     return total
 
 
-def steps_of(epochs: float, images: float, global_batch: int) -> int:
+def count_steps(epochs: float, images: float, global_batch: int) -> int:
     """Return the number of steps for `epochs` passes over `images` images, at least 1.
 
     The number is rounded up, so the last step may begin another pass.

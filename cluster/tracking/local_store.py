@@ -40,7 +40,7 @@ _LOCATIONS = (
     ("model_versions", "storage_location"),
 )
 """Tables and columns with locations of artifacts."""
-_ADDRESSES = (
+_FOLDER_VALUES = (
     ("tags", "value", f"key = '{FOLDER_TAG}'"),
     ("logged_model_tags", "tag_value", f"tag_key = '{_URL_TAG}'"),
     ("model_version_tags", "value", f"key = '{_URL_TAG}'"),
@@ -97,8 +97,8 @@ def find_stored(database: Path, run_id: str) -> StoredRun | None:
     with closing(open_database(database)) as connection:
         if connection.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run_id,)).fetchone() is None:
             return None
-        wanted = (run_id, FOLDER_TAG)
-        tag = connection.execute("SELECT value FROM tags WHERE run_uuid = ? AND key = ?", wanted).fetchone()
+        parameters = (run_id, FOLDER_TAG)
+        tag = connection.execute("SELECT value FROM tags WHERE run_uuid = ? AND key = ?", parameters).fetchone()
     return StoredRun(tag[0] if tag else "")
 
 
@@ -186,7 +186,7 @@ def _relocate(database: Path, root: str, patience_s: float) -> None:
             for table, column in _LOCATIONS:
                 _replace_prefix(connection, table, column, f"{old}/", f"{root}/")
             before = unquote(old.removeprefix("file://").rpartition("/")[0])
-            for table, column, where in _ADDRESSES:
+            for table, column, where in _FOLDER_VALUES:
                 _replace_prefix(connection, table, column, f"{before}/", f"{database.parent}/", where)
         connection.execute("COMMIT")
 

@@ -91,7 +91,7 @@ class SetMetrics:
 
     def point(self, key: str, value: float, time_ms: int, step: int, model_id: str | None) -> Metric:
         """Return a metric of the run that is linked to this data set and, unless `model_id` is None, to a model."""
-        digest = digest_of(self.data)
+        digest = short_digest(self.data)
         return Metric(key, value, time_ms, step, model_id, dataset_name=self.data.name, dataset_digest=digest)
 
 
@@ -132,7 +132,7 @@ class LoggedModels:
                 self._client.delete_logged_model(created.model_id)
         return self._complete(model, checkpoint.step)
 
-    def make(self, checkpoint: EvaluatedCheckpoint, name: str) -> LoggedModel:
+    def create_another(self, checkpoint: EvaluatedCheckpoint, name: str) -> LoggedModel:
         """Create and return another model of a checkpoint that already has one."""
         return self._complete(self._create(checkpoint, name), checkpoint.step)
 
@@ -164,7 +164,7 @@ class LoggedModels:
         """Log the evaluated data sets as inputs of the run, except those that are already logged."""
         inputs = self._client.get_run(self._run_id).inputs
         known = {(one.dataset.name, one.dataset.digest) for one in (inputs.dataset_inputs if inputs else ())}
-        new = [one.data for one in sets if (one.data.name, digest_of(one.data)) not in known]
+        new = [one.data for one in sets if (one.data.name, short_digest(one.data)) not in known]
         if new:
             self._client.log_inputs(self._run_id, [dataset_input(data) for data in new])
 
@@ -229,7 +229,7 @@ class LoggedModels:
             self._client.log_model_artifacts(model.model_id, str(folder))
 
 
-def digest_of(data: DataInput) -> str:
+def short_digest(data: DataInput) -> str:
     """Return the digest for MLflow, which allows at most 36 characters. The profile contains the whole fingerprint."""
     return data.fingerprint[:36]
 
@@ -238,19 +238,19 @@ def dataset_input(data: DataInput) -> DatasetInput:
     """Return the input for MLflow, with a source that `mlflow.data.get_source` can open."""
     scheme, _, rest = data.url.partition("://")
     uri, kind = (data.url, scheme) if rest else (os.path.abspath(data.url), "local")
-    dataset = Dataset(data.name, digest_of(data), kind, json.dumps({"uri": uri}), profile=data.profile)
+    dataset = Dataset(data.name, short_digest(data), kind, json.dumps({"uri": uri}), profile=data.profile)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", data.context)])
 
 
-def write_table(client: MlflowClient, run_id: str, step: int, figures: SetMetrics) -> None:
+def write_table(client: MlflowClient, run_id: str, step: int, set_metrics: SetMetrics) -> None:
     """Write the rows of a step to the table of the set's classes, replacing earlier rows of that step.
 
     The format is that of `MlflowClient.log_table`, which cannot replace rows. Several processes may write one table.
     The table is therefore read back, and written again if another process has overwritten these rows, at most
     TABLE_ATTEMPTS times.
     """
-    path = f"per_class/{figures.label}.json"
-    new_rows = [{"step": step, **row} for row in figures.per_class]
+    path = f"per_class/{set_metrics.label}.json"
+    new_rows = [{"step": step, **row} for row in set_metrics.per_class]
     for _ in range(TABLE_ATTEMPTS):
         _put_rows(client, run_id, path, step, new_rows)
         if sum(row.get("step") == step for row in _table_rows(client, run_id, path)) == len(new_rows):
@@ -285,8 +285,8 @@ def evaluation_entry(
     checkpoint: EvaluatedCheckpoint, sets: Sequence[SetMetrics], time_ms: int, replaces: bool
 ) -> dict[str, Any]:
     """Return the journal entry of an evaluation."""
-    figures = [asdict(one) for one in sets]
-    return {"evaluation": asdict(checkpoint), "sets": figures, "time_ms": time_ms, "replaces": replaces}
+    rows = [asdict(one) for one in sets]
+    return {"evaluation": asdict(checkpoint), "sets": rows, "time_ms": time_ms, "replaces": replaces}
 
 
 def parse_evaluation(entry: Mapping[str, Any]) -> tuple[EvaluatedCheckpoint, tuple[SetMetrics, ...]]:

@@ -56,11 +56,11 @@ def read_record(storage: Storage, run_folder: str) -> RunRecord | None:
     match content:
         case {"uri": str(uri), "run_id": str(run_id), "parameters": dict(parameters)}:
             facts = content.get("facts")
-            known_facts = _texts(facts) if isinstance(facts, dict) else None
+            known_facts = _to_texts(facts) if isinstance(facts, dict) else None
             lacks = content.get("lacks_evaluations") is True
-            return RunRecord(without_secrets(uri), run_id, _texts(parameters), known_facts, lacks)
+            return RunRecord(without_secrets(uri), run_id, _to_texts(parameters), known_facts, lacks)
     raise ValueError("uri, run_id or parameters is missing")
 
 
-def _texts(values: Mapping[object, object]) -> dict[str, str]:
+def _to_texts(values: Mapping[object, object]) -> dict[str, str]:
     return {str(name): without_secrets(str(value)) for name, value in values.items()}

@@ -72,8 +72,8 @@ def _location(address: str, client: MlflowClient) -> str:
         return client.get_model_version_download_uri(name, client.get_model_version_by_alias(name, alias).version)
     name, slash, version = words.rpartition("/")
     if slash:
-        known = version.isdecimal()  # otherwise a keyword of MLflow such as `latest`
-        return client.get_model_version_download_uri(name, version) if known else address
+        is_number = version.isdecimal()  # otherwise a keyword of MLflow such as `latest`
+        return client.get_model_version_download_uri(name, version) if is_number else address
     return str(client.get_logged_model(words).artifact_location)
 
 

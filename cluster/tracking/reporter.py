@@ -35,10 +35,10 @@ class TrackingReporter:
         """
         if step in self._steps:
             return True
-        taken = self._tracking.log_metrics(step, {tracked_name(name): value for name, value in values.items()})
-        if taken:
+        accepted = self._tracking.log_metrics(step, {tracked_name(name): value for name, value in values.items()})
+        if accepted:
             self._steps.add(step)
-        return taken
+        return accepted
 
 
 def tracked_name(name: str) -> str:

@@ -156,7 +156,8 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
     num_failures = sum(a.failure.kind not in _UNCOUNTED_KINDS for a in streak)
     if num_failures > max_failures:
         return Stop(
-            f"{format_count(num_failures, 'failure')} without a new checkpoint; cluster.max_failures allows {max_failures}"
+            f"{format_count(num_failures, 'failure')} without a new checkpoint; cluster.max_failures allows "
+            f"{max_failures}"
         )
     if last.positions is not None:
         return Retry(
@@ -208,7 +209,7 @@ def classify(error: BaseException) -> FailureKind:
     return "collateral" if any(part in text for part in _COLLATERAL_TEXTS) else "error"
 
 
-def failure_of(error: AttemptError | None, ending: Ending | None) -> Failure:
+def classify_attempt(error: AttemptError | None, ending: Ending | None) -> Failure:
     """Return why an attempt ended before the last step. `ending` is the record that a rank wrote to the run folder."""
     if ending is not None and ending.kind == "stalled":
         return Failure(None, "death", ending.message)  # the error only reports that processes ended

@@ -17,7 +17,7 @@ class Evaluations(Protocol):
     """Evaluates the commits of the run folder during or after training."""
 
     @property
-    def lost(self) -> str | None:
+    def failure_reason(self) -> str | None:
         """Why evaluations have stopped; None while they work. Pending evaluations run when the run is continued."""
         ...
 

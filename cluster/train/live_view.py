@@ -127,8 +127,8 @@ class LiveView:
         if self._metrics is not None:
             rows += self._metric_rows(self._metrics, width)
         if self._saved is not None:
-            step, at = self._saved
-            rows.append(("saved", Text(f"step {step:,}, {format_duration(self._clock() - at)} ago")))
+            step, saved_at = self._saved
+            rows.append(("saved", Text(f"step {step:,}, {format_duration(self._clock() - saved_at)} ago")))
         if published := [entry for entry in self._evaluated if entry.status == "published"]:
             rows.append(("evaluated", Text(_evaluated(published))))
         if (now := self._evaluating) is not None:

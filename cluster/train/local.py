@@ -115,7 +115,7 @@ class LocalLauncher:
 class LocalEvaluations:
     """Evaluations in this process: after training, or during training if `training.early_stopping` is set."""
 
-    lost: str | None = None
+    failure_reason: str | None = None
 
     def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
         self._config, self._tracked = config, tracked

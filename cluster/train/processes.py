@@ -28,9 +28,9 @@ from m2f.trainer.reporting import STALL_EXIT
 
 GRACE_S = 5.0
 """Seconds after the failure of a rank in which the other ranks can report their errors before they are killed."""
-TERM_S = 10.0
+KILL_TIMEOUT_S = 10.0
 """Seconds to wait for a killed process to end."""
-POST_S = 2.0
+POST_TIMEOUT_S = 2.0
 """Seconds that a message waits for another thread's message. It is limited, so a stalled rank can still end itself."""
 _SPAWN_CONTEXT = multiprocessing.get_context("spawn")  # a rank inherits neither threads nor a CUDA context
 _MAX_ERROR_CHARS = 25_000
@@ -182,7 +182,7 @@ class RankProcesses:
         for rank in self._running.values():
             rank.process.kill()
         for rank in self._running.values():
-            rank.process.join(TERM_S)
+            rank.process.join(KILL_TIMEOUT_S)
             rank.collect()
         self._running = {}
 
@@ -208,7 +208,7 @@ def _worker(
     lock = threading.Lock()
 
     def post(message: Any) -> None:
-        locked = lock.acquire(timeout=POST_S)
+        locked = lock.acquire(timeout=POST_TIMEOUT_S)
         try:
             pipe.send(message)
         finally:

@@ -42,7 +42,7 @@ from m2f.model.format_count import format_count
 from m2f.trainer.job import TrainJob
 from m2f.trainer.reporting import Event
 
-PATIENCE_S = 10.0
+MAILBOX_TIMEOUT_S = 10.0
 """Seconds to wait for an answer of the mailbox; the next poll asks again."""
 
 
@@ -144,7 +144,7 @@ class RayLauncher:
         else:
             time.sleep(wait_s)
         try:
-            return ray.get(self._mailbox.poll.remote(stop), timeout=PATIENCE_S)
+            return ray.get(self._mailbox.poll.remote(stop), timeout=MAILBOX_TIMEOUT_S)
         except RayError:  # Ray restarts the mailbox after its death
             return ()
 
@@ -167,7 +167,8 @@ class RayLauncher:
         """Describe the resources that a worker needs and those that are free in the cluster."""
         free = ray.available_resources()
         needs = [f"{amount:g} {name} ({free.get(name, 0):g} free now)" for name, amount in self._cluster.needs.items()]
-        return f"the run needs at least {format_count(self._cluster.min_workers, 'worker')}, each with {' and '.join(needs)}"
+        workers = format_count(self._cluster.min_workers, "worker")
+        return f"the run needs at least {workers}, each with {' and '.join(needs)}"
 
     def _trainer(self, job: TrainJob, workers: int) -> TorchTrainer:
         cluster = self._cluster

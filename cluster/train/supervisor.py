@@ -37,8 +37,8 @@ from m2f.cluster.train.failure_policy import (
     Failure,
     Retry,
     Stop,
+    classify_attempt,
     decide,
-    failure_of,
 )
 from m2f.cluster.train.launcher import Evaluations, Launcher
 from m2f.cluster.train.live_view import LiveView
@@ -121,8 +121,8 @@ class _Supervisor:
         if config.evaluation.sets and (restored := restore_queue(config, storage)) is not None:
             print_err(restored)
         self._evaluations = launcher.evaluations(self._tracked) if config.evaluation.sets else None
-        known = self._evaluations.entries() if self._evaluations else ()
-        settled = [entry for entry in known if entry.settled]
+        stored_entries = self._evaluations.entries() if self._evaluations else ()
+        settled = [entry for entry in stored_entries if entry.settled]
         self._relay = RunRelay(config.training.max_steps, self._tracked, tuple(settled), view)
         if self._tracked.recreated:
             self._relay.track_evaluations(config, storage, settled)
@@ -132,7 +132,7 @@ class _Supervisor:
         self._interrupts = 0
         self._early_stop: EarlyStop | None = None
         self._metric_checked = False
-        self._check_early_stopping(known)
+        self._check_early_stopping(stored_entries)
 
     def run(self) -> RunSummary:
         """Run all attempts, then wait for pending evaluations; return a summary."""
@@ -205,7 +205,7 @@ class _Supervisor:
                 return "stopped"
             if error is None and self._scaler.growing:
                 continue
-            failure = failure_of(error, ending)
+            failure = classify_attempt(error, ending)
             if self._interrupts and failure.kind in ("death", "room"):  # the signal came before a rank could handle it
                 return "stopped"
             if failure.kind == "room":  # this is not a failure; it is retried after each timeout of Ray
@@ -243,7 +243,7 @@ class _Supervisor:
         silence = _SilenceWarning(self._config, self._launcher)
         self._launcher.start(job, workers)
         while self._launcher.running:
-            silence.note(self._update(POLL_S))
+            silence.update(self._update(POLL_S))
             self._scaler.check_growth(self._relay)
         self._update(0.0)
         self._scaler.record_end(self._relay)
@@ -278,7 +278,7 @@ class _Supervisor:
         silence = _SilenceWarning(self._config, self._launcher)
         while (workers := self._scaler.next()) is None:
             self._pause(POLL_S)
-            silence.note(False)
+            silence.update(False)
             if self._interrupts or self._early_stop is not None:
                 return None
         return workers
@@ -296,8 +296,10 @@ class _Supervisor:
             return
         self._evaluations.training_ended()
         while not self._interrupts and not self._are_commits_settled(self._evaluations):
-            if self._evaluations.lost is not None:
-                print_err(f"evaluations stopped: the evaluation service cannot start ({self._evaluations.lost})")
+            if self._evaluations.failure_reason is not None:
+                print_err(
+                    f"evaluations stopped: the evaluation service cannot start ({self._evaluations.failure_reason})"
+                )
                 return
             self._pause(poll_interval_s(self._config.run_folder))
         self._update(0.0)
@@ -359,10 +361,10 @@ class _SilenceWarning:
     def __init__(self, config: RunConfig, launcher: Launcher) -> None:
         self._launcher = launcher
         self._hint = "; with training.compile, the first step takes minutes" if config.training.compile else ""
-        self._since = self._warned_at = time.monotonic()
+        self._started_at = self._warned_at = time.monotonic()
         self._has_report = False
 
-    def note(self, has_report: bool) -> None:
+    def update(self, has_report: bool) -> None:
         """Print the message if it is due. Call this at every poll; `has_report` states whether a report has arrived."""
         self._has_report = self._has_report or has_report
         now = time.monotonic()
@@ -371,7 +373,7 @@ class _SilenceWarning:
         self._warned_at = now
         reason = self._launcher.describe_wait()
         print_err(
-            f"no report from the workers for {format_duration(now - self._since)}"
+            f"no report from the workers for {format_duration(now - self._started_at)}"
             f"{f'; {reason}' if reason else ''}{self._hint}"
         )
 

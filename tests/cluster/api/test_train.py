@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import m2f
-from m2f.cluster.api.model import overrides_of
+from m2f.cluster.api.model import to_overrides
 from m2f.cluster.api.train import _write_missing_shards
-from m2f.cluster.recipe.load import dump_recipe, load_recipe, recipe_of_tree
+from m2f.cluster.recipe.load import dump_recipe, load_recipe, recipe_from_tree
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.verify import verify
 from m2f.data_pipeline.storage.storage import Storage
@@ -146,13 +146,13 @@ def test_invalid_annotations_are_rejected_with_their_position(scenes, tmp_path, 
 def test_dictionary_recipe_equals_the_yaml_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe(recipe_of_tree(tiny_recipe(tmp_path))))
+    path.write_text(dump_recipe(recipe_from_tree(tiny_recipe(tmp_path))))
     settings = {"training.optimizer.lr": 2e-4, "evaluation.tasks": ["semantic"], "seed": 3, "name": "off", "log": None}
     del settings["log"]
-    overrides = overrides_of(settings)
+    overrides = to_overrides(settings)
     expected = ["training.optimizer.lr=0.0002", "evaluation.tasks=[semantic]", "seed=3", "name='off'"]
     assert [text.strip() for text in overrides] == expected
-    changed = recipe_of_tree(tiny_recipe(tmp_path), overrides)
+    changed = recipe_from_tree(tiny_recipe(tmp_path), overrides)
     assert changed == load_recipe(path, overrides)
     assert (changed.name, changed.training.optimizer.lr) == ("off", 2e-4)
 
@@ -168,7 +168,7 @@ def test_missing_shards_are_written_once(tmp_path):
     recipe = tiny_recipe(tmp_path)
     recipe["data"]["train"] = [{"dataset": "val"}]
     recipe["evaluation"]["sets"] = [{"dataset": "val"}]
-    config = recipe_of_tree(recipe)
+    config = recipe_from_tree(recipe)
     _write_missing_shards(config, Storage())
     folder = Path(config.datasets["val"].shards)
     assert verify(str(folder), Storage(), "full").faults == ()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from m2f.cluster.start.epochs import images_per_epoch, steps_of, with_steps
+from m2f.cluster.start.epochs import count_steps, images_per_epoch, with_steps
 from m2f.data_pipeline.config import MixtureItem
 from m2f.data_pipeline.storage.storage import Storage
 from tests.cluster.tiny_run import small_sets, tiny_config
@@ -26,7 +26,7 @@ def in_epochs(config, epochs, *items):
     [(1, 8, 4, 2), (1, 9, 4, 3), (1.5, 8, 4, 3), (0.001, 8, 4, 1), (0.1, 300, 10, 3), (12, 118287, 16, 88716)],
 )
 def test_steps_of_rounds_up_to_whole_steps(epochs, images, batch, steps):
-    assert steps_of(epochs, images, batch) == steps
+    assert count_steps(epochs, images, batch) == steps
 
 
 def test_max_epochs_is_replaced_by_max_steps_and_printed(config, capsys):

@@ -22,7 +22,7 @@ from m2f.cluster.ray_cluster import ClusterError, connect
 from m2f.cluster.recipe.config import RunConfig, TrackingConfig
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.tracking import create_run
-from m2f.cluster.train.failure_policy import failure_of
+from m2f.cluster.train.failure_policy import classify_attempt
 from m2f.cluster.train.ray_launcher import RayLauncher, check_gpus, run_training
 from m2f.cluster.train.supervisor import RunSummary
 from m2f.data_pipeline.config import (
@@ -84,7 +84,7 @@ def cluster(config):
 def test_errors_raised_by_ray_are_classified(config, error, ending, kind, rank):
     launcher = RayLauncher(config)
     launcher._error = error
-    failure = failure_of(launcher.error(), ending)
+    failure = classify_attempt(launcher.error(), ending)
     assert (failure.kind, failure.rank) == (kind, rank)
 
 
@@ -206,8 +206,8 @@ def test_evaluation_client_gives_up_if_the_service_cannot_start(cluster, config,
     tracked = replace(create_run(replace(config, name="lost")), spool=str(tmp_path / "file" / "below"))
     (tmp_path / "file").write_text("no folder")
     client = EvaluationClient(config, tracked)
-    wait_until(lambda: client.status() or client.lost)
-    assert "NotADirectoryError" in client.lost
+    wait_until(lambda: client.status() or client.failure_reason)
+    assert "NotADirectoryError" in client.failure_reason
     client.close()
 
 

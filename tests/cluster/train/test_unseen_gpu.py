@@ -13,7 +13,7 @@ from m2f.cluster.evaluation.actor import EvaluationActor, EvaluationTask
 from m2f.cluster.ray_cluster import cluster_devices
 from m2f.cluster.recipe.devices import AvailableDevices, AvailableGpu, settle
 from m2f.cluster.train import ray_launcher
-from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Stop, decide, failure_of
+from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Stop, classify_attempt, decide
 from m2f.cluster.train.supervisor import _Supervisor
 from m2f.cluster.train.torch_backend import CheckedTorch, CheckedTorchConfig, WorkerGpu, invisible_gpu_problem
 from m2f.data_pipeline.config import DatasetConfig
@@ -72,7 +72,7 @@ def test_single_node_cluster_has_the_gpus_that_torch_sees(nodes, driver, task, g
     monkeypatch.setattr(ray, "nodes", lambda: listed)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0"))
     monkeypatch.setattr(ray_cluster, "local_gpus", lambda: (GPU,) * driver)
-    monkeypatch.setattr(ray_cluster, "_sees_gpu", lambda: task)  # None: is not asked
+    monkeypatch.setattr(ray_cluster, "_ray_task_sees_gpu", lambda: task)  # None: is not asked
     devices = cluster_devices(may_grow=True)
     assert len(devices.gpus) == gpus
     assert ("Ray reports 1 GPU on" in devices.no_gpu_text) == (task is False)
@@ -91,7 +91,7 @@ def test_error_during_worker_start_is_raised_to_the_user(tmp_path):
     launcher = ray_launcher.RayLauncher(config)
     launcher._error = cloudpickle.loads(cloudpickle.dumps(ControllerError(TrainingError("rank 1 on node b"))))
     error = launcher.error()
-    failure = failure_of(error, None)
+    failure = classify_attempt(error, None)
     assert decide(AttemptHistory().after(Attempt(failure, 0)), 3) == Stop("a restart would fail in the same way")
     with pytest.raises(TrainingError, match="rank 1 on node b"):
         _Supervisor._give_up(SimpleNamespace(), error, failure)  # type: ignore[arg-type]
@@ -114,9 +114,8 @@ def test_run_on_cluster_with_unseen_gpus_stops_with_one_message(tmp_path, monkey
     ray.init("local", num_cpus=4, num_gpus=2, object_store_memory=80 * 2**20, log_to_driver=False)
     try:
         assert not cluster_devices(may_grow=True).gpus
-        devices = AvailableDevices(
-            (GPU, GPU), "the Ray cluster has", may_grow=True
-        )  # as where its GPUs are on other nodes
+        # as where its GPUs are on other nodes
+        devices = AvailableDevices((GPU, GPU), "the Ray cluster has", may_grow=True)
         monkeypatch.setattr(ray_launcher, "cluster_devices", lambda _: devices)
         with pytest.raises(TrainingError, match=r"torch sees no GPU where Ray assigned one: rank 0 on .* rank 1 on"):
             ray_launcher.run_training(config)
