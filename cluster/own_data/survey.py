@@ -43,8 +43,9 @@ class Survey:
         classes = ", ".join(f"{name} {count}" for name, count in self.class_counts[:12])
         more = f" and {len(self.class_counts) - 12} more" if len(self.class_counts) > 12 else ""
         lines = [
-            f"{format_count(self.num_images, 'image')} ({self.num_read} read), median longer side {self.long_side} pixels; "
-            f"at most {format_count(self.most_objects, 'segment')} per image, the median covers {self.object_share:.2%}",
+            f"{format_count(self.num_images, 'image')} ({self.num_read} read), median longer side {self.long_side} "
+            f"pixels; at most {format_count(self.most_objects, 'segment')} per image, the median covers "
+            f"{self.object_share:.2%}",
             f"segments by class: {classes}{more}",
         ]
         if self.faults:

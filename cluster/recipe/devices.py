@@ -249,8 +249,8 @@ def _training_devices(
     if requested != "auto" and not requested:
         if num_gpus:
             warnings.append(
-                f"{format_count(num_gpus, 'GPU')} ({devices.gpus[0].name}) stay idle, as cluster.num_gpus_per_worker is 0; "
-                "set it to auto to train on them"
+                f"{format_count(num_gpus, 'GPU')} ({devices.gpus[0].name}) stay idle, as cluster.num_gpus_per_worker "
+                "is 0; set it to auto to train on them"
             )
         return 1 if cluster.num_workers == "auto" else cluster.num_workers, 0.0
     each = 1 if requested == "auto" else math.ceil(requested)
@@ -261,8 +261,8 @@ def _training_devices(
         workers = 1 if may_share else min(room, config.training.global_batch)
     elif requested == "auto" and not devices.may_grow and cluster.max_workers > num_gpus:
         warnings.append(
-            f"cluster.num_workers is {cluster.max_workers}, but {devices.sentence_start} {format_count(num_gpus, 'GPU')}, "
-            f"and each worker needs one: training with {format_count(num_gpus, 'worker')} and the same global batch"
+            f"cluster.num_workers is {cluster.max_workers}, but {devices.sentence_start} "
+            f"{format_count(num_gpus, 'GPU')}, and each worker needs one: training with {format_count(num_gpus, 'worker')} and the same global batch"
         )
         workers = num_gpus
     if requested != "auto":
@@ -297,8 +297,8 @@ def _rank_gpu_share(config: RunConfig, ranks: int, free: int, during_training: b
     if left <= (0.5 if ranks > 1 else 0):
         raise ConfigError(
             f"evaluation.num_gpus_per_actor is {requested:g}, and {format_count(evaluation.actors, 'actor')} on the "
-            f"{format_count(ranks, 'GPU')} of the ranks would leave {max(0.0, left):g} of a GPU per rank. Several ranks "
-            "need more than 0.5 each; set it to auto, or to 0 to evaluate on the CPU"
+            f"{format_count(ranks, 'GPU')} of the ranks would leave {max(0.0, left):g} of a GPU per rank. Several "
+            "ranks need more than 0.5 each; set it to auto, or to 0 to evaluate on the CPU"
         )
     return min(RANK_SHARE, left)
 

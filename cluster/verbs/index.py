@@ -98,7 +98,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _summary(found: IndexReport, target: str, report: str | None) -> str:
     """Return text that states what was indexed and lists the faults."""
-    what = f"{format_count(found.num_samples, 'sample')} of {format_count(found.num_shards, 'tar')}, {found.num_bytes / 1e6:,.1f} MB"
+    samples, tars = format_count(found.num_samples, "sample"), format_count(found.num_shards, "tar")
+    what = f"{samples} of {tars}, {found.num_bytes / 1e6:,.1f} MB"
     if isinstance(found.form, str):
         description = "shards of m2f"
     else:

@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     with PredictionFolder(output, predictor.classes, **options) as folder:
         problems = predict_images(predictor, images, storage, folder, args.batch)
     print_out(
-        f"{len(images) - len(problems)} of {format_count(len(images), 'image')}: {args.output} (weights: {trained.weights})"
+        f"{len(images) - len(problems)} of {format_count(len(images), 'image')}: {args.output} (weights: "
+        f"{trained.weights})"
     )
     if folder.num_empty:
         where = format_count(folder.num_empty, "image")
@@ -96,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
         print_out(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
     elif args.submission:
         print_err(
-            f"no submission was written: it would lack {format_count(len(problems), 'image')}, which the server would reject"
+            f"no submission was written: it would lack {format_count(len(problems), 'image')}, which the server would "
+            "reject"
         )
     return ExitStatus.FAILED if problems else ExitStatus.DONE
 

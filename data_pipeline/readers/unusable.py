@@ -29,6 +29,6 @@ def require_all_usable(unusable: Sequence[UnusableAnnotation]) -> None:
     if len(unusable) > _MAX_LISTED:
         listed.append(f"  and {len(unusable) - _MAX_LISTED} more")
     raise DataError(
-        f"{format_count(len(unusable), 'annotation')} cannot be used. Correct them, or leave them out with --skip-bad:\n"
-        + "\n".join(listed)
+        f"{format_count(len(unusable), 'annotation')} cannot be used. Correct them, or leave them out with "
+        "--skip-bad:\n" + "\n".join(listed)
     )

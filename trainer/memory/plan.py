@@ -72,8 +72,8 @@ def format_memory(plan: MemoryPlan, world: int, stage: int, gpu_gb: float) -> st
     fits = f"up to {format_count(largest, 'image')} at once fit" if largest else "not even one image fits"
     return "\n".join(
         [
-            f"GPU memory    {plan.peak(plan.micro_batch) / 1e9:,.2f} GB with {format_count(plan.micro_batch, 'image')} of "
-            f"{height} x {width} at once: {plan.states / 1e9:,.2f} GB of weights, gradients and optimizer state "
+            f"GPU memory    {plan.peak(plan.micro_batch) / 1e9:,.2f} GB with {format_count(plan.micro_batch, 'image')} "
+            f"of {height} x {width} at once: {plan.states / 1e9:,.2f} GB of weights, gradients and optimizer state "
             f"(ZeRO {stage} on {format_count(world, 'rank')}), {plan.fixed / 1e9:,.2f} GB fixed and "
             f"{plan.per_image / 1e9:,.2f} GB per image",
             f"              {fits} into a GPU of {gpu_gb:g} GB (training.micro_batch)",
