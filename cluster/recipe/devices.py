@@ -262,7 +262,8 @@ def _training_devices(
     elif requested == "auto" and not devices.may_grow and cluster.max_workers > num_gpus:
         warnings.append(
             f"cluster.num_workers is {cluster.max_workers}, but {devices.sentence_start} "
-            f"{format_count(num_gpus, 'GPU')}, and each worker needs one: training with {format_count(num_gpus, 'worker')} and the same global batch"
+            f"{format_count(num_gpus, 'GPU')}, and each worker needs one: training with "
+            f"{format_count(num_gpus, 'worker')} and the same global batch"
         )
         workers = num_gpus
     if requested != "auto":
