@@ -164,7 +164,7 @@ def cluster_devices(may_grow: bool) -> AvailableDevices:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     gpus, found = cluster_gpus(node["Resources"] for node in nodes), "the Ray cluster has"
     is_only_this_node = [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]
-    if gpus and is_only_this_node and not local_gpus() and not _sees_gpu():
+    if gpus and is_only_this_node and not local_gpus() and not _ray_task_sees_gpu():
         found = f"Ray reports {format_count(len(gpus), 'GPU')} on {socket.gethostname()}, where torch sees"
         gpus = ()
     return AvailableDevices(gpus, sentence_start=found, may_grow=may_grow)
@@ -188,7 +188,7 @@ def require_listening(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
-def _sees_gpu() -> bool:
+def _ray_task_sees_gpu() -> bool:
     """Return whether a Ray task with a GPU sees it; True if the task cannot run in time.
 
     A task checks this because Ray hides all GPUs from a driver that runs as a job.

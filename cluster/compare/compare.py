@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from m2f.cluster.compare.intervals import DRAWS, Interval, image_intervals, interval_notes, seed_intervals
+from m2f.cluster.compare.intervals import NUM_DRAWS, Interval, image_intervals, interval_notes, seed_intervals
 from m2f.cluster.compare.paper import PaperResult, paper_result
 from m2f.cluster.compare.records import (
     CompareError,
@@ -109,7 +109,7 @@ class Comparison:
 
 
 def compare_runs(
-    runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: int | None = None, draws: int = DRAWS
+    runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: int | None = None, draws: int = NUM_DRAWS
 ) -> Comparison:
     """Compare runs with the first run.
 

@@ -18,7 +18,7 @@ from m2f.eval.metrics.resampled import draw_weights
 from m2f.eval.metrics.seed_interval import SeedInterval, difference_interval, mean_interval
 from m2f.eval.results.images import IMAGES_FILE, ImageRecords
 
-DRAWS = 1000
+NUM_DRAWS = 1000
 """Number of image sets that are drawn for an interval."""
 CONFIDENCE = 0.95
 MIN_SEEDS = 2
@@ -46,7 +46,7 @@ class Interval:
     """Number of runs of each group, the baseline's first; empty for an interval over images."""
 
 
-def image_intervals(runs: Sequence[RunRecord], metrics: Sequence[str], draws: int = DRAWS) -> list[Interval]:
+def image_intervals(runs: Sequence[RunRecord], metrics: Sequence[str], draws: int = NUM_DRAWS) -> list[Interval]:
     """Return the intervals of every run against the first run, for the `metrics` that image records contain.
 
     Runs that were evaluated on different images than the first run are omitted.
@@ -148,13 +148,13 @@ def interval_notes(runs: Sequence[RunRecord], intervals: Sequence[Interval], set
     for dataset in sets:
         evaluated = [run for run in runs if dataset in run.results]
         baseline = runs[0].images.get(dataset)
-        lacking = [run.name for run in evaluated if dataset not in run.images]
-        if len(evaluated) > 1 and lacking:
+        without_records = [run.name for run in evaluated if dataset not in run.images]
+        if len(evaluated) > 1 and without_records:
             notes.append(
-                f"{dataset}: no intervals over images for {', '.join(lacking)}, whose results have no {IMAGES_FILE}; "
-                "evaluate again with m2f eval"
+                f"{dataset}: no intervals over images for {', '.join(without_records)}, whose results have no "
+                f"{IMAGES_FILE}; evaluate again with m2f eval"
             )
-        others = [run.name for run in evaluated if run.name not in lacking]
+        others = [run.name for run in evaluated if run.name not in without_records]
         if baseline is not None:
             others = [run.name for run in evaluated if run.name in others and not _same_images(run, baseline, dataset)]
             if others:

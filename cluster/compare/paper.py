@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PANOPTIC = ("PQ", "PQ_th", "PQ_st", "AP", "mIoU")
-INSTANCE = ("AP", "APs", "APm", "APl")
+PANOPTIC_METRICS = ("PQ", "PQ_th", "PQ_st", "AP", "mIoU")
+INSTANCE_METRICS = ("AP", "APs", "APm", "APl")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _table(table: str, names: tuple[str, ...], rows: Mapping[str, tuple[float, .
 PAPER_RESULTS: dict[str, PaperResult] = {
     **_table(
         "I, COCO panoptic val2017",
-        PANOPTIC,
+        PANOPTIC_METRICS,
         {
             "coco_panoptic_r50": (51.9, 57.7, 43.0, 41.7, 61.7),
             "coco_panoptic_r101": (52.6, 58.5, 43.7, 42.6, 62.4),
@@ -50,7 +50,7 @@ PAPER_RESULTS: dict[str, PaperResult] = {
     ),
     **_table(
         "III, COCO val2017",
-        INSTANCE,
+        INSTANCE_METRICS,
         {
             "coco_instance_r50": (43.7, 23.4, 47.2, 64.8),
             "coco_instance_r101": (44.2, 23.8, 47.7, 66.7),
@@ -87,7 +87,7 @@ PAPER_RESULTS: dict[str, PaperResult] = {
     ),
     **_table(
         "VIII, ADE20K val",
-        INSTANCE,
+        INSTANCE_METRICS,
         {
             "ade20k_instance_r50": (26.4, 10.4, 28.9, 43.1),
             "ade20k_instance_swin_l_200q": (34.9, 16.3, 40.0, 54.7),

@@ -300,13 +300,13 @@ def _folder_images(storage: Storage, results: Mapping[str, str], notes: list[str
     """Return the image records beside each results.json, by set. Results of earlier versions have none."""
     images = {}
     for name, url in results.items():
-        beside = join(url.rpartition("/")[0], IMAGES_FILE)
+        images_url = join(url.rpartition("/")[0], IMAGES_FILE)
         try:
-            payload = storage.get(beside) if storage.exists(beside) else None
+            payload = storage.get(images_url) if storage.exists(images_url) else None
         except StorageError as error:
-            notes.append(f"{beside} cannot be read ({_brief(error)})")
+            notes.append(f"{images_url} cannot be read ({_brief(error)})")
             continue
-        if payload is not None and (records := _parse_images(payload, beside, notes)) is not None:
+        if payload is not None and (records := _parse_images(payload, images_url, notes)) is not None:
             images[name] = records
     return images
 

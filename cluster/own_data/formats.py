@@ -175,14 +175,14 @@ def _coco_formats(folder: Path, files: Sequence[_JsonFile]) -> list[DataFormat]:
             sets["coco_panoptic"].append(SourceSet(split, source))
         else:
             source = CocoInstancesSource(
-                images=str(images), instances_json=str(file.path), crowds_are_objects=any(map(_is_painted, entries))
+                images=str(images), instances_json=str(file.path), crowds_are_objects=any(map(_is_cvat_mask, entries))
             )
             sets["coco_instances"].append(SourceSet(split, source))
     names = ", ".join(str(file.path.relative_to(folder)) for file in files[:4])
     return [DataFormat(kind, f"COCO annotations in {names}", tuple(found)) for kind, found in sets.items() if found]
 
 
-def _is_painted(entry: dict[str, Any]) -> bool:
+def _is_cvat_mask(entry: dict[str, Any]) -> bool:
     """Return whether an annotation is a painted mask of CVAT, which marks all such masks as crowds.
 
     CVAT's exports contain `attributes`; COCO's own files do not.

@@ -200,9 +200,9 @@ def batches_by_shape(
 
 
 def _without_annotation(loaded: LoadedImage) -> DecodedSample:
-    nothing = Annotation(seg=np.full(loaded.pixels.shape[:2], VOID_ID, dtype=np.uint8), inst=None, segments=())
+    empty = Annotation(seg=np.full(loaded.pixels.shape[:2], VOID_ID, dtype=np.uint8), inst=None, segments=())
     image = loaded.image
-    return DecodedSample(key="", image_id=image.id, source=image.url, image=loaded.pixels, annotation=nothing)
+    return DecodedSample(key="", image_id=image.id, source=image.url, image=loaded.pixels, annotation=empty)
 
 
 def _filter_by_score(detections: InstanceDetections, min_score: float | None) -> InstanceDetections:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2f.cluster.compare.intervals import DRAWS, Interval, image_intervals
+from m2f.cluster.compare.intervals import NUM_DRAWS, Interval, image_intervals
 from m2f.cluster.compare.records import RunRecord, SetResult
 from m2f.eval.results.images import IMAGES_FILE
 from m2f.model.errors import UserError
@@ -55,7 +55,7 @@ def compare_checkpoints(champion: RunRecord, candidate: RunRecord, dataset: str,
     if not known:
         raise RegistryError(f"{dataset}: {champion.name} and {candidate.name} have no metric in common")
     name = f"{dataset}/{metric or known[0]}"
-    found = image_intervals([champion, candidate], [name], DRAWS)
+    found = image_intervals([champion, candidate], [name], NUM_DRAWS)
     if not found:
         raise RegistryError(
             f"{dataset}: no interval of {name} can be computed for {champion.name} and {candidate.name}; evaluate both "

@@ -85,7 +85,7 @@ def build_package(content: PackageContent, folder: Path, storage: Storage, mlflo
 
         save_model(
             str(package),
-            python_model=_staged_code(folder),
+            python_model=_copy_loader(folder),
             artifacts=artifacts,
             code_paths=[str(wheel)],
             pip_requirements=[*exact_requirements(project), f"code/{wheel.name}"],
@@ -126,7 +126,7 @@ def _copy_checkpoint(content: PackageContent, folder: Path, storage: Storage) ->
     return folder
 
 
-def _staged_code(folder: Path) -> str:
+def _copy_loader(folder: Path) -> str:
     """Copy the loader to the temporary folder, because MLflow records its path and so would reveal the install path."""
     return str(shutil.copy2(Path(__file__).with_name("model_code.py"), folder / "model_code.py"))
 

@@ -87,14 +87,14 @@ def exact_requirements(project: Project) -> tuple[str, ...]:
     found: dict[str, str] = {}
     pending = [Requirement(one) for one in (*project.dependencies, *SERVING_REQUIREMENTS)]
     pending = [one for one in pending if one.marker is None or one.marker.evaluate({"extra": ""})]
-    seen: set[tuple[str, str]] = set()
+    visited: set[tuple[str, str]] = set()
     while pending:
         requirement = pending.pop()
         name = _normalize_name(requirement.name)
         for extra in ("", *requirement.extras):
-            if name == PACKAGE or (name, extra) in seen:
+            if name == PACKAGE or (name, extra) in visited:
                 continue
-            seen.add((name, extra))
+            visited.add((name, extra))
             try:
                 installed = distribution(name)
             except PackageNotFoundError:

@@ -13,13 +13,15 @@ from collections.abc import Mapping
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-from m2f.cluster.submit.spot_notice import METADATA
+from m2f.cluster.submit.spot_notice import METADATA_URLS
 
-SERVICE = "https://secretmanager.googleapis.com"
+SECRET_MANAGER_URL = "https://secretmanager.googleapis.com"
 TIMEOUT_S = 10.0
 
 
-def read_secret(project: str, name: str, metadata: str = METADATA["gcp"], service: str = SERVICE) -> str:
+def read_secret(
+    project: str, name: str, metadata: str = METADATA_URLS["gcp"], service: str = SECRET_MANAGER_URL
+) -> str:
     """Return the latest version of a secret.
 
     `metadata` and `service` are the base URLs of the metadata server and of Secret Manager. Raises OSError if one of

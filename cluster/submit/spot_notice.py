@@ -19,7 +19,7 @@ LOGGER = logging.getLogger(__name__)
 Cloud = Literal["aws", "gcp"]
 POLL_S = 2.0
 TIMEOUT_S = 2.0
-METADATA: dict[Cloud, str] = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
+METADATA_URLS: dict[Cloud, str] = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
 NOTICE_S: dict[Cloud, int] = {"aws": 110, "gcp": 25}
 """Seconds that the machine keeps running after the notice, minus a safety margin."""
 
@@ -28,7 +28,7 @@ def drain_on_notice(
     cloud: Cloud, drain: Callable[[int], None], metadata: str | None = None, poll_s: float = POLL_S
 ) -> None:
     """Wait for the notice, then call `drain(seconds_left)` once. `metadata` replaces the URL of the metadata server."""
-    while not is_preempted(cloud, metadata or METADATA[cloud]):
+    while not is_preempted(cloud, metadata or METADATA_URLS[cloud]):
         time.sleep(poll_s)
     drain(NOTICE_S[cloud])
 

@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
         print_err(f"warning: the results are not logged to MLflow: {error}")
     with ScratchFolder("evaluation") as scratch:
         for evaluation in evaluations:
-            within = f"evaluations/{weights.name}"
-            base = args.output or join(config.run_folder, within)
+            run_subfolder = f"evaluations/{weights.name}"
+            base = args.output or join(config.run_folder, run_subfolder)
             name = results_name(storage, base, evaluation.results)
-            place, url = f"{within}/{name}", join(base, name)
+            artifact_folder, url = f"{run_subfolder}/{name}", join(base, name)
             folder = write_files(storage, url, evaluation.files(), local=scratch / name)
             print_out(f"\n{evaluation.results.table()}\n\nresults: {url}")
             if name != evaluation.results.subject.label:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             if tracking is not None and weights.step is not None:
                 checkpoint = evaluated_checkpoint(config, storage, weights.url, weights.step)
                 tracking.log_evaluation(checkpoint, [make_set_metrics(config, storage, evaluation, name)])
-                tracking.log_artifact(folder, place)
+                tracking.log_artifact(folder, artifact_folder)
         if tracking is not None:
             tracking.close()
     return ExitStatus.DONE

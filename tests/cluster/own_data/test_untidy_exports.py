@@ -153,10 +153,10 @@ def test_voc_uses_labelme_class_names_or_reports_the_default(named, folder, caps
 
 def test_images_and_maps_are_paired_within_each_split(folder, capsys):
     for split, numbers in (("train", range(3)), ("validation", range(3, 5))):
-        for place, number in enumerate(numbers):
-            write_image(folder / f"{split}/images/{place:04d}.png", number)
+        for index, number in enumerate(numbers):
+            write_image(folder / f"{split}/images/{index:04d}.png", number)
             (folder / split / "masks").mkdir(exist_ok=True)
-            (folder / f"{split}/masks/{place:04d}.png").write_bytes(encode_png(class_map(number)))
+            (folder / f"{split}/masks/{index:04d}.png").write_bytes(encode_png(class_map(number)))
     (folder / "id2label.json").write_text('{"0": "ground", "1": "cell", "2": "dirt", "3": "rare"}')
     datasets = init_datasets()
     for name, split in (("train", "train"), ("val", "validation")):

@@ -94,7 +94,7 @@ def test_checkpoint_is_registered_once_and_predicts_in_another_environment(folde
     # The model must load without the shards and the run folder, and from another working directory.
     moved = Path(folder).rename(Path(folder).with_name("moved away"))
     try:
-        outcome = load_elsewhere(run.uri, "models:/cells@champion", tmp_path, package)
+        outcome = load_in_new_environment(run.uri, "models:/cells@champion", tmp_path, package)
     finally:
         moved.rename(folder)
     check_outcome(outcome)
@@ -104,21 +104,21 @@ def registry_files(folder):
     return sorted(str(path) for path in Path(folder).parent.glob("mlartifacts/models/**/*") if path.is_file())
 
 
-def load_elsewhere(uri, address, place, package):
+def load_in_new_environment(uri, address, working_folder, package):
     from m2f.cluster.registry.package import example_jpeg
 
-    (place / "example.jpg").write_bytes(example_jpeg())
+    (working_folder / "example.jpg").write_bytes(example_jpeg())
     script = Path(__file__).with_name("load_registered.py")
     done = subprocess.run(
         [
-            environment_of(package, place / "environment"),
+            create_environment(package, working_folder / "environment"),
             script,
             address,
-            place / "example.jpg",
+            working_folder / "example.jpg",
             package / "serving_input_example.json",
         ],
-        cwd=place,
-        env={"MLFLOW_TRACKING_URI": uri, "PATH": "/usr/bin:/bin", "HOME": str(place), "OMP_NUM_THREADS": "1"},
+        cwd=working_folder,
+        env={"MLFLOW_TRACKING_URI": uri, "PATH": "/usr/bin:/bin", "HOME": str(working_folder), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         timeout=PATIENCE_S,
     )
@@ -126,7 +126,7 @@ def load_elsewhere(uri, address, place, package):
     return json.loads(done.stdout)
 
 
-def environment_of(package, home):
+def create_environment(package, home):
     """Return the Python of a new environment that links to the packages in the model's requirements.txt."""
     venv.create(home, symlinks=True, with_pip=False)
     (site,) = home.glob("lib/python*/site-packages")

@@ -50,12 +50,12 @@ def test_locked_versions_match_the_constraints():
 
 def test_all_requirements_of_m2f_are_locked():
     """Otherwise pip fails while the image is built, because it refuses packages without a hash."""
-    locked, seen = pins(LOCKED), set[tuple[str, str]]()
+    locked, visited = pins(LOCKED), set[tuple[str, str]]()
 
     def visit(name: str, extra: str) -> None:
-        if (name, extra) in seen:
+        if (name, extra) in visited:
             return
-        seen.add((name, extra))
+        visited.add((name, extra))
         try:
             needed = [Requirement(text) for text in requires(name) or ()]
         except PackageNotFoundError:  # a package for another platform or build of torch
@@ -67,7 +67,7 @@ def test_all_requirements_of_m2f_are_locked():
 
     visit("m2f", "")
     visit("m2f", "train")
-    assert {name for name, _ in seen} - {"m2f"} <= locked.keys(), REMEDY
+    assert {name for name, _ in visited} - {"m2f"} <= locked.keys(), REMEDY
 
 
 def test_image_installs_by_hash_for_its_python_version():
