@@ -12,10 +12,10 @@ from m2f.model.weights.load import LoadReport
 from m2f.trainer.checkpoint.identity import StartWeights
 from m2f.trainer.checkpoint.weights import (
     backbone_start,
-    check_start,
+    check_start_weights,
     fetched_weights,
     known_class_rows,
-    start_file,
+    resolve_start_weights,
     start_weights,
 )
 from m2f.trainer.job import TrainJob
@@ -43,8 +43,8 @@ def start_model(
         start = backbone_start(job.model.backbone) if reporter is not None else ()
         _report_start(reporter, start)
         return model, start
-    check_start(job.identity, job.model, storage)
-    file = start_file(source, storage)
+    check_start_weights(job.identity, job.model, storage)
+    file = resolve_start_weights(source, storage)
     rows = known_class_rows(job.identity, file, storage)
     with fetched_weights(file, storage) as path:
         model, report = build_with_weights(job.model, path, rows, deltas=job.model.weights_are_deltas)

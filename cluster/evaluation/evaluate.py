@@ -25,7 +25,7 @@ from m2f.eval.results.images import IMAGES_FILE, image_records, image_table
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject
 from m2f.eval.results.settings import EvaluationSettings
 from m2f.eval.results.states import EvaluationStates, check_complete, image_qualities
-from m2f.trainer.checkpoint.weights import stated_sha256, weights_url
+from m2f.trainer.checkpoint.weights import manifest_sha256, weights_url
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _evaluate(
         subset=None if len(rows) == manifest.num_samples else f"first {len(rows)} of {manifest.num_samples}",
         test_time=settings.test_time.describe(),
         step=step,
-        settings=_settings(config, evaluated, stated_sha256(task.weights, storage)),
+        settings=_settings(config, evaluated, manifest_sha256(task.weights, storage)),
     )
     qualities: dict[int, float] = {}
     done: list[int] = []

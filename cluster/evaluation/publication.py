@@ -13,7 +13,7 @@ from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.commits import commit_name
 from m2f.trainer.checkpoint.folder import list_checkpoints, parse_folder
-from m2f.trainer.checkpoint.weights import stated_sha256, weights_url
+from m2f.trainer.checkpoint.weights import manifest_sha256, weights_url
 
 
 def evaluated_checkpoint(
@@ -27,7 +27,7 @@ def evaluated_checkpoint(
         url=url,
         step=step,
         run_name=config.name,
-        weights=stated_sha256(weights_url(url, storage), storage),
+        weights=manifest_sha256(weights_url(url, storage), storage),
     )
 
 

@@ -15,7 +15,7 @@ from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.errors import EvaluationError
 from m2f.trainer.checkpoint.commits import Commit, read_commits
 from m2f.trainer.checkpoint.folder import EVALUATION_PIN, MANIFEST, checkpoint_url, pin
-from m2f.trainer.checkpoint.weights import stated_sha256, weights_url
+from m2f.trainer.checkpoint.weights import manifest_sha256, weights_url
 from m2f.trainer.errors import CheckpointError
 
 DELETED = "the queue was damaged, and this deleted checkpoint had no results"
@@ -124,7 +124,7 @@ def _superseded(entry: Entry, newest: int) -> Entry:
 
 def _weights_of(url: str, storage: Storage) -> str | None:
     try:
-        return stated_sha256(weights_url(url, storage), storage)
+        return manifest_sha256(weights_url(url, storage), storage)
     except CheckpointError:
         return None
 

@@ -12,7 +12,7 @@ from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.folder import RECIPE, STATE, list_checkpoints
 from m2f.trainer.checkpoint.identity import CLASS_CHANGE_REMEDY, IDENTITY, ModelIdentity, require_same_classes
-from m2f.trainer.checkpoint.weights import check_start
+from m2f.trainer.checkpoint.weights import check_start_weights
 from m2f.trainer.data import open_shards
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import TrainJob
@@ -34,13 +34,13 @@ def check_continuation(job: TrainJob, storage: Storage) -> None:
 
     Raises CheckpointError if the task, the classes or the model differ. `data.accept_changes` does not allow these
     changes, because weights and optimizer state would be misinterpreted. Also raises CheckpointError if the data order
-    differs and `data.accept_changes` is not set. For a new run, raises the errors of `check_start` if its initial
+    differs and `data.accept_changes` is not set. For a new run, raises the errors of `check_start_weights` if its initial
     weights do not fit.
     """
     assert job.identity is not None
     checkpoints = list_checkpoints(storage, job.run_folder)
     if not checkpoints:
-        check_start(job.identity, job.model, storage)
+        check_start_weights(job.identity, job.model, storage)
         return
     order = open_shards(job, storage).fingerprint
     for checkpoint in checkpoints:

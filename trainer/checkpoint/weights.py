@@ -32,7 +32,7 @@ def weights_url(checkpoint: str, storage: Storage) -> str:
     return next(found, checkpoint)
 
 
-def stated_sha256(weights: str, storage: Storage) -> str | None:
+def manifest_sha256(weights: str, storage: Storage) -> str | None:
     """Return the SHA-256 of a checkpoint's weights from its manifest; None if no manifest lists them."""
     folder, _, name = weights.rpartition("/")
     if name not in (AVERAGE, WEIGHTS) or not storage.exists(join(folder, MANIFEST)):
@@ -41,7 +41,7 @@ def stated_sha256(weights: str, storage: Storage) -> str | None:
     return None if entry is None else entry.sha256
 
 
-def start_file(weights: str, storage: Storage) -> str:
+def resolve_start_weights(weights: str, storage: Storage) -> str:
     """Return the path that a value of `model.weights` refers to.
 
     For a checkpoint folder, this is its weights file, without averaging. For a model of the hub, it is its cache
@@ -54,7 +54,7 @@ def start_file(weights: str, storage: Storage) -> str:
     return url if not is_file and storage.exists(url) else weights
 
 
-def check_start(identity: ModelIdentity | None, model: ModelConfig, storage: Storage) -> None:
+def check_start_weights(identity: ModelIdentity | None, model: ModelConfig, storage: Storage) -> None:
     """Check `model.weights` against a new run, as far as possible without reading its tensors.
 
     Raises DataError if its classes contradict those of the data. Raises WeightsError for a Hugging Face model with
@@ -63,7 +63,7 @@ def check_start(identity: ModelIdentity | None, model: ModelConfig, storage: Sto
     if model.weights is None:
         return
     is_hub = model.weights.startswith(HUB)
-    weights = str(hub_folder(model.weights, weights=False)) if is_hub else start_file(model.weights, storage)
+    weights = str(hub_folder(model.weights, weights=False)) if is_hub else resolve_start_weights(model.weights, storage)
     if "://" not in weights and known_labels(weights) is not None:
         require_same_architecture(Path(weights), model, model.weights)
     known_class_rows(identity, weights, storage)
