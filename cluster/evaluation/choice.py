@@ -10,7 +10,7 @@ HEADLINE = ("PQ", "AP", "mIoU")
 """Headline metrics of the tasks, in order of preference."""
 
 
-def first_headline(metrics: Mapping[str, float]) -> str | None:
+def default_metric(metrics: Mapping[str, float]) -> str | None:
     """Return the metric that ranks checkpoints if the recipe names none; None if there is no headline metric."""
     names = (name for title in HEADLINE for name in sorted(metrics) if name.rpartition("/")[2] == title)
     return next(names, None)

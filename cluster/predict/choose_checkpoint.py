@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from m2f.cluster.evaluation.choice import best_step, first_headline
+from m2f.cluster.evaluation.choice import best_step, default_metric
 from m2f.cluster.evaluation.queue import queue_url, read_entries
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe, parse_recipe
@@ -92,7 +92,7 @@ def _best_step(config: RunConfig, storage: Storage) -> int:
     evaluation has the metric.
     """
     entries = [entry for entry in read_entries(storage, queue_url(config)) if entry.status == "published"]
-    metric = config.training.checkpoint.best_metric or (first_headline(entries[-1].metrics) if entries else None)
+    metric = config.training.checkpoint.best_metric or (default_metric(entries[-1].metrics) if entries else None)
     best = None if metric is None else best_step({entry.step: entry.metrics for entry in entries}, metric)
     if best is None:
         what = "no evaluation is published" if not entries else f"no published evaluation has {metric}"

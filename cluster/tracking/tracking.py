@@ -313,8 +313,8 @@ def _known_run(config: RunConfig, storage: Storage, uri: str) -> RunRecord | Non
 
 def _find_tagged_run(config: RunConfig, uri: str) -> str | None:
     """Return the id of the newest run with the tag of this run folder; None if there is none."""
-    local = _database_for_uri(config, uri)
-    if local is not None and not local.exists():
+    database = _database_for_uri(config, uri)
+    if database is not None and not database.exists():
         return None
     with store_errors(uri):
         client = connect(uri)
@@ -324,10 +324,10 @@ def _find_tagged_run(config: RunConfig, uri: str) -> str | None:
             return None
         # All runs of a run folder's own database belong to it, even if the folder was moved and the tag is outdated.
         quote = '"' if "'" in config.run_folder else "'"
-        wanted = f"tags.`{FOLDER_TAG}` = {quote}{config.run_folder}{quote}"
-        wanted = "" if local is not None and not is_shared(config.run_folder, local) else wanted
+        query = f"tags.`{FOLDER_TAG}` = {quote}{config.run_folder}{quote}"
+        query = "" if database is not None and not is_shared(config.run_folder, database) else query
         runs = [experiment.experiment_id]
-        found = retrier.ask(lambda: client.search_runs(runs, wanted, max_results=1))  # sorted newest first
+        found = retrier.ask(lambda: client.search_runs(runs, query, max_results=1))  # sorted newest first
         return found[0].info.run_id if found else None
 
 
@@ -364,8 +364,8 @@ class _RunCreator:
     def __call__(self) -> str:
         called, self._called = self._called, True
         if called:
-            wanted = f"attributes.start_time = {self._start_ms}"
-            for run in self._client.search_runs([self._experiment], wanted):
+            query = f"attributes.start_time = {self._start_ms}"
+            for run in self._client.search_runs([self._experiment], query):
                 if run.data.tags.get(FOLDER_TAG) == self._config.run_folder:
                     return run.info.run_id
         created = self._client.create_run(self._experiment, self._start_ms, self._tags, self._config.name)
@@ -379,9 +379,9 @@ def _ensure_experiment(client: MlflowClient, config: RunConfig, uri: str) -> str
             client.set_experiment_tag(experiment.experiment_id, EXPERIMENT_KIND, MODEL_TRAINING)
         return experiment.experiment_id
     # By default, a sqlite store puts artifacts into the current folder.
-    location, local = None, _database_for_uri(config, uri)
-    if local is not None:
-        location = artifact_root(local, is_shared(config.run_folder, local))
+    location, database = None, _database_for_uri(config, uri)
+    if database is not None:
+        location = artifact_root(database, is_shared(config.run_folder, database))
     elif uri.startswith("sqlite") and "://" not in config.run_folder:
         location = (Path(config.run_folder).resolve() / "artifacts").as_uri()
     try:
@@ -402,9 +402,9 @@ def _adopt_journals(run: TrackedRun, newest: int) -> None:
     single process creates models and tables.
     """
     assert run.lease is not None
-    is_end = newest == run.lease.number
+    is_run_end = newest == run.lease.number
     driver = Journal(run.journal("driver"))
-    evaluation = driver if is_end else Journal(run.journal("evaluation"))
+    evaluation = driver if is_run_end else Journal(run.journal("evaluation"))
     for path in sorted(Path(run.spool).glob("*.jsonl")):
         match = _RUN_JOURNAL.fullmatch(path.name)
         if path in (driver.path, evaluation.path) or match is None or int(match[1] or 0) > newest:

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from m2f.cluster.evaluation.choice import first_headline
+from m2f.cluster.evaluation.choice import default_metric
 from m2f.cluster.evaluation.lines import headline
 from m2f.cluster.evaluation.manager import EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry
@@ -226,7 +226,7 @@ def _evaluated(published: Sequence[Entry]) -> str:
     """
     last = published[-1]
     text = f"step {last.step:,}: {headline(last.metrics)}"
-    name = first_headline(last.metrics)
+    name = default_metric(last.metrics)
     if name is not None:
         best = max(published, key=lambda entry: entry.metrics.get(name, float("-inf")))
         if best is not last:

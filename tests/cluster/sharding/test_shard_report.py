@@ -119,12 +119,14 @@ def test_missing_source_files_and_untracked_shards_are_reported(tmp_path, job, c
 
 
 @pytest.mark.parametrize(
-    ("inside", "outside", "words"),
+    ("num_annotations", "num_samples", "words"),
     [(0, 2, "2 of 9 samples"), (3, 0, "3 annotations"), (3, 2, "3 annotations and 2 of 9 samples")],
 )
-def test_count_problems_describes_annotations_and_samples(inside, outside, words):
-    problems = [SampleProblem("a", "images/a.jpg", "images/a.jpg: annotation 2 ...", is_in_shard=True)] * inside
-    problems += [SampleProblem("b", "images/b.jpg", "/x/images/b.jpg: ...")] * outside
+def test_count_problems_describes_annotations_and_samples(num_annotations, num_samples, words):
+    problems = [
+        SampleProblem("a", "images/a.jpg", "images/a.jpg: annotation 2 ...", is_in_shard=True)
+    ] * num_annotations
+    problems += [SampleProblem("b", "images/b.jpg", "/x/images/b.jpg: ...")] * num_samples
     assert count_problems(problems, 9) == words
     assert {problem.line for problem in problems} <= {
         "images/a.jpg: annotation 2 ...",

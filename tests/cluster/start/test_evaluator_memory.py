@@ -30,9 +30,9 @@ def run(actors=1, rank=0.75, actor=0.25, sets=True, edge=128):
     )
 
 
-@pytest.mark.parametrize("apart", [{"sets": False}, {"rank": 1.0, "actor": 1.0}, {"actor": 0.0}, {"rank": 0.0}])
-def test_actors_without_a_shared_gpu_need_no_memory_on_it(apart):
-    assert evaluator_bytes(run(**apart), MODEL) == 0
+@pytest.mark.parametrize("settings", [{"sets": False}, {"rank": 1.0, "actor": 1.0}, {"actor": 0.0}, {"rank": 0.0}])
+def test_actors_without_a_shared_gpu_need_no_memory_on_it(settings):
+    assert evaluator_bytes(run(**settings), MODEL) == 0
 
 
 def test_actor_memory_covers_weights_activations_and_cuda_context():
@@ -47,8 +47,8 @@ def test_actor_memory_covers_weights_activations_and_cuda_context():
 
 
 @pytest.mark.parametrize(
-    ("taken", "still"),
+    ("used_bytes", "remaining_bytes"),
     [(0, 3e9), (CONTEXT_BYTES, 3e9), (CONTEXT_BYTES + 1e9, 2e9), (CONTEXT_BYTES + 3e9, 0), (20e9, 0)],
 )
-def test_running_actors_are_not_counted_twice(taken, still):
-    assert remaining_evaluator_bytes(int(3e9), int(taken)) == still
+def test_running_actors_are_not_counted_twice(used_bytes, remaining_bytes):
+    assert remaining_evaluator_bytes(int(3e9), int(used_bytes)) == remaining_bytes
