@@ -34,8 +34,8 @@ def check_continuation(job: TrainJob, storage: Storage) -> None:
 
     Raises CheckpointError if the task, the classes or the model differ. `data.accept_changes` does not allow these
     changes, because weights and optimizer state would be misinterpreted. Also raises CheckpointError if the data order
-    differs and `data.accept_changes` is not set. For a new run, raises the errors of `check_start_weights` if its initial
-    weights do not fit.
+    differs and `data.accept_changes` is not set. For a new run, raises the errors of `check_start_weights` if its
+    initial weights do not fit.
     """
     assert job.identity is not None
     checkpoints = list_checkpoints(storage, job.run_folder)
