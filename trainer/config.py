@@ -215,10 +215,11 @@ class TrainingConfig(Section):
     """Number of consecutive skipped steps (non-finite gradients) that are tolerated; one more ends the run."""
     deterministic: bool = False
     """Use deterministic kernels on GPUs (slower). CPU runs are always deterministic."""
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     """Compile backbone, pixel decoder and transformer decoder with torch.compile, each into one graph with fewer
     kernels. The first step takes minutes longer; the watchdog allows for that. All images must have the same size. Not
-    supported with ZeRO stage 3. Requires a C++ compiler (g++) on CPUs and a C compiler on GPUs."""
+    supported with ZeRO stage 3. Requires a C++ compiler (g++) on CPUs and a C compiler on GPUs. `auto`: compile on GPUs
+    if these conditions hold. A continued run keeps its choice."""
     threads: Annotated[int, FROM_1] = 1
     """Torch threads per rank on CPUs."""
     collective_timeout_s: Annotated[float, SECONDS] = 1200.0
@@ -236,6 +237,11 @@ class TrainingConfig(Section):
             raise ValueError("training.precision is auto; resolve it before building a model, engine or memory plan")
         return self.precision
 
+    @property
+    def settled_compile(self) -> bool:
+        """Whether to compile, once resolved. `auto` is false, as in a recipe that no device has resolved."""
+        return self.compile is True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.max_steps) == bool(self.max_epochs):
@@ -252,7 +258,7 @@ class TrainingConfig(Section):
                 f"training.pixel_decoder_fp32 needs fp32 weights, but training.precision {self.precision} keeps them "
                 f"in 16 bits; set the precision to {self.precision}_autocast"
             )
-        if self.compile and self.zero.stage == 3:
+        if self.settled_compile and self.zero.stage == 3:
             raise ConfigError(
                 "training.compile needs training.zero.stage 0, 1 or 2; it is 3, which gathers weights in hooks that a "
                 "compiled graph does not run. Lower the stage, or set training.compile to false"

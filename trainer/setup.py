@@ -62,7 +62,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
             model = ranks.run_on_all(lambda: build_empty_model(job))
             restart.load_model(model)
         job = job.with_start_weights(start)
-        if training.compile:
+        if training.settled_compile:
             ranks.run_on_all(lambda: compile_regions(model))
         module = TrainingModule(
             model, job.model, job.seed, training.settled_precision, pixel_decoder_fp32=training.pixel_decoder_fp32

@@ -139,7 +139,7 @@ class RunConfig(Section):
                 f"model.freeze is {list(self.model.freeze)} and training.precision {self.training.precision}, which "
                 f"would also round the frozen weights; set training.precision to {self.training.precision}_autocast"
             )
-        if self.training.compile and isinstance(self.data.augment, ScaleJitter):
+        if self.training.settled_compile and isinstance(self.data.augment, ScaleJitter):
             raise ConfigError(
                 "training.compile is true, but data.augment makes images of many sizes, and each size is "
                 "compiled separately; set data.augment.kind to lsj or shortest_edge, or training.compile to false"

@@ -12,7 +12,7 @@ from typing import Any
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_err, print_out
-from m2f.data_pipeline.config import LargeScaleJitter
+from m2f.data_pipeline.config import LargeScaleJitter, ScaleJitter
 from m2f.model.errors import ConfigError
 from m2f.model.format_count import format_count
 from m2f.trainer.config import Precision
@@ -65,16 +65,29 @@ class Settled:
     """Suggestions that make the run faster."""
 
 
+@dataclass(frozen=True)
+class StoredChoices:
+    """Decisions made at an earlier start of a run; all None for a new run."""
+
+    precision: Precision | None = None
+    compile: bool | None = None
+    pretrained: bool | None = None
+
+
 def settle(
-    config: RunConfig, devices: AvailableDevices, stored: Precision | None = None, *, during_training: bool = True
+    config: RunConfig,
+    devices: AvailableDevices,
+    stored: StoredChoices = StoredChoices(),
+    *,
+    during_training: bool = True,
 ) -> Settled:
-    """Resolve `auto` for devices, workers and precision.
+    """Resolve `auto` for devices, workers, precision and compilation.
 
     Args:
         config: the recipe. Explicit settings stay, with two exceptions: if `num_gpus_per_worker` is `auto`, a larger
             `num_workers` is reduced to the number of GPUs, and actors evaluate on the CPU if there are no GPUs.
         devices: the available devices.
-        stored: precision of the checkpoint that the run continues from; None for a new run.
+        stored: choices of the run that is continued.
         during_training: whether evaluations run during training; otherwise they run after it, on the same device.
 
     Raises:
@@ -86,10 +99,13 @@ def settle(
     actor_gpus = _gpus_per_actor(config, devices, workers, gpus, during_training, warnings)
     precision = config.training.precision
     if precision == "auto":
-        precision = stored or default_precision([gpu.capability for gpu in devices.gpus] if gpus else [])
+        precision = stored.precision or default_precision([gpu.capability for gpu in devices.gpus] if gpus else [])
+    compiles = config.training.compile
+    if compiles == "auto":
+        compiles = _can_compile(config) and gpus > 0 if stored.compile is None else stored.compile
     settled = replace(
         config,
-        training=replace(config.training, precision=precision),
+        training=replace(config.training, precision=precision, compile=compiles),
         cluster=replace(config.cluster, num_workers=workers, num_gpus_per_worker=gpus),
         evaluation=replace(config.evaluation, num_gpus_per_actor=actor_gpus),
     )
@@ -150,7 +166,8 @@ def describe(config: RunConfig, devices: AvailableDevices) -> str:
     if evaluation.sets:
         actor_gpus = evaluation.gpus_per_actor
         rest = f"; evaluation on {'the CPU' if not actor_gpus else f'{actor_gpus:g} GPU'}"
-    return f"device: {where}; precision {config.training.precision}{rest}"
+    how = f"precision {config.training.precision}{', compiled' if config.training.settled_compile else ''}"
+    return f"device: {where}; {how}{rest}"
 
 
 def evaluation_devices(config: RunConfig, devices: AvailableDevices) -> Settled:
@@ -210,6 +227,11 @@ def device_index(assigned: Sequence[Any], visible: str | None) -> int:
             f"Ray assigned GPU {gpu_id} to a worker, but CUDA_VISIBLE_DEVICES is {visible!r}; let Ray set this variable"
         )
     return shown.index(gpu_id)
+
+
+def _can_compile(config: RunConfig) -> bool:
+    """Whether all images have the same size and the weights are whole when a graph runs."""
+    return not isinstance(config.data.augment, ScaleJitter) and config.training.zero.stage < 3
 
 
 def _no_gpu_to_evaluate(requested: float, devices: AvailableDevices) -> str:

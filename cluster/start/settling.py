@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import get_args
 
 from m2f.cluster.environment import usable_cores
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.devices import AvailableDevices, local_gpus, print_settled, settle
+from m2f.cluster.recipe.devices import AvailableDevices, StoredChoices, local_gpus, print_settled, settle
 from m2f.cluster.recipe.stored import stored_setting
 from m2f.cluster.start.backbone_start import settle_backbone
 from m2f.cluster.start.continuation import newest_recipe
@@ -22,11 +21,11 @@ from m2f.trainer.config import Precision
 def settled_run(config: RunConfig, devices: AvailableDevices, *, during_training: bool) -> RunConfig:
     """Return the recipe with `auto` resolved, and print the decisions; see `settle` and `settle_backbone`.
 
-    A continued run keeps its precision and its choice of initial backbone weights. `during_training` states
-    whether evaluations run during training.
+    A continued run keeps its precision, and its choices of compilation and initial backbone weights. `during_training`
+    states whether evaluations run during training.
     """
     stored = _stored_choices(config)
-    config = print_settled(settle(config, devices, stored.precision, during_training=during_training))
+    config = print_settled(settle(config, devices, stored, during_training=during_training))
     start = settle_backbone(config, stored.pretrained, published_problem, has_frozen_norms)
     if start.line is not None:
         print_out(start.line)
@@ -40,22 +39,16 @@ def local_devices() -> AvailableDevices:
     return AvailableDevices(local_gpus(), cores=usable_cores())
 
 
-@dataclass(frozen=True)
-class _Choices:
-    """Decisions made at an earlier start of the run; all None for a new run."""
-
-    precision: Precision | None = None
-    pretrained: bool | None = None
-
-
-def _stored_choices(config: RunConfig) -> _Choices:
+def _stored_choices(config: RunConfig) -> StoredChoices:
     # A restarted driver belongs to a run for which the storage has already answered.
     storage = Storage(config.storage, answered=LEASE_VARIABLE in os.environ, on_wait=print_err)
     recipe = newest_recipe(storage, config.run_folder)
     if recipe is None:
-        return _Choices()
+        return StoredChoices()
     precision = stored_setting(recipe, "training", "precision")
-    return _Choices(
+    compiles = stored_setting(recipe, "training", "compile")
+    return StoredChoices(
         precision if precision in get_args(Precision) else None,
+        compiles if isinstance(compiles, bool) else False,  # recipes without the setting were not compiled
         stored_setting(recipe, "model", "backbone", "pretrained") is True,
     )

@@ -360,7 +360,7 @@ class _SilenceWarning:
 
     def __init__(self, config: RunConfig, launcher: Launcher) -> None:
         self._launcher = launcher
-        self._hint = "; with training.compile, the first step takes minutes" if config.training.compile else ""
+        self._hint = "; with training.compile, the first step takes minutes" if config.training.settled_compile else ""
         self._started_at = self._warned_at = time.monotonic()
         self._has_report = False
 

@@ -23,7 +23,8 @@ def compile_regions(model: Segmenter, backend: str | Callable[..., Any] = "induc
     compiled. With pilots, the decoder has one graph per padded number of pilots (`m2f.model.pilots.padded_number`),
     compiled when that number first occurs. Names of weights and DeepSpeed's hooks are preserved.
 
-    Raises TrainingError if there is no compiler.
+    A region that Inductor cannot compile runs uncompiled, with a warning, so that a defect of a compiler does not end a
+    run. Raises TrainingError if there is no compiler.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if backend == "inductor" and find_compiler(device) is None:
@@ -31,6 +32,8 @@ def compile_regions(model: Segmenter, backend: str | Callable[..., Any] = "induc
             f"training.compile needs {compiler_names(device)} on every machine; install it (apt-get install g++), or "
             "set training.compile to false"
         )
+    if backend == "inductor":
+        torch._dynamo.config.suppress_errors = True
     for name in model.regions:
         model.get_submodule(name).compile(backend=backend, dynamic=False)
 

@@ -91,7 +91,7 @@ class Watchdog:
         self._folder = join(job.run_folder, "failures", f"stall-{attempt}")
         self._limit_s = training.stall_timeout_s
         self._save_limit_s = training.stall_timeout_s + training.checkpoint.upload_timeout_s
-        self._first_limit_s = training.stall_timeout_s + (COMPILE_S if training.compile else 0.0)
+        self._first_limit_s = training.stall_timeout_s + (COMPILE_S if training.settled_compile else 0.0)
         self._poll_s = min(5.0, self._limit_s / 10)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

@@ -2,31 +2,46 @@ import re
 from dataclasses import replace
 
 import pytest
+
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.cluster.recipe.devices import (
     AvailableDevices,
     AvailableGpu,
+    StoredChoices,
     cluster_gpus,
     device_index,
     evaluation_devices,
     settle,
 )
-from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, ScaleJitter
 from m2f.eval.config import EvaluationConfig, EvaluationSet
 from m2f.model.errors import ConfigError
-from m2f.trainer.config import TrainingConfig
+from m2f.trainer.config import TrainingConfig, ZeroConfig
 from m2f.trainer.precision import default_precision
 
 H100, T4, P100 = (AvailableGpu(name, cap) for name, cap in (("H100", (9, 0)), ("T4", (7, 5)), ("P100", (6, 0))))
 AUTO = "auto"
 
 
-def recipe(workers=AUTO, gpus=AUTO, evaluating=AUTO, actors=1, sets=True, precision=AUTO, batch=16):
+def recipe(
+    workers=AUTO,
+    gpus=AUTO,
+    evaluating=AUTO,
+    actors=1,
+    sets=True,
+    precision=AUTO,
+    batch=16,
+    compiles=AUTO,
+    stage=1,
+    augment=LargeScaleJitter(),  # noqa: B008
+):
     return RunConfig(
         name="run",
         datasets={"train": DatasetConfig(shards="shards")},
-        data=DataConfig(train=(MixtureItem(dataset="train"),)),
-        training=TrainingConfig(max_steps=1, global_batch=batch, precision=precision),
+        data=DataConfig(train=(MixtureItem(dataset="train"),), augment=augment),
+        training=TrainingConfig(
+            max_steps=1, global_batch=batch, precision=precision, compile=compiles, zero=ZeroConfig(stage=stage)
+        ),
         cluster=ClusterConfig(num_workers=workers, num_gpus_per_worker=gpus),
         evaluation=EvaluationConfig(
             sets=(EvaluationSet(dataset="train"),) if sets else (), num_gpus_per_actor=evaluating, actors=actors
@@ -131,10 +146,30 @@ def test_evaluation_after_training_gets_a_whole_gpu():
     assert (settled.cluster.num_gpus_per_worker, settled.evaluation.num_gpus_per_actor) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "gpus", "stored", "expected"),
+    [
+        ({}, [H100], None, True),
+        ({}, [], None, False),
+        ({"gpus": 0}, [H100], None, False),
+        ({"stage": 3}, [H100], None, False),
+        ({"augment": ScaleJitter()}, [H100], None, False),
+        ({"compiles": False}, [H100], True, False),
+        ({"compiles": True}, [], False, True),
+        ({}, [H100], False, False),
+        ({}, [], True, True),
+    ],
+)
+def test_auto_compiles_on_gpus_if_the_settings_allow_it(settings, gpus, stored, expected):
+    devices = AvailableDevices(tuple(gpus))
+    assert settle(recipe(**settings), devices, StoredChoices(compile=stored)).config.training.compile is expected
+
+
 def test_continued_run_keeps_its_precision():
-    assert settle(recipe(), AvailableDevices((H100,)), "fp32").config.training.precision == "fp32"
-    assert settle(recipe(), AvailableDevices(), "bf16_autocast").config.training.precision == "bf16_autocast"
-    assert settle(recipe(precision="bf16"), AvailableDevices(), "fp32").config.training.precision == "bf16"
+    fp32, bf16 = StoredChoices("fp32"), StoredChoices("bf16_autocast")
+    assert settle(recipe(), AvailableDevices((H100,)), fp32).config.training.precision == "fp32"
+    assert settle(recipe(), AvailableDevices(), bf16).config.training.precision == "bf16_autocast"
+    assert settle(recipe(precision="bf16"), AvailableDevices(), fp32).config.training.precision == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -142,8 +177,8 @@ def test_continued_run_keeps_its_precision():
     [
         ({}, [], "device: 1 worker on the CPU, as torch sees no GPU; precision fp32; evaluation on the CPU"),
         ({"gpus": 0, "sets": False}, [H100], "device: 1 worker on the CPU, as the recipe says; precision fp32"),
-        ({}, [H100], "device: 1 worker, 0.75 H100 each; precision bf16_autocast; evaluation on 0.25 GPU"),
-        ({"sets": False}, [H100] * 2, "device: 2 workers, one H100 each; precision bf16_autocast"),
+        ({}, [H100], "device: 1 worker, 0.75 H100 each; precision bf16_autocast, compiled; evaluation on 0.25 GPU"),
+        ({"sets": False}, [H100] * 2, "device: 2 workers, one H100 each; precision bf16_autocast, compiled"),
     ],
 )
 def test_devices_are_described_in_one_line(settings, gpus, line):

@@ -65,6 +65,26 @@ def test_error_for_a_missing_compiler_says_what_to_install(monkeypatch):
         compile_regions(torch.nn.Module())
 
 
+def test_region_that_inductor_cannot_compile_runs_uncompiled(monkeypatch):
+    class Model(torch.nn.Module):
+        regions = ("part",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = torch.nn.Linear(2, 2)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no kernel for this graph")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
+    monkeypatch.setattr("torch._dynamo.config.suppress_errors", False)  # `compile_regions` sets it
+    monkeypatch.setattr("m2f.trainer.engine.compile.find_compiler", lambda device: "g++")
+    model, tokens = Model(), torch.ones(1, 2)
+    expected = torch.nn.functional.linear(tokens, model.part.weight, model.part.bias)
+    compile_regions(model)
+    assert torch.equal(model.part(tokens), expected)
+
+
 @pytest.mark.parametrize(
     ("compiled", "step", "phase", "seconds"),
     [
