@@ -26,9 +26,10 @@ test: .venv/installed  ## every test; SOAK=1 adds the long proofs
 	$(BIN)/python -m pytest $(TESTS) -m "cluster $(if $(SOAK),,and not soak)" || [ $$? = 5 ] || failed=1; \
 	exit $$failed
 
-check: .venv/installed  ## lint, types, import rules and the quick tests
+check: .venv/installed  ## lint, spelling, types, import rules and the quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell -D - -D docs/banned_words.txt
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(TESTS) -n 2 $(BY_FILE) -q -m "not cluster and not slow and not soak" || [ $$? = 5 ]

@@ -8,4 +8,4 @@ from benchmarks import bench_heads
 def test_ours_agrees_with_the_official_order():
     found = bench_heads._case(1, 64, 3, torch.device("cpu"), repeats=1)
     assert 0 <= found.error < 1e-3
-    assert bench_heads._criteria(1, 64, 3, torch.device("cpu"), repeats=1).error < 0.5  # other points, drawn anew
+    assert bench_heads._criteria(1, 64, 3, torch.device("cpu"), repeats=1).error < 0.5  # each side draws its own points

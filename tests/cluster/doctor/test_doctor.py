@@ -284,12 +284,12 @@ def test_a_check_that_raises_is_a_failed_finding():
 
 
 def test_findings_are_printed_as_a_table_and_set_the_exit_status():
-    findings = [Finding("a", "ok", "fine [really]"), Finding("b", "failed", "broken", "mend it", where="10.0.0.1")]
+    findings = [Finding("a", "ok", "fine [really]"), Finding("b", "failed", "broken", "repair it", where="10.0.0.1")]
     console = Console(width=80, record=True, file=StringIO())
     print_findings(findings, console)
     text = console.export_text()
     assert "fine [really]" in text
-    assert "-> mend it" in text
+    assert "-> repair it" in text
     assert "10.0.0.1" in text
     assert "1 ok, 1 failed" in text
     assert (exit_status(findings), exit_status(findings[:1])) == (1, 0)

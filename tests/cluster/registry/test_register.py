@@ -254,10 +254,10 @@ def test_failed_registration_unpins_the_checkpoint(folder, monkeypatch):
 
 
 def test_changed_code_registers_a_new_version(folder, monkeypatch, capfd):
-    assert register(folder, "--checkpoint", "4", "--name", "mended") == 0
+    assert register(folder, "--checkpoint", "4", "--name", "changed") == 0
     monkeypatch.setattr("m2f.cluster.registry.wheel._WHEEL", b"Wheel-Version: 1.0\nTag: py3-none-any\n")
-    assert register(folder, "--checkpoint", "4", "--name", "mended") == 0
-    assert "step 4 registered: mended, version 2" in capfd.readouterr().out
+    assert register(folder, "--checkpoint", "4", "--name", "changed") == 0
+    assert "step 4 registered: changed, version 2" in capfd.readouterr().out
 
 
 def test_registered_models_work_after_the_store_was_moved(folder, tmp_path):

@@ -108,7 +108,7 @@ def start(tmp_path):
         parent.wait()
 
 
-@pytest.mark.parametrize(("signal_handling", "status"), [("heeds", 0), ("ignorant", 128 + signal.SIGTERM)])
+@pytest.mark.parametrize(("signal_handling", "status"), [("handles", 0), ("ignores", 128 + signal.SIGTERM)])
 def test_sigterm_reaches_the_driver_and_prevents_a_restart(start, tmp_path, signal_handling, status):
     parent, child = start(signal_handling)
     os.kill(parent.pid, signal.SIGTERM)
@@ -119,7 +119,7 @@ def test_sigterm_reaches_the_driver_and_prevents_a_restart(start, tmp_path, sign
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
 def test_driver_ends_when_its_parent_is_killed(start):
-    parent, child = start("heeds")
+    parent, child = start("handles")
     parent.kill()
     child.wait(PATIENCE_S)
     assert not child.is_running()

@@ -246,7 +246,7 @@ def test_bad_samples_are_not_written_to_shards(reader, tmp_path):
     assert sorted(accepted.key) == sorted(set(reader.keys) - bad)
     for index in range(accepted.num_samples):
         accepted.read_sample(index, STORAGE)
-    # The source is mended: the committed data set must not change under those who read it.
+    # The source is corrected: the committed data set must not change under those who read it.
     assert write_dataset(reader, _config(tmp_path), STORAGE).fingerprint == accepted.fingerprint
     assert Manifest.load(str(tmp_path), STORAGE).read_sample(0, STORAGE).key == accepted.key[0]
 
