@@ -1,4 +1,4 @@
-"""A tiny COCO data set that tests break on purpose; not a test module."""
+"""A tiny COCO data set for tests that introduce faults; not a test module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rle_of(mask, compressed=True):
 
 
 class CocoSet:
-    """A tiny data set on disk that tests break on purpose before they read it."""
+    """Builder of a tiny COCO data set. Tests change its fields to introduce faults, then write and read it."""
 
     def __init__(self, root):
         self.root = root

@@ -14,7 +14,7 @@ def _ragged(lengths, values):
 
 
 def _columns(keys, lengths, ids):
-    """Keys and categories as a manifest decodes them; every category has one segment of 100 pixels."""
+    """Return manifest columns with keys and categories; every category has one segment of 100 pixels."""
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     values = {"category_ids": ids, "category_counts": np.ones_like(ids), "category_areas": np.full_like(ids, 100)}
     lists = {
@@ -26,7 +26,7 @@ def _columns(keys, lengths, ids):
 
 @pytest.fixture(scope="session")
 def make_manifest():
-    """Makes manifests without shards: class k of CLASSES appears in about every (k + 1)^2-th image."""
+    """Return a factory of manifests without shards. Class k occurs in an image with probability 1 / (k + 1)^2."""
 
     def make(count, seed=0, sample_bytes=150_000, shard_samples=1000):
         random = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""JSON and YAML that are meant to hurt: one error, before they have cost memory or time."""
+"""Hostile JSON and YAML is refused with one error, before it costs memory or time."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from m2f.model.errors import ConfigError
 
 
 def aliases(first: str, row: str, count: int, times: int = 9) -> str:
-    """Rows that each name the one before so many times."""
+    """Return `count` rows of YAML. Each row contains `times` aliases of the row before."""
     rows = [f"a0: &a0 {first}"]
     rows += [f"a{i}: &a{i} {row.format(', '.join([f'*a{i - 1}'] * times))}" for i in range(1, count)]
     return "\n".join(rows)
@@ -103,6 +103,6 @@ def test_damaged_results_and_queues_are_refused(tmp_path, text):
     (tmp_path / "queue.json").write_text(text)
     with pytest.raises(CompareError, match=r"a results.json is damaged"):
         parse_results(text)
-    if text != "{}":  # an empty queue
+    if text != "{}":  # {} is a valid, empty queue
         with pytest.raises(EvaluationError, match=r"is not a valid evaluation queue"):
             read_entries(Storage(), str(tmp_path / "queue.json"))

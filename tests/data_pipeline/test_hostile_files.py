@@ -1,4 +1,4 @@
-"""Annotation files that are meant to hurt: one clear error each."""
+"""Hostile annotation files are refused with one clear error."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""One rule decides what may become part of a path."""
+"""Which keys are safe to use in paths."""
 
 import pytest
 from hypothesis import given

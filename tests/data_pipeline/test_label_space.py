@@ -1,4 +1,4 @@
-"""How the classes of two tables go together."""
+"""Matching the classes of two tables."""
 
 from __future__ import annotations
 

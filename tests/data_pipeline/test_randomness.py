@@ -4,7 +4,7 @@ from m2f.data_pipeline.randomness import Stream, random_words, sample_rng
 
 
 def test_words_equal_the_published_test_vectors():
-    """Known answer of Philox4x64-10 for counter and key zero (Random123's test vectors), one counter step earlier."""
+    """Random123's test vector of Philox4x64-10 for counter and key 0. NumPy increments the counter before use."""
     rng = np.random.Philox(key=np.zeros(2, np.uint64), counter=np.full(4, 2**64 - 1, np.uint64))
     expected = [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
     assert [int(word) for word in rng.random_raw(4)] == expected

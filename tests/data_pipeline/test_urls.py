@@ -1,4 +1,4 @@
-"""URLs with room for a secret, in the forms that clients accept, and those that are harmless."""
+"""URLs that may contain secrets, in all forms that clients accept, and harmless URLs."""
 
 import pytest
 from hypothesis import given
@@ -39,10 +39,10 @@ SECRET = [
     ("https://me:top@hush@host/x", "https://host/x"),
     ("https://me:top?hush@host/x", "https://host/x"),
     ("https://me:top#hush@host/x", "https://host/x"),
-    ("https://me:80/tophush@host/x", "https://host/x"),  # port and path for a parser, user and password for a person
+    ("https://me:80/tophush@host/x", "https://host/x"),  # a parser sees port and path, a reader user and password
     ("https://me/tophush@host", "https://host"),
     ("https://tophush%40host/x", REMOVED),
-    ("https://tophush\uff20host/x", REMOVED),  # a full-width @, which some clients take for one
+    ("https://tophush\uff20host/x", REMOVED),  # a full-width @, which some clients accept as @
     ("https://me:tophush/x", REMOVED),
     ("https:\\\\me:tophush@host", REMOVED),
     ("https://host\\me:tophush@other", "https://other"),

@@ -1,6 +1,6 @@
 """Reads a data set and logs what it read: `reading_main.py FOLDER LOG STEPS WORKERS CACHE`; CACHE may be empty.
 
-Every finished step is one line, so that a killed reader goes on where the last whole line ends.
+Every finished step is one line of the log. A reader that was killed resumes after the last complete line.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ BATCH = 4
 
 
 def read_steps(folder, log, steps, workers, cache):
-    """Go on with the log of (position, key, pixels) where it ends."""
+    """Append (position, key, SHA-256 of the pixels) per step, resuming after the last complete line of the log."""
     path = Path(log)
     complete_lines = (
         [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []

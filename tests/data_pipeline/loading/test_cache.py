@@ -90,7 +90,7 @@ def test_a_truncated_file_is_a_cache_miss(tmp_path):
 
 def test_cache_stays_below_its_limit_and_evicts_the_latest_needed_chunks(tmp_path):
     names = [f"n{i}" for i in range(40)]
-    cache = make_cache(tmp_path, 10_000, lambda: names[::-1])  # the last ones written are wanted soonest
+    cache = make_cache(tmp_path, 10_000, lambda: names[::-1])  # the last ones written are needed first
     for name in names:
         cache.read(name, 1000, lambda name=name: content(name))
         assert sum(cached_sizes(tmp_path).values()) <= 10_000

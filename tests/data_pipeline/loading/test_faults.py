@@ -1,4 +1,4 @@
-"""Every fault between the shards and the loader: each sample comes exactly once, or the run stops with the reason."""
+"""Faults between shards and loader: every sample is delivered exactly once, or an error states the cause."""
 
 import hashlib
 import itertools
@@ -42,7 +42,7 @@ IMAGES = 24
 
 
 class FaultyS3(socketserver.ThreadingTCPServer):
-    """S3 server for the files of a folder, with ETags and conditions. `fault(number, attempt)` breaks requests."""
+    """S3 server of a folder with ETags and If-Match. `fault(number, attempt)` names the fault of a ranged GET."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -60,7 +60,7 @@ class FaultyS3(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def handle_error(self, request, client_address):
-        """Clients that hang up are what these tests are about."""
+        """Print no traceback: these tests expect clients to disconnect."""
 
     @property
     def storage(self):
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_body(body, fault)
 
     def flip(self, body, name, first):
-        """One bit changed, unless one of these bytes was flipped before: a flip that passes is gone on the re-read."""
+        """Return `body` with one bit flipped. Ranges with an earlier flip stay unchanged, so a retry succeeds."""
         flipped, index = self.server.flipped, len(body) // 3
         if any((name, first + offset) in flipped for offset in range(len(body))):
             return body
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             if fault == "reset":
-                self.connection.setsockopt(1, 13, struct.pack("ii", 1, 0))  # SO_LINGER 0: close sends a reset
+                self.connection.setsockopt(1, 13, struct.pack("ii", 1, 0))  # SO_LINGER 0: close() sends a reset
             self.close_connection = True
             return
         self.wfile.write(body)
@@ -147,7 +147,7 @@ def _fast_retries(monkeypatch):
 
 @pytest.fixture(scope="module")
 def dataset_folder(tmp_path_factory):
-    """The folder of a data set."""
+    """Return the folder of an intact data set."""
     folder = tmp_path_factory.mktemp("written")
     source = SyntheticSource(num_images=IMAGES, seed=8)
     config = DatasetConfig(shards=str(folder), source=source, shard_mb=0.15)
@@ -157,7 +157,7 @@ def dataset_folder(tmp_path_factory):
 
 @pytest.fixture
 def s3_server(dataset_folder, tmp_path):
-    """A server with a copy of the data set."""
+    """Return a server of a copy of the data set, which tests may damage."""
     shutil.copytree(dataset_folder, tmp_path / "objects" / "set")
     with FaultyS3(tmp_path / "objects") as server:
         yield server
@@ -166,7 +166,7 @@ def s3_server(dataset_folder, tmp_path):
 
 URL = "s3://bucket/set"
 MAX_FAULTS_PER_REQUEST = 3
-"""A fault that passes spoils a request this often at most: fewer times than the storage retries."""
+"""Upper limit of transient faults per request. The storage retries more often than this."""
 SETTINGS = DataConfig(
     train=(MixtureItem(dataset="set"),),
     augment=LargeScaleJitter(size=32),
@@ -178,7 +178,7 @@ SETTINGS = DataConfig(
 
 
 def load_samples(storage, url=URL, data=SETTINGS, steps=2 * IMAGES // 6, rank=0, world=1, start_step=0):
-    """What a rank gets: position -> (key, pixels), and the substitutions."""
+    """Return the samples of one rank as {position: (key, pixels)}, and the substitutions."""
     manifest = Manifest.load(url, storage)
     order = build_order([manifest], 1, data)
     spec = LoaderSpec(global_batch=6, micro_batch=3, rank=rank, world=world, start_step=start_step, seed=1)
@@ -199,7 +199,7 @@ def load_samples(storage, url=URL, data=SETTINGS, steps=2 * IMAGES // 6, rank=0,
 
 @pytest.fixture(scope="module")
 def reference(dataset_folder):
-    """Without faults and without a server."""
+    """Return the samples of two epochs, read from local files without faults."""
     samples, _ = load_samples(Storage(), str(dataset_folder))
     assert len(samples) == 2 * IMAGES
     for epoch in range(2):
@@ -255,7 +255,7 @@ def test_permanent_faults_raise_error_with_the_reason(s3_server, fault, message)
 
 
 def test_close_stops_reads_that_wait_for_the_store(s3_server):
-    """Threads that waited on would keep the process for storage.patience_s."""
+    """Threads that kept waiting would keep the process alive for storage.patience_s."""
     manifest = Manifest.load(URL, s3_server.storage)
     groups = iter([(SampleRef(0, 0, 0),)])
     limits = FetchLimits(groups_ahead=0, horizon=1)
@@ -286,7 +286,7 @@ def test_missing_object_raises_error_with_its_url(s3_server):
 
 
 def test_object_replaced_while_being_read_raises_error(s3_server, monkeypatch):
-    """Between its HEAD and its first ranged GET; one thread, so that no other shard is opened meanwhile."""
+    """The shards are replaced between HEAD and the first ranged GET. One thread ensures that no other shard is open."""
 
     def replace_shards(number, attempt):
         if number == 0:
@@ -309,7 +309,7 @@ def test_permanently_damaged_sample_raises_error_naming_it(s3_server):
 
 
 def damage_sample(s3_server):
-    """Damage the sample of position 7 in its shard; returns its key."""
+    """Damage the sample at position 7 in its shard, and return its key."""
     manifest = Manifest.load(str(s3_server.folder / "set"), Storage())
     index = build_order([manifest], 1, SETTINGS).at(7).index
     path = Path(manifest.shard_url(int(manifest.shard[index])))

@@ -1,4 +1,4 @@
-"""Sharding and reading are killed with SIGKILL at random moments: the same bytes and the same samples come out."""
+"""Sharding and reading that are killed with SIGKILL at random times produce the same bytes and samples."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def start_script(script, *arguments):
 
 
 def kill_and_finish(start, progress, total, kills, seed):
-    """Start again and again: killed a moment after a random amount of new work, the last time left alone."""
+    """Kill the process `kills` times, each time shortly after a random amount of new work; then let it finish."""
     rng = random.Random(seed)
     for kill in range(kills):
         process = start()

@@ -32,7 +32,7 @@ TABLE = CategoryTable((Category(1, "ground", False, (0, 90, 0)), Category(4, "bo
 
 
 class BoxReader:
-    """Small noise images, each with a box on the ground; every fifth shows nothing that is annotated."""
+    """Reader of small noise images, each annotated with a box on the ground. Every fifth has no annotation."""
 
     def __init__(self, count, prefix="box", categories=TABLE):
         self.categories = categories
@@ -121,7 +121,7 @@ def spec(rank=0, world=1, start_step=0, global_batch=6, micro_batch=2, pin=False
 
 
 def load_steps(manifests, data, steps, storage=None, **changes):
-    """Steps of one rank, with the loader closed afterwards."""
+    """Return `steps` steps of one rank, and close the loader."""
     manifests = list(manifests)
     data = replace(data, train=data.train[:1] * len(manifests)) if len(data.train) == 1 else data
     order = build_order(manifests, 3, data)
@@ -133,7 +133,7 @@ def load_steps(manifests, data, steps, storage=None, **changes):
 
 
 def pixels_by_position(steps):
-    """Everything that a sample brings into training, keyed by its position."""
+    """Return {position: (key, pixels, id maps, labels, size)}. Fillers are checked to have weight 0."""
     samples = {}
     for step in steps:
         for batch in step.micro_batches:
@@ -154,7 +154,7 @@ def pixels_by_position(steps):
 
 
 def test_pixels_depend_only_on_the_position(boxes):
-    """Whatever the world, the micro-batch, the worker count and the start: equal pixels at equal positions."""
+    """World size, micro-batch, worker count and start step do not change the pixels at a position."""
     data = data_config()
     reference = pixels_by_position(load_steps([boxes], data, 8))
     assert sorted(reference) == list(range(48))
@@ -171,7 +171,7 @@ def test_pixels_depend_only_on_the_position(boxes):
 
 @pytest.mark.parametrize(("workers", "thread"), [(0, "prepare"), (1, "_pin_memory_loop")])
 def test_loader_thread_pins_batches(boxes, monkeypatch, workers, thread):
-    """With an accelerator that says it is there, and pinned memory that is none."""
+    """The accelerator is faked, and pin_memory clones the tensor."""
     pinned_by = []
 
     def pin(tensor):
@@ -187,12 +187,12 @@ def test_loader_thread_pins_batches(boxes, monkeypatch, workers, thread):
     unpinned = pixels_by_position(load_steps([boxes], data, 2))
     assert not pinned_by
     assert pixels_by_position(load_steps([boxes], data, 2, pin=True)) == unpinned
-    assert len(pinned_by) >= 2 * 3 * 10  # ten tensors of every micro-batch
+    assert len(pinned_by) >= 2 * 3 * 10  # a micro-batch has ten tensors
     assert all(thread in name for name in pinned_by)
 
 
 def test_pinning_loader_yields_raw_batches_as_tuples(monkeypatch):
-    """Older versions of torch turn what is no batch into a list when they pin it."""
+    """Older versions of torch convert tuples to lists when they pin a result."""
 
     class Loader(list):
         def __init__(self, dataset, **options):
@@ -205,7 +205,7 @@ def test_pinning_loader_yields_raw_batches_as_tuples(monkeypatch):
 
 
 def test_changing_the_world_size_neither_skips_nor_repeats_samples(boxes, tmp_path):
-    """Three epochs of a mixture in six attempts, each with other ranks, some with fillers: as in one go."""
+    """Six attempts with different world sizes, some with fillers, read the same 2.5 epochs as a single run."""
     second = write_boxes(tmp_path / "more", count=15, prefix="more")
     manifests, data, batch = [boxes, second], weighted(4.0, 1.0), 12
     reference = pixels_by_position(load_steps(manifests, data, 16, global_batch=batch, micro_batch=6))
@@ -275,7 +275,7 @@ def test_fingerprint_changes_with_every_setting_that_moves_samples(boxes):
 
 
 def test_data_sets_of_a_mixture_keep_their_own_ids(boxes, tmp_path):
-    """The second set has the same classes with other ids and in another order; its labels are those of the first."""
+    """The second set has the same classes with other ids and in another order. It gets the labels of the first."""
     swapped = CategoryTable((Category(7, "box", True, (0, 0, 9)), Category(2, "ground", False, (9, 0, 0))))
     other = write_boxes(tmp_path / "other", count=20, prefix="more", categories=swapped)
     assert mixture_labels([boxes, other], "panoptic") == [{1: 0, 4: 1}, {7: 1, 2: 0}]
@@ -320,7 +320,7 @@ def test_flipped_byte_raises_error_naming_the_sample(tmp_path, workers):
 
 
 class FlakyStorage(Storage):
-    """Returns damaged bytes for the first reads."""
+    """Storage that returns damaged bytes for the first `faults` reads."""
 
     def __init__(self, faults):
         super().__init__(StorageConfig())

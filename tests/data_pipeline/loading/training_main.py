@@ -1,4 +1,4 @@
-"""Reads with two loader processes, prints their ids and stays: `training_main.py`."""
+"""Reads with two loader processes, prints their process ids and sleeps: `training_main.py`."""
 
 import sys
 import time

@@ -25,7 +25,7 @@ from m2f.data_pipeline.order.selection import SamplingRates, uniform_rates
 
 
 def layout(count, shard_size=100, length=10):
-    """Columns of a data set with `count` samples of varying length in shards of `shard_size` samples."""
+    """Return (shard, offset, length) of `count` samples of varying length, in shards of `shard_size` samples."""
     lengths = length + np.arange(count) % 7
     shard = np.arange(count) // shard_size
     end = np.cumsum(lengths)
@@ -73,7 +73,7 @@ def test_only_kept_samples_appear(data, count):
     seed=st.integers(0, 100),
 )
 def test_chunks_contain_every_sample_once_and_are_short(count, chunk, seed):
-    shuffle = np.random.default_rng(seed).permutation(count)  # rows of a manifest need not be in storage order
+    shuffle = np.random.default_rng(seed).permutation(count)  # the rows of a manifest may be in any order
     shard, offset, _ = (column[shuffle] for column in layout(count))
     chunks = group_chunks(shard, offset, chunk)
     assert sorted(chunks.samples.tolist()) == list(range(count))
@@ -138,7 +138,7 @@ def test_mixture_reads_every_child_in_order_and_by_its_share(weights, positions)
 
 
 def mixed(counts, weights, *, lanes, window, chunk, repeats=()):
-    """A mixture of data sets of these sizes; those in `repeats` visit samples up to three times."""
+    """Return a mixture of data sets of these sizes. Those in `repeats` use a sample up to three times per epoch."""
     children = []
     for k, count in enumerate(counts):
         order = shard_order(count, chunk=chunk, lanes=lanes, window=window, seed=5, dataset=k)
@@ -166,7 +166,7 @@ def mixed(counts, weights, *, lanes, window, chunk, repeats=()):
 def test_changing_world_sizes_neither_skip_nor_repeat_samples_of_a_mixture(
     sets, lanes, window, chunk, worlds, global_batch, repeated
 ):
-    """Dealt to any ranks, the samples are those of the data sets' own orders, one after the other from the first on."""
+    """For any ranks, the samples sorted by position are the start of each data set's own order, without gaps."""
     counts, weights = zip(*sets, strict=True)
     mixture = mixed(counts, weights, lanes=lanes, window=window, chunk=chunk, repeats=(0,) if repeated else ())
     refs_by_position, step = {}, 0
@@ -225,7 +225,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_neighbouring_samples_mix_shards_as_well_as_chance():
-    """Samples of one shard must not come close together more often than by chance (20 shards, batches of 16)."""
+    """Batches of 16 mix the 20 shards nearly as well as random batches."""
     order = shard_order(2000, chunk=150, lanes=16, window=32)
     indices = np.array([order.at(p).index for p in range(2000)])
     distinct = [len(set(batch // 100)) for batch in indices.reshape(-1, 16)]
@@ -244,7 +244,7 @@ def test_ranks_that_divide_the_lanes_read_nearly_every_chunk_once(world):
 
 
 def test_order_equals_its_golden_file():
-    """The files were written when this version was made. A difference means: raise ORDER_VERSION and write new ones."""
+    """If the order changes on purpose, raise ORDER_VERSION and write new golden files."""
     order = shard_order(1000, chunk=200, lanes=6, window=16, seed=1234)
     indices = np.array([order.at(p).index for p in range(3000)], dtype="<i8")
     found = {"first": indices[:24].tolist(), "sha256": hashlib.sha256(indices.tobytes()).hexdigest()}

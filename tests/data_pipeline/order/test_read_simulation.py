@@ -77,12 +77,12 @@ def test_simulated_peak_memory_equals_a_brute_force_count(dataset):
                 if position % 2 == rank and first[rank, int(chunks.chunk_of[index])] <= now <= position
             )
             peak = max(peak, num_bytes)
-    wide_window = replace(CONFIG, window=64)  # nothing is read twice
+    wide_window = replace(CONFIG, window=64)  # no chunk is read twice
     assert simulate_reads([dataset], order, wide_window, 7, ranks(2)).fetched_peak == peak
 
 
 def test_default_lanes_read_coco_once_if_ranks_divide_them(make_manifest):
-    """Measured: 0.35 s each. 64 ranks do not divide 48 lanes, and read nearly every chunk four times."""
+    """Each simulation took 0.35 s. 64 ranks do not divide 48 lanes, and read nearly every chunk four times."""
     manifest, costs = make_manifest(118_287), {}
     default = DataConfig(train=CONFIG.train)
     for data, world in ((default, 24), (default, 64), (replace(default, lanes=48), 64)):

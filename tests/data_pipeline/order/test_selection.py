@@ -174,7 +174,7 @@ def test_uniform_rates_use_every_kept_sample_once():
 
 
 def test_queries_of_a_coco_sized_manifest_take_little_cpu_time(make_manifest):
-    """Measured: 0.03 s of CPU time for the table, 0.25 s for the costliest selection."""
+    """Measured CPU time: 0.03 s for the table, 0.25 s for the slowest selection."""
     manifest = make_manifest(118_287)
     start = time.process_time()
     rows = class_table(manifest)
