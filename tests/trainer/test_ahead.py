@@ -1,4 +1,4 @@
-"""A host that reads a step's scalars after it queued the next one, as with GPUs: here on a CPU, of two ranks."""
+"""Tests that the host may read a step's scalars after queuing the next step, as on GPUs; run on two CPU ranks."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_reading_outcomes_later_does_not_change_the_results_of_a_run(runs, stage
     assert {event[0] for event in run["events"]} == {"skipped", "spike", "finished"}
     assert (list(run["losses"]), run["checkpoints"]) == (["4", "8"], [6, 9])
     assert len(run["trace"]) == 10
-    assert seen["ahead stopped"]["checkpoints"] == [3]  # four updates, of which one was skipped
+    assert seen["ahead stopped"]["checkpoints"] == [3]  # four updates, one of them skipped
 
 
 def test_step_outcome_is_read_while_the_next_step_is_queued(runs):

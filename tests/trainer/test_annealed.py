@@ -1,4 +1,4 @@
-"""EoMT in two ranks: masks that vanish at random do so alike after a stop, in every ZeRO stage and with other ranks."""
+"""EoMT with mask annealing: random draws do not depend on restarts, the ZeRO stage or the number of ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(runs, stage):
     assert resumed == seen["whole"]["losses"]
     whole, parts = weights(runs, f"whole{stage}", 5), weights(runs, f"parts{stage}", 5)
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
-    # Of the fifth step, whose masks began to vanish at steps 0 and 1.
+    # Mask probabilities of the fifth step (index 4): the blocks anneal over steps 0 to 5 and 1 to 7.
     probabilities = torch.tensor([(1 - 4 / 5) ** 0.9, (1 - 3 / 6) ** 0.9])
     torch.testing.assert_close(whole["transformer_decoder.attn_mask_probs"], probabilities)
 

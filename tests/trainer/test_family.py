@@ -1,4 +1,7 @@
-"""Every pixel decoder, transformer decoder and loss and some backbones under ZeRO-3. One of two ranks has no object."""
+"""Every pixel decoder, transformer decoder and loss, and some backbones, under ZeRO-3 on two ranks.
+
+The images of one rank contain no objects.
+"""
 
 import pytest
 

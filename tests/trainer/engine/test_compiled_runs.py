@@ -1,4 +1,4 @@
-"""Whole runs of two ranks whose model is compiled: the same losses, one graph per region, the same checkpoints."""
+"""Complete runs with a compiled model: losses and checkpoint names of an uncompiled run, and one graph per region."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_compiled_run_has_the_losses_of_an_uncompiled_run(runs):
     assert list(eager) == list(compiled)
     assert compiled != eager
     for step, loss in compiled.items():
-        assert loss == pytest.approx(eager[step], rel=1e-4 if int(step) <= 10 else 1e-2), step  # rounding grows
+        assert loss == pytest.approx(eager[step], rel=1e-4 if int(step) <= 10 else 1e-2), step  # rounding accumulates
 
 
 def test_every_region_is_one_graph_however_many_targets_there_are(runs):
@@ -77,7 +77,7 @@ def test_region_that_inductor_cannot_compile_runs_uncompiled(monkeypatch):
         raise RuntimeError("no kernel for this graph")
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
-    monkeypatch.setattr("torch._dynamo.config.suppress_errors", False)  # `compile_regions` sets it
+    monkeypatch.setattr("torch._dynamo.config.suppress_errors", False)  # undoes what `compile_regions` sets
     monkeypatch.setattr("m2f.trainer.engine.compile.find_compiler", lambda device: "g++")
     model, tokens = Model(), torch.ones(1, 2)
     expected = torch.nn.functional.linear(tokens, model.part.weight, model.part.bias)

@@ -16,7 +16,7 @@ def batches():
 
 @pytest.fixture
 def operations(monkeypatch):
-    """Operations that a simulated GPU receives, in order."""
+    """Return the list to which a simulated GPU appends its operations in order."""
     operations = []
 
     class Stream:
@@ -57,7 +57,7 @@ def operations(monkeypatch):
 def test_micro_batch_is_copied_while_the_previous_one_is_computed(batches, operations):
     arriving = DeviceCopies(torch.device("cuda")).start(batches)
     assert operations == ["copy 1 on copies", "event 1 on copies"]
-    kept = ["kept for work"] * 10  # the tensors of a batch
+    kept = ["kept for work"] * 10  # one per tensor of a batch
     for number in (1, 2, 3):
         operations.clear()
         assert next(arriving) is batches[number - 1]

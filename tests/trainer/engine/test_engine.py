@@ -1,4 +1,4 @@
-"""DeepSpeed in every stage against plain torch on the same four images, on two ranks."""
+"""DeepSpeed in every ZeRO stage on two ranks against plain torch on the same images, four per step."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ FULL_PRECISION = [case for case in CASES if "16" not in case]
 
 @dataclass(frozen=True)
 class Steps:
-    """What ranks saw in three steps of a case; a case that failed fails the tests that look at it."""
+    """Results of three steps by case. Reading a case that failed raises AssertionError, so only its tests fail."""
 
     launcher: Launcher
     scenario: str
@@ -56,14 +56,14 @@ def test_every_stage_and_grouping_equals_plain_torch(steps, plain, case):
     assert steps[case]["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     assert steps[case]["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-6)
     assert steps[case]["norms"] == pytest.approx(plain["norms"], rel=1e-4)
-    assert steps[case]["weight_error"] < 0.02  # as a share of what training changed
+    assert steps[case]["weight_error"] < 0.02  # relative to the total change by training
     assert steps[case]["average_error"] < 0.02
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["stage0", "stage0_accumulated"])
 def test_gradients_equal_those_of_the_whole_batch(steps, case):
-    assert steps[case]["gradient_error"] < 1e-5  # of the norm: rounding
+    assert steps[case]["gradient_error"] < 1e-5  # relative to the gradient norm; only rounding remains
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_bf16_autocast_is_close(steps, plain, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if "fp16" in case])
 def test_fp16_autocast_gradients_are_close_to_fp32(steps, plain, case):
-    """The scale of the loss, 65536, is in no gradient that an engine sees."""
+    """The engine sees unscaled gradients: their norm is that of fp32 although the loss is scaled."""
     seen = steps[case]
     assert seen["applied"] == [True] * 3
     assert seen["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-3)
@@ -130,17 +130,17 @@ def test_a_step_with_a_bad_gradient_is_not_applied(one_rank):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HOST_SYNC_CASES)
 def test_update_does_not_wait_for_the_device(one_rank, case):
-    """Counted on a CPU. An offloaded update has its norms on the host already; its backward pass asks nothing, too."""
+    """Count synchronisations on a CPU. With offload, the norms are already on the host, so reading them is free."""
     seen = one_rank.launcher.result(f"engine_waits:{case}")
     assert seen["synchronized"] == 0
-    assert max(seen["backward"]) <= 3  # of deformable attention's form for CPUs
+    assert max(seen["backward"]) <= 3  # caused by the CPU form of deformable attention
     assert max(seen["update"]) == 0 or case == "offload"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["stage1", "stage2", "bf16"])
 def test_update_makes_few_calls_from_the_host(one_rank, case):
-    """Two for every parameter, which copy its gradient, and some for every group; there were ten."""
+    """Expected: two calls per parameter, to copy its gradient, and a few per group. An earlier version made ten."""
     seen = one_rank.launcher.result(f"engine_waits:{case}")
     assert max(seen["calls"]) < 2.5 * seen["parameters"]
 
@@ -170,7 +170,7 @@ def test_deepspeed_clips_gradients_except_in_stage_0():
 def test_deepspeed_config_states_16_bits_and_offload():
     training = TrainingConfig(max_steps=1, precision="fp16", zero=ZeroConfig(stage=2, offload_optimizer=True))
     settings = deepspeed_config(training, 1)
-    assert settings["fp16"] == {"enabled": True}  # the scale of the loss adapts itself
+    assert settings["fp16"] == {"enabled": True}  # dynamic loss scaling
     assert settings["gradient_clipping"] == 0.01
     assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
 

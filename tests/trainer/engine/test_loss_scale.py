@@ -1,4 +1,4 @@
-"""fp16 with a scaled loss, and a pixel decoder in fp32, in one process without DeepSpeed."""
+"""Loss scaling for fp16, and an fp32 pixel decoder, in one process without DeepSpeed."""
 
 import math
 from dataclasses import replace
@@ -43,16 +43,19 @@ def test_gradients_are_unscaled_but_overflow_when_scaled():
         total.backward()
         return total.detach(), weight.grad
 
-    assert not gradient(1.0)[1].isfinite().any()  # 65536 is beyond float16
+    assert not gradient(1.0)[1].isfinite().any()  # 65536 exceeds the largest float16
     scale.update(applied=False)
     assert gradient(1.0)[1].tolist() == [1.0, 1.0]
-    total, small = gradient(2.0**-24)  # float16's smallest number
+    total, small = gradient(2.0**-24)  # smallest positive float16
     assert total == 2.0**-24
     assert small.tolist() == [2.0**-24] * 2
 
 
 def gradients(precision, **options):
-    """Of all weights, those of pilots among them, which are no part of the model."""
+    """Return the gradients by parameter name, and the pixel decoder's dtypes and autocast state.
+
+    Parameters include those of pilots, which belong to the training module and not to the model.
+    """
     torch.manual_seed(0)
     model = build_model(PILOTED, pretrained_backbone=False)
     module = TrainingModule(model, PILOTED, 3, precision, **options)
@@ -68,7 +71,7 @@ def gradients(precision, **options):
     batch = make_images(MODEL, range(4))
     normalizers = count_normalizers(batch.targets, MODEL.transformer_decoder.num_queries, MODEL.loss)
     finite = False
-    while not finite:  # the first scale is too large, which steps that are not applied find out
+    while not finite:  # the initial scale overflows; each failed step halves it
         module.zero_grad()
         module(batch, normalizers).total.backward()
         finite = all(bool(p.grad.isfinite().all()) for p in module.parameters() if p.grad is not None)

@@ -1,4 +1,4 @@
-"""Images keep their channels-last memory through the whole backbone, whatever ZeRO does to the weights."""
+"""Feature maps stay channels-last through the whole backbone, even if ZeRO changes the memory format of the weights."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ MODEL = ModelConfig(
 
 
 def flatten_as_zero_does(module):
-    """The weights become views of one flat tensor, in logical order: memory formats are lost, values are not."""
+    """Replace the weights by views of one flat tensor in logical order. Values are kept, memory formats are lost."""
     parameters = list(module.parameters())
     flat = torch._C._nn.flatten_dense_tensors([p.detach() for p in parameters])
     views = torch._C._nn.unflatten_dense_tensors(flat, [p.detach() for p in parameters])
@@ -37,7 +37,10 @@ def flatten_as_zero_does(module):
 
 @pytest.mark.parametrize("size", [64, 80], ids=["whole", "padded"])
 def test_images_and_backbone_maps_are_channels_last(size):
-    """ZeRO leaves weights contiguous; images alone decide. What a GPU would get is read off a device without values."""
+    """ZeRO makes the weights contiguous, so only the images determine the memory format.
+
+    Images for an accelerator are checked on the meta device.
+    """
     data = DataConfig(train=(MixtureItem(dataset="train"),), augment=LargeScaleJitter(size=size))
     job = TrainJob(run_folder="", model=MODEL, data=data, shards=("",), training=TrainingConfig(max_steps=1))
     batch = worst_batch(job, 2, targets=3)

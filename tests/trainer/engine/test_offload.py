@@ -31,6 +31,6 @@ def test_non_finite_gradients_are_reported_once_after_the_backward_pass(bad):
     assert not optimizer.local_overflow
     scalars.transfer_to_host()
     assert optimizer.local_overflow == (bad is not None)
-    optimizer.local_overflow = False  # as DeepSpeed does after a step
+    optimizer.local_overflow = False  # DeepSpeed resets it after each step
     scalars.transfer_to_host()
     assert not optimizer.local_overflow

@@ -28,7 +28,8 @@ def test_every_parameter_has_the_official_settings(goldens, golden, backbone):
     entries = json.loads((goldens / f"state_dict_{golden}.json").read_text())["entries"]
     rows = {entry["key"]: entry["shape"][0] for entry in entries if entry["shape"]}
     choices = sorted({(lr, decay) for _, lr, decay in official["groups"]})
-    # Each official tensor becomes a column that holds its group, so that joined and split projections carry theirs.
+    # Each official tensor is replaced by a vector filled with its group's index, so that renaming, which joins and
+    # splits projections, preserves the group.
     encoded = {name: torch.full((rows[name],), choices.index((lr, wd))) for name, lr, wd in official["groups"]}
     expected = to_own_names(encoded, "official")
 
@@ -76,10 +77,10 @@ def rates(backbone):
 def test_learning_rates_decay_per_block_of_a_swin():
     found = rates(SwinBackboneConfig(embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 1, 1, 1)))
     expected = {
-        "patch_embed.proj.weight": 5e-7,  # below five blocks
+        "patch_embed.proj.weight": 5e-7,  # five blocks above it
         "layers.0.blocks.0.mlp.fc1.weight": 5e-6,
         "layers.0.downsample.reduction.weight": 5e-6,
-        "norm0.weight": 5e-2,  # the norm of an output is next to the head
+        "norm0.weight": 5e-2,  # output norms are adjacent to the head
         "layers.1.blocks.0.mlp.fc1.weight": 5e-5,
         "layers.1.blocks.1.mlp.fc1.weight": 5e-4,
         "layers.3.blocks.0.mlp.fc1.weight": 5e-2,

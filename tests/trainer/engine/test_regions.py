@@ -1,4 +1,4 @@
-"""Compiled regions: as many graphs as regions, however many targets the images have."""
+"""Compiled regions: one graph per region, for any number of targets."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ JOB = TrainJob(run_folder="run", model=MODEL, data=DATA, shards=("none",), train
 
 
 def step(module, targets):
-    """Loss and gradients of two images with so many targets each."""
+    """Return the loss and gradients of two images with `targets` targets each."""
     job = replace(JOB, data=replace(DATA, augment=replace(DATA.augment, size=64)))
     batch = worst_batch(job, 2, targets)
     module.zero_grad()
@@ -54,24 +54,24 @@ def step(module, targets):
     return loss.detach(), [parameter.grad for parameter in module.parameters()]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at inputs of its graphs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch inspects graph inputs
 @pytest.mark.parametrize("pilots", [PilotConfig(), PilotConfig(max_targets=100, mask_noise=0.2)], ids=["", "pilots"])
 def test_every_region_is_one_graph_for_any_number_of_targets(pilots):
-    """With pilots the decoder has one more where their padded number grows: here 8, then 16."""
+    """With pilots, the decoder has one graph per padded number of pilots: here 8 and 16."""
     torch.manual_seed(0)
     torch.compiler.reset()
     model = replace(MODEL, pilots=pilots)
     module = TrainingModule(build_model(model, pretrained_backbone=False), model, 0, "fp32")
     names = list(module.state_dict())
-    with torch.no_grad():  # away from whole pixels, where bilinear sampling has a kink and forms may differ
+    with torch.no_grad():  # away from pixel centres, where the gradient of bilinear sampling is discontinuous
         module.get_parameter("model.pixel_decoder.layers.0.attention.sampling_offsets.bias").add_(0.3)
     eager = [step(module, targets) for targets in (2, 5, 12)]
-    graphs = CompileCounter()  # runs what was captured as it is
+    graphs = CompileCounter()  # runs the captured graphs unchanged
     compile_regions(module.model, graphs)
     for (loss, gradients), targets in zip(eager, (2, 5, 12), strict=True):
         compiled_loss, compiled_gradients = step(module, targets)
         assert graphs.frame_count == len(Segmenter.regions) + (pilots.max_targets > 0 and targets > 8)
-        # Deformable attention is sampled by grid_sample inside a graph.
+        # Inside a graph, deformable attention uses grid_sample instead of the eager CPU form.
         torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=0)
         for compiled, expected in zip(compiled_gradients, gradients, strict=True):
             torch.testing.assert_close(compiled, expected, rtol=1e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Resuming executes nothing that a run folder holds, and what DeepSpeed writes is loaded to the bit."""
+"""Resuming executes no code from a run folder, and DeepSpeed's files are restored bit-identically."""
 
 import pickle
 from pathlib import Path
@@ -18,7 +18,7 @@ QUICK_CASES = (
     "fp16:3:device",
     "fp32:1:offload",
 )
-"""Precision, stage and place of the optimizer state; the rest is a long proof."""
+"""Precision, ZeRO stage and location of the optimizer state. The remaining combinations run as a soak test."""
 CASES = tuple(
     f"{precision}:{stage}:{place}"
     for precision in ("fp32", "bf16_autocast", "fp16_autocast", "bf16", "fp16")
@@ -37,7 +37,7 @@ CLASSES = {"DynamicLossScaler", "LossScaler", "ZeroStageEnum", "fragment_address
 def check_restored(seen):
     assert seen["equal"]
     assert all(seen["equal"])
-    assert set(seen["loads"]) == {"True"}  # of `weights_only`
+    assert set(seen["loads"]) == {"True"}  # values of `weights_only`
     assert {name.rpartition(".")[2] for name in seen["globals"]} <= CLASSES
 
 

@@ -1,4 +1,4 @@
-"""Learning rates of EoMT against those of the authors' optimizer: of every parameter, and over the steps."""
+"""EoMT learning rates, per parameter and per step, against those of the authors' optimizer."""
 
 from __future__ import annotations
 

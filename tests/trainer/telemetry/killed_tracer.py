@@ -1,4 +1,4 @@
-"""Writes a trace and is killed: `killed_tracer.py RUN_FOLDER LINES`."""
+"""Writes a trace, then kills itself with SIGKILL: `killed_tracer.py RUN_FOLDER LINES`."""
 
 import os
 import signal

@@ -12,7 +12,7 @@ REMOTE = SimpleNamespace(run_folder="s3://bucket/run", shards=("s3://bucket/trai
 
 
 class FakeStorage:
-    """Store that does not answer while `is_down` is set."""
+    """Storage whose requests raise `error` while `is_down` is set."""
 
     is_down = False
     error = OutageError
@@ -29,7 +29,7 @@ class FakeStorage:
 
 @dataclass
 class FakeRanks:
-    """A rank whose counters are those of its peers, too."""
+    """One rank, with counters shared by all ranks."""
 
     rank: int
     counters: Counter
@@ -56,7 +56,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def pair():
-    """A rank whose storage goes down, one that waits for it, the storage and the events."""
+    """Storage waits of a rank whose storage goes down and of a rank waiting for it, then the storage and the events."""
     store, events, counters = FakeStorage(), EventLog(), Counter()
     waits = [StorageWaits(REMOTE, store, FakeRanks(rank, counters), events) for rank in (0, 1)]
     return (*waits, store, events)
@@ -73,7 +73,7 @@ def test_storage_outage_is_not_a_stall_and_is_reported_once_a_minute(pair, clock
 
 
 def test_rank_has_time_to_retry_after_the_storage_recovers(pair, clock):
-    """An outage that is longer than `stall_timeout_s` ends: the rank may sleep before its next attempt."""
+    """The rank may still sleep before its next retry when an outage longer than `stall_timeout_s` ends."""
     disconnected, _, store, _ = pair
     store.is_down = True
     assert disconnected.is_storage_wait(False, 320.0)

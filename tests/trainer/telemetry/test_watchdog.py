@@ -47,7 +47,7 @@ def test_the_clock_adds_up_phases_and_counts_them():
 
 
 class FakeEvent:
-    """A point in the work of a device that has done what `done` says, 10 ms a point."""
+    """Device event. The device has completed the first `done` events, which are 10 ms apart."""
 
     made, done = 0, 0
 
