@@ -1,4 +1,4 @@
-"""Flags and numbers of annotation files: every reader takes 0, 1, true and false, and names what it refuses."""
+"""Flags and numbers in annotation files: readers accept 0, 1, true and false, and name the value they refuse."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""TIFF, BMP, WebP and 16-bit images in shards and predictions, and copies of tools that are no images."""
+"""TIFF, BMP, WebP and 16-bit images in shards and predictions, and hidden copies made by tools."""
 
 import io
 

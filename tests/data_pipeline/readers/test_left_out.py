@@ -1,4 +1,4 @@
-"""What `--skip-bad` leaves out: the annotation, not its image and not the file."""
+"""`--skip-bad` leaves out a bad annotation, but not its image or the whole file."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ def coco(tmp_path):
 
 
 def _refusal(coco, source):
-    """The message without --skip-bad, which must offer it."""
+    """Return the error message without --skip-bad, which must suggest this option."""
     coco.write()
     with pytest.raises(DataError, match="Correct them, or leave them out with --skip-bad") as caught:
         open_reader(source)
@@ -66,7 +66,7 @@ def test_panoptic_segment_with_an_invalid_category_is_left_out(coco, category):
 
 
 def test_instance_beside_a_panoptic_map_with_an_invalid_category_is_left_out(coco):
-    coco.instances[0]["category_id"] = 90  # sky in the panoptic file, nothing in the file of instances
+    coco.instances[0]["category_id"] = 90  # sky in the panoptic file, undefined in the instance file
     coco.write()
     document = json.loads((coco.root / "instances.json").read_text())
     document["categories"] = [{"id": 3, "name": "cat"}]
@@ -144,7 +144,7 @@ def test_a_segment_without_pixels_and_pixels_without_a_segment_are_left_out(coco
 @pytest.mark.parametrize("uses_label_ids", [True, False])
 @pytest.mark.parametrize("invalid_category", [99, "road", None])
 def test_invalid_category_does_not_change_the_cityscapes_table(tmp_path, uses_label_ids, invalid_category):
-    """A JSON without categories: label ids or train ids, which the segments tell."""
+    """The JSON has no categories, so the reader infers from the segments whether ids are label ids or train ids."""
     name, ids = "ulm_000001_000019", np.full((H, W), 7, np.uint32)
     ids[:5], ids[5:9] = 11, 26001
     for folder, ending, pixels in (

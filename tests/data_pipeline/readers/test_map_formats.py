@@ -1,4 +1,4 @@
-"""Maps of labels in other formats than PNG: those without loss are read exactly, the others are refused."""
+"""Label maps in other formats than PNG: lossless ones are read exactly, others are refused."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def encode(values, kind, palette=None, **options):
 
 
 def tiff(values, bits, photometric=1):
-    """A TIFF of grey values with few bits, each row a whole number of bytes."""
+    """Return a grey-level TIFF with `bits` bits per pixel. Rows are padded to whole bytes."""
     rows = np.unpackbits(values[..., None], axis=-1)[..., -bits:].reshape(len(values), -1)
     data = np.packbits(rows, axis=1).tobytes()
     height, width = values.shape
@@ -42,7 +42,7 @@ def tiff(values, bits, photometric=1):
 
 
 def bmp(values, palette):
-    """A BMP of 8 bits with a palette of few greys."""
+    """Return an 8-bit BMP whose palette contains these grey levels."""
     data = b"".join(row.tobytes() + b"\0" * (-len(row) % 4) for row in values[::-1])
     colors = b"".join(bytes((grey, grey, grey, 0)) for grey in palette)
     header = struct.pack("<IiiHHIIiiII", 40, values.shape[1], len(values), 1, 8, 0, 0, 0, 0, len(palette), 0)

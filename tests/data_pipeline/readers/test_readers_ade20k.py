@@ -1,4 +1,4 @@
-"""ADE20K: layouts that the tests write, and the public samples where present."""
+"""ADE20K readers on generated layouts, and on the public samples if present."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _write(path, pixels):
 
 @pytest.fixture
 def write_challenge(tmp_path):
-    """A function that writes one image with its maps and returns the source."""
+    """Return a function that writes one image with its maps and returns the source."""
     source = Ade20kSource(
         images=f"{tmp_path}/images",
         annotations=f"{tmp_path}/annotations",
@@ -47,7 +47,7 @@ def test_class_lists_equal_the_published_ones():
     assert len(CATEGORIES_150.categories) == 150
     things = CATEGORIES_150.for_task("instance")
     assert len(things) == 100
-    # Numbers of the instance track -> labels, from its published table.
+    # Rows of the published table: number in the instance track, label, name.
     for number, label, name in (
         (1, 8, "bed"),
         (4, 13, "person"),
@@ -69,8 +69,8 @@ def test_panoptic_map_is_stuff_with_instances_on_top(write_challenge):
     labels, instances = _blank()
     labels[0], labels[1], labels[2], labels[3] = 1, 3, 13, 21  # wall, sky, person, car
     instances[2, :4] = (4, 1, 0)
-    instances[2, 4:6] = (4, 2, 0)  # the rest of the row has no instance: void
-    instances[1, 0] = (9, 3, 0)  # an instance over stuff wins
+    instances[2, 4:6] = (4, 2, 0)  # the rest of the row has no instance, so it is void
+    instances[1, 0] = (9, 3, 0)  # an instance replaces stuff
     source = write_challenge(labels, instances)
     annotation = open_reader(source).read(0).annotation
     assert [(s.category_id, s.is_thing, s.area) for s in annotation.segments] == [
@@ -105,12 +105,12 @@ def test_invalid_challenge_maps_are_refused(write_challenge):
 
 
 def test_full_release_encoding_and_own_categories(tmp_path):
-    _write(tmp_path / "street/ADE_train_1.jpg", np.zeros((H, W, 3), np.uint8))  # content is told from bytes, not names
+    _write(tmp_path / "street/ADE_train_1.jpg", np.zeros((H, W, 3), np.uint8))  # a PNG: the name does not matter
     seg = np.zeros((H, W, 3), np.uint8)
     seg[0] = (10, 145, 25)  # 256 + 145 = 401: car
     seg[1] = (10, 145, 30)
-    seg[2], seg[3] = (10, 56, 4), (10, 56, 9)  # 312: two buildings, stuff
-    seg[4] = (20, 1, 7)  # 513: not among the 847
+    seg[2], seg[3] = (10, 56, 4), (10, 56, 9)  # 312: two buildings; stuff, so one segment
+    seg[4] = (20, 1, 7)  # 513: not one of the 847 categories
     _write(tmp_path / "street/ADE_train_1_seg.png", seg)
     _write(tmp_path / "street/ADE_train_1_parts_1.png", seg)
     sample = open_reader(Ade20kFullSource(folder=str(tmp_path))).read(0)
@@ -127,7 +127,7 @@ def test_full_release_encoding_and_own_categories(tmp_path):
 
 
 def _official_panoptic(labels, colors):
-    """The official preparation, step by step: [H, W] ids and their classes. Stuff first, then instances."""
+    """Return [H, W] ids and their classes, made as in the official preparation: stuff first, then instances."""
     things = {number: c.id for number, c in enumerate(CATEGORIES_150.for_task("instance"), start=1)}
     ids, classes = np.zeros(labels.shape, int), {}
     for label in np.unique(labels):

@@ -46,7 +46,7 @@ def test_instances_sample(coco):
     sample = coco.read_instances()
     annotation = sample.annotation
     assert annotation.seg is None
-    assert annotation.inst.shape == (2, H, W)  # the first two overlap, the crowd fits beside the first
+    assert annotation.inst.shape == (2, H, W)  # the first two overlap; the crowd shares a layer with the first
     assert [(s.id, s.layer, s.is_crowd, s.source_id) for s in annotation.segments] == [
         (1, 0, False, 1),
         (2, 1, False, 2),

@@ -16,7 +16,7 @@ def coco(tmp_path):
     return CocoSet(tmp_path)
 
 
-# Faults that the annotation files show at once.
+# Faults found when the annotation files are opened.
 
 
 def _fault(function):
@@ -147,7 +147,7 @@ def test_repeated_segment_ids_are_refused(coco):
         open_reader(coco.panoptic_source)
 
 
-# Faults that only the images and masks show.
+# Faults found only when an image or mask is read.
 
 
 def _truncated_image(coco):

@@ -20,7 +20,7 @@ CATEGORIES = [
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two images; the second lies in a folder of its own."""
+    """Return a folder with two images and their label maps; the second image is in a subfolder."""
     for name in ("images/a.jpg", "images/sub/b.png"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -112,7 +112,7 @@ CLASSES = [
 
 @pytest.fixture
 def channels(tmp_path):
-    """Channels [H, W, 3] of the only map, a function that writes the set, and its source."""
+    """Return a function that writes the only map [H, W, 3] and opens a reader, the source, and the folder."""
     for name in ("images", "annotations"):
         (tmp_path / name).mkdir()
     (tmp_path / "images/a.png").write_bytes(encode_png(np.full((H, W, 3), 90, np.uint8)))

@@ -1,4 +1,4 @@
-"""The readers on genuine data sets, against the official tools."""
+"""Readers on real data sets, compared with the official tools."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_coco_panoptic_equals_the_official_conversions(real_data):
                 tuple(match["bbox"]),
             )
             assert segment.is_crowd == bool(match["iscrowd"])
-        # Two channels: category and number within it, 255 = crowd.
+        # Two channels: the category, and the number within the category (255 = crowd).
         channels = decode_id_png((root / "extra" / "two_channel" / f"{sample.key}.png").read_bytes())
         categories = np.array([0, *(s.category_id for s in segments)])[seg]
         assert np.array_equal(categories, channels & 255)
@@ -95,7 +95,7 @@ def test_coco_panoptic_equals_the_official_conversions(real_data):
 
 
 def test_semantic_targets_of_coco_panoptic_equal_the_official_conversion(real_data):
-    """The official preparation paints every segment with its category, crowds too, in the order of the 133 ids."""
+    """The official script labels all segments, crowds included, with the index of their category in the JSON."""
     root = real_data / "coco_panoptic"
     reader = _coco_panoptic(root)
     document = json.loads((root / "annotations" / "panoptic_val2017.json").read_text())

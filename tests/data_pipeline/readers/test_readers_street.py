@@ -1,4 +1,4 @@
-"""Cityscapes and Mapillary Vistas: layouts that the tests write, and real samples where present."""
+"""Cityscapes and Mapillary Vistas readers on generated layouts, and on real samples if present."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _targets(sample, table, task):
 
 
 def _class_map(annotation):
-    """Category ids [H, W], -1 for void."""
+    """Return category ids [H, W]; -1 is void."""
     table = np.full(len(annotation.segments) + 1, -1)
     for segment in annotation.segments:
         table[segment.id] = segment.category_id
@@ -41,7 +41,7 @@ def _class_map(annotation):
 
 @pytest.fixture
 def street(tmp_path):
-    """One image of one city; returns its source and a function that writes its instance ids."""
+    """Write one image, and return its source and a function that writes its instance ids."""
     _write(tmp_path / "leftImg8bit/val/ulm/ulm_000001_000019_leftImg8bit.png", np.full((H, W, 3), 80, np.uint8))
 
     def write(ids):
@@ -54,7 +54,7 @@ def street(tmp_path):
 def test_cityscapes_maps_give_instances_groups_and_void(street):
     source, write = street
     ids = np.full((H, W), 7)
-    ids[0] = 3  # out of roi
+    ids[0] = 3  # label "out of roi"
     ids[1, :4], ids[1, 4:6], ids[1, 6:] = 26000, 26001, 26  # two cars and a group of cars
     ids[2], ids[3] = 23, 29001  # sky and a caravan, which is not evaluated
     write(ids)
@@ -115,7 +115,7 @@ def test_missing_cityscapes_image_raises_error_with_its_id(tmp_path):
 
 @pytest.mark.parametrize("ids", [{"road": 7, "car": 26}, {"road": 0, "car": 13}])
 def test_a_panoptic_json_of_annotations_only_uses_label_ids_or_train_ids(street, tmp_path, ids):
-    """What DeepLab2 needs of the JSON; segment ids are made of label ids in both variants."""
+    """The JSON has only the fields that DeepLab2 reads. Segment ids contain label ids in both variants."""
     colors = np.zeros((H, W, 3), np.uint8)
     colors[:] = 7, 0, 0
     colors[2:4, 2:5] = 26001 % 256, 26001 // 256, 0
@@ -272,7 +272,7 @@ def test_mapillary_sample_matches_its_panoptic_and_label_files(real_data):
             annotation, other = reader.read(index).annotation, panoptic.read(panoptic.keys.index(key)).annotation
             labels = decode_index_png((folder / "labels" / f"{key}.png").read_bytes())
             assert np.array_equal(_class_map(annotation), np.where(labels == 11, -1, labels.astype(int)))
-            # The JSON counts categories from 1, and leaves blobs below 25 pixels void that the instance maps keep.
+            # The JSON numbers categories from 1. It marks blobs below 25 pixels as void; the instance maps keep them.
             category_by_id = {s.id: s.category_id + 1 for s in annotation.segments}
             for segment in other.segments:
                 (local_id,) = np.unique(annotation.seg[other.seg == segment.id])

@@ -1,4 +1,4 @@
-"""What does not cost an image: a bad annotation, ids that repeat, sizes that are missing, stray rings of two points."""
+"""Defects that do not reject an image: bad annotations, repeated ids, missing sizes, stray rings of two points."""
 
 import json
 from dataclasses import replace
@@ -154,7 +154,7 @@ def test_share_outside_counts_the_area_outside_the_frame(dx, dy, share):
 
 
 def test_share_outside_is_exact_for_a_concave_polygon():
-    """A U of which the bridge lies below the frame: two legs of 5 x 10 stay, of 20 x 20 - 10 x 10 pixels."""
+    """A U whose bridge is below the frame. Two legs of 5 x 10 pixels remain of 20 x 20 - 10 x 10 pixels."""
     ring = [0, 10, 5, 10, 5, 20, 15, 20, 15, 10, 20, 10, 20, 30, 0, 30]
     assert share_outside([ring], H, W) == pytest.approx(1 - 100 / 300)
 

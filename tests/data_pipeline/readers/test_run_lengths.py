@@ -1,4 +1,4 @@
-"""Run lengths as text, read for many masks at once: as a slow reading of each, and as pycocotools writes them."""
+"""Batched reading of compressed run lengths, compared with a slow decoder and with pycocotools."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from m2f.data_pipeline.readers.run_lengths import DamagedRunsError, text_areas
 
 
 def decode_slowly(text):
-    """Character by character, as the format is defined."""
+    """Decode character by character, as the format is defined."""
     runs, index = [], 0
     while index < len(text):
         value, shift, more = 0, 0, True
@@ -79,8 +79,8 @@ def test_invalid_run_lengths_are_refused(text):
 
 
 def test_negative_runs_with_the_right_sum_are_invalid():
-    """pycocotools would read 2^32 less one pixel."""
-    text = "5O0"  # 5, -1, 0
+    """pycocotools would read the run of -1 as 2^32 - 1 pixels."""
+    text = "5O0"  # runs 5, -1, 0
     assert decode_slowly(text) == [5, -1, 0]
     assert text_areas([text], 2, 2).tolist() == [-1]
 

@@ -39,7 +39,7 @@ def test_images_are_as_hard_as_documented(images):
         if name in SHAPES
     ]
     counts = [sum(name in SHAPES for name in drawn.names) for drawn in images]
-    assert min(counts) >= 3  # a crowded image may lack room for one
+    assert min(counts) >= 3  # an object without enough room is left out
     assert max(counts) == 12
     assert np.mean([hidden > 0.1 for hidden, _ in objects]) > 0.3
     assert 0.2 < np.mean([diameter < 12 for _, diameter in objects]) < 0.3
@@ -71,7 +71,7 @@ def test_share_and_diameters_of_small_objects_can_be_set():
 
 
 def test_object_sizes_change_the_fingerprint_unless_they_are_the_defaults():
-    """Shards of earlier versions have the digest of a source without these settings."""
+    """Existing shards have the digest of a source without these settings, so defaults must not change it."""
     digest = hashlib.sha256(b"synthetic")
     digest.update(b'{"image_id_start": 1, "kind": "synthetic", "num_images": 5, "seed": 2}')
     assert source_fingerprint(SyntheticSource(num_images=5, seed=2)) == digest.hexdigest()
@@ -81,7 +81,7 @@ def test_object_sizes_change_the_fingerprint_unless_they_are_the_defaults():
 
 @pytest.mark.parametrize("names", [SHAPES, TEXTURES], ids=["shapes", "textures"])
 def test_colours_do_not_reveal_the_class(images, names):
-    """The mean colour of every shape is the same, and of every texture, within what chance leaves."""
+    """All shapes have the same mean colour up to chance, and so do all textures."""
     centers = []
     for name in names:
         pixels = [drawn.image[drawn.seg == i].mean(axis=0) for drawn in images for i in ids_with_name(drawn, name)]
@@ -97,7 +97,7 @@ CATEGORIES_BY_NAME = {category.name: category.id for category in CATEGORIES.cate
 
 
 def _mean_colours(train):
-    """[classes, 3] mean over all pixels of a class."""
+    """Return the mean colour [classes, 3] over all pixels of each class."""
     pixels = {name: [] for name in CATEGORIES_BY_NAME}
     for drawn in train:
         for local_id, name in enumerate(drawn.names, start=1):
@@ -106,7 +106,7 @@ def _mean_colours(train):
 
 
 def _colour_baseline(centers, drawn):
-    """Nearest mean colour per pixel; connected components of shapes are objects. Returns (class, mask) pairs."""
+    """Return (class, mask) pairs of a nearest-mean-colour classifier; connected components of shapes are objects."""
     nearest = np.linalg.norm(drawn.image[:, :, None].astype(float) - centers, axis=-1).argmin(axis=-1)
     predictions = []
     for label, name in enumerate(CATEGORIES_BY_NAME):
@@ -121,7 +121,7 @@ def _colour_baseline(centers, drawn):
 
 
 def _panoptic_quality(pairs):
-    """Plain PQ averaged over classes: sum of matched IoUs / (TP + FP / 2 + FN / 2)."""
+    """Return PQ averaged over classes: sum of matched IoUs / (TP + FP / 2 + FN / 2)."""
     tally = {name: [0.0, 0, 0, 0] for name in CATEGORIES_BY_NAME}
     for drawn, predictions in pairs:
         matched = set()

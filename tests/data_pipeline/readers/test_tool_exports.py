@@ -51,7 +51,7 @@ def _source(kind, folder):
 
 
 def _class_map(sample, categories):
-    """Names of classes by pixel, from the map or the layers."""
+    """Return class names [H, W] from the map or the layers."""
     names = np.full((sample.height, sample.width), "", object)
     for segment in sample.annotation.segments:
         ids = sample.annotation.seg if segment.map == "seg" else sample.annotation.inst[segment.layer]

@@ -1,4 +1,4 @@
-"""Data sets that state their classes twice: by name, or refused."""
+"""Data sets with two class tables: classes are matched by name, or refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def coco(tmp_path):
 
 
 def source_with_instances(coco, categories):
-    """The panoptic table is 3 cat, 90 sky; the instances are of the category 3."""
+    """Return a source whose panoptic table is 3 cat, 90 sky; `categories` is the table of the instances."""
     coco.write()
     document = {"images": coco.images, "annotations": coco.instances, "categories": categories}
     (coco.root / "instances.json").write_text(json.dumps(document))

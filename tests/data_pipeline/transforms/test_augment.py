@@ -35,7 +35,7 @@ def blocks(height, width):
 
 
 def augment_officially(image, ids, params):
-    """Flip, resize everything with Pillow, crop, pad."""
+    """Reference as in the official code: flip, resize the whole image with Pillow, crop, pad."""
     (height, width), (y, x), (rows, columns) = params.scaled, params.offset, params.canvas
     pixels, labels = image, ids[0]
     if params.flip:
@@ -49,7 +49,7 @@ def augment_officially(image, ids, params):
 
 
 def resize_then_crop(image, ids, params):
-    """The obvious way: resize everything, crop, flip, pad; the official code flips first."""
+    """Slow reference: resize the whole image, crop, flip, pad. The official code flips first."""
     height, width = params.scaled
     if params.shrink == "bilinear":
         return augment_officially(image, ids, params)
@@ -80,7 +80,7 @@ def test_large_scale_jitter_gives_the_official_label_maps(goldens, name):
     result = augment(golden["image"], golden["seg"][None], params, IGNORE)
     np.testing.assert_array_equal(result.id_maps[0], golden[f"lsj_{name}_seg"])
     difference = np.abs(result.image.astype(int) - golden[f"lsj_{name}_image"])
-    if params.scaled[0] > 45:  # growing is the same bilinear interpolation; shrinking is INTER_AREA, not PIL's filter
+    if params.scaled[0] > 45:  # enlarging is the same interpolation; shrinking uses INTER_AREA, not Pillow's filter
         assert difference.max() <= 1
     h, w = result.size
     assert difference[:h, :w].mean() < 8
@@ -120,7 +120,7 @@ def test_color_jitter_equals_the_official_code(goldens, case):
     crop_position=st.floats(0, 1),
 )
 def test_bilinear_shrinking_equals_a_resize_before_the_crop(size, flip, scale, crop_position):
-    """Also where two source pixels are equally near, as at round scales."""
+    """Covers round scales, at which two source pixels are equally near."""
     image, ids = smooth_image(*size), np.arange(size[0] * size[1], dtype=np.uint8).reshape(1, *size) % 250
     config = LargeScaleJitter(size=64, shrink="bilinear")
     params = large_scale_jitter(size, config, flip=flip, scale=scale, crop_position=crop_position)
@@ -148,7 +148,7 @@ def test_cropping_before_resizing_moves_content_by_less_than_a_pixel(size, posit
     result = augment(image, ids, params, IGNORE)
     _, labels = resize_then_crop(image, ids, params)
     assert result.image.shape == (*params.canvas, 3)
-    # Every label is found in the reference within one pixel; of the border's neighbours some are outside the crop.
+    # Every label is within one pixel in the reference. The border is excluded: some neighbours are outside the crop.
     around = np.pad(labels, 1, mode="edge")
     h, w = params.canvas
     near = np.zeros_like(labels, dtype=bool)
@@ -171,7 +171,7 @@ def test_augmentation_without_a_crop_equals_a_plain_resize(shrink, scaled):
 
 
 def test_image_and_ids_stay_aligned_when_cropped():
-    # The image shows its own ids, so the two results must agree wherever interpolation is far from a border.
+    # The image shows its own ids, so image and ids must agree away from segment borders.
     ids = blocks(70, 90)
     image = np.repeat(ids[0][..., None] * 5, 3, axis=-1)
     config = LargeScaleJitter(size=64, min_scale=1.2)
@@ -222,11 +222,11 @@ def test_scale_jitter_crops_half_of_the_images():
     config = ScaleJitter(shortest_edges=tuple(range(480, 801, 32)), crop_first=(384, 600))
     drawn = [draw_params(sample_rng(0, p, Stream.AUGMENT), (480, 640), config) for p in range(4000)]
     parts = [p for p in drawn if p.scaled != p.canvas]
-    assert 0.45 < len(parts) / len(drawn) < 0.53  # where the part is the whole image, nothing is cut
+    assert 0.45 < len(parts) / len(drawn) < 0.53  # a crop of the whole image is not counted
     for p in drawn:
         assert min(p.canvas) in config.shortest_edges or max(p.canvas) == 1333
         assert all(0 <= o <= s - c for o, s, c in zip(p.offset, p.scaled, p.canvas, strict=True))
-    # The part before it is enlarged: of an image of 400, 500 or 600 rows, 384 to 600 rows are taken.
+    # Before the final resize, 384 to 600 rows are cropped from an image of 400, 500 or 600 rows.
     shares = np.array([p.canvas[0] / p.scaled[0] for p in parts])
     assert 384 / 600 - 0.01 < shares.min() < 384 / 600 + 0.03
     assert shares.max() <= 1
@@ -255,7 +255,7 @@ def test_augmentation_does_not_modify_its_inputs():
         scaled=(40, 50), offset=(0, 0), canvas=(40, 50), color=ColorJitter(brightness=9.0, saturation=1.2, hue=4)
     )
     before = image.copy()
-    result = augment(image, ids, params, IGNORE)  # writing to a protected array would raise
+    result = augment(image, ids, params, IGNORE)  # would raise if it wrote to its inputs
     assert np.array_equal(image, before)
     assert not np.array_equal(result.image, image)
 

@@ -58,14 +58,14 @@ def sample_of(seg=None, inst=None, segments=(), key="a"):
 
 @pytest.fixture
 def panoptic():
-    """Columns: void, sky, two dogs, a crowd of dogs, grass."""
+    """Return a sample of six vertical stripes: void, sky, two dogs, a crowd of dogs, grass."""
     seg = np.repeat(np.arange(6, dtype=np.uint8), 4)[None].repeat(16, axis=0)
     segments = (segment(1, SKY), segment(2, DOG), segment(3, DOG), segment(4, DOG, crowd=True), segment(5, GRASS))
     return sample_of(seg, segments=segments)
 
 
 def paint_labels(targets, shape):
-    """Class of every pixel that a target covers; -1 background, -2 ignored."""
+    """Return the class of every fourth pixel of the first row; -1 is background, -2 is ignored."""
     out = np.full(shape, -1)
     for layer in targets.id_maps:
         out[layer == targets.ignore] = -2
@@ -228,7 +228,7 @@ def test_images_of_several_sizes_are_padded_to_the_largest(panoptic):
     varied = dataclasses.replace(transform(), augment=ScaleJitter(shortest_edges=(40, 50), max_size=60))
     assert varied.canvas is None
     examples = [make_example(panoptic, 0, position, varied) for position in range(12)]
-    assert {example.size for example in examples} == {(40, 60)}  # 16 x 24: the longer side decides
+    assert {example.size for example in examples} == {(40, 60)}  # max_size limits an image of 16 x 24
     tall = make_example(sample_of(np.ones((30, 20), np.uint8), segments=(segment(1, SKY),)), 0, 5, varied)
     batch = collate([examples[0], tall, None], varied.canvas)
     assert batch.images.shape == (3, 3, 64, 64)

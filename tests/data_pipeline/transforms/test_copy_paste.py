@@ -61,7 +61,7 @@ def dataset(tmp_path_factory):
 
 
 def random_targets(rng, layers, count, dtype=np.uint8, size=(12, 14)):
-    """Rectangles of targets 1..count over a background with some ignored pixels; some targets may have no pixel."""
+    """Return targets 1..count as rectangles over a background with ignored pixels. Some may be fully covered."""
     ignore = 255 if dtype == np.uint8 else 32767
     maps = np.where(rng.random((layers, *size)) < 0.1, ignore, 0).astype(dtype)
     layer = rng.integers(0, layers, count)
@@ -72,7 +72,7 @@ def random_targets(rng, layers, count, dtype=np.uint8, size=(12, 14)):
 
 
 def one_per_class(targets):
-    """Semantic targets: the first of each class stands for it."""
+    """Merge all targets of a class into its first one, as in semantic targets."""
     _, first = np.unique(targets.labels, return_index=True)
     maps = targets.id_maps.copy()
     for label, id_ in zip(targets.labels, targets.local_id, strict=True):
@@ -81,7 +81,7 @@ def one_per_class(targets):
 
 
 def masks(targets):
-    """Of every target its class, its pixels and those that are unknown to it."""
+    """Return (class, mask, mask of ignored pixels) of every target."""
     return [
         (int(label), targets.id_maps[k] == id_, targets.id_maps[k] == targets.ignore)
         for label, k, id_ in zip(targets.labels, targets.layer, targets.local_id, strict=True)
@@ -89,7 +89,7 @@ def masks(targets):
 
 
 def paste_by_masks(base, partner, objects, merge):
-    """One boolean mask per target, as the paper tells it."""
+    """Reference with one boolean mask per target, as in the paper."""
     pasted = [masks(partner)[row] for row in objects]
     covered = np.any([mask for _, mask, _ in pasted], axis=0)
     result, hidden = [], 0
@@ -165,7 +165,7 @@ def test_pasting_beyond_254_targets_widens_the_map():
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
 def test_pasted_pixels_match_their_targets(dataset, task):
-    """Pixels and targets come from the same image: the partner's under the pasted objects, else the image's own."""
+    """Pixels and targets come from the same image: the partner under pasted objects, the base image elsewhere."""
     table = dataset.categories
     things = frozenset(label for label, c in enumerate(table.for_task(task)) if c.is_thing)
     transform = TrainTransform(task, table.labels(task), DATA.augment, drop_empty_targets=True, seed=3, things=things)
@@ -199,7 +199,7 @@ def test_pasted_pixels_match_their_targets(dataset, task):
 
 
 def load_samples(manifest, data, steps, storage=None, world=1, ranks=None, start=0, micro_batch=2):
-    """What every position shows: key, pixels, ids, labels, size; and the substitutions."""
+    """Return {position: (key, pixels, ids, labels, size)} and the substitutions."""
     samples, substitutions = {}, []
     order = build_order([manifest], 3, data)
     for rank in range(world) if ranks is None else ranks:
@@ -214,7 +214,7 @@ def load_samples(manifest, data, steps, storage=None, world=1, ranks=None, start
                         samples[position] = (
                             batch.keys[row],
                             batch.images[row].numpy().tobytes(),
-                            # Layers of the batch without a target are empty; how many there are depends on its rows.
+                            # Empty layers are omitted: their number depends on the other rows of the batch.
                             [m.tobytes() for m in batch.targets.id_maps[row].numpy() if m.any()],
                             batch.targets.labels[row][valid].tolist(),
                             batch.sizes[row].tolist(),
@@ -250,7 +250,7 @@ class RecordingStorage(Storage):
 
 
 def reads_of_an_epoch(manifest, data, world):
-    """Ranged reads of all ranks for exactly the epoch's positions."""
+    """Return the number of ranged reads of all ranks for exactly the positions of one epoch."""
     order, storage = build_order([manifest], 3, data), RecordingStorage()
     chunks = group_chunks(manifest.shard, manifest.offset, chunk_bytes(data))
     for rank in range(world):
@@ -264,7 +264,7 @@ def reads_of_an_epoch(manifest, data, world):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_simulated_reads_with_partners_equal_actual_reads(dataset, world):
-    """Where the ranks divide the lanes they cost next to nothing: what is beyond the epoch's end is read early."""
+    """If the ranks divide the lanes, partners add few reads: those of chunks beyond the end of the epoch."""
     order = build_order([dataset], 3, DATA)
     costs = simulate_reads(
         [dataset], order, DATA, 3, SimulatedRanks(world=world, per_machine=1, batch=2, images_per_s=1.0)
@@ -288,7 +288,7 @@ def test_partners_come_from_the_same_lane_with_the_set_probability():
 
 
 def test_a_damaged_partner_is_replaced_and_reported(tmp_path):
-    """The image it would have been pasted on keeps its own place; the cause names the partner."""
+    """The base image keeps its position; the reported cause names the partner."""
     manifest = write_shapes(tmp_path)
     order = build_order([manifest], 3, DATA)
     reference, _ = load_samples(manifest, DATA, 4)

@@ -1,4 +1,4 @@
-"""Instance masks drawn from augmented polygons, as the official code makes them, and what of an example they change."""
+"""Instance masks rasterised from augmented polygons, as in the official code, and their effect on an example."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AUGMENTATIONS = {
 
 
 def blob(rng, centre, radius, points=24):
-    """A ring around a centre, without self-intersections."""
+    """Return a random ring around a centre, without self-intersections."""
     angles = np.sort(rng.uniform(0, 2 * np.pi, points))
     radii = radius * rng.uniform(0.6, 1.4, points)
     ring = np.asarray(centre) + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -41,7 +41,7 @@ def pixels(rings, height, width):
 
 
 def sample_of(polygons, others=()):
-    """An image whose objects have polygons, in as many layers, and `others`: masks of crowds and of objects of RLE."""
+    """Return an image of objects, one layer each. `others` are (mask, is_crowd) pairs without polygons."""
     masks = [pixels(rings, HEIGHT, WIDTH) for rings in polygons] + [mask for mask, _ in others]
     crowds = [False] * len(polygons) + [is_crowd for _, is_crowd in others]
     rings = [*polygons, *([None] * len(others))]
@@ -74,7 +74,7 @@ def transform(augment, **changes):
 
 
 def augment_unclipped(ring, params):
-    """The ring in the crop, with nothing cut off."""
+    """Return the ring in coordinates of the crop, unclipped."""
     points = np.asarray(ring).reshape(-1, 2) * (params.scaled[1] / WIDTH, params.scaled[0] / HEIGHT)
     points -= params.offset[::-1]
     if params.flip:
@@ -99,7 +99,7 @@ def test_masks_equal_the_augmented_polygons(augment):
         height, width = (min(*pair) for pair in zip(params.canvas, params.scaled, strict=True))
         for row, rings in enumerate(polygons):
             points = [augment_unclipped(ring, params) for ring in rings]
-            margin = 2000  # whole pixels, so that rounding is the same
+            margin = 2000  # whole pixels, so that rounding does not change
             large = pixels([(p + margin).ravel() for p in points], margin + height + 1000, margin + width + 1000)
             expected = large[margin : margin + height, margin : margin + width]
             mask = mask_of(example, row)
@@ -108,14 +108,14 @@ def test_masks_equal_the_augmented_polygons(augment):
             assert not mask[:, width:].any()
             inside = all(((p >= 0) & (p <= (width, height))).all() for p in points)
             differ = np.count_nonzero(mask[:height, :width] != expected)
-            # An edge that leaves the crop is cut there, and COCO's code rounds the end to a fifth of a pixel.
+            # Edges are clipped at the crop, and pycocotools rounds the new ends to a fifth of a pixel.
             assert differ == 0 if inside else differ <= 0.02 * expected.sum() + 6
             num_inside += inside
     assert num_inside > 20
 
 
 def test_small_objects_keep_their_shape_when_they_are_enlarged():
-    """Seen: at 3.3 times the size, masks of radius 4 to 8 have an IoU of .9 by resizing, and 1 by drawing."""
+    """Measured at 3.3 times the size, for radii 4 to 8: resized masks have an IoU of 0.9, rasterised polygons of 1."""
     rng = np.random.default_rng(2)
     scores = {"source": [], "crop": []}
     for position in range(60):
