@@ -1,4 +1,7 @@
-"""Opens FOLDER/file.parquet or a data set in FOLDER through a DOOR; prints what came of it and the megabytes taken."""
+"""Reads a hostile Parquet file: `hostile_parquet_main.py READER FOLDER`; READER is a key of READERS.
+
+Prints the result or error, and the growth of peak memory in MB, as JSON.
+"""
 
 import json
 import sys

@@ -1,6 +1,6 @@
-"""Indexes one tar and prints what came of it, with the megabytes that this took.
+"""Indexes one tar: `hostile_tar_main.py TAR CATEGORIES`.
 
-Usage: hostile_tar_main.py TAR CATEGORIES
+Prints the samples and faults found, or the error, and the growth of peak memory in MB, as JSON.
 """
 
 import json
@@ -15,14 +15,14 @@ from m2f.data_pipeline.storage.storage import Storage
 
 
 def peak_mb() -> float:
-    """The most memory that this process has had."""
+    """Return the peak resident memory of this process in MB."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) / 1e3
 
 
 if __name__ == "__main__":
     tar, categories = sys.argv[1:]
-    tar_walk._MAX_SAMPLE_BYTES = 60_000_000  # instead of a gigabyte, which takes long to read
+    tar_walk._MAX_SAMPLE_BYTES = 60_000_000  # the default of 1 GB would take long to read
     table, void = read_category_file(categories, ())
     options = IndexOptions(categories=table, void=void, labels="classes", max_pixels=10_000)
     before = peak_mb()

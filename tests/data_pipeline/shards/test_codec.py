@@ -113,7 +113,7 @@ def test_the_exif_decision_is_stored_and_applied():
         members = _members(sample)
         assert json.loads(members["json"])["exif"] == {"orientation": 6, "applied": applied}
         assert codec.decode(members).size == (sample.height, sample.width)
-    expected = np.rot90(codec.decode(_members(as_stored)).image, k=-1)  # 6: turn clockwise to view
+    expected = np.rot90(codec.decode(_members(as_stored)).image, k=-1)  # EXIF 6: rotate clockwise to display
     assert np.array_equal(codec.decode(_members(turned)).image, expected)
 
 

@@ -1,4 +1,4 @@
-"""Manifests whose samples.parquet is meant to hurt: `m2f verify` says so in bounded memory."""
+"""`m2f verify` reports a hostile samples.parquet, and its memory is bounded."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def dataset_folder(tmp_path_factory):
 
 
 def write_forged(dataset_folder, target, table):
-    """A data set with this table of samples, whose checksum is right."""
+    """Write a manifest with this table of samples and a matching checksum."""
     target.mkdir()
     pq.write_table(table, target / "samples.parquet", compression="zstd")
     return write_document(dataset_folder, target)
@@ -48,7 +48,7 @@ def write_document(dataset_folder, target):
 
 
 def verify(folder):
-    """What `m2f verify` says and takes, in a process of its own."""
+    """Return the output of `m2f verify` in a separate process; check that it fails in less than MAX_MB."""
     process = subprocess.run([sys.executable, MAIN, folder], capture_output=True, text=True, check=True)
     result = json.loads(process.stdout)
     assert result["status"] == 1

@@ -1,4 +1,4 @@
-"""Names in shards and manifests that would lead out of a folder: refused wherever they come in."""
+"""Names in shards and manifests that would escape a folder are refused by every reader."""
 
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ def dataset(tmp_path):
 
 
 def with_key(members, key):
-    """The same sample with another key in its JSON."""
+    """Return the members of a sample with another key in its JSON."""
     return members | {"json": json.dumps(json.loads(members["json"]) | {"key": key}).encode()}
 
 
@@ -89,7 +89,7 @@ def test_shards_elsewhere_keep_their_full_url(tmp_path, dataset):
 
 
 def rewrite_manifest(folder, table=None, shard=None):
-    """Other samples, or other fields of the first shard, with checksums that fit."""
+    """Replace the table of samples, or fields of the first shard; the checksums match."""
     document = json.loads((folder / "dataset.json").read_bytes())
     if table is not None:
         data = write_table(table)

@@ -1,4 +1,4 @@
-"""Parquet files beside the manifest that are meant to hurt: each door is closed in bounded memory."""
+"""Hostile Parquet files other than samples.parquet: every reader refuses them in bounded memory."""
 
 import io
 import json
@@ -28,7 +28,7 @@ ROWS, BATCH_ROWS = 30_000_000, 1_000_000
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three images in one shard, whose manifest is not committed."""
+    """Return a folder with three images in one shard, without a committed manifest."""
     for name in ("images", "labels"):
         (tmp_path / name).mkdir()
         for i in range(3):
@@ -45,7 +45,7 @@ def folder(tmp_path):
 
 
 def run_reader(name, folder):
-    """What comes of it in a process of its own."""
+    """Return the result of a reader in a separate process; check that it takes less than MAX_MB."""
     process = subprocess.run([sys.executable, MAIN, name, folder], capture_output=True, text=True, check=True)
     result = json.loads(process.stdout)
     assert result["mb"] < MAX_MB
@@ -53,7 +53,7 @@ def run_reader(name, folder):
 
 
 def write_repeated(table, path, times, batch_rows=BATCH_ROWS):
-    """A small file in which the first row of a table is repeated so often."""
+    """Write a small file that repeats the first row of a table `times` times."""
     rows = table.slice(0, 1).take(pa.array(np.zeros(batch_rows, np.int64))).combine_chunks()
     with pq.ParquetWriter(path, rows.schema, compression="zstd") as writer:
         for _ in range(times // batch_rows):
@@ -133,7 +133,7 @@ def test_tables_that_decode_to_far_more_bytes_are_refused(name):
 
 
 def test_own_tables_are_read_unchanged():
-    """The records of an evaluation of 500 images, with distinct scores and constant flags."""
+    """Genuine records of 500 images: distinct scores compress badly, constant flags extremely well."""
     random = np.random.default_rng(0)
     counts = random.integers(0, 200, 500)
     columns = {

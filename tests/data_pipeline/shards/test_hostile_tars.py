@@ -1,4 +1,4 @@
-"""Tars that are meant to hurt `m2f index`: one message each, in bounded memory."""
+"""`m2f index` reports each hostile tar with one message, in bounded memory."""
 
 import io
 import json
@@ -13,25 +13,25 @@ import pytest
 
 MAIN = Path(__file__).with_name("hostile_tar_main.py")
 MAX_MB = 150
-"""Far below what the files would take; a usual tar takes some MB."""
+"""Upper limit of memory. The files would need much more; an ordinary tar needs a few MB."""
 
 
 def sample_bytes(name):
-    """Headers and content of one sample."""
+    """Return the tar blocks of one sample, an image and a label map."""
     image = cv2.imencode(".jpg", np.full((8, 9, 3), 90, np.uint8))[1].tobytes()
     labels = cv2.imencode(".png", np.ones((8, 9), np.uint8))[1].tobytes()
     return member(f"{name}.jpg", image) + member(f"{name}.png", labels)
 
 
 def member(name, content=b"", *, kind=tarfile.REGTYPE, size=None):
-    """One header with its content; `size` is what the header claims."""
+    """Return the tar blocks of one member. `size` overrides the size in the header."""
     info = tarfile.TarInfo(name)
     info.type, info.size = kind, len(content) if size is None else size
     return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
 
 
 def pax(records, kind=tarfile.XHDTYPE):
-    """An extended header of (keyword, value) bytes, whatever they are."""
+    """Return a pax extended header with arbitrary (keyword, value) bytes."""
     content = b""
     for keyword, value in records:
         length = len(keyword) + len(value) + 3
@@ -41,7 +41,7 @@ def pax(records, kind=tarfile.XHDTYPE):
 
 
 def sparse_old():
-    """A header of GNU's older sparse files whose map never ends."""
+    """Return an old GNU sparse header whose map continues in every following block."""
     header = bytearray(member("s.jpg", kind=tarfile.GNUTYPE_SPARSE))
     header[482] = 1
     header[148:156] = b" " * 8
@@ -51,7 +51,7 @@ def sparse_old():
 
 END = bytes(1024)
 MB = 1_000_000
-# name: parts of the file, a number being so many bytes that are zero; what is said; samples that are found
+# name: (parts of the file, where a number is a count of zero bytes; expected problem; number of samples)
 HOSTILE = {
     "sparse map": (
         [

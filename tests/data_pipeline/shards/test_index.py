@@ -1,4 +1,4 @@
-"""Tars of others become data sets without being written: the same pixels, or a clear reason why not."""
+"""`m2f index` turns existing tars into data sets with the same pixels, or states why it cannot."""
 
 import io
 import itertools
@@ -54,7 +54,7 @@ def class_map(index):
 
 
 def color_map(index):
-    """Red the class plus 1 (0 is void), green the instance."""
+    """Return a map [H, W, 3]: red is the class (255 is void), green the number of the instance."""
     values = class_map(index)
     colors = np.zeros((*values.shape, 3), np.uint8)
     colors[..., 0] = np.where(values == 255, 255, values)
@@ -64,7 +64,7 @@ def color_map(index):
 
 
 def panoptic(index):
-    """Segment ids in colours and their JSON."""
+    """Return segment ids encoded as colours [H, W, 3], and the JSON of the segments."""
     values = class_map(index)
     ids = {7: 70_000, 0: 12, 3: 300}
     segment_ids = np.zeros(values.shape, np.int64)
@@ -87,7 +87,7 @@ def members_of(index, kind):
 
 
 def write_tar(path, samples, **options):
-    """`{key: {extension: content}}` as a tar."""
+    """Write `{key: {extension: content}}` as a tar."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as tar:
         for key, members in samples.items():
@@ -112,7 +112,7 @@ def index(source, target, options=OPTIONS, **settings):
 
 
 def raw_source(folder, samples, kind):
-    """The same images and labels as loose files, for the reader of that format."""
+    """Write the images and labels as separate files, and return the source that reads them."""
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
     listed, annotations = [], []
@@ -217,7 +217,7 @@ def test_index_restores_the_manifest_of_m2f_shards(tmp_path):
 
 
 def test_tars_of_webdataset_and_long_names_are_indexed(tmp_path, monkeypatch):
-    monkeypatch.setattr(object_stream, "_BLOCK", 1500)  # samples cross blocks
+    monkeypatch.setattr(object_stream, "_BLOCK", 1500)  # so that samples extend over several blocks
     with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
         for i in range(3):
             writer.write({"__key__": f"folder/sub_{i}", **members_of(i, "classes")})
@@ -234,7 +234,7 @@ def test_tars_of_webdataset_and_long_names_are_indexed(tmp_path, monkeypatch):
 
 
 def corrupt(samples, **changes):
-    """The samples with changed members of number 2."""
+    """Return the samples with changed members of sample 2; None removes a member."""
     key = sorted(samples)[2]
     members = {**samples[key], **changes}
     return {**samples, key: {name: data for name, data in members.items() if data is not None}}
@@ -399,7 +399,7 @@ def test_index_refuses_to_replace_another_data_set(tmp_path):
     write_tars(tmp_path / "tars", "classes", count=3)
     assert index(tmp_path / "tars", tmp_path / "set").committed
     before = (tmp_path / "set" / "dataset.json").read_bytes()
-    assert index(tmp_path / "tars", tmp_path / "set").committed  # again: nothing changes
+    assert index(tmp_path / "tars", tmp_path / "set").committed  # indexing the same tars again is accepted
     write_tars(tmp_path / "tars", "classes", count=4)
     with pytest.raises(DataError, match="already contains another data set"):
         index(tmp_path / "tars", tmp_path / "set")

@@ -38,7 +38,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def copy(dataset, tmp_path):
-    """A copy to damage."""
+    """Return a copy of the data set that a test may damage."""
     shutil.copytree(dataset.url, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -97,7 +97,7 @@ def test_ragged_any_finds_rows_with_a_flag():
 
 
 def test_list_columns_use_the_narrowest_integer_type():
-    """More rows than are decoded at once, each part with numbers of another size."""
+    """The rows exceed one decoding batch, and later batches need a wider type."""
     rows = [[1, 250]] * 5000 + [[]] * 5000 + [[-3, 30_000]] * 5000
     empty = {name: pa.nulls(len(rows), SAMPLE_SCHEMA.field(name).type) for name in SAMPLE_SCHEMA.names}
     table = pa.table(empty | {"category_ids": pa.array(rows, SAMPLE_SCHEMA.field("category_ids").type)})
@@ -153,7 +153,7 @@ def test_lazy_columns_are_checked_when_the_manifest_is_opened(copy, damage):
 
 
 def test_manifest_of_coco_size_loads_fast(tmp_path):
-    """118,287 rows of incompressible numbers: 0.06 s of CPU time measured, so that 0.4 s means something broke."""
+    """Loading 118,287 rows of incompressible numbers took 0.06 s of CPU time; 0.4 s indicates a regression."""
     count, random = 118_287, np.random.default_rng(0)
     lengths = random.integers(1, 8, count)
     starts = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
@@ -183,7 +183,7 @@ def test_manifest_of_coco_size_loads_fast(tmp_path):
     )
     STORAGE.put(str(tmp_path / "samples.parquet"), samples)
     STORAGE.put(str(tmp_path / "dataset.json"), json.dumps(document).encode())
-    start = time.process_time()  # not wall time: other work on the machine must not fail this test
+    start = time.process_time()  # CPU time does not depend on the load of the machine
     manifest = Manifest.load(str(tmp_path), STORAGE)
     seconds = time.process_time() - start
     assert manifest.num_samples == count

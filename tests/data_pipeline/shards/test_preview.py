@@ -64,7 +64,7 @@ def test_segments_are_tinted_and_void_is_unchanged():
 
 
 def test_every_segment_has_a_band_in_the_colour_of_the_legend():
-    """Also the many instances of a class, whose tint mixes with the image."""
+    """This includes classes with many instances, whose tint is blended with the image."""
     inst = np.zeros((1, 60, 200), np.uint8)
     for number in range(5):
         inst[0, 10:50, 40 * number + 4 : 40 * number + 36] = number + 1
@@ -91,7 +91,7 @@ def test_instances_are_drawn_instead_of_the_things_of_the_map():
     annotation = Annotation(seg=seg, inst=inst, segments=segments)
     drawn = draw_annotation(np.zeros((200, 200, 3), np.uint8), annotation, TABLE)
     red, green = drawn[170, 170, :2]
-    assert red > green  # the instance reaches beyond the map's segment
+    assert red > green  # the instance is larger than the segment of the map
     red, green = drawn[30, 30, :2]
     assert green > red
     assert (drawn[62:78, 62:78] == 255).all(axis=2).any()  # the crowd is hatched

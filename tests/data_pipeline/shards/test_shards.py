@@ -44,7 +44,7 @@ def _digests(folder):
 
 @dataclass(frozen=True)
 class _DamagedReader:
-    """A reader that refuses some keys."""
+    """Reader that raises DataError for the keys in `bad`."""
 
     reader: object
     bad: frozenset
@@ -68,7 +68,7 @@ class _CountingReader(_DamagedReader):
 
 @pytest.fixture(scope="module")
 def dataset(reader, tmp_path_factory):
-    """A committed data set, never changed by tests."""
+    """Return a committed data set, which tests must not change."""
     folder = tmp_path_factory.mktemp("dataset")
     return write_dataset(reader, _config(folder), STORAGE)
 
@@ -131,7 +131,7 @@ def test_tars_are_byte_identical_across_writers(reader, dataset, tmp_path):
     plan = _plan(reader, tmp_path)
     for index in reversed(
         range(len(plan.shard_keys))
-    ):  # as on another machine: other order, only its own samples, pickled
+    ):  # as on other machines: another order, only the samples of the shard, pickled
         keys = set(plan.shard_keys[index])
         part = reader.subset([i for i, key in enumerate(reader.keys) if key in keys])
         write_shard(pickle.loads(pickle.dumps(part)), pickle.loads(pickle.dumps(plan)), index, Storage())
@@ -145,7 +145,7 @@ def test_an_interrupted_run_is_resumed(reader, dataset, tmp_path):
     plan = _plan(reader, tmp_path)
     write_shard(reader, plan, 0, STORAGE)
     write_shard(reader, plan, 2, STORAGE)
-    Path(tmp_path, "shards", "00001.tar").write_bytes(b"half a sha")  # killed before its receipt
+    Path(tmp_path, "shards", "00001.tar").write_bytes(b"half a sha")  # a writer was killed before it wrote the receipt
     with pytest.raises(DataError, match=r"2 of 4 shards are not written yet: \[1, 3\]"):
         commit_manifest(plan, complete_parts(plan, STORAGE), STORAGE)
     assert not (tmp_path / "dataset.json").exists()
@@ -192,7 +192,7 @@ def test_another_plan_in_the_same_folder_is_refused(reader, dataset, tmp_path):
     with pytest.raises(DataError, match=r"belongs to another shard plan.*choose another folder"):
         write_dataset(reader, _config(dataset.url, seed=9), STORAGE)
     plan = _plan(reader, tmp_path)
-    complete_parts(plan, STORAGE)  # claims the folder before the first shard
+    complete_parts(plan, STORAGE)  # claims the folder before a shard is written
     with pytest.raises(DataError, match="belongs to another shard plan"):
         write_dataset(reader, _config(tmp_path, seed=9), STORAGE)
 
@@ -240,13 +240,13 @@ def test_bad_samples_are_not_written_to_shards(reader, tmp_path):
     problems = [p for i in range(4) for p in write_shard(damaged, plan, i, STORAGE).problems]
     assert {(p.key, p.source) for p in problems} == {(key, f"images/{key}.jpg") for key in bad}
     parts = complete_parts(plan, STORAGE)
-    assert all(not part.problems for part in parts)  # those with problems are tried again
+    assert all(not part.problems for part in parts)  # parts with problems are written again
 
     accepted = write_dataset(damaged, _config(tmp_path), STORAGE, skip_bad=True)
     assert sorted(accepted.key) == sorted(set(reader.keys) - bad)
     for index in range(accepted.num_samples):
         accepted.read_sample(index, STORAGE)
-    # The source is corrected: the committed data set must not change under those who read it.
+    # After the source is corrected, the committed data set must not change, because others may be reading it.
     assert write_dataset(reader, _config(tmp_path), STORAGE).fingerprint == accepted.fingerprint
     assert Manifest.load(str(tmp_path), STORAGE).read_sample(0, STORAGE).key == accepted.key[0]
 

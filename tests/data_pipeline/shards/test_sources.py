@@ -1,4 +1,4 @@
-"""Source files that change after their shards were written."""
+"""Changes of source files after their shards were written."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ CLASSES = [{"label": i, "name": name, "isthing": 0} for i, name in enumerate(("s
 
 
 def uncompressed(value):
-    """A label map whose size in bytes does not depend on its values."""
+    """Return a label map as PNG, whose size in bytes does not depend on `value`."""
     return cv2.imencode(".png", np.full((24, 32), value, np.uint8), [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes()
 
 
 class LabelMapSet:
-    """Nine images with label maps in about four shards."""
+    """Data set of nine images with label maps, in about four shards."""
 
     def __init__(self, root):
         self.root = root
@@ -72,7 +72,7 @@ class LabelMapSet:
         return compare_sources(self.reader(), self.config.shards, len(self.plan().shard_keys), STORAGE, **options)
 
     def relabel(self, name, value):
-        """Other labels of the same number of bytes, at another time."""
+        """Replace a label map by one of the same size in bytes and another modification time."""
         path = self.root / "labels" / f"{name}.png"
         size = path.stat().st_size
         path.write_bytes(uncompressed(value))
@@ -263,7 +263,7 @@ def test_resumed_job_detects_changed_source_files(maps):
 
 
 def test_receipt_older_than_its_shard_is_ignored(maps):
-    """The task put the new shard and its record, and died before the receipt: sizes may well be equal."""
+    """A task wrote the shard and its record, and died before the receipt. Equal sizes do not prove that they match."""
     plan = maps.plan()
     part = write_shard(maps.reader(), plan, 0, STORAGE)
     reader = maps.reader()

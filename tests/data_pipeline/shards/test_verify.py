@@ -1,4 +1,4 @@
-"""Every fault of a data set is found and named with its object, sample and byte, and hides no other one."""
+"""Every fault of a data set is reported with its object, sample and byte, and hides no other fault."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def intact(tmp_path_factory):
 
 @pytest.fixture
 def damaged(intact, tmp_path):
-    """A copy to damage."""
+    """Return a copy of the data set that a test may damage."""
     shutil.copytree(intact.url, tmp_path / "set")
     return tmp_path / "set"
 
@@ -49,7 +49,7 @@ def faults(folder, depth="full"):
 
 
 def rewrite(folder, change_rows=None, change_document=None):
-    """The manifest with changed rows or fields and right checksums, as who wants to deceive would write it."""
+    """Forge the manifest: change rows or fields, and keep the checksums consistent."""
     table = pq.read_table(folder / "samples.parquet")
     rows = table.to_pylist()
     if change_rows:
@@ -64,7 +64,7 @@ def rewrite(folder, change_rows=None, change_document=None):
 
 
 def replace_sample(folder, row, change):
-    """Bytes of a sample changed in place, with right checksums everywhere."""
+    """Change the bytes of a sample in place, and update all checksums."""
     manifest = Manifest.load(str(folder), STORAGE)
     path = Path(manifest.shard_url(int(manifest.shard[row])))
     data = bytearray(path.read_bytes())
@@ -85,7 +85,7 @@ def replace_sample(folder, row, change):
 
 
 def replace_member(name, row, new):
-    """A change for `replace_sample`: other content of a member, of the same length or padded with zeros."""
+    """Return a change for `replace_sample`: new content of a member, padded to the old length."""
 
     def change(sample, manifest):
         code = manifest.member_names.index(name)
@@ -214,7 +214,7 @@ def test_labels_that_differ_from_the_statistics_are_faults(damaged, intact):
 
 
 def bomb(width, height):
-    """A PNG of a few bytes that claims to be huge."""
+    """Return a PNG of a few bytes whose header states this size."""
 
     def chunk(kind, payload):
         return len(payload).to_bytes(4, "big") + kind + payload + zlib.crc32(kind + payload).to_bytes(4, "big")

@@ -1,4 +1,4 @@
-"""Warnings about data that does not suit the model: a single class, more objects than queries."""
+"""Warnings about data: a single class, more objects than queries, areas that do not match the masks."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_a_class_whose_label_is_void_is_refused(tmp_path, void):
 
 
 def _six_images(coco, factor):
-    """The same image six times, with stated areas of so many times the pixels."""
+    """Write the same image six times, with stated areas of `factor` times the pixels."""
     file, image = coco.files["a.jpg"], coco.images[0]
     segments, instances = coco.panoptic[0]["segments_info"], coco.instances
     segments[0]["area"] = factor * 520
@@ -86,7 +86,7 @@ def test_large_area_differences_give_a_warning(tmp_path, factor, ratio):
 def test_area_warning_covers_instances_but_not_small_ones(tmp_path):
     coco = _six_images(CocoSet(tmp_path), 1)
     for entry in coco.instances:
-        entry["area"] = 100  # 60 pixels of each
+        entry["area"] = 100  # the masks have 60 pixels
     coco.write()
     source = coco.instances_source
     config = DatasetConfig(shards=str(tmp_path / "shards"), source=source)

@@ -1,4 +1,4 @@
-"""Is killed while it has a scratch folder: `killed_with_scratch.py TEMPORARY`."""
+"""Creates a scratch folder and kills itself: `killed_with_scratch.py TEMPORARY`."""
 
 import os
 import signal

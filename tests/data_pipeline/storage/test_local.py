@@ -1,4 +1,4 @@
-"""Local files where the file system has no hard links, is full or cannot be written to."""
+"""Local files on file systems without hard links, without free space or without write permission."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from tests.mounts import fill_disk, read_only, small_disk
 
 def test_only_one_of_many_writers_creates_a_file_without_hard_links(tmp_path, monkeypatch):
     def refuse(*paths):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))  # what exFAT says
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))  # the error of exFAT
 
     monkeypatch.setattr(os, "link", refuse)
     storage, url = Storage(), str(tmp_path / "lease")

@@ -29,7 +29,7 @@ def run_killed_process(temporary):
 def test_only_folders_of_killed_processes_are_swept(temporary):
     (leftover,) = run_killed_process(temporary)
     (temporary / "m2f-test-of-a-person").mkdir()
-    with ScratchFolder("other") as folder:  # the first one of a process sweeps
+    with ScratchFolder("other") as folder:  # the first scratch folder of a process sweeps
         assert not leftover.exists()
         (folder / "file").write_text("kept")
         assert len(list(run_killed_process(temporary))) == 1
@@ -79,6 +79,6 @@ def test_missing_temporary_directory_raises_storage_error(temporary, monkeypatch
     with small_disk(temporary / "small", "64k") as disk:
         fill_disk(disk)
         monkeypatch.setattr(tempfile, "tempdir", None)
-        monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(disk)])  # what TMPDIR, /tmp, ... can be
+        monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(disk)])  # instead of TMPDIR, /tmp, ...
         with pytest.raises(StorageError, match=r"No usable temporary directory .* set TMPDIR"):
             ScratchFolder("test")

@@ -29,7 +29,7 @@ BODY = bytes(range(256)) * 4
 
 @pytest.fixture(autouse=True)
 def _no_reached_endpoints(monkeypatch):
-    """A process remembers the stores that have answered, and tests share addresses."""
+    """Reset the endpoints that have answered this process, because tests share addresses."""
     monkeypatch.setattr(s3_store, "_REACHED_ENDPOINTS", set())
 
 
@@ -42,7 +42,7 @@ def _quick_backoff(monkeypatch):
 
 @pytest.fixture(params=["local", "s3"])
 def storage_and_root(request, tmp_path):
-    """A storage and an empty folder in it."""
+    """Return a storage and the URL of an empty folder in it."""
     if request.param == "local":
         return Storage(), str(tmp_path / "root")
     endpoint = request.getfixturevalue("s3_endpoint")
@@ -140,7 +140,7 @@ def test_a_replaced_object_is_not_mixed_with_the_old_one(storage_and_root):
     assert info.size == len(BODY)
     assert storage.get_range(url, 5, 10, info.etag) == BODY[5:15]
     storage.put(url, BODY[::-1])
-    if info.etag is None:  # files have checksums only
+    if info.etag is None:  # local files have no ETag
         return
     with pytest.raises(StorageError, match="shard was replaced while it was being read"):
         storage.get_range(url, 5, 10, info.etag)
@@ -199,7 +199,7 @@ def test_join_separates_parts_by_single_slashes():
 
 
 class _FaultyServer(socketserver.ThreadingTCPServer):
-    """Answers ranged GETs of BODY; `faults` says what goes wrong, one entry per request."""
+    """Server of BODY. Every request takes one fault from `faults`."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -245,7 +245,7 @@ class _FaultyHandler(BaseHTTPRequestHandler):
         self.send_response(206)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Range", f"bytes {first}-{last}/{len(BODY)}")
-        if fault == "flipped":  # the bytes are not those that this sum was made of
+        if fault == "flipped":  # the checksum does not match the bytes
             self.send_header("x-amz-checksum-crc32", "AAAAAA==")
         self.end_headers()
         if fault == "cut":
@@ -254,7 +254,7 @@ class _FaultyHandler(BaseHTTPRequestHandler):
         elif fault == "stall":
             self.wfile.write(body[:1])
             self.wfile.flush()
-            self.connection.recv(1)  # until the client hangs up
+            self.connection.recv(1)  # returns when the client disconnects
             self.close_connection = True
         else:
             self.wfile.write(body)
@@ -302,7 +302,7 @@ def test_permanent_faults_are_not_retried(faulty_server):
 
 def test_expired_credentials_are_looked_up_again_once(faulty_server, monkeypatch):
     storage = _storage_at(faulty_server, patience_s=0.5)
-    for _ in range(2):  # after its first answer the store has another client
+    for _ in range(2):  # the first answer replaces the client
         assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
     faulty_server.access_key = "newer"
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "newer")
@@ -342,7 +342,7 @@ def test_outage_longer_than_patience_raises_error(faulty_server):
 
 
 def test_requests_wait_until_a_stopped_server_returns():
-    """Nobody listens at its port until it is started again."""
+    """The server is started only after two failed requests."""
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         address = reserved.getsockname()
     storage = Storage(StorageConfig(endpoint_url=f"http://127.0.0.1:{address[1]}"), answered=True)
@@ -386,7 +386,7 @@ def test_pickled_storage_keeps_that_the_store_has_answered(faulty_server, monkey
     storage = _storage_at(faulty_server, patience_s=0.2)
     storage.get_range("s3://bucket/key", 0, 10)
     data = pickle.dumps(storage)
-    monkeypatch.setattr("m2f.data_pipeline.storage.s3._REACHED_ENDPOINTS", set())  # as in the other process
+    monkeypatch.setattr("m2f.data_pipeline.storage.s3._REACHED_ENDPOINTS", set())  # as in a new process
     faulty_server.faults = ["503"] * 1000
     with pytest.raises(OutageError):
         pickle.loads(data).get_range("s3://bucket/key", 0, 10)
@@ -406,7 +406,7 @@ def test_denied_deletion_keeps_the_object_with_a_warning(faulty_server, caplog):
 
 
 class _LosesFirstResponse:
-    """A client whose first put succeeds in the store but never hears so."""
+    """Client that loses the response of its first successful put_object."""
 
     def __init__(self, client):
         self.client, self.has_failed = client, False
@@ -424,7 +424,7 @@ class _LosesFirstResponse:
 def test_a_repeated_conditional_write_recognises_its_own_bytes(s3_endpoint, tmp_path):
     storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
     url = f"s3://box/{tmp_path.name}/lost-answer"
-    storage.exists(url)  # after its first answer the store has another client
+    storage.exists(url)  # the first answer replaces the client
     storage._s3._client = _LosesFirstResponse(storage._s3._get_client())
     storage.put(url, b"same", if_absent=True)
     assert storage.counters.retries == 1
