@@ -1,7 +1,7 @@
 """A COCO data set whose images encode their annotations, and a model that decodes them with errors.
 
-The red channel of an image is 20 times the number of the segment. The model finds these segments, but shifts some,
-gives some a wrong class, and misses some.
+The red channel of a pixel is 20 times its segment number. The model decodes the segments, but shifts some of them,
+misclassifies some, and gives some low scores.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SceneModel(nn.Module):
 
 
 def write_painted_scenes(folder: Path, count: int) -> None:
-    """Write images, panoptic and instance annotations, and label maps, in the formats of COCO and ADE20K."""
+    """Write images, COCO panoptic and instance annotations, and ADE20K label maps of `count` scenes."""
     images, panoptic, instances = [], [], []
     for name in ("images", "panoptic", "labels"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Tests in a browser: the MLflow UI of a real server with a run of m2f, and the HTML reports."""
+"""Browser tests of the MLflow UI, with a run on a real server, and of the HTML reports."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Tab:
         return decode_picture(base64.b64decode(screenshot["data"]))
 
     async def wait_for_color(self, red, green, blue):
-        """Wait until hundreds of pixels have the colour. This also works for frames whose text cannot be read."""
+        """Wait until at least 300 pixels have the colour. It also works in iframes, whose text scripts cannot read."""
         deadline = time.monotonic() + PATIENCE_S
         while (np.abs((await self.picture()).astype(int) - (red, green, blue)).max(axis=-1) <= 6).sum() < 300:
             assert time.monotonic() < deadline, "the colour does not appear"
@@ -205,7 +205,7 @@ async def check_mlflow_pages(folder, experiment, run_id):
         await tab.open(f"{files}/panels.png")
         await tab.wait_for_text("panels.png", "report.html")
         await tab.wait_for_color(10, 200, 30)
-    async with browser(folder / "again") as tab:  # the page keeps the file that it opened first
+    async with browser(folder / "again") as tab:  # in one session, the page keeps showing the first opened file
         await tab.open(f"{files}/report.html", height=1000)
         await tab.wait_for_text("report.html")
         await tab.wait_for_color(0, 0x72, 0xB2)  # the bars of the report

@@ -52,7 +52,7 @@ HEAVY = ("torch", "ray", "mlflow", "pyarrow", "boto3", "cv2", "numpy", "pydantic
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """Write a recipe and the shards of its training set."""
+    """Write a recipe and the shards of its training set, and return the recipe's path."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
     dataset = DatasetConfig(shards=str(folder / "shards"), source=SyntheticSource(num_images=6))
@@ -78,13 +78,13 @@ def test_help_imports_no_heavy_package(words):
 def test_a_closed_pipe_ends_without_a_traceback(words):
     command = [sys.executable, "-m", "m2f.cluster.cli", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()  # as `| head -0` may do before the first line
+    process.stdout.close()  # `| head -0` may close it before the first line
     assert (process.stderr.read(), process.wait(PATIENCE_S)) == ("", 0)
     process.stderr.close()
 
 
 def test_help_takes_less_than_a_second_of_cpu_time():
-    """CPU time is measured, because wall time depends on other processes."""
+    """The test measures CPU time, because wall time depends on other processes."""
     times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -208,7 +208,7 @@ def test_local_training_writes_a_checkpoint_and_a_finished_mlflow_run(recipe, tm
 
 @pytest.fixture(scope="module")
 def weights(recipe):
-    """Write random weights of the recipe's model."""
+    """Write random weights of the recipe's model and return their path."""
     from m2f.model.mask2former import build_model
 
     path = recipe.parent / "weights.safetensors"

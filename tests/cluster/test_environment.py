@@ -1,4 +1,4 @@
-"""Tests of the detection of external Ray clusters, which may get more nodes."""
+"""Tests of the detection of external Ray clusters, to which nodes may be added."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tests that verbs print a message before they load large packages, which takes seconds."""
+"""Tests that verbs print a message before they import large packages, which takes seconds."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Tests that names which lead out of a folder are rejected when predictions are written or scored."""
+"""Tests that names with path traversal or control characters are rejected."""
 
 import zipfile
 

@@ -1,4 +1,4 @@
-"""Tests that only this user, on this machine, can reach a Ray cluster that m2f starts."""
+"""Tests that a Ray cluster started by m2f is reachable only from this machine and uses a private folder."""
 
 import os
 import tempfile
@@ -24,13 +24,13 @@ def is_loopback(address: str) -> bool:
 
 
 def listeners() -> dict[tuple[str, int], str]:
-    """Return the addresses that this process and its descendants listen on, with their commands."""
+    """Return the listening addresses of this process and its descendants, with the command of each."""
     this_process = psutil.Process()
     found: dict[tuple[str, int], str] = {}
     for process in (this_process, *this_process.children(recursive=True)):
         try:
             sockets, command = process.net_connections("inet"), " ".join(process.cmdline())[:120]
-        except psutil.NoSuchProcess:  # it has ended in the meantime
+        except psutil.NoSuchProcess:  # the process has just ended
             continue
         found |= {(s.laddr.ip, s.laddr.port): command for s in sockets if s.status == psutil.CONN_LISTEN}
     return found

@@ -1,4 +1,4 @@
-"""Tests of the watchdog that ends a driver when a process of Ray dies, with sockets instead of Ray."""
+"""Tests of the watchdog that ends a driver when a Ray process dies. Plain sockets replace Ray's processes."""
 
 import contextlib
 import socket
@@ -17,7 +17,7 @@ class ProcessExit(Exception):
 
 @pytest.fixture
 def watch(tmp_path, monkeypatch):
-    """Return a function that runs the watchdog. Its argument `kill` is called with the sockets of GCS and raylet."""
+    """Return a function that runs the watchdog and calls its argument `kill` with the GCS and raylet sockets."""
 
     def raise_exit(message):
         raise ProcessExit(message)

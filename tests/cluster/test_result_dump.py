@@ -1,4 +1,4 @@
-"""Tests that the files of `m2f eval --dump`, scored with `m2f score`, give the metrics of the evaluation."""
+"""Tests that `m2f score` computes the metrics of the evaluation from the files of `m2f eval --dump`."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ evaluation: {{sets: [{{dataset: val}}], tasks: [panoptic, instance, semantic], s
 
 
 class SceneActor(EvaluationActor):
-    """Actor that evaluates the model of the painted scenes."""
+    """Evaluation actor with the model of the painted scenes."""
 
     def _model(self, *_):
         return SceneModel()
 
 
 class RepeatingPool:
-    """Replacement for the pool that evaluates every batch twice, and in a different order."""
+    """Fake pool that evaluates every batch twice, the first time in reverse order."""
 
     def __init__(self, config):
         self.actors = [SceneActor(config), SceneActor(config)]
@@ -75,14 +75,14 @@ class RepeatingPool:
 
 
 def kill_once(marker: Path) -> None:
-    """Kill this process if the marker file exists, and delete the file first."""
+    """If the marker file exists, delete it and kill this process."""
     with contextlib.suppress(FileNotFoundError):
         marker.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class KillingStorage(Storage):
-    """Storage that kills its process once after four files, so that the predictions of a call are incomplete."""
+    """Storage that kills its process once, after four files, so that the predictions of a call are incomplete."""
 
     def __init__(self, marker: Path) -> None:
         super().__init__(answered=True)
@@ -96,7 +96,7 @@ class KillingStorage(Storage):
 
 
 class KilledActor(SceneActor):
-    """Actor that is killed once while it stores predictions, and once each before it returns calls 1 and 2."""
+    """Actor that is killed once while it stores predictions, and once before it returns each of calls 1 and 2."""
 
     def __init__(self, config, markers: Path) -> None:
         super().__init__(config)
@@ -111,7 +111,7 @@ class KilledActor(SceneActor):
 
 @contextlib.contextmanager
 def pool_of_killed_actors(config: RunConfig, markers: Path) -> Iterator[Pool]:
-    """Yield a pool of killed actors on Ray, and check at the end that every kill has happened."""
+    """Yield a pool of `KilledActor` on Ray. On exit, assert that every kill has happened."""
     markers.mkdir()
     for name in ("storing", "returning_1", "returning_2"):
         (markers / name).touch()
@@ -132,7 +132,7 @@ def make_pool(kind: str, config: RunConfig, folder: Path) -> contextlib.Abstract
 
 @pytest.fixture(scope="module", params=["repeating", pytest.param("killed", marks=pytest.mark.cluster)])
 def dumped(request, tmp_path_factory):
-    """Return the folder with ground truth and dump, and the results of the evaluation."""
+    """Return the folder with the ground truth and the dump, and the results of the evaluation."""
     folder = tmp_path_factory.mktemp("painted")
     write_painted_scenes(folder / "truth", 19)
     config = parse_recipe(RECIPE.format(folder=folder))
@@ -275,7 +275,7 @@ INSTANCE = {
 
 @pytest.mark.parametrize(("name", "annotation"), [("panoptic", PANOPTIC), ("labels", INSTANCE)])
 def test_json_files_follow_the_coco_schema(dumped, name, annotation):
-    """The format is that of pycocotools and viewers (FiftyOne, supervision), and the image files exist."""
+    """pycocotools, FiftyOne and supervision read this format. The listed image files must exist, too."""
     folder, _ = dumped
     lists = {"images": IMAGE, "categories": CATEGORY, "annotations": annotation}
     document = json.loads((folder / f"dump/val/{name}.json").read_text())

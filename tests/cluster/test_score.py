@@ -1,4 +1,4 @@
-"""Tests of `m2f score`: command lines, JSON, tables and errors."""
+"""Tests of the JSON files, tables and errors of `m2f score`."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tests that URLs with secrets are rejected in recipes, MLflow, storage and dashboards. See also test_urls.py."""
+"""Tests that URLs with secrets are rejected in recipes and for MLflow, S3 and Ray dashboards. See also test_urls.py."""
 
 import dataclasses
 import logging
@@ -74,7 +74,7 @@ def test_recipe_built_in_python_rejects_urls_with_secrets(recipe):
 
 
 def test_stored_recipe_with_a_secret_loads_without_it(recipe, caplog):
-    """A URL that cannot be parsed is replaced, so that predict and export can still open the run."""
+    """URLs that cannot be parsed are replaced, so that predict and export can still open the run."""
     config = load_recipe(recipe)
     text = dump_recipe(config).replace("uri: null", "uri: https://tophush@host")
     text = text.replace("endpoint_url: null", "endpoint_url: http://me:tophush")

@@ -1,4 +1,4 @@
-"""A tiny run for tests of whole trainings: its data, its recipe, and faults that can be injected into its ranks."""
+"""A tiny run for end-to-end training tests: its data, its recipe, and faults to inject into its ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EVERY = 4
 BATCH = 4
 PAUSE_S = 0.3
 GATE = ""
-"""Path of a file for which `slow_loop` waits after the second to last checkpoint; empty: it does not wait."""
+"""Path of a file for which `slow_loop` waits after the second-to-last checkpoint. If empty, it does not wait."""
 
 
 def write_shards(config: DatasetConfig, storage: Storage) -> None:
@@ -85,7 +85,7 @@ def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> 
             max_steps=STEPS,
             global_batch=BATCH,
             micro_batch=2,
-            optimizer=OptimizerConfig(lr=1e-4, clip_norm=1.0),  # at 1e-3 the run amplifies rounding: 8e-5 in 40 steps
+            optimizer=OptimizerConfig(lr=1e-4, clip_norm=1.0),  # at 1e-3, rounding errors grow to 8e-5 in 40 steps
             checkpoint=CheckpointConfig(every_steps=EVERY, keep=10),
             log_every_steps=1,
             collective_timeout_s=1200.0 if any("://" in config.shards for config in datasets.values()) else 60.0,
@@ -103,8 +103,8 @@ def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> 
 
 
 def tracked_points(run: TrackedRun, metric: str) -> list[tuple[int, float]]:
-    """Return steps and values in MLflow, including steps that were logged twice."""
-    from mlflow import MlflowClient  # ranks do not need it
+    """Return the sorted (step, value) points of a metric in MLflow, including steps that were logged twice."""
+    from mlflow import MlflowClient  # imported here, because ranks do not need it
 
     history = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, metric)
     return sorted((point.step, point.value) for point in history)
@@ -139,7 +139,7 @@ def changed_losses(change):
 
 
 class OutOfMemoryInBackward(torch.autograd.Function):
-    """Identity function that runs out of memory in the backward pass."""
+    """Identity function whose backward pass raises OutOfMemoryError."""
 
     @staticmethod
     def forward(context, value):
@@ -151,20 +151,23 @@ class OutOfMemoryInBackward(torch.autograd.Function):
 
 
 def out_of_memory(position, losses, targets):
-    """Run out of memory in the backward pass of a micro-batch of several images that includes this position."""
+    """Raise OutOfMemoryError in the backward pass of a micro-batch of several images that includes `position`."""
     if len(targets.position) > 1 and (targets.position == position).any():
         return losses._replace(total=OutOfMemoryInBackward.apply(losses.total))
     return losses
 
 
 def spike(start, losses, targets):
-    """Multiply the loss by 100 in the two steps of four images that begin at position `start`."""
+    """Multiply the loss by 100 in the two steps, of four images each, that start at position `start`."""
     factor = torch.where(((targets.position >= start) & (targets.position < start + 8)).any(), 100.0, 1.0)
     return losses._replace(total=losses.total * factor, terms=losses.terms * factor)
 
 
 def slow_loop(arguments):
-    """Train slowly in a Ray worker, so that the cluster can change. Rank 0 writes its node id to `node_of_rank_0`."""
+    """Train slowly in a Ray worker, so that the test can change the cluster during the run.
+
+    Rank 0 writes its node id to `node_of_rank_0` in the run folder.
+    """
     import ray
     import ray.train
 
@@ -186,7 +189,7 @@ def slow_loop(arguments):
 
 @contextmanager
 def refused_upload(marker: Path):
-    """Refuse the first upload of rank 1. The file `marker` is created when this has happened."""
+    """Refuse the first upload of rank 1, and create the file `marker` when this happens."""
     original = Storage.put_file
 
     def put_file(self, url, path):
@@ -203,9 +206,10 @@ def refused_upload(marker: Path):
 
 
 def faulty_loop(arguments):
-    """Train in a Ray worker with faults: the first upload is refused, step 5 runs out of memory, steps 8 and 9 spike.
+    """Train in a Ray worker with three faults.
 
-    Step 5 waits for the commit of step 4, and step 9 for the evaluation of step 8.
+    The first upload of rank 1 is refused, step 5 runs out of memory, and the loss spikes in steps 8 and 9. Step 5 waits
+    for the commit of step 4, and step 9 waits for the evaluation of step 8.
     """
     from m2f.cluster.train.worker import train_loop
 
@@ -228,7 +232,7 @@ def faulty_loop(arguments):
 
 
 def _wait_for(condition) -> None:
-    """Wait for a condition. Workers cannot import `tests.waiting`."""
+    """Wait up to 60 s for a condition. Workers cannot import `tests.waiting`."""
     deadline = time.monotonic() + 60.0
     while not condition():
         assert time.monotonic() < deadline
@@ -236,7 +240,7 @@ def _wait_for(condition) -> None:
 
 
 def buggy_loop(arguments):
-    """Train in a Ray worker with a bug that only occurs on rank 1 in its third step."""
+    """Train in a Ray worker with a bug that occurs only on rank 1 in step 3."""
     from m2f.cluster.train.worker import train_loop
 
     def inject_bug(losses, targets):

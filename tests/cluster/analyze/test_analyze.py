@@ -1,4 +1,4 @@
-"""`m2f analyze` from the command line: tables of models, and analyses of a small random model."""
+"""Command-line tests of `m2f analyze`: model tables, and analyses of a small model with random weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SMALL = ModelConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Write a recipe, its shards and a file of random weights, and return their folder."""
+    """Write a recipe, its shards and random weights, and return their folder."""
     folder = tmp_path_factory.mktemp("analyze")
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
     dataset = DatasetConfig(shards=str(folder / "shards"), source=SyntheticSource(num_images=6))

@@ -1,4 +1,4 @@
-"""`m2f.load(...).predict(...)`: one path with `m2f predict`, every form of an image, and messages for wrong ones."""
+"""Tests of `m2f.load` and `Model.predict`: equality with `m2f predict`, image types, and error messages."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def image_of(scenes, name="12"):
     return scenes / "images" / f"{name}.png"
 
 
-# One path with the verb
+# Equality with `m2f predict`
 
 
 @pytest.fixture(scope="module")
 def verb_output(scenes, tmp_path_factory):
-    """What the verb writes, by task."""
+    """Run `m2f predict` for every task. Return the folder whose subfolders, named by task, hold the outputs."""
     patch = pytest.MonkeyPatch()
     patch.setattr(trained_model, "open_trained", lambda *_: PAINTED)
     output = tmp_path_factory.mktemp("verb")
@@ -118,7 +118,7 @@ def test_to_coco_is_accepted_by_pycocotools(painted_model, scenes):
     ]
 
 
-# Forms of images
+# Image types
 
 
 def test_all_image_types_give_the_same_prediction(painted_model, scenes):
@@ -187,7 +187,7 @@ def test_broken_image_file_is_named(painted_model, tmp_path):
         painted_model.predict(tmp_path)
 
 
-# Pictures and lowest scores
+# Results
 
 
 def test_the_overlay_has_the_size_of_the_image(painted_model, scenes):
@@ -226,12 +226,12 @@ def test_result_without_objects_is_valid(painted_model):
     assert empty_result.overlay().size == (50, 40)
 
 
-# Sources
+# Loading
 
 
 @pytest.fixture(scope="module")
 def model_files(tmp_path_factory):
-    """A small model as official file with its recipe, and as Hugging Face folder."""
+    """Write a small model as an official checkpoint with its recipe and as a Hugging Face folder; return the parent."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     model = build_model(CONFIG).eval()

@@ -1,4 +1,4 @@
-"""From arrays to scores without leaving Python: `m2f.Dataset`, `m2f.train`, `m2f.load`, `m2f.evaluate`."""
+"""Tests of the Python API from arrays to scores: `m2f.Dataset`, `m2f.train`, `m2f.load` and `m2f.evaluate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ SIZE = (48, 64)
 
 
 def scene(number):
-    """A dark picture with two bright rectangles, and its segments: 1 is the ground, 2 and 3 are boxes."""
+    """Return a dark image with two bright rectangles, and its id map.
+
+    In the id map, 0 is unlabelled, 1 is the ground, and 2 and 3 are the boxes.
+    """
     random = np.random.default_rng(number)
     image = random.integers(0, 60, (*SIZE, 3), dtype=np.uint8)
     ids = np.ones(SIZE, np.int32)
@@ -104,10 +107,10 @@ def test_label_maps_and_instances_are_written_as_shards(scenes, tmp_path):
     images = [image for image, _ in scenes]
     maps = [np.where(ids == 0, 255, np.minimum(ids, 2) - 1).astype(np.uint8) for _, ids in scenes]
     assert m2f.Dataset(images, maps, ["ground", "box"]).write(tmp_path / "maps") == 8
-    masks = [m2f.Instances(np.stack([ids == 2, ids >= 2]), [0, 0]) for _, ids in scenes]  # they overlap
+    masks = [m2f.Instances(np.stack([ids == 2, ids >= 2]), [0, 0]) for _, ids in scenes]  # overlapping masks
     assert m2f.Dataset(images, masks, ["box"]).write(tmp_path / "instances") == 8
     unlabelled = [np.where(ids == 255, -1, ids.astype(np.int64)) for ids in maps]
-    assert m2f.Dataset(images, unlabelled, ["ground", "box"], ignore=-1).write(tmp_path / "maps") == 8  # the same
+    assert m2f.Dataset(images, unlabelled, ["ground", "box"], ignore=-1).write(tmp_path / "maps") == 8  # equal shards
     for name in ("maps", "instances"):
         assert verify(str(tmp_path / name), Storage(), "full").faults == ()
 
@@ -177,7 +180,7 @@ def test_missing_shards_are_written_once(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == written
 
 
-# A run
+# Runs
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Tests of the comparison of runs: numbers, missing values, differences, reports, and reading of runs."""
+"""Tests of `m2f compare`: deltas, missing values, changed settings, reports, and the reading of runs."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_runs_without_a_common_metric_are_rejected_with_their_metrics(pair):
 
 
 def test_an_evaluated_set_may_be_called_train(pair):
-    """The curves of training, which have the same prefix, end at a later step."""
+    """Training metrics have the same prefix `train/`, and end at a later step."""
     runs = [
         replace(run, curves=run.curves | {"train/AP": ((10, ap),), "train/lr": ((10, 0.1), (30, 0.0))}, results={})
         for run, ap in zip(pair, (40.0, 42.0), strict=True)
@@ -196,7 +196,7 @@ def test_published_results_are_shown_for_the_first_set():
 
 
 def test_published_results_match_the_recipes():
-    """Line 2 of a recipe starts with its published numbers."""
+    """Line 2 of a recipe states its published results."""
     num_compared = 0
     for path in CONFIGS.rglob("*.yaml"):
         row, expectation = paper_result(path.stem), path.read_text().splitlines()[1]
@@ -209,7 +209,7 @@ def test_published_results_match_the_recipes():
 
 
 class StrictParser(HTMLParser):
-    """HTML parser that fails if tags are not closed in order, and collects text and links."""
+    """HTML parser that collects text and links, and fails if tags are not closed in order."""
 
     VOID = ("meta", "img", "!doctype")
 
@@ -259,7 +259,7 @@ def test_many_runs_are_shown_in_blocks_that_repeat_the_baseline(pair):
     assert max(map(len, lines[: lines.index(heads[-1])][14:])) <= 122
 
 
-# Reading
+# Reading of runs
 
 
 def write_run(folder, name, pq, *, lr="0.001", step=100):
@@ -284,7 +284,7 @@ def read(*runs, **options):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, migrated_database):
-    """Return URI and run ids of a database with three runs. Two share a name, and one has artifacts."""
+    """Return the URI of a database and the ids of its three runs. Two runs share a name, and one has artifacts."""
     folder = tmp_path_factory.mktemp("store")
     (folder / "mlflow.db").write_bytes(migrated_database)
     uri = f"sqlite:///{folder / 'mlflow.db'}"

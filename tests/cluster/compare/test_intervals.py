@@ -1,4 +1,4 @@
-"""Tests of intervals of differences between runs, over images and over seeds, and of their reports."""
+"""Tests of confidence intervals of differences between runs, over images and over seeds, and of their reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m2f.eval.results.images import image_records, image_table, read_image_recor
 
 
 def make_records(correct, num_images=400, first_id=0, seed=0):
-    """Return records of two classes, in which about `correct` of the 100 pixels of each image are correct."""
+    """Return records of two classes. In each image, each class has 100 pixels, of which about `correct` are correct."""
     random = np.random.default_rng(seed)
     state = MeanIoUState(2)
     for image_id in range(first_id, first_id + num_images):
@@ -61,7 +61,7 @@ def test_image_interval_contains_the_difference_and_notes_its_limits():
         assert f"{interval.low:.2f} to {interval.high:.2f}" in text
         assert "400 images" in text
     assert json.loads(as_json(comparison))["intervals"][0]["low"] == interval.low
-    assert compare_runs(comparison.runs).intervals == comparison.intervals  # the draws are reproducible
+    assert compare_runs(comparison.runs).intervals == comparison.intervals  # the draws are deterministic
     assert compare_runs(comparison.runs, draws=0).intervals == ()
 
 

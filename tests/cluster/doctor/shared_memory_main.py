@@ -1,4 +1,4 @@
-"""Print the finding of the check of /dev/shm."""
+"""Print the state and the detail of the /dev/shm check."""
 
 import sys
 

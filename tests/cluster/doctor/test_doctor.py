@@ -1,4 +1,4 @@
-"""Tests of `m2f doctor`: a healthy machine, unreachable services, too little shared memory, a missing compiler."""
+"""Tests of the checks of `m2f doctor`, for healthy and faulty machines and services."""
 
 import shutil
 import subprocess
@@ -62,7 +62,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture
 def clean_environment(monkeypatch, tmp_path):
-    """Remove settings of this machine from the environment."""
+    """Remove this machine's settings from the environment, and set fake AWS keys."""
     for name in ("MLFLOW_TRACKING_URI", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
@@ -77,7 +77,7 @@ def doctor(capsys, *words):
 
 @pytest.mark.slow
 def test_a_healthy_machine_passes_every_check(capsys, recipe, clean_environment):
-    """All checks run as in production, including the all-reduce of two processes."""
+    """The test runs all checks without mocks, including the all-reduce of two processes."""
     status, out = doctor(capsys, recipe)
     assert status == 0, out
     assert "gloo all-reduce over 2 processes" in out
@@ -135,7 +135,7 @@ def test_a_run_in_s3_without_a_tracking_server_fails(recipe, clean_environment):
 
 
 def test_shared_memory_of_64_mib_fails(clean_environment):
-    """Mounts a small /dev/shm in a mount namespace."""
+    """The test mounts a small /dev/shm in a mount namespace."""
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     check = [sys.executable, str(Path(__file__).with_name("shared_memory_main.py"))]
     command = ["unshare", "--mount", "sh", "-c", mount, "sh", *check]
@@ -225,7 +225,7 @@ def test_a_missing_token_fails_and_disabled_tokens_warn(monkeypatch, clean_envir
     ],
 )
 def test_token_check_sends_a_request_without_a_token(http_status, state, words, monkeypatch):
-    """The environment of this process has no influence, because the cluster may have been started differently."""
+    """The check ignores this process's environment, because the cluster may have been started with another one."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hush")
 
