@@ -1,4 +1,4 @@
-"""The scenario of test_ahead.py: runs whose host looks at a step when the next one is queued. Not a test module."""
+"""Scenario of test_ahead.py: the host reads a step's results after queuing the next step. Not a test module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ MAX_STEPS, LOG_EVERY_STEPS, SAVE_EVERY_STEPS = 9, 4, 6
 
 
 def ahead(folder: Path, stage: str) -> dict:
-    """One run of each kind, with a step that is skipped and spikes that are looked for, and one that is stopped."""
+    """Train with outcomes read at once and one step later; each run once to the end and once stopped early.
+
+    One step is skipped, and spike detection is on.
+    """
     seen = {}
     for kind in ("at once", "ahead"):
         calls: list[tuple[str, int]] = []
@@ -48,12 +51,15 @@ def _job(folder: Path, stage: str) -> TrainJob:
 
 @contextmanager
 def _recording_engine(ahead: bool, calls: list[tuple[str, int]]) -> Iterator[None]:
-    """Append the calls of the host to `calls`: `compute`, `update`, and `finish_update` with the number of the step."""
+    """Set `Engine.runs_ahead` to `ahead` and append engine calls to `calls`.
+
+    Calls are `compute`, `update`, and `finish_update` with the step number; the others have 0 instead.
+    """
 
     class RecordingEngine(Engine):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
-            assert not self.runs_ahead  # on a CPU
+            assert not self.runs_ahead  # the default on a CPU
             self.runs_ahead = ahead
 
         def accumulate(self, *arguments):
@@ -73,7 +79,7 @@ def _recording_engine(ahead: bool, calls: list[tuple[str, int]]) -> Iterator[Non
 
 
 def _comparable_result(job: TrainJob, seen: dict) -> dict:
-    """What a run leaves, without times and places."""
+    """Return the results of a run without times, memory use and paths."""
     folder = Path(job.run_folder)
     weights = sorted(folder.glob("checkpoints/*/*.safetensors"))
     seen["weights"] = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}

@@ -1,4 +1,4 @@
-"""The scenarios of test_annealed.py: runs of EoMT, whose attention masks vanish at random. Not a test module."""
+"""Scenarios of test_annealed.py: EoMT runs, whose attention masks are dropped at random. Not a test module."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PARTS = {
 
 
 def annealed(folder: Path, stage: str) -> dict:
-    """Five steps at once, and as two and three with a stop between."""
+    """Train five steps without a stop, and in another run that stops after one step and resumes."""
     whole, parts = (annealed_job(folder, f"{name}{stage}", stage, max_steps=5) for name in ("whole", "parts"))
     return {"whole": train(whole), "stopped": train(parts, control=StopAt(polls=2)), "resumed": train(parts)}
 
 
 def annealed_again(folder: Path, name: str, stage: str) -> dict:
-    """A sixth step of a run of `annealed`."""
+    """Train a sixth step of a run of `annealed`."""
     return train(annealed_job(folder, f"{name}{stage}", stage, max_steps=6))
 
 
@@ -38,7 +38,7 @@ def annealed_job(folder: Path, name: str, stage: str, max_steps: int) -> TrainJo
         str(folder / "shards"),
         max_steps=max_steps,
         optimizer=OptimizerConfig(lr=1e-3, layer_decay=0.8, layer_decay_from="top", decay_everything=True),
-        # Warm-up alone: the same rates whatever max_steps is.
+        # The backbone stays in warm-up, so its learning rates do not depend on max_steps.
         schedule=StagedPolySchedule(warmup_steps=2, backbone_warmup_steps=20),
         zero=ZeroConfig(stage=int(stage), param_persistence_threshold=0),
     )

@@ -1,4 +1,4 @@
-"""The scenarios of test_compiled_runs.py: whole runs with compiled regions, beside one without.
+"""Scenarios of test_compiled_runs.py: complete runs with compiled regions, and the same without.
 
 Not a test module; `rank_main.py` runs them on every rank.
 """
@@ -17,10 +17,10 @@ from m2f.trainer.engine.compile import compile_regions
 
 
 def stopped_and_resumed(job, train, stop_at, backend: str, steps: int) -> dict:
-    """A run that is not compiled, and a compiled one that is stopped half-way and goes on.
+    """Train an uncompiled run, and a compiled run that is stopped half-way and resumed.
 
-    `job(name, **training)` gives a job with these training settings, `train(job, control=...)` what came of it,
-    `stop_at(polls=...)` a control that stops the run.
+    `job(name, **training)` returns a job with these training settings, `train(job, control=...)` the results of a run,
+    and `stop_at(polls=...)` a control that stops it.
     """
     job = partial(job, max_steps=steps, optimizer=OptimizerConfig(lr=1e-4))
     with count_targets() as targets:
@@ -35,7 +35,7 @@ def stopped_and_resumed(job, train, stop_at, backend: str, steps: int) -> dict:
 
 
 def whole_run_and_16_bit_runs(job, train, backend: str, steps: int) -> dict:
-    """The compiled run at once, and four steps of it in other precisions."""
+    """Train the compiled run without a stop, and four steps in each 16-bit precision, compiled and uncompiled."""
     job = partial(job, optimizer=OptimizerConfig(lr=1e-4))
     seen = {}
     with count_graphs(backend):
@@ -49,7 +49,7 @@ def whole_run_and_16_bit_runs(job, train, backend: str, steps: int) -> dict:
 
 @contextmanager
 def count_graphs(backend: str):
-    """Let regions be compiled by `backend`, and count the graphs that it is given."""
+    """Compile regions with `backend`, and yield a counter of its graphs."""
     graphs = CompileCounterWithBackend(backend)
     m2f.trainer.setup.compile_regions = partial(compile_regions, backend=graphs)
     try:
@@ -60,7 +60,7 @@ def count_graphs(backend: str):
 
 @contextmanager
 def count_targets():
-    """A list of the number of ground-truth masks in every micro-batch of this rank."""
+    """Yield a list that receives the number of ground-truth masks in every micro-batch of this rank."""
     real, counts = m2f.trainer.loop.count_normalizers, []
 
     def count(targets, *rest):

@@ -1,4 +1,4 @@
-"""Starts the ranks of a test as processes."""
+"""Fixtures that start the ranks of a test as processes."""
 
 import json
 import socket
@@ -20,12 +20,12 @@ from tests.waiting import PATIENCE_S
 
 @dataclass(frozen=True)
 class Launcher:
-    """Runs scenarios of `rank_main.py` with some ranks and reads what they saw."""
+    """Runs scenarios of `rank_main.py` on a number of ranks and reads their results."""
 
     folder: Path
 
     def run(self, scenarios, ranks=2, timeout_s=PATIENCE_S):
-        """Exit codes and outputs of the ranks; the code of a rank that took longer than `timeout_s` is -9."""
+        """Return exit codes and outputs of the ranks. A rank that exceeds `timeout_s` is killed: its code is -9."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -52,14 +52,14 @@ class Launcher:
         return [process.exitcode for process in processes], [log.read_text() for log in logs]
 
     def run_successfully(self, scenarios, ranks=2, timeout_s=PATIENCE_S):
-        """No rank may end with an error."""
+        """Run the scenarios and assert that no rank fails."""
         codes, outputs = self.run(scenarios, ranks, timeout_s)
         assert not any(codes), "\n".join(outputs)
 
     def run_each(self, scenarios, ranks=2):
-        """One after the other, in one process group to pay for imports once; after a failure the rest in another.
+        """Run the scenarios in one process group, which imports once; after a failure, run the rest in a new group.
 
-        `result` of a scenario that failed shows what its ranks wrote.
+        `result` of a failed scenario raises AssertionError with the output of its ranks.
         """
         remaining = list(scenarios)
         while remaining:
@@ -90,7 +90,7 @@ def launcher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def training_shards(launcher):
-    """Twelve images in `shards` of the launcher's folder."""
+    """Write twelve images to `shards` in the launcher's folder and return its path."""
     url = str(launcher.folder / "shards")
     source = SyntheticSource(num_images=12, seed=1)
     write_dataset(open_reader(source), DatasetConfig(shards=url, source=source), Storage())

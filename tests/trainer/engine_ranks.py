@@ -1,4 +1,4 @@
-"""The scenarios of test_engine.py: three steps on four images, once per configuration, and once in plain torch.
+"""Scenarios of test_engine.py: three steps of four images, once per DeepSpeed configuration and once in plain torch.
 
 Not a test module; `rank_main.py` runs it on every rank.
 """
@@ -53,7 +53,7 @@ CASES = {
     **{f"stage{stage}_fp16": {"precision": "fp16_autocast", "zero": ZeroConfig(stage=stage)} for stage in range(4)},
     "stage1_fp16_accumulated": {"precision": "fp16_autocast", "micro_batch": 1},
 }
-"""Training settings on two ranks, beside `BASE`."""
+"""Training settings on two ranks, in addition to `BASE`."""
 SINGLE_RANK_CASES = {
     "whole": {},
     "accumulated": {"micro_batch": 1},
@@ -61,7 +61,7 @@ SINGLE_RANK_CASES = {
     "pure_bf16_accumulated": {"precision": "bf16", "micro_batch": 1},
     "offload": {"zero": ZeroConfig(offload_optimizer=True)},
 }
-"""Training settings on one rank, beside `BASE` and a micro-batch of all images."""
+"""Training settings on one rank, in addition to `BASE` and a micro-batch of all images."""
 HOST_SYNC_CASES = {
     "stage0": {"zero": ZeroConfig(stage=0)},
     "stage1": {},
@@ -69,11 +69,11 @@ HOST_SYNC_CASES = {
     "bf16": {"precision": "bf16"},
     "offload": {"zero": ZeroConfig(offload_optimizer=True)},
 }
-"""Likewise; what is asked of the device is counted."""
+"""Likewise, for counting synchronisations with the device."""
 
 
 def make_images(model_config, positions) -> Batch:
-    """Images of these positions; the odd ones, which are all on rank 1 of 2, have no objects. None is a filler."""
+    """Return images for `positions`. Odd positions, all on rank 1 of 2, have no objects; None gives a filler."""
     made = [_image(position) for position in positions]
     stack = {name: torch.stack([image[name] for image in made]) for name in made[0]}
     return Batch(
@@ -125,7 +125,7 @@ def normalizers_of(job, batches, ranks=None) -> Normalizers:
 
 
 def plain_torch(job) -> dict:
-    """One rank, one batch per step, no DeepSpeed: what every configuration must reproduce."""
+    """Train on one rank with one batch per step and without DeepSpeed: the reference for every configuration."""
     config = job.training.optimizer
     module = fresh_module(job)
     start = {name: value.clone() for name, value in module.model.state_dict().items()}
@@ -150,15 +150,15 @@ def plain_torch(job) -> dict:
 
 
 def distance(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
-    """L2 norm of the difference of two models."""
+    """Return the L2 norm of the difference between two sets of weights."""
     return sum(float((weights[name] - other).square().sum()) for name, other in others.items()) ** 0.5
 
 
 def with_engine(job, training: TrainingConfig, reference: dict, ranks: Ranks) -> dict:
-    """The same steps through DeepSpeed, with the largest differences from plain torch."""
+    """Run the same steps through DeepSpeed; return the results and their differences from plain torch."""
     module = fresh_module(job, training.precision, training.pixel_decoder_fp32)
     if module.loss_scale is not None:
-        module.loss_scale.scale = 16.0  # the first one overflows for some steps
+        module.loss_scale.scale = 16.0  # the default initial scale overflows in the first steps
     engine = Engine(module, training, torch.device("cpu"))
     seen = {"losses": [], "norms": [], "applied": [], "dtypes": dtypes(engine)}
     for step in range(STEPS):
@@ -179,14 +179,14 @@ def with_engine(job, training: TrainingConfig, reference: dict, ranks: Ranks) ->
     averaged = engine.averaged_weights(weights)
     if ranks.is_first:
         assert set(weights) == set(reference["weights"])
-        # Not element by element: where a gradient is zero but for rounding, Adam takes a whole step either way.
+        # Not elementwise: where a gradient is only rounding error, Adam takes a full step in an arbitrary direction.
         seen["weight_error"] = distance(weights, reference["weights"]) / reference["change"]
         seen["average_error"] = distance(averaged, reference["average"]) / reference["change"]
     return seen
 
 
 def dtypes(engine: Engine) -> dict[str, list[str]]:
-    """Of weights and buffers; of coordinates, once the next forward has made them."""
+    """Return the dtypes of weights and buffers. Those of coordinates are appended during later forward passes."""
     model = engine.module.model
     seen = {"weights": sorted({str(p.dtype) for p in model.parameters()}), "coordinates": []}
     seen["buffers"] = sorted({str(b.dtype) for b in model.buffers() if b.is_floating_point()})
@@ -198,19 +198,19 @@ def dtypes(engine: Engine) -> dict[str, list[str]]:
 
 @cache
 def reference_of(make_job: Callable) -> dict:
-    """What plain torch gives; computed once per process."""
+    """Return the results of plain torch, computed once per process."""
     return plain_torch(make_job(global_batch=GLOBAL_BATCH))
 
 
 def plain(make_job) -> dict:
-    """Losses and norms of plain torch."""
+    """Return the losses and gradient norms of plain torch."""
     reference = reference_of(make_job)
     assert all(math.isfinite(loss) for loss in reference["losses"])
     return {name: reference[name] for name in ("losses", "norms")}
 
 
 def agreement(make_job, case: str) -> dict:
-    """One of `CASES`. `make_job(**training)` gives a job with these training settings."""
+    """Run one of `CASES`. `make_job(**training)` returns a job with these training settings."""
     job = make_job(**(BASE | CASES[case]))
     seen = with_engine(job, job.training, reference_of(make_job), Ranks(60.0))
     dist.barrier()
@@ -218,7 +218,7 @@ def agreement(make_job, case: str) -> dict:
 
 
 def one_rank(make_job, case: str) -> dict:
-    """One rank as it is set up alone, and as it would be among others; one of `CASES_ALONE`."""
+    """Run one of `SINGLE_RANK_CASES` with the ZeRO settings of a single rank and with those of several ranks."""
     job = make_job(**(BASE | {"micro_batch": 4} | SINGLE_RANK_CASES[case]))
     ranks, reference = Ranks(60.0), reference_of(make_job)
     alone = with_engine(job, job.training, reference, ranks)
@@ -233,9 +233,9 @@ def _multi_rank_config(training: TrainingConfig, world_size: int, universal: boo
 
 
 class HostSyncCounter(TorchDispatchMode):
-    """Counts what a device would make the host wait for: values asked of tensors, and constants made on the host.
+    """Counts operations that would make the host wait for a device: reads of tensor values, and host constants.
 
-    And all calls, each of which costs the host some microseconds.
+    Also counts all operations, each of which costs the host some microseconds.
     """
 
     SYNC_OPERATIONS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
@@ -253,11 +253,11 @@ class HostSyncCounter(TorchDispatchMode):
 
 
 def host_syncs(make_job, case: str) -> dict:
-    """What four backward passes and updates of one of `WAITING_CASES` ask of the device, and how often they wait."""
+    """Count host synchronisations and operations in four steps of one of `HOST_SYNC_CASES`."""
     job = make_job(**(BASE | {"micro_batch": 4, "ema_decay": 0.0} | HOST_SYNC_CASES[case]))
     engine = Engine(fresh_module(job, job.training.settled_precision), job.training, torch.device("cpu"))
     seen = {"backward": [], "update": [], "calls": [], "parameters": len(list(engine.module.parameters()))}
-    gc.collect()  # DeepSpeed's optimizers of cases before wait for the device when they are freed
+    gc.collect()  # DeepSpeed's optimizers of earlier cases synchronise when they are freed
     with patch("deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.synchronize") as synchronize:
         for _ in range(4):
             batch = make_images(job.model, range(GLOBAL_BATCH))
@@ -274,7 +274,10 @@ def host_syncs(make_job, case: str) -> dict:
 
 
 def poisoned(make_job) -> list:
-    """Whether each of three steps was applied, and the change of the weights by each; the second has a bad gradient."""
+    """Return for each of three steps whether it was applied and how far it moved the weights.
+
+    The second step has a NaN gradient.
+    """
     job = make_job(**(BASE | {"micro_batch": 4}))
     engine = Engine(fresh_module(job), job.training, torch.device("cpu"))
     seen = []

@@ -1,4 +1,4 @@
-"""The scenario of test_family.py: one step of every member of the model family under ZeRO-3, and in plain torch.
+"""Scenario of test_family.py: one step of every member of the model family under ZeRO-3 and in plain torch.
 
 Not a test module; `rank_main.py` runs it on every rank.
 """
@@ -102,7 +102,7 @@ HEADS = {
         PmtDecoderConfig(num_queries=8, num_layers=1, annealing=((0, 1),)),
     ),
 }
-"""With a backbone of their own."""
+"""Decoders that require a specific kind of backbone, with that backbone."""
 BACKBONES = {
     "swin": SwinBackboneConfig(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), drop_path=0.0),
     "dinov2": TimmBackboneConfig(name="vit_small_patch14_dinov2", options=VIT),
@@ -115,7 +115,7 @@ BACKBONES = {
 
 
 def family_agreement(make_job) -> dict:
-    """Loss and gradient norm of one step of four images: whole in plain torch, and sharded with checkpointing."""
+    """Return loss and gradient norm of one step of four images: in plain torch, and sharded with checkpointing."""
     assert not untested_options()
     ranks = Ranks(60.0)
     zero = ZeroConfig(stage=3, param_persistence_threshold=0)
@@ -144,14 +144,14 @@ def whole_and_sharded(job, model: ModelConfig, ranks: Ranks) -> list[dict[str, f
 
 
 def with_checkpointing(model: ModelConfig) -> ModelConfig:
-    """With checkpointing, which gathers shards a second time, wherever that can be set."""
+    """Enable checkpointing in every part that supports it; ZeRO-3 then gathers the shards a second time."""
     parts = {"backbone": model.backbone, "pixel_decoder": model.pixel_decoder}
     supported = {name: part for name, part in parts.items() if hasattr(part, "checkpointing")}
     return replace(model, **{name: replace(part, checkpointing=True) for name, part in supported.items()})
 
 
 def untested_options() -> set[object]:
-    """Kinds and choices that no member has."""
+    """Return decoder kinds and option values that no member of the family covers."""
     pixel_decoders, transformer_decoders, losses = zip(*FAMILY.values(), strict=True)
     tested = {type(config) for config in (*pixel_decoders, *transformer_decoders)}
     tested |= {type(config) for _, *parts in HEADS.values() for config in parts}

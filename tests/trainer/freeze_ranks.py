@@ -1,4 +1,4 @@
-"""The scenarios of test_freeze.py: runs of two ranks with a frozen backbone. Not a test module."""
+"""Scenarios of test_freeze.py: runs with a frozen backbone. Not a test module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from m2f.trainer.job import TrainJob
 from tests.trainer.tiny_job import MODEL, StopAt, make_job, train
 
 FROZEN = replace(MODEL, backbone=replace(MODEL.backbone, norm="native"), freeze=("backbone",))
-"""BatchNorms with statistics, which training would move."""
+"""Uses native BatchNorms, whose statistics would change in training if they were not frozen."""
 
 
 def frozen_job(folder: Path, name: str, stage: int, steps: int = 4) -> TrainJob:
@@ -27,12 +27,12 @@ def frozen_job(folder: Path, name: str, stage: int, steps: int = 4) -> TrainJob:
 
 
 def frozen(folder: Path, stage: str) -> dict:
-    """A whole run, and one that stops after two steps and goes on."""
+    """Train one run without a stop, and one that stops after two steps and resumes."""
     whole = train(frozen_job(folder, "whole", int(stage)))
     stopped = train(frozen_job(folder, "stopped", int(stage)), control=StopAt(polls=3))
     return {"whole": whole, "stopped": stopped, "resumed": train(frozen_job(folder, "stopped", int(stage)))}
 
 
 def frozen_alone(folder: Path, stage: str) -> dict:
-    """The second run goes on with another number of ranks."""
+    """Continue the second run of `frozen`; the test starts it on another number of ranks."""
     return train(frozen_job(folder, "stopped", int(stage), steps=6))

@@ -1,7 +1,7 @@
-"""One rank of a test, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment.
+"""Runs scenarios as one rank; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment.
 
-A scenario is `NAME` or `NAME:ARGUMENT:...`. What it saw goes to FOLDER as `SCENARIO.rank_R.json`; test functions look
-at it. The first one that fails ends the rank: its launcher starts another for the rest. Not a test module.
+A scenario is `NAME` or `NAME:ARGUMENT:...`. Its result is written to `SCENARIO.rank_R.json` in the folder, where tests
+read it. The first failing scenario ends the process; the launcher starts a new one for the rest. Not a test module.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def family(_: Path) -> dict:
 
 
 def compiled(folder: Path, backend: str = "aot_eager", steps: int = 8) -> dict:
-    """Graphs are captured and differentiated as for kernels, which takes seconds; kernels take minutes."""
+    """By default, capture and differentiate graphs without generating kernels: seconds instead of minutes."""
     return stopped_and_resumed(in_folder(folder / f"compiled_by_{backend}"), train, StopAt, backend, steps)
 
 
 def compiled_by_inductor(folder: Path) -> dict:
-    """The same with kernels, and more of it."""
+    """Run the same with Inductor's kernels and more steps; add an uninterrupted run and 16-bit runs."""
     more = whole_run_and_16_bit_runs(in_folder(folder / "compiled_by_inductor"), train, "inductor", steps=20)
     return compiled(folder, "inductor", steps=20) | more
 

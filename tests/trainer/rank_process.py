@@ -1,4 +1,4 @@
-"""Entry point of a rank's process. It imports the scenarios there, so pytest's process does not. Not a test module."""
+"""Entry point of a rank's process. Scenarios are imported only there, not in pytest's process. Not a test module."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def run_rank(variables: dict[str, str], scenarios: str, folder: Path, log: Path) -> None:
-    """Run the scenarios, which are separated by commas, with output redirected to `log`."""
+    """Run the comma-separated scenarios with output redirected to `log`."""
     os.environ.update(variables)
     with log.open("w") as out:
         os.dup2(out.fileno(), 1)

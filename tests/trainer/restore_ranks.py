@@ -1,4 +1,4 @@
-"""The scenarios of test_safe_load.py: what DeepSpeed saved is loaded, with every load watched. Not a test module."""
+"""Scenarios of test_safe_load.py: load what DeepSpeed saved and record every call of torch.load. Not a test module."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _ENGINE = "m2f.trainer.engine.engine"
 
 
 def restored(folder: Path, precision: str, stage: str, offload: str) -> dict:
-    """Two steps, a save, and the third step by who saved, by who loaded and by who loaded the universal format."""
+    """Compare a third step after two steps and a save: by the saving engine and by engines that loaded the save.
+
+    One of the loading engines, except in stage 0, reads the universal format.
+    """
     zero = ZeroConfig(stage=int(stage), offload_optimizer=offload == "offload", param_persistence_threshold=0)
     job = make_job(Path("none"), "none", **(BASE | {"precision": precision, "zero": zero}))
     place, ranks = folder / f"restored_{precision}_{stage}_{offload}", Ranks(60.0)
@@ -54,14 +57,14 @@ def restored(folder: Path, precision: str, stage: str, offload: str) -> dict:
 
 
 def saved(folder: Path) -> dict:
-    """A run of two ranks that others resume."""
+    """Train the two-rank run that `attacked` resumes."""
     return train(make_job(folder / "saved", str(folder / "shards"), max_steps=3))
 
 
 def attacked(folder: Path, path: str, attack: str, ranks: str = "two") -> dict:
-    """Resume the run of `saved` where files of its checkpoint (`.` for `/`) were exchanged and the manifest fits.
+    """Resume the run of `saved` after an attack on its checkpoint files; the manifest has their new checksums.
 
-    `ranks` only tells scenarios apart.
+    `path` is the start of the files' paths, with `.` for `/`. `ranks` only makes the scenario's name unique.
     """
     run, loads = folder / f"attacked_{path}_{attack}_{ranks}", []
     if dist.get_rank() == 0:
@@ -75,7 +78,7 @@ def attacked(folder: Path, path: str, attack: str, ranks: str = "two") -> dict:
 
 
 class Command:
-    """Pickled so that loading runs it."""
+    """Object whose unpickling runs a shell command."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -100,7 +103,7 @@ def _tamper(file: Path, attack: str, marker: Path) -> None:
 
 @contextmanager
 def _recorded_loads(loads: list[str]) -> Iterator[None]:
-    """Note `weights_only` of every call that reaches torch."""
+    """Append `weights_only` of every call that reaches the original torch.load to `loads`."""
     load = torch.load
 
     def recording_load(*arguments, **options):
@@ -113,7 +116,7 @@ def _recorded_loads(loads: list[str]) -> Iterator[None]:
 
 @contextmanager
 def _fp16_on_cpu() -> Iterator[None]:
-    """Pure fp16, which is for GPUs, with a first scale that does not overflow."""
+    """Allow pure fp16 on a CPU, with an initial loss scale that does not overflow."""
 
     def config(training, world_size, universal=False):
         settings = deepspeed_config(training, world_size, universal)

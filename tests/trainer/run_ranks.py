@@ -1,6 +1,7 @@
-"""The scenarios of test_runs.py and test_watchdog.py: whole runs of two ranks. Not a test module.
+"""Scenarios of test_runs.py and test_watchdog.py: complete runs, mostly on two ranks. Not a test module.
 
-Each works in run folders of its own, so that its failure is its own, but for those whose first line names another.
+Each scenario uses its own run folders, so that its failure affects no other scenario. Exceptions name the scenario
+whose run they continue.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.trainer.tiny_job import (
 )
 
 PILOTS = PilotConfig(max_targets=3, label_noise=0.5, mask_noise=0.2)
-"""Fewer than images have targets."""
+"""Fewer pilots than an image has targets, so that a hash selects the targets."""
 
 
 def uninterrupted(folder: Path) -> dict:
@@ -47,7 +48,7 @@ def killed(folder: Path) -> dict:
 
 
 def stalled(folder: Path) -> dict:
-    """Rank 1 falls asleep before the third step."""
+    """Rank 1 sleeps in the data phase of the third step."""
     real, calls = m2f.trainer.loop.count_normalizers, 0
 
     def fall_asleep(*arguments):
@@ -63,12 +64,12 @@ def stalled(folder: Path) -> dict:
 
 
 def resumed(folder: Path) -> dict:
-    """The run that `killed` left."""
+    """Resume the run of `killed`."""
     return train(make_job(folder / "killed", str(folder / "shards")))
 
 
 def drained_then_damaged(folder: Path) -> dict:
-    """A drain before the fifth step, then a start that finds the newest checkpoint cut off."""
+    """Drain before the fifth step, then resume after the newest checkpoint was truncated."""
     job = replace(make_job(folder / "drained", str(folder / "shards")), attempt="first")
     drained = train(job, control=DrainAt(polls=5))
     kept = [points for _, points in read_metrics(Storage(), job.run_folder)]
@@ -91,20 +92,20 @@ def drained_then_damaged(folder: Path) -> dict:
 
 
 def poisoned(folder: Path, stage: str) -> dict:
-    """The image at position 9 of the order (third step) makes the features non-finite."""
+    """The image at position 9 of the data order, in the third step, gets NaN mask features."""
     zero = ZeroConfig(stage=int(stage))
     with poisoned_position(9):
         return train(make_job(folder / f"poisoned{stage}", str(folder / "shards"), max_steps=3, zero=zero))
 
 
 def given_up(folder: Path) -> dict:
-    """The same where no step may be skipped."""
+    """Like `poisoned` with ZeRO 1, but no step may be skipped."""
     with poisoned_position(9):
         return train(make_job(folder / "given_up", str(folder / "shards"), max_steps=3, max_skipped_steps=0))
 
 
 def resumed_in_stage(folder: Path, stage: str) -> dict:
-    """Six steps at once in this stage, and the first three of them as one and two with a stop between."""
+    """Train six steps without a stop, and the first three in another run that stops after one step and resumes."""
     parts = in_stage(folder, "parts", stage, max_steps=3)
     seen = {
         "whole": train(in_stage(folder, "whole", stage, max_steps=6)),
@@ -116,36 +117,38 @@ def resumed_in_stage(folder: Path, stage: str) -> dict:
 
 
 def in_stage_again(folder: Path, stage: str, max_steps: str) -> dict:
-    """Further steps of the run of `resumed_in_stage`."""
+    """Continue the second run of `resumed_in_stage`."""
     return train(in_stage(folder, "parts", stage, int(max_steps)))
 
 
 def resumed_in_precision(folder: Path, precision: str) -> dict:
-    """The same with weights or products of 16 bits."""
+    """Train four steps without a stop in this precision, and the first three with a stop after one step."""
     whole, parts = (in_precision(folder, name, precision, steps) for name, steps in (("whole", 4), ("parts", 3)))
     return {"whole": train(whole), "stopped": train(parts, control=StopAt(polls=2)), "resumed": train(parts)}
 
 
 def in_precision_again(folder: Path, precision: str) -> dict:
-    """A further step of the run of `resumed_in_precision`."""
+    """Train one more step of the second run of `resumed_in_precision`."""
     return train(in_precision(folder, "parts", precision, max_steps=4))
 
 
 def in_precision(folder: Path, name: str, precision: str, max_steps: int) -> TrainJob:
-    """Without box points, whose weights jump where rounding to 16 bits moves a point across their limit."""
+    """Return a job without box points: their weights are discontinuous, so 16-bit rounding can change them abruptly."""
     job = in_stage(folder, f"{name}_{precision}_", stage="2", max_steps=max_steps)
     loss = replace(job.model.loss, matching_box_share=0.0, supervision_box_share=0.0)
     return replace(job, model=replace(job.model, loss=loss), training=replace(job.training, precision=precision))
 
 
 def in_stage(folder: Path, name: str, stage: str, max_steps: int) -> TrainJob:
-    """In stage 2 with box points, in stages 1 and 3 with pilots: what holds after a stop and with other ranks holds for
-    them, too."""
+    """Return a job in this ZeRO stage.
+
+    Stage 2 uses box points and stages 1 and 3 use pilots, so that both are tested with stops and other ranks.
+    """
     job = make_job(
         folder / f"{name}{stage}",
         str(folder / "shards"),
         max_steps=max_steps,
-        schedule=MultiStepSchedule(milestones=()),  # the same rates whatever max_steps is
+        schedule=MultiStepSchedule(milestones=()),  # learning rates do not depend on max_steps
         zero=ZeroConfig(stage=int(stage), param_persistence_threshold=0),
         ema_decay=0.9,
     )
@@ -156,18 +159,18 @@ def in_stage(folder: Path, name: str, stage: str, max_steps: int) -> TrainJob:
 
 
 def unreadable(folder: Path) -> dict:
-    """A shard whose bytes changed after it was written: only the rank that meets the sample notices."""
+    """Train on a corrupted shard; only the rank that reads the damaged sample detects it."""
     return train(make_job(folder / "unreadable", str(folder / "damaged_shards")))
 
 
 def misfits(folder: Path) -> dict:
-    """Resuming a run with a seed that does not fit its checkpoints."""
+    """Resume a run with another seed, which contradicts its checkpoints."""
     job = make_job(folder / "misfits", str(folder / "shards"), max_steps=3)
     return {"first": train(job), "seed": train(replace(job, seed=4))}
 
 
 def other_stages(folder: Path) -> dict:
-    """Three steps with ZeRO 1, two more with ZeRO 3, the last without ZeRO; beside them four steps with ZeRO 1."""
+    """Train three steps with ZeRO 1, two with ZeRO 3 and one without ZeRO; in another run, four steps with ZeRO 1."""
     jobs = [in_stage(folder, "crossed", stage, steps) for stage, steps in (("1", 3), ("3", 5), ("0", 6))]
     whole = train(in_stage(folder, "not_crossed", "1", max_steps=4))
     crossed = [train(replace(job, run_folder=jobs[0].run_folder)) for job in jobs]
@@ -175,13 +178,13 @@ def other_stages(folder: Path) -> dict:
 
 
 def bad_samples(folder: Path) -> dict:
-    """The same shards where a bad sample may be replaced."""
+    """Train on the shards of `unreadable` with one bad sample allowed, which is replaced."""
     job = make_job(folder / "bad_samples", str(folder / "damaged_shards"))
     return train(replace(job, data=replace(job.data, max_bad_samples=1)))
 
 
 def changed_data(folder: Path) -> dict:
-    """Three steps, then another selection of the images: with and without leave to go on."""
+    """Train three steps, then resume with a different selection of images, without and with `accept_changes`."""
     job = make_job(folder / "changed", str(folder / "shards"), max_steps=3)
     before = train(job)
     data = replace(job.data, train=(MixtureItem(dataset="train", fraction=0.5),))

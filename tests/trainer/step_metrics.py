@@ -1,4 +1,4 @@
-"""Numbers of a step that tests report."""
+"""Sample step metrics for tests."""
 
 from dataclasses import replace
 
@@ -18,5 +18,5 @@ METRICS = StepMetrics(
 
 
 def with_loss(total: float) -> StepMetrics:
-    """The same with another loss."""
+    """Return `METRICS` with another total loss."""
     return replace(METRICS, loss=replace(METRICS.loss, total=total))

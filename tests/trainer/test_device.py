@@ -81,7 +81,7 @@ def test_allocator_segments_are_expandable_by_default(before, added):
 
 @pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="this torch does not tell")
 def test_torch_applies_the_allocator_setting_after_import():
-    """Ray imports it before a rank's code runs."""
+    """Ray imports torch before a rank's code runs, so the setting must still take effect after the import."""
     code = """
 import os
 import torch
@@ -96,7 +96,7 @@ print(torch._C._accelerator_getAllocatorSettings())
 
 @pytest.mark.parametrize(("device", "is_ended"), [("cuda", False), ("cpu", True)])
 def test_nccl_group_is_not_destroyed_after_an_error(device, is_ended, monkeypatch):
-    """Its end would wait for the other ranks, and the error with it."""
+    """Destroying it would wait for the other ranks, and the error would never be raised."""
     ended = []
     monkeypatch.setattr(m2f.trainer.worker.dist, "is_initialized", lambda: False)
     monkeypatch.setattr(m2f.trainer.worker.dist, "init_process_group", lambda *arguments, **options: None)

@@ -1,4 +1,4 @@
-"""Frozen parts of the model: nothing of them changes, under any ZeRO stage, whatever the run goes through."""
+"""Frozen parts of the model never change: in every ZeRO stage, after restarts, and with another number of ranks."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def test_frozen_parts_get_no_gradients_and_no_new_statistics(parts):
     after = model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert not {name for name in changed if name.startswith(parts)}
-    assert bool(changed) == ("backbone" not in parts)  # statistics of BatchNorms
+    assert bool(changed) == ("backbone" not in parts)  # BatchNorm statistics
 
 
 def test_frozen_backbone_keeps_no_activations_for_the_backward_pass():
@@ -84,12 +84,12 @@ def weights_of(runs, name, stage, step, file="weights.safetensors"):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # the first one waits for all runs
+@pytest.mark.timeout(1800)  # the first test's fixture runs all scenarios
 @pytest.mark.parametrize("stage", STAGES)
 def test_run_with_frozen_parts_trains_the_rest_and_resumes_exactly(runs, stage):
     seen = runs.result(f"frozen:{stage}")
     assert all(seen[name].get("error") is None for name in seen)
-    torch.manual_seed(3)  # the seed of the job
+    torch.manual_seed(3)  # same seed as the job
     start = build_model(FROZEN, pretrained_backbone=False).state_dict()
     whole = weights_of(runs, "whole", stage, 4)
     for name, value in whole.items():

@@ -37,7 +37,7 @@ def test_every_event_except_rank_reports_is_one_readable_line():
 
 
 def test_the_names_of_stored_metrics_do_not_change():
-    """MLflow runs and dashboards of earlier versions use them."""
+    """Existing MLflow runs and dashboards use these names."""
     system = replace(METRICS.system, gpu_memory_gb=1.0, gpu_image_gb=1.0, gpu_percent=1.0)
     assert sorted(replace(METRICS, system=system, mfu=0.4).values()) == [
         "data_wait_share",

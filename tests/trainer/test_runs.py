@@ -1,4 +1,4 @@
-"""Whole runs of two ranks (gloo, no Ray): what is lost when something goes wrong, and what is said about it."""
+"""Complete runs on two ranks (gloo, no Ray): recovery from failures, and the messages about them."""
 
 import math
 import shutil
@@ -13,7 +13,7 @@ from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test waits for all runs
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test's fixture runs all scenarios
 
 STAGES = ("0", "1", "2", "3")
 PRECISIONS = ("bf16", "fp16_autocast")
@@ -51,7 +51,7 @@ def whole_runs(with_data):
 
 @pytest.fixture(scope="module")
 def other_ranks(whole_runs):
-    """Some of these runs go on with one rank, and some of them with two again."""
+    """Continue some of these runs on one rank, and some of those on two ranks again."""
     again = [f"in_precision_again:{precision}" for precision in PRECISIONS]
     whole_runs.run_each((*again, *(f"in_stage_again:{stage}:5" for stage in STAGES)), ranks=1)
     whole_runs.run_each([f"in_stage_again:{stage}:6" for stage in STAGES])
@@ -104,7 +104,7 @@ def test_run_folder_records_commits_metrics_and_the_drain(whole_runs):
         kept = {step: values["loss/total"] for step, values in points.items()}
         assert kept == {step: both["drained"]["losses"][step] for step in steps}
     assert both["ending"] == "drained"
-    assert both["commits"] == [[3, 4], [3, 6, 8]]  # the damaged one is withdrawn
+    assert both["commits"] == [[3, 4], [3, 6, 8]]  # the commit of the damaged checkpoint is withdrawn
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -162,7 +162,7 @@ def test_resuming_with_another_number_of_ranks_changes_almost_nothing(other_rank
     differences = torch.cat(
         [(parts[name].float() - average.float()).abs().flatten() for name, average in whole.items()]
     )
-    assert differences.max() < 1e-3  # the rate, by which Adam moves a weight whose gradient is nothing but rounding
+    assert differences.max() < 1e-3  # the learning rate: Adam moves a weight this far even on rounding errors
     assert differences.mean() < 1e-6
 
 
@@ -172,7 +172,7 @@ def test_runs_in_16_bits_resume_exactly_and_with_other_ranks(other_ranks, precis
     expected = runs["whole"]["losses"]
     assert runs["stopped"]["losses"] | runs["resumed"]["losses"] == {step: expected[step] for step in "123"}
     again = other_ranks.result(f"in_precision_again:{precision}")["losses"]
-    # Where a processor multiplies 16 bits itself, products depend on the images beside each other.
+    # On processors with native 16-bit multiplication, products depend on how images are batched.
     assert again["4"] == pytest.approx(expected["4"], rel=1e-3)
 
 
@@ -216,7 +216,7 @@ def test_another_zero_stage_keeps_weights_and_average_and_reports_the_reset(whol
     runs = whole_runs.result("other_stages")
     whole = runs["whole"]["losses"]
     assert runs["to 3"]["losses"] == {step: whole[step] for step in "123"}
-    assert runs["to 5"]["losses"]["4"] == pytest.approx(whole["4"], rel=1e-5)  # from the same weights
+    assert runs["to 5"]["losses"]["4"] == pytest.approx(whole["4"], rel=1e-5)  # computed from the same weights
     for to, before in (("to 5", 1), ("to 6", 3)):
         message = f"training.zero.stage was {before}: weights are kept, optimizer state is reset"
         assert message in [text for kind, _, text in runs[to]["events"] if kind == "weights"]

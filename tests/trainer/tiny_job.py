@@ -1,4 +1,4 @@
-"""The small training jobs of `rank_main.py`, and what a rank remembers of one. Not a test module."""
+"""Small training jobs for `rank_main.py`, with reporters and controls for them. Not a test module."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def make_job(run_folder: Path, shards: str, **training) -> TrainJob:
 
 @dataclass
 class Recorder:
-    """Reporter that remembers everything."""
+    """Reporter that collects losses, storage requests, committed steps and notices."""
 
     losses: dict[int, float] = field(default_factory=dict)
     requests: float = 0.0
@@ -82,7 +82,7 @@ class Recorder:
 
 @dataclass
 class KillAfterFirstCheckpoint(Recorder):
-    """Kills this process when it hears of a commit."""
+    """Kills this process at the first reported commit."""
 
     def report(self, event):
         if isinstance(event, CommitReport):
@@ -91,7 +91,7 @@ class KillAfterFirstCheckpoint(Recorder):
 
 @dataclass
 class NoticeFileWriter(Recorder):
-    """Writes notices down at once."""
+    """Appends each notice to a file immediately, so that notices survive the end of the process."""
 
     path: Path = Path()
 

@@ -15,7 +15,7 @@ from m2f.trainer.memory.states import bytes_outside_module, state_bytes
 
 TRAINING = TrainingConfig(max_steps=1, global_batch=16, micro_batch=2, precision="fp32")
 SMALL_BUCKETS = ZeroConfig(stage=0, reduce_bucket_size=1)
-"""Two of them take at most 8 bytes."""
+"""Two buckets of one element take at most 8 bytes."""
 
 
 @pytest.mark.parametrize(

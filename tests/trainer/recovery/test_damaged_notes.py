@@ -1,4 +1,4 @@
-"""Small files of a run that somebody cut off or edited."""
+"""JSON files of a run folder that were truncated or edited by hand."""
 
 import pytest
 
