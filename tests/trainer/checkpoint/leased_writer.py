@@ -1,10 +1,10 @@
-"""A driver and its rank 0 in small: holds the lease of a run folder and commits one checkpoint after the other.
+"""Minimal driver with its rank 0: holds the lease of a run folder and commits one checkpoint after the other.
 
 python leased_writer.py RUN_FOLDER LAST_STEP PAUSE_S OUTAGE [ENDPOINT_URL]
 
-While the file OUTAGE exists, the store does not answer this process.
+While the file OUTAGE exists, storage requests of this process fail.
 
-Every file of a checkpoint holds the number of its lease and the step that it goes on from. Prints a line per event.
+Every file of a checkpoint contains the number of its lease, its step and the previous step. Prints a line per event.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NAMES = ("weights", "state")
 
 
 class StorageWithOutages(Storage):
-    """Does not answer while a file exists."""
+    """Storage whose requests fail while the file `outage` exists."""
 
     outage = Path()
 
@@ -46,7 +46,7 @@ class StorageWithOutages(Storage):
 
 
 def commit(storage: Storage, run_folder: str, step: int, parent: int, lease: int, pause_s: float) -> None:
-    """As the saver does it: clear, upload, check the lease, commit, delete what is old."""
+    """Commit a checkpoint as the saver does: clear, upload, check the lease, commit, delete old checkpoints."""
     url = checkpoint_url(run_folder, step, lease)
     check_lease(storage, run_folder, lease)
     storage.delete_prefix(url)

@@ -1,4 +1,4 @@
-"""Saving where the disk is full or the store refuses: the error is clear, nothing counts that is not whole."""
+"""Saving with a full disk or refused uploads: errors are clear, and incomplete checkpoints are not committed."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class SmallEngine:
-    """Writes one file."""
+    """Engine whose save writes one file."""
 
     def save(self, folder, tag):
         (folder / tag).mkdir()
@@ -44,7 +44,7 @@ class SmallEngine:
 
 @dataclass
 class FullDisk(SmallEngine):
-    """A write raises this error."""
+    """Engine whose save raises `error`."""
 
     error: Exception
 
@@ -53,7 +53,7 @@ class FullDisk(SmallEngine):
 
 
 class RefusingStorage(Storage):
-    """Accepts so many more files."""
+    """Storage that accepts `accepts` more files and refuses the rest."""
 
     accepts = 10**9
 
@@ -105,7 +105,7 @@ def test_refused_upload_is_reported_and_not_committed(ranks, job, accepted):
             saver.finish()
     assert [checkpoint.step for checkpoint in list_checkpoints(storage, job.run_folder)] == [1]
     assert scratch_folders() <= before
-    with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver:  # the next start writes it again
+    with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver:  # the next start can save the same step
         saver.save(SmallEngine(), state_at(2), {})
         assert saver.finish().step == 2
 
@@ -127,7 +127,7 @@ def test_a_commit_is_listed_pinned_and_has_its_metrics(ranks, job):
     "error",
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "optim_states.pt"),
-        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 39296 vs 39190"),  # torch.save
+        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 39296 vs 39190"),  # by torch.save
     ],
 )
 def test_full_local_disk_is_reported_and_leaves_no_files(ranks, job, error):

@@ -37,7 +37,7 @@ def run_folder(tmp_path):
 
 
 def make_checkpoint(storage, run_folder, step, tmp_path, committed=True):
-    """A checkpoint of two small files; returns its folder."""
+    """Write a checkpoint of two small files and return its URL."""
     url, files = checkpoint_url(run_folder, step), {}
     for name, content in (("state.json", b"{}"), ("engine/a.pt", b"tensors")):
         local = tmp_path / "local"
@@ -152,9 +152,9 @@ def test_old_checkpoints_are_deleted_unless_pinned(storage, run_folder, tmp_path
     [
         ([1, 2, 3], [], 3, 3, ()),
         ([1, 2, 3, 4], [], 4, 3, (1,)),
-        ([4], [1, 2], 4, 2, ()),  # fewer than to keep: nothing is touched
+        ([4], [1, 2], 4, 2, ()),  # fewer than `keep`: nothing is deleted
         ([3, 4], [1], 4, 2, (1,)),
-        ([1, 2, 3, 9], [], 3, 2, (1,)),  # 9 was damaged and the run went back to 2
+        ([1, 2, 3, 9], [], 3, 2, (1,)),  # 9 was damaged and the run resumed from 2
     ],
 )
 def test_retention_keeps_the_newest_checkpoints(committed, others, newest, keep, expected):

@@ -1,4 +1,4 @@
-"""The list of commits and the metrics of each: what counts, what is repaired, what is withdrawn."""
+"""The list of commits and their metrics: recording, repair, withdrawal, and late commits."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def run_folder(request, tmp_path):
 
 
 def save(storage, run_folder, step, lease, content=1):
-    """A checkpoint that is committed but not listed yet."""
+    """Write a checkpoint's manifest without adding it to the list of commits."""
     url = checkpoint_url(run_folder, step, lease)
     storage.put(join(url, MANIFEST), CheckpointManifest(step, content, 1, {}).to_json())
     return CommittedCheckpoint(step, url)
@@ -61,7 +61,7 @@ def test_checkpoint_can_be_committed_again_after_its_commit_was_withdrawn(run_fo
     storage = Storage()
     checkpoint = commit(storage, run_folder, 10, 1)
     withdraw_commit(storage, checkpoint.url)
-    withdraw_commit(storage, checkpoint_url(run_folder, 30, 1))  # has no manifest
+    withdraw_commit(storage, checkpoint_url(run_folder, 30, 1))  # no effect: it has no manifest
     assert steps(storage, run_folder) == []
     commit(storage, run_folder, 10, 1)
     assert steps(storage, run_folder) == [10]

@@ -1,4 +1,4 @@
-"""A manifest does not choose where its checkpoint's files go."""
+"""A manifest cannot name files outside its checkpoint."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What weights know about themselves."""
+"""The identity that is stored with weights."""
 
 from __future__ import annotations
 

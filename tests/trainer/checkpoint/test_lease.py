@@ -1,4 +1,4 @@
-"""One writer per run folder: who may take the lease, and what a holder that lost it can no longer do."""
+"""One writer per run folder: who may take the lease, and what a former holder is prevented from doing."""
 
 from __future__ import annotations
 
@@ -126,13 +126,13 @@ def test_holder_on_another_machine_that_stops_renewing_is_replaced(storage, run_
 
 def test_holder_that_provably_ended_is_replaced_immediately(storage, run_folder):
     ended = subprocess.Popen([sys.executable, "-c", "pass"])
-    holder = replace(this_process(), pid=ended.pid)  # a zombie until it is waited for
+    holder = replace(this_process(), pid=ended.pid)  # a zombie until ended.wait()
     store_lease(storage, run_folder, 1, holder)
     while Path(f"/proc/{ended.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
     assert take_lease(storage, run_folder, print, replace(QUICK, unchanged_s=1e9)).number == 2
     ended.wait()
-    store_lease(storage, run_folder, 2, replace(this_process(), started="1"))  # its pid was used again
+    store_lease(storage, run_folder, 2, replace(this_process(), started="1"))  # the pid was reused
     assert take_lease(storage, run_folder, print, replace(QUICK, unchanged_s=1e9)).number == 3
 
 
@@ -167,15 +167,15 @@ def test_holder_detects_that_it_lost_the_lease(storage, run_folder):
         store_lease(storage, run_folder, 2, holder_on_another_machine())
         with pytest.raises(LeaseLostError, match="node-7 took over this run with lease 2"):
             lease.check()
-        lease._thread.join(120)  # ends when it has found out
+        lease._thread.join(120)  # the thread ends when it detects the loss
         with pytest.raises(LeaseLostError):
             lease.raise_if_lost()
     assert not storage.exists(f"{record_url(run_folder, 1)}.released")
-    check_lease(storage, run_folder, 0)  # a run without a lease has nothing to lose
+    check_lease(storage, run_folder, 0)  # 0 means no lease, which cannot be lost
 
 
 def test_late_commits_are_ignored(storage, run_folder):
-    commit(storage, run_folder, 5)  # by a version that knew no leases
+    commit(storage, run_folder, 5)  # by a version without leases
     first = take_lease(storage, run_folder, print, QUICK)
     assert first.found == ("step_00000005",)
     commit(storage, run_folder, 10, lease=1)
@@ -199,7 +199,7 @@ def test_retention_ignores_late_commits_and_requires_the_lease(storage, run_fold
     for step in (5, 10, 15):
         commit(storage, run_folder, step, lease=1)
     store_lease(storage, run_folder, 2, found=["step_00000005-1", "step_00000010-1", "step_00000015-1"])
-    commit(storage, run_folder, 12, lease=1)  # late: it must not take the place of one to keep
+    commit(storage, run_folder, 12, lease=1)  # late: it must not count towards `keep`
     commit(storage, run_folder, 20, lease=2)
     urls = storage.list(join(run_folder, "checkpoints"))
     assert folders_to_delete(urls, 15, 1, lease=0) == ()
@@ -219,7 +219,7 @@ def test_child_process_uses_the_lease_of_its_parent(storage, run_folder, monkeyp
         with hold_lease(storage, run_folder, timing=QUICK) as child:
             assert child.number == 1
         assert not storage.exists(f"{record_url(run_folder, 1)}.released")
-        with hold_lease(storage, join(run_folder, "other"), timing=QUICK) as other:  # not this folder's
+        with hold_lease(storage, join(run_folder, "other"), timing=QUICK) as other:  # another folder's lease
             assert other.number == 1
             assert read_record(storage, join(run_folder, "other"), 1).nonce != parent.environment()[LEASE_VARIABLE][2:]
 
@@ -231,7 +231,7 @@ def test_unreadable_record_is_named_in_the_error(storage, run_folder):
 
 
 class Writer:
-    """A process of leased_writer.py."""
+    """A process that runs leased_writer.py."""
 
     def __init__(self, run_folder: str, last: int, pause_s: float, log: Path) -> None:
         self.log, self.outage = log, log.with_suffix(".outage")
@@ -267,7 +267,7 @@ def writers(run_folder, tmp_path) -> Iterator[list[Writer]]:
 
 
 def check_history(storage: Storage, run_folder: str, last: int) -> None:
-    """Every step is committed once, whole, by one lease, and goes on from one that counts."""
+    """Assert that every step is committed once and completely, by one lease, and continues from the step before it."""
     found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(storage, run_folder)}
     assert sorted(found) == list(range(1, last + 1))
     for step, checkpoint in found.items():
@@ -301,19 +301,19 @@ def test_many_random_overlaps_leave_one_history(storage, tmp_path, number):
 
 
 def overlap(storage, run_folder, start, kind: str, rng: random.Random, last: int) -> None:
-    """A second writer starts while the first works; something happens to the first or to its store."""
+    """Start a second writer while the first runs, and disturb the first or the storage as `kind` says."""
     if kind == "partition":
         return overlap_partitioned(storage, run_folder, start, rng, last)
     first = start(last, 0.1)
     first.wait_for(f"committed {rng.randint(1, last - 2)}")
-    time.sleep(rng.uniform(0, 0.2))  # anywhere within a save
+    time.sleep(rng.uniform(0, 0.2))  # a random point within a save
     if kind in ("live", "outage"):
         if kind == "outage":
             first.outage.touch()
         second = start(last)
         if kind == "outage":
             second.outage.touch()
-            time.sleep(2.5)  # longer than a lease lasts without a beat
+            time.sleep(2.5)  # longer than a lease lasts without renewal
             for writer in (first, second):
                 writer.outage.unlink()
         assert "LeaseHeldError" in second.end() or "finished" in first.end()
@@ -331,7 +331,7 @@ def overlap(storage, run_folder, start, kind: str, rng: random.Random, last: int
 
 
 def overlap_partitioned(storage, run_folder, start, rng: random.Random, last: int) -> None:
-    """The driver is gone and its worker cannot reach the store; another driver finishes the run; the worker is back."""
+    """Run a worker whose driver died and whose storage fails; reconnect it after another driver finished the run."""
     store_lease(storage, run_folder, 1, holder_on_another_machine())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(LEASE_VARIABLE, "1:nonce")

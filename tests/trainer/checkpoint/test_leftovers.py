@@ -1,4 +1,4 @@
-"""Checkpoints that nobody committed and writes that nobody completed: ended by the next start, deleted by `gc`."""
+"""Uncommitted checkpoints and unfinished writes: the next start aborts the writes, and `gc` deletes both."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ def recipe(output, tmp_path):
 
 
 def begin_write(url):
-    """A write that is never completed, really: a killed process, or an upload of which a part is there."""
+    """Leave an unfinished write: by a process that kills itself, or by a multipart upload of which one part exists."""
     if "://" not in url:
         done = subprocess.run([sys.executable, "-c", KILLED_WRITER, url], check=False)
         assert done.returncode == -signal.SIGKILL
@@ -77,7 +77,7 @@ def test_start_aborts_only_writes_of_earlier_leases(run_folder):
     begin_write(join(run_folder, "evaluations/step_00000004/report.html"))
     with hold_lease(storage, run_folder) as lease:
         begin_write(join(checkpoint_url(run_folder, 6, lease.number), "engine/states.pt"))
-        begin_write(join(f"{run_folder}-2", "checkpoints/step_00000004-1/engine/states.pt"))  # another run's
+        begin_write(join(f"{run_folder}-2", "checkpoints/step_00000004-1/engine/states.pt"))  # of another run
         assert len(storage.list_unfinished(run_folder)) == 3
         repair_commits(storage, run_folder, evaluates=False)
     remaining = [write.url.removeprefix(run_folder) for write in storage.list_unfinished(run_folder)]
@@ -90,7 +90,7 @@ def test_gc_lists_then_deletes_only_leftovers(run_folder, recipe, capsys):
     storage = Storage()
     with hold_lease(storage, run_folder):
         kept = [save(storage, run_folder, 2, 1)]
-    with hold_lease(storage, run_folder):  # it finds the commit of step 2
+    with hold_lease(storage, run_folder):  # this lease records the commit of step 2 as valid
         kept.append(save(storage, run_folder, 4, 2))
         late = save(storage, run_folder, 4, 1)
         never, damaged = save(storage, run_folder, 6, 2, name=""), save(storage, run_folder, 3, 1, name=DAMAGED)
