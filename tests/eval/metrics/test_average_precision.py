@@ -1,4 +1,4 @@
-"""Mask AP against pycocotools, bit for bit."""
+"""Mask AP equals that of pycocotools, bit for bit."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs
 
 
 def pycocotools_eval(num_classes, truths, detections, max_dets=(1, 10, 100), use_classes=True):
-    """COCOeval's precision, recall and stats; image ids ascending, classes as category ids + 1."""
+    """Run COCOeval and return it. Its category ids are labels + 1."""
     annotations, results = [], []
     for image_id, truth in truths.items():
         for mask, label, area, crowd in zip(truth.masks, truth.labels, truth.areas, truth.is_crowd, strict=True):
@@ -65,7 +65,7 @@ def assert_equal_to_pycocotools(num_classes, truths, detections, max_dets=(1, 10
     assert result.precision.shape == oracle.eval["precision"].shape
     assert np.abs(result.precision - oracle.eval["precision"]).max() == 0.0
     assert np.abs(result.recall - oracle.eval["recall"]).max() == 0.0
-    if max_dets[-1] == 100:  # pycocotools writes 100 into its first number
+    if max_dets[-1] == 100:  # pycocotools computes its first number only for 100 detections
         assert list(result.stats.values()) == oracle.stats.tolist()
     return result
 
@@ -87,7 +87,7 @@ def truth_from(masks, labels, crowd, areas=None):
 
 
 def random_image(rng, num_classes, size=140):
-    """Truth with crowds and float areas; detections shifted, tied in score, shared between classes, some empty."""
+    """Return truth with crowds and float areas, and detections: shifted, tied, shared by classes, some empty."""
     g = int(rng.integers(0, 7))
     masks = np.array([rectangle(rng, size) for _ in range(g)]).reshape(g, size, size)
     truth = truth_from(
@@ -128,7 +128,7 @@ def test_random_sets_equal_pycocotools(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_class_agnostic_metrics_equal_pycocotools_without_classes(seed):
-    """Also recall at 1000, without changing anything at 100."""
+    """A further limit of 1000 detections does not change the metrics at 100."""
     truths, detections = random_set(seed)
     state = AveragePrecisionState(1, (1, 10, 100, 1000))
     for image_id in truths:
@@ -160,7 +160,7 @@ def test_ap_is_minus_one_without_annotations_and_zero_without_detections():
     assert set(assert_equal_to_pycocotools(4, dict.fromkeys(truths, NOTHING_ANNOTATED), detections).stats.values()) == {
         -1.0
     }
-    state = AveragePrecisionState(4)  # pycocotools itself fails on an empty result list
+    state = AveragePrecisionState(4)  # pycocotools fails on an empty list of results
     for image_id, truth in truths.items():
         state.update(image_id, truth, NOTHING_FOUND)
     assert state.compute().stats["AP"] == 0.0
@@ -225,7 +225,7 @@ def test_errors_for_bad_scores_classes_and_sizes_name_the_image():
 
 
 def test_real_annotations_with_perturbed_predictions_equal_pycocotools(real_data):
-    """Real COCO polygons and crowds, their own float areas; predictions made by moving the annotated masks."""
+    """Truth is real COCO polygons and crowds with their float areas; predictions are shifted annotations."""
     path = real_data / "coco_instances" / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
     label_of = {category["id"]: k for k, category in enumerate(content["categories"])}

@@ -1,4 +1,4 @@
-"""Boundaries against the definition; Boundary PQ against a slow reference, Boundary AP against faster-coco-eval."""
+"""Boundaries, Boundary PQ and Boundary AP, compared with slow references and faster-coco-eval."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ from m2f.eval.metrics.rle import decode_mask, encode_masks
 
 
 def blobs(rng, size=(90, 120), ids=6):
-    """An id map of overlapping ellipses on void."""
+    """Return an id map of overlapping ellipses on void."""
     id_map = np.zeros(size, np.int32)
     for i in range(1, ids + 1):
         center = tuple(int(v) for v in rng.integers(0, size[::-1]))
@@ -35,7 +35,7 @@ def blobs(rng, size=(90, 120), ids=6):
 
 
 def boundary_by_steps(mask, width):
-    """The definition: a pixel is inside if `width` erosions by one pixel leave it; outside the image is nothing."""
+    """Return the pixels that `width` erosions by one pixel remove. Pixels outside the image are background."""
     inside = np.pad(mask, 1)
     for _ in range(width):
         inside[1:-1, 1:-1] = np.lib.stride_tricks.sliding_window_view(inside, (3, 3)).all(axis=(2, 3))
@@ -57,7 +57,7 @@ def test_width_is_a_share_of_the_diagonal_but_at_least_one_pixel():
 def test_run_length_boundaries_equal_those_of_whole_masks():
     rng = np.random.default_rng(0)
     id_map = blobs(rng)
-    masks = np.stack([id_map == i for i in range(8)])  # 7 does not occur
+    masks = np.stack([id_map == i for i in range(8)])  # id 7 has no pixels
     found = mask_boundaries(encode_masks(masks), 0.03)
     width = boundary_width(id_map.shape, 0.03)
     assert all((decode_mask(rle) == boundary_by_steps(m, width)).all() for rle, m in zip(found, masks, strict=True))
@@ -75,7 +75,7 @@ def test_outlines_of_all_segments_equal_those_computed_one_by_one(offset):
 
 
 def slow_boundary_matches(truth, prediction, ratio):
-    """Matched (label, min of mask and boundary IoU) by the rules, mask by mask."""
+    """Return matched (label, min of mask IoU and boundary IoU), computed one pair of masks at a time."""
     void, matched = truth.id_map == 0, []
     width = boundary_width(void.shape, ratio)
     for t, segment in sorted(truth.segments.items()):
@@ -123,7 +123,7 @@ def test_boundary_pq_is_lower_and_cannot_be_merged_with_plain_pq():
 
 
 def boundary_set(seed, num_images, num_classes):
-    """Truth with crowds and moved, tied detections that share masks."""
+    """Return truth with crowds, and shifted detections with tied scores and shared masks."""
     rng = np.random.default_rng(seed)
     truths, detections = {}, {}
     for image_id in range(1, num_images + 1):
@@ -178,7 +178,7 @@ def test_boundary_ap_equals_faster_coco_eval(seed):
         state.update(image_id, truths[image_id], detections[image_id])
         plain.update(image_id, truths[image_id], detections[image_id])
     result, oracle = state.compute(), faster_coco_boundary(3, truths, detections)
-    # Its C++ leaves out the spacing(1) of pycocotools' denominator: one bit.
+    # faster-coco-eval omits spacing(1) in pycocotools' denominator, which changes one bit.
     assert np.abs(result.precision - oracle.eval["precision"].reshape(result.precision.shape)).max() <= 2.3e-16
     assert list(result.stats.values()) == pytest.approx(list(oracle.stats[:12]), abs=1e-15)
     assert 0.0 < result.stats["AP"] < plain.compute().stats["AP"]

@@ -1,4 +1,4 @@
-"""PQ of files by the engine: the counts of our own matching, its sums to rounding, and never another answer."""
+"""PQ of files by the engine: counts equal our matching, IoU sums equal it up to rounding, or the engine refuses."""
 
 import collections
 
@@ -20,7 +20,7 @@ def write(path, id_map):
 
 
 def random_pair(folder, seed):
-    """Crowds (several of a class), void, stated areas off by pixels, ids without a pixel, unlisted ids, an id of 0."""
+    """Return a pair with crowds, void, inexact areas, ids without pixels, unlisted ids and id 0."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 50, 2)
     truth = np.zeros((height, width), np.int64)
@@ -39,7 +39,7 @@ def random_pair(folder, seed):
     found = np.unique(predicted[predicted > 0]).tolist()
     labels = {i: label_of[i] if rng.random() < 0.8 else int(rng.integers(0, 4)) for i in found}
     if rng.random() < 0.1:
-        segments[int(rng.choice([2**24 + 5, 2**31 + 1, 2**40]))] = TruthSegment(1, 7.0, False)  # no pixel can have it
+        segments[int(rng.choice([2**24 + 5, 2**31 + 1, 2**40]))] = TruthSegment(1, 7.0, False)  # too large for a pixel
     if rng.random() < 0.1:
         segments[0] = TruthSegment(1, 7.0, bool(rng.random() < 0.5))
     if rng.random() < 0.05 and labels:
@@ -57,7 +57,7 @@ def ours(pair):
 
 
 def by_class(record):
-    """Per class: matches, their summed IoU, false positives, false negatives."""
+    """Return {class: [matches, sum of their IoU, false positives, false negatives]}."""
     sums = collections.defaultdict(lambda: [0, 0.0, 0, 0])
     for label, iou in zip(record.matched_label.tolist(), record.matched_iou.tolist(), strict=True):
         sums[label][0] += 1
@@ -90,7 +90,7 @@ def test_engine_counts_equal_our_matching_on_random_images(tmp_path):
 
 
 def test_damaged_files_are_refused_or_scored_as_by_our_matching(tmp_path):
-    """What the engine takes of a damaged file, ours takes, too: the check of the file before it closes the gap."""
+    """If is_plain_id_map and the engine accept a damaged file, our matching gives the same result."""
     truth = np.zeros((40, 30), np.int64)
     truth[:20], truth[20:, :9] = 70001, 5
     segments = {70001: TruthSegment(0, 600.0, False), 5: TruthSegment(1, 180.0, False)}

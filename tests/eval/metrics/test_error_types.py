@@ -1,4 +1,4 @@
-"""Types of errors and what they cost: against figures of TIDE, and on segments whose errors are known."""
+"""Types of errors and their cost, compared with TIDE and on segments with known errors."""
 
 import numpy as np
 import pytest
@@ -33,11 +33,11 @@ TIDE_VALUES = {
     12: [26.923, 2.215, 17.341, 2.882, 1.540, 8.187, 2.671],
     17: [34.783, 9.587, 8.730, 1.732, 1.067, 10.451, 2.742],
 }
-"""AP50 and gains in per cent that tidecv 1.0.1 gives for `some_images(seed)`: classification, localisation, both,
-duplicate, background, missed. They have no crowds: that version repairs detections that it ignores."""
+"""By seed of `some_images`, results of tidecv 1.0.1 in per cent: AP50, and the gains of classification, localisation,
+both, duplicate, background, missed. There are no crowds, because tidecv 1.0.1 repairs detections that it ignores."""
 TIDE_RECALLS = np.arange(101) / 100
-"""Where it reads the precision. COCO's thresholds differ from these in the last bit, which counts where a recall is
-just there: by 0.12 for `missed` of set 1, by 0.14 for `localisation` of set 3."""
+"""Recall thresholds of tidecv. COCO's thresholds differ in the last bit, which matters if a recall equals a threshold:
+by 0.12 for `missed` of seed 1, by 0.14 for `localisation` of seed 3."""
 
 
 def some_masks(random, count):
@@ -49,7 +49,7 @@ def some_masks(random, count):
 
 
 def some_images(seed, crowds=0.0, count=20):
-    """Truth with a share of crowds; detections are shifted annotations, some with another class, and others."""
+    """Return truth with a share of crowds, and detections: shifted annotations, some of another class, and others."""
     random = np.random.default_rng(seed)
     images = {}
     for image_id in range(1, count + 1):
@@ -93,19 +93,19 @@ def test_detections_in_crowds_do_not_count():
 
 
 def bands(*widths):
-    """An id map of ten rows: band n has the id n + 1, id 0 has no segment."""
+    """Return an id map of ten rows with vertical bands of these widths; ids count from 1."""
     row = np.concatenate([np.full(width, i + 1) for i, width in enumerate(widths)])
     return np.repeat(row[None], 10, axis=0)
 
 
 def test_panoptic_errors_have_the_expected_types_and_gains():
-    """Bands of ten columns: matched, wrong class, badly placed, missed; then a duplicate and a background."""
+    """Truth is five bands of ten columns. The six predictions have the types in `names`."""
     truth_map = bands(10, 10, 10, 10, 10)
     labels = [0, 1, 0, 2, 2]
     truth = PanopticTruth(truth_map, {i + 1: TruthSegment(label, 100.0, False) for i, label in enumerate(labels)})
     predicted = np.zeros_like(truth_map)
-    predicted[:, 0:7] = 1  # 70 % of the first
-    predicted[:, 7:9] = 2  # of its class, in a segment that has a match
+    predicted[:, 0:7] = 1  # 70 % of the first band
+    predicted[:, 7:9] = 2  # 20 % of the first, which has a match
     predicted[:, 10:20] = 3  # all of the second, another class
     predicted[:, 20:24] = 4  # 40 % of the third
     predicted[:, 30:33] = 5  # 30 % of the fourth, another class
@@ -120,7 +120,7 @@ def test_panoptic_errors_have_the_expected_types_and_gains():
     errors.add(0, record)
     quality.add(0, match_panoptic(truth, prediction))
     costs = errors.compute()
-    # Classes: iou / (tp + fp / 2 + fn / 2). 0: 0.7 / (1 + 4 / 2 + 1 / 2), 1: 0 / (1 / 2 + 1 / 2), 2: 0 / (2 / 2)
+    # Class PQ is iou / (tp + fp / 2 + fn / 2). 0: 0.7 / (1 + 4 / 2 + 1 / 2), 1: 0 / (1 / 2 + 1 / 2), 2: 0 / (2 / 2)
     base = 0.7 / 3.5
     assert costs.value == pytest.approx(base / 3) == pytest.approx(quality.compute().all.pq)
     assert costs.gains == pytest.approx(
@@ -130,7 +130,7 @@ def test_panoptic_errors_have_the_expected_types_and_gains():
             "both": 0,
             "duplicate": (0.7 / 3 - base) / 3,
             "background": (0.7 / 3 - base) / 3,
-            "missed": (base / 2 - base / 3),  # the third class does not occur any more
+            "missed": (base / 2 - base / 3),  # without its missed segments, the third class does not occur
         }
     )
     assert costs.counts == dict.fromkeys(costs.counts, 1) | {"missed": 2}

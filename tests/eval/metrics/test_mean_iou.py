@@ -1,4 +1,4 @@
-"""Mean IoU: the conventions on a hand-made case and against plain definitions."""
+"""Mean IoU: its conventions on a small example, and comparison with plain definitions."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_conventions_differ_in_absent_and_only_predicted_classes():
 
 @pytest.mark.parametrize("void", [255, 7, 0])
 def test_void_in_predictions_counts_as_missed_but_not_as_false_positive(void):
-    """Truth 1 1 1 2 and ignored; one pixel of class 1 is void in the prediction, and one that does not count."""
+    """The prediction is void at a pixel of class 1 and at an ignored pixel, which does not count."""
     truth, predicted = np.array([[1, 1, 1, 2, 255]]), np.array([[1, void, 2, 2, void]])
     state = MeanIoUState(3, 255, void)
     state.update(1, truth, predicted)

@@ -1,4 +1,4 @@
-"""Panoptic quality: micro cases of the rules, a slow reference written from the rules, and merging."""
+"""Panoptic quality: single rules, comparison with a slow reference, and merging."""
 
 import json
 import random
@@ -24,7 +24,7 @@ IS_THING = (True, True, False, False)
 
 
 def truth_of(rows, segments):
-    """Truth from a small map; a segment is (label, crowd) or (label, crowd, area)."""
+    """Return the truth of a small map. `segments` maps ids to (label, crowd) or (label, crowd, area)."""
     id_map = np.array(rows, dtype=np.uint8)
     table = {}
     for i, (label, crowd, *area) in segments.items():
@@ -41,7 +41,7 @@ def counts(record):
 
 
 def slow_reference(truth, prediction):
-    """The rules one by one, with whole-image masks and no tables: matched (label, iou), fp labels, fn labels."""
+    """Return matched (label, iou), labels of false positives and of false negatives, computed with whole masks."""
     t_map, p_map = truth.id_map.astype(int), prediction.id_map.astype(int)
     matched, used_t, used_p = [], set(), set()
     for t in sorted(truth.segments):
@@ -77,7 +77,7 @@ def slow_reference(truth, prediction):
 
 
 def random_pair(rng, size=24, wide_ids=False):
-    """A truth and a prediction derived from it by moving, dropping and relabelling segments."""
+    """Return a truth, and a prediction made by moving, dropping and relabelling its segments."""
     ids = [int(i) for i in rng.choice(np.arange(1, 60000 if wide_ids else 30), size=8, replace=False)]
     t_map = np.zeros((size, size), dtype=np.uint16)
     p_map = np.zeros((size, size), dtype=np.int32)
@@ -92,7 +92,7 @@ def random_pair(rng, size=24, wide_ids=False):
         segments[i] = (label, bool(rng.random() < 0.25))
         labels[i + 7] = label if rng.random() < 0.8 else int(rng.integers(0, NUM_CLASSES))
     if rng.random() < 0.3:
-        del segments[ids[0]]  # pixels with an id that the annotation does not list
+        del segments[ids[0]]  # the annotation does not list all ids of the map
     table = {
         i: TruthSegment(label, int((t_map == i).sum()) + float(rng.integers(0, 3)), crowd)
         for i, (label, crowd) in segments.items()
@@ -269,7 +269,7 @@ def test_from_bytes_refuses_other_content(payload):
 
 
 def test_real_panoptic_truth_moved_by_twelve_pixels_scores_as_panopticapi(real_data):
-    """Its two example images, moved to the right with void coming in: panopticapi 7bb4655 gives PQ 0.4291689770."""
+    """Two example images, shifted right and filled with void. panopticapi 7bb4655 gives PQ 0.4291689770."""
     folder = real_data / "coco_panoptic"
     content = json.loads((folder / "annotations" / "panoptic_val2017.json").read_text())
     labels = {category["id"]: k for k, category in enumerate(content["categories"])}

@@ -1,4 +1,4 @@
-"""Metrics of drawn image sets: equal to those of a state that holds every drawn image as often as it was drawn."""
+"""Metrics of resampled image sets equal those of a state that contains each image as often as it was drawn."""
 
 import time
 
@@ -20,7 +20,7 @@ NUM_CLASSES = 7
 
 
 def detection_record(random, detections=30, num_classes=NUM_CLASSES):
-    """Annotations of some classes, detections with ties between images, hits up to some threshold, some on crowds."""
+    """Return a random record: scores tie between images, matches up to random thresholds, some detections ignored."""
     truth = np.unique(random.integers(0, num_classes, size=random.integers(0, 6)))
     count = random.integers(0, 3, size=len(truth))
     label = np.sort(random.integers(0, num_classes, size=detections))
@@ -58,7 +58,7 @@ def some_states(seed, num_images=25):
 
 
 def slow_values(states, image_ids):
-    """PQ, AP and mIoU of a list of images, in which one may be several times."""
+    """Return PQ, AP and mIoU in per cent of a list of images, which may contain duplicates."""
     copies = empty_states()
     for position, image_id in enumerate(image_ids):
         for copy, state in zip(copies, states, strict=True):
@@ -87,7 +87,7 @@ def test_metrics_of_an_image_equal_those_of_a_set_with_only_this_image():
     found = np.stack(list(records.per_image_values().values()))
     for column, image_id in enumerate(records.image_ids.tolist()):
         np.testing.assert_allclose(found[:, column], slow_values(states, [image_id]), atol=1e-9, equal_nan=True)
-    assert np.isnan(found).any()  # an image in which nothing counts
+    assert np.isnan(found).any()  # metrics of images in which nothing counts
 
 
 def test_draws_depend_only_on_the_image_ids():

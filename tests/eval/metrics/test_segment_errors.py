@@ -1,4 +1,4 @@
-"""Outcomes of segments: every case by hand, agreement with panoptic quality, and instances."""
+"""Outcomes of segments: every outcome on a small example, agreement with panoptic quality, and instances."""
 
 import numpy as np
 import pytest
@@ -21,12 +21,12 @@ CLASSES = 3
 
 
 def strip(*lengths_and_ids, width=1):
-    """A map of one row (times `width`) with runs of ids."""
+    """Return a map of `width` equal rows; the arguments are (length, id) of runs."""
     return np.repeat([np.repeat([i for _, i in lengths_and_ids], [n for n, _ in lengths_and_ids])], width, axis=0)
 
 
 def outcomes(truth_map, truth, predicted_map, labels):
-    """Sorted (truth class, predicted class, outcome, area) of one image; truth: id -> class or (class, crowd)."""
+    """Return sorted (truth class, predicted class, outcome, area). `truth` maps ids to a class or (class, crowd)."""
     segments = {}
     for i, label in truth.items():
         label, crowd = label if isinstance(label, tuple) else (label, False)
@@ -43,7 +43,7 @@ def outcomes(truth_map, truth, predicted_map, labels):
     [
         (strip((10, 1)), {1: 0}, strip((8, 7), (2, 0)), {7: 0}, [(0, 0, "MATCHED", 10)]),
         (strip((10, 1)), {1: 0}, strip((8, 7), (2, 0)), {7: 2}, [(0, 2, "CLASS", 10)]),
-        (strip((10, 1)), {1: 0}, strip((5, 7), (5, 0)), {7: 0}, [(0, 0, "OUTLINE", 10)]),  # 0.5 is no match
+        (strip((10, 1)), {1: 0}, strip((5, 7), (5, 0)), {7: 0}, [(0, 0, "OUTLINE", 10)]),  # IoU 0.5 is no match
         (
             strip((10, 1)),
             {1: 0},
@@ -65,7 +65,7 @@ def outcomes(truth_map, truth, predicted_map, labels):
             {7: 0, 8: 0},
             [(NO_SEGMENT, 0, "DUPLICATE", 7), (0, 0, "MATCHED", 20)],
         ),
-        (strip((4, 1), (6, 0)), {1: 0}, strip((4, 7), (6, 8)), {7: 0, 8: 1}, [(0, 0, "MATCHED", 4)]),  # 8 is in void
+        (strip((4, 1), (6, 0)), {1: 0}, strip((4, 7), (6, 8)), {7: 0, 8: 1}, [(0, 0, "MATCHED", 4)]),  # 8 covers void
         (strip((4, 1), (6, 2)), {1: 0, 2: (1, True)}, strip((4, 7), (6, 8)), {7: 0, 8: 1}, [(0, 0, "MATCHED", 4)]),
         (
             strip((4, 1), (6, 2)),
@@ -111,7 +111,7 @@ def test_matches_and_errors_equal_those_of_panoptic_quality(seed):
     assert sorted(ours.truth[~matched & (ours.truth != NO_SEGMENT)]) == sorted(theirs.false_negative)
     wrong = ours.predicted[~matched & (ours.predicted != NO_SEGMENT)]
     ignored = len(theirs.false_positive)
-    assert ignored <= len(wrong) <= len(labels)  # a pair may hold a prediction that PQ ignores
+    assert ignored <= len(wrong) <= len(labels)  # a pair may contain a prediction that PQ ignores
 
 
 def masks(*boxes, size=(20, 30)):
@@ -135,9 +135,9 @@ def test_only_confident_instances_count():
     record = assign_outcomes(instance_candidates(truth, detections))
     rows = zip(record.truth, record.predicted, record.outcome, strict=True)
     assert sorted((int(t), int(p), Outcome(o).name) for t, p, o in rows) == [
-        (NO_SEGMENT, 0, "DUPLICATE"),  # the second on the first box; the one in the crowd does not count
+        (NO_SEGMENT, 0, "DUPLICATE"),  # detection 1, on the first box; detection 2 is in the crowd and does not count
         (0, 0, "MATCHED"),
-        (1, 0, "CLASS"),  # its right class is not confident
+        (1, 0, "CLASS"),  # the right class has a score of only 0.4
     ]
 
 

@@ -1,4 +1,4 @@
-"""COCO's numbers by class and with other sizes, against pycocotools; PQ by size, against a slow reference."""
+"""COCO metrics by class and with other sizes equal pycocotools; PQ by size equals a slow reference."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def some_masks(random, count):
 
 
 def some_images(seed, count=12):
-    """Truth with crowds; detections are shifted annotations and others, with ties of scores."""
+    """Return truth with crowds, and detections with tied scores: shifted annotations and others."""
     random = np.random.default_rng(seed)
     images = {}
     for image_id in range(1, count + 1):
@@ -119,7 +119,7 @@ def test_box_ap_of_mask_boxes_equals_pycocotools():
 
 
 def random_panoptic(random):
-    """Truth of bands, predictions shifted by some columns, some of another class."""
+    """Return truth made of bands, and predictions shifted by some columns, some of another class."""
     truth_map = np.zeros((SIDE, SIDE), dtype=np.int32)
     edges = np.sort(random.choice(np.arange(1, SIDE), 9, replace=False))
     truth_map[:] = 1 + np.searchsorted(edges, np.arange(SIDE), side="right")
@@ -134,7 +134,7 @@ def random_panoptic(random):
 
 
 def slow_quality_of_size(images, low, high):
-    """Mean PQ over classes from sums made segment by segment."""
+    """Return the mean PQ over classes of segments with low <= area < high, computed segment by segment."""
     sums = {label: [0.0, 0, 0, 0] for label in range(NUM_CLASSES)}
     for truth, prediction in images:
         found = set()
@@ -172,7 +172,7 @@ def test_panoptic_quality_by_size_counts_every_segment_once(bounds):
 
 
 def test_states_without_areas_still_load():
-    """Those of before: three columns less."""
+    """States of earlier versions lack the three area columns."""
     record = PanopticRecord(np.array([0, 1]), np.array([0.75, 1.0]), np.array([1]), np.zeros(0))
     state = PanopticQualityState([True, False])
     state.add(4, record)

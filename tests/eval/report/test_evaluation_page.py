@@ -1,4 +1,4 @@
-"""The page of an evaluation: complete, well-formed, standing alone; charts that hold what they show."""
+"""The evaluation page is complete, well-formed and self-contained; its charts show the right data."""
 
 import json
 import re
@@ -44,7 +44,7 @@ TASKS = ("panoptic", "instance", "semantic")
 
 
 def evaluated(tasks, num_images=3):
-    """Image n: a cat found with n columns missing, sky found, a bus invented in the cat's place in image 2."""
+    """Return states in which the cat of image n lacks n columns, and the cat of image 2 is predicted as a bus."""
     states = EvaluationStates.empty(TABLE, tasks)
     truth_map = np.repeat([[1, 1, 1, 1, 2, 2, 2, 2]], 8, axis=0)
     truth = PanopticTruth(truth_map, {1: TruthSegment(0, 32, False), 2: TruthSegment(1, 32, False)})
@@ -78,7 +78,7 @@ def panel(value, width=60):
 
 
 class PageReader(HTMLParser):
-    """Fails on tags that are not closed in order; collects text and links."""
+    """Parser that fails on tags that are not closed in order, and collects text, links and tags."""
 
     def __init__(self, text):
         super().__init__()
@@ -143,7 +143,7 @@ def test_precision_curves_average_over_annotated_classes():
 def test_mean_of_a_precision_curve_equals_its_ap():
     result = evaluated(("instance",)).compute(TABLE, SUBJECT).instance
     cat, bus = curves_by_class(result)
-    assert bus is None  # nothing annotated
+    assert bus is None  # no bus is annotated
     assert np.mean(cat["mean of IoU 0.50 to 0.95"]) == pytest.approx(result.per_class[0])
     by_size = curves_by_size(result)
     assert np.mean(by_size["small"]) == pytest.approx(result.stats["APs"])

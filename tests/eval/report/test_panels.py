@@ -1,4 +1,4 @@
-"""Pictures: shapes, determinism, colours, and overlays of every task."""
+"""Panels: shapes, determinism, colours, and overlays of every task."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_contact_sheet_contains_all_panels():
     pictures = [np.full((40, w, 3), v, np.uint8) for w, v in ((100, 10), (50, 100), (60, 200))]
     sheet = decode_picture(contact_sheet([encode_png(p) for p in pictures], columns=2))
     assert sheet.shape == (40 + 8 + 33, 108, 3)
-    assert abs(sheet[0, 0].astype(int) - 10).max() <= 3  # JPEG
+    assert abs(sheet[0, 0].astype(int) - 10).max() <= 3  # JPEG is lossy
     assert abs(sheet[0, 60].astype(int) - 100).max() <= 3
     assert abs(sheet[50, 0].astype(int) - 200).max() <= 3
 

@@ -1,4 +1,4 @@
-"""Results read as typed records give what the same results give entry by entry; everything odd is read as JSON."""
+"""The reader of typed records gives the same metrics as the JSON reader, which reads all unusual files."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def test_text_masks_create_rle_on_access():
 
 
 def test_both_readers_give_the_same_metrics(tmp_path):
-    """One float id of an image, which is right, makes the whole file be read as JSON."""
+    """A single float image id, which is valid, makes the JSON reader read the whole file."""
     rng = np.random.default_rng(0)
     annotations, results = [], []
     sizes = [(40, 30), (25, 60), (40, 30)]

@@ -1,4 +1,4 @@
-"""Fields of score files: flags, areas and ids are right or one message that names file, entry and value."""
+"""Fields of score files: flags, areas and ids are valid, or an error names file, entry and value."""
 
 import json
 from pathlib import Path
@@ -139,7 +139,7 @@ def test_errors_in_instance_files_name_the_entry(tmp_path, changes, message):
 
 
 def test_annotation_of_area_0_counts_as_in_pycocotools(tmp_path):
-    """Small by its stated area, and in the AP over all sizes."""
+    """The stated area makes it small, and it counts in the AP over all sizes."""
     content = _instances(tmp_path, annotation={"area": 0}).content
     assert (content["AP"], content["APs"], content["APm"]) == (pytest.approx(1), pytest.approx(1), -1)
 

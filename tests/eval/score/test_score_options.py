@@ -1,4 +1,4 @@
-"""What `m2f score` takes beside the files: boxes, limits, sizes, subsets, unknown categories, names, page, images."""
+"""Options of `m2f score`: boxes, limits, sizes, subsets, unknown categories, names, report and per-image file."""
 
 import contextlib
 import io
@@ -43,7 +43,7 @@ def random_masks(random, count):
 
 @pytest.fixture
 def coco(tmp_path):
-    """Files of instances; boxes that do not quite fit, crowds, ties of scores."""
+    """Return (folder, truth, results, arrays) of instances with inexact boxes, crowds and tied scores."""
     random = np.random.default_rng(0)
     annotations, results, arrays = [], [], []
     for image_id in range(1, 13):
@@ -207,7 +207,7 @@ def test_python_functions_give_the_results_of_m2f_score(coco):
 
 @pytest.fixture
 def panoptic(tmp_path):
-    """Truth and predictions of four images as COCO's files, and as arrays."""
+    """Return (folder, arrays): truth and predictions of four images, as COCO files and as arrays."""
     random = np.random.default_rng(1)
     categories = [{"id": i, "name": n, "isthing": int(n != "bus")} for i, n in zip(IDS, NAMES, strict=True)]
     documents = {"truth": [], "results": []}
@@ -328,7 +328,7 @@ def test_semantic_scoring_supports_names_subsets_reports_and_arrays(tmp_path, ca
 
 @pytest.mark.parametrize("void", [255, 9])
 def test_void_in_label_maps_counts_as_missed_but_not_as_false_positive(tmp_path, capsys, void):
-    """Maps on disk and arrays: a void pixel is a miss of the truth's class, and of no class a false positive."""
+    """In files and arrays, a predicted void pixel is a false negative of the true class and no false positive."""
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 3, (20, 30)).astype(np.uint8)
     truth[0] = 255

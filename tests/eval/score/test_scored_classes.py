@@ -1,4 +1,4 @@
-"""Predictions whose files say what their category ids mean are scored by name."""
+"""Predictions with a category table are matched with the truth by class name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXTRA = {"id": 77, "name": "boat", "isthing": 1}
 
 
 def panoptic_files(folder, categories, ids, extra=False):
-    """One image of a car above a road, predicted perfectly; `extra`: a boat is predicted on void, too."""
+    """Write an image of two segments with a perfect prediction; `extra` adds a predicted segment on void."""
     id_map = np.zeros((20, 30), np.int64)
     id_map[:8], id_map[8:16] = 1, 2
     write_ids(folder / "truth/a.png", id_map)
@@ -40,12 +40,12 @@ def panoptic_files(folder, categories, ids, extra=False):
 
 
 def instance_files(folder, categories, ids):
-    """Two objects of two classes, found perfectly; the table of the results is beside them."""
+    """Write two objects of two classes with perfect results, and the category table beside the results."""
     square = [[2, 2, 12, 2, 12, 12, 2, 12]]
     shared = {"image_id": 1, "iscrowd": 0, "area": 100}
     annotations = [shared | {"id": i, "category_id": c, "segmentation": square} for i, c in ((1, 3), (2, 200))]
     images = [{"id": 1, "height": 20, "width": 30}]
-    listed = [{"id": c["id"], "name": c["name"]} for c in CATEGORIES]  # as COCO's instance files: without isthing
+    listed = [{"id": c["id"], "name": c["name"]} for c in CATEGORIES]  # as in COCO's instance files: no isthing
     truth = {"images": images, "annotations": annotations, "categories": listed}
     results = [{"image_id": 1, "category_id": ids[c], "segmentation": square, "score": 0.9} for c in (3, 200)]
     (folder / "truth.json").write_text(json.dumps(truth))

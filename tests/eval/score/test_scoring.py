@@ -1,4 +1,4 @@
-"""Scoring of result files against the rules of the reference tools, written slowly, and against pycocotools itself."""
+"""Scoring of result files, compared with slow implementations of the reference tools and with pycocotools."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ def run(scoring, workers=1):
 
 
 def shapes(rng, size=(60, 80), count=9):
-    """An id map with wide ids, drawn over void."""
+    """Return an id map of rectangles over void, with ids of up to 24 bits."""
     id_map = np.zeros(size, np.int64)
     for i in rng.choice(2**24 - 1, count, replace=False) + 1:
         y, x = rng.integers(0, size[0] - 10), rng.integers(0, size[1] - 10)
@@ -54,7 +54,7 @@ def write_ids(path, id_map):
 
 
 def panoptic_set(folder, seed=0, num_images=10):
-    """Crowds (also two of a class), void, unlisted truth ids, stated areas, wrong classes; ids are words."""
+    """Write images with crowds, void, unlisted truth ids, inexact areas and wrong classes; image ids are strings."""
     rng = np.random.default_rng(seed)
     ids = [c["id"] for c in CATEGORIES[:4]]
     truth, predictions = [], []
@@ -91,7 +91,7 @@ def panoptic_set(folder, seed=0, num_images=10):
 
 
 def slow_panoptic(files):
-    """panopticapi's rules on the files, one mask at a time: the sum of IoU and the counts of every category."""
+    """Return the sum of IoU and the counts of every category by panopticapi's rules, computed one mask at a time."""
 
     def load(folder, annotation):
         rgb = np.array(Image.open(folder / annotation["file_name"]), dtype=np.int64)
@@ -146,7 +146,7 @@ def test_panoptic_files_score_as_the_rules_of_panopticapi(seed, tmp_path):
             pq[category] = row["iou"] / size
     assert content["all"]["pq"] == pytest.approx(np.mean(list(pq.values())), abs=1e-12)
     assert content["things"]["pq"] == pytest.approx((pq[3] + pq[200]) / 2, abs=1e-12)
-    assert content["stuff"]["n"] == len(pq) - 2 == 2  # `never` does not count
+    assert content["stuff"]["n"] == len(pq) - 2 == 2  # `never` has no segments
     assert content["per_class"]["9"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "iou": 0.0, "tp": 0, "fp": 0, "fn": 0}
 
 
@@ -183,7 +183,7 @@ def test_errors_in_panoptic_files_are_reported(tmp_path):
     def in_predictions(change):
         return lambda files: edit(files.predictions, lambda content: change(content["annotations"]))
 
-    def in_segments(change):  # of city_0
+    def in_segments(change):  # the last annotation is city_0
         return in_predictions(lambda annotations: change(annotations[-1]["segments_info"]))
 
     def in_maps(write):
@@ -202,7 +202,7 @@ def test_errors_in_panoptic_files_are_reported(tmp_path):
 
 
 def instance_set(folder, seed=0, num_images=12):
-    """Polygons and both kinds of RLE, crowds, ties, images without truth or results, and results with zero boxes."""
+    """Write truth and results with polygons, both kinds of RLE, crowds, tied scores and images without objects."""
     rng = np.random.default_rng(seed)
     images, annotations, results = [], [], []
     for image_id in rng.permutation(np.arange(1, num_images + 1)).tolist():
@@ -264,7 +264,7 @@ def test_instance_files_score_as_pycocotools(seed, tmp_path):
 
 
 def test_boxes_in_results_do_not_affect_mask_ap(tmp_path):
-    """pycocotools itself would move APs, APm and APl: Mask2Former writes boxes of zeros, detectron2 removes them."""
+    """Mask2Former writes zero boxes, which detectron2 removes. In pycocotools they would change APs, APm and APl."""
     truth, found = instance_set(tmp_path)
     expected = run(instance_scoring(truth, found, boundary=False, class_agnostic=False))
     edit(found, lambda results: [r.update(bbox=[0, 0, 0, 0]) for r in results])
@@ -284,7 +284,7 @@ def test_annotation_id_zero_is_matched_and_ap_is_zero_without_results(tmp_path):
 
 
 def renumber(path, images, annotations):
-    """The same truth with other ids of images and annotations."""
+    """Change the ids of images and annotations in a truth file."""
 
     def change(content):
         for image in content["images"]:
@@ -300,7 +300,7 @@ def renumber(path, images, annotations):
     "annotation_id", [lambda i: i - 1, lambda i: 7, lambda i: 2**31 + i, lambda i: -i, lambda i: f"box {i}"]
 )
 def test_ids_of_any_kind_score_as_in_pycocotools_after_renumbering(seed, annotation_id, tmp_path):
-    """pycocotools itself loses a match of id 0 and keeps one annotation per id; areas of 0 are small instances."""
+    """pycocotools loses matches of id 0 and keeps one annotation per id. Annotations with area 0 are small."""
     truth, found = instance_set(tmp_path, seed)
     edit(truth, lambda c: [a.update(area=0) for a in c["annotations"][::5]])
     expected = coco_stats(truth, found).stats.tolist()
@@ -373,7 +373,7 @@ def test_real_panoptic_truth_scores_as_panopticapi(real_data, tmp_path):
         predictions=tmp_path / "found.json",
         prediction_masks=tmp_path / "found",
     )
-    # What panopticapi 7bb4655 says of it.
+    # The result of panopticapi 7bb4655.
     assert run(panoptic_scoring(files, boundary=False)).content["all"]["pq"] == pytest.approx(0.4291689770, abs=5e-11)
 
 
@@ -440,7 +440,7 @@ def street_files(folder):
 def test_cityscapes_files_are_scored(tmp_path):
     truth, found = street_files(tmp_path)
     content = run(cityscapes_instance_scoring(truth, found)).content
-    # IoU 28/32: right at the 8 overlaps from 0.5 to 0.85. The group of cars does not count.
+    # IoU 28/32 is a match at the 8 overlaps from 0.5 to 0.85. The group of cars does not count.
     assert content["AP"] == pytest.approx(0.8)
     assert content["per_class"]["24"]["AP50"] == 1.0
     assert content["per_class"]["26"] is None
@@ -475,7 +475,7 @@ def squares_or_fail(jobs):
 
 
 def square_or_fail(job):
-    if job == 23:  # after those that the first process does itself
+    if job == 23:  # the first 16 jobs run in the main process
         raise EvaluationError("image 23 is damaged")
     return job * job
 
@@ -492,7 +492,7 @@ def process_ids(jobs):
 
 
 def test_processes_start_only_if_they_save_time(monkeypatch):
-    """300 fast images are done before two processes have started."""
+    """300 fast images take less time than starting two processes."""
     assert set(map_jobs(process_ids, range(300), workers=2)) == {os.getpid()}
     monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
     processes = list(map_jobs(process_ids, range(60), workers=2))
