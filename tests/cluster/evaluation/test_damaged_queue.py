@@ -1,4 +1,4 @@
-"""A damaged queue of evaluations is made again from commits and results, at the next start of the run."""
+"""Tests that the next start of a run rebuilds a damaged evaluation queue from commits and results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DAMAGED = '[{"step": 10, "check'
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that holds what ranks and evaluations leave there."""
+    """A run folder, with methods that write the files of ranks and evaluations."""
 
     config: RunConfig
     storage: Storage
@@ -109,7 +109,7 @@ def test_rebuilt_queue_publishes_results_of_the_same_weights_and_queues_the_rest
     run.commit(10, "aa")
     run.evaluate(10, "aa", 41.0)
     run.commit(20, "bb")
-    run.evaluate(20, "other", 42.0)  # of a commit that was withdrawn
+    run.evaluate(20, "other", 42.0)  # results of other weights, as of a withdrawn commit
     run.commit(30, "cc")
     run.evaluate(30, "cc", 43.0, sets=("val",))  # the process died before the second set
     last = run.commit(40, "dd")
@@ -122,7 +122,7 @@ def test_rebuilt_queue_publishes_results_of_the_same_weights_and_queues_the_rest
     assert pins(run.storage, last) == (EVALUATION_PIN,)
     assert run.storage.get(queue_url(run.config) + ".damaged") == DAMAGED.encode()
     queue = EvaluationQueue(run.storage, queue_url(run.config))
-    assert queue.update(read_commits(run.storage, run.config.run_folder)) == ()  # the commits are those of the entries
+    assert queue.update(read_commits(run.storage, run.config.run_folder)) == ()  # every commit already has an entry
     assert [entry.step for entry in queue.entries()] == [10, 20, 30, 40]
 
 
@@ -131,7 +131,7 @@ def test_deleted_checkpoint_with_results_is_published_if_its_step_was_committed_
     run.evaluate(10, "aa", 41.0)
     run.delete(run.commit(20, "bb"))
     run.delete(run.commit(30, "cc"))
-    run.evaluate(30, None, 42.0)  # as version 0.1 wrote them
+    run.evaluate(30, None, 42.0)  # without settings, as in version 0.1
     run.damage()
     restore_queue(run.config, run.storage)
     assert run.statuses() == [(10, "published"), (20, "dropped"), (30, "published")]

@@ -1,4 +1,4 @@
-"""When results of evaluations end a run: a function of the ledger."""
+"""Tests of early stopping, which is a function of the entries of the evaluation queue."""
 
 import dataclasses
 
@@ -33,10 +33,10 @@ def make_entries(*values):
     [
         ((), None),
         ((30.0, 31.0), None),
-        ((30.0, 31.0, 30.5), 30),  # one per cent point more is not above by more than min_delta
+        ((30.0, 31.0, 30.5), 30),  # a rise by exactly min_delta is not an improvement
         ((30.0, 31.1, 31.5, 32.2), None),
         ((30.0, 31.1, 31.5, 32.1), 40),
-        ((30.0, 20.0, 20.0, 50.0), 30),  # what comes later changes nothing
+        ((30.0, 20.0, 20.0, 50.0), 30),  # later values do not change the decision
         ((30.0, None, 20.0), None),  # a checkpoint without the metric does not count
         ((30.0, float("nan"), 20.0, 20.0), 40),
     ],

@@ -39,7 +39,7 @@ def test_commit_is_queued_once_and_waits_again_after_a_crash(tmp_path):
     running, _ = queue.take("every")
     assert running is not None
     assert running.step == 10
-    again = queue_in(tmp_path)  # the process died while step 10 ran
+    again = queue_in(tmp_path)  # as after a crash during the evaluation of step 10
     assert statuses(again.entries()) == {10: "waiting", 20: "waiting"}
     assert again.entries()[0].queued_ms == running.queued_ms
 
@@ -51,7 +51,7 @@ def test_step_committed_again_is_evaluated_again(tmp_path):
     queue.publish(first, {"val/PQ": 1.0})
     assert not queue.replaces(first)
     after = CommitList((commit_of(10, "b"), commit_of(30)), frozenset({commit_of(10).name, commit_of(20).name}))
-    marked = queue.update(after)  # the run went back behind steps 10 and 20
+    marked = queue.update(after)  # the run was rolled back to before step 10
     assert [(entry.step, entry.status) for entry in marked] == [(20, "dropped"), (10, "withdrawn")]
     assert queue.update(after) == ()
     second, _ = queue.take("every")
@@ -153,7 +153,7 @@ def test_status_does_not_wait_for_the_running_evaluation(tmp_path):
         lambda entry, report: {"ok": float(gate.wait(PATIENCE_S))},
     )
     wait_until(lambda: len(manager.status().entries) == 3)
-    assert not manager.status().idle  # the gate opens later
+    assert not manager.status().idle  # the evaluation waits for the gate
     gate.set()
     wait_until(lambda: manager.status().idle)
     manager.close()
@@ -164,7 +164,7 @@ def test_new_manager_continues_the_stored_queue(tmp_path):
     queue.update(commits_of(10, 20))
     entry, _ = queue.take("every")
     queue.publish(entry, {"val/PQ": 50.0})
-    queue.take("every")  # dies here, in the middle of step 20
+    queue.take("every")  # as if the process died during the evaluation of step 20
     evaluated_steps: list[int] = []
     released: list[int] = []
 
@@ -182,11 +182,11 @@ def test_new_manager_continues_the_stored_queue(tmp_path):
     wait_until(lambda: len(released) == 2)
     manager.close()
     assert evaluated_steps == [20]
-    assert released == [10, 20]  # the dead one may not have released step 10
+    assert released == [10, 20]  # the dead manager may not have released step 10
 
 
 class RefusingStorage(Storage):
-    """A store whose next writes fail as often as `refusals` says."""
+    """Storage whose next `refusals` writes fail."""
 
     refusals = 0
 
@@ -242,7 +242,7 @@ def test_best_checkpoint_stays_pinned(tmp_path):
         assert {e.step: pins(storage, e.checkpoint) for e in entries if pins(storage, e.checkpoint)} == {
             best.step: (BEST_PIN,)
         }
-    release(storage, entries[0], entries, "val/PQ")  # a manager that starts again releases all of them
+    release(storage, entries[0], entries, "val/PQ")  # a restarted manager releases all published entries
     assert pins(storage, entries[3].checkpoint) == (BEST_PIN,)
 
 

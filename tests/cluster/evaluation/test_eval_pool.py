@@ -41,7 +41,7 @@ def test_poison_batch_is_named_in_the_error():
 
 
 class Squares:
-    """Answers with the square; batch numbers listed in the folder's files make it die or raise."""
+    """Actor that returns the square of the batch number. Files in the folder make it die, hang or raise at a batch."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -99,7 +99,7 @@ def test_five_actor_deaths_do_not_change_results(pool, folder):
     for batch in (3, 4, 7, 11, 15):
         (folder / f"storm_dies_once_{batch}").touch()
     assert results_of(pool, "storm", 20) == expected
-    wait_until(lambda: len(list(folder.glob("pid_*"))) == 2 + 5)  # the last one may start when all is done
+    wait_until(lambda: len(list(folder.glob("pid_*"))) == 2 + 5)  # the last replacement may start late
 
 
 @pytest.mark.cluster

@@ -1,4 +1,4 @@
-"""All files of an evaluation, from actors that are called in this process."""
+"""Tests of the results and files of evaluations, with an actor that runs in this process."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ evaluation:
 
 
 class InProcessPool:
-    """Stands in for the pool: one actor, called directly; counts its calls."""
+    """Fake pool that calls one actor directly and records its calls."""
 
     def __init__(self, config):
         self.actor = EvaluationActor(config)
@@ -70,7 +70,7 @@ class InProcessPool:
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the actor sets it
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hides the GPUs of this machine
     dataset = DatasetConfig(shards=str(tmp_path / "shards"), source=SyntheticSource(num_images=10))
     reader = open_reader(dataset.source)
     write_dataset(reader, dataset, Storage())
@@ -131,7 +131,7 @@ def test_few_images_are_evaluated_without_ray(small, monkeypatch):
     found = offline.evaluate_checkpoint(config, weights)
     expected = evaluate_sets(config, InProcessPool(config), weights, None, lambda *_: None)
     assert [one.files() for one in found] == [one.files() for one in expected]
-    monkeypatch.setattr(offline, "MAX_LOCAL_IMAGES", 12)  # the sets have 10 and 3
+    monkeypatch.setattr(offline, "MAX_LOCAL_IMAGES", 12)  # the two sets have 13 images
     with pytest.raises(AssertionError, match="Ray was started"):
         offline.evaluate_checkpoint(config, weights)
 
@@ -170,7 +170,7 @@ def test_results_with_other_settings_or_weights_get_a_separate_name(small, tmp_p
     subject = replace(published.results.subject, settings=other)
     assert results_name(storage, folder, replace(published.results, subject=subject)) == f"val.{other.digest}"
 
-    del stored["settings_digest"]  # as version 0.1 wrote it
+    del stored["settings_digest"]  # version 0.1 did not write it
     (tmp_path / "evaluations/val/results.json").write_text(json.dumps(stored))
     assert results_name(storage, folder, same.results) == "val"
     assert results_name(storage, folder, larger.results) == f"val.{digest}"

@@ -1,6 +1,6 @@
-"""Classes belong to the model: sets whose tables differ from the model's are evaluated by name, or refused.
+"""Tests that evaluation matches the classes of a data set to the model's by name, and rejects contradictions.
 
-The model is the one of the painted scenes, whose weights say which classes it has.
+The model is that of the painted scenes. The metadata of its weights defines its classes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ WITHOUT_BUOYS = [c for c in CATEGORIES if c["name"] != "buoy"]
 
 
 class InProcessPool:
-    """Stands in for the pool: one actor, called directly."""
+    """Fake pool that calls one actor directly."""
 
     def __init__(self, config):
         self.actor = EvaluationActor(config)
@@ -61,7 +61,7 @@ class InProcessPool:
 
 
 class SceneSets:
-    """The painted scenes with their own table, and again with others."""
+    """Shards of the painted scenes with several category tables, and weights that state the model's classes."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -77,7 +77,7 @@ class SceneSets:
         save_file({"a": torch.zeros(1)}, self.weights, metadata={METADATA_KEY: text})
 
     def add(self, name, categories):
-        """Shards of the same scenes whose JSON has these categories, in another order or with other ids."""
+        """Write shards of the same scenes with these categories, which may have another order, ids or colours."""
         names = {c["id"]: c["name"] for c in CATEGORIES}
         ids = {c["name"]: c["id"] for c in categories}
         document = {**self.document, "categories": list(categories), "annotations": []}
@@ -116,7 +116,7 @@ class SceneSets:
 @pytest.fixture(scope="module")
 def scene_sets(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the actor sets it
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # hides the GPUs of this machine
         patch.setattr(eval_actor, "model_with_weights", lambda *_, **__: SceneModel())
         yield SceneSets(tmp_path_factory.mktemp("classes"))
 
@@ -143,7 +143,7 @@ def test_reordered_renumbered_and_recoloured_classes_give_the_same_metrics(scene
 
 
 def test_model_with_additional_class_is_evaluated_on_common_classes(scene_sets, expected):
-    """The model knows buoys, the set does not: numbers of the others are those of the model alone."""
+    """The set lacks buoys. The AP of boats does not change, and no class loses matches or gains false positives."""
     whole = by_name(expected)
     name = scene_sets.write("less", without_buoys(scene_sets))
     results = scene_sets.evaluate(name)
@@ -151,7 +151,7 @@ def test_model_with_additional_class_is_evaluated_on_common_classes(scene_sets, 
     assert set(found) == {"sea", "boat", "sky"}
     assert found["boat"]["AP"] == pytest.approx(whole["boat"]["AP"], abs=1e-9)
     for each in found:
-        assert found[each]["TP"] >= whole[each]["TP"]  # pixels of buoys have no label, so they count in no union
+        assert found[each]["TP"] >= whole[each]["TP"]  # unlabelled buoy pixels count in no union
         assert found[each]["FP"] <= whole[each]["FP"]
     assert results.subject.classes == "3 classes in both; less lacks buoy"
     assert "SOME CLASSES: 3 classes in both; less lacks buoy" in results.table()
@@ -160,7 +160,7 @@ def test_model_with_additional_class_is_evaluated_on_common_classes(scene_sets, 
 
 
 def test_model_without_a_class_of_the_set_is_evaluated_on_the_others(scene_sets, expected, monkeypatch):
-    """Logits of sea, boat and sky only; buoys of the set have no label then."""
+    """The model has logits only for sea, boat and sky, so the buoys of the set are unlabelled."""
 
     class WithoutBuoys(SceneModel):
         def forward(self, images):
@@ -214,7 +214,7 @@ def test_weights_of_another_task_or_model_are_rejected(scene_sets):
 
 
 def without_buoys(scene_sets):
-    """The document of the scenes without buoys, with maps in which their pixels are void."""
+    """Return the JSON document without buoys, and write id maps in which their pixels are void."""
     masks = scene_sets.folder / "truth/panoptic"
     (masks / "void").mkdir()
     annotations = []

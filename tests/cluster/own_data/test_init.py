@@ -53,7 +53,7 @@ def test_instance_data_can_be_used_for_the_semantic_task(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("address", ["hub", "folder"])
 def test_published_weights_determine_the_model(address, tmp_path, monkeypatch):
-    """As configs/finetune: backbone, queries and learning rate fit the weights that the recipe starts from."""
+    """As in configs/finetune, the recipe's architecture matches the weights that it starts from."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set").mkdir()
     EXPORTS["yolo_seg"](tmp_path / "set")

@@ -1,4 +1,4 @@
-"""`m2f init` on untidy exports: repeated file names, markings that only one tool uses, and unusual folders."""
+"""Tests of `m2f init` with untidy exports: repeated file names, tool-specific conventions, and unusual folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tool_exports import CLASSES, SIZE, class_map, rings, write_image
 
 CATEGORIES = [{"id": k + 1, "name": name, "supercategory": ""} for k, name in enumerate(CLASSES)]
 RUNS = [0, 10 * SIZE, SIZE * (SIZE - 10)]
-"""A mask of the first ten columns, run lengths by column."""
+"""Column-major run lengths of a mask that covers the first ten columns."""
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
     return export
 
 
-def init_datasets(*arguments: str) -> Any:  # Any, because the tests check the kinds of the sources
+def init_datasets(*arguments: str) -> Any:  # Any, because the tests read fields of different source kinds
     assert main(["init", "set", *arguments]) == 0
     return load_recipe("set.yaml").datasets
 
@@ -55,7 +55,7 @@ def write_coco(path: Path, names: list[str], numbers: list[int], masks: bool = F
 
 
 def cvat_project(folder: Path) -> None:
-    """Two tasks of a project, whose frames have the same names."""
+    """Write a CVAT project with two subsets whose frames have the same names."""
     for subset, numbers in (("Train", [0, 1, 2]), ("Validation", [3, 4])):
         names = [f"frame_{i:06d}.png" for i in range(len(numbers))]
         for name, number in zip(names, numbers, strict=True):
@@ -115,7 +115,7 @@ def write_yolo(folder: Path, splits: dict[str, range]) -> None:
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_yolo_image_lists_define_the_split(complete, folder):
-    """They do so only if they list all images of a folder; lists of other tools name some of the images."""
+    """A list defines the images of a set only if it names all images of a folder. Some tools list only some of them."""
     write_yolo(folder, {"train": range(4), "val": range(4, 6)})
     for split, numbers in (("train", range(4 if complete else 3)), ("val", range(4, 6))):
         (folder / f"{split}.txt").write_text("".join(f"data/images/{split}/im{i}.png\n" for i in numbers))
@@ -174,7 +174,7 @@ def test_images_and_maps_are_paired_within_each_split(folder, capsys):
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 def test_maps_beside_their_images_are_detected(ending, folder, capsys):
     for number in range(4):
-        write_image(folder / f"im ({number}).{ending}", number)  # read by content, whatever the name says
+        write_image(folder / f"im ({number}).{ending}", number)  # a PNG; the reader ignores the extension
         (folder / f"im ({number})_mask.png").write_bytes(encode_png(class_map(number)))
     datasets = init_datasets()
     assert len(samples(datasets["train"])) + len(samples(datasets["val"])) == 4

@@ -1,4 +1,4 @@
-"""Tests of the checkpoint that `--checkpoint` selects, and of the folder that `m2f train --fresh` uses."""
+"""Tests of the checkpoint that `--checkpoint` selects, and of the run name that `m2f train --fresh` uses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ training: {max_steps: 3}
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """A run with checkpoints of steps 1 to 3; evaluations of the first two are published."""
+    """Return the configuration of a run with checkpoints of steps 1 to 3."""
     config = parse_recipe(RECIPE, [f"output={tmp_path}"])
     checkpoints = tuple(CommittedCheckpoint(step, f"{config.run_folder}/step_{step}") for step in (3, 2, 1))
     monkeypatch.setattr(module, "list_checkpoints", lambda storage, folder: checkpoints)

@@ -1,4 +1,4 @@
-"""`m2f export` and `m2f predict` for Hugging Face folders and official checkpoints, as a user calls them."""
+"""Command-line tests of `m2f export` and `m2f predict` with Hugging Face folders and official checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prediction of images: finding them, batching, minimum scores, and submissions for benchmark servers."""
+"""Tests of prediction: minimum scores, batches, inputs, and submissions to benchmark servers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def painted(monkeypatch):
-    """Every model that a verb opens is the painted one."""
+    """Make every verb open the painted model."""
     monkeypatch.setattr(trained_model, "open_trained", lambda *_: PAINTED)
 
 
@@ -192,7 +192,7 @@ def test_incomplete_batches_are_run_when_too_many_images_wait():
 
 @pytest.fixture
 def photos(scenes, bucket):
-    """The scenes in a bucket, with a file that is no image."""
+    """Upload the scenes and a text file to a bucket, and return the URL of the folder."""
     storage, url = Storage(), f"{bucket}/photos"
     for path in (scenes / "images").iterdir():
         storage.put_file(f"{url}/{path.name}", path)

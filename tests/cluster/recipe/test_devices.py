@@ -246,5 +246,5 @@ def test_actor_share_that_leaves_too_little_gpu_to_ranks_is_rejected():
 
 
 def test_actor_does_not_span_several_gpus():
-    with pytest.raises(ConfigError, match=r"3 actors on the 2 GPUs of the ranks"):  # two others hold one actor each
+    with pytest.raises(ConfigError, match=r"3 actors on the 2 GPUs of the ranks"):  # each of the 2 free GPUs holds one
         settle(recipe(evaluating=0.6, actors=3, workers=2), AvailableDevices((H100,) * 4))

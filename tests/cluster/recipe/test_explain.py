@@ -1,4 +1,4 @@
-"""Every setting says what it is."""
+"""Tests that every setting has a description, and that numbers have ranges and units."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from m2f.cluster.recipe.load import sections_in, type_hints
 from m2f.model.limits import ranges_of
 
 ANY_NUMBER = {"seed", "void", "version", "pixel_mean"}
-"""Settings whose numbers have no range."""
+"""Numeric settings without a range."""
 UNITS = {
     "_s": "seconds",
     "_steps": "steps",
@@ -23,7 +23,7 @@ UNITS = {
 
 
 def _settings(section=RunConfig):
-    """(section, setting) of a recipe and all that is in it."""
+    """Yield (section, field) for every setting of a section and its nested sections."""
     for field in dataclasses.fields(section):
         if field.name != "kind":
             yield section, field

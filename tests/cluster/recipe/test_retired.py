@@ -21,7 +21,7 @@ training: {max_steps: 10}
 
 
 def retired_tree(path: str, value: object) -> object:
-    """A tree that has the setting at `path`, with a list of one for `*`."""
+    """Return a tree with `value` at `path`. Each `*` in the path becomes a list of one item."""
     for key in reversed(path.split(".")):
         value = [value] if key == "*" else {key: value}
     return value
@@ -87,7 +87,7 @@ def test_renamed_setting_is_applied_with_a_hint():
 
 @pytest.fixture
 def rename_of_seed(monkeypatch):
-    """As if `seed` had been called `random_seed` in the version before."""
+    """Simulate that `seed` was called `random_seed` in the previous version."""
     table = (Renamed("random_seed", "seed"),)
     monkeypatch.setattr(load, "apply_renames", lambda tree, problems: apply_renames(tree, problems, table))
     monkeypatch.setattr(load, "renamed_path", lambda path: renamed_path(path, table))
@@ -144,7 +144,7 @@ data:
   train: [{dataset: train}]
 training: {max_steps: 10, collective_timeout_s: 600.0, stall_timeout_s: 300.0}
 """
-"""Of a version whose requests had no patience."""
+"""A recipe of a version without `storage.patience_s`."""
 
 
 def test_collective_timeout_of_an_older_recipe_is_raised_with_one_message(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""The JSON Schema that editors check recipes with."""
+"""Tests of the JSON Schema with which editors validate recipes."""
 
 from __future__ import annotations
 

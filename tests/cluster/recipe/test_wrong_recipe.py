@@ -1,4 +1,4 @@
-"""A recipe with many mistakes: one message before anything starts."""
+"""Tests that a recipe with many mistakes is rejected with one message before anything starts."""
 
 import pytest
 

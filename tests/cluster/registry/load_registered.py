@@ -1,6 +1,6 @@
 """Load a registered model in an environment without m2f: `load_registered.py ADDRESS IMAGE EXAMPLE` prints JSON.
 
-The environment has the packages that the model requires; m2f comes only from the wheel inside the model.
+The environment has only the packages that the model requires. m2f is imported from the wheel inside the model.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Create a run with two evaluated checkpoints of random weights, without training, as input for `m2f register`."""
+"""Create a run with two evaluated checkpoints of random weights, as input for `m2f register`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = (4, 8)
 
 
 def make_run(folder: Path, database: bytes, name: str = "cells") -> RunConfig:
-    """Create the run folder below `folder`, with checkpoints that are evaluated on `val`."""
+    """Create a run below `folder` with checkpoints evaluated on `val`, and return its configuration."""
     config = tiny_config(folder, name, small_sets(str(folder / "shards"), Storage()))
     tasks = replace(config.evaluation, tasks=("panoptic", "instance"), extra_metrics=(), panels=0)
     config = replace(config, evaluation=tasks)
@@ -40,7 +40,7 @@ def make_run(folder: Path, database: bytes, name: str = "cells") -> RunConfig:
 
 
 def write_checkpoint(config: RunConfig, step: int) -> None:
-    """Write a checkpoint of random weights, seeded with the step."""
+    """Write a checkpoint of random weights, with the step as seed."""
     classes = Manifest.load(config.datasets["train"].shards, Storage()).categories.for_task("panoptic")
     torch.manual_seed(step)
     model = build_model(replace(config.model, num_classes=len(classes)), pretrained_backbone=False)

@@ -18,7 +18,7 @@ IMAGES = 40
 
 
 def record(name, quality, seed=0, settings=None, fingerprint="f"):
-    """Return the record of a run that finds one segment in every image, with IoUs around `quality`."""
+    """Return the record of a run that matches one segment per image, with IoUs around `quality`."""
     ious = (quality + np.random.default_rng(seed).normal(0, 0.05, IMAGES)).clip(0.5, 1)
     one, none = np.ones(IMAGES, int), np.zeros(IMAGES, int)
     labels = np.zeros(IMAGES, np.int32)

@@ -1,4 +1,4 @@
-"""Tests of the images that a served model accepts: files, arrays, and URLs of allowed public hosts only."""
+"""Tests of the images that a served model accepts: encoded files, arrays, and URLs of allowed public hosts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """Start a server whose address is treated as public."""
+    """Start a server at the host name `pictures.example`, whose address counts as public."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.requests = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -89,7 +89,7 @@ SLOW = {
 
 @pytest.mark.parametrize("slow", SLOW)
 def test_slow_responses_end_at_the_timeout(server, monkeypatch, slow):
-    """Each byte arrives in time, but the response never ends."""
+    """The response sends bytes continually and never ends."""
     first, repeated = SLOW[slow]
     listener = socket.create_server(("127.0.0.1", 0))
     port, stopped = listener.getsockname()[1], threading.Event()
@@ -119,7 +119,7 @@ def test_slow_responses_end_at_the_timeout(server, monkeypatch, slow):
 
     fetching = threading.Thread(target=attempt, daemon=True)
     fetching.start()
-    fetching.join(PATIENCE_S / 4)  # without the timeout it would never end
+    fetching.join(PATIENCE_S / 4)  # without the timeout, it would never end
     stopped.set()
     thread.join(PATIENCE_S)
     listener.close()

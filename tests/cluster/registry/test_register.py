@@ -1,4 +1,4 @@
-"""Tests of `m2f register`, up to predictions of the registered model in a separate environment."""
+"""Tests of `m2f register`, including predictions of the registered model in a separate environment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.cluster.registry.registered_run import make_run
 from tests.mlflow_server import free_port
 from tests.waiting import PATIENCE_S, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]  # MLflow warns about itself
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]  # raised by MLflow
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_checkpoint_is_registered_once_and_predicts_in_another_environment(folde
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "cells", "version": 1}]
     assert (Path(folder) / "checkpoints/step_00000004-1/pins/registered").is_file()
 
-    # Again under another alias: the same version, and nothing is uploaded.
+    # Registering under another alias keeps the version and uploads nothing.
     uploaded = registry_files(folder)
     assert register(folder, "--checkpoint", "4", "--alias", "candidate", "--precision", "0.05") == 0
     assert "registered (already uploaded): cells, version 1" in capfd.readouterr().out
@@ -81,7 +81,7 @@ def test_checkpoint_is_registered_once_and_predicts_in_another_environment(folde
     assert len(weights) == 1
     assert not [path for path in uploaded if "engine" in path or path.endswith((".pkl", ".pt"))]
 
-    # The wheel is this program, and requirements are exact.
+    # The wheel contains the running code, and the requirements are pinned.
     package = Path(weights[0]).parents[2]
     (wheel,) = (package / "code").glob("m2f-*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -127,7 +127,7 @@ def load_in_new_environment(uri, address, working_folder, package):
 
 
 def create_environment(package, home):
-    """Return the Python of a new environment that links to the packages in the model's requirements.txt."""
+    """Create an environment with symlinks to the packages in the model's requirements.txt. Return its Python."""
     venv.create(home, symlinks=True, with_pip=False)
     (site,) = home.glob("lib/python*/site-packages")
     for line in (package / "requirements.txt").read_text().split():
@@ -262,9 +262,9 @@ def test_changed_code_registers_a_new_version(folder, monkeypatch, capfd):
 
 def test_registered_models_work_after_the_store_was_moved(folder, tmp_path):
     assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
-    moved = shutil.copytree(Path(folder).parent, tmp_path / "moved")  # the original folder stays unused
+    moved = shutil.copytree(Path(folder).parent, tmp_path / "moved")  # a copy, because other tests use the original
     config, _ = open_recipe(str(moved / "cells"), ())
-    run = find_run(config)  # every process that writes to the run calls this, and it repairs the paths of a moved store
+    run = find_run(config)  # updates the paths of a moved store, as in every process that writes to a run
     assert run.uri == f"sqlite:///{moved}/mlflow.db"
     client = MlflowClient(tracking_uri=run.uri)
     version = client.get_model_version_by_alias("cells", "champion")
@@ -277,7 +277,7 @@ def test_registered_models_work_after_the_store_was_moved(folder, tmp_path):
 
 @pytest.mark.soak
 def test_mlflow_server_serves_the_registered_model(folder, tmp_path):
-    """`load_registered.py` tests the same without a server process, by calling the server's function."""
+    """`load_registered.py` calls the same server code in its own process."""
     assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
     _, run = client_of(folder)
     (example,) = Path(folder).parent.glob("mlartifacts/models/*/artifacts/serving_input_example.json")

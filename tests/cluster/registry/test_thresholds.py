@@ -1,4 +1,4 @@
-"""Tests of thresholds by class for a given precision."""
+"""Tests of the score thresholds per class that reach a given precision."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,10 @@ from m2f.eval.metrics.resampled import InstanceImages
 
 
 def records(detections, truth):
-    """Return records of one image from rows (label, score, correct, ignored) and counts of instances by label."""
+    """Return the records of one image.
+
+    `detections` are rows (label, score, correct, ignored). `truth` maps labels to the number of annotated instances.
+    """
     columns = [np.array([row[i] for row in detections]) for i in range(4)] if detections else [np.zeros(0)] * 4
     label, score, correct, ignored = columns
 
@@ -44,7 +47,7 @@ def test_equal_scores_pass_together_and_ignored_detections_do_not_count():
 
 
 def test_matches_require_an_iou_of_at_least_half():
-    rows = [(0, 0.9, 0b1111111110, 0)]  # matched at every IoU threshold except 0.5; real records cannot have this
+    rows = [(0, 0.9, 0b1111111110, 0)]  # matched at every IoU except 0.5, which real records cannot have
     assert choose_thresholds(records(rows, {0: 1}), ["cat"], 0.5)["cat"].threshold is None
 
 

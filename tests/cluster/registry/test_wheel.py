@@ -1,4 +1,4 @@
-"""Tests of the wheel of m2f and of exact requirements."""
+"""Tests of the wheel and the pinned requirements that are stored with a registered model."""
 
 import subprocess
 import sys

@@ -1,6 +1,7 @@
-"""Shards a synthetic data set: `shard_driver.py FOLDER IMAGES FEW`; prints how many shards it has written.
+"""Shard a synthetic data set, and print [number of shards, number of newly written shards] as JSON.
 
-Up to FEW images are written in its own process, more of them as Ray tasks.
+Usage: `shard_driver.py FOLDER IMAGES FEW`. Up to FEW images, the shards are written in this process, otherwise by Ray
+tasks.
 """
 
 import json

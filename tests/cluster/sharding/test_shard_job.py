@@ -68,7 +68,7 @@ def test_killed_job_continues_and_writes_the_same_bytes(tmp_path, num_images, fe
     num_shards, written = json.loads(output.splitlines()[-1])
     assert 0 < written <= num_shards - left, log
     assert digests(folder) == expected
-    assert f"{num_images}/{num_images} images" in log  # a plain line, as standard error is no terminal
+    assert f"{num_images}/{num_images} images" in log  # a plain line, as standard error is not a terminal
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def no_ray(monkeypatch):
 
 
 def test_small_job_runs_in_this_process_and_writes_the_same_bytes(tmp_path, no_ray):
-    """As those of `write_dataset`, with which other tests compare what tasks of Ray write."""
+    """The reference is `write_dataset`. Other tests compare the shards of Ray tasks with the same reference."""
     dataset = DatasetConfig(shards=str(tmp_path / "here"), source=SyntheticSource(num_images=20), shard_mb=0.05)
     expected = replace(dataset, shards=str(tmp_path / "expected"))
     write_dataset(open_reader(dataset.source), expected, Storage())
@@ -129,7 +129,7 @@ def test_data_set_without_source_is_rejected(tmp_path):
 
 
 class FullStorage(Storage):
-    """No room for the second shard."""
+    """Storage that fails to write the second shard."""
 
     def put(self, url, data, **options):
         if url.endswith("shards/00001.tar"):
@@ -145,12 +145,12 @@ def test_keep_going_writes_all_other_shards_before_failing(tmp_path, no_ray):
     assert report["failures"] == [{"index": 1, "message": "no space"}]
     assert report["written_shards"] == report["num_shards"] - 1 == len(list((tmp_path / "parts").iterdir()))
     assert not (tmp_path / "dataset.json").exists()
-    assert write_dataset(open_reader(dataset.source), dataset, Storage()).num_samples == 12  # and goes on from there
+    assert write_dataset(open_reader(dataset.source), dataset, Storage()).num_samples == 12  # writes the missing shard
 
 
 @pytest.fixture
 def label_maps(tmp_path):
-    """Twelve images of which one is cut off."""
+    """Write twelve images with label maps, of which image 07 is truncated, and return their source."""
     raw = tmp_path / "raw"
     for name in ("images", "labels"):
         (raw / name).mkdir(parents=True)
@@ -187,7 +187,10 @@ def test_bad_image_is_reported_and_prevents_the_commit(tmp_path, label_maps):
 
 
 def make_killing_storage(target, kill_at, failing_object, marker_folder):
-    """A storage whose process is killed half-way through the first write of some objects; one shard never fits."""
+    """Return a storage that kills its process halfway through the first write of each object in `kill_at`.
+
+    `failing_object` cannot be written at all.
+    """
     marker_folder.mkdir()
 
     class KillingStorage(Storage):
@@ -236,7 +239,7 @@ def test_killed_tasks_are_retried_and_a_failed_shard_is_written_by_the_next_job(
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_ten_kills_of_drivers_and_tasks_do_not_change_the_shards(tmp_path):
-    """Five drivers after random shares of the work, then five tasks half-way through random objects."""
+    """The test kills five drivers after random shares of the work, then five tasks halfway through random objects."""
     num_images, rng = job.MAX_LOCAL_IMAGES + 20, random.Random(10)
     reference, folder = tmp_path / "whole", tmp_path / "killed"
     dataset = DatasetConfig(shards=str(reference), source=SyntheticSource(num_images=num_images), shard_mb=0.05)

@@ -1,4 +1,4 @@
-"""The report of a sharding job, without Ray: what it counts, and that it is there when every sample is bad."""
+"""Tests of the report of a sharding job without Ray: problems, repairs, and changed or missing source files."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.data_pipeline.coco_set import CocoSet
 
 @pytest.fixture
 def job(tmp_path):
-    """Shards a COCO set; returns the report as it is stored."""
+    """Return a function that writes a COCO set, shards it with `skip_bad`, and returns the report."""
 
     def run(coco, kind="instances", **options):
         coco.write()

@@ -1,4 +1,4 @@
-"""Runs that are given in epochs."""
+"""Tests of runs whose length is given in epochs."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Tests of the examples in `cluster/cloud` against Ray's, Amazon's and our own schemas, and of spot notices."""
+"""Tests of the examples in `cluster/cloud` against the schemas of Ray, EC2 and KubeRay, and of spot notices."""
 
 import base64
 import json
@@ -41,7 +41,7 @@ tracking: {uri: "http://mlflow:5000"}
 """
 DIGEST = "0123456789abcdef" * 4
 GCP_INSTANCE = {"machineType", "disks", "scheduling", "serviceAccounts"}
-"""Fields of an instance that the example uses, as Google's API writes them."""
+"""Fields of Google's instance resource that the example uses."""
 
 
 def read_yaml(path: Path):
@@ -96,7 +96,7 @@ def test_every_node_writes_the_token_before_ray_starts(path):
 
 
 def test_token_file_is_readable_only_by_its_user(tmp_path):
-    """Runs the command of the AWS example with a fake boto3."""
+    """The test runs the token command of the AWS example with a fake boto3."""
     (tmp_path / "boto3.py").write_text(
         "class client:\n"
         "    def __init__(self, service, region_name): assert service == 'secretsmanager'\n"
@@ -113,7 +113,7 @@ def test_token_file_is_readable_only_by_its_user(tmp_path):
 
 @pytest.mark.parametrize("group", ["head", "train", "evaluate"])
 def test_aws_example_uses_only_fields_known_to_ec2(group):
-    """Ray does not check `node_config`; botocore knows the parameters of RunInstances."""
+    """Ray does not validate `node_config`, so the test validates it with botocore's schema of RunInstances."""
     operation = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances")
     node = read_yaml(CLOUD / "aws.yaml")["available_node_types"][group]["node_config"]
     report = ParamValidator().validate(node | {"MinCount": 1, "MaxCount": 1}, operation.input_shape)
@@ -140,7 +140,7 @@ def test_examples_contain_no_secrets(path):
 
 @pytest.fixture
 def template(tmp_path):
-    """Write the example with a valid image, and return its path."""
+    """Write the KubeRay example with a valid image reference, and return its path."""
     path = tmp_path / "kuberay.yaml"
     path.write_text(KUBERAY.read_text().replace("REGISTRY", "registry.example.com").replace("DIGEST", DIGEST))
     return path
@@ -306,7 +306,7 @@ def test_clusters_that_cannot_start_the_run_are_reported(path, value, expected):
     ("workers", "fits"),
     [
         ("num_gpus_per_worker: 1, num_cpus_per_worker: 11, num_workers: 16", True),
-        ("num_gpus_per_worker: 1, num_cpus_per_worker: 12, num_workers: 16", False),  # three on a node
+        ("num_gpus_per_worker: 1, num_cpus_per_worker: 12, num_workers: 16", False),  # a node holds three
         ("num_gpus_per_worker: 1, num_workers: 19", False),
         ("num_gpus_per_worker: 1, num_workers: [2, 64]", True),
     ],
@@ -389,12 +389,12 @@ def test_apply_passes_the_ray_job_to_kubectl(tmp_path, template, monkeypatch, ca
     assert "kubectl apply failed" in capsys.readouterr().err
 
 
-# Notices of spot machines
+# Spot notices
 
 
 @pytest.fixture
 def metadata_server():
-    """Yield the URL of a metadata server for both clouds, and an event that announces the preemption if it is set."""
+    """Yield the URL of a metadata server for both clouds, and an event. Set the event to announce a preemption."""
     notice = threading.Event()
 
     class Server(BaseHTTPRequestHandler):
@@ -460,6 +460,6 @@ def test_unreachable_metadata_server_is_not_a_notice(caplog):
 
 
 def test_ray_has_the_drain_node_command():
-    """The command is not listed in Ray's help, so a new version may remove it."""
+    """Ray's help does not list the command, so a new version may remove it."""
     options = {option for parameter in drain_node.params for option in parameter.opts}
     assert {"--reason", "--reason-message", "--deadline-remaining-seconds"} <= options

@@ -1,4 +1,4 @@
-"""Tests that the image pins all packages by version and hash, as in constraints.txt, and all that m2f requires."""
+"""Tests that the image pins all packages that m2f requires by hash, in the versions of constraints.txt."""
 
 import re
 from importlib.metadata import PackageNotFoundError, requires
@@ -25,7 +25,7 @@ IMAGE = {
 
 
 def pins(path: Path) -> dict[str, str]:
-    """Return the pinned versions by name."""
+    """Return the pinned version of each package of a requirements file."""
     found = re.findall(r"^([\w.-]+)==([^\s\\]+)", path.read_text(), re.MULTILINE)
     return {canonicalize_name(name): version for name, version in found}
 
@@ -49,7 +49,7 @@ def test_locked_versions_match_the_constraints():
 
 
 def test_all_requirements_of_m2f_are_locked():
-    """Otherwise pip fails while the image is built, because it refuses packages without a hash."""
+    """Otherwise, the image build fails, because pip refuses packages without a hash."""
     locked, visited = pins(LOCKED), set[tuple[str, str]]()
 
     def visit(name: str, extra: str) -> None:

@@ -1,4 +1,4 @@
-"""Tests of uploads, recipes, environments and ids of jobs, and of a Ray cluster with token authentication."""
+"""Tests of `m2f submit`: uploads, recipes, environments and job ids, and a Ray cluster with token authentication."""
 
 import os
 import re
@@ -296,7 +296,7 @@ def free_port() -> int:
 
 @contextmanager
 def ray_head(folder: Path, env: dict[str, str], num_cpus: int = 2):
-    """Run `ray start --head` on loopback and yield the URL of its dashboard. All its processes end with the block."""
+    """Run `ray start --head` on loopback and yield the URL of its dashboard. On exit, end all its processes."""
     gcs, dashboard, agent = free_port(), free_port(), free_port()
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
@@ -322,7 +322,7 @@ def ray_head(folder: Path, env: dict[str, str], num_cpus: int = 2):
         head.terminate()
         _, alive = psutil.wait_procs(started, timeout=5)
         for process in alive:
-            with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
+            with suppress(psutil.NoSuchProcess):  # the process has just ended
                 process.kill()
         head.wait()
 
@@ -346,7 +346,7 @@ def dashboard():
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Write a recipe and its data to a folder that all "nodes" share."""
+    """Write a recipe and its shards to a folder that driver and workers share, and return the folder."""
     folder = tmp_path_factory.mktemp("shared")
     source = SyntheticSource(num_images=8)
     dataset = DatasetConfig(shards=str(folder / "shards"), source=source)
@@ -367,7 +367,7 @@ training: {{max_steps: 100000, global_batch: 2, checkpoint: {{every_steps: 10000
 
 
 def wait_for_steps(config, attempts: int) -> None:
-    """Wait until `attempts` worker groups have written traces, and the last one has done four steps."""
+    """Wait until at least `attempts` attempts have a trace, and the last trace has at least four steps."""
 
     def is_training() -> bool:
         traces = sorted(Path(config.run_folder).glob("traces/*/rank_0000.jsonl"))
@@ -377,7 +377,7 @@ def wait_for_steps(config, attempts: int) -> None:
 
 
 def kill_driver() -> None:
-    """Kill the driver of the job, and check that it has inherited the variables of its node."""
+    """Kill the driver of the job, and assert that it has inherited the environment variables of its node."""
     (driver,) = [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -412,7 +412,7 @@ def test_a_wrong_token_is_reported_with_the_remedy(dashboard):
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_run_is_submitted_followed_and_stopped(submit, shared):
-    """The driver of a long job is killed and restarts; then --stop ends the job with a checkpoint."""
+    """The driver of a long job is killed and restarts. Then `--stop` ends the job with a checkpoint."""
     config = load_recipe(shared / "recipe.yaml")
     submitted = submit("--detach")
     assert submitted.returncode == 0, submitted.stderr
@@ -448,11 +448,11 @@ def test_a_failed_job_gives_its_exit_status(submit, shared):
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_the_doctor_checks_every_node(dashboard):
-    """The doctor runs as a job with a task on every node, and its exit status is returned."""
+    """The doctor runs as a Ray job with one task per node, and the command returns its exit status."""
     result = m2f("doctor", "--address", dashboard)
     assert result.returncode == 0, result.stdout + result.stderr
     expected = ("gloo all-reduce over 2 processes", "clocks of all nodes agree", "the same Python and Ray")
-    printed = " ".join(result.stdout.split())  # the table breaks lines
+    printed = " ".join(result.stdout.split())  # the table wraps lines
     for words in (*expected, "rejects requests without a token"):
         assert words in printed
 
@@ -460,7 +460,7 @@ def test_the_doctor_checks_every_node(dashboard):
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_doctor_reports_a_cluster_without_token_authentication():
-    """The cluster was started without tokens. The environment of this process has no influence."""
+    """The cluster runs without tokens, although the environment of the doctor has one."""
     folder = Path("/tmp") / f"m2f-open-{os.getpid()}"
     folder.mkdir()
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}

@@ -1,4 +1,4 @@
-"""A recipe whose store in `output` exists: MLflow needs seconds to make one."""
+"""Fixtures of the tracking tests."""
 
 import dataclasses
 
@@ -16,6 +16,7 @@ training: {max_steps: 10}
 
 @pytest.fixture
 def stored_config(tmp_path, monkeypatch, migrated_database):
+    """Return a configuration whose output folder has an MLflow database, since creating one takes seconds."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mlflow.db").write_bytes(migrated_database)

@@ -1,6 +1,6 @@
-"""Creates the MLflow run of a recipe, and may be killed meanwhile: `killed_making_database.py OUTPUT [NAME [dies]]`.
+"""Create the MLflow run of a recipe: `killed_making_database.py OUTPUT [NAME [dies]]`.
 
-With `dies` it kills itself in the middle of an upgrade of the database.
+With `dies`, this process kills itself in the middle of the database upgrade.
 """
 
 import dataclasses

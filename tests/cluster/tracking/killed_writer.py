@@ -1,4 +1,4 @@
-"""Writes points to an MLflow run and is killed: `killed_writer.py URI RUN_ID SPOOL STEPS`."""
+"""Log points to an MLflow run, then kill this process: `killed_writer.py URI RUN_ID SPOOL STEPS`."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A tracking record, journals and databases that somebody cut off, and disks that are full."""
+"""Tests of tracking with damaged records, journals and databases, and with full or read-only disks."""
 
 import dataclasses
 import json
@@ -140,7 +140,7 @@ def test_failed_append_on_a_full_disk_leaves_no_partial_line(tmp_path):
         journal = Journal(disk / "a.jsonl")
         filler = fill_disk(disk, num_free_bytes=4096)
         with pytest.raises(OSError, match="No space"):
-            journal.append({"long": "x" * 9000})  # a part of it finds room
+            journal.append({"long": "x" * 9000})  # only a part fits on the disk
         journal.append({"short": 1})
         filler.unlink()
         journal.append({"short": 2})
@@ -158,7 +158,7 @@ def test_full_disk_at_the_first_start_raises_one_message_without_sql(config, tmp
     with small_disk(tmp_path / "runs", "200k"):
         with pytest.raises(TrackingError, match=r"database or disk is full\)?\. Free some space") as caught:
             create_run(config)
-        assert [path.name for path in Path(config.output).iterdir()] == ["mlflow.db.lock"]  # nothing half made
+        assert [path.name for path in Path(config.output).iterdir()] == ["mlflow.db.lock"]  # no partial database
     assert "\n" not in str(caught.value)
     assert "UPDATE" not in str(caught.value) + capfd.readouterr().err
 
@@ -181,7 +181,7 @@ def test_incomplete_database_of_an_earlier_version_is_not_used(config, migrated_
     folder.mkdir(parents=True)
     (folder / "mlflow.db").write_bytes(migrated_database)
     with closing(sqlite3.connect(folder / "mlflow.db")) as connection, connection:
-        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")  # an early one: the rest follows
+        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")  # later migrations are missing
     Path(config.output, "mlflow.db").write_bytes(migrated_database)
     run = create_run(config)
     assert run.uri == f"sqlite:///{config.output}/mlflow.db"

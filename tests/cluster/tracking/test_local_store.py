@@ -1,4 +1,4 @@
-"""One MLflow store for the runs of an output: several at once, older and newer schemas, and folders that were moved."""
+"""Tests of the MLflow store shared by the runs of an output folder: concurrency, schema versions, moved folders."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def output(tmp_path, migrated_database):
 
 @pytest.fixture(scope="session")
 def old_database(tmp_path_factory, migrated_database):
-    """A store of an older schema with one run, as an MLflow of that time would have left it."""
+    """Return a database of an older schema with one run, as an older MLflow would write it."""
     folder = tmp_path_factory.mktemp("old")
     (folder / "mlflow.db").write_bytes(migrated_database)
     create_run(config_in(folder, "before"))
@@ -83,7 +83,7 @@ def write_point(run, step, value=1.0, artifact=None):
 
 def move(source, target):
     shutil.move(source, target)
-    mlflow_memory._artifact_repos_cache.clear()  # whoever goes on does so in another process
+    mlflow_memory._artifact_repos_cache.clear()  # another process would start with an empty cache
 
 
 def stored_files(client, run):
@@ -170,13 +170,13 @@ def test_run_folder_moved_to_another_output_is_created_again_in_its_store(output
     move(config.run_folder, new_output)
     moved = config_in(new_output)
     (old,) = read_runs([moved.run_folder], tracking=None, experiment=None, query=None, step=None)
-    assert old.curves["train/loss/total"] == ((1, 1.0),)  # from the store where it is still
+    assert old.curves["train/loss/total"] == ((1, 1.0),)  # from the store of the old output folder
     run = create_run(moved)
     assert run.recreated
     assert run.run_id != first.run_id
     assert f"creating it again in sqlite:///{new_output}/mlflow.db" in caplog.text
     caplog.clear()
-    assert create_run(moved) == run  # a driver died before it sent the evaluations that the folder holds
+    assert create_run(moved) == run  # as after a driver that died before it sent the stored evaluations
     record_evaluations(Storage(), moved.run_folder)
     assert create_run(moved) == dataclasses.replace(run, recreated=False)
     assert not caplog.text
@@ -185,7 +185,7 @@ def test_run_folder_moved_to_another_output_is_created_again_in_its_store(output
     shutil.rmtree(new_output / ARTIFACTS)
     (new_output / "mlflow.db").unlink()
     (restored,) = read_runs([moved.run_folder], tracking=None, experiment=None, query=None, step=None)
-    assert restored.curves["train/loss/total"] == ((1, 1.0), (2, 0.5))  # those of the run folder
+    assert restored.curves["train/loss/total"] == ((1, 1.0), (2, 0.5))  # from the metrics files of the run folder
     assert "read from the run folder: the MLflow database" in restored.notes[0]
 
 

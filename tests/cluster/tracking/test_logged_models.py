@@ -1,4 +1,4 @@
-"""Evaluated checkpoints as logged models, and that nothing is there twice after deaths and outages."""
+"""Tests that evaluated checkpoints become logged models, without duplicates after the death of a process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def models_of(run):
 
 
 def table_of(run):
-    """As MLflow reads tables, from the store that is set for the process."""
+    """Return the table of metrics per class. MLflow reads tables from the store that is set for the process."""
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(run.uri)
     try:
@@ -124,7 +124,7 @@ def test_per_class_metrics_are_logged_as_one_table(run):
 
 
 def test_table_rows_overwritten_by_another_process_are_written_again(run, monkeypatch):
-    """Another process had read the table before these rows were in it, and writes it after."""
+    """Another process has read the table before these rows are added, and overwrites it afterwards."""
     send(run, (checkpoint(4), 40.0))
     original, others = MlflowClient.log_text, []
 
@@ -144,7 +144,7 @@ def test_table_rows_overwritten_by_another_process_are_written_again(run, monkey
 
 @pytest.mark.parametrize("after", range(9))
 def test_process_death_at_any_call_creates_no_duplicates(run, monkeypatch, after):
-    """The process dies after the store took a call and before the journal notes it; another one evaluates again."""
+    """The process dies after the store accepts a call and before the journal records it. Another one repeats all."""
     calls = ["create_logged_model", "log_model_artifacts", "finalize_logged_model", "log_outputs", "log_batch"]
     calls += ["log_text", "set_tag", "log_inputs", "set_logged_model_tags"]
     name, died = calls[after], []
@@ -179,7 +179,7 @@ def test_process_death_at_any_call_creates_no_duplicates(run, monkeypatch, after
 
 def test_existing_metrics_of_the_run_are_linked_to_the_model_without_duplicates(run):
     old = Tracking(run, "evaluation", interval_s=0.02)
-    old.log_metrics(4, {"val/PQ": 40.0})  # by an earlier version
+    old.log_metrics(4, {"val/PQ": 40.0})  # as an earlier version did
     assert old.close(PATIENCE_S)
     send(run, (checkpoint(4), 40.0))
     assert points(run, "val/PQ") == [(4, 40.0)]

@@ -1,4 +1,4 @@
-"""How a run looks in MLflow's pages."""
+"""Tests of the tags with which MLflow's UI presents a run, and of parent runs."""
 
 import dataclasses
 

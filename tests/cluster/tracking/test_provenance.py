@@ -66,7 +66,7 @@ def test_run_logs_data_and_code_and_tags_later_changes(config, migrated_database
     (tmp_path / "runs" / "mlflow.db").write_bytes(migrated_database)
     run = create_run(config)
     stored = MlflowClient(tracking_uri=run.uri).get_run(run.run_id)
-    train, val = data_inputs(config, Storage())  # `later` is not made yet
+    train, val = data_inputs(config, Storage())  # the shards of `later` do not exist yet
     assert [(entry.name, entry.context) for entry in (train, val)] == [("train", "training"), ("val", "evaluation")]
     inputs = {entry.dataset.name: entry for entry in stored.inputs.dataset_inputs}
     assert set(inputs) == {"train", "val"}

@@ -1,4 +1,4 @@
-"""Where the files of a registered model are, and what finding them leaves behind."""
+"""Tests of locating the files of a registered model, and of the state and temporary files that this leaves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.waiting import PATIENCE_S
 
 @pytest.fixture(autouse=True)
 def separate_temporary_folder(tmp_path, monkeypatch):
-    """Fetched models would mix with those of other tests."""
+    """Give each test its own temporary folder, so that fetched models of other tests are not in it."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
@@ -29,7 +29,7 @@ def separate_temporary_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def store(tmp_path, migrated_database):
-    """A database with one registered model, whose files are on this machine."""
+    """Create a database with one registered model, whose files are local. Return its URI and the model's source."""
     (tmp_path / "mlflow.db").write_bytes(migrated_database)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(tracking_uri=uri)
@@ -43,7 +43,7 @@ def store(tmp_path, migrated_database):
     client.finalize_logged_model(model.model_id, "READY")
     client.create_registered_model("cells")
     source = f"models:/{model.model_id}"
-    with using_store(uri):  # MLflow looks the source up in the store of the process
+    with using_store(uri):  # MLflow looks up the source in the store that is set for the process
         version = client.create_model_version("cells", source, run.info.run_id, model_id=model.model_id)
     client.set_registered_model_alias("cells", "champion", version.version)
     return uri, source

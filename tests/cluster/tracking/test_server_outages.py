@@ -1,4 +1,4 @@
-"""An MLflow server that does not answer when a run begins."""
+"""Tests of an MLflow server that does not respond when a run starts."""
 
 import os
 import signal

@@ -53,7 +53,7 @@ def test_journal_rereads_uncommitted_entries_and_skips_a_partial_line(tmp_path):
     assert [entry["n"] for entry, _ in rest] == [0, 1, 2]
     journal.commit(first[0][1])
     with journal.path.open("ab") as file:
-        file.write(b'{"n": 3')  # killed while writing
+        file.write(b'{"n": 3')  # as if killed while writing
     again = Journal(tmp_path / "a.jsonl")
     again.append({"n": 4})
     assert [entry["n"] for entry, _ in again.read(10)] == [1, 2, 4]
@@ -92,7 +92,7 @@ def test_resumed_run_continues_the_same_mlflow_run_without_repeated_steps(config
     again = create_run(changed)
     assert again == run
     second = Tracking(again, "rank0", interval_s=0.05)
-    for step in (2, 3, 4, 5):  # from the checkpoint of step 1
+    for step in (2, 3, 4, 5):  # resumed from the checkpoint of step 1
         second.log_metrics(step, {"loss": float(step), "new": 0.0})
     assert second.close(PATIENCE_S)
     assert Tracking(again, "driver", interval_s=0.05).finish("FINISHED", PATIENCE_S)
@@ -132,7 +132,7 @@ def test_entries_appended_while_closing_are_sent(run):
 
 def test_repeated_steps_are_sent_once(run):
     tracking = Tracking(run, "driver", interval_s=0.02)
-    for step in (1, 2, 1, 2):  # one batch, or two
+    for step in (1, 2, 1, 2):  # sent in one or two batches
         tracking.log_metrics(step, {"loss": float(step)})
     wait_until(lambda: len(history(run, "loss")) == 2)
     for step in (2, 3, 4, 3, 2, 7, 6):  # 5 is missing, 6 comes late
@@ -168,7 +168,7 @@ def test_metrics_of_a_killed_process_are_sent_exactly_once(run):
 
 def test_rejected_entry_does_not_block_the_following_ones(run, caplog):
     tracking = Tracking(run, "rank0", interval_s=0.05)
-    tracking.log_metrics(1, {"x" * 300: 1.0})  # MLflow takes keys of up to 250 characters
+    tracking.log_metrics(1, {"x" * 300: 1.0})  # MLflow accepts keys of up to 250 characters
     tracking.set_tag("note", "x")
     tracking.log_metrics(2, {"loss": 1.0})
     assert tracking.close(PATIENCE_S)
@@ -196,7 +196,7 @@ def test_unreachable_server_at_the_first_start_raises_a_message(config, monkeypa
 
 @pytest.fixture
 def server_run(migrated_database, tmp_path):
-    """A run in the database of a server that is not started yet, and the server's port."""
+    """Create a run in the database of a server that is not started yet. Return the run and the server's port."""
     (tmp_path / "server.db").write_bytes(migrated_database)
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/server.db")
     experiment = client.create_experiment("m2f", artifact_location="mlflow-artifacts:/m2f")
@@ -219,24 +219,24 @@ def test_server_outages_do_not_block_logging_and_lose_no_metrics(server_run, tmp
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     run, port = server_run
-    store = f"sqlite:///{tmp_path}/server.db"  # what the server has, also while it answers nobody
+    store = f"sqlite:///{tmp_path}/server.db"  # readable while the server does not respond
     tracking = Tracking(run, "rank0", interval_s=0.05)
     for step in range(100):
         tracking.log_metrics(step, {"loss": float(step)})
-    assert not tracking.close(timeout_s=0.2)  # nobody listens
+    assert not tracking.close(timeout_s=0.2)  # the server is not running
     assert "are kept in" in caplog.text
 
     server = start_server(tmp_path, port)
     try:
         tracking = Tracking(run, "rank0", interval_s=0.05)
         wait_until(lambda: len(history(run, "loss", store)) == 100)
-        os.killpg(server.pid, signal.SIGSTOP)  # takes connections, answers nobody
+        os.killpg(server.pid, signal.SIGSTOP)  # accepts connections but does not respond
         (tmp_path / "results.json").write_text(json.dumps({"pq": 1}))
         started = time.monotonic()
         for step in range(100, 120):
             tracking.log_metrics(step, {"loss": float(step)})
         tracking.log_artifact(tmp_path / "results.json")
-        assert time.monotonic() - started < 60  # and not the 5 s of a request for each of them
+        assert time.monotonic() - started < 60  # less than the request timeout of 5 s for each of the 21 entries
         assert not tracking.close(timeout_s=0.5)
         os.killpg(server.pid, signal.SIGCONT)
         tracking = Tracking(run, "rank0", interval_s=0.05)
@@ -244,7 +244,7 @@ def test_server_outages_do_not_block_logging_and_lose_no_metrics(server_run, tmp
         assert history(run, "loss", store) == [(n, float(n)) for n in range(120)]
 
         tracking = Tracking(run, "rank0", interval_s=0.05)
-        for step in range(120, 300):  # the server dies on the way, and is away for some of them
+        for step in range(120, 300):  # the server is killed at step 150
             if step == 150:
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()

@@ -1,4 +1,4 @@
-"""Writes points of a run, one entry at a time: `writes_points.py OUTPUT NAME NUMBER`."""
+"""Log NUMBER points of a run, one per journal entry: `writes_points.py OUTPUT NAME NUMBER`."""
 
 import dataclasses
 import sys
