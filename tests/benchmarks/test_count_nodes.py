@@ -1,4 +1,4 @@
-"""Graphs of a training step stay as small as they are."""
+"""The graphs of a training step do not grow."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which Dynamo reads of tensors without values
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo reads it of fake tensors
 def test_graphs_of_a_training_step_stay_within_their_operation_counts():
     torch.compiler.reset()
     with fake_tensors():

@@ -1,4 +1,4 @@
-"""The steps that the first minutes on a GPU are spent on: all can be imported, and the cheap ones work on a CPU."""
+"""Steps of the first minutes on a GPU: all can be imported, and the fast ones run on a CPU."""
 
 import importlib
 import inspect
@@ -30,7 +30,7 @@ def test_calls_are_shorter_than_ten_minutes():
 
 @pytest.fixture(autouse=True)
 def restore_environment(monkeypatch):
-    """Steps are made for processes of their own: what they set is taken back."""
+    """Restore what the steps set, because they are written for separate processes."""
     for name in ("TRITON_INTERPRET", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
@@ -54,7 +54,7 @@ def test_call_runs_steps_as_processes_and_ends_with_a_table(tmp_path, monkeypatc
 
 
 def test_step_that_hangs_or_dies_does_not_stop_the_call(tmp_path, monkeypatch, capsys):
-    """In place of the steps: a program that sleeps, and one that ends without a result."""
+    """The steps are replaced by a program that sleeps and one that exits without a result."""
     for name, text in (("hangs", "import time; time.sleep(600)"), ("dies", "raise SystemExit(7)")):
         (tmp_path / name).write_text(text)
     monkeypatch.setitem(CALLS, "1", Call(300, (Step("hangs", "none", 0.5), Step("dies", "none", 100))))

@@ -1,4 +1,4 @@
-"""What benchmarks print: no ratio without agreement, and enough to know later what was measured."""
+"""Results of benchmarks: no ratio unless the outputs agree, and a record of machine and software."""
 
 import json
 import os

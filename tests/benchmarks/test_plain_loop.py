@@ -1,4 +1,4 @@
-"""The peer's plain loop stops, goes on and ends with weights that our evaluation loads."""
+"""The peer's plain training loop can be stopped and resumed, and our model loads its final weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = (
 
 
 class StopsBefore(ManualControl):
-    """Asks for the end before a step."""
+    """Control that requests a stop after `steps` steps."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Judged comparisons: which runs are trained, and what the tables make of run folders."""
+"""Quality comparisons: which runs are trained, and the tables and verdicts from their run folders."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_run(folder: Path, run: Run, *, step: int, seconds: float = 100.0, **me
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three seeds of two arms, of which the last seed of the second is not finished."""
+    """Return a folder with three finished seeds of two arms, and an unfinished fourth seed of the second arm."""
     for seed, (base, boxes) in enumerate([(50.0, 53.0), (54.0, 56.0), (52.0, 56.0)]):
         write_run(tmp_path, Run(SHAPES, BASE, seed), step=900, PQ=base, APs=10.0 + seed, APl=None)
         write_run(tmp_path, Run(SHAPES, BOXES, seed), step=900, seconds=130.0, PQ=boxes, APs=10.0 + seed, APl=None)
@@ -65,7 +65,7 @@ def test_every_arm_has_a_valid_recipe(tmp_path):
     assert {config.datasets["val"].source.num_images for config in shapes} == {512}
     assert len({config.datasets["val"].shards for config in configs}) == len(IMAGE_SETS)
     for config in configs:
-        # The schedule ends with the last step, which is evaluated.
+        # The last step has a checkpoint, so it is evaluated.
         assert config.training.max_steps % config.training.checkpoint.every_steps == 0
         assert config.cluster.num_workers == 1
         assert config.output == str(tmp_path / "runs")
@@ -177,7 +177,7 @@ def test_costs_of_points_are_listed_by_arm(tmp_path):
 
 
 def write_pairs(folder, base, boxes, metric="APs"):
-    """Runs of base and box points on small shapes with seeds from 0 on."""
+    """Write runs of base and box points on small shapes, one seed per pair of values."""
     for seed, (one, other) in enumerate(zip(base, boxes, strict=True)):
         write_run(folder, Run(SMALL_SHAPES, BASE, seed), step=9, **{metric: one})
         write_run(folder, Run(SMALL_SHAPES, BOXES, seed), step=9, **{metric: other})
@@ -191,7 +191,7 @@ MEDIUM_OBJECTS = Bar("small_shapes", Comparison("box_points", "base"), "APm")
     ("boxes", "judged"),
     [
         ((12.5, 12.0, 12.5, 13.0, 12.5), "holds"),
-        ((11.0, 11.0, 11.5, 11.0, 11.0), "FAILS"),  # a gain, but of less than a fifth
+        ((11.0, 11.0, 11.5, 11.0, 11.0), "FAILS"),  # a gain of less than a fifth
         ((20.0, 9.0, 16.0, 8.0, 14.0), "not decided"),
         ((9.0, 9.5, 9.0, 9.0, 9.0), "FAILS"),
     ],
@@ -278,7 +278,7 @@ def test_pilots_must_cost_less(tmp_path, seconds, verdict):
 
 
 def test_kept_results_replace_their_run_folders(folder, tmp_path, capsys):
-    """Run folders of many hours of one machine may go; the tables of all of them are made again from what was kept."""
+    """The kept results give the same tables as the run folders, so large run folders can be deleted."""
     kept, later, steps = tmp_path / "kept", tmp_path / "later", ["--overrides", "training.max_steps=900"]
     assert make_tables.main([str(folder), "--keep", str(kept), *steps]) == 0
     before = capsys.readouterr().out

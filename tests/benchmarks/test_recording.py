@@ -1,4 +1,4 @@
-"""A recorded stream of batches is the one that the loader gives."""
+"""A recording of batches equals the batches of the loader."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def spec_of(config, **settings):
 
 
 def differences(recorded, live):
-    """Largest difference of pixels; asserts that all the rest is equal."""
+    """Return the largest difference of pixels, and assert that everything else is equal."""
     assert [step.positions for step in recorded] == [step.positions for step in live]
     assert [step.step for step in recorded] == [step.step for step in live]
     pairs = [
@@ -102,7 +102,7 @@ def test_recorded_batches_are_pinned_if_requested(config, lossless, monkeypatch)
     plain = steps_of(recording, config, spec_of(config), 1)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
     assert differences(steps_of(recording, config, spec_of(config, pin=True), 1), plain) == 0
-    assert len(pinned) >= 2 * 10  # ten tensors of both micro-batches
+    assert len(pinned) >= 2 * 10  # each of the two micro-batches has ten tensors
 
 
 def test_longer_run_repeats_images_with_new_positions(config, lossless):
@@ -150,7 +150,7 @@ def test_training_from_a_recording_needs_few_packages():
 
 
 def losses_of(run_folder):
-    """Loss of every step, by attempt."""
+    """Return {step: loss} of every attempt."""
     traces = sorted(Path(run_folder, "traces").glob("*/rank_0000.jsonl"))
     lines = ([json.loads(line) for line in trace.read_text().splitlines()] for trace in traces)
     return [{line["step"]: line["loss_share"] for line in attempt} for attempt in lines]
@@ -158,7 +158,7 @@ def losses_of(run_folder):
 
 @pytest.mark.slow
 def test_training_from_a_recording_equals_training_from_the_shards(config, lossless, tmp_path, monkeypatch):
-    """Also where it goes on from a checkpoint in the middle."""
+    """This includes resuming from the checkpoint of step 2."""
     settings = ["training.max_steps=3", "training.checkpoint.every_steps=2", "cluster.num_workers=1"]
     training = replace(config.training, max_steps=3)
     job = replace(compose_job(replace(config, training=training)), run_folder=str(tmp_path / "live"))

@@ -1,4 +1,4 @@
-"""Mask2Former of `transformers` beside ours: the same weights, points and normalisers give the same training."""
+"""With equal weights, points and normalisers, Mask2Former of `transformers` and ours train with the same losses."""
 
 from __future__ import annotations
 

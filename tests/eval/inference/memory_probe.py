@@ -1,8 +1,8 @@
-"""Run as a script: evaluate one made-up image with all tasks and metrics and print this process's peak memory in MB.
+"""Evaluate a synthetic image, and print the peak memory of this process in MB.
 
-Arguments: height, width, test time (whole, multi_scale or windows), tasks with commas between them, queries. The
-network itself is left out: its memory depends on the size it is given, not on the image. What it returns is random,
-for 150 classes. All tasks together come with the extra metrics of their masks.
+Arguments: height, width, test time (whole, multi_scale or windows), comma-separated tasks, queries. The model returns
+random predictions of 150 classes, because the memory of a network depends on its input size, not on the image. If there
+are several tasks, the extra metrics of masks are computed too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEST_TIMES = {"whole": WholeImage(), "multi_scale": MultiScale(), "windows": Sli
 
 
 class Blobs(nn.Module):
-    """Smooth random masks with sure classes."""
+    """Model that predicts smooth random masks with confident classes."""
 
     def __init__(self, queries: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Blobs(nn.Module):
 
 
 def sample(height: int, width: int) -> DecodedSample:
-    """Sixty rectangles of noise."""
+    """Return a sample of sixty rectangles, each with its own grey level."""
     rng = np.random.default_rng(0)
     seg = cv2.resize(rng.permutation(60).reshape(6, 10).astype(np.uint8) + 1, (width, height), interpolation=0)
     segments = tuple(
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def peak_kb() -> int:
-    """Peak memory of this program. `ru_maxrss` would count what the process that started it held, too."""
+    """Return the peak memory of this process in kB. `ru_maxrss` would include that of the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
 

@@ -1,4 +1,4 @@
-"""Attention shares of made-up maps on a made-up image, and the pictures."""
+"""Attention shares of synthetic maps on a synthetic image, and their pictures."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ HEIGHT, WIDTH = 60, 96  # padded to 64 x 96
 
 
 def halves(ids=(1, 2)):
-    """The left third is stuff, the rest a thing; ids that are left out are not annotated."""
+    """Return a sample whose left third is stuff and whose rest is a thing. Only segments in `ids` are annotated."""
     seg = np.zeros((HEIGHT, WIDTH), np.uint8)
     seg[:, :32], seg[:, 32:] = 1, 2
     segments = tuple(
@@ -45,7 +45,7 @@ def batch_of(sample):
 
 
 def predictions():
-    """Query 2 sees the left, query 0 the right, query 1 nothing; the first layer sees nothing at all."""
+    """Return two layers. The first predicts nothing; in the last, query 2 is the left third and query 0 the rest."""
     left = torch.full((16, 24), -9.0)
     left[:, :8] = 9.0
     embeddings = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
@@ -82,7 +82,7 @@ def test_an_image_without_objects_adds_nothing():
 
 
 def maps_of(*weights):
-    """One layer per row of weights: layers 1 and 3 at 1/32 (2 x 3 pixels), layer 2 at 1/16 (4 x 6)."""
+    """Return one map per argument: layers 1 and 3 at 1/32 (2 x 3 pixels), layer 2 at 1/16 (4 x 6 pixels)."""
     shapes = [(2, 3), (4, 6), (2, 3)]
     return [
         AttentionMap(layer, (96 // shape[1],), (shape,), row[None])
@@ -96,7 +96,7 @@ def test_shares_are_means_over_objects_then_layers_of_a_level():
     masks[1, :32] = True  # the upper half
     objects = MatchedObjects(torch.tensor([0, 1]), torch.tensor([0, 1]), masks)
     uniform, inside = torch.full((2, 6), 1 / 6), torch.zeros(2, 6)
-    inside[:, 0] = 1.0  # upper left
+    inside[:, 0] = 1.0  # all attention is on the upper left pixel
     mass = AttentionMass()
     mass.update(maps_of(uniform, torch.full((2, 24), 1 / 24), inside), 0, objects)
     assert mass.by_layer == pytest.approx({1: (1 / 3 + 1 / 2) / 2, 2: (1 / 3 + 1 / 2) / 2, 3: 1.0})

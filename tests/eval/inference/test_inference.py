@@ -1,4 +1,4 @@
-"""The evaluator on a model that knows the answer, on a broken one and on a real one."""
+"""The evaluator with a perfect model, a diverged one and a real one."""
 
 import json
 
@@ -42,7 +42,7 @@ CATEGORY_OF = {1: 9, 2: 4, 3: 11, 4: 11, 5: 2}
 
 
 def harbour(image_id, seed=0):
-    """64 x 96 pixels whose segments have corners on multiples of 4, so that stride-4 masks can be exact."""
+    """Return a sample of 64 x 96 pixels. Segment corners are multiples of 4, so masks of stride 4 can be exact."""
     seg = np.zeros((64, 96), np.uint8)
     for i, (top, bottom, left, right) in BOXES.items():
         seg[top:bottom, left:right] = i
@@ -65,7 +65,7 @@ def harbour(image_id, seed=0):
 
 
 class Oracle(nn.Module):
-    """Predicts exactly the harbour, one query per segment and one without an object."""
+    """Model that predicts the harbour exactly, with one query per segment and one without an object."""
 
     def __init__(self, task="panoptic", scale=1):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Quality by layer with predictions that are made up, and proposals against pycocotools without categories."""
+"""Quality by layer with synthetic predictions; recall of proposals equals pycocotools without categories."""
 
 import contextlib
 import io
@@ -50,7 +50,7 @@ def birds(image_id):
 
 
 class Improving(nn.Module):
-    """Layer n predicts the masks of n birds exactly, and nothing else but the sky in the last layer."""
+    """Model whose layer n predicts n birds exactly. The last layer also predicts the sky."""
 
     def __init__(self, supervised=True):
         super().__init__()
@@ -95,7 +95,7 @@ def test_recall_and_pq_of_each_layer_reflect_its_predictions():
     recalls = [q.metrics["AR100"] for q in layers]
     assert recalls[0] == 0
     assert recalls == sorted(recalls)
-    assert recalls[3] == pytest.approx(100, abs=15)  # corners are rounded when masks are enlarged
+    assert recalls[3] == pytest.approx(100, abs=15)  # upsampling rounds corners
     assert [q.metrics["AR10"] for q in layers] == recalls
     assert [q.metrics["PQ"] for q in layers[:3]] == sorted(q.metrics["PQ"] for q in layers[:3])
     assert layers[3].metrics["PQ"] > 90
@@ -123,7 +123,7 @@ def test_recall_equals_pycocotools_without_categories():
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(1, 6, 16, 16, generator=generator)
     embeddings = torch.randn(1, 1, 12, 6, generator=generator)
-    for query, i in enumerate((2, 3, 4)):  # some queries that hit
+    for query, i in enumerate((2, 3, 4)):  # three queries match a bird
         seg = torch.from_numpy(birds(0).annotation.seg)[::4, ::4]
         features[0, query] = torch.where(seg == i, 3.0, -3.0) + 3 * features[0, query]
         embeddings[0, 0, query] = torch.eye(6)[query]

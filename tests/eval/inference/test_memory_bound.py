@@ -1,4 +1,4 @@
-"""One large image with all tasks and metrics stays within 2 GB, the process with torch and everything else included."""
+"""A process that evaluates one large image needs less than 2 GB, including torch and all other libraries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_ade20k_image_of_2048_pixels_stays_within_the_memory_limit():
 
 @pytest.mark.slow
 def test_full_size_masks_of_many_queries_are_not_held_at_once():
-    # 400 masks of 2943 x 1435 pixels would be 1.7 GB, beside 0.9 GB of libraries.
+    # 400 masks of 2943 x 1435 pixels would take 1.7 GB, in addition to 0.9 GB of libraries.
     assert peak_mb(1435, 2943, "whole", "instance", 400) < LIMIT_MB
 
 

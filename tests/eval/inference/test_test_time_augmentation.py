@@ -1,4 +1,4 @@
-"""Multi-scale inference and sliding windows from the settings down, against the procedure written out slowly."""
+"""Multi-scale inference and sliding windows, compared with slow implementations."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def model():
 
 @torch.inference_mode()
 def slow_forward(model, picture):
-    """Class probabilities [Q, K] and mask logits [Q, h, w] of a picture at its own size, before the sigmoid."""
+    """Return class probabilities [Q, K] and mask logits [Q, h, w] of a picture at its own size."""
     height, width = picture.shape[:2]
     full = np.empty((-(-height // 32) * 32, -(-width // 32) * 32, 3), np.uint8)
     full[:] = EVAL_PADDING
@@ -84,7 +84,7 @@ def slow_forward(model, picture):
 
 
 def slow_multi_scale(model, image, edges, max_size, flip, resize, shrink="area"):
-    """[H, W] labels: sizes by Detectron2's rule, mirrored after resizing, class scores at the original size added."""
+    """Return labels [H, W]. Sizes follow Detectron2; images are mirrored after resizing, and scores are summed."""
     size, total = image.shape[:2], 0.0
     for edge in edges:
         factor = edge / min(size)
@@ -103,7 +103,7 @@ def slow_multi_scale(model, image, edges, max_size, flip, resize, shrink="area")
 
 
 def slow_window_scores(model, image, side, stride):
-    """[K, H, W]: the mean score of all windows over a pixel."""
+    """Return class scores [K, H, W], averaged over all windows that contain a pixel."""
     height, width = image.shape[:2]
     total, count = torch.zeros(5, height, width), torch.zeros(height, width)
     tops, lefts = ([*range(0, n - side, stride), n - side] if n > side else [0] for n in (height, width))
@@ -186,7 +186,7 @@ def test_windows_cover_every_pixel():
 
 
 class Diverged(torch.nn.Module):
-    """The model with mask features that are not numbers."""
+    """Wrapper of a model that makes its mask features infinite or NaN."""
 
     def __init__(self, model):
         super().__init__()

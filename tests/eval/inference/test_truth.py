@@ -1,4 +1,4 @@
-"""From annotations to what the metrics compare with."""
+"""Conversion of annotations to the truth that metrics use."""
 
 import numpy as np
 import pytest

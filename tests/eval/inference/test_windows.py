@@ -1,4 +1,4 @@
-"""Panoptic and instance prediction in windows, against the rule written out on whole masks of every window."""
+"""Panoptic and instance prediction in windows, compared with a slow merge of whole masks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = PostprocessConfig(object_threshold=0.3, overlap_threshold=0.1, max_inst
 
 
 def color_model(labels_of):
-    """A model that sees objects by their colour: red is the id, `labels_of` gives class and confidence of an id."""
+    """Return a model that detects objects by colour: red is the id, which `labels_of` maps to (class, confidence)."""
 
     def predict(images, sizes):
         ids = images[0, 0][::4, ::4].long()
@@ -45,7 +45,7 @@ def color_model(labels_of):
 
 
 def noisy_model(images, sizes):
-    """A model whose masks hang together only by the colours it sees, with classes by chance of the window."""
+    """Predict masks that depend on the colours, and random classes that differ between windows."""
     seed = int(images.long().sum()) % 2**31
     generator = torch.Generator().manual_seed(seed)
     small = nn.functional.avg_pool2d(images.float(), 4) / 64 - 2
@@ -93,7 +93,7 @@ def slow_output(image, top, left, side, predict):
 
 
 def slow_segments(task, output):
-    """(label, score, mask, is stuff, key of the mask) of one window."""
+    """Return (label, score, mask, is stuff) of every segment in one window."""
     if task == "panoptic":
         result = panoptic(*output, IS_THING, CONFIG)
         ids = result.segment_map.numpy()
@@ -104,12 +104,12 @@ def slow_segments(task, output):
 
 
 def slow_merge(task, image, side, stride, predict):
-    """[(label, score, mask [H, W])] by the rule as docs/evaluation.md states it: every pixel and pair by itself."""
+    """Return (label, score, mask [H, W]) of every segment by the rule in docs/evaluation.md, one pair at a time."""
     height, width = image.shape[:2]
     tops, lefts = slow_windows(height, side, stride), slow_windows(width, side, stride)
 
     def owner(starts, length, pixel):
-        """The window whose border is farthest away; the border of the image is none. A tie goes to the later."""
+        """Return the window whose border is farthest away, not counting the image border. Ties go to the later."""
         place = 0
         for i in range(1, len(starts)):
             before, after = starts[i], min(starts[i - 1] + side, length) - 1
@@ -218,7 +218,7 @@ def test_object_across_four_windows_is_merged_into_one(task):
         masks = [mask for found_label, _, mask in found if found_label == label and mask[image[..., 0] == i].any()]
         assert len(masks) == 1
         wrong = masks[0] ^ (image[..., 0] == i)
-        assert wrong.sum() <= 0.15 * masks[0].sum()  # masks are enlarged from stride 4
+        assert wrong.sum() <= 0.15 * masks[0].sum()  # masks are upsampled from stride 4
     if task == "panoptic":
         assert [label for label, _, _ in found].count(3) == 1
         assert len(found) == 4

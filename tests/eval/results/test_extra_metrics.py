@@ -1,4 +1,4 @@
-"""Extra metrics beside the usual ones: asked for in the settings, computed from the same predictions, published."""
+"""Extra metrics: enabled in the settings, computed from the same predictions, and reported."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from m2f.model.structures import Predictions
 TASKS = ("panoptic", "instance", "semantic")
 EXTRA = ("boundary", "class_agnostic", "cityscapes")
 TRAILER = 29
-"""Its instances are void in shards; the benchmark's AP counts what is predicted there as wrong."""
+"""Label id of caravans. They are void in shards, but the benchmark's AP counts predictions there as wrong."""
 SUBJECT = EvaluationSubject(dataset="streets", fingerprint="f" * 64)
 POSTPROCESS = PostprocessConfig(object_threshold=0.3, overlap_threshold=0.3)
 IS_THING = [c.is_thing for c in CATEGORIES.categories]
 
 
 def street_ids(seed):
-    """gtFine_instanceIds with void, a trailer, groups, and instances large and small."""
+    """Return gtFine_instanceIds with void, caravans, groups, and large and small instances."""
     rng = np.random.default_rng(seed)
     ids = np.full((96, 128), 7, np.uint16)
     ids[:30], ids[30:36], ids[88:] = 23, 0, 21
@@ -69,7 +69,7 @@ def street(image_id):
 
 
 class Guessing(nn.Module):
-    """One query per annotated segment, moved a little and sometimes of another class; the image's grey is its seed."""
+    """Model that predicts the annotated segments, shifted, some of another class. The seed is the grey level."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""States of all tasks together, refusal of incomplete results, JSON, headline and table."""
+"""States of all tasks: serialisation, refusal of incomplete results, JSON, headline and table."""
 
 import json
 import re
@@ -28,7 +28,7 @@ SUBJECT = EvaluationSubject(dataset="toy_val", fingerprint="0123456789abcdef", s
 
 
 def states_of(image_ids, tasks=TASKS):
-    """Every image: a cat found exactly, a sky of which a quarter is missed."""
+    """Return states in which the cat of every image is exact, and a quarter of the sky is missing."""
     states = EvaluationStates.empty(TABLE, tasks)
     id_map = np.repeat([[1, 1, 2, 2, 2, 2]], 8, axis=0)
     predicted = np.where(np.arange(6) < 5, id_map, 0)
@@ -93,7 +93,7 @@ def test_headline_has_safe_names_and_values_in_per_cent():
     assert headline["val/PQ_th"] == 100.0
     assert headline["val/PQ_st"] == 75.0
     assert headline["val/AP"] == pytest.approx(100.0)
-    assert {"val/PQ_small", "val/APs"} <= headline.keys()  # of what a run logs, too
+    assert {"val/PQ_small", "val/APs"} <= headline.keys()  # metrics by size are included
     assert "val/APl" not in headline
     assert headline["val/mIoU"] == pytest.approx(100 * (16 / 24 + 24 / 32) / 2)
 

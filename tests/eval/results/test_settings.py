@@ -1,4 +1,4 @@
-"""The settings of an evaluation name its results, and go on to name them when settings are added."""
+"""The digest of evaluation settings identifies results, and does not change when settings are added."""
 
 import dataclasses
 
@@ -19,9 +19,9 @@ SETTINGS = EvaluationSettings(
 
 
 def test_settings_of_earlier_results_keep_their_digest():
-    assert SETTINGS.digest == "9e07053b"  # before there were `shrink` and `precision`
+    assert SETTINGS.digest == "9e07053b"  # the digest before `shrink` and `precision` were added
     first = {"kind": "multi_scale", "shortest_edges": (256, 384), "max_size": 3584, "flip": True}
-    assert stored_test_time(MultiScale(shortest_edges=(256, 384))) == first  # before there were windows of sizes
+    assert stored_test_time(MultiScale(shortest_edges=(256, 384))) == first  # before `window` and `stride` were added
     windows = MultiScale(shortest_edges=(256, 384), window=64, stride=40)
     assert stored_test_time(windows) == first | {"window": 64, "stride": 40}
 

@@ -1,4 +1,4 @@
-"""States that move their records to files give the same bits, and still notice images that were evaluated twice."""
+"""States that move their records to files give bit-identical results, and still detect conflicting images."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def detections(seed, count):
 def ap_state(image_ids):
     state = AveragePrecisionState(3)
     for image_id in image_ids:
-        state.add(image_id, detections(image_id, image_id % 4))  # some without a detection
+        state.add(image_id, detections(image_id, image_id % 4))  # some images have no detections
     return state
 
 
 def test_ap_is_bit_identical_with_spilled_records(tmp_path):
     whole, state = ap_state(range(20)), AveragePrecisionState(3)
-    for image_ids in ((17, 3, 4), (11, 0, 19, 18), (5,), (3, 17), tuple(range(20))):  # some twice, after a spill
+    for image_ids in ((17, 3, 4), (11, 0, 19, 18), (5,), (3, 17), tuple(range(20))):  # some images repeat after a spill
         state.merge(ap_state(image_ids))
         state.spill(tmp_path / "ap", 100)
     assert state.image_ids == whole.image_ids
@@ -91,13 +91,13 @@ def test_spilled_state_merges_with_all_its_images(tmp_path):
     whole, parts = ap_state(range(20)), [ap_state(range(9)), ap_state(range(7, 20))]
     for n, part in enumerate(parts):
         part.spill(tmp_path / f"part{n}", 0)
-        part.add(30 + n, detections(30 + n, 2))  # in memory
+        part.add(30 + n, detections(30 + n, 2))  # not spilled
         whole.add(30 + n, detections(30 + n, 2))
     merged = AveragePrecisionState(3)
     for part in (parts[1], parts[0], parts[1]):
         merged.merge(part)
     assert merged.to_bytes() == whole.to_bytes()
-    parts[0].merge(parts[1])  # both in files
+    parts[0].merge(parts[1])  # both have spilled records
     assert parts[0].to_bytes() == whole.to_bytes()
 
 
@@ -121,7 +121,7 @@ def test_damaged_bytes_raise_evaluation_error(state):
         damaged = bytearray(whole)
         damaged[int(rng.integers(len(whole)))] ^= int(rng.integers(1, 256))
         for payload in (bytes(damaged), whole[: int(rng.integers(len(whole)))]):
-            with contextlib.suppress(EvaluationError):  # some bytes of a zip file mean nothing
+            with contextlib.suppress(EvaluationError):  # damage to unused bytes of a zip file has no effect
                 type(state).from_bytes(payload)
     with pytest.raises(EvaluationError, match=r"cannot read .*state.* from \d+ bytes .*; evaluate again"):
         type(state).from_bytes(whole[: len(whole) // 2])
