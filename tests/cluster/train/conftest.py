@@ -1,4 +1,4 @@
-"""What tests of training runs share."""
+"""Fixtures of the training tests."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tests.gateway import Gateway
 
 @dataclass(frozen=True)
 class BaselineRun:
-    """What `tiny_config` gives where nothing happens; faults, stores and launchers change no bit of it."""
+    """An undisturbed run of `tiny_config`. Runs with faults, other stores or launchers must match it bit for bit."""
 
     run_folder: str
     losses: list[tuple[int, float]]
-    """By step."""
+    """Sorted (step, loss) points."""
 
 
 @pytest.fixture(scope="session")
 def baseline_run(tmp_path_factory: pytest.TempPathFactory) -> BaselineRun:
-    """Trained once for all tests that compare with it."""
+    """Train the baseline once for all tests that compare with it."""
     folder = tmp_path_factory.mktemp("baseline")
     config = replace(tiny_config(folder, "baseline", small_sets(str(folder), Storage())), evaluation=EvaluationConfig())
     summary = train_locally(config)
@@ -35,7 +35,7 @@ def baseline_run(tmp_path_factory: pytest.TempPathFactory) -> BaselineRun:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_memory_monitor() -> Iterator[None]:
-    """Ray kills workers where other programs of this machine take its memory, which is not our business."""
+    """Disable Ray's memory monitor, which kills workers if other programs use up the machine's memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")
         yield
@@ -43,7 +43,7 @@ def no_memory_monitor() -> Iterator[None]:
 
 @pytest.fixture
 def gateway(s3_endpoint: str) -> Iterator[Gateway]:
-    """A way to the S3 store that can be closed."""
+    """Yield a gateway to the S3 server that can refuse requests."""
     with Gateway(s3_endpoint) as gateway:
         yield gateway
         gateway.shutdown()

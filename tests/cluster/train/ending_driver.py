@@ -1,8 +1,7 @@
-"""A driver that ends as told: `ending_driver.py RUNS END...`; one END a run.
+"""Fake driver whose n-th run ends in the way that the n-th END states: `ending_driver.py RUNS END...`.
 
-END is an exit status, a negative number for a signal to itself, or `ray` for the way in which Ray ends a driver.
-
-RUNS is a file that grows by one character a run.
+END is an exit status, a negative signal number, or `ray`. With `ray`, the driver exits with status 1 as Ray ends it,
+without a notice to its parent. Each run appends one character to the file RUNS.
 """
 
 import os

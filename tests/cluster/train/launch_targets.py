@@ -1,6 +1,6 @@
-"""What launched ranks do: `launch_targets.py TARGET RANKS ARGUMENT...`.
+"""Launch ranks that run a function of this module: `launch_targets.py TARGET RANKS ARGUMENT...`.
 
-The launching process imports this module by its name too, as the ranks that it spawns do.
+The main process imports this module under its own name, too, so that spawned ranks can unpickle the function.
 """
 
 import os

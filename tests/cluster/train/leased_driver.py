@@ -1,8 +1,7 @@
-"""`m2f train --launcher local` whose lease passes on after seconds, and whose ranks wait at a gate.
+"""Run `m2f train --launcher local` with a lease that expires after 2 s, and with ranks that wait at a gate.
 
-python leased_driver.py GATE STEP RECIPE [section.key=value ...]
-
-Before the loss of STEP the ranks wait until the file GATE exists.
+Usage: `leased_driver.py GATE STEP RECIPE [section.key=value ...]`. From STEP on, the ranks wait until the file GATE
+exists.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ GLOBAL_BATCH = 4
 
 
 def gated_rank(gate: str, step: int, *arguments: object) -> None:
-    """`train_rank` that waits at the gate."""
+    """Run `train_rank`, and wait from `step` on until the file `gate` exists."""
 
     def wait(losses, targets):
         while (targets.position >= GLOBAL_BATCH * (step - 1)).any() and not Path(gate).exists():

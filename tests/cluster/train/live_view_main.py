@@ -1,4 +1,4 @@
-"""Shows the live view in a terminal: `live_view_main.py STOP`; STOP is a file that ends it."""
+"""Show the live view in a terminal until the file STOP exists: `live_view_main.py STOP`."""
 
 import sys
 import time
@@ -20,4 +20,4 @@ while not stop.exists():
     time.sleep(0.05)
 view.stop("finished")
 print_out("after the panel")
-time.sleep(600)  # the terminal goes with this process
+time.sleep(600)  # the terminal closes when this process ends

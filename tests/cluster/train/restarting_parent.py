@@ -1,4 +1,4 @@
-"""Runs a driver and restarts it: `restarting_parent.py RECIPE COMMAND...`."""
+"""Run a driver command with restarts: `restarting_parent.py RECIPE COMMAND...`."""
 
 import sys
 

@@ -1,6 +1,7 @@
-"""A driver that works on until it is told to stop: `sleeping_driver.py RUNS handles|ignores`.
+"""Fake driver that sleeps until a signal ends it: `sleeping_driver.py RUNS handles|ignores`.
 
-With `ignores` it has no handler of its own for SIGTERM. RUNS is a file that grows by one character a run.
+With `handles`, SIGTERM makes it exit with status 0; with `ignores`, it has no handler. Each run appends one character
+to the file RUNS.
 """
 
 import pathlib

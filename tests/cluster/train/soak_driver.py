@@ -1,4 +1,4 @@
-"""A driver whose steps are slow: `soak_driver.py RECIPE POLL_S`."""
+"""Train on Ray with slow steps: `soak_driver.py RECIPE POLL_S`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A node of a real Ray cluster is taken back while a run is on it; its metrics port is read meanwhile."""
+"""Test of a run on a Ray cluster whose nodes are preempted. It also reads the metrics that Ray exports."""
 
 import json
 import re
@@ -45,12 +45,12 @@ cluster: {{num_workers: 2}}
 """
 STORE = 80_000_000
 NOTICE_S = 20.0
-"""How long the node still has when its end is announced."""
+"""Seconds between the notice and the preemption of a node."""
 
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """A cluster whose head does no work, with one node for two workers."""
+    """Start a cluster with a head without CPUs and one node for two workers. Yield the cluster and the node."""
     for name, value in {"PREEMPTION_POLL_INTERVAL_S": "0.5", "HEALTH_CHECK_INTERVAL_S": "0.5"}.items():
         monkeypatch.setenv(f"RAY_TRAIN_{name}", value)
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
@@ -64,13 +64,13 @@ def nodes(monkeypatch):
 
 
 def traced_steps(folder, rank=0):
-    """Steps in the order in which they were done, per attempt."""
+    """Return the steps of every attempt, in the order of their execution."""
     files = sorted(folder.glob(f"runs/drained/traces/*/rank_{rank:04d}.jsonl"))
     return [[json.loads(line)["step"] for line in file.read_text().splitlines()] for file in files]
 
 
 def scrape():
-    """Samples of all nodes: (name, rank) -> value."""
+    """Return the m2f metrics of all live nodes: (name, rank) -> value."""
     samples = {}
     for node in ray.nodes():
         if node["Alive"]:
@@ -86,7 +86,7 @@ def scrape():
 
 @pytest.fixture
 def driver(nodes, tmp_path):
-    """`m2f train` on the head, whose run would not end by itself; its output is in `driver.log`."""
+    """Start `m2f train` on the head, with a run too long to finish. Its output is in `driver.log`."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(folder=tmp_path))
     config = load_recipe(str(recipe), [])
@@ -101,7 +101,7 @@ def driver(nodes, tmp_path):
 
 
 def announce_end(cluster, *nodes):
-    """Give the nodes their notice; when they may end, in Unix seconds."""
+    """Announce the preemption of the nodes, and return its time in Unix seconds."""
     deadline = time.time() + NOTICE_S
     for node in nodes:
         assert announce_preemption(cluster.address, node.node_id, deadline)
@@ -122,7 +122,7 @@ def test_preempted_worker_node_repeats_at_most_one_step_and_preempted_driver_nod
 
     deadline = announce_end(cluster, node)
     saved = wait_until(lambda: list_checkpoints(Storage(), config.run_folder), output)
-    wait_until(lambda: time.time() > deadline)  # a node that ends before is no preempted one to Ray
+    wait_until(lambda: time.time() > deadline)  # Ray does not count a node that dies earlier as preempted
     cluster.remove_node(node, allow_graceful=False)
     other = cluster.add_node(num_cpus=2, object_store_memory=STORE)
     wait_until(lambda: len(steps := traced_steps(tmp_path)) > 1 and len(steps[1]) > 3, output)
@@ -133,7 +133,7 @@ def test_preempted_worker_node_repeats_at_most_one_step_and_preempted_driver_nod
     assert before == list(range(1, before[-1] + 1))
     assert saved[0].step == before[-1]
     assert after == list(range(after[0], after[-1] + 1))
-    assert before[-1] - after[0] + 1 <= 1  # steps that were done twice
+    assert before[-1] - after[0] + 1 <= 1  # repeated steps
     assert newest_step(Storage(), config.run_folder) == after[-1]
     assert "restarting in 0 s: the node was preempted" in output()
     assert "run drained: " in output()

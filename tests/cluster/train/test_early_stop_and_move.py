@@ -1,4 +1,4 @@
-"""Local runs that end early by their evaluations, and that go on in another place."""
+"""Tests of early stopping, and of a run that continues after its folder was moved."""
 
 import shutil
 from dataclasses import replace
@@ -24,7 +24,7 @@ def config(tmp_path, monkeypatch):
     return tiny_config(tmp_path, "made", small_sets(str(tmp_path), Storage()))
 
 
-ON_RAY = [pytest.mark.cluster, pytest.mark.soak]  # the supervisor decides, which both launchers have
+ON_RAY = [pytest.mark.cluster, pytest.mark.soak]  # soak only: both launchers share the supervisor that decides
 
 
 @pytest.mark.parametrize("train", [train_locally, pytest.param(run_training, marks=ON_RAY)])
@@ -41,7 +41,7 @@ def test_early_stopped_run_finishes_and_does_not_train_again(config, capsys, tra
     assert "step 4: early_stop: val/PQ has not risen above" in output
     published = [entry.step for entry in summary.evaluations if entry.status == "published"]
     assert published[:2] == [2, 4]
-    assert published[-1] == reached  # the last checkpoint is evaluated, too
+    assert published[-1] == reached  # the last checkpoint is also evaluated
     run = MlflowClient(tracking_uri=summary.tracked.uri).get_run(summary.tracked.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["event.early_stop"].startswith("step 4: val/PQ has not risen above")
@@ -58,7 +58,7 @@ def test_run_folder_moved_to_another_output_restores_its_metrics_and_evaluations
     moved = replace(config, output=str(tmp_path / "there"), training=replace(config.training, max_steps=14))
     Path(moved.output).mkdir()
     shutil.move(config.run_folder, moved.run_folder)
-    mlflow_memory._artifact_repos_cache.clear()  # whoever goes on does so in another process
+    mlflow_memory._artifact_repos_cache.clear()  # another process would start with an empty cache
     summary = train_locally(moved)
     assert summary.tracked.run_id != first.tracked.run_id
     client = MlflowClient(tracking_uri=summary.tracked.uri)

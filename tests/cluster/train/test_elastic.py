@@ -1,4 +1,7 @@
-"""A run that loses a node and gets another: real Ray, several raylets on this machine."""
+"""Tests of elastic training, with a run on a Ray cluster that loses a node and gets another.
+
+The nodes are raylets on this machine.
+"""
 
 import threading
 import time
@@ -45,7 +48,7 @@ def test_fewer_than_max_workers_start_only_after_patience():
     assert next_size(2, RANGE, 1.0) is None
     assert next_size(2, RANGE, 10.0) == 2
     assert next_size(0, RANGE, 1000.0) is None
-    assert WorkerScaler(ClusterConfig(num_workers=3), list).next() == 3  # Ray does the waiting
+    assert WorkerScaler(ClusterConfig(num_workers=3), list).next() == 3  # a fixed number: Ray waits for resources
 
 
 def test_worker_range_must_be_ascending():
@@ -55,7 +58,7 @@ def test_worker_range_must_be_ascending():
 
 
 class Relay:
-    """What `WorkerScaler` sees of a relay."""
+    """Stub of RunRelay with the attributes that `WorkerScaler` reads."""
 
     resumed = None
     last_step = 0
@@ -70,7 +73,7 @@ def test_run_grows_only_after_lasting_free_resources_and_training_progress():
     for _ in range(20):
         now[0] += 3.0
         scaler.check_growth(relay)
-    assert not scaler.growing  # nobody has trained yet
+    assert not scaler.growing  # no step is done yet
     relay.last_step = 1
     for free, grows in ((2.0, False), (2.0, False), (1.0, False), (2.0, False), (2.0, False), (2.0, False)):
         nodes[0] = {"CPU": free}
@@ -123,9 +126,9 @@ def history(run, metric):
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
-    """2 -> 1 -> 2 workers in one supervised run; the raylet below rank 0 is killed right after a commit.
+    """The run goes from 2 workers to 1 and back to 2. The raylet of rank 0 is killed right after a commit.
 
-    Losses are those of a run that kept two. No point and no evaluation is missing or doubled.
+    The losses match those of a run that keeps 2 workers. No metric and no evaluation is missing or duplicated.
     """
     monkeypatch.setattr("m2f.cluster.train.elastic.PATIENCE_S", 2.0)
     monkeypatch.setattr("m2f.cluster.train.elastic.CHECK_INTERVAL_S", 0.5)
@@ -154,7 +157,7 @@ def test_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
     (summary,) = outcome
     assert summary.status == "finished"
     assert [(resize.before, resize.after) for resize in summary.resizes] == [(2, 1), (1, 2)]
-    assert summary.resizes[1].steps_redone == 0  # grows after a checkpoint of its own
+    assert summary.resizes[1].steps_redone == 0  # the run writes a checkpoint before it grows
     assert summary.resizes[0].steps_redone <= EVERY + 2
     baseline = replace(config, name="baseline", cluster=ClusterConfig(num_workers=2), evaluation=EvaluationConfig())
     train_locally(baseline)

@@ -1,4 +1,7 @@
-"""What a checkpoint of a real run knows: it is enough alone, it is whole, and a run only goes on with its own."""
+"""Tests of checkpoints from a short local run.
+
+A checkpoint works without its run folder, damage is detected, and a run continues only from a matching checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ PAST = Path(__file__).parents[2] / "past" / "451e9d8"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Configuration and checkpoint folder of a run of two steps."""
+    """Train for two steps, and return the configuration and the URL of the checkpoint."""
     folder = tmp_path_factory.mktemp("identity")
     config = tiny_config(folder, "tiny", small_sets(str(folder), Storage()))
     training = replace(config.training, max_steps=2, ema_decay=0.5, checkpoint=CheckpointConfig(every_steps=2))
@@ -53,7 +56,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def copied(run, tmp_path):
-    """The checkpoint folder alone, as on another machine: shards and run folder of its recipe are not there."""
+    """Copy the checkpoint folder, as to another machine without the recipe's shards and run folder."""
     _, url = run
     folder = tmp_path / "copied"
     shutil.copytree(url, folder)
@@ -93,7 +96,7 @@ def test_checkpoint_stores_identity_of_its_model(run):
         dumped = dump_recipe(config).splitlines()
         resolved = {line.strip() for line in identity.recipe.splitlines()} - {line.strip() for line in dumped}
         assert resolved == {"pretrained: false", "num_gpus_per_worker: 0.0", "num_gpus_per_actor: 0.0"}
-        assert identity.recipe.count("precision: fp32") == 2  # of training and of evaluation
+        assert identity.recipe.count("precision: fp32") == 2  # for training and for evaluation
         assert len(identity.recipe.splitlines()) == len(dumped)
         assert ": auto\n" not in identity.recipe
         assert identity.to_json() == Path(url, "identity.json").read_text()
@@ -220,7 +223,7 @@ def test_run_of_earlier_version_is_compared_by_its_recipe(tmp_path, monkeypatch)
         check_continuation(job, Storage())
 
 
-# From weights
+# Start from weights
 
 
 def coco_shards(folder, categories):

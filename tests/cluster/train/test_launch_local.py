@@ -69,7 +69,7 @@ def test_root_cause_is_reported_instead_of_its_consequence_on_a_lower_rank(start
 
 def test_failed_rank_ends_the_other_ranks(start):
     process = start("fail_while_the_other_hangs", "2")
-    assert "rank 1: RuntimeError: broken" in finish(process, 3)  # which is long before the other would end
+    assert "rank 1: RuntimeError: broken" in finish(process, 3)  # the other rank sleeps for 600 s
 
 
 def test_signal_stops_every_rank(start, tmp_path):

@@ -110,7 +110,7 @@ def test_terminal_shows_one_panel_below_the_log(tmp_path):
     try:
         output = wait_for("30 / 1,000")
         wait_for("skipped: the loss of img_7 is not finite")
-        time.sleep(1.2)  # further refreshes draw over the panel, not below it
+        time.sleep(1.2)  # refreshes must redraw the panel in place
         output = screen()
         assert output.count("in-a-terminal") == output.count("images/s") == 1, output
         assert output.index("img_7") < output.index("in-a-terminal")

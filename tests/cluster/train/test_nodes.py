@@ -1,7 +1,7 @@
-"""Several machines in one: every node has its own network, name, /tmp and /dev/shm, and one of them is cut off.
+"""Tests of a cluster of four nodes on this machine, one of which is disconnected for a while.
 
-Shards and checkpoints lie on an S3 server, metrics on a real MLflow server. Several nodes write the shards; the whole
-training goes through `m2f submit`.
+Every node has its own network namespace, host name, /tmp and /dev/shm. Shards and checkpoints are on an S3 server, and
+metrics on an MLflow server. Several nodes write the shards, and `m2f submit` starts the training.
 """
 
 import json
@@ -39,7 +39,7 @@ NET = "10.213.77"
 HOST = f"{NET}.1"
 BRIDGE = "m2f-nodes"
 NODES = {"head": (2, {}), "train1": (3, {"trainer": 1}), "train2": (4, {"trainer": 1}), "eval1": (5, {"evaluator": 1})}
-"""Name: last number of the address, and custom resources."""
+"""Last number of the address, and custom resources, of every node by name."""
 TOKEN = "fedcba9876543210" * 4
 DASHBOARD = f"http://{NET}.2:8265"
 
@@ -52,7 +52,7 @@ def run_command(*words: str, check: bool = True) -> str:
 
 @contextmanager
 def network():
-    """A switch in the middle and a namespace with one cable for each node."""
+    """Create a network bridge, and for every node a network namespace with a virtual cable to the bridge."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("needs root and iproute2 to make network namespaces")
     if Path(sys.prefix).is_relative_to("/tmp"):
@@ -83,7 +83,7 @@ def network():
 
 
 def set_link(node: str, state: str) -> None:
-    """Plug in (`up`) or pull (`down`): packets vanish, no connection is closed."""
+    """Connect (`up`) or disconnect (`down`) a node. While it is down, packets are lost and no connection is closed."""
     run_command("ip", "link", "set", f"m2f-{node}", state)
 
 
@@ -97,7 +97,7 @@ NODE_ENV = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
     "HOME": "/tmp",
-    # a dead node is noticed after half a minute; Ray's default takes a little longer
+    # Ray detects a dead node after half a minute; its default takes a little longer.
     "RAY_health_check_period_ms": "3000",
     "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
@@ -106,7 +106,7 @@ NODE_ENV = {
 
 @contextmanager
 def node(name: str, log: Path):
-    """A machine that keeps Ray running, as a restart policy or systemd would. Yields when it was started."""
+    """Start a node that restarts Ray whenever it ends, as a restart policy or systemd would."""
     number, resources = NODES[name]
     ray = (
         f"{sys.executable} -m ray.scripts.scripts start --block --disable-usage-stats --node-ip-address={NET}.{number}"
@@ -133,7 +133,7 @@ def node(name: str, log: Path):
         try:
             yield
         finally:
-            process.send_signal(signal.SIGSTOP)  # the loop shall not start another one
+            process.send_signal(signal.SIGSTOP)  # stops the loop, which would restart Ray
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
             process.kill()
@@ -204,7 +204,7 @@ tracking: {{uri: "{mlflow}"}}
 
 
 class RequestLog(logging.Handler):
-    """The lines that the S3 server writes about requests, which begin with the address of who asks."""
+    """Collects the request log of the S3 server. Each line begins with the client's address."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -229,7 +229,7 @@ def requests():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, requests):
-    """A recipe for a cluster of four nodes, which runs, with a store and a tracking server beside it."""
+    """Start S3 and MLflow servers and the cluster, write the shards as a Ray job, and yield the recipe's path."""
     folder = tmp_path_factory.mktemp("nodes")
     patch = pytest.MonkeyPatch()
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
@@ -256,7 +256,7 @@ def recipe(tmp_path_factory, requests):
 
 
 def make_archive(recipe: Path) -> str:
-    """An archive of the code and the recipe, in place of a folder with both."""
+    """Pack the code and the recipe into an archive, and return its path."""
     folder = recipe.parent / "packed"
     folder.mkdir()
     return str(pack(folder, dump_recipe(load_recipe(recipe))))
@@ -273,7 +273,7 @@ def run_module(module: str, *words: str, timeout: float = 600) -> subprocess.Com
 
 
 def test_shards_are_written_by_several_nodes(recipe, requests, tmp_path):
-    """The job ran on the head, which has no CPUs; the bytes are those of a job on one machine."""
+    """The head, which has no CPUs, writes no shard. The shards equal those that one machine writes."""
     config = load_recipe(recipe)
     found = (re.match(rf'({NET}\.\d+) .*"PUT /bucket/train/(shards/\d+\.tar) ', line) for line in requests.lines)
     writers = {match[2]: match[1] for match in found if match}
@@ -297,7 +297,7 @@ def test_doctor_checks_every_node(recipe):
 
 
 def test_run_shrinks_when_a_node_is_disconnected_and_grows_when_it_returns(recipe, requests):
-    """The run shrinks to the node that is left, goes on, grows again, and loses nothing."""
+    """The run continues on the remaining node, grows again, and loses no metrics and no evaluations."""
     config = load_recipe(recipe)
     storage = Storage(config.storage)
 

@@ -1,4 +1,4 @@
-"""Trainings whose S3 store or MLflow server does not answer for a while."""
+"""Tests of local runs during outages of the S3 store and of the MLflow server."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 LONGER = [pytest.mark.soak, pytest.mark.timeout(1800)]
 SHORT_S = 12.0
-"""Longer than the eight attempts of earlier versions took."""
+"""Longer than the eight attempts of earlier versions together."""
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def losses(summary):
 
 
 def close_at_first_commit(gateway, config, seconds=SHORT_S):
-    """Close the gateway once the first commit is listed; open it again after `seconds` and at least one refusal."""
+    """Close the gateway after the first commit. Open it again after `seconds` and at least one refused request."""
     wait_until(lambda: list_commits(Storage(config.storage), config.run_folder))
     gateway.closed.set()
     started_at = time.monotonic()
@@ -93,7 +93,7 @@ def test_storage_outage_beyond_patience_ends_the_run_and_a_new_start_continues_i
 
 @pytest.fixture
 def mlflow(migrated_database, tmp_path):
-    """A gateway to a server that runs."""
+    """Start an MLflow server, and yield a gateway to it that can refuse requests."""
     (tmp_path / "server.db").write_bytes(migrated_database)
     port = free_port()
     server = start_server(tmp_path, port)
@@ -105,7 +105,7 @@ def mlflow(migrated_database, tmp_path):
 
 
 def test_mlflow_outage_during_training_loses_no_metrics(mlflow, tmp_path):
-    """Training does not wait for it; at the end it is waited for, and it has every point once."""
+    """Training continues during the outage. At the end, the run waits until MLflow has every point exactly once."""
     base = tiny_config(tmp_path, "run", small_sets(str(tmp_path), Storage()))
     baseline = train_locally(replace(base, name="baseline"))
     config = replace(base, tracking=TrackingConfig(uri=mlflow.url))

@@ -1,4 +1,4 @@
-"""Two starts of one run: real trainings of two ranks that are killed or stopped, and a second one beside them."""
+"""Tests of a second start of a run whose first start is still training, killed or suspended."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def baseline(make_config):
 
 
 class Driver:
-    """A process of leased_driver.py, and what it prints. Its ranks wait at the gate before step `gate_step`."""
+    """A process of `leased_driver.py` with its log. Its ranks wait at the gate in step `gate_step`."""
 
     def __init__(self, config, log: Path, gate_step: int) -> None:
         recipe = log.with_suffix(".yaml")
@@ -101,7 +101,7 @@ def losses(config) -> list[tuple[int, float]]:
 
 
 def check(config, baseline) -> None:
-    """One curve, whole checkpoints, and the weights of a run to which nothing happened."""
+    """Assert that losses and weights equal those of the undisturbed run, and that all checkpoints are complete."""
     assert losses(config) == losses(baseline)
     for checkpoint in list_checkpoints(Storage(), config.run_folder):
         verify_sizes(Storage(), checkpoint.url)
@@ -119,7 +119,10 @@ def test_ranks_end_when_their_launcher_is_killed(make_config, start):
 
 
 def overlap(config, baseline, start, kind: str, rng: random.Random) -> None:
-    """The first start waits within its run; it is left alone, killed or stopped when the second one comes."""
+    """Start a run that waits at its gate, then start it a second time.
+
+    Before the second start, the first one is killed (`kill`), suspended (`stop`) or left running (`live`).
+    """
     committed = 2 * rng.randint(1, 4)
     first = start(config, gate_step=committed + rng.randint(1, 2))
     first.wait_until(lambda: newest_step(Storage(), config.run_folder) >= committed)
@@ -138,7 +141,7 @@ def overlap(config, baseline, start, kind: str, rng: random.Random) -> None:
     first.process.wait(TIMEOUT_S)
     if kind == "stop":
         assert "took over this run with lease 2" in first.log.read_text()
-    if "did not accept the last metrics" in second.log.read_text():  # the first was stopped with the database locked
+    if "did not accept the last metrics" in second.log.read_text():  # suspended with a locked database
         start(config).process.wait(TIMEOUT_S)
     check(config, baseline)
 

@@ -1,4 +1,4 @@
-"""A run whose own Ray cluster loses its raylet, and whose next one loses its GCS."""
+"""Test of a run whose local Ray cluster loses its raylet, and whose next cluster loses its GCS."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def parent(config, tmp_path):
-    """The process that the user started; it is writing `driver.log`."""
+    """Start the process that restarts the driver. Its output is in `driver.log`."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_recipe(config))
     driver = [sys.executable, HERE / "soak_driver.py", recipe, "0.5"]
@@ -40,7 +40,10 @@ def parent(config, tmp_path):
 
 
 def kill_process(parent, config, step, name):
-    """Kill this process of the driver's own cluster once a checkpoint of `step` is there; what must end with it."""
+    """Wait for a checkpoint of `step`, and kill the process `name` of the driver's Ray cluster.
+
+    Return the driver and its descendants, all of which must end.
+    """
     wait_until(lambda: newest_step(Storage(), config.run_folder) >= step or parent.poll() is not None)
     (driver,) = parent.children()
     descendants = driver.children(recursive=True)

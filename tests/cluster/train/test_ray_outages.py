@@ -1,4 +1,4 @@
-"""A run on Ray whose S3 store goes away at five moments, one after the other."""
+"""Tests of a run on Ray with an S3 outage at each of five moments."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ MOMENTS = {
     "read": lambda method, path: method == "GET" and "/shards/train/" in path and ".tar" in path,
     "upload": lambda method, path: method in ("PUT", "POST") and "/disturbed/checkpoints/" in path,
     "commit": lambda method, path: method == "PUT" and "/disturbed/commits/" in path,
-    # Begun by the death of a worker: what the supervisor then asks for is the newest checkpoint.
+    # The test kills a worker, so that the supervisor looks up the newest checkpoint.
     "look-up": lambda method, path: method == "GET" and "prefix=" in path and "/disturbed/" in unquote(path),
     "evaluation": lambda method, path: method == "GET" and "/shards/val/" in path and ".tar" in path,
 }
@@ -34,7 +34,10 @@ MOMENTS = {
 
 @pytest.fixture
 def gate(tmp_path, monkeypatch):
-    """A file without which workers do not go past the last checkpoint but one, so that every moment comes."""
+    """Return the path of the gate file. Without it, workers wait after the second-to-last checkpoint.
+
+    This leaves time for every outage before the run ends.
+    """
     monkeypatch.setattr(tiny_run, "GATE", str(tmp_path / "gate"))
     monkeypatch.setattr(tiny_run, "PAUSE_S", 1.0)
     monkeypatch.setattr("m2f.cluster.train.ray_launcher.train_loop", tiny_run.slow_loop)
@@ -49,7 +52,7 @@ def config(gateway, tmp_path, seconds, monkeypatch):
     bucket = StorageConfig(endpoint_url=gateway.url, region="us-east-1")
     place = f"s3://box/{tmp_path.name}"
     base = tiny_config(tmp_path, "disturbed", small_sets(f"{place}/shards", Storage(bucket)))
-    stall_timeout_s = 40.0 if seconds > 40.0 else base.training.stall_timeout_s  # a long outage is no stall
+    stall_timeout_s = 40.0 if seconds > 40.0 else base.training.stall_timeout_s  # an outage is no stall
     return replace(
         base,
         output=f"{place}/runs",
@@ -60,7 +63,7 @@ def config(gateway, tmp_path, seconds, monkeypatch):
 
 
 def kill_a_worker():
-    """One of Ray Train's, of the cluster of this process."""
+    """Kill a Ray Train worker of this process's cluster."""
     for process in psutil.Process().children(recursive=True):
         words = process.cmdline()
         if words and "RayTrainWorker" in words[0]:
@@ -70,7 +73,10 @@ def kill_a_worker():
 
 
 def run_outages(gateway, config, outages, seconds, gate, refused_requests):
-    """Plan the outages one after the other, and note how many requests each refused; open the gate with the last."""
+    """Cause the outages one after another, and store the number of refused requests of each.
+
+    The gate opens with the last outage.
+    """
     for moment in outages:
         if moment == "look-up":
             wait_until(lambda: list_commits(Storage(config.storage), config.run_folder))

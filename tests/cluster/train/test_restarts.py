@@ -1,4 +1,4 @@
-"""The process that runs a driver again where something kills it."""
+"""Tests of the process that restarts a driver after it is killed or an outage ends it."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def make_config(folder, *overrides):
 
 
 def driver(folder: Path, exit_specs: list[int | str]) -> list[str]:
-    """A command whose runs end one after the other as `ending_driver.py` explains."""
+    """Return a command whose successive runs end as in `exit_specs`; see `ending_driver.py`."""
     return [sys.executable, "-S", str(HERE / "ending_driver.py"), str(folder / "runs.txt"), *map(str, exit_specs)]
 
 
@@ -41,7 +41,7 @@ def runs(folder: Path) -> int:
 
 @pytest.fixture
 def recorded_waits(monkeypatch):
-    """Pauses between drivers, in seconds, which are not made."""
+    """Skip the pauses between drivers, and return a list to which their lengths in seconds are added."""
     found = []
     monkeypatch.setattr(restarts._Driver, "wait", lambda self, seconds: found.append(seconds))
     return found
@@ -89,7 +89,7 @@ def test_outages_without_a_new_checkpoint_count_against_max_failures(tmp_path, r
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a parent with a driver; waits until that runs. Returns both as psutil processes."""
+    """Return a function that starts a parent with a driver, waits until the driver runs, and returns both processes."""
     recipe, parents = tmp_path / "recipe.yaml", []
     recipe.write_text(RECIPE + f"output: {tmp_path}\n")
 
@@ -144,7 +144,7 @@ def test_driver_notifies_its_parent_of_a_deliberate_exit(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_restarted_driver_treats_unreachable_storage_as_outage(tmp_path, monkeypatch, capfd):
-    """So an endpoint at which nobody answers is an outage that another start may outlast, and no mistake."""
+    """A restarted driver, which inherits a lease, counts an unreachable endpoint as an outage, not as a user error."""
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("/data/train", "s3://bucket/train"))
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
         monkeypatch.setenv(f"AWS_{name}", "test")

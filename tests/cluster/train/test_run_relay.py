@@ -28,7 +28,7 @@ def test_full_mailbox_drops_the_oldest_events(monkeypatch):
 
 def test_mailbox_returns_the_last_stop_request():
     mailbox = Mailbox()
-    for stop in (False, True, False):  # the driver may take it back
+    for stop in (False, True, False):  # the driver may withdraw its request
         mailbox.poll(stop)
         assert mailbox.stop_requested() == stop
 
@@ -69,7 +69,7 @@ def test_demo_writes_only_to_its_output_folder(tmp_path):
 
 
 class Recorder:
-    """What a Tracking would be asked to write."""
+    """Stub of Tracking that records points and tags."""
 
     def __init__(self):
         self.points, self.tags = [], {}
@@ -99,5 +99,5 @@ def test_events_are_logged_as_metrics_and_tags():
     ((step, values),) = recorder.points
     assert step == 1
     assert values["train/loss/total"] == METRICS.loss.total
-    assert values["system/cpu_percent"] == METRICS.system.cpu_percent  # MLflow shows these by this name
+    assert values["system/cpu_percent"] == METRICS.system.cpu_percent  # MLflow's name for system metrics
     assert recorder.tags == {"checkpoint.step": "1", "checkpoint.url": "c/1", "event.skipped": "step 2: not finite"}

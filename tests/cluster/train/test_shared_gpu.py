@@ -1,4 +1,4 @@
-"""GPUs that Ray counts and that ranks and evaluation actors share; the machine of the test needs none."""
+"""Test that ranks and evaluation actors share GPUs. The GPUs are only declared to Ray, so the machine needs none."""
 
 import pytest
 import ray
@@ -25,14 +25,14 @@ def cluster():
 
 
 class GpuReporter:
-    """An actor that says which GPUs Ray gave to it."""
+    """Actor that returns the ids of the GPUs that Ray assigned to it."""
 
     def gpus(self):
         return ray.get_gpu_ids()
 
 
 def test_ray_places_one_rank_and_one_actor_on_each_gpu(cluster):
-    """On the shares that `settle` gives out."""
+    """The shares are those that `settle` assigns."""
     reporter = ray.remote(GpuReporter)
     ranks = [reporter.options(num_cpus=0, num_gpus=RANK_SHARE).remote() for _ in range(GPUS)]
     actors = [reporter.options(num_cpus=0, num_gpus=1 - RANK_SHARE).remote() for _ in range(GPUS)]

@@ -1,4 +1,4 @@
-"""The long proof: workers, evaluation actors and drivers are killed again and again, and nothing is lost or changed."""
+"""Soak tests: repeated kills of workers, evaluation actors and drivers do not change the results of a run."""
 
 import os
 import random
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(TIMEOUT
 
 
 class Run:
-    """The run as its killer sees it: a driver that is started again whenever it is gone."""
+    """A training run with methods that kill its processes. A killed driver is started again."""
 
     def __init__(self, recipe, log, poll_s=0.5):
         self.recipe, self.log = recipe, log
@@ -45,7 +45,7 @@ class Run:
         return subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
 
     def note(self, line):
-        """Into the log of the drivers."""
+        """Write a line to the log of the drivers."""
         self.log.write(f"{line}\n")
         self.log.flush()
 
@@ -55,12 +55,12 @@ class Run:
         return code == 0
 
     def kill(self, target, rng):
-        """SIGKILL one process; returns whether there was one."""
+        """Kill one random process of the kind `target` with SIGKILL, and return whether one was killed."""
         descendants = psutil.Process(self.driver.pid).children(recursive=True)
         if target == "driver":
             self.driver.kill()
             self.driver.wait()
-            psutil.wait_procs(descendants, timeout=30)  # they follow their driver
+            psutil.wait_procs(descendants, timeout=30)  # they end after their driver
             self.driver = self._start()
             return True
         found = [process for process in descendants if title(process).startswith(f"ray::{target}")]
@@ -74,12 +74,15 @@ class Run:
 def title(process):
     try:
         return " ".join(process.cmdline())
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has just ended
         return ""
 
 
 def kill_repeatedly(run, config, rng):
-    """Every target equally often, in random order, at random moments, some before the run gets anywhere."""
+    """Kill `KILLS` processes, in random order and at random times, with about the same number for every target.
+
+    Some kills can come before the run makes any progress.
+    """
 
     def wait_until(condition):
         while not condition() and not run.finished():
@@ -137,7 +140,7 @@ def test_repeated_kills_do_not_change_results(tmp_path):
 
 
 def test_metrics_not_received_by_a_killed_driver_are_logged_after_restart(tmp_path):
-    """The first driver is deaf: all points up to its death are in checkpoints, and nowhere else."""
+    """The first driver does not poll its workers, so the metrics until its death are only in the run folder."""
     base = tiny_config(tmp_path, "deaf", small_sets(str(tmp_path), Storage()))
     training = replace(base.training, max_steps=15, checkpoint=CheckpointConfig(every_steps=EVERY, keep=1))
     config = replace(base, training=training, evaluation=EvaluationConfig())

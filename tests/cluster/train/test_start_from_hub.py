@@ -29,7 +29,7 @@ PINNED = f"{ADDRESS}@{COMMIT}"
 
 @pytest.fixture
 def config(tmp_path):
-    """A run of one step from the hub, with a model that Hugging Face has."""
+    """Return a run of one step that starts from hub weights, with an architecture that Hugging Face supports."""
     config = tiny_config(tmp_path, "tuned", small_sets(str(tmp_path), Storage()))
     model = replace(
         config.model,
@@ -49,14 +49,14 @@ def config(tmp_path):
 
 @pytest.fixture
 def labels(config):
-    """Twenty classes; the data have some of them, in another order."""
+    """Return the 20 class names of the hub model. They include all but one class of the data, in another order."""
     known = [c.name for c in Manifest.load(config.datasets["train"].shards, Storage()).categories.categories]
     return [f"other {i}" for i in range(20 - len(known) + 1)] + known[:0:-1]
 
 
 @pytest.fixture
 def hub(config, labels, tmp_path, monkeypatch):
-    # A fork would keep the addresses that huggingface_hub has read from the environment when it was imported.
+    # A forked rank would keep the URLs that huggingface_hub read from the environment at its import.
     monkeypatch.setattr(processes, "_SPAWN_CONTEXT", multiprocessing.get_context("spawn"))
     folder = tmp_path / "model"
     hub_model = replace(config.model, num_classes=len(labels))

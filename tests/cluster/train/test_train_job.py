@@ -1,4 +1,4 @@
-"""Real Ray, real DeepSpeed, real MLflow on a tiny model; processes are really killed."""
+"""Integration tests of training with Ray, DeepSpeed and MLflow on a tiny model, in which processes are killed."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_errors_raised_by_ray_are_classified(config, error, ending, kind, rank):
 
 
 def ray_processes(title: str) -> list[psutil.Process]:
-    """Processes of our cluster whose title holds this word."""
+    """Return the descendants of this process whose title contains `title`."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -108,7 +108,7 @@ def history(config: RunConfig, metric: str) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def summary(cluster, config) -> RunSummary:
-    """A run whose second worker is killed right after the first checkpoint."""
+    """Train, kill one worker right after the first checkpoint, and return the summary."""
 
     def kill_a_worker() -> None:
         wait_until(lambda: list_checkpoints(Storage(), config.run_folder))
@@ -128,7 +128,7 @@ def test_killed_worker_does_not_change_losses(summary, config, baseline_run):
     assert summary.checkpoint.step == STEPS
     losses = history(config, "train/loss/total")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))  # every step once
-    assert losses == baseline_run.losses  # to the last bit
+    assert losses == baseline_run.losses  # bit-identical
 
 
 def test_every_checkpoint_is_evaluated_and_published_once(summary, config):
@@ -221,7 +221,7 @@ def test_user_error_stops_the_run_with_its_own_message(cluster, config):
 
 @pytest.fixture
 def workers_with(monkeypatch):
-    """Lets workers run another loop of `tiny_run`, which they cannot import."""
+    """Return a function that makes workers run another loop of `tiny_run`, which they cannot import."""
     ray.cloudpickle.register_pickle_by_value(tiny_run)
     yield lambda loop: monkeypatch.setattr("m2f.cluster.train.ray_launcher.train_loop", loop)
     ray.cloudpickle.unregister_pickle_by_value(tiny_run)
@@ -233,7 +233,7 @@ def test_bug_on_one_rank_stops_the_run_and_is_reported_first(cluster, config, wo
     summary = run_training(buggy)
     assert (
         time.time() - (Path(buggy.run_folder) / "mistake").stat().st_mtime < 50
-    )  # and not the 60 s of a collective operation
+    )  # below the 60 s timeout of collective operations
     assert summary.status == "failed"
     assert [(failure.rank, failure.kind) for failure in summary.failures] == [(1, "mistake")]
     output = capsys.readouterr().err.splitlines()
@@ -249,9 +249,10 @@ def test_bug_on_one_rank_stops_the_run_and_is_reported_first(cluster, config, wo
 def test_run_recovers_from_failed_upload_out_of_memory_and_loss_spike(
     cluster, config, baseline_run, workers_with, capsys
 ):
-    """In one run: the upload of step 4 is refused, rank 1 is out of memory in step 5, steps 8 and 9 spike.
+    """The upload of step 4 is refused, rank 1 runs out of memory in step 5, and the loss spikes in steps 8 and 9.
 
-    Step 8 is evaluated before step 9: its commit is withdrawn, and the evaluation of the second one takes its place.
+    Step 8 is evaluated before step 9. After the roll-back, its commit is withdrawn, and the evaluation of the repeated
+    step 8 replaces the first one.
     """
     workers_with(tiny_run.faulty_loop)
     spikes = SpikeConfig(action="roll_back", window=4, threshold=20.0, steps=2)
@@ -273,7 +274,7 @@ def test_run_recovers_from_failed_upload_out_of_memory_and_loss_spike(
     assert (adjustments.micro_batch, adjustments.skipped) == (1, (PositionRange(28, 36),))
     checkpoints = sorted((Path(troubled.run_folder) / "checkpoints").glob("step_*/state.json"))
     positions = [json.loads(state.read_text())["position"] for state in checkpoints]
-    assert positions == [16, 40, 56]  # steps 8 and 9 were done with other images
+    assert positions == [16, 40, 56]  # steps 8 and 9 were repeated with other images
     losses = history(troubled, "train/loss/total")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     assert dict(losses[:7]) == pytest.approx(dict(baseline_run.losses[:7]), rel=1e-6)
@@ -285,7 +286,7 @@ def assert_step_8_was_evaluated_again(config, summary):
     assert sorted(seen) == [(4, "published"), (8, "published"), (8, "withdrawn"), (12, "published")]
     first, second = seen[8, "withdrawn"], seen[8, "published"]
     assert first.commit != second.commit
-    shown = [value for step, value in history(config, "val/mIoU") if step == 8]  # MLflow shows the youngest
+    shown = [value for step, value in history(config, "val/mIoU") if step == 8]  # MLflow keeps both
     assert sorted(shown) == sorted(entry.metrics["val/mIoU"] for entry in (first, second))
 
 

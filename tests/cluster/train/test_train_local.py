@@ -1,4 +1,4 @@
-"""Runs of two plain processes that meet what changes a run: too little memory, a spike of the loss."""
+"""Tests of local runs of two ranks: out of memory, loss spikes, killed ranks, and metrics that the driver missed."""
 
 import json
 import os
@@ -25,7 +25,7 @@ STEPS = 10
 
 
 def rank_with(change, job, post):
-    """`train_rank` with a fault."""
+    """Run `train_rank` with losses that `change` modifies."""
     with changed_losses(change):
         train_rank(job, post)
 
@@ -57,7 +57,7 @@ def with_fault(monkeypatch):
 
 
 def logged_losses(config):
-    """Every loss that rank 0 has logged, by step, from the journal of MLflow points."""
+    """Return the total losses in MLflow by step."""
     from mlflow import MlflowClient
 
     from m2f.cluster.tracking.tracking import create_run
@@ -91,13 +91,13 @@ def test_loss_spike_is_rolled_back_and_its_samples_are_skipped(make_config, base
     positions = [
         json.loads((checkpoints / f"step_{step:08d}-1/state.json").read_text())["position"] for step in (3, 6, 9)
     ]
-    assert positions == [12, 32, 44]  # that of step 6 was taken again, from behind the spike
+    assert positions == [12, 32, 44]  # step 6 was repeated with samples after the spike
     losses = logged_losses(config)
     assert {step: losses[step] for step in range(1, 6)} == {step: baseline[step] for step in range(1, 6)}
 
 
 def killed_rank(marker, job, post):
-    """`train_rank` of which rank 1 is killed in its sixth step, once."""
+    """Run `train_rank`, and kill rank 1 once, in step 6."""
 
     def kill(losses, targets):
         if (targets.position >= 20).any() and os.environ["RANK"] == "1" and not Path(marker).exists():
@@ -118,7 +118,7 @@ def test_killed_rank_is_restarted_and_checkpoints_are_evaluated_at_the_end(
     assert summary.status == "finished"
     assert [failure.kind for failure in summary.failures] == ["death"]
     assert ": RankDiedError: rank 1 was killed by SIGKILL" in capsys.readouterr().err
-    assert logged_losses(config) == baseline  # to the last bit
+    assert logged_losses(config) == baseline  # bit-identical
     assert [(entry.step, entry.status) for entry in summary.evaluations] == [(s, "published") for s in (4, 8, 10)]
     results = json.loads((Path(config.run_folder) / "evaluations/step_00000010/val/results.json").read_text())
     assert results["metrics"]["PQ"] == summary.evaluations[-1].metrics["val/PQ"]
@@ -144,7 +144,7 @@ def test_metrics_missed_by_the_driver_are_logged_at_the_next_start(make_config, 
 
 
 def rank_lost_at_commit(marker, step, job, post):
-    """`train_rank` of which rank 0 is killed once, between the manifest of a step and its entry in the commits."""
+    """Run `train_rank`, and kill rank 0 once, between writing the manifest of `step` and recording its commit."""
 
     def die(storage, checkpoint, manifest):
         if checkpoint.step == step and not Path(marker).exists():

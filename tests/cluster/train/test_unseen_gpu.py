@@ -1,4 +1,7 @@
-"""GPUs that Ray counts and torch does not see: a broken driver, or `ray start --num-gpus=1` on a machine without."""
+"""Tests of GPUs that Ray counts but torch does not see.
+
+The cause may be a broken GPU driver, or `ray start --num-gpus=1` on a machine without a GPU.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -60,11 +63,11 @@ def test_gpus_are_checked_before_the_process_group_is_created(monkeypatch):
 @pytest.mark.parametrize(
     ("nodes", "driver", "task", "gpus"),
     [
-        ([1], 0, False, 0),  # ray start --num-gpus=1 on a machine without
-        ([1], 0, True, 1),  # a job's driver, from which Ray hides the GPUs
+        ([1], 0, False, 0),  # `ray start --num-gpus=1` on a machine without a GPU
+        ([1], 0, True, 1),  # the driver of a Ray job, from which Ray hides the GPUs
         ([1], 1, None, 1),
         ([0], 0, None, 0),
-        ([1, 1], 0, None, 2),  # the other node is not looked at here: its rank is
+        ([1, 1], 0, None, 2),  # several nodes: their GPUs are checked when ranks start
     ],
 )
 def test_single_node_cluster_has_the_gpus_that_torch_sees(nodes, driver, task, gpus, monkeypatch):
@@ -72,7 +75,7 @@ def test_single_node_cluster_has_the_gpus_that_torch_sees(nodes, driver, task, g
     monkeypatch.setattr(ray, "nodes", lambda: listed)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0"))
     monkeypatch.setattr(ray_cluster, "local_gpus", lambda: (GPU,) * driver)
-    monkeypatch.setattr(ray_cluster, "_ray_task_sees_gpu", lambda: task)  # None: is not asked
+    monkeypatch.setattr(ray_cluster, "_ray_task_sees_gpu", lambda: task)  # None: not called
     devices = cluster_devices(may_grow=True)
     assert len(devices.gpus) == gpus
     assert ("Ray reports 1 GPU on" in devices.no_gpu_text) == (task is False)
@@ -86,7 +89,7 @@ def test_auto_trains_on_the_cpu_with_a_warning_if_torch_sees_no_gpu(tmp_path):
 
 
 def test_error_during_worker_start_is_raised_to_the_user(tmp_path):
-    """Ray's controller sends it, pickled, as its own failure: no rank has an error."""
+    """Ray's controller raises the pickled error as its own failure, so no rank has an error."""
     config = tiny_config(tmp_path, "run", {name: DatasetConfig(shards="s") for name in ("train", "val")})
     launcher = ray_launcher.RayLauncher(config)
     launcher._error = cloudpickle.loads(cloudpickle.dumps(ControllerError(TrainingError("rank 1 on node b"))))
@@ -114,7 +117,7 @@ def test_run_on_cluster_with_unseen_gpus_stops_with_one_message(tmp_path, monkey
     ray.init("local", num_cpus=4, num_gpus=2, object_store_memory=80 * 2**20, log_to_driver=False)
     try:
         assert not cluster_devices(may_grow=True).gpus
-        # as where its GPUs are on other nodes
+        # as in a cluster with GPUs on other nodes
         devices = AvailableDevices((GPU, GPU), "the Ray cluster has", may_grow=True)
         monkeypatch.setattr(ray_launcher, "cluster_devices", lambda _: devices)
         with pytest.raises(TrainingError, match=r"torch sees no GPU where Ray assigned one: rank 0 on .* rank 1 on"):
