@@ -264,7 +264,7 @@ def test_registered_models_work_after_the_store_was_moved(folder, tmp_path):
     assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
     moved = shutil.copytree(Path(folder).parent, tmp_path / "moved")  # a copy, because other tests use the original
     config, _ = open_recipe(str(moved / "cells"), ())
-    run = find_run(config)  # updates the paths of a moved store, as in every process that writes to a run
+    run = find_run(config)  # updates the paths of a moved store; every process that writes to a run calls it
     assert run.uri == f"sqlite:///{moved}/mlflow.db"
     client = MlflowClient(tracking_uri=run.uri)
     version = client.get_model_version_by_alias("cells", "champion")

@@ -16,7 +16,7 @@ from tests.gateway import Gateway
 
 @dataclass(frozen=True)
 class BaselineRun:
-    """An undisturbed run of `tiny_config`. Runs with faults, other stores or launchers must match it bit for bit."""
+    """An undisturbed run of `tiny_config`. Runs with killed processes or storage outages must match it bit for bit."""
 
     run_folder: str
     losses: list[tuple[int, float]]

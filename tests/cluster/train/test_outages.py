@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 LONGER = [pytest.mark.soak, pytest.mark.timeout(1800)]
 SHORT_S = 12.0
-"""Longer than the eight attempts of earlier versions together."""
+"""Seconds of an outage that outlasts the eight attempts of earlier versions."""
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_new_checkpoint_resets_the_failure_count():
     failures = [("death", 4)] * 3
     assert isinstance(decide(history(*failures, start=4), max_failures=2), Stop)
     assert isinstance(decide(history(*failures, ("death", 8), start=4), max_failures=2), Retry)
-    # The failed attempt that wrote the checkpoint is the first to count after it.
+    # The failed attempt that wrote the checkpoint is the first one in the new count.
     assert isinstance(decide(history(*failures, ("death", 8), ("death", 8), start=4), max_failures=2), Retry)
     assert isinstance(
         decide(history(*failures, ("death", 8), ("death", 8), ("death", 8), start=4), max_failures=2), Stop
