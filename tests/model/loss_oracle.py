@@ -1,4 +1,4 @@
-"""Scenes of predictions and targets, and the criterion in transformers as an oracle for them. Not a test module."""
+"""Random predictions and targets, and the criterion of transformers as a reference. Not a test module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def make_predictions(images: int, *, layers=3, queries=9, channels=8, size=(13, 
 
 
 def make_targets(counts, *, size=(40, 56), layers=1, pad=2, seed=0, dtype=torch.uint8) -> Targets:
-    """Random rectangles; where targets overlap they lie in different layers. The right and lower border is padding."""
+    """Return random rectangles as targets. Later ones cover earlier ones of the same layer.
+
+    Target n lies in layer n modulo `layers`. The right and bottom borders are padding.
+    """
     g = torch.Generator().manual_seed(seed)
     images, most = len(counts), max(counts, default=0) + pad
     height, width = size
@@ -55,7 +58,7 @@ def make_targets(counts, *, size=(40, 56), layers=1, pad=2, seed=0, dtype=torch.
 
 
 def one_hot(targets: Targets, image: int) -> torch.Tensor:
-    """Dense masks [T, H, W] of one image."""
+    """Return the dense masks [T, H, W] of one image."""
     maps = targets.id_maps[image]
     valid = targets.valid[image]
     pairs = zip(targets.layer[image][valid], targets.local_id[image][valid], strict=True)
@@ -64,7 +67,7 @@ def one_hot(targets: Targets, image: int) -> torch.Tensor:
 
 
 def transformers_losses(class_logits, masks, targets: Targets, config: LossConfig, monkeypatch):
-    """Unweighted terms [L, 3] of transformers' criterion and the points that it drew.
+    """Return the unweighted terms [L, 3] of the transformers criterion, and the points that it drew.
 
     `class_logits` [L, B, Q, K + 1] and `masks` [L, B, Q, h, w].
     """
@@ -96,6 +99,6 @@ def transformers_losses(class_logits, masks, targets: Targets, config: LossConfi
     names = ("loss_cross_entropy", "loss_mask", "loss_dice")
     suffixes = [f"_{i}" for i in range(layers - 1)] + [""]
     terms = torch.stack([torch.stack([result[name + suffix] for name in names]) for suffix in suffixes])
-    order = [layers - 1, *range(layers - 1)]  # the final prediction draws first
+    order = [layers - 1, *range(layers - 1)]  # transformers draws for the final prediction first
     assignments = [assigned[order.index(layer)] for layer in range(layers)]
     return terms, replay(drawn, assignments, order, targets)

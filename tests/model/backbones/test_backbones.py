@@ -22,7 +22,7 @@ CONVOLUTIONAL = {
 
 
 def randomised_timm(name, **options):
-    """A timm classifier whose BatchNorms have statistics worth freezing."""
+    """Return a timm classifier whose BatchNorms have random statistics and parameters."""
     torch.manual_seed(0)
     model = timm.create_model(name, **options)
     for module in model.modules():
@@ -147,7 +147,7 @@ def test_transformer_patches_and_positions_from_a_file_are_resampled(tmp_path):
     model = build_backbone(config).body.model
     assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
     assert tuple(model.patch_embed.proj.weight.shape) == (32, 3, 16, 16)
-    flat = torch.ones(1, 3, 16, 16)  # a patch of one colour looks the same at both resolutions
+    flat = torch.ones(1, 3, 16, 16)  # a patch of one colour is the same at both resolutions
     with torch.no_grad():
         coarse, fine = source.patch_embed.proj(flat[..., :14, :14]), model.patch_embed.proj(flat)
     torch.testing.assert_close(fine, coarse, rtol=0.05, atol=0.05)

@@ -15,7 +15,7 @@ REPOSITORY = Path(m2f.__file__).parents[1]
 
 
 def trained_batch_norm(channels=3):
-    """A BatchNorm whose statistics and affine count."""
+    """Return a BatchNorm with random statistics and affine parameters."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(channels)
     norm.running_mean.normal_()
@@ -49,7 +49,7 @@ def test_sync_batch_norm_in_one_process_is_a_batch_norm():
 
 def test_sync_batch_norm_on_two_ranks_equals_a_batch_norm_of_all_images(tmp_path):
     source = trained_batch_norm().train()
-    pixels = (torch.randn(3, 40) * 3 + 5).split((24, 16), dim=1)  # images of other sizes on the other rank
+    pixels = (torch.randn(3, 40) * 3 + 5).split((24, 16), dim=1)  # image sizes differ between the ranks
     features = [part.view(1, 3, *shape) for part, shape in zip(pixels, ((4, 6), (2, 8)), strict=True)]
     cotangents = [torch.randn_like(part) for part in features]
     torch.save({"state": source.state_dict(), "features": features, "cotangents": cotangents}, tmp_path / "given.pt")

@@ -20,7 +20,7 @@ SIZES = {"crop": (128, 128), "not square": (64, 160), "odd": (101, 75)}
 
 
 def randomised_swin(config=TINY, **changes):
-    """A Swin in which biases, norms and position biases count."""
+    """Return a Swin with random parameters, so that biases, norms and position biases affect the output."""
     torch.manual_seed(0)
     model = SwinTransformer(replace(config, **changes))
     for parameter in model.parameters():
@@ -29,7 +29,7 @@ def randomised_swin(config=TINY, **changes):
 
 
 def huggingface_swin_name(key):
-    """Our name in the SwinBackbone of transformers 5; q, k and v are apart there."""
+    """Return a weight's name in the SwinBackbone of transformers 5; `{}` stands for q, k or v, which are separate."""
     for pattern, replacement in (
         (r"^norm(\d)\.", lambda match: f"hidden_states_norms.stage{int(match[1]) + 1}."),
         (r"^patch_embed\.proj\.", "swin.embeddings.patch_embeddings.projection."),
@@ -46,7 +46,7 @@ def huggingface_swin_name(key):
 
 
 def huggingface_swin(ours, config):
-    """The same network by transformers."""
+    """Return the same network, with the same weights, in transformers."""
     theirs = transformers.SwinBackbone(
         transformers.SwinConfig(
             embed_dim=config.embed_dim,
@@ -111,10 +111,10 @@ def test_maps_equal_timm_where_windows_fit():
 
 
 def attention_pixel_by_pixel(block, tokens):
-    """Shifted window attention without rolling: which pixels of the padded map attend to which, one pair at a time.
+    """Compute shifted window attention without rolling, one pair of pixels of the padded map at a time.
 
-    Windows are cut at shift, shift + window, ...; what is left at both ends forms windows of its own. With at least
-    two windows per side, two pixels that only a roll makes neighbours are at least a window apart.
+    Windows start at shift, shift + window, ...; the remainders at both ends form separate windows. With at least two
+    windows per side, pixels that only rolling brings together lie in different windows.
     """
     window, shift, heads = block.window, block.shift, block.attn.heads
     height, width, channels = tokens.shape
@@ -229,7 +229,7 @@ def test_swin_trains_in_bfloat16(mode):
 
 
 def files_of_swin(model):
-    """The same weights as four publishers would store them."""
+    """Return the same weights in the layouts of four publishers."""
     own = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     classifier = {key: t for key, t in own.items() if not re.match(r"norm\d", key)}
     classifier |= {"norm.weight": torch.ones(128), "head.weight": torch.zeros(5, 128), "head.bias": torch.zeros(5)}

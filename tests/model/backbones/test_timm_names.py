@@ -1,4 +1,4 @@
-"""Names of timm models, mostly without timm itself."""
+"""Checks of timm model names, mostly without importing timm."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ def test_every_timm_name_is_recognised():
     assert [name for name in timm.list_models() if name_problem(name) is not None] == []
     assert _registered_names() <= set(timm.list_models())
     assert name_problem("resnet50.a1_in1k") is None
-    assert name_problem("convnext_base_in22k") is None  # an old name, which timm still takes
+    assert name_problem("convnext_base_in22k") is None  # a deprecated name that timm still accepts
 
 
 def test_unknown_names_are_refused_with_similar_names():

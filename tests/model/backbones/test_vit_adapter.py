@@ -1,4 +1,4 @@
-"""The ViT-Adapter with the head of Mask2Former against numbers of DINOv3's code, and what frozen means."""
+"""ViT-Adapter with a Mask2Former head against outputs of DINOv3's code, and training with a frozen transformer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from m2f.trainer.engine.param_groups import build_param_groups
 
 VIT = "segmentation_model.0.backbone."
 LEVELS = ((2, 3), (4, 6), (8, 12))
-"""Sizes of the maps that the decoder attends to in turn, in the golden."""
+"""Sizes of the maps in the golden case. Decoder layers attend to them in turn."""
 
 
 def config_of(described: dict) -> ModelConfig:
@@ -91,7 +91,7 @@ def loaded(described: dict, weights: dict[str, torch.Tensor], **changes: Any) ->
 
 
 def mask_logits(predictions: Predictions) -> torch.Tensor:
-    """Of all layers, also in float64."""
+    """Return the mask logits [L, B, Q, H, W] of all layers in the dtype of the predictions."""
     return torch.einsum("lbqc,bchw->lbqhw", predictions.mask_embeddings, predictions.mask_features)
 
 

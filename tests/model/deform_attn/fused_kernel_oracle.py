@@ -20,7 +20,7 @@ PIXELS = sum(height * width for height, width in SHAPES)
 
 
 def plain(value, reference, offsets, logits):
-    """The same function in float64, written as softmax, division and grid_sample."""
+    """Return the output of the same function, computed with softmax, division and grid_sample."""
     sizes = torch.tensor([[width, height] for height, width in SHAPES], dtype=torch.float64)
     locations = reference[:, :, None, None, None] + offsets / sizes[:, None]
     weights = logits.flatten(-2).softmax(-1).view(logits.shape)
@@ -28,11 +28,11 @@ def plain(value, reference, offsets, logits):
 
 
 def errors(dtype, batch, heads, dim, points, queries, shared_reference, in_order=False) -> dict[str, float]:
-    """Largest differences of output and gradients, as a share of the largest value of each."""
+    """Return the largest errors of output and gradients against float64, relative to the largest value of each."""
     torch.manual_seed(0)
     value = torch.randn(batch, PIXELS, heads, dim).to(dtype)
     reference = torch.rand(1 if shared_reference else batch, queries, 2)
-    offsets = 3 * torch.randn(batch, queries, heads, len(SHAPES), points, 2)  # many fall outside
+    offsets = 3 * torch.randn(batch, queries, heads, len(SHAPES), points, 2)  # many samples lie outside the maps
     logits = torch.randn(batch, queries, heads, len(SHAPES), points)
     cotangent = torch.randn(batch, queries, heads * dim).to(dtype)
     ours = [tensor.requires_grad_() for tensor in (value, offsets, logits)]
@@ -51,7 +51,7 @@ def errors(dtype, batch, heads, dim, points, queries, shared_reference, in_order
 
 
 def nan_location_reaches_the_output() -> bool:
-    """NaN in an offset makes its query's output NaN, and no other."""
+    """Return whether NaN in an offset makes its query's output NaN, and no other output."""
     value, reference = torch.randn(1, PIXELS, 1, 4), torch.rand(1, 3, 2)
     offsets, logits = torch.zeros(1, 3, 1, len(SHAPES), 1, 2), torch.zeros(1, 3, 1, len(SHAPES), 1)
     offsets[0, 1, 0, 2, 0, 0] = math.nan
@@ -60,7 +60,7 @@ def nan_location_reaches_the_output() -> bool:
 
 
 def errors_of_all_tunings() -> list[dict[str, float]]:
-    """Errors with each tuning of the tables, after all others have run as the tuner makes them run."""
+    """Return the errors with each launch config, chosen after trial runs of all configs as by the autotuner."""
     original, results = ms_deform_attn_triton._launch_config, []
     for place in range(len(ms_deform_attn_triton.BACKWARD.table)):
 
@@ -76,7 +76,7 @@ def errors_of_all_tunings() -> list[dict[str, float]]:
 
 
 def opcheck_results() -> list[str]:
-    """What torch finds when it looks for mistakes in how the operators are declared: schema, autograd, fake tensors."""
+    """Return the results of torch's opcheck of both operators: schema, autograd registration and fake tensors."""
     value = torch.randn(2, PIXELS, 2, 4, requires_grad=True)
     offsets = torch.randn(2, 5, 2, len(SHAPES), 2, 2, requires_grad=True)
     logits = torch.randn(2, 5, 2, len(SHAPES), 2, requires_grad=True)
@@ -89,7 +89,7 @@ def opcheck_results() -> list[str]:
 
 
 def compiled_error() -> float:
-    """Largest difference between a compiled function around the operator and the same one as it is."""
+    """Return the largest gradient difference between a function that uses the operator and its compiled form."""
     value, reference = torch.randn(1, PIXELS, 1, 4), torch.rand(1, 3, 2)
     offsets, logits = torch.randn(1, 3, 1, len(SHAPES), 1, 2), torch.randn(1, 3, 1, len(SHAPES), 1)
 
@@ -104,7 +104,7 @@ def compiled_error() -> float:
 
 
 def main() -> None:
-    """One JSON object on standard output."""
+    """Write all results as one JSON object to standard output."""
     results = {
         "float32": errors(torch.float32, 2, 2, 4, 2, 19, shared_reference=True),
         "reference_per_image": errors(torch.float32, 2, 1, 4, 2, 5, shared_reference=False),

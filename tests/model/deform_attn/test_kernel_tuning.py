@@ -1,4 +1,4 @@
-"""The choice of a tuning, with a clock that is made up."""
+"""The choice of a launch config, with a fake clock."""
 
 from m2f.model.deform_attn.tuning import Autotuner, LaunchConfig
 

@@ -26,7 +26,7 @@ def random_problem(shapes, *, batch=2, queries=7, heads=2, dim=4, points=3, dtyp
 
 
 def pixel_loop(value, shapes, locations, weights):
-    """The definition, one sample and one corner at a time."""
+    """Compute deformable attention from its definition, one sample and one corner at a time."""
     batch, queries, heads, levels, points, _ = locations.shape
     output = torch.zeros(batch, queries, heads, value.shape[-1], dtype=value.dtype)
     for b, q, g, level, p in np.ndindex(batch, queries, heads, levels, points):
@@ -169,7 +169,7 @@ def test_coordinates_stay_float32_in_bfloat16(monkeypatch, mode):
 
 @pytest.mark.parametrize(("worst", "chosen"), [(0.0, "kernel"), (1.0, "plain")])
 def test_the_kernel_check_is_a_constant_of_compiled_graphs(worst, chosen, monkeypatch):
-    """torch.compile looks through caches into functions; the trial must not become part of a graph."""
+    """torch.compile traces through caches, but the kernel check must not become part of a graph."""
     pytest.importorskip("triton")
     torch.compiler.reset()
     checked = []

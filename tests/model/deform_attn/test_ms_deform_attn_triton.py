@@ -1,4 +1,4 @@
-"""The fused kernel, run by Triton's interpreter where there is no GPU."""
+"""The fused kernel in Triton's interpreter, which needs no GPU."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_the_kernel_equals_the_plain_form_and_its_gradients(results, case):
 def test_half_precision_rounds_values_only(results, case, tolerance):
     assert results[case]["output"] < tolerance
     assert results[case]["value"] < tolerance
-    assert max(results[case]["offsets"], results[case]["logits"]) < 2e-5  # never half: geometry and softmax
+    assert max(results[case]["offsets"], results[case]["logits"]) < 2e-5  # geometry and softmax stay in float32
 
 
 def test_every_launch_config_gives_the_same_result_and_timing_has_no_side_effect(results):
@@ -54,7 +54,10 @@ def test_an_operator_is_one_node_of_a_compiled_graph(results):
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_kernel_compiles_for_a_gpu_with_sixteen_byte_accesses(direction, tmp_path, monkeypatch):
-    """The interpreter takes what the compiler refuses. Needs no GPU: 9.0 is the compute capability of an H100."""
+    """The interpreter accepts code that the compiler rejects.
+
+    No GPU is needed to compile for target 90, the compute capability 9.0 of an H100.
+    """
     from triton import compiler
     from triton.backends.compiler import GPUTarget
 

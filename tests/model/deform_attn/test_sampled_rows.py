@@ -1,4 +1,4 @@
-"""The table with margins, and where samples find their rows in it."""
+"""The table of values with margins, and the table rows that samples read."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Masks that vanish: draws keyed by position, and evaluation that is never random."""
+"""Mask annealing: random draws depend only on seed and position, and evaluation is deterministic."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_random_draws_depend_only_on_seed_and_position():
 
 def test_training_step_derives_mask_probabilities_from_progress():
     model, images = model_of().train(), torch.randn(2, 3, 64, 64)
-    model.set_progress(25, 60)  # a sixth of the run after the first began: half of the second
+    model.set_progress(25, 60)  # block 0 anneals over steps 10 to 20, block 1 over 40 to 50
     first, second = model.transformer_decoder.probabilities
     assert first == 0
     assert second == 1
@@ -98,7 +98,7 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at inputs of its graphs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch inspects graph inputs
 def test_compiled_regions_give_the_same_outputs():
     model, images = model_of().train(), torch.randn(2, 3, 64, 64)
     model.set_progress(15, 60)

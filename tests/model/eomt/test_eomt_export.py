@@ -1,4 +1,4 @@
-"""EoMT out as a folder of `transformers`, as a graph and as ONNX, and back."""
+"""Export of EoMT to `transformers`, to a graph and to ONNX, and import from `transformers`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_transformers_loads_an_exported_folder_and_gives_the_same_outputs(family
     theirs, found = library.from_pretrained(tmp_path, output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
-    theirs.grid_size = (4, 4)  # theirs has one size, which DINOv3's positions do not depend on
+    theirs.grid_size = (4, 4)  # transformers has a fixed size; DINOv3's weights do not tell it
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected, ours = theirs.eval()(images), model(images)

@@ -1,4 +1,4 @@
-"""EoMT against numbers of the authors' code and against `transformers`, with random weights."""
+"""EoMT with random weights against outputs and gradients of the authors' code."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def mask_logits(predictions, layer: int) -> torch.Tensor:
-    """Also in float64, which Predictions.mask_logits does not keep."""
+    """Return mask logits in the dtype of the predictions; Predictions.mask_logits does not keep float64."""
     features = predictions.feature_maps[layer]
     return torch.einsum("bqc,bchw->bqhw", predictions.mask_embeddings[layer], features)
 
 
 def run(described: dict, model, images, draws, monkeypatch, masks):
-    """Predictions of a run with its own draws, and the masks that its blocks were given."""
+    """Return the predictions with the authors' random draws. Append the arguments of each block to `masks`."""
     probabilities = described["mask_probability_per_block"]
     remaining_draws = iter(draws)
     rows = (
@@ -86,7 +86,7 @@ def test_equals_the_authors_code(case, dtype, monkeypatch):
     for one in described["runs"]:
         name = one["name"]
         if "rope_rescale_log_draw" in one["random_draws"] or f"{name}/scalar" not in expected:
-            continue  # the authors' own trainings have no such augmentation
+            continue  # the authors' training recipes do not use this augmentation
         model.train(one["masked_attention"]).zero_grad()
         masks: list[tuple] = []
         draws = [outputs[f"{name}/{draw}"] for draw in one["random_draws"]]

@@ -1,4 +1,4 @@
-"""EoMT against `transformers`' `eomt` and `eomt_dinov3` with random weights, names both ways, and the losses."""
+"""EoMT with random weights against `eomt` and `eomt_dinov3` of `transformers`; name conversion; and losses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_equal_transformers(family, masked, dtype):
     torch.manual_seed(1)
-    # Their masks are float32: only their own attention takes them in float64, with a softmax in float32.
+    # The masks of transformers are float32. In float64 only eager attention accepts them, with a float32 softmax.
     attention = "eager" if masked and dtype == torch.float64 else "sdpa"
     theirs, ours = reference_model(family, attention).to(dtype).eval(), our_model(family).to(dtype).eval()
     theirs.attn_mask_probs.fill_(float(masked))
@@ -82,7 +82,7 @@ def test_outputs_and_gradients_equal_transformers(family, masked, dtype):
     for classes, mask_logits in zip(*pairs, strict=True):
         (classes.square().mean() + mask_logits.square().mean()).backward()
     gradients = eomt_to_transformers({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
-    # A bias of keys changes nothing: its gradient is rounding alone.
+    # A key bias has no effect on the outputs, so its gradient is only rounding error.
     named = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None and "k_proj.bias" not in name}
     pairs += [(gradients[name], gradient) for name, gradient in named.items()]
     assert len(pairs) > 60
@@ -133,7 +133,7 @@ def test_losses_matching_and_gradients_equal_the_authors(authors_goldens: Path):
     layers, counts = range(3), (3, 2)
     masks = [inputs[f"mask_logits_layer{layer}"].requires_grad_() for layer in layers]
     classes = [inputs[f"class_logits_layer{layer}"].requires_grad_() for layer in layers]
-    # Masks are products of embeddings and features; unit embeddings make them the features themselves.
+    # Mask logits are products of embeddings and features; with unit embeddings they equal the features.
     embeddings = torch.eye(6).expand(3, 2, -1, -1)
     predictions = Predictions(torch.stack(classes), embeddings, masks[-1], tuple(masks[:-1]))
     targets = _targets(inputs)
@@ -160,7 +160,7 @@ def test_losses_matching_and_gradients_equal_the_authors(authors_goldens: Path):
 
 
 def _targets(inputs: dict[str, torch.Tensor]) -> Targets:
-    """Overlapping masks, each in a layer of its own."""
+    """Return targets with overlapping masks, each in its own layer."""
     id_maps = torch.zeros(2, 3, 56, 56, dtype=torch.uint8)
     labels, valid = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.bool)
     for image in range(2):
@@ -174,7 +174,10 @@ def _targets(inputs: dict[str, torch.Tensor]) -> Targets:
 
 
 def _points(inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> GivenPoints:
-    """The authors' draws, which hold the masks of all images in one row, those of an image in the order of queries."""
+    """Return the authors' random points, reordered by image and target.
+
+    The authors concatenate the masks of all images, in the order of the matched queries within an image.
+    """
     matching, candidates, fresh = [], torch.zeros(3, 2, 3, 144, 2), torch.zeros(3, 2, 3, 12, 2)
     for layer in range(3):
         first, second, wide, narrow = (inputs[f"random_draw_layer{layer}_{i}"] for i in range(4))
