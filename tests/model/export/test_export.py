@@ -1,4 +1,4 @@
-"""What is written for others: `transformers`, torch.export and onnxruntime open it and give the same outputs."""
+"""Exported models: `transformers`, torch.export and onnxruntime load them and give the same outputs."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def export_config(backbone, num_layers=3):
 
 
 def official_config():
-    """Small, and such as the official code can be configured."""
+    """Return a small config that the official code supports."""
     config = export_config(SWIN)
     return dataclasses.replace(config, pixel_decoder=dataclasses.replace(config.pixel_decoder, feedforward_dim=1024))
 
 
 def random_model(config):
-    """A model whose every path counts: deformable sampling and frozen norms start with trivial weights."""
+    """Return a model with noise on all weights, since deformable sampling and frozen norms start with trivial ones."""
     torch.manual_seed(0)
     model = build_model(config).eval()
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_official_checkpoints_have_the_detectron_format(tmp_path):
     model = random_model(config)
     write_official(model, config, tmp_path / "model.pth", {"m2f.identity": "{}"})
     content = torch.load(tmp_path / "model.pth", weights_only=True)
-    assert (set(content), content["m2f.identity"]) == ({"model", "m2f.identity"}, "{}")  # their loader takes `model`
+    assert (set(content), content["m2f.identity"]) == ({"model", "m2f.identity"}, "{}")  # official code reads `model`
     assert content["model"]._metadata["sem_seg_head"] == {"version": 2}
     other = build_model(config)
     assert load_weights(other, tmp_path / "model.pth").complete
@@ -161,7 +161,7 @@ def test_official_checkpoints_have_the_detectron_format(tmp_path):
 
 
 class OfficialHead(nn.Module):
-    """What the official MaskFormerHead does with names of a state that does not say which version wrote it."""
+    """Imitates how the official MaskFormerHead renames weights if the state dict has no or an older version number."""
 
     _version = 2
 
@@ -263,7 +263,7 @@ def assert_graph_equals(run, model, shapes):
 
 
 def assert_graphs_equal(folder, model, shapes):
-    """Save both kinds of graph, open them again, and compare with the model."""
+    """Save both kinds of graph, load them, and compare their outputs with the model's."""
     onnxruntime = pytest.importorskip("onnxruntime")
     program = export_program(model)
     write_program(program, folder / "model.pt2")
@@ -282,7 +282,7 @@ SMALL_RESNET = dataclasses.replace(RESNET, options={"layers": (1, 1, 1, 1), "cha
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", [SMALL_RESNET, SWIN], ids=["resnet", "swin"])
 def test_one_graph_accepts_all_batch_and_image_sizes(tmp_path, backbone):
-    """Among them maps of one window, of whole windows, and of windows that are partly padding."""
+    """The sizes cover maps of one window, of whole windows, and of windows that are partly padding."""
     model = random_model(export_config(backbone, num_layers=2))
     assert_graphs_equal(tmp_path, model, ((1, 3, 64, 64), (1, 3, 96, 128), (3, 3, 128, 64), (1, 3, 224, 160)))
 

@@ -1,4 +1,4 @@
-"""Averages over views and windows against all scores at full size, one prediction after the other."""
+"""Class scores averaged over views and windows, against a slow reference that sums all scores at full size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prediction(resized, original, seed):
 
 
 def slow_input_scores(class_logits, embeddings, features, geometry):
-    """[K, h, w] of the image in the input."""
+    """Return class scores [K, h, w] at the resized input size, without padding."""
     logits = torch.einsum("qc,chw->qhw", embeddings, features)
     logits = F.interpolate(logits[None], geometry.padded_size, mode="bilinear")[0]
     height, width = geometry.resized_size
@@ -39,7 +39,7 @@ def slow_input_scores(class_logits, embeddings, features, geometry):
 
 
 def slow_scores(class_logits, embeddings, features, geometry, resize):
-    """[K, H, W] at the original size."""
+    """Return class scores [K, H, W] at the original size."""
     if resize == "class_scores":
         scores = slow_input_scores(class_logits, embeddings, features, geometry)
         return F.interpolate(scores[None], geometry.original_size, mode="bilinear")[0]
@@ -70,7 +70,7 @@ def test_semantic_of_views_equals_the_argmax_of_summed_scores(resize, seed):
 
 
 def windows_of(size, side, stride, seed):
-    """Windows with their slow scores, in ascending top."""
+    """Yield top, left and prediction of each window, row by row."""
     tops, lefts = (sorted({*range(0, max(1, length - side), stride), max(0, length - side)}) for length in size)
     for number, (top, left) in enumerate((top, left) for top in tops for left in lefts):
         shape = min(side, size[0]), min(side, size[1])
@@ -110,4 +110,4 @@ def test_only_two_rows_of_windows_are_held_in_memory(monkeypatch):
             yield Window(top, left, scores)
 
     semantic_of_windows(windows(), (400, 64), (400, 64))
-    assert most <= 2 * 2 + 1  # and the one that comes next
+    assert most <= 2 * 2 + 1  # two rows of two windows, and the next window

@@ -1,4 +1,4 @@
-"""The bookkeeping of recorded forward passes, with graphs that are made up: replaying runs the captured code again."""
+"""Bookkeeping of recorded forward passes, with fake CUDA graphs whose replay recomputes the captured outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m2f.model.structures import Predictions
 
 
 class Model:
-    """Doubles its images; counts how often its Python code runs."""
+    """Fake model that doubles its images and counts its forward passes."""
 
     def __init__(self):
         self.runs, self.captured = 0, None
@@ -27,7 +27,10 @@ class Model:
 
 
 class Gpu:
-    """Stands in for torch.cuda: what runs inside `graph` is recorded by the model, and replayed by value."""
+    """Fake of torch.cuda. Forward passes inside `torch.cuda.graph` are recorded by the model.
+
+    A replay writes the class logits with an error of `error`.
+    """
 
     def __init__(self, model, monkeypatch, error=0.0):
         self.model, self.error, self.graphs = model, error, []
@@ -75,10 +78,10 @@ def test_the_second_image_of_a_size_records_and_later_ones_replay(monkeypatch):
     gpu = Gpu(model, monkeypatch)
     forward = ReplayedForward(model)
     kept = [forward(images(value)) for value in range(1, 6)]
-    assert model.runs == 3  # twice as it is, once to record
+    assert model.runs == 3  # two direct passes and one recording
     assert [graph.replays for graph in gpu.graphs] == [4]  # checked once, then images 3 to 5
     for value, predictions in enumerate(kept, start=1):
-        assert_correct(predictions, value)  # a later replay does not overwrite what was handed out
+        assert_correct(predictions, value)  # later replays do not overwrite earlier results
     assert_correct(forward(images(7, size=8)), 7)
     assert model.runs == 4
     assert len(gpu.graphs) == 1
@@ -88,7 +91,7 @@ def test_only_the_most_recently_used_sizes_are_kept(monkeypatch):
     model = Model()
     gpu = Gpu(model, monkeypatch)
     forward = ReplayedForward(model, max_recordings=2)
-    for size in (4, 4, 8, 8, 4, 12, 12):  # 12 takes the place of 8
+    for size in (4, 4, 8, 8, 4, 12, 12):  # 12 replaces 8
         forward(images(1, size))
     assert len(gpu.graphs) == 3
     runs = model.runs

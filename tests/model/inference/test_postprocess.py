@@ -1,4 +1,4 @@
-"""Post-processing against the official procedure written in its own order: every query at full size, one at a time."""
+"""Post-processing against the official procedure, written out at full size, one query at a time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def full_size_logits(embeddings, features, geometry: ImageGeometry):
 
 
 def official_panoptic(class_logits, embeddings, features, geometry, config):
-    """Segment map and (id, label, is_thing, score, area)."""
+    """Return the segment map, and (id, label, is_thing, score, area) of each segment."""
     masks = full_size_logits(embeddings, features, geometry).sigmoid()
     scores, labels = class_logits.softmax(-1).max(-1)
     keep = labels.ne(CLASSES) & (scores > config.object_threshold)
@@ -71,7 +71,7 @@ def official_panoptic(class_logits, embeddings, features, geometry, config):
 
 
 def official_instances(class_logits, embeddings, features, geometry, is_thing, config):
-    """Per instance its query, label, score and mask, in canonical order."""
+    """Return query, label, score and mask of each instance, by descending score, then query and label."""
     masks = full_size_logits(embeddings, features, geometry)
     scores = class_logits.softmax(-1)[:, :-1].flatten()
     found = []
@@ -186,7 +186,7 @@ def test_lower_query_wins_a_tie():
     result = instance(class_logits, embeddings, features, geometry, (True,) * CLASSES, config)
     expected = official_instances(class_logits, embeddings, features, geometry, (True,) * CLASSES, config)
     assert result.labels.tolist() == [label for _, label, _, _ in expected]
-    assert sum(query < half for query, *_ in expected) == 4  # the pairs of equals, lower query first, cut at seven
+    assert sum(query < half for query, *_ in expected) == 4  # of 7 kept, each pair starts with its lower query
 
 
 @pytest.mark.parametrize("seed", range(4))

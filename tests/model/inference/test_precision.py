@@ -1,4 +1,4 @@
-"""Inference in bfloat16: the bits of autocast, with weights that are cast once."""
+"""Inference in bfloat16 with weights cast once is bit-identical to autocast."""
 
 from copy import deepcopy
 

@@ -1,4 +1,4 @@
-"""Every variant of the transformer decoder against its arithmetic written out, query by query and pixel by pixel."""
+"""Every variant of the transformer decoder against a slow reference implementation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def build(config, in_dim=DIM, seed=0):
     decoder = MaskedTransformerDecoder(config, in_dim, MASK_DIM, CLASSES)
     with torch.no_grad():
         for parameter in decoder.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)  # biases and scales count, too
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)  # so that biases and scales matter
     return decoder.eval()
 
 
@@ -60,13 +60,13 @@ def inputs(in_dim=DIM, batch=2):
 
 
 class Reference:
-    """One image through the decoder, in the order of the paper's text."""
+    """Reference decoder for one image, in the order of the paper's text."""
 
     def __init__(self, decoder, config):
         self.decoder, self.config = decoder, config
 
     def run(self, features, mask_features):
-        """Class logits and mask logits of every prediction."""
+        """Return the class logits and mask logits of every prediction."""
         config, decoder = self.config, self.decoder
         position = decoder.query_embed.weight
         queries = torch.zeros_like(position) if config.queries == "zero" else decoder.query_feat.weight
@@ -90,7 +90,7 @@ class Reference:
         return self.decoder.class_embed(normalised), masks
 
     def cross_attention(self, index, slot, levels, features, mask_features, queries, position, reference):
-        """How the queries of this layer look at the image: a function of the (maybe normalised) queries."""
+        """Return the cross-attention of a layer as a function of the queries, normalised or not."""
         config, decoder, layer = self.config, self.decoder, self.decoder.layers[index]
         used = sorted({level for group in LEVELS[config.features] for level in group})
         memory = decoder.memories[index % len({str(group) for group in LEVELS[config.features]})]
@@ -117,7 +117,7 @@ class Reference:
         return lambda source: attention(layer.cross, layer.cross_query(source + position), key, value, bias)
 
     def gaussian(self, prior, queries, reference, levels):
-        """Logarithm of the prior, written for one pixel of one head of one query."""
+        """Return the logarithm of the prior [heads, Q, T], computed pixel by pixel for every head and query."""
         hidden = prior.norm(queries)
         offset, scale = (linear(hidden).view(-1, HEADS, 2) for linear in (prior.offset, prior.scale))
         rows, columns = SIZES[0]
@@ -184,7 +184,7 @@ def test_every_parameter_gets_a_gradient_in_every_variant(config, in_dim):
     sum(p.square().sum() for p in predictions[:2]).backward()
     assert [name for name, parameter in decoder.named_parameters() if parameter.grad is None] == []
     zero = {name for name, parameter in decoder.named_parameters() if not parameter.grad.any()}
-    # A key bias shifts all logits of a query alike; queries of zeros have no values for each other at first.
+    # A key bias shifts all logits of a query equally. Zero queries give zero values in the first self-attention.
     unused = {"layers.0.self_value.weight"} if config.queries == "zero" and not config.cross_attention_first else set()
     assert {name for name in zero if "key.bias" not in name} <= unused
 
@@ -202,7 +202,7 @@ def test_other_precisions_are_close_to_float32(config, mode):
             actual = decoder([feature.to(dtype) for feature in features], mask_features.to(dtype))
     difference = (actual.class_logits.double() - expected.class_logits.double()).abs()
     assert actual.class_logits.dtype == (torch.bfloat16 if mode == "autocast" else dtype)
-    # A mask bit that flips changes a whole query, so that bfloat16 is judged by the median.
+    # A flipped mask bit changes a whole query, so the median is compared for bfloat16.
     assert difference.median() < (1e-5 if mode == "float64" else 0.1)
     assert difference.isfinite().all()
 
@@ -229,7 +229,7 @@ def test_spatial_prior_is_equal_for_all_queries_at_start_and_scales_with_the_lev
         for side in (8, 32)
     )
     assert torch.equal(coarse[0, 0, 0], coarse[0, 1, 3])
-    # The four fine pixels around the middle of a coarse one are half a fine pixel away along each axis.
+    # The four fine pixels around the centre are half a fine pixel, 0.125 coarse pixels, away along each axis.
     torch.testing.assert_close(coarse[0, 0, 0, 5, 2], torch.tensor(-(1.5**2 + 3.5**2) / 8))
     torch.testing.assert_close(fine[0, 0, 0, 8, 16], torch.tensor(-2 * 0.125**2 / 8))
 

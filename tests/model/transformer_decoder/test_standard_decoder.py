@@ -59,7 +59,7 @@ def hugging_face_maskformer():
 
 
 def own_weights(twin):
-    """Weights of transformers' pixel decoder and transformer decoder under our names."""
+    """Return the weights of transformers' pixel decoder and transformer decoder under our names."""
     theirs = twin.state_dict()
 
     def take(prefix, **places):
@@ -106,8 +106,10 @@ def own_weights(twin):
 
 
 def logits_of_every_layer(twin, maps):
-    """Class and mask logits [L, ...]. With its auxiliary loss on, transformers feeds the *normalised* queries of a
-    layer to the next one, unlike the official code; so the layers are tapped while it is off.
+    """Return class and mask logits [L, ...], computed from layer outputs that hooks collect.
+
+    The auxiliary loss of transformers stays off. With it, transformers passes the *normalised* queries of a layer to
+    the next one, unlike the official code.
     """
     states = []
     hooks = [

@@ -58,7 +58,7 @@ def test_every_parameter_gets_a_gradient(num_layers, in_dim):
     assert predictions.mask_logits(0).shape == (2, 6, 16, 24)
     sum(p.square().sum() for p in predictions[:2]).backward()
     without = [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.any()]
-    # A key bias shifts all logits of a query alike: softmax cancels it, up to rounding.
+    # A key bias shifts all logits of a query equally, so softmax cancels it up to rounding.
     assert [name for name in without if "key.bias" not in name] == []
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback with one model. Not a test module."""
+"""Fake Hugging Face hub on loopback that serves one model. Not a test module."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Hub:
 
     @property
     def fetched(self) -> list[str]:
-        """Names of the files that were sent."""
+        """Names of the files that were requested with GET."""
         return [line.rpartition("/")[2] for line in self.requests if line.startswith("GET") and "/resolve/" in line]
 
 
 @contextmanager
 def serve_hub(folder: Path) -> Iterator[Hub]:
-    """A hub whose one model has the files of `folder`, at one commit under `main` and `v1`."""
+    """Serve a hub with one model: the files of `folder`, at one commit, which `main` and `v1` refer to."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

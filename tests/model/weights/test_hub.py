@@ -30,7 +30,7 @@ def model(tmp_path):
 @pytest.fixture
 def hub(model, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # tests reach no hub but this one
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # conftest.py sets it; this hub is local
     with serve_hub(model) as hub:
         use_endpoint(monkeypatch, hub.url)
         yield hub
@@ -59,7 +59,7 @@ def test_availability_is_checked_without_downloading_weights(hub, model, monkeyp
     assert not any("safetensors" in request for request in hub.requests)
     hub_folder(ADDRESS, weights=False)
     use_endpoint(monkeypatch, closed_port())
-    assert "does not answer" in str(unavailable_reason(REPO))  # the cache has the notes alone
+    assert "does not answer" in str(unavailable_reason(REPO))  # the cache has no weights
     use_endpoint(monkeypatch, hub.url)
     hub_folder(ADDRESS)
     use_endpoint(monkeypatch, closed_port())
@@ -147,11 +147,11 @@ except Exception as error:
 
 @pytest.mark.parametrize("answers", [False, True], ids=["closed", "silent"])
 def test_missing_network_is_a_one_line_error(tmp_path, monkeypatch, answers):
-    """In a process of its own, which reads the environment as a user sets it."""
+    """Run in a separate process, because huggingface_hub reads the environment at import."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if answers:
-            listener.listen()  # takes connections and never answers
+            listener.listen()  # accepts connections but never answers
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("HF_HOME", str(tmp_path))
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")

@@ -1,4 +1,4 @@
-"""Checkpoints of the official MaskFormer: read by their own names, and compared with a plain form of its arithmetic."""
+"""Checkpoints of the official MaskFormer: loaded by their official names, and compared with a plain reference."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def feed_forward(name):
 
 
 def official_heads(encoded, channels):
-    """Random tensors under the names of the published code's modules."""
+    """Return random tensors under the names of the official code."""
     pixels, predictor = "sem_seg_head.pixel_decoder", "sem_seg_head.predictor"
     shapes = affine(f"{pixels}.mask_features", MASK_DIM, DIM, 3, 3)
     for level, width in enumerate(channels[:3], start=1):
@@ -98,7 +98,7 @@ def official_heads(encoded, channels):
 
 
 class Reference:
-    """MaskFormer's heads from its own names, one operation after the other."""
+    """Plain reference of MaskFormer's heads that reads weights by their official names."""
 
     def __init__(self, state):
         self.state = state

@@ -26,7 +26,7 @@ def test_packaged_tensors_have_the_order_of_the_timm_model():
     assert len(state) == 247
     assert [t.shape for t in state.values()] == [t.shape for t in model.values()]
     endings = [(a.rpartition(".")[2], b.rpartition(".")[2]) for a, b in zip(state, model, strict=True)]
-    assert all(first == second for first, second in endings)  # mean with mean, gain with gain
+    assert all(first == second for first, second in endings)  # means are paired with means, gains with gains
 
 
 @needs_package

@@ -1,4 +1,4 @@
-"""Reading files of weights: every kind, folders, and files that are damaged, foreign or malicious."""
+"""Reading weight files: all formats, folders, and files that are damaged, of another kind, or malicious."""
 
 from __future__ import annotations
 
@@ -170,12 +170,12 @@ NAMES = {
     "rebuild": b"ctorch._utils\n_rebuild_tensor_v2\n",
     "load": b"ctorch.storage\n_load_from_bytes\n",
 }
-"""Every name that a pickle may have, as the opcode that looks it up."""
+"""Every name that a pickle may reference, as the opcode that looks it up."""
 
 CHANGES = {
-    "BUILD": b"(dU\x01xK\x01sb",  # the attribute x, by the dictionary of attributes
-    "BUILD slots": b"N(dU\x0c__defaults__(K\x01ts\x86b",  # defaults of a function, by setattr
-    "BUILD state": b"(K\x03U\x01>NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb",  # what a dtype takes: big-endian
+    "BUILD": b"(dU\x01xK\x01sb",  # sets attribute x through the instance dictionary
+    "BUILD slots": b"N(dU\x0c__defaults__(K\x01ts\x86b",  # sets the defaults of a function with setattr
+    "BUILD state": b"(K\x03U\x01>NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb",  # a valid state of a dtype: big-endian
     "SETITEM": b"U\x01xK\x01s",
     "SETITEMS": b"(U\x01xK\x01u",
     "APPEND": b"K\x01a",
@@ -185,7 +185,7 @@ CHANGES = {
 
 
 def global_in_torch_file(module, name):
-    """An old torch file whose content is a class or function by name."""
+    """Return a torch file of the old format whose content is a reference to a class or function."""
     plain = io.BytesIO()
     torch.save({}, plain, _use_new_zipfile_serialization=False)
     return plain.getvalue().replace(pickle.dumps({}, protocol=2), f"\x80\x02c{module}\n{name}\n.".encode("latin1"), 1)
@@ -204,11 +204,11 @@ CONSTRUCTED = {
     "function of torch": NAMES["load"] + as_bytes_argument(global_in_torch_file("torch._utils", "_rebuild_parameter")),
     "class of torch": NAMES["load"] + as_bytes_argument(global_in_torch_file("torch", "FloatStorage")),
 }
-"""What calls of these names give."""
+"""Objects that calls of these names construct, as opcodes."""
 
 
 def reachable():
-    """State of what a pickle could change: functions, classes and data types of the process."""
+    """Return the state of all that a pickle could change: functions, classes and data types of the process."""
     functions = [value for value in vars(pickles).values() if inspect.isfunction(value)]
     functions += [torch._utils._rebuild_tensor_v2, torch._utils._rebuild_tensor, torch._utils._rebuild_parameter]
     functions += [torch.storage._load_from_bytes, np._core.numeric._frombuffer]

@@ -41,7 +41,7 @@ NARROW_RESNET = TimmBackboneConfig(name="resnet50", options={"channels": (8, 16,
 
 
 def torchvision_resnet50():
-    """Random weights of a narrow ResNet-50 under the names of torchvision, which timm has too."""
+    """Return random weights of a narrow ResNet-50 under torchvision's names, which timm shares."""
     state = timm.create_model("resnet50", channels=(8, 16, 24, 32), num_classes=3).state_dict()
     return {key: torch.rand_like(tensor) for key, tensor in state.items() if "num_batches_tracked" not in key}
 
@@ -121,7 +121,7 @@ def test_swin_position_biases_are_resized_to_another_window(source, target):
     file, resized = model(source), model(target)
     state = file.state_dict()
     key = "backbone.layers.0.blocks.0.attn.relative_position_bias_table"
-    # Bicubic interpolation reproduces a plane, but for the borders.
+    # Bicubic interpolation reproduces a plane, except at the borders.
     side = torch.arange(2.0 * source - 1) - (source - 1)
     state[key] = (side[:, None] + 10 * side).reshape(-1, 1) / (2 * source - 1)
     report = load_weights(resized, state)
