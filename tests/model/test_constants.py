@@ -1,4 +1,4 @@
-"""Tensors of sizes alone are made once, and again where something else needs them."""
+"""Caches of tensors that depend only on sizes, and cases in which cached tensors must not be used."""
 
 import copy
 
@@ -14,7 +14,7 @@ from m2f.model.position_encoding import sine_position_embedding
 
 @pytest.fixture
 def counted_ones():
-    """A function that keeps two results, and how often each was made."""
+    """Return a function that caches two results, and the list of arguments for which it computed a result."""
     calls = []
 
     @cache_constants(2)

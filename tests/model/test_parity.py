@@ -1,6 +1,6 @@
 """The whole model with its loss against `transformers`: small in the default suite, full depth at 512 px as a soak.
 
-The batch has what is awkward: images of several sizes padded to one, an image without objects, one with more objects
+Batches cover edge cases: images of several sizes padded to one, an image without objects, and one with more objects
 than queries.
 """
 
@@ -53,7 +53,7 @@ BACKBONES = {
 
 
 def twins(backbone: str, head: dict[str, int], queries: int):
-    """The same random weights in both implementations."""
+    """Return our model and that of transformers with the same random weights."""
     our_backbone, their_backbone = BACKBONES[backbone]
     config = transformers.Mask2FormerConfig(
         backbone_config=their_backbone,
@@ -63,7 +63,7 @@ def twins(backbone: str, head: dict[str, int], queries: int):
         encoder_feedforward_dim=head["encoder_ffn"],
         dim_feedforward=head["ffn"],
         encoder_layers=head["encoder"],
-        decoder_layers=head["decoder"] + 1,  # counts the learnable queries
+        decoder_layers=head["decoder"] + 1,  # also counts the learnable queries
         num_attention_heads=head["heads"],
         num_queries=queries,
         num_labels=CLASSES,
@@ -101,7 +101,7 @@ def twins(backbone: str, head: dict[str, int], queries: int):
 
 
 def agree(model, twin, size: int, counts: tuple[int, ...], dtype: torch.dtype, tolerance: float, monkeypatch) -> None:
-    """Every prediction, and every loss term with the same points."""
+    """Assert that all predictions agree, and all loss terms at the same points."""
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(len(counts), 3, size, size, generator=generator)
     sizes = torch.tensor([(size - 7 * i, size - 11 * i) for i in range(len(counts))])
@@ -119,7 +119,7 @@ def agree(model, twin, size: int, counts: tuple[int, ...], dtype: torch.dtype, t
 
     config = LossConfig(num_points=1024)
     targets = make_targets(counts, size=(64, 64), layers=3)
-    # Objects as large as the image asks for: two that no point hits would be equally good for a query.
+    # Enlarge the objects with the image: two objects that no point hits would have equal matching costs.
     enlarged = targets.id_maps.repeat_interleave(size // 64, 2).repeat_interleave(size // 64, 3)
     targets = dataclasses.replace(targets, id_maps=enlarged)
     terms, points = transformers_losses(class_logits.float(), mask_logits.float(), targets, config, monkeypatch)
@@ -139,7 +139,7 @@ def test_a_small_model_agrees(backbone, dtype, size, monkeypatch):
 @pytest.mark.soak
 @pytest.mark.parametrize("backbone", ["R50", "Swin-T"])
 def test_full_depth_agrees_at_512(backbone, monkeypatch):
-    # In float64: in float32 some mask bits of 17 million flip between any two orders of summation.
+    # float64, because in float32 some of the 17 million mask bits depend on the order of summation.
     agree(*twins(backbone, FULL_HEAD, 100), 512, (12, 0), torch.float64, 1e-4, monkeypatch)
 
 

@@ -1,4 +1,4 @@
-"""Pilots: against their arithmetic written out, alone with any neighbours, and a function of the position."""
+"""Pilots equal a slow reference, depend on the image's position, and do not depend on other images of the batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.model.loss_oracle import CLASSES, make_targets, one_hot
 DIM, HEADS, QUERIES, MASK_DIM = 16, 2, 5, 8
 SIZE = (64, 96)
 SIZES = ((2, 3), (4, 6), (8, 12))
-"""Of the levels of an input of SIZE."""
+"""Map sizes of the levels for an input of SIZE."""
 DECODER = MaskedTransformerDecoderConfig(
     num_queries=QUERIES, num_layers=4, hidden_dim=DIM, num_heads=HEADS, feedforward_dim=20
 )
@@ -61,7 +61,7 @@ def targets_of(*counts, **options) -> Targets:
 
 
 def images_of(targets: Targets, images: list[int]) -> Targets:
-    """A batch of these images, with the padding that it would have alone."""
+    """Return a batch of these images only, with targets padded as in a separate batch."""
     most = int(targets.valid[images].sum(1).max())
     width = max(1, -(-most // 8)) * 8
     part = Targets(*(getattr(targets, field.name)[images] for field in fields(targets)))
@@ -83,21 +83,21 @@ def decoder_of(config: MaskedTransformerDecoderConfig) -> MaskedTransformerDecod
 
 
 def maps_of(positions: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Features of three levels, and mask features, of images at these positions."""
+    """Return random features of three levels and mask features, seeded by position."""
     generators = [torch.Generator().manual_seed(position) for position in positions.tolist()]
     shapes = [(DIM, *size) for size in SIZES] + [(MASK_DIM, 16, 24)]
     *features, pixels = [torch.stack([torch.randn(shape, generator=g) for g in generators]) for shape in shapes]
     return features, pixels
 
 
-# What a pilot is
+# Construction
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
 def test_mask_cell_is_covered_if_any_of_its_pixels_is(layers, dtype):
     targets = targets_of(5, 0, 3, layers=layers, dtype=dtype)
-    targets.id_maps[0, targets.layer[0, 4], 17, 35] = targets.local_id[0, 4]  # one pixel, at the least
+    targets.id_maps[0, targets.layer[0, 4], 17, 35] = targets.local_id[0, 4]  # at least one pixel
     number = targets.valid.shape[1]
     owners = pixel_owners(targets, torch.arange(number).expand(3, -1), number)
     for size in (*SIZES, (3, 5)):
@@ -203,18 +203,18 @@ def test_pilots_depend_on_the_position_and_not_on_other_images():
     assert not torch.equal(shifted.content, whole.content)
 
 
-# What a decoder makes of them
+# Decoder
 
 
 def attend(module, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One query [C], before the output projection."""
+    """Return the attention output of one query [C], after the output projection."""
     heads = [slice(head * DIM // HEADS, (head + 1) * DIM // HEADS) for head in range(HEADS)]
     logits = [keys[:, part] @ query[part] / (DIM // HEADS) ** 0.5 for part in heads]
     return module.output(torch.cat([row.softmax(0) @ values[:, part] for row, part in zip(logits, heads, strict=True)]))
 
 
 class ReferenceDecoder:
-    """One image with its valid pilots alone, one query after the other."""
+    """Slow reference decoder for one image without padded pilots, one query at a time."""
 
     def __init__(self, decoder, config, guides: PilotGuides, image: int) -> None:
         self.decoder, self.config = decoder, config
@@ -248,7 +248,7 @@ class ReferenceDecoder:
         return self.decoder.class_embed(normalised), masks
 
     def allowed(self, index, levels, queries, pixels) -> list[Tensor]:
-        """Indices of the cells that every query may attend to."""
+        """Return, for every query, the indices of the cells that it may attend to."""
         first = len(self.valid)
         pilot_masks = self.guides.attention_mask(index, levels)[self.image, 0, self.valid]
         masks = self.predict(queries[first:], pixels)[1][None]
@@ -313,11 +313,11 @@ def test_queries_do_not_see_pilots(name):
         torch.testing.assert_close(actual[:, :, 16:], expected, rtol=1e-5, atol=1e-5)
 
 
-# What the losses make of them
+# Losses
 
 
 def losses_of(targets: Targets, config: ModelConfig = CONFIG, seed: int = 3):
-    """Losses of decoder and criterion, the leaves with gradients, and the predictions and pilots."""
+    """Return the losses, the mask features, the pilot queries, the predictions and the pilots."""
     decoder = decoder_of(config.transformer_decoder)
     torch.manual_seed(1)
     queries = PilotQueries(config, seed)
@@ -330,7 +330,7 @@ def losses_of(targets: Targets, config: ModelConfig = CONFIG, seed: int = 3):
 
 
 def reference_losses(logits: Tensor, mask: Tensor, points: Tensor | None) -> tuple[Tensor, Tensor]:
-    """BCE and dice of one mask [h, w] with its target [H, W], at points [P, 2] or on every pixel."""
+    """Return BCE and dice of one mask [h, w] with its target [H, W], at points [P, 2] or on every pixel."""
     if points is None:
         values = F.interpolate(logits[None, None], mask.shape, mode="bilinear", align_corners=False).flatten()
         labels = mask.flatten()

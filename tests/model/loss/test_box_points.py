@@ -1,4 +1,4 @@
-"""Box points: against arithmetic written out draw by draw, unbiased over many draws, and a function of the position."""
+"""Box points equal a slow reference, give unbiased sums over many draws, and do not depend on other images."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ CLASSES, QUERIES, LAYERS = 5, 7, 2
 BOTH = LossConfig(num_points=81, matching_box_share=0.5, supervision_box_share=0.5)
 DRAWS = 10_000
 Z_LIMIT = 4.5
-"""Standard errors by which a mean of independent draws may be off: 7e-6 of chance for each of some hundred tests."""
+"""Allowed error of a mean of independent draws, in standard errors. Each of some hundred tests fails by chance with a
+probability of 7e-6."""
 
 
 def rectangles(*images, size=(24, 40), layers=1, dtype=torch.uint8, pad=1) -> Targets:
-    """Targets from (left, top, width, height) in pixels, later ones on top; None is a target without a pixel.
+    """Return targets from (left, top, width, height) in pixels; None gives a target without pixels.
 
-    Target n lies in layer n modulo the number of layers. The last two columns are padding of the image.
+    Target n lies in layer n modulo the number of layers, and covers earlier ones there. The last two columns are
+    padding of the image.
     """
     most = max(map(len, images)) + pad
     id_maps = torch.zeros(len(images), layers, *size, dtype=dtype)
@@ -96,12 +98,12 @@ def scene(name: str) -> Targets:
 
 
 def mask_of(targets: Targets, image: int, target: int) -> Tensor:
-    """[H, W] bool"""
+    """Return the mask [H, W] bool of a target."""
     return targets.id_maps[image, targets.layer[image, target]] == targets.local_id[image, target]
 
 
 def box_of(targets: Targets, image: int, target: int) -> tuple[float, float, float, float]:
-    """The box written out: smallest around the pixels, grown by half a side and at least four pixels, clipped."""
+    """Return the target's box: tight around the pixels, grown by half a side but at least four pixels, and clipped."""
     mask = mask_of(targets, image, target)
     if not targets.valid[image, target] or not mask.any():
         return 0.0, 0.0, 1.0, 1.0
@@ -130,13 +132,13 @@ def scale_into(points: Tensor, box: tuple[float, ...]) -> Tensor:
 
 
 def at_points(values: Tensor, points: Tensor) -> Tensor:
-    """[P] float64 of a map [h, w] at points [P, 2]."""
+    """Return values [P] float64 of a map [h, w] at points [P, 2]."""
     grid = (2 * points.double() - 1)[None, None]
     return F.grid_sample(values.double()[None, None], grid, align_corners=False)[0, 0, 0]
 
 
 def weighted_terms(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean BCE and dice loss."""
+    """Return weighted mean BCE and weighted dice loss."""
     p = logits.sigmoid()
     bce = -(labels * F.logsigmoid(logits) + (1 - labels) * F.logsigmoid(-logits))
     overlap, both = (weights * p * labels).sum(), (weights * p).sum() + (weights * labels).sum()
@@ -144,7 +146,7 @@ def weighted_terms(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Ten
 
 
 def reference_terms(predictions: Predictions, targets: Targets, config: LossConfig) -> Tensor:
-    """Weighted mask and dice terms [L, 2]: every density is a mean over the densities of the single draws."""
+    """Return weighted mask and dice terms [L, 2]. Every density is the mean of the densities of the single draws."""
     drawn = CounterPoints(seed=2).draw(targets.position, LAYERS, point_counts(config))
     terms = torch.zeros(LAYERS, 2, dtype=torch.float64)
     for layer, image in product(range(LAYERS), range(len(targets.labels))):
@@ -161,7 +163,7 @@ def reference_terms(predictions: Predictions, targets: Targets, config: LossConf
                 + config.dice_weight * dice
                 - config.class_weight * classes[query, targets.labels[image, target]]
             )
-        for target, query in enumerate(matcher.assign(cost.numpy())):  # equal costs go to the lowest query
+        for target, query in enumerate(matcher.assign(cost.numpy())):  # ties go to the lowest query
             if query < 0:
                 continue
             row = RowIndex(*(torch.tensor([i]) for i in (layer, image, target)))
@@ -176,7 +178,7 @@ def reference_terms(predictions: Predictions, targets: Targets, config: LossConf
 def reference_matching_points(
     points: Tensor, targets: Targets, image: int, config: LossConfig
 ) -> tuple[Tensor, Tensor]:
-    """Matching points [P, 2] and weights [P]: the later draws belong to the targets in turn."""
+    """Return matching points [P, 2] and weights [P]. The last points are assigned to the targets in turn."""
     boxes = [box_of(targets, image, n) for n in range(int(targets.valid[image].sum()))] or [(0.0, 0.0, 1.0, 1.0)]
     uniform = len(points) - int(len(points) * config.matching_box_share)
     owners = [None if i < uniform else boxes[(i - uniform) % len(boxes)] for i in range(len(points))]
@@ -189,7 +191,7 @@ def reference_matching_points(
 
 
 def reference_row_points(logits: Tensor, candidates: Tensor, fresh: Tensor, box: tuple[float, ...], config: LossConfig):
-    """Points [P, 2] and weights [P] of one row: official ones, then those in the box."""
+    """Return points [P, 2] and weights [P] of one row: official points, then those in the box."""
     in_box = int(config.num_points * config.supervision_box_share)
     official = config.num_points - in_box
     kept = int(official * config.importance_sample_ratio)
@@ -231,18 +233,18 @@ def test_losses_equal_the_reference_arithmetic(name, config):
     losses = losses_of(predictions, targets, config)
     expected = reference_terms(predictions, targets, config)
     torch.testing.assert_close(losses.terms[:, 1:].double(), expected, rtol=2e-5, atol=1e-6)
-    for gradient in torch.autograd.grad(losses.total, predictions[:3]):  # raises where the graph is cut
+    for gradient in torch.autograd.grad(losses.total, predictions[:3]):  # raises if the graph is cut
         assert gradient.isfinite().all()
 
 
 def fine_grid(size: int) -> Tensor:
-    """[size * size, 2] midpoints of cells of the unit square."""
+    """Return the midpoints [size * size, 2] of the cells of a grid on the unit square."""
     at = (torch.arange(size, dtype=torch.float32) + 0.5) / size
     return torch.stack(torch.meshgrid(at, at, indexing="xy"), -1).flatten(0, 1)
 
 
 def example_row(box, *, seed=0, shift=-6.0) -> tuple[Tensor, Targets]:
-    """Logits [8, 8] that see a part of the target and err elsewhere, and the target on 32 x 32 pixels."""
+    """Return noisy logits [8, 8], highest on the target, and the target on 32 x 32 pixels."""
     targets = rectangles([box], size=(32, 32), pad=0)
     seen = F.avg_pool2d(mask_of(targets, 0, 0).float()[None, None], 4)[0, 0]
     noise = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
@@ -250,7 +252,7 @@ def example_row(box, *, seed=0, shift=-6.0) -> tuple[Tensor, Targets]:
 
 
 def repeated(targets: Targets, images: int) -> Targets:
-    """The same image at `images` positions."""
+    """Return the same image at `images` positions of the data order."""
     copies = {f.name: getattr(targets, f.name).repeat_interleave(images, dim=0) for f in fields(targets)}
     return Targets(**(copies | {"position": torch.arange(images)}))
 
@@ -260,8 +262,10 @@ ROWS = {"one pixel": (13, 9, 1, 1), "at the border": (0, 28, 3, 4), "long": (4, 
 
 
 def sums_of_draws(logits: Tensor, targets: Targets, config: LossConfig, monkeypatch, layers=100) -> Tensor:
-    """[DRAWS, 3] weighted means of loss, overlap and area as training takes them, one draw for each prediction and
-    image."""
+    """Return weighted means [DRAWS, 3] of loss, overlap and area as computed in training.
+
+    Every prediction of every image is one draw.
+    """
     seen = []
 
     def spy(x, y, kind, weights=None):
@@ -282,7 +286,7 @@ def sums_of_draws(logits: Tensor, targets: Targets, config: LossConfig, monkeypa
 
 
 def dense_sums(logits: Tensor, targets: Targets, config: LossConfig) -> Tensor:
-    """[3] integrals over the image, of density 1 or that of importance sampling with infinitely many candidates."""
+    """Return integrals [3] over the image with density 1, or that of importance sampling from infinite candidates."""
     grid = fine_grid(32 * 32)
     x, y = at_points(logits, grid), at_points(mask_of(targets, 0, 0).float(), grid)
     omega = torch.ones_like(x)
@@ -306,8 +310,11 @@ def test_loss_sums_are_unbiased_against_all_pixels(box, share, monkeypatch):
 
 @pytest.mark.parametrize("box", ROWS.values(), ids=ROWS)
 def test_sums_keep_the_density_of_importance_sampling(box, monkeypatch):
-    """Against all pixels with the density of importance sampling; its limit, a quantile of the candidates, is noisy, so
-    that with finitely many points there is a bias of their inverse."""
+    """Compare with sums over all pixels, weighted by the density of importance sampling.
+
+    The density's threshold is a quantile of the candidates. Its noise causes a bias inversely proportional to the
+    number of points.
+    """
     logits, targets = example_row(box)
     config = LossConfig(num_points=256, supervision_box_share=0.5)
     found = sums_of_draws(logits, targets, config, monkeypatch)
@@ -323,13 +330,13 @@ def test_box_points_reduce_the_variance_of_small_targets(box, monkeypatch):
     for share in (0.0, 0.5):
         config = LossConfig(num_points=64, importance_sample_ratio=0.0, supervision_box_share=share)
         spread.append(sums_of_draws(logits, targets, config, monkeypatch).std(0))
-    assert spread[1][1] < 0.4 * spread[0][1]  # of the overlap
+    assert spread[1][1] < 0.4 * spread[0][1]  # standard deviation of the overlap
 
 
 @pytest.mark.parametrize("boxes", [list(ROWS.values()), [ROWS["one pixel"]], [ROWS["large"], None]], ids=len)
 @pytest.mark.parametrize("kind", ["bce", "focal"])
 def test_matching_sums_are_unbiased_against_all_pixels(boxes, kind, monkeypatch):
-    """All pairs of a draw share its points: 41 of them, of which 20 lie in boxes."""
+    """All pairs of a draw share its 41 points, of which 20 lie in boxes."""
     targets = rectangles(boxes, size=(32, 32))
     queries = torch.stack([example_row(ROWS["large"])[0], example_row(ROWS["one pixel"], seed=1)[0]])
     seen = []
@@ -393,7 +400,7 @@ def test_a_flat_map_is_sampled_evenly():
 
 
 def row_loss_inputs(predictions, targets, config, monkeypatch) -> list[Tensor]:
-    """What the criterion hands to the losses of masks: logits, labels and weights [R, P]."""
+    """Return the arguments of the criterion's mask losses: logits, labels and, if given, weights [R, P]."""
     seen = []
 
     def spy(x, y, kind, weights=None):
@@ -420,7 +427,7 @@ def test_loss_points_do_not_depend_on_other_images(monkeypatch):
     assert len(together) == 3
     alone = [row_loss_inputs(*take(predictions, padded, [b]), BOTH, monkeypatch) for b in range(2)]
     for whole, *parts in zip(together, *alone, strict=True):
-        assert torch.equal(whole[:, 40:], torch.cat(parts)[:, 40:])  # those kept come in no special order
+        assert torch.equal(whole[:, 40:], torch.cat(parts)[:, 40:])  # the kept points are in no particular order
         assert torch.equal(whole[:, :40].sort(1).values, torch.cat(parts)[:, :40].sort(1).values)
 
 

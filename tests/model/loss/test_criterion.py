@@ -1,4 +1,4 @@
-"""The criterion against the one in transformers, and its own promises: grouping, empty images, non-finite costs."""
+"""The criterion against that of transformers, and its own guarantees: grouping, empty images, non-finite costs."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_loss_of_a_micro_batch_of_weight_zero_is_zero():
 def test_without_targets_every_prediction_stays_in_the_graph(pad, config):
     targets, predictions = make_targets((0, 0), pad=pad), make_predictions(2)
     losses = ours(predictions, targets, config)
-    class_gradient, *mask_gradients = gradients(losses.total, predictions)  # raises where the graph is cut
+    class_gradient, *mask_gradients = gradients(losses.total, predictions)  # raises if the graph is cut
     assert class_gradient.abs().sum() > 0
     assert not any(g.any() for g in mask_gradients)
     assert not losses.terms[:, 1:].any()
@@ -197,7 +197,7 @@ def test_losses_are_fp32_under_autocast():
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts what would be a launch on an accelerator: operations that only make views are free."""
+    """Counts operations that would launch a kernel on an accelerator; views do not."""
 
     def __init__(self):
         super().__init__()
@@ -212,7 +212,7 @@ class CountOperations(TorchDispatchMode):
 @pytest.mark.parametrize("counts", [(11,), (11, 4, 8, 9), (11,) * 16], ids=len)
 def test_number_of_operations_per_micro_batch_is_bounded(counts, config, monkeypatch):
     for module in (criterion, matcher):
-        monkeypatch.setattr(module, "chunk_elements", lambda device: 2**27)  # pieces of the size of accelerators
+        monkeypatch.setattr(module, "chunk_elements", lambda device: 2**27)  # chunk size of accelerators
     predictions, targets = make_predictions(len(counts)), make_targets(counts)
     normalizers = count_normalizers(targets, predictions.class_logits.shape[2], SMALL)
     with CountOperations() as forward:

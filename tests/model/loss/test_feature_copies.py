@@ -1,4 +1,4 @@
-"""The mask features are the largest tensor of the losses: they are copied once, on tensors that only claim a GPU."""
+"""The losses copy the mask features, their largest tensor, only once; tested with fake CUDA tensors."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 
 
 class CountCopies(TorchDispatchMode):
-    """Counts copies of as many elements as the mask features have."""
+    """Counts copies of tensors with `size` elements."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -95,10 +95,10 @@ def test_identical_queries_are_matched_from_the_lowest_index():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_assign_returns_the_first_of_the_cheapest_assignments(seed):
-    """The lexicographically first of the cheapest assignments under the rule "low queries for low targets"."""
+    """Among the cheapest assignments, the sum of query indices, weighted most for the first targets, is minimal."""
     rng = np.random.default_rng(seed)
     cost = rng.integers(0, 3, size=(6, 3)).astype(np.float32)
-    cost = np.concatenate((cost, cost[:2]))  # two queries twice
+    cost = np.concatenate((cost, cost[:2]))  # duplicates two queries
     best = min(
         permutations(range(len(cost)), 3),
         key=lambda queries: (

@@ -13,7 +13,7 @@ from m2f.model.structures import ignore_id
 
 
 def grid_sampled(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Values [B, C, P] of maps [B, C, H, W] at points [B, P, 2]."""
+    """Return values [B, C, P] of maps [B, C, H, W] at points [B, P, 2]."""
     return F.grid_sample(maps, points[:, :, None] * 2 - 1, mode="bilinear", padding_mode="zeros", align_corners=False)[
         ..., 0
     ]

@@ -1,4 +1,4 @@
-"""Counter-based points: uniform, independent, and a function of the sample's position alone."""
+"""Counter-based points: uniform, independent, and determined by the seed and the sample's position."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def every_row(layers: int, images: int, targets: int) -> RowIndex:
 
 
 def draw(source: CounterPoints, position: torch.Tensor, *, layers=3, targets=4, points=50):
-    """Matching [L, B, P, 2], candidates and fresh points [L, B, N, P, 2]."""
+    """Return matching points [L, B, P, 2], and candidates and fresh points [L, B, N, P, 2]."""
     shape = (layers, len(position), targets, points, 2)
     drawn = source.draw(position, layers, PointCounts(points, points, points))
     candidates, fresh = drawn.of_rows(every_row(layers, len(position), targets))
@@ -57,7 +57,7 @@ def test_points_are_uniform_and_independent(kind):
     assert points.max() < 1
     count = points[..., 0].numel()
     cells = torch.histc(points[..., 0] * 16 // 1 * 16 + points[..., 1] * 16 // 1, bins=256, min=0, max=255)
-    if kind == 0:  # rows that share a base set are not independent of each other: chi-square holds for single rows only
+    if kind == 0:  # other rows share a base set and are dependent, so chi-square holds only for single rows
         chi_square = ((cells - count / 256) ** 2 / (count / 256)).sum()
         assert 160 < chi_square < 370  # 255 degrees of freedom, +-5 standard deviations
     chi_per_row = torch.stack([torch.histc(row, bins=20, min=0, max=1) for row in points[:, :, 0]])

@@ -1,4 +1,4 @@
-"""Matching and losses on whole masks, and the focal loss: against transformers' MaskFormer and dense arithmetic."""
+"""Matching and losses on whole masks, and the focal loss, against transformers' MaskFormer and a dense reference."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def scene(counts, *, size=(38, 52), layers=2, dtype=torch.uint8, seed=0) -> tupl
 
 
 def dense_masks(targets: Targets, image: int) -> torch.Tensor:
-    """[T, H, W] of one image."""
+    """Return the masks [T, H, W] of one image."""
     chosen = targets.valid[image]
     pairs = zip(targets.layer[image][chosen], targets.local_id[image][chosen], strict=True)
     masks = [targets.id_maps[image, layer] == local_id for layer, local_id in pairs]
@@ -74,7 +74,7 @@ def take(predictions, targets, images):
 
 
 def pixel_loss(logits, labels, kind):
-    """Written from the definitions, on probabilities."""
+    """Return the loss of every pixel, computed from probabilities by its definition."""
     p = logits.double().sigmoid()
     t = labels.double()
     if kind == "bce":
@@ -89,13 +89,13 @@ def dice_loss(logits, labels):
 
 
 def at_points(maps, points):
-    """[M, P] of maps [M, h, w] at points [M or 1, P, 2]."""
+    """Return values [M, P] of maps [M, h, w] at points [M or 1, P, 2]."""
     grid = (2 * points - 1).expand(len(maps), -1, -1)[:, None]
     return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0, 0]
 
 
 def reference_terms(predictions, targets, config):
-    """Unweighted mask and dice terms [L, 2]: dense masks, one pair at a time; the same points as ours."""
+    """Return unweighted mask and dice terms [L, 2] from dense masks, one pair at a time, at the same points as ours."""
     uncertain = int(config.num_points * config.importance_sample_ratio)
     counts = PointCounts(
         config.num_points, int(config.num_points * config.oversample_ratio), config.num_points - uncertain
@@ -134,7 +134,7 @@ def reference_terms(predictions, targets, config):
 
 
 def pixel_cost(logits, labels, kind):
-    """The matching cost mixes the losses of labels 1 and 0 (the same as the loss where labels are hard)."""
+    """Return the matching cost: the losses for labels 1 and 0, weighted by soft labels. Hard labels give the loss."""
     ones, zeros = torch.ones_like(logits), torch.zeros_like(logits)
     t = labels.double()
     return (t * pixel_loss(logits, ones, kind) + (1 - t) * pixel_loss(logits, zeros, kind)).mean()
@@ -147,7 +147,7 @@ def test_all_combinations_equal_the_reference_arithmetic(config, counts):
     losses = ours(predictions, targets, config)
     expected = reference_terms(predictions, targets, config) * torch.tensor([config.mask_weight, config.dice_weight])
     torch.testing.assert_close(losses.terms[:, 1:].double(), expected, rtol=1e-5, atol=1e-6)
-    for gradient in torch.autograd.grad(losses.total, predictions[:3]):  # raises where the graph is cut
+    for gradient in torch.autograd.grad(losses.total, predictions[:3]):  # raises if the graph is cut
         assert gradient.isfinite().all()
 
 
