@@ -14,7 +14,7 @@ real = torch.nn.functional.scaled_dot_product_attention
 
 @pytest.fixture
 def backends(monkeypatch):
-    """Two forms that are there on a CPU, and what the process is allowed. The cases are smaller."""
+    """Return two fake backends that work on a CPU, and a dict of which are enabled. The check's cases are small."""
     cases = (Case(torch.bfloat16, 128, 8), Case(torch.bfloat16, 192, 8), Case(torch.float32, 192, 8, is_additive=True))
     monkeypatch.setattr(attention_backends, "CASES", cases)
     allowed = {"first": True, "second": True}
@@ -27,7 +27,7 @@ def backends(monkeypatch):
 
 
 def wrong_at(remainder, kind, wrong):
-    """Attention whose gradients one backend gets wrong where the tokens leave this remainder by 128."""
+    """Return attention with wrong gradients if `kind` is enabled and the token count modulo 128 is `remainder`."""
 
     class WrongGradient(torch.autograd.Function):
         @staticmethod

@@ -21,7 +21,7 @@ from tests.model.loss_oracle import make_targets
 
 NUM_CLASSES = 7
 TINY = ModelConfig(
-    # A ResNet with bottlenecks as Hugging Face builds it, one block per stage.
+    # A small bottleneck ResNet that Hugging Face can also build.
     backbone=TimmBackboneConfig(name="resnet50", options={"layers": (1, 2, 1, 1), "channels": (8, 16, 24, 32)}),
     pixel_decoder=MSDeformAttnPixelDecoderConfig(
         conv_dim=64, mask_dim=32, num_layers=2, num_heads=4, feedforward_dim=48
@@ -34,7 +34,7 @@ TINY = ModelConfig(
 
 
 def hugging_face_twin(hidden_dim=64):
-    """The independent implementation in `transformers` with random weights in every place."""
+    """Return the independent implementation in `transformers`, with noise on all weights."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Mask2FormerConfig(
         backbone_config=transformers.ResNetConfig(
@@ -50,7 +50,7 @@ def hugging_face_twin(hidden_dim=64):
         encoder_feedforward_dim=48,
         dim_feedforward=80,
         encoder_layers=2,
-        decoder_layers=6,  # counts the learnable queries
+        decoder_layers=6,  # also counts the learnable queries
         num_attention_heads=4,
         num_queries=9,
         num_labels=NUM_CLASSES,
@@ -59,11 +59,11 @@ def hugging_face_twin(hidden_dim=64):
     torch.manual_seed(1)
     twin = transformers.Mask2FormerForUniversalSegmentation(config)
     decoder = twin.model.transformer_module
-    if isinstance(decoder.input_projections, list):  # as late as 5.20: no part of the weights then
+    if isinstance(decoder.input_projections, list):  # up to 5.20 at least, so not in the state dict
         decoder.input_projections = nn.ModuleList(decoder.input_projections)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
-            # The deformable sampling starts with zero weights: make every path count.
+            # Deformable sampling starts with zero weights; noise makes every path affect the output.
             noise = torch.randn_like(parameter) * (0.3 / max(1, parameter[0].numel()) ** 0.5)
             parameter.add_(noise if "sampling_offsets" not in name else 4 * noise)
         for module in twin.modules():
@@ -123,7 +123,7 @@ def test_input_projections_equal_the_independent_implementation():
 
 
 def test_every_gradient_equals_the_independent_implementation(twins):
-    model, twin = (copy.deepcopy(module).double() for module in twins)  # float32 leaves some gradients three digits
+    model, twin = (copy.deepcopy(module).double() for module in twins)  # float32 gives some gradients only 3 digits
     images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0)).double()
     predictions = model(images)
     all_masks = torch.einsum("lbqc,bchw->lbqhw", predictions.mask_embeddings, predictions.mask_features)
@@ -138,7 +138,7 @@ def test_every_gradient_equals_the_independent_implementation(twins):
     expected = build_model(TINY).double()
     load_weights(expected, gradients)
     for name, parameter in model.named_parameters():
-        if "key.bias" not in name:  # zero but for rounding: softmax cancels it
+        if "key.bias" not in name:  # zero up to rounding: softmax cancels it
             # Positions are float32 in both.
             assert relative_difference(parameter.grad, expected.get_parameter(name).detach()) < 1e-6, name
 
@@ -182,7 +182,7 @@ def test_bfloat16_trains_and_is_finite(mode):
     ("mode", "tolerance"), [("float32", 0), ("float64", 1e-4), ("autocast", 0.03), ("bfloat16", 0.03)]
 )
 def test_a_step_through_the_criterion_trains_in_every_precision(mode, tolerance):
-    """Two sizes padded to one, and an image without objects."""
+    """The batch has images of two sizes padded to one, and an image without objects."""
     torch.manual_seed(0)
     exact, loss = build_model(TINY), LossConfig(num_points=64)
     model = copy.deepcopy(exact)

@@ -1,7 +1,7 @@
-"""What a training step waits for: played through on tensors that claim to be on a GPU and have no values.
+"""Synchronisations of a training step with the GPU, counted on fake CUDA tensors, which have no values.
 
-Whatever needs a value of such a tensor raises, so a step that comes through asks for values in one place: where the
-matching costs reach the host.
+An operation that needs a value of a fake tensor raises an error. A step that completes therefore reads values only
+through `HostCopy`, which is replaced by a fake: the matching costs and, with pilots, their targets.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CONFIG = ModelConfig(
 
 
 class BlockingCopies(TorchDispatchMode):
-    """Counts copies between devices for which the host would wait."""
+    """Records the shapes of copies between devices that would block the host."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ class BlockingCopies(TorchDispatchMode):
 
 
 class FakeCopy:
-    """In place of HostCopy: no event, and costs out of thin air."""
+    """Fake of HostCopy without an event. Returns random costs and counts the waits."""
 
     waits = 0
 
@@ -78,13 +78,13 @@ class FakeCopy:
 
     def wait(self):
         FakeCopy.waits += 1
-        if not self.copy.is_floating_point():  # of the targets of pilots
+        if not self.copy.is_floating_point():  # targets of the pilots
             return np.ones(self.copy.shape, dtype=np.int64)
         return np.random.default_rng(0).random(self.copy.shape, dtype=np.float32)
 
 
 def step(loss=CONFIG.loss, pilots=False):
-    """Forward and losses of two images."""
+    """Compute the forward pass and the losses of two images; return the shapes of blocking copies."""
     model = build_model(CONFIG, pretrained_backbone=False)
     queries = PilotQueries(replace(CONFIG, pilots=PilotConfig(max_targets=4, mask_noise=0.2)), seed=0)
     targets = make_targets((3, 5))
@@ -96,7 +96,7 @@ def step(loss=CONFIG.loss, pilots=False):
         targets = targets.to("cuda", non_blocking=True)
         images = images.to("cuda", non_blocking=True)
         normalizers = type(normalizers)(*(number.to("cuda", non_blocking=True) for number in normalizers))
-        blocking.seen.clear()  # the model's
+        blocking.seen.clear()  # copies of the model do not count
         pilot_queries = queries(targets) if pilots else None
         predictions = model(model.normalise(images), TrainingContext(targets, 0, pilot_queries))
         losses = compute_losses(predictions, targets, CounterPoints(0), normalizers, loss, CLASSES, pilot_queries)
@@ -107,7 +107,7 @@ def step(loss=CONFIG.loss, pilots=False):
 @pytest.mark.parametrize("share", [0.0, 0.5], ids=["uniform points", "box points"])
 def test_step_waits_for_the_device_once_and_copies_asynchronously(share, monkeypatch):
     monkeypatch.setattr(matcher, "HostCopy", FakeCopy)
-    monkeypatch.setattr(ms_deform_attn, "_kernel_agrees", lambda *sizes: False)  # there is none to be tried
+    monkeypatch.setattr(ms_deform_attn, "_kernel_agrees", lambda *sizes: False)  # no GPU to check it on
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     FakeCopy.waits = 0
     assert step(replace(CONFIG.loss, matching_box_share=share, supervision_box_share=share)) == []

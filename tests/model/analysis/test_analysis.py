@@ -1,4 +1,4 @@
-"""Recorded attention against what the layers compute with it, and foreground shares by hand."""
+"""Recorded attention against the outputs of the layers, and foreground shares against values computed by hand."""
 
 from dataclasses import replace
 
@@ -80,7 +80,7 @@ def test_recorded_weights_are_those_applied_to_the_values(guide):
 def test_weights_are_the_mean_over_heads():
     attend = ProjectedAttention(2, 2, 0.0)
     query, key = torch.tensor([[[20.0, 0.0]]]), torch.tensor([[[1.0, 5.0], [0.0, 5.0]]])
-    weights = attention_weights(attend, query, key, key)  # head 1 takes the first pixel, head 2 both alike
+    weights = attention_weights(attend, query, key, key)  # head 1: only the first pixel; head 2: both equally
     torch.testing.assert_close(weights, torch.tensor([[[0.75, 0.25]]]), atol=1e-6, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""The formulas against figures measured with the official code, the paper's tables, and what our model executes."""
+"""FLOP formulas against measurements of the official code, the paper's tables, and what our model executes."""
 
 import json
 from collections import Counter
@@ -45,7 +45,7 @@ PIXEL_DECODERS = (
     TransformerFPNPixelDecoderConfig(**DIMS, num_layers=2, num_heads=2, feedforward_dim=40),
 )
 KNOWN_DEVIATIONS = {"R50, FPN": 3.5, "ADE20K MaskFormer R50": 4.0, "ADE20K MaskFormer Swin-T": 4.0}
-"""Rows that are further than 3 % from the paper; docs/models.md says why."""
+"""Allowed deviation, in percent, of rows that deviate from the paper by more than 3 %; docs/models.md explains why."""
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ KNOWN_DEVIATIONS = {"R50, FPN": 3.5, "ADE20K MaskFormer R50": 4.0, "ADE20K MaskF
 )
 def test_r50_flops_equal_those_measured_with_the_official_code(size, backbone, pixel_decoder, transformer_decoder):
     flops = official_flops(R50_COCO, size)
-    # fvcore knows no baddbmm, with which torch has multiplied masked queries and keys since 1.12.
+    # fvcore does not count baddbmm, with which torch has multiplied masked queries and keys since 1.12.
     stride8, stride16, stride32 = (at.pixels for at in pyramid(size)[1:])
     masked_products = 3 * (stride8 + stride16 + stride32) * 100 * 256
     decoder = (flops.transformer_decoder - masked_products) / G
@@ -99,7 +99,7 @@ def test_pixel_decoder_formulas_equal_executed_operations(decoder):
 @pytest.mark.parametrize("size", [(96, 96), (100, 76)])
 def test_backbone_formulas_equal_executed_operations(backbone, size):
     if backbone.kind == "timm":
-        size = 96, 128  # ours pads other sizes, the official model does not
+        size = 96, 128  # our model pads other sizes; the official one does not
     config = replace(SMALL, backbone=backbone)
     assert executed_flops(build_shapes(config), size).backbone == official_flops(config, size).backbone
 
@@ -125,8 +125,8 @@ def test_attention_masks_are_computed_at_the_resolution_where_they_are_used():
     queries, dim, mask_dim, tokens = 100, 256, 24, 16**2 + 32**2 + 64**2
     counted, executed = official_flops(config, size), executed_flops(build_shapes(config), size)
     saved_products = queries * mask_dim * (9 * 128**2 - 3 * tokens)
-    saved_resizes = 4 * tokens * (3 * queries - mask_dim)  # logits of every layer against features of every level
-    again = 9 * (queries * (2 * dim * dim + dim * mask_dim) + 5 * queries * dim)  # embeddings without gradient
+    saved_resizes = 4 * tokens * (3 * queries - mask_dim)  # features per level instead of logits per layer
+    again = 9 * (queries * (2 * dim * dim + dim * mask_dim) + 5 * queries * dim)  # recomputed without gradient
     saved = counted.transformer_decoder - executed.transformer_decoder
     assert saved == saved_products + saved_resizes - again
 

@@ -1,4 +1,4 @@
-"""Memory counted from shapes, against what a real step of the same recipe allocates."""
+"""Memory estimated from shapes, against the allocations of a real step with the same config."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ ENCODER = MSDeformAttnPixelDecoderConfig(conv_dim=32, mask_dim=32, num_layers=4,
 
 
 def striped_targets(images):
-    """Every image cut into as many stripes as targets."""
+    """Return targets that divide every image into TARGETS horizontal stripes."""
     rows = torch.arange(SIZE) * TARGETS // SIZE + 1
     ids = torch.arange(1, TARGETS + 1).expand(images, -1)
     return Targets(
@@ -53,7 +53,7 @@ def striped_targets(images):
 
 
 def allocated(config, images):
-    """What a real step on the CPU takes beside weights and their gradients."""
+    """Return the memory of a real step on the CPU without weights and their gradients."""
     model = build_model(config, pretrained_backbone=False).train()
     queries = PilotQueries(config, seed=0)
     for parameter in (*model.parameters(), *queries.parameters()):

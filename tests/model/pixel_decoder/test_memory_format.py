@@ -1,4 +1,4 @@
-"""Convolutions of a pixel decoder on GPUs read channels-last maps; tensors without memory stand for those of a GPU."""
+"""Convolutions of pixel decoders read channels-last maps on GPUs; tested with fake CUDA tensors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Encoder layers of pixel decoders that compute their activations again in the backward pass."""
+"""Checkpointing of pixel decoders: encoder layers recompute their activations in the backward pass."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ CONFIGS = (MSDeformAttnPixelDecoderConfig(**SMALL), TransformerFPNPixelDecoderCo
 
 
 def step_of(config, autocast):
-    """Mask features, all gradients and the number of values kept for the backward pass."""
+    """Return mask features, all gradients and the number of values kept for the backward pass."""
     torch.manual_seed(0)
     decoder = build_pixel_decoder(config, CHANNELS)
     maps = [torch.randn(2, width, *size, requires_grad=True) for width, size in zip(CHANNELS, SIZES, strict=True)]

@@ -26,7 +26,7 @@ ODD, EVEN = [(13, 19), (7, 10), (4, 5), (2, 3)], [(16, 24), (8, 12), (4, 6), (2,
 
 
 def built(config):
-    """A decoder in float64 whose every parameter differs from its neutral initial value."""
+    """Return a float64 decoder in which noise on all parameters replaces neutral initial values."""
     torch.manual_seed(0)
     return perturbed(build_pixel_decoder(config, CHANNELS))
 
@@ -108,11 +108,11 @@ def test_a_bifpn_layer_follows_the_equations_of_the_paper(sizes):
     p5, p4, p3, p2 = maps = [torch.randn(2, 32, *size, dtype=torch.float64) for size in reversed(sizes)]
 
     def enlarge(feature, like):
-        """Pixel (y, x) of the large map is pixel (y // 2, x // 2) of the small one, whose sizes round up."""
+        """Enlarge: pixel (y, x) of the large map is pixel (y // 2, x // 2) of the small map, whose size rounds up."""
         return feature.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, : like.shape[2], : like.shape[3]]
 
     def shrink(feature):
-        """The largest of the pixels within one of (2 y, 2 x)."""
+        """Shrink by max pooling: pixel (y, x) is the maximum of the 3 x 3 pixels around (2 y, 2 x)."""
         height, width = feature.shape[-2:]
         rows = [
             [feature[:, :, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].amax((2, 3)) for x in range(0, width, 2)]
@@ -131,7 +131,7 @@ def test_a_bifpn_layer_follows_the_equations_of_the_paper(sizes):
 
 
 def bilinear(plane, y, x):
-    """Value of a plane at a point between pixels; 0 outside."""
+    """Return the bilinearly interpolated value of a plane at (y, x); pixels outside count as 0."""
     total, (height, width) = 0.0, plane.shape
     for row in (math.floor(y), math.floor(y) + 1):
         for column in (math.floor(x), math.floor(x) + 1):

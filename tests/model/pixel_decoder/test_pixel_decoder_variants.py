@@ -1,4 +1,4 @@
-"""What every pixel decoder promises, for all of them."""
+"""Guarantees of every pixel decoder: shapes, gradients, precision, initialisation and cost."""
 
 import re
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_every_parameter_and_every_input_gets_a_gradient(config):
     torch.manual_seed(0)
     decoder = build_pixel_decoder(config, CHANNELS)
     with torch.no_grad():
-        for parameter in decoder.parameters():  # offsets and attention start from zero weights, which stop gradients
+        for parameter in decoder.parameters():  # zero initial weights of offsets and attention would block gradients
             parameter.add_(0.1 * torch.randn_like(parameter))
     inputs = [level.requires_grad_() for level in random_maps(SIZES["odd, rounded up"])]
     mask_features, features = decoder(inputs)
@@ -113,7 +113,7 @@ def test_convolutions_have_the_official_initialisation_and_no_bias(config):
 
 
 def convolution_parameters(inputs, outputs, kernel, norm=True):
-    """With GroupNorm in place of a bias, or with a bias."""
+    """Return the parameter count of a convolution with GroupNorm instead of a bias, or with a bias."""
     return inputs * outputs * kernel**2 + (2 * outputs if norm else outputs)
 
 
@@ -167,7 +167,7 @@ def test_swin_l_with_fapn_has_the_parameter_count_of_the_paper():
     ("config", "paper", "tolerance"), [(SMALL[1], 195, 0.04), (SMALL[2], 258, 0.03), (SMALL[3], 204, 0.01)]
 )
 def test_multiply_adds_equal_those_of_the_paper(config, paper, tolerance):
-    # Table 4e: the mean over images of COCO, which is that of 800 x 1131 pixels; 226G with deformable attention.
+    # Table 4e gives means over COCO images, equal to 800 x 1131 pixels; 226G with deformable attention.
     giga_pixels = [800 * 1131 / stride**2 / 1e9 for stride in (4, 8, 16, 32)]
     default = 256 * (256 + 9 * 256 + 256) * giga_pixels[0]
     for channels, pixels in zip(RESNET50[1:], giga_pixels[1:], strict=True):

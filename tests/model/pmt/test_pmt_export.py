@@ -1,4 +1,4 @@
-"""PMT as a graph and as ONNX, and what has no such model."""
+"""Export of PMT as a graph, to ONNX and to the authors' format; export to Hugging Face is refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_authors_format_omits_a_frozen_backbone_and_loads_back(name, tmp_path):
 
 
 def timm_names(state):
-    """Of a whole model of timm."""
+    """Return a backbone's weights under the names of timm's whole model."""
     renamed = {name.replace("embed.proj.", "patch_embed.proj."): tensor for name, tensor in state.items()}
     return {name.removeprefix("embed."): tensor for name, tensor in renamed.items()}
 

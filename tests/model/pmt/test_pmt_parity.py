@@ -1,4 +1,4 @@
-"""PMT against numbers of the authors' code with random weights: outputs, gradients, statistics, names both ways."""
+"""PMT with random weights against the authors' code: outputs, gradients, norm statistics and name conversion."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def run(described: dict, model, images, draws, monkeypatch):
-    """Predictions of a run with its own draws, and tokens and masks that its blocks were given.
+    """Return the predictions with the authors' random draws, and the tokens and masks passed to the new blocks.
 
-    In training mode all predictions come out; the statistics of the norms are then taken as the run says.
+    With masked attention, the model is in training mode and so returns all predictions; norms use the mode of the run.
     """
     model.train(described["masked_attention"]).zero_grad()
     for lateral in model.transformer_decoder.laterals:

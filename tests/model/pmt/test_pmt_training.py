@@ -1,4 +1,4 @@
-"""A frozen backbone stays as it is, draws are keyed by position, and evaluation is never random."""
+"""PMT: a frozen backbone does not change, random draws depend on seed and position, evaluation is deterministic."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def context(positions: list[int], seed: int = 5) -> TrainingContext:
 
 
 def total(found) -> torch.Tensor:
-    """A loss that every prediction has a part in."""
+    """Return a loss to which every prediction contributes."""
     layers = range(len(found.class_logits))
     return sum(found.mask_logits(layer).square().mean() + found.class_logits[layer].square().mean() for layer in layers)
 
@@ -111,7 +111,7 @@ def test_masks_are_annealed_in_the_windows_of_the_authors():
 def test_a_training_step_is_a_function_of_seed_and_positions(name):
     model, images = model_of(name).train(), torch.randn(2, 3, 64, 64)
     for lateral in model.transformer_decoder.laterals:
-        lateral.eval()  # else the images of a batch see each other
+        lateral.eval()  # batch statistics would make images depend on each other
     model.set_progress(50, 600)
     first = model(images, context([3, 4])).mask_logits()
     random_state = torch.get_rng_state()
@@ -145,7 +145,7 @@ def test_evaluation_is_deterministic_and_returns_one_prediction(name):
     assert not torch.equal(copy(images).mask_logits(), found.mask_logits())
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at inputs of its graphs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch inspects graph inputs
 def test_compiled_regions_give_the_same_outputs():
     model, compiled = (model_of(depth=1, num_layers=1).train() for _ in range(2))
     images = torch.randn(2, 3, 64, 64)
