@@ -1,26 +1,26 @@
-# Eight verbs. Each makes the environment it needs in .venv; only Python (>= 3.11), make and a C++ compiler must be there.
+# Targets create the environment they need in .venv. They require Python >= 3.11, make and a C++ compiler.
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
 SOAK ?=
-# The tests of a file run in one process, in their order: else both processes make the fixtures of many files.
+# Run all tests of a file in one process and in order. Otherwise both processes would create the fixtures of many files.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
 export OMP_NUM_THREADS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-# The tests are made for CPUs; a demo uses the GPUs that are there.
+# Tests and benchmarks run on the CPU. The demo uses GPUs if there are any.
 test check check-lowest bench: export DS_ACCELERATOR ?= cpu
 
 .PHONY: demo test check check-lowest fix bench docs clean
 
-demo: .venv/installed  ## train a small model through the whole chain and show that it learned
+demo: .venv/installed  ## train a small model with the whole pipeline, and show its results
 	$(BIN)/m2f demo
 
-# Both halves run whatever the first one finds. 5: nothing was selected, as where TESTS names a file of the other half.
+# Both halves run even if the first fails. Status 5: no test was selected, e.g. TESTS is a file of one half.
 # On a busy machine: make test PYTEST_ADDOPTS=--timeout=1200
-test: .venv/installed  ## every test; SOAK=1 adds the long proofs
+test: .venv/installed  ## all tests; SOAK=1 adds the soak tests
 	failed=0; \
 	$(BIN)/python -m pytest $(TESTS) -n 2 $(BY_FILE) -m "not cluster $(if $(SOAK),,and not soak)" || [ $$? = 5 ] || failed=1; \
 	$(BIN)/python -m pytest $(TESTS) -m "cluster $(if $(SOAK),,and not soak)" || [ $$? = 5 ] || failed=1; \
@@ -34,12 +34,12 @@ check: .venv/installed  ## lint, spelling, types, import rules and the quick tes
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(TESTS) -n 2 $(BY_FILE) -q -m "not cluster and not slow and not soak" || [ $$? = 5 ]
 
-# Without files of weights and counts of parameters, which these versions do not change.
-check-lowest: .venv/lowest/installed  ## the quick tests of the model with the oldest versions of its packages
+# Without tests of weight files and parameter counts, which do not depend on these versions.
+check-lowest: .venv/lowest/installed  ## the quick tests of the model with the oldest supported versions
 	PYTHONPATH=. .venv/lowest/bin/python -m pytest tests/model -n 2 $(BY_FILE) -q -p no:cacheprovider --ignore tests/model/weights \
 		-m "not cluster and not slow and not soak" -k "not row_of_the_paper"
 
-fix: .venv/installed  ## format and repair what ruff can
+fix: .venv/installed  ## format, and apply the fixes of ruff
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -31,9 +31,9 @@ SHARED = Path(os.environ.get("M2F_SHARED", REPOSITORY.parent / "shared"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the patience of tests and of their processes, so that it ends before pytest's timeout of a test."""
+    """Set the maximum wait of tests and of their subprocesses below pytest's timeout of a test."""
     limit = config.getoption("timeout") or config.getini("timeout")
-    os.environ["M2F_TEST_PATIENCE_S"] = f"{0.8 * float(limit)}"  # tests.waiting reads it; tests are imported later
+    os.environ["M2F_TEST_PATIENCE_S"] = f"{0.8 * float(limit)}"  # read by tests.waiting, which is imported later
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -54,25 +54,25 @@ def _require_folder(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """Folder with numbers made by the official code."""
+    """Return the folder with numbers made by the official code."""
     return _require_folder(SHARED / "goldens" / "official")
 
 
 @pytest.fixture(scope="session")
 def authors_goldens() -> Path:
-    """Folder with numbers made by the code of the authors of later heads."""
+    """Return the folder with numbers made by the authors' code of later heads."""
     return _require_folder(SHARED / "goldens" / "beyond")
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder with real images and annotations."""
+    """Return the folder with real images and annotations."""
     return _require_folder(SHARED / "data")
 
 
 @pytest.fixture(scope="module")
 def s3_endpoint() -> Iterator[str]:
-    """URL of an S3 server on loopback with an empty bucket `box`; the environment has credentials for it."""
+    """Return the URL of a local S3 server with an empty bucket `box`, and set its credentials in the environment."""
     import boto3
     from moto.server import ThreadedMotoServer  # takes seconds, so it is imported only if needed
 
@@ -84,7 +84,7 @@ def s3_endpoint() -> Iterator[str]:
             patch.setenv(f"AWS_{name}", value)
         boto3.session.Session().client("s3", endpoint_url=endpoint).create_bucket(Bucket="box")
         yield endpoint
-    urlopen(Request(f"{endpoint}/moto-api/reset", method="POST")).close()  # the next server would see its objects
+    urlopen(Request(f"{endpoint}/moto-api/reset", method="POST")).close()  # moto shares objects between servers
     server.stop()
 
 

@@ -7,7 +7,7 @@ import importlib
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path.cwd()))  # where `python -m` looks first, too
+sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
 home, archives = map(Path, sys.argv[1:])
 
 from m2f.cluster import demo  # noqa: E402

@@ -108,7 +108,7 @@ def test_installed_demo_ignores_user_files_named_like_its_packages(wheel, tmp_pa
 
 @pytest.fixture
 def without_links(tmp_path):
-    """Return a checkout on a system without symlinks, where git writes text files with their targets."""
+    """Return a checkout on a system without symlinks: git writes each link as a text file with its target."""
     tree = copy_tree(tmp_path / "tree")
     for folder in FOLDERS:
         (tree / "m2f" / folder).unlink()

@@ -1,7 +1,7 @@
 """Tests that files written by commit 451e9d8 can be resumed, evaluated, exported and compared by the current code.
 
 `tests/past/451e9d8` holds shards, a run of two ranks that was stopped after step 1241, its MLflow database, an
-evaluation with dumps and an exported model; `make.sh` in it says how they were made.
+evaluation with dumps and an exported model. Its `make.sh` describes how they were made.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESULTS = f"evaluations/step_{STEP:08d}/val/results.json"
 
 @pytest.fixture
 def past(tmp_path, monkeypatch):
-    """Copy the folder, and change the paths in its files as if the run had been made in the copy."""
+    """Copy the folder, and adapt the absolute paths in its files."""
     folder = tmp_path / "past"
     shutil.copytree(PAST, folder)
     for path in (folder / "runs").rglob("*"):

@@ -130,7 +130,7 @@ def expand_pattern(pattern):
 
 
 def stated_results(name):
-    """Return PQ, AP and mIoU as the second line of a recipe states them."""
+    """Return PQ, AP and mIoU from the second line of a recipe."""
     base, ablation = ABLATIONS.get(name, (name, None))
     expected = RECIPES[name].read_text().splitlines()[1] if ablation is None else ablation.published[base]
     return dict(re.findall(r"(?<!boundary )\b(PQ|AP|mIoU) ([\d.]+)", expected))
@@ -159,7 +159,7 @@ COCO_EPOCH = 7375
 def test_schedules_match_the_official_code(name):
     training = load_config(name).training
     assert training.global_batch == 16
-    is_maskformer = re.search(r"maskformer_r50$", name)  # it has other training settings
+    is_maskformer = re.search(r"maskformer_r50$", name)  # MaskFormer has its own training settings
     assert training.optimizer == OptimizerConfig(weight_decay=1e-4 if is_maskformer else 0.05)
     if not name.startswith("coco"):
         steps = {"ade20k": 160_000, "cityscapes": 90_000, "mapillary": 300_000}[name.split("_")[0]]
@@ -388,7 +388,7 @@ def reduce_recipe(name):
 
 
 def representative_recipes():
-    """Yield recipes that have a model structure or a kind of data that no earlier recipe has."""
+    """Yield recipes with a model structure or a kind of data that no earlier recipe has."""
     covered: set[str] = set()
     for name in PAPER_RECIPES:
         config = reduce_recipe(name)

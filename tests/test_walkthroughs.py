@@ -1,4 +1,4 @@
-"""The commands of the quick start and of the page on own data run in their order, with fewer images and steps."""
+"""The commands of docs/quick_start.md and docs/own_data.md run in order, with fewer images and steps."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def _section(page: str, heading: str) -> str:
 
 
 def _commands(page: str) -> list[str]:
-    """Return the indented lines outside fenced blocks, without `mlflow ui`, which does not end."""
+    """Return the indented lines outside fenced blocks, without `mlflow ui`, which does not exit."""
     page = re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE)
     return [line for line in re.findall(r"^    (\w.*)$", page, re.MULTILINE) if not line.startswith("mlflow ui")]
 
 
 def _run(command: str, folder: Path) -> str:
     """Run a command line in a shell and return its output."""
-    # The user's shell has no Ray settings. A command starts a cluster of its own.
+    # A user's shell has no Ray settings, so each command starts its own cluster.
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     done = subprocess.run(
@@ -59,7 +59,7 @@ def test_commands_of_the_quick_start_run(tmp_path):
         assert written in recipe
         recipe = recipe.replace(written, fewer)
     (tmp_path / "first.yaml").write_text(recipe)
-    (_, *commands) = _commands(page)  # `m2f doctor` reports what this machine lacks
+    (_, *commands) = _commands(page)  # `m2f doctor` fails if this machine lacks something
     for command in commands:
         _run(command, tmp_path)
     assert (tmp_path / "preview.png").is_file()
