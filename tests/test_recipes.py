@@ -106,7 +106,7 @@ def test_recipes_load_and_start_with_command_and_expected_result(name):
     command = "m2f demo" if name == "demo" else f"m2f train {path.relative_to(REPOSITORY).as_posix()}"
     assert lines[0].startswith("# ")
     assert lines[0].endswith(command)
-    assert re.match(r"# .*(PQ|AP|mIoU)", lines[1]), "line 2 says which result to expect"
+    assert re.match(r"# .*(PQ|AP|mIoU)", lines[1]), "line 2 must state the expected result"
     assert parse_recipe(path.read_text(), source=path.name).name == name
 
 

@@ -63,7 +63,7 @@ def test_invalid_category_id_fails_before_writing_and_is_reported_with_skip_bad(
     assert f"{kind}.json: {name}: category_id is 'kitten', not a whole number" in report.summary()
     assert "1 sample in 1 shard" in report.summary()
     again = job(coco, kind, skip_bad=False)
-    assert again.problems == report.problems, "what is committed is there"
+    assert again.problems == report.problems, "committed shards must stay"
 
 
 def test_bad_panoptic_segment_is_reported(tmp_path, job):

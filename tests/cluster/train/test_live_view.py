@@ -92,7 +92,7 @@ def test_sparkline_fits_its_width(values, width, line):
     assert sparkline(values, width) == line
 
 
-@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed: no real terminal to look at")
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux, which provides a terminal, is not installed")
 def test_terminal_shows_one_panel_below_the_log(tmp_path):
     stop = tmp_path / "stop"
     tmux = ["tmux", "-L", f"m2f-test-{os.getpid()}", "-f", "/dev/null"]

@@ -315,7 +315,7 @@ def test_run_shrinks_when_a_node_is_disconnected_and_grows_when_it_returns(recip
     submitted = run_m2f("submit", str(recipe), "--detach")
     assert submitted.returncode == 0, submitted.stderr
     step = wait_until(lambda: checkpoint_after(0, 2), "the first checkpoint of two ranks", patience_s=600, pause_s=1)
-    log_progress(f"two ranks, checkpoint of step {step}; train2 is cut off")
+    log_progress(f"two ranks, checkpoint of step {step}; train2 is disconnected")
     set_link("train2", "down")
     step = wait_until(lambda: checkpoint_after(step + 10, 1), "a checkpoint of one rank", patience_s=600, pause_s=1)
     log_progress(f"one rank, checkpoint of step {step}; train2 is back")
@@ -347,4 +347,4 @@ def test_run_shrinks_when_a_node_is_disconnected_and_grows_when_it_returns(recip
     assert all(entry.settled and entry.status != "failed" for entry in entries)
     queue = f"PUT /{queue_url(config).removeprefix('s3://')} "
     managers = {line.split()[0] for line in requests.lines if queue in line}
-    assert managers == {f"{NET}.2"}, "the manager of evaluations lives on the head"
+    assert managers == {f"{NET}.2"}, "the evaluation manager runs on the head"

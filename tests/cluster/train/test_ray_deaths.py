@@ -56,7 +56,7 @@ def test_run_survives_death_of_raylet_and_of_head(baseline_run, config, parent, 
     ended_processes = kill_process(parent, config, EVERY, "raylet")
     ended_processes += kill_process(parent, config, 2 * EVERY, "gcs_server")
     _, left = psutil.wait_procs(ended_processes, timeout=PATIENCE_S)
-    assert left == [], "a process of an old cluster lives on"
+    assert left == [], "a process of an old cluster is alive"
     status, output = parent.wait(PATIENCE_S), (tmp_path / "driver.log").read_text()
     assert status == 0, output
     assert output.count("m2f: Ray's raylet on this machine died") == 1, output

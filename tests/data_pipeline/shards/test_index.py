@@ -57,7 +57,7 @@ def color_map(index):
     """Return a map [H, W, 3]: red is the class (255 is void), green the number of the instance."""
     values = class_map(index)
     colors = np.zeros((*values.shape, 3), np.uint8)
-    colors[..., 0] = np.where(values == 255, 255, values)
+    colors[..., 0] = values
     colors[10:14, 4:6, 1] = 1
     colors[10:14, 6:9, 1] = 2
     return colors

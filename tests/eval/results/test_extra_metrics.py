@@ -36,7 +36,7 @@ from m2f.model.structures import Predictions
 
 TASKS = ("panoptic", "instance", "semantic")
 EXTRA = ("boundary", "class_agnostic", "cityscapes")
-TRAILER = 29
+CARAVAN = 29
 """Label id of caravans. They are void in shards, but the benchmark's AP counts predictions there as wrong."""
 SUBJECT = EvaluationSubject(dataset="streets", fingerprint="f" * 64)
 POSTPROCESS = PostprocessConfig(object_threshold=0.3, overlap_threshold=0.3)
@@ -132,7 +132,7 @@ def test_extra_metrics_equal_states_updated_directly(evaluated):
         class_agnostic.update(image_id, class_agnostic_truth(truth), class_agnostic_detections(detections))
         ids = street_ids(image_id)
         things = np.array([c.id for c in CATEGORIES.for_task("instance")])
-        in_shards = np.where(ids // 1000 == TRAILER, 0, ids)
+        in_shards = np.where(ids // 1000 == CARAVAN, 0, ids)
         cityscapes_instance.update(image_id, in_shards, cityscapes_detections(detections, things))
         label_map = semantic(*output, POSTPROCESS).label_map.numpy()
         cityscapes_semantic.update(image_id, ids, label_ids[label_map])
