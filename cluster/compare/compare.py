@@ -1,6 +1,6 @@
 """Comparison of runs: metrics, speed, classes and recipe differences, computed by pure functions of run records.
 
-The first run is the baseline; deltas are differences to it. A missing value is None, never 0.
+The first run is the baseline; deltas are differences from it. A missing value is None, never 0.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ IGNORED_SETTINGS = ("weights",)
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """One value of one run, with its difference to the baseline."""
+    """One value of one run, with its difference from the baseline."""
 
     value: float | None
     delta: float | None = None
-    """Difference to the baseline; None for the baseline itself, or if one of the two values is missing."""
+    """Difference from the baseline; None for the baseline itself, or if one of the two values is missing."""
     best: bool = False
     """Whether this is the best value of the runs or ties with it. False for all runs if the known values are equal."""
 
@@ -103,7 +103,7 @@ class Comparison:
     classes: tuple[ClassTable, ...]
     plots: tuple[Plot, ...]
     intervals: tuple[Interval, ...]
-    """95 % intervals of differences to the baseline."""
+    """95 % intervals of differences from the baseline."""
     notes: tuple[str, ...]
     """Messages about missing results and about anything that makes numbers hard to compare."""
 

@@ -1,8 +1,8 @@
 """Confidence intervals of differences between runs, over evaluated images and over seeds.
 
 `images`: a paired bootstrap. Image sets are resampled from the evaluated images, the same sets for both runs, and the
-interval is the middle 95 % of the differences. It does not include the noise of training. `seeds`: runs that differ
-only in their seed form one group, and the interval is Student's t interval (Welch's for two groups).
+interval is the middle 95 % of the differences. It does not reflect the variation between training runs. `seeds`: runs
+that differ only in their seed form one group, and the interval is Student's t interval (Welch's for two groups).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GROUP_IGNORES = ("name", "output", "seed")
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """Interval of a difference to the baseline, or of the mean over the baseline's seeds."""
+    """Interval of a difference from the baseline, or of the mean over the baseline's seeds."""
 
     metric: str
     """Set and metric, such as `val/PQ`."""
@@ -36,7 +36,7 @@ class Interval:
     run: str
     """Name of the run, or of the first run of a group over seeds."""
     baseline: str | None
-    """Name of the run to which `value` is the difference; None if `value` is a mean."""
+    """Name of the run that `value` is the difference from; None if `value` is a mean."""
     value: float
     low: float
     high: float
@@ -49,7 +49,7 @@ class Interval:
 def image_intervals(runs: Sequence[RunRecord], metrics: Sequence[str], draws: int = NUM_DRAWS) -> list[Interval]:
     """Return the intervals of every run against the first run, for the `metrics` that image records contain.
 
-    Runs that were evaluated on different images than the first run are omitted.
+    Runs that were not evaluated on the same images as the first run are omitted.
     """
     intervals: list[Interval] = []
     for dataset in dict.fromkeys(split_metric_name(name)[0] for name in metrics):
@@ -143,7 +143,7 @@ def seed_groups(runs: Sequence[RunRecord]) -> list[list[int]]:
 
 
 def interval_notes(runs: Sequence[RunRecord], intervals: Sequence[Interval], sets: Sequence[str]) -> list[str]:
-    """Return messages about missing intervals and about the noise that the intervals do not include."""
+    """Return messages about missing intervals and about the variation that the intervals do not reflect."""
     notes = []
     for dataset in sets:
         evaluated = [run for run in runs if dataset in run.results]
@@ -158,11 +158,13 @@ def interval_notes(runs: Sequence[RunRecord], intervals: Sequence[Interval], set
         if baseline is not None:
             others = [run.name for run in evaluated if run.name in others and not _same_images(run, baseline, dataset)]
             if others:
-                notes.append(f"{dataset}: no intervals over images for {', '.join(others)}: evaluated on other images")
+                notes.append(
+                    f"{dataset}: no intervals over images for {', '.join(others)}: evaluated on different images"
+                )
     differences = [one for one in intervals if one.baseline is not None]
     if differences and not any(one.kind == "seeds" for one in differences):
         notes.append(
-            "intervals over images do not include the noise of training; for intervals over seeds, train both sides "
-            "with several values of `seed`"
+            "intervals over images do not reflect the variation between training runs; for intervals over seeds, "
+            "train each compared recipe with several values of `seed`"
         )
     return notes

@@ -50,7 +50,7 @@ def plot_svg(plot: Plot, comparison: Comparison) -> str:
 
 
 def _table(content: Table, texts: Collection[int] = ()) -> str:
-    """Return a table as HTML. `texts` holds the positions of columns with text of any length."""
+    """Return a table as HTML. `texts` holds the positions of columns with free text."""
     return table(
         content.head,
         [[_cell(cell, "text" if i in texts else "") for i, cell in enumerate(row)] for row in content.rows],
@@ -70,7 +70,9 @@ def _classes(comparison: Comparison, report: Report) -> str:
     others = list(enumerate(comparison.runs))[1:]
     charts = [_change_chart(one, position, run.name) for one in comparison.classes for position, run in others]
     tables = [
-        collapsible(f"{one.dataset}/{one.metric} of {format_count(len(one.rows), 'class', 'classes')}", _table(content))
+        collapsible(
+            f"{one.dataset}/{one.metric} for {format_count(len(one.rows), 'class', 'classes')}", _table(content)
+        )
         for one, content in zip(comparison.classes, report.classes, strict=True)
     ]
     return grid([chart for chart in charts if chart]) + "".join(tables)

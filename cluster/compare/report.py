@@ -10,9 +10,9 @@ from m2f.cluster.compare.compare import ClassTable, Comparison
 from m2f.cluster.compare.tables import Number, Report, Table, build_report, largest_changes, number_text
 
 TEXT_WIDTH = 120
-"""Width of a table in characters. Runs that do not fit are shown in further blocks, each with the baseline."""
+"""Width of a table in characters. Runs that do not fit go into additional blocks, each with the baseline."""
 SHOWN_CLASSES = 8
-"""Number of largest gains, and of largest losses, that text shows per run. HTML and JSON contain all classes."""
+"""Number of largest gains, and of largest losses, that the text shows per run. Other formats contain all classes."""
 VALUE_WIDTH = 14
 
 
@@ -36,14 +36,14 @@ def as_text(comparison: Comparison) -> str:
 
 
 def as_markdown(comparison: Comparison, curves: str | None = None) -> str:
-    """Return the comparison as Markdown; `curves` is the path of a picture to include."""
+    """Return the comparison as Markdown; `curves` is the path of an image to include."""
     report = build_report(comparison)
     blocks = [f"# {report.title}", "\n".join(f"- **{run.name}**: {run.source}" for run in comparison.runs)]
     if comparison.notes:
         blocks.append("\n".join(f"> {note}" for note in comparison.notes))
     blocks += _markdown(report.metrics)
     if curves is not None:
-        blocks += ["## Curves", f"![Curves of training]({curves})"]
+        blocks += ["## Curves", f"![Training curves]({curves})"]
     for table in (report.intervals, report.speed, *report.classes, report.differences):
         blocks += _markdown(table) if table.rows else []
     return "\n\n".join(blocks) + "\n"
@@ -52,14 +52,14 @@ def as_markdown(comparison: Comparison, curves: str | None = None) -> str:
 def as_json(comparison: Comparison) -> str:
     """Return the comparison as JSON with full precision; missing values are null."""
     content = asdict(comparison)
-    for run in content["runs"]:  # the plots contain the compared curves, and the tables the classes
+    for run in content["runs"]:  # omit large fields; their compared parts are elsewhere in the document
         for name in ("curves", "results", "recipe", "images"):
             del run[name]
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def align_columns(*rows: Sequence[str | Number]) -> str:
-    """Format rows as aligned columns: the first to the left, the others to the right. The first row is the header."""
+    """Format rows as columns, the first one left-aligned and the others right-aligned. The first row is the header."""
     lines = [[*map(str, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])

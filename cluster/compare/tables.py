@@ -14,7 +14,7 @@ class Number:
 
     text: str
     delta: str = ""
-    """Signed difference to the baseline; "" if there is none."""
+    """Signed difference from the baseline; "" if there is none."""
     gain: float = 0.0
     """Above 0 if the run is better than the baseline, below 0 if it is worse."""
     best: bool = False
@@ -40,7 +40,7 @@ class Report:
     title: str
     """Names of the compared runs."""
     paper: str | None
-    """Recipe and table of the paper's column; None if there is no such column."""
+    """Recipe and table of the paper from which the paper's column comes; None without such a column."""
     metrics: Table
     intervals: Table
     speed: Table
@@ -70,7 +70,7 @@ def build_report(comparison: Comparison) -> Report:
 
 
 def _interval_table(comparison: Comparison) -> Table:
-    head = ("metric", "of", "value", "95 %", "over")
+    head = ("metric", "runs", "value", "95 % interval", "computed over")
     rows = []
     for one in comparison.intervals:
         value = f"{one.value:.2f}" if one.baseline is None else f"{one.value:+.2f}"

@@ -391,7 +391,7 @@ def test_the_verb_writes_every_format(tmp_path, capsys):
     for name in ("r.md", "r.html", "r.json"):
         assert main(["compare", *folders, "--output", str(tmp_path / "out" / name)]) == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"r.md", "r_curves.svg", "r.html", "r.json"}
-    assert "![Curves of training](r_curves.svg)" in (tmp_path / "out" / "r.md").read_text()
+    assert "![Training curves](r_curves.svg)" in (tmp_path / "out" / "r.md").read_text()
     assert main(["compare", *folders, "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out.split("\n", 3)[-1])["metrics"][0]["name"] == "val/PQ"
     assert main(["compare", str(tmp_path / "none")]) == 2

@@ -54,7 +54,7 @@ def test_image_interval_contains_the_difference_and_notes_its_limits():
     assert (interval.kind, interval.metric, interval.images) == ("images", "val/mIoU", 400)
     assert interval.value == pytest.approx(value)
     assert 0 < interval.low < value < interval.high < 2 * value
-    assert any("do not include the noise of training" in note for note in comparison.notes)
+    assert any("do not reflect the variation between training runs" in note for note in comparison.notes)
     line = f"{value:+.2f}"
     for text in (as_text(comparison), as_markdown(comparison), as_page(comparison)):
         assert line in text
@@ -77,7 +77,7 @@ def test_runs_without_comparable_image_records_are_noted():
         compare_runs([base, make_run("old", lr="2"), make_run("moved", make_records(70, first_id=9), lr="3")]).notes
     )
     assert "no intervals over images for old, whose results have no images.parquet" in notes
-    assert "no intervals over images for moved: evaluated on other images" in notes
+    assert "no intervals over images for moved: evaluated on different images" in notes
 
 
 def test_runs_that_differ_only_in_seed_are_grouped():
@@ -97,7 +97,7 @@ def test_runs_that_differ_only_in_seed_are_grouped():
     assert interval.value == pytest.approx(2.25)
     assert interval.low < 2.25 < interval.high
     assert "2 and 2 seeds" in as_text(comparison)
-    assert not any("noise of training" in note for note in comparison.notes)
+    assert not any("variation between training runs" in note for note in comparison.notes)
 
 
 def test_single_group_of_seeds_gets_an_interval_of_its_mean():
