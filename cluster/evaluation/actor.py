@@ -1,6 +1,6 @@
-"""The evaluation actor, which keeps the model of one checkpoint and computes metric states of groups of images.
+"""The evaluation actor, which holds the model of one checkpoint and computes metric states of groups of images.
 
-This module also defines the groups, so that results do not depend on the actor that computes them.
+The grouping is fixed here, so that results do not depend on the number of actors or on which one gets a group.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from m2f.model.inference.precision import set_precision
 from m2f.model.segmenter import Segmenter
 
 IMAGES_PER_CALL = 8
-"""Images per call: enough to share a ranged read, and few enough to balance the load between actors."""
+"""Images per call: enough that a ranged read serves several images, few enough to balance the load between actors."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class EvaluationTask:
     model_classes: tuple[Category, ...] | None = None
     """Classes of the model by label. None if they are unknown; the classes of the data set are then used."""
     panel_rows: tuple[int, ...] = ()
-    """Rows of the manifest for which panels are drawn, one row per call. If empty, the set is evaluated."""
+    """Rows of the manifest for which panels are drawn, one row per call. If empty, calls evaluate the set."""
     dump: str | None = None
     """Folder or URL in which every call stores its predictions; None stores none."""
 
@@ -91,7 +91,7 @@ class EvaluationActor:
         self._loaded: tuple[tuple[str, int], Segmenter] | None = None
 
     def ping(self) -> None:
-        """Return None, to show that the actor is alive."""
+        """Do nothing. That the call returns shows that the actor is alive."""
 
     def peak_memory(self) -> MemoryPeak:
         """Return the peak memory of this process so far. The GPU value is 0 if there is no GPU."""

@@ -27,10 +27,9 @@ MAX_STARTS = 4
 
 
 class EvaluationClient:
-    """The driver's handle of the evaluation service.
+    """The driver's handle to the evaluation service.
 
-    The service is a detached actor. Ray restarts it after a crash; this class creates it again if it is permanently
-    dead.
+    The service is a detached actor. Ray restarts it after a crash; this class re-creates it if it dies permanently.
     """
 
     def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
@@ -40,15 +39,15 @@ class EvaluationClient:
         self._deaths = 0
         self._next_start = 0.0
         self.failure_reason: str | None = None
-        """Why the service was given up; None while it exists. A continued run processes the stored queue."""
+        """Why the service is not re-created any more; None until then. A resumed run processes the stored queue."""
         _kill_existing(self._name)
         self._service = self._start()
 
     def training_ended(self) -> None:
-        """Do nothing: the evaluation actors have resources of their own and do not wait for the end of training."""
+        """Do nothing: the evaluation actors have their own resources and do not wait for the end of training."""
 
     def status(self) -> EvaluationStatus | None:
-        """Return the status of the service, or None while it does not answer within STATUS_TIMEOUT_S."""
+        """Return the status of the service; None if it is dead or does not answer within STATUS_TIMEOUT_S."""
         if self.failure_reason is not None:
             return None
         try:
@@ -66,24 +65,24 @@ class EvaluationClient:
         return read_entries(Storage(self._config.storage), queue_url(self._config))
 
     def close(self) -> tuple[Entry, ...]:
-        """End the actor and its pool, and return the stored entries. A continued run evaluates the waiting ones."""
+        """End the actor and its pool, and return the stored entries. A resumed run evaluates the waiting ones."""
         status = self.status()
         if status is not None and status.idle:
-            with suppress(RayError):  # points that were not sent stay in its journal
+            with suppress(RayError):  # unsent metrics stay in its journal
                 ray.get(self._service.close.remote(), timeout=CLOSE_TIMEOUT_S)
         ray.kill(self._service)
         return self.entries()
 
     def _start(self) -> Any:
         service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationService)
-        return service.options(  # runs on the driver's node, which holds the journal of MLflow points
+        return service.options(  # runs on the driver's node, which holds the journal of MLflow metrics
             name=self._name, namespace=NAMESPACE, lifetime="detached", label_selector=this_node_selector()
         ).remote(self._config, self._tracked, make_pool)
 
     def _replace(self, error: ActorDiedError) -> None:
         """Create the service again after its actor died permanently, with a pause that doubles each time.
 
-        Give up after MAX_STARTS attempts in a row and set `failure_reason`.
+        After MAX_STARTS replacements without an answer in between, set `failure_reason` instead.
         """
         if time.monotonic() < self._next_start:
             return

@@ -61,7 +61,7 @@ SPILL_BYTES = 2**27
 
 
 class Pool(Protocol):
-    """Interface of the pools that compute an evaluation, see EvaluationPool and LocalPool."""
+    """Interface of EvaluationPool and LocalPool, which run the calls of an evaluation."""
 
     def run(self, task: EvaluationTask, batches: Iterable[int], on_result: Callable[[int, bytes], None]) -> None:
         """Evaluate all calls and pass every result to `on_result(call, states)` once.
@@ -140,8 +140,8 @@ def results_name(storage: Storage, folder: str, results: EvaluationResults) -> s
     """Return the name under which results are stored: the label of the set, or `LABEL.DIGEST`.
 
     The digest is appended if `folder` already contains results for this label with different settings or weights.
-    `m2f eval` with different settings therefore does not overwrite published files and points. Results of version 0.1
-    record no settings; they count as the same if their metrics are equal. Damaged results count as different.
+    `m2f eval` with different settings therefore does not overwrite published files and metrics. Results of version 0.1
+    contain no settings; they count as the same if their metrics are equal. Damaged results count as different.
     """
     label, settings = results.subject.label, results.subject.settings
     url = join(folder, label, "results.json")

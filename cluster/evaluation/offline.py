@@ -1,6 +1,6 @@
 """Evaluation of one checkpoint on all sets of a recipe, for `m2f eval` and `m2f.evaluate`.
 
-Few images are evaluated in this process, because Ray takes long to start. If Ray is not installed, all images are.
+Small evaluations run in this process, because Ray takes long to start. If Ray is not installed, all of them do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def evaluate_checkpoint(
     Args:
         config: recipe with at least one evaluation set.
         checkpoint: path or URL of the checkpoint folder or weight file.
-        step: optimizer step of a checkpoint. With it, results equal those that training publishes, byte for byte.
+        step: optimizer step of the checkpoint. With it, the results are byte-identical to those of training.
         dump: folder or URL, accessible to all actors, in which predictions are stored. Nothing else is written.
 
     Raises:
@@ -61,7 +61,7 @@ def _evaluate_on_ray(
 
 
 def _is_small(config: RunConfig) -> bool:
-    """Return whether to evaluate in this process: few images (MAX_LOCAL_IMAGES), one actor and no named Ray cluster."""
+    """Return whether to evaluate in this process: few images (MAX_LOCAL_IMAGES), one actor and no Ray cluster."""
     if uses_ray(config.cluster.address) or config.evaluation.actors > 1:
         return False
     storage = Storage(config.storage)

@@ -1,4 +1,4 @@
-"""Data of an evaluation for MLflow: the checkpoint as a logged model, and the metrics of every set."""
+"""Describe an evaluation for MLflow: the checkpoint as a logged model, and the metrics of every set."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluated_checkpoint(
 
 
 def make_set_metrics(config: RunConfig, storage: Storage, evaluation: SetEvaluation, label: str) -> SetMetrics:
-    """Return the metrics of an evaluation, named with `label`."""
+    """Return the metrics of an evaluation, with names that start with `label`."""
     results = evaluation.results
     return SetMetrics(
         label=label,
@@ -62,14 +62,14 @@ def read_set_metrics(config: RunConfig, storage: Storage, entry: Entry) -> tuple
 
 
 def kept_checkpoints(storage: Storage, run_folder: str) -> KeptCheckpoints:
-    """Return the names of the checkpoints that are now in the run folder, and the newest step."""
+    """Return the names of the checkpoints that the run folder now contains, and the newest step."""
     found = list_checkpoints(storage, run_folder)
     newest = max((checkpoint.step for checkpoint in found), default=0)
     return KeptCheckpoints(names=frozenset(checkpoint.name for checkpoint in found), newest=newest)
 
 
 def _data(config: RunConfig, storage: Storage, name: str, fingerprint: str, images: int) -> DataInput:
-    """Describe the evaluated data set as the run's inputs do, or from the results if its shards have changed since."""
+    """Describe the evaluated data set from its manifest, or from the results if the shards have changed since."""
     known = data_input(config, "evaluation", name, storage)
     if known is not None and known.fingerprint == fingerprint:
         return known

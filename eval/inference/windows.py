@@ -1,9 +1,9 @@
-"""Windows over an image, and objects across windows: which window decides a pixel, and which segments are one object.
+"""Sliding windows: which window decides a pixel, and which segments of different windows are the same object.
 
 docs/evaluation.md states the rule for users. A pixel is decided by the window whose border is farthest from it. Two
-segments of one class from two windows are one object if their IoU inside the overlap of the windows is at least 0.5.
-Each is paired with at most one segment of the other window, best scores first. An object that keeps less than half of
-its largest part is left out, because the windows that decide the other pixels contradict it.
+segments of one class from two windows are the same object if their IoU inside the windows' overlap is at least 0.5.
+Each is paired with at most one segment of the other window, best scores first. If the deciding windows leave an object
+less than half of its largest part's pixels, they contradict it, and the object is omitted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import NamedTuple, Self
 import numpy as np
 
 SAME_OBJECT_IOU = 0.5
-"""Lowest IoU, inside the overlap of two windows, at which two segments are one object; the threshold of PQ."""
+"""Lowest IoU, inside the overlap of two windows, at which two segments are the same object; as in PQ."""
 
 
 MIN_KEPT_SHARE = 0.5
-"""Share of its largest part's pixels that an object must keep."""
+"""Smallest share of its largest part's pixels that an object must keep."""
 
 
 class Area(NamedTuple):
@@ -52,7 +52,7 @@ class WindowPlace:
     core: Area
     """Pixels that the window decides. The cores of all windows partition the image."""
     overlaps: tuple[Area, ...]
-    """Overlaps with every other window, in the order of windows, both earlier and later ones."""
+    """Overlaps with all other windows that overlap this one, earlier and later ones, in the order of the windows."""
 
 
 def window_starts(length: int, size: int, stride: int) -> list[int]:
@@ -101,7 +101,7 @@ class WindowSegments:
 
 
 class UnionFind:
-    """Numbers the segments of all windows in order of arrival and joins them to objects (union-find)."""
+    """Numbers the segments of all windows in order of arrival and joins them into objects (union-find)."""
 
     def __init__(self) -> None:
         self._parent: list[int] = []
@@ -126,9 +126,9 @@ class UnionFind:
 
 
 def match_segments(one: WindowSegments, other: WindowSegments, ious: np.ndarray) -> list[tuple[int, int]]:
-    """Return pairs of segments of two windows that are one object, given their IoU [n, m] inside the windows' overlap.
+    """Return pairs of segments of two windows that are the same object, given their IoU [n, m] inside the overlap.
 
-    Pairs with a higher sum of scores come first; equal ones keep the order of the segments.
+    Pairs with a higher sum of scores are chosen first; ties keep the order of the segments.
     """
     can_match = (ious >= SAME_OBJECT_IOU) & (one.labels[:, None] == other.labels[None])
     rows, columns = can_match.nonzero()
