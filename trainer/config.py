@@ -219,7 +219,7 @@ class TrainingConfig(Section):
     """Compile backbone, pixel decoder and transformer decoder with torch.compile, each into one graph with fewer
     kernels. The first step takes minutes longer; the watchdog allows for that. All images must have the same size. Not
     supported with ZeRO stage 3. Requires a C++ compiler (g++) on CPUs and a C compiler on GPUs. `auto`: compile on GPUs
-    if these conditions hold. A continued run keeps its choice."""
+    if these conditions hold. A resumed run keeps its choice."""
     threads: Annotated[int, FROM_1] = 1
     """Torch threads per rank on CPUs."""
     collective_timeout_s: Annotated[float, SECONDS] = 1200.0

@@ -35,7 +35,7 @@ def model_changes(stored: str, now: str, optimizer: bool = False) -> tuple[str, 
     """
     before, after = (_settings(text, optimizer) for text in (stored, now))
     for settings in (before, after):
-        if settings.get(_PRECISION) == "auto":  # not comparable; a continued run keeps its precision
+        if settings.get(_PRECISION) == "auto":  # not comparable; a resumed run keeps its precision
             del settings[_PRECISION]
     shared = before.keys() & after.keys() | {key for key in before.keys() | after.keys() if key.startswith(_OPTIONS)}
     return describe_changes(before, after, shared)

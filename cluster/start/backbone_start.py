@@ -39,7 +39,7 @@ def settle_backbone(
 
     Args:
         config: the recipe. Its explicit settings of the backbone stay.
-        stored: whether a continued run started from published weights; None for a new run.
+        stored: whether a resumed run started from published weights; None for a new run.
         find_problem: returns why the published weights of a timm model are not available, or None if they are.
         is_frozen: returns whether a backbone has frozen norms.
     """

@@ -21,7 +21,7 @@ from m2f.trainer.config import Precision
 def settled_run(config: RunConfig, devices: AvailableDevices, *, during_training: bool) -> RunConfig:
     """Return the recipe with `auto` resolved, and print the decisions; see `settle` and `settle_backbone`.
 
-    A continued run keeps its precision, and its choices of compilation and initial backbone weights. `during_training`
+    A resumed run keeps its precision, and its choices of compilation and initial backbone weights. `during_training`
     states whether evaluations run during training.
     """
     stored = _stored_choices(config)

@@ -1,4 +1,4 @@
-"""Find what no run needs in a run folder: checkpoints without a valid commit, and writes that were never completed."""
+"""Find deletable data in a run folder: checkpoints without a valid commit, and writes that were never completed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Leftovers:
         return lines + [f"{kind:<6}  {url}: never completed" for kind, url in kinds]
 
     def delete(self, storage: Storage, check: Callable[[], None]) -> None:
-        """Delete everything. `check` is called before each deletion; an exception from it ends the deletion."""
+        """Delete everything. `check` is called before each deletion and may raise an exception to stop."""
         for write in self.writes:
             check()
             storage.delete_unfinished(write)
@@ -44,10 +44,10 @@ class Leftovers:
 
 
 def find_leftovers(storage: Storage, run_folder: str, in_use: int, alone: bool) -> Leftovers:
-    """Find what processes left under leases before `in_use`.
+    """Find what processes with leases older than `in_use` left behind.
 
-    Writes outside of checkpoint folders carry no lease. They are included only if the caller is `alone`: no other
-    process writes to the run folder.
+    Writes outside of checkpoint folders have no lease. They are included only if `alone` is set, which means that no
+    other process writes to the run folder.
     """
     leases = [(write, lease_of_url(write.url)) for write in storage.list_unfinished(run_folder)]
     unfinished = [write for write, lease in leases if (alone if lease is None else lease < in_use)]

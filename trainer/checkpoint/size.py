@@ -23,7 +23,7 @@ def checkpoint_bytes(model: nn.Module, training: TrainingConfig, world_size: int
     stage = training.zero.stage
     trained_bytes = 2 if training.settled_precision in ("bf16", "fp16") else _FP32_BYTES
     size = _SMALL_FILES
-    if stage:  # includes each rank's part of the fp32 copies
+    if stage:  # optimizer files also contain this rank's part of the fp32 copies
         size += (_ADAM_BYTES + _FP32_BYTES) * trained // world_size
     elif is_first:
         size += _ADAM_BYTES * trained

@@ -17,14 +17,14 @@ _CPP = "clang++" if sys.platform == "darwin" else "g++"
 
 
 def compile_regions(model: Segmenter, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Mark the compilable parts of a model. Each compiles itself at its first input of every shape.
+    """Mark the compilable parts of a model. Each is compiled when an input of a new shape first reaches it.
 
-    Images of one size give one graph per region, whatever they show: targets reach only the criterion, which is not
-    compiled. With pilots, the decoder has one graph per padded number of pilots (`m2f.model.pilots.padded_number`),
+    Images of one size need one graph per region, regardless of their targets, which only the uncompiled criterion
+    receives. With pilots, the decoder has one graph per padded number of pilots (`m2f.model.pilots.padded_number`),
     compiled when that number first occurs. Names of weights and DeepSpeed's hooks are preserved.
 
-    A region that Inductor cannot compile runs uncompiled, with a warning, so that a defect of a compiler does not end a
-    run. Raises TrainingError if there is no compiler.
+    A region that Inductor cannot compile runs uncompiled, with a warning, so that a compiler bug does not end a run.
+    Raises TrainingError if there is no compiler.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if backend == "inductor" and find_compiler(device) is None:
@@ -45,13 +45,13 @@ def find_compiler(device: str) -> str | None:
 
 
 def compiler_names(device: str) -> str:
-    """Describe in words the compilers that `find_compiler` looks for."""
+    """Describe the compilers that `find_compiler` looks for, for use in a message."""
     language, variable = ("C++", "CXX") if device == "cpu" else ("C", "CC")
     return f"a {language} compiler ({' or '.join(_compilers(device))}; set {variable} to use another)"
 
 
 def _compilers(device: str) -> tuple[str, ...]:
-    """Return the names that PyTorch (CPU) and Triton (GPU) look for. The variable may contain arguments too."""
+    """Return the commands that PyTorch (CPU) and Triton (GPU) look for. Arguments in CXX or CC are removed."""
     named = os.environ.get("CXX" if device == "cpu" else "CC", "").split()
     if named:
         return (named[0],)

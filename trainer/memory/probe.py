@@ -30,11 +30,11 @@ from m2f.trainer.reporting import Notice, Reporter
 def probe_memory(
     module: TrainingModule, job: TrainJob, data: TrainingData, device: torch.device, ranks: Ranks, reporter: Reporter
 ) -> TrainJob:
-    """Return the job with the largest micro-batch that fits on every rank; unchanged on CPU.
+    """Return the job with a micro-batch that fits into memory on every rank; unchanged on CPU.
 
-    Runs a forward and a backward pass on images of the largest size, each with as many segments as any image of the
-    data. The number of images is halved until they fit. Memory for ZeRO and for evaluation actors is reserved
-    meanwhile. A collective: every rank must call it.
+    Runs a forward and a backward pass on images of the largest size, each with the largest number of segments in the
+    data. The number of images is halved until they fit. During the passes, memory for ZeRO and for evaluation actors
+    is reserved. A collective: every rank must call it.
 
     Raises:
         OutOfMemoryError: a single image does not fit.
@@ -61,7 +61,7 @@ def probe_memory(
     if ranks.is_first:
         message = (
             f"{requested} images at once (training.micro_batch) do not fit into GPU memory; continuing with {found} "
-            "and more micro-batches"
+            "at once, in more micro-batches"
         )
         reporter.report(Notice("memory", 0, message))
     return job.with_micro_batch(found)
@@ -121,7 +121,7 @@ def largest_shape(config: AugmentConfig) -> tuple[int, int]:
 
 
 def _fits(module: TrainingModule, batch: Batch, reserved_bytes: int) -> bool:
-    """Return whether a forward and a backward pass fit into memory beside `reserved_bytes` for other uses."""
+    """Return whether a forward and a backward pass fit into memory while `reserved_bytes` are held for other uses."""
     device = batch.images.device
     one = torch.ones((), device=device)
     reserved = None
@@ -143,10 +143,10 @@ def _fits(module: TrainingModule, batch: Batch, reserved_bytes: int) -> bool:
 
 @contextmanager
 def _preserved_buffers(module: nn.Module) -> Iterator[None]:
-    """Use the stored statistics of BatchNorms, and restore all buffers afterwards.
+    """Put BatchNorms into evaluation mode during the block, and restore all buffers afterwards.
 
-    In training mode, BatchNorms would learn from the artificial images. Synchronised ones would also wait for all
-    ranks, and would hang if one of them runs out of memory.
+    In training mode, BatchNorms would include the artificial images in their running statistics. Synchronised ones
+    would also wait for all ranks, and would hang if one of them runs out of memory.
     """
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]

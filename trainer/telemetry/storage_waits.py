@@ -1,4 +1,4 @@
-"""Lets the watchdogs of all ranks find out that a rank waits for the storage, which is not a stall."""
+"""Detect that a rank waits for the storage, so that no rank's watchdog mistakes this for a stall."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 REQUEST_S = 5.0
 """Longest wait, in seconds, for one answer of the storage or of the shared counter."""
 OUTAGE_GRACE_S = 60.0
-"""Seconds for which a detected outage excuses a rank. A process that waits for the storage sleeps up to 20 s before it
-retries, and the ranks that wait for it check for the outage only occasionally."""
+"""Seconds after the last detection for which an outage is assumed to continue. A process that waits for the storage
+sleeps up to 20 s between retries, and ranks that wait for that process check for an outage only occasionally."""
 REPORT_INTERVAL_S = 60.0
 _COUNTER = "storage_waits"
 
@@ -34,7 +34,7 @@ class StorageWaits:
     def __init__(self, job: TrainJob, storage: Storage, ranks: Ranks, reporter: Reporter) -> None:
         urls = [url for url in (job.run_folder, *job.shards) if "://" in url]
         self._probe_urls = [join(url, "manifest.json") for url in dict.fromkeys(urls)]
-        """Objects that are queried; whether they exist is irrelevant."""
+        """Objects to query. They need not exist: any answer shows that the storage works."""
         self._storage = storage.without_retries(REQUEST_S)
         self._ranks, self._reporter = ranks, reporter
         self._last_count, self._outage_at = 0, float("-inf")  # monotonic time at which an outage was last detected
@@ -72,7 +72,7 @@ class StorageWaits:
 
 
 def _call_with_limit(function: Callable[[], T], default: T) -> T:
-    """Return the result of `function`; `default` after REQUEST_S, as the process with the counter may be frozen."""
+    """Return the result of `function`, or `default` after REQUEST_S: the process with the counter may be frozen."""
     results: list[T] = []
     thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
     thread.start()
