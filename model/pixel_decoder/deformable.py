@@ -21,7 +21,7 @@ def _input_projection(in_channels: int, channels: int) -> nn.Sequential:
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention and a feed-forward network, each followed by residual and LayerNorm."""
+    """Deformable self-attention and a feed-forward network, each followed by a residual connection and LayerNorm."""
 
     def __init__(self, config: MSDeformAttnPixelDecoderConfig, levels: int) -> None:
         super().__init__()

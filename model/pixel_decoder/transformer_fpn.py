@@ -14,7 +14,10 @@ from m2f.model.position_encoding import sine_position_embedding
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network, each followed by residual and LayerNorm (DETR's encoder)."""
+    """DETR's encoder layer: self-attention and a feed-forward network.
+
+    Each is followed by a residual connection and LayerNorm.
+    """
 
     def __init__(self, config: TransformerFPNPixelDecoderConfig) -> None:
         super().__init__()

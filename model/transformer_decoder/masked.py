@@ -42,10 +42,10 @@ AttentionGuide = Callable[[int, Tensor], Tensor | None]
 
 
 class DecoderLayer(nn.Module):
-    """Cross-attention (or mask pooling), self-attention and a feed-forward network, each with residual and LayerNorm.
+    """Cross-attention (or mask pooling), self-attention and a feed-forward network.
 
-    By default, as in the published code, cross-attention precedes self-attention, and LayerNorm follows the residual.
-    Settings can reverse both.
+    Each has a residual connection and LayerNorm. By default, as in the published code, cross-attention precedes
+    self-attention, and LayerNorm follows the residual addition. Settings can reverse both orders.
     """
 
     def __init__(self, config: MaskedTransformerDecoderConfig) -> None:

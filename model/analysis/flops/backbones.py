@@ -9,7 +9,7 @@ RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet15
 
 
 def resnet(blocks: tuple[int, ...], size: tuple[int, int]) -> int:
-    """Return the cost of a ResNet whose bottlenecks stride in their 3x3 convolution.
+    """Return the cost of a ResNet whose bottlenecks have the stride in their 3x3 convolution.
 
     torchvision and the official configs use this variant.
     """
