@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 OWN_CLUSTER = "M2F_OWN_CLUSTER"
-"""Environment variable with the address of m2f's temporary Ray cluster here. RAY_ADDRESS has the same value."""
+"""Environment variable with the address of the local Ray cluster that m2f started; RAY_ADDRESS is the same then."""
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def is_external_cluster(address: str | None) -> bool:
-    """Return whether `address` or RAY_ADDRESS names a cluster that m2f did not start. It may gain nodes later."""
+    """Return whether `address` or RAY_ADDRESS names a cluster that m2f did not start and that may gain nodes."""
     named = address or os.environ.get("RAY_ADDRESS")
     return named is not None and named != os.environ.get(OWN_CLUSTER)
 

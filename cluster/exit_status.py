@@ -10,11 +10,11 @@ from typing import NoReturn
 
 
 class ExitStatus(IntEnum):
-    """Every status that a verb can exit with. A restart helps only after OUTAGE, DRAINED or death by a signal."""
+    """Every status that a verb can exit with. A restart helps only after OUTAGE, DRAINED or a fatal signal."""
 
     DONE = 0
     FAILED = 1
-    """The job ran and failed, or a check found faults."""
+    """The job ran and failed, or a check found problems."""
     USER_ERROR = 2
     """The user made a mistake and can correct it. `m2f` prints one message and no traceback."""
     STOPPED = 3
@@ -41,7 +41,7 @@ MEANINGS = {
 RESTARTABLE = (ExitStatus.OUTAGE, ExitStatus.DRAINED)
 
 RESTARTED = "M2F_RESTARTED"
-"""Environment variable that is set in a driver that `m2f train --restart` has restarted."""
+"""Environment variable that `m2f train --restart` sets in every driver that it restarts."""
 
 
 def end_process(status: int) -> NoReturn:

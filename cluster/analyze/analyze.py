@@ -1,4 +1,4 @@
-"""Analyses of the paper, for a trained model: quality by decoder layer, and attention on and off objects."""
+"""The paper's analyses of a trained model: quality by decoder layer, and share of attention on objects."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class AnalysisSubject:
 
     @property
     def title(self) -> str:
-        """Title that names data set, number of images and checkpoint, with a second line if only some classes count."""
+        """Title with data set, number of images and checkpoint; a second line if only some classes are evaluated."""
         what = "weights" if self.step is None else f"checkpoint of step {self.step}"
         title = f"{self.dataset}: {len(self.indices)} of {format_count(self.manifest.num_samples, 'image')}, {what}"
         return title if self.classes.note is None else f"{title}\nSOME CLASSES: {self.classes.note}"
@@ -89,7 +89,7 @@ def analyze_attention(subject: AnalysisSubject, num_pictures: int) -> tuple[Atte
     """Measure how attention is divided between matched objects and the rest of the image.
 
     Also return PNG pictures by image id, for the first `num_pictures` images with a matched object. Each shows the
-    attention maps of the matched query with the highest score; things come before stuff.
+    attention maps of the matched query with the highest score; things take precedence over stuff.
     """
     config, categories = subject.config, subject.classes.categories
     labels = categories.labels(config.data.task)
@@ -119,7 +119,7 @@ def _attention_picture(
 ) -> bytes:
     """Return a PNG of the image with the outline of one object and the attention maps of its query.
 
-    The object is the matched thing with the highest score, or the best stuff if the image has no matched thing.
+    The object is the matched thing with the highest score, or the best stuff segment if no thing is matched.
     """
     things = torch.tensor([classes[label].is_thing for label in objects.labels.tolist()])
     best = int((scores + things).argmax())

@@ -23,7 +23,7 @@ CLUSTER = "cluster"
 
 @dataclass(frozen=True)
 class NodeReport:
-    """Findings of one node, and the values that are compared between nodes."""
+    """Findings of one node, and the versions to compare between nodes."""
 
     findings: list[Finding]
     versions: tuple[str, str]
@@ -31,7 +31,7 @@ class NodeReport:
 
 
 def check_cluster(config: RunConfig | None) -> list[Finding]:
-    """Check the connected cluster and all of its nodes, and return the findings."""
+    """Check the connected cluster and all its nodes, and return the findings."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     check = ray.remote(num_cpus=0, max_retries=0)(check_node)
     calls: dict[Any, Mapping[str, Any]] = {}

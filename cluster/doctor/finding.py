@@ -19,4 +19,4 @@ class Finding:
     remedy: str = ""
     """What the user should do; empty if nothing is needed."""
     where: str = HERE
-    """Address of the checked node, or HERE if there is no cluster."""
+    """Address of the checked node, `cluster` for a check of the whole cluster, or HERE without a cluster."""

@@ -49,7 +49,7 @@ def check_run_folder(config: RunConfig | None) -> Finding:
             "run folder",
             "failed",
             f"{url}: bytes read differ from bytes written",
-            "the storage is faulty; use another one",
+            "the storage corrupts data; use a different one",
         )
     return Finding("run folder", "ok", f"{config.run_folder}: write, read, delete in {elapsed_s * 1000:.0f} ms")
 

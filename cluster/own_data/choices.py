@@ -1,4 +1,4 @@
-"""Choose crop, queries, points, batch and steps for a data set and a machine, each with a reason."""
+"""Choose crop, queries, points, batch and steps to suit a data set and a machine, each with a reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GB_PER_CROP = 9.0
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs of the machine that trains."""
+    """GPUs of the training machine."""
 
     num_gpus: int
     gpu_gb: float
@@ -59,7 +59,7 @@ def choose_settings(found: Survey, num_train: int, machine: Machine) -> Choices:
     """Choose values that fit the data and the memory. `num_train` is the number of training images."""
     limit = 256 if not machine.num_gpus else 1024 if machine.gpu_gb >= 20 else 640
     side = max(64, min(limit, math.ceil(found.long_side / 32) * 32))
-    device = f"{machine.num_gpus} GPU of {machine.gpu_gb:.0f} GB" if machine.num_gpus else "no GPU"
+    device = f"{machine.num_gpus} x {machine.gpu_gb:.0f} GB of GPU memory" if machine.num_gpus else "no GPU"
     queries = min(max(100, math.ceil(found.most_objects * 1.5 / 50) * 50), 1000)
     points = max(1024, min(12544, side * side // 16 // 64 * 64))
     if found.object_share < 0.001:

@@ -38,7 +38,7 @@ _ALERT_KINDS: set[NoticeKind] = {"damaged", "skipped", "spike", "memory", "slow"
 
 
 class LiveView:
-    """The panel, and the Reporter that fills it. Not thread-safe: call its methods from one thread only."""
+    """Reporter that shows a run in a panel. Not thread-safe: call its methods from one thread only."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class LiveView:
         self._evaluating = progress
 
     def add_evaluation(self, entry: Entry) -> None:
-        """Add the result of a settled evaluation to the panel."""
+        """Add the result of an evaluation that has ended to the panel."""
         self._evaluated.append(entry)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -220,7 +220,7 @@ def _machines(system: SystemUse) -> str:
 
 
 def _evaluated(published: Sequence[Entry]) -> str:
-    """Return the last result, and the best one if it belongs to a different step.
+    """Describe the last result, and the best one if it belongs to a different step.
 
     Results are compared by the first headline metric of the first evaluation set.
     """
