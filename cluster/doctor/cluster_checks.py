@@ -59,7 +59,7 @@ def check_cluster(config: RunConfig | None) -> list[Finding]:
         )
         findings.append(Finding("node", "failed", detail, remedy, _address(calls[call])))
     findings.sort(key=lambda finding: finding.where)
-    return [*findings, _check_versions(versions), *_check_clocks(nodes), *_check_capacity(config, nodes)]
+    return [*findings, *_check_versions(versions), *_check_clocks(nodes), *_check_capacity(config, nodes)]
 
 
 def check_node(config: RunConfig | None, gpus: int, name: str) -> NodeReport:
@@ -79,6 +79,7 @@ def _check_clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
     Only the second call on each node counts, since the first one includes the start of a process.
     """
     findings: list[Finding] = []
+    is_measured = False
     clock = ray.remote(num_cpus=0)(read_clock)
     for node in nodes:
         on_node = clock.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
@@ -88,20 +89,26 @@ def _check_clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
             node_time = ray.get(on_node.remote(), timeout=NODE_TIMEOUT_S)
         except ray.exceptions.RayError:
             continue  # the node already has a finding about the failure
+        is_measured = True
         skew = node_time - (before + time.time()) / 2
         finding = skew_finding(skew, "the driver")
         if finding.state != "ok":
             findings.append(Finding(finding.check, finding.state, finding.detail, finding.remedy, _address(node)))
-    return findings or [Finding("clocks", "ok", "the clocks of all nodes agree", where=CLUSTER)]
+    if findings or not is_measured:
+        return findings
+    return [Finding("clocks", "ok", "the clocks of all nodes agree", where=CLUSTER)]
 
 
-def _check_versions(versions: Mapping[tuple[str, str], list[str]]) -> Finding:
+def _check_versions(versions: Mapping[tuple[str, str], list[str]]) -> list[Finding]:
+    """Compare the versions of the nodes that answered. Returns no finding if none did."""
     if len(versions) > 1:
         detail = "; ".join(
             f"Python {python}, Ray {version}: {', '.join(names)}" for (python, version), names in versions.items()
         )
-        return Finding("same versions", "failed", detail, "start all nodes from one image", CLUSTER)
-    return Finding("same versions", "ok", "all nodes have the same Python and Ray", where=CLUSTER)
+        return [Finding("same versions", "failed", detail, "start all nodes from one image", CLUSTER)]
+    if not versions:
+        return []
+    return [Finding("same versions", "ok", "all nodes have the same Python and Ray", where=CLUSTER)]
 
 
 def _check_capacity(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding]:

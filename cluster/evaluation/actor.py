@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import resource
 import socket
+import sys
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -95,7 +96,8 @@ class EvaluationActor:
 
     def peak_memory(self) -> MemoryPeak:
         """Return the peak memory of this process so far. The GPU value is 0 if there is no GPU."""
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return MemoryPeak(host, torch.cuda.max_memory_allocated(self._device) if self._device != "cpu" else 0)
 
     def evaluate(self, task: EvaluationTask, call: int) -> bytes:

@@ -5,6 +5,7 @@ Small evaluations run in this process, because Ray takes long to start. If Ray i
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 from m2f.cluster.environment import is_external_cluster, uses_ray
@@ -73,16 +74,18 @@ def _evaluate(
     config: RunConfig, pool: Pool, checkpoint: str, step: int | None, dump: str | None
 ) -> tuple[SetEvaluation, ...]:
     """Evaluate all sets with a progress line for each, and close the pool."""
-    bars: dict[EvaluationSet, Progress] = {}
+    bars: dict[EvaluationSet, Progress] = {}  # of unfinished sets
 
     def show(evaluated: EvaluationSet, done: int, total: int) -> None:
         if evaluated not in bars:
             bars[evaluated] = Progress(f"evaluate {evaluated.label}", total, "batches").__enter__()
         bars[evaluated].advance(1)
         if done == total:
-            bars[evaluated].__exit__(None, None, None)
+            bars.pop(evaluated).__exit__(None, None, None)
 
     try:
         return evaluate_sets(config, pool, checkpoint, step, show, dump)
     finally:
+        for bar in bars.values():
+            bar.__exit__(*sys.exc_info())
         pool.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -43,10 +44,12 @@ class Choices:
 
 
 def detect_machine() -> Machine:
-    """Return the GPUs that nvidia-smi lists. Importing torch for this would take seconds."""
-    if shutil.which("nvidia-smi") is None:
+    """Return the GPUs of CUDA_VISIBLE_DEVICES, or all, as nvidia-smi lists them. Importing torch would take seconds."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
         return Machine(0, 0.0)
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    command += [f"--id={visible}"] if visible else []
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
         sizes = [float(line) * 1.048576e-3 for line in result.stdout.splitlines() if line.strip()]
