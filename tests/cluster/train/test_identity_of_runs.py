@@ -95,7 +95,8 @@ def test_checkpoint_stores_identity_of_its_model(run):
         assert identity.recipe == Path(url, "recipe.yaml").read_text()
         dumped = dump_recipe(config).splitlines()
         resolved = {line.strip() for line in identity.recipe.splitlines()} - {line.strip() for line in dumped}
-        assert resolved == {"pretrained: false", "num_gpus_per_worker: 0.0", "num_gpus_per_actor: 0.0"}
+        auto = {"compile: false", "pretrained: false", "num_gpus_per_worker: 0.0", "num_gpus_per_actor: 0.0"}
+        assert resolved == auto
         assert identity.recipe.count("precision: fp32") == 2  # for training and for evaluation
         assert len(identity.recipe.splitlines()) == len(dumped)
         assert ": auto\n" not in identity.recipe

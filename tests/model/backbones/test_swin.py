@@ -279,7 +279,7 @@ def test_error_for_weights_of_another_swin_lists_the_differences(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_heads": (3, 2, 4, 8)}, "stage 0 has 16 channels .* 3 heads"),
+        ({"num_heads": (3, 2, 4, 8)}, "stage 0 has 16 channels .* not a multiple of 3"),
         ({"drop_path": 1.0}, "drop_path is 1.0"),
         ({"window_size": 0}, "window_size is 0"),
         ({"depths": (2, 0, 2, 2)}, r"depths is \[2, 0, 2, 2\]; each must be at least 1"),

@@ -221,7 +221,7 @@ def test_published_head_has_the_expected_names_and_parameter_counts():
     assert millions["backbone"] - millions["backbone.vit"] == pytest.approx(227.1, abs=0.1)
     assert millions["pixel_decoder"] == pytest.approx(233.7, abs=0.1)
     assert millions["transformer_decoder"] == pytest.approx(466.6, abs=0.1)
-    with pytest.raises(WeightsError, match=r"pixel_decoder\.num_heads is 8; .* has 16 only"):
+    with pytest.raises(WeightsError, match=r"pixel_decoder\.num_heads is 8; .* supports only 16"):
         require_dinov3(replace(config, pixel_decoder=replace(config.pixel_decoder, num_heads=8)))
 
 
