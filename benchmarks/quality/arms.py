@@ -62,7 +62,7 @@ IMAGE_SETS = (
         ),
     ),
     ImageSet("nuclei", CONFIGS / "nuclei_panoptic_lite0.yaml", 2, (_ONE_PROCESS, "training.micro_batch=8")),
-    ImageSet("camvid", CONFIGS / "camvid_semantic_lite0.yaml", 1, (_ONE_PROCESS, "training.micro_batch=8")),
+    ImageSet("camvid", CONFIGS / "camvid_semantic_lite0.yaml", 1, (_ONE_PROCESS, "training.micro_batch=4")),
 )
 """`shapes` is the demo's set, with overlapping objects, a quarter of them small. In `small_shapes`, more than half of
 the objects have diameters of 4 to 12 pixels. A micro-batch is a whole step, because the loss of `transformers` has only
