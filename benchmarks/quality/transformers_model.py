@@ -61,24 +61,21 @@ def transformers_loss(theirs: Mask2FormerForUniversalSegmentation, pixels: Tenso
 
 def to_transformers_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename weights of our model to the names of `transformers_twin`."""
-    heads = {name: tensor for name, tensor in weights.items() if not name.startswith(_BACKBONE)}
-    backbone = {
-        _TRANSFORMERS_BACKBONE + name.removeprefix(_BACKBONE): tensor
-        for name, tensor in weights.items()
-        if name.startswith(_BACKBONE)
-    }
+    heads, backbone = _split_backbone(weights, _BACKBONE, _TRANSFORMERS_BACKBONE)
     return to_hugging_face_names(heads) | backbone
 
 
 def to_our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename weights of `transformers_twin` to the names of our model."""
-    heads = {name: tensor for name, tensor in weights.items() if not name.startswith(_TRANSFORMERS_BACKBONE)}
-    backbone = {
-        _BACKBONE + name.removeprefix(_TRANSFORMERS_BACKBONE): tensor
-        for name, tensor in weights.items()
-        if name.startswith(_TRANSFORMERS_BACKBONE)
-    }
+    heads, backbone = _split_backbone(weights, _TRANSFORMERS_BACKBONE, _BACKBONE)
     return to_own_names(heads, "hugging_face") | backbone
+
+
+def _split_backbone(weights: Mapping[str, Tensor], old: str, new: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights of the heads, and those of the backbone with the prefix `new` instead of `old`."""
+    heads = {name: tensor for name, tensor in weights.items() if not name.startswith(old)}
+    backbone = {new + name.removeprefix(old): weights[name] for name in weights.keys() - heads.keys()}
+    return heads, backbone
 
 
 def _transformers_config(config: ModelConfig, channels: tuple[int, ...]) -> Mask2FormerConfig:

@@ -102,7 +102,7 @@ def settle(
         precision = stored.precision or default_precision([gpu.capability for gpu in devices.gpus] if gpus else [])
     compiles = config.training.compile
     if compiles == "auto":
-        compiles = _can_compile(config) and gpus > 0 if stored.compile is None else stored.compile
+        compiles = _can_compile(config) and (gpus > 0 if stored.compile is None else stored.compile)
     settled = replace(
         config,
         training=replace(config.training, precision=precision, compile=compiles),

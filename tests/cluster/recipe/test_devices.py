@@ -158,6 +158,7 @@ def test_evaluation_after_training_gets_a_whole_gpu():
         ({"compiles": True}, [], False, True),
         ({}, [H100], False, False),
         ({}, [], True, True),
+        ({"stage": 3}, [H100], True, False),
     ],
 )
 def test_auto_compiles_on_gpus_if_the_settings_allow_it(settings, gpus, stored, expected):
