@@ -26,6 +26,7 @@ from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.errors import UserError
 from m2f.model.format_count import format_count
+from m2f.trainer.engine.compile import find_compiler
 
 OBJECT_STORE_BYTES = 400_000_000
 """Object store of a local cluster, in bytes. Ray's default, 30 % of the memory, would leave too little for training."""
@@ -167,7 +168,7 @@ def cluster_devices(may_grow: bool) -> AvailableDevices:
     if gpus and is_only_this_node and not local_gpus() and not _ray_task_sees_gpu():
         found = f"Ray reports {format_count(len(gpus), 'GPU')} on {socket.gethostname()}, where torch sees"
         gpus = ()
-    return AvailableDevices(gpus, sentence_start=found, may_grow=may_grow)
+    return AvailableDevices(gpus, found, may_grow=may_grow, has_compiler=find_compiler("cuda") is not None)
 
 
 def this_node_selector() -> dict[str, str]:

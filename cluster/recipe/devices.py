@@ -46,6 +46,8 @@ class AvailableDevices:
     """CPU cores of this machine; 0 if training runs elsewhere."""
     may_grow: bool = False
     """Whether the devices belong to a cluster that may grow."""
+    has_compiler: bool = True
+    """Whether this machine has the compiler that `training.compile` needs on GPUs."""
 
     @property
     def no_gpu_text(self) -> str:
@@ -100,9 +102,7 @@ def settle(
     precision = config.training.precision
     if precision == "auto":
         precision = stored.precision or default_precision([gpu.capability for gpu in devices.gpus] if gpus else [])
-    compiles = config.training.compile
-    if compiles == "auto":
-        compiles = _can_compile(config) and (gpus > 0 if stored.compile is None else stored.compile)
+    compiles = _settled_compile(config, devices, gpus, stored, warnings)
     settled = replace(
         config,
         training=replace(config.training, precision=precision, compile=compiles),
@@ -229,9 +229,23 @@ def device_index(assigned: Sequence[Any], visible: str | None) -> int:
     return shown.index(gpu_id)
 
 
-def _can_compile(config: RunConfig) -> bool:
-    """Whether all images have the same size and the weights are whole when a graph runs."""
-    return not isinstance(config.data.augment, ScaleJitter) and config.training.zero.stage < 3
+def _settled_compile(
+    config: RunConfig, devices: AvailableDevices, gpus: float, stored: StoredChoices, warnings: list[str]
+) -> bool:
+    """Return whether to compile on `gpus` GPUs per worker; add a warning to `warnings` if a compiler is missing."""
+    training = config.training
+    if training.compile != "auto":
+        return training.compile
+    if isinstance(config.data.augment, ScaleJitter) or training.zero.stage == 3:
+        return False  # images differ in size, or weights are not whole when a graph runs
+    if stored.compile is not None:
+        return stored.compile
+    if gpus and not devices.has_compiler:
+        warnings.append(
+            "training.compile is off because this machine has no C compiler, so steps are slower; install it "
+            "(apt-get install gcc)"
+        )
+    return gpus > 0 and devices.has_compiler
 
 
 def _no_gpu_to_evaluate(requested: float, devices: AvailableDevices) -> str:

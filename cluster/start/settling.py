@@ -16,6 +16,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.backbones.published import has_frozen_norms, published_problem
 from m2f.trainer.checkpoint.lease import LEASE_VARIABLE
 from m2f.trainer.config import Precision
+from m2f.trainer.engine.compile import find_compiler
 
 
 def settled_run(config: RunConfig, devices: AvailableDevices, *, during_training: bool) -> RunConfig:
@@ -35,8 +36,8 @@ def settled_run(config: RunConfig, devices: AvailableDevices, *, during_training
 
 
 def local_devices() -> AvailableDevices:
-    """Return the GPUs that torch sees on this machine, and its number of usable cores."""
-    return AvailableDevices(local_gpus(), cores=usable_cores())
+    """Return the devices of this machine: the GPUs that torch sees, and the usable cores."""
+    return AvailableDevices(local_gpus(), cores=usable_cores(), has_compiler=find_compiler("cuda") is not None)
 
 
 def _stored_choices(config: RunConfig) -> StoredChoices:

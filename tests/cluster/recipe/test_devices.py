@@ -166,6 +166,17 @@ def test_auto_compiles_on_gpus_if_the_settings_allow_it(settings, gpus, stored, 
     assert settle(recipe(**settings), devices, StoredChoices(compile=stored)).config.training.compile is expected
 
 
+def test_auto_warns_instead_of_compiling_on_gpus_without_a_compiler():
+    devices = AvailableDevices((H100,), has_compiler=False)
+    settled = settle(recipe(), devices)
+    assert settled.config.training.compile is False
+    assert len(settled.warnings) == 1
+    assert "no C compiler" in settled.warnings[0]
+    assert settle(recipe(compiles=True), devices).config.training.compile is True
+    for quiet in (recipe(compiles=False), recipe(stage=3), recipe(gpus=0)):
+        assert not any("compiler" in warning for warning in settle(quiet, devices).warnings)
+
+
 def test_continued_run_keeps_its_precision():
     fp32, bf16 = StoredChoices("fp32"), StoredChoices("bf16_autocast")
     assert settle(recipe(), AvailableDevices((H100,)), fp32).config.training.precision == "fp32"
