@@ -24,8 +24,8 @@ def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
     """Return the training job of a recipe. The number of classes comes from the categories of the training data.
 
     Raises:
-        DataError, StorageError: a manifest of `data.train` is missing or damaged, or its categories differ from those
-            of the rest.
+        DataError, StorageError: a manifest of `data.train` is missing or damaged, or the manifests have different
+            categories.
         ConfigError: the recipe sets `model.num_classes` to another number.
     """
     storage = storage or Storage(config.storage)

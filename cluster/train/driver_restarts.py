@@ -98,7 +98,7 @@ class _Driver:
             if self.is_stopping:  # the signal arrived while the process was starting
                 self._process.send_signal(signal.SIGTERM)
             status = self._process.wait()
-            os.write(writer, b"#")  # children of the driver may hold the pipe open, so the read below could block
+            os.write(writer, b"#")  # the writer stays open here and perhaps in children, so the read could block
             is_deliberate = os.read(reader, 1) == b"."
         finally:
             os.close(reader)
@@ -119,5 +119,5 @@ class _Driver:
 
 
 def _end_with_parent() -> None:
-    """Called in the new process, because an orphaned driver would keep training alongside the run's next driver."""
+    """End the new process with its parent, since an orphaned driver would train alongside the run's next driver."""
     end_with_parent(signal.SIGTERM)

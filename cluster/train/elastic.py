@@ -48,7 +48,7 @@ def next_size(free: int, config: ClusterConfig, waited_s: float) -> int | None:
 
 
 class WorkerScaler:
-    """Numbers of workers of one supervised run."""
+    """Chooses the number of workers of each attempt of one supervised run, and records the changes."""
 
     def __init__(
         self,
@@ -107,7 +107,8 @@ class WorkerScaler:
             self._room_since = now
         elif now - self._room_since >= PATIENCE_S:
             print_out(
-                f"resources for more than {format_count(self._size, 'worker')} are free; restarts after a checkpoint"
+                f"resources for more than {format_count(self._size, 'worker')} are free; the run restarts after a "
+                "checkpoint"
             )
             self.growing = True
 

@@ -60,7 +60,7 @@ _UNCOUNTED_KINDS: tuple[FailureKind, ...] = ("preemption", "room", "memory")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended: the failure of the lowest rank that is a root cause."""
+    """Why an attempt ended, see `root_cause`."""
 
     rank: int | None
     """None if no single rank is the cause."""
@@ -226,8 +226,8 @@ def classify_attempt(error: AttemptError | None, ending: Ending | None) -> Failu
 def root_cause(errors: Mapping[int, BaseException]) -> Failure:
     """Return the failure of the lowest rank that is not a consequence of another rank's failure.
 
-    If all failures are such consequences, some process has died. A preemption takes precedence, because it explains
-    every other error of the same attempt.
+    If all failures are such consequences, a process is presumed to have died. A preemption takes precedence, because it
+    explains every other error of the same attempt.
     """
     assert errors, "a failed attempt has at least one error"
     failures = [_failure(rank, error) for rank, error in sorted(errors.items())]

@@ -31,9 +31,9 @@ MAX_LOSSES = 2000
 MAX_WIDTH = 100
 SILENCE_FACTOR = 5.0
 SILENCE_S = 20.0
-"""Minimum silence in seconds before the panel reports it.
+"""Seconds without a report after which the panel says so.
 
-The silence must also exceed `SILENCE_FACTOR` times the interval between the last two reports."""
+The time must also exceed `SILENCE_FACTOR` times the interval between the last two reports."""
 _ALERT_KINDS: set[NoticeKind] = {"damaged", "skipped", "spike", "memory", "slow", "stalled"}
 
 
@@ -100,7 +100,7 @@ class LiveView:
         self._evaluating = progress
 
     def add_evaluation(self, entry: Entry) -> None:
-        """Add the result of an evaluation that has ended to the panel."""
+        """Add a settled evaluation to the panel, which shows published results only."""
         self._evaluated.append(entry)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

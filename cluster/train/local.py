@@ -33,8 +33,8 @@ def train_locally(config: RunConfig, live: bool = False) -> RunSummary:
     `cluster.num_workers` processes are started; if it is a range, its maximum counts. The supervisor is the same as
     with Ray: it restarts after failures within `cluster.max_failures`, tracks the run and applies adjustments. This
     process evaluates the checkpoints: during training if `training.early_stopping` is set, otherwise after the last
-    step.
-    SIGINT or SIGTERM stops the run after a checkpoint. With `live`, the terminal shows a panel instead of log lines.
+    step. SIGINT or SIGTERM stops the run after a checkpoint. With `live`, the terminal shows a panel instead of log
+    lines.
 
     Raises:
         UserError: the recipe, the data or the tracking store cannot be used.
@@ -66,7 +66,7 @@ class LocalLauncher:
         return LocalEvaluations(self._config, tracked)
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
-        """Return an empty result: the number of workers is fixed, so no caller needs it."""
+        """Return an empty result, because the number of workers of a local run is fixed."""
         return ()
 
     def start(self, job: TrainJob, workers: int) -> None:

@@ -1,4 +1,4 @@
-"""One rank of a local run, in its own process. It imports little, so that the process starts quickly."""
+"""One rank of a local run, in its own process. This module imports little, so that the process starts quickly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m2f.trainer.reporting import Event, RankReport, Reporters
 
 
 def train_rank(job: TrainJob, post: Post) -> None:
-    """Train until the run is done, or until SIGTERM asks it to end after a checkpoint."""
+    """Train until the run is done, or until SIGINT or SIGTERM ends it after a checkpoint."""
     with stopped_by_signals() as control:
         from m2f.trainer.worker import run_worker  # DeepSpeed reads the environment when it is imported
 
@@ -40,7 +40,7 @@ class PostReporter:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[ManualControl]:
-    """Yield a control that SIGINT or SIGTERM sets to stop. All ranks use it, so that the signal kills none of them."""
+    """Yield a control whose `stop` is set by SIGINT or SIGTERM. Every rank uses one, so the signal kills no rank."""
     control = ManualControl()
 
     def stop(number: signal.Signals) -> None:

@@ -1,6 +1,6 @@
 """Run one process per rank on this machine; the ranks communicate over loopback.
 
-Importing this module imports neither ray, mlflow nor torch. The processes are spawned, so that they inherit no threads
+This module imports none of ray, mlflow and torch. The processes are spawned, so that they inherit no threads
 and no CUDA context. Each process has a pipe to its parent for messages and for the error that ended it.
 """
 
@@ -31,10 +31,10 @@ GRACE_S = 5.0
 KILL_TIMEOUT_S = 10.0
 """Seconds to wait for a killed process to end."""
 POST_TIMEOUT_S = 2.0
-"""Seconds that a message waits for another thread's message. It is limited, so a stalled rank can still end itself."""
+"""Maximum seconds that a message waits while another thread sends one, so a stalled rank can still end itself."""
 _SPAWN_CONTEXT = multiprocessing.get_context("spawn")  # a rank inherits neither threads nor a CUDA context
 _MAX_ERROR_CHARS = 25_000
-"""Characters of an error and of its traceback, which together fit into the buffer of an unread pipe."""
+"""Maximum characters of an error, and of its traceback. Together they fit into the buffer of an unread pipe."""
 
 Post = Callable[[Any], None]
 """Function that sends a message to the parent process."""
@@ -201,7 +201,7 @@ def describe_exit(code: int) -> str:
 def _worker(
     target: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], pipe: Connection
 ) -> None:
-    """Main function of one process: run the target, and send its error to the parent if it fails."""
+    """Run the target in its new process, and send its error to the parent if it fails."""
     os.environ.update(environment)
     end_with_parent(signal.SIGKILL)  # an orphaned rank could write alongside the next holder of the lease
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends SIGINT to all processes, but the parent decides

@@ -26,6 +26,7 @@ RUN_GAUGES = {
     "ranks/slow": ("m2f_slow_ranks", "Number of ranks much slower than the median in the last reports."),
     "eta_s": ("m2f_eta_seconds", "Estimated time until the last step."),
 }
+"""Name and description of the gauge for each metric of the run."""
 RANK_GAUGES = {
     "step_s": ("m2f_rank_step_seconds", 1.0, "Time per step."),
     "data_s": ("m2f_rank_data_wait_seconds", 1.0, "Time waiting for data, per step."),
@@ -36,6 +37,7 @@ RANK_GAUGES = {
     "gpu_image_gb": ("m2f_rank_gpu_image_bytes", 1e9, "Part of the GPU memory peak per image of a micro-batch."),
     "gpu_percent": ("m2f_rank_gpu_utilization_percent", 1.0, "Percentage of time that the GPU was busy."),
 }
+"""Name, factor to the unit in the name, and description of the gauge for each number of a rank."""
 
 
 class PrometheusReporter:

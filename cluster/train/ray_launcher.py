@@ -43,7 +43,7 @@ from m2f.trainer.job import TrainJob
 from m2f.trainer.reporting import Event
 
 MAILBOX_TIMEOUT_S = 10.0
-"""Seconds to wait for an answer of the mailbox; the next poll asks again."""
+"""Seconds to wait for an answer of the mailbox. If none arrives, the next poll asks again."""
 
 
 def run_training(config: RunConfig, live: bool = False) -> RunSummary:
@@ -180,7 +180,7 @@ class RayLauncher:
                 timeout_s=round(job.training.collective_timeout_s),
             ),
             scaling_config=scaling_config(workers, cluster.gpus_per_worker > 0, cluster.needs),
-            # a new name for each attempt, because Ray would look for checkpoints of the previous one
+            # Each attempt has a new name. Otherwise Ray would look for checkpoints of the previous one.
             run_config=attempt_config(f"attempt-{self._attempts}", self._scratch),
         )
 

@@ -102,7 +102,7 @@ class RunRelay:
         """Send pending entries and set the status of the MLflow run.
 
         If `status` is None, another process has taken over the run, and nothing is sent. `kept` holds the remaining
-        checkpoints; None if the run does not evaluate.
+        checkpoints; None if they are unknown, or if the run does not evaluate.
         """
         if self._view is not None:
             self._view.stop((status or "lost").lower().replace("killed", "stopped"))

@@ -18,7 +18,7 @@ class ResourceRequest:
     """`training` or `evaluation`."""
     count: int
     needs: Mapping[str, float]
-    """Amount per Ray resource of one process."""
+    """Amount of each Ray resource that one process needs."""
 
     def __str__(self) -> str:
         each = ", ".join(f"{amount:g} {name}" for name, amount in self.needs.items())
@@ -40,7 +40,7 @@ def resource_requests(config: RunConfig) -> list[ResourceRequest]:
 def count_fitting(nodes: Iterable[Mapping[str, float]], needs: Mapping[str, float]) -> int:
     """Return how many processes fit into the free resources of the nodes.
 
-    A process that needs nothing counts `sys.maxsize` times per node.
+    If `needs` is empty, every node has room for `sys.maxsize` processes.
     """
 
     def fitting(node: Mapping[str, float]) -> int:

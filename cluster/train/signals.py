@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 DUPLICATE_S = 1.0
-"""Seconds in which a second signal counts as a duplicate.
+"""Seconds after a handled signal in which another one counts as its duplicate.
 
 Terminals and Ray send a signal to all processes of a job, and the parents pass it on as well."""
 
 
 @contextmanager
 def handling_signals(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Call `handle` for every SIGINT and SIGTERM that is not a duplicate of the last one.
+    """Call `handle` for every SIGINT and SIGTERM that is not a duplicate of the last handled one.
 
     Does nothing outside the main thread, where Python forbids signal handlers. Restores the previous handlers at exit.
     """

@@ -89,9 +89,9 @@ class RunSummary:
 def run_supervised(config: RunConfig, launcher: Launcher, live: bool = False) -> RunSummary:
     """Train to the last step, or until early stopping ends the run, with restarts after failures; return a summary.
 
-    See `run_training` and `train_locally`.
+    `run_training` and `train_locally` call this function with their launchers, and list its errors.
     """
-    # A restarted driver works under the lease of its parent, so the storage is known to have answered.
+    # With `m2f train --restart`, the parent process holds the lease, so the storage has already answered.
     storage = Storage(config.storage, answered=LEASE_VARIABLE in os.environ, on_wait=print_err)
     config = with_pinned_weights(with_steps(config, storage), storage)
     job = compose_job(config, storage)
@@ -131,11 +131,11 @@ class _Supervisor:
         self._failures: list[Failure] = []
         self._interrupts = 0
         self._early_stop: EarlyStop | None = None
-        self._metric_checked = False
+        self._metric_warned = False
         self._check_early_stopping(stored_entries)
 
     def run(self) -> RunSummary:
-        """Run all attempts, then wait for pending evaluations; return a summary."""
+        """Run all attempts; if the run finishes, wait for pending evaluations. Return a summary."""
         status: Status = "failed"
         ended = False
         try:
@@ -291,7 +291,7 @@ class _Supervisor:
             self._update(0.0)
 
     def _await_evaluations(self) -> None:
-        """Wait until every commit of the run has been evaluated, or the user interrupts."""
+        """Wait until the evaluations of all commits are settled or have stopped, or the user interrupts."""
         if self._evaluations is None:
             return
         self._evaluations.training_ended()
@@ -332,8 +332,8 @@ class _Supervisor:
         self._early_stop = early_stop(settings, entries)
         if self._early_stop is not None:
             self._relay.report(Notice("early_stop", self._early_stop.step, self._early_stop.reason))
-        elif not self._metric_checked and (problem := unknown_metric(settings, entries)) is not None:
-            self._metric_checked = True
+        elif not self._metric_warned and (problem := unknown_metric(settings, entries)) is not None:
+            self._metric_warned = True
             print_err(problem)
 
     def _repair_commits(self) -> None:
@@ -356,7 +356,7 @@ class _Supervisor:
 
 
 class _SilenceWarning:
-    """Prints a message once a minute while the workers of an attempt have not reported anything."""
+    """Prints a message once a minute until a worker has reported something."""
 
     def __init__(self, config: RunConfig, launcher: Launcher) -> None:
         self._launcher = launcher

@@ -1,7 +1,7 @@
 """Torch backend of Ray Train that checks the GPUs of all workers before it creates the process group.
 
-Ray counts GPUs by its configuration or by device files. A broken driver, or torch built without CUDA, shows up only in
-the worker, and the error of NCCL does not name the node.
+Ray counts GPUs from its configuration or from device files, so it does not notice a broken driver, or torch built
+without CUDA. The workers then fail in NCCL, whose error does not name the node.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class CheckedTorch(Backend):
         self._torch = TorchConfig().backend_cls()
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Create the process group.
+        """Check the GPUs, and create the process group.
 
         Raises TrainingError if torch does not see an assigned GPU. Otherwise the ranks would hang or fail in NCCL.
         """

@@ -1,6 +1,6 @@
 """Code that runs in a Ray Train worker: the training loop, with a reporter and a control that use the mailbox.
 
-It is a separate module so that Ray pickles the worker function by reference.
+The worker function has its own module, so that Ray pickles it by reference.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class RayReporter:
             case CommitReport(checkpoint):
                 if self._is_first:
                     self._mailbox.post.remote(event)
-                # No ray.train.Checkpoint: Ray accepts only those in its own folder, and ours must outlive the attempt.
+                # Passes no ray.train.Checkpoint: Ray accepts only those in its own folder, but the run's checkpoints
+                # must outlive the attempt.
                 ray.train.report(
                     {"step": checkpoint.step, "checkpoint": checkpoint.url},
                     checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
@@ -89,7 +90,7 @@ class RayReporter:
 
 
 class RayControl:
-    """Control that polls the driver's request to stop in a thread, and Ray's notice that a worker node is preempted."""
+    """Control for rank 0: the driver's request to stop, polled in a thread, and Ray's notice of a preemption."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
@@ -98,11 +99,11 @@ class RayControl:
         self._preempted = preemption_notice()
 
     def stop_requested(self) -> bool:
-        """Whether the driver has asked the run to stop."""
+        """Return whether the driver has asked the run to stop."""
         return self._stop
 
     def drain_requested(self) -> bool:
-        """Whether Ray has announced that a node of the run is about to be reclaimed."""
+        """Return whether Ray has announced that a node of the run is about to be reclaimed."""
         return self._preempted()
 
     def _poll(self) -> None:
