@@ -1,1 +1,1 @@
-"""Command line, launching, evaluation and tracking: everything that uses Ray or MLflow."""
+"""Command line, Python API, recipes, launching, evaluation and tracking: everything that uses Ray or MLflow."""

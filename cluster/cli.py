@@ -54,11 +54,14 @@ RAY_NOISE = "|".join(
         "There are infinite retries remaining",
     )
 )
-"""Messages that Ray must not print in a driver's output: m2f reports each failure and its consequence in one line."""
+"""Regular expression of messages that Ray must not print, because m2f reports each failure in one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status."""
+    """Run one verb and return its exit status.
+
+    Without `argv`, the words come from the command line, and a process that has loaded PyTorch ends here.
+    """
     try:
         try:
             status = _run_verb(list(sys.argv[1:] if argv is None else argv))
@@ -147,7 +150,7 @@ def parse_verb(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
 
 
 def _user_error(error: BaseException) -> UserError | None:
-    """Return the UserError to show, or None. For a failed Ray task it is the cause: Ray's own text is a traceback."""
+    """Return the UserError to show, or None. For a failed Ray task, it is the cause; Ray's own text is a traceback."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):
         return cause

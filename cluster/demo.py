@@ -50,7 +50,7 @@ def demo_config(output: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def describe(summary: RunSummary) -> str:
-    """Return the text that a demo prints: scores, failed evaluations, paths of report and pictures, and a command."""
+    """Return the text that a demo prints: scores, paths of the results, the command for curves, and failures."""
     lines = [f"run {summary.status}: {summary.run_folder}", "", metrics_table(summary.evaluations)]
     published = [entry for entry in summary.evaluations if entry.status == "published"]
     if published:
@@ -64,6 +64,6 @@ def describe(summary: RunSummary) -> str:
 
 
 def metrics_table(entries: Sequence[Entry]) -> str:
-    """Return a table with one line per evaluated checkpoint: the headline metrics of set `val`, in per cent."""
+    """Return a table with one line per evaluation: its status and the headline metrics of set `val`, in per cent."""
     rows = [[entry.step, entry.status, *(entry.metrics.get(f"val/{name}") for name in HEADLINE)] for entry in entries]
     return columns(["step", "evaluation", *HEADLINE], rows)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 OWN_CLUSTER = "M2F_OWN_CLUSTER"
-"""Environment variable with the address of the local Ray cluster that m2f started; RAY_ADDRESS is the same then."""
+"""Environment variable with the address of the local Ray cluster that m2f started. RAY_ADDRESS has the same value."""
 
 
 @contextmanager

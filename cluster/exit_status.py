@@ -24,7 +24,7 @@ class ExitStatus(IntEnum):
     DRAINED = 75
     """The machine is about to be preempted, and the run has saved a checkpoint."""
     INTERRUPTED = 130
-    """The user pressed Ctrl-C in a verb other than `train`."""
+    """The user pressed Ctrl-C. During training, the first Ctrl-C means STOPPED, the second INTERRUPTED."""
 
 
 MEANINGS = {
@@ -39,6 +39,7 @@ MEANINGS = {
 """Descriptions of the statuses in `m2f --help`."""
 
 RESTARTABLE = (ExitStatus.OUTAGE, ExitStatus.DRAINED)
+"""Statuses after which a restart may help."""
 
 RESTARTED = "M2F_RESTARTED"
 """Environment variable that `m2f train --restart` sets in every driver that it restarts."""

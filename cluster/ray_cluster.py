@@ -29,13 +29,14 @@ from m2f.model.format_count import format_count
 from m2f.trainer.engine.compile import find_compiler
 
 OBJECT_STORE_BYTES = 400_000_000
-"""Object store of a local cluster, in bytes. Ray's default, 30 % of the memory, would leave too little for training."""
+"""Size of a local cluster's object store. Ray's default, 30 % of the memory, would leave too little for training."""
 MAX_TEMP_FOLDER_BYTES = 14
 """Maximum length in bytes of the path of the temporary folder in which Ray creates its sockets.
 
-The names of our folder, of Ray's session and of the socket add 91 bytes.
+The names of m2f's folder, of Ray's session and of the socket add 91 bytes.
 """
 CONNECT_S = 10.0
+"""Seconds that a test connection to the address of a cluster may take."""
 RECONNECT_S = 120.0
 """Seconds that a restarted driver waits for its cluster."""
 _RETRY_S = 2.0
@@ -56,7 +57,7 @@ class ClusterOutageError(ClusterError, OutageError):
 def connect(config: RunConfig) -> Iterator[None]:
     """Connect to Ray for a training run and its evaluations.
 
-    That is the recipe's cluster, or a local cluster with enough CPUs for all workers and evaluation actors.
+    Without an existing cluster, a local cluster starts with enough CPUs for all workers and evaluation actors.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
@@ -113,7 +114,7 @@ def existing_or_local_cluster(
 
 
 def _connect_with_retry(address: str, cluster: ClusterConfig) -> None:
-    """Connect to the cluster. Only a restarted driver waits: both may have died together."""
+    """Connect to the cluster. Only a restarted driver waits for it, because both may have died together."""
     is_new = RESTARTED not in os.environ
     started, warned = time.monotonic(), False
     while True:
@@ -157,10 +158,10 @@ def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]
 
 
 def cluster_devices(may_grow: bool) -> AvailableDevices:
-    """Return the GPUs of the connected cluster, as Ray counts them.
+    """Return the GPUs of the connected cluster, as Ray counts them, and whether this machine has a compiler for them.
 
-    Ray trusts `ray start --num-gpus` or device files. If this machine is the only node, the count is checked with
-    torch; no GPU is returned if torch sees none.
+    Ray trusts `ray start --num-gpus` or device files. If this machine is the only node, no GPU is returned
+    if torch sees none.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     gpus, found = cluster_gpus(node["Resources"] for node in nodes), "the Ray cluster has"
@@ -234,9 +235,10 @@ def _local_environment() -> Iterator[None]:
 
 @contextmanager
 def _private_folder() -> Iterator[str]:
-    """Create a session folder inside a folder that only this user may enter: Ray's is readable to everybody.
+    """Create a folder for Ray's session that only this user may enter; Ray's own folders are readable to everybody.
 
-    It is in /tmp if TMPDIR is longer than MAX_TEMP_FOLDER_BYTES, because paths of Unix sockets have at most 107 bytes.
+    It is in /tmp if the path of the temporary folder is longer than MAX_TEMP_FOLDER_BYTES, because paths of Unix
+    sockets have at most 107 bytes.
     """
     temporary = tempfile.gettempdir()
     folder = ScratchFolder("ray", parent=temporary if len(os.fsencode(temporary)) <= MAX_TEMP_FOLDER_BYTES else "/tmp")

@@ -86,7 +86,7 @@ def scaling_config(workers: int, gpus: bool, needs: Mapping[str, float]) -> Scal
 
 
 def attempt_config(name: str, folder: str) -> RunConfig:
-    """Return a Ray Train configuration without retries and log lines: the supervisor of m2f does both.
+    """Return a Ray Train configuration that neither retries nor logs, because m2f's supervisor does both.
 
     Args:
         name: name of the subfolder of `folder` in which Ray stores its state.

@@ -69,7 +69,7 @@ def _watch(is_stopped: Callable[[], bool], raylet: str | None, gcs: str, patienc
         if _is_listening(gcs):
             last_response = time.monotonic()
         elif time.monotonic() - last_response >= patience_s and not is_stopped():
-            _exit_with_outage(f"the head of the Ray cluster died, its GCS at {gcs} accepts no connections: {_REMEDY}")
+            _exit_with_outage(f"the head of the Ray cluster died (its GCS at {gcs} accepts no connections): {_REMEDY}")
     if connection is not None:
         connection.close()
 
@@ -111,7 +111,7 @@ def _is_listening(address: str) -> bool:
 
 
 def _exit_with_outage(message: str) -> NoReturn:
-    """Print the message and exit at once with status OUTAGE.
+    """Print the message, and end the process at once with status OUTAGE.
 
     A regular exit could hang, because Ray calls may block in any thread. The next start cleans up what is left behind,
     as it does after a kill.

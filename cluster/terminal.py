@@ -29,7 +29,7 @@ def print_err(text: str) -> None:
 def first_lines(items: Sequence[object], limit: int, rest: str) -> list[str]:
     """Return an indented line for each of the first `limit` items, and a line with the number of further items.
 
-    `rest` is appended to the last line, for example to name the file with the further items.
+    `rest` is appended to that last line, for example to name the file with the further items.
     """
     more = [f"  and {len(items) - limit} more{rest}"] if len(items) > limit else []
     return [f"  {item}" for item in items[:limit]] + more

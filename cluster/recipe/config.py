@@ -33,7 +33,7 @@ class ClusterConfig(Section):
     """GPUs that Ray reserves for each training worker; 0 trains on the CPU. `auto`: one if there are GPUs, or at most
     0.75 if evaluation actors must share them. A fraction above 0.5 leaves the rest to evaluation actors."""
     resources_per_worker: Annotated[Mapping[str, float], FROM_0] = field(default_factory=dict)
-    """Custom Ray resources of each training worker, for example `{trainer: 1}`. It runs only on nodes with them."""
+    """Custom Ray resources of each training worker, for example `{trainer: 1}`. Only nodes with them run workers."""
     max_failures: Annotated[int, FROM_0] = 3
     """Restarts without a new checkpoint before the run stops; every new checkpoint resets the count."""
     shard_tasks: Annotated[int, FROM_1] = 2

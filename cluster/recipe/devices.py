@@ -1,6 +1,6 @@
-"""Resolve `auto` in a recipe: devices, number of workers, and precision.
+"""Resolve `auto` in a recipe: devices, number of workers, precision and compilation.
 
-`settle` is a pure function of the recipe, the available devices, and the precision of the run's newest checkpoint.
+`settle` is a pure function of the recipe, the available devices, and the choices of an earlier start of the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from m2f.trainer.precision import Capability, default_precision
 LARGE_CPU_IMAGE_PX = 512
 """Side of an image in pixels above which a CPU needs many seconds per image."""
 RANK_SHARE = 0.75
-"""Share of a GPU for a rank that shares it with actors. Above 0.5, so that Ray never puts two ranks on one GPU."""
+"""Share of a GPU for a rank that shares it with actors. It is above 0.5, because two ranks must not share a GPU."""
 _DEFAULT_CAPABILITY: Capability = (8, 0)
 _PRE_BF16_GPUS: Mapping[str, Capability] = {"V100": (7, 0), "T4": (7, 5), "P100": (6, 0), "P4": (6, 1), "K80": (3, 7)}
 """Compute capability of GPUs without bf16, by Ray's name for their type."""
@@ -147,7 +147,7 @@ def require_gpus(config: RunConfig, devices: AvailableDevices) -> None:
 
 
 def describe(config: RunConfig, devices: AvailableDevices) -> str:
-    """Return the devices of a settled recipe in one line."""
+    """Return one line with the devices, precision and compilation of a settled recipe."""
     cluster, evaluation = config.cluster, config.evaluation
     max_workers = cluster.max_workers
     count = (
@@ -237,7 +237,7 @@ def _settled_compile(
     if training.compile != "auto":
         return training.compile
     if isinstance(config.data.augment, ScaleJitter) or training.zero.stage == 3:
-        return False  # images differ in size, or weights are not whole when a graph runs
+        return False  # images differ in size, or ZeRO 3 gathers weights in hooks that a compiled graph does not run
     if stored.compile is not None:
         return stored.compile
     if gpus and not devices.has_compiler:

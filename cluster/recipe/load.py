@@ -85,7 +85,7 @@ def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe
 def _build_recipe(
     text: str, overrides: Iterable[str], source: str, is_stored: bool = False
 ) -> tuple[RunConfig, list[str]]:
-    """Return the recipe, and hints: for settings under an old name, and for values that were changed or filled in."""
+    """Return the recipe, and hints about settings with an old name and about values that were changed or filled in."""
     problems: list[str] = []
     tree = _parse_yaml(text, source)
     if is_stored:

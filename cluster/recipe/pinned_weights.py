@@ -1,6 +1,6 @@
-"""Pin the commit of the Hugging Face hub that a run starts from.
+"""Pin the commit of the Hugging Face model that a run starts from.
 
-Does not import torch, so that a missing network is reported quickly.
+This module does not import torch, so that a missing network is reported quickly.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def model_changes(stored: str, now: str, optimizer: bool = False) -> tuple[str, 
     """Return lines `setting: stored -> now` for the settings in which the models of two recipes (YAML) differ.
 
     Settings that only one of the recipes has belong to another version of m2f and are ignored, except for timm
-    options. With `optimizer`, settings that the optimizer state depends on are also compared.
+    options. If `optimizer` is set, settings that the optimizer state depends on are also compared.
 
     Raises:
         ConfigError: a recipe is not valid YAML, or has a deleted setting whose value is not its old default.

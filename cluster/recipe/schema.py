@@ -14,7 +14,7 @@ from m2f.model.limits import Range, ranges_of
 
 
 def recipe_schema() -> dict[str, Any]:
-    """Return a draft 2020-12 schema with names, types, ranges, defaults and descriptions of all settings.
+    """Return a schema (draft 2020-12) with the names, types, ranges, defaults and descriptions of all settings.
 
     The schema rejects unknown settings. It does not express constraints between settings.
     """

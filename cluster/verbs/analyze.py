@@ -122,7 +122,7 @@ def _open_subject(args: argparse.Namespace) -> AnalysisSubject:
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-
+    """Parse `HxW` as height and width in pixels. Raises ConfigError unless both are integers of at least 32."""
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= 32):
         raise ConfigError(f"--size is {text!r}; give height and width in pixels, at least 32 each, for example 512x512")

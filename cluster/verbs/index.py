@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Index the tars. Return exit status 1 if samples cannot be indexed, in which case no manifest is written."""
+    """Index the tars. Return exit status 1 if no manifest was written, because some samples cannot be indexed."""
     import json
     import os
     from dataclasses import asdict

@@ -13,7 +13,7 @@ SUMMARY = "write a recipe for a folder of images and annotations"
 
 
 class _FormOption(argparse.Action):
-    """The earlier spelling `--form` of `--format`. It stores the value, and prints which option to use instead."""
+    """Option `--form`, the earlier name of `--format`. It stores the value, and prints which option to use instead."""
 
     def __call__(
         self,

@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
         print_out(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
     elif args.submission:
         print_err(
-            f"no submission was written: it would lack {format_count(len(problems), 'image')}, which the server would "
-            "reject"
+            f"no submission was written: it would lack {format_count(len(problems), 'image')}, so the server would "
+            "reject it"
         )
     return ExitStatus.FAILED if problems else ExitStatus.DONE
 

@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         type=float,
         metavar="P",
-        help="store with the model, for every thing class, the lowest score threshold that reaches this precision on "
-        "SET, from 0 to 1",
+        help="precision, above 0 and at most 1: store with the model, for every thing class, the lowest score "
+        "threshold that reaches it on SET",
     )
     parser.add_argument(
         "--allow-url",
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_hosts(hosts: Sequence[str]) -> None:
-    """Raise ConfigError if a value is not a host or HOST:PORT, because it would never match the host of a URL."""
+    """Raise ConfigError if a value is not HOST or HOST:PORT, because such a value would never match a URL's host."""
     for given in hosts:
         if not given or any(c in "/@" or c.isspace() for c in given):
             host = given.strip().rpartition("://")[2].partition("/")[0].rpartition("@")[2]
