@@ -1,1 +1,1 @@
-"""Mergeable metrics, inference and reports. Import from its modules only, because `eval` is also a builtin."""
+"""Metrics, inference, reports and scoring. Import from the modules only: the name `eval` would hide the builtin."""

@@ -45,8 +45,8 @@ class MultiScale(Section):
     flip: bool = True
     """Also evaluate every size mirrored."""
     window: Annotated[int | None, PIXELS] = None
-    """Side length in pixels of overlapping windows into which every size is cut; class scores are averaged. None: one
-    pass."""
+    """Side length in pixels of windows into which every size is cut. Class scores are averaged if windows overlap.
+    None: one pass per size."""
     stride: Annotated[int | None, PIXELS] = None
     """Distance between windows in pixels. The last one of a row or column is moved back to fit. None: the value of
     `window`."""
@@ -107,16 +107,16 @@ _ADDED_LATER = {"multi_scale": ("window", "stride")}
 
 
 def stored_test_time(test_time: TestTime) -> dict[str, Any]:
-    """Return the settings as results store them.
+    """Return the settings in the form that is stored with results.
 
-    Settings that were added after the first version are left out if None.
+    Settings that were added after the first version are left out if None, so digests of older results stay valid.
     """
     added_later = _ADDED_LATER.get(test_time.kind, ())
     return {name: value for name, value in asdict(test_time).items() if value is not None or name not in added_later}
 
 
 def check_test_time(test_time: TestTime, tasks: Collection[Task], place: str) -> None:
-    """Raise ConfigError if a task does not support the test time; the message starts with `place`."""
+    """Raise ConfigError if one of the tasks does not support `test_time`. The message starts with `place`."""
     if set(tasks) <= {"semantic"}:
         return
     if isinstance(test_time, MultiScale):
@@ -184,7 +184,8 @@ class EvaluationConfig(Section):
     shrink: Literal["area", "bilinear"] = "area"
     """Interpolation for resizing test images, see `data.augment.shrink`; `bilinear` is that of the official code."""
     batch_size: Annotated[int, FROM_1] = 1
-    """Images per forward pass. Batches follow the order of the manifest, so results do not depend on the actors."""
+    """Images per forward pass. Batches follow the order of the manifest, so results do not depend on the number of
+    actors."""
     actors: Annotated[int, FROM_1] = 1
     """Number of processes that evaluate in parallel."""
     num_cpus_per_actor: Annotated[float, FROM_0] = 1.0
@@ -223,7 +224,7 @@ class EvaluationConfig(Section):
         return 0.0 if self.num_gpus_per_actor == "auto" else self.num_gpus_per_actor
 
     def for_set(self, image_set: EvaluationSet) -> EvaluationConfig:
-        """Return the settings with the set's own tasks and test time, and only the extra metrics for these tasks."""
+        """Return the settings of one set: its own tasks and test time, if stated, and only applicable extra metrics."""
         tasks = self.tasks if image_set.tasks is None else image_set.tasks
         applicable = (m for m in self.extra_metrics if not set(tasks).isdisjoint(EXTRA_METRIC_TASKS[m]))
         test_time = self.test_time if image_set.test_time is None else image_set.test_time

@@ -50,7 +50,7 @@ class PanopticImage:
     id_map: np.ndarray
     """[H, W] integers, 0 for void."""
     labels: Mapping[int, int]
-    """Class of each segment id, counted from 0."""
+    """Class index of each segment id. Class indices start at 0."""
     crowds: Collection[int] = ()
     """Ids of annotated segments that are crowds."""
     areas: Mapping[int, float] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Instances:
     masks: np.ndarray | Sequence[Rle]
     """[N, H, W] bool, or COCO's run-length encodings."""
     labels: np.ndarray | Sequence[int]
-    """[N] classes, counted from 0."""
+    """[N] class indices, which start at 0."""
     scores: np.ndarray | Sequence[float] | None = None
     """[N] scores of detections; None for annotations."""
     is_crowd: np.ndarray | Sequence[bool] | None = None
@@ -87,8 +87,8 @@ def evaluate_panoptic(
     Args:
         truth: annotated images, or the path of a COCO panoptic JSON file.
         predictions: predicted images in the same order, or the path of a JSON file.
-        class_names: name of every class; for images only.
-        is_thing: whether each class is a thing; for images only.
+        class_names: name of every class, by class index; for images only.
+        is_thing: whether each class is a thing, by class index; for images only.
         truth_masks: folder of the annotated maps; for paths only.
         prediction_masks: folder of the predicted maps; for paths only.
 
@@ -134,7 +134,7 @@ def evaluate_instances(
     Args:
         truth: annotated images, or the path of a COCO instances JSON file.
         predictions: detections in the same order, or the path of a JSON file of COCO results.
-        class_names: name of every class; for images only.
+        class_names: name of every class, by class index; for images only.
         boxes: also compute the AP of boxes, as `box_AP`.
 
     Raises:
@@ -204,7 +204,7 @@ SUBJECT = EvaluationSubject(dataset="images", fingerprint="")
 def _path(name: str, value: object) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise EvaluationError(
-            f"{name} is {type(value).__name__}, but the other one is a path; pass two paths or images"
+            f"{name} is {type(value).__name__}, but the other one is a path; pass two paths, or images on both sides"
         )
     return Path(value)
 

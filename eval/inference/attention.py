@@ -1,4 +1,4 @@
-"""Attention inside and outside of objects (Table I b), and pictures of it (Figure I)."""
+"""Attention inside and outside of objects (Mask2Former, Table I b), and pictures of it (Figure I)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from m2f.model.loss.point_sampling import LabelMaps
 from m2f.model.structures import BACKGROUND_ID, Predictions, Targets
 
 MATCHING_GRID = 112
-"""Points per side of the grid on which predictions and objects are compared. Its 112 x 112 points are as many as
-training samples by default."""
+"""Points per side of the grid on which predictions and objects are compared. By default, training also samples
+112 x 112 points."""
 
 
 @dataclass(frozen=True)
 class MatchedObjects:
-    """Objects of one image with their matched queries of the last layer; objects beyond the queries are left out."""
+    """Objects of one image, each with its matched query of the last layer. Objects without a query are left out."""
 
     queries: Tensor
     """[n] int64 query indices."""
@@ -43,7 +43,10 @@ class MatchedObjects:
 def matched_objects(
     batch: EvalBatch, row: int, predictions: Predictions, task: Task, labels: Mapping[int, int], config: LossConfig
 ) -> MatchedObjects:
-    """Match the last layer's predictions of one image with its targets, as in training but at grid points."""
+    """Match the last layer's predictions for image `row` of the batch with its targets.
+
+    Matching is that of training, but at the points of a grid. `labels` maps category ids to classes.
+    """
     height, width = (int(side) for side in batch.sizes[row])
     padded_height, padded_width = batch.images.shape[-2:]
     targets = _padded_targets(
@@ -72,7 +75,7 @@ class AttentionMass:
         self._levels: dict[int, str] = {}
 
     def update(self, maps: Sequence[AttentionMap], image: int, objects: MatchedObjects) -> None:
-        """Add the objects of image number `image` of the batch in which the maps were recorded."""
+        """Add the objects of one image; `image` is its position in the batch for which the maps were recorded."""
         for attention in maps:
             weights = attention.weights[image].cpu()[objects.queries]
             shares = foreground_mass(weights, attention.shapes, objects.masks)
@@ -81,7 +84,7 @@ class AttentionMass:
 
     @property
     def by_layer(self) -> dict[int, float | None]:
-        """Share of attention on objects for every layer; None without a matched query."""
+        """Share of attention on objects, 0 to 1, by layer; None for a layer without a matched query."""
         return {layer: fmean(shares) if shares else None for layer, shares in sorted(self._shares.items())}
 
     @property
@@ -105,9 +108,10 @@ class AttentionMass:
 def attention_pictures(
     maps: Sequence[AttentionMap], image: int, query: int, size: tuple[int, int]
 ) -> tuple[HeatMap, ...]:
-    """Return heat maps of one query of one image of the batch: for every level, the last layer that attends to it.
+    """Return one heat map per feature level for one query of one image, from the last layer that attends to the level.
 
-    They have the (height, width) of the image inside the padded input (Figure I a).
+    `image` is the position in the batch. The maps are cropped to `size`, the image's (height, width) inside the padded
+    input (Figure I a).
     """
     height, width = size
     last: dict[int, HeatMap] = {}

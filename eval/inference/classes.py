@@ -1,7 +1,7 @@
 """Reduce a model and a data set to the classes that both have, in the data set's order.
 
-This happens once, before any metric: logits get the columns of the data set's table, and annotations lose classes that
-the model lacks. So metrics, dumps and pictures use a single table.
+Logits are reordered to the classes of the data set, and annotations of classes that the model lacks are removed. Both
+happen before any metric, so metrics, dumps and pictures use a single table.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class EvaluatedClasses:
         return predictions._replace(class_logits=select_columns(predictions.class_logits, self.columns))
 
     def restrict(self, batch: EvalBatch) -> EvalBatch:
-        """Remove annotations of classes that the model lacks; their pixels become unlabelled."""
+        """Return the batch without annotations of classes that the model lacks; their pixels in `seg` become void."""
         known = self.categories.by_id.keys()
         if all(s.category_id in known for sample in batch.samples for s in sample.annotation.segments):
             return batch
@@ -53,9 +53,10 @@ class EvaluatedClasses:
 def evaluated_classes(
     table: CategoryTable, model_classes: Sequence[Category] | None, task: Task, data_name: str
 ) -> EvaluatedClasses:
-    """Match a data set's table with the classes of a model for `task`; None: the model has the data set's classes.
+    """Match a data set's table with the classes of a model for `task`.
 
-    Raises DataError showing the differing rows of both tables if they contradict each other.
+    `model_classes` None means that the model has the classes of the data set. Raises DataError if the tables contradict
+    each other; the message shows the rows that differ.
     """
     data_classes = table.for_task(task)
     if model_classes is None:

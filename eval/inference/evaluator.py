@@ -1,4 +1,4 @@
-"""Evaluate batches: one forward pass, the official post-processing, and an update of every requested task's metrics."""
+"""Evaluate batches: forward passes, the official post-processing, and an update of the metrics of every task."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ EVALUABLE_TASKS: dict[Task, tuple[Task, ...]] = {
     "instance": ("instance",),
     "semantic": ("semantic",),
 }
-"""Tasks on which a model trained for each task can be evaluated."""
+"""Tasks on which a model can be evaluated, by the task for which it was trained."""
 
 _CITYSCAPES = {(c.id, c.name) for c in CITYSCAPES.categories}
 """Ids and names of the categories that the Cityscapes metrics require."""
 
 _MakeOverlays = Callable[[], tuple[Overlay, Overlay]]
-"""Function that prepares truth and prediction of one image for drawing."""
+"""Function that returns the overlays of truth and prediction of one image, called only if the image is drawn."""
 
 
 def image_outputs(batch: EvalBatch, predictions: Predictions, layer: int = -1) -> Iterator[ImageOutput]:
-    """Yield one layer's predictions by image. Raises EvaluationError naming the image if its output is not finite."""
+    """Yield one layer's output for every image. Raises EvaluationError naming an image whose output is not finite."""
     height, width = batch.images.shape[-2:]
     for row, sample in enumerate(batch.samples):
         resized_height, resized_width = batch.sizes[row].tolist()
@@ -96,7 +96,7 @@ def check_extra_metrics(categories: CategoryTable, metrics: Collection[ExtraMetr
 
 
 class Evaluator:
-    """Evaluates a model. `model_task` is the task that it was trained for, which determines its classes.
+    """Evaluates a model. `model_task` is the task for which the model was trained; it determines the classes.
 
     If `classes` is an `EvaluatedClasses`, batches must have passed through its `restrict`. If `classes` is a table, the
     model has exactly the classes of the table.
@@ -137,7 +137,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def evaluate_batch(self, batch: EvalBatch) -> EvaluationStates:
-        """Return the states of the batch's images for all tasks, with panels of the first task for chosen images."""
+        """Return the states of the batch's images for all tasks, with panels of the first task for `panel_ids`."""
         if isinstance(self._test_time, WholeImage):
             return self.score(batch, self.predict(batch))
         states = self._empty_states()
@@ -159,7 +159,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def predict(self, batch: EvalBatch) -> Predictions:
-        """Return the predictions of all layers. Raises EvaluationError if model and data set differ in classes."""
+        """Return the predictions of all layers. Raises EvaluationError if the model has a wrong number of classes."""
         return self._forward(batch.images, batch.sizes)
 
     def _predict_part(self, sample: DecodedSample, image: Tensor, size: Tensor) -> Predictions:
@@ -169,13 +169,13 @@ class Evaluator:
         return predictions
 
     def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
-        # Full precision and fixed algorithms, so that published numbers do not depend on the GPU of a batch.
+        # No TF32 in convolutions, and deterministic algorithms, so that results do not depend on which GPU evaluates a batch.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             predictions = self._model(self._model.normalise(images.to(self._device), sizes.to(self._device)))
         expected = len(self._classes.model_classes)
         if predictions.class_logits.shape[-1] != expected + 1:
             raise EvaluationError(
-                f"the model has {predictions.class_logits.shape[-1] - 1} classes, but the data set has {expected} "
+                f"the model has {predictions.class_logits.shape[-1] - 1} classes, but {expected} are expected "
                 f"for this task; evaluate on a data set with the category table used in training"
             )
         return self._classes.select(predictions)
@@ -202,7 +202,7 @@ class Evaluator:
         return EvaluationStates.empty(self._categories, self._tasks, self._extra_metrics)
 
     def _draw(self, sample: DecodedSample, pictures: Mapping[Task, _MakeOverlays], states: EvaluationStates) -> None:
-        """Draw the panel of a sample, if it is among the chosen images."""
+        """Draw the panel of a sample if its id is in `panel_ids`."""
         if sample.image_id in self._panel_ids:
             first_task = self._tasks[0]
             classes, overlays = self._categories.for_task(first_task), pictures[first_task]()
@@ -270,7 +270,7 @@ class Evaluator:
 
 
 def detect(output: ImageOutput, is_thing: Sequence[bool], config: PostprocessConfig) -> InstanceDetections:
-    """Return detections of one image with the model's labels. Masks are encoded in small groups as they arrive."""
+    """Return detections of one image, labelled by column of the class logits. Masks are encoded group by group."""
     masks: list[Rle] = []
     ranking = stream_instances(
         *output, is_thing, config, consume=lambda group: masks.extend(encode_masks(group.cpu().numpy()))

@@ -1,4 +1,4 @@
-"""Quality of the predictions after every decoder layer (Figure II), and of their masks as proposals (Figure 3)."""
+"""Quality of every decoder layer's predictions (Mask2Former, Figure II), and of their masks as proposals (Figure 3)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LayerQuality:
     layer: int
     """Layer number; 0 stands for the learnable queries before the decoder, if they are supervised."""
     metrics: dict[str, float | None]
-    """Metrics of the evaluated tasks, and AR10 and AR100 of proposals, in per cent; None if undefined."""
+    """SHOWN_METRICS of the evaluated tasks, and AR10 and AR100 of proposals, in per cent; None if undefined."""
 
 
 class LayerAnalysis:
@@ -81,7 +81,7 @@ class LayerAnalysis:
 def class_agnostic_proposals(output: ImageOutput) -> InstanceDetections:
     """Return the mask of every query as a detection of a single class 0.
 
-    Its score is the probability of any class times the mean mask probability inside the mask.
+    The score is the probability of any class times the mean mask probability inside the mask.
     """
     object_logits = torch.stack([_any_class_logits(output.class_logits), output.class_logits[:, -1].float()], dim=-1)
     config = PostprocessConfig(max_instances=len(object_logits))

@@ -1,6 +1,7 @@
 """Predictions from several forward passes of one image: at several sizes and mirrored, or window by window.
 
-Several sizes follow the official procedure: each size, then its mirror image; scores at the original size are summed.
+With several sizes, the procedure is the official one: each size is followed by its mirror image, and class scores are
+summed at the original size.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.structures import PanopticResult, Predictions
 
 Predict = Callable[[Tensor, Tensor], Predictions]
-"""Function of images [1, 3, H, W] uint8 and of the sizes [1, 2] of their content without padding."""
+"""Function from images [1, 3, H, W] uint8 and sizes [1, 2] (height, width) without padding to predictions."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ImagePrediction:
 
     panoptic: PanopticResult | None = None
     instance: InstanceDetections | None = None
-    """Detections with the model's labels."""
+    """Detections, labelled by column of the class logits."""
     label_map: Tensor | None = None
     """[H, W] int64 label map."""
 
@@ -57,7 +58,7 @@ def predict_in_passes(
     config: PostprocessConfig,
     shrink: Shrink = "area",
 ) -> ImagePrediction:
-    """Predict an image [H, W, 3] uint8, with the same passes for all tasks; MultiScale gives semantic results only."""
+    """Predict an image [H, W, 3] uint8. All tasks share the passes. MultiScale gives semantic results only."""
     if isinstance(test_time, MultiScale):
         views = list(_views(image, test_time, predict, config, shrink))
         return ImagePrediction(label_map=semantic_of_views(views, _size(image)).label_map)
@@ -78,7 +79,7 @@ def predict_in_passes(
 
     labels = None
     if "semantic" in tasks:
-        # Scores are averaged at the window's own resolution, so scores, not masks, are resized afterwards.
+        # Windows are averaged before the resize to the original size, so class scores are resized instead of masks.
         scored = (
             Window(place.area.top, place.area.left, ClassScores(*output, "class_scores")) for place, output in windows()
         )
@@ -109,7 +110,7 @@ def _views(
 
 
 def _scored_windows(image: np.ndarray, places: Sequence[WindowPlace], predict: Predict) -> Iterator[Window]:
-    """Yield the scores of windows at their own resolution, where they are averaged; each is computed on demand."""
+    """Yield the scores of every window at the resolution of `image`. Each is computed on demand."""
     for place in places:
         crop = image[place.area.top : place.area.bottom, place.area.left : place.area.right]
         output = forward_padded(crop, _size(crop), predict)
@@ -117,7 +118,10 @@ def _scored_windows(image: np.ndarray, places: Sequence[WindowPlace], predict: P
 
 
 def forward_padded(image: np.ndarray, original_size: tuple[int, int], predict: Predict) -> ImageOutput:
-    """Run one forward pass of an image [h, w, 3], padded like evaluation batches."""
+    """Return the last layer's output for an image [h, w, 3] uint8, padded like evaluation batches.
+
+    `original_size` is the (height, width) of the results after post-processing.
+    """
     height, width = _size(image)
     padded_height, padded_width = (-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (height, width))
     padded = np.empty((padded_height, padded_width, 3), dtype=np.uint8)

@@ -56,8 +56,8 @@ def instance_truth(sample: DecodedSample, labels: Mapping[int, int]) -> Instance
 def semantic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> np.ndarray:
     """Return the label map [H, W] of the partition. Crowds keep their class; void is `ignore_label(len(labels))`.
 
-    The map is uint8, or uint16 for 256 or more classes. The Mask2Former papers evaluate panoptic models with the same
-    map.
+    The map is uint8, or uint16 for 256 or more classes. The Mask2Former paper evaluates the mIoU of panoptic models on
+    the same map.
     """
     id_map = _partition(sample, "semantic labels", _INSTANCE_TASK)
     ignore = ignore_label(len(labels))

@@ -1,6 +1,7 @@
-"""Merge panoptic and instance predictions of overlapping windows as they arrive, without masks of the whole image.
+"""Merge panoptic and instance predictions of overlapping windows one by one, without masks of the whole image.
 
-For each window, only the data for its neighbours (rule in `windows`) and for the pixels that it decides are kept.
+Of each window, two things are kept: data for the comparison with its neighbours (rule in `windows`), and the pixels
+that it decides.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class _OpenSegmentMap:
 
 
 class PanopticMerge:
-    """Takes the outputs of windows in order, then gives `result`. All stuff of one class becomes one segment."""
+    """Merges windows, which must be added in order before `result` is called. Stuff of one class is one segment."""
 
     def __init__(self, size: tuple[int, int], is_thing: Sequence[bool], config: PostprocessConfig) -> None:
         self._is_thing, self._config = is_thing, config
@@ -87,7 +88,10 @@ class PanopticMerge:
             self._objects.union(other.first + other_id, window.first + window_id)
 
     def result(self, original_size: tuple[int, int]) -> PanopticResult:
-        """Return the segments of the image, each with the best score of its parts."""
+        """Return the segments at `original_size` (height, width), each with the best score of its parts.
+
+        Things that keep less than MIN_KEPT_SHARE of their largest part are left out.
+        """
         roots = [self._objects.find(number) for number in range(len(self._segments))]
         scores: dict[int, float] = {}
         largest: dict[int, int] = {}
@@ -108,7 +112,7 @@ class PanopticMerge:
 
     @staticmethod
     def _areas(numbers: np.ndarray, roots: Sequence[int]) -> np.ndarray:
-        """Return the pixels of every object, indexed by its lowest segment number."""
+        """Return the number of pixels of every object, indexed by the object's lowest segment number."""
         pixel_counts = np.bincount(numbers.ravel(), minlength=len(roots) + 1)[1:]
         areas = np.zeros(len(roots), dtype=np.int64)
         np.add.at(areas, np.array(roots, dtype=np.int64), pixel_counts)
@@ -116,7 +120,7 @@ class PanopticMerge:
 
 
 def _consecutive_ids(result: PanopticResult) -> np.ndarray:
-    """Return an [H, W] int32 map of 1 + the position of every segment in the list."""
+    """Return a map [H, W] int32 of 1 + the position of the pixel's segment in the list; 0 for no segment."""
     table = np.zeros(max((s.id for s in result.segments), default=0) + 1, dtype=np.int32)
     table[[s.id for s in result.segments]] = np.arange(1, len(result.segments) + 1)
     return table[result.segment_map.cpu().numpy()]
@@ -128,14 +132,14 @@ class _OpenDetections:
 
     area: Area
     strips: dict[Area, list[Rle]]
-    """Masks inside the overlap with each other window."""
+    """Masks inside the overlap with every other window, by overlap."""
     mask_index: np.ndarray
     first: int
     window_segments: WindowSegments
 
 
 class InstanceMerge:
-    """Takes the outputs of windows in order, then gives `result`."""
+    """Merges the instances of windows, which must be added in order before `result` is called."""
 
     def __init__(self, size: tuple[int, int], is_thing: Sequence[bool], config: PostprocessConfig) -> None:
         self._size, self._is_thing, self._config = size, is_thing, config
@@ -180,14 +184,14 @@ class InstanceMerge:
             return
         other_masks, window_masks = other.strips[intersection], window.strips[intersection]
         ious = mask_ious(other_masks, window_masks, np.zeros(len(window_masks), dtype=bool))
-        # Two empty masks do not agree; pycocotools gives no number for them.
+        # An empty mask matches nothing. pycocotools does not define the IoU of two empty masks.
         ious = np.where((mask_areas(other_masks)[:, None] > 0) & (mask_areas(window_masks)[None] > 0), ious, 0.0)
         detection_ious = ious[np.ix_(other.mask_index, window.mask_index)]
         for first, second in match_segments(other.window_segments, window.window_segments, detection_ious):
             self._objects.union(other.first + first, window.first + second)
 
     def result(self, original_size: tuple[int, int]) -> InstanceDetections:
-        """Return the `max_instances` best objects of the image, each with the best score of its parts.
+        """Return the `max_instances` best objects at `original_size` (height, width), each with its parts' best score.
 
         An object contains a pixel if one of its parts contains it in the window that decides the pixel.
         """
@@ -231,7 +235,7 @@ class InstanceMerge:
 
 
 def _nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a map to [H, W] with nearest pixels."""
+    """Resize a map to `size` (height, width) by nearest neighbour."""
     if values.shape == size:
         return values
     return values[np.ix_(*(nearest_pixels(n, source) for n, source in zip(size, values.shape, strict=True)))]

@@ -75,9 +75,10 @@ def window_places(image_size: tuple[int, int], size: int, stride: int) -> list[W
 
 
 class _Spans(NamedTuple):
-    """Windows along one side."""
+    """Windows along one side of an image."""
 
     covered: list[slice]
+    """Pixels that each window shows."""
     decided: list[slice]
     """Spans decided by each window, cut in the middle of every overlap of neighbours."""
 

@@ -163,7 +163,7 @@ def test_error_for_diverged_weights_names_the_image():
 
 
 def test_model_with_a_different_number_of_classes_is_refused():
-    with pytest.raises(EvaluationError, match="the model has 2 classes, but the data set has 4"):
+    with pytest.raises(EvaluationError, match="the model has 2 classes, but 4 are expected"):
         evaluator_of(Oracle("instance")).evaluate_batch(batch_of(1))
 
 
