@@ -44,7 +44,7 @@ def count_activations(
 ) -> Activations:
     """Count the memory of forward pass, loss and backward pass.
 
-    The count covers tensors. Library workspaces and unused memory of the allocator come on top.
+    The count covers tensors. Library workspaces and unused memory of the allocator are not included.
 
     Args:
         config: settings of the model.
@@ -75,7 +75,7 @@ def count_activations(
 
 
 class LiveBytesCounter(TorchDispatchMode):
-    """Counts the bytes of all live storages created by operations inside the context."""
+    """Counts the bytes of all live storages created by operations inside the context: `current` and `peak`."""
 
     def __init__(self) -> None:
         super().__init__()

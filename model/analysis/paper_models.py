@@ -42,7 +42,7 @@ class PaperModel:
 
     name: str
     table: str
-    """Table of the Mask2Former paper; or EoMT, PMT or DINOv3."""
+    """Tables of the Mask2Former paper that contain the row; or EoMT, PMT or DINOv3."""
     config: ModelConfig
     size: tuple[int, int] | None = None
     """Input (height, width) in pixels; None for the mean over images of COCO."""

@@ -47,7 +47,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def read_eomt(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return backbone, pixel decoder and transformer decoder of a `config.json`.
+    """Return the settings of backbone, pixel decoder and transformer decoder that a `config.json` describes.
 
     Raises WeightsError if a value is not supported.
     """

@@ -121,8 +121,8 @@ def export_program(model: Segmenter, size: tuple[int, int] | None = None) -> tor
         }
     height, width = size or (_MIN_SIDE, _MIN_SIDE + _SIDE_MULTIPLE)
     images = torch.zeros(2, 3, height, width, device=next(model.parameters()).device)
-    # Otherwise every size that may be 1, such as the number of windows, is a separate case: tracing would be slow,
-    # and a Swin's graph would accept large images only.
+    # Without `backed_size_oblivious`, every size that may be 1, such as the number of windows, is a separate case:
+    # tracing would be slow, and a Swin's graph would accept large images only.
     # pyrefly: ignore[missing-attribute] - the module gets `patch` when it is imported
     with torch.no_grad(), for_export(), export_settings.patch(backed_size_oblivious=True):
         program = torch.export.export(Inference(model).eval(), (images,), dynamic_shapes={"images": shapes})
@@ -133,7 +133,8 @@ def export_program(model: Segmenter, size: tuple[int, int] | None = None) -> tor
 def _allow_single_images(program: torch.export.ExportedProgram) -> None:
     """Allow a single image in a graph that was traced for two images or more.
 
-    Tracing depends on the number only through strides, of which a single image has several valid ones.
+    Tracing inspects strides, which are ambiguous for a single image, so it needs at least two images. The traced graph
+    is valid for one image, too.
     """
     images = next(node for node in program.graph.nodes if node.name == "images")
     program.range_constraints[images.meta["val"].shape[0].node.expr] = ValueRanges(1, _MAX_SIDE)

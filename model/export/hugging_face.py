@@ -44,7 +44,8 @@ class HuggingFaceModel:
     """Notes given to `write_hugging_face_config`; empty if another program wrote the folder."""
     shortest_edge: int | None
     max_size: int | None
-    """Size in pixels to which images are resized; None if the folder states none, or one fixed size."""
+    """Length in pixels to which the shorter side of images is resized, and maximum length of the longer side. None if
+    the folder states no size, or a fixed height and width."""
 
 
 def is_hugging_face_folder(path: str | Path) -> bool:

@@ -30,7 +30,7 @@ _PIXEL_FEEDFORWARD = 1024
 """Feed-forward width in the pixel decoder's encoder layers, which the official code does not read from its
 configuration."""
 _GROUPS = 32
-"""Groups of its GroupNorms. Our GroupNorms have fewer if 32 does not divide the channels."""
+"""Groups of the official GroupNorms. Our GroupNorms have fewer if 32 does not divide the channels."""
 _RESNETS = ("resnet50", "resnet101")
 _RESNET_OPTIONS = {"drop_path_rate"}
 """Options of a ResNet that do not change any tensor."""

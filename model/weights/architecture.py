@@ -27,8 +27,8 @@ _SETTINGS = (
 )
 """Settings that determine the weights. Classes, queries and Swin's window size may differ; the loader handles them."""
 _PIXEL_TOLERANCE = 0.01
-"""Ignored difference of pixel mean and deviation (0 to 255), because files state them in 0..1 with float32
-precision."""
+"""Largest difference of pixel mean or standard deviation (0 to 255) that is ignored. Files store both in 0..1 with
+float32 precision."""
 
 
 def require_same_architecture(folder: Path, model: ModelConfig, source: str) -> None:

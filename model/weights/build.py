@@ -1,4 +1,4 @@
-"""Build a model with the weights of a file. A backbone that the file lacks gets its own pretrained weights."""
+"""Build a model with the weights of a file. If the file lacks the backbone, load the recipe's backbone weights."""
 
 from __future__ import annotations
 

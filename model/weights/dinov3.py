@@ -22,7 +22,7 @@ _AUTHORS_QUERIES = "segmentation_model.1.predictor"
 _PIXELS = "sem_seg_head.pixel_decoder"
 _QUERIES = "sem_seg_head.predictor"
 _UNUSED = re.compile(r"\.(bias_mask|mask_token|rope_embed\.periods)$|\.local_cls_norm\.")
-"""Other tensors of their vision transformer: derived from settings, or used in its own training only."""
+"""Tensors of their vision transformer that we do not need: derived from settings, or used only to pretrain it."""
 _BIAS = re.compile(r"(backbone\.vit\.blocks\.\d+\.attn)\.qkv\.bias")
 
 # Their names (left) and ours (right).
@@ -91,7 +91,7 @@ def dinov3_to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if (attention := _BIAS.fullmatch(name)) is None:
             renamed |= {} if _UNUSED.search(name) else {name: tensor}
             continue
-        query, _, value = tensor.chunk(3)  # the bias of the keys is always 0; their file has a mask for that
+        query, _, value = tensor.chunk(3)  # the bias of the keys is always 0; their file masks it
         renamed |= {f"{attention[1]}.q_bias": query, f"{attention[1]}.v_bias": value}
     return renamed
 

@@ -114,9 +114,9 @@ def _table(own: Iterable[str]) -> NameTable:
 
 
 def _gated_layers(own: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of MLP first layers that hold gate and value (SwiGLU).
+    """Return the names of weights and biases of first MLP layers that hold both gate and value (SwiGLU).
 
-    They are twice as wide as the input of the second layer.
+    Such a layer has twice as many outputs as the second layer has inputs.
     """
     wide = []
     for name in own:

@@ -40,7 +40,7 @@ _CLASS_HEADS = (
 and PMT."""
 
 _LEGACY_TORCH = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-"""Magic number of torch files from before version 1.6. It occurs further in if a pickle embeds such a file."""
+"""Magic number near the start of torch files from before version 1.6. A pickle that embeds such a file has it later."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:

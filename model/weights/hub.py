@@ -17,7 +17,7 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 _NOTES = ("config.json", "preprocessor_config.json")
-"""File names of a model in transformers."""
+"""Config files that transformers stores beside the weights."""
 _TIMEOUT_S = 4.0
 """Maximum seconds to wait for the hub's answer. Name resolution alone could otherwise take longer."""
 _REMEDY = (
@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class _Listing:
-    """The hub's answer about a revision."""
+    """Commit and file names of a revision, as listed by the hub."""
 
     commit: str
     files: tuple[str, ...]
@@ -39,7 +39,8 @@ class _Listing:
 def pin_revision(text: str) -> str:
     """Return the address with its revision replaced by the current commit, from the cache if the hub does not answer.
 
-    Raises WeightsError within 5 s if the hub has no such model, or if neither hub nor cache knows the revision.
+    Raises WeightsError if the hub has no such model, if neither hub nor cache knows the revision (after at most 5 s),
+    or if `config.json` cannot be downloaded.
     """
     address = HubAddress.parse(text)
     if address.is_commit:

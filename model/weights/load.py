@@ -44,17 +44,19 @@ class LoadReport:
     skipped: tuple[str, ...]
     """Weights that keep their initialisation because the number of classes or queries differs, with both shapes."""
     missing: tuple[str, ...]
-    """Weights that keep their initialisation because the file does not have them."""
+    """Weights that keep their initialisation because the file does not have them. A backbone that a head-only file
+    leaves out is not listed."""
     unexpected: tuple[str, ...]
     """Tensors of the file that the model does not have."""
     head_alone: bool = False
-    """Whether the file has no backbone, so that the backbone kept its own initial weights."""
+    """Whether the file leaves out the backbone (of a ViT-Adapter: its transformer), which then keeps the weights that
+    `model.backbone` names."""
     class_rows: str | None = None
     """Number of class-head rows that came from the file, if its classes differ from the model's."""
 
     @property
     def complete(self) -> bool:
-        """Return whether every weight of the model came from the file."""
+        """Return whether no weight is skipped or missing. With `head_alone`, the backbone does not count as missing."""
         return not self.skipped and not self.missing
 
     def __str__(self) -> str:
@@ -87,7 +89,7 @@ def load_weights(
     Args:
         model: the model. It stays unchanged if an error is raised.
         source: file, folder or state dict.
-        class_rows: for every class of the model its label in the file, None to keep its initialisation.
+        class_rows: for every class of the model, its label in the file, or None to keep its initialisation.
             The row of "no object" is always loaded.
         deltas: add the backbone of the file to the model's instead of replacing it.
         name: name of a state dict in error messages.

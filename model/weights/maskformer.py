@@ -1,7 +1,7 @@
 """Official checkpoints of MaskFormer (Cheng et al., NeurIPS 2021), Mask2Former's predecessor.
 
-Its head is `pixel_decoder.kind` fpn or transformer_fpn with `transformer_decoder.kind` standard. Its backbones have the
-same names as Mask2Former's.
+Its head is `pixel_decoder.kind` fpn or transformer_fpn with `transformer_decoder.kind` standard. The weights of its
+backbones have the same names as in Mask2Former.
 """
 
 from __future__ import annotations

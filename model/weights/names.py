@@ -1,9 +1,10 @@
 """Convert weight names between the supported layouts, in both directions.
 
-All conversions go through *canonical* names: every tensor under its official name, with separate query, key and value
-projections. Layouts differ in names, which templates translate, and in how they pack projections. The official code
-packs the three projections of one attention into a matrix. Our model has one matrix for the keys of all layers that
-attend to one level, and one for their values. It has one matrix for query and key of a self-attention.
+Mask2Former's layouts (official, Hugging Face, DINOv3) are converted through *canonical* names: every tensor under its
+official name, with separate query, key and value projections. Other layouts have their own modules. Layouts differ in
+names, which templates translate, and in how they pack projections. The official code packs the three projections of one
+attention into a matrix. Our model has one matrix for the keys of all layers that attend to one level, and one for their
+values. It has one matrix for query and key of a self-attention.
 """
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ class PickledArray:
 
 
 class _PickledDtype:
-    """Data type of a pickle.
+    """Data type in a pickle.
 
-    It replaces NumPy's dtypes, which the process shares and which an unexpected state would break.
+    Stands in for NumPy's dtypes. The whole process shares these, so an invalid state would break them everywhere.
     """
 
     __slots__ = ("_byte_order", "_code")
@@ -173,7 +173,7 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class _Constructor:
-    """Wrapper that calls a function, because a BUILD opcode could change the function's own defaults and attributes."""
+    """Wrapper around a function. Without it, a BUILD opcode could change the function's defaults and attributes."""
 
     __slots__ = ("_function",)
 
@@ -189,7 +189,7 @@ class _Constructor:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler of dictionaries of arrays. It rejects all other names before looking them up."""
+    """Unpickler of arrays and tensors. It rejects every name outside `_ALLOWED` without looking it up."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a new constructor for an allowed name. Raises pickle.UnpicklingError for other names."""

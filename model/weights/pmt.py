@@ -13,7 +13,7 @@ from m2f.model.weights.tables import NameTable
 _AUTHORS, _OWN = "network.decoder", "transformer_decoder"
 _ENCODER = "network.encoder."
 _OBSOLETE = ("network.decoder.pe.", "network.bn_prefix.", "network.bn_patch.", "network._attn_mask_probs_fallback")
-"""Name prefixes in older files of modules that the authors' code no longer has."""
+"""Name prefixes of modules that older files contain but the authors' code no longer has."""
 _AUTHORS_BLOCK, _OWN_BLOCK = f"{_AUTHORS}.blocks.#", f"{_OWN}.blocks.#"
 # Names of the authors (left) and ours (right), with separate attention projections.
 _TABLE = NameTable(

@@ -1,4 +1,4 @@
-"""Tables of weight names: official names to ours, and Hugging Face's names to official ones.
+"""Tables of weight names: canonical names to ours, and Hugging Face's names to canonical ones.
 
 `m2f.model.weights.names` defines canonical names and uses these tables.
 """

@@ -71,7 +71,10 @@ def executed_flops(model: Segmenter, size: tuple[int, int]) -> Flops:
 
 
 def executed_flops_inside(model: Segmenter, size: tuple[int, int], part: str) -> float:
-    """Return the multiply-adds of a submodule, whose parts may be called separately."""
+    """Return the multiply-adds inside the submodule `part` (a dotted name) for one image of this height and width.
+
+    The model may call the submodule as a whole or its parts separately.
+    """
     return _executed(model, size, (part,))[0]
 
 

@@ -62,8 +62,8 @@ are in either order."""
 def official_flops(config: ModelConfig, size: tuple[int, int], *, semantic: bool = False) -> Flops:
     """Return the multiply-adds for an input of this height and width. `semantic` adds the semantic inference.
 
-    Backbones and heads that the official code does not have are counted as this project executes them. Raises
-    ConfigError if `config.num_classes` is None.
+    Backbones and heads that the official code does not have are counted as this project executes them; for such heads,
+    inference is not counted. Raises ConfigError if `config.num_classes` is None.
     """
     return flops_counter(config)(size, semantic)
 

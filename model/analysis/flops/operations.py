@@ -79,5 +79,5 @@ def attention(queries: int, keys: int, channels: int) -> int:
 
 
 def feed_forward(tokens: int, channels: int, hidden: int) -> int:
-    """Return the cost of two linear layers."""
+    """Return the cost of two linear layers, from `channels` to `hidden` and back."""
     return 2 * tokens * channels * hidden
