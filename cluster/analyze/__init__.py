@@ -1,1 +1,1 @@
-"""Analyses of `m2f analyze`: tables of parameters and operations, and the attention of a trained model."""
+"""Analyses of `m2f analyze`: size and speed of models, quality by decoder layer, and distribution of attention."""

@@ -40,8 +40,10 @@ class AnalysisSubject:
     manifest: Manifest
     classes: EvaluatedClasses
     indices: tuple[int, ...]
+    """Positions of the images in the manifest."""
     storage: Storage
     step: int | None
+    """Optimizer step of the checkpoint; None for other weights."""
 
     @property
     def title(self) -> str:

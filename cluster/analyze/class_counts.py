@@ -37,7 +37,7 @@ class _Published:
 
     @classmethod
     def from_table(cls, name: str, table: CategoryTable) -> _Published:
-        """Return the entry of a data set whose classes are known without a file."""
+        """Return the counts of a data set whose classes m2f knows without a file."""
         return cls(name, len(table.for_task("panoptic")), len(table.for_task("instance")))
 
     def count(self, task: Task) -> int:

@@ -189,9 +189,9 @@ def load(
     """Load a trained model.
 
     Args:
-        source: a run folder, checkpoint folder, weight file or Hugging Face folder (local or `s3://`); a model of the
-            Hugging Face hub (`hub:OWNER/NAME`) or of an MLflow registry (`models:/NAME@ALIAS`); or a recipe, which
-            means the run that it describes.
+        source: a run folder, checkpoint folder or weight file (local or `s3://`); a local Hugging Face folder; a model
+            of the Hugging Face hub (`hub:OWNER/NAME`) or of an MLflow registry (`models:/NAME@ALIAS`); or a recipe,
+            which means the run that it describes.
         recipe: recipe for weights that do not contain one, such as official `.pkl` files. It is a path or the name of
             a recipe in the package, such as `coco_panoptic_r50`.
         checkpoint: checkpoint of a run: "last" (the default), "best", or a step.
@@ -201,6 +201,7 @@ def load(
     Raises:
         ConfigError: the source is none of these, the run has no such checkpoint, or the device is not available.
         WeightsError: the weights cannot be read, or belong to a different model.
+        EvaluationError: the weights do not cover the whole model.
         DataError: neither the weights nor the recipe name the classes.
         StorageError: the storage cannot be read.
         CheckpointError: the weights differ from the manifest of their checkpoint.

@@ -1,1 +1,1 @@
-"""Tables and reports that compare the runs of MLflow and run folders, for `m2f compare`."""
+"""Compare runs from MLflow or from run folders, and report the differences, for `m2f compare`."""

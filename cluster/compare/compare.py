@@ -69,7 +69,7 @@ class ClassTable:
     dataset: str
     metric: str
     rows: tuple[RunValues, ...]
-    """Rows of the classes: those of the baseline in the order of results.json, then those of other runs only."""
+    """One row per class: the baseline's in the order of results.json, then classes that only other runs have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class Comparison:
     classes: tuple[ClassTable, ...]
     plots: tuple[Plot, ...]
     intervals: tuple[Interval, ...]
-    """95 % intervals of differences from the baseline."""
+    """95 % intervals of differences from the baseline, or of the mean over the baseline's seeds."""
     notes: tuple[str, ...]
     """Messages about missing results and about anything that makes numbers hard to compare."""
 
@@ -277,7 +277,7 @@ def _differences(runs: Sequence[RunRecord]) -> tuple[Difference, ...]:
 
 
 def _class_tables(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[ClassTable]:
-    """Return a table per set and metric. Classes of the baseline come first, then classes of other runs only."""
+    """Return a table per set and metric. Classes of the baseline come first, then classes that only other runs have."""
     tables = []
     for dataset in sets:
         found = [run.results.get(dataset) for run in runs]

@@ -97,7 +97,7 @@ def seed_intervals(
 ) -> list[Interval]:
     """Return the intervals of groups with at least MIN_SEEDS seeds against the group of the first run.
 
-    If only that group has enough seeds, return the interval of its mean.
+    If only the first run's group has enough seeds, return the interval of its mean.
 
     Args:
         runs: the compared runs.

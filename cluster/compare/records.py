@@ -36,6 +36,7 @@ EXCLUDED_METRICS = {"train/eta_s", "train/images"}
 EXCLUDED_PREFIXES = ("train/storage/", "train/ranks/", "system/")
 """Name prefixes of further metrics that are not compared."""
 MAX_RUNS = 50
+"""Maximum number of runs that a filter or an experiment selects."""
 
 
 class CompareError(UserError):
@@ -160,7 +161,7 @@ class _Store:
         return list(runs)
 
     def read(self, run: Run, step: int | None) -> RunRecord:
-        """Return the record of a run with everything that MLflow stores about it."""
+        """Return the record of a run: recipe, curves, results and image records, as MLflow stores them."""
         run_id = run.info.run_id
         curves = self.curves(run)
         notes: list[str] = []
@@ -263,7 +264,7 @@ def _is_run_folder(path: str) -> bool:
 def _read_folder(folder: str, step: int | None) -> RunRecord:
     """Read a run folder: recipe and evaluations from its files, and training curves from its MLflow run.
 
-    If MLflow does not answer, the training curves are also read from the files of the folder.
+    If the MLflow run is unknown or MLflow does not answer, the training curves come from the folder, too.
     """
     storage = Storage()
     folder = folder.rstrip("/")
@@ -376,7 +377,7 @@ def is_training_metric(key: str) -> bool:
 
 
 def compared_step(dataset: str, curves: Mapping[str, Curve], requested: int | None) -> int | None:
-    """Return the requested step of a set, or its newest evaluated step if that is None; None if not evaluated."""
+    """Return `requested`, or the newest evaluated step if it is None. Return None if the set has no such evaluation."""
     evaluated = [key for key in curves if split_metric_name(key)[0] == dataset and not is_training_metric(key)]
     steps = {step for key in evaluated for step, _ in curves[key]}
     if requested is not None:

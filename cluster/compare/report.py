@@ -14,6 +14,7 @@ TEXT_WIDTH = 120
 SHOWN_CLASSES = 8
 """Number of largest gains, and of largest losses, that the text shows per run. Other formats contain all classes."""
 VALUE_WIDTH = 14
+"""Estimated width of a run's column in characters, unless the name of the run is longer."""
 
 
 def as_text(comparison: Comparison) -> str:
@@ -77,7 +78,7 @@ def _runs(comparison: Comparison, report: Report) -> str:
 
 
 def _blocks(table: Table, first: str, runs: int) -> list[str]:
-    """Split a table into blocks of TEXT_WIDTH columns, each with the baseline, as many runs as fit, and the paper.
+    """Split a table into blocks of about TEXT_WIDTH characters, each with the baseline, further runs and the paper.
 
     A table without rows has no blocks.
     """

@@ -26,7 +26,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a name column, a column per run, and a column for the paper if it published numbers."""
+    """A table of a report. Most have a name column, a column per run, and a column for the paper's numbers, if any."""
 
     title: str
     head: tuple[str, ...]

@@ -44,7 +44,7 @@ class Choices:
 
 
 def detect_machine() -> Machine:
-    """Return the GPUs of CUDA_VISIBLE_DEVICES, or all, as nvidia-smi lists them. Importing torch would take seconds."""
+    """Return the GPUs in CUDA_VISIBLE_DEVICES, or all, as nvidia-smi lists them: importing torch would take seconds."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
         return Machine(0, 0.0)

@@ -1,4 +1,4 @@
-"""Detect the format of a folder of user data, with evidence. This module only reads, and writes nothing."""
+"""Detect the format of a folder of user data, and state the evidence. This module writes nothing."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _folder_of_listed_images(folder: Path, file: Path) -> Path | None:
 
 
 def _detect_json_formats(folder: Path) -> list[DataFormat]:
-    """Return the COCO and labelme formats. After a labelme file, other JSON files of its folder are not read."""
+    """Return the COCO and labelme formats. A folder with a labelme file is not searched further for COCO files."""
     coco: list[_JsonFile] = []
     labelme: list[Path] = []
     by_folder: dict[Path, list[Path]] = {}

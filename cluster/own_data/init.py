@@ -85,7 +85,7 @@ def crowd_notes(data_format: DataFormat, found: Survey) -> list[str]:
 
 
 def init(folder: Path, output: Path, args: Namespace) -> None:
-    """Write the recipe, and a list of classes if there is none, and print the next commands.
+    """Write the recipe, and a file of classes if the format has none; then print the next commands.
 
     Raises UserError if no format or several formats fit, or no image can be read.
     """

@@ -43,7 +43,7 @@ class _Pair:
 
 
 def find_map_formats(folder: Path) -> list[DataFormat]:
-    """Return the formats of image and map folders that fit.
+    """Return the formats that fit the pairs of image and map folders in `folder`.
 
     Raises ConfigError for RGB maps without a legend, and for maps with too many values to be classes.
     """
@@ -213,7 +213,7 @@ def _map_values(pairs: Sequence[_Pair]) -> tuple[int, ...]:
 
 
 def _read_names_by_value(path: Path) -> dict[int, str] | None:
-    """Read the class names by map value; None if the file does not exist or has different contents."""
+    """Read the class names by map value. Return None if the file does not exist or does not map values to names."""
     try:
         document = parse_json(path.read_bytes())
     except (OSError, DocumentError):

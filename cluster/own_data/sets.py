@@ -30,7 +30,7 @@ class DataFormat:
     """Text for the user that says why the format fits."""
     sets: tuple[SourceSet, ...]
     classes: Mapping[int, str | None] = field(default_factory=dict)
-    """Values of label maps with their names, if known; empty if there is a category file."""
+    """Names by value of label maps (None if unknown); empty if the format or a category file defines the classes."""
 
 
 def split_from_path(path: str) -> Split | None:

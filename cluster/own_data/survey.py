@@ -33,6 +33,7 @@ class Survey:
     object_share: float
     """Median share of the image area that a segment covers, from 0 to 1."""
     largest_megapixels: float
+    """Size of the largest image, in 10^6 pixels."""
     num_crowds: int
     """Number of segments that are crowds: groups of objects that are not separated."""
     faults: tuple[str, ...]
@@ -44,8 +45,8 @@ class Survey:
         more = f" and {len(self.class_counts) - 12} more" if len(self.class_counts) > 12 else ""
         lines = [
             f"{format_count(self.num_images, 'image')} ({self.num_read} read), median longer side {self.long_side} "
-            f"pixels; at most {format_count(self.most_objects, 'segment')} per image, the median covers "
-            f"{self.object_share:.2%}",
+            f"pixels; at most {format_count(self.most_objects, 'segment')} per image; the median segment "
+            f"covers {self.object_share:.2%}",
             f"segments by class: {classes}{more}",
         ]
         if self.faults:

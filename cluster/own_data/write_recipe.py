@@ -1,4 +1,4 @@
-"""Write a commented recipe of at most 40 lines for a folder of own data."""
+"""Write a short, commented recipe for a folder of own data."""
 
 from __future__ import annotations
 

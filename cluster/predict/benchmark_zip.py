@@ -26,7 +26,7 @@ _LIST_NAME = re.compile(r"(?:panoptic_)?image_info_(.+)")
 def check_submission(
     server: Server, task: Task, classes: Sequence[Category], image_list: ImageList | None, algorithm: str
 ) -> None:
-    """Raise ConfigError, before hours of prediction, if the server would refuse the results."""
+    """Raise ConfigError if the server would refuse the results. Call this before a prediction, which may take hours."""
     if not re.fullmatch(r"[A-Za-z0-9-]+", algorithm):
         raise ConfigError(
             f"--algorithm is {algorithm!r}; use letters, digits and `-` only, as it is part of file names"

@@ -18,7 +18,7 @@ from m2f.trainer.checkpoint.folder import MANIFEST, RECIPE, list_checkpoints
 
 @dataclass(frozen=True)
 class ChosenWeights:
-    """Checkpoint of the run, or other weights."""
+    """Weights to use: a checkpoint of the run, or other weights."""
 
     url: str
     """Path or URL of a checkpoint folder or weight file."""
@@ -36,8 +36,8 @@ class ChosenWeights:
 def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str | None]:
     """Read the recipe of a YAML file, a run folder or a checkpoint folder, local or by URL.
 
-    Return the recipe, and the path or URL of the checkpoint folder, or None if it is not one. Raises ConfigError if
-    a folder is neither a run nor a checkpoint; a Hugging Face model has no recipe.
+    Return the recipe, and the path or URL of the checkpoint folder; None if `source` is not one. Raises ConfigError
+    if a folder is neither a run nor a checkpoint, for example a Hugging Face model, which has no recipe.
     """
     if "://" not in source and not Path(source).is_dir():
         return load_recipe(source, overrides), None
@@ -59,8 +59,8 @@ def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str |
 def choose_checkpoint(config: RunConfig, storage: Storage, requested: str | None) -> ChosenWeights:
     """Return the weights that `requested` names.
 
-    None and `last` mean the newest checkpoint of the run, `best` the best checkpoint, and a number that of a step.
-    Anything else is a path or URL of weights.
+    None and `last` mean the newest checkpoint of the run, `best` means the best one, and a number means the checkpoint
+    of that step. Anything else is a path or URL of weights.
 
     Raises:
         ConfigError: the run has no checkpoint, none of that step, or none that was evaluated; or a local path does not
@@ -88,8 +88,8 @@ def choose_checkpoint(config: RunConfig, storage: Storage, requested: str | None
 def _best_step(config: RunConfig, storage: Storage) -> int:
     """Return the step with the best value of `training.checkpoint.best_metric`.
 
-    If that is unset, the first headline metric of the newest evaluation counts. Raises ConfigError if no published
-    evaluation has the metric.
+    If the setting is None, the first headline metric of the newest evaluation is used. Raises ConfigError if no
+    published evaluation has the metric.
     """
     entries = [entry for entry in read_entries(storage, queue_url(config)) if entry.status == "published"]
     metric = config.training.checkpoint.best_metric or (default_metric(entries[-1].metrics) if entries else None)

@@ -25,9 +25,9 @@ _SUFFIXES: dict[Format, str] = {"official": ".pth", "hugging_face": "", "torch_e
 
 
 def check_output(format: Format, output: str, size: Sequence[int] | None) -> None:  # noqa: A002 - the word of the command line
-    """Raise ConfigError if the output cannot be written, WeightsError if the packages for ONNX are missing.
+    """Raise ConfigError if the output or `size` does not suit the format, or the output exists.
 
-    Called before any work is done.
+    Raises WeightsError if the packages for ONNX are missing. Call this before any work is done.
     """
     suffix = _SUFFIXES[format]
     if size is not None and format not in ("torch_export", "onnx"):

@@ -38,7 +38,7 @@ Prediction = PanopticResult | InstanceDetections | SemanticResult
 
 
 class JsonList:
-    """Writes a JSON file with one list entry by entry, so that memory does not limit its length."""
+    """Writes a list into a JSON file, entry by entry, so that memory does not limit its length."""
 
     def __init__(self, path: Path, opening: str = "[") -> None:
         self._file: TextIO = path.open("w", encoding="utf-8")
@@ -58,7 +58,7 @@ class JsonList:
 
 
 class PredictionFolder:
-    """Context manager that writes predictions one by one. The files are complete if the block ends without an error."""
+    """Context manager that writes predictions one by one. If the block fails, the files are incomplete."""
 
     def __init__(self, folder: Path, classes: Sequence[Category], *, pictures: bool, shown_score: float | None) -> None:
         self._folder, self._classes, self._pictures = folder, classes, pictures

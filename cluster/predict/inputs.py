@@ -184,7 +184,7 @@ def _find_on_disk(word: str) -> list[str]:
 
 
 def _find_in_storage(word: str, storage: Storage) -> list[str]:
-    """Return the images below a URL that match. As on disk, `*` and `?` match within a folder, `**` across folders."""
+    """Return the images below a URL that match. `*` and `?` match within a folder, unless the pattern contains `**`."""
     if not glob.has_magic(word):
         inside = [url for url in storage.list(word) if is_image_name(url)]
         return inside or ([word] if storage.exists(word) else [])

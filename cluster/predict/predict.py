@@ -32,7 +32,7 @@ from m2f.model.inference.precision import set_precision
 from m2f.model.structures import Predictions, SemanticResult
 
 MAX_WAITING_BATCHES = 4
-"""Maximum number of batches of images that wait for others of their shape. Then the largest group is predicted."""
+"""Images wait for others of equal input size. If this many batches of images wait, the largest group is predicted."""
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def open_trained(
         ConfigError: the source is none of these, or the run has no such checkpoint.
         DataError: the number of classes cannot be determined from the weights, the training data or the recipe.
         WeightsError: the weights cannot be read, or belong to a different model.
+        EvaluationError: the weights do not cover the whole model.
         CheckpointError: the weights differ from the manifest of their checkpoint.
     """
     source = resolve_source(source)

@@ -19,7 +19,7 @@ _MAX_VALUE = 255
 
 
 class ImageError(UserError):
-    """The client sent something that is not an image. The message says what is accepted."""
+    """A client sent something that is not an image, or an image that is too large."""
 
 
 def flatten_images(column: Iterable[object]) -> list[object]:

@@ -37,6 +37,7 @@ from m2f.trainer.checkpoint.identity import IDENTITY
 from m2f.trainer.checkpoint.weights import weights_url
 
 EXAMPLE_SIZE = (96, 128)
+"""Height and width in pixels of the input example."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class PackageContent:
 def package_digest(
     checkpoint: str, thresholds: Thresholds | None, allowed_hosts: Sequence[str], storage: Storage
 ) -> str:
-    """Return the SHA-256 of weights, thresholds, hosts and code. Equal content is not uploaded a second time."""
+    """Return the SHA-256 of weights, thresholds, hosts and code. It identifies content that is already uploaded."""
     name = weights_url(checkpoint, storage).rpartition("/")[2]
     weights = read_manifest(storage, checkpoint).files[name].sha256
     with ScratchFolder("wheel") as folder:
@@ -127,7 +128,7 @@ def _copy_checkpoint(content: PackageContent, folder: Path, storage: Storage) ->
 
 
 def _copy_loader(folder: Path) -> str:
-    """Copy the loader to the temporary folder, because MLflow records its path and so would reveal the install path."""
+    """Copy the loader to the temporary folder, because MLflow records its path, which would reveal the install path."""
     return str(shutil.copy2(Path(__file__).with_name("model_code.py"), folder / "model_code.py"))
 
 

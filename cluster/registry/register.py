@@ -39,6 +39,7 @@ PACKAGE_TAG = "m2f.package"
 VERSIONS_TAG = "mlflow.modelVersions"
 """Tag of a logged model that lists its registered versions for MLflow's web pages."""
 TRACKING_CLOSE_TIMEOUT_S = 60.0
+"""Seconds to wait until the metrics of an evaluation are logged."""
 _STORE_PREFIXES = ("tracking.", "storage.")
 """Prefixes of settings that do not affect the model."""
 RUN_TAG, STEP_TAG, COMMIT_TAG = "m2f.run_id", "m2f.step", "m2f.commit"
@@ -83,6 +84,7 @@ class RegistrationResult:
     """Result of the comparison; None if there was none."""
     thresholds: Thresholds | None
     store: str
+    """URI of the MLflow server."""
 
 
 def register(options: RegisterOptions, report: Callable[[str], None] = lambda line: None) -> RegistrationResult:
@@ -241,7 +243,7 @@ class _Registration:
             raise
 
     def _log_metrics(self, checkpoint: EvaluatedCheckpoint) -> None:
-        """Add the metrics of a published evaluation to the logged model. Earlier versions logged only curve points."""
+        """Add the metrics of the evaluation to the logged model, because earlier versions logged only curve points."""
         for entry in read_entries(self._storage, queue_url(self._config)):
             if entry.status == "published" and is_evaluation_of(entry, checkpoint):
                 tracking = Tracking(self._run, "registration")
@@ -324,7 +326,7 @@ class _Registration:
 
 
 def is_evaluation_of(entry: Entry, checkpoint: EvaluatedCheckpoint) -> bool:
-    """Return whether an evaluation belongs to a checkpoint. Commits decide, because a step may be trained again."""
+    """Return whether an evaluation belongs to a checkpoint, by commit, because a step may be trained again."""
     if not entry.commit:  # entries of version 0.1 have no commit
         return entry.step == checkpoint.step and entry.folder == checkpoint.name
     return entry.commit == checkpoint.commit

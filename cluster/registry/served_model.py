@@ -53,9 +53,9 @@ class ServedModel(PythonModel):
     ) -> list[dict[str, Any]]:
         """Return one record per image of the column `image`.
 
-        `params` may contain `task`, `min_score` (from 0 to 1) and `thresholds`; False ignores the thresholds by class.
-        Raises MlflowException, which a server returns as status 400, if an image cannot be read or a parameter is
-        invalid.
+        `params` may contain `task`, `min_score` (lowest score of instances) and `thresholds` (False: no thresholds by
+        class). Raises MlflowException, which a server returns as status 400, if an image cannot be read or the task is
+        not supported.
         """
         options = params or {}
         try:

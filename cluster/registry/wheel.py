@@ -18,10 +18,11 @@ import m2f
 
 PACKAGE = "m2f"
 FOLDERS = ("model", "data_pipeline", "trainer", "eval", "cluster", "configs")
+"""Folders of the package that the wheel contains."""
 SERVING_REQUIREMENTS = ("mlflow",)
 """Packages that a served model needs in addition to the dependencies of m2f."""
 _TOP_LEVEL_FILES = ("__init__.py", "__init__.pyi", "py.typed")
-"""Files of the package that are not in its folders."""
+"""Files at the top level of the package."""
 _FILE_DATE = (2000, 1, 1, 0, 0, 0)
 """Date of every file in the wheel. It is fixed, so that equal code results in equal bytes."""
 
@@ -34,7 +35,7 @@ class Project:
     python: str
     """Required Python versions, such as `>=3.11`."""
     dependencies: tuple[str, ...]
-    """Requirements; those of an extra have its marker."""
+    """Requirements; the marker of a requirement names the extra that it belongs to."""
 
 
 def read_project() -> Project:
