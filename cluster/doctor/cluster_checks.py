@@ -88,7 +88,7 @@ def _check_clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
             before = time.time()
             node_time = ray.get(on_node.remote(), timeout=NODE_TIMEOUT_S)
         except ray.exceptions.RayError:
-            continue  # the node already has a finding about the failure
+            continue  # `check_node` also fails on such a node, and its failure is reported
         is_measured = True
         skew = node_time - (before + time.time()) / 2
         finding = skew_finding(skew, "the driver")

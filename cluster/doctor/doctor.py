@@ -39,7 +39,7 @@ def run_checks(checks: Iterable[Check], where: str = HERE) -> list[Finding]:
 
 
 def machine_checks(config: RunConfig | None, gpus: int | None = None) -> list[Check]:
-    """Return the checks of every machine. `gpus` is the number that Ray counts on this node; None without Ray."""
+    """Return the checks to run on every machine. `gpus` is the number that Ray counts there; None without Ray."""
     checks: list[Check] = [
         machine.check_versions,
         partial(machine.check_gpus, config, gpus),
@@ -56,7 +56,7 @@ def machine_checks(config: RunConfig | None, gpus: int | None = None) -> list[Ch
 
 
 def driver_checks(config: RunConfig | None, dashboard: str | None = None) -> list[Check]:
-    """Return the checks of the driver's machine only. `dashboard` is the dashboard URL of the connected cluster."""
+    """Return the checks to run only on the driver's machine. `dashboard` is the URL of the cluster's dashboard."""
     return [
         partial(services.check_data, config),
         partial(services.check_tracking, config),

@@ -75,7 +75,7 @@ def _requirements() -> tuple[SpecifierSet, list[Requirement]]:
 def check_gpus(config: RunConfig | None, expected: int | None) -> Finding:
     """Compare the number of GPUs that torch sees with the number that is needed.
 
-    That is the number that Ray counts on the node (`expected`); without a cluster, 1 if the recipe needs GPUs, else 0.
+    `expected` is the number that Ray counts on the node. If it is None, one GPU is needed if the recipe uses GPUs.
     """
     import torch
 
@@ -121,7 +121,7 @@ def check_collectives() -> Finding:
 
 
 def all_reduce_once(folder: str, cuda: bool) -> None:
-    """Take part in an all-reduce as one of its processes. The processes find each other through a file in `folder`.
+    """Run one process of an all-reduce. The processes find each other through a file in `folder`.
 
     Raises RuntimeError if the sum is wrong.
     """

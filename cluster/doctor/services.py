@@ -1,4 +1,4 @@
-"""Checks of the services that a run uses: storage of shards and checkpoints, MLflow, clocks, and Ray's token."""
+"""Checks of the services and data of a run: storage, shards, MLflow, clocks, and Ray's token."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def check_shards(config: RunConfig | None) -> Finding:
 
 
 def check_data(config: RunConfig | None) -> Finding:
-    """Check that the data fit the model and the task, with the warnings of `m2f shard`, `stats` and `train`."""
+    """Check that the data fit the model and the task, and report the warnings that `m2f train` prints."""
     if config is None:
         return Finding("data", "skipped", NO_RECIPE)
     storage, queries = _storage_without_retries(config), config.model.transformer_decoder.num_queries
@@ -144,7 +144,7 @@ def skew_finding(skew: float, other: str) -> Finding:
 def clock_skew(url: str) -> float | None:
     """Return the seconds by which this machine is ahead of a server, accurate to a second.
 
-    Return None if the server does not answer or sends no date.
+    Returns None if the server does not answer or sends no date.
     """
     before = time.time()
     try:
@@ -155,6 +155,7 @@ def clock_skew(url: str) -> float | None:
     except (OSError, ValueError):
         return None
     middle = (before + time.time()) / 2
+    # The date is cut to whole seconds, so on average it is 0.5 s too early.
     return None if date is None else middle - parsedate_to_datetime(date).timestamp() - 0.5
 
 
@@ -162,7 +163,7 @@ def check_ray_token(dashboard: str | None = None) -> Finding:
     """Check that Ray requires a token, since otherwise anyone who reaches its ports can run code.
 
     `dashboard` is the dashboard URL of a running cluster, which gets a request without a token. The request is needed
-    because this process's environment does not show in which mode the cluster was started.
+    because this process's environment does not show whether the cluster requires a token.
     """
     if dashboard is not None:
         return _query_without_token(dashboard)
@@ -185,7 +186,7 @@ def _query_without_token(dashboard: str) -> Finding:
         if error.code in (401, 403):
             return Finding("Ray token", "ok", f"{dashboard} rejects requests without a token")
         detail = (
-            f"{dashboard} returned HTTP {error.code} to a request without a token; cannot tell whether it needs one"
+            f"{dashboard} returned HTTP {error.code} to a request without a token; it is unclear whether it needs one"
         )
         return Finding("Ray token", "warning", detail, _TOKEN_REMEDY)
     except (OSError, ValueError) as error:

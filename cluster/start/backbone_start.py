@@ -1,4 +1,4 @@
-"""Choose initial backbone weights of a new run: resolve `model.backbone.pretrained: auto`, warn of random weights."""
+"""Choose the initial backbone weights of a run: resolve `model.backbone.pretrained: auto`, warn about random ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BackboneStart:
 
     config: RunConfig
     line: str | None = None
-    """Initial weights of the backbone, if `auto` was resolved to published ones."""
+    """Message that names the initial weights, if `auto` was resolved to published ones."""
     warning: str | None = None
 
 
@@ -56,7 +56,7 @@ def settle_backbone(
             return BackboneStart(config)
         case TimmBackboneConfig(pretrained=False):
             return _random(config, backbone, "model.backbone.pretrained is false", is_frozen, is_explicit=True)
-        case TimmBackboneConfig(norm="group"):  # was meant for random weights; published weights have different norms
+        case TimmBackboneConfig(norm="group"):  # `group` suits random weights; published ones have different norms
             return BackboneStart(_with_pretrained(config, False))
         case TimmBackboneConfig(options=options) if options:
             reason = (

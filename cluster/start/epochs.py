@@ -16,8 +16,8 @@ from m2f.data_pipeline.storage.storage import Storage
 def with_steps(config: RunConfig, storage: Storage) -> RunConfig:
     """Return the recipe with `training.max_epochs` replaced by `training.max_steps`, and print both.
 
-    The result is valid for elastic runs, because they keep their global batch. Raises DataError or StorageError if a
-    manifest is missing or no image is left.
+    The number of steps also holds for elastic runs, because they keep their global batch. Raises DataError or
+    StorageError if a manifest is missing or no image is left.
     """
     training = config.training
     if not training.max_epochs:

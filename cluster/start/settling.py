@@ -36,12 +36,12 @@ def settled_run(config: RunConfig, devices: AvailableDevices, *, during_training
 
 
 def local_devices() -> AvailableDevices:
-    """Return the devices of this machine: the GPUs that torch sees, and the usable cores."""
+    """Return the GPUs that torch sees, the usable cores, and whether there is a compiler for GPU kernels."""
     return AvailableDevices(local_gpus(), cores=usable_cores(), has_compiler=find_compiler("cuda") is not None)
 
 
 def _stored_choices(config: RunConfig) -> StoredChoices:
-    # A restarted driver belongs to a run for which the storage has already answered.
+    # With `m2f train --restart`, the parent process holds the lease, so the storage has already answered.
     storage = Storage(config.storage, answered=LEASE_VARIABLE in os.environ, on_wait=print_err)
     recipe = newest_recipe(storage, config.run_folder)
     if recipe is None:

@@ -91,7 +91,7 @@ class StoredRun:
 
 
 def find_stored(database: Path, run_id: str) -> StoredRun | None:
-    """Return a run of a database; None if either does not exist. Raises sqlite3.Error if it is unreadable."""
+    """Return a run of a database; None if either does not exist. Raises sqlite3.Error if the file is unreadable."""
     if not database.exists():
         return None
     with closing(open_database(database)) as connection:
@@ -174,7 +174,7 @@ def _holds_runs(database: Path) -> bool:
 
 
 def _relocate(database: Path, root: str, patience_s: float) -> None:
-    """If the store was moved, correct its locations of artifacts, run folders and checkpoints; others stay."""
+    """If the store was moved, correct all locations below its old folder: artifacts, run folders and checkpoints."""
     with closing(open_database(database, patience_s)) as connection:
         rows = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
         moved = [old for (old,) in rows if old and old != root and _is_root_of_store(old, root.rpartition("/")[2])]
@@ -192,7 +192,7 @@ def _relocate(database: Path, root: str, patience_s: float) -> None:
 
 
 def _is_root_of_store(location: str, name: str) -> bool:
-    """Return whether the location is one that this module creates, for a store at another path."""
+    """Return whether `location` looks like an artifact folder called `name` that this module created for a store."""
     return location.startswith("file:///") and location.endswith(f"/{name}")
 
 

@@ -1,8 +1,8 @@
 """Evaluated checkpoints as logged models of MLflow, with tables of metrics per class.
 
 The models are external: MLflow stores their metrics and the URL of their checkpoint, whose files stay in the run
-folder. All operations are idempotent, because a process may die after it has sent an entry and before it has recorded
-that.
+folder. An evaluation can be sent again without duplicates, because a process may die after it has sent an entry and
+before it has recorded that.
 """
 
 from __future__ import annotations

@@ -65,7 +65,10 @@ def model_folder(address: str, tracking: str | None = None, folder: str | None =
 
 
 def _location(address: str, client: MlflowClient) -> str:
-    """Return the location of a model's files in the client's store. MLflow would use the process-wide store."""
+    """Return the location of a model's files in the client's store.
+
+    MLflow's own resolution of addresses uses the process-wide store instead.
+    """
     words = address.removeprefix("models:/").strip("/")
     name, at, alias = words.rpartition("@")
     if at:

@@ -45,13 +45,14 @@ class Sender:
         self._stopped = False
 
     def stop(self) -> None:
-        """Stop sending: no further entry is sent."""
+        """Stop sending after the current batch."""
         self._stopped = True
 
     def send_pending(self) -> bool:
         """Send a batch of pending entries and commit them.
 
-        Returns False if no entry is pending, the store does not answer, or this process may no longer send.
+        Returns True if a batch was sent; False if no entry is pending, the store does not answer, or this process may
+        no longer send.
         """
         try:
             if not self._may_send():

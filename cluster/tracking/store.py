@@ -1,4 +1,4 @@
-"""Tracking stores of MLflow: their client, their limits, and clear errors."""
+"""Connect to tracking stores of MLflow, respect their limits, and explain their errors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class TrackingError(UserError):
 
 
 def checked_uri(uri: str) -> str:
-    """Return the URI of a tracking store.
+    """Return the URI of a tracking store unchanged.
 
-    Raises TrackingError if the URI may contain a secret, because it is stored and printed.
+    Raises TrackingError if the URI may contain a secret, because URIs are stored and printed.
     """
     if (problem := url_problem(uri)) is not None:
         raise TrackingError(f"the tracking URI {problem}, and would be stored with the run. {REMEDY}")

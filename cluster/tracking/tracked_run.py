@@ -10,7 +10,7 @@ from m2f.data_pipeline.config import StorageConfig
 
 @dataclass(frozen=True)
 class RunLease:
-    """The lease of a run folder. A process that writes to MLflow checks with it whether it may still write."""
+    """The lease of a run folder. Processes stop writing to the MLflow run when a newer lease exists."""
 
     run_folder: str
     number: int

@@ -1,4 +1,4 @@
-"""Write to MLflow without ever delaying or ending a training run.
+"""Write to MLflow. Once a run has started, its training neither waits for MLflow nor fails because of it.
 
 Every entry goes to a journal file first, and a thread sends it from there. The journal grows while the server does not
 answer; its entries are sent when the server answers again or when the run is continued. Steps that the server already
@@ -80,7 +80,7 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
     are logged as tags `resumed.<setting>`. With a `lease`, pending entries of earlier lease holders are taken over.
 
     Raises:
-        TrackingError: the store cannot be reached or refuses the run. It is contacted only to create or find a run.
+        TrackingError: the store cannot be prepared or reached, or refuses the run; or the journals cannot be written.
         TrackingOutageError: a server that had answered before did not answer for `storage.patience_s`.
     """
     uri, spool, parameters = tracking_uri(config), _spool_folder(config), flatten(config)
@@ -95,7 +95,7 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
         recreated = known.lacks_evaluations
         run = TrackedRun(uri=uri, run_id=known.run_id, spool=spool, lease=run_lease, recreated=recreated)
         _continue_journals(run, (known.parameters or parameters) | (known.facts or facts), parameters | facts)
-        if stored.folder != config.run_folder:  # it was moved; a damaged `tracking.json` is restored from this tag
+        if stored.folder != config.run_folder:  # a moved folder; the tag restores a damaged `tracking.json`
             Journal(run.journal("driver")).append({"tag": FOLDER_TAG, "value": config.run_folder})
     else:
         run_id = _start_run(config, uri, parameters, facts, inputs)
@@ -136,8 +136,8 @@ def tracking_uri(config: RunConfig) -> str:
 class Tracking:
     """Writes one process's metrics to an MLflow run. Logging neither raises nor waits for the server.
 
-    Only `close`, `finish` and `abandon` block. `writer` names the journal ("driver", "rank0", "evaluation"). Only one
-    running process may use a name.
+    Only `close`, `finish` and `abandon` block. `writer` names the journal, such as "driver" or "evaluation".
+    Only one running process may use a name.
     """
 
     def __init__(self, run: TrackedRun, writer: str, interval_s: float = 2.0) -> None:
@@ -288,9 +288,10 @@ def _prepare(config: RunConfig, uri: str) -> None:
 
 
 def _find_continued_run(config: RunConfig, known: RunRecord, uri: str) -> StoredRun | None:
-    """Return the recorded run; None if it is missing in the store or belongs to another run folder.
+    """Return the recorded run; None if it is not in the store `uri` or belongs to another run folder.
 
-    Raises TrackingError if the local database cannot be read.
+    A server is not contacted: it counts as containing the run if the record names its URI. Raises TrackingError if the
+    local database cannot be read.
     """
     database = _database_for_uri(config, uri)
     if database is None:
@@ -322,7 +323,7 @@ def _find_tagged_run(config: RunConfig, uri: str) -> str | None:
         experiment = retrier.ask(lambda: client.get_experiment_by_name(config.tracking.experiment))
         if experiment is None:
             return None
-        # All runs of a run folder's own database belong to it, even if the folder was moved and the tag is outdated.
+        # A run folder's own database holds only runs of the folder. Its tag is ignored, as it is outdated after a move.
         quote = '"' if "'" in config.run_folder else "'"
         query = f"tags.`{FOLDER_TAG}` = {quote}{config.run_folder}{quote}"
         query = "" if database is not None and not is_shared(config.run_folder, database) else query
@@ -353,7 +354,7 @@ def _start_run(
 
 
 class _RunCreator:
-    """Idempotent creation of a run: a second call finds the run if only the answer to the first was lost."""
+    """Creates a run once. If the answer to a call is lost, the next call finds the run by its start time and folder."""
 
     def __init__(self, client: MlflowClient, config: RunConfig, experiment: str, tags: Mapping[str, str]) -> None:
         self._client, self._config, self._experiment = client, config, experiment
