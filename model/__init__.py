@@ -1,1 +1,1 @@
-"""The Mask2Former model: backbones, pixel decoders, transformer decoder, criterion, post-processing."""
+"""Mask2Former and related models: backbones, decoders, losses, post-processing, weights, export and analysis."""

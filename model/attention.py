@@ -19,9 +19,10 @@ SPATIAL_BANDWIDTH = 8.0
 
 
 def packed_xavier_(linear: nn.Linear) -> None:
-    """Initialise one [C, C] part of a packed [3 C, C] attention input projection.
+    """Initialise a projection from C channels to queries, keys or values, of one or several layers.
 
-    Weights are uniform within the Xavier bound of the whole packed matrix; the bias is zero.
+    Weights are uniform within the Xavier bound of the packed [3 C, C] matrix of torch's MultiheadAttention. The bias is
+    zero.
     """
     bound = (6 / (4 * linear.in_features)) ** 0.5
     nn.init.uniform_(linear.weight, -bound, bound)
@@ -73,9 +74,9 @@ class ProjectedAttention(nn.Module):
 class MaskPooling(nn.Module):
     """Mean feature inside the predicted mask of each query, followed by a projection (Table 4c).
 
-    K-Net (Zhang et al., NeurIPS 2021) sums the features of a kernel's mask in the same way. This module takes the mean,
-    as the paper describes, which keeps large and small masks on one scale. Without a softmax, a value projection
-    commutes with the mean, so one projection after the mean replaces both the value and the output projection.
+    K-Net (Zhang et al., NeurIPS 2021) sums the features inside the mask of each kernel. This module takes the mean, as
+    the paper describes, so the scale does not depend on the mask's area. A value projection commutes with the mean.
+    Therefore one projection after the mean replaces both the value and the output projection.
     """
 
     def __init__(self, dim: int, dropout: float) -> None:
@@ -101,7 +102,7 @@ class SpatialPrior(nn.Module):
     Spatially modulated co-attention is described by Gao et al., ICCV 2021, section 3.2; this is "type3" of the
     published code. Every query has a reference point. Every head predicts an offset of the Gaussian's centre from that
     point, and an inverse width along x and y. The logarithm of the Gaussian is added to the attention logits. On every
-    level, distances are measured in pixels of the 1/32 map, so a prior means the same on all levels. The scales start
+    level, distances are measured in pixels of the 1/32 map, so a prior is equally wide on all levels. The scales start
     at 1 for every query.
     """
 
@@ -153,9 +154,9 @@ def _squared_distance(centre: Tensor, size: int, extent: int) -> Tensor:
 def attention_mask(mask_embeddings: Tensor, features: Tensor) -> Tensor:
     """Return the pixels that each query may attend to, bool [B, 1, Q, T] (equations 2 and 3 of the paper).
 
-    `mask_embeddings` is [B, Q, C]. `features` [B, C, T] are the mask features resized to the level. Both operations are
-    linear, so resizing features gives the same result as resizing logits. A query with an empty mask may attend
-    everywhere.
+    `mask_embeddings` is [B, Q, C]. `features` [B, C, T] are the mask features resized to the levels. Resizing and the
+    product with embeddings are both linear, so resizing features gives the same result as resizing logits. A query with
+    an empty mask may attend everywhere.
     """
     with torch.autocast(features.device.type, enabled=False):
         allowed = (mask_embeddings.to(features.dtype) @ features) >= 0

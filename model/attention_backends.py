@@ -69,7 +69,7 @@ CASES = (
 def select_attention_backends(device: torch.device) -> str | None:
     """Disable the fused kernels that are wrong on this GPU, with a warning for each.
 
-    Return one line that names the kernels in use, or None on a CPU, which has only one implementation.
+    Return one line that names the kernels in use. On a CPU nothing is tested, and the result is None.
     """
     return None if device.type != "cuda" else disable_wrong_backends(device, BACKENDS)
 

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 class PixelDecoder(nn.Module):
     """Turns a backbone's maps into per-pixel embeddings and multi-scale features.
 
-    The forward pass takes maps [B, C_i, ., .] at strides 4, 8, 16 and 32 of any size. It returns mask features [B,
-    mask_dim, h, w] at stride 4 and three maps [B, feature_dim, ., .] in the order 1/32, 1/16, 1/8. If the loss uses the
-    mask features, every parameter gets a gradient, even if the three maps are unused.
+    The forward pass takes maps [B, C_i, ., .] at strides 4, 8, 16 and 32 of any size. It returns mask features
+    [B, mask_dim, h, w] at stride 4 and three maps [B, feature_dim, ., .] in the order 1/32, 1/16, 1/8. If the loss uses
+    the mask features, every parameter gets a gradient, even if the three maps are unused.
     """
 
     def __init__(self, feature_dim: int, mask_dim: int) -> None:
@@ -43,7 +43,7 @@ def run_layer(layer: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
 def keep_in_graph(used: Tensor, others: Sequence[Tensor]) -> Tensor:
     """Return `used` unchanged and connect `others` to its graph with zero gradients.
 
-    ZeRO needs a gradient for every parameter, but a transformer decoder may not read every map.
+    ZeRO needs a gradient for every parameter, but some transformer decoders do not read every map.
     """
     nothing = [other[:0].sum() for other in others]  # sums of empty slices: exactly 0 even if a map is not finite
     return sum(nothing, start=used)

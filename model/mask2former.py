@@ -1,4 +1,4 @@
-"""The Mask2Former model: backbone, pixel decoder and transformer decoder."""
+"""Mask2Former and MaskFormer, and `build_model`, which builds the model of any recipe."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Mask2Former(Segmenter):
         """
         super().__init__(config)
         self.backbone = backbone
-        assert not isinstance(config.pixel_decoder, UpscalePixelDecoderConfig)  # see ModelConfig
+        # ModelConfig accepts these parts only with a plain vision transformer.
+        assert not isinstance(config.pixel_decoder, UpscalePixelDecoderConfig)
         assert not isinstance(config.transformer_decoder, EomtDecoderConfig | PmtDecoderConfig)
         self.pixel_decoder = build_pixel_decoder(config.pixel_decoder, channels)
         decoder, feature_dim = config.transformer_decoder, self.pixel_decoder.feature_dim

@@ -93,11 +93,10 @@ class PilotGuides(NamedTuple):
         return (allowed | ~allowed.any(dim=-1, keepdim=True))[:, None]
 
     def self_attention_mask(self, num_queries: int) -> Tensor:
-        """Return which query may attend to which, bool [B, 1, N + Q, N + Q].
+        """Return which queries (columns) a query (row) may attend to, bool [B, 1, N + Q, N + Q].
 
-        All may attend to the other queries. Pilots may also attend to valid pilots. Padding may also attend to itself,
-        so that no row is empty. The result for an image therefore does not depend on the padding that other images
-        need.
+        All rows may attend to the Q queries that are not pilots. Pilots may also attend to valid pilots, and padding to
+        itself. Nothing else attends to padding, so the result for an image does not depend on the amount of padding.
         """
         images, number = self.valid.shape
         is_pilot = torch.arange(number + num_queries, device=self.valid.device) < number
@@ -108,7 +107,7 @@ class PilotGuides(NamedTuple):
 
 
 class PilotQueries(nn.Module):
-    """Makes the pilots of a micro-batch from its targets. Its class embedding is not part of the model."""
+    """Makes the pilots of a micro-batch from its targets. Its class embedding is trained but not part of the model."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         super().__init__()
@@ -158,17 +157,17 @@ class PilotQueries(nn.Module):
 def padded_number(chosen: int, max_targets: int) -> int:
     """Return the padded number of pilots per image: the next power of two, at least BUCKET.
 
-    The maximum is `max_targets` rounded up to a multiple of BUCKET. Few distinct values keep the number of tensor
-    shapes small.
+    The result is at most `max_targets` rounded up to a multiple of BUCKET. Few distinct values keep the number of
+    tensor shapes small.
     """
     power = 1 << max(chosen - 1, BUCKET - 1).bit_length()
     return min(power, -(-max_targets // BUCKET) * BUCKET)
 
 
 def choose(valid: Tensor, keys: Tensor, count: int) -> Tensor:
-    """Return indices [B, count], ascending, of the targets with the lowest hash.
+    """Return indices [B, count], ascending, of the targets whose keys have the lowest hash.
 
-    `valid` is [B, N]; targets that are not valid are selected last.
+    `valid` bool and `keys` int64 have the shape [B, number of targets]. Targets that are not valid are selected last.
     """
     if count == valid.shape[1]:
         return torch.arange(count, device=valid.device).expand(len(valid), -1)

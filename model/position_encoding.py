@@ -11,7 +11,7 @@ from m2f.model.constants import cache_constants
 
 TEMPERATURE = 10_000.0
 EPSILON = 1e-6
-"""Both constants as in DETR and the official code."""
+"""DETR and the official code use the same two constants."""
 
 
 @cache_constants(12)  # three levels for each of four image sizes

@@ -19,11 +19,11 @@ class TrainingContext:
     """Inputs of a training forward pass besides the images."""
 
     targets: Targets
-    """Targets of the same images; their `position` keys every random number."""
+    """Targets of the same images."""
     seed: int
-    """Seed of the run. Together with `targets.position` it keys the model's counter-based random numbers."""
+    """Seed of the run. The model derives its counter-based random numbers from it and `targets.position`."""
     pilots: Pilots | None = None
-    """Additional queries, which come first in the predictions. None if the decoder does not support pilots."""
+    """Additional queries, which come first in the predictions. None if the recipe uses no pilots."""
 
 
 class Segmenter(nn.Module):
@@ -33,7 +33,7 @@ class Segmenter(nn.Module):
     """
 
     regions: tuple[str, ...] = ("backbone", "pixel_decoder", "transformer_decoder")
-    """Submodules that can be compiled, each into one graph."""
+    """Names of the submodules that can be compiled, each into one graph."""
     pixel_decoder_fp32: bool
     """Whether the pixel decoder has fp32 weights and runs without autocast."""
 

@@ -28,8 +28,9 @@ class Predictions(NamedTuple):
     """Output of the model: L supervised predictions. The last one is that of the last decoder layer.
 
     With supervised learnable queries (the default), L = decoder layers + 1, and prediction 0 is made from the initial
-    queries before the decoder. Otherwise L = decoder layers, and prediction 0 is that of the first decoder layer. This
-    is a NamedTuple because ZeRO-3's hooks and torch.export do not look inside dataclasses.
+    queries before the decoder. Otherwise L = decoder layers, and prediction 0 is that of the first decoder layer. EoMT
+    and PMT return one prediction before each block and one after the last; in evaluation only the last. This is a
+    NamedTuple because ZeRO-3's hooks and torch.export do not look inside dataclasses.
     """
 
     class_logits: Tensor
@@ -43,7 +44,7 @@ class Predictions(NamedTuple):
 
     @property
     def feature_maps(self) -> tuple[Tensor, ...]:
-        """Return M per-pixel embeddings [B, C, h, w]. M is 1 if all predictions share them, otherwise L."""
+        """Return M maps of per-pixel embeddings [B, C, h, w]. M is 1 if all predictions share one, otherwise L."""
         return (*self.earlier_features, self.mask_features)
 
     def mask_logits(self, layer: int = -1) -> Tensor:
@@ -78,7 +79,7 @@ class Targets:
     dataset: Tensor
     """[B] int64 index of the data set in the mixture."""
     position: Tensor
-    """[B] int64 position in the data order; keys every random number of the sample."""
+    """[B] int64 position in the data order. Loss points, pilots and EoMT's masks derive random numbers from it."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         """Return the targets on another device."""

@@ -9,7 +9,7 @@ from m2f.model.structures import Targets, ignore_id
 
 
 def pixel_owners(targets: Targets, numbers: Tensor, no_owner: int) -> Tensor:
-    """Return the number of the target that owns each pixel, [B, Y, H, W].
+    """Return the number of the target that owns each pixel, [B, Y, H, W] in the dtype of `numbers`.
 
     `numbers` [B, N] are the numbers of the targets. Pixels without a target get `no_owner`: background, void, and ids
     of targets that are not valid.

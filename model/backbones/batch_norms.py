@@ -100,7 +100,7 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of nn.SyncBatchNorm
         """Normalise [B, C, H, W]; the shape stays the same. B, H and W may differ between ranks."""
         is_alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-        if is_alone:  # torch's version rejects CPU tensors if a process group exists
+        if is_alone:  # in training, torch's version rejects CPU tensors if a process group exists
             return nn.modules.batchnorm._BatchNorm.forward(self, input)
         if not self.training or input.device.type != "cpu":
             return super().forward(input)
@@ -145,9 +145,10 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def group_norm_like(source: nn.BatchNorm2d) -> GroupNorm:
-    """Return a GroupNorm with the affine parameters of a BatchNorm, because residual branches may start at zero gain.
+    """Return a GroupNorm with the affine parameters of a BatchNorm.
 
-    A group has about 16 channels. With a fixed number of groups, a narrow stage would be normalised channel by channel.
+    Copying keeps the zero gains with which residual branches may start. A group has about 16 channels. With a fixed
+    number of groups, a narrow stage would be normalised channel by channel.
     """
     norm = GroupNorm(math.gcd(max(1, source.num_features // 16), source.num_features), source.num_features)
     with torch.no_grad():
@@ -157,7 +158,10 @@ def group_norm_like(source: nn.BatchNorm2d) -> GroupNorm:
 
 
 def replace_batch_norms(module: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
-    """Replace every BatchNorm below `module`. Dropout and activation that timm fuses into a norm are kept after it."""
+    """Replace every BatchNorm below `module` with `make(norm)`.
+
+    timm fuses dropout and activation into some norms; they follow the new norm as separate modules.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             fused = [part for key in ("drop", "act") if isinstance(part := getattr(child, key, None), nn.Module)]

@@ -11,7 +11,7 @@ from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneCon
 
 Backbone = TimmBackbone | SwinTransformer | PlainVit | ViTAdapter
 """A module that maps images [B, 3, H, W] to a tuple of four maps [B, C_i, H / s, W / s], rounded up. Its `channels` are
-the C_i. A PlainVit returns tokens instead."""
+the C_i. A PlainVit returns tokens [B, T, C] instead, and its `channels` are (C,)."""
 
 
 def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:

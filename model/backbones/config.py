@@ -96,7 +96,7 @@ class ViTAdapterBackboneConfig(Section):
     weights: str | None = None
     """Path of a safetensors or torch file with weights of the transformer alone, read without executing pickles."""
     num_heads: Annotated[int, FROM_1] = 16
-    """Heads of the deformable attention, which divide half the channels of the transformer among them."""
+    """Heads of the deformable attention. Twice this number must divide the channels of the transformer."""
     stem_width: Annotated[int, FROM_1] = 64
     """Channels of the first convolutions. The convolutions at strides 8, 16 and 32 have 2, 4 and 4 times as many."""
     drop_path: Annotated[float, BELOW_1] = 0.3

@@ -1,6 +1,8 @@
 """Plain vision transformers of timm, split into tokens, blocks and norm.
 
 Segmentation heads whose queries join the blocks need the parts separately.
+
+Axis letters: B images, P class and register tokens, N patches, T all tokens, C channels.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class PlainVit(nn.Module):
     """Vision transformer whose tokens all have one stride. `embed`, `blocks` and `norm` can be called separately."""
 
     def __init__(self, config: TimmBackboneConfig, *, pretrained: bool = True) -> None:
-        """Build the model. Raises ConfigError if it is not a supported plain vision transformer."""
+        """Build the model. Raises ConfigError if timm cannot build it or if it is not a supported transformer."""
         super().__init__()
         use_pretrained = pretrained and (config.pretrained is True or config.weights is not None)
         source = create_timm_model(config, use_pretrained, num_classes=0, dynamic_img_size=True, patch_size=_PATCH)
@@ -106,7 +108,7 @@ class PlainVit(nn.Module):
         return found, table, grid
 
     def run(self, block: nn.Module, tokens: Tensor, table: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        """Run one block on tokens [B, T, C].
+        """Run one block on tokens [B, T, C]. `table` holds the rotary positions; see `embed` and `with_unrotated`.
 
         `mask` is bool [B, 1, T, T], True if a token (row) may attend to another (column).
         """
@@ -126,7 +128,7 @@ def rotary_positions(grid: Grid, dim: int, device: torch.device) -> Tensor:
 
 
 def rotations(angles: Tensor) -> Tensor:
-    """Return the table [..., 2 * dim] of angles [..., dim] in the form that blocks expect."""
+    """Return the table [..., 2 * dim] that timm's blocks expect: the sines of angles [..., dim], then their cosines."""
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
@@ -145,8 +147,8 @@ def rotary_angles(grid: Grid, dim: int, device: torch.device) -> Tensor:
 def with_unrotated(table: Tensor | None, count: int) -> Tensor | None:
     """Return the table for sequences with `count` more tokens in front, which are not rotated.
 
-    timm leaves the first tokens unrotated, as many as the model has class and register tokens. If other tokens precede
-    these, the following rows must not rotate: they have sine 0 and cosine 1.
+    timm leaves the first P tokens unrotated and applies the table to all others. With the tokens in front, `count` of
+    these others must not be rotated either, so the table starts with `count` rows of sine 0 and cosine 1.
     """
     if table is None:
         return None

@@ -18,7 +18,7 @@ from m2f.model.config import SwinBackboneConfig
 _PATCH = 4
 """Side of a patch in pixels."""
 _MLP_RATIO = 4
-"""Width of the MLP's hidden layer relative to the tokens. All published Swins use these two values."""
+"""Width of the MLP's hidden layer relative to the tokens. All published Swins use this ratio and patch size."""
 _CROSS_REGION_BIAS = -100.0
 """Added to the attention logits between pixels that are neighbours only because of the roll; the published value."""
 
@@ -89,7 +89,7 @@ class Stage(nn.Module):
         self.downsample = PatchMerging(width) if merges else None
 
     def forward(self, tokens: Tensor, scales: Tensor | None, checkpointing: bool) -> tuple[Tensor, Tensor]:
-        """Return the tokens after the blocks and those of the next stage.
+        """Return the tokens after the blocks and those of the next stage; after the last stage, both are the same.
 
         `tokens` is [B, H, W, C]; `scales` [depth, 2, B] are the drop-path factors or None.
         """

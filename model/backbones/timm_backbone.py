@@ -167,8 +167,8 @@ def create_timm_model(config: TimmBackboneConfig, use_pretrained: bool, **settin
         model = timm.create_model(config.name, pretrained=use_pretrained, **settings)
     except Exception as error:
         raise ConfigError(
-            f"model.backbone: timm cannot build {config.name!r} as a feature pyramid with options "
-            f"{dict(config.options)} and weights {config.weights!r}: {error}"
+            f"model.backbone: timm cannot build {config.name!r} with options {dict(config.options)} and weights "
+            f"{config.weights!r}: {error}"
         ) from error
     if state:
         require_weights_of(model, state, config)

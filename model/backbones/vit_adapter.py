@@ -162,7 +162,11 @@ class Extractor(nn.Module):
     def forward(
         self, tokens: Tensor, layer: Tensor, sampling_grid: SamplingGrid, shapes: Sequence[Grid], scale: Tensor | None
     ) -> Tensor:
-        """Update `tokens` [B, T, C] from `layer` [B, N, C]; `scale` [B, 1, 1] is the drop-path factor or None."""
+        """Update `tokens` [B, T, C] from `layer` [B, N, C].
+
+        `shapes` are (height, width) of the maps that the tokens come from; `scale` [B, 1, 1] is the drop-path factor or
+        None.
+        """
         tokens = tokens + self.attn(self.query_norm(tokens), self.feat_norm(layer), sampling_grid)
         transformed = self.ffn(self.ffn_norm(tokens), shapes)
         return tokens + (transformed if scale is None else scale * transformed)

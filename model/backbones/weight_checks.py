@@ -15,7 +15,7 @@ positions."""
 
 
 def require_weights_of(model: nn.Module, state: Mapping[str, Tensor], config: TimmBackboneConfig) -> None:
-    """Raise ConfigError unless `state` contains most weights of `model`.
+    """Raise ConfigError unless `state` contains at least half of the matrices and kernels of `model`.
 
     timm silently skips files of other models. It also renames, splits and resamples tensors, so the check compares
     values instead of names.

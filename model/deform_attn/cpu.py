@@ -107,7 +107,7 @@ class Samples(NamedTuple):
 
 
 def _level_table(shapes: Shapes, points: int, like: Tensor) -> Tensor:
-    """Return [4, L * P]: width, height, padded width, and table row of pixel (0, 0), for the level of every sample."""
+    """Return [4, L * P]: width, height, padded width, and padded index of pixel (0, 0), for each sample's level."""
     rows, start = [], 0
     for height, width in shapes:
         padded = width + 2 * MARGIN

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention (Deformable DETR, section 4.1), in pure PyTorch.
+"""Multi-scale deformable attention (Deformable DETR, section 4.1), and the choice of its form for each device.
 
 Axis letters: B images, S pixels of all levels, G heads, D channels per head, Q queries, L levels, P points.
 """
@@ -136,13 +136,14 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise offsets and attention.
+        """Initialise offsets, attention and projections.
 
-        The offsets of head g point in direction g of a circle; point p lies p + 1 pixels away. Attention is uniform.
+        The offsets of head g point at the angle 2 pi g / G. Point p, counted from 0, is p + 1 pixels away in the larger
+        coordinate. Attention is uniform.
         """
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
-        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on the unit square, not the circle
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on the border of a square, not on a circle
         distance = torch.arange(1, self.points + 1, dtype=torch.float32)
         offsets = direction[:, None, None] * distance[:, None]  # [G, 1, P, 2]
         with torch.no_grad():
@@ -196,7 +197,7 @@ def _kernel_agrees(dtype: torch.dtype, levels: int, heads: int, points: int, dim
 
 @functools.cache
 def _checked_kernel(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
-    """Compare the Triton kernel with the plain form on this machine, once; warn if it cannot be used."""
+    """Return whether the Triton kernel gives the results of the plain form on this machine; warn if not."""
     try:
         from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
 

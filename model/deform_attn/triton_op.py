@@ -152,8 +152,8 @@ def _launch_config(tuner: Autotuner, inputs: tuple[Tensor, ...], run: Callable[[
     """Return the launch configuration for inputs of these sizes.
 
     Numbers of queries are rounded up to powers of two, which share a configuration. Configurations may sum in different
-    orders and so round differently. Therefore timing does not decide if algorithms must be fixed: with
-    `torch.use_deterministic_algorithms`, and in evaluation (`torch.backends.cudnn.deterministic`).
+    orders and so round differently. If algorithms must be fixed, the configuration is therefore fixed instead of timed:
+    with `torch.use_deterministic_algorithms`, and in evaluation (`torch.backends.cudnn.deterministic`).
     """
     value, _, _, offsets, _ = inputs
     batch, queries, *per_query = offsets.shape

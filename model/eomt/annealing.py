@@ -45,7 +45,7 @@ def probabilities_at(windows: Sequence[tuple[int, int]], power: float, step: int
 
 
 def uniform_draws(context: TrainingContext, blocks: int, queries: int) -> Tensor:
-    """Return random numbers [L, B, Q] in [0, 1), a function of seed, position of the image, block and query only."""
+    """Return random numbers [L, B, Q] in [0, 1), derived only from seed, the image's data position, block and query."""
     position = context.targets.position
     images = mix(position + signed((context.seed + _STREAM) * GOLDEN))
     counters = torch.arange(1, blocks * queries + 1, device=position.device).mul_(GOLDEN).view(blocks, 1, queries)

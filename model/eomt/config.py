@@ -27,7 +27,8 @@ class EomtDecoderConfig(Section):
     num_queries: Annotated[int, FROM_1] = 200
     """Number of queries: the maximum number of segments per image."""
     num_layers: Annotated[int, FROM_1] = 4
-    """Last blocks of the backbone that process the queries. The authors use 3 for S and B, 4 for L and 5 for giant."""
+    """Number of last blocks of the backbone that process the queries. The authors use 3 for S and B, 4 for L and 5 for
+    giant."""
     annealing: Annotated[tuple[tuple[int, int], ...] | None, STEPS_FROM_0] = None
     """For each of these blocks, the steps at which its attention masks start to vanish and have vanished. None spreads
     them over the run: the first block starts at one sixth and the last at four sixths, and each takes one sixth."""

@@ -106,9 +106,10 @@ class _Prediction(NamedTuple):
 class QuerySegmenter(Segmenter):
     """Learned queries that pass through blocks together with the tokens of a plain vision transformer.
 
-    In training, a prediction is made before each of these blocks and after the last. It determines which patches each
-    query may attend to in the block. The mask is applied with a probability that falls to 0 during training. Evaluation
-    is deterministic: it masks the blocks whose probability is at least 0.5, and returns only the last prediction.
+    In training, a prediction is made before each of these blocks and after the last. The masks predicted before a block
+    limit the patches that each query may attend to in it. A query is masked with a probability that falls to 0 during
+    training. Evaluation masks all queries in blocks whose probability is at least 0.5, and returns only the last
+    prediction.
     """
 
     backbone: PlainVit
@@ -141,7 +142,7 @@ class QuerySegmenter(Segmenter):
         return self._joined(predictions if self.training else predictions[-1:], encoded.size)
 
     def _predict(self, normalised: Tensor, grid: Grid) -> _Prediction:
-        """Return the prediction of normalised tokens [B, T, C], which are used for nothing else."""
+        """Return the prediction of normalised tokens [B, T, C] for a grid of patches."""
         heads, patches = self.transformer_decoder, math.prod(grid)
         queries = normalised[:, : heads.query_feat.num_embeddings]
         features = normalised[:, normalised.shape[1] - patches :].transpose(1, 2).unflatten(2, grid)
@@ -157,8 +158,8 @@ class QuerySegmenter(Segmenter):
     def _attention_mask(self, prediction: _Prediction, tokens: Tensor, grid: Grid) -> Tensor:
         """Return which tokens (columns) each token (row) may attend to, bool [B, 1, T, T].
 
-        Queries are restricted to patches inside their masks. Both operations are linear, so resizing features gives the
-        same result as resizing logits. A query with an empty mask attends to no patch.
+        Queries are restricted to patches inside their masks. Resizing and the product with embeddings are both linear,
+        so resizing features gives the same result as resizing logits. A query with an empty mask attends to no patch.
         """
         resized = resize_for_attention(prediction.features, grid)
         with torch.autocast(tokens.device.type, enabled=False):

@@ -1,1 +1,1 @@
-"""Convert raw predictions to panoptic, instance and semantic results."""
+"""Fast forward passes, and conversion of raw predictions to panoptic, instance and semantic results."""

@@ -16,7 +16,7 @@ Forward = Callable[[Tensor], Predictions]
 
 
 def replay_forward(model: nn.Module) -> None:
-    """Make a model on a GPU replay its forward pass for image sizes it has seen. On a CPU nothing changes.
+    """Make a model on a GPU replay its forward pass for image sizes seen twice before. On a CPU nothing changes.
 
     For inference only. Weights may change in place, but hooks and Python code inside the model no longer run.
     """
@@ -49,7 +49,7 @@ class ReplayedForward:
     def __init__(self, forward: Forward, max_recordings: int = 16) -> None:
         self._forward, self._max_recordings = forward, max_recordings
         self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
-        """Recording by image size; None for a size seen once."""
+        """Recording by the images' shape, strides and dtype, and by autocast; None if seen only once."""
         self._pool: Any = None
         self._is_enabled = True
 

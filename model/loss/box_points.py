@@ -2,7 +2,7 @@
 
 Uniform points miss small targets: 12544 points on 1024 x 1024 pixels are one point per 84 pixels. This module draws
 some of the points in boxes around targets. Every point, whether uniform or in a box, has the weight omega / q. Here
-omega is the density of the unmodified loss (1 if uniform), and q is the total density of all parts. This is the balance
+omega is the density of points in the unmodified loss (1 if uniform), and q is their density here. This is the balance
 heuristic of Veach and Guibas, SIGGRAPH 1995. Weighted sums therefore have the same expectation as sums over points of
 density omega.
 """

@@ -114,7 +114,8 @@ def compute_losses(
         mask_losses, dice_losses = (
             _sum_per_image(values * rows.factor, rows, shape, num_pilots) for values in (mask, dice)
         )
-        denominators = [_class_denominator(targets, num_queries, normalizers, config), num_masks]  # pilots: num_masks
+        # Denominators of the class losses of queries and of pilots.
+        denominators = [_class_denominator(targets, num_queries, normalizers, config), num_masks]
         matched, *piloted = [
             _weighted(kinds, (denominator, num_masks, num_masks), targets, config)
             for kinds, denominator in zip(
@@ -129,7 +130,7 @@ def _full_precision_maps(maps: Sequence[Tensor]) -> list[Tensor]:
     """Return the feature maps [B, C, h, w] in fp32, copied at most once for matching and losses together.
 
     Both read the maps as channels-last. On a CPU the layout stays as it is: converting the gradient back would cost
-    more.
+    more than it saves.
     """
     if maps[0].device.type == "cpu":
         return [features.float() for features in maps]
@@ -206,7 +207,7 @@ def _class_losses(
 
 
 def _assigned_mask_logits(embeddings: Tensor, maps: Sequence[Tensor], assignment: Assignment) -> Tensor:
-    """Return dense mask logits [R, h, w] of the rows that have a target, from their embeddings [R, C].
+    """Return dense mask logits [R, h, w] of the rows of an assignment, from their embeddings [R, C].
 
     Computes one product per image and map [B, C, h, w]. The rows are in the order image, prediction; every map serves
     the same number of predictions.

@@ -1,7 +1,7 @@
 """Mask losses, row by row for training and between all pairs for matching.
 
-The pixel loss is binary cross-entropy (Mask2Former) or focal loss (MaskFormer); dice is computed over the whole mask.
-Labels may be soft. Axis letters: R rows, P pixels or points, Q queries, N targets.
+The pixel loss is binary cross-entropy (Mask2Former) or focal loss (MaskFormer). Dice has one value per mask, from sums
+over its pixels or points. Labels may be soft. Axis letters: R rows, P pixels or points, Q queries, N targets.
 """
 
 from __future__ import annotations

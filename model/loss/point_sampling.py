@@ -78,7 +78,7 @@ class LabelMaps(NamedTuple):
 
     cells: Tensor
     """[B, Y, (H + 1) * (W + 1)] int32 (four uint8 ids) or int64 (four int16 ids). The order is upper left, upper right,
-    lower left, lower right. Outside the map is the ignore id, which no target has."""
+    lower left, lower right. Ids outside the map are the ignore id, which no target has."""
     id_dtype: torch.dtype
     """Data type of the id maps: uint8 or int16."""
     height: int

@@ -150,9 +150,9 @@ class GivenPoints:
     matching: Tensor
     """[L, B, P, 2] points for matching."""
     candidates: Tensor
-    """[L, B, N, P, 2] in [0, 1)."""
+    """[L, B, N, P, 2] candidates of every target, in [0, 1)."""
     fresh: Tensor
-    """[L, B, N, P, 2] in [0, 1)."""
+    """[L, B, N, P, 2] fresh points of every target, in [0, 1)."""
 
     def draw(self, position: Tensor, num_layers: int, counts: PointCounts) -> GivenPoints:
         """Return the given points; the arguments are ignored."""

@@ -69,7 +69,7 @@ class MSDeformAttnPixelDecoder(PixelDecoder):
         return self.mask_features(self.output(fused)), maps
 
     def _encode(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Run the encoder over the pixels of all levels as one sequence."""
+        """Run the encoder over the pixels of all levels as one sequence, and return its output as maps."""
         shapes = [(feature.shape[-2], feature.shape[-1]) for feature in maps]
         device = maps[0].device
         # The residual stream keeps the parameters' dtype: float32 under autocast.

@@ -36,7 +36,7 @@ class FeaturePyramid(nn.Module):
         self.steps = nn.ModuleList(TopDownStep(width, dim) for width in reversed(others))
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return maps [B, dim, ., .] from coarse to fine, for `features` of the same sizes from fine to coarse."""
+        """Return maps [B, dim, ., .] from coarse to fine, as large as `features`, which come from fine to coarse."""
         *others, coarsest = features
         pyramid = [self.top(coarsest)]
         for step, feature in zip(self.steps, reversed(others), strict=True):

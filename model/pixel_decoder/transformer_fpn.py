@@ -35,7 +35,7 @@ class EncoderLayer(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, source: Tensor, position: Tensor) -> Tensor:
-        """Update `source` [B, S, C]; `position` [S, C] is added to queries and keys."""
+        """Update the S pixels `source` [B, S, C] of a map; `position` [S, C] is added to queries and keys."""
         query, key = self.query_key(source + position).chunk(2, dim=-1)
         source = self.attention.norm(source + self.attention(query, key, self.value(source)))
         expanded = self.linear2(self.dropout(self.linear1(source).relu()))

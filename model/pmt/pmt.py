@@ -26,7 +26,7 @@ from m2f.model.structures import Predictions
 _EPS = 1e-5
 """Epsilon of the LayerNorms in and after the new blocks."""
 _FIRST_WINDOW = 3000
-"""Steps in which the authors' masks of the first block vanish."""
+"""Maximum number of steps in which the masks of the first block vanish, as the authors choose it."""
 _LARGEST_STRETCH = 2.0
 """Largest factor by which training stretches positions, if the backbone has no rotary ones; the smallest is 1 / 2."""
 _STREAM = 0x506D7453
@@ -102,9 +102,9 @@ class Pmt(QuerySegmenter):
         return self.decode(list(decoder.blocks), decoder.norm, encoded, context)
 
     def _own_positions(self, grid: Grid, device: torch.device, context: TrainingContext | None) -> Tensor:
-        """Return rotary positions for a backbone without them.
+        """Return the table of rotary positions for a backbone without them.
 
-        In training, each image is stretched by a random factor.
+        In training, the positions of each image are stretched by a random factor.
         """
         angles = rotary_angles(grid, self.backbone.width // self.backbone.blocks[0].attn.num_heads, device)
         if self.training and context is not None:
@@ -113,7 +113,7 @@ class Pmt(QuerySegmenter):
 
 
 def position_stretches(context: TrainingContext) -> Tensor:
-    """Return factors [B] with a uniform logarithm, a function of seed and position of the image only."""
+    """Return factors [B] whose logarithm is uniform, derived only from the seed and the image's data position."""
     keys = mix(context.targets.position + signed((context.seed + _STREAM) * GOLDEN))
     return _LARGEST_STRETCH ** (2 * to_unit_interval(mix(keys + GOLDEN)) - 1)
 

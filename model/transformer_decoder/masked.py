@@ -38,7 +38,7 @@ _LEVEL_GROUPS: dict[str, tuple[tuple[int, ...], ...]] = {
 """Groups of levels for each setting of `features`. Layers attend to these groups in turn (Table 4d)."""
 
 AttentionGuide = Callable[[int, Tensor], Tensor | None]
-"""Returns the mask or the added logits of a layer, given its index and its input queries."""
+"""Returns the attention mask or the added logits of a layer, or None, given its index and its input queries."""
 
 
 class DecoderLayer(nn.Module):
@@ -84,8 +84,8 @@ class DecoderLayer(nn.Module):
         Args:
             queries: [B, Q, C] features of the queries.
             position: [B, Q, C] positional embedding of the queries.
-            memory: the entry of `LevelMemory` for this layer.
-            attn_mask: attention mask, or logits to add.
+            memory: keys and values of this layer, or its tokens, as `LevelMemory` returns them.
+            attn_mask: attention mask, or logits to add. None allows attention to all pixels.
             self_mask: [B, 1, Q, Q] bool, True if a query (row) may attend to another one (column).
         """
 
@@ -113,8 +113,8 @@ class DecoderLayer(nn.Module):
 class LevelMemory(nn.Module):
     """Keys and values of one group of feature levels, for all decoder layers that attend to it.
 
-    They do not depend on the queries, so one matrix product each computes the keys and the values of all layers. Mask
-    pooling has no keys and values: its layers share the tokens.
+    They do not depend on the queries. One matrix product therefore computes the keys of all layers, and another one the
+    values. Mask pooling has no keys and values: its layers share the tokens.
     """
 
     def __init__(self, in_dim: int, config: MaskedTransformerDecoderConfig, layers: int) -> None:
@@ -180,7 +180,7 @@ class MaskedTransformerDecoder(nn.Module):
             self.query_feat = nn.Embedding(config.num_queries, dim)
         self.query_embed = nn.Embedding(config.num_queries, dim)
         self.level_embed = nn.Embedding(len(self.levels), dim)
-        layers_of_group = [len(range(slot, config.num_layers, len(groups))) for slot in range(len(self.groups))]
+        layers_of_group = [len(range(first, config.num_layers, len(groups))) for first in range(len(self.groups))]
         self.memories = nn.ModuleList(LevelMemory(in_dim, config, count) for count in layers_of_group)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         if config.attention == "smca":
@@ -216,7 +216,7 @@ class MaskedTransformerDecoder(nn.Module):
             slot, group = divmod(index, len(self.groups))
             queries = layer(queries, position, memories[group][slot], attn_mask(index, queries), self_mask)
             states.append(queries)
-        # All predictions in one call. The masks above need the same embeddings earlier, but without gradients.
+        # One call computes all predictions. The masks above also need the embeddings, but earlier, without gradients.
         normalised = self.norm(torch.stack(states))
         return Predictions(self.class_embed(normalised), self.mask_embed(normalised), mask_features)
 

@@ -44,8 +44,8 @@ class StandardTransformerDecoder(nn.Module):
     def forward(self, features: Sequence[Tensor], mask_features: Tensor) -> Predictions:
         """Return the predictions of all layers; there is none before the first layer.
 
-        `features` are [B, in_dim, h, w], of which only the first, at stride 32, is used; `mask_features` is [B,
-        mask_dim, h, w].
+        Only the first of `features` is used: the map [B, in_dim, h, w] at stride 32. `mask_features` is
+        [B, mask_dim, h, w].
         """
         memory = self.memory(features[:1], (0.0,))
         indices = torch.arange(self.query_embed.num_embeddings, device=mask_features.device)
