@@ -92,11 +92,11 @@ class EvaluationActor:
         self._loaded: tuple[tuple[str, int], Segmenter] | None = None
 
     def ping(self) -> None:
-        """Do nothing. That the call returns shows that the actor is alive."""
+        """Do nothing; if the call returns, the actor is alive."""
 
     def peak_memory(self) -> MemoryPeak:
         """Return the peak memory of this process so far. The GPU value is 0 if there is no GPU."""
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return MemoryPeak(host, torch.cuda.max_memory_allocated(self._device) if self._device != "cpu" else 0)
 

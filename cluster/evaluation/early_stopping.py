@@ -22,7 +22,7 @@ class EarlyStop:
 
 
 def early_stop(config: EarlyStoppingConfig, entries: Sequence[Entry]) -> EarlyStop | None:
-    """Return the first result, by step, at which the patience is exhausted, or None if there is none.
+    """Return the decision at the first result at which the patience is exhausted, or None if there is none.
 
     Results are read in the order of their steps, up to the first checkpoint that is not evaluated yet. The decision
     therefore does not depend on the order in which results arrive, or on restarts. Checkpoints without the metric are
@@ -48,9 +48,9 @@ def early_stop(config: EarlyStoppingConfig, entries: Sequence[Entry]) -> EarlySt
 
 
 def unknown_metric(config: EarlyStoppingConfig, entries: Sequence[Entry]) -> str | None:
-    """Return a warning if results are published but none has the metric, so that the run would never end early.
+    """Return a warning if results are published but none has the metric; otherwise None.
 
-    Otherwise return None.
+    Without the metric, the run would never end early.
     """
     published = [entry for entry in entries if entry.status == "published"]
     if not published or any(config.metric in entry.metrics for entry in published):

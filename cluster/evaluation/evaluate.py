@@ -117,7 +117,8 @@ def evaluate_sets(
     If `dump` is a folder or URL, the predictions are stored in `dump/SET`, see `m2f.eval.report.dump`.
 
     Raises:
-        EvaluationError: images could not be evaluated, or the weights do not fit the recipe's model.
+        ConfigError: the weights belong to a different task or model than the recipe.
+        EvaluationError: images could not be evaluated, or the weights do not cover the whole model.
         DataError, StorageError: a set cannot be read.
     """
     storage = Storage(config.storage)

@@ -25,6 +25,7 @@ class EvaluationProgress:
     key: str
     """Key of the entry."""
     dataset: str
+    """Label of the evaluation set."""
     done: int
     total: int
 
@@ -38,7 +39,7 @@ class EvaluationStatus:
 
     @property
     def idle(self) -> bool:
-        """Return whether every entry is settled."""
+        """Whether every entry is settled."""
         return all(e.settled for e in self.entries)
 
 
@@ -106,7 +107,7 @@ class EvaluationManager:
             except LeaseLostError as error:
                 LOGGER.warning("evaluations stopped: %s", error)
                 return
-            except StorageError as error:  # of the queue or a pin; evaluating again gives the same results
+            except StorageError as error:  # an outage, or an error of the queue or a pin; evaluating again is safe
                 self._queue.requeue_running()
                 LOGGER.warning("evaluations are waiting for the storage: %s", error)
                 self._closing.wait(RETRY_S)

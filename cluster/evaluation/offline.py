@@ -1,6 +1,6 @@
 """Evaluation of one checkpoint on all sets of a recipe, for `m2f eval` and `m2f.evaluate`.
 
-Small evaluations run in this process, because Ray takes long to start. If Ray is not installed, all of them do.
+Small evaluations run in this process, because Ray takes long to start. If Ray is not installed, all evaluations do.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def evaluate_checkpoint(
         dump: folder or URL, accessible to all actors, in which predictions are stored. Nothing else is written.
 
     Raises:
-        ConfigError: the recipe has no evaluation sets.
+        ConfigError: the recipe has no evaluation sets, or the checkpoint belongs to a different task or model.
         EvaluationError, DataError, StorageError: see `evaluate_sets`.
     """
     if not config.evaluation.sets:
@@ -62,7 +62,7 @@ def _evaluate_on_ray(
 
 
 def _is_small(config: RunConfig) -> bool:
-    """Return whether to evaluate in this process: few images (MAX_LOCAL_IMAGES), one actor and no Ray cluster."""
+    """Return whether there are at most MAX_LOCAL_IMAGES images, one actor and no Ray cluster."""
     if uses_ray(config.cluster.address) or config.evaluation.actors > 1:
         return False
     storage = Storage(config.storage)

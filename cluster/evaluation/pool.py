@@ -1,8 +1,8 @@
 """Pool of Ray actors that evaluate the batches of a checkpoint, tolerant of actors that die or hang.
 
 A batch may be computed more than once, for example if an actor dies before it answers; its result is used once. A
-batch that failed before runs alone on its actor, so that a poison batch can be identified. An actor whose answer is
-due for more than `hang_s` seconds is presumed hung: it is killed and replaced, and its batches run again.
+batch that failed before runs alone on its actor, so that a poison batch can be identified. An actor that has not
+answered a call for `hang_s` seconds is presumed hung: it is killed and replaced, and its batches run again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BatchLedger:
 
     @property
     def complete(self) -> bool:
-        """Return whether every batch has a result."""
+        """Whether every batch has a result."""
         return len(self.done) == self._total
 
     def is_suspect(self, batch: int) -> bool:
@@ -63,7 +63,7 @@ class BatchLedger:
         return not was_done
 
     def fail(self, batch: int, reason: str) -> None:
-        """Append the batch to the queue again. Raises EvaluationError after `max_attempts` failures of the batch."""
+        """Put a failed batch at the end of the queue. Raises EvaluationError after its `max_attempts`-th failure."""
         if batch in self.done:
             return
         self._failures[batch] = self._failures.get(batch, 0) + 1
@@ -82,13 +82,13 @@ class _Slot:
     batches: set[int] = field(default_factory=set)
     """Batches in flight."""
     call_started_at: float = 0.0
-    """Monotonic time in seconds at which the current call became the actor's next call."""
+    """Monotonic time in seconds from which the actor could work on its current call."""
     needs_ping: bool = True
     """Whether the actor gets no batches until it answers a ping. Every actor starts in this state."""
     pinging: bool = False
     """Whether a ping is in flight."""
     next_ping_at: float = 0.0
-    """Monotonic time in seconds of the next ping at the earliest."""
+    """Earliest monotonic time in seconds of the next ping."""
     answered: bool = False
     """Whether the actor has ever answered a ping. Until then it may wait for resources and is not presumed hung."""
     deaths: int = 0
@@ -106,8 +106,8 @@ class _Call:
 class EvaluationPool:
     """Pool of `size` actors, which are kept between evaluations.
 
-    `spawn()` creates an actor with the methods `ping()` and `evaluate(task, batch) -> bytes`. An actor whose answer is
-    due for more than `hang_s` seconds is replaced.
+    `spawn()` creates an actor with the methods `ping()` and `evaluate(task, batch) -> bytes`. An actor that has not
+    answered a call for `hang_s` seconds is replaced.
     """
 
     def __init__(self, spawn: Callable[[], Any], size: int, hang_s: float) -> None:

@@ -19,7 +19,7 @@ from m2f.trainer.checkpoint.weights import manifest_sha256, weights_url
 def evaluated_checkpoint(
     config: RunConfig, storage: Storage, url: str, step: int, commit: str = ""
 ) -> EvaluatedCheckpoint:
-    """Describe a checkpoint of the run for MLflow. If `commit` is empty, the name of its commit is looked up."""
+    """Describe a checkpoint of the run for MLflow. If `commit` is empty, it is looked up or derived from `url`."""
     name = url.rstrip("/").rpartition("/")[2]
     return EvaluatedCheckpoint(
         commit=commit or commit_name(storage, url) or f"{step:08d}-{parse_folder(url)[1]}",

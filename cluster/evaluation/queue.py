@@ -1,4 +1,4 @@
-"""Stored queue of a run's evaluations, with the status of each: waiting, running, published, failed or dropped."""
+"""Stored queue of a run's evaluations, with the status of each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Entry:
     """Unix time in milliseconds; orders the entries of a step."""
     status: Status = "waiting"
     detail: str = ""
-    """Reason why the evaluation failed or was dropped."""
+    """Reason why the evaluation failed, was dropped or was withdrawn."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Headline metrics by name, such as `val/PQ`; empty until they are published."""
     commit: str = ""
@@ -49,7 +49,7 @@ class Entry:
 
     @property
     def settled(self) -> bool:
-        """Return whether the evaluation is neither waiting nor running."""
+        """Whether the evaluation is neither waiting nor running."""
         return self.status not in ("waiting", "running")
 
 

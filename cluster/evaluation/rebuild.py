@@ -25,8 +25,8 @@ SUPERSEDED = "a newer checkpoint was evaluated"
 def restore_queue(config: RunConfig, storage: Storage) -> str | None:
     """Rebuild the queue if its file is damaged, and keep the damaged file beside it.
 
-    Return a message about it, or None if the queue is intact. The holder of the lease must call this before anything
-    else reads the queue.
+    Returns a message for the user, or None if the queue is intact. The holder of the lease must call this before
+    anything else reads the queue.
     """
     url = queue_url(config)
     try:
@@ -37,7 +37,7 @@ def restore_queue(config: RunConfig, storage: Storage) -> str | None:
     storage.put(f"{url}.damaged", storage.get(url))
     entries = rebuilt_entries(config, storage)
     for entry in entries:
-        if not entry.settled:  # an earlier failed evaluation has removed the pin
+        if not entry.settled:  # an earlier failed evaluation may have removed the pin
             pin(storage, entry.checkpoint, EVALUATION_PIN)
     storage.put(url, json.dumps([asdict(entry) for entry in entries], indent=1).encode())
     counts = Counter(entry.status for entry in entries)
@@ -68,7 +68,7 @@ def rebuilt_entries(config: RunConfig, storage: Storage) -> tuple[Entry, ...]:
     for name in found.withdrawn:
         step, lease, _ = name.split("-")
         url = checkpoint_url(config.run_folder, int(step), int(lease))
-        if (published := results[int(step)]) is not None:  # a later evaluation of the step replaces these points
+        if (published := results[int(step)]) is not None:  # so a later evaluation of the step replaces these points
             entries.append(Entry(int(step), url, 0, "withdrawn", WITHDRAWN, published.metrics, name))
     return tuple(sorted(entries, key=lambda entry: (entry.step, entry.status != "withdrawn")))
 

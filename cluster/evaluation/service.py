@@ -106,7 +106,7 @@ class EvaluationService:
 
     @staticmethod
     def _cost(pool: Pool, seconds: float) -> dict[str, float]:
-        """Return the time (s) and peak memory (10^9 bytes) of an evaluation. They go to MLflow, not into results."""
+        """Return the time (s) and peak memory (10^9 bytes) of an evaluation, to log them apart from its results."""
         cost = {"train/evaluation/seconds": seconds}
         peaks = pool.ask("peak_memory")
         for name in ("host", "gpu"):

@@ -69,8 +69,8 @@ def run_shard_job(
             written.
         keep_going: whether to write all other shards if one cannot be written. Otherwise the job ends at once.
         redo: whether to write all shards again.
-        ray_stack: keeps Ray running, if this job starts it, until the stack is closed. This way, further data sets can
-            use it.
+        ray_stack: stack that stops Ray when it is closed, if this job starts Ray. Jobs of further data sets can use Ray
+            until then. With None, Ray stops at the end of this job.
 
     Raises:
         DataError: the source is missing or unusable, the target contains a different data set, or samples cannot be
@@ -124,7 +124,7 @@ def run_shard_job(
 def _commit_and_report(
     plan: ShardPlan, parts: Iterable[ShardPart], report: ShardReport, storage: Storage, skip_bad: bool
 ) -> ShardReport:
-    """Write the manifest if nothing speaks against it, store the report in any case, and return it.
+    """Write the manifest if `report.committed` is set, store the report in any case, and return it.
 
     Raises DataError or ShardJobError if the data set is not committed.
     """

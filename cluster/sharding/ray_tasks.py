@@ -20,9 +20,9 @@ TASK_RETRIES = 3
 def run_tasks(
     reader: Reader, plan: ShardPlan, missing: Sequence[int], storage: Storage, max_running: int, keep_going: bool
 ) -> Iterator[ShardPart | ShardFailure]:
-    """Run the tasks, at most `max_running` at once, and yield their parts in the order in which they finish.
+    """Write the missing shards, at most `max_running` at once, and yield their parts in the order in which they finish.
 
-    A failed shard raises UserError, or with `keep_going` yields a ShardFailure.
+    If a shard fails with a UserError, raises it, or with `keep_going` yields a ShardFailure.
     """
     position = {key: index for index, key in enumerate(reader.keys)}
     plan_ref = ray.put(plan)

@@ -38,7 +38,9 @@ ALLOWED_NAMES = frozenset(
 
 
 def job_environment(variables: Sequence[str], config: RunConfig | None = None) -> dict[str, str]:
-    """Return the variables of a job: those given as `NAME=VALUE` or `NAME` (its value here), and those that m2f sets.
+    """Return the environment variables of a job: `variables` and those that m2f sets.
+
+    Each item of `variables` is `NAME=VALUE`, or `NAME` for its value in this process.
 
     Raises:
         ConfigError: a name is not allowed, a value is a URL that may contain a secret, or a variable is not set.

@@ -1,7 +1,7 @@
 """Print a secret of Google's Secret Manager: `python -m m2f.cluster.submit.google_secret PROJECT NAME`.
 
-It works on Google Cloud machines whose service account may read the secret. Uses only the standard library, because
-Ray's images contain no client for Secret Manager.
+It works on Google Cloud machines whose service account may read the secret. This module uses only the standard
+library, because Ray's images contain no client for Secret Manager.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def schema_problems(ray_job: object) -> list[str]:
 
 
 def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
-    """Return messages about settings of a valid cluster that would keep the run from starting or make it fragile."""
+    """Return messages about settings that match the schema but would keep the run from starting or make it fragile."""
     problems: list[str] = []
     head, groups = spec["headGroupSpec"], spec["workerGroupSpecs"]
     if head["rayStartParams"].get("num-cpus") != "0":
@@ -199,7 +199,7 @@ def _submitter_pod(head: Mapping[str, Any]) -> dict[str, Any]:
     """Return the pod that runs `ray job submit` and follows the log.
 
     It has the image and the security context of the head, but no service account token. KubeRay's default pod has no
-    security context and mounts such a token. KubeRay adds the command and Ray's token to this pod as well.
+    security context and mounts such a token. KubeRay adds the command and Ray's token to either pod.
     """
     ray = head["containers"][0]
     shared_settings = {key: ray[key] for key in ("image", "imagePullPolicy", "securityContext") if key in ray}

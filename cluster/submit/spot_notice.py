@@ -1,7 +1,7 @@
 """Watch for the preemption notice of a spot machine and drain its Ray node, so that the run saves a checkpoint.
 
-Runs on every spot machine: `python -m m2f.cluster.submit.spot_notice aws` (or gcp). On Kubernetes, a preStop hook does
-the same. Uses only the standard library.
+Every spot machine runs `python -m m2f.cluster.submit.spot_notice aws` (or gcp). On Kubernetes, a preStop hook drains
+the node instead. This module uses only the standard library.
 """
 
 from __future__ import annotations

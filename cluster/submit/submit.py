@@ -48,7 +48,7 @@ def submit_training(
         config: recipe with absolute paths.
         env: environment variables of the job; see `environment.job_environment`.
         shared: folders that all nodes mount at the same path.
-        installed: m2f is installed on the cluster; only the recipe is sent.
+        installed: whether m2f is installed on the cluster, so that only the recipe is sent.
 
     Raises:
         ConfigError: the recipe cannot run on another machine, or a job with different settings trains in its run
@@ -86,7 +86,7 @@ def submit_doctor(client: JobClient, config: RunConfig | None, env: Mapping[str,
 
 
 def job_name(config: RunConfig) -> str:
-    """Return the prefix of the ids of a run's jobs. `-1`, `-2`, ... is appended, because Ray accepts an id once."""
+    """Return the prefix of the ids of a run's jobs. `-1`, `-2`, ... follows, because Ray accepts each id only once."""
     return f"m2f-{config.name.replace('.', '-')}-{run_digest(config)}"
 
 
@@ -127,8 +127,8 @@ def _job_number(job: JobInfo) -> int:
 def bind_to_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
     """Return the recipe for a job on the cluster, without `cluster.address`.
 
-    Raises ConfigError that lists local paths outside the `shared` folders, which all nodes must have, and a local
-    tracking URI. Prints a warning for URLs of the loopback interface.
+    Prints a warning for URLs of the loopback interface. Raises ConfigError if a path is local and outside the `shared`
+    folders, which all nodes must mount, or if the tracking URI is local.
     """
     problems = [
         f"{setting} is {path}, which is a local path; use s3://, or give `--shared FOLDER` if all nodes of the "
