@@ -1,7 +1,7 @@
 """Benchmark of masked cross-attention in one decoder layer, forward and backward, against `nn.MultiheadAttention`.
 
 The peer gets a separate mask for every head, as in the published code, and its attention weights are discarded. Both
-sides include the projections of keys and values.
+sides include the projections of queries, keys and values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DIM, HEADS, QUERIES = 256, 8, 100
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """Return one measurement per feature level and dtype, for a 1024 x 1024 image (`tiny` on a CPU: 256 x 256)."""
+    """Return one measurement per feature level and dtype, for two images of 1024 pixels (`tiny` on a CPU: 256)."""
     side = 256 if tiny and device.type == "cpu" else 1024
     repeats = 5 if device.type == "cpu" else 20
     dtypes = (torch.float32,) if device.type == "cpu" else (torch.bfloat16, torch.float32)

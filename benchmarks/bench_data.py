@@ -5,6 +5,7 @@
   they must equal the peer's.
 - Reading, from local files and from an S3 server on loopback in a separate process: against `webdataset`, which reads
   tars from front to back.
+- Start-up: opening a manifest and choosing the first images, against parsing the panoptic JSON of the same set.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def _reading(manifest: Manifest, repeats: int) -> Measurement:
 def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Measurement]:
     """Compare the pipeline from S3 to batches; both sides decode and augment with our code.
 
-    Several epochs are read, so that batches that our loader has started but not finished at the end hardly count.
+    Several epochs are read, because the batches that our loader starts but does not finish should hardly count.
     """
     urls = EPOCHS * [manifest.shard_url(shard) for shard in range(len(manifest.shards))]
     count = EPOCHS * manifest.num_samples

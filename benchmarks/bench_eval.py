@@ -59,7 +59,7 @@ class _IdMaps:
 
 
 def _id_maps(seed: int) -> _IdMaps:
-    """Return about 12 segments, drawn as ellipses; the prediction is the truth moved by up to 6 pixels."""
+    """Return two stuff segments below eleven ellipses; the prediction is the truth moved by up to 6 pixels."""
     rng = np.random.default_rng(seed)
     truth = np.ones(SIZE, np.uint8)
     truth[: SIZE[0] // 2] = 2
@@ -151,8 +151,8 @@ def _count(
 ) -> None:
     """Add IoU sum, true positives, false positives and false negatives of an image to `table` [K, 4].
 
-    It sorts all pairs of pixels and matches with dictionaries, as panopticapi does. `to_map_id` converts an id to its
-    value in the maps.
+    Like panopticapi, sort all pairs of pixels and match with dictionaries. `to_map_id` converts an id to its value in
+    the maps.
     """
     segments = {to_map_id(i): s for i, s in truth.segments.items()}
     labels = {to_map_id(i): k for i, k in prediction.labels.items()}

@@ -1,8 +1,8 @@
 """Benchmark of a training step with a frozen vision transformer against full training: ViT-S/16 with a ViT-Adapter.
 
 A backward pass costs two forward passes. If the transformer takes the share b of a forward pass, freezing it reduces
-the time of a step to the share 1 - 2 b / 3. The last row measures b: its ratio is that of the whole forward pass to the
-transformer's, 1 / b.
+the time of a step to the share 1 - 2 b / 3. The last row measures b: its ratio is 1 / b, the time of the whole forward
+pass divided by that of the transformer.
 """
 
 from __future__ import annotations

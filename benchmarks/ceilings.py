@@ -1,4 +1,4 @@
-"""Peak rates of a device and the minimum time of a training step at these rates, as a reference for measurements."""
+"""Measured rates of a device and the time of a training step at its matrix product rate, as a reference."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PASSES = 3
 def describe(device: torch.device, tiny: bool) -> str:
     """Measure and describe the device in one line.
 
-    The line states the bandwidth of a copy, the rate of a large matrix product, the time to start an operation, and the
-    minimum time of an R50 training step at that rate.
+    The line states the bandwidth of a copy, the rate of a large matrix product and the time to start an operation. It
+    ends with the time that an R50 training step would take at the rate of the matrix product.
     """
     has_accelerator = device.type != "cpu"
     dtype = torch.bfloat16 if has_accelerator else torch.float32

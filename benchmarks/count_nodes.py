@@ -116,7 +116,7 @@ def count_constants(model: nn.Module, side: int) -> dict[str, int]:
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Create tensors that have only shapes, which the fused kernel of deformable attention accepts."""
+    """In this context, tensors have only shapes, and deformable attention uses its fused kernel."""
     with patch.object(MSDeformAttn, "_is_fused", lambda self, value: True), FakeTensorMode():
         yield
 

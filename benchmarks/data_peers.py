@@ -60,7 +60,7 @@ def segment_ids(colors: np.ndarray) -> np.ndarray:
 
 
 def collate(mapped: Sequence[Mapped]) -> tuple[Tensor, list[Tensor]]:
-    """Stack the images to [B, 3, H, W], and pad the masks of each image to [n, H, W] of the same size."""
+    """Stack the images to [B, 3, H, W], and pad the masks of each image to [n, H, W]."""
     images = torch.stack([one.image for one in mapped])
     height, width = images.shape[-2:]
     padded = []

@@ -22,7 +22,7 @@ Run = Callable[[], Sequence[Tensor]]
 
 
 class Times(NamedTuple):
-    """Milliseconds over several runs: CPU time on a CPU, elapsed time on an accelerator."""
+    """Milliseconds over several runs. `compare` measures CPU time on a CPU and elapsed time on an accelerator."""
 
     median: float
     quartiles: tuple[float, float]

@@ -25,7 +25,7 @@ from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
 
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _TOLERANCES = {"pycocotools": 0.0, "faster-coco-eval": 1e-15, "hotcoco": 0.0}
-"""Largest relative error. It is not 0 because faster-coco-eval sums the mean in a different order."""
+"""Largest relative error: above 0 only for faster-coco-eval, which adds the values of a mean in a different order."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Synthetic images for the data benchmark, similar to COCO's in size, file size and number of segments."""
+"""Synthetic images for the data benchmark, similar to COCO's in size and number of segments."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SyntheticImage:
 
 
 def make_image(index: int) -> SyntheticImage:
-    """Return a noise image of several scales (a JPEG of about 110 KB) with up to 18 segments with ragged borders."""
+    """Return a noise image of several scales (a JPEG of about 67 KB) with up to 18 segments with ragged borders."""
     rng = np.random.default_rng(index)
     height, width = SIZE
     image = sum(

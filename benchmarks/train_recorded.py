@@ -1,8 +1,8 @@
 """`python -m benchmarks.train_recorded FILE [KEY=VALUE ...]`: train from a file that `record_batches` wrote.
 
 Trainer, checkpoints and launcher are those of `m2f train --launcher local`, but the images come from the file and
-nothing is sent to MLflow. The same command resumes from the last checkpoint. It needs neither the data set nor Ray,
-MLflow or webdataset.
+nothing is sent to MLflow. The same command resumes from the last checkpoint. The machine needs neither the data set nor
+Ray, MLflow or webdataset.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ CONFIG = ModelConfig(num_classes=CLASSES)
 def twins() -> tuple[Mask2Former, Mask2FormerForUniversalSegmentation]:
     """Return our model and theirs with the same random weights.
 
-    Both are an R50 with nine decoder layers and the paper's frozen BatchNorm. Theirs is in evaluation mode, which
-    freezes BatchNorm.
+    Both have an R50, nine decoder layers and the paper's frozen BatchNorm. Theirs is in evaluation mode, which freezes
+    BatchNorm.
     """
     torch.manual_seed(0)
     stages = ["stage1", "stage2", "stage3", "stage4"]

@@ -1,4 +1,4 @@
-"""Checks that training and inference give the same results on this GPU as on the CPU."""
+"""Checks of this GPU: libraries, agreement with the CPU, CUDA graphs, the memory probe and determinism."""
 
 from __future__ import annotations
 

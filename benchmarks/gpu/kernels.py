@@ -38,6 +38,7 @@ class Case:
     dim: int
     points: int
     all_tunings: bool = False
+    """Whether every launch configuration is tested; otherwise only the first."""
 
 
 MODEL_CASES = (

@@ -43,7 +43,7 @@ class Stage:
     out: Path
     """Folder for results."""
     recording: Path | None = None
-    """File written by `benchmarks.record_batches`; None if a step needs none."""
+    """File written by `benchmarks.record_batches`; None if none was given."""
 
     @property
     def dry(self) -> bool:

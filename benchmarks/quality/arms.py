@@ -17,7 +17,7 @@ METRICS = ("PQ", "PQ_small", "PQ_medium", "PQ_large", "AP", "APs", "APm", "APl",
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A recipe, which has training and validation images, and overrides."""
+    """A recipe with training and validation images, and overrides of it."""
 
     name: str
     recipe: Path
@@ -84,7 +84,7 @@ PILOT_ARMS = (
     Arm("base_1250", (_POINTS_1024, "training.max_steps=1250")),
     Arm("pilots_1500", (_POINTS_1024, "training.max_steps=1500", "model.pilots.max_targets=100")),
 )
-"""Arms for `shapes` with a different number of steps, such as `base_1250` with half the steps of `base_2500`."""
+"""Arms for `shapes` that set their number of steps: `base_1250` has half the steps of `base_2500`."""
 ALL_ARMS = ARMS + PILOT_ARMS
 
 COMPARISONS = (

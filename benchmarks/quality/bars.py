@@ -48,7 +48,7 @@ _BOX_BARS = tuple(
         Bar("shapes", Comparison(arm, _UNIFORM, UNIFORM_MARGIN), "PQ"),
         Bar("small_shapes", Comparison(arm, "base"), "APs", MIN_SMALL_GAIN),
         Bar("small_shapes", Comparison(arm, "base"), "APm"),
-        # Both sizes, because class averages of objects from 1,024 pixels on cannot be combined from two averages.
+        # Two bars, because the class averages of medium and large objects cannot be combined into one.
         Bar("small_shapes", Comparison(arm, "base"), "PQ_medium"),
         Bar("small_shapes", Comparison(arm, "base"), "PQ_large"),
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from benchmarks.quality.arms import Run
     from m2f.cluster.recipe.config import RunConfig
 
-# Imports here are lazy, because the rank's process repeats them when it starts.
+# Functions import the other modules, because the rank's process repeats all imports at the top when it starts.
 
 
 def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:

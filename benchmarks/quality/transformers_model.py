@@ -45,7 +45,7 @@ def transformers_twin(ours: Mask2Former, config: ModelConfig) -> Mask2FormerForU
     """
     channels: tuple[int, ...] = ours.backbone.channels  # type: ignore[assignment]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You'd better set embed_dim")  # uses a kernel that CPUs lack
+        warnings.filterwarnings("ignore", "You'd better set embed_dim")  # concerns a CUDA kernel only
         theirs = Mask2FormerForUniversalSegmentation(_transformers_config(config, channels))
     theirs.model.pixel_level_module.encoder = _Encoder(deepcopy(ours.backbone), channels)
     state = to_transformers_names(ours.state_dict())
@@ -81,7 +81,7 @@ def _split_backbone(weights: Mapping[str, Tensor], old: str, new: str) -> tuple[
 def _transformers_config(config: ModelConfig, channels: tuple[int, ...]) -> Mask2FormerConfig:
     """Return their configuration, with a small ResNet of the same channels as the backbone.
 
-    It only determines the input channels of their pixel decoder.
+    The ResNet only determines the input channels of their pixel decoder.
     """
     options = {"layers": (1, 1, 1, 1), "channels": tuple(width // _EXPANSION for width in channels)}
     stand_in = replace(config, backbone=TimmBackboneConfig(name="resnet50", options=options))

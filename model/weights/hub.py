@@ -16,7 +16,7 @@ from m2f.model.weights.sources import HubAddress
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
-_NOTES = ("config.json", "preprocessor_config.json")
+_CONFIGS = ("config.json", "preprocessor_config.json")
 """Config files that transformers stores beside the weights."""
 _TIMEOUT_S = 4.0
 """Maximum seconds to wait for the hub's answer. Name resolution alone could otherwise take longer."""
@@ -51,10 +51,10 @@ def pin_revision(text: str) -> str:
         if folder is None:
             raise _unavailable_error(address, found)
         return str(HubAddress(address.repo, folder.name))
-    if _NOTES[0] not in found.files:
+    if _CONFIGS[0] not in found.files:
         return str(HubAddress(address.repo, found.commit))
     # Download by the revision's name, so that the cache can resolve it later without a network.
-    return str(HubAddress(address.repo, _download(address, [_NOTES[0]]).name))
+    return str(HubAddress(address.repo, _download(address, [_CONFIGS[0]]).name))
 
 
 def hub_folder(text: str, *, weights: bool = True) -> Path:
@@ -65,7 +65,7 @@ def hub_folder(text: str, *, weights: bool = True) -> Path:
     """
     address = HubAddress.parse(pin_revision(text))
     cached = _cached_folder(address)
-    if cached is not None and (_has_weights(cached) or (not weights and (cached / _NOTES[0]).is_file())):
+    if cached is not None and (_has_weights(cached) or (not weights and (cached / _CONFIGS[0]).is_file())):
         return cached
     listing = _query_hub(address)  # fails within 5 s; a download without a network would be retried for minutes
     if not isinstance(listing, _Listing):
@@ -75,9 +75,9 @@ def hub_folder(text: str, *, weights: bool = True) -> Path:
             f"model.weights is {text}, which has neither {_WEIGHTS} nor {_INDEX}; other files may contain code and "
             "are not downloaded. Choose a model with safetensors, or convert it and set model.weights to the folder"
         )
-    patterns = [*_NOTES, _WEIGHTS] if _WEIGHTS in listing.files else [*_NOTES, _INDEX, _SHARDS]
+    patterns = [*_CONFIGS, _WEIGHTS] if _WEIGHTS in listing.files else [*_CONFIGS, _INDEX, _SHARDS]
     names = [name for name in listing.files if any(fnmatch(name, pattern) for pattern in patterns)]
-    return _download(address, names if weights else [name for name in names if name in _NOTES])
+    return _download(address, names if weights else [name for name in names if name in _CONFIGS])
 
 
 def unavailable_reason(repo: str) -> str | None:
@@ -97,7 +97,7 @@ def _download(address: HubAddress, names: list[str]) -> Path:
     from huggingface_hub import hf_hub_download
 
     if not names:
-        raise WeightsError(f"model.weights is {address}, which has no {_NOTES[0]}; choose a transformers model")
+        raise WeightsError(f"model.weights is {address}, which has no {_CONFIGS[0]}; choose a transformers model")
     try:
         paths = [Path(hf_hub_download(address.repo, name, revision=address.revision)) for name in names]
     except Exception as error:  # downloads fail with many exception types
@@ -137,7 +137,7 @@ def _cached_folder(address: HubAddress) -> Path | None:
     """Return the cached folder of a revision, complete or not, or None. The folder's name is the commit."""
     from huggingface_hub import try_to_load_from_cache
 
-    for name in (*_NOTES, _WEIGHTS, _INDEX):
+    for name in (*_CONFIGS, _WEIGHTS, _INDEX):
         found = try_to_load_from_cache(address.repo, name, revision=address.revision)
         if isinstance(found, str):
             return Path(found).parent
