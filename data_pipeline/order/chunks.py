@@ -11,7 +11,7 @@ from m2f.data_pipeline.shards.manifest import Manifest
 
 @dataclass(frozen=True)
 class Chunks:
-    """N samples grouped into C chunks. Every sample lies in exactly one chunk as a whole."""
+    """N samples grouped into C chunks. A chunk consists of whole samples, and every sample is in exactly one chunk."""
 
     samples: np.ndarray
     """[N] sample indices in storage order. Chunk c holds `samples[bounds[c]:bounds[c + 1]]`."""
@@ -34,7 +34,7 @@ class Chunks:
 
 
 def group_chunks(shard: np.ndarray, offset: np.ndarray, chunk_bytes: int) -> Chunks:
-    """Group samples into chunks.
+    """Group the samples of each shard into chunks of about `chunk_bytes` bytes.
 
     Each shard is divided into cells of `chunk_bytes` bytes. Samples that start in the same cell form a chunk, so a
     chunk without its last sample spans fewer than `chunk_bytes` bytes.

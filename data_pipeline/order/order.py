@@ -12,7 +12,7 @@ The order of one epoch of a data set is made in four steps:
 4. Take samples from the lanes in turn.
 
 If the number of ranks divides `lanes`, each chunk is read by one rank (by two at the cuts), and its samples are used
-close together. Samples that an epoch repeats occur again, with their chunk, at another place of the sequence.
+close together. If an epoch repeats samples of a chunk, the repeats form a further chunk, permuted like the others.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MAX_CACHED_EPOCHS = 3
 """Number of epochs whose permutations stay in memory: global batches can span two epochs, and caches look ahead."""
 
 _MAX_LOOK_AHEAD = 20_000
-"""Upper limit of `look_ahead` in samples. It bounds the loader's memory, and its start-up to tens of milliseconds."""
+"""Upper limit of `look_ahead` in samples. It bounds the memory and the start-up time of the loader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One epoch: its rows of the manifest in order, and the position of the first."""
+    """One epoch: its rows of the manifest in order, and the position of the first row."""
 
     number: int
     start: int
@@ -110,7 +110,7 @@ class DatasetOrder:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def at(self, position: int) -> SampleRef:
-        """Return the sample at a position. The first use of an epoch computes it, in about 0.3 us per sample."""
+        """Return the sample at a position. The first use of an epoch permutes it, in about 0.3 us per sample."""
         epoch = self._epoch_at(position)
         return SampleRef(self.dataset, epoch.number, int(epoch.rows[position - epoch.start]))
 
@@ -135,7 +135,7 @@ class DatasetOrder:
     def _permute(self, epoch: int) -> np.ndarray:
         sequence = self._permuted_chunks(epoch)
         size, lanes = len(sequence), self.lanes
-        # Lane c serves positions c, c + lanes, ..., and its segment has exactly as many samples.
+        # Lane c serves positions c, c + lanes, ..., so its segment has one sample per such position.
         lane_sizes = (size - np.arange(lanes) + lanes - 1) // lanes
         lane_start = np.concatenate([[0], np.cumsum(lane_sizes)[:-1]])
         lane = np.repeat(np.arange(lanes), lane_sizes)
@@ -171,8 +171,8 @@ class DatasetOrder:
 class MixtureOrder:
     """Child orders interleaved by exact shares.
 
-    Child k has its exact share of the first P positions, with a deviation of at most one per earlier child. Each child
-    is read at its own positions 0, 1, 2, ... in turn.
+    Among the first P positions, the number of samples of child k (from 0) deviates from its exact share by less than
+    max(1, k). Each child is read at its own positions 0, 1, 2, ... in turn.
     """
 
     children: tuple[Order, ...]
@@ -193,9 +193,9 @@ class MixtureOrder:
     def refs(self, start: int, count: int) -> SampleRefs:
         """Return the samples at `count` consecutive positions, starting at `start`."""
         dataset, index = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-        remaining = np.arange(count)  # free places, which are consecutive positions of the later children
+        remaining = np.arange(count)  # unassigned entries, which are consecutive positions of the later children
         for child, share in zip(self.children, self.shares, strict=True):
-            # floor(start * share) in Python integers, the small remainder in NumPy integers.
+            # Python integers hold floor(start * share), which can be large; NumPy integers hold the small rest.
             first, remainder = divmod(start * share.numerator, share.denominator)
             largest = share.denominator + share.numerator * (count + 1)
             exact = np.int64 if largest < 1 << 62 else object
@@ -238,7 +238,7 @@ def build_order(manifests: Sequence[Manifest], seed: int, config: DataConfig) ->
     settings.
 
     Raises:
-        DataError: no image of a data set is left, or a filter names an unknown class.
+        DataError: the filters leave no image of a data set, or one of them names an unknown class.
     """
     rates = [
         select(manifest, item, config, seed, dataset)
@@ -294,10 +294,11 @@ def chunk_bytes(config: DataConfig) -> int:
 
 
 def look_ahead(config: DataConfig, world: int) -> int:
-    """Return how many of its own samples ahead a rank looks. It keeps the samples in this range once they are read.
+    """Return how far ahead a rank looks, as a number of its own samples. Once read, samples in this range are kept.
 
-    The samples of a chunk lie in at most two windows of one lane, so the range covers all uses of a chunk. With
-    copy-paste, a sample is first used up to one window before its own position. `world` is the number of ranks.
+    A chunk of at most `window` samples lies in at most two windows of a lane, so the range covers all its uses, unless
+    it is limited by _MAX_LOOK_AHEAD. With copy-paste, a sample is first used up to one window before its own position.
+    `world` is the number of ranks.
     """
     windows = 2 if config.copy_paste is None else 3
     return min(windows * config.lanes * config.window // world, _MAX_LOOK_AHEAD)
@@ -309,8 +310,8 @@ def step_positions(
     """Return the positions of one rank in one optimizer step, grouped by micro-batch.
 
     With a global batch of G, step s has the positions sG .. sG + G - 1. Rank r of W ranks takes those congruent to r
-    modulo W. Every rank has the same number of micro-batches, all of one size of at most `micro_batch`. None is a
-    filler with weight zero.
+    modulo W. Every rank has the same number of micro-batches, all of one size of at most `micro_batch`. A position
+    None stands for a filler with weight zero.
     """
     first = step * global_batch
     positions: list[int | None] = list(range(first + (rank - first) % world, first + global_batch, world))

@@ -20,11 +20,12 @@ _BYTES_PER_PIXEL = 4  # three colours and one layer of ids
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedRanks:
-    """The simulated ranks."""
+    """Number, batch size and speed of the simulated ranks."""
 
     world: int
     """Number of ranks on all machines."""
     per_machine: int
+    """Number of ranks on each machine."""
     batch: int
     """Images per rank and optimizer step."""
     images_per_s: float
@@ -33,7 +34,7 @@ class SimulatedRanks:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadCosts:
-    """Read costs of one epoch of all data sets of the mixture. Numbers are totals of all ranks unless stated."""
+    """Read costs of one epoch of all data sets. Numbers are totals of all ranks unless stated otherwise."""
 
     images: int
     """Images in the epoch, repeats included."""
@@ -44,20 +45,24 @@ class ReadCosts:
     reads: int
     """Ranged reads of all ranks without a cache."""
     read_bytes: int
+    """Bytes of these reads."""
     cached_reads: int
     """Reads of all machines in the first epoch with a sufficiently large cache."""
     machine_bytes: int
-    """Bytes of the chunks that the busiest machine reads in the epoch."""
+    """Bytes of the chunks that the busiest machine reads in the epoch; each chunk is counted once."""
     fetched_peak: int
     """Largest number of bytes of samples that one rank holds between their read and their use."""
     batch_bytes: int
-    """Bytes of decoded micro-batches that wait on one rank."""
+    """Bytes of decoded images in the queue and the workers of one rank."""
 
 
 def simulate_reads(
     manifests: Sequence[Manifest], order: Order, data: DataConfig, seed: int, ranks: SimulatedRanks
 ) -> ReadCosts:
-    """Simulate one epoch from position 0. The time is linear in its images: COCO takes 0.3 s, with copy-paste 2 s."""
+    """Simulate one epoch: the positions from 0, as many as all data sets together have samples in an epoch.
+
+    The time is proportional to the number of samples: COCO takes 0.3 s, or 2 s with copy-paste.
+    """
     count = sum(
         select(manifest, item, data, seed, dataset).total(1)
         for dataset, (manifest, item) in enumerate(zip(manifests, data.train, strict=True))
@@ -150,7 +155,7 @@ def _sample_reads(
 def _group_reads(needed: _SampleReads, rank: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the start of each read in the sorted samples, and the samples sorted by rank, chunk and time.
 
-    A rank reads a chunk again if its next use of the chunk is more than `reach` positions later.
+    A rank reads a chunk again if its next use of the chunk is more than `horizon` positions later.
     """
     sample_order = np.lexsort((needed.time, needed.chunk, rank))
     chunk, owner_rank = needed.chunk[sample_order], rank[sample_order]
@@ -169,7 +174,8 @@ def _peak_bytes(needed: _SampleReads, rank: np.ndarray, read: np.ndarray, sample
     first = np.repeat(needed.time[sample_order[read]], np.diff(np.append(read, len(sample_order))))
     time = np.concatenate([first, needed.time[sample_order]])
     change = np.concatenate([needed.length[sample_order], -needed.length[sample_order]])
-    events = np.lexsort((change < 0, time, np.tile(rank[sample_order], 2)))  # ranks end at 0: one running sum suffices
+    # The changes of each rank add up to 0, so one running sum over all ranks suffices.
+    events = np.lexsort((change < 0, time, np.tile(rank[sample_order], 2)))
     return int(np.cumsum(change[events]).max())
 
 

@@ -16,10 +16,10 @@ _VALUES_PER_BYTE = 2
 """Largest number of values of a column per byte of the file. Files of m2f have a column with 4 bytes per row that
 hardly compresses."""
 _BASE_VALUES = 1_000_000
-"""Number of values that is allowed in addition, for small files."""
+"""Number of values, and of bytes, that is allowed in addition, for small files."""
 _TABLE_FACTOR = 4
-"""Limit of the values of a whole table, as a multiple of the limit of a column. Lists in files of m2f are short, or the
-only column."""
+"""Limit of the values of a whole table, as a multiple of the limit of a column. Lists in files of m2f are short, or
+they are the only column."""
 _MAX_COMPRESSION_RATIO = 100
 """Largest number of decoded bytes per byte of the file. Files of m2f stay below 10."""
 _ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}

@@ -26,7 +26,7 @@ class ColumnFiles:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, rows: Mapping[int, Mapping[str, np.ndarray]]) -> None:
-        """Store the arrays of some keys. All keys have the same columns with the same types."""
+        """Store the arrays of one or more keys. All keys have the same columns with the same types."""
         first = next(iter(rows.values()))
         columns: dict[str, pa.Array] = {_KEY: pa.array(rows, type=pa.int64())}
         for name in first:

@@ -84,7 +84,7 @@ class LocalStore:
             _fail(url, error)
 
     def list(self, prefix: str) -> tuple[str, ...]:
-        """Return the sorted paths of all files in a folder and its subfolders."""
+        """Return the sorted paths of all files in a folder and its subfolders, except temporary files."""
         root = prefix.rstrip("/") or "/"
         paths = []
         for folder, _, names in os.walk(root):

@@ -12,12 +12,12 @@ class ObjectInfo:
     size: int
     """Size in bytes."""
     etag: str | None
-    """Version of the object, which changes with every write. None for local files; compare their checksums instead."""
+    """Identifies this version of the content. None for local files; compare their checksums instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnfinishedWrite:
-    """A write in a store that is still running or was cut off."""
+    """A write in a store that is still running or was interrupted."""
 
     url: str
     """URL of the object to be written; for local writes, path of the temporary file."""

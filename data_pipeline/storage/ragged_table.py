@@ -1,4 +1,4 @@
-"""Tables as the bytes of one parquet file. Columns hold numbers or texts, one or any number of them per row."""
+"""Tables as the bytes of a parquet file. A column has one number or text per row, or any number of them (Ragged)."""
 
 from __future__ import annotations
 

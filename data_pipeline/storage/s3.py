@@ -47,11 +47,11 @@ _POOL_CONNECTIONS = 64
 """Connections that are kept open; more than the number of threads of a process that read or write."""
 _BACKOFF_BASE_S = 0.1
 _BACKOFF_CAP_S = 20.0
-"""Attempt n waits a random time of at most min(base x 2^n, cap) seconds."""
+"""Failed attempt n, counted from 0, is followed by a random pause of at most min(base x 2^n, cap) seconds."""
 _FILE_PART_BYTES = 32 * 1024 * 1024
 """Size of the ranges in which files are read. It limits the bytes that must be read again after a broken body."""
 _TRANSIENT_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
-"""HTTP statuses after which the same request may succeed, as do the S3 error codes below."""
+"""HTTP statuses after which the same request may succeed later. The same holds for the S3 error codes below."""
 _TRANSIENT_CODES = frozenset(
     {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "InternalError", "ThrottlingException"}
 )
@@ -60,7 +60,7 @@ _EXPIRED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExp
 
 
 class _BrokenBodyError(Exception):
-    """Raised if a response body ends early."""
+    """Raised if a response body ends early, or has another length than requested."""
 
 
 class S3Store:
@@ -77,7 +77,7 @@ class S3Store:
 
         Args:
             config: settings of the store.
-            answered: whether the store has answered another process of this run.
+            answered: whether the store has answered before, in this process or another one of this run.
             on_retry: called for each repeated request.
             on_wait: called with a line of text about once a minute while requests wait.
         """
@@ -123,7 +123,7 @@ class S3Store:
         return self._with_retries(url, request)
 
     def get_file(self, url: str, path: Path) -> int:
-        """Copy an object to `path` and return its size. It is read in ranges; a broken connection costs one of them."""
+        """Copy an object to `path` and return its size in bytes. After a broken connection, one range is read again."""
         info = self.stat(url)
         with replacing(path) as file:
             for offset in range(0, info.size, _FILE_PART_BYTES):
@@ -240,7 +240,7 @@ class S3Store:
                         _REACHED_ENDPOINTS.add(self._config.endpoint_url)
                     _fail(url, error)
             pause = random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2 ** min(attempt, 10)))
-            attempt_s = 0.0 if self.answered else self._connect_timeout_s  # duration of another attempt
+            attempt_s = 0.0 if self.answered else self._connect_timeout_s  # longest duration of another attempt
             if time.monotonic() + pause + attempt_s > start + self._patience_s:
                 self._give_up(url, error, attempt + 1, time.monotonic() - start)
             self._report_wait(url, error, time.monotonic() - start)
@@ -289,7 +289,10 @@ class S3Store:
             )
 
     def _get_client(self) -> Any:
-        """Return the client of this process. A client inherited by a fork is replaced."""
+        """Return the client of this process.
+
+        A client inherited by a fork is replaced. After the first answer, another client with a longer timeout is used.
+        """
         key = (os.getpid(), self.answered)
         with self._lock:
             if self._client is None or self._client_key != key:
@@ -299,7 +302,7 @@ class S3Store:
             return self._client
 
     def _forget_credentials(self) -> None:
-        """Discard the client, so that the next one looks up credentials again. Temporary ones may have expired."""
+        """Discard the client. The next one looks up the credentials again, because they may have expired."""
         with self._lock:
             self._client = None
 
@@ -411,7 +414,7 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _is_denied(error: Exception) -> bool:
-    """Return whether the store rejects the credentials. For a HEAD request, expired ones give a plain status 400."""
+    """Return whether the store rejects the credentials. Expired ones give a HEAD request a plain status 400."""
     status, code = _response_error(error)
     unexplained = status == 400 and getattr(error, "operation_name", "") == "HeadObject"
     return status in (401, 403) or code in _EXPIRED_CODES or unexplained

@@ -113,14 +113,14 @@ class Storage:
     def without_retries(self, limit_s: float) -> Storage:
         """Return a Storage without retries and with a read timeout of at most `limit_s` seconds.
 
-        For callers that retry requests themselves.
+        For callers that retry requests themselves, or must not wait for long.
         """
         config = replace(self.config, patience_s=0.0, read_timeout_s=min(limit_s, self.config.read_timeout_s))
         return type(self)(config, answered=True)
 
     @contextmanager
     def retry_until(self, stopped: threading.Event) -> Iterator[None]:
-        """In this context, this thread's requests raise StorageError instead of retrying once `stopped` is set."""
+        """In this context, once `stopped` is set, this thread's requests raise StorageError instead of retrying."""
         with self._s3.retry_until(stopped):
             yield
 

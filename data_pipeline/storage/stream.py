@@ -55,7 +55,7 @@ class ObjectStream:
         return self._digest.hexdigest()
 
     def is_zero_from(self, offset: int) -> bool:
-        """Return whether all bytes from an offset that is not discarded are zero. Reads to the first other byte."""
+        """Return whether all bytes from an undiscarded offset are zero. Stops at the first block with another byte."""
         while True:
             if any(self.read_at(offset, self._end - offset)):
                 return False
