@@ -1,4 +1,4 @@
-"""RunConfig, the whole recipe. Imports neither ray nor mlflow nor torch, so that the command line starts quickly."""
+"""RunConfig, the whole recipe. This module imports no Ray, MLflow or torch, because the command line must start fast."""
 
 from __future__ import annotations
 
