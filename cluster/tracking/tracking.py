@@ -327,8 +327,8 @@ def _find_tagged_run(config: RunConfig, uri: str) -> str | None:
         quote = '"' if "'" in config.run_folder else "'"
         query = f"tags.`{FOLDER_TAG}` = {quote}{config.run_folder}{quote}"
         query = "" if database is not None and not is_shared(config.run_folder, database) else query
-        runs = [experiment.experiment_id]
-        found = retrier.ask(lambda: client.search_runs(runs, query, max_results=1))  # sorted newest first
+        experiments = [experiment.experiment_id]
+        found = retrier.ask(lambda: client.search_runs(experiments, query, max_results=1))  # newest first
         return found[0].info.run_id if found else None
 
 

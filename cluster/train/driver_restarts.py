@@ -51,15 +51,15 @@ def run_with_restarts(command: Sequence[str], config: RunConfig) -> int:
         history = AttemptHistory(newest_step(storage, config.run_folder))
         while True:
             status = driver.run()
-            last = status if status >= 0 else 128 - status
+            exit_status = status if status >= 0 else 128 - status
             if driver.is_stopping or (status >= 0 and status not in RESTARTABLE):
-                return last
+                return exit_status
             failure = _failure(status)
             history = history.after(Attempt(failure, newest_step(storage, config.run_folder)))
             decision = decide(history, config.cluster.max_failures)
             print_err(f"{failure.message}: {decision.reason}")
             if isinstance(decision, Stop):
-                return last
+                return exit_status
             driver.wait(decision.delay_s)
             lease.check()
 

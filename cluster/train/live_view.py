@@ -162,8 +162,8 @@ class LiveView:
         return row
 
     def _subtitle(self) -> str:
-        count = "worker" if self._workers == 1 else "workers"
-        alive = f"{self._workers} {count}" if self._stage != "starting" else f"starting {self._workers} {count}"
+        noun = "worker" if self._workers == 1 else "workers"
+        alive = f"{self._workers} {noun}" if self._stage != "starting" else f"starting {self._workers} {noun}"
         parts = [alive] if self._stage == "starting" else [self._stage, alive]
         if self._restarts > 0:
             parts.append(f"{self._restarts} {'restart' if self._restarts == 1 else 'restarts'}")

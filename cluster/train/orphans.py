@@ -11,7 +11,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """Send this signal to the calling process when its parent dies. Does nothing on systems other than Linux."""
+    """Make Linux send this signal to the calling process when its parent dies. Does nothing on other systems.
+
+    Linux also sends the signal when only the thread that started the process ends, see `man 2 prctl`.
+    """
     if sys.platform != "linux":
         return
     parent = os.getppid()
