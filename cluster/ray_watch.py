@@ -21,7 +21,9 @@ from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err
 
 POLL_S = 0.5
+"""Seconds between checks."""
 CONNECT_S = 5.0
+"""Seconds that a connection to the GCS may take."""
 HEAD_PATIENCE_S = 30.0
 """Seconds for which the GCS of an external cluster may refuse connections, because its owner may restart it.
 
@@ -37,7 +39,7 @@ _REMEDY = (
 def end_if_ray_dies(is_ours: bool) -> Iterator[None]:
     """During the block, end this process with status OUTAGE if the raylet of this machine or the GCS dies.
 
-    If the cluster `is_ours`, the wait for the GCS is only 2 * POLL_S, since nobody else would restart it.
+    If this process started the cluster (`is_ours`), the GCS may fail for only 2 * POLL_S, because nobody restarts it.
     """
     address = ray.get_runtime_context().gcs_address
     stopped = threading.Event()

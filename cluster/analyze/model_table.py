@@ -20,7 +20,7 @@ from m2f.model.config import ModelConfig
 from m2f.model.mask2former import build_model
 
 TIMED_RUNS = 3
-"""Timed forward passes, of which the median is reported. One untimed pass precedes them."""
+"""Number of timed forward passes; their median is reported. One untimed pass precedes them."""
 
 Size = tuple[int, int]
 

@@ -94,7 +94,7 @@ class Result:
     def semantic(self) -> np.ndarray:
         """[H, W] int64 label map; pixels without a label are -1.
 
-        A semantic result returns the map of the model. A panoptic result returns for each pixel the class of its
+        For a semantic result, this is the map of the model. For a panoptic result, each pixel has the class of its
         segment. Raises ConfigError for instance results, because several instances may cover a pixel.
         """
         if isinstance(self._prediction, SemanticResult):

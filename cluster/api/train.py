@@ -74,8 +74,8 @@ def train(
             as nested dictionaries. Relative paths are relative to the current directory.
         settings: settings to change, by dotted name, such as `{"training.max_steps": 1000}`.
         launcher: "ray" trains on a Ray cluster, and starts one on this machine if there is none. "local" trains in
-            processes of this machine and evaluates at the end. A script that uses "local" must guard the call with
-            `if __name__ == "__main__":`.
+            processes of this machine, and evaluates at the end unless `training.early_stopping` is set. A script that
+            uses "local" must guard the call with `if __name__ == "__main__":`.
 
     Returns:
         Scores, curves and checkpoints of the run.

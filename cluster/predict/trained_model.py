@@ -51,7 +51,7 @@ class TrainedModel:
 
     @property
     def identity(self) -> ModelIdentity:
-        """Identity of the model, which is stored in every export."""
+        """Identity of the model, which every export stores."""
         return model_identity(LabelSpace(self.task, self.classes), self.config, self.evaluation, self.recipe)
 
     def notes(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def open_trained(
     """Open the model that an argument of the command line names.
 
     Args:
-        source: a recipe, a run or checkpoint folder (local or URL), a weight file that contains its identity, a
+        source: a recipe, a run or checkpoint folder (local or URL), a weight file that contains a recipe, a local
             Hugging Face folder, or a model of the hub or a registry.
         overrides: settings of the recipe to change, as `section.key=value`.
         checkpoint: see `choose_checkpoint`.

@@ -1,4 +1,4 @@
-"""RunConfig, the whole recipe. This module imports no Ray, MLflow or torch, because the command line must start fast."""
+"""RunConfig, the whole recipe. This module imports no Ray, MLflow or torch: the command line must start quickly."""
 
 from __future__ import annotations
 

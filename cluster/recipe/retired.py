@@ -19,7 +19,7 @@ class Retired:
     default: object
     """Old default as parsed YAML: a list for a tuple, a mapping for a section."""
     remedy: str
-    """What to do instead, in the imperative; it ends the error message."""
+    """Advice in the imperative, which ends the error message."""
 
 
 @dataclass(frozen=True)

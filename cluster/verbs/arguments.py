@@ -49,7 +49,8 @@ def add_model_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="RECIPE|FOLDER",
-        help="recipe of a run, run folder, checkpoint folder, or Hugging Face folder",
+        help="recipe of a run, run folder, checkpoint folder, weight file, Hugging Face folder, hub:OWNER/NAME, or "
+        "models:/NAME@ALIAS",
     )
 
 
