@@ -308,8 +308,8 @@ class PilotConfig(Section):
     label_noise: Annotated[float, SHARE] = 0.2
     """Probability that a pilot starts from a random class instead of its target's class."""
     mask_noise: Annotated[float, SHARE] = 0.0
-    """Expected number of attention-mask cells that flip in every layer, as a share of the target's cells. Most of them
-    lie outside the target."""
+    """Expected number of attention-mask cells that flip in every layer, as a share of the target's cells. Most flipped
+    cells lie outside the target."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
