@@ -34,7 +34,7 @@ _EXTRACTORS = (1, 1, 1, 3)
 
 
 class ViTAdapter(nn.Module):
-    """A vision transformer with its adapter."""
+    """A vision transformer and the adapter that makes four maps from its layers and the image."""
 
     channels: tuple[int, ...]
     """Channels of the maps at strides 4, 8, 16, 32; all equal those of the transformer."""

@@ -35,7 +35,7 @@ def panoptic(
 
     Queries above `object_threshold` compete for pixels by score * mask probability. A pixel also needs a mask
     probability of at least 0.5, and a segment must keep `overlap_threshold` of its own mask. Stuff of one class is one
-    segment.
+    segment. `is_thing` has one entry per class.
     """
     num_classes = class_logits.shape[-1] - 1
     scores, labels = class_logits.float().softmax(-1).max(-1)
@@ -104,7 +104,8 @@ def instance(
     """Return the instance result for class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
 
     Selects the `max_instances` best (query, class) pairs over all classes, then keeps things only (an instance model
-    has no other classes). Equal scores go to the lower query, then to the lower class.
+    has no other classes). `is_thing` has one entry per class. If scores are equal, the lower query comes first, then
+    the lower class.
     """
     groups: list[Tensor] = []
     ranking = stream_instances(class_logits, mask_embeddings, mask_features, geometry, is_thing, config, groups.append)
@@ -181,9 +182,9 @@ def semantic(
 ) -> SemanticResult:
     """Return the semantic result for class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
 
-    The class of a pixel maximises the sum over queries of class probability * mask probability. Equal sums go to the
-    lower class. `semantic_resize` selects whether masks or these sums are resized to the original size. Pixels whose
-    best sum is below `min_score` stay UNLABELLED.
+    The class of a pixel maximises the sum over queries of class probability * mask probability. If sums are equal,
+    the lower class is chosen. `semantic_resize` selects whether masks or these sums are resized to the original size.
+    Pixels whose best sum is below `min_score` become UNLABELLED.
     """
     scores = ClassScores(class_logits, mask_embeddings, mask_features, geometry, config.semantic_resize)
     label_map = torch.empty(geometry.original_size, dtype=torch.int64, device=class_logits.device)
@@ -193,7 +194,7 @@ def semantic(
 
 
 def _best_class(scores: Tensor, min_score: float | None) -> Tensor:
-    """Return the class with the highest score, [rows, W] for scores [K, rows, W]."""
+    """Return the class with the highest score, [rows, W] for scores [K, rows, W]; UNLABELLED below `min_score`."""
     best = scores.max(0)
     return best.indices if min_score is None else torch.where(best.values >= min_score, best.indices, UNLABELLED)
 

@@ -58,7 +58,7 @@ class BiFPNLayer(nn.Module):
 
 
 def _shrunk(feature: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the 3x3 maximum at stride 2, resized to `size` if that differs from half the size rounded up."""
+    """Return the 3x3 maximum at stride 2, resized to `size` unless that is half the input's size, rounded up."""
     return F.interpolate(F.max_pool2d(feature, 3, stride=2, padding=1), tuple(size), mode="nearest")
 
 
