@@ -4,10 +4,10 @@ A sample has these members. Their order is also the order of their names:
 
     KEY.img.jpg | KEY.img.png   the original image file, unchanged
     KEY.inst.png                instance layers stacked vertically, [Y * H, W]; omitted if there is no instance
-    KEY.json                    size, source, EXIF decision and segments
+    KEY.json                    ids, size, source, segments, and whether the EXIF orientation is applied
     KEY.seg.png                 panoptic or semantic map, [H, W]; omitted if the source has none
 
-Maps are 8-bit, or 16-bit above 254 ids. Equal samples give equal bytes.
+Maps with at most 254 ids are 8-bit, others 16-bit. Equal samples give equal bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from m2f.data_pipeline.sample import Annotation, DecodedSample, Sample, Segment
 from m2f.data_pipeline.shards.external_tars import FORMAT_MEMBER, decode_external_sample
 
 VERSION = 3
-"""Version of the encoding. Unfinished jobs write shards of other versions again."""
+"""Version of the encoding. An unfinished job writes its shards of other versions again."""
 
 _SEGMENT_FIELDS = tuple(field.name for field in fields(Segment))
 

@@ -95,7 +95,8 @@ class Columns:
         """Return [N] str objects of a column of texts.
 
         Raises:
-            DataError: a text has more than 4000 bytes. This is checked before dictionary codes are expanded.
+            DataError: a text has more than _TEXT_BYTES characters, or all texts of a part together are too long. This
+                is checked before dictionary codes are expanded.
         """
         texts: list[str | None] = []
         for part in self._parts(name):
@@ -143,7 +144,7 @@ class Columns:
         pa.default_memory_pool().release_unused()
 
     def _parts(self, name: str) -> Iterator[pa.Array]:
-        """Yield a column in parts of some rows. Texts are dictionary-encoded."""
+        """Yield a column in parts of up to _BATCH_ROWS rows. Texts are dictionary-encoded."""
         dictionary_columns = {"member_names": ["member_names.list.element"], "key": ["key"]}.get(name)
         try:
             file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=dictionary_columns)

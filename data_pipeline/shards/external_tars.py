@@ -1,8 +1,8 @@
 """Decode samples from WebDataset tars that other programs wrote (external samples).
 
 `m2f index` writes a manifest for such tars and does not change them. The manifest describes their format. In memory, an
-external sample has two more members, its format and its identity. Their names have a slash, so they cannot collide with
-the extensions of members in a tar.
+external sample has two more members, its format and its identity. Their names start with a slash, so they cannot
+collide with the extensions of members in a tar.
 """
 
 from __future__ import annotations
@@ -189,7 +189,10 @@ def _colors(data: bytes, header: ImageHeader) -> np.ndarray:
 
 
 def _require_size(header: ImageHeader, size: tuple[int, int], what: str) -> None:
-    """Raise BrokenImageError for another size. Checked before decoding, because a small file may claim to be huge."""
+    """Raise BrokenImageError for another size. The sides may be swapped, because EXIF may rotate the image.
+
+    This is checked before decoding, because a small file may claim to be huge.
+    """
     if size not in ((header.height, header.width), (header.width, header.height)):
         raise BrokenImageError(
             f"{what} is {header.width} x {header.height}, but the manifest says {size[1]} x {size[0]}"

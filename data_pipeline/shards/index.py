@@ -1,6 +1,6 @@
-"""Manifest for existing WebDataset tars, written by m2f or by other programs. Tars are read once and never changed.
+"""Write a manifest for existing WebDataset tars of m2f or of other programs. Tars are read once and never changed.
 
-The manifest may be in any folder. It names tars in its own folder by relative path, all others by URL.
+The manifest may be in any folder. It names tars in its own folder by relative path, all others by URL or absolute path.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class IndexOptions:
 
     categories: CategoryTable
     void: frozenset[int] = frozenset()
-    """Labels of pixels without a class. The usual ones (255, for instances also 0) are added unless they are
+    """Labels of pixels without a class. The usual ones (classes: 255; instances: 0 and 255) are added unless they are
     categories."""
     labels: Labels | None = None
     """Content of the label map in tars of other programs; see `ExternalFormat.labels`."""
@@ -60,6 +60,7 @@ class IndexOptions:
     json: str = "json"
     """Extension of the JSON member with `segments_info`, for `labels` panoptic."""
     max_pixels: int
+    """Images with more pixels are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,8 @@ def detect_format(tar: str, options: IndexOptions, storage: Storage) -> External
     """Return how to read the tars: `m2f` if the first sample was written by m2f, otherwise the format in the options.
 
     Raises:
-        DataError: the options lack `labels`, or name members that the first sample lacks. The message lists them.
+        DataError: the options lack `labels`, or name members that the first sample lacks. The message lists the
+            members of that sample.
     """
     first = _first_sample(tar, storage)
     members = first.contents()
@@ -239,7 +241,7 @@ class _TarIndexer:
         }
 
     def _label_size(self, members: dict[str, bytes], tar_format: ExternalFormat, where: str) -> tuple[int, int]:
-        """Return height and width of the labels, after a check of both headers. Raises DataError."""
+        """Return height and width of the labels, after checking the headers of labels and image. Raises DataError."""
         try:
             if tar_format.map not in members:
                 raise BrokenImageError(f"it has no label member {tar_format.map}")

@@ -58,6 +58,7 @@ class ShardInfo:
     name: str
     """Path relative to the folder of the data set; a URL or absolute path for indexed tars outside it."""
     size: int
+    """Size in bytes."""
     sha256: str
     num_samples: int
 
@@ -104,7 +105,7 @@ class Manifest:
     fingerprint: str
     """Hex digest of the format, the categories, and the shards with their checksums."""
     plan: str
-    """Hash of the shard plan that the data set was written by."""
+    """Hash of the shard plan by which the data set was written; for indexed tars, `adopted-` and a hash of them."""
     categories: CategoryTable
     external_format: ExternalFormat | None = None
     """Format of the samples in indexed tars that other programs wrote; None for shards of m2f."""
@@ -183,6 +184,7 @@ class Manifest:
 
         Raises:
             DataError: the data set is missing, unfinished, damaged or of another format version.
+            StorageError: samples.parquet is missing, or the store cannot be read.
         """
         document = read_document(url, storage)
         if document is None:

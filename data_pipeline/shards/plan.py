@@ -97,7 +97,7 @@ def committed_document(plan: ShardPlan, storage: Storage) -> dict[str, Any] | No
 
 
 def delete_manifest(plan: ShardPlan, storage: Storage) -> None:
-    """Delete the committed dataset.json before some shards are written again. The data set is invalid until then."""
+    """Delete dataset.json before some shards are written again. Only the next commit completes the data set again."""
     storage.delete(join(plan.target, manifest.DATASET_FILE))
 
 
@@ -121,7 +121,7 @@ def clear_target(target: str, storage: Storage) -> None:
 
 
 def _rounded_shard_count(num_shards: float) -> int:
-    """Round a number of shards in steps of 10 %, so that a corrected image file does not change the plan."""
+    """Round a number of shards to steps of 10 %, so that a small change of the source does not change the plan."""
     return max(1, round(1.1 ** round(math.log(max(num_shards, 1)) / math.log(1.1))))
 
 

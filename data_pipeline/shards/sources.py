@@ -104,7 +104,7 @@ def compare_sources(
 ) -> SourceChanges:
     """Compare all files of a source with those that the shards in `target` were made from.
 
-    If only times of a shard's files have changed, they are recorded, so that the next comparison is fast.
+    If only the times of a shard's files have changed, the new times are recorded, so the next comparison is fast.
 
     Args:
         reader: reader of the source.

@@ -75,7 +75,7 @@ def format_class_table(rows: Sequence[ClassRow]) -> str:
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Join the cells of a line: the first two are left-aligned, numbers are right-aligned."""
+    """Join the cells of a line: the first two are left-aligned, the numbers after them right-aligned."""
     words = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
     numbers = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
     return "  ".join(words + numbers)

@@ -1,4 +1,4 @@
-"""Tar headers with limits for `tarfile`: without them, an extended header can claim any size and cause endless work."""
+"""Tar headers with limits, for `tarfile`. Otherwise, an extended header can claim any size and cause endless work."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ hundred bytes."""
 _MAX_CHAIN = 8
 """Limit of extended headers before one member, because `tarfile` recurses for each. Ordinary tars have up to three."""
 _LONG_NUMBER = re.compile(rb"\d{31}")
-"""A run of digits so long that `tarfile`, which searches it again from each digit, takes quadratic time. Sizes and
+"""A run of digits that is too long: `tarfile` searches it again from each digit, which takes quadratic time. Sizes and
 times have up to 20 digits."""
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """Tar header with limits. Reading one raises tarfile.ReadError if it would cost far more than usual."""
+    """Tar header with limits. Reading an invalid or far too expensive one raises tarfile.ReadError."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> Self:
         state = cast("Any", archive)
@@ -52,7 +52,7 @@ class BoundedTarInfo(tarfile.TarInfo):
         return cast("Any", super())._proc_member(archive)
 
     def _proc_gnusparse_00(self, following: tarfile.TarInfo, *_: object) -> None:
-        """Mark a sparse file without reading its map as `tarfile` would. Sparse files are refused anyway."""
+        """Mark a sparse file, but unlike `tarfile` do not read its map. Sparse files are refused anyway."""
         cast("Any", following).sparse = []
 
     _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00

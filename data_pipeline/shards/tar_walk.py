@@ -74,7 +74,7 @@ def walk_tar(stream: ObjectStream) -> Iterator[TarSample | Fault]:
 
 
 class _File:
-    """File interface for `tarfile`."""
+    """A stream with the attributes of a file that `tarfile` needs."""
 
     def __init__(self, stream: ObjectStream) -> None:
         self.read, self.seek, self.tell = stream.read, stream.seek, stream.tell
@@ -87,7 +87,7 @@ def _compression(stream: ObjectStream) -> str | None:
 
 
 def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Generator[TarSample | Fault, None, int]:
-    """Yield samples by grouping adjacent members by base name. Return the offset after the last member read."""
+    """Group adjacent members by base name and yield them as samples. Return the offset after the last member read."""
     group: list[tuple[str, tarfile.TarInfo]] = []
     key, finished_keys = "", set[str]()
     while (info := tar.next()) is not None:

@@ -1,6 +1,6 @@
-"""Verify a data set against its manifest, either quickly by sizes or in full, down to each sample.
+"""Verify a data set: its manifest, and either the sizes of its shards or every byte of them.
 
-Each fault names the object, the sample, the byte and the remedy. Verification continues after a fault.
+Each fault names the object and the remedy, and the sample and byte if known. Verification continues after a fault.
 """
 
 from __future__ import annotations
@@ -225,9 +225,9 @@ def _sample_problem(manifest: Manifest, row: int, data: bytes) -> str | None:
 
 
 def _member_problem(manifest: Manifest, row: int, member: int, data: bytes) -> str | None:
-    """Return the fault of the tar header before a member's data.
+    """Return what is wrong with the tar header before a member's data; None if it agrees with the manifest.
 
-    Return None if other tar tools read it in the same way.
+    If they disagree, other tar tools read other data than m2f.
     """
     offset, length = int(manifest.member_offsets[row][member]), int(manifest.member_lengths[row][member])
     name = manifest.member_names[manifest.member_codes[row][member]]

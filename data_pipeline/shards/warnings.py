@@ -8,8 +8,10 @@ from m2f.data_pipeline.categories import CategoryTable, Task
 from m2f.data_pipeline.shards.manifest import Manifest
 
 _MIN_CHECKED_AREA = 100
-"""Smallest mean pixels per object for `area_warning`. In smaller objects, the border is a large part of the area."""
+"""Smallest mean size in pixels of an image's objects of one category for `area_warning`. In smaller objects, the border
+is a large part of the area."""
 _MIN_CHECKED_ROWS = 5
+"""Smallest number of such pairs of image and category for `area_warning`."""
 _NORMAL_RATIO = (0.8, 1.25)
 """Normal range of counted pixels divided by stated areas. Polygons gain and lose pixels along their border."""
 

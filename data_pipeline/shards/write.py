@@ -136,8 +136,9 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
 def complete_parts(plan: ShardPlan, storage: Storage, changes: SourceChanges | None = None) -> tuple[ShardPart, ...]:
     """Claim the target for this plan, and return the parts that need not be written again.
 
-    Such a part has a receipt, a shard of the right size and the current encoding; nothing was left out, and `changes`
-    has no changed source file of it. If the manifest is committed, receipt and shard suffice; see `delete_manifest`.
+    Such a part has a receipt and a shard of the right size. If the manifest is not committed, the part must also be
+    current: it has the current encoding, nothing was left out, and `changes` names no changed source file of it. To
+    apply this to a committed data set, call `delete_manifest` first.
 
     Raises:
         DataError: the target belongs to another plan.
@@ -205,7 +206,7 @@ def write_dataset(
 ) -> Manifest:
     """Write a complete data set in this process: plan it, write shards and commit the manifest.
 
-    Only missing shards and those with changed source files are written.
+    Only shards without a complete part (see `complete_parts`) are written, such as those with changed source files.
 
     Args:
         reader: reader of the source.
