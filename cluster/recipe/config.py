@@ -136,8 +136,8 @@ class RunConfig(Section):
         self._check_early_stopping()
         if self.model.freeze and self.training.precision in ("bf16", "fp16"):
             raise ConfigError(
-                f"model.freeze is {list(self.model.freeze)} and training.precision {self.training.precision}, which "
-                f"would also round the frozen weights; set training.precision to {self.training.precision}_autocast"
+                f"model.freeze is {list(self.model.freeze)}, but training.precision {self.training.precision} would "
+                f"also round the frozen weights; set training.precision to {self.training.precision}_autocast"
             )
         if self.training.settled_compile and isinstance(self.data.augment, ScaleJitter):
             raise ConfigError(

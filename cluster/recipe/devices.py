@@ -335,7 +335,7 @@ def _rank_gpu_share(config: RunConfig, ranks: int, free: int, during_training: b
         raise ConfigError(
             f"evaluation.num_gpus_per_actor is {requested:g}, and {format_count(evaluation.actors, 'actor')} on the "
             f"{format_count(ranks, 'GPU')} of the ranks would leave {max(0.0, left):g} of a GPU per rank. Several "
-            "ranks need more than 0.5 each; set it to auto, or to 0 to evaluate on the CPU"
+            "ranks need more than 0.5 each; set num_gpus_per_actor to auto, or to 0 to evaluate on the CPU"
         )
     return min(RANK_SHARE, left)
 
@@ -365,8 +365,8 @@ def _gpus_per_actor(
     left = 1 - gpus if gpus < 1 else 0.0
     if not left:
         warnings.append(
-            f"evaluation runs on the CPU: cluster.num_gpus_per_worker {gpus:g} leaves no GPU for it. Set that to auto "
-            f"or {RANK_SHARE:g}, so that a rank and an evaluation actor share one"
+            f"evaluation runs on the CPU: cluster.num_gpus_per_worker {gpus:g} leaves no GPU for it. Set "
+            f"num_gpus_per_worker to auto or {RANK_SHARE:g} to let a rank and an evaluation actor share one"
         )
         return 0.0
     actors_per_gpu = math.ceil(evaluation.actors / max(1, max_workers))

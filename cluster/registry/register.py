@@ -103,14 +103,14 @@ def register(options: RegisterOptions, report: Callable[[str], None] = lambda li
     chosen = choose_checkpoint(config, storage, options.checkpoint)
     if chosen.step is None:
         raise RegistryError(
-            f"--checkpoint {options.checkpoint} is not a checkpoint of {config.run_folder}, and others "
-            "cannot be registered; give best, last or a step"
+            f"--checkpoint {options.checkpoint} is not a checkpoint of {config.run_folder}, and other "
+            "weights cannot be registered; give best, last or a step"
         )
     run = find_run(config)
     if run is None:
         raise RegistryError(
-            f"{config.run_folder} has no tracking.json, so its MLflow run is unknown; m2f train creates it when it "
-            "resumes the run"
+            f"{config.run_folder} has no tracking.json, so its MLflow run is unknown; m2f train creates this "
+            "file when it resumes the run"
         )
     with _convert_mlflow_errors(run.uri), using_store(run.uri):
         return _Registration(options, config, storage, chosen, chosen.step, run, report).run()
@@ -203,7 +203,7 @@ class _Registration:
         if RUN_TAG not in tags or STEP_TAG not in tags:
             raise RegistryError(
                 f"{self._name}@{alias} was not registered by m2f register, so its results are unknown; move the "
-                "alias to a version that was"
+                "alias to a version that m2f register created"
             )
         self._report(f"comparing with {self._name}@{alias}, version {version.version}")
         (champion,) = read_runs(
