@@ -169,7 +169,7 @@ class Evaluator:
         return predictions
 
     def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
-        # No TF32 in convolutions, and deterministic algorithms, so that results do not depend on which GPU evaluates a batch.
+        # Convolutions use deterministic algorithms without TF32, so results do not depend on the GPU of a batch.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             predictions = self._model(self._model.normalise(images.to(self._device), sizes.to(self._device)))
         expected = len(self._classes.model_classes)

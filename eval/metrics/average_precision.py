@@ -1,7 +1,8 @@
 """Mask average precision as COCO defines it (pycocotools' COCOeval for segmentations), as a mergeable state.
 
 Results are bit-identical to pycocotools'. Two choices that pycocotools leaves to its input are fixed. The size of a
-detection is always its number of pixels, never a box. Annotations need no ids; in pycocotools an id of 0 loses a match.
+detection is always its number of pixels, never a box. Annotations need no ids, whereas pycocotools loses the match of
+an annotation with id 0.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from m2f.eval.metrics.instance_matching import (
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
 """Recall thresholds of pycocotools, computed in the same way."""
 _THRESHOLD_BITS = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
-"""One bit per IoU threshold, so that flags of all thresholds are stored in one number."""
+"""Bit of every IoU threshold. Flags of all thresholds are stored in one number."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,14 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
         self.area_bounds = tuple(area_bounds)
 
     def update(self, image_id: int, truth: InstanceTruth, detections: InstanceDetections) -> None:
-        """Match the detections of one image. Raises EvaluationError for wrong scores, sizes or classes."""
+        """Match the detections of one image.
+
+        Raises EvaluationError for a score that is not finite, masks of different sizes, and a class out of range.
+        """
         if not np.isfinite(detections.scores).all():
             raise EvaluationError(
-                f"image {image_id}: a detection's score is not finite because the weights have overflowed; "
-                "evaluate an earlier checkpoint"
+                f"image {image_id}: a detection's score is not finite; if it comes from a checkpoint, the "
+                "weights have overflowed: evaluate an earlier checkpoint"
             )
         sizes = {tuple(mask["size"]) for mask in (*truth.masks, *detections.masks)}
         if len(sizes) > 1:

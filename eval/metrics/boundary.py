@@ -26,16 +26,17 @@ def boundary_width(size: tuple[int, int], ratio: float) -> int:
 
 
 def mask_boundary(mask: np.ndarray, width: int) -> np.ndarray:
-    """Return the pixels of a mask [H, W] bool within `width` of a pixel outside it, in steps to any of 8 neighbours.
+    """Return the pixels of a mask [H, W] bool that are at most `width` steps from a pixel outside the mask.
 
-    Everything beyond the image is outside. One erosion with a large square equals `width` erosions with a 3 x 3 square.
+    A step leads to any of the 8 neighbours. Everything beyond the image is outside. One erosion with a large square
+    equals `width` erosions with a 3 x 3 square.
     """
     padded = np.pad(mask.view(np.uint8), 1)
     return mask & ~cv2.erode(padded, _structuring_element(width))[1:-1, 1:-1].view(bool)
 
 
 def mask_boundaries(masks: Sequence[Rle], ratio: float) -> tuple[Rle, ...]:
-    """Return the boundaries of run-length masks as run-length masks. Only the box of each mask is processed."""
+    """Return the boundaries of run-length masks as run-length masks. Only the box of each mask is eroded."""
     outlines = []
     for mask, (x, y, w, h) in zip(masks, mask_boxes(masks).astype(int).tolist(), strict=True):
         pixels = decode_mask(mask)

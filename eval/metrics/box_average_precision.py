@@ -1,4 +1,4 @@
-"""Box AP as COCO defines it (pycocotools' COCOeval for boxes). Its records go into the state of mask AP."""
+"""Box AP as COCO defines it (pycocotools' COCOeval for boxes). Its state is the same class as that of mask AP."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class BoxTruth:
     labels: np.ndarray
     """[G] int64 contiguous class indices."""
     areas: np.ndarray
-    """[G] float64 areas stated by the annotation; for COCO's objects that is the area of the mask."""
+    """[G] float64 areas stated by the annotation, in pixels. COCO states the area of the mask."""
     is_crowd: np.ndarray
     """[G] bool: whether the annotation is a crowd."""
 
 
 @dataclass(frozen=True)
 class BoxDetections:
-    """Detected boxes of one image in canonical order, which is kept among equal scores."""
+    """Detected boxes of one image. Boxes with equal scores are ranked in this order."""
 
     boxes: np.ndarray
     """[D, 4] float64: left, top, width, height in pixels."""

@@ -1,8 +1,8 @@
 """Instance AP as Cityscapes defines it (cityscapesScripts, evalInstanceLevelSemanticLabeling.py), as a mergeable state.
 
-It differs from COCO's AP. Thresholds are strict. Detections count with all their pixels regardless of rank. Equal
-scores are one point of the curve, which is integrated in steps. Detections on groups of unseparated things, on void and
-on instances below 100 pixels are ignored.
+It differs from COCO's AP. Thresholds are strict. The number of detections per image is not limited. Detections with
+equal scores are one point of the curve, which is integrated in steps. An unmatched detection is ignored if a large
+share of it lies on groups of unseparated things, on void or on instances below 100 pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VOID_LABELS = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
 """Label ids that are not evaluated."""
 THING_LABELS = tuple(c.id for c in CATEGORIES.for_task("instance"))
 _BITS = 1 << np.arange(len(OVERLAPS), dtype=np.uint16)
-"""One bit per overlap, so that flags of all overlaps are stored in one number."""
+"""Bit of every overlap. Flags of all overlaps are stored in one number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +37,13 @@ class CityscapesDetection:
     mask: np.ndarray
     """[H, W] bool: pixels of the instance."""
     label: int
-    """Label id, 24 to 33. Other labels are left out, as in the benchmark."""
+    """Label id. Detections whose label is not in THING_LABELS are left out, as in the benchmark."""
     score: float
 
 
 @dataclass(frozen=True, eq=False)
 class CityscapesRecord(Record):
-    """Detections of one image that have a pixel. Bit t of a mask belongs to OVERLAPS[t]."""
+    """Detections of one image, without empty ones. Bit t of `correct` and `wrong` belongs to OVERLAPS[t]."""
 
     label: np.ndarray = field(metadata=column("int32"))
     score: np.ndarray = field(metadata=column("float64"))
@@ -74,7 +74,10 @@ class CityscapesAPState(MetricState[CityscapesRecord, CityscapesAP]):
         super().__init__(CityscapesRecord, {})
 
     def update(self, image_id: int, truth: np.ndarray, detections: Iterable[CityscapesDetection]) -> None:
-        """Match one image: instance ids [H, W] as in gtFine_instanceIds.png. Detections are consumed one at a time."""
+        """Match the detections of one image, one at a time, with `truth`: ids [H, W] as in gtFine_instanceIds.png.
+
+        Raises EvaluationError naming the image if a mask differs in size.
+        """
         try:
             self.add(image_id, match_cityscapes(truth, detections))
         except ValueError as error:
@@ -167,8 +170,8 @@ def _resolve_matches(candidates: list[_Candidate], counted: np.ndarray) -> tuple
 def _average_precision(score: np.ndarray, correct: np.ndarray, wrong: np.ndarray, num_truth: int) -> float:
     """Return the area under the steps of precision over recall.
 
-    The curve has one point per distinct score, and precision 1 at recall 0. It is 0 if there is no detection, or if all
-    are ignored.
+    The curve has one point per distinct score, and precision 1 at recall 0. The area is 0 if there is no detection, or
+    if all detections are ignored.
     """
     counted_detections = correct | wrong
     if not counted_detections.any():

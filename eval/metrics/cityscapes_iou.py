@@ -1,7 +1,7 @@
 """IoU and iIoU as Cityscapes defines them (cityscapesScripts, evalPixelLevelSemanticLabeling.py), as a mergeable state.
 
-iIoU weights the pixels of every annotated instance by the average size of its class over its own size, so that small
-instances count as much as large ones.
+iIoU weights the pixels of every annotated instance by the average size of its class divided by the instance's size. So
+small instances count as much as large ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AVERAGE_PIXELS = {
     32: 6298.7200839748,
     33: 4672.3249222261,
 }
-"""Average pixels of an instance in the training set, by label id."""
+"""Average number of pixels of an instance in the training set, by label id."""
 GROUPS: dict[str, tuple[int, ...]] = {
     "flat": (7, 8),
     "construction": (11, 12, 13),
@@ -47,7 +47,7 @@ _EVALUATED = tuple(c.id for c in CATEGORIES.categories)
 
 @dataclass(frozen=True, eq=False)
 class CityscapesPixels(Record):
-    """Non-empty cells of one image's confusion matrix, and the image's instances."""
+    """Non-empty cells of one image's confusion matrix, and the annotated instances of labels with an iIoU."""
 
     cell: np.ndarray = field(metadata=column("int32"))
     """truth * NUM_LABELS + prediction, in ascending order."""
@@ -85,7 +85,10 @@ class CityscapesIoUState(MetricState[CityscapesPixels, CityscapesIoU]):
         super().__init__(CityscapesPixels, {})
 
     def update(self, image_id: int, truth: np.ndarray, predicted: np.ndarray) -> None:
-        """Count one image: instance ids [H, W] as in gtFine_instanceIds.png, and predicted label ids [H, W]."""
+        """Count one image: `truth` [H, W] has ids as in gtFine_instanceIds.png, `predicted` [H, W] has label ids.
+
+        Raises EvaluationError naming the image if sizes differ or a label does not exist.
+        """
         try:
             self.add(image_id, count_cityscapes(truth, predicted))
         except ValueError as error:
@@ -116,6 +119,7 @@ class CityscapesIoUState(MetricState[CityscapesPixels, CityscapesIoU]):
     def _iiou(
         self, confusion: np.ndarray, right: str, truth_labels: Sequence[int], labels: Sequence[int]
     ) -> float | None:
+        """Return the iIoU of a set of labels; `right` is the column with the correct pixels of every instance."""
         label, size = self.rows("instance_label"), self.rows("instance_pixels")
         chosen = np.isin(label, truth_labels)
         weight = np.array([AVERAGE_PIXELS[k] for k in label[chosen].tolist()]) / size[chosen]
@@ -126,7 +130,10 @@ class CityscapesIoUState(MetricState[CityscapesPixels, CityscapesIoU]):
 
 
 def count_cityscapes(truth: np.ndarray, predicted: np.ndarray) -> CityscapesPixels:
-    """Count one image. Raises ValueError if sizes differ or a label does not exist."""
+    """Return the record of one image; arguments as in `CityscapesIoUState.update`.
+
+    Raises ValueError if sizes differ or a label does not exist.
+    """
     if truth.shape != predicted.shape:
         raise ValueError(f"the truth has shape {truth.shape}, but the prediction has {predicted.shape}")
     truth_ids, predicted_labels, lengths = common_runs(truth, predicted)

@@ -1,8 +1,8 @@
 """Adapter to hotcoco, limited to functions whose results equal those of the reference, on validated input.
 
 hotcoco does not validate its input: it follows paths out of the folder, divides by areas of 0 and accepts a flag of 2.
-So callers check paths, flags, numbers and areas, and segments are passed as our own types. Image ids are never passed,
-and classes are passed as 0, 1, 2, ...
+So callers check paths, flags, numbers and areas, and pass segments as types of this package. hotcoco gets classes as
+0, 1, 2, ... and never the image ids of files.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from m2f.eval.metrics.panoptic_quality import PanopticRecord, TruthSegment
 from m2f.eval.metrics.rle import Rle
 
 _IMAGE = 1
-"""Id under which every image is evaluated alone."""
+"""Image id passed to hotcoco. Every image is evaluated alone, so they can share one id."""
 
 
 class EngineRefusedError(ValueError):
-    """Files or tables that hotcoco rejects. Its message does not name our files and settings."""
+    """hotcoco rejects files or tables. The message names neither the files nor the settings of this package."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PanopticPair:
 def pairwise_ious(detected: Sequence[Rle], annotated: Sequence[Rle], is_crowd: Sequence[bool]) -> np.ndarray:
     """Return the IoU [D, G] float64 of masks of one size, bit-identical to pycocotools.
 
-    Each side needs at least one mask. For crowds it is the intersection divided by the detection's area.
+    Each side needs at least one mask. For crowds, the value is the intersection divided by the detection's area.
     """
     return mask_iou(detected, annotated, is_crowd)
 
@@ -50,8 +50,8 @@ def pairwise_ious(detected: Sequence[Rle], annotated: Sequence[Rle], is_crowd: S
 def match_panoptic_files(pair: PanopticPair) -> PanopticRecord:
     """Match one image directly from its files, which must be PNGs of 8-bit RGB.
 
-    hotcoco returns only sums per class. So matches of one class all get their mean IoU, and no row has an area. Raises
-    EngineRefusedError for files and tables that do not match each other.
+    hotcoco returns only sums per class. So all matches of a class get the mean of their IoUs, and no row has an area.
+    Raises EngineRefusedError for files and tables that do not match each other, and for areas that are not integers.
     """
     truth = [
         {"id": i, "category_id": s.label, "area": int(s.area), "iscrowd": int(s.is_crowd)}

@@ -1,8 +1,8 @@
 """Cost of each type of error: the AP50 or PQ gained if all errors of one type were fixed.
 
 Types, thresholds and fixes are those of TIDE (Bolya et al., ECCV 2020). The first matching type applies, in the order
-localisation, classification, duplicate, background, both. Panoptic segments do not overlap, so a duplicate there is a
-segment that fits a segment of its class badly, while another prediction matches that segment.
+localisation, classification, duplicate, background, both. Panoptic segments do not overlap. There, a duplicate has an
+IoU from 0.1 to 0.5 with an annotated segment of its class that another prediction matches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FOREGROUND_IOU = 0.5
 BACKGROUND_IOU = 0.1
 """Highest IoU at which a detection and an annotation count as unrelated."""
 MAX_IGNORED = 0.5
-"""A false detection is ignored if a larger share of its pixels than this lies in crowds (or void)."""
+"""An unmatched panoptic segment is ignored if a larger share of it than this lies in void and a crowd of its class."""
 
 
 class ErrorType(IntEnum):
@@ -43,11 +43,11 @@ class ErrorType(IntEnum):
     BACKGROUND = 5
     """IoU of at most 0.1 with all annotations."""
     MISSED = 6
-    """Annotation without a detection, even after fixing others."""
+    """Annotation that no detection matches, even if other errors are fixed."""
 
 
 CORRECTED_TYPES = (ErrorType.CLASSIFICATION, ErrorType.LOCALISATION)
-"""Types whose detections become matches when fixed. Detections of all other types are removed."""
+"""Types whose repairable detections become matches when fixed. All other detections are removed when fixed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class ErrorRecord(Record):
 
     label: np.ndarray = field(metadata=column("int32"))
     score: np.ndarray = field(metadata=column("float64"))
-    """Score of the detection, descending within a class. For panoptic segments it is their largest IoU."""
+    """Score of the detection, descending within a class. For panoptic segments: the largest IoU, in any order."""
     iou: np.ndarray = field(metadata=column("float64"))
     """IoU with the annotation that it matches, or would match if fixed; 1 for errors of localisation."""
     kind: np.ndarray = field(metadata=column("uint8"))
@@ -64,7 +64,7 @@ class ErrorRecord(Record):
     target: np.ndarray = field(metadata=column("int32"))
     """Class after the fix."""
     repairable: np.ndarray = field(metadata=column("uint8"))
-    """1 for the best detection of an unmatched annotation; all others are removed when their type is fixed."""
+    """1 for the best detection that matches an unmatched annotation once its error is fixed; otherwise 0."""
     truth_label: np.ndarray = field(metadata=column("int32"))
     truth_missed: np.ndarray = field(metadata=column("uint8"))
     """0: matched; 1: MISSED; 2: unmatched, but the target of a detection that can be fixed."""
@@ -82,7 +82,7 @@ class ErrorCosts:
     counts: Mapping[str, int]
     """Number of errors by type in lower case."""
     by_class: np.ndarray
-    """[K, types] int64: errors by class of the detection, for MISSED of the annotation; column NONE holds matches."""
+    """[K, types] int64: errors by class of the detection (MISSED: of the annotation). Column NONE holds matches."""
 
 
 class ErrorState(MetricState[ErrorRecord, ErrorCosts]):
@@ -113,7 +113,7 @@ class ErrorState(MetricState[ErrorRecord, ErrorCosts]):
         )
 
     def _corrected(self, error_type: ErrorType | None) -> float | None:
-        """Return the metric with errors of type `repaired` fixed; None fixes nothing."""
+        """Return the metric with errors of `error_type` fixed; None fixes nothing."""
         kind, target, iou = self.rows("kind"), self.rows("target"), self.rows("iou")
         wrong = np.zeros(len(kind), dtype=bool) if error_type is None else kind == error_type
         corrected = wrong & (self.rows("repairable") == 1) & (error_type in CORRECTED_TYPES)
@@ -206,7 +206,7 @@ class _MatchedPredictions(NamedTuple):
 def _record(predictions: _MatchedPredictions, truth: np.ndarray, disjoint: bool) -> ErrorRecord:
     """Classify the predictions that are not ignored, given annotated classes `truth` [G].
 
-    `disjoint` is set for panoptic segments.
+    `disjoint` is True for panoptic segments, which do not overlap.
     """
     labels, scores, iou, fits, partner = predictions
     is_matched = np.isin(np.arange(len(truth)), partner)

@@ -26,16 +26,16 @@ AREA_RANGES: dict[str, tuple[float, float]] = {
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, 1e10),
 }
-"""Ranges in pixels, including both bounds: an area of 1024 is both small and medium."""
+"""Ranges of areas in pixels. Both bounds are included, so an area of 1024 is both small and medium."""
 NUM_AREAS = len(AREA_RANGES)
 AREA_BOUNDS = (32.0**2, 96.0**2)
 """Smallest area of a medium and of a large instance in COCO, in pixels."""
 _ALL_THRESHOLDS = np.uint16((1 << len(IOU_THRESHOLDS)) - 1)
-"""One bit per IoU threshold, so that flags of all thresholds are stored in one number."""
+"""The bits of all IoU thresholds. Bit t belongs to IOU_THRESHOLDS[t]."""
 _RANGE_BITS = 1 << np.arange(NUM_AREAS, dtype=np.int64) * len(IOU_THRESHOLDS)
 """Lowest bit of every area range in a set of (area range, threshold)."""
 _FIRST_THRESHOLDS = _RANGE_BITS.sum() * ((1 << np.arange(len(IOU_THRESHOLDS) + 1, dtype=np.int64)) - 1)
-"""Bits of the lowest thresholds of every range, indexed by their number."""
+"""Element n has the bits of the n lowest thresholds in every area range."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class InstanceTruth:
 
 @dataclass(frozen=True)
 class InstanceDetections:
-    """Detections of one image in canonical order, which is kept among equal scores. Detections may share a mask."""
+    """Detections of one image. Those with equal scores are ranked in this order. Several may share a mask."""
 
     masks: Sequence[Rle]
     """The distinct masks."""
@@ -71,7 +71,10 @@ class InstanceDetections:
 
 @dataclass(frozen=True, eq=False)
 class DetectionRecord(Record):
-    """Detections of one image, class by class and best first. Bit t of a mask belongs to IOU_THRESHOLDS[t]."""
+    """Detections of one image, class by class and best first.
+
+    Bit t of `matched` and `ignored` belongs to IOU_THRESHOLDS[t].
+    """
 
     label: np.ndarray = field(metadata=column("int32"))
     score: np.ndarray = field(metadata=column("float64"))
@@ -142,7 +145,7 @@ def match_images(
 
 @dataclass(frozen=True)
 class ScoredDetections:
-    """Detections of one image with the data for matching, in canonical order, which is kept among equal scores."""
+    """Detections of one image with the data for matching. Those with equal scores are ranked in this order."""
 
     labels: np.ndarray
     """[D] int64 contiguous class indices."""
@@ -208,7 +211,10 @@ def _concatenate_truth(images: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray
 def _concatenate_detections(
     images: Sequence[tuple[np.ndarray, np.ndarray]], areas: np.ndarray, limit: int
 ) -> _BatchDetections:
-    """Join labels and scores of all images with areas of all, keeping at most `limit` per image and class."""
+    """Join the labels and scores of all images, and keep at most `limit` detections per image and class.
+
+    `areas` are those of all images, already joined.
+    """
     image = np.repeat(np.arange(len(images)), [len(labels) for labels, _ in images])
     label, score = (np.concatenate(side) for side in zip(*images, strict=True))
     label = label.astype(np.int64)
@@ -220,7 +226,10 @@ def _concatenate_detections(
 
 
 def _candidate_pairs(detections: _BatchDetections, truth: _BatchTruth, truth_pixels: np.ndarray) -> _Pairs:
-    """Return pairs that can match: the smaller mask can reach the lowest threshold, or the annotation is a crowd."""
+    """Return pairs of one image and class that can match.
+
+    These are pairs whose ratio of areas reaches the lowest IoU threshold, and all pairs with a crowd.
+    """
     num_classes = 1 + max(int(truth.label.max(initial=0)), int(detections.label.max(initial=0)))
     truth_keys, detection_keys = (
         truth.image * num_classes + truth.label,
@@ -267,7 +276,7 @@ def _pair_ious(pairs: _Pairs, detections: _BatchDetections, masks: _BatchMasks) 
         ).tolist()
         if len(columns) == 1 and len(rows) == end - start:
             ious += [value for (value,) in table]
-        elif len(rows) == end - start:  # one annotation per detection
+        elif len(rows) == end - start:  # each detection is in one pair
             ious += [row[columns[g]] for row, g in zip(table, truths[start:end], strict=True)]
         else:
             ious += [table[rows[m]][columns[g]] for m, g in zip(index[start:end], truths[start:end], strict=True)]
@@ -291,7 +300,7 @@ def _replace_by_boundaries(masks: Sequence[Rle], chosen: np.ndarray, ratio: floa
 
 
 def class_agnostic_truth(truth: InstanceTruth) -> InstanceTruth:
-    """Return all instances as one class, class by class: the order in which pycocotools takes them with `useCats=0`."""
+    """Return all instances as one class, sorted by their former class, as pycocotools does with `useCats=0`."""
     order = truth.labels.argsort(kind="stable")
     masks = tuple(truth.masks[i] for i in order)
     pixels = None if truth.pixels is None else truth.pixels[order]
@@ -311,8 +320,8 @@ def _records(
 ) -> list[DetectionRecord]:
     """Match every image greedily, best score first.
 
-    A detection takes the free annotation with the highest IoU, and the last one among equal IoUs. Ignored annotations
-    are taken only if no other one matches. A crowd can be taken any number of times. `ranges` has the form of
+    A detection takes the free annotation with the highest IoU, and the last one among equal IoUs. An ignored annotation
+    is taken only if no other annotation matches. A crowd can be taken any number of times. `ranges` has the form of
     `area_ranges`.
     """
     bounds = area_ranges() if ranges is None else ranges
@@ -339,8 +348,8 @@ def _match(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return matched and ignored bits [D, A] uint16 from IoU [P], crowd flags [G] and ignored flags [A, G].
 
-    A set of (area range, threshold) is stored as the bits of one integer, 10 per range. So a detection costs a few
-    operations per annotation that it overlaps enough.
+    A set of (area range, threshold) is stored as the bits of one integer, 10 per range. So matching takes a few
+    operations per pair.
     """
     bits = len(IOU_THRESHOLDS)
     overlaps = ious >= IOU_THRESHOLDS[0]
@@ -374,7 +383,7 @@ def _match(
 
 
 def _run_bounds(starts: np.ndarray, length: int) -> list[tuple[int, int]]:
-    """Return start and end of each stretch of a sequence that is cut at `starts`, of which the first is 0."""
+    """Return (start, end) of the runs of a sequence of `length`. `starts` holds the start of every run, 0 first."""
     bounds = [*starts.tolist(), length]
     return list(itertools.pairwise(bounds))
 
@@ -391,7 +400,10 @@ def _is_outside(areas: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def rank_in_image_and_class(label: np.ndarray, per_image: np.ndarray) -> np.ndarray:
-    """Return the position of each row within its image and class; rows of an image are sorted by class."""
+    """Return the position of each row within its image and class.
+
+    Rows of an image are sorted by class. `per_image` is the number of rows of every image.
+    """
     if not len(label):
         return np.zeros(0, dtype=np.int64)
     image = np.repeat(np.arange(len(per_image)), per_image)

@@ -1,7 +1,7 @@
 """Mean IoU and pixel accuracies of semantic segmentation as a mergeable state.
 
 Pixels without a truth label are dropped before counting. Conventions differ in how they treat a class without truth
-pixels. `miou` follows detectron2's SemSegEvaluator, as in the Mask2Former papers; `MeanIoU` states the others.
+pixels. `miou` follows detectron2's SemSegEvaluator, as in the Mask2Former papers; `MeanIoU` documents the others.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class MeanIoU:
     per_class: tuple[float | None, ...]
     """IoU of every class; None if neither truth nor prediction has a pixel of it."""
     truth_pixels: tuple[int, ...]
-    """Labelled pixels of every class."""
+    """Truth pixels of every class."""
 
 
 class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
     """Sparse confusion matrices per image. Truth pixels with the value `ignore` have no label.
 
     Predicted pixels with the value `void` have no class: each counts as a miss of the truth's class, and as a false
-    positive of no class. None: predictions give every pixel a class.
+    positive of no class. If `void` is None, predictions must give every pixel a class.
     """
 
     name = "mean IoU"

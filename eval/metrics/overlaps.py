@@ -9,7 +9,7 @@ import numpy as np
 from m2f.data_pipeline.sample import VOID_ID
 
 DENSE_IDS = 512
-"""Ids below this are used directly as positions in the table of pairs."""
+"""If all ids are below this number, they are used directly as positions in the table of pairs."""
 
 
 class InconsistentMapError(ValueError):
@@ -55,9 +55,9 @@ def count_overlaps(truth: np.ndarray, predicted: np.ndarray) -> Overlaps:
 
 
 def common_runs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return runs of neighbouring pixels in which both maps are constant: values of a and b, and lengths [runs] int64.
+    """Return runs of pixels, row by row, in which both maps are constant: values of a and b, and lengths [runs] int64.
 
-    Segments are wide, so there are far fewer runs than pixels, and processing runs is cheap.
+    Segments are wide, so there are far fewer runs than pixels.
     """
     flat_a, flat_b = a.ravel(), b.ravel()
     if not flat_a.size:

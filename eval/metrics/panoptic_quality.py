@@ -19,7 +19,7 @@ from m2f.eval.metrics.boundary import boundary_width, outline_map
 from m2f.eval.metrics.overlaps import InconsistentMapError, Overlaps, count_overlaps
 
 MATCH_IOU = 0.5
-"""IoU that a match must exceed. Above 0.5, a segment can match at most one other."""
+"""IoU that a match must exceed. Segments do not overlap, so each can exceed 0.5 with at most one other."""
 MAX_IGNORED = 0.5
 """An unmatched prediction is ignored if a larger share of its area than this lies in void and crowd."""
 AREA_BOUNDS = (32.0**2, 96.0**2)
@@ -93,7 +93,7 @@ class PanopticRecord(Record):
 
 @dataclass(frozen=True)
 class Quality:
-    """PQ = SQ x RQ, averaged over the classes that occur; as shares, not per cent."""
+    """PQ, SQ and RQ, each averaged over the classes that occur; as shares, not per cent."""
 
     pq: float
     sq: float
@@ -104,7 +104,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class ClassQuality:
-    """Quality of one class; zeros if the class does not occur."""
+    """Quality of one class, PQ = SQ x RQ, as shares; zeros if the class does not occur."""
 
     pq: float
     sq: float
@@ -202,7 +202,7 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         """Compute the quality of every class from the selected rows: matches, false positives and false negatives."""
         num_classes = len(self.is_thing)
         matched = self.rows("matched_label")[matches]
-        # bincount adds in row order, image by image, so the sums have the same bits for every sharding.
+        # bincount adds in row order, image by image, so the bits of the sums do not depend on the number of actors.
         iou = np.bincount(matched, weights=self.rows("matched_iou")[matches], minlength=num_classes)
         true_positives = np.bincount(matched, minlength=num_classes)
         false_positives = np.bincount(self.rows("false_positive")[wrong], minlength=num_classes)
@@ -228,7 +228,7 @@ def match_panoptic(
     """Match the segments of one image, and return its matches, false positives and false negatives.
 
     Matches are in ascending order of (truth id, predicted id). With `boundary_ratio`, the IoU of a match is the smaller
-    one of the mask IoU and the boundary IoU (Boundary PQ).
+    of its mask IoU and its boundary IoU (Boundary PQ).
 
     Raises:
         InconsistentMapError: the maps differ in size, or the prediction's map and labels disagree.

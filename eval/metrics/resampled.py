@@ -1,8 +1,8 @@
 """PQ, AP and mIoU of bootstrap samples of the evaluated images, for many draws at once.
 
 A draw gives every image a weight: how often it was drawn. Every function takes weights [images, draws] and returns the
-metric of every draw; weights of 1 give the metric of the original set. Classes are reduced in bulk, because a thousand
-draws would otherwise take too long.
+metric of every draw; weights of 1 give the metric of the original set. Many classes are reduced at once, because a
+thousand draws would otherwise take too long.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from m2f.eval.metrics.average_precision import RECALL_THRESHOLDS
 from m2f.eval.metrics.instance_matching import IOU_THRESHOLDS
 
 CHUNK_BYTES = 2**26
-"""Largest memory for the weights of all detections at a time, in bytes."""
+"""Largest memory for the weights of all detections, in bytes. More draws are processed in several chunks."""
 CLASSES_AT_ONCE = 64
 _REVERSED_STEP = 2.0
 """Larger than any precision, so that the running maximum of one class does not reach the next."""
@@ -196,7 +196,10 @@ class _Detections:
 
 
 def _group_precisions(detections: _Detections, weights: np.ndarray, truth_count: np.ndarray) -> np.ndarray:
-    """Return the interpolated AP [groups, draws], averaged over IoU thresholds, from weights [images, draws]."""
+    """Return the interpolated AP [groups, draws], averaged over IoU thresholds.
+
+    `weights` are [images, draws], and `truth_count` holds the weighted annotations [groups, draws].
+    """
     weighted = weights[detections.image]
     running = _exclusive_cumsum(weighted)
     starts = np.searchsorted(detections.group, np.arange(len(truth_count)))
@@ -233,7 +236,10 @@ def _exclusive_cumsum(weighted: np.ndarray) -> np.ndarray:
 
 
 def _envelope(precision: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Return the best precision at or after each row [N, draws] of its group [N]. It always occurs at a hit."""
+    """Return, for each row [N, draws] of correct detections, the best precision at or after it in its group [N].
+
+    No other rows are needed, because precision has its maxima at correct detections.
+    """
     offset = _REVERSED_STEP * (group[-1] - group)[:, None]
     raised = precision + offset
     return np.maximum.accumulate(raised[::-1], axis=0)[::-1] - offset

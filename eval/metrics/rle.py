@@ -11,16 +11,17 @@ import numpy as np
 from pycocotools import mask as coco_masks
 
 Rle = dict[str, Any]
-"""COCO run-length encoding: `size` [H, W] and `counts` bytes."""
+"""COCO run-length encoding: `size` [H, W] and compressed `counts`, as bytes or text."""
 
 
 @dataclass(frozen=True)
 class TextMasks(Sequence[Rle]):
-    """Masks of one size that are encoded on access, because most overlap nothing."""
+    """Masks of one size. The `Rle` of a mask is made on access, because many masks are never compared."""
 
     size: tuple[int, int]
     """Height and width in pixels."""
     texts: Sequence[str]
+    """Compressed `counts` of every mask."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -69,7 +70,7 @@ def encode_columns(columns: np.ndarray, left: int, size: tuple[int, int]) -> Rle
 
 def mask_areas(masks: Sequence[Rle]) -> np.ndarray:
     """Return the number of pixels of every mask: [N] float64."""
-    # COCO's routine holds the number of masks in eight bits.
+    # pycocotools stores the number of masks in eight bits, so a call takes at most 255.
     groups = (list(masks[start : start + 255]) for start in range(0, len(masks), 255))
     areas = [np.asarray(coco_masks.area(cast("Any", group)), dtype=np.float64) for group in groups]
     return np.concatenate([np.zeros(0), *areas])

@@ -1,4 +1,4 @@
-"""Confidence intervals over runs with different seeds. The only module that needs scipy.stats."""
+"""Confidence intervals over runs with different seeds. No other module needs scipy.stats."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Errors of segments: missed, of another class, with a bad outline, duplicate, or predicted on background.
 
-The state is mergeable, and is computed in addition to the metrics. Every annotated segment except crowds, and every
-prediction that is not ignored, gets exactly one outcome. The two segments of a pair share an outcome. For panoptic
-results, MATCHED counts the true positives of panoptic quality.
+These errors are computed in addition to the metrics, as a mergeable state. Every annotated segment except crowds, and
+every prediction that is not ignored, gets exactly one outcome. The two segments of a pair share an outcome. For
+panoptic results, MATCHED counts the true positives of panoptic quality.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIN_SCORE = 0.5
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
 """Ranges of areas in pixels; the upper bound is excluded."""
 NO_SEGMENT = -1
-"""Stands for the class of the missing partner if a segment is not paired."""
+"""Class of the missing partner of a segment that is not paired."""
 
 
 class Outcome(IntEnum):
@@ -105,7 +105,7 @@ class SegmentErrorState(MetricState[SegmentRecord, SegmentErrors]):
         self.add(image_id, assign_outcomes(candidates))
 
     def image_quality(self, image_id: int) -> float | None:
-        """Return matches divided by the mean of annotated and predicted segments; None if there are no segments."""
+        """Return matches divided by the mean number of annotated and predicted segments; None without segments."""
         outcome = self.record(image_id).outcome
         matched = int((outcome == Outcome.MATCHED).sum())
         pairs = int(np.isin(outcome, (Outcome.MATCHED, Outcome.OUTLINE, Outcome.CLASS)).sum())
@@ -186,7 +186,7 @@ def instance_candidates(truth: InstanceTruth, detections: InstanceDetections) ->
     confident = np.flatnonzero(detections.scores >= MIN_SCORE)
     masks = tuple(detections.masks[i] for i in detections.mask_index[confident])
     labels, not_crowd = detections.labels[confident], ~truth.is_crowd
-    inside = mask_ious(masks, truth.masks, np.ones_like(truth.is_crowd))  # crowds: share of predicted pixels
+    inside = mask_ious(masks, truth.masks, np.ones_like(truth.is_crowd))  # as for crowds: shares of the prediction
     in_crowd = np.where(truth.is_crowd & (labels[:, None] == truth.labels), inside, 0.0)
     return Candidates(
         truth_labels=truth.labels[not_crowd],
