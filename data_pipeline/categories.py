@@ -12,7 +12,7 @@ from m2f.data_pipeline.errors import DataError
 
 Task = Literal["panoptic", "instance", "semantic"]
 MAX_CATEGORIES = 65_535
-"""A larger table is refused as a mistake: the largest data sets have a few thousand categories."""
+"""Upper limit of a table. A larger one is a mistake, because the largest data sets have a few thousand categories."""
 
 TASKS: tuple[Task, ...] = get_args(Task)
 
@@ -26,6 +26,7 @@ class Category:
     name: str
     is_thing: bool
     color: tuple[int, int, int]
+    """RGB, each channel from 0 to 255."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class CategoryTable:
         return tuple(c for c in self.categories if c.is_thing or task != "instance")
 
     def labels(self, task: Task) -> dict[int, int]:
-        """Return the contiguous class index for this task by source id."""
+        """Return the mapping from source id to contiguous class index for this task."""
         return {c.id: label for label, c in enumerate(self.for_task(task))}
 
 

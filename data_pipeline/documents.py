@@ -13,7 +13,7 @@ MAX_YAML_BYTES = 2_000_000
 """Upper limit of a document. A complete recipe has 10 KB; PyYAML takes a second per 100 KB."""
 MAX_YAML_DEPTH = 64
 MAX_YAML_NODES = 100_000
-"""Upper limit with all aliases expanded: nine lines of nested aliases can stand for 10^9 values."""
+"""Upper limit of values with all aliases expanded. Nine lines of nested aliases can expand to 10^9 values."""
 
 _INTEGERS = range(-(2**63), 2**64)
 
@@ -43,8 +43,8 @@ def parse_yaml(text: str | bytes) -> Any:
     """Return the value of a text with a single YAML document.
 
     Raises:
-        DocumentError: the document is invalid, repeats a key in a mapping, is too long or nested too deeply, or its
-            expanded aliases hold too many values.
+        DocumentError: the document is invalid, repeats a key in a mapping, is too long or nested too deeply, holds an
+            integer of more than 64 bits, or has too many values after expansion of its aliases.
     """
     if len(text) > MAX_YAML_BYTES:
         raise DocumentError(f"it has {len(text)} bytes; the limit is {MAX_YAML_BYTES}")
@@ -64,7 +64,7 @@ def _require_64_bits(value: int, digits: str) -> int:
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """SafeLoader that limits depth and size, and refuses repeated keys, of which PyYAML would keep the last."""
+    """SafeLoader that limits depth and size, and refuses repeated keys. PyYAML would keep the last value."""
 
     def __init__(self, stream: str | bytes) -> None:
         super().__init__(stream)
@@ -107,6 +107,7 @@ class _BoundedLoader(yaml.SafeLoader):
         return _require_64_bits(super().construct_yaml_int(node), node.value)
 
     def _extent(self, node: yaml.Node) -> tuple[int, int]:
+        """Return the number of values and the depth of a node, both with its aliases expanded."""
         children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             children = [child for pair in node.value for child in pair]

@@ -43,11 +43,13 @@ class ImageHeader:
 
     ext: Literal["jpg", "png", "tif", "bmp", "webp"]
     height: int
-    """Height in pixels as stored, before any EXIF rotation. The same holds for the width."""
+    """Height in pixels as stored, before any EXIF rotation."""
     width: int
+    """Width in pixels as stored, before any EXIF rotation."""
     mode: str
-    """gray, rgb, cmyk, palette, gray_alpha or rgba."""
+    """gray, rgb, cmyk, palette, gray_alpha, rgba or rgbx; another text for channel layouts without a name."""
     bit_depth: int
+    """Bits per channel or palette index. TIFF, BMP and WebP files with fewer than 8 bits count as 8."""
     orientation: int
     """EXIF orientation from 1 to 8; 1 means that viewers show the image as stored."""
 
@@ -56,7 +58,8 @@ def read_header(data: bytes) -> ImageHeader:
     """Return the header of an image file.
 
     Raises:
-        BrokenImageError: the format is not supported, or a JPEG or PNG file is truncated.
+        BrokenImageError: the format is not supported, the header is damaged, the file holds several images, or a JPEG
+            or PNG file is truncated.
     """
     if data.startswith(b"\xff\xd8\xff"):
         return _read_jpeg_header(data)
@@ -81,8 +84,8 @@ def is_image_name(name: str) -> bool:
 def frame_orientation(header: ImageHeader, height: int, width: int) -> int:
     """Return the EXIF orientation that turns the stored image into the frame of an annotation.
 
-    The size of the annotation decides, if it can. If both orientations fit (mirrored, upside down or square images),
-    the image is turned as viewers show it.
+    The result is the orientation in the header, or 1, whichever gives the size of the annotation. If both do (mirrored,
+    upside-down or square images), it is the one in the header, as in image viewers.
 
     Raises:
         BrokenImageError: neither the stored nor the turned image has the size of the annotation.
@@ -223,7 +226,7 @@ def _lossless_pixels(data: bytes) -> np.ndarray:
     They are grey values or palette indices, [H, W] uint8 or uint16, or colours, [H, W, 3] uint8.
 
     Raises:
-        BrokenImageError: the stored values may differ from those that were labelled.
+        BrokenImageError: the format may have changed the labelled values, is not supported, or cannot be decoded.
     """
     header = read_header(data)
     if header.ext not in ("tif", "bmp"):
@@ -256,7 +259,11 @@ def _lossless_pixels(data: bytes) -> np.ndarray:
 
 
 def _read_other_header(data: bytes) -> ImageHeader:
-    """Return the header of a TIFF, BMP or WebP file, read by Pillow. Raises BrokenImageError for several images."""
+    """Return the header of a TIFF, BMP or WebP file, read by Pillow.
+
+    Raises:
+        BrokenImageError: the header is damaged, the file holds several images, or its pixel format is not supported.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=("TIFF", "BMP", "WEBP")) as image:
             frames, orientation = getattr(image, "n_frames", 1), int(image.getexif().get(0x0112, 1))

@@ -9,9 +9,13 @@ from m2f.data_pipeline.errors import DataError
 
 
 def field(entry: Any, name: str, where: str) -> Any:
-    """Return a required field. Raises DataError if it is missing; the message begins with `where`."""
+    """Return a required field of a JSON object.
+
+    Raises:
+        DataError: `entry` is not an object or lacks the field. The message begins with `where`.
+    """
     if not isinstance(entry, dict) or name not in entry:
-        raise DataError(f"{where} has no field {name!r}")
+        raise DataError(f"{where}: the field {name!r} is missing")
     return entry[name]
 
 
@@ -19,7 +23,8 @@ def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
     """Return a required flag as bool.
 
     Raises:
-        DataError: the field is missing or is not 0, 1, true or false. The text "0", for example, would count as true.
+        DataError: the field is missing or is not 0, 1, true or false. The text "0" is refused, because `bool` would
+            make it true.
     """
     value = field(entry, name, where)
     if value not in (0, 1):
@@ -28,5 +33,5 @@ def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
 
 
 def optional_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
-    """Return an optional flag as bool; missing or null is False. Raises DataError for other values than 0 and 1."""
+    """Return an optional flag as bool; missing or null is False. Raises DataError like `read_flag`."""
     return entry.get(name) is not None and read_flag(entry, name, where)

@@ -18,7 +18,7 @@ _MAX_LISTED_PAIRS = 20
 """Upper limit of differing rows in a message, so that it fits on a screen."""
 
 ClassPair = tuple[Category | None, Category | None]
-"""A class in two tables; None if a table lacks it. In a conflict the two rows contradict each other."""
+"""Rows of a class in two tables; None if a table lacks it. In a conflict: two contradicting rows, or a repeated row."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class ClassMatch:
 
     @property
     def only_first(self) -> tuple[str, ...]:
-        """Return the names of the classes that the second table lacks."""
+        """Return the names of the classes that the second table lacks. Do not use it for a conflict."""
         return tuple(first.name for first, second in self.differing if first is not None and second is None)
 
     @property
     def only_second(self) -> tuple[str, ...]:
-        """Return the names of the classes that the first table lacks."""
+        """Return the names of the classes that the first table lacks. Do not use it for a conflict."""
         return tuple(second.name for first, second in self.differing if second is not None and first is None)
 
     def describe_rows(self, first_name: str, second_name: str) -> str:

@@ -74,13 +74,16 @@ class Runs(NamedTuple):
     """Runs of equal values in the rows of a map [H, W]. They are few, so they are faster to process than pixels."""
 
     value: np.ndarray
+    """[R] value of each of the R runs."""
     start: np.ndarray
-    """Flat index of the first pixel of each run, counted row by row."""
+    """[R] flat index of the first pixel of each run, counted row by row."""
     length: np.ndarray
+    """[R] number of pixels of each run."""
     shape: tuple[int, ...]
+    """Height and width of the map."""
 
     def paint(self, values: np.ndarray) -> np.ndarray:
-        """Return a map [H, W] in which each run has the given value."""
+        """Return a map [H, W] in which run i has the value `values[i]`."""
         return np.repeat(values, self.length).reshape(self.shape)
 
 

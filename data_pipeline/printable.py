@@ -1,4 +1,4 @@
-"""Text for terminals, logs and pages. Names from files may hold control characters for terminals."""
+"""Make text safe for terminals, logs and pages: names from files may contain terminal control characters."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Counter-based random numbers on the CPU: pure functions of (seed, stream, counter), the same on every machine.
 
 Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) has no state to save. The key holds the
-seed and the purpose, the counter the epoch or position. Restarts, other world sizes and other worker counts therefore
-give the same numbers.
+seed and the stream. The counter holds the data set and epoch, or the position. Restarts, other world sizes and other
+worker counts therefore give the same numbers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ class Stream(IntEnum):
 
 
 def _philox(seed: int, stream: Stream, major: int, minor: int) -> np.random.Philox:
-    # The generator counts up in the two low words, so two (major, minor) pairs are 2^128 blocks apart.
+    # The generator counts up in the two low words, so different (major, minor) pairs are at least 2^128 blocks apart.
     key = np.array([seed & _WORD, int(stream)], dtype=np.uint64)
     counter = np.array([0, 0, major & _WORD, minor & _WORD], dtype=np.uint64)
     return np.random.Philox(key=key, counter=counter)
 
 
 def random_words(seed: int, stream: Stream, major: int, minor: int, count: int) -> np.ndarray:
-    """Return `count` uniform uint64 words.
+    """Return `count` uniform uint64 words, [count].
 
-    NumPy guarantees a stable bit stream, but not a stable result of methods such as `permutation`.
+    `major` and `minor` select a part of the stream, for example by data set and epoch. NumPy guarantees a stable bit
+    stream, but not a stable result of methods such as `permutation`.
     """
     return _philox(seed, stream, major, minor).random_raw(count)
 

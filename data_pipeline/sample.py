@@ -1,4 +1,4 @@
-"""One annotated image, as readers yield it, shards store it and evaluation uses it."""
+"""One annotated image, as readers return it, shards store it and evaluation uses it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOID_ID = 0
 """Local id of pixels without a segment in `seg` and in every layer of `inst`."""
 
 MAX_IDS_8_BIT = 254
-"""Number of ids in an 8-bit map: 0 is void, and 255 is reserved for an ignore id."""
+"""Largest number of ids in an 8-bit map: 0 is void, and 255 is reserved for an ignore id."""
 
 
 def id_dtype(num_ids: int) -> type[np.uint8] | type[np.uint16]:
@@ -61,7 +61,8 @@ class Sample:
     """Name that is unique in the data set. It has only ASCII letters, digits, `_` and `-`, so that every tar tool
     groups the members correctly."""
     image_id: int
-    """Integer id in the source (COCO image id), otherwise the index in the reader's order. AP breaks ties by it."""
+    """Integer id in the source (COCO image id), otherwise the index in the reader's order. AP sorts detections of equal
+    score by it."""
     source: str
     """Origin of the image. Errors about the image name it."""
     image: bytes

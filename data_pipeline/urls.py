@@ -31,7 +31,8 @@ _NAME_SCHEMES = ("hf-hub", "hf_hub", "hub", "local-dir")
 def url_problem(text: str) -> str | None:
     """Return why a URL may not be stored, as the end of a sentence, or None if it may.
 
-    Texts that are not URLs may be stored. The result does not repeat the text.
+    A text that is not a URL may be stored, unless it looks like `user:password@host`. The result does not repeat the
+    text.
     """
     text = _IGNORED_CHARACTERS.sub("", text)
     scheme, authority, path, extra = _split(text)
@@ -72,7 +73,8 @@ def _kind(scheme: str) -> str:
 def _split(text: str) -> tuple[str, str | None, str, str]:
     """Return scheme, authority, path with its first slash, and the rest, which starts with ? or #.
 
-    The authority is None if the text is not a URL.
+    If the text is not a URL, the scheme is the part before its first colon, the authority is None, and the others are
+    empty.
     """
     scheme, separator, rest = text.partition("://")
     if not separator:

@@ -131,7 +131,10 @@ class ChunkCache:
         self._make_room()
 
     def _reduce_limit(self, error: OSError) -> None:
-        """Lower the limit after a failed write, for example on a full disk, and evict. The limit may reach 0."""
+        """Lower the limit to 90 % of the current content after a failed write, for example on a full disk, and evict.
+
+        Repeated failures bring the limit down to 0.
+        """
         sizes = self._sizes()
         self._limit = round(_EVICTION_TARGET * sum(sizes.values()))
         if not self._warned:
@@ -162,7 +165,7 @@ class ChunkCache:
 
 
 def choose_victims(sizes: Mapping[str, int], upcoming: Iterable[str], excess: float) -> list[str]:
-    """Return the names to evict so that at least `excess` bytes become free.
+    """Return the names to evict so that at least `excess` bytes become free, or all names if they hold less.
 
     Names that are not in `upcoming` come first, then those whose next use is farthest away. This is Belady's optimal
     rule (IBM Systems Journal 5(2), 1966).
@@ -183,7 +186,7 @@ def chunk_name(manifest: Manifest, shard: int, start: int, length: int) -> str:
 
 
 class UpcomingChunks:
-    """Callable that returns the chunks that the ranks of this machine read next, in the order of first use."""
+    """Callable that returns the names of the chunks that this machine's ranks read next, in the order of first use."""
 
     def __init__(
         self,
@@ -212,9 +215,9 @@ class UpcomingChunks:
 def upcoming_chunks(
     order: Order, chunks: Sequence[Chunks], start: int, count: int, world: int, ranks: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return the pairs (data set, chunk) that some of `world` ranks use, in the order of first use.
+    """Return the pairs (data set, chunk) that the given ranks use, in the order of first use.
 
-    Covers `count` positions, starting at `start`. `ranks` are the ranks of interest.
+    Covers `count` positions of the order, starting at `start`. `world` is the number of all ranks.
     """
     refs = order.refs(start, count)
     is_local = np.isin(np.arange(start, start + count) % world, ranks)

@@ -36,9 +36,11 @@ class Substitution:
     """
 
     position: int
+    """Position of the image in the order."""
     key: str
+    """Key of the unusable sample."""
     cause: str
-    """Reason, with the shard and the byte offset."""
+    """Reason. It names the sample, and for a wrong checksum also the shard and the byte offset."""
     substitute: str
     """Key of the substitute."""
 
@@ -71,7 +73,7 @@ class MicroBatchDataset(Dataset[BatchResult]):
     """Decodes, augments and collates raw batches. Errors are returned, because torch would change a raised error."""
 
     def __init__(self, transforms: Sequence[TrainTransform]) -> None:
-        self._transforms = transforms  # of every data set
+        self._transforms = transforms  # one for each data set of the mixture
 
     def __getitem__(self, index: RawBatch | UserError) -> BatchResult:
         """Return the batch for a raw batch. torch calls the argument of a data set an index."""
@@ -87,7 +89,7 @@ class MicroBatchDataset(Dataset[BatchResult]):
             return error
 
     def _example(self, raw: RawExample) -> Example | RawExample:
-        """Return the example. If a sample is unusable, return `raw` with the error in its place."""
+        """Return the example. If a sample is unusable, return `raw` with the error in place of the sample."""
         base = self._augment(raw.base, raw.position, Stream.AUGMENT)
         partner = None if raw.partner is None else self._augment(raw.partner, raw.position, Stream.PASTED)
         if isinstance(base, RawSample) or isinstance(partner, RawSample):
@@ -100,7 +102,7 @@ class MicroBatchDataset(Dataset[BatchResult]):
         return without_empty_targets(base if partner is None else paste_objects(base, partner, transform), transform)
 
     def _augment(self, sample: RawSample, position: int, stream: Stream) -> Example | RawSample:
-        """Return the augmented image. If the sample is unusable, return the sample with the error in it."""
+        """Return the augmented image. If the sample is unusable, return it with the error in place of its members."""
         dataset = sample.ref.dataset
         if isinstance(sample.members, DataError):
             return sample
@@ -136,7 +138,7 @@ class SubstituteFinder:
         return RawExample(example.position, base, partner)
 
     def _find_usable(self, sample: RawSample, position: int, substitutions: list[Substitution]) -> RawSample:
-        """Return the sample, or the next good one of the order, which depends on the position but not on the ranks."""
+        """Return the sample, or the first good one after `position` in the order. It does not depend on the ranks."""
         if not isinstance(sample.members, DataError):
             return sample
         for offset in range(1, _MAX_CANDIDATES + 1):

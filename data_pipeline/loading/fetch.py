@@ -53,7 +53,7 @@ class FetchLimits:
     horizon: int
     """Number of groups that are known ahead. Samples that occur in them are kept once they are read."""
     max_bytes: int = _MAX_HELD_BYTES
-    """Limit in bytes. Above it, the samples whose next use is farthest away are dropped and read again later."""
+    """Limit of the bytes held. Above it, samples whose next use is farthest away are dropped and read again later."""
 
 
 class SampleFetcher:
@@ -202,7 +202,7 @@ class SampleFetcher:
     def _fetch_range(self, dataset: int, shard: int, start: int, length: int) -> bytes:
         """Return a byte range of a shard.
 
-        The first read of a shard checks its size against the manifest; later reads require the same ETag.
+        Before the first read of a shard, its size is compared with the manifest. All reads require the ETag found then.
         """
         manifest = self._manifests[dataset]
         url = manifest.shard_url(shard)

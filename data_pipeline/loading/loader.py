@@ -79,8 +79,9 @@ class LoaderSpec:
     """The part of the work that one rank loads."""
 
     global_batch: int
+    """Number of images in a step over all ranks, without fillers."""
     micro_batch: int
-    """Largest size of a micro-batch; see `step_positions`."""
+    """Largest number of images in a micro-batch; see `step_positions`."""
     rank: int
     world: int
     start_step: int
@@ -112,7 +113,8 @@ def build_loader(
 
     Raises:
         DataError: the category tables of the data sets contradict each other, copy-paste has no things to paste, or a
-            sample is damaged. LoaderDiedError: a loader process died.
+            sample is damaged.
+        LoaderDiedError: a loader process died.
         StorageError: a shard cannot be read.
     """
     things = _thing_labels(manifests[0], data)
@@ -173,6 +175,8 @@ def eval_batches(
     shrink: Shrink = "area",
 ) -> Generator[EvalBatch]:
     """Yield one batch for each group of rows of a manifest (see `eval_groups`). One batch is prepared ahead.
+
+    `collate_eval` explains `shortest_edge`, `max_size` and `shrink`.
 
     Raises:
         DataError: a sample is damaged.
@@ -254,7 +258,7 @@ def _raw_batches(
     micro_batches, fetch_positions = tee(
         positions for step in count(spec.start_step) for positions in spec.positions(step)
     )
-    # Reads start well before a micro-batch is due, because one that waits for its bytes delays finished batches.
+    # Reads start well before a micro-batch is due. A micro-batch that waits for its bytes delays all later ones.
     horizon = look_ahead(data, spec.world)
     chunks = [group_chunks(m.shard, m.offset, chunk_bytes(data)) for m in manifests]
     upcoming = UpcomingChunks(manifests, chunks, order, spec.world, spec.local_ranks or (spec.rank,))
@@ -363,7 +367,7 @@ def _start_worker(_: int) -> None:
 def _exit_with_parent() -> None:
     """Exit when the training process exits, even if it is killed.
 
-    The parent of a worker is the fork server, which would stay alive in that case.
+    torch's own check would not notice, because it watches the fork server, which lives as long as its workers.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -56,7 +56,7 @@ from m2f.data_pipeline.sources import (
 
 
 class Reader(Protocol):
-    """A raw data set with random access. Picklable; `subset` reduces it to the samples that one task needs."""
+    """A raw data set with random access. It is picklable: a Ray task receives the `subset` that it writes."""
 
     @property
     def categories(self) -> CategoryTable:
@@ -70,7 +70,7 @@ class Reader(Protocol):
 
     @property
     def unusable(self) -> Sequence[UnusableAnnotation]:
-        """Return the annotations that are left out because their annotation file shows that they are unusable."""
+        """Return the annotations that are left out because of errors in the annotation file itself."""
         ...
 
     def source(self, index: int) -> str:
@@ -78,7 +78,7 @@ class Reader(Protocol):
         ...
 
     def files(self, index: int) -> tuple[Path, ...]:
-        """Return the image and map files of a sample in a fixed order; empty if it is not made from files."""
+        """Return the image file and then the map files of a sample, in a fixed order; empty if it has no files."""
         ...
 
     def read(self, index: int) -> Sample:
@@ -100,7 +100,7 @@ def open_reader(source: SourceConfig, max_pixels: int = DatasetConfig.max_pixels
     Args:
         source: settings of the source.
         max_pixels: limit of height x width of an image.
-        skip_bad: accept unusable annotations that the annotation file shows; they are left out.
+        skip_bad: leave out annotations with errors in the annotation file, instead of raising an error.
 
     Raises:
         DataError: files are missing, unreadable or contradict each other, or annotations are unusable.
@@ -117,7 +117,8 @@ def open_dataset(dataset: DatasetConfig) -> tuple[Reader, tuple[UnusableAnnotati
     The reader applies the settings `background`, `part` and `tiles`.
 
     Raises:
-        DataError: the data set has no source, or its files are missing, unreadable or contradict each other.
+        DataError: the data set has no source; its files are missing, unreadable or contradict each other; or
+            `background`, `part` or `tiles` cannot be applied.
     """
     if dataset.source is None:
         raise DataError("no source is configured; set datasets.<name>.source")
@@ -186,8 +187,8 @@ def _open(source: SourceConfig, max_pixels: int) -> Reader:
 def source_fingerprint(source: SourceConfig) -> str:
     """Return a hex digest of the settings and the annotation files of a source. It is part of a shard plan's identity.
 
-    Folder names are not included, so that a data set can be moved. Images are not included; they are checked when they
-    are written to shards.
+    Folder names are not included, so that a data set can be moved. Images and maps are not included either; each shard
+    keeps a record of its own source files.
     """
     digest = hashlib.sha256(source.kind.encode())
     files: tuple[str | None, ...] = ()

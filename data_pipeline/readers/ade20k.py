@@ -20,14 +20,14 @@ _UNKNOWN = "are not classes of the challenge (labels 0 to 150, instances 1 to 10
 _THINGS = CATEGORIES_150.for_task("instance")
 """The 100 things in the order of the 150 classes. Instance maps number them from 1."""
 _IS_STUFF = np.array([not (c := CATEGORIES_150.by_id.get(value)) or not c.is_thing for value in range(256)])
-"""[256] bool by label: whether it is void or stuff, which instance maps do not contain."""
+"""[256] bool by label: False for things, which instance maps contain; True for void, stuff and unknown labels."""
 
 
 def open_ade20k(source: Ade20kSource, max_pixels: int) -> MapReader:
     """Return the reader of the data set: panoptic if `instances` is given, otherwise semantic.
 
     Raises:
-        DataError: files are missing.
+        DataError: a folder is missing, or an image or map has no partner.
     """
     images = require_folder(source.images)
     folders = [require_folder(f) for f in (source.annotations, source.instances) if f is not None]

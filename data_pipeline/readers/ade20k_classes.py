@@ -1,9 +1,9 @@
 """Class lists of ADE20K: the 150 classes of the challenge and the 847 classes of the benchmark of the full release.
 
 The 150 classes have the colours of the challenge's palette. The 847 classes are those of facebookresearch/MaskFormer,
-datasets/prepare_ade20k_full_sem_seg.py, by their index in the release. Names keep only
-the first synonym if that is unique. Things are the classes of the challenge's instance track
-(datasets/ade20k_instance_catid_mapping.txt there).
+datasets/prepare_ade20k_full_sem_seg.py, with their index in the release. Names keep only the first synonym if that is
+unique. Things are the classes of the challenge's instance track (datasets/ade20k_instance_catid_mapping.txt in the same
+repository).
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ _CLASSES_847 = """
 1089 gear shift; 2826 towel rail; 3148 adding machine
 """
 
-# Indices in the full release of the classes behind the challenge's 100 things (and 246, which is not among the 847).
+# Indices in the full release of the classes that correspond to the challenge's 100 things. Index 246 also does, but is
+# left out, because it is not among the 847 classes.
 _THINGS_847 = """
 165 3055 350 1831 774 783 2684 687 471 401 1735 2473 2329 1564 57 2272 907 724 2985 533 1395 155 2053 689 266 581 2380
 491 627 2388 943 2096 2530 420 1948 1869 2251 239 571 2793 978 236 181 629 2598 1744 1374 591 2679 223 47 327 2821

@@ -19,7 +19,11 @@ from m2f.data_pipeline.sources import Ade20kFullSource
 
 
 def open_ade20k_full(source: Ade20kFullSource, max_pixels: int) -> MapReader:
-    """Return the reader of all images below a folder of the release. Raises DataError if a `_seg.png` is missing."""
+    """Return the reader of all images below a folder of the release.
+
+    Raises:
+        DataError: a `_seg.png` is missing, or the categories file is invalid.
+    """
     folder = require_folder(source.folder)
     categories = categories_847() if source.categories is None else read_category_file(source.categories, ())[0]
     records = pair_files(folder, folder, image_endings=(".jpg",), map_endings=("_seg.png",), base_names=True)
@@ -40,7 +44,7 @@ class ObjectMaps:
         """Return one segment for each instance and each stuff class."""
         colors = read_color_map(maps[0], max_pixels)
         classes = (colors & 255) // 10 * 256 + (colors >> 8 & 255)
-        # Every value is a known class or void, so the message for unknown values is never used.
+        # Classes outside the table are void, so no value is unknown and the message for unknown values is never used.
         return partition(classes * np.uint32(256) + (colors >> 16), self._classify, maps[0], "")
 
     def _classify(self, value: int) -> Region | None:

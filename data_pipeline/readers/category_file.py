@@ -1,4 +1,4 @@
-"""Read the user's description of the classes in label maps: a JSON list of {label, name, color, isthing}."""
+"""Read the user's file of classes in label maps: a JSON list of {label, name, color, isthing}."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_category_file(
 ) -> tuple[CategoryTable, frozenset[int]]:
     """Return the categories in the order of the file, and all void labels.
 
-    A COCO file with `categories`, or a list of COCO categories, is also accepted; its `id` is then the label.
+    The file may also be a COCO file with `categories`, or a list of COCO categories; their `id` is then the label.
 
     Args:
         path: the JSON file.

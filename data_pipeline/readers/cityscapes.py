@@ -59,7 +59,7 @@ def open_cityscapes(source: CityscapesSource, max_pixels: int) -> MapReader:
     """Return the reader of the instance maps, which contain all information of the label maps.
 
     Raises:
-        DataError: files are missing.
+        DataError: a folder is missing, or an image or map has no partner.
     """
     images, annotations = require_folder(source.images), require_folder(source.annotations)
     records = pair_files(images, annotations, image_endings=(_IMAGE_ENDING,), map_endings=_MAP_ENDINGS, base_names=True)
@@ -129,7 +129,7 @@ def _category_entries(annotations: Sequence[Any], path: str) -> list[dict[str, A
 def _label_and_category(segment: Any) -> tuple[int, int]:
     """Return the label in the id of a segment, and its category id.
 
-    For an invalid segment return -1 and -2; it is left out later.
+    Returns -1 and -2 for an invalid segment, which is left out later.
     """
     try:
         segment_id, category = (

@@ -103,8 +103,8 @@ def check_annotations(
 ) -> tuple[dict[str, list[Mapping[str, Any]]], list[UnusableAnnotation]]:
     """Return the usable annotations by image, each with a unique id, and the unusable ones.
 
-    A usable annotation has a known category and a valid crowd flag. Nothing else depends on ids, so annotations with a
-    missing, repeated or invalid id get a new one.
+    A usable annotation has a known category and a valid crowd flag. Nothing in the file refers to annotation ids,
+    so annotations with a missing, repeated or invalid id get a new one.
 
     Raises:
         DataError: no annotation has a segmentation.
@@ -121,7 +121,7 @@ def check_annotations(
             try:
                 where = f"annotation {str(entry.get('id'))[:40]}"
                 coco_json.known_category(entry, categories, where)
-                optional_flag(entry, "iscrowd", where)  # often invalid throughout a file, so report it early
+                optional_flag(entry, "iscrowd", where)  # often invalid in a whole file, so report it early
             except DataError as error:
                 unusable.append(UnusableAnnotation(path, str(error)))
                 continue

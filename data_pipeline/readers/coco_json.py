@@ -31,11 +31,12 @@ class CocoImage:
     """An entry of `images`."""
 
     id: int
-    """Id in the file if all ids are integers of at most 18 digits (COCO), otherwise the position in the file
-    (Cityscapes, Mapillary)."""
+    """Id in the file if all ids in it are integers of at most 18 digits (COCO), otherwise the position of the image in
+    the file (Cityscapes, Mapillary)."""
     source_id: str
-    """Id as text, which annotations refer to."""
+    """Id in the file as normalised text, by which annotations refer to the image."""
     file_name: str
+    """Path relative to the folder of images."""
     height: int
     width: int
     size_is_read: bool = False
@@ -134,7 +135,7 @@ def read_color(entry: Mapping[str, Any], number: int, where: str) -> tuple[int, 
 def group_by_image(
     document: Mapping[str, Any], images: Collection[CocoImage], path: str
 ) -> tuple[dict[str, list[dict[str, Any]]], list[UnusableAnnotation]]:
-    """Return the annotations by `source_id` of their image, and those whose image is not listed."""
+    """Return the annotations by `source_id` of their image, and those whose image id is invalid or not listed."""
     groups: dict[str, list[dict[str, Any]]] = {image.source_id: [] for image in images}
     unlisted = []
     for number, entry in enumerate(document["annotations"]):
@@ -188,7 +189,7 @@ def category_id(entry: Any, name: str, where: str) -> int:
 
 
 def read_segments(entry: Any, where: str) -> list[Any]:
-    """Return the list of segments of a panoptic annotation. Raises DataError if there is none."""
+    """Return the list of segments of a panoptic annotation. Raises DataError if it is missing or not a list."""
     segments = field(entry, "segments_info", where)
     if not isinstance(segments, list):
         raise DataError(f"{where}: segments_info is not a list")
@@ -219,7 +220,7 @@ def optional_area(entry: Mapping[str, Any], where: str) -> float | None:
 
 
 def _is_finite(value: float) -> bool:
-    """Return whether a JSON number is a finite float. Its integers can have thousands of digits."""
+    """Return whether a JSON number is finite as a float. JSON integers can be too large for a float."""
     try:
         return math.isfinite(value)
     except OverflowError:

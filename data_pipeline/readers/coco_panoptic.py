@@ -35,6 +35,7 @@ from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample, Segment, id_dt
 from m2f.data_pipeline.sources import CocoPanopticSource
 
 Instances = Sequence[Mapping[str, Any]]
+"""COCO instance annotations of one image."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class PanopticRecord:
     key: str
     image: CocoImage
     mask_name: str
+    """Path of the map relative to the folder of maps."""
     segments: Sequence[Mapping[str, Any]]
+    """Usable entries of `segments_info`."""
     instances: Instances | None
+    """Instances of the second file; None if the source has no such file."""
     unusable_ids: frozenset[int] = frozenset()
     """Ids of segments that are left out. Their pixels are void."""
 
@@ -133,8 +137,10 @@ class CocoPanopticReader:
     def _read_map(self, record: PanopticRecord) -> tuple[np.ndarray, tuple[Segment, ...], list[str]]:
         """Return the map [H, W] of local ids, its segments, and one message per fault.
 
-        Segments that cannot be used and ids that are not listed are faults; their pixels become void. Raises DataError
-        if the map and the image differ in size.
+        Segments that cannot be used and ids that are not listed are faults; their pixels become void.
+
+        Raises:
+            DataError: the map cannot be read, or differs from the image in size.
         """
         path = self.masks / record.mask_name
         ids = read_color_map(path, self.max_pixels)

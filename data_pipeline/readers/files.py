@@ -1,4 +1,4 @@
-"""File functions of all readers: finding files, making keys from their names, and loading and checking images."""
+"""File functions of all readers: reading files, making keys from their names, and loading and checking images."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class LoadedImage:
 
 
 def load_image(path: Path, height: int, width: int, max_pixels: int) -> LoadedImage:
-    """Read an image file and check it like `check_image`. Raises DataError that names the file."""
+    """Read an image file and check it like `check_image`. Raises DataError, which names the file, if it is unusable."""
     return check_image(read_bytes(path), height, width, max_pixels, str(path))
 
 
 def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str) -> LoadedImage:
     """Check that the content of an image file decodes to `height` x `width`, and return it.
 
-    JPEG and PNG files with 8 bits are unchanged. TIFF, BMP, WebP and 16-bit files are converted to 8-bit RGB PNGs
-    without loss, except that the lower 8 of 16 bits are dropped; see `decode_rgb`.
+    JPEG and PNG files of at most 8 bits are unchanged. TIFF, BMP, WebP and 16-bit PNG files are decoded by `decode_rgb`
+    and returned as 8-bit RGB PNG in the orientation of the annotation. Of 16 bits, only the upper 8 are kept.
 
     Raises:
         DataError: the image is damaged, has another size, is not supported or exceeds `max_pixels`. The message begins
@@ -56,7 +56,7 @@ def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str
         require_size(header, max_pixels)
         orientation = frame_orientation(header, height, width)
         if header.ext == "jpg" and header.bit_depth > 8:
-            raise BrokenImageError(f"{header.bit_depth}-bit JPEG files are not supported; convert it to 8 bits")
+            raise BrokenImageError(f"{header.bit_depth}-bit JPEG files are not supported; convert the image to 8 bits")
         if header.ext in ("jpg", "png") and header.bit_depth <= 8:
             check_pixels(data, header)
             return LoadedImage(data, header.ext)
@@ -66,7 +66,7 @@ def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str
 
 
 def shown_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an image as viewers show it. If it is unreadable return zeros; reading reports it."""
+    """Return height and width of an image as viewers show it; zeros for an unusable file, reported by `read` later."""
     try:
         header = read_header(path.read_bytes())
     except (OSError, BrokenImageError):
@@ -125,7 +125,7 @@ def _require_local(path: str) -> None:
 
 
 def relative_name(name: Any, where: str) -> str:
-    """Return a file name from an annotation file. A leading `./` is allowed.
+    """Return a file name from an annotation file, unchanged, after checking it. A leading `./` is allowed.
 
     Raises:
         DataError: the name is not a valid path inside its folder.
@@ -137,8 +137,9 @@ def relative_name(name: Any, where: str) -> str:
 def make_key(file_name: str) -> str:
     """Return the sample key for a relative file name, made from the name without its extension.
 
-    Keys have only ASCII letters, digits, `_` and `-`, because others confuse tar tools (webdataset splits names at the
-    first dot). In other names and in long names, a digest is added so that different names have different keys.
+    Keys have only ASCII letters, digits, `_` and `-`, because other characters confuse tar tools (webdataset splits
+    names at the first dot). If a name has other characters or is long, characters are replaced or cut, and a digest is
+    added so that different names have different keys.
     """
     stem = str(PurePosixPath(file_name).with_suffix(""))
     clean = re.sub(r"[^A-Za-z0-9_-]", "-", stem)

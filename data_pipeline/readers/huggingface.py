@@ -31,7 +31,7 @@ def open_huggingface(source: HuggingFaceSource, max_pixels: int) -> MapReader:
 
 @dataclass(frozen=True)
 class ClassAndInstanceMaps:
-    """Decoder of maps in which red is the class and green + 256 blue the instance number.
+    """Decoder of maps in which red is the class, and green + 256 x blue is the instance number.
 
     Blue is 0 for up to 255 instances. Each pair of a thing class and a number is one instance. Instance numbers of
     stuff are ignored.

@@ -37,7 +37,7 @@ _LOSSY_ENDINGS = (".jpg", ".jpeg", ".webp")
 
 
 class MapDecoder(Protocol):
-    """Decoder of the maps of a data set. Picklable."""
+    """Decoder of the maps of a data set. It is picklable."""
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
         """Return the ground truth of one image from its map files. Raises DataError with the file and the problem."""
@@ -68,7 +68,7 @@ class MapReader:
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Return the keys in the order of the file names."""
+        """Return the keys in the order of `records`."""
         return tuple(record.key for record in self.records)
 
     @property
@@ -162,7 +162,7 @@ def pair_files(
             format.
     """
     image_names = _names_by_stem(images, image_endings)
-    if images in maps:  # `a.png` beside its map `a_mask.png`
+    if images in maps:  # the folder also holds the maps, for example `a.png` and `a_mask.png`
         map_suffixes = tuple(ending.lower() for ending in (*map_endings, *other_map_endings))
         image_names = {stem: name for stem, name in image_names.items() if not name.lower().endswith(map_suffixes)}
     if not image_names:
@@ -201,7 +201,7 @@ def _refuse_lossy(folder: Path, stems: set[str]) -> None:
 
 
 def _names_by_stem(folder: Path, endings: tuple[str, ...]) -> dict[str, str]:
-    """Return the relative names of all files with one of the endings, by stem."""
+    """Return the relative names of all files with one of the endings, by stem. Raises DataError for a repeated stem."""
     names: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

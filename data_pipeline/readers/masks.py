@@ -32,7 +32,7 @@ _MAX_SHARE_OUTSIDE = 0.2
 """Share of an object's area outside the frame above which it is reported. Annotators often exceed the frame by a pixel
 or two."""
 _MAX_RLE_PIXELS = 2**32
-"""Limit of height x width, because pycocotools counts in 32 bits."""
+"""Height x width must be below this, because pycocotools counts in 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,8 @@ def area_mismatches(areas: Iterable[tuple[float, int]]) -> list[str]:
 def share_outside(rings: Sequence[Sequence[float]], height: int, width: int) -> float:
     """Return the share, 0 to 1, of the area of polygons (rings x, y, x, y, ...) that lies outside the frame.
 
-    It is 1 only if all rings are completely outside. If some are inside, an area below 100 pixels counts as 0.
+    The result is 1 only if all rings are completely outside. If a ring reaches into the frame and all rings together
+    have an area below 100 pixels, the result is 0.
     """
     points = [np.asarray(ring, np.float64).reshape(-1, 2) for ring in rings]
     if all((ring >= 0).all() and (ring <= (width, height)).all() for ring in points):
@@ -176,7 +177,7 @@ def _is_short(ring: Any) -> bool:
 
 
 def _rings(segmentation: Any) -> tuple[tuple[float, ...], ...] | None:
-    """Return the rings of a valid polygon segmentation; None for run lengths."""
+    """Return the rings with an area of a valid polygon segmentation; None for run lengths."""
     if not isinstance(segmentation, list):
         return None
     return tuple(tuple(map(float, ring)) for ring in segmentation if not _is_short(ring))
@@ -235,7 +236,7 @@ def read_rle(segmentation: Any, height: int, width: int, name: str) -> Any:
 
 
 def checked_areas(texts: Sequence[str], height: int, width: int) -> np.ndarray | None:
-    """Return the pixels [N] int64 of masks given as compressed RLEs; None if one of them is invalid."""
+    """Return the pixel counts [N] int64 of masks given as compressed RLEs; None if one of them is invalid."""
     if height * width >= _MAX_RLE_PIXELS:
         return None
     try:
@@ -264,7 +265,7 @@ def _checked_rle(counts: Any, height: int, width: int, name: str) -> Any:
 
 
 def _polygons(polygons: list[Any], height: int, width: int, name: str) -> Any:
-    # Rings of two points have no area. Only the other rings of the object are used, as in pycocotools.
+    # Rings of at most two points have no area. Only the other rings of the object are used, as in pycocotools.
     polygons = [ring for ring in polygons if not _is_short(ring)] or polygons
     for polygon in polygons:
         # pycocotools would interpret four numbers as a box.

@@ -10,7 +10,7 @@ import numpy as np
 from m2f.data_pipeline.errors import DataError
 
 _MAX_DIGITS = 7
-"""Maximum characters of one number; each holds 5 bits, so 35 bits together."""
+"""Largest number of characters of one number. Each holds 5 bits, so 35 bits together."""
 _BATCH_SIZE = 2000
 """Number of texts that are parsed together, which limits memory."""
 
@@ -35,10 +35,10 @@ def check_counts(counts: Any, height: int, width: int, name: str) -> None:
     """Check the `counts` of one mask, given as a text or as a list of runs.
 
     Raises:
-        DataError: they are invalid; its message begins with `name`.
+        DataError: the counts are invalid. The message begins with `name`.
     """
     if isinstance(counts, list):
-        if not all(type(run) is int for run in counts):  # 400.5, true
+        if not all(type(run) is int for run in counts):  # refuses 400.5 and true
             raise DataError(f"{name}: its RLE is damaged; runs must be whole numbers")
         is_valid = all(run >= 0 for run in counts) and sum(counts) == height * width
     else:

@@ -41,7 +41,7 @@ def recorded_reads() -> Iterator[dict[Path, FileState]]:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the content of a file. Inside `recorded_reads`, also record its state. Raises OSError."""
+    """Return the content of a file. Inside `recorded_reads`, also record its state. Raises OSError if reading fails."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())  # before the content, so that a change during the read is detected next time
         data = file.read()

@@ -112,7 +112,8 @@ class SyntheticReader:
 def write_synthetic_coco(folder: str | Path, source: SyntheticSource) -> CocoPanopticSource:
     """Write the data set as COCO files: images, panoptic JSON and PNGs, and instances JSON.
 
-    Returns the source settings to read them. The COCO readers return the same samples as SyntheticReader.
+    Returns the source settings for reading the files. CocoPanopticReader then returns the same samples as
+    SyntheticReader.
     """
     root = Path(folder)
     for name in ("images", "panoptic"):
@@ -152,7 +153,7 @@ def _segments(drawn: SyntheticImage) -> tuple[Segment, ...]:
             is_crowd=False,
             area=float(areas[local_id]),
             bbox=pixel_box(drawn.seg == local_id),
-            source_id=1009 * local_id,  # ids use two colour channels of the panoptic PNG
+            source_id=1009 * local_id,  # large enough to use two colour channels of the panoptic PNG
             map="seg",
         )
         for local_id, name in enumerate(drawn.names, start=1)

@@ -21,7 +21,7 @@ _LARGE_DIAMETERS = (30.0, 60.0)
 _TILT = 0.15
 """Largest rotation of shapes in radians: enough to vary, and little enough to learn in minutes."""
 _OVERLAP_SHARE = 0.7
-"""Share of large objects that are placed across the edge of an earlier object."""
+"""Probability that a place tried for a large object lies across the edge of an earlier object."""
 _MIN_VISIBLE = 0.4
 """Smallest visible share of the pixels of each object."""
 _MAX_TRIES = 30
@@ -91,8 +91,8 @@ def draw_image(
 def _draw_background(random: np.random.Generator) -> _Canvas:
     """Return a canvas with regions around random points, each with a different texture in two greyish tones.
 
-    Objects are brighter and colourful, so few images suffice to learn what an object is. Only the outline shows its
-    class.
+    Objects are brighter and colourful, so a model learns from few images what an object is. Only the outline of an
+    object shows its class.
     """
     height, width = (int(side) for side in random.integers(_SIDE[0], _SIDE[1] + 1, size=2))
     names = [str(n) for n in random.permutation(TEXTURES)[: random.integers(_REGIONS[0], _REGIONS[1] + 1)]]
@@ -135,7 +135,7 @@ def _add_object(canvas: _Canvas, diameter: float, random: np.random.Generator) -
 
 
 def _propose_center(canvas: _Canvas, diameter: float, random: np.random.Generator) -> tuple[float, float]:
-    """Return a random x and y; for 70 % of the large objects, a place across the edge of an earlier object."""
+    """Return a random x and y; for a large object with probability 70 %, across the edge of an earlier object."""
     height, width = canvas.seg.shape
     if not canvas.centers or diameter < _LARGE_DIAMETERS[0] or random.random() > _OVERLAP_SHARE:
         return random.uniform(0, width), random.uniform(0, height)

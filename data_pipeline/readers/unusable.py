@@ -1,4 +1,4 @@
-"""Annotations that are unusable according to their annotation file."""
+"""Annotations that are unusable because of errors in the annotation file itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class UnusableAnnotation:
 
 
 def require_all_usable(unusable: Sequence[UnusableAnnotation]) -> None:
-    """Raise DataError, with a list of the annotations and the remedy, if there are any."""
+    """Raise DataError if there are unusable annotations. The message lists up to 10 of them and names the remedy."""
     if not unusable:
         return
     listed = [f"  {entry.source}: {entry.message}" for entry in unusable[:_MAX_LISTED]]

@@ -54,13 +54,18 @@ class AugmentParams:
     canvas: tuple[int, int]
     """Height and width of the result. The crop is as large as possible; the rest, right and below, is padding."""
     flip: bool = False
+    """Whether to mirror left and right after the crop."""
     shrink: Shrink = "area"
     color: ColorJitter | None = None
 
 
 @dataclass(frozen=True)
 class AxisCrop:
-    """One axis of a crop. Source pixels start..stop are scaled; then `skip` pixels are dropped and `length` kept."""
+    """One axis of a crop.
+
+    Pixels start..stop - 1 of the `source` pixels are resized by the factor `scale`. Then `skip` pixels are dropped, and
+    the next `length` pixels are kept.
+    """
 
     start: int
     stop: int
@@ -77,8 +82,8 @@ class AxisCrop:
     def pillow_nearest(self, mirrored: bool = False) -> np.ndarray:
         """Return the same indices computed by Pillow, which decides differently if two pixels are equally near.
 
-        With `mirrored`, the axis is mirrored before the resize and the result mirrored back, because the official code
-        flips before it resizes.
+        With `mirrored`, the axis is mirrored before the resize, and the result is mirrored back. This equals the
+        official code, which flips before it resizes.
         """
         pixels = np.arange(self.source, dtype=np.int32)[None]
         scaled = round(self.source * self.scale)
@@ -90,7 +95,7 @@ class AxisCrop:
 
 @dataclass(frozen=True)
 class Augmented:
-    """Result of `augment`."""
+    """An augmented image with its id maps."""
 
     image: np.ndarray
     """[H, W, 3] uint8."""
@@ -125,7 +130,8 @@ def large_scale_jitter(
 ) -> AugmentParams:
     """Return the official geometry for given draws.
 
-    The flip comes first. One `crop_position` in [0, 1] determines both crop offsets.
+    The official code flips before it crops, so a flip mirrors the horizontal offset here. One `crop_position` in [0, 1]
+    determines both offsets.
     """
     factor = min(config.size * scale / size[0], config.size * scale / size[1])
     height, width = (max(1, round(side * factor)) for side in size)
@@ -141,10 +147,10 @@ def draw_shortest_edge_crop(rng: np.random.Generator, size: tuple[int, int], con
     """Draw a shortest edge, a uniform crop position, colour jitter, and a flip with probability 1/2."""
     edge, y, x, flip = rng.random(4)
     scaled = shortest_edge_size(size, _pick(config.shortest_edges, edge), config.max_size)
-    canvas_length = tuple(max(side - crop, 0) for side, crop in zip(scaled, config.crop, strict=True))
+    largest_offset = tuple(max(side - crop, 0) for side, crop in zip(scaled, config.crop, strict=True))
     return AugmentParams(
         scaled=scaled,
-        offset=(_uniform_int(0, canvas_length[0], y), _uniform_int(0, canvas_length[1], x)),
+        offset=(_uniform_int(0, largest_offset[0], y), _uniform_int(0, largest_offset[1], x)),
         canvas=config.crop,
         flip=bool(flip < 0.5),
         shrink=config.shrink,
@@ -313,8 +319,8 @@ def _cropped_axis(source: int, scaled: int, offset: int, canvas_length: int) -> 
     scale, length = scaled / source, min(scaled, canvas_length)
     if length == scaled:
         return _whole_axis(source, scaled, 0, canvas_length)
-    # One more pixel on both sides gives interpolation its neighbours. The part can only be placed on whole output
-    # pixels, so among the nearby starts the one that lands closest to a whole pixel is chosen.
+    # Interpolation needs one more pixel on both sides. A resized part starts at a whole output pixel, so the content
+    # shifts least for the start whose scaled position is closest to a whole number.
     latest = max(0, int(offset / scale) - 1)
     starts = np.arange(max(0, latest - _MAX_EARLIER_START), latest + 1)
     start = int(starts[np.argmin(np.abs(starts * scale - np.round(starts * scale)))])

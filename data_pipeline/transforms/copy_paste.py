@@ -2,9 +2,9 @@
 
 Both images are augmented independently. Then some things of the partner are pasted and cover the pixels under them.
 
-The partner of a position is the sample at a later position of the same lane of the order. If the number of ranks
-divides the number of lanes, the rank that reads a lane reads both samples anyway, so copy-paste needs no extra reads.
-Everything is a function of the position.
+The partner of a position is the sample at a later position, at a distance that is a multiple of `data.lanes`. If the
+number of ranks divides `data.lanes`, one rank reads both samples anyway, so copy-paste needs no extra reads. All random
+choices are functions of the seed and the position.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from m2f.data_pipeline.randomness import Stream, sample_rng
 from m2f.data_pipeline.transforms.targets import MAX_UINT8_TARGETS, ImageTargets, present_ids
 from m2f.model.structures import BACKGROUND_ID, ignore_id
 
-_PASTE_PROBABILITY = 0.5  # share of the partner's objects that are pasted (the paper: "a random subset")
+_PASTE_PROBABILITY = 0.5  # probability that an object of the partner is pasted (the paper: "a random subset")
 
 
 @dataclass(frozen=True)
 class PasteResult:
-    """Result of `paste`."""
+    """Targets of an image after objects were pasted onto it."""
 
     targets: ImageTargets
     mask: np.ndarray
@@ -61,7 +61,8 @@ def paste(base: ImageTargets, partner: ImageTargets, objects: np.ndarray, *, mer
         base: targets of the image that receives the objects.
         partner: targets of the image that the objects come from.
         objects: [k] rows of the partner's targets.
-        merge_classes: merge an object into the base's target of the same class (semantic: one target per class).
+        merge_classes: merge an object into the base's target of the same class. The semantic task needs this, because
+            it has one target per class.
     """
     labels = partner.labels[objects]
     id_by_label = {int(label): int(id_) for label, id_ in zip(base.labels, base.local_id, strict=True)}

@@ -61,12 +61,14 @@ class Example:
 
     key: str
     dataset: int
+    """Index of the data set in the mixture."""
     position: int
+    """Position in the order."""
     image: np.ndarray
     """[H, W, 3] uint8 RGB."""
     targets: ImageTargets
     size: tuple[int, int]
-    """Height and width of the part that is not zero padding; see `Batch.sizes`."""
+    """Height and width of the part outside which pixels are 0 after normalisation; see `Batch.sizes`."""
     dropped: int
     """Number of targets removed because no pixel of them is visible."""
 

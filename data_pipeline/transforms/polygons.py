@@ -112,7 +112,7 @@ def rasterise(rings: Sequence[np.ndarray], height: int, width: int) -> tuple[tup
     shape = rows.stop - rows.start, columns.stop - columns.start
     if 0 in shape:
         return (rows, columns), np.zeros(shape, bool)
-    from pycocotools import mask as coco_mask  # here, since recorded batches train without pycocotools
+    from pycocotools import mask as coco_mask  # imported here, so that other settings train without pycocotools
 
     flat = [(ring - (left, top)).ravel().tolist() for ring in rings]
     mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, *shape)))

@@ -43,7 +43,7 @@ def image_targets(sample: DecodedSample, task: Task, labels: Mapping[int, int]) 
     - panoptic: one target per segment, without crowds. Crowd pixels and unlabelled pixels are ignored.
     - semantic: one target per class. Crowds count as pixels of their class; unlabelled pixels are ignored.
     - instance: one target per thing, without crowds, from `inst` if present, otherwise from the things of `seg`. Crowd
-      pixels are ignored; all others are background.
+      pixels are ignored; all remaining pixels are background.
 
     Args:
         sample: a decoded sample.
@@ -144,7 +144,7 @@ def _remap(
 
 
 def present_ids(layer: np.ndarray) -> np.ndarray:
-    """Return a bool per possible id: whether it occurs in a map [H, W].
+    """Return a bool for each possible id: whether the id occurs in a map [H, W].
 
     Only the first pixel of each run in a row is looked up. This is five times as fast as a histogram of all pixels.
     """

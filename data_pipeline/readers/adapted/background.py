@@ -1,4 +1,4 @@
-"""Background class for instance data: adds a panoptic map, which also allows semantic training."""
+"""Add a background class and a panoptic map to instance data, which allows panoptic and semantic training."""
 
 from __future__ import annotations
 

@@ -11,13 +11,17 @@ from m2f.data_pipeline.readers.map_reader import MapReader, pair_files
 from m2f.data_pipeline.sources import CocoStuffSource
 
 _LAST_THING = 91
+"""Largest id of a thing; all larger ids are stuff."""
 _VOID = 255
 
 
 def open_coco_stuff(source: CocoStuffSource, max_pixels: int) -> MapReader:
     """Return the reader of `stuffthingmaps`. A pixel value is the class id minus 1.
 
-    Id 0 of labels.txt, `unlabeled`, is not a class; value 255 is void. Raises DataError if files are missing.
+    Id 0 of labels.txt, `unlabeled`, is not a class; value 255 is void.
+
+    Raises:
+        DataError: an image or map has no partner, or labels.txt is invalid.
     """
     images, labels = require_folder(source.images), require_folder(source.labels)
     rows = [row for row in read_legend(source.label_names).categories if row.id > 0]

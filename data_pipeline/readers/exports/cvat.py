@@ -87,8 +87,10 @@ def _part(shape: Element, label_ids: dict[str, int], height: int, width: int) ->
 def _mask(shape: Element, height: int, width: int) -> dict[str, object]:
     """Return the mask of a shape as COCO run lengths of the whole image.
 
-    CVAT writes runs row by row within the window of the mask, beginning with background. Raises DataError if they are
-    invalid.
+    CVAT writes runs row by row within the window of the mask, beginning with background.
+
+    Raises:
+        DataError: the runs or the window are invalid, or the window is outside the image.
     """
     x, y, w, h = (whole_number(shape.attrib, name, INVALID_FIELD) for name in ("left", "top", "width", "height"))
     runs = _numbers(shape.get("rle", ""))

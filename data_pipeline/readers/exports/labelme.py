@@ -32,7 +32,7 @@ _IGNORED_LABELS = ("__ignore__", "_background_")
 
 
 def open_labelme(source: LabelmeSource, max_pixels: int) -> CocoInstancesReader:
-    """Return the reader of all JSON files below the folder. Other JSON files are ignored.
+    """Return the reader of all labelme files below the folder `annotations`. Other JSON files are ignored.
 
     Shapes with the same label and `group_id` form one object.
 

@@ -22,6 +22,8 @@ _NAME_PATTERN = r"(?P<name>[^:,]+)"
 def read_legend(path: str) -> CategoryTable:
     """Return the classes of a legend, all as stuff, in file order. Classes without an id are numbered from 0.
 
+    labelme's `_background_` is renamed `background`.
+
     Raises:
         DataError: the file is missing, a line is invalid, or there is no class.
     """

@@ -19,9 +19,9 @@ from m2f.data_pipeline.readers.masks import read_rle
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 
 INVALID_FIELD = "has an invalid field"
-"""Place in messages about a field of a shape; they follow the name of the shape."""
+"""Start of messages about a field of a shape. Callers put the name of the shape before it."""
 _MAX_PIXELS = 2**30
-"""Limit of height x width. The annotation file states the size, and masks are painted before the image is read."""
+"""Limit of height x width. Masks are painted at the size in the annotation file, before the image file is checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ class ObjectPart:
     shape: list[float] | dict[str, Any]
     """A ring x, y, x, y, ... in pixels, or an RLE with COCO's compressed run lengths."""
     group: str | None = None
-    """Parts of an image with the same group and category form one object. None makes the part an object."""
+    """Parts of an image with the same group and category form one object. A part without a group is an object."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnnotatedImage:
-    """An image and its shapes, from the lowest to the top."""
+    """An image and its shapes, in the order of drawing: later shapes lie on top."""
 
     file_name: str
     """Path relative to the folder of images."""
@@ -102,7 +102,7 @@ def _union(shapes: list[Any], height: int, width: int) -> Any:
 
 
 def check_canvas(height: int, width: int) -> None:
-    """Raise DataError if an image of this stated size has more than 2^30 pixels, before memory is taken for it."""
+    """Raise DataError if a stated image size exceeds 2^30 pixels. Call it before memory is allocated for the image."""
     if height * width > _MAX_PIXELS:
         raise DataError(f"belongs to an image of {width} x {height} pixels; the limit is {_MAX_PIXELS}")
 

@@ -23,8 +23,8 @@ from m2f.data_pipeline.sources import YoloSegSource
 def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader:
     """Return the reader of the data set. By the format's rules, an image without a text file has no object.
 
-    Each line is one object. Exports connect several rings of an object by line segments there and back, which have no
-    area.
+    Each line is one object. Exports join several rings of an object by line segments that run there and back, so they
+    add no area.
 
     Raises:
         DataError: the class file is invalid, or there is no image.

@@ -115,7 +115,7 @@ def test_panoptic_segments_with_the_same_id_are_left_out(coco):
 @pytest.mark.parametrize("entry", [None, 5, "segment", []])
 def test_invalid_entries_of_segments_info_are_left_out(coco, entry):
     coco.panoptic[0]["segments_info"].append(entry)
-    assert "segments_info[2] has no field 'category_id'" in _refusal(coco, coco.panoptic_source)
+    assert "segments_info[2]: the field 'category_id' is missing" in _refusal(coco, coco.panoptic_source)
     assert len(open_reader(coco.panoptic_source, skip_bad=True).read(0).annotation.segments) == 2
 
 

@@ -106,7 +106,7 @@ def test_colour_label_maps_are_refused(folder):
     [
         ("{", "is not valid JSON"),
         ("{}", "is not a list"),
-        ('[{"name": "x", "isthing": 1}]', "entry 0 has no field 'label'"),
+        ('[{"name": "x", "isthing": 1}]', "entry 0: the field 'label' is missing"),
         ('[{"label": 255, "name": "x", "isthing": 1}]', "255 is the label of 'x' and in the list of void labels"),
     ],
 )

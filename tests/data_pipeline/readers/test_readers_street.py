@@ -241,7 +241,7 @@ def test_mapillary_maps_give_instances_and_void(vistas):
     [
         ({}, "has no list of up to 256 labels"),
         ({"labels": [LABELS[2]]}, "no label has `evaluate` true"),
-        ({"labels": [{"name": "x", "instances": True}]}, r"labels\[0\] has no field 'evaluate'"),
+        ({"labels": [{"name": "x", "instances": True}]}, r"labels\[0\]: the field 'evaluate' is missing"),
     ],
 )
 def test_invalid_mapillary_config_is_refused(vistas, document, message):
