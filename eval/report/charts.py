@@ -1,8 +1,8 @@
 """Charts as SVG text: curves, bars and a matrix, in the colours of the surrounding page.
 
 Text and grid use the page's text colour, so a chart suits light and dark screens and paper. Charts are 420 units wide:
-one fills a phone's screen, and two or three fit side by side on a desktop's. docs/design.md says why
-matplotlib is not used.
+one fills a phone's screen, and two or three fit side by side on a desktop's. docs/design.md explains why matplotlib is
+not used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SERIES_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9
 """Colours that colour-blind readers can tell apart on white and on black. Further series repeat them, dashed."""
 GOOD, BAD = "#0072b2", "#d55e00"
 MAX_POINTS = 300
-"""Largest number of points of a curve. Longer curves are averaged over groups of neighbouring points."""
+"""Largest number of points that are drawn of a curve. Longer curves are averaged over groups of neighbours."""
 SMALL_SIDE = 150
 """Side length of a small chart's square, in units."""
 MAX_DOTTED_POINTS = 15
@@ -240,7 +240,7 @@ def downsample(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, f
 
 
 def shorten(text: str, letters: int) -> str:
-    """Shorten a text to `letters` characters by cutting out its middle, because names differ at their ends."""
+    """Shorten a text to `letters` characters by cutting out the middle, because names differ at their start or end."""
     if len(text) <= letters:
         return text
     kept = max(1, letters - 2)
@@ -248,7 +248,7 @@ def shorten(text: str, letters: int) -> str:
 
 
 def _finite_runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """Return the runs of points with finite values."""
+    """Return the runs of neighbouring points with finite y."""
     return [list(piece) for finite, piece in groupby(points, lambda point: math.isfinite(point[1])) if finite]
 
 

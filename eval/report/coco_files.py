@@ -38,7 +38,7 @@ def panoptic_annotation(
 
 
 def mask_results(image_id: int, detections: InstanceDetections, classes: Sequence[Category]) -> list[dict[str, Any]]:
-    """Return detections as COCO results with run-length masks, best first.
+    """Return detections as COCO results with run-length masks, in the order of the detections.
 
     Boxes are left out: pycocotools would use the box as the size of a detection, which changes AP by size.
     """
@@ -55,7 +55,7 @@ def image_entry(image_id: int, file_name: str, size: tuple[int, int]) -> dict[st
 
 
 def as_annotations(results: Sequence[dict[str, Any]], first_id: int) -> list[dict[str, Any]]:
-    """Convert results of `mask_results` to annotations with boxes and areas, for viewers, numbered from `first_id`."""
+    """Convert the output of `mask_results` to annotations with boxes and areas for viewers. Ids start at `first_id`."""
     masks = [{**result["segmentation"], "counts": result["segmentation"]["counts"].encode()} for result in results]
     measured = zip(results, mask_boxes(masks).tolist(), mask_areas(masks).tolist(), strict=True)
     return [
@@ -74,7 +74,7 @@ def box_results(image_id: int, detections: InstanceDetections, classes: Sequence
 
 
 def label_png(label_map: np.ndarray, classes: Sequence[Category]) -> bytes:
-    """Return a PNG of labels [H, W] as category ids, with 8 bits or, for larger ids, 16 bits.
+    """Return a PNG of category ids for labels [H, W], with 8 bits or, for larger ids, 16 bits.
 
     The servers of ADE20K and Cityscapes require such maps. See `unlabelled_value` for pixels without a label. Raises
     EvaluationError for ids that no PNG can hold.

@@ -1,6 +1,7 @@
 """Predictions of an evaluation as files for panopticapi, pycocotools and evaluation servers.
 
-Actors store the predictions of their calls, in any order and possibly repeatedly. Then the driver joins them:
+A call evaluates a few images and stores their predictions. Calls may come in any order, and more than once. At the end,
+the driver joins the stored parts:
 
 panoptic.json, panoptic/KEY.png   COCO panoptic format
 instances.json                    COCO results with run-length masks
@@ -43,7 +44,7 @@ _IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png"})
 
 
 class ResultDump:
-    """Collects the predictions of one call's images until they are stored."""
+    """Collects the predictions for the images of one call until they are stored."""
 
     def __init__(self, categories: CategoryTable) -> None:
         self._categories = categories
@@ -76,7 +77,7 @@ class ResultDump:
             storage.put(_part(url, kind, call), _SEPARATOR.join(json.dumps(entry).encode() for entry in entries))
 
     def _png_name(self, sample: DecodedSample) -> str:
-        """Return the file name of an image's map. Raises DataError if the key must not be part of a path."""
+        """List the image, and return the file name of its map. Raises DataError if its key cannot be a file name."""
         self._add_image(sample)
         return f"{check_key(sample.key, sample.source)}.png"
 
@@ -85,7 +86,7 @@ class ResultDump:
 
 
 def image_file_name(sample: DecodedSample) -> str:
-    """Return the image's file name in the folder from which the shards were made, or KEY.jpg if it is unknown."""
+    """Return the image's path in the folder from which the shards were made, or KEY.EXTENSION if it is unknown."""
     path = PurePosixPath(sample.source)
     name = path.relative_to(path.parts[0]).as_posix() if len(path.parts) > 1 else ""
     if path.suffix.lower() in _IMAGE_ENDINGS and key_problem(name) is None:
@@ -94,7 +95,7 @@ def image_file_name(sample: DecodedSample) -> str:
 
 
 def join_dump(storage: Storage, url: str, calls: int, categories: CategoryTable) -> None:
-    """Create the JSON files from the parts of all `calls`, and delete the parts."""
+    """Create the JSON files from the parts of calls 0 to `calls` - 1, and delete the parts."""
     present = set(storage.list(join(url, _PARTS)))
 
     def parts_of(kind: str) -> list[str]:

@@ -19,9 +19,9 @@ from m2f.eval.report.precision_recall import curves_by_class, curves_by_size, pr
 from m2f.eval.results.results import EvaluationResults
 
 CHART_CLASSES = 40
-"""Number of classes in a bar chart; if there are more, the worst ones."""
+"""Largest number of classes in a bar chart. If there are more, the worst ones are shown."""
 MATRIX_CLASSES = 30
-"""Number of classes in a confusion matrix: those with the most errors."""
+"""Largest number of classes in a confusion matrix. If there are more, those with the most errors are shown."""
 TOP_CONFUSIONS = 15
 PICTURE_WIDTH = 1500
 NO_PARTNER = "(none)"
@@ -37,7 +37,10 @@ OUTCOME_TEXTS = {
 
 
 def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], worst: Mapping[int, bytes]) -> str:
-    """Return the self-contained page. Panels are PNG by image id; `worst` is shown in its own order."""
+    """Return the self-contained HTML page.
+
+    `panels` and `worst` hold PNG files by image id. Panels are shown in ascending id, `worst` in the given order.
+    """
     sections = [Section("Metrics", _metrics(results)), Section("Classes", _classes(results))]
     if results.segments is not None:
         costs = "" if results.errors is None else error_costs(results.errors)
@@ -68,7 +71,7 @@ def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], wor
 
 
 def details_json(results: EvaluationResults) -> str:
-    """Return errors, confusion and curves, the data behind the page, as JSON."""
+    """Return the data of the page's charts and matrices as JSON: errors, confusion, and precision-recall curves."""
     content: dict[str, Any] = {"precision_recall": precision_recall(results)}
     if results.instance is not None:
         names = [c.name for c in results.categories.for_task("instance")]
@@ -214,7 +217,7 @@ def _matrix(unit: str, names: Sequence[str], counts: np.ndarray) -> str:
 
 
 def _top_confusions(unit: str, names: Sequence[str], counts: np.ndarray) -> str:
-    """Return a table of pairs of different classes. Segments without a partner are in the table of errors."""
+    """Return a table of the most frequent pairs of different classes, without segments that have no partner."""
     pairs = [(t, p, n) for t, p, n in _cells(counts) if t != p and NO_PARTNER not in (names[t], names[p])]
     top = sorted(pairs, key=lambda cell: -cell[2])[:TOP_CONFUSIONS]
     totals = counts.sum(axis=1).tolist()
@@ -249,7 +252,7 @@ def _counts_by_name(rows: Sequence[str], columns: Sequence[str], counts: np.ndar
 
 
 def _size_name(size: str) -> str:
-    """Return the name of a size with the side lengths of squares that bound it."""
+    """Return the name of a size with its bounds, as side lengths of squares in pixels."""
     low, high = (round(area**0.5) if area != float("inf") else None for area in SIZES[size])
     if high is None:
         return f"{size}, from {low} px"

@@ -23,8 +23,8 @@ def panoptic_overlays(
 ) -> tuple[Overlay, Overlay]:
     """Return the overlays of truth and prediction.
 
-    Crowds of the truth are drawn like other segments. `scores` are by segment id; `quality` is the PQ of the image, 0
-    to 1, for the title.
+    Crowds of the truth are drawn like other segments. `scores` holds the score of every predicted segment by id.
+    `quality` is the PQ of the image, 0 to 1, for the title.
     """
     title = "prediction" if quality is None else f"prediction, PQ {100 * quality:.1f}"
     annotated = {i: OverlaySegment(segment.label) for i, segment in truth.segments.items()}

@@ -14,10 +14,10 @@ from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.sample import VOID_ID
 
 COLUMN_PIXELS = (560, 960)
-"""Range of the longer side. Images outside it are scaled; others keep their size."""
+"""Range of an image's longer side in a panel, in pixels. Images outside the range are scaled to its nearest end."""
 JPEG_QUALITY = 85
 JPEG_PIXELS = 65_500
-"""Longest side of a JPEG file, rounded down."""
+"""Largest height of a sheet in pixels. JPEG files are limited to 65,535."""
 GAP = 8
 HEADER = 30
 FONT_SIZE = 15
@@ -70,9 +70,9 @@ def render_panel(image: np.ndarray, name: str, overlays: Sequence[Overlay], clas
 
 
 def render_heat_maps(image: np.ndarray, outline: np.ndarray, name: str, heats: Sequence[HeatMap]) -> bytes:
-    """Return a PNG of the image [H, W, 3] uint8 RGB with the outline of a mask [H, W] bool, and a column for every map.
+    """Return a PNG with one column for the image [H, W, 3] uint8 RGB, and one for every map, drawn over the image.
 
-    The columns show the image under the map. Colours cover the range of each map separately.
+    Every column shows the outline of a mask [H, W] bool. The colours are scaled to each map separately.
     """
     scale = _scale(image.shape[:2])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
@@ -112,7 +112,7 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
-    """Return a JPEG of an RGB image [H, W, 3] uint8, a tenth of the PNG's size, for viewing only."""
+    """Return a JPEG of an RGB image [H, W, 3] uint8. It is much smaller than a PNG, but not exact."""
     success, jpeg = cv2.imencode(
         ".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
     )
@@ -166,7 +166,7 @@ def _side_by_side(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _draw_heat_map(image: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Draw a map [h, w] over the image [H, W, 3], so that each value stays visible as a separate cell."""
+    """Draw a map [h, w] over the image [H, W, 3]. Each value of the map is one cell of uniform colour."""
     height, width = image.shape[:2]
     strength = values / max(float(values.max()), np.finfo(np.float32).tiny)
     cells = cv2.resize(strength.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST)
@@ -235,9 +235,9 @@ def _write_names(
     overlay: Overlay,
     classes: Sequence[Category],
 ) -> None:
-    """Write class names and scores into the segments, or above those that are too narrow, without overlaps.
+    """Write class names and scores into the segments, or above segments that are too narrow.
 
-    The largest segments come first.
+    The largest segments come first. A name is left out if it would overlap another one.
     """
     draw = ImageDraw.Draw(canvas, "RGBA")
     font = _font(FONT_SIZE)
@@ -275,7 +275,7 @@ def _innermost_point(mask: np.ndarray) -> tuple[int, int, float]:
 
 
 def _last_run_start(column: np.ndarray) -> int:
-    """Return the first row of the unbroken run at the end of a column of a mask."""
+    """Return the first row of the run of True values at the end of a column [H] bool."""
     gaps = np.flatnonzero(~column)
     return int(gaps[-1]) + 1 if gaps.size else 0
 

@@ -13,7 +13,7 @@ from m2f.eval.report.page import collapsible, grid, paragraph
 from m2f.eval.results.results import EvaluationResults
 
 PR_THRESHOLDS = {"IoU 0.50": 0, "IoU 0.75": 5}
-"""Positions in IOU_THRESHOLDS that get their own curves, in addition to the mean over all thresholds."""
+"""Positions in IOU_THRESHOLDS whose curves are shown, in addition to the mean over all thresholds."""
 MAX_UNFOLDED_CHARTS = 24
 """Largest number of small charts that are shown unfolded."""
 
@@ -52,7 +52,7 @@ def _named_curves(curves: np.ndarray) -> dict[str, list[float]]:
 
 
 def precision_recall_charts(results: EvaluationResults, curves: Mapping[str, Sequence[float]]) -> str:
-    """Return charts of the mean curves, of those by size, and of every class, the lowest AP first."""
+    """Return charts of the mean curves, of the curves by size, and of every class, the lowest AP first."""
     assert results.instance is not None
     by_size = {name: curve for name, curve in curves_by_size(results.instance).items() if curve is not None}
     overall = {name: curve for name, curve in curves.items() if name != "recall"}

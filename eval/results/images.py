@@ -1,7 +1,7 @@
 """Contribution of every image to PQ, AP and mIoU, as one parquet file beside the results.
 
-The first columns are for readers: the id of the image and its own PQ, AP and mIoU in per cent, None if undefined. The
-list columns after them are match records, from which `m2f compare` resamples images for intervals.
+The first columns are for users: the id of the image, its name if known, and its own PQ, AP and mIoU in per cent, null
+if undefined. The list columns after them are match records, which `m2f compare` resamples for confidence intervals.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ImageRecords:
 def image_records(
     panoptic: PanopticQualityState | None, instance: AveragePrecisionState | None, semantic: MeanIoUState | None
 ) -> ImageRecords:
-    """Return the records of complete states, which all hold the same images."""
+    """Return the records of complete states, which must all hold the same images; None for a task without a state."""
     states = [state for state in (panoptic, instance, semantic) if state is not None]
     return ImageRecords(
         image_ids=np.array(states[0].image_ids if states else [], dtype=np.int64),
@@ -118,7 +118,7 @@ def _from_columns(kind: type[_ImagesT], task: str, columns: Mapping[str, np.ndar
 
 
 def _from_state(kind: type[_ImagesT], state: MetricState) -> _ImagesT:
-    """Return the columns of a state's records; of columns by area range, only the first range (all areas)."""
+    """Return the columns of a state's records. Of columns by area range, only the first range (all areas) is kept."""
     columns = {}
     for one in fields(kind):
         values = state.rows(one.name)

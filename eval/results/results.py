@@ -1,6 +1,6 @@
 """Results of one evaluation: as JSON, as metrics for experiment tracking, and as a table for a terminal.
 
-All values here are in per cent, as in papers; the metric modules compute shares.
+Methods return per cent, as in papers. The fields hold what the metric modules compute, which are shares.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class EvaluationSubject:
     subset: str | None = None
     """How the images were chosen, such as `first 500 of 5000`; None: all of them."""
     classes: str | None = None
-    """Classes that are left out because the model or the data set lacks them; None: both have the same classes."""
+    """Note on classes that are left out, or on the only ones that are scored; None: all classes are scored."""
     test_time: str | None = None
-    """How the model processed the images; None for one pass of the whole image."""
+    """How the model processed the images; None for one pass over the whole image."""
     step: int | None = None
     """Optimizer step of the checkpoint; None for weights without a checkpoint."""
     settings: EvaluationSettings | None = None
@@ -67,7 +67,7 @@ class EvaluationResults:
     segments: SegmentErrors | None = None
     errors: ErrorCosts | None = None
     pixels: np.ndarray | None = None
-    """[K truth, K predicted] int64: pixels of the semantic task."""
+    """[K truth, K predicted] int64: confusion matrix of the semantic task, in pixels."""
     extra: ExtraResults = field(default_factory=ExtraResults)
 
     def metrics(self) -> dict[str, float | None]:
@@ -89,7 +89,7 @@ class EvaluationResults:
         return {f"{prefix}/{name}": value for name, value in self.metrics().items() if value is not None}
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Return one row per category with the values of the requested tasks; None if a class does not occur."""
+        """Return one row per category with the values of the requested tasks; None for undefined values."""
         only_things = self.panoptic is None and self.semantic is None
         labels = self.categories.labels("panoptic")
         thing_labels = self.categories.labels("instance")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _ORIGINAL_VALUES = {"shrink": "area", "precision": "fp32"}
-"""Former fixed values of settings. They are left out of digests, so that digests of older results stay valid."""
+"""Values that were fixed before they became settings. Digests omit them, so digests of older results stay valid."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Metric states of all tasks of one evaluation with its panels: returned by actors and merged by the driver."""
+"""Metric states of all tasks of one evaluation, and its panels. Actors return them, and the driver merges them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class EvaluationStates:
 
     @property
     def image_ids(self) -> tuple[int, ...]:
-        """Images that every state contains, in ascending order."""
+        """Ids of the images that every state contains, in ascending order."""
         ids = [set(state.image_ids) for state in self.metric_states().values()]
         return tuple(sorted(set.intersection(*ids))) if ids else ()
 
@@ -162,7 +162,7 @@ class EvaluationStates:
 
 
 def image_qualities(states: EvaluationStates) -> dict[int, float]:
-    """Return the quality of every image's prediction, 0 to 1, by image id: for choosing pictures, not for publication.
+    """Return the quality of every image's prediction, 0 to 1, by image id, to choose pictures; not for publication.
 
     The quality is the PQ of the image. Without PQ it is the number of matched instances divided by the mean number of
     annotated and detected ones, else the pixel accuracy. Images whose quality is undefined are left out.
@@ -186,7 +186,7 @@ def _pixel_accuracy(record: ConfusionRecord, num_classes: int) -> float | None:
 
 
 def check_complete(states: EvaluationStates, expected_ids: Collection[int]) -> None:
-    """Check before publishing: raise EvaluationError unless every task has exactly the expected images."""
+    """Raise EvaluationError unless every state has exactly the expected images. Called before publishing."""
     expected = set(expected_ids)
     for task, state in states.metric_states().items():
         evaluated = set(state.image_ids)

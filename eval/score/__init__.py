@@ -1,1 +1,1 @@
-"""Scoring of prediction files in the formats of COCO and Cityscapes, for `m2f score`."""
+"""Scoring of prediction files for `m2f score`: formats of COCO and Cityscapes, and label maps."""

@@ -1,7 +1,7 @@
 """Scoring of results in the file formats of the Cityscapes benchmark.
 
 Truth files are named `*_gtFine_instanceIds.png`. The name of a result starts with the `<city>_<sequence>_<frame>` of
-its truth; it may be in any folder.
+its truth. Both files may be in any subfolder.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def cityscapes_semantic_scoring(
 
 
 def _pairs(truth: Path, predictions: Path, ending: str) -> list[tuple[Path, Path]]:
-    """Return truth and result of every image, in the order of the truth's paths."""
+    """Return the paths of truth and result of every image, sorted by the path of the truth."""
     require_folder(truth, "gtFine")
     require_folder(predictions, f"the results, as {ending} files")
     maps = sorted(truth.rglob(f"*{TRUTH_ENDING}"))
@@ -85,7 +85,7 @@ def _pairs(truth: Path, predictions: Path, ending: str) -> list[tuple[Path, Path
 @dataclass(frozen=True)
 class _ScoreInstances:
     root: Path
-    """Folder that must contain all masks."""
+    """Folder of the results. Masks outside it are refused."""
 
     def __call__(self, pair: tuple[Path, Path]) -> CityscapesRecord:
         truth, result = pair
@@ -97,7 +97,7 @@ class _ScoreInstances:
             raise EvaluationError(f"{result}: {error}") from error
 
     def _detections(self, result: Path) -> Iterator[CityscapesDetection]:
-        """Yield detections one at a time. If lines share a mask, the last replaces the first, as in the benchmark."""
+        """Yield detections one at a time. If several lines name one mask, the last one counts, as in the benchmark."""
         by_mask = {}
         for number, line in enumerate(result.read_text().splitlines(), start=1):
             mask, label, score = _parse(line, f"{result}, line {number}")

@@ -1,4 +1,4 @@
-"""Files compared by `m2f score`: JSON and PNG, with errors that name the file."""
+"""Reading of the JSON and PNG files that `m2f score` compares. Errors name the file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ScoredCategory:
 
 
 def read_document(path: Path, *lists: str) -> dict[str, Any]:
-    """Read a JSON object with these lists. Raises EvaluationError naming the file and what is missing."""
+    """Read a JSON object that has lists of these names. Raises EvaluationError naming the file and the problem."""
     document = read_json(path)
     if isinstance(document, list):
         raise EvaluationError(
@@ -58,7 +58,7 @@ def parse_file(data: bytes, path: Path) -> Any:
     """Parse the JSON content of a file. Raises EvaluationError naming the file."""
     try:
         return json.loads(data)
-    except (ValueError, RecursionError) as error:  # thousands of nested brackets are not valid input either
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise EvaluationError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -82,12 +82,12 @@ class PredictedClasses:
     """Relation between category ids of predictions and those of the truth."""
 
     truth_id: Mapping[int, int] | None
-    """Truth's category id by the predictions' category id. None if no table describes the predictions' ids; they are
-    then those of the truth."""
+    """Category id of the truth by category id of the predictions. None if no table describes the ids of the
+    predictions, which then are ids of the truth."""
     dropped: frozenset[int] = frozenset()
-    """Ids of the predictions whose classes the truth lacks. They are not scored."""
+    """Category ids of the predictions whose classes the truth lacks. Such predictions are not scored."""
     note: str | None = None
-    """One line, if one of the two tables lacks classes."""
+    """One line that names the classes that one of the two tables lacks; None if there are none."""
 
     def labels(self, labels: Mapping[int, int]) -> dict[int, int]:
         """Return the class by category id of the predictions, given the class by category id of the truth."""
@@ -101,9 +101,9 @@ def match_predictions(
 ) -> PredictedClasses:
     """Find the classes of predictions in the truth's table by name.
 
-    Their table is the list `categories` in the file, else `categories.json` beside it, which `m2f predict` and
-    `m2f eval --dump` write. With `compare_kinds`, thing and stuff are compared too. Raises EvaluationError showing the
-    rows of both tables if they contradict each other.
+    The table of the predictions is the list `categories` in their file, else the file `categories.json` beside it,
+    which `m2f predict` and `m2f eval --dump` write. With `compare_kinds`, thing and stuff must agree too. Raises
+    EvaluationError if the tables contradict each other; the message shows the rows that differ.
     """
     table_path = predictions.with_name(CATEGORIES_FILE)
     if isinstance(document, dict) and isinstance(document.get("categories"), list):
@@ -136,7 +136,7 @@ def _read_is_thing(entry: Mapping[str, Any], path: Path) -> bool | None:
 
 
 def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
-    """Return a field that is 0, 1, true or false; false if missing. Raises EvaluationError naming entry and value."""
+    """Return a flag: 0, 1, true or false; false if missing. Raises EvaluationError naming entry and value."""
     try:
         return optional_flag(entry, name, where)
     except DataError as error:

@@ -23,7 +23,7 @@ from m2f.eval.score.instance_files import Entry, ImageEntries, InstanceFiles
 
 
 def box_truth(image: ImageEntries, truth: InstanceTruth, files: InstanceFiles) -> BoxTruth:
-    """Return the boxes of one image's annotations. Raises EvaluationError naming the annotation of an invalid box."""
+    """Return the boxes of one image's annotations. Raises EvaluationError naming an annotation with an invalid box."""
     from_masks = truth_boxes(truth)
     names = [files.describe_annotation(image, i) for i in range(len(image.annotations))]
     stated = _stated_boxes(image.annotations, names)

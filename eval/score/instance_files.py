@@ -83,7 +83,7 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
         raise EvaluationError(f"{truth} has panoptic annotations; use instances, such as instances_val2017.json")
     images = _listed_images(document["images"], truth)
     what = f"{truth}: an annotation"
-    for position, entry in enumerate(document["annotations"]):  # subsets are made by shortening `images`
+    for position, entry in enumerate(document["annotations"]):  # a subset may list fewer images, but keep all
         image_id = require_field(entry, "image_id", what)
         if not isinstance(image_id, int | float | str):
             raise EvaluationError(
@@ -114,7 +114,7 @@ def _get_image_id(result: Any) -> Any:
 
 
 def read_results(predictions: Path, *, with_boxes: bool) -> Any:
-    """Read a file of results, as `PlainResult`s if boxes are not requested and all entries are plain."""
+    """Read a file of results. They are `PlainResult`s if boxes are not requested and all entries are plain."""
     data = read_bytes(predictions)
     plain = None if with_boxes else read_plain_results(data)
     return parse_file(data, predictions) if plain is None else plain
@@ -151,16 +151,19 @@ def describe_missing_results(images: Sequence[ImageEntries], predictions: Path) 
 
 
 class MaskPixels(NamedTuple):
-    """Pixels of the masks of one image; None unless all masks are valid run lengths in text form."""
+    """Numbers of pixels of one image's masks. None: not known, so the masks must be validated one by one."""
 
     annotations: np.ndarray | None
-    """[G] int64 pixels of the annotations."""
+    """[G] int64, by annotation."""
     results: np.ndarray | None
-    """[D] int64 pixels of the results."""
+    """[D] int64, by result."""
 
 
 def mask_pixels(images: Sequence[ImageEntries]) -> list[MaskPixels]:
-    """Read the run lengths of several images at once, which is faster than one by one."""
+    """Count the pixels of the masks of every image. All masks of one size are read at once, which is faster.
+
+    The counts are None if a mask of this size is invalid, and for sides that do not have text for every mask.
+    """
     sides = [
         side
         for image in images
@@ -179,7 +182,7 @@ def mask_pixels(images: Sequence[ImageEntries]) -> list[MaskPixels]:
 
 
 def _run_length_texts(image: ImageEntries, entries: Sequence[Result]) -> list[str] | None:
-    """Return the run lengths of all masks; None if one has another form or size."""
+    """Return the run lengths of all masks as text; None if a mask has another form or size."""
     masks = [entry.segmentation for entry in entries if type(entry) is PlainResult]
     if len(masks) < len(entries):
         segmentations = [entry.get("segmentation") for entry in entries if isinstance(entry, dict)]
@@ -192,9 +195,10 @@ def _run_length_texts(image: ImageEntries, entries: Sequence[Result]) -> list[st
 def read_truth(
     image: ImageEntries, labels: Mapping[int, int], files: InstanceFiles, pixels: np.ndarray | None = None
 ) -> InstanceTruth:
-    """Return the annotations of one image. `labels` maps category ids to classes; `pixels` are those of valid masks.
+    """Return the annotations of one image. `labels` maps category ids to classes.
 
-    Raises EvaluationError naming the annotation.
+    `pixels` are the numbers of pixels of the masks if the masks are known to be valid; None: masks are validated here.
+    Raises EvaluationError naming an invalid annotation.
     """
     entries = image.annotations
 

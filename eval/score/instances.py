@@ -1,8 +1,8 @@
-"""Mask AP of COCO results, by the rules of pycocotools and boundary-iou-api and with equal results.
+"""Mask AP of COCO results. Values equal those of pycocotools and boundary-iou-api, except for three differences.
 
-Three differences make the result independent of details of the files. The size of a detection is that of its mask,
-even if the results contain boxes (pycocotools would use the box). Annotations with id 0 can be matched. Annotations
-that share an id all count (pycocotools keeps the last one).
+These make the result independent of details of the files. The size of a detection is that of its mask, even if the
+results contain boxes (pycocotools would use the box). Annotations with id 0 can be matched. Annotations that share an
+id all count (pycocotools keeps the last one).
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def instance_scoring(
     """Prepare the scoring of COCO's 12 metrics over the images of the truth.
 
     `class_agnostic` treats all classes as one and adds AR1000. `boxes` adds the metrics of boxes. `detailed` adds
-    errors and confusion, if all classes are scored. Raises EvaluationError for unusable JSON files and for results of
-    unknown images.
+    errors and confusion to plain mask AP of all classes. Raises EvaluationError for unusable JSON files and for results
+    of unknown images.
     """
     document = read_document(truth, "images", "annotations", "categories")
     categories = tuple(sorted(read_categories(document, truth), key=lambda c: c.id))

@@ -88,7 +88,7 @@ def chosen_labels(categories: Sequence[ScoredCategory], options: ScoreOptions, w
 
 @dataclass(frozen=True)
 class SelectClasses(Generic[Job, RecordT]):
-    """Work that keeps only rows of some classes. This is exact, because matching never crosses classes."""
+    """Does `work`, and keeps only rows of some classes. This is exact, because classes are matched separately."""
 
     work: Callable[[Job], RecordT]
     labels: frozenset[int]

@@ -1,4 +1,4 @@
-"""PQ of panoptic results in COCO format, by the rules of panopticapi and boundary-iou-api and with equal results."""
+"""PQ of panoptic results in COCO format. Values equal those of panopticapi and boundary-iou-api."""
 
 from __future__ import annotations
 
@@ -74,12 +74,10 @@ class PanopticFiles:
 def panoptic_scoring(
     files: PanopticFiles, *, boundary: bool, detailed: bool = False, options: ScoreOptions = EVERYTHING
 ) -> Scoring[_Pair, PanopticRecord, PanopticQuality]:
-    """Prepare the scoring of PQ, or Boundary PQ, over the annotations of the truth.
+    """Prepare the scoring of PQ, or Boundary PQ, over all images with an annotation. Other predictions are ignored.
 
-    Predictions of other images are ignored.
-
-    `detailed` adds PQ by size, as `options.by_size` does. If all classes are scored, it adds errors and confusion to
-    PQ. Raises EvaluationError for unusable JSON files and for images without a prediction.
+    `detailed` adds PQ by size, as `options.by_size` does. For PQ of all classes it also adds errors and confusion.
+    Raises EvaluationError for unusable JSON files and for images without a prediction.
     """
     document = read_document(files.truth, "annotations", "categories")
     categories = read_categories(document, files.truth)
@@ -179,7 +177,7 @@ class _ScoreImage:
     """Category ids of the predictions that are not scored."""
     boundary_ratio: float | None
     detailed: bool = True
-    """Whether records need the area of every segment; otherwise the sums of the engine suffice."""
+    """Whether records need the area of every segment. Otherwise the engine's sums by class suffice."""
 
     def __call__(self, job: _Pair) -> PanopticRecord:
         truth, prediction = job
@@ -198,11 +196,11 @@ class _ScoreImage:
             ) from error
 
     def _engine_record(self, truth: dict[str, Any], prediction: dict[str, Any], where: str) -> PanopticRecord | None:
-        """Return the engine's record; None if it rejects the files, so that our code scores them or names the error."""
+        """Return the engine's record; None if the engine cannot score the files, so `match_panoptic` must."""
         predicted_where = f"{self.files.predictions}: {where}"
         listed = require_field(prediction, "segments_info", predicted_where)
         if any(self._is_dropped(entry, predicted_where) for entry in listed):
-            return None  # their pixels have to be removed too
+            return None  # the engine cannot remove their pixels from the map
         pair = PanopticPair(
             truth_map=mask_file(self.files.truth_masks, truth, f"{self.files.truth}: {where}"),
             segments=self._truth_segments(truth, f"{self.files.truth}: {where}"),
@@ -274,7 +272,7 @@ class _ScoreDetails:
 
 
 def _truth_segment(entry: dict[str, Any], label: int, where: str) -> TruthSegment:
-    """Return the segment. Raises EvaluationError also for an area of 0, by which the official code would divide."""
+    """Return the segment. Raises EvaluationError for an invalid entry, and for an area of 0 unless it is a crowd."""
     area, is_crowd = read_area(entry, where), read_flag(entry, "iscrowd", where)
     if area == 0 and not is_crowd:
         raise EvaluationError(f"{where}: area is 0; it must be the segment's number of pixels")

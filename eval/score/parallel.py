@@ -18,7 +18,7 @@ from m2f.eval.errors import EvaluationError
 CHUNK = 16
 """Jobs per message to a worker."""
 START_SECONDS = 4.0
-"""Cost of starting processes, mostly imports, with a margin for slow disks. It must be exceeded by the time saved."""
+"""Cost of starting processes, mostly imports, with a margin for slow disks. Processes must save more time than this."""
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -26,10 +26,9 @@ Result = TypeVar("Result")
 def map_jobs(work: Callable[[Sequence[Job]], Sequence[Result]], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
     """Yield the result of `work` for every job, in order. `work` gets at most `CHUNK` jobs at a time.
 
-    Work and jobs are pickled. Jobs are taken only as workers become free.
-
-    The first jobs run in this process. All others also run in it if starting processes would cost more time than they
-    save. Raises the errors of `work`, and EvaluationError if a worker dies.
+    Work and jobs are pickled for worker processes, which get new jobs as they become free. The first jobs run in this
+    process, and so do all others if starting processes would cost more time than it saves. Raises the errors of `work`,
+    and EvaluationError if a worker dies.
     """
     num_local = len(jobs) if workers == 1 else CHUNK
     start = time.perf_counter()

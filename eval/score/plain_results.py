@@ -1,7 +1,7 @@
-"""Fast reader for COCO instance results in which every entry has the plain form, without a dictionary per entry.
+"""Fast reader for COCO instance results whose masks are all compressed run lengths, without a dictionary per entry.
 
-msgspec checks the types while it parses. An entry that it rejects may still be valid (an image id such as 7.0, or
-polygons), so callers read such files as JSON and check every entry.
+msgspec checks the types while it parses. A rejected entry may still be valid (an image id such as 7.0, or polygons). So
+callers read a rejected file as JSON and check every entry.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ def read_plain_results(data: bytes) -> list[PlainResult] | None:
 
 
 def as_entry(result: PlainResult) -> dict[str, Any]:
-    """Return the result as parsed from JSON."""
+    """Return the result as a dictionary with the fields of a JSON entry. Fields that were ignored are missing."""
     return msgspec.to_builtins(result)

@@ -32,7 +32,7 @@ class ScoreReport:
 
 @dataclass(frozen=True)
 class MultiRecord(Generic[R]):
-    """Records of one image, if more than one metric is computed."""
+    """Records of one image for several metrics."""
 
     record: R
     """Record for `Scoring.state`."""
@@ -58,11 +58,11 @@ class Scoring(Generic[Job, R, Result]):
     jobs: Sequence[Job]
     """One job per image."""
     work: Callable[[Sequence[Job]], Sequence[R | MultiRecord[R]]]
-    """Reads the files of several images and compares them. Pickled for worker processes."""
+    """Function that reads and compares the files of several images. It is pickled for worker processes."""
     state: MetricState[R, Result]
     report: Callable[[Result], ScoreReport]
     results: Callable[[Result], EvaluationResults] | None = None
-    """Converts the result for an HTML page and for Python; None for Cityscapes metrics."""
+    """Function that makes results for an HTML page and for Python; None for Cityscapes and class-agnostic metrics."""
     extra_states: Mapping[str, MetricState] = field(default_factory=dict)
     """States of additional metrics, by name; `work` returns a record for each, and `results` reads them."""
     names: Sequence[str] = ()
@@ -71,9 +71,9 @@ class Scoring(Generic[Job, R, Result]):
     def run(self, workers: int, advance: Callable[[int], None]) -> ScoreReport:
         """Score all images in at most `workers` processes; `advance` is called after every image.
 
-        A process handles at most CHUNK images at a time. Images are keyed by their position, because ids may be text;
-        sums are made in the order of the jobs. Raises UserError naming the image or file if inputs do not match each
-        other.
+        A process handles at most CHUNK images at a time. Records are keyed by the position of the job, because image
+        ids may be text, and are reduced in this order. Raises UserError naming the image or file if inputs do not match
+        each other.
         """
         return self.report(self.evaluate(workers, advance))
 

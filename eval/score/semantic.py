@@ -1,4 +1,4 @@
-"""mIoU and accuracies of label maps, in the convention of detectron2 and, by name, in others."""
+"""mIoU and accuracies of label maps. `mIoU` follows detectron2; `mIoU_union` and `mIoU_all_classes` follow others."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def semantic_scoring(
 ) -> Scoring[str, ConfusionRecord, MeanIoU]:
     """Prepare the scoring of mIoU over all PNG files under `truth`; predictions have the same relative names.
 
-    `void` is the value of predicted pixels without a class; None: 255, or 65535 for 256 or more classes. `class_names`
-    holds the name of every class; None: their numbers. Raises EvaluationError for folders without maps and for missing
-    predictions.
+    `ignore` is the value of truth pixels without a label. `void` is the value of predicted pixels without a class;
+    None: 255, or 65535 for 256 or more classes. `class_names` holds the name of every class; None: their numbers.
+    Raises EvaluationError for folders without maps and for missing predictions.
     """
     if not 1 <= num_classes <= MAX_CLASSES:
         raise EvaluationError(f"the number of classes is {num_classes}; it must be from 1 to {MAX_CLASSES}")
