@@ -15,6 +15,7 @@ from m2f.model.limits import (
 )
 
 SMALL_DIAMETER = Range(4, 30, below=True, unit="pixels")
+"""Allowed diameters of small synthetic objects. The other objects have at least 30 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class SyntheticSource(Section):
     small_share: Annotated[float, SHARE] = 0.25
     """Share of objects that are small. Small objects lie on top of the others and are never hidden."""
     small_diameters: Annotated[tuple[float, float], SMALL_DIAMETER] = (8.0, 11.5)
-    """Smallest and largest diameter of small objects, in pixels. The other objects have 30 to 60 pixels."""
+    """Smallest and largest diameter of small objects, in pixels. The other objects have diameters of 30 to 60."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +80,7 @@ class LabelMapSource(Section):
     images: str
     """Folder of the images."""
     labels: str
-    """Folder of the class maps: PNGs whose pixel values are labels."""
+    """Folder of the class maps (PNG, TIFF or BMP), whose pixel values are labels."""
     categories: str
     """JSON list of `{label, name, color, isthing}`; `label` is the pixel value."""
     void: tuple[int, ...] = (255,)
@@ -96,7 +97,7 @@ class HuggingFaceSource(Section):
     images: str
     """Folder of the images."""
     annotations: str
-    """Folder of the colour PNGs."""
+    """Folder of the colour images (PNG, TIFF or BMP)."""
     categories: str
     """JSON list of `{label, name, color, isthing}`; `label` is the value of the red channel."""
     void: tuple[int, ...] = (0, 255)
