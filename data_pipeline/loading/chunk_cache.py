@@ -1,6 +1,6 @@
 """Cache of shard chunks on a local disk with a size limit, shared by all processes of a machine.
 
-    FOLDER/chunks/NAME.chunk    bytes of one ranged read; the name holds the shard's sha256, the offset and the length
+    FOLDER/chunks/NAME.chunk    bytes of one ranged read; see `chunk_name`
     FOLDER/chunks/NAME.partial  a chunk being written, or left by a killed process; the next write replaces it
     FOLDER/locks/0 ... 255      a process holds the lock of a chunk's name while it fetches the chunk, so that others
                                 wait for its copy; the system releases the locks of a killed process
@@ -181,7 +181,10 @@ def choose_victims(sizes: Mapping[str, int], upcoming: Iterable[str], excess: fl
 
 
 def chunk_name(manifest: Manifest, shard: int, start: int, length: int) -> str:
-    """Return the name of a byte range of a shard. It is the same in all runs that use the shard."""
+    """Return the name of a byte range of a shard: 32 digits of the shard's SHA-256, the offset and the length in bytes.
+
+    The name is the same in all runs that use the shard.
+    """
     return f"{manifest.shards[shard].sha256[:32]}-{start}-{length}"
 
 

@@ -75,12 +75,12 @@ class SampleFetcher:
         self._manifests, self._chunks, self._storage = manifests, chunks, storage
         self._groups, self._limits, self._cache = groups, limits, cache
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
-        self._future: deque[Sequence[SampleRef | None]] = deque()
-        self._started = 0
-        self._uses: Counter[_SampleKey] = Counter()
-        self._reads: dict[_ChunkKey, Future[dict[_SampleKey, Members | DataError]]] = {}
+        self._future: deque[Sequence[SampleRef | None]] = deque()  # known groups, the next one first
+        self._started = 0  # number of groups in `_future` whose reads have been started
+        self._uses: Counter[_SampleKey] = Counter()  # uses of each sample in `_future`
+        self._reads: dict[_ChunkKey, Future[dict[_SampleKey, Members | DataError]]] = {}  # not yet moved to `_held`
         self._held: dict[_SampleKey, Members | DataError] = {}
-        self._etags: dict[str, str | None] = {}
+        self._etags: dict[str, str | None] = {}  # by the URL of the shard
         self._held_bytes = 0
 
     def __iter__(self) -> Iterator[tuple[RawSample | None, ...]]:

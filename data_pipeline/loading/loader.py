@@ -1,6 +1,6 @@
 """Loader of batches in a given order: this process fetches, worker processes decode and augment.
 
-The loader has no state for a checkpoint. A loader that starts at step s yields exactly the batches that an
+The loader has no state that a checkpoint must store. A loader that starts at step s yields exactly the batches that an
 uninterrupted loader yields from that step, with any number of workers. Prefetched batches are discarded at a restart.
 """
 

@@ -112,7 +112,7 @@ def _image_entry(image_id: str, file: Path) -> dict[str, Any]:
 def _category_entries(annotations: Sequence[Any], path: str) -> list[dict[str, Any]]:
     """Return entries of the 19 classes with label ids or train ids, whichever most segments use as category id.
 
-    The ids of segments always contain label ids, so they show which of the two the category ids are.
+    Segment ids always contain label ids. A comparison with the category ids shows which of the two the file uses.
     """
     segments = [segment for entry in annotations for segment in coco_json.read_segments(entry, path)]
     pairs = [_label_and_category(segment) for segment in segments]

@@ -29,7 +29,7 @@ _MAX_EARLIER_START = 16  # source pixels by which a cut may begin earlier than n
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Photometric distortion of SSD (Liu et al., 2016, section 3.6) for uint8 images. None skips a step."""
+    """Photometric distortion of SSD (Liu et al., 2016, section 2.2) for uint8 images. None skips a step."""
 
     contrast_first: bool = True
     """Whether contrast comes before saturation and hue; otherwise it comes after them."""

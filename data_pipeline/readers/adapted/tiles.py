@@ -1,4 +1,4 @@
-"""Cut large images into tiles, each of which is a sample."""
+"""Cut large images into tiles. Each tile is a sample."""
 
 from __future__ import annotations
 
