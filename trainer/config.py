@@ -37,8 +37,8 @@ class OptimizerConfig(Section):
     """Factor on the backbone's learning rate per block, counted from the top; 1: all blocks have the same rate."""
     layer_decay_from: Literal["head", "top"] = "head"
     """Part of the model that has the full rate. head: the head; the top block is one factor below it, and layers before
-    the first block are one factor below that block. top: the top block; layers before the first block have the rate of
-    that block."""
+    the first block are one factor below the first block. top: the top block; layers before the first block have the
+    rate of the first block."""
     layer_decay_spared: Annotated[int, FROM_0] = 0
     """Number of top blocks that keep the full rate regardless of `layer_decay`."""
     decay_everything: bool = False
@@ -84,7 +84,7 @@ class MultiStepSchedule(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class StagedPolySchedule(Section):
-    """The backbone has rate 0 while all else warms up, then warms up too. Both decrease as `poly` afterwards."""
+    """The backbone has rate 0 while all else warms up; then it warms up too. Afterwards, each decreases as `poly`."""
 
     kind: Literal["staged_poly"] = "staged_poly"
     power: Annotated[float, FROM_0] = 0.9
@@ -122,7 +122,8 @@ class ZeroConfig(Section):
     param_persistence_threshold: Annotated[int, FROM_0] = 100_000
     """Stage 3: parameters with fewer elements than this are not partitioned."""
     offload_optimizer: bool = False
-    """Keep the optimizer state in host memory and update there: slower, but saves 8 bytes per weight on the GPUs."""
+    """Keep the optimizer state in host memory and update there: slower, but saves 12 bytes of GPU memory per weight,
+    in total over all ranks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,7 +154,7 @@ class EarlyStoppingConfig(Section):
     patience: Annotated[int, FROM_1] = 5
     """Number of consecutive evaluations without a new best value after which the run ends."""
     min_delta: Annotated[float, FROM_0] = 0.0
-    """A value is a new best only if it exceeds the best one by more than this; in per cent, as the metrics."""
+    """A value is a new best only if it exceeds the best one by more than this; in per cent, like the metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +168,7 @@ class SpikeConfig(Section):
     """Number of most recent losses that define the usual range. No spike is detected before there are that many."""
     threshold: Annotated[float, ABOVE_0] = 10.0
     """A loss is too high if it exceeds the window's median by more than this many standard deviations, estimated from
-    the
-    median absolute deviation."""
+    the median absolute deviation."""
     steps: Annotated[int, STEPS] = 3
     """Number of consecutive steps with too high a loss that count as a spike."""
 
@@ -193,8 +193,7 @@ class TrainingConfig(Section):
     16 bits too, with fp32 copies in the optimizer. fp16 and fp16_autocast scale the loss dynamically. fp16_autocast
     computes the pixel decoder in fp32, as the official code does. Coordinates and losses always stay in fp32. auto:
     bf16_autocast on GPUs that support bf16, fp16_autocast on older GPUs with tensor cores, else fp32. A resumed run
-    keeps
-    the precision that it started with."""
+    keeps the precision that it started with."""
     pixel_decoder_fp32: bool = False
     """Compute the pixel decoder in fp32 under bf16_autocast too; slower."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -232,14 +231,14 @@ class TrainingConfig(Section):
 
     @property
     def settled_precision(self) -> Precision:
-        """The precision, once resolved. Raises ValueError for `auto`, which no part of a rank may resolve by itself."""
+        """The resolved precision. Raises ValueError for `auto`, which must be resolved once for all parts of a rank."""
         if self.precision == "auto":
             raise ValueError("training.precision is auto; resolve it before building a model, engine or memory plan")
         return self.precision
 
     @property
     def settled_compile(self) -> bool:
-        """Whether to compile, once resolved. `auto` is false, as in a recipe that no device has resolved."""
+        """Whether to compile. False for `auto`, the value until it is resolved for a device."""
         return self.compile is True
 
     def __post_init__(self) -> None:

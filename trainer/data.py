@@ -22,7 +22,7 @@ class TrainingData(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two runs exactly if both see the same image at every position."""
+        """Fingerprint of the order. If it is equal for two runs, both see the same image at every position."""
         ...
 
     @property
@@ -45,7 +45,7 @@ OpenData = Callable[[TrainJob, Storage], TrainingData]
 
 @dataclass(frozen=True)
 class ShardedData:
-    """Shards, in the order defined by the recipe."""
+    """Data in shards, with the order of samples that the recipe defines."""
 
     manifests: tuple[Manifest, ...]
     order: Order
@@ -66,7 +66,7 @@ class ShardedData:
             manifest.check_shards(storage)
 
     def steps(self, job: TrainJob, storage: Storage, spec: LoaderSpec, order_start: int) -> Generator[StepBatches]:
-        """Return the steps of the loader; closing the generator stops it."""
+        """Return the steps of the loader; closing the generator stops the loader."""
         order = OffsetOrder(self.order, order_start) if order_start else self.order
         return build_loader(self.manifests, order, job.data, storage, spec)
 
@@ -91,9 +91,8 @@ def open_batches(
 ) -> Generator[StepBatches]:
     """Yield this rank's batches from `state.position` on, without the steps in `job.skipped`.
 
-    Close it to stop the loader.
-
-    `neighbors` are the ranks that share the machine's cache. With `pin`, batches are in pinned memory.
+    Close the generator to stop the loader. `neighbors` are the ranks that share the machine's cache. With `pin`,
+    batches are in pinned memory.
 
     Raises TrainingError if the position is not a multiple of the global batch.
     """

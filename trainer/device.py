@@ -47,7 +47,7 @@ def require_exclusive_device(device: torch.device, ranks: Ranks) -> None:
 
 
 def shared_device_problem(names: Sequence[str]) -> str | None:
-    """Return an error message if two ranks use the same GPU. `names` identify all ranks' GPUs; empty for the CPU."""
+    """Return an error message if two ranks use the same GPU. `names` identify their GPUs; an empty name is the CPU."""
     for rank, name in enumerate(names):
         if name and (first := names.index(name)) != rank:
             return (

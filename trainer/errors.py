@@ -47,7 +47,7 @@ class OutOfMemoryError(TrainingError):
 
 
 class LossSpikeError(TrainingError):
-    """The loss left its usual range at positions `start` to `stop` of the data order. Equal on all ranks."""
+    """The loss left its usual range at positions `start` to `stop` - 1 of the data order. Equal on all ranks."""
 
     def __init__(self, message: str, start: int, stop: int) -> None:
         super().__init__(message)

@@ -16,7 +16,7 @@ from m2f.trainer.config import TrainingConfig
 
 @dataclass(frozen=True)
 class PositionRange:
-    """Positions `start` to `stop` - 1 of the data order; both limits lie between two steps."""
+    """Positions `start` to `stop` - 1 of the data order; both limits are multiples of the global batch."""
 
     start: int
     stop: int
@@ -50,7 +50,7 @@ class TrainJob:
     evaluates: bool = False
     """Whether checkpoints are evaluated, and kept until their evaluation ends."""
     evaluator_bytes: int = 0
-    """Bytes that evaluation actors use of each rank's GPU, if they share it."""
+    """Bytes of each rank's GPU that evaluation actors use; 0 if they do not share it."""
     skipped: tuple[PositionRange, ...] = ()
     """Positions that the run skips after loss spikes, as if they were not part of the order."""
 
@@ -74,14 +74,14 @@ class TrainJob:
 
 
 class Control(Protocol):
-    """Stop and drain requests. Rank 0 polls them before every step; both save a checkpoint and end the run there."""
+    """Stop and drain requests, polled by rank 0 before every step. On either, the run saves a checkpoint and ends."""
 
     def stop_requested(self) -> bool:
         """Return whether the user wants the run to end."""
         ...
 
     def drain_requested(self) -> bool:
-        """Return whether a machine is about to go away, so the run should end here and continue elsewhere."""
+        """Return whether a machine is about to go away, so that the run should continue elsewhere."""
         ...
 
 

@@ -75,7 +75,7 @@ class _Loop:
             engine.module.model.set_progress(state.step + (self._queued is not None), training.max_steps)
             losses = self._forward_backward(batches, on_device, facts, state)
             state = self._finish_queued_step(state)
-            state = replace(state, position=batches.step * training.global_batch)  # skipped positions are passed over
+            state = replace(state, position=batches.step * training.global_batch)  # beyond skipped positions
             progress = training.schedule, state.step, training.max_steps
             engine.set_lr_factor(lr_factor(*progress), backbone_lr_factor(*progress))
             step = self._update(batches, facts, losses, state)
@@ -92,14 +92,17 @@ class _Loop:
         return step >= training.max_steps or any(step % every == 0 for every in intervals)
 
     def _finish_queued_step(self, state: TrainState) -> TrainState:
-        """Settle the queued step, if any; return the new state. The device has finished it, so nothing waits."""
+        """Finish the queued step, if any, and return the new state.
+
+        In the loop, the device already has the next forward and backward passes queued, so it is not idle meanwhile.
+        """
         if self._queued is None:
             return state
         (step, phases), self._queued = self._queued, None
         return self._finish_step(state, step, phases)
 
     def _finish_step(self, state: TrainState, step: QueuedStep, phases: dict[Phase, float] | None = None) -> TrainState:
-        """Read the outcome of a step; report, detect spikes and save as due. Returns the new state."""
+        """Read the outcome of a step; if due, report, detect spikes and save. Returns the new state."""
         training, values = self._training, step.read()
         result = self._run.engine.finish_update(state.step + 1, values.norm)
         state = state.advance(training.global_batch, result.applied)
@@ -181,7 +184,7 @@ class _Loop:
 
     @contextmanager
     def _convert_out_of_memory(self, batches: StepBatches, state: TrainState) -> Iterator[None]:
-        """Convert out-of-memory errors to OutOfMemoryError, raised on the rank whose memory is full."""
+        """Convert out-of-memory errors to OutOfMemoryError. Only the rank whose memory is full raises it."""
         try:
             yield
         except RuntimeError as error:

@@ -71,7 +71,7 @@ class Observer:
     def record_step(
         self, state: TrainState, step: QueuedStep, values: StepValues, result: StepResult, phases: Mapping[Phase, float]
     ) -> None:
-        """Write a trace line for a finished update, whether it was applied or skipped."""
+        """Count a finished update and write its trace line, whether it was applied or skipped."""
         self._clock.step = state.step
         self._stopwatch.add(step.images, phases)
         micro_batches = step.batches.micro_batches

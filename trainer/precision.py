@@ -15,7 +15,7 @@ _TENSOR_CORES: Capability = (7, 0)
 def default_precision(capabilities: Sequence[Capability]) -> Precision:
     """Return the precision that `training.precision: auto` selects for these GPUs.
 
-    The oldest one decides; empty means CPU.
+    The oldest GPU decides. An empty sequence stands for the CPU.
     """
     lowest = min(capabilities, default=(0, 0))
     if lowest >= _BF16:

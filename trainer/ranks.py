@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepFacts:
-    """One rank's contribution to a step. `exchange` returns sums over ranks, exact since all values are small."""
+    """One rank's contribution to a step. `exchange` returns the sums over all ranks, computed in float64."""
 
     num_masks: float = 0.0
     """Ground-truth masks, by which the mask losses are divided."""
@@ -31,7 +31,9 @@ class StepFacts:
     substitutions: float = 0.0
     """Samples that were replaced by others."""
     stop: float = 0.0
+    """1 on rank 0 if the user wants the run to end."""
     drain: float = 0.0
+    """1 on rank 0 if a machine is about to go away."""
     committed: float = 0.0
     """Step of the newest committed checkpoint; set by rank 0 only."""
 
@@ -78,8 +80,8 @@ class Ranks:
         return values  # type: ignore[return-value]
 
     def count(self, name: str, increment: int = 0) -> int:
-        """Add to a counter shared by all ranks; return it. No collective; one thread may call it at any time."""
-        if self._store is None:  # a separate connection: blocking requests on the other one cannot delay it
+        """Add to a counter shared by all ranks and return it. Not a collective: any rank may call it alone."""
+        if self._store is None:  # a separate connection, which blocking requests of others cannot delay
             self._store = dist.distributed_c10d._get_default_store().clone()
         return self._store.add(f"m2f/{name}", increment)
 

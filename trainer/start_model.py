@@ -1,4 +1,4 @@
-"""Build the model of a rank, with the weights that the recipe names or without weights to receive a checkpoint."""
+"""Build the model of a rank: with the weights that the recipe names, or untrained, to load a checkpoint into it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def start_model(
     Returns the model and the start weights with their digests. Only a rank with a `reporter` computes the digests and
     reports them; on all others the second value is empty.
     """
-    torch.manual_seed(job.seed)  # ZeRO-3 keeps each rank's own part of the initialisation
+    torch.manual_seed(job.seed)  # equal on all ranks, each of which keeps only its part under ZeRO-3
     source = job.model.weights
     if source is None:
         model = build_model(job.model)

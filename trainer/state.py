@@ -48,10 +48,10 @@ class TrainState:
         return positions.start < self.position <= positions.stop
 
     def with_order(self, fingerprint: str, url: str, accept_changes: bool) -> TrainState:
-        """Return the state with which a run whose data order has `fingerprint` resumes from checkpoint `url`.
+        """Return the state for resuming from checkpoint `url` with the data order that has this `fingerprint`.
 
-        If the orders differ, the new order starts at the checkpoint's position with `accept_changes`; else raises
-        CheckpointError.
+        If the checkpoint has another order and `accept_changes` is set, the new order starts at its position. Without
+        `accept_changes`, another order raises CheckpointError.
         """
         if self.order_fingerprint == fingerprint:
             return self

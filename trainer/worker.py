@@ -34,12 +34,11 @@ def run_worker(
     control: Control | None = None,
     open_data: OpenData = open_shards,
 ) -> TrainState:
-    """Train as the rank given by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+    """Train as the rank given by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; LOCAL_RANK defaults to RANK.
 
-    Without a `reporter`, rank 0 prints. An existing process group (Ray Train) is used unchanged. If none of these
-    variables is set, the process is the only rank. Raises TrainingError if only some of them are set, and whatever
-    `train`
-    raises.
+    Without a `reporter`, rank 0 prints. An existing process group (Ray Train) is used unchanged. If none of the four
+    variables is set, the process is the only rank. Raises TrainingError if only some of them are set, and the errors of
+    `train`.
     """
     device = prepare_process(job)
     with process_group(device, job.training.collective_timeout_s):
@@ -105,7 +104,7 @@ def _is_one_machine() -> bool:
 
 
 def _loopback_store(rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
-    """Create the store for rendezvous on loopback only. Torch's own listens on all interfaces without a password."""
+    """Create the rendezvous store on loopback only. Torch's own store listens on all interfaces without a password."""
     host, port = _LOOPBACK[0], int(os.environ["MASTER_PORT"])
     if rank:
         return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)

@@ -110,8 +110,9 @@ def read_commits(storage: Storage, run_folder: str) -> CommitList:
 def repair_commits(storage: Storage, run_folder: str, evaluates: bool) -> None:
     """Complete what a rank that died could not write. The holder of the lease calls this while no rank runs.
 
-    Every committed checkpoint gets its pin and its entry in `commits/`, and those of version 0.1 also get their
-    metrics. If the run no longer `evaluates`, pins for evaluations are removed. Unfinished writes are aborted.
+    A committed checkpoint without an entry in `commits/` gets one, and a pin if the run `evaluates`. Metrics that a
+    checkpoint of version 0.1 contains are stored, too. If the run does not evaluate, all pins for evaluations are
+    removed. Unfinished writes are aborted.
     """
     abort_outdated_writes(storage, run_folder)
     listed = {match[1] for url in storage.list(join(run_folder, "commits")) if (match := _COMMIT.search(url))}

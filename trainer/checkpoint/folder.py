@@ -192,7 +192,7 @@ def parse_folder(url: str) -> tuple[int, int]:
 
 
 def read_legacy_metrics(storage: Storage, url: str) -> dict[int, dict[str, float]]:
-    """Return the metrics by step from a checkpoint of version 0.1, which the driver may lack; {} if there are none."""
+    """Return the metrics by step that a checkpoint of version 0.1 stores; {} for later versions or damaged metrics."""
     if not storage.exists(join(url, _LEGACY_METRICS)):
         return {}
     with ScratchFolder("metrics") as folder:
@@ -279,7 +279,7 @@ def pins(storage: Storage, url: str) -> tuple[str, ...]:
 
 
 def delete_old(storage: Storage, run_folder: str, newest: int, keep: int, lease: int = 0) -> None:
-    """Delete the folders in `folders_to_delete` after the commit of step `newest` under `lease`.
+    """Delete the folders that `folders_to_delete` returns, after the commit of step `newest` under `lease`.
 
     Raises LeaseLostError if another process has taken over the run.
     """
@@ -291,7 +291,7 @@ def delete_old(storage: Storage, run_folder: str, newest: int, keep: int, lease:
         check_lease(storage, run_folder, lease)
         if pins(storage, url):  # pinned after the listing
             continue
-        storage.delete(join(url, MANIFEST))  # first, so that a half-deleted checkpoint does not exist
+        storage.delete(join(url, MANIFEST))  # first, so that a half-deleted checkpoint is not listed
         storage.delete_prefix(url)
 
 
@@ -316,7 +316,7 @@ def folders_to_delete(
 
 
 def orphan_folders(storage: Storage, run_folder: str, in_use: int) -> tuple[tuple[str, str], ...]:
-    """Return the checkpoint folders that no run resumes from, with the reason, for leases before `in_use`.
+    """Return the checkpoint folders of leases before `in_use` that no run resumes from, each with the reason.
 
     A folder with any pin other than that of its evaluation is kept.
     """
@@ -358,7 +358,7 @@ class _Folder:
 
 @dataclass(frozen=True)
 class _File:
-    """An object in a checkpoint folder, with its path relative to it."""
+    """An object in a checkpoint folder, with its path relative to that folder."""
 
     folder: _Folder
     path: str

@@ -31,7 +31,7 @@ from m2f.trainer.errors import LeaseHeldError, LeaseLostError
 LEASE_VARIABLE = "M2F_LEASE"
 """Environment variable that passes a parent's lease to a driver: NUMBER:NONCE."""
 _THREAD_LIMIT_S = 10.0
-"""Time limit of one request by the thread, which repeats it anyway."""
+"""Time limit in seconds of one request by the thread that renews the lease, which repeats it anyway."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Lease:
         self._closing.set()
         self._thread.join()
         if self._renews and self._lost is None:
-            with suppress(StorageError):  # without the release, the next one waits until the beat is old
+            with suppress(StorageError):  # without the release, the next contender waits until the beat is old
                 self._storage.put(f"{record_url(self._run_folder, self.number)}.released", b"")
 
     def _renew_until_closed(self) -> None:
@@ -136,7 +136,7 @@ def take_lease(storage: Storage, run_folder: str, report: Callable[[str], None],
         record = LeaseRecord(number + 1, uuid.uuid4().hex, this_process(), found)
         try:
             storage.put(record_url(run_folder, record.number), record.to_json(), if_absent=True)
-        except ObjectExistsError:  # another contender was faster: check that one
+        except ObjectExistsError:  # another contender was faster: wait for it in the next round
             continue
         return record
 

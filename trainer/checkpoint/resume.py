@@ -61,12 +61,18 @@ class Restart:
         return not self.same_ranks and not self.weights_only and self.state.zero_stage > 0
 
     def load_model(self, model: Segmenter) -> None:
-        """Load buffers and frozen parameters, which DeepSpeed's universal format lacks, before the engine exists."""
+        """Load the weights file, if `reshard` or `weights_only` is true. Call this before the engine exists.
+
+        DeepSpeed's universal format lacks buffers and frozen parameters.
+        """
         if self.reshard or self.weights_only:
             load_weights(model, self.folder / WEIGHTS)
 
     def load_engine(self, engine: Engine, ranks: Ranks) -> None:
-        """Load weights and optimizer state; with the same ranks also random states, so all is bit-identical."""
+        """Load weights and optimizer state, unless `weights_only`, and the moving average.
+
+        With the same number of ranks, also load random states, so that the run continues bit-identically.
+        """
         with _with_remedy(self.checkpoint.url):
             if not self.weights_only:
                 engine.load(self.folder, _UNIVERSAL if self.reshard else ENGINE)
@@ -74,7 +80,7 @@ class Restart:
             engine.load_average(safetensors.torch.load_file(average) if average.is_file() else None)
             if self.same_ranks:
                 load_random_state(self.folder / rng_path(ranks.rank))
-        ranks.check()  # ranks of one machine may share the folder, which its owner deletes on leaving
+        ranks.check()  # ranks of a machine may share the folder, which one of them deletes after this
 
 
 @contextmanager

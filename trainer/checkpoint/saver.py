@@ -50,8 +50,8 @@ _POLL_S = (0.05, 2.0)  # first and longest pause between checks for the other ra
 class CheckpointSaver:
     """Saves checkpoints of one run, with one upload at a time.
 
-    `save` and `finish` are collectives. A failed upload stops the run: the next call of `newest_commit` or `finish`
-    raises its error.
+    Construction, `save` and `finish` are collectives. A failed upload stops the run: the next call of `newest_commit`
+    or `finish` raises its error.
     """
 
     def __init__(self, job: TrainJob, storage: Storage, ranks: Ranks, resumed: CommittedCheckpoint | None) -> None:
@@ -66,7 +66,7 @@ class CheckpointSaver:
         self._closing = threading.Event()
 
     def close(self) -> None:
-        """End the thread without waiting for other ranks. If all ranks have uploaded by now, it still commits."""
+        """End the thread without waiting for other ranks. If all ranks have uploaded already, it still commits."""
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -94,7 +94,7 @@ class CheckpointSaver:
         return self._committed
 
     def save(self, engine: Engine, state: TrainState, metrics: Mapping[int, StepMetrics]) -> None:
-        """Write this rank's files to the local disk and start their upload; call `finish` first.
+        """Write this rank's files to the local disk and start their upload. Call `finish` before the next `save`.
 
         `metrics` (rank 0) holds the metrics since the last save, by step; they are stored with the commit. Does nothing
         if the same step was the last one saved or restored. Raises StorageError if the disk is full.

@@ -21,14 +21,14 @@ def checkpoint_bytes(model: nn.Module, training: TrainingConfig, world_size: int
     parameters = list(model.parameters())
     total, trained = _count(parameters), _count(p for p in parameters if p.requires_grad)
     stage = training.zero.stage
-    trained_bytes = 2 if training.settled_precision in ("bf16", "fp16") else _FP32_BYTES
+    weight_bytes = 2 if training.settled_precision in ("bf16", "fp16") else _FP32_BYTES
     size = _SMALL_FILES
     if stage:  # optimizer files also contain this rank's part of the fp32 copies
         size += (_ADAM_BYTES + _FP32_BYTES) * trained // world_size
     elif is_first:
         size += _ADAM_BYTES * trained
     if is_first and stage < 3:
-        size += trained_bytes * total
+        size += weight_bytes * total
     if is_first:
         size += _FP32_BYTES * total * (2 if training.ema_decay else 1)
     return size

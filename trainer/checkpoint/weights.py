@@ -44,8 +44,8 @@ def manifest_sha256(weights: str, storage: Storage) -> str | None:
 def resolve_start_weights(weights: str, storage: Storage) -> str:
     """Return the path that a value of `model.weights` refers to.
 
-    For a checkpoint folder, this is its weights file, without averaging. For a model of the hub, it is its cache
-    folder, after downloading if necessary. Other values are returned unchanged.
+    For a checkpoint folder, this is the file of its weights, not of their moving average. For a model of the hub, it is
+    the cache folder, to which the model is downloaded if necessary. Other values are returned unchanged.
     """
     if weights.startswith(HUB):
         return str(hub_folder(weights))
@@ -148,7 +148,7 @@ def _rows_by_name(identity: ModelIdentity, weights: str) -> tuple[int | None, ..
 
 
 def _check(weights: str, path: Path, storage: Storage) -> None:
-    """Compare a file of a checkpoint with the manifest beside it, if there is one."""
+    """Compare a file of a checkpoint with the manifest beside it, if there is one. Raises CheckpointError."""
     folder, _, name = weights.rpartition("/")
     if name not in (AVERAGE, WEIGHTS, IDENTITY) or not storage.exists(join(folder, MANIFEST)):
         return

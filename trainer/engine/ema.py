@@ -42,7 +42,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Restore this rank's part of an earlier result of `gathered`, from any number of ranks."""
+        """Restore this rank's part of an earlier result of `gather`, from any number of ranks."""
         for name, part in self._parts.items():
             start = _part_size(self._parameters[name]) * dist.get_rank()
             own = weights[name].flatten()[start : start + part.numel()]

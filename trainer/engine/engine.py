@@ -47,8 +47,8 @@ class StepResult:
 class Engine:
     """One rank's part of the weights, gradients and optimizer state.
 
-    Per step, call `set_lr_factor`, then `accumulate` for every micro-batch, then `finish_step`. Instead of
-    `finish_step`, call `update`, and `finish_update` before the next `update`. Raises TrainingError if the settings do
+    Per step, call `accumulate` for every micro-batch, then `set_lr_factor` and `finish_step`. Instead of `finish_step`,
+    a caller may call `update` and, before the next `update`, `finish_update`. Raises TrainingError if the settings do
     not suit the number of ranks or the device. The process group must exist.
     """
 
@@ -143,8 +143,8 @@ class Engine:
             _, client_state = self._engine.load_checkpoint(str(folder), tag=tag)
         if self.module.loss_scale is not None:
             self.module.loss_scale.load(client_state[_LOSS_SCALE])
-        # Loading the universal format under ZeRO-3 gives all groups the settings of the first one. They also share one
-        # step counter, which would then count every group's update.
+        # Loading the universal format under ZeRO-3 gives all groups the settings of the first one, and one common step
+        # counter, which would then count the updates of every group.
         for group, settings in zip(self._adamw.param_groups, self._settings, strict=True):
             group.update(settings)
         for state in self._adamw.state.values():
@@ -165,7 +165,7 @@ class Engine:
         return _gathered_weights(model)
 
     def averaged_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """Return `weights` with moving averages for the trained ones; None if no average is kept.
+        """Return `weights`, the trained ones replaced by their moving averages; None if no average is kept.
 
         Every rank must call it.
         """
@@ -181,7 +181,7 @@ class Engine:
             self._average.load(weights)
 
     def _clip_plain_gradients(self) -> Tensor:
-        """Clip gradients without ZeRO. DeepSpeed itself would then apply updates with non-finite gradients."""
+        """Clip the gradients without ZeRO, because DeepSpeed would then apply updates with non-finite gradients."""
         assert self._skips is not None
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm or math.inf)
@@ -207,7 +207,7 @@ def check_device(training: TrainingConfig, device: torch.device) -> None:
 
 
 def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool = False) -> dict[str, Any]:
-    """Translate our settings to DeepSpeed's. Optimizer, schedule and autocast are ours and not part of them."""
+    """Translate our settings to DeepSpeed's. Optimizer, schedule and autocast are missing, because we use our own."""
     plan = step_positions(0, training.global_batch, 0, world_size, training.micro_batch)
     zero = training.zero
     # A single rank exchanges nothing, so it needs neither gradient hooks nor a second copy of the gradients.

@@ -17,8 +17,8 @@ official code."""
 class LossScale:
     """A power of two that scales gradients inside the network. It is halved when they overflow.
 
-    Gradients of parameters are divided by it in fp32 as soon as they are computed. Buckets, clipping and the optimizer
-    see unscaled gradients only.
+    Gradients of parameters are divided by the scale in fp32 as soon as they are computed. Buckets, clipping and the
+    optimizer see unscaled gradients only.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:

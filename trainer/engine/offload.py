@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class OffloadedScalars:
-    """Brings the gradient statistics that DeepSpeed's optimizer needs to the host in one transfer.
+    """Transfers the gradient statistics that DeepSpeed's optimizer needs to the host, in at most two copies per step.
 
-    DeepSpeed itself reads every gradient's values separately: whether it is finite during the backward pass, and its
-    norm before the update. That synchronises with the GPU twice per parameter. Sums and their order are unchanged.
+    DeepSpeed itself synchronises with the GPU twice per parameter: in the backward pass to check whether the gradient
+    is finite, and before the update to read its norm. Sums and their order are unchanged.
     """
 
     def __init__(self, zero: Any) -> None:

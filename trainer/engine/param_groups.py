@@ -18,7 +18,7 @@ _NORMS = (
     nn.RMSNorm,
 )
 _BLOCK = re.compile(r"(.*?(?:blocks|layer\d+)\.\d+)\.")
-"""Name prefixes of residual blocks (layer1.0), transformer blocks (blocks.0) and stages (layers.0.blocks.0)."""
+"""Name prefixes of residual blocks (layer1.0) and transformer blocks (blocks.0, or layers.0.blocks.0 in stages)."""
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 
 
@@ -28,7 +28,7 @@ def build_param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[s
     Norms, `nn.Embedding` and the position tables of Swin have no weight decay, unless `decay_everything` is set. All
     other parameters decay, including biases. Parameters under the submodule `backbone` use
     `lr * backbone_lr_multiplier`, multiplied by `layer_decay` for every block between the parameter and the head.
-    Raises TrainingError if nothing is trainable, or if `layer_decay` is set for a backbone without blocks.
+    Raises TrainingError if nothing is trainable, or if `layer_decay` is not 1 for a backbone without blocks.
     """
     merged: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
@@ -79,8 +79,8 @@ def _depths(model: nn.Module, config: OptimizerConfig) -> dict[nn.Parameter, int
         raise TrainingError("training.optimizer.layer_decay needs a backbone with blocks; set it to 1")
     full = len(blocks) if config.layer_decay_from == "top" else len(blocks) + 1
     lowest = 1 if config.layer_decay_from == "top" else 0
-    spared = len(blocks) - config.layer_decay_spared
-    return {p: full - max(place, lowest) if place <= spared else 0 for p, place in index.items()}
+    num_decayed = len(blocks) - config.layer_decay_spared
+    return {p: full - max(place, lowest) if place <= num_decayed else 0 for p, place in index.items()}
 
 
 def _decays(module: nn.Module, name: str) -> bool:

@@ -23,14 +23,14 @@ _MALFORMED = (
     pickle.UnpicklingError,
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RecursionError, TypeError, ValueError),
 )
-"""Errors raised for a file that torch did not write. Others, such as a lack of memory, are not the file's fault."""
+"""Errors raised for a file that torch did not write. Other errors, such as a lack of memory, have other causes."""
 
 
 @contextmanager
 def safe_loads() -> Iterator[None]:
     """Make `torch.load` safe in this process, including calls by DeepSpeed.
 
-    A file that requires more raises CheckpointError naming the file and the rejected name. Applies to all threads.
+    A file that needs any other class or function raises CheckpointError, which names both. Applies to all threads.
     """
     load = torch.load
     torch.load = _safe(load)
@@ -55,7 +55,7 @@ def _safe(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _classes_of_deepspeed() -> list[Any]:
-    """Classes that DeepSpeed 0.19 writes besides tensors and plain values. Data cannot make them run code."""
+    """Return the classes that DeepSpeed 0.19 writes besides tensors and plain values. None lets a file run code."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -13,8 +13,8 @@ def lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
     """Return the factor on every group's learning rate for the update after `step` finished ones (0: the first update).
 
     Warm-up rises linearly from 1 / (warmup_steps + 1) and multiplies the schedule. The schedule runs during warm-up
-    too, except for the cosine, which starts after it. If the backbone has a schedule of its own, the factor is that of
-    all other groups.
+    too, except for the cosine, which starts after it. StagedPolySchedule differs: it rises from 0, starts its decay
+    after warm-up, and has another factor for the backbone (see `backbone_lr_factor`).
     """
     match config:
         case PolySchedule(power=power):
@@ -32,7 +32,7 @@ def lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
 
 
 def backbone_lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
-    """Return the factor for the groups of the backbone, as `lr_factor` does for the others."""
+    """Return the factor for the groups of the backbone. It equals `lr_factor`, except for StagedPolySchedule."""
     match config:
         case StagedPolySchedule():
             first, length = config.warmup_steps, config.backbone_warmup_steps

@@ -1,4 +1,4 @@
-"""Updates of DeepSpeed's ZeRO 1 and 2 without host synchronisation and with few host calls."""
+"""Updates without ZeRO and in DeepSpeed's ZeRO 1 and 2, without host synchronisation and with few host calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _CHECK_FUNCTION = "is_invalid_grad_norm"
-"""Function with which DeepSpeed's optimizer waits for the device, in its module for ZeRO 1 and 2."""
+"""Function in DeepSpeed's module for ZeRO 1 and 2 with which its optimizer waits for the device."""
 
 
 def device_can_decide() -> bool:
@@ -24,8 +24,8 @@ class DeviceSkips:
     """Makes a fused AdamW leave weights, moments and step counters unchanged if the gradient norm is not finite.
 
     DeepSpeed's optimizer of ZeRO 1 and 2 copies the norm to the host twice per parameter group, and once more for the
-    step. It also copies a constant to the device for every group. It computes the norm of every tensor, and links every
-    tensor to its flat buffer, in a separate call. This class avoids these calls and leaves the arithmetic unchanged.
+    step. It also copies a constant to the device for every group. For every tensor, it makes one call to compute the
+    norm and one to link the tensor to its flat buffer. This class avoids these calls. The arithmetic is unchanged.
     """
 
     def __init__(self, adamw: torch.optim.AdamW, zero: Any | None) -> None:

@@ -44,7 +44,7 @@ class MemoryPlan:
 
 
 def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, world: int, targets: int) -> MemoryPlan:
-    """Count micro-batches of one and of two images, with `targets` segments per image. Takes seconds."""
+    """Calculate the memory of micro-batches of one and of two images with `targets` segments each. Takes seconds."""
     size = largest_shape(data.augment)
     dtype = WEIGHT_DTYPES.get(training.settled_precision, torch.float32)
     fp32 = training.pixel_decoder_fp32 or training.settled_precision == "fp16_autocast"

@@ -10,7 +10,7 @@ from m2f.trainer.engine.engine import deepspeed_config
 CONTEXT_BYTES = 600_000_000
 """Approximate GPU memory that CUDA and its libraries use per process."""
 FP32_BYTES = 4
-_MOMENT_BYTES = 8  # bytes per weight: AdamW's two in fp32
+_MOMENT_BYTES = 8  # bytes per weight: AdamW's two moments in fp32
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Data type of the weights by precision, for precisions in which it is not fp32."""
 
@@ -38,7 +38,8 @@ def state_bytes(weights: int, training: TrainingConfig, world: int, frozen: int 
 def remaining_evaluator_bytes(required: int, used: int) -> int:
     """Return the bytes that evaluation actors will still allocate, if they need `required` bytes for models and images.
 
-    `used` bytes of the GPU are not tensors of this process: running actors, and CUDA's own memory.
+    `used` counts the bytes of the GPU that this process does not use for tensors: running actors, and CUDA's own
+    memory.
     """
     return max(0, required - max(0, used - CONTEXT_BYTES))
 

@@ -8,7 +8,7 @@ from statistics import median
 from m2f.trainer.config import SpikeConfig
 
 _SIGMA_PER_MAD = 1.4826  # for a normal distribution
-_MIN_SIGMA = 0.01  # relative to the median: avoids spikes of a thousandth if the loss hardly changes
+_MIN_SIGMA = 0.01  # relative to the median; prevents tiny spikes if the loss hardly changes
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class LossHistory:
     high: int = 0
     """Number of consecutive last steps with too high a loss."""
     start: int = 0
-    """Position of the data order at which the first of these steps started."""
+    """Position of the data order at which the first of these steps started; meaningless if `high` is 0."""
 
     def after(self, loss: float, position: int, config: SpikeConfig) -> LossHistory:
         """Return the history with the loss of the step that started at `position`."""

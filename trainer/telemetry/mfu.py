@@ -22,7 +22,7 @@ _PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-"""Dense bf16 peak of tensor cores, from vendor data sheets. The first name contained in the device's name applies."""
+"""Dense bf16 peak in TFLOP/s, from vendor data sheets. The first key that the name of the device contains applies."""
 _PASSES = 3
 """Cost of a training pass in units of forward passes. By convention the backward pass costs two: one for the gradients
 of a layer's weights, and one for the gradients of its input. Recomputation by checkpointing does not count."""

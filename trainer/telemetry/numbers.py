@@ -84,8 +84,8 @@ class RankSpread:
     slowest_over_median: float
     """Time of the slowest rank divided by that of the median rank."""
     slow: float
-    """Number of ranks that were much slower than the median rank in the last reports. Each kind of work is counted
-    separately."""
+    """Number of ranks that were much slower than the median rank in each of the last reports, at the same kind of
+    work."""
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ class Watchdog:
     def _report(self, found: Sequence[RankStacks]) -> None:
         url = join(self._folder, STACKS)
         message = f"{describe_stall(found, self._ranks.world_size)}. Stacks of all ranks: {url}"
-        if not self._ranks.is_first:  # whose reporter may print nothing
+        if not self._ranks.is_first:  # the reporters of other ranks may print nothing
             sys.stderr.write(f"{printable(message)}\n")
         write_ending(self._storage, self._job.run_folder, self._job.attempt, Ending("stalled", message))
         self._reporter.report(Notice("stalled", self._clock.step, message))
