@@ -43,8 +43,8 @@ def parse_yaml(text: str | bytes) -> Any:
     """Return the value of a text with a single YAML document.
 
     Raises:
-        DocumentError: the document is invalid, repeats a key in a mapping, is too long or nested too deeply, holds an
-            integer of more than 64 bits, or has too many values after expansion of its aliases.
+        DocumentError: the document is invalid or too long, repeats a key in a mapping, or exceeds a limit: depth of
+            nesting, number of values with aliases expanded, or 64 bits per integer.
     """
     if len(text) > MAX_YAML_BYTES:
         raise DocumentError(f"it has {len(text)} bytes; the limit is {MAX_YAML_BYTES}")

@@ -84,8 +84,9 @@ def is_image_name(name: str) -> bool:
 def frame_orientation(header: ImageHeader, height: int, width: int) -> int:
     """Return the EXIF orientation that turns the stored image into the frame of an annotation.
 
-    The result is the orientation in the header, or 1, whichever gives the size of the annotation. If both do (mirrored,
-    upside-down or square images), it is the one in the header, as in image viewers.
+    The result is the orientation in the header if the image turned by it has the size of the annotation. Otherwise, it
+    is 1, if the stored image has that size. If both fit (mirrored, upside-down or square images), the header decides,
+    as in image viewers.
 
     Raises:
         BrokenImageError: neither the stored nor the turned image has the size of the annotation.

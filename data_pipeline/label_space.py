@@ -90,8 +90,8 @@ def match_classes(first: Sequence[Category], second: Sequence[Category], *, ids:
     - A class is a thing in one table and stuff in the other.
     - Two classes of a table have the same name, unless both tables have the same names and kinds in the same order.
     - The tables share no class.
-    - With `ids`: both tables use an id for different classes, each of which the other table lacks. This is most
-      probably one class under two names.
+    - With `ids`: both tables use an id for different classes, and neither class is in the other table. Most probably,
+      it is one class under two names.
     """
     if _class_keys(first) == _class_keys(second):
         kind = "equal" if [c.id for c in first] == [c.id for c in second] else "by_name"

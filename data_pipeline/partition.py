@@ -71,7 +71,7 @@ def partition(
 
 
 class Runs(NamedTuple):
-    """Runs of equal values in the rows of a map [H, W]. They are few, so they are faster to process than pixels."""
+    """Runs of equal values in the rows of a map [H, W]. A map has few runs, which are faster to process than pixels."""
 
     value: np.ndarray
     """[R] value of each of the R runs."""

@@ -69,7 +69,7 @@ class CocoInstancesSource(Section):
     instances_json: str
     """JSON file with images, categories and annotations."""
     crowds_are_objects: bool = False
-    """Treat annotations with `iscrowd: 1` as objects. CVAT and datumaro write it for every painted mask."""
+    """Treat annotations with `iscrowd: 1` as objects. CVAT and datumaro mark every painted mask in this way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,10 @@ class LabelMapSource(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceSource(Section):
-    """A folder of images and a folder of colour PNGs with the same file stems. Red is the class, green the instance."""
+    """A folder of images and a folder of colour maps with the same file stems.
+
+    Red is the class, and green + 256 x blue is the instance number.
+    """
 
     kind: Literal["huggingface"] = "huggingface"
     images: str

@@ -110,7 +110,7 @@ def _image_entry(image_id: str, file: Path) -> dict[str, Any]:
 
 
 def _category_entries(annotations: Sequence[Any], path: str) -> list[dict[str, Any]]:
-    """Return entries of the 19 classes with label ids or train ids, whichever most segments use as category id.
+    """Return entries of the 19 classes, with label ids or train ids: the kind that most segments use as category id.
 
     Segment ids always contain label ids. A comparison with the category ids shows which of the two the file uses.
     """

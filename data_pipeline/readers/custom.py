@@ -101,8 +101,8 @@ def check_annotation(annotation: Annotation, categories: CategoryTable, where: s
     """Check an annotation and return its height and width.
 
     Raises:
-        DataError: there is no map, the maps differ in size, a category is unknown, segment ids repeat, an id in a map
-            has no segment, or a segment of `seg` has no pixel.
+        DataError: there is no map; the maps differ in size; a category is unknown; segment ids repeat; an id in a map
+            has no segment; or a segment of `seg` has no pixel.
     """
     seg, inst = annotation.seg, annotation.inst
     if seg is None and inst is None:

@@ -138,8 +138,8 @@ def make_key(file_name: str) -> str:
     """Return the sample key for a relative file name, made from the name without its extension.
 
     Keys have only ASCII letters, digits, `_` and `-`, because other characters confuse tar tools (webdataset splits
-    names at the first dot). If a name has other characters or is long, characters are replaced or cut, and a digest is
-    added so that different names have different keys.
+    names at the first dot). Other characters are replaced, and long names are cut. Such keys end with a digest, which
+    keeps the keys of different names different.
     """
     stem = str(PurePosixPath(file_name).with_suffix(""))
     clean = re.sub(r"[^A-Za-z0-9_-]", "-", stem)

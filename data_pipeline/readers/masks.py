@@ -172,7 +172,7 @@ def _ring_list(segmentation: Any) -> list[Any]:
 
 
 def _is_short(ring: Any) -> bool:
-    """Return whether a ring has at most two points and thus no area. Annotation tools write such rings."""
+    """Return whether a ring has at most two points, and therefore no area. Annotation tools write such rings."""
     return isinstance(ring, list) and len(ring) in (0, 2, 4)
 
 
