@@ -269,6 +269,7 @@ def _detections(number: int, image: Instances) -> InstanceDetections:
 
 
 def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
+    """Return run-length masks. Raises EvaluationError for arrays of another form and for a wrong number of labels."""
     masks = image.masks
     if isinstance(masks, np.ndarray):
         if masks.ndim != 3 or masks.dtype != bool:

@@ -123,6 +123,7 @@ def attention_pictures(
 
 
 def _split(share: float | None) -> tuple[float | None, float | None]:
+    """Return the shares of attention on the object and elsewhere, in per cent."""
     return (None, None) if share is None else (100 * share, 100 * (1 - share))
 
 

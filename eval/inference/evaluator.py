@@ -169,6 +169,7 @@ class Evaluator:
         return predictions
 
     def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
+        """Return the predictions of all layers for the evaluated classes."""
         # Convolutions use deterministic algorithms without TF32, so results do not depend on the GPU of a batch.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             predictions = self._model(self._model.normalise(images.to(self._device), sizes.to(self._device)))
@@ -209,6 +210,7 @@ class Evaluator:
             states.panels[sample.image_id] = render_panel(sample.image, image_file_name(sample), overlays, classes)
 
     def _panoptic(self, sample: DecodedSample, result: PanopticResult, states: EvaluationStates) -> _MakeOverlays:
+        """Add the panoptic result of one image to dump and states, and return the function that makes its overlays."""
         assert states.panoptic is not None
         if self._dump is not None:
             self._dump.add_panoptic(sample, result)
@@ -229,6 +231,7 @@ class Evaluator:
     def _instance(
         self, sample: DecodedSample, detections: InstanceDetections, states: EvaluationStates
     ) -> _MakeOverlays:
+        """Add the detections of one image, as `_panoptic` does."""
         assert states.instance is not None
         detections = replace(detections, labels=self._thing_labels[detections.labels])
         if self._dump is not None:
@@ -253,6 +256,7 @@ class Evaluator:
         return partial(instance_overlays, truth, detections, sample.size)
 
     def _semantic(self, sample: DecodedSample, labels: Tensor, states: EvaluationStates) -> _MakeOverlays:
+        """Add the label map of one image, as `_panoptic` does."""
         assert states.semantic is not None
         predicted = labels.cpu().numpy()
         if self._dump is not None:

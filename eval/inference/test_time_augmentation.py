@@ -97,6 +97,7 @@ def predict_in_passes(
 def _views(
     image: np.ndarray, test_time: MultiScale, predict: Predict, config: PostprocessConfig, shrink: Shrink
 ) -> Iterator[View]:
+    """Yield the class scores of the image at every size and, with `flip`, of its mirror image."""
     for shortest_edge in test_time.shortest_edges:
         resized = resize_image(image, shortest_edge_size(_size(image), shortest_edge, test_time.max_size), shrink)
         for mirrored in (False, True) if test_time.flip else (False,):

@@ -73,6 +73,7 @@ class PanopticMerge:
         self._open_windows.append(window)
 
     def _join(self, other: _OpenSegmentMap, window: _OpenSegmentMap) -> None:
+        """Join segments of two windows that are the same object."""
         intersection = other.area.intersection(window.area)
         if intersection is None:
             return
@@ -179,6 +180,7 @@ class InstanceMerge:
         self._scores.extend(window_segments.scores.tolist())
 
     def _join(self, other: _OpenDetections, window: _OpenDetections) -> None:
+        """Join detections of two windows that are the same object."""
         intersection = other.area.intersection(window.area)
         if intersection is None or not len(other.mask_index) or not len(window.mask_index):
             return
@@ -214,6 +216,7 @@ class InstanceMerge:
         )
 
     def _is_kept(self, parts: Sequence[int], areas: np.ndarray) -> bool:
+        """Return whether an object keeps at least MIN_KEPT_SHARE of its largest part. `areas` are those of `_cores`."""
         distinct = sorted(set(parts))
         kept = sum(areas[distinct])
         if len({self._cores[part][0] for part in distinct}) < len(distinct):  # two masks of one window may share pixels

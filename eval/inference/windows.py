@@ -84,6 +84,7 @@ class _Spans(NamedTuple):
 
 
 def _spans(length: int, size: int, stride: int) -> _Spans:
+    """Return the windows along a side of `length` pixels."""
     starts = window_starts(length, size, stride)
     covered = [slice(start, min(start + size, length)) for start in starts]
     cuts = [(after.start + before.stop) // 2 for before, after in pairwise(covered)]

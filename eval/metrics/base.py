@@ -136,6 +136,7 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
         self._records, self._memory_bytes = {}, 0
 
     def _check_agrees(self, image_id: int, record: RecordT) -> None:
+        """Raise EvaluationError if the state has a different record of this image."""
         known, spilled = self._records.get(image_id), self._spilled.get(image_id)
         changed = known is not None and not known.same_as(record)
         if changed or (spilled is not None and spilled != record.digest()):

@@ -59,4 +59,5 @@ def outline_map(id_map: np.ndarray, width: int) -> np.ndarray:
 
 
 def _structuring_element(width: int) -> np.ndarray:
+    """Return a square that extends `width` pixels from its centre in each direction."""
     return np.ones((2 * width + 1, 2 * width + 1), dtype=np.uint8)

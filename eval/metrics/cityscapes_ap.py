@@ -140,6 +140,8 @@ def match_cityscapes(truth: np.ndarray, detections: Iterable[CityscapesDetection
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
+    """Detection of an evaluated class with at least one pixel."""
+
     label: int
     score: float
     iou: np.ndarray

@@ -98,6 +98,7 @@ class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
         return self._counts()[self.num_classes**2 :]
 
     def _counts(self) -> np.ndarray:
+        """Return the pixels of all cells: [K * (K + 1)] int64, of which the last K have a void prediction."""
         counts = np.zeros(self.num_classes * (self.num_classes + 1), dtype=np.int64)
         np.add.at(counts, self.rows("cell"), self.rows("pixels"))
         return counts

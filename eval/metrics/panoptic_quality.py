@@ -286,6 +286,7 @@ def _ignored_share(predicted_id: int, label: int, truth: PanopticTruth, overlaps
 
 
 def _check_tables_agree(prediction: PanopticPrediction, area: Mapping[int, int]) -> None:
+    """Raise InconsistentMapError if an id is only in the predicted map or only in the segment list."""
     unlisted = [i for i, pixels in area.items() if pixels and i != VOID_ID and i not in prediction.labels]
     if unlisted:
         raise InconsistentMapError(f"the predicted map has ids that are missing in the segment list: {unlisted[:5]}")
@@ -302,6 +303,7 @@ def _class_quality(iou: float, tp: int, fp: int, fn: int) -> ClassQuality:
 
 
 def _average(classes: Sequence[ClassQuality]) -> Quality | None:
+    """Return the mean over the classes that occur; None if none occurs."""
     counted = [c for c in classes if c.occurs]
     if not counted:
         return None

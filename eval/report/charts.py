@@ -63,11 +63,13 @@ class _Axes:
     ys: Sequence[float]
 
     def locate(self, x: float, y: float) -> tuple[float, float]:
+        """Return the position of a point in the picture."""
         across = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
         up = (y - self.ys[0]) / (self.ys[-1] - self.ys[0])
         return _LEFT + across * (WIDTH - _LEFT - _RIGHT), _TOP + (1 - up) * _PLOT_HEIGHT
 
     def lines(self, x_label: str) -> list[str]:
+        """Return grid lines, tick labels and the label of the x axis."""
         parts = []
         for tick in self.ys:
             y = self.locate(self.xs[0], tick)[1]
@@ -80,6 +82,7 @@ class _Axes:
         return [*parts, _text(WIDTH - _RIGHT, bottom + 28, x_label, anchor="end", faint=True)]
 
     def curve(self, one: Series, position: int) -> list[str]:
+        """Return the line of a series, interrupted at gaps. `position` selects the colour."""
         parts = []
         for piece in _finite_runs(downsample(one.points)):
             located = [self.locate(x, y) for x, y in piece]

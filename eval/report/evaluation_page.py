@@ -244,6 +244,7 @@ def _segment_names(results: EvaluationResults) -> list[str]:
 
 
 def _cells(counts: np.ndarray) -> list[tuple[int, int, int]]:
+    """Return row, column and count of every cell that is not 0."""
     return [(t, p, int(counts[t, p])) for t, p in zip(*(axis.tolist() for axis in counts.nonzero()), strict=True)]
 
 

@@ -81,6 +81,7 @@ def _labels(title: str, label_map: np.ndarray, num_classes: int) -> Overlay:
 
 
 def _flatten(title: str, masks: Sequence[Rle], segments: Sequence[OverlaySegment], size: tuple[int, int]) -> Overlay:
+    """Return the overlay of masks that may overlap; later masks cover earlier ones."""
     id_map = np.zeros(size, dtype=np.int32)
     for position, mask in enumerate(masks, start=1):
         id_map[decode_mask(mask)] = position

@@ -146,6 +146,7 @@ def segment_color(category: Category, label: int, instance: int) -> tuple[int, i
 
 
 def _scale(size: tuple[int, int]) -> float:
+    """Return the factor that brings the longer side into COLUMN_PIXELS."""
     smallest, largest = COLUMN_PIXELS
     longer = max(size)
     if longer < smallest:

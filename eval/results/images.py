@@ -108,6 +108,7 @@ def read_image_records(payload: bytes) -> ImageRecords:
 
 
 def _from_columns(kind: type[_ImagesT], task: str, columns: Mapping[str, np.ndarray | Ragged]) -> _ImagesT | None:
+    """Return the records of a task; None if the file has no columns of this task."""
     names = [one.name for one in fields(kind)]
     if f"{task}_{names[0]}" not in columns:
         return None
@@ -144,6 +145,7 @@ def _per_image(images: _ImagesT, metric: Callable[[_ImagesT, np.ndarray], np.nda
 
 
 def _rows(column: Ragged, first: int, end: int) -> Ragged:
+    """Return the part of a column for the images from `first` to `end`, `end` excluded."""
     start = int(column.counts[:first].sum())
     counts = column.counts[first:end]
     return Ragged(column.values[start : start + int(counts.sum())], counts)

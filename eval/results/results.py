@@ -125,6 +125,7 @@ class EvaluationResults:
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     def _classes_averaged(self) -> dict[str, int]:
+        """Return, for metrics that are means over classes, the number of these classes."""
         counts: dict[str, int] = {}
         if self.panoptic is not None:
             splits = {"PQ": self.panoptic.all, "PQ_th": self.panoptic.things, "PQ_st": self.panoptic.stuff}

@@ -84,6 +84,8 @@ def _pairs(truth: Path, predictions: Path, ending: str) -> list[tuple[Path, Path
 
 @dataclass(frozen=True)
 class _ScoreInstances:
+    """Matches the detections of one image with the truth."""
+
     root: Path
     """Folder of the results. Masks outside it are refused."""
 
@@ -110,6 +112,7 @@ class _ScoreInstances:
 
 
 def _parse(line: str, where: str) -> tuple[str, int, float]:
+    """Parse a line `MASK LABEL_ID SCORE`. Raises EvaluationError with a message that starts with `where`."""
     try:
         mask, label, score = line.split()
         parsed = mask, int(float(label)), float(score)

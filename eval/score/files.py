@@ -128,6 +128,7 @@ def match_predictions(
 
 
 def _as_categories(categories: Sequence[ScoredCategory], compare_kinds: bool) -> list[Category]:
+    """Return the categories for a comparison. Without `compare_kinds`, all of them are things."""
     return [Category(c.id, c.name, bool(c.is_thing) or not compare_kinds, (0, 0, 0)) for c in categories]
 
 
@@ -215,6 +216,7 @@ def first_few(values: Sequence[object], limit: int = 5) -> str:
 
 
 def _read_map(path: Path, decode: Callable[[bytes], np.ndarray], modes: Sequence[str], expected: str) -> np.ndarray:
+    """Decode a PNG with one of `modes`. Raises EvaluationError naming the file and what is `expected`."""
     data = read_bytes(path)
     try:
         header = read_header(data)

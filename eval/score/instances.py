@@ -160,6 +160,8 @@ def _results(
 
 @dataclass(frozen=True)
 class _ScoreImages:
+    """Reads and matches several images."""
+
     files: InstanceFiles
     labels: Mapping[int, int]
     """Class by category id of the truth."""

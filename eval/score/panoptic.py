@@ -168,6 +168,8 @@ def _results(
 
 @dataclass(frozen=True)
 class _ScoreImage:
+    """Reads and matches one image."""
+
     files: PanopticFiles
     labels: Mapping[int, int]
     """Class by category id of the truth."""
@@ -226,6 +228,7 @@ class _ScoreImage:
         }
 
     def _prediction(self, annotation: dict[str, Any], where: str) -> PanopticPrediction:
+        """Read the prediction of one image, without segments of dropped categories; their pixels become void."""
         where = f"{self.files.predictions}: {where}"
         listed = require_field(annotation, "segments_info", where)
         dropped_ids = [require_field(entry, "id", where) for entry in listed if self._is_dropped(entry, where)]

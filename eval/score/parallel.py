@@ -49,6 +49,7 @@ def _in_chunks(work: Callable[[Sequence[Job]], Sequence[Result]], jobs: Sequence
 def _map_in_processes(
     work: Callable[[Sequence[Job]], Sequence[Result]], jobs: Iterable[Job], workers: int
 ) -> Iterator[Result]:
+    """Yield the results in the order of the jobs. At most 2 * workers + 1 chunks are pending at a time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])  # import it once instead of once per worker
     pool = ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,))

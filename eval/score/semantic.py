@@ -101,6 +101,8 @@ def label_maps(truth: Path, predictions: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class _ScoreImage:
+    """Counts the pixels of one pair of label maps."""
+
     truth: Path
     predictions: Path
     num_classes: int
