@@ -35,7 +35,7 @@ class PasteResult:
 
 
 def partner_position(position: int, seed: int, config: DataConfig) -> int | None:
-    """Return the position of the sample whose objects are pasted onto the sample at `position`; None if none are."""
+    """Return the position of the sample whose objects are pasted onto the sample at `position`; None for no paste."""
     if config.copy_paste is None:
         return None
     draw, distance = sample_rng(seed, position, Stream.COPY_PASTE).random(2).tolist()
