@@ -38,6 +38,7 @@ def run(name: str, tiny: bool, device: torch.device) -> list[Measurement]:
 
 
 def main() -> None:
+    """Run the benchmarks that the command line names, and print their results even if a later one fails."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"{', '.join([*CPU_ONLY, *ON_ANY_DEVICE])}; default all"

@@ -122,6 +122,7 @@ def fake_tensors() -> Iterator[None]:
 
 
 def main(side: int = 1024, images: int = 2) -> None:
+    """Print the counts of the R50 model for images of `side` x `side` pixels."""
     with fake_tensors():
         model = build_model(ModelConfig(num_classes=133), pretrained_backbone=False).train()
         constants = count_constants(model, side)

@@ -84,6 +84,7 @@ def _type(name: str) -> str:
 
 
 def main(capabilities: str = "80,90,100", channels: str = "32,48,64,96,128") -> None:
+    """Print a Markdown table for comma-separated compute capabilities and channels per head."""
     print("| GPU | channels | kernel | queries, warps | registers | spilled bytes | shared bytes | barriers | warps |")
     print("|---|--:|---|---|--:|--:|--:|--:|--:|")
     for capability in map(int, capabilities.split(",")):

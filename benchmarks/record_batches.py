@@ -59,6 +59,7 @@ def record(
 
 
 def main() -> int:
+    """Record as the command line says; return exit status 2 for a user error, else 0."""
     parser = argparse.ArgumentParser(prog="record_batches", description=__doc__, allow_abbrev=False)
     parser.add_argument("recipe", help="YAML file; its shards must exist (m2f shard)")
     parser.add_argument("file", help="recording to write, a zip file")

@@ -58,6 +58,7 @@ def train_rank(job: TrainJob, path: str) -> None:
 
 
 def main() -> int:
+    """Train and print the run folder; return exit status 2 for a user error, 1 if a rank failed, else 0."""
     parser = argparse.ArgumentParser(prog="train_recorded", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", help="file written by record_batches")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the recipe")

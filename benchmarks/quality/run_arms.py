@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Return the arguments of the command line, with defaults; None parses `sys.argv`."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.run_arms", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder for shards, runs, logs and CPU records")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings for all runs")

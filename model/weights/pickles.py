@@ -84,7 +84,7 @@ class _PickledDtype:
 
 
 class _PickledStorage:
-    """Storage of a tensor."""
+    """Storage of a tensor, as `_load_storage` returns it and `_rebuild_tensor` takes it."""
 
     __slots__ = ("storage",)
 
@@ -92,7 +92,7 @@ class _PickledStorage:
         self.storage = storage
 
     def __setstate__(self, state: object) -> None:
-        """Reject the BUILD opcode."""
+        """Raise pickle.UnpicklingError, because a BUILD opcode must not change a storage."""
         raise pickle.UnpicklingError("unexpected state of a tensor storage")
 
 
@@ -184,7 +184,7 @@ class _Constructor:
         return self._function(*arguments)
 
     def __setstate__(self, state: object) -> None:
-        """Reject the BUILD opcode."""
+        """Raise pickle.UnpicklingError, because a BUILD opcode must not change a constructor."""
         raise pickle.UnpicklingError("unexpected state of a constructor")
 
 
