@@ -73,7 +73,7 @@ class PanopticMerge:
         self._open_windows.append(window)
 
     def _join(self, other: _OpenSegmentMap, window: _OpenSegmentMap) -> None:
-        """Join segments of two windows that are the same object."""
+        """Join things of two windows that are the same object."""
         intersection = other.area.intersection(window.area)
         if intersection is None:
             return

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 SAME_OBJECT_IOU = 0.5
-"""Lowest IoU, inside the overlap of two windows, at which two segments are the same object; as in PQ."""
+"""Lowest IoU, inside the overlap of two windows, at which two segments are the same object. PQ also uses 0.5."""
 
 
 MIN_KEPT_SHARE = 0.5
@@ -52,7 +52,7 @@ class WindowPlace:
     core: Area
     """Pixels that the window decides. The cores of all windows partition the image."""
     overlaps: tuple[Area, ...]
-    """Overlaps with all other windows that overlap this one, earlier and later ones, in the order of the windows."""
+    """Overlaps of this window with earlier and later windows, in the order of the windows."""
 
 
 def window_starts(length: int, size: int, stride: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Base of all metric states, which hold records by image id. Merging in any order gives the same bits.
 
 A state never holds sums. It holds one small record of arrays per image, so an image that was evaluated twice counts
-once. Reductions read the records in ascending image id, whichever process they come from and in whichever order.
+once. Reductions read the records in ascending image id, regardless of their origin and order of arrival.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _IMAGE = 1
 
 
 class EngineRefusedError(ValueError):
-    """hotcoco rejects files or tables. The message names neither the files nor the settings of this package."""
+    """hotcoco cannot match files or tables. The message names neither the files nor settings of this package."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class ErrorType(IntEnum):
     """Type of error of a detection; MISSED is the type of an annotation."""
 
     NONE = 0
+    """A match."""
     CLASSIFICATION = 1
     """Fits an annotation of another class."""
     LOCALISATION = 2
@@ -58,7 +59,7 @@ class ErrorRecord(Record):
     score: np.ndarray = field(metadata=column("float64"))
     """Score of the detection, descending within a class. For panoptic segments: the largest IoU, in any order."""
     iou: np.ndarray = field(metadata=column("float64"))
-    """IoU with the annotation that it matches, or would match if fixed; 1 for errors of localisation."""
+    """IoU with the annotation that the detection matches, or would match if fixed; 1 for errors of localisation."""
     kind: np.ndarray = field(metadata=column("uint8"))
     """Value of ErrorType."""
     target: np.ndarray = field(metadata=column("int32"))

@@ -186,7 +186,8 @@ def instance_candidates(truth: InstanceTruth, detections: InstanceDetections) ->
     confident = np.flatnonzero(detections.scores >= MIN_SCORE)
     masks = tuple(detections.masks[i] for i in detections.mask_index[confident])
     labels, not_crowd = detections.labels[confident], ~truth.is_crowd
-    inside = mask_ious(masks, truth.masks, np.ones_like(truth.is_crowd))  # as for crowds: shares of the prediction
+    # If all instances are treated as crowds, `mask_ious` returns the share of each prediction inside each instance.
+    inside = mask_ious(masks, truth.masks, np.ones_like(truth.is_crowd))
     in_crowd = np.where(truth.is_crowd & (labels[:, None] == truth.labels), inside, 0.0)
     return Candidates(
         truth_labels=truth.labels[not_crowd],

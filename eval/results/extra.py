@@ -1,4 +1,4 @@
-"""Optional metrics in per cent, computed only if `evaluation.extra_metrics` lists them. Each has a prefix:
+"""Optional metrics in per cent, computed only on request, as by `evaluation.extra_metrics`. Each has a prefix:
 
 - boundary_: Boundary PQ and Boundary AP.
 - box_: AP of boxes.

@@ -51,19 +51,19 @@ class ImageEntries:
 
 @dataclass(frozen=True)
 class InstanceFiles:
-    """Files that contain the entries, for messages."""
+    """Paths of the files that contain the entries, for messages."""
 
     truth: Path
     predictions: Path
 
     def describe_annotation(self, image: ImageEntries, position: int) -> str:
-        """Return a description of an annotation."""
+        """Return the file, image and id of an annotation, for messages."""
         entry = image.annotations[position]
         name = entry.get("id", f"number {position}") if isinstance(entry, dict) else f"number {position}"
         return f"{self.truth}: image {image.id}: annotation {str(name)[:40]}"
 
     def describe_result(self, image: ImageEntries, position: int) -> str:
-        """Return a description of a result."""
+        """Return the file, image and position of a result, for messages."""
         return f"{self.predictions}: image {image.id}: result {image.result_numbers[position]}"
 
 
@@ -77,13 +77,14 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
     if not isinstance(results, list):
         raise EvaluationError(
             f"{predictions} is not a list of results with image_id, category_id, segmentation and score; "
-            "score an object with `annotations` with `m2f score panoptic`"
+            "for an object with `annotations`, use `m2f score panoptic`"
         )
     if any("segments_info" in entry for entry in document["annotations"][:1] if isinstance(entry, dict)):
         raise EvaluationError(f"{truth} has panoptic annotations; use instances, such as instances_val2017.json")
     images = _listed_images(document["images"], truth)
     what = f"{truth}: an annotation"
-    for position, entry in enumerate(document["annotations"]):  # a subset may list fewer images, but keep all
+    # Subsets of a data set often list fewer images, but keep the annotations of all.
+    for position, entry in enumerate(document["annotations"]):
         image_id = require_field(entry, "image_id", what)
         if not isinstance(image_id, int | float | str):
             raise EvaluationError(

@@ -35,7 +35,7 @@ class ScoreOptions:
     by_size: bool = False
     """Whether to add PQ by size, which takes longer."""
     max_dets: tuple[int, ...] | None = None
-    """Limits of detections per image and class, ascending; None: those of the official code."""
+    """Limits of detections per image and class; None: those of the official code."""
 
     def __post_init__(self) -> None:
         medium, large = self.area_bounds

@@ -42,7 +42,7 @@ class MultiRecord(Generic[R]):
 
 @dataclass(frozen=True)
 class OneByOne(Generic[Job, R]):
-    """Work on several images, one after the other."""
+    """Does `work` for several images, one after the other."""
 
     work: Callable[[Job], R | MultiRecord[R]]
 
