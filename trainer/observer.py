@@ -64,7 +64,7 @@ class Observer:
         self._clock.enter(phase)
 
     def lap(self) -> dict[Phase, float]:
-        """Record the end of the update and return the seconds spent in each phase of the step."""
+        """Record the end of the update; return the seconds spent in each phase that has ended since the last call."""
         self._clock.enter("report")
         return self._clock.lap()
 

@@ -50,8 +50,8 @@ class TrainState:
     def with_order(self, fingerprint: str, url: str, accept_changes: bool) -> TrainState:
         """Return the state for resuming from checkpoint `url` with the data order that has this `fingerprint`.
 
-        If the checkpoint has another order and `accept_changes` is set, the new order starts at its position. Without
-        `accept_changes`, another order raises CheckpointError.
+        If the checkpoint has another order and `accept_changes` is set, the new order starts at the position of the
+        checkpoint. Without `accept_changes`, another order raises CheckpointError.
         """
         if self.order_fingerprint == fingerprint:
             return self

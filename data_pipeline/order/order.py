@@ -37,7 +37,7 @@ ORDER_VERSION = 1
 """Part of every fingerprint. Raise it for any change that moves a sample; the golden test then needs a new file."""
 
 _MAX_CACHED_EPOCHS = 3
-"""Number of epochs whose permutations stay in memory: global batches can span two epochs, and caches look ahead."""
+"""Number of epochs whose permutations stay in memory. A batch can span two epochs, and the loader looks ahead."""
 
 _MAX_LOOK_AHEAD = 20_000
 """Upper limit of `look_ahead` in samples. It bounds the memory and the start-up time of the loader."""

@@ -80,7 +80,7 @@ class SamplingRates:
 
 
 def uniform_rates(selected: np.ndarray) -> SamplingRates:
-    """Return rates of one use per epoch for the samples for which `selected` ([N] bool) is true."""
+    """Return a rate of one use per epoch for the samples in `selected` ([N] bool), and 0 for all others."""
     return SamplingRates(selected.astype(np.int64) * _ONE, np.zeros(len(selected), dtype=np.int64))
 
 

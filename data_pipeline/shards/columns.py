@@ -50,8 +50,8 @@ class Columns:
     """Access to the columns of samples.parquet as NumPy arrays with narrow types.
 
     Every rank holds a manifest, so time and memory matter. pyarrow's `read_table` and `to_numpy` would import
-    pyarrow.dataset and pandas, and need twice the time and memory. Decoding a few rows at a time is cheaper than whole
-    columns.
+    pyarrow.dataset and pandas, and need twice the time and memory. Decoding a few rows at a time is cheaper than
+    decoding whole columns.
     """
 
     data: bytes

@@ -38,7 +38,7 @@ OnProgress = Callable[[int, int], None]
 _PROGRESS_INTERVAL_S = 0.5
 """Seconds between checks for progress while tars are read, at most."""
 _DEFAULT_VOID: dict[Labels, set[int]] = {"classes": {255}, "instances": {0, 255}, "panoptic": set()}
-"""Labels that are void by convention in data sets of this format."""
+"""Labels that are void by convention, for each kind of label map."""
 _PLAN_PREFIX = "adopted-"
 """Prefix of `plan` in the dataset.json of indexed tars. It distinguishes them from shards of `m2f shard`."""
 
@@ -270,7 +270,7 @@ def _index_in_threads(
 
 
 def _drop_duplicate_keys(tars: Sequence[_IndexedTar]) -> tuple[list[_IndexedTar], list[Fault]]:
-    """Return the tars without samples whose key occurred before in any tar, and these samples as faults."""
+    """Return the tars without the samples whose key occurred earlier, and those samples as faults."""
     first: dict[str, str] = {}
     kept, faults = [], []
     for tar in tars:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 _BATCH_ROWS = 4096
 _VALUES_PER_BYTE = 2
-"""Largest number of values of a column per byte of the file. Files of m2f have a column with 4 bytes per row that
-hardly compresses."""
+"""Largest number of values of a column per byte of the file. Files of m2f have far fewer, because a column with
+4 bytes per row hardly compresses."""
 _BASE_VALUES = 1_000_000
 """Number of values, and of bytes, that is allowed in addition, for small files."""
 _TABLE_FACTOR = 4

@@ -1,4 +1,4 @@
-"""List of a run's commits, read by the supervisor and the evaluation service, and metrics per commit.
+"""A run's list of commits, and its metrics per commit. The supervisor and the evaluation service read them.
 
 <run folder>/commits/00000042-3-0123456789abcdef             step, lease and digest of the manifest; an empty object
 <run folder>/commits/00000042-3-0123456789abcdef.withdrawn   the commit is damaged, or was undone by a rollback

@@ -122,6 +122,7 @@ def read_manifest(storage: Storage, url: str) -> CheckpointManifest:
     Raises:
         CheckpointError: it is damaged or not a manifest of this program.
         NewerFormatError: a newer version of this program wrote it.
+        StorageError: it is missing, or the storage does not answer.
     """
     address = join(url, MANIFEST)
     try:
@@ -158,7 +159,7 @@ def list_checkpoints(storage: Storage, run_folder: str) -> tuple[CommittedCheckp
 
 
 def _accepted_folders(storage: Storage, run_folder: str, folders: Iterable[_Folder]) -> set[_Folder]:
-    """Return the folders whose commits the leases of the run accept."""
+    """Return the folders whose commits are valid under the leases of the run."""
     newest, accepted = newest_number(storage, run_folder), set[_Folder]()
     for lease in {folder.lease for folder in folders}:
         own = [folder for folder in folders if folder.lease == lease]

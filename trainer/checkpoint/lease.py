@@ -31,7 +31,7 @@ from m2f.trainer.errors import LeaseHeldError, LeaseLostError
 LEASE_VARIABLE = "M2F_LEASE"
 """Environment variable that passes a parent's lease to a driver: NUMBER:NONCE."""
 _THREAD_LIMIT_S = 10.0
-"""Time limit in seconds of one request by the thread that renews the lease, which repeats it anyway."""
+"""Time limit in seconds of one request by the thread that renews the lease. The thread repeats failed requests."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,10 @@ def hold_lease(
 
 
 def take_lease(storage: Storage, run_folder: str, report: Callable[[str], None], timing: Timing) -> LeaseRecord:
-    """Take the next lease of a run folder. If it is unclear whether the current holder is alive, wait to find out."""
+    """Take the next lease of a run folder. If it is unclear whether the current holder is alive, wait to find out.
+
+    Raises LeaseHeldError if the holder is alive.
+    """
     while True:
         number = newest_number(storage, run_folder)
         if number:

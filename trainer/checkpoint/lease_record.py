@@ -55,7 +55,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """A lease as stored."""
+    """Content of the stored record of a lease."""
 
     number: int
     nonce: str

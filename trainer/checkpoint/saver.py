@@ -66,7 +66,7 @@ class CheckpointSaver:
         self._closing = threading.Event()
 
     def close(self) -> None:
-        """End the thread without waiting for other ranks. If all ranks have uploaded already, it still commits."""
+        """End the thread without waiting for other ranks. If all have uploaded by now, the thread still commits."""
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 

@@ -13,7 +13,7 @@ _MIN_SIGMA = 0.01  # relative to the median; prevents tiny spikes if the loss ha
 
 @dataclass(frozen=True)
 class LossHistory:
-    """All-reduced losses of the last steps. Part of the run's state, so that a resumed run decides the same."""
+    """Losses of the last steps, summed over all ranks. Part of the run's state, so a resumed run decides the same."""
 
     recent: tuple[float, ...] = ()
     """At most `window` losses, oldest first, without those of skipped steps."""
