@@ -122,5 +122,5 @@ def _complete_environment() -> None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     elif len(present) < len(_REQUIRED):
         missing = ", ".join(name for name in _REQUIRED if name not in os.environ)
-        raise TrainingError(f"{', '.join(present)} set, but not {missing}; set all four or none")
+        raise TrainingError(f"the environment has {', '.join(present)}, but not {missing}; set all four or none")
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])

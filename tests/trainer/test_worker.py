@@ -32,7 +32,7 @@ def ranks(no_launcher):
 def test_partial_launcher_environment_is_refused(no_launcher, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with (
-        pytest.raises(TrainingError, match="RANK set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; set all"),
+        pytest.raises(TrainingError, match="has RANK, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; set all"),
         process_group(torch.device("cpu"), 1.0),
     ):
         pass
