@@ -74,7 +74,10 @@ class ShardedData:
 def open_shards(job: TrainJob, storage: Storage) -> ShardedData:
     """Load the manifests and build the order. Raises DataError, StorageError, or TrainingError for an invalid job."""
     if len(job.shards) != len(job.data.train):
-        raise TrainingError(f"{len(job.shards)} shard folders, but data.train has {len(job.data.train)} data sets")
+        raise TrainingError(
+            f"the job has {len(job.shards)} shard folders, but data.train has {len(job.data.train)} data sets; pass "
+            "one folder per data set"
+        )
     manifests = tuple(Manifest.load(url, storage) for url in job.shards)
     return ShardedData(manifests, build_order(manifests, job.seed, job.data))
 
