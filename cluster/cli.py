@@ -11,8 +11,10 @@ import importlib
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import NoReturn
 
@@ -46,6 +48,9 @@ VERBS = {
     "config": "m2f.cluster.verbs.config",
 }
 
+ONLY_PRINTING = ("stats", "plan", "config")
+"""Verbs that only print. If `| head` closes the pipe, they end quietly, as nothing is left to do."""
+
 RAY_NOISE = "|".join(
     (
         "A worker died or was killed while executing a task",
@@ -62,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Without `argv`, the words come from the command line, and a process that has loaded PyTorch ends here.
     """
+    status: int = ExitStatus.DONE
     try:
         try:
             status = _run_verb(list(sys.argv[1:] if argv is None else argv))
@@ -72,9 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None and "torch" in sys.modules:
             end_process(status)
         return status
-    except BrokenPipeError:  # `m2f stats | head` closed the pipe
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return status
 
 
 class _PrintableFormatter(logging.Formatter):
@@ -129,6 +137,12 @@ def _run_verb(words: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"m2f {verb}: interrupted", file=sys.stderr)
         return ExitStatus.INTERRUPTED
+    except BrokenPipeError:
+        if verb in ONLY_PRINTING or not _stdout_is_closed():
+            raise
+        with suppress(BrokenPipeError):  # standard error may be the same pipe
+            _fail(f"m2f {verb}: stopped, because the reader of its output ended; write the output to a file instead")
+        return ExitStatus.FAILED
     except Exception as error:
         user_error = _user_error(error)
         if (missing := missing_extra(f"m2f {verb}", error)) is not None:
@@ -137,6 +151,16 @@ def _run_verb(words: list[str]) -> int:
             raise
         status = ExitStatus.OUTAGE if isinstance(user_error, OutageError) else ExitStatus.USER_ERROR
         return _fail(f"m2f {verb}: {user_error}", status)
+
+
+def _stdout_is_closed() -> bool:
+    """Return whether the reader of standard output has ended, as in `m2f stats | head`.
+
+    Sockets and pipes to other processes raise BrokenPipeError too, so the error alone does not tell.
+    """
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are always polled
+    return bool(poll.poll(0))
 
 
 def parse_verb(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:

@@ -83,6 +83,25 @@ def test_a_closed_pipe_ends_without_a_traceback(words):
     process.stderr.close()
 
 
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+def test_a_verb_that_a_closed_pipe_stops_is_not_done(stderr, tmp_path):
+    command = [sys.executable, "-m", "m2f.cluster.cli", "init", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=tmp_path)
+    process.stdout.close()
+    message = process.stderr.read() if process.stderr else None
+    assert process.wait(PATIENCE_S) not in (0, 2)
+    assert message is None or message.startswith("m2f init: stopped, because the reader of its output ended")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch, capfd):
+    def run_verb(args):
+        raise BrokenPipeError("a worker has ended")
+
+    monkeypatch.setattr("m2f.cluster.verbs.config.run", run_verb)
+    with pytest.raises(BrokenPipeError, match="a worker has ended"):
+        main(["config"])
+
+
 def test_help_takes_less_than_a_second_of_cpu_time():
     """The test measures CPU time, because wall time depends on other processes."""
     times = []
