@@ -10,6 +10,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.logged_models import EvaluatedCheckpoint, KeptCheckpoints, SetMetrics
 from m2f.cluster.tracking.provenance import DataInput, data_input
 from m2f.data_pipeline.documents import DocumentError, parse_json
+from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.commits import commit_name
 from m2f.trainer.checkpoint.folder import list_checkpoints, parse_folder
@@ -53,6 +54,8 @@ def read_set_metrics(config: RunConfig, storage: Storage, entry: Entry) -> tuple
                 continue
             data = _data(config, storage, evaluated.dataset, str(content["fingerprint"]), int(content["num_images"]))
             per_class = [dict(row) for row in content["per_class"]]
+        except StorageError:
+            raise
         except (DocumentError, LookupError, TypeError, ValueError):
             continue
         prefix = f"{evaluated.label}/"

@@ -178,8 +178,9 @@ def read_entries(storage: Storage, url: str) -> tuple[Entry, ...]:
     """
     if not storage.exists(url):
         return ()
+    data = storage.get(url)
     try:
-        return tuple(_read_row(row) for row in parse_json(storage.get(url)))
+        return tuple(_read_row(row) for row in parse_json(data))
     except (ValueError, TypeError, AttributeError) as error:
         raise EvaluationError(
             f"{url} is not a valid evaluation queue ({error}); `m2f train` rebuilds it from the results"

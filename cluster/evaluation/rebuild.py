@@ -90,8 +90,9 @@ def _results_of(config: RunConfig, storage: Storage, step: int) -> _Results | No
         url = join(config.run_folder, evaluation_folder(step), evaluated.label, "results.json")
         if not storage.exists(url):
             return None
+        data = storage.get(url)
         try:
-            content = parse_json(storage.get(url))
+            content = parse_json(data)
             weights.add((content.get("settings") or {}).get("weights"))
             metrics |= _numbers(content["metrics"], evaluated.label)
         except (DocumentError, KeyError, TypeError, ValueError, AttributeError):

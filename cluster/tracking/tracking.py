@@ -62,6 +62,7 @@ from m2f.cluster.tracking.store import (
     store_key,
 )
 from m2f.cluster.tracking.tracked_run import RunLease, TrackedRun
+from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage
 
 LOGGER = logging.getLogger(__name__)
@@ -305,6 +306,8 @@ def _known_run(config: RunConfig, storage: Storage, uri: str) -> RunRecord | Non
     """Return the run in `tracking.json`; if that file is damaged, the newest run of this run folder in the store."""
     try:
         return read_record(storage, config.run_folder)
+    except StorageError:
+        raise
     except ValueError as error:
         found = _find_tagged_run(config, uri)
         outcome = "found no run of this folder; training creates one" if found is None else f"found run {found} there"

@@ -195,8 +195,9 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
 
 def _read_record(target: str, shard: int, storage: Storage) -> _Record | None:
     """Return the record of a shard; None if it is damaged."""
+    data = storage.get(_url(target, shard))
     try:
-        table = read_bounded_table(storage.get(_url(target, shard)))
+        table = read_bounded_table(data)
         digest = parse_json((table.schema.metadata or {})[b"shard"])["sha256"]
         files = _files(table.replace_schema_metadata(None).cast(_SCHEMA))
     except (pa.ArrowException, LookupError, TypeError, ValueError):

@@ -153,8 +153,9 @@ def read_metrics(
     for match, url in sorted(files, key=lambda file: (int(file[0][1]), int(file[0][2]))):
         limit = limits[int(match[2])]
         if url not in known and (limit is None or int(match[1]) <= limit):
+            data = storage.get(url)
             try:
-                points = parse_metrics(storage.get(url))
+                points = parse_metrics(data)
             except ValueError as error:
                 LOGGER.warning(
                     f"{url} cannot be read ({error}); metrics of its steps that MLflow does not have yet are lost"

@@ -107,8 +107,9 @@ def read_receipt(storage: Storage, url: str, rank: int) -> Receipt | None:
     address = receipt_url(url, rank)
     if not storage.exists(address):
         return None
+    data = storage.get(address)
     try:
-        content = parse_json(storage.get(address))
+        content = parse_json(data)
         return Receipt(content["attempt"], _entries(content["files"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

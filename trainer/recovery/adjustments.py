@@ -61,8 +61,9 @@ def read_adjustments(storage: Storage, run_folder: str) -> Adjustments:
     url = join(run_folder, _NAME)
     if not storage.exists(url):
         return Adjustments()
+    data = storage.get(url)
     try:
-        content = parse_json(storage.get(url))
+        content = parse_json(data)
         micro_batch, found = content["micro_batch"], content["skipped"]
         skipped = tuple(PositionRange(_count(p["start"], 0), _count(p["stop"], 1)) for p in found)
         reasons = tuple(str(reason) for reason in content["reasons"])

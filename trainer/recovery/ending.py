@@ -34,12 +34,14 @@ def read_ending(storage: Storage, run_folder: str, attempt: str) -> Ending | Non
     """Return the stored ending; None if it is missing or damaged, so that the exit codes decide."""
     url = _url(run_folder, attempt)
     try:
-        content = parse_json(storage.get(url))
+        data = storage.get(url)
+    except MissingObjectError:
+        return None
+    try:
+        content = parse_json(data)
         if content["kind"] in get_args(Kind):
             return Ending(content["kind"], str(content["message"]))
         LOGGER.warning(f"{url} has unknown kind {content['kind']!r}; using the exit codes of the processes instead")
-    except MissingObjectError:
-        return None
     except (ValueError, TypeError, KeyError) as error:
         LOGGER.warning(f"{url} cannot be read ({error}); using the exit codes of the processes instead")
     return None

@@ -12,6 +12,7 @@ from m2f.cluster.evaluation.rebuild import DELETED, SUPERSEDED, restore_queue
 from m2f.cluster.evaluation.service import evaluation_folder
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import parse_recipe
+from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.errors import EvaluationError
 from m2f.trainer.checkpoint.commits import read_commits, record_commit, withdraw_commit
@@ -103,6 +104,26 @@ def test_intact_and_missing_queues_are_not_rebuilt(run):
     before = run.storage.get(queue_url(run.config))
     assert restore_queue(run.config, run.storage) is None
     assert run.storage.get(queue_url(run.config)) == before
+
+
+@pytest.mark.parametrize("silent", ["queue.json", "results.json"])
+def test_an_outage_neither_rebuilds_the_queue_nor_drops_results(run, silent, monkeypatch):
+    run.commit(10, "aa")
+    run.evaluate(10, "aa", 41.0)
+    EvaluationQueue(run.storage, queue_url(run.config)).update(read_commits(run.storage, run.config.run_folder))
+    if silent == "results.json":
+        run.damage()
+    before, get = run.storage.get(queue_url(run.config)), run.storage.get
+
+    def fail(url):
+        if url.endswith(silent):
+            raise OutageError(f"{url}: no answer")
+        return get(url)
+
+    monkeypatch.setattr(run.storage, "get", fail)
+    with pytest.raises(OutageError, match=f"{silent}: no answer"):
+        restore_queue(run.config, run.storage)
+    assert get(queue_url(run.config)) == before
 
 
 def test_rebuilt_queue_publishes_results_of_the_same_weights_and_queues_the_rest(run):

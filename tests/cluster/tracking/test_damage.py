@@ -17,6 +17,8 @@ from m2f.cluster.tracking.reporter import TrackingReporter
 from m2f.cluster.tracking.tracked_run import RunLease
 from m2f.cluster.tracking.tracking import Tracking, TrackingError, create_run, find_run
 from m2f.data_pipeline.config import StorageConfig
+from m2f.data_pipeline.errors import OutageError
+from m2f.data_pipeline.storage.storage import Storage
 from tests.mounts import fill_disk, read_only, small_disk
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -65,6 +67,15 @@ def test_damaged_tracking_record_is_rebuilt_from_the_store(config, run, content,
     caplog.clear()
     assert create_run(config) == run
     assert not caplog.text
+
+
+def test_an_outage_while_reading_the_tracking_record_is_raised(config, run, monkeypatch):
+    def fail(_, url):
+        raise OutageError(f"{url}: no answer")
+
+    monkeypatch.setattr(Storage, "get", fail)
+    with pytest.raises(OutageError, match=r"tracking\.json: no answer"):
+        find_run(config)
 
 
 def test_damaged_record_in_a_shared_store_finds_the_run_of_its_folder(config, migrated_database, tmp_path, caplog):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, StorageConfig
-from m2f.data_pipeline.errors import DataError, StorageError
+from m2f.data_pipeline.errors import DataError, OutageError, StorageError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
@@ -195,6 +195,17 @@ def test_read_only_store_compares_contents_every_time(maps, monkeypatch):
         calls = []
         assert maps.compare(on_content=lambda calls=calls: calls.append(1)).changed == ()
         assert calls == [1]
+
+
+def test_an_outage_while_reading_a_record_is_raised_and_not_taken_for_damage(maps, monkeypatch):
+    maps.write()
+
+    def fail(_, url):
+        raise OutageError(f"{url}: no answer")
+
+    monkeypatch.setattr(Storage, "get", fail)
+    with pytest.raises(OutageError, match=r"sources/\d+\.parquet: no answer"):
+        maps.compare()
 
 
 def test_missing_source_files_do_not_rewrite_their_shards(tmp_path):

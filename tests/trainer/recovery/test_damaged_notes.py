@@ -1,10 +1,12 @@
-"""JSON files of a run folder that were truncated or edited by hand."""
+"""JSON files of a run folder that were truncated or edited by hand, or that the store does not return."""
 
 import pytest
 
+from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.commits import read_metrics, write_metrics
+from m2f.trainer.checkpoint.folder import read_receipt
 from m2f.trainer.recovery.adjustments import read_adjustments
 from m2f.trainer.recovery.ending import Ending, read_ending, write_ending
 
@@ -47,3 +49,26 @@ def test_damaged_metrics_are_left_out_with_a_warning(tmp_path, content, caplog):
     storage.put(join(folder, "metrics/00000004-1.json"), content.encode())
     assert [points for _, points in read_metrics(storage, folder)] == [{2: {"loss": 2.0}}, {}]
     assert "00000004-1.json cannot be read" in caplog.text
+
+
+class SilentStorage(Storage):
+    """Local files whose content cannot be read."""
+
+    def get(self, url):
+        raise OutageError(f"{url}: no answer")
+
+
+@pytest.mark.parametrize(
+    ("file", "read"),
+    [
+        ("adjustments.json", read_adjustments),
+        ("attempts/first.json", lambda storage, folder: read_ending(storage, folder, "first")),
+        ("metrics/00000004-1.json", lambda storage, folder: list(read_metrics(storage, folder))),
+        ("receipts/rank_00000.json", lambda storage, folder: read_receipt(storage, folder, 0)),
+    ],
+)
+def test_a_file_that_the_store_does_not_return_counts_as_an_outage_and_not_as_damage(tmp_path, file, read):
+    storage, folder = SilentStorage(), str(tmp_path)
+    storage.put(join(folder, file), b"{}")
+    with pytest.raises(OutageError, match="no answer"):
+        read(storage, folder)
