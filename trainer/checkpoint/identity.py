@@ -107,6 +107,8 @@ class ModelIdentity:
                     for row in content.get("start", ())
                 ),
             )
+        except CheckpointError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
             raise CheckpointError(f"{source} is not a valid model identity ({error}); restore it") from error
 

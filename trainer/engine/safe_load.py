@@ -47,6 +47,8 @@ def _safe(load: Callable[..., Any]) -> Callable[..., Any]:
         try:
             content = load(file, map_location=map_location, **options | {"weights_only": True})
             _check_names(content, name)
+        except CheckpointError:
+            raise
         except _MALFORMED as error:
             raise CheckpointError(f"{name} {_reason(error)}") from error
         return content

@@ -53,6 +53,11 @@ def test_a_damaged_identity_is_named(text):
         ModelIdentity.from_json(text, "copy/identity.json")
 
 
+def test_the_identity_of_a_newer_version_asks_for_an_upgrade_and_not_for_a_repair():
+    with pytest.raises(CheckpointError, match=r"^copy/identity\.json was written by a newer version .*; upgrade m2f$"):
+        ModelIdentity.from_json('{"version": 2}', "copy/identity.json")
+
+
 def test_ranks_refuse_a_checkpoint_of_other_classes_or_another_task(tmp_path):
     (tmp_path / "identity.json").write_text(IDENTITY.to_json())
     (tmp_path / "damaged").mkdir()

@@ -137,6 +137,13 @@ def test_other_files_raise_checkpoint_error(tmp_path, attack):
     assert not Path(tmp_path, "EXECUTED").exists()
 
 
+def test_a_name_that_is_a_path_is_refused_by_this_reason_alone(tmp_path):
+    path = tmp_path / "states.pt"
+    torch.save({"../outside": 1}, path)
+    with pytest.raises(CheckpointError, match=r"^states.pt contains the name '../outside'"), safe_loads():
+        torch.load(path)
+
+
 def test_loads_outside_the_context_are_unchanged():
     load = torch.load
     allowed = set(torch.serialization.get_safe_globals())
