@@ -3,7 +3,7 @@
 The peers have the same weights, images and targets:
 
 - `transformers` as it is and, on a GPU, in its fastest form (channels-last weights, compiled parts). It draws its own
-  random points: class and mask logits must agree, and losses may differ because of different points.
+  random points, so its losses may differ from ours, but class and mask logits must agree.
 - The published code's order of operations.
 - Our own step without matching, which shows the cost of matching.
 
@@ -96,7 +96,10 @@ class _Case:
         return replace(result, floor_ms=_product_milliseconds(workload.our_step(), self.device))
 
     def against_compiled_transformers(self) -> Measurement:
-        """Compare with `transformers`; both are compiled and channels-last. Our layout follows from the images."""
+        """Compare with `transformers`; both are compiled and channels-last.
+
+        Our model needs no conversion, because `normalise` returns channels-last images on a GPU.
+        """
         workload = _workload(self)
         compile_regions(workload.ours)
         compile_parts(workload.theirs.to(memory_format=torch.channels_last))

@@ -38,7 +38,7 @@ class Case:
     dim: int
     points: int
     all_tunings: bool = False
-    """Whether every launch configuration is tested; otherwise only the first."""
+    """Whether every launch configuration is tested; otherwise only one (see `only_config`)."""
 
 
 MODEL_CASES = (
@@ -104,7 +104,7 @@ def _kernel_error(case: Case, dtype: torch.dtype, device: torch.device) -> float
     queries, levels = case.queries or pixels, len(case.shapes)
     samples = (case.images, queries, case.heads, levels, case.points)
     value = random(case.images, pixels, case.heads, case.dim).to(dtype).requires_grad_()
-    # Odd multiples of 1/32 pixel avoid the pixel borders, where the gradient jumps and rounding would pick a side.
+    # Odd multiples of 1/32 pixel, as in bench_msda. Reference points are random here, so samples may lie anywhere.
     offsets = (((32 * random(*samples, 2)).round() + 0.5) / 16).requires_grad_()
     logits = random(*samples).to(dtype).requires_grad_()
     reference = torch.rand(case.images, queries, 2, device=device, generator=generator)
@@ -171,10 +171,10 @@ def _masked_attention(
 
 @contextlib.contextmanager
 def only_config(autotuner: Autotuner, config: LaunchConfig) -> Iterator[None]:
-    """Restrict a kernel to one launch configuration."""
+    """Restrict a kernel to one launch configuration. Above 32 channels per head, it uses WIDE_HEAD instead."""
     table, fixed = autotuner.table, torch.backends.cudnn.deterministic
     autotuner.table = (config,)
-    torch.backends.cudnn.deterministic = True  # uses the first entry of the table, without timing
+    torch.backends.cudnn.deterministic = True  # prevents timing of configurations
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The input of every step, and the models, batches and timers that several steps share."""
+"""`Stage`, the input of every step of `benchmarks.gpu`, and the models, batches and timers that several steps share."""
 
 from __future__ import annotations
 

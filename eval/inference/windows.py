@@ -2,8 +2,8 @@
 
 docs/evaluation.md states the rule for users. A pixel is decided by the window whose border is farthest from it. Two
 segments of one class from two windows are the same object if their IoU inside the windows' overlap is at least 0.5.
-Each is paired with at most one segment of the other window, best scores first. If the deciding windows leave an object
-less than half of its largest part's pixels, they contradict it, and the object is omitted.
+Each is paired with at most one segment of the other window, best scores first. An object that keeps less than half of
+its largest part's pixels is omitted, because the windows that decide the other pixels contradict it.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class OverlaySegment:
     """Drawing data of one segment."""
 
     label: int
-    """Contiguous class index into the overlay's classes."""
+    """Index into the `classes` that are passed with the overlay when it is drawn."""
     score: float | None = None
     """Score written after the class name; None for truth."""
 
@@ -128,7 +128,7 @@ def decode_picture(picture: bytes) -> np.ndarray:
 
 
 def segment_color(category: Category, label: int, instance: int) -> tuple[int, int, int]:
-    """Return the RGB colour of segment number `instance` of a class: the hue of the class, slightly varied.
+    """Return the RGB colour of segment number `instance` of a class: the colour of the class, slightly varied.
 
     Classes without a colour (black) get evenly spread hues.
     """

@@ -1,1 +1,1 @@
-"""Backbones that return feature maps at strides 4, 8, 16 and 32."""
+"""Backbones. They return feature maps at strides 4, 8, 16 and 32, or the tokens of a plain vision transformer."""

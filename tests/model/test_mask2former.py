@@ -50,7 +50,7 @@ def hugging_face_twin(hidden_dim=64):
         encoder_feedforward_dim=48,
         dim_feedforward=80,
         encoder_layers=2,
-        decoder_layers=6,  # also counts the learnable queries
+        decoder_layers=6,  # five layers, plus one for the prediction from the initial queries
         num_attention_heads=4,
         num_queries=9,
         num_labels=NUM_CLASSES,
@@ -59,7 +59,8 @@ def hugging_face_twin(hidden_dim=64):
     torch.manual_seed(1)
     twin = transformers.Mask2FormerForUniversalSegmentation(config)
     decoder = twin.model.transformer_module
-    if isinstance(decoder.input_projections, list):  # up to 5.20 at least, so not in the state dict
+    # Up to transformers 5.20 at least, this is a plain list, whose weights are missing from the state dict.
+    if isinstance(decoder.input_projections, list):
         decoder.input_projections = nn.ModuleList(decoder.input_projections)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
@@ -123,7 +124,8 @@ def test_input_projections_equal_the_independent_implementation():
 
 
 def test_every_gradient_equals_the_independent_implementation(twins):
-    model, twin = (copy.deepcopy(module).double() for module in twins)  # float32 gives some gradients only 3 digits
+    # In float32, only three digits of some gradients would be correct.
+    model, twin = (copy.deepcopy(module).double() for module in twins)
     images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0)).double()
     predictions = model(images)
     all_masks = torch.einsum("lbqc,bchw->lbqhw", predictions.mask_embeddings, predictions.mask_features)
@@ -139,7 +141,7 @@ def test_every_gradient_equals_the_independent_implementation(twins):
     load_weights(expected, gradients)
     for name, parameter in model.named_parameters():
         if "key.bias" not in name:  # zero up to rounding: softmax cancels it
-            # Positions are float32 in both.
+            # Our position embeddings stay float32 after `double()`, which limits the agreement.
             assert relative_difference(parameter.grad, expected.get_parameter(name).detach()) < 1e-6, name
 
 
@@ -182,7 +184,7 @@ def test_bfloat16_trains_and_is_finite(mode):
     ("mode", "tolerance"), [("float32", 0), ("float64", 1e-4), ("autocast", 0.03), ("bfloat16", 0.03)]
 )
 def test_a_step_through_the_criterion_trains_in_every_precision(mode, tolerance):
-    """The batch has images of two sizes padded to one, and an image without objects."""
+    """The batch has two images of different sizes, one of them padded. One image has no objects."""
     torch.manual_seed(0)
     exact, loss = build_model(TINY), LossConfig(num_points=64)
     model = copy.deepcopy(exact)

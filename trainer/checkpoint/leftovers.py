@@ -1,4 +1,4 @@
-"""Find deletable data in a run folder: checkpoints without a valid commit, and writes that were never completed."""
+"""Find and delete leftovers in a run folder: checkpoints without a valid commit, and writes never completed."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ def title(process):
 def kill_repeatedly(run, config, rng):
     """Kill `KILLS` processes, in random order and at random times, with about the same number for every target.
 
-    Some kills can come before the run makes any progress.
+    Before a kill, wait for a checkpoint only if there is less than one for every two kills so far. Some kills therefore
+    come without a new checkpoint since the last kill.
     """
 
     def wait_until(condition):
