@@ -6,6 +6,7 @@ import timm
 
 from m2f.model.analysis.flops.executed import build_backbone_shapes
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
+from m2f.model.backbones.timm_names import without_tag
 from m2f.model.config import BackboneConfig
 from m2f.model.errors import ConfigError
 from m2f.model.weights.hub import unavailable_reason
@@ -21,7 +22,7 @@ def published_problem(name: str) -> str | None:
     try:
         found = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # unknown tag after the dot
-        known = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
+        known = ", ".join(timm.list_pretrained(f"{without_tag(name)}.*")) or "none"
         raise ConfigError(f"model.backbone.name is {name!r}: {error}; published weights: {known}") from error
     if found is None or not (found.hf_hub_id or found.url):
         return f"timm has no published weights for {name}"

@@ -17,10 +17,15 @@ def name_problem(name: str) -> str | None:
 
     A name may end in a tag of weights: `resnet50.a1_in1k`. If timm is not installed, return None.
     """
-    architecture = name.partition(".")[0]
-    if not (known := _registered_names()) or architecture in known or _is_model(architecture):
+    model = without_tag(name)
+    if not (known := _registered_names()) or model in known or _is_model(model):
         return None
-    return f"which timm does not have; {nearest(architecture, known)}"
+    return f"which timm does not have; {nearest(model, known)}"
+
+
+def without_tag(name: str) -> str:
+    """Return the model of a timm name without the tag, which only selects weights: `resnet50` of `resnet50.tv_in1k`."""
+    return name.partition(".")[0]
 
 
 def nearest(name: str, known: Collection[str]) -> str:

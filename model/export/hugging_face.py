@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
+from m2f.model.backbones.timm_names import without_tag
 from m2f.model.config import (
     EomtDecoderConfig,
     LossConfig,
@@ -300,7 +301,7 @@ def _write_backbone(config: ModelConfig) -> dict[str, Any]:
                 "drop_path_rate": backbone.drop_path,
             }
         case TimmBackboneConfig():
-            depths = next((d for d, name in _RESNETS.items() if name == backbone.name), None)
+            depths = next((d for d, name in _RESNETS.items() if name == without_tag(backbone.name)), None)
             unknown = sorted(set(backbone.options) - {"layers", "channels"})
             if depths is None or unknown or backbone.norm == "group":
                 raise WeightsError(

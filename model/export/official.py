@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from m2f.model.backbones.timm_names import without_tag
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -91,7 +92,7 @@ def require_official(config: ModelConfig) -> None:
         return
     if isinstance(backbone, ViTAdapterBackboneConfig):
         raise _unsupported("backbone.kind", backbone.kind, "timm and swin")
-    if backbone.name.partition(".")[0] not in _RESNETS:
+    if without_tag(backbone.name) not in _RESNETS:
         raise _unsupported("backbone.name", backbone.name, "resnet50, resnet101 and kind swin")
     if backbone.norm not in ("frozen_batch", "sync_batch"):
         raise _unsupported("backbone.norm", backbone.norm, "frozen_batch and sync_batch")

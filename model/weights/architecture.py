@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from m2f.model.backbones.timm_names import without_tag
 from m2f.model.config import ModelConfig, SwinBackboneConfig
 from m2f.model.errors import WeightsError
 from m2f.model.export.hugging_face import read_hugging_face_config
@@ -59,6 +60,8 @@ def _value(config: ModelConfig, name: str) -> object:
 def _equal(first: object, second: object) -> bool:
     if isinstance(first, tuple) and isinstance(second, tuple) and any(isinstance(value, float) for value in first):
         return all(math.isclose(a, b, abs_tol=_PIXEL_TOLERANCE) for a, b in zip(first, second, strict=True))
+    if isinstance(first, str) and isinstance(second, str):
+        return without_tag(first) == without_tag(second)  # only names of timm models have tags
     return first == second
 
 

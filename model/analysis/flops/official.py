@@ -18,6 +18,7 @@ from m2f.model.analysis.flops.executed import (
 from m2f.model.analysis.flops.operations import BILINEAR, Flops, MapSize, pyramid
 from m2f.model.analysis.flops.pixel_decoders import pixel_decoder
 from m2f.model.analysis.flops.transformer_decoders import masked, standard
+from m2f.model.backbones.timm_names import without_tag
 from m2f.model.config import (
     BackboneConfig,
     EomtDecoderConfig,
@@ -124,7 +125,7 @@ def _backbone(config: BackboneConfig) -> tuple[Callable[[tuple[int, int]], float
         case SwinBackboneConfig():
             channels = tuple(config.embed_dim * 2**stage for stage in range(4))
             return partial(swin, config.embed_dim, config.depths, config.window_size), channels
-        case TimmBackboneConfig(name=name) if name in RESNET_BLOCKS and not config.options:
+        case TimmBackboneConfig() if (name := without_tag(config.name)) in RESNET_BLOCKS and not config.options:
             return partial(resnet, RESNET_BLOCKS[name]), (256, 512, 1024, 2048)
         case TimmBackboneConfig() | ViTAdapterBackboneConfig():
             backbone = build_backbone_shapes(config)

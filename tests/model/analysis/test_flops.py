@@ -65,6 +65,11 @@ def test_r50_flops_equal_those_measured_with_the_official_code(size, backbone, p
         assert parts == pytest.approx((backbone, pixel_decoder, transformer_decoder), abs=0.1)
 
 
+def test_the_tag_of_weights_does_not_change_the_flops():
+    tagged = replace(R50_COCO, backbone=TimmBackboneConfig(name="resnet50.tv_in1k"))
+    assert official_flops(tagged, (512, 512)) == official_flops(R50_COCO, (512, 512))
+
+
 @pytest.mark.parametrize("row", paper_models(), ids=lambda row: row.name)
 def test_flops_equal_the_row_of_the_paper(row: PaperModel):
     if row.flops is not None:

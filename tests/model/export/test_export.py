@@ -32,9 +32,10 @@ from m2f.model.export.graphs import (
     write_onnx,
     write_program,
 )
-from m2f.model.export.hugging_face import read_hugging_face_config
+from m2f.model.export.hugging_face import read_hugging_face_config, write_hugging_face_config
 from m2f.model.export.official import export_official, require_official, write_official
 from m2f.model.mask2former import build_model
+from m2f.model.weights.architecture import require_same_architecture
 from m2f.model.weights.load import load_weights
 
 LABELS = ("person", "sky", "tree")
@@ -146,6 +147,17 @@ def test_models_without_hugging_face_counterpart_are_refused(tmp_path, part, val
     config = dataclasses.replace(ModelConfig(num_classes=3), **{part: value})
     with pytest.raises(WeightsError, match=re.escape(message)):
         export_hugging_face(nn.Module(), config, tmp_path, LABELS)
+
+
+@pytest.mark.parametrize("name", ["resnet50.tv_in1k", "resnet101.tv_in1k"])
+def test_backbones_of_the_papers_recipes_are_exported_and_fit_the_exported_folder(tmp_path, name):
+    config = ModelConfig(backbone=TimmBackboneConfig(name=name, norm="sync_batch"), num_classes=len(LABELS))
+    write_hugging_face_config(tmp_path, config, LABELS, notes={}, shortest_edge=800, max_size=1333)
+    assert read_hugging_face_config(tmp_path).config.backbone == TimmBackboneConfig(name=name.partition(".")[0])
+    require_same_architecture(tmp_path, config, "a folder")
+    other = dataclasses.replace(config, backbone=TimmBackboneConfig(name="resnet152.tv_in1k"))
+    with pytest.raises(WeightsError, match=r"model\.backbone\.name: resnet\d+ -> resnet152\.tv_in1k"):
+        require_same_architecture(tmp_path, other, "a folder")
 
 
 def test_official_checkpoints_have_the_detectron_format(tmp_path):
