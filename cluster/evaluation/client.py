@@ -39,7 +39,7 @@ class EvaluationClient:
         self._deaths = 0
         self._next_start = 0.0
         self.failure_reason: str | None = None
-        """Why the service is not re-created any more; None until then. A resumed run processes the stored queue."""
+        """Why evaluations have stopped; None until then. A resumed run processes the stored queue."""
         _kill_existing(self._name)
         self._service = self._start()
 
@@ -47,7 +47,7 @@ class EvaluationClient:
         """Do nothing: the evaluation actors have their own resources and do not wait for the end of training."""
 
     def status(self) -> EvaluationStatus | None:
-        """Return the status of the service; None if it is dead or does not answer within STATUS_TIMEOUT_S."""
+        """Return the status of the service; None if it has stopped or does not answer within STATUS_TIMEOUT_S."""
         if self.failure_reason is not None:
             return None
         try:
@@ -58,6 +58,7 @@ class EvaluationClient:
         except (RayActorError, GetTimeoutError):
             return None
         self._deaths = 0
+        self.failure_reason = status.failure_reason
         return status
 
     def entries(self) -> tuple[Entry, ...]:
@@ -88,7 +89,7 @@ class EvaluationClient:
             return
         self._deaths += 1
         if self._deaths > MAX_STARTS:
-            self.failure_reason = str(error).strip().splitlines()[-1]
+            self.failure_reason = f"the evaluation service cannot start ({str(error).strip().splitlines()[-1]})"
             return
         self._next_start = time.monotonic() + 2.0**self._deaths
         _kill_existing(self._name)

@@ -26,4 +26,4 @@ def headline(metrics: Mapping[str, float]) -> str:
 
 def describe_start(progress: EvaluationProgress) -> str:
     """Return a line about an evaluation that starts."""
-    return f"step {progress.step}: evaluating on {progress.dataset}, {format_count(progress.total, 'batch', 'batches')}"
+    return f"step {progress.step}: evaluating on {progress.label}, {format_count(progress.total, 'batch', 'batches')}"

@@ -24,7 +24,7 @@ class EvaluationProgress:
     step: int
     key: str
     """Key of the entry."""
-    dataset: str
+    label: str
     """Label of the evaluation set."""
     done: int
     total: int
@@ -36,6 +36,8 @@ class EvaluationStatus:
 
     entries: tuple[Entry, ...]
     current: EvaluationProgress | None
+    failure_reason: str | None = None
+    """Error that ended the evaluation thread; None while it works."""
 
     @property
     def idle(self) -> bool:
@@ -58,6 +60,8 @@ class EvaluationManager:
             Publishing must be idempotent, because a process may die after publication and before the queue is updated.
         release: called at least once for every settled entry.
         poll_interval_s: pause between two calls of `find`, in seconds.
+
+    A StorageError outside `evaluate` delays the evaluations. Any other error ends them, see `EvaluationStatus`.
     """
 
     def __init__(
@@ -76,13 +80,14 @@ class EvaluationManager:
         self._evaluate = evaluate
         self._release = release
         self._current: EvaluationProgress | None = None
+        self._failure_reason: str | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
         self._thread.start()
 
     def status(self) -> EvaluationStatus:
-        """Return all entries and the progress of the running evaluation."""
-        return EvaluationStatus(self._queue.entries(), self._current)
+        """Return all entries, the progress of the running evaluation, and the error that ended the thread, if any."""
+        return EvaluationStatus(self._queue.entries(), self._current, self._failure_reason)
 
     def close(self) -> None:
         """Finish the running evaluation and end the thread. Waiting entries stay in the stored queue."""
@@ -111,6 +116,10 @@ class EvaluationManager:
                 self._queue.requeue_running()
                 LOGGER.warning("evaluations are waiting for the storage: %s", error)
                 self._closing.wait(RETRY_S)
+            except Exception as error:  # the driver reads the reason, else it would wait for the entries for ever
+                LOGGER.exception("evaluations stopped")
+                self._failure_reason = f"{type(error).__name__}: {error}"
+                return
 
     def _settle(self, entry: Entry) -> None:
         try:

@@ -69,7 +69,7 @@ class Launcher(Protocol):
         """
         ...
 
-    def error(self) -> AttemptError | None:
+    def attempt_error(self) -> AttemptError | None:
         """Return how the attempt failed; None if all ranks returned. The result is valid once no rank is running."""
         ...
 

@@ -132,7 +132,7 @@ class LiveView:
         if published := [entry for entry in self._evaluated if entry.status == "published"]:
             rows.append(("evaluated", Text(_evaluated(published))))
         if (now := self._evaluating) is not None:
-            rows.append(("", Text(f"evaluating step {now.step:,} on {now.dataset}, {now.done} of {now.total} batches")))
+            rows.append(("", Text(f"evaluating step {now.step:,} on {now.label}, {now.done} of {now.total} batches")))
         return rows
 
     def _metric_rows(self, metrics: StepMetrics, width: int) -> list[tuple[str, Text | Table]]:

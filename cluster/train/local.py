@@ -90,7 +90,7 @@ class LocalLauncher:
             self._ranks.ask_to_stop()
         return self._ranks.receive(wait_s)
 
-    def error(self) -> AttemptError | None:
+    def attempt_error(self) -> AttemptError | None:
         """Return the errors of the ranks, with the traceback of the rank that caused them; None if none failed."""
         assert self._ranks is not None
         found = self._ranks.errors
@@ -115,8 +115,6 @@ class LocalLauncher:
 class LocalEvaluations:
     """Evaluations in this process: after training, or during training if `training.early_stopping` is set."""
 
-    failure_reason: str | None = None
-
     def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
         self._config, self._tracked = config, tracked
         self._service: EvaluationService | None = None
@@ -124,6 +122,11 @@ class LocalEvaluations:
             ranks = config.cluster.max_workers  # the ranks use the first GPUs
             gpu = ranks if torch.cuda.device_count() > ranks else 0
             self._service = EvaluationService(config, tracked, lambda config: LocalPool(config, gpu))
+
+    @property
+    def failure_reason(self) -> str | None:
+        """Why evaluations have stopped; None while they work and before they begin."""
+        return None if self._service is None else self._service.status().failure_reason
 
     def training_ended(self) -> None:
         """Start evaluating, unless evaluations already run during training."""

@@ -148,7 +148,7 @@ class RayLauncher:
         except RayError:  # Ray restarts the mailbox after its death
             return ()
 
-    def error(self) -> AttemptError | None:
+    def attempt_error(self) -> AttemptError | None:
         """Return what `fit` raised; None if it returned."""
         error = self._error
         if error is None:

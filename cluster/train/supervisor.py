@@ -132,6 +132,7 @@ class _Supervisor:
         self._interrupts = 0
         self._early_stop: EarlyStop | None = None
         self._metric_warned = False
+        self._stop_reported = False
         self._check_early_stopping(stored_entries)
 
     def run(self) -> RunSummary:
@@ -248,7 +249,7 @@ class _Supervisor:
         self._update(0.0)
         self._scaler.record_end(self._relay)
         self._repair_commits()
-        return self._launcher.error(), read_ending(self._storage, self._config.run_folder, name)
+        return self._launcher.attempt_error(), read_ending(self._storage, self._config.run_folder, name)
 
     def _announce(
         self, failure: Failure, step: int, decision: Retry | Stop, error: AttemptError | None, number: int
@@ -297,9 +298,6 @@ class _Supervisor:
         self._evaluations.training_ended()
         while not self._interrupts and not self._are_commits_settled(self._evaluations):
             if self._evaluations.failure_reason is not None:
-                print_err(
-                    f"evaluations stopped: the evaluation service cannot start ({self._evaluations.failure_reason})"
-                )
                 return
             self._pause(poll_interval_s(self._config.run_folder))
         self._update(0.0)
@@ -322,7 +320,15 @@ class _Supervisor:
         if self._evaluations is not None and (status := self._evaluations.status()) is not None:
             self._relay.show_evaluations(status)
             self._check_early_stopping(status.entries)
+        self._report_stopped_evaluations()
         return bool(events)
+
+    def _report_stopped_evaluations(self) -> None:
+        """Print once why evaluations have stopped. Training continues, because a resumed run evaluates its commits."""
+        reason = None if self._evaluations is None else self._evaluations.failure_reason
+        if reason is not None and not self._stop_reported:
+            self._stop_reported = True
+            print_err(f"evaluations stopped: {reason}. Start the run again to evaluate the remaining checkpoints")
 
     def _check_early_stopping(self, entries: Sequence[Entry]) -> None:
         """End the run, and report the reason, if the results meet the early-stopping criterion."""

@@ -12,6 +12,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
 from m2f.trainer.checkpoint.commits import Commit, CommitList
 from m2f.trainer.checkpoint.folder import EVALUATION_PIN, checkpoint_url, pin, pins
+from m2f.trainer.errors import CheckpointError
 from m2f.trainer.reporting import CommittedCheckpoint
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -229,6 +230,16 @@ def test_storage_error_delays_evaluations_without_losing_any(tmp_path, monkeypat
     manager.close()
     assert evaluated == [10] * (2 if when == "publishing" else 1)
     assert statuses(read_entries(Storage(), f"{tmp_path}/queue.json")) == {10: "published"}
+
+
+def test_error_that_ends_the_evaluation_thread_is_in_the_status(tmp_path):
+    def find():
+        raise CheckpointError("lease/000002 cannot be read")
+
+    manager = EvaluationManager(queue_in(tmp_path), find, "every", lambda entry, report: {})
+    wait_until(lambda: manager.status().failure_reason)
+    assert manager.status().failure_reason == "CheckpointError: lease/000002 cannot be read"
+    manager.close()
 
 
 def test_best_checkpoint_stays_pinned(tmp_path):

@@ -84,7 +84,7 @@ def cluster(config):
 def test_errors_raised_by_ray_are_classified(config, error, ending, kind, rank):
     launcher = RayLauncher(config)
     launcher._error = error
-    failure = classify_attempt(launcher.error(), ending)
+    failure = classify_attempt(launcher.attempt_error(), ending)
     assert (failure.kind, failure.rank) == (kind, rank)
 
 

@@ -16,6 +16,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.trainer.checkpoint.commits import record_commit
 from m2f.trainer.config import CheckpointConfig, SpikeConfig
+from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.adjustments import read_adjustments
 from tests.cluster.tiny_run import changed_losses, out_of_memory, small_sets, spike, tiny_config
@@ -130,6 +131,19 @@ def test_killed_rank_is_restarted_and_checkpoints_are_evaluated_at_the_end(
     rebuilt = train_locally(config).evaluations
     assert [replace(entry, queued_ms=0) for entry in summary.evaluations] == list(rebuilt)
     assert "rebuilt from commits and results: 3 published, 0 to evaluate" in capsys.readouterr().err
+
+
+def test_run_ends_with_a_message_if_evaluations_stop(make_config, monkeypatch, capsys):
+    def fail(storage, run_folder):
+        raise CheckpointError("lease/000001 cannot be read")
+
+    monkeypatch.setattr("m2f.cluster.evaluation.service.read_commits", fail)
+    config = replace(make_config("unevaluated", max_steps=4), evaluation=make_config.evaluation)
+    assert train_locally(config).status == "finished"
+    message = "evaluations stopped: CheckpointError: lease/000001 cannot be read. Start the run again to evaluate"
+    assert capsys.readouterr().err.count(message) == 1
+    monkeypatch.undo()
+    assert [entry.status for entry in train_locally(config).evaluations] == ["published"]
 
 
 def test_metrics_missed_by_the_driver_are_logged_at_the_next_start(make_config, baseline, monkeypatch):

@@ -93,7 +93,7 @@ def test_error_during_worker_start_is_raised_to_the_user(tmp_path):
     config = tiny_config(tmp_path, "run", {name: DatasetConfig(shards="s") for name in ("train", "val")})
     launcher = ray_launcher.RayLauncher(config)
     launcher._error = cloudpickle.loads(cloudpickle.dumps(ControllerError(TrainingError("rank 1 on node b"))))
-    error = launcher.error()
+    error = launcher.attempt_error()
     failure = classify_attempt(error, None)
     assert decide(AttemptHistory().after(Attempt(failure, 0)), 3) == Stop("a restart would fail in the same way")
     with pytest.raises(TrainingError, match="rank 1 on node b"):
