@@ -14,7 +14,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_err
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
 from m2f.cluster.train.orphans import end_with_parent
-from m2f.cluster.train.signals import handling_signals
+from m2f.cluster.train.signals import handling_signals, signal_name
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import newest_step
 from m2f.trainer.checkpoint.lease import hold_lease
@@ -70,7 +70,7 @@ def _failure(status: int) -> Failure:
         return Failure(None, "preemption", "the driver's machine is about to be preempted")
     if status == ExitStatus.OUTAGE:
         return Failure(None, "death", "the driver ended because the storage or Ray did not answer")
-    return Failure(None, "death", f"the driver was killed ({signal.Signals(-status).name})")
+    return Failure(None, "death", f"the driver was killed ({signal_name(-status)})")
 
 
 class _Driver:

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from m2f.cluster.exit_status import end_process
 from m2f.cluster.train.orphans import end_with_parent
+from m2f.cluster.train.signals import signal_name
 from m2f.trainer.errors import RankDiedError
 from m2f.trainer.reporting import STALL_EXIT
 
@@ -113,11 +114,12 @@ class RankProcesses:
                 process = _SPAWN_CONTEXT.Process(target=_worker, args=arguments, name=f"rank{index}")
                 process.start()
                 sender.close()
-                self._ranks.append(_Rank(index, process, receiver))
+                rank = _Rank(index, process, receiver)
+                self._ranks.append(rank)
+                self._running[process.sentinel] = rank  # so that `close` kills it if a later rank cannot start
         except BaseException:
             self.close()
             raise
-        self._running = {rank.process.sentinel: rank for rank in self._ranks}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -193,7 +195,7 @@ def describe_exit(code: int) -> str:
         return "exited because training stalled (see the event above)"
     if code >= 0:
         return f"exited with status {code}"
-    name = signal.Signals(-code).name
+    name = signal_name(-code)
     hint = " (often the kernel's out-of-memory killer: see dmesg)" if -code == signal.SIGKILL else ""
     return f"was killed by {name}{hint}"
 

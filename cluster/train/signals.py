@@ -1,4 +1,4 @@
-"""Handling of SIGINT and SIGTERM as requests to stop, in drivers and in ranks."""
+"""Handling of SIGINT and SIGTERM as requests to stop, in drivers and in ranks, and names of signals."""
 
 from __future__ import annotations
 
@@ -40,3 +40,11 @@ def handling_signals(handle: Callable[[signal.Signals], None]) -> Iterator[None]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, such as `SIGKILL`; `signal 40` for one without a name, as most real-time signals."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from m2f.cluster.train.processes import describe_exit
+from m2f.cluster.train.processes import _SPAWN_CONTEXT, RankProcesses, describe_exit
 from tests.waiting import PATIENCE_S, wait_until
 
 
@@ -81,6 +84,22 @@ def test_signal_stops_every_rank(start, tmp_path):
     assert all((tmp_path / f"stopped{r}").exists() for r in (0, 1))
 
 
+def test_started_ranks_are_killed_if_a_later_one_cannot_start(monkeypatch):
+    started = []
+
+    def start(**options):
+        if started:
+            raise OSError("no more processes")
+        started.append(_SPAWN_CONTEXT.Process(target=time.sleep, args=(600,)))
+        return started[0]
+
+    monkeypatch.setattr("m2f.cluster.train.processes._SPAWN_CONTEXT", SimpleNamespace(Process=start, Pipe=Pipe))
+    with pytest.raises(OSError, match="no more processes"):
+        RankProcesses(time.sleep, (600,), 2).__enter__()
+    assert started[0].exitcode == -signal.SIGKILL
+
+
 def test_describe_exit():
     assert describe_exit(3) == "exited with status 3"
     assert describe_exit(-15) == "was killed by SIGTERM"
+    assert describe_exit(-40) == "was killed by signal 40"  # a real-time signal without a name
