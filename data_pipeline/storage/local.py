@@ -63,7 +63,10 @@ class LocalStore:
 
     def exists(self, url: str) -> bool:
         """Return whether a file exists."""
-        return Path(url).is_file()
+        try:
+            return Path(url).is_file()
+        except OSError as error:
+            _fail(url, error)
 
     def put(self, url: str, data: bytes, if_absent: bool) -> None:
         """Write a file. With `if_absent`, raise ObjectExistsError if it already exists."""
@@ -85,9 +88,14 @@ class LocalStore:
 
     def list(self, prefix: str) -> tuple[str, ...]:
         """Return the sorted paths of all files in a folder and its subfolders, except temporary files."""
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                _fail(error.filename, error)
+
         root = prefix.rstrip("/") or "/"
         paths = []
-        for folder, _, names in os.walk(root):
+        for folder, _, names in os.walk(root, onerror=fail):  # by default, an unreadable folder counts as empty
             paths += [f"{folder}/{name}" for name in names if not name.startswith(_TEMPORARY)]
         return tuple(sorted(paths))
 

@@ -45,10 +45,14 @@ class ScratchFolder:
             _sweep_once(parent)
             self.root = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-", dir=parent))
             self.path = self.root / _FILES
-            self.path.mkdir()
-            descriptor, name = tempfile.mkstemp(dir=self.path)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            Path(name).rename(self.root / _LOCK)  # locked before it becomes visible to `sweep`
+            try:
+                self.path.mkdir()
+                descriptor, name = tempfile.mkstemp(dir=self.path)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                Path(name).rename(self.root / _LOCK)  # locked before it becomes visible to `sweep`
+            except OSError:
+                shutil.rmtree(self.root, ignore_errors=True)  # `sweep` keeps folders without a lock
+                raise
         except OSError as error:
             raise StorageError(
                 f"{parent or 'temporary files'}: cannot create a folder there ({error}); free some space, or set "

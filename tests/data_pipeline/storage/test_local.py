@@ -40,6 +40,23 @@ def test_copy_to_a_full_disk_raises_error_naming_the_target(tmp_path):
             Storage().get_file(str(source), disk / "copy")
 
 
+def test_an_unreadable_folder_raises_storage_error_and_does_not_count_as_empty(tmp_path, monkeypatch):
+    storage, folder = Storage(), tmp_path / "run"
+    storage.put(str(folder / "checkpoints/weights"), b"x")
+
+    def refuse(path, *_, **__):  # root, who runs the tests, may read every folder
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        patch.setattr(os, "stat", refuse)
+        with pytest.raises(StorageError, match=r"run: Permission denied; check its owner and mode"):
+            storage.list(str(folder))
+        with pytest.raises(StorageError, match=r"weights: Permission denied; check its owner and mode"):
+            storage.exists(str(folder / "checkpoints/weights"))
+    assert storage.list(str(tmp_path / "absent")) == ()
+
+
 def test_read_only_disk_raises_storage_error(tmp_path):
     (tmp_path / "folder").mkdir()
     with (

@@ -1,3 +1,6 @@
+import errno
+import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -73,6 +76,16 @@ def test_full_temporary_disk_raises_storage_error(temporary):
         folder.remove()
         with read_only(disk), pytest.raises(StorageError, match=r"cannot create a folder there .* set TMPDIR"):
             ScratchFolder("test")
+
+
+def test_a_folder_that_cannot_be_locked_is_removed(temporary, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StorageError, match="No locks available"):
+        ScratchFolder("test")
+    assert list(temporary.iterdir()) == []
 
 
 def test_missing_temporary_directory_raises_storage_error(temporary, monkeypatch):
