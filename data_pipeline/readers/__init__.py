@@ -26,7 +26,7 @@ from m2f.data_pipeline.readers.exports.cvat import open_cvat
 from m2f.data_pipeline.readers.exports.labelme import open_labelme
 from m2f.data_pipeline.readers.exports.voc import open_voc
 from m2f.data_pipeline.readers.exports.yolo_seg import open_yolo_seg
-from m2f.data_pipeline.readers.files import require_file, require_folder
+from m2f.data_pipeline.readers.files import files_below, require_file, require_folder
 from m2f.data_pipeline.readers.huggingface import open_huggingface
 from m2f.data_pipeline.readers.label_maps import open_label_maps
 from m2f.data_pipeline.readers.mapillary import open_mapillary
@@ -251,4 +251,4 @@ def source_fingerprint(source: SourceConfig) -> str:
 
 
 def _files_below(folder: str, ending: str) -> tuple[str, ...]:
-    return tuple(str(path) for path in sorted(require_folder(folder).rglob(f"*{ending}")))
+    return tuple(str(path) for path in files_below(require_folder(folder), ending))

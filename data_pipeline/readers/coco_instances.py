@@ -51,7 +51,7 @@ class CocoInstancesReader:
         images = coco_json.read_images(document, path, folder)
         unique_keys(image.file_name for image in images)
         categories = coco_json.read_categories(document, path, things_only=True)
-        by_image, unlisted = coco_json.group_by_image(document, images, path)
+        by_image, unlisted = coco_json.group_by_image(document, (image.source_id for image in images), path)
         groups, unusable = check_annotations(by_image, categories, path)
         if source.crowds_are_objects:
             groups = {image: [{**entry, "iscrowd": 0} for entry in group] for image, group in groups.items()}

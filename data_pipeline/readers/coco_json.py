@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,10 @@ def read_color(entry: Mapping[str, Any], number: int, where: str) -> tuple[int, 
 
 
 def group_by_image(
-    document: Mapping[str, Any], images: Collection[CocoImage], path: str
+    document: Mapping[str, Any], image_ids: Iterable[str], path: str
 ) -> tuple[dict[str, list[dict[str, Any]]], list[UnusableAnnotation]]:
-    """Return the annotations by `source_id` of their image, and those whose image id is invalid or not listed."""
-    groups: dict[str, list[dict[str, Any]]] = {image.source_id: [] for image in images}
+    """Return the annotations by the id of their image, and those whose image id is invalid or not in `image_ids`."""
+    groups: dict[str, list[dict[str, Any]]] = {image_id: [] for image_id in image_ids}
     unlisted = []
     for number, entry in enumerate(document["annotations"]):
         where = f"annotations[{number}]"

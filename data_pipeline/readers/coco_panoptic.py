@@ -193,7 +193,7 @@ def _read_records(
 ) -> tuple[tuple[PanopticRecord, ...], list[UnusableAnnotation]]:
     images = coco_json.read_images(document, path, folder)
     keys = unique_keys(image.file_name for image in images)
-    groups, unusable = coco_json.group_by_image(document, images, path)
+    groups, unusable = coco_json.group_by_image(document, (image.source_id for image in images), path)
     mismatched = [image_id for image_id, group in groups.items() if len(group) != 1]
     if mismatched:
         raise DataError(
@@ -262,7 +262,8 @@ def _with_instances(
         raise DataError(
             f"{path} lacks {len(missing)} images of the panoptic annotations: {format_list(sorted(missing))}"
         )
-    by_image, _ = coco_json.group_by_image(document, [record.image for record in records], path)
+    by_image, unlisted = coco_json.group_by_image(document, images, path)
+    by_image = {record.image.source_id: by_image[record.image.source_id] for record in records}
     instance_categories = coco_json.read_categories(document, path, things_only=True)
     groups, unusable = check_annotations(by_image, instance_categories, path)
     used = {int(entry["category_id"]) for group in groups.values() for entry in group}
@@ -275,7 +276,7 @@ def _with_instances(
             for image, group in groups.items()
         }
     with_instances = (replace(record, instances=groups[record.image.source_id]) for record in records)
-    return tuple(with_instances), unusable
+    return tuple(with_instances), [*unlisted, *unusable]
 
 
 def _ids_by_name(used: Sequence[Category], categories: CategoryTable, path: str, panoptic_path: str) -> dict[int, int]:

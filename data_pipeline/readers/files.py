@@ -18,6 +18,7 @@ from m2f.data_pipeline.image_file import (
     decode_rgb,
     encode_png,
     frame_orientation,
+    is_hidden_copy,
     read_header,
 )
 from m2f.data_pipeline.keys import check_key
@@ -94,10 +95,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: str) -> Any:
-    """Return the content of a JSON file. Raises DataError that names the file if it is missing or invalid."""
+    """Return the content of a JSON file. Raises DataError naming the file if it is missing, unreadable or invalid."""
     require_file(path)
     try:
-        return parse_json(Path(path).read_bytes())
+        return parse_json(read_bytes(Path(path)))
     except DocumentError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
 
@@ -115,6 +116,12 @@ def require_folder(path: str) -> Path:
     if not Path(path).is_dir():
         raise DataError(f"{path} does not exist or is not a folder; check the paths under datasets.<name>.source")
     return Path(path)
+
+
+def files_below(folder: Path, ending: str) -> list[Path]:
+    """Return the files with a name ending in a folder and its subfolders, sorted, without hidden copies."""
+    found = sorted(folder.rglob(f"*{ending}"))
+    return [path for path in found if not is_hidden_copy(path.relative_to(folder).as_posix())]
 
 
 def _require_local(path: str) -> None:

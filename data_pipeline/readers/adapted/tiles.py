@@ -34,7 +34,9 @@ class Tile(NamedTuple):
     image: int
     """Position of the image in the wrapped reader."""
     window: tuple[int, int, int, int] | None
-    """Top, left, bottom and right in pixels; None for the whole image."""
+    """Top, left, bottom and right in pixels of the image as viewers show it; None for the whole image."""
+    size: tuple[int, int]
+    """Height and width of the image as viewers show it; zeros if unknown."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,13 @@ class TileReader:
             files = reader.files(image)
             height, width = shown_size(files[0]) if files else (0, 0)
             if height * width <= config.above_megapixels * 1e6:
-                tiles.append(Tile(len(tiles), key, image, None))
+                tiles.append(Tile(len(tiles), key, image, None, (height, width)))
                 continue
             for top, bottom in _split_length(height, config.side):
                 for left, right in _split_length(width, config.side):
                     name = make_key(f"{key}_y{top}_x{left}")
-                    tiles.append(Tile(len(tiles), name, image, (top, left, bottom, right)))
+                    window = top, left, bottom, right
+                    tiles.append(Tile(len(tiles), name, image, window, (height, width)))
         if len({tile.key for tile in tiles}) < len(tiles):
             raise DataError("keys of tiles (NAME_yTOP_xLEFT) collide with names of other images; rename these images")
         return cls(reader, tuple(tiles))
@@ -106,6 +109,8 @@ class TileReader:
         if tile.window is None:
             return replace(sample, **common)
         top, left, bottom, right = tile.window
+        if (sample.height, sample.width) != tile.size:  # the annotation fits the stored image, which viewers turn
+            top, left, bottom, right = left, top, right, bottom
         orientation = frame_orientation(read_header(sample.image), sample.height, sample.width)
         pixels = decode_rgb(sample.image, orientation)[top:bottom, left:right]
         is_first = top == left == 0  # count left-out and repaired annotations once per image
@@ -116,7 +121,7 @@ class TileReader:
             image_ext="png",
             height=bottom - top,
             width=right - left,
-            annotation=crop_annotation(sample.annotation, tile.window),
+            annotation=crop_annotation(sample.annotation, (top, left, bottom, right)),
             left_out=sample.left_out if is_first else (),
             repairs=sample.repairs if is_first else (),
         )

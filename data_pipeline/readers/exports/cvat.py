@@ -72,16 +72,29 @@ def _part(shape: Element, label_ids: dict[str, int], height: int, width: int) ->
                 raise DataError(f"has {len(ring)} coordinates; a polygon needs x and y of at least 3 points")
         case "box":
             x0, y0, x1, y1 = (_number(shape, name) for name in ("xtl", "ytl", "xbr", "ybr"))
-            ring = [x0, y0, x1, y0, x1, y1, x0, y1]
+            ring = _turned(shape, np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]))
         case "ellipse":
             x, y, rx, ry = (_number(shape, name) for name in ("cx", "cy", "rx", "ry"))
             angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
-            ring = np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], axis=1).reshape(-1).tolist()
+            ring = _turned(shape, np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], axis=1))
         case "mask":
             return ObjectPart(ids[0], _mask(shape, height, width), ids[1])
         case _:
             raise DataError("has no area; draw a polygon or a mask")
     return ObjectPart(ids[0], ring, ids[1])
+
+
+def _turned(shape: Element, points: np.ndarray) -> list[float]:
+    """Return points [P, 2] as x, y, x, y, ..., turned by the `rotation` of the shape.
+
+    CVAT turns a shape about its centre by an angle in degrees, clockwise in the image.
+    """
+    angle = np.deg2rad(_numbers(shape.get("rotation", "0"))[0])
+    if angle:
+        sine, cosine = np.sin(angle), np.cos(angle)
+        center = (points.min(axis=0) + points.max(axis=0)) / 2
+        points = center + (points - center) @ np.array([(cosine, sine), (-sine, cosine)])
+    return points.reshape(-1).tolist()
 
 
 def _mask(shape: Element, height: int, width: int) -> dict[str, object]:

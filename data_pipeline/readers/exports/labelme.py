@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.image_file import BrokenImageError, decode_index_png, is_hidden_copy
+from m2f.data_pipeline.image_file import BrokenImageError, decode_index_png
 from m2f.data_pipeline.json_fields import field
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.coco_json import whole_number
@@ -22,7 +22,7 @@ from m2f.data_pipeline.readers.exports.object_parts import (
     encode_window,
     shapes_reader,
 )
-from m2f.data_pipeline.readers.files import read_json, relative_name, require_folder
+from m2f.data_pipeline.readers.files import files_below, read_json, relative_name, require_folder
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sources import LabelmeSource
 
@@ -40,9 +40,10 @@ def open_labelme(source: LabelmeSource, max_pixels: int) -> CocoInstancesReader:
         DataError: a JSON file is invalid, or there is no class or no image.
     """
     folder, images = require_folder(source.annotations), require_folder(source.images)
-    files = [path for path in sorted(folder.rglob("*.json")) if not is_hidden_copy(path.name)]
+    files = files_below(folder, ".json")
     documents = [(path, document) for path in files if is_labelme(document := read_json(str(path)))]
-    names = source.classes or sorted({str(shape.get("label")) for _, d in documents for shape in _shapes(d)})
+    labels = (shape.get("label") for _, document in documents for shape in _shapes(document))
+    names = source.classes or sorted({str(label) for label in labels if label is not None})
     names = [name for name in names if name not in _IGNORED_LABELS]
     categories = categories_from_names(names)
     label_ids = {category.name: category.id for category in categories.categories}

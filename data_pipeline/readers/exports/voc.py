@@ -10,6 +10,7 @@ import numpy as np
 
 from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
 from m2f.data_pipeline.errors import DataError, format_list
+from m2f.data_pipeline.image_file import is_image_name
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.files import read_bytes, require_file, require_folder, unique_keys
@@ -36,14 +37,16 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
     names = [category.name for category in read_legend(source.legend).categories] if source.legend else VOC_CLASSES
     table = CategoryTable(tuple(Category(i, name, i > 0, distinct_color(i)) for i, name in enumerate(names)))
     if source.image_set is None:
-        stems = sorted(path.stem for path in classes.glob("*.png"))
+        stems = sorted(path.stem for path in classes.glob("*.png") if is_image_name(path.name))
     else:
         require_file(source.image_set)
         lines = read_bytes(Path(source.image_set)).decode(errors="replace").splitlines()
         stems = [line.split()[0] for line in lines if line.strip()]
-    files = {path.stem: path.name for path in images.iterdir()}
+    if not stems:
+        raise DataError(f"{source.image_set or classes} names no image; check the paths under datasets.<name>.source")
+    files = {path.stem: path.name for path in images.iterdir() if is_image_name(path.name)}
     incomplete = [s for s in stems if s not in files or not all((f / f"{s}.png").is_file() for f in (classes, objects))]
-    if incomplete or not stems:
+    if incomplete:
         raise DataError(
             f"{len(incomplete)} of {len(stems)} names lack an image in {images}, or a map in {classes} or {objects}: "
             f"{format_list(incomplete)}"

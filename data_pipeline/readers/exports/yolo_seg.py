@@ -15,7 +15,7 @@ from m2f.data_pipeline.readers.exports.object_parts import (
     categories_from_names,
     shapes_reader,
 )
-from m2f.data_pipeline.readers.files import read_bytes, require_file, require_folder, shown_size
+from m2f.data_pipeline.readers.files import files_below, read_bytes, require_file, require_folder, shown_size
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sources import YoloSegSource
 
@@ -41,9 +41,9 @@ def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader
         parts = _read_lines(file, height, width, categories, unusable) if file.is_file() else ()
         annotated.append(AnnotatedImage(name, height, width, tuple(parts)))
     stems = {str(Path(name).with_suffix("")) for name in names}
-    for file in sorted(labels.rglob("*.txt")):
+    for file in files_below(labels, ".txt"):
         stem = str(file.relative_to(labels).with_suffix(""))
-        if stem not in stems and file.name != "classes.txt" and not is_hidden_copy(file.name):
+        if stem not in stems and file.name != "classes.txt":
             unusable.append(UnusableAnnotation(str(file), f"its image {stem}.* is not in {images}"))
     return shapes_reader(images, categories, annotated, max_pixels, unusable)
 
@@ -61,7 +61,7 @@ def read_yolo_classes(path: str) -> CategoryTable:
         lines = read_bytes(Path(path)).decode("utf-8-sig", errors="replace").splitlines()
         return categories_from_names([line.strip() for line in lines if line.strip()])
     try:
-        document = parse_yaml(Path(path).read_bytes())
+        document = parse_yaml(read_bytes(Path(path)))
     except DocumentError as error:
         raise DataError(f"{path} is not valid YAML: {error}") from error
     names = document.get("names") if isinstance(document, dict) else None

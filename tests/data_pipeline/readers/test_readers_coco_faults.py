@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -119,11 +122,30 @@ def test_missing_or_invalid_json_files_are_refused(coco, kind):
         open_reader(source)
 
 
+def test_an_annotation_file_that_may_not_be_read_is_named(coco, monkeypatch):
+    def refuse(*_, **__):  # root, who runs the tests, may read every file
+        raise PermissionError(13, "Permission denied")
+
+    coco.write()
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"panoptic\.json cannot be read: Permission denied"):
+        open_reader(coco.panoptic_source)
+
+
 def test_panoptic_image_without_an_entry_is_refused(coco):
     coco.images.append({"id": 41, "file_name": "b.jpg", "height": H, "width": W})
     coco.write()
     with pytest.raises(DataError, match=r"every image needs exactly one entry.*none or several: 41"):
         open_reader(coco.panoptic_source)
+
+
+def test_instances_of_an_invalid_or_unlisted_image_are_reported_beside_panoptic_annotations(coco):
+    coco.instances += [coco.instances[0] | {"id": 8, "image_id": None}, coco.instances[0] | {"id": 9, "image_id": 99}]
+    coco.write()
+    source = replace(coco.panoptic_source, instances_json=f"{coco.root}/instances.json")
+    reader = open_reader(source, skip_bad=True)
+    assert [entry.message[:14] for entry in reader.unusable] == ["annotations[3]", "annotations[4]"]
+    assert len(reader.read(0).annotation.segments) == 5
 
 
 def test_image_ids_may_be_strings(coco):

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.image_file import decode_rgb, encode_png
 from m2f.data_pipeline.readers import dataset_fingerprint, open_dataset, open_reader, source_fingerprint
 from m2f.data_pipeline.source_parts import PartConfig, TileConfig
 from m2f.data_pipeline.sources import (
@@ -21,6 +22,7 @@ from m2f.data_pipeline.sources import (
     YoloSegSource,
 )
 from tests import tool_exports
+from tests.data_pipeline.coco_set import CocoSet
 
 
 def _source(kind, folder):
@@ -111,6 +113,28 @@ def test_cvat_groups_join_polygons_and_masks(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("shape", "inside", "outside"),
+    [
+        # 40 x 8 pixels; 30 degrees clockwise move the right end down and the left end up
+        ('box xtl="12" ytl="28" xbr="52" ybr="36" rotation="30"', [(48, 41), (16, 23)], [(48, 32), (48, 23), (16, 41)]),
+        ('ellipse cx="32" cy="32" rx="20" ry="4" rotation="30"', [(48, 41), (16, 23)], [(48, 32), (48, 23), (16, 41)]),
+        ('ellipse cx="32" cy="32" rx="20" ry="4" rotation="90"', [(32, 50), (32, 14)], [(50, 32), (14, 32)]),
+        ('box xtl="12" ytl="28" xbr="52" ybr="36"', [(50, 32), (14, 32)], [(48, 41), (16, 23)]),
+    ],
+)
+def test_cvat_boxes_and_ellipses_are_turned_clockwise_about_their_centre(tmp_path, shape, inside, outside):
+    tool_exports.cvat(tmp_path)
+    path = tmp_path / "annotations.xml"
+    mask = path.read_text().partition("<mask")[2].partition("</mask>")[0]
+    path.write_text(path.read_text().replace(f"<mask{mask}</mask>", f'<{shape} label="dirt"/>'))
+    sample = open_reader(_source("cvat", tmp_path)).read(0)
+    (dirt,) = (s for s in sample.annotation.segments if s.category_id == 1)
+    pixels = sample.annotation.inst[dirt.layer] == dirt.id
+    assert all(pixels[y, x] for x, y in inside)
+    assert not any(pixels[y, x] for x, y in outside)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ('<!DOCTYPE a [<!ENTITY x "y">]><annotations>&x;</annotations>', "DOCTYPE"),
@@ -183,6 +207,50 @@ def test_labelme_mask_outside_its_image_is_unusable(tmp_path, points):
     assert len(open_reader(_source("labelme", tmp_path), skip_bad=True).unusable) == 1
 
 
+@pytest.mark.parametrize("kind", ["labelme", "yolo_seg"])
+@pytest.mark.parametrize("copy", [".ipynb_checkpoints/im0-checkpoint", "._im0"])
+def test_hidden_copies_of_annotations_change_neither_reader_nor_fingerprint(tmp_path, kind, copy):
+    tool_exports.EXPORTS[kind](tmp_path)
+    source = _source(kind, tmp_path)
+    keys, fingerprint = open_reader(source).keys, source_fingerprint(source)
+    original = tmp_path / ("im0.json" if kind == "labelme" else "labels/train/im0.txt")
+    hidden = original.parent / (copy + original.suffix)
+    hidden.parent.mkdir(exist_ok=True)
+    hidden.write_text(original.read_text())
+    assert (open_reader(source).keys, source_fingerprint(source)) == (keys, fingerprint)
+
+
+@pytest.mark.parametrize("label", [None, "missing"])
+def test_a_labelme_shape_without_a_label_is_unusable_and_defines_no_class(tmp_path, label):
+    tool_exports.labelme(tmp_path)
+    path = tmp_path / "im0.json"
+    document = json.loads(path.read_text())
+    if label is None:
+        document["shapes"][1]["label"] = None
+    else:
+        del document["shapes"][1]["label"]
+    path.write_text(json.dumps(document))
+    reader = open_reader(_source("labelme", tmp_path), skip_bad=True)
+    assert [category.name for category in reader.categories.categories] == ["cell", "dirt"]
+    assert len(reader.unusable) == 1
+
+
+def test_voc_ignores_hidden_copies_and_files_that_are_no_images(tmp_path):
+    tool_exports.voc(tmp_path)
+    (tmp_path / "SegmentationClass/._im0.png").write_bytes(b"resource fork")
+    (tmp_path / "JPEGImages/im0.xml").write_text("<annotation/>")
+    reader = open_reader(replace(_source("voc", tmp_path), image_set=None))
+    assert len(reader.keys) == 6
+    assert reader.files(0)[0].name == "im0.png"
+
+
+def test_voc_names_a_list_without_images(tmp_path):
+    tool_exports.voc(tmp_path)
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"Segmentation/train\.txt names no image"):
+        open_reader(_source("voc", tmp_path))
+
+
 def test_unknown_colours_are_refused(tmp_path):
     tool_exports.camvid(tmp_path)
     (tmp_path / "label_colors.txt").write_text("0 0 0\tVoid\n64 0 192\tdirt\n")
@@ -251,6 +319,22 @@ def test_large_images_are_cut_into_tiles(tmp_path):
     assert sum(areas) == sum(s.area for s in whole_image.annotation.segments if s.map == "inst")
     rows = [np.concatenate([_category_map(s) for s in samples[i : i + 2]], axis=1) for i in (0, 2)]
     assert np.array_equal(np.concatenate(rows), _category_map(whole_image))
+
+
+def test_tiles_of_an_image_that_is_annotated_as_stored_ignore_its_exif_orientation(tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"  # turn by 90 degrees
+    coco = CocoSet(tmp_path)
+    jpeg = coco.files["a.jpg"]
+    coco.files["a.jpg"] = jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
+    whole = coco.read_instances()
+    tiles = TileConfig(above_megapixels=0.0001, side=10)
+    reader, _ = open_dataset(DatasetConfig(shards="unused", source=coco.instances_source, tiles=tiles))
+    samples = [reader.read(index) for index in range(len(reader.keys))]
+    pixels = decode_rgb(whole.image)
+    blocks = {pixels[y : y + 10, x : x + 10].tobytes() for y in (0, 10) for x in (0, 10, 20)}
+    assert {decode_rgb(sample.image).tobytes() for sample in samples} == blocks
+    area = sum(np.count_nonzero(sample.annotation.inst) for sample in samples)
+    assert area == np.count_nonzero(whole.annotation.inst)
 
 
 def _category_map(sample):
