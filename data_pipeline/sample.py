@@ -7,15 +7,20 @@ from typing import Literal
 
 import numpy as np
 
+from m2f.data_pipeline.errors import DataError
+
 VOID_ID = 0
 """Local id of pixels without a segment in `seg` and in every layer of `inst`."""
 
 MAX_IDS_8_BIT = 254
 """Largest number of ids in an 8-bit map: 0 is void, and 255 is reserved for an ignore id."""
+_MAX_IDS = 2**16 - 1
 
 
 def id_dtype(num_ids: int) -> type[np.uint8] | type[np.uint16]:
-    """Return the smallest dtype of a map with ids 1..num_ids."""
+    """Return the smallest dtype of a map with ids 1..num_ids. Raises DataError if 16 bits cannot hold them."""
+    if num_ids > _MAX_IDS:
+        raise DataError(f"its map has {num_ids} segments; the limit is {_MAX_IDS}, leave out or join small ones")
     return np.uint8 if num_ids <= MAX_IDS_8_BIT else np.uint16
 
 

@@ -101,12 +101,22 @@ def check_annotation(annotation: Annotation, categories: CategoryTable, where: s
     """Check an annotation and return its height and width.
 
     Raises:
-        DataError: there is no map; the maps differ in size; a category is unknown; segment ids repeat; an id in a map
+        DataError: there is no map; a map has another type or number of dimensions; the maps differ in size; a category
+            is unknown; a segment has an id below 1 or a layer that does not exist; segment ids repeat; an id in a map
             has no segment; or a segment of `seg` has no pixel.
     """
     seg, inst = annotation.seg, annotation.inst
     if seg is None and inst is None:
         raise DataError(f"{where}: the annotation has neither `seg` nor `inst`")
+    for kind, ids, dimensions in (("seg", seg, 2), ("inst", inst, 3)):
+        if ids is not None and (ids.ndim != dimensions or ids.dtype not in (np.uint8, np.uint16)):
+            raise DataError(
+                f"{where}: `{kind}` is {ids.dtype} with {ids.ndim} dimensions; make it uint8 or uint16 with "
+                f"{dimensions}"
+            )
+    num_layers = {"seg": 0 if seg is None else 1, "inst": 0 if inst is None else len(inst)}
+    if wrong := sorted(s.id for s in annotation.segments if s.id < 1 or s.layer not in range(num_layers[s.map])):
+        raise DataError(f"{where}: segments have an id below 1 or a layer that does not exist: {format_list(wrong)}")
     shapes = {m.shape[-2:] for m in (seg, inst) if m is not None}
     if len(shapes) != 1:
         raise DataError(f"{where}: `seg` and `inst` differ in size: {format_list(sorted(shapes))}")

@@ -118,6 +118,7 @@ def _decode_description(members: Mapping[str, bytes]) -> dict[str, Any]:
         description = parse_json(members["json"])
         for field in ("key", "image_id", "source", "height", "width", "exif", "inst_layers", "segments"):
             description[field]
+        description["exif"]["applied"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"the json member of a sample cannot be read ({error!r}); the shard was not written by m2f"

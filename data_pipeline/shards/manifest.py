@@ -190,7 +190,8 @@ class Manifest:
         if document is None:
             raise DataError(f"{join(url, DATASET_FILE)} does not exist; write the shards first (m2f shard)")
         data = storage.get(join(url, SAMPLES_FILE))
-        if hashlib.sha256(data).hexdigest() != document.get("samples", {}).get("sha256"):
+        samples = document.get("samples")
+        if not isinstance(samples, dict) or samples.get("sha256") != hashlib.sha256(data).hexdigest():
             raise DataError(f"{join(url, SAMPLES_FILE)} does not match its checksum in {DATASET_FILE}; restore it")
         try:
             manifest = cls._from_document(url, document, Columns(data))

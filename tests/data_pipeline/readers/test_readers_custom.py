@@ -22,6 +22,7 @@ from m2f.data_pipeline.storage.storage import Storage
 DOCUMENT = Path(m2f.__file__).parents[1] / "docs" / "datasets.md"
 H, W = 6, 8
 TABLE = CategoryTable((Category(1, "cell", True, (1, 2, 3)),))
+INST = np.zeros((1, H, W), np.uint8)
 IMAGE = encode_png(np.full((H, W, 3), 90, np.uint8))
 
 
@@ -94,6 +95,11 @@ def test_custom_samples_and_subsets():
         ({"segments": ()}, "`seg` has ids without a segment: 1"),
         ({"segments": (_segment(1), _segment(2))}, "segments have no pixel in `seg`: 2"),
         ({"segments": (_segment(1), _segment(1))}, "segment ids of `seg` are not unique"),
+        ({"seg": np.zeros((H, W), np.int32)}, "`seg` is int32 with 2 dimensions; make it uint8 or uint16 with 2"),
+        ({"inst": np.zeros((H, W), np.uint8)}, "`inst` is uint8 with 2 dimensions; make it uint8 or uint16 with 3"),
+        ({"segments": (_segment(1), replace(_segment(2, "inst"), layer=1))}, "a layer that does not exist: 2"),
+        ({"inst": INST, "segments": (_segment(1), replace(_segment(2, "inst"), layer=1))}, "not exist: 2"),
+        ({"inst": INST, "segments": (_segment(1), _segment(0, "inst"))}, "an id below 1 or .*: 0"),
         ({"inst": np.full((1, H, W), 3, np.uint8)}, "`inst` has ids without a segment: 3"),
     ],
 )

@@ -99,6 +99,9 @@ def test_empty_instance_layer_is_not_stored_but_restored():
 def test_maps_have_16_bits_above_254_ids():
     assert id_dtype(254) is np.uint8
     assert id_dtype(255) is np.uint16
+    assert id_dtype(65535) is np.uint16
+    with pytest.raises(DataError, match="65536 segments; the limit is 65535"):
+        id_dtype(65536)
 
 
 def test_the_exif_decision_is_stored_and_applied():
@@ -125,6 +128,7 @@ def test_decoding_errors_name_the_sample():
         ({**members, "json": b"{"}, "cannot be read"),
         ({**members, "json": b"[]"}, "cannot be read"),
         ({**members, "json": b"{}"}, "cannot be read.*key"),
+        ({**members, "json": json.dumps(json.loads(members["json"]) | {"exif": {}}).encode()}, "KeyError.*applied"),
         ({k: v for k, v in members.items() if k != "img.png"}, r"'a_key-1' \(folder/a.key 1.png\) has no image"),
         ({**members, "img.png": members["img.png"][:-20]}, "a_key-1.*truncated|a_key-1.*decoded"),
         (

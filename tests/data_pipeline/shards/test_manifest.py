@@ -136,6 +136,9 @@ def test_unusable_manifests_are_refused(copy):
     (copy / "dataset.json").write_text("{")
     with pytest.raises(DataError, match=r"dataset.json is not valid JSON"):
         Manifest.load(str(copy), STORAGE)
+    (copy / "dataset.json").write_text(json.dumps(document | {"samples": []}))
+    with pytest.raises(DataError, match=r"samples.parquet does not match its checksum in dataset.json"):
+        Manifest.load(str(copy), STORAGE)
     (copy / "dataset.json").unlink()
     with pytest.raises(DataError, match=r"dataset.json does not exist; write the shards first \(m2f shard\)"):
         Manifest.load(str(copy), STORAGE)
