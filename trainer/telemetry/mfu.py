@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import get_args
 
 import torch
@@ -22,7 +23,8 @@ _PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-"""Dense bf16 peak in TFLOP/s, from vendor data sheets. The first key that the name of the device contains applies."""
+"""Dense bf16 peak in TFLOP/s, from vendor data sheets. The first key that the name of the device contains applies,
+unless a letter or digit follows it: L4 does not apply to an L40."""
 _PASSES = 3
 """Cost of a training pass in units of forward passes. By convention the backward pass costs two: one for the gradients
 of a layer's weights, and one for the gradients of its input. Recomputation by checkpointing does not count."""
@@ -30,7 +32,7 @@ of a layer's weights, and one for the gradients of its input. Recomputation by c
 
 def peak_flops(device_name: str) -> float | None:
     """Return the peak bf16 FLOP/s of a GPU, given its name as CUDA reports it; None if it is unknown."""
-    return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+    return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if re.search(rf"{name}(?!\w)", device_name)), None)
 
 
 def training_multiply_adds(config: ModelConfig, size: tuple[int, int]) -> float:

@@ -28,6 +28,7 @@ SMALL = ModelConfig(
         ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA H100 PCIe", 756.0),
         ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA GH200 480GB", 989.4),
         ("NVIDIA A10G", 70.0),
         ("NVIDIA A10", 125.0),
         ("NVIDIA L40S", 362.0),
@@ -39,7 +40,8 @@ def test_peaks_are_found_by_the_name_of_the_device(name, tflops):
 
 
 def test_a_device_without_a_known_peak_has_no_utilization():
-    assert peak_flops("Some GPU") is None
+    for name in ("Some GPU", "NVIDIA L40", "NVIDIA RTX A1000"):
+        assert peak_flops(name) is None
     assert Utilization(SMALL, torch.device("cpu"), 1).share((64, 64), 10.0) is None
 
 
