@@ -116,7 +116,7 @@ def _parse(line: str, where: str) -> tuple[str, int, float]:
     try:
         mask, label, score = line.split()
         parsed = mask, int(float(label)), float(score)
-    except ValueError:
+    except (ValueError, OverflowError):  # an infinite label overflows
         raise EvaluationError(f"{where}: {line[:80]!r} is not `MASK LABEL_ID SCORE`") from None
     if not -1 <= parsed[1] < NUM_LABELS or not math.isfinite(parsed[2]):
         raise EvaluationError(f"{where}: {line[:80]!r} needs a label id of Cityscapes and a finite score")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -243,7 +243,7 @@ def read_detections(
     """Return the results of one image, without those of `dropped` categories; other arguments as in `read_truth`."""
     results, numbers = image.results, range(len(image.results))
     if dropped:
-        numbers = [i for i in numbers if get_category_id(results[i]) not in dropped]
+        numbers = [i for i in numbers if not _is_of(results[i], dropped)]
         results = [results[i] for i in numbers]
         pixels = None if pixels is None else pixels[numbers]
     plain = [result for result in results if type(result) is PlainResult]
@@ -269,6 +269,12 @@ def read_detections(
 def get_category_id(result: Result) -> Any:
     """Return the category id of a result as in its file; None if it has none."""
     return result.category_id if isinstance(result, PlainResult) else result.get("category_id")
+
+
+def _is_of(result: Result, category_ids: frozenset[int]) -> bool:
+    """Return whether a result is of one of these categories; False for an invalid id, which `_labels` reports."""
+    category = get_category_id(result)
+    return isinstance(category, Hashable) and category in category_ids
 
 
 def _scores(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:

@@ -141,7 +141,8 @@ def _unknown_categories(
     predictions: Mapping[str, Any], ids: Sequence[str], known: Mapping[int, int], dropped: Collection[int]
 ) -> frozenset[int]:
     """Return category ids of the predictions that are neither known nor dropped."""
-    entries = (entry for i in ids for entry in predictions[i].get("segments_info", ()) if isinstance(entry, dict))
+    lists = (listed for i in ids if isinstance(listed := predictions[i].get("segments_info"), list))
+    entries = (entry for listed in lists for entry in listed if isinstance(entry, dict))
     category_ids = {one for entry in entries if isinstance(one := entry.get("category_id"), int)}
     return frozenset(category_ids - known.keys() - set(dropped))
 

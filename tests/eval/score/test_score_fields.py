@@ -8,6 +8,7 @@ import pytest
 
 from m2f.data_pipeline.image_file import encode_png
 from m2f.eval.errors import EvaluationError
+from m2f.eval.score.cityscapes import _parse
 from m2f.eval.score.instances import instance_scoring
 from m2f.eval.score.options import EVERYTHING, ScoreOptions
 from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
@@ -18,7 +19,7 @@ def _run(scoring):
     return scoring.run(1, lambda count: None).content
 
 
-def _panoptic(folder, segment=(), category=(), predicted=(), options=EVERYTHING):
+def _panoptic(folder, segment=(), category=(), predicted=(), found=(), options=EVERYTHING):
     base = {"id": 1, "category_id": 3, "area": 6, "iscrowd": 0}
     (folder / "x.png").write_bytes(encode_png(np.full((2, 3, 3), (1, 0, 0), np.uint8)))
     categories = [{"id": 3, "name": "car", "isthing": 1} | dict(category)]
@@ -26,6 +27,7 @@ def _panoptic(folder, segment=(), category=(), predicted=(), options=EVERYTHING)
         del categories[0]["isthing"]
     for name, changes in (("truth", segment), ("pred", predicted)):
         entry = {"image_id": 7, "file_name": "x.png", "segments_info": [base | dict(changes)]}
+        entry |= dict(found) if name == "pred" else {}
         document = {"annotations": [entry]} | ({"categories": categories} if name == "truth" else {})
         (folder / f"{name}.json").write_text(json.dumps(document))
     return _run(
@@ -206,3 +208,15 @@ def test_invalid_category_ids_are_refused_even_with_ignore_unknown(tmp_path, cat
         _panoptic(tmp_path, predicted={"category_id": category}, options=options)
     with pytest.raises(EvaluationError, match="image 1: result 1 has category"):
         _instances(tmp_path, result={"category_id": category}, options=options)
+
+
+@pytest.mark.parametrize("label", ["inf", "1e400", "car"])
+def test_a_label_of_cityscapes_results_must_be_a_finite_number(label):
+    with pytest.raises(EvaluationError, match=f"^a.txt, line 1: 'mask.png {label} 0.5' is not `MASK LABEL_ID SCORE`$"):
+        _parse(f"mask.png {label} 0.5", "a.txt, line 1")
+
+
+@pytest.mark.parametrize("ignore_unknown", [False, True])
+def test_null_instead_of_segments_is_refused(tmp_path, ignore_unknown):
+    with pytest.raises(EvaluationError, match=r"image 7: a segment in .* has a field of the wrong type"):
+        _panoptic(tmp_path, found={"segments_info": None}, options=ScoreOptions(ignore_unknown=ignore_unknown))

@@ -75,6 +75,16 @@ def test_classes_missing_in_the_truth_are_ignored_and_noted(tmp_path):
     assert f"5 classes in both; {files.truth} lacks boat" in report.table
 
 
+def test_an_invalid_category_id_is_refused_if_classes_are_missing_in_the_truth(tmp_path):
+    same = {c["id"]: c["id"] for c in CATEGORIES}
+    truth, found = instance_files(tmp_path, [*CATEGORIES, EXTRA], same)
+    results = json.loads(found.read_text())
+    results[1]["category_id"] = [5]
+    found.write_text(json.dumps(results))
+    with pytest.raises(EvaluationError, match=r"image 1: result 1 has category \[5\]"):
+        run(instance_scoring(truth, found, boundary=False, class_agnostic=False))
+
+
 @pytest.mark.parametrize(
     ("changed", "rows"),
     [
