@@ -50,7 +50,7 @@ class PanopticImage:
     id_map: np.ndarray
     """[H, W] integers, 0 for void."""
     labels: Mapping[int, int]
-    """Class index of each segment id. Class indices start at 0."""
+    """Class index of each segment id. Class indices start at 0. An entry for void is ignored."""
     crowds: Collection[int] = ()
     """Ids of annotated segments that are crowds."""
     areas: Mapping[int, float] = field(default_factory=dict)
@@ -114,7 +114,8 @@ def evaluate_panoptic(
     for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
         _check_labels(number, (*annotated.labels.values(), *predicted.labels.values()), len(class_names))
         image_truth = _panoptic_truth(annotated)
-        image_prediction = PanopticPrediction(predicted.id_map, predicted.labels)
+        predicted_labels = {i: label for i, label in predicted.labels.items() if i != VOID_ID}
+        image_prediction = PanopticPrediction(predicted.id_map, predicted_labels)
         states.panoptic.update(number, image_truth, image_prediction)
         candidates = panoptic_candidates(image_truth, image_prediction)
         states.segments.update(number, candidates)
@@ -167,7 +168,7 @@ def evaluate_semantic(
     predictions: Iterable[np.ndarray] | PathLike,
     *,
     class_names: Sequence[str],
-    ignore: int = 255,
+    ignore: int | None = None,
     void: int | None = None,
 ) -> EvaluationResults:
     """Compute mIoU and accuracies of a set of images. The results equal those of detectron2.
@@ -176,9 +177,9 @@ def evaluate_semantic(
         truth: annotated label maps [H, W] of integers, or the path of a folder of PNG files.
         predictions: predicted label maps in the same order, or the path of a folder of files with the same names.
         class_names: name of every class; the label of a class is its position.
-        ignore: label of truth pixels that are left out.
-        void: label of predicted pixels without a class. Each counts as a miss of the truth's class. None: 255, or 65535
-            for 256 or more classes.
+        ignore: label of truth pixels that are left out. None: 255, or 65535 for 256 or more classes.
+        void: label of predicted pixels without a class, with the same default. Each counts as a miss of the truth's
+            class.
 
     Raises:
         EvaluationError: inputs do not match each other. The message names the image or file.

@@ -57,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     semantic.add_argument("--num-classes", required=True, type=int, metavar="K", help="labels are 0 to K - 1")
     semantic.add_argument(
-        "--ignore", type=int, default=255, metavar="V", help="value of pixels without a label (default 255)"
+        "--ignore",
+        type=int,
+        metavar="V",
+        help="value of pixels without a label (default 255; 65535 for 256 or more classes)",
     )
     semantic.add_argument(
         "--void",

@@ -32,15 +32,15 @@ def semantic_scoring(
     predictions: Path,
     *,
     num_classes: int,
-    ignore: int,
+    ignore: int | None = None,
     void: int | None = None,
     class_names: tuple[str, ...] | None = None,
     options: ScoreOptions = EVERYTHING,
 ) -> Scoring[str, ConfusionRecord, MeanIoU]:
     """Prepare the scoring of mIoU over all PNG files under `truth`; predictions have the same relative names.
 
-    `ignore` is the value of truth pixels without a label. `void` is the value of predicted pixels without a class;
-    None: 255, or 65535 for 256 or more classes. `class_names` holds the name of every class; None: their numbers.
+    `ignore` is the value of truth pixels without a label, and `void` that of predicted pixels without a class; None:
+    255, or 65535 for 256 or more classes. `class_names` holds the name of every class; None: their numbers.
     Raises EvaluationError for folders without maps and for missing predictions.
     """
     if not 1 <= num_classes <= MAX_CLASSES:
@@ -57,7 +57,7 @@ def semantic_scoring(
     subject = score_subject(predictions, options, len(names))
     return Scoring(
         jobs=names,
-        work=OneByOne(_ScoreImage(truth, predictions, num_classes, ignore, state.void)),
+        work=OneByOne(_ScoreImage(truth, predictions, num_classes, state.ignore, state.void)),
         state=state,
         report=partial(_report, shown, chosen, scope_notes(options, len(names)), state, len(names)),
         results=partial(_results, category_table(categories), subject, chosen, state, len(names)),

@@ -279,6 +279,15 @@ def test_panoptic_scoring_supports_sizes_reports_subsets_and_arrays(panoptic, ca
         evaluate_panoptic(truth, predictions)
 
 
+def test_a_label_for_void_is_ignored_on_both_sides():
+    id_map = np.array([[0, 0, 1, 1]])
+    for labels in ({1: 0}, {0: 0, 1: 0}):
+        images = [PanopticImage(id_map, labels)]
+        for truth, found in ((images, [PanopticImage(id_map, {1: 0})]), ([PanopticImage(id_map, {1: 0})], images)):
+            quality = evaluate_panoptic(truth, found, class_names=["a"], is_thing=[True]).panoptic.per_class[0]
+            assert (quality.true_positives, quality.false_positives, quality.false_negatives) == (1, 0, 0)
+
+
 def test_unknown_categories_of_segments_are_refused_or_ignored(panoptic, capsys):
     folder, _ = panoptic
     document = json.loads((folder / "results.json").read_text())
@@ -324,6 +333,20 @@ def test_semantic_scoring_supports_names_subsets_reports_and_arrays(tmp_path, ca
     truth, predicted = maps[1]
     chosen = (truth == 1) | (truth == 2)
     assert part["pACC"] == pytest.approx((truth == predicted)[chosen].mean())
+
+
+def test_class_255_is_scored_if_there_are_256_classes_or_more(tmp_path, capsys):
+    truth = np.array([[0, 255, 255, 65535]], np.uint16)
+    predicted = np.array([[0, 0, 0, 0]], np.uint16)
+    for side, labels in (("truth", truth), ("found", predicted)):
+        (tmp_path / side).mkdir()
+        cv2.imwrite(str(tmp_path / side / "a.png"), labels)
+    words = ["--truth", str(tmp_path / "truth"), "--predictions", str(tmp_path / "found"), "--num-classes", "256"]
+    assert main(["score", "semantic", *words, "--workers", "1", "--output", str(tmp_path / "out.json")]) == 0
+    capsys.readouterr()
+    semantic = evaluate_semantic([truth], [predicted], class_names=[str(label) for label in range(256)]).semantic
+    assert semantic.truth_pixels[255] == 2
+    assert semantic.pacc == json.loads((tmp_path / "out.json").read_text())["pACC"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("void", [255, 9])
