@@ -34,7 +34,7 @@ class WholeImage(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiScale(Section):
-    """Class scores averaged over several image sizes (the papers' m.s. columns). Semantic task only."""
+    """Class scores summed over several image sizes (the papers' m.s. columns). Semantic task only."""
 
     kind: Literal["multi_scale"] = "multi_scale"
     shortest_edges: Annotated[tuple[int, ...], PIXELS] = (256, 384, 512, 640, 768, 896)
@@ -121,7 +121,7 @@ def check_test_time(test_time: TestTime, tasks: Collection[Task], place: str) ->
         return
     if isinstance(test_time, MultiScale):
         raise ConfigError(
-            f"{place} has test_time.kind=multi_scale, which averages class scores of pixels and supports only the "
+            f"{place} has test_time.kind=multi_scale, which sums class scores of pixels and supports only the "
             f"semantic task, but the tasks are {list(tasks)}; set `tasks: [semantic]`"
         )
     if isinstance(test_time, SlidingWindows) and test_time.size == test_time.stride:
