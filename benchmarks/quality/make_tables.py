@@ -23,7 +23,7 @@ from benchmarks.quality.bars import report_lines
 from benchmarks.quality.differences import Difference, Results, cpu_ratio, paired_difference, read_results
 from benchmarks.quality.finished_runs import keep_run
 from benchmarks.quality.markdown import markdown
-from benchmarks.quality.point_costs import costs_table, read_costs
+from benchmarks.quality.point_costs import costs_table, read_costs, write_costs
 from m2f.cluster.terminal import print_out
 
 
@@ -33,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "folders", type=Path, nargs="+", help="folders written by run_arms, point_costs --save, or --keep"
     )
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="first copy the results of finished runs to DIR")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="first copy the results of finished runs and the costs of points to DIR",
+    )
     parser.add_argument(
         "--overrides", nargs="*", default=[], metavar="section.key=value", help="settings used to train the runs"
     )
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, set_results in results.items():
         if set_results:
             print_out("\n\n".join((f"## {name}", spread_table(set_results), difference_table(set_results), "")))
-    costs = [cost for folder in folders for cost in read_costs(folder)]
+    costs = read_costs(folders)
     if costs:
         print_out(f"## Cost of points\n\n{costs_table(costs)}\n")
     finished = {one.name: _finished(one, results[one.name], arguments.overrides) for one in IMAGE_SETS}
@@ -61,6 +66,9 @@ def _keep(finished: Mapping[str, Results], folders: Sequence[Path], destination:
         for name, seed in finished[image_set.name]:
             for folder in set(folders) - {destination}:
                 keep_run(folder, destination, Run(image_set, arms[name], seed))
+    if costs := read_costs([destination, *folders]):
+        destination.mkdir(parents=True, exist_ok=True)
+        write_costs(costs, destination)
 
 
 def _finished(image_set: ImageSet, results: Results, overrides: Sequence[str]) -> Results:

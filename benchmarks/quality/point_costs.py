@@ -96,10 +96,18 @@ def measure_all(all_sizes: Sequence[Sizes], repeats: int) -> list[Costs]:
     ]
 
 
-def read_costs(folder: Path) -> list[Costs]:
-    """Read the measurements that `--save` wrote; return an empty list if there are none."""
-    path = folder / COSTS_FILE
-    return [Costs(**content) for content in json.loads(path.read_text())] if path.exists() else []
+def read_costs(folders: Sequence[Path]) -> list[Costs]:
+    """Return the different measurements that `write_costs` wrote to these folders."""
+    costs: list[Costs] = []
+    for path in (folder / COSTS_FILE for folder in folders):
+        listed = [Costs(**content) for content in json.loads(path.read_text())] if path.exists() else []
+        costs += [one for one in listed if one not in costs]
+    return costs
+
+
+def write_costs(costs: Sequence[Costs], folder: Path) -> None:
+    """Write measurements to a folder in place of those that it holds."""
+    (folder / COSTS_FILE).write_text(json.dumps([asdict(one) for one in costs], indent=1))
 
 
 def costs_table(costs: Sequence[Costs]) -> str:
@@ -122,9 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="also write the results to FOLDER, for make_tables")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if arguments.save is not None:
+        arguments.save.mkdir(parents=True, exist_ok=True)  # first, so that a wrong path fails before the measurement
     costs = measure_all(SIZES, arguments.repeats)
     if arguments.save is not None:
-        (arguments.save / COSTS_FILE).write_text(json.dumps([asdict(one) for one in costs], indent=1))
+        write_costs(costs, arguments.save)
     print_out(costs_table(costs))
     return 0
 

@@ -82,19 +82,22 @@ class Pool:
     def train(self, runs: Sequence[Run], seconds: float) -> int:
         """Train the unfinished runs in order; return 0 if all are finished, else 1.
 
-        On SIGINT, on SIGTERM or after `seconds`, all processes stop after a checkpoint.
+        On SIGINT, on SIGTERM, after `seconds` and after an error, all processes stop after a checkpoint.
         """
         pending = [run for run in runs if not self._is_finished(run)]
         print_out(f"{len(pending)} of {len(runs)} runs to train")
         deadline = time.monotonic() + seconds
         with handling_signals(lambda _: self._stop()):
-            while self._running or (pending and not self._stopped):
-                if time.monotonic() > deadline:
-                    self._stop()
-                while pending and not self._stopped and len(self._running) < self._processes:
-                    self._start(pending.pop(0))
-                self._collect()
-                time.sleep(POLL_S)
+            try:
+                while self._running or (pending and not self._stopped):
+                    if time.monotonic() > deadline:
+                        self._stop()
+                    while pending and not self._stopped and len(self._running) < self._processes:
+                        self._start(pending.pop(0))
+                    self._collect()
+                    time.sleep(POLL_S)
+            finally:
+                self._stop()  # after an error, for example while writing shards
         missing = [run.name for run in runs if not self._is_finished(run)]
         print_out(f"not finished: {', '.join(missing)}" if missing else "all runs are finished")
         return 1 if missing else 0

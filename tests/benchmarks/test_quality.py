@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import make_tables, point_costs
+from benchmarks.quality import make_tables, point_costs, run_arms
 from benchmarks.quality.arms import (
     ALL_ARMS,
     ARMS,
@@ -28,6 +31,7 @@ from benchmarks.quality.train_one import find_run
 
 SHAPES, SMALL_SHAPES = IMAGE_SETS[:2]
 BASE, BOXES, UNIFORM = ARMS[0], ARMS[2], ARMS[3]
+COSTS = point_costs.Costs("1 x 64 x 64", {arm.name: 10.0 for arm in ARMS if arm.trainer == "m2f"})
 
 
 def write_run(folder: Path, run: Run, *, step: int, seconds: float = 100.0, **metrics: float | None) -> None:
@@ -104,6 +108,19 @@ def test_finished_runs_are_not_trained_again(folder, capsys):
     assert capsys.readouterr().out == "0 of 6 runs to train\nall runs are finished\n"
 
 
+def test_running_processes_are_stopped_if_shards_cannot_be_written(tmp_path, monkeypatch):
+    def fail(config):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(run_arms, "make_shards", fail)
+    pool = Pool(tmp_path, [], processes=2)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as running:
+        pool._running[Run(SHAPES, BASE, 0)] = running
+        with pytest.raises(OSError, match="no space left"):
+            pool.train([Run(SHAPES, BASE, 1)], seconds=60)
+        assert running.wait(60) == -signal.SIGTERM
+
+
 def test_tables_include_only_runs_that_reached_the_last_step(folder):
     results = read_results([folder], SHAPES)
     assert set(results) == {(arm, seed) for arm in ("base", "box_points") for seed in range(3)}
@@ -173,7 +190,20 @@ def test_costs_of_points_are_listed_by_arm(tmp_path):
     assert lines[0].count("ms (ratio)") == len(ARMS) - 1
     assert lines[2].startswith("| 1 x 64 x 64, 3 masks, 2 predictions of 5 queries, 8 channels |")
     assert lines[2].endswith("(1.00) |")
-    assert point_costs.read_costs(tmp_path) == []
+    assert point_costs.read_costs([tmp_path]) == []
+
+
+def test_costs_of_points_are_saved_to_a_new_folder_which_exists_before_the_measurement(tmp_path, monkeypatch, capsys):
+    place = tmp_path / "new" / "folder"
+
+    def measure_all(*given):
+        assert place.is_dir()
+        return [COSTS]
+
+    monkeypatch.setattr(point_costs, "measure_all", measure_all)
+    assert point_costs.main(["--save", str(place)]) == 0
+    assert point_costs.read_costs([place, place]) == [COSTS]
+    assert COSTS.sizes in capsys.readouterr().out
 
 
 def write_pairs(folder, base, boxes, metric="APs"):
@@ -280,8 +310,10 @@ def test_pilots_must_cost_less(tmp_path, seconds, verdict):
 def test_kept_results_replace_their_run_folders(folder, tmp_path, capsys):
     """The kept results give the same tables as the run folders, so large run folders can be deleted."""
     kept, later, steps = tmp_path / "kept", tmp_path / "later", ["--overrides", "training.max_steps=900"]
+    point_costs.write_costs([COSTS], folder)
     assert make_tables.main([str(folder), "--keep", str(kept), *steps]) == 0
     before = capsys.readouterr().out
+    assert COSTS.sizes in before
     assert len(list(kept.rglob("results.json"))) == len(list(kept.rglob("*.jsonl"))) == 6
     assert make_tables.main([str(kept), *steps]) == 0
     assert capsys.readouterr().out == before
