@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Average of all trainable weights in fp32. Each rank keeps an equal part of each weight under any ZeRO stage."""
+    """Average of all trainable weights in fp32. Each rank keeps an equal part of each weight under any ZeRO stage.
+
+    With `training.precision` bf16 or fp16, the rounded 16-bit weights are averaged, not the optimizer's fp32 copies.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         """Start at the current weights. The parameters must already be partitioned and on their final device."""

@@ -306,7 +306,8 @@ def _master_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     first = dist.get_rank() == 0
-    weights = {name: value.cpu() for name, value in model.named_buffers()} if first else {}
+    persistent = model.state_dict().keys()
+    weights = {name: value.cpu() for name, value in model.named_buffers() if first and name in persistent}
     for name, parameter in model.named_parameters():
         master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.detach().float()
         assert master is not None, "ZeRO 1 to 3 keep a copy of every trainable parameter"

@@ -7,7 +7,7 @@ import torch
 
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import TrainingConfig, ZeroConfig
-from m2f.trainer.engine.engine import check_device, check_world_size, deepspeed_config
+from m2f.trainer.engine.engine import _master_weights, check_device, check_world_size, deepspeed_config
 from m2f.trainer.errors import TrainingError
 from tests.trainer.conftest import Launcher
 from tests.trainer.engine_ranks import CASES, HOST_SYNC_CASES, SINGLE_RANK_CASES
@@ -173,6 +173,15 @@ def test_deepspeed_config_states_16_bits_and_offload():
     assert settings["fp16"] == {"enabled": True}  # dynamic loss scaling
     assert settings["gradient_clipping"] == 0.01
     assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+
+
+def test_stored_copies_of_16_bit_weights_leave_out_buffers_that_are_not_persistent(monkeypatch):
+    model = torch.nn.Linear(2, 2).bfloat16()
+    model.register_buffer("mean", torch.ones(2))
+    model.register_buffer("index", torch.ones(2), persistent=False)
+    monkeypatch.setattr("deepspeed.utils.safe_get_full_fp32_param", lambda parameter: parameter.detach().float())
+    monkeypatch.setattr("m2f.trainer.engine.engine.dist.get_rank", lambda: 0)
+    assert _master_weights(model).keys() == {"weight", "bias", "mean"}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
