@@ -15,7 +15,7 @@ from m2f.cluster.doctor.doctor import machine_checks, run_checks
 from m2f.cluster.doctor.finding import Finding
 from m2f.cluster.doctor.services import skew_finding
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.train.resources import count_fitting, resource_requests
+from m2f.cluster.train.resources import count_fitting, joint_shortages, resource_requests
 
 NODE_TIMEOUT_S = 180.0
 CLUSTER = "cluster"
@@ -116,15 +116,17 @@ def _check_capacity(config: RunConfig | None, nodes: list[dict[str, Any]]) -> li
     if config is None:
         return []
     findings: list[Finding] = []
-    for request in resource_requests(config):
-        capacity = count_fitting((node["Resources"] for node in nodes), request.needs)
+    remedy = "request fewer resources in the recipe, or add nodes"
+    requests, resources = resource_requests(config), [node["Resources"] for node in nodes]
+    for request in requests:
+        capacity = count_fitting(resources, request.needs)
         detail = f"{request}; the cluster has room for {capacity}"
         if capacity < request.count:
-            remedy = "request fewer resources in the recipe, or add nodes"
             findings.append(Finding("resources", "warning", detail, remedy, CLUSTER))
         else:
             findings.append(Finding("resources", "ok", detail, where=CLUSTER))
-    return findings
+    shortages = joint_shortages(requests, resources)
+    return findings + [Finding("resources", "warning", shortage, remedy, CLUSTER) for shortage in shortages]
 
 
 def _address(node: Mapping[str, Any]) -> str:

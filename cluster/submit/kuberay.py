@@ -15,7 +15,7 @@ import m2f
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.submit.submit import run_digest
-from m2f.cluster.train.resources import count_fitting, resource_requests
+from m2f.cluster.train.resources import count_fitting, joint_shortages, resource_requests
 from m2f.data_pipeline.documents import DocumentError, parse_json, parse_yaml
 from m2f.model.errors import UserError
 
@@ -110,9 +110,11 @@ def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
         problems += _image_problems(group["groupName"], group["template"]["spec"])
         problems += _pod_problems(group["groupName"], group["template"]["spec"])
     nodes = [node for group in groups for node in [_pod_resources(group)] * group.get("maxReplicas", 0)]
-    for request in resource_requests(config):
+    requests = resource_requests(config)
+    for request in requests:
         if (capacity := count_fitting(nodes, request.needs)) < request.count:
             problems.append(f"{request}, but the groups have room for {capacity}; raise maxReplicas or the resources")
+    problems += [f"{shortage}; raise maxReplicas or the resources" for shortage in joint_shortages(requests, nodes)]
     return problems
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from m2f.cluster.recipe.config import RunConfig
@@ -40,10 +40,30 @@ def resource_requests(config: RunConfig) -> list[ResourceRequest]:
 def count_fitting(nodes: Iterable[Mapping[str, float]], needs: Mapping[str, float]) -> int:
     """Return how many processes fit into the free resources of the nodes.
 
-    If `needs` is empty, every node has room for `sys.maxsize` processes.
+    If `needs` is empty, or the node has an infinite amount of each, it has room for `sys.maxsize` processes.
     """
 
     def fitting(node: Mapping[str, float]) -> int:
-        return min((int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items()), default=sys.maxsize)
+        return int(min([sys.maxsize, *(node.get(name, 0.0) / amount + 1e-6 for name, amount in needs.items())]))
 
     return sum(map(fitting, nodes))
+
+
+def joint_shortages(requests: Sequence[ResourceRequest], nodes: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return a message for every resource of which the requests together need more than the nodes have.
+
+    Returns none if a request does not even fit alone, see `count_fitting`. Only totals are compared, so processes may
+    still not fit on the single nodes.
+    """
+    if any(count_fitting(nodes, request.needs) < request.count for request in requests):
+        return []
+    needed: dict[str, float] = {}
+    for request in requests:
+        for name, amount in request.needs.items():
+            needed[name] = needed.get(name, 0.0) + request.count * amount
+    available = {name: sum(node.get(name, 0.0) for node in nodes) for name in needed}
+    return [
+        f"training and evaluation together need {amount:g} {name}, but the nodes have {available[name]:g}"
+        for name, amount in needed.items()
+        if amount > available[name] + 1e-6
+    ]

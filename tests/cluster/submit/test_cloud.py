@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from copy import deepcopy
+from http.client import IncompleteRead
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ray.scripts.scripts import drain_node
 import m2f
 from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.submit import google_secret
 from m2f.cluster.submit.google_secret import read_secret
 from m2f.cluster.submit.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
 from m2f.cluster.submit.spot_notice import NOTICE_S, drain_on_notice, is_preempted
@@ -326,6 +328,21 @@ def test_cpu_quantities_are_parsed(cpu, fits):
     assert [problem.startswith("evaluation: 1 process with 1 CPU") for problem in problems] == [True] * (not fits)
 
 
+def test_group_without_a_cpu_limit_has_room_for_all_workers():
+    spec = with_image(read_yaml(KUBERAY))["spec"]["rayClusterSpec"]
+    for group in spec["workerGroupSpecs"]:
+        del group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
+    assert cluster_problems(parse_recipe(RECIPE), spec) == []
+
+
+def test_training_and_evaluation_must_fit_together():
+    spec = with_image(read_yaml(KUBERAY))["spec"]["rayClusterSpec"]  # at most 18 GPUs
+    gpus = ["evaluation.num_gpus_per_actor=1", "cluster.num_gpus_per_worker=1", "cluster.resources_per_worker={}"]
+    assert cluster_problems(parse_recipe(RECIPE, [*gpus, "cluster.num_workers=17"]), spec) == []
+    (problem,) = cluster_problems(parse_recipe(RECIPE, [*gpus, "cluster.num_workers=18"]), spec)
+    assert problem.startswith("training and evaluation together need 19 GPU, but the nodes have 18; raise maxReplicas")
+
+
 def test_resources_of_a_group_are_read_from_their_own_field():
     spec = with_image(read_yaml(KUBERAY))["spec"]["rayClusterSpec"]
     spec["workerGroupSpecs"][0] |= {"resources": {"trainer": "4"}, "rayStartParams": {}}
@@ -457,6 +474,21 @@ def test_google_secret_is_read_with_the_service_account_of_the_machine(metadata_
 def test_unreachable_metadata_server_is_not_a_notice(caplog):
     assert not is_preempted("aws", "http://127.0.0.1:9")
     assert "127.0.0.1:9" in caplog.text
+
+
+def test_truncated_answer_of_the_metadata_server_is_not_a_notice(monkeypatch, caplog):
+    def truncated(*arguments, **options):
+        raise IncompleteRead(b"")
+
+    monkeypatch.setattr("m2f.cluster.submit.spot_notice.urlopen", truncated)
+    assert not is_preempted("gcp", "http://metadata")
+    assert "IncompleteRead" in caplog.text
+
+
+def test_google_secret_with_an_unexpected_response_ends_with_a_message(monkeypatch, capsys):
+    monkeypatch.setattr(google_secret, "_request_json", lambda url, headers: {})
+    assert google_secret.main(["p", "s"]) == 1
+    assert "the secret s of p cannot be read (KeyError: 'access_token')" in capsys.readouterr().err
 
 
 def test_ray_has_the_drain_node_command():
