@@ -10,7 +10,7 @@ import base64
 import json
 import sys
 from collections.abc import Mapping
-from urllib.error import URLError
+from http.client import HTTPException
 from urllib.request import Request, urlopen
 
 from m2f.cluster.submit.spot_notice import METADATA_URLS
@@ -25,7 +25,7 @@ def read_secret(
     """Return the latest version of a secret.
 
     `metadata` and `service` are the base URLs of the metadata server and of Secret Manager. Raises OSError if one of
-    them refuses the request or does not answer.
+    them refuses the request or does not answer, and HTTPException, ValueError or KeyError for an unexpected response.
     """
     account = f"{metadata}/computeMetadata/v1/instance/service-accounts/default/token"
     token = _request_json(account, {"Metadata-Flavor": "Google"})["access_token"]
@@ -47,10 +47,10 @@ def main(arguments: list[str]) -> int:
     project, name = arguments
     try:
         sys.stdout.write(read_secret(project, name) + "\n")
-    except (URLError, OSError) as error:
+    except (OSError, HTTPException, ValueError, KeyError) as error:
         sys.stderr.write(
-            f"the secret {name} of {project} cannot be read ({error}); give the machine's service account "
-            "roles/secretmanager.secretAccessor on it\n"
+            f"the secret {name} of {project} cannot be read ({type(error).__name__}: {error}); give the machine's "
+            "service account roles/secretmanager.secretAccessor on it\n"
         )
         return 1
     return 0

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from http.client import HTTPException
 from typing import Literal, get_args
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 LOGGER = logging.getLogger(__name__)
@@ -52,8 +53,8 @@ def is_preempted(cloud: Cloud, metadata: str) -> bool:
     except HTTPError as error:
         if error.code != 404:  # AWS answers 404 without a notice
             LOGGER.warning("%s: %s", metadata, error)
-    except (URLError, OSError) as error:
-        LOGGER.warning("%s: %s", metadata, error)
+    except (OSError, HTTPException) as error:  # the next poll asks again
+        LOGGER.warning("%s: %s: %s", metadata, type(error).__name__, error)
     return False
 
 
