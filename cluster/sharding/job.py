@@ -261,8 +261,12 @@ def _stored_report(
     url = join(plan.target, REPORT_FILE)
     try:
         stored = parse_json(storage.get(url)) if storage.exists(url) else {"problems": []}
-    except DocumentError as error:
-        raise ShardJobError(f"{url} is not valid JSON ({error}); delete it, the shards do not need it") from error
+        problems = tuple(SampleProblem(**problem) for problem in stored["problems"])
+        repairs = tuple((what, count) for what, count in stored.get("repairs", ()))
+    except (DocumentError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ShardJobError(
+            f"{url} cannot be read ({type(error).__name__}: {error}); delete it, the shards do not need it"
+        ) from error
     return ShardReport(
         dataset=name,
         target=plan.target,
@@ -271,8 +275,8 @@ def _stored_report(
         num_bytes=sum(shard["size"] for shard in shards),
         written_shards=0,
         elapsed_s=0.0,
-        problems=tuple(SampleProblem(**problem) for problem in stored["problems"]),
-        repairs=tuple((what, count) for what, count in stored.get("repairs", ())),
+        problems=problems,
+        repairs=repairs,
         notes=notes,
         committed=True,
     )

@@ -8,6 +8,7 @@ import pytest
 
 from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.sharding.job import run_shard_job
+from m2f.cluster.sharding.report import ShardJobError
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.shards.write import SampleProblem, count_problems
@@ -47,6 +48,14 @@ def test_report_stores_bad_annotations_and_repairs(tmp_path, job):
     assert "1 annotations with a missing" in report.summary()
     again = job(coco)
     assert (again.problems, again.repairs) == (report.problems, report.repairs)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"problems": [{"from": "a newer version"}]}'])
+def test_damaged_report_of_committed_shards_is_one_message(tmp_path, job, content):
+    job(CocoSet(tmp_path))
+    (tmp_path / "shards" / "report.json").write_text(content)
+    with pytest.raises(ShardJobError, match=r"report\.json cannot be read .*; delete it, the shards do not need it"):
+        job(CocoSet(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["instances", "panoptic"])
