@@ -30,8 +30,8 @@ HEAD_PATIENCE_S = 30.0
 Ray itself waits 60 s.
 """
 _REMEDY = (
-    "the system may have killed it, for example because memory ran out. Start the run again to continue from its last "
-    "checkpoint"
+    "the system may have killed it, for example because memory ran out. Start the command again: `m2f train` continues "
+    "from the last checkpoint, and `m2f shard` keeps the written shards"
 )
 
 
