@@ -13,6 +13,7 @@ from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
 from m2f.data_pipeline.documents import DocumentError, parse_json, parse_yaml
 from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, is_image_name, read_header
 from m2f.data_pipeline.readers.exports.labelme import is_labelme
+from m2f.data_pipeline.readers.files import read_json
 from m2f.data_pipeline.sources import (
     CocoInstancesSource,
     CocoPanopticSource,
@@ -69,8 +70,14 @@ def choose_format(folder: Path, requested: str | None) -> DataFormat:
     return chosen[0]
 
 
+def _visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files below a folder that match a pattern, sorted, without hidden copies."""
+    paths = (path for path in folder.glob(pattern) if not is_hidden_copy(path.relative_to(folder).as_posix()))
+    return sorted(path for path in paths if path.is_file())
+
+
 def _detect_yolo(folder: Path) -> DataFormat | None:
-    for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
+    for path in sorted((*_visible_files(folder, "*.yaml"), *_visible_files(folder, "*.yml"))):
         try:
             document = parse_yaml(path.read_bytes())
         except DocumentError:
@@ -138,9 +145,8 @@ def _detect_json_formats(folder: Path) -> list[DataFormat]:
     coco: list[_JsonFile] = []
     labelme: list[Path] = []
     by_folder: dict[Path, list[Path]] = {}
-    for path in sorted(folder.rglob("*.json")):
-        if not is_hidden_copy(path.relative_to(folder).as_posix()):
-            by_folder.setdefault(path.parent, []).append(path)
+    for path in _visible_files(folder, "**/*.json"):
+        by_folder.setdefault(path.parent, []).append(path)
     for parent, paths in by_folder.items():
         for path in paths:
             try:
@@ -218,8 +224,8 @@ def _image_folder(folder: Path, file: _JsonFile) -> Path:
 def _labelme_format(folder: Path, parents: Sequence[Path]) -> DataFormat:
     classes: set[str] = set()
     for parent in parents:
-        for path in parent.glob("*.json"):
-            content = parse_json(path.read_bytes())
+        for path in _visible_files(parent, "*.json"):
+            content = read_json(str(path))  # the reader refuses damaged files too
             if is_labelme(content):
                 classes |= {str(shape.get("label")) for shape in content["shapes"] if isinstance(shape, dict)}
     names = tuple(sorted(name for name in classes if not name.startswith("_")))
@@ -236,7 +242,7 @@ def _labelme_format(folder: Path, parents: Sequence[Path]) -> DataFormat:
 
 def _detect_cvat(folder: Path) -> DataFormat | None:
     sets = []
-    for path in sorted(folder.rglob("*.xml")):
+    for path in _visible_files(folder, "**/*.xml"):
         with path.open("rb") as stream:
             head = stream.read(1_000_000).decode(errors="replace")
         if "<annotations" not in head:
@@ -254,7 +260,7 @@ def _detect_voc(folder: Path) -> DataFormat | None:
     root = next(
         (p.parent for p in (folder / "SegmentationObject", *folder.rglob("SegmentationObject")) if p.is_dir()), None
     )
-    maps = sorted((root / "SegmentationClass").glob("*.png")) if root else []
+    maps = _visible_files(root / "SegmentationClass", "*.png") if root else []
     if root is None or not maps:
         return None
     try:
@@ -270,7 +276,7 @@ def _detect_voc(folder: Path) -> DataFormat | None:
         object_maps=f"{root}/SegmentationObject",
         legend=legend,
     )
-    lists = {split_from_path(path.stem): path for path in sorted((root / "ImageSets/Segmentation").glob("*.txt"))}
+    lists = {split_from_path(path.stem): path for path in _visible_files(root / "ImageSets/Segmentation", "*.txt")}
     splits = [(split, str(lists[split])) for split in ("train", "val") if split in lists] or [(None, None)]
     sets = tuple(SourceSet(split, replace(source, image_set=path)) for split, path in splits)
     origin_of_classes = (

@@ -44,6 +44,19 @@ def published_model(weights: str | None) -> ModelConfig | None:
 
 
 @contextmanager
+def _restored_on_failure(path: Path) -> Iterator[None]:
+    """If the block fails, restore the content of a file, or remove the file if it did not exist."""
+    before = path.read_bytes() if path.exists() else None
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        if before is not None:
+            path.write_bytes(before)
+        raise
+
+
+@contextmanager
 def _write_category_file(data_format: DataFormat, options: InitOptions, overwrite: bool) -> Iterator[None]:
     """Write a file of classes if the format has none. If the block fails, the previous state is restored.
 
@@ -55,15 +68,9 @@ def _write_category_file(data_format: DataFormat, options: InitOptions, overwrit
         return
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists; choose another recipe with --output, or replace both with --overwrite")
-    before = path.read_bytes() if path.exists() else None
-    path.write_text(category_text(data_format.classes), encoding="utf-8")
-    try:
+    with _restored_on_failure(path):
+        path.write_text(category_text(data_format.classes), encoding="utf-8")
         yield
-    except BaseException:
-        path.unlink()
-        if before is not None:
-            path.write_bytes(before)
-        raise
     todo = "" if all(data_format.classes.values()) else ": edit it to name the classes"
     print_out(f"wrote {path}{todo}")
 
@@ -104,15 +111,16 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
     if len({entry.split == "test" for entry in data_format.sets}) > 1:
         print_out("the test set is not used")
     datasets = build_datasets(data_format, options)
-    with _write_category_file(data_format, options, args.overwrite):
+    with _write_category_file(data_format, options, args.overwrite), _restored_on_failure(output):
         found = survey(tuple(datasets.values()))
-    print_out("\n".join([*found.lines(), *crowd_notes(data_format, found)]))
-    if found.largest_megapixels > 20 and not options.tiles:
-        print_out(f"the largest image has {found.largest_megapixels:.0f} megapixels; use --tiles to cut such images")
-    num_train = sum(len(open_dataset(d)[0].keys) for name, d in datasets.items() if name.startswith("train"))
-    text = recipe_text(data_format, options, choose_settings(found, num_train, detect_machine()))
-    output.write_text(text, encoding="utf-8")
-    load_recipe(output)
+        print_out("\n".join([*found.lines(), *crowd_notes(data_format, found)]))
+        if found.largest_megapixels > 20 and not options.tiles:
+            size = f"{found.largest_megapixels:.0f} megapixels"
+            print_out(f"the largest image has {size}; use --tiles to cut such images")
+        num_train = sum(len(open_dataset(d)[0].keys) for name, d in datasets.items() if name.startswith("train"))
+        text = recipe_text(data_format, options, choose_settings(found, num_train, detect_machine()))
+        output.write_text(text, encoding="utf-8")
+        load_recipe(output)
     skip_bad = " --skip-bad" if found.faults else ""
     reminder = (
         "" if all(data_format.classes.values()) else f", after naming the classes in {category_file_path(options)}"

@@ -12,7 +12,7 @@ import numpy as np
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, is_image_name, read_header
+from m2f.data_pipeline.image_file import BrokenImageError, is_image_name, read_header
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.map_reader import read_index_map
 from m2f.data_pipeline.sources import CocoStuffSource, ColorMapSource, HuggingFaceSource, LabelMapSource
@@ -39,7 +39,11 @@ class _Pair:
 
     def map_files(self) -> list[Path]:
         """Return the paths of the maps."""
-        return sorted(path for path in self.maps.glob("*.png") if path.stem.endswith(self.suffix))
+        return sorted(path for path in self.maps.iterdir() if _is_map(path.name) and path.stem.endswith(self.suffix))
+
+
+def _is_map(name: str) -> bool:
+    return name.lower().endswith(".png") and is_image_name(name)
 
 
 def find_map_formats(folder: Path) -> list[DataFormat]:
@@ -145,7 +149,7 @@ def _find_pairs(folder: Path) -> list[_Pair]:
     """
     stems: dict[Path, dict[str, str]] = {}
     for parent, _, files in sorted(os.walk(folder)):
-        found = {Path(name).stem: name for name in sorted(files) if is_image_name(name) and not is_hidden_copy(name)}
+        found = {Path(name).stem: name for name in sorted(files) if is_image_name(os.path.join(parent, name))}
         if found:
             stems[Path(parent)] = found
     pairs = []
@@ -153,7 +157,7 @@ def _find_pairs(folder: Path) -> list[_Pair]:
         if (suffix := _map_suffix_in_folder(names)) is not None:
             pairs.append(_Pair(maps, maps, suffix))
             continue
-        if not all(name.lower().endswith(".png") for name in names.values()) or not _looks_like_maps(maps, names):
+        if not all(map(_is_map, names.values())) or not _looks_like_maps(maps, names):
             continue
         if maps.name == "SegmentationObject" and maps.with_name("SegmentationClass") in stems:
             continue  # the values of these maps number the objects
@@ -176,7 +180,7 @@ def _nearness(pair: _Pair) -> tuple[bool, int]:
 def _map_suffix_in_folder(names: dict[str, str]) -> str | None:
     """Return the maps' name suffix if about half of the files in a folder are maps of the other half, else None."""
     for suffix in _SUFFIXES:
-        maps = [stem for stem in names if stem.endswith(suffix) and names[stem].lower().endswith(".png")]
+        maps = [stem for stem in names if stem.endswith(suffix) and _is_map(names[stem])]
         partners = sum(stem.removesuffix(suffix) in names for stem in maps)
         if maps and partners == len(maps) and 2 * partners >= 0.9 * len(names):
             return suffix

@@ -107,7 +107,7 @@ def recipe_text(data_format: DataFormat, options: InitOptions, choices: Choices)
     lines = [
         f"# m2f shard {options.output} && m2f train {options.output}",
         f"# {data_format.kind}: {data_format.evidence}",
-        f"name: {options.name}",
+        f"name: {_value(options.name)}",  # quoted, because YAML reads 2024 and true as other types
         "datasets:",
     ]
     for name, dataset in datasets.items():
@@ -129,7 +129,7 @@ def recipe_text(data_format: DataFormat, options: InitOptions, choices: Choices)
     else:
         lines += [
             "  # Classes are matched by name; other classes are newly initialised.",
-            f"  weights: {json.dumps(options.weights)}",
+            f"  weights: {_value(options.weights)}",
         ]
     if options.published is not None:
         parts = {name: getattr(options.published, name) for name in ("backbone", "pixel_decoder")}
@@ -182,14 +182,19 @@ def _with_category_file(source: SourceConfig, options: InitOptions) -> SourceCon
     return source
 
 
+def _value(value: object) -> str:
+    """Return a value as JSON, which is valid YAML. Letters are not escaped: YAML refuses JSON's pairs of escapes."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _flow_style(section: object) -> str:
-    """Return a section in YAML's flow style without default values. Values are written as JSON, which is valid YAML."""
+    """Return a section in YAML's flow style without default values."""
     items = []
     for entry in fields(section):  # pyrefly: ignore[bad-argument-type]
         value = getattr(section, entry.name)
         default = entry.default if entry.default is not MISSING else None
         if value == default and entry.name != "kind":
             continue
-        text = _flow_style(value) if hasattr(value, "__dataclass_fields__") else json.dumps(value, ensure_ascii=False)
+        text = _flow_style(value) if hasattr(value, "__dataclass_fields__") else _value(value)
         items.append(f"{entry.name}: {value if entry.name in ('kind', 'take') else text}")
     return "{" + ", ".join(items) + "}"

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from m2f.cluster.cli import main
+from m2f.cluster.own_data.formats import find_formats
 from m2f.cluster.recipe.load import load_recipe
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers import open_dataset, source_fingerprint
 from m2f.data_pipeline.sources import CocoInstancesSource
-from tests.tool_exports import CLASSES, SIZE, class_map, rings, write_image
+from m2f.model.errors import ConfigError
+from tests.tool_exports import CLASSES, EXPORTS, SIZE, class_map, rings, write_image
 
 CATEGORIES = [{"id": k + 1, "name": name, "supercategory": ""} for k, name in enumerate(CLASSES)]
 RUNS = [0, 10 * SIZE, SIZE * (SIZE - 10)]
@@ -204,6 +206,61 @@ def test_failed_init_restores_the_class_file(folder, capsys):
     Path("set.classes.json").write_text("named by hand")
     assert main(["init", "set", "--overwrite"]) == 2
     assert Path("set.classes.json").read_text() == "named by hand"
+
+
+def test_a_recipe_that_does_not_load_is_not_left_behind(folder, monkeypatch):
+    def refuse(path):
+        raise ConfigError(f"{path} is refused")
+
+    for number in range(4):
+        write_image(folder / f"im{number}.png", number)
+        (folder / f"im{number}_mask.png").write_bytes(encode_png(class_map(number)))
+    monkeypatch.setattr("m2f.cluster.own_data.init.load_recipe", refuse)
+    assert main(["init", "set"]) == 2
+    assert not Path("set.yaml").exists()
+    assert not Path("set.classes.json").exists()
+
+
+@pytest.mark.parametrize("name", ["2024", "true", "null", "1e5", "0x10"])
+def test_a_recipe_may_be_named_like_another_type_of_yaml(name, folder):
+    EXPORTS["yolo_seg"](folder)
+    assert main(["init", "set", "--output", f"{name}.yaml"]) == 0
+    assert load_recipe(f"{name}.yaml").name == name
+
+
+def write_hidden_copies(folder: Path) -> None:
+    """Write the copies that macOS (`._NAME`) and notebooks leave beside every file."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07")
+        checkpoints = path.parent / ".ipynb_checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        (checkpoints / f"{path.stem}-checkpoint{path.suffix}").write_bytes(path.read_bytes())
+
+
+def test_maps_may_have_upper_case_endings_and_hidden_copies(folder):
+    for number in range(4):
+        write_image(folder / f"images/im{number}.png", number)
+        (folder / "masks").mkdir(exist_ok=True)
+        (folder / f"masks/im{number}.PNG").write_bytes(encode_png(class_map(number)))
+    write_hidden_copies(folder)
+    datasets = init_datasets()
+    assert len(samples(datasets["train"])) + len(samples(datasets["val"])) == 4
+
+
+@pytest.mark.parametrize("name", ["cvat", "labelme", "voc", "yolo_seg", "cvat_coco", "label_maps", "color_maps"])
+def test_hidden_copies_do_not_change_the_format(name, folder):
+    EXPORTS[name](folder)
+    formats = find_formats(folder)
+    write_hidden_copies(folder)
+    assert find_formats(folder) == formats
+
+
+def test_a_damaged_labelme_file_is_named(folder, capsys):
+    EXPORTS["labelme"](folder)
+    damaged = max(folder.rglob("*.json"))
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    assert main(["init", "set"]) == 2
+    assert f"{damaged} is not valid JSON" in capsys.readouterr().err
 
 
 def test_unused_test_set_is_reported(folder, capsys):
