@@ -320,17 +320,22 @@ def _parse_images(payload: bytes, where: str, notes: list[str]) -> ImageRecords 
         return None
 
 
-def _tracked_record(storage: Storage, folder: str, known: Mapping[str, Any] | None) -> RunRecord:
-    """Return status, version and training curves from MLflow. If that fails, return only the curves in the folder."""
+def _tracked_record(storage: Storage, folder: str, known: Any) -> RunRecord:
+    """Return status, version and training curves from MLflow. If that fails, return only the curves in the folder.
+
+    `known` is the content of tracking.json; None if there is none.
+    """
     untracked = RunRecord(name=folder, source=folder)
-    if known is None:
-        return replace(
-            untracked, curves=_stored_curves(storage, folder), notes=("no tracking.json, so its MLflow run is unknown",)
-        )
+    match known:
+        case {"uri": str(stored_uri), "run_id": str(run_id)}:
+            pass
+        case _:
+            reason = "no tracking.json" if known is None else "tracking.json lacks `uri` or `run_id`"
+            note = f"{reason}, so its MLflow run is unknown"
+            return replace(untracked, curves=_stored_curves(storage, folder), notes=(note,))
     try:
-        uri = current_uri(folder, without_secrets(known["uri"]), known["run_id"])
-        store = _open_store(uri, known["run_id"], None)
-        run = store.find(known["run_id"])
+        store = _open_store(current_uri(folder, without_secrets(stored_uri), run_id), run_id, None)
+        run = store.find(run_id)
         version = run.data.tags.get("m2f.version")
         return replace(untracked, status=run.info.status, version=version, curves=store.curves(run))
     except CompareError as error:

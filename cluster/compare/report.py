@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from m2f.cluster.compare.compare import ClassTable, Comparison
 from m2f.cluster.compare.tables import Number, Report, Table, build_report, largest_changes, number_text
@@ -51,12 +53,21 @@ def as_markdown(comparison: Comparison, curves: str | None = None) -> str:
 
 
 def as_json(comparison: Comparison) -> str:
-    """Return the comparison as JSON with full precision; missing values are null."""
+    """Return the comparison as JSON with full precision; missing and infinite values and NaN are null."""
     content = asdict(comparison)
     for run in content["runs"]:  # omit large fields; their compared parts are elsewhere in the document
         for name in ("curves", "results", "recipe", "images"):
             del run[name]
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Return a tree of values with None for infinite values and NaN, which a diverged loss has and JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def align_columns(*rows: Sequence[str | Number]) -> str:
@@ -77,7 +88,7 @@ def _runs(comparison: Comparison, report: Report) -> str:
     return "\n".join(lines)
 
 
-def _blocks(table: Table, first: str, runs: int) -> list[str]:
+def _blocks(table: Table, first: str, num_runs: int) -> list[str]:
     """Split a table into blocks of about TEXT_WIDTH characters, each with the baseline, further runs and the paper.
 
     A table without rows has no blocks.
@@ -86,12 +97,12 @@ def _blocks(table: Table, first: str, runs: int) -> list[str]:
         return []
     widths = [max(VALUE_WIDTH, len(name)) + 2 for name in table.head]
     available = TEXT_WIDTH - max(len(str(row[0])) for row in table.rows)
+    paper = range(num_runs + 1, len(table.head))
     chunks: list[list[int]] = [[1]]
-    for column in range(2, runs + 1):
-        if len(chunks[-1]) > 1 and sum(widths[c] for c in (*chunks[-1], column)) > available:
+    for column in range(2, num_runs + 1):
+        if len(chunks[-1]) > 1 and sum(widths[c] for c in (*chunks[-1], column, *paper)) > available:
             chunks.append([1])
         chunks[-1].append(column)
-    paper = range(runs + 1, len(table.head))
     rows = [(first, *table.head[1:]), *table.rows]
     return [align_columns(*([row[c] for c in (0, *chunk, *paper)] for row in rows)) for chunk in chunks]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -259,6 +260,23 @@ def test_many_runs_are_shown_in_blocks_that_repeat_the_baseline(pair):
     assert max(map(len, lines[: lines.index(heads[-1])][14:])) <= 122
 
 
+def test_the_width_of_a_block_includes_the_column_of_the_paper(pair):
+    runs = [record("coco_panoptic_r50_official", pair[0].curves, evaluation__sets__0__dataset="val")]
+    runs += [record(f"run_number_{i:08}", pair[1].curves) for i in range(12)]
+    lines = as_text(compare_runs(runs)).splitlines()
+    heads = [line for line in lines if line.startswith("metric")]
+    assert all(head.endswith("paper") and len(head) <= 122 for head in heads)
+
+
+def test_a_diverged_run_is_compared(pair):
+    other = replace(pair[1], curves={**pair[1].curves, "train/loss/total": ((1, 2.5), (5, math.inf), (10, math.nan))})
+    comparison = compare_runs([pair[0], other])
+    assert "42.50" in as_text(comparison)
+    assert "42.50" in as_page(comparison)
+    (curves,) = [p["curves"] for p in json.loads(as_json(comparison))["plots"] if p["metric"] == "train/loss/total"]
+    assert [value for _, value in curves[1]] == [2.5, None, None]
+
+
 # Reading of runs
 
 
@@ -315,6 +333,15 @@ def test_folders_are_read_without_mlflow(tmp_path, monkeypatch):
     assert comparison.runs[0].curves["val/PQ"] == ((100, 50.0), (200, 55.0))
     assert "val/APl" not in comparison.runs[0].curves
     assert read(first, step=100)[0].results["val"].metrics["PQ"] == 50.0
+
+
+@pytest.mark.parametrize("content", ["{}", '{"uri": "file:x"}', '{"uri": null, "run_id": "a"}', "[]"])
+def test_an_incomplete_tracking_record_is_noted(content, tmp_path):
+    folder = write_run(tmp_path / "a", "a", 50.0)
+    (tmp_path / "a/tracking.json").write_text(content)
+    (run,) = read(folder)
+    assert run.notes == ("tracking.json lacks `uri` or `run_id`, so its MLflow run is unknown",)
+    assert run.curves["val/PQ"] == ((100, 50.0),)
 
 
 def test_runs_of_one_recipe_are_named_after_their_folders(tmp_path):
