@@ -95,6 +95,8 @@ def _attention(args: argparse.Namespace) -> int:
 
     from m2f.cluster.analyze.analyze import analyze_attention
 
+    if args.pictures < 0:
+        raise ConfigError(f"--pictures is {args.pictures}; it must be at least 0")
     subject = _open_subject(args)
     mass, pictures = analyze_attention(subject, args.pictures if args.output else 0)
     print_out(f"{subject.title}\n\n{mass.table()}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err
 from m2f.cluster.verbs.arguments import add_overrides
+from m2f.cluster.verbs.train import EXIT_STATUS
 
 SUMMARY = "run the whole workflow on synthetic data, in minutes on a laptop"
 
@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo. Return exit status 1 if the run failed."""
+    """Run the demo, and return the exit status of `m2f train`."""
     print_err(f"demo below {args.output}: loading PyTorch, Ray and MLflow")
     from m2f.cluster.demo import run_demo
 
-    return ExitStatus.FAILED if run_demo(args.output, args.overrides).status == "failed" else ExitStatus.DONE
+    return EXIT_STATUS[run_demo(args.output, args.overrides).status]

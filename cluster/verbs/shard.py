@@ -7,7 +7,7 @@ import argparse
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
-from m2f.model.errors import UserError
+from m2f.model.errors import ConfigError, UserError
 
 SUMMARY = "write raw data sets as shards; resumes after an interruption and rewrites shards of changed files"
 
@@ -34,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, overrides)
     with_source = [name for name, dataset in config.datasets.items() if dataset.source is not None]
     chosen = choose_datasets(names, list(config.datasets)) if names else with_source
+    if not chosen:
+        first = next(iter(config.datasets))
+        raise ConfigError(f"no data set of {args.recipe} has a source; set datasets.{first}.source")
     print_err(f"sharding {', '.join(chosen)}: opening the source")
     from m2f.cluster.sharding.job import run_shard_job
     from m2f.data_pipeline.errors import DataError

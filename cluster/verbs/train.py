@@ -14,12 +14,13 @@ from m2f.cluster.verbs.arguments import add_recipe
 if TYPE_CHECKING:
     from m2f.cluster.recipe.config import RunConfig
 
-_EXIT_STATUS = {
+EXIT_STATUS = {
     "finished": ExitStatus.DONE,
     "failed": ExitStatus.FAILED,
     "stopped": ExitStatus.STOPPED,
     "drained": ExitStatus.DRAINED,
 }
+"""Exit status by the status of the run."""
 
 SUMMARY = "train a recipe; a second start resumes from the last checkpoint"
 
@@ -97,7 +98,7 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
     for entry in summary.evaluations:
         if entry.status == "failed":
             print_err(f"evaluation of step {entry.step} failed: {entry.detail}; run `m2f eval` to repeat it")
-    return _EXIT_STATUS[summary.status]
+    return EXIT_STATUS[summary.status]
 
 
 def _train_with_restarts(args: argparse.Namespace, config: RunConfig) -> int:

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from safetensors.torch import save_file
 
 from m2f.cluster.cli import VERBS, main
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
 from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.terminal import Progress, describe_pace, format_duration
@@ -176,6 +178,28 @@ def test_stats_prints_the_classes(capsys, recipe):
     assert status == 0
     assert out.startswith("train: 6 images in 1 shard")
     assert "% pixels" in out
+
+
+def test_shard_without_a_source_is_an_error(capsys, recipe, tmp_path):
+    text = re.sub(r", source: \{.*?\}", "", recipe.read_text())
+    (tmp_path / "recipe.yaml").write_text(text)
+    status, _, err = run(capsys, "shard", tmp_path / "recipe.yaml")
+    assert status == 2
+    assert "recipe.yaml has a source; set datasets.train.source" in err
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"), [("finished", 0), ("failed", 1), ("stopped", 3), ("drained", ExitStatus.DRAINED)]
+)
+def test_demo_and_train_have_the_same_exit_statuses(ending, status, monkeypatch):
+    demo = SimpleNamespace(run_demo=lambda *_: SimpleNamespace(status=ending))
+    monkeypatch.setitem(sys.modules, "m2f.cluster.demo", demo)
+    assert main(["demo"]) == status
+
+
+def test_a_negative_number_of_pictures_is_refused(capsys, recipe):
+    status, _, err = run(capsys, "analyze", "attention", recipe, "--pictures", "-1")
+    assert (status, err.splitlines()[-1]) == (2, "m2f analyze: --pictures is -1; it must be at least 0")
 
 
 def test_shard_reports_a_finished_data_set(capsys, recipe):
