@@ -18,6 +18,7 @@ from m2f.data_pipeline.categories import Category, Task
 from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
 from m2f.model.errors import ConfigError
+from m2f.model.format_count import format_count
 
 Server = Literal["coco", "ade20k"]
 _LIST_NAME = re.compile(r"(?:panoptic_)?image_info_(.+)")
@@ -51,9 +52,9 @@ def check_submission(
     submitted_classes = [c for c in classes if c.is_thing or task == "panoptic"]
     if mismatched := [c for c in submitted_classes if image_list.categories.get(c.id) != c.name]:
         raise ConfigError(
-            f"the model's category {mismatched[0].id} ({mismatched[0].name}) and {len(mismatched) - 1} others do not "
-            f"match {image_list.path}; panoptic results need panoptic_image_info_*.json, and a model of COCO needs its "
-            "training data, which contain the names"
+            f"{format_count(len(mismatched), 'category', 'categories')} of the model, such as {mismatched[0].id} "
+            f"({mismatched[0].name}), do not match {image_list.path}; panoptic results need "
+            "panoptic_image_info_*.json, and a model of COCO needs its training data, which contain the names"
         )
 
 

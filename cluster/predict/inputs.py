@@ -184,10 +184,19 @@ def _find_on_disk(word: str) -> list[str]:
 
 
 def _find_in_storage(word: str, storage: Storage) -> list[str]:
-    """Return the images below a URL that match. `*` and `?` match within a folder, unless the pattern contains `**`."""
+    """Return the images below a URL that match. As on a disk, only `**` matches any number of folders."""
     if not glob.has_magic(word):
         inside = [url for url in storage.list(word) if is_image_name(url)]
         return inside or ([word] if storage.exists(word) else [])
     prefix = word[: next(i for i, letter in enumerate(word) if letter in "*?[")]
-    urls = [url for url in storage.list(prefix.rpartition("/")[0]) if is_image_name(url) and fnmatchcase(url, word)]
-    return urls if "**" in word else [url for url in urls if url.count("/") == word.count("/")]
+    urls = storage.list(prefix.rpartition("/")[0])
+    return [url for url in urls if is_image_name(url) and _matches(url.split("/"), word.split("/"))]
+
+
+def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Return whether the parts of a path match the parts of a pattern; `**` matches any number of parts."""
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_matches(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])

@@ -221,6 +221,7 @@ def test_patterns_match_in_s3_as_on_disk(photos):
     assert file_names(find_images([photos], storage)) == ["10.png", "11.png", "12.png", "13.png", "14.png", "10.PNG"]
     assert file_names(find_images([f"{photos}/1?.png"], storage)) == [f"{i}.png" for i in range(10, 15)]
     assert file_names(find_images([f"{photos}/**/*.PNG"], storage)) == ["10.PNG"]
+    assert len(find_images([f"{photos}/**/*.*"], storage)) == 6  # `**` also matches no folder
     assert file_names(find_images([f"{photos}/12.png"], storage)) == ["12.png"]
     with pytest.raises(DataError, match=r"s3://box/photos/15\.png: no such image"):
         find_images([f"{photos}/15.png"], storage)
@@ -325,7 +326,7 @@ def test_ade20k_submission_contains_one_label_map_per_image(scenes, tmp_path, mo
 def test_submission_with_different_categories_is_rejected(tmp_path):
     info = tmp_path / "image_info_test-dev2017.json"
     info.write_text(json.dumps({"images": [], "categories": [{"id": 11, "name": "boat"}]}))
-    with pytest.raises(ConfigError, match=r"category 3 \(sea\) and 2 others do not match .*panoptic_image_info"):
+    with pytest.raises(ConfigError, match=r"3 categories of .*, such as 3 \(sea\), do not match .*panoptic_image_info"):
         check_submission("coco", "panoptic", CLASSES, read_image_list(info), "m2f")
 
 
