@@ -77,7 +77,7 @@ class Dataset:
                 image), or the folder holds another data set.
             MissingExtraError: the extra `train` is not installed.
         """
-        if len(self.images) != len(self.annotations) or not self.images:
+        if len(self.images) != len(self.annotations) or len(self.images) == 0:  # `not` fails for arrays
             raise DataError(
                 f"{len(self.images)} images and {len(self.annotations)} annotations; give at least one "
                 "image and one annotation per image"
@@ -121,7 +121,7 @@ class Dataset:
             if PanopticImage in kinds:
                 raise DataError("is_thing is missing: PanopticImage annotations require it for every class")
             things = [Instances in kinds] * len(self.names)
-        if len(things) != len(self.names) or not self.names:
+        if len(things) != len(self.names) or len(self.names) == 0:
             raise DataError(f"{len(self.names)} names and {len(things)} values of is_thing; give one of each per class")
         pairs = enumerate(zip(self.names, things, strict=True))
         return CategoryTable(

@@ -34,7 +34,7 @@ def flatten_images(column: Iterable[object]) -> list[object]:
 
 
 def _is_image(value: object) -> bool:
-    return isinstance(value, str | bytes) or (isinstance(value, np.ndarray) and value.ndim == _CHANNELS)
+    return isinstance(value, str | bytes) or (isinstance(value, np.ndarray) and value.ndim == 3)
 
 
 def read_pixels(value: object, allowed: Collection[str] = ()) -> np.ndarray:
@@ -89,7 +89,7 @@ def _check_array(value: object) -> np.ndarray:
             pixels = np.array(pixels.tolist())
     except ValueError as error:
         raise ImageError(f"the lists are not an image [H, W, 3]: {error}") from error
-    if pixels.ndim != _CHANNELS or pixels.shape[-1] != _CHANNELS or 0 in pixels.shape:
+    if pixels.ndim != 3 or pixels.shape[-1] != _CHANNELS or 0 in pixels.shape:
         raise ImageError(
             f"the array has shape {list(pixels.shape)}; an image is RGB [H, W, 3], and `image` is a list of images"
         )

@@ -53,15 +53,17 @@ class ServedModel(PythonModel):
     ) -> list[dict[str, Any]]:
         """Return one record per image of the column `image`.
 
-        `params` may contain `task`, `min_score` (lowest score of instances) and `thresholds` (False: no thresholds by
-        class). Raises MlflowException, which a server returns as status 400, if an image cannot be read or the task is
-        not supported.
+        `params` may contain `task`, `min_score` (lowest score of instances, from 0 to 1) and `thresholds` (False: no
+        thresholds by class). Raises MlflowException, which a server returns as status 400, if an image cannot be read,
+        the task is not supported or `min_score` is out of range.
         """
         options = params or {}
         try:
             tasks = self._tasks(str(options.get("task", "")))
             class_thresholds = self._class_thresholds if options.get("thresholds", True) else None
             min_score = float(options.get("min_score", 0.0))
+            if not 0 <= min_score <= 1:
+                raise ConfigError(f"min_score is {min_score}; it must be from 0 to 1")
             images = flatten_images(model_input[IMAGE])
             return [self._predict_image(image, tasks, class_thresholds, min_score) for image in images]
         except UserError as error:

@@ -119,6 +119,7 @@ def test_label_maps_and_instances_are_written_as_shards(scenes, tmp_path):
     ("change", "message"),
     [
         ({"annotations": []}, "2 images and 0 annotations"),
+        ({"images": np.zeros((2, *SIZE, 3), np.uint8)}, r"for several images give list\(images\)"),
         ({"is_thing": None}, "is_thing is missing"),
         ({"is_thing": [True]}, "2 names and 1 values of is_thing"),
         (
@@ -126,7 +127,10 @@ def test_label_maps_and_instances_are_written_as_shards(scenes, tmp_path):
             "annotation 0: pixel values 5 have no valid label",
         ),
         ({"annotations": [np.zeros((3, 3, 3), np.uint8)] * 2}, r"it must be integers \[H, W\]"),
-        ({"annotations": [np.full(SIZE, 7, np.uint8)] * 2}, "annotation 0: pixel values 7 are not below 2"),
+        (
+            {"annotations": [np.full(SIZE, 7, np.uint8)] * 2, "names": np.array(["ground", "box"])},
+            "annotation 0: pixel values 7 are not below 2",
+        ),
         ({"annotations": [np.full(SIZE, -2, np.int64)] * 2}, "annotation 0 has values from -2 to -2"),
         ({"annotations": [np.zeros(SIZE, np.uint8), np.zeros((9, 9), np.uint8)]}, "image 1: .*9 x 9"),
         ({"annotations": [m2f.Instances(np.zeros((1, *SIZE), bool), [4])] * 2}, "annotation 0 has the label 4"),

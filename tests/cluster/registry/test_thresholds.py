@@ -1,9 +1,12 @@
 """Tests of the score thresholds per class that reach a given precision."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
 
 from m2f.cluster.registry.thresholds import ClassThreshold, ThresholdError, Thresholds, choose_thresholds
 from m2f.data_pipeline.categories import Category
@@ -82,3 +85,14 @@ def test_thresholds_round_trip_as_json_and_match_classes_by_name():
 def test_precision_out_of_range_is_rejected(precision):
     with pytest.raises(ThresholdError, match="--precision is"):
         choose_thresholds(records([], {}), ["cat"], precision)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # raised by MLflow at the import
+@pytest.mark.parametrize("min_score", [-0.1, 1.5, float("nan")])
+def test_served_models_refuse_a_minimum_score_out_of_range(min_score):
+    from m2f.cluster.registry.served_model import ServedModel
+
+    model = ServedModel()
+    model._trained, model._class_thresholds = SimpleNamespace(task="instance"), None
+    with pytest.raises(MlflowException, match=r"min_score is .*; it must be from 0 to 1"):
+        model.predict(None, None, {"min_score": min_score})
