@@ -1,3 +1,4 @@
+import math
 import warnings
 
 import numpy as np
@@ -167,7 +168,7 @@ def test_coordinates_stay_float32_in_bfloat16(monkeypatch, mode):
     assert output.isfinite().all()
 
 
-@pytest.mark.parametrize(("worst", "chosen"), [(0.0, "kernel"), (1.0, "plain")])
+@pytest.mark.parametrize(("worst", "chosen"), [(0.0, "kernel"), (1.0, "plain"), (math.nan, "plain")])
 def test_the_kernel_check_is_a_constant_of_compiled_graphs(worst, chosen, monkeypatch):
     """torch.compile traces through caches, but the kernel check must not become part of a graph."""
     pytest.importorskip("triton")
@@ -185,3 +186,38 @@ def test_the_kernel_check_is_a_constant_of_compiled_graphs(worst, chosen, monkey
     own._checked_kernel.cache_clear()
     assert result.item() == (1 if chosen == "kernel" else -1)
     assert [sizes[1:] for sizes in checked] == [(torch.float32, 3, 2, 4, 8)]
+
+
+def test_the_kernel_check_finds_nan_in_any_gradient():
+    class WrongGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            return logits.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.full_like(grad, torch.nan)
+
+    def fused(value, shapes, reference, offsets, logits):
+        weights = WrongGradient.apply(logits).flatten(-2).softmax(-1).view(logits.shape)
+        grid = SamplingGrid.of_pixels(shapes)
+        locations = reference[:, :, None, None, None] + offsets / grid.sizes
+        return ms_deform_attn_grid_sample(value, shapes, locations, weights)
+
+    error = own._kernel_error(fused, torch.float32, 2, 2, 2, 4, device="cpu")
+    assert math.isnan(error)
+
+
+def test_running_out_of_memory_in_the_kernel_check_is_no_verdict(monkeypatch):
+    pytest.importorskip("triton")
+
+    def fail(*sizes):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    own._checked_kernel.cache_clear()
+    monkeypatch.setattr(own, "_kernel_error", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        own._checked_kernel(torch.float32, 3, 2, 4, 8)
+    monkeypatch.setattr(own, "_kernel_error", lambda *sizes: 0.0)
+    assert own._checked_kernel(torch.float32, 3, 2, 4, 8)
+    own._checked_kernel.cache_clear()
