@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from m2f.model.backbones.timm_backbone import create_timm_model
+from m2f.model.backbones.timm_backbone import create_timm_model, require_timm_model
 from m2f.model.config import TimmBackboneConfig
 from m2f.model.constants import cache_constants
 from m2f.model.errors import ConfigError
@@ -76,6 +76,7 @@ class PlainVit(nn.Module):
         """Build the model. Raises ConfigError if timm cannot build it or if it is not a supported transformer."""
         super().__init__()
         use_pretrained = pretrained and (config.pretrained is True or config.weights is not None)
+        require_timm_model(config)
         source = create_timm_model(config, use_pretrained, num_classes=0, dynamic_img_size=True, patch_size=_PATCH)
         _require_plain(source, config)
         heads = source.blocks[0].attn.num_heads

@@ -131,8 +131,7 @@ class PlainTransformer(nn.Module):
 
 def _create_body(config: TimmBackboneConfig, use_pretrained: bool) -> nn.Module:
     """Return the module that makes four maps from images whose sides are multiples of `_required_multiple`."""
-    if (problem := name_problem(config.name)) is not None:
-        raise ConfigError(f"model.backbone.name is {config.name!r}, {problem}")
+    require_timm_model(config)
     pyramid = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
     match model_entrypoint(config.name).__module__.rpartition(".")[2]:
         case "swin_transformer":
@@ -150,6 +149,12 @@ def _create_body(config: TimmBackboneConfig, use_pretrained: bool) -> nn.Module:
             return create_timm_model(config, use_pretrained, strict_img_size=False, feature_cls="getter", **pyramid)
         case _:
             return create_timm_model(config, use_pretrained, **pyramid)
+
+
+def require_timm_model(config: TimmBackboneConfig) -> None:
+    """Raise ConfigError with similar names if timm does not have the model."""
+    if (problem := name_problem(config.name)) is not None:
+        raise ConfigError(f"model.backbone.name is {config.name!r}, {problem}")
 
 
 def create_timm_model(config: TimmBackboneConfig, use_pretrained: bool, **settings: Any) -> Any:

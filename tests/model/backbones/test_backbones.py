@@ -8,7 +8,7 @@ from torch import nn
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
 from m2f.model.backbones.build import build_backbone
 from m2f.model.backbones.timm_backbone import PlainTransformer
-from m2f.model.config import TimmBackboneConfig
+from m2f.model.config import TimmBackboneConfig, ViTAdapterBackboneConfig
 from m2f.model.errors import ConfigError
 
 TINY = {"channels": (8, 16, 32, 64)}
@@ -207,6 +207,10 @@ def test_new_frozen_norm_is_the_identity_even_if_timm_starts_at_zero_gain():
 def test_error_for_an_unknown_name_suggests_similar_names():
     with pytest.raises(ConfigError, match=r"'resnet5O', which timm does not have; did you mean .*resnet50"):
         build_backbone(TimmBackboneConfig(name="resnet5O"))
+    name = "vit_small_patch16_dinov3_qkv"
+    for config in (TimmBackboneConfig(name=name, features="tokens"), ViTAdapterBackboneConfig(name=name)):
+        with pytest.raises(ConfigError, match=rf"'{name}', which timm does not have; did you mean .*{name}b"):
+            build_backbone(config, pretrained=False)
 
 
 @pytest.mark.parametrize("name", ["maxvit_pico_rw_256", "mixer_s16_224"])
