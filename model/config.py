@@ -400,11 +400,12 @@ class ModelConfig(Section):
             raise ConfigError(
                 f"model.freeze has backbone.vit, which backbone.kind {self.backbone.kind} does not have; use [backbone]"
             )
-        has_base = self.backbone.weights is not None or self.backbone.pretrained is True
+        has_base = self.backbone.weights is not None or self.backbone.pretrained not in (None, False, "auto")
         if self.weights_are_deltas and (self.weights is None or not has_base):
             raise ConfigError(
                 f"model.weights_are_deltas is true and model.weights is {self.weights}; it needs model.weights and the "
-                "base weights: set model.backbone.pretrained to true, or model.backbone.weights to a file"
+                "base weights: set model.backbone.pretrained to true (for kind swin, to a timm name), or "
+                "model.backbone.weights to a file"
             )
         kind, token_kinds = self.transformer_decoder.kind, ("eomt", "pmt")
         found = {

@@ -53,7 +53,11 @@ def read_eomt(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     values, kind = _DEFAULTS | dict(values), values["model_type"]
     patch, width = values["patch_size"], values["hidden_size"]
+    if not isinstance(patch, int):
+        raise WeightsError(f"{path}: patch_size is {patch!r}; it must be an integer")
     required = _SUPPORTED | {"num_upscale_blocks": max(1, patch.bit_length() - 3), "use_gated_mlp": False}
+    if kind == "eomt_dinov3":
+        required["use_swiglu_ffn"] = False
     for name, value in required.items():
         if values[name] != value:
             raise WeightsError(f"{path}: {name} is {values[name]!r}; only {value!r} is supported")

@@ -65,10 +65,14 @@ def known_labels(path: str | Path) -> tuple[str, ...] | None:
     if values.get("model_type") not in ("mask2former", *EOMT_TYPES):
         return None
     labels = values.get("id2label") or {}
-    if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
+    if not _has_class_numbers(labels):
         return ()
     names = tuple(str(labels[str(i)]) for i in range(len(labels)))
     return () if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+
+
+def _has_class_numbers(labels: object) -> bool:
+    return isinstance(labels, dict) and set(labels) == {str(i) for i in range(len(labels))}
 
 
 def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
@@ -84,6 +88,8 @@ def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
     parts = read_eomt(path, values) if kind in EOMT_TYPES else _read_mask2former(path, _DEFAULTS | values)
     values = _DEFAULTS | values
     labels = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(2)}
+    if not _has_class_numbers(labels):
+        raise WeightsError(f"{path}: id2label is {str(labels)[:80]}; its keys must be the class numbers from 0")
     preprocessor = Path(folder) / PREPROCESSOR
     pixels = _read_json(preprocessor) if preprocessor.is_file() else {}
     defaults = ModelConfig()

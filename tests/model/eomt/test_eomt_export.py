@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import onnxruntime
 import pytest
 import torch
@@ -12,6 +14,7 @@ from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
+    SwinBackboneConfig,
     TimmBackboneConfig,
     UpscalePixelDecoderConfig,
 )
@@ -91,6 +94,19 @@ def test_published_sizes_are_recognised_by_shape(width, shape, name, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "eomt_dinov3", "use_swiglu_ffn": True}, "use_swiglu_ffn is True; only False is supported"),
+        ({"model_type": "eomt", "patch_size": [16, 16]}, r"patch_size is \[16, 16\]; it must be an integer"),
+    ],
+)
+def test_unsupported_values_are_named_in_the_error(values, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(WeightsError, match=message):
+        read_hugging_face_config(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("family", "size", "onnx"),
     [
         ("eomt_dinov3", None, False),
@@ -139,5 +155,7 @@ def test_incompatible_settings_are_refused():
             build_model(config, pretrained_backbone=False)
     with pytest.raises(ConfigError, match=r"it needs model\.weights and the base weights"):
         ModelConfig(weights="deltas.bin", weights_are_deltas=True)
+    swin = SwinBackboneConfig(pretrained="swin_tiny_patch4_window7_224")
+    assert ModelConfig(backbone=swin, weights="deltas.bin", weights_are_deltas=True).weights_are_deltas
     with pytest.raises(ConfigError, match="one pair of steps for each of num_layers"):
         EomtDecoderConfig(annealing=((0, 1),))

@@ -43,6 +43,9 @@ RESNET = TimmBackboneConfig(name="resnet50", options={"layers": (1, 2, 1, 1), "c
 SWIN = SwinBackboneConfig(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 1, 2, 2), window_size=4, drop_path=0.1)
 
 
+TINY_SWIN = {"model_type": "swin", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 4}
+
+
 def export_config(backbone, num_layers=3):
     return ModelConfig(
         backbone=backbone,
@@ -124,6 +127,7 @@ def test_folders_load_in_transformers_and_folders_of_transformers_load_here(tmp_
         ({"backbone_config": {"model_type": "dinov2"}}, "backbone_config.model_type is 'dinov2'; only swin and resnet"),
         ({"backbone_config": {"model_type": "swin", "embed_dim": 8}}, "backbone_config.depths is missing"),
         ({"feature_strides": [8, 16, 32]}, "feature_strides is"),
+        ({"backbone_config": TINY_SWIN, "id2label": {"1": "a"}}, "id2label is {'1': 'a'}; its keys must be the class"),
     ],
 )
 def test_folders_of_other_models_are_refused(tmp_path, changes, message):
