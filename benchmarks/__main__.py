@@ -50,6 +50,8 @@ def main() -> None:
     unknown = set(arguments.names) - {*CPU_ONLY, *ON_ANY_DEVICE}
     if unknown:
         parser.error(f"unknown benchmarks: {', '.join(sorted(unknown))}")
+    if arguments.device.type != "cpu" and (only := [name for name in CPU_ONLY if name in arguments.names]):
+        parser.error(f"--device is {arguments.device}; omit the benchmarks that only a CPU runs: {', '.join(only)}")
     torch.set_num_threads(1)
     setting = Setting.now(arguments.device, ceilings.describe(arguments.device, arguments.tiny))
     benchmarks = (CPU_ONLY if arguments.device.type == "cpu" else ()) + ON_ANY_DEVICE

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Measurement, compare, time_interleaved
+from benchmarks.measure import Measurement, clock_of, compare, time_interleaved
 from benchmarks.synthetic_batches import CLASSES, make_batch
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.backbones.vit_adapter import ViTAdapter
@@ -41,7 +41,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
     case, peer = "training step, ViT-S frozen", "ViT-S trained"
     # Only the first step is compared, because both models then have equal weights.
     step = compare(case, shape, frozen, peer, trained, 1e-4, repeats, device, memory=True)
-    share = time_interleaved(frozen.transformer, frozen.forward, repeats)
+    share = time_interleaved(frozen.transformer, frozen.forward, repeats, clock_of(device))
     return [step, Measurement("forward pass, ViT-S alone", shape, share[0], "whole model and loss", share[1], 0.0)]
 
 

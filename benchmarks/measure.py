@@ -94,7 +94,7 @@ def compare(
     assert error <= tolerance, f"{case} {shape}: ours and {peer_name} differ by {error:.1e}, more than {tolerance:.1e}"
     if device.type != "cpu":  # changing TF32 triggers a recompilation, which must not be part of the timing
         ours(), peer()
-    our_times, peer_times = time_interleaved(ours, peer, repeats, _clock(device))
+    our_times, peer_times = time_interleaved(ours, peer, repeats, clock_of(device))
     result = Measurement(case, shape, our_times, peer_name, peer_times, error)
     if memory:
         result = replace(result, ours_gb=peak_growth(ours, device), peer_gb=peak_growth(peer, device))
@@ -115,7 +115,7 @@ def without_tf32() -> Iterator[None]:
             kind.allow_tf32 = allowed
 
 
-def _clock(device: torch.device) -> Callable[[], float]:
+def clock_of(device: torch.device) -> Callable[[], float]:
     """Return a clock in seconds.
 
     On a CPU it is the process's CPU time, which other processes affect little. On an accelerator it is the elapsed time

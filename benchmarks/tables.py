@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -82,9 +83,15 @@ def json_lines(results: Sequence[Measurement], setting: Setting) -> str:
 
 
 def save(results: Sequence[Measurement], setting: Setting, folder: Path) -> Path:
-    """Write both formats to files in a folder, named by `file_name`; return the path of the Markdown table."""
+    """Write both formats to new files in a folder; return the path of the Markdown table.
+
+    Files are named by `file_name`. If earlier results have this name, a number follows it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{setting.file_name}.md"
+    numbers = itertools.count(2)
+    while path.exists():
+        path = folder / f"{setting.file_name}_{next(numbers)}.md"
     path.write_text(markdown(results, setting) + "\n")
     path.with_suffix(".jsonl").write_text(json_lines(results, setting) + "\n")
     return path

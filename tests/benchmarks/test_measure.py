@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.__main__ import ON_ANY_DEVICE
+from benchmarks.__main__ import ON_ANY_DEVICE, main
 from benchmarks.bench_train_step import _product_milliseconds
 from benchmarks.measure import CPU, Measurement, Times, compare, time_interleaved
 from benchmarks.tables import Setting, json_lines, markdown, save
@@ -95,3 +95,13 @@ def test_results_are_saved_under_day_and_hardware(setting, tmp_path):
     assert first["commit"]
     assert (result["ours"]["median"], result["ratio"], result["floor_share"]) == (10.0, 2.5, None)
     assert json_lines([RESULT], setting) == path.with_suffix(".jsonl").read_text().strip()
+    again = [save([], setting, path.parent).name for _ in range(2)]
+    assert again == ["2026-11-23_some_r_cpu_2_0_ghz_2.md", "2026-11-23_some_r_cpu_2_0_ghz_3.md"]
+    assert path.read_text() == markdown([RESULT], setting) + "\n"
+
+
+def test_benchmarks_that_need_a_cpu_are_refused_on_other_devices(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "data", "heads", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--device is cuda; omit the benchmarks that only a CPU runs: data" in capsys.readouterr().err
