@@ -73,6 +73,7 @@ class ChunkCache:
         self._counters, self._upcoming = counters, upcoming
         self._bytes_since_scan = self._limit  # the first write scans the folder
         self._warned = False
+        self._damaged = set[str]()
         self._mutex = threading.Lock()
 
     def read(self, name: str, length: int, fetch: Callable[[], bytes]) -> bytes:
@@ -89,10 +90,13 @@ class ChunkCache:
         return data
 
     def delete(self, name: str) -> None:
-        """Delete a chunk with damaged content. A missing chunk is ignored."""
-        (self._chunks / f"{name}{_CHUNK_SUFFIX}").unlink(missing_ok=True)
+        """Delete a chunk with damaged content. If this is not allowed, this process does not read the chunk again."""
+        if not _delete(self._chunks / f"{name}{_CHUNK_SUFFIX}"):
+            self._damaged.add(name)
 
     def _load(self, name: str, length: int) -> bytes | None:
+        if name in self._damaged:
+            return None
         try:
             data = (self._chunks / f"{name}{_CHUNK_SUFFIX}").read_bytes()
         except OSError:
@@ -120,7 +124,7 @@ class ChunkCache:
             partial.write_bytes(data)
             partial.replace(self._chunks / f"{name}{_CHUNK_SUFFIX}")
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            _delete(partial)
             self._reduce_limit(error)
             return
         with self._mutex:
@@ -153,15 +157,24 @@ class ChunkCache:
         total = sum(sizes.values())
         if total > self._limit:
             for name in choose_victims(sizes, self._upcoming(), total - _EVICTION_TARGET * self._limit):
-                self.delete(name)
+                _delete(self._chunks / f"{name}{_CHUNK_SUFFIX}")
 
     def _sizes(self) -> dict[str, int]:
         """Return the bytes of each chunk on the disk, including those of other processes."""
         sizes = {}
         for path in self._chunks.glob(f"*{_CHUNK_SUFFIX}"):  # none if the folder was deleted during the run
-            with suppress(FileNotFoundError):  # another process evicted it
+            with suppress(OSError):  # another process evicted it, or the folder is not readable
                 sizes[path.name.removesuffix(_CHUNK_SUFFIX)] = path.stat().st_size
         return sizes
+
+
+def _delete(path: Path) -> bool:
+    """Delete a file if it exists. Return False if this is not allowed, for example in a read-only folder."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def choose_victims(sizes: Mapping[str, int], upcoming: Iterable[str], excess: float) -> list[str]:

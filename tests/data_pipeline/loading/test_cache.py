@@ -20,6 +20,7 @@ from m2f.data_pipeline.order.chunks import group_chunks
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.storage.storage import StorageCounters
 from m2f.model.errors import ConfigError
+from tests.mounts import read_only
 
 
 def make_cache(folder, max_bytes=10_000, upcoming=lambda: ()):
@@ -142,6 +143,21 @@ def test_cache_folder_deleted_during_a_run_causes_one_warning(tmp_path, caplog):
             assert cache.read(name, 1000, lambda name=name: content(name)) == content(name)
     assert len(caplog.records) == 1
     assert "No such file or directory" in caplog.text
+
+
+def test_reading_continues_with_a_read_only_cache_folder_and_skips_its_damaged_chunks(tmp_path, caplog):
+    writer = make_cache(tmp_path / "cache")
+    writer.read("good", 1000, lambda: content("good"))
+    writer.read("bad", 1000, lambda: bytes(1000))
+    with read_only(tmp_path / "cache"):
+        cache = make_cache(tmp_path / "cache", 500)  # less than the content, so that each write evicts
+        assert cache.read("bad", 1000, lambda: content("bad")) == bytes(1000)
+        cache.delete("bad")
+        assert cache.read("bad", 1000, lambda: content("bad")) == content("bad")
+        assert cache.read("new", 1000, lambda: content("new")) == content("new")
+        assert cache.read("good", 1000, lambda: b"") == content("good")
+    assert len(caplog.records) == 1
+    assert "Read-only file system" in caplog.text
 
 
 def test_unusable_cache_folder_raises_error_with_its_path(tmp_path):
