@@ -39,6 +39,8 @@ class Trace:
         self._path = folder / Path(self._url).name
         self._closing = threading.Event()
         self._broken = False
+        self._uploaded: dict[Path, tuple[int, int]] = {}
+        """Size in bytes and modification time in nanoseconds of each file at its last upload."""
         self._file: int | None = None
         self._uploader = threading.Thread(target=self._upload_periodically, name="trace", daemon=True)
         if self._is_remote:
@@ -87,8 +89,13 @@ class Trace:
     def _upload(self) -> None:
         for path in (_previous_file(self._path), self._path):
             try:
-                if path.exists():
+                if not path.exists():
+                    continue
+                status = path.stat()
+                version = status.st_size, status.st_mtime_ns
+                if self._uploaded.get(path) != version:  # the previous file no longer grows
                     self._storage.put_file(join(self._url.rpartition("/")[0], path.name), path)
+                    self._uploaded[path] = version
             except (StorageError, OSError) as error:  # a failed trace must not fail the run
                 LOGGER.warning(f"trace {path.name} cannot be uploaded: {error}")
 

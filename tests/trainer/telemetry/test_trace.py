@@ -52,6 +52,22 @@ def test_a_trace_of_a_run_in_a_bucket_is_uploaded(monkeypatch, tmp_path):
     assert json.loads(stored["s3://box/run/traces/now/rank_0001.jsonl"])["step"] == 1
 
 
+def test_a_full_file_is_uploaded_once(monkeypatch):
+    uploads = []
+
+    class Bucket:
+        def put_file(self, url, path):
+            uploads.append((path.name, path.read_text()))
+
+    trace = Trace(Bucket(), "s3://box/run", "now", 1, max_bytes=150)
+    for step in range(4):
+        trace.write({"step": step, "text": "x" * 60})  # two lines fill a file
+        trace._upload()
+    trace.close()
+    contents = [content for name, content in uploads if name == "rank_0001.1.jsonl"]
+    assert len(contents) == len(set(contents)) == 2
+
+
 def test_full_disk_stops_only_the_trace(tmp_path, monkeypatch, caplog):
     trace = Trace(Storage(), str(tmp_path), "now", 0)
     trace.write({"step": 1})
