@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.provenance import DataInput
-from m2f.cluster.tracking.store import TrackingError
+from m2f.cluster.tracking.store import TrackingError, text_condition
 from m2f.data_pipeline.urls import without_secrets
 
 EXPERIMENT_KIND = "mlflow.experimentKind"
@@ -102,10 +102,9 @@ def _require_run(client: MlflowClient, experiment: str, parent: str, uri: str) -
 
 
 def _oldest_run(client: MlflowClient, experiment: str, name: str) -> str | None:
-    quote = '"' if "'" in name else "'"
-    query = f"attributes.run_name = {quote}{name.replace(quote, '_')}{quote}"
-    found = client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time ASC"])
-    return found[0].info.run_id if found else None
+    query = text_condition("attributes.run_name", name)
+    found = client.search_runs([experiment], query, order_by=["attributes.start_time ASC"])
+    return next((run.info.run_id for run in found if run.info.run_name == name), None)
 
 
 def _user() -> str:

@@ -98,6 +98,15 @@ def shortened(value: str) -> str:
     return value if len(value) <= MAX_PARAM_CHARS else value[: MAX_PARAM_CHARS - 3] + "..."
 
 
+def text_condition(key: str, text: str) -> str:
+    """Return the condition of a search in MLflow that the value of `key` is `text`.
+
+    MLflow cannot quote a text with both kinds of quotes; its condition also accepts other texts, so compare results.
+    """
+    quote = '"' if "'" in text else "'"
+    return f"{key} {'LIKE' if quote in text else '='} {quote}{text.replace(quote, '_')}{quote}"
+
+
 def store_key(name: str) -> str:
     """Return the name of a metric, tag or parameter with characters that MLflow refuses replaced by `_`."""
     return _NOT_ALLOWED.sub("_", name)

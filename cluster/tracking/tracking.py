@@ -60,6 +60,7 @@ from m2f.cluster.tracking.store import (
     shortened,
     store_errors,
     store_key,
+    text_condition,
 )
 from m2f.cluster.tracking.tracked_run import RunLease, TrackedRun
 from m2f.data_pipeline.errors import StorageError
@@ -127,11 +128,11 @@ def tracking_uri(config: RunConfig) -> str:
     Raises TrackingError if the URI may contain a secret, or if `output` is in a bucket and no URI is set.
     """
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None and "://" in config.run_folder:
+    if not uri and "://" in config.run_folder:
         raise TrackingError(
             f"output is {config.output}, which cannot hold a sqlite file: set tracking.uri or MLFLOW_TRACKING_URI"
         )
-    return sqlite_uri(local_database(config.run_folder)) if not uri else checked_uri(uri)
+    return checked_uri(uri) if uri else sqlite_uri(local_database(config.run_folder))
 
 
 class Tracking:
@@ -327,12 +328,11 @@ def _find_tagged_run(config: RunConfig, uri: str) -> str | None:
         if experiment is None:
             return None
         # A run folder's own database holds only runs of the folder. Its tag is ignored, as it is outdated after a move.
-        quote = '"' if "'" in config.run_folder else "'"
-        query = f"tags.`{FOLDER_TAG}` = {quote}{config.run_folder}{quote}"
-        query = "" if database is not None and not is_shared(config.run_folder, database) else query
-        experiments = [experiment.experiment_id]
-        found = retrier.ask(lambda: client.search_runs(experiments, query, max_results=1))  # newest first
-        return found[0].info.run_id if found else None
+        is_own = database is not None and not is_shared(config.run_folder, database)
+        query = "" if is_own else text_condition(f"tags.`{FOLDER_TAG}`", config.run_folder)
+        found = retrier.ask(lambda: client.search_runs([experiment.experiment_id], query))  # newest first
+        matching = (run for run in found if is_own or run.data.tags.get(FOLDER_TAG) == config.run_folder)
+        return next((run.info.run_id for run in matching), None)
 
 
 def _start_run(

@@ -78,12 +78,15 @@ def test_an_outage_while_reading_the_tracking_record_is_raised(config, run, monk
         find_run(config)
 
 
-def test_damaged_record_in_a_shared_store_finds_the_run_of_its_folder(config, migrated_database, tmp_path, caplog):
+@pytest.mark.parametrize("folder", ["it's", 'it\'s "ours"'])
+def test_damaged_record_in_a_shared_store_finds_the_run_of_its_folder(
+    config, migrated_database, tmp_path, caplog, folder
+):
     (tmp_path / "shared.db").write_bytes(migrated_database)
     uri = f"sqlite:///{tmp_path}/shared.db"
     own, other, without_run = (
         dataclasses.replace(
-            config, output=f"{tmp_path}/it's", name=name, tracking=dataclasses.replace(config.tracking, uri=uri)
+            config, output=f"{tmp_path}/{folder}", name=name, tracking=dataclasses.replace(config.tracking, uri=uri)
         )
         for name in ("ours", "other", "none")
     )

@@ -35,12 +35,13 @@ def test_run_has_tags_for_user_command_and_description(stored_config, monkeypatc
     assert client.get_experiment_by_name("m2f").tags[EXPERIMENT_KIND] == "chosen by a person"
 
 
-def test_runs_with_the_same_parent_name_share_one_parent_run(stored_config):
-    first, second = (create_run(with_name_and_parent(stored_config, name, "seeds 'of' today")) for name in ("a", "b"))
+@pytest.mark.parametrize("name", ["seeds 'of' today", 'today\'s "seeds"'])
+def test_runs_with_the_same_parent_name_share_one_parent_run(stored_config, name):
+    first, second = (create_run(with_name_and_parent(stored_config, run, name)) for run in ("a", "b"))
     parent = tags(first)[PARENT_TAG]
     assert tags(second)[PARENT_TAG] == parent
     client = MlflowClient(tracking_uri=first.uri)
-    assert client.get_run(parent).info.run_name == "seeds 'of' today"
+    assert client.get_run(parent).info.run_name == name
     assert client.get_run(parent).info.status == "FINISHED"
     assert tags(create_run(with_name_and_parent(stored_config, "c", first.run_id)))[PARENT_TAG] == first.run_id
     with pytest.raises(TrackingError, match=r"tracking\.parent is 0{32}, but"):

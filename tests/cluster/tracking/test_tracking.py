@@ -181,6 +181,9 @@ def test_default_store_is_sqlite_in_output_and_a_bucket_requires_a_server(config
     assert tracking_uri(config) == f"sqlite:///{config.output}/mlflow.db"
     with pytest.raises(TrackingError, match=r"set tracking\.uri or MLFLOW_TRACKING_URI"):
         tracking_uri(dataclasses.replace(config, output="s3://bucket/runs"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    with pytest.raises(TrackingError, match=r"set tracking\.uri or MLFLOW_TRACKING_URI"):
+        tracking_uri(dataclasses.replace(config, output="s3://bucket/runs"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_PASSWORD") as caught:
         tracking_uri(config)
