@@ -202,7 +202,8 @@ def check_disk(config: RunConfig | None) -> Finding:
             needs[_nearest_folder(Path(config.output))] = (DISK_REQUIRED, DISK_RECOMMENDED)
         if config.data.cache is not None:
             folder, size = _nearest_folder(Path(config.data.cache.folder)), int(config.data.cache.max_gb * 1e9)
-            needs[folder] = (min(size, DISK_REQUIRED), size)
+            required, recommended = needs.get(folder, (0, 0))  # the folder may also hold temporary files or the run
+            needs[folder] = (max(required, min(size, DISK_REQUIRED)), max(recommended, size))
     free = {folder: shutil.disk_usage(folder).free for folder in needs}
     detail = "; ".join(f"{_gib(free[folder])} free in {folder}" for folder in needs)
     if any(free[folder] < needed for folder, (needed, _) in needs.items()):

@@ -7,6 +7,7 @@ import secrets
 import socket
 import time
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -152,7 +153,7 @@ def clock_skew(url: str) -> float | None:
             date = response.headers["Date"]
     except HTTPError as error:  # an error response also has a date
         date = error.headers["Date"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):
         return None
     middle = (before + time.time()) / 2
     # The date is cut to whole seconds, so on average it is 0.5 s too early.
@@ -189,7 +190,7 @@ def _query_without_token(dashboard: str) -> Finding:
             f"{dashboard} returned HTTP {error.code} to a request without a token; it is unclear whether it needs one"
         )
         return Finding("Ray token", "warning", detail, _TOKEN_REMEDY)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         return Finding("Ray token", "warning", f"{dashboard} cannot be reached ({error})", "start the dashboard")
     detail = f"{dashboard} accepts jobs without a token: anyone who can reach it can run code on the nodes"
     return Finding("Ray token", "failed", detail, _TOKEN_REMEDY)

@@ -3,9 +3,11 @@
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from email.utils import formatdate
+from http.client import BadStatusLine
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import StringIO
 from pathlib import Path
@@ -189,6 +191,13 @@ def test_a_nearly_full_disk_warns_and_a_full_one_fails(recipe, monkeypatch):
     assert check_disk(load_recipe(recipe)).state == "failed"
 
 
+def test_small_cache_in_the_temporary_folder_does_not_lower_its_required_space(recipe, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**29))
+    cache = f"data.cache={{folder: {tempfile.gettempdir()}, max_gb: 0.1}}"
+    assert check_disk(load_recipe(recipe, ["output=s3://bucket/runs", cache])).state == "failed"
+
+
 def test_libraries_of_unsupported_versions_fail(monkeypatch):
     assert check_versions().state == "ok"
     monkeypatch.setattr("m2f.cluster.doctor.machine.metadata.version", lambda name: "0.1")
@@ -267,6 +276,14 @@ def test_clock_skew_warns_and_then_fails(recipe, ahead, state):
         server.shutdown()
     assert finding.state == state
     assert ("ahead of" in finding.detail) == (ahead > 0)
+
+
+def test_the_clock_check_is_skipped_if_the_server_does_not_speak_http(recipe, monkeypatch):
+    def refuse(*arguments, **options):
+        raise BadStatusLine("SSH-2.0")
+
+    monkeypatch.setattr("m2f.cluster.doctor.services.urlopen", refuse)
+    assert check_clock(load_recipe(recipe, ["tracking.uri=http://host:22"])).state == "skipped"
 
 
 def test_the_clock_check_is_skipped_without_a_server(recipe):
