@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -13,7 +14,6 @@ from m2f.cluster.exit_status import RESTARTABLE, RESTARTED, ExitStatus
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_err
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
-from m2f.cluster.train.orphans import end_with_parent
 from m2f.cluster.train.signals import handling_signals, signal_name
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import newest_step
@@ -91,9 +91,9 @@ class _Driver:
         reader, writer = os.pipe()
         try:
             environment = self._environment | {END_PIPE: f"{writer}"}
-            self._process = subprocess.Popen(
-                self._command, env=environment, preexec_fn=_end_with_parent, pass_fds=(writer,)
-            )
+            # An orphaned driver would train alongside the run's next driver, so it ends with this process.
+            command = [sys.executable, "-m", "m2f.cluster.train.orphans", f"{os.getpid()}", *self._command]
+            self._process = subprocess.Popen(command, env=environment, pass_fds=(writer,))
             self._environment |= {RESTARTED: "1"}  # for the next process
             if self.is_stopping:  # the signal arrived while the process was starting
                 self._process.send_signal(signal.SIGTERM)
@@ -116,8 +116,3 @@ class _Driver:
         self.is_stopping = True
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
-
-
-def _end_with_parent() -> None:
-    """End the new process with its parent, since an orphaned driver would train alongside the run's next driver."""
-    end_with_parent(signal.SIGTERM)

@@ -110,7 +110,7 @@ class RankProcesses:
             for index in range(self._num_workers):
                 receiver, sender = _SPAWN_CONTEXT.Pipe(duplex=False)
                 variables = {**_launch_variables(index, self._num_workers, port), **self._environment}
-                arguments = (self._target, self._arguments, variables, sender)
+                arguments = (self._target, self._arguments, variables, sender, os.getpid())
                 process = _SPAWN_CONTEXT.Process(target=_worker, args=arguments, name=f"rank{index}")
                 process.start()
                 sender.close()
@@ -201,11 +201,15 @@ def describe_exit(code: int) -> str:
 
 
 def _worker(
-    target: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], pipe: Connection
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
+    environment: Mapping[str, str],
+    pipe: Connection,
+    parent: int,
 ) -> None:
     """Run the target in its new process, and send its error to the parent if it fails."""
     os.environ.update(environment)
-    end_with_parent(signal.SIGKILL)  # an orphaned rank could write alongside the next holder of the lease
+    end_with_parent(signal.SIGKILL, parent)  # an orphaned rank could write alongside the next holder of the lease
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends SIGINT to all processes, but the parent decides
     lock = threading.Lock()
 

@@ -125,6 +125,13 @@ def test_driver_ends_when_its_parent_is_killed(start):
     assert not child.is_running()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_process_whose_parent_died_before_its_start_ends(tmp_path):
+    command = [sys.executable, "-m", "m2f.cluster.train.orphans", "-1", "touch", str(tmp_path / "ran")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGTERM
+    assert not (tmp_path / "ran").exists()
+
+
 def test_user_error_is_printed_once_with_local_launcher_and_restart(tmp_path, capfd):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     words = ["train", str(tmp_path / "recipe.yaml"), f"output={tmp_path}", "--launcher", "local", "--restart"]
