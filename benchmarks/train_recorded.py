@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.recording import Recording
-from m2f.cluster.recipe.devices import AvailableDevices, local_gpus, print_settled, settle
+from m2f.cluster.recipe.devices import AvailableDevices, local_gpus, print_device_summary, settle
 from m2f.cluster.recipe.load import dump_recipe, parse_recipe
 from m2f.cluster.recipe.paths import with_absolute_paths
 from m2f.cluster.train.launch import LaunchError, launch
@@ -34,7 +34,7 @@ def train_recorded(path: str, overrides: Sequence[str] = ()) -> str:
     config = with_absolute_paths(parse_recipe(recording.recipe, overrides, source=f"the recipe in {path}"))
     if config.training.max_epochs:
         raise ConfigError("training.max_epochs needs the data set to count its images; set training.max_steps")
-    config = print_settled(settle(config, AvailableDevices(local_gpus()), during_training=False))
+    config = print_device_summary(settle(config, AvailableDevices(local_gpus()), during_training=False))
     job = TrainJob(
         run_folder=config.run_folder,
         model=replace(config.model, num_classes=recording.num_classes),

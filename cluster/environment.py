@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-OWN_CLUSTER = "M2F_OWN_CLUSTER"
+OWN_CLUSTER_VARIABLE = "M2F_OWN_CLUSTER"
 """Environment variable with the address of the local Ray cluster that m2f started. RAY_ADDRESS has the same value."""
 
 
@@ -29,7 +29,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 def is_external_cluster(address: str | None) -> bool:
     """Return whether `address` or RAY_ADDRESS names a cluster that m2f did not start and that may gain nodes."""
     named = address or os.environ.get("RAY_ADDRESS")
-    return named is not None and named != os.environ.get(OWN_CLUSTER)
+    return named is not None and named != os.environ.get(OWN_CLUSTER_VARIABLE)
 
 
 def usable_cores() -> int:

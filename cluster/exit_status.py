@@ -41,7 +41,7 @@ MEANINGS = {
 RESTARTABLE = (ExitStatus.OUTAGE, ExitStatus.DRAINED)
 """Statuses after which a restart may help."""
 
-RESTARTED = "M2F_RESTARTED"
+RESTARTED_VARIABLE = "M2F_RESTARTED"
 """Environment variable that `m2f train --restart` sets in every driver that it restarts."""
 
 

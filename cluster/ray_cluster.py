@@ -15,8 +15,8 @@ from math import ceil
 
 import ray
 
-from m2f.cluster.environment import OWN_CLUSTER, environment
-from m2f.cluster.exit_status import RESTARTED
+from m2f.cluster.environment import OWN_CLUSTER_VARIABLE, environment
+from m2f.cluster.exit_status import RESTARTED_VARIABLE
 from m2f.cluster.ray_private import only_on_loopback, quiet_tokens
 from m2f.cluster.ray_watch import end_if_ray_dies
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
@@ -107,7 +107,7 @@ def existing_or_local_cluster(
         try:
             # Ray's lookup of "the cluster of this machine" may find another process's cluster and delete its actors.
             address = ray.get_runtime_context().gcs_address
-            with environment({"RAY_ADDRESS": address, OWN_CLUSTER: address}), end_if_ray_dies(is_ours=True):
+            with environment({"RAY_ADDRESS": address, OWN_CLUSTER_VARIABLE: address}), end_if_ray_dies(is_ours=True):
                 yield
         finally:
             ray.shutdown()
@@ -115,7 +115,7 @@ def existing_or_local_cluster(
 
 def _connect_with_retry(address: str, cluster: ClusterConfig) -> None:
     """Connect to the cluster. Only a restarted driver waits for it, because both may have died together."""
-    is_new = RESTARTED not in os.environ
+    is_new = RESTARTED_VARIABLE not in os.environ
     started, warned = time.monotonic(), False
     while True:
         try:

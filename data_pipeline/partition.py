@@ -22,7 +22,7 @@ class Region(NamedTuple):
 
 
 def partition(
-    values: np.ndarray, classify: Callable[[int], Region | None], where: object, unknown_message: str
+    values: np.ndarray, classify: Callable[[int], Region | None], where: object, unknown_suffix: str
 ) -> Annotation:
     """Return the segments of a map, ordered by their lowest pixel value, as an annotation with a `seg` map.
 
@@ -50,7 +50,7 @@ def partition(
         if region is not None:
             local_ids[number] = regions.setdefault(region, len(regions) + 1)
     if unknown:
-        raise DataError(f"{where}: pixel values {format_list(unknown, 20)} {unknown_message}")
+        raise DataError(f"{where}: pixel values {format_list(unknown, 20)} {unknown_suffix}")
     local_ids = local_ids.astype(id_dtype(len(regions)))
     pixels = np.bincount(local_ids, weights=areas, minlength=len(regions) + 1)
     boxes = _boxes(runs, local_ids[value_index], len(regions))

@@ -48,7 +48,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
     training = job.training
     ranks = Ranks(training.collective_timeout_s)
     device = prepare_device(ranks, reporter)
-    storage = Storage(job.storage, answered=True, on_wait=lambda line: _report_wait(reporter, ranks.rank, line))
+    storage = Storage(job.storage, known_reachable=True, on_wait=lambda line: _report_wait(reporter, ranks.rank, line))
     data = ranks.run_on_all(lambda: open_data(job, storage))
     ranks.run_on_rank0(lambda: data.check(storage))
     state, resumed = _initial_state(job, data, ranks), None

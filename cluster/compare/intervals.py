@@ -22,7 +22,7 @@ NUM_DRAWS = 1000
 """Number of image sets that are drawn for an interval."""
 CONFIDENCE = 0.95
 MIN_SEEDS = 2
-GROUP_IGNORES = ("name", "output", "seed")
+SETTINGS_IGNORED_IN_GROUPS = ("name", "output", "seed")
 """Settings in which the runs of one group may differ."""
 
 
@@ -137,7 +137,7 @@ def seed_groups(runs: Sequence[RunRecord]) -> list[list[int]]:
     """
     groups: dict[object, dict[str | None, int]] = {}
     for position, run in enumerate(runs):
-        recipe = frozenset((key, value) for key, value in run.recipe.items() if key not in GROUP_IGNORES)
+        recipe = frozenset((key, value) for key, value in run.recipe.items() if key not in SETTINGS_IGNORED_IN_GROUPS)
         groups.setdefault(recipe if run.recipe else position, {}).setdefault(run.recipe.get("seed"), position)
     return [list(group.values()) for group in groups.values()]
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from m2f.cluster.doctor import machine, services
-from m2f.cluster.doctor.finding import HERE, Finding, State
+from m2f.cluster.doctor.finding import THIS_MACHINE, Finding, State
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.printable import printable
@@ -22,7 +22,7 @@ Check = Callable[[], Finding]
 _STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 
 
-def run_checks(checks: Iterable[Check], where: str = HERE) -> list[Finding]:
+def run_checks(checks: Iterable[Check], where: str = THIS_MACHINE) -> list[Finding]:
     """Run the checks one at a time and return their findings. An exception in a check becomes a failed finding."""
     findings: list[Finding] = []
     for check in checks:
@@ -72,7 +72,7 @@ def exit_status(findings: Sequence[Finding]) -> int:
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
     """Print a table of the findings and a line with their numbers by state."""
     console = console or Console(highlight=False)
-    shows_nodes = {finding.where for finding in findings} != {HERE}
+    shows_nodes = {finding.where for finding in findings} != {THIS_MACHINE}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in (*(("node",) if shows_nodes else ()), "check", "state"):
         table.add_column(column, no_wrap=True)

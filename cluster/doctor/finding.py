@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["ok", "warning", "failed", "skipped"]
-HERE = "here"
+THIS_MACHINE = "here"
 
 
 @dataclass(frozen=True)
@@ -18,5 +18,5 @@ class Finding:
     detail: str
     remedy: str = ""
     """What the user should do; empty if nothing is needed."""
-    where: str = HERE
+    where: str = THIS_MACHINE
     """Address of the checked node, `cluster` for a check of the whole cluster, or HERE without a cluster."""

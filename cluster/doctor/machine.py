@@ -164,7 +164,7 @@ def check_compiler(config: RunConfig | None) -> Finding:
     """Check for a compiler, which m2f's GPU kernels and `training.compile` need."""
     import torch
 
-    from m2f.trainer.engine.compile import compiler_names, find_compiler
+    from m2f.trainer.engine.compile import describe_compilers, find_compiler
 
     gpus = torch.cuda.is_available() or (config is not None and config.cluster.gpus_per_worker > 0)
     device = "cuda" if gpus else "cpu"
@@ -175,7 +175,7 @@ def check_compiler(config: RunConfig | None) -> Finding:
         return Finding("compiler", "ok", "none, and none needed")
     user = "GPU kernels need" if gpus else "training.compile needs"
     state = "warning" if config is None and not gpus else "failed"
-    return Finding("compiler", state, f"none found; {user} {compiler_names(device)}", "apt-get install g++")
+    return Finding("compiler", state, f"none found; {user} {describe_compilers(device)}", "apt-get install g++")
 
 
 def check_op_cache() -> Finding:

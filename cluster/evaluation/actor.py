@@ -87,7 +87,7 @@ class EvaluationActor:
         self._device = f"cuda:{gpu}" if config.evaluation.gpus_per_actor > 0 else "cpu"
         torch.set_num_threads(config.evaluation.threads)
         self._config = config
-        self._storage = Storage(config.storage, answered=True)
+        self._storage = Storage(config.storage, known_reachable=True)
         self._manifests: dict[str, Manifest] = {}
         self._loaded: tuple[tuple[str, int], Segmenter] | None = None
 

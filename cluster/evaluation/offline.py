@@ -13,7 +13,7 @@ from m2f.cluster.evaluation.actor import evaluated_rows
 from m2f.cluster.evaluation.evaluate import Pool, SetEvaluation, evaluate_sets
 from m2f.cluster.evaluation.local_pool import LocalPool
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.devices import AvailableDevices, evaluation_devices, local_gpus, print_settled
+from m2f.cluster.recipe.devices import AvailableDevices, evaluation_devices, local_gpus, print_device_summary
 from m2f.cluster.terminal import Progress
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
@@ -42,7 +42,7 @@ def evaluate_checkpoint(
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets is empty: add at least one set, for example [{dataset: val}]")
     if _is_small(config) or find_spec("ray") is None:
-        config = print_settled(evaluation_devices(config, AvailableDevices(local_gpus())))
+        config = print_device_summary(evaluation_devices(config, AvailableDevices(local_gpus())))
         return _evaluate(config, LocalPool(config), checkpoint, step, dump)
     return _evaluate_on_ray(config, checkpoint, step, dump)
 
@@ -57,7 +57,7 @@ def _evaluate_on_ray(
     may_grow = is_external_cluster(config.cluster.address)
     num_cpus = max(1, round(settings.actors * settings.num_cpus_per_actor))
     with existing_or_local_cluster(config.cluster, num_cpus, resources=settings.resources_per_actor):
-        config = print_settled(evaluation_devices(config, cluster_devices(may_grow)))
+        config = print_device_summary(evaluation_devices(config, cluster_devices(may_grow)))
         return _evaluate(config, make_pool(config), checkpoint, step, dump)
 
 

@@ -36,7 +36,7 @@ class EvaluationService:
         self._config = config
         self._make_pool = make_pool
         self._tracked = tracked
-        self._storage = Storage(config.storage, answered=True)
+        self._storage = Storage(config.storage, known_reachable=True)
         self._tracking = Tracking(tracked, "evaluation")
         self._pool: Pool | None = None
         self._queue = EvaluationQueue(self._storage, queue_url(config), self._check_lease)

@@ -63,9 +63,9 @@ def choose_settings(found: Survey, num_train: int, machine: Machine) -> Choices:
     limit = 256 if not machine.num_gpus else 1024 if machine.gpu_gb >= 20 else 640
     side = max(64, min(limit, math.ceil(found.long_side / 32) * 32))
     device = f"{machine.num_gpus} x {machine.gpu_gb:.0f} GB of GPU memory" if machine.num_gpus else "no GPU"
-    queries = min(max(100, math.ceil(found.most_objects * 1.5 / 50) * 50), 1000)
+    queries = min(max(100, math.ceil(found.max_objects_per_image * 1.5 / 50) * 50), 1000)
     points = max(1024, min(12544, side * side // 16 // 64 * 64))
-    if found.object_share < 0.001:
+    if found.median_object_share < 0.001:
         points = min(points * 2, side * side, 25088)
     num_fitting = int(machine.gpu_gb * 0.9 / (_GB_PER_CROP * (side / 1024) ** 2)) if machine.num_gpus else 2
     micro = max(1, min(8, num_fitting))
@@ -73,8 +73,8 @@ def choose_settings(found: Survey, num_train: int, machine: Machine) -> Choices:
     steps = max(500, min(20000, math.ceil(num_train * 60 / batch)))
     return Choices(
         crop=Choice(side, f"median longer side: {found.long_side} pixels; limit with {device}: {limit}"),
-        queries=Choice(queries, f"an image has up to {found.most_objects} segments"),
-        points=Choice(points, f"the median segment covers {found.object_share:.2%} of its image"),
+        queries=Choice(queries, f"an image has up to {found.max_objects_per_image} segments"),
+        points=Choice(points, f"the median segment covers {found.median_object_share:.2%} of its image"),
         micro_batch=Choice(micro, f"images per forward pass and worker, with {device}"),
         global_batch=batch,
         steps=Choice(steps, f"about {steps * batch / max(1, num_train):.0f} epochs of {num_train} images"),

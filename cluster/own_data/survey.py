@@ -28,9 +28,9 @@ class Survey:
     """Number of segments of every class, in class order."""
     long_side: int
     """Median of the longer sides of the images, in pixels."""
-    most_objects: int
+    max_objects_per_image: int
     """Largest number of segments in one image."""
-    object_share: float
+    median_object_share: float
     """Median share of the image area that a segment covers, from 0 to 1."""
     largest_megapixels: float
     """Size of the largest image, in 10^6 pixels."""
@@ -45,8 +45,8 @@ class Survey:
         more = f" and {len(self.class_counts) - 12} more" if len(self.class_counts) > 12 else ""
         lines = [
             f"{format_count(self.num_images, 'image')} ({self.num_read} read), median longer side {self.long_side} "
-            f"pixels; at most {format_count(self.most_objects, 'segment')} per image; the median segment "
-            f"covers {self.object_share:.2%}",
+            f"pixels; at most {format_count(self.max_objects_per_image, 'segment')} per image; the median segment "
+            f"covers {self.median_object_share:.2%}",
             f"segments by class: {classes}{more}",
         ]
         if self.faults:
@@ -101,8 +101,8 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
         num_read=len(long_sides),
         class_counts=tuple(counts.items()),
         long_side=round(median(long_sides)),
-        most_objects=max(per_image),
-        object_share=median(shares) if shares else 0.0,
+        max_objects_per_image=max(per_image),
+        median_object_share=median(shares) if shares else 0.0,
         largest_megapixels=max(areas) / 1e6,
         num_crowds=num_crowds,
         faults=tuple(dict.fromkeys(faults)),  # the parts of one source list the same faults

@@ -78,7 +78,8 @@ class TrackingConfig(Section):
     """Where and how MLflow tracks the run."""
 
     uri: str | None = None
-    """URI of the tracking server. None uses MLFLOW_TRACKING_URI, or the sqlite file `mlflow.db` in a local `output`."""
+    """URI of the tracking server. None uses MLFLOW_TRACKING_URI, or the sqlite file `mlflow.db` in `output`, which
+    must then be a local folder."""
     experiment: str = "m2f"
     """Name of the MLflow experiment of the run; it is created if it does not exist."""
     parent: str | None = None

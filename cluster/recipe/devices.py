@@ -112,7 +112,7 @@ def settle(
     return Settled(settled, describe(settled, devices), tuple(warnings), _hints(settled, devices))
 
 
-def print_settled(settled: Settled) -> RunConfig:
+def print_device_summary(settled: Settled) -> RunConfig:
     """Print the warnings, the summary and the hints, and return the recipe."""
     for warning in settled.warnings:
         print_err(f"warning: {warning}")

@@ -7,7 +7,7 @@ from typing import get_args
 
 from m2f.cluster.environment import usable_cores
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.devices import AvailableDevices, StoredChoices, local_gpus, print_settled, settle
+from m2f.cluster.recipe.devices import AvailableDevices, StoredChoices, local_gpus, print_device_summary, settle
 from m2f.cluster.recipe.stored import stored_setting
 from m2f.cluster.start.backbone_start import settle_backbone
 from m2f.cluster.start.continuation import newest_recipe
@@ -26,7 +26,7 @@ def settled_run(config: RunConfig, devices: AvailableDevices, *, during_training
     states whether evaluations run during training.
     """
     stored = _stored_choices(config)
-    config = print_settled(settle(config, devices, stored, during_training=during_training))
+    config = print_device_summary(settle(config, devices, stored, during_training=during_training))
     start = settle_backbone(config, stored.pretrained, published_problem, has_frozen_norms)
     if start.line is not None:
         print_out(start.line)
@@ -42,7 +42,7 @@ def local_devices() -> AvailableDevices:
 
 def _stored_choices(config: RunConfig) -> StoredChoices:
     # With `m2f train --restart`, the parent process holds the lease, so the storage has already answered.
-    storage = Storage(config.storage, answered=LEASE_VARIABLE in os.environ, on_wait=print_err)
+    storage = Storage(config.storage, known_reachable=LEASE_VARIABLE in os.environ, on_wait=print_err)
     recipe = newest_recipe(storage, config.run_folder)
     if recipe is None:
         return StoredChoices()

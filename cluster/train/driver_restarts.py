@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 
-from m2f.cluster.exit_status import RESTARTABLE, RESTARTED, ExitStatus
+from m2f.cluster.exit_status import RESTARTABLE, RESTARTED_VARIABLE, ExitStatus
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_err
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
@@ -94,7 +94,7 @@ class _Driver:
             # An orphaned driver would train alongside the run's next driver, so it ends with this process.
             command = [sys.executable, "-m", "m2f.cluster.train.orphans", f"{os.getpid()}", *self._command]
             self._process = subprocess.Popen(command, env=environment, pass_fds=(writer,))
-            self._environment |= {RESTARTED: "1"}  # for the next process
+            self._environment |= {RESTARTED_VARIABLE: "1"}  # for the next process
             if self.is_stopping:  # the signal arrived while the process was starting
                 self._process.send_signal(signal.SIGTERM)
             status = self._process.wait()

@@ -92,7 +92,7 @@ def run_supervised(config: RunConfig, launcher: Launcher, live: bool = False) ->
     `run_training` and `train_locally` call this function with their launchers, and list its errors.
     """
     # With `m2f train --restart`, the parent process holds the lease, so the storage has already answered.
-    storage = Storage(config.storage, answered=LEASE_VARIABLE in os.environ, on_wait=print_err)
+    storage = Storage(config.storage, known_reachable=LEASE_VARIABLE in os.environ, on_wait=print_err)
     config = with_pinned_weights(with_steps(config, storage), storage)
     job = compose_job(config, storage)
     check_continuation(job, storage)

@@ -70,14 +70,19 @@ def _delete_leftovers(storage: Storage, run_folder: str, dry_run: bool) -> int:
     if not storage.list(run_folder):
         raise ConfigError(f"{run_folder} is empty or does not exist; give the recipe or folder of a run")
     if dry_run:
-        in_use = lease_in_use(storage, run_folder)
-        if in_use <= newest_number(storage, run_folder):
+        oldest_lease_in_use = lease_in_use(storage, run_folder)
+        if oldest_lease_in_use <= newest_number(storage, run_folder):
             print_err(f"{run_folder}: a process may be training here; files that it is writing are not listed")
-        leftovers = find_leftovers(storage, run_folder, in_use, alone=in_use > newest_number(storage, run_folder))
+        leftovers = find_leftovers(
+            storage,
+            run_folder,
+            oldest_lease_in_use,
+            is_only_writer=oldest_lease_in_use > newest_number(storage, run_folder),
+        )
         print_out("\n".join([*leftovers.describe(), f"{len(leftovers)} to delete; nothing was changed"]))
         return ExitStatus.DONE
     with hold_lease(storage, run_folder, print_err) as lease:
-        leftovers = find_leftovers(storage, run_folder, lease.number, alone=True)
+        leftovers = find_leftovers(storage, run_folder, lease.number, is_only_writer=True)
         for line in leftovers.describe():
             print_out(line)
         leftovers.delete(storage, lease.check)

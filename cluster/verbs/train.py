@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         args.overrides = [*args.overrides, f"name={unused_name(config)}"]  # restarts must use the same folder
         config = load_recipe(args.recipe, args.overrides)
     config = with_pinned_weights(
-        config, Storage(config.storage, answered=LEASE_VARIABLE in os.environ, on_wait=print_err)
+        config, Storage(config.storage, known_reachable=LEASE_VARIABLE in os.environ, on_wait=print_err)
     )
     print_err(f"{args.recipe}: loading PyTorch and MLflow")
     if args.restart:

@@ -156,7 +156,7 @@ class ChunkCache:
         sizes = self._sizes()
         total = sum(sizes.values())
         if total > self._limit:
-            for name in choose_victims(sizes, self._upcoming(), total - _EVICTION_TARGET * self._limit):
+            for name in choose_evictions(sizes, self._upcoming(), total - _EVICTION_TARGET * self._limit):
                 _delete(self._chunks / f"{name}{_CHUNK_SUFFIX}")
 
     def _sizes(self) -> dict[str, int]:
@@ -177,7 +177,7 @@ def _delete(path: Path) -> bool:
     return True
 
 
-def choose_victims(sizes: Mapping[str, int], upcoming: Iterable[str], excess: float) -> list[str]:
+def choose_evictions(sizes: Mapping[str, int], upcoming: Iterable[str], excess: float) -> list[str]:
     """Return the names to evict so that at least `excess` bytes become free, or all names if they hold less.
 
     Names that are not in `upcoming` come first, then those whose next use is farthest away. This is Belady's optimal

@@ -120,7 +120,7 @@ def check_annotations(
         for entry in group:
             try:
                 where = f"annotation {str(entry.get('id'))[:40]}"
-                coco_json.known_category(entry, categories, where)
+                coco_json.require_category(entry, categories, where)
                 optional_flag(entry, "iscrowd", where)  # often invalid in a whole file, so report it early
             except DataError as error:
                 unusable.append(UnusableAnnotation(path, str(error)))

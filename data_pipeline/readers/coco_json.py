@@ -13,7 +13,7 @@ from typing import Any
 from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
 from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.json_fields import field, read_flag
-from m2f.data_pipeline.readers.files import read_json, relative_name, shown_size
+from m2f.data_pipeline.readers.files import displayed_size, read_json, relative_name
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 
 Box = tuple[float, float, float, float]
@@ -81,7 +81,7 @@ def read_images(document: Mapping[str, Any], path: str, folder: Path | None = No
         name = relative_name(name, where)
         source_id = id_text(entry, "id", where)
         if folder is not None and (entry.get("height") is None or entry.get("width") is None):
-            height, width = shown_size(folder / name)
+            height, width = displayed_size(folder / name)
             images.append(CocoImage(number, source_id, name, height, width, size_is_read=True))
         else:
             height, width = (whole_number(entry, side, where) for side in ("height", "width"))
@@ -153,7 +153,7 @@ def group_by_image(
     return groups, unlisted
 
 
-def known_category(entry: Any, categories: CategoryTable, where: str) -> Category:
+def require_category(entry: Any, categories: CategoryTable, where: str) -> Category:
     """Return the category of an annotation. Raises DataError if its id is invalid or not in the table."""
     number = whole_number(entry, "category_id", where)
     if number not in categories.by_id:

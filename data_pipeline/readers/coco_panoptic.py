@@ -222,7 +222,7 @@ def _usable_segments(
     for number, (entry, segment_id) in enumerate(zip(entries, segment_ids, strict=True)):
         where = f"segments_info[{number}]" if segment_id is None else f"segment {segment_id}"
         try:
-            coco_json.known_category(entry, categories, where)
+            coco_json.require_category(entry, categories, where)
             optional_flag(entry, "iscrowd", where)
             if segment_id is None:
                 raise DataError(f"{where}: id is {repr(entry.get('id'))[:40]}, not a whole number from 1 to 16777215")

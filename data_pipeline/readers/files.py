@@ -66,7 +66,7 @@ def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str
         raise DataError(f"{name}: {error}") from error
 
 
-def shown_size(path: Path) -> tuple[int, int]:
+def displayed_size(path: Path) -> tuple[int, int]:
     """Return height and width of an image as viewers show it; zeros for an unusable file, reported by `read` later."""
     try:
         header = read_header(path.read_bytes())

@@ -69,7 +69,7 @@ class S3Store:
     def __init__(
         self,
         config: StorageConfig,
-        answered: bool,
+        known_reachable: bool,
         on_retry: Callable[[], None],
         on_wait: Callable[[str], None],
     ) -> None:
@@ -77,12 +77,12 @@ class S3Store:
 
         Args:
             config: settings of the store.
-            answered: whether the store has answered before, in this process or another one of this run.
+            known_reachable: whether the store has answered before, in this process or another one of this run.
             on_retry: called for each repeated request.
             on_wait: called with a line of text about once a minute while requests wait.
         """
         self._config = config
-        if answered:
+        if known_reachable:
             _REACHED_ENDPOINTS.add(config.endpoint_url)
         self._on_retry, self._on_wait = on_retry, on_wait
         self._last_report = 0.0
@@ -240,7 +240,7 @@ class S3Store:
                         _REACHED_ENDPOINTS.add(self._config.endpoint_url)
                     _fail(url, error)
             pause = random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2 ** min(attempt, 10)))
-            attempt_s = 0.0 if self.answered else self._connect_timeout_s  # longest duration of another attempt
+            attempt_s = 0.0 if self.known_reachable else self._connect_timeout_s  # longest duration of another attempt
             if time.monotonic() + pause + attempt_s > start + self._patience_s:
                 self._give_up(url, error, attempt + 1, time.monotonic() - start)
             self._report_wait(url, error, time.monotonic() - start)
@@ -250,13 +250,13 @@ class S3Store:
         raise AssertionError("unreachable: the loop has no end")
 
     @property
-    def answered(self) -> bool:
+    def known_reachable(self) -> bool:
         """Return whether the store has answered this process or the process that started it."""
         return self._config.endpoint_url in _REACHED_ENDPOINTS
 
     @property
     def _patience_s(self) -> float:
-        return self._config.patience_s if self.answered else min(FIRST_CONTACT_S, self._config.patience_s)
+        return self._config.patience_s if self.known_reachable else min(FIRST_CONTACT_S, self._config.patience_s)
 
     @property
     def _connect_timeout_s(self) -> float:
@@ -269,7 +269,7 @@ class S3Store:
 
     def _give_up(self, url: str, error: Exception, attempts: int, seconds: float) -> NoReturn:
         summary = f"{attempts} attempts in {seconds:.0f} s, the last failed with {_describe(error)}"
-        if not self.answered:
+        if not self.known_reachable:
             raise StorageError(
                 f"{url}: the store does not answer ({summary}); check storage.endpoint_url and the network"
             ) from error
@@ -293,10 +293,10 @@ class S3Store:
 
         A client inherited by a fork is replaced. After the first answer, another client with a longer timeout is used.
         """
-        key = (os.getpid(), self.answered)
+        key = (os.getpid(), self.known_reachable)
         with self._lock:
             if self._client is None or self._client_key != key:
-                read_timeout_s = self._config.read_timeout_s if self.answered else self._connect_timeout_s
+                read_timeout_s = self._config.read_timeout_s if self.known_reachable else self._connect_timeout_s
                 self._client = _make_client(self._config, self._connect_timeout_s, read_timeout_s)
                 self._client_key = key
             return self._client

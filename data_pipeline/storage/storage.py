@@ -83,32 +83,32 @@ class Storage:
     def __init__(
         self,
         config: StorageConfig | None = None,
-        answered: bool = False,
+        known_reachable: bool = False,
         on_wait: Callable[[str], None] = LOGGER.warning,
     ) -> None:
         """Set up the stores without connecting to them.
 
         Args:
             config: settings of the S3 store; None uses the defaults.
-            answered: whether the S3 store has answered before. If so, a later failure counts as an outage; see
+            known_reachable: whether the S3 store has answered before. If so, a later failure counts as an outage; see
                 `StorageConfig.patience_s`.
             on_wait: called with a line of text about once a minute while requests wait. Copies in other processes log
                 the line instead.
         """
         self.config = config or StorageConfig()
-        self._make_stores(answered, on_wait)
+        self._make_stores(known_reachable, on_wait)
 
-    def _make_stores(self, answered: bool, on_wait: Callable[[str], None]) -> None:
+    def _make_stores(self, known_reachable: bool, on_wait: Callable[[str], None]) -> None:
         self.counters = StorageCounters()
         self._local = LocalStore()
-        self._s3 = S3Store(self.config, answered, lambda: self.counters.add(requests=1, retries=1), on_wait)
+        self._s3 = S3Store(self.config, known_reachable, lambda: self.counters.add(requests=1, retries=1), on_wait)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "answered": self._s3.answered}
+        return {"config": self.config, "known_reachable": self._s3.known_reachable}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.config = state["config"]
-        self._make_stores(state["answered"], LOGGER.warning)
+        self._make_stores(state["known_reachable"], LOGGER.warning)
 
     def without_retries(self, limit_s: float) -> Storage:
         """Return a Storage without retries and with a read timeout of at most `limit_s` seconds.
@@ -116,7 +116,7 @@ class Storage:
         For callers that retry requests themselves, or must not wait for long.
         """
         config = replace(self.config, patience_s=0.0, read_timeout_s=min(limit_s, self.config.read_timeout_s))
-        return type(self)(config, answered=True)
+        return type(self)(config, known_reachable=True)
 
     @contextmanager
     def retry_until(self, stopped: threading.Event) -> Iterator[None]:

@@ -20,7 +20,7 @@ from m2f.data_pipeline.transforms.collate import EVAL_PADDING, SIZE_MULTIPLE
 from m2f.eval.config import MultiScale, SlidingWindows
 from m2f.eval.inference.image_output import ImageOutput
 from m2f.eval.inference.window_merge import InstanceMerge, PanopticMerge
-from m2f.eval.inference.windows import WindowPlace, window_places
+from m2f.eval.inference.windows import WindowLayout, window_places
 from m2f.eval.metrics.instance_matching import InstanceDetections
 from m2f.model.config import PostprocessConfig
 from m2f.model.inference.class_scores import (
@@ -69,7 +69,7 @@ def predict_in_passes(
     detections = InstanceMerge(size, is_thing, config) if "instance" in tasks else None
     merges = [merge for merge in (segments, detections) if merge is not None]
 
-    def windows() -> Iterator[tuple[WindowPlace, ImageOutput]]:
+    def windows() -> Iterator[tuple[WindowLayout, ImageOutput]]:
         for place in window_places(size, test_time.size, test_time.stride):
             crop = resized[place.area.top : place.area.bottom, place.area.left : place.area.right]
             output = forward_padded(crop, _size(crop), predict)
@@ -110,7 +110,7 @@ def _views(
             yield View(scores, mirrored)
 
 
-def _scored_windows(image: np.ndarray, places: Sequence[WindowPlace], predict: Predict) -> Iterator[Window]:
+def _scored_windows(image: np.ndarray, places: Sequence[WindowLayout], predict: Predict) -> Iterator[Window]:
     """Yield the scores of every window at the resolution of `image`. Each is computed on demand."""
     for place in places:
         crop = image[place.area.top : place.area.bottom, place.area.left : place.area.right]

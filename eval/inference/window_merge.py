@@ -17,7 +17,7 @@ from m2f.eval.inference.windows import (
     MIN_KEPT_SHARE,
     Area,
     UnionFind,
-    WindowPlace,
+    WindowLayout,
     WindowSegments,
     match_segments,
     nearest_pixels,
@@ -54,7 +54,7 @@ class PanopticMerge:
         self._objects = UnionFind()
         self._first_stuff: dict[int, int] = {}
 
-    def add(self, place: WindowPlace, output: ImageOutput) -> None:
+    def add(self, place: WindowLayout, output: ImageOutput) -> None:
         """Post-process one window and join its segments to those of earlier windows."""
         result = panoptic(*output, self._is_thing, self._config)
         segments = result.segments
@@ -154,7 +154,7 @@ class InstanceMerge:
         self._window_areas: list[float] = []
         """Pixels of every mask in its window."""
 
-    def add(self, place: WindowPlace, output: ImageOutput) -> None:
+    def add(self, place: WindowLayout, output: ImageOutput) -> None:
         """Post-process one window and join its detections to those of earlier windows."""
         strips: dict[Area, list[Rle]] = {area: [] for area in place.overlaps}
         cores: list[Rle] = []

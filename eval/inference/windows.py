@@ -44,7 +44,7 @@ class Area(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WindowPlace:
+class WindowLayout:
     """Position of a window in the image."""
 
     area: Area
@@ -61,13 +61,13 @@ def window_starts(length: int, size: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def window_places(image_size: tuple[int, int], size: int, stride: int) -> list[WindowPlace]:
+def window_places(image_size: tuple[int, int], size: int, stride: int) -> list[WindowLayout]:
     """Return the windows of an image, row by row."""
     rows, columns = (_spans(length, size, stride) for length in image_size)
     areas = [Area(y.start, x.start, y.stop, x.stop) for y, x in product(rows.covered, columns.covered)]
     cores = [Area(y.start, x.start, y.stop, x.stop) for y, x in product(rows.decided, columns.decided)]
     return [
-        WindowPlace(
+        WindowLayout(
             area, core, tuple(c for other in areas if other != area and (c := area.intersection(other)) is not None)
         )
         for area, core in zip(areas, cores, strict=True)

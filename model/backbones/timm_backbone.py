@@ -111,7 +111,7 @@ class TimmBackbone(nn.Module):
         return tuple(shape[1] for shape in shapes)
 
 
-class PlainTransformer(nn.Module):
+class PyramidTransformer(nn.Module):
     """Vision transformer with all features at one stride, followed by a simple feature pyramid."""
 
     def __init__(self, model: Any) -> None:
@@ -142,7 +142,7 @@ def _create_body(config: TimmBackboneConfig, use_pretrained: bool) -> nn.Module:
         case "vision_transformer" | "eva" | "deit":
             # Positions are interpolated to every image size. Patches of 14 are resampled to 16 for strides 4 to 32.
             any_size = {"dynamic_img_size": True, "patch_size": _VIT_PATCH}
-            return PlainTransformer(create_timm_model(config, use_pretrained, num_classes=0, **any_size))
+            return PyramidTransformer(create_timm_model(config, use_pretrained, num_classes=0, **any_size))
         case "hiera":
             return AnySizeHiera(create_timm_model(config, use_pretrained, num_classes=0))
         case "swin_transformer_v2":

@@ -57,7 +57,7 @@ class ViTAdapter(nn.Module):
         self.layers = extraction_layers(len(self.vit.blocks))
         self.drop_path = config.drop_path
         self.checkpointing = config.checkpointing
-        self.prior = SpatialPrior(config.stem_width, width)
+        self.prior = ImagePrior(config.stem_width, width)
         self.level_embed = nn.Parameter(torch.empty(len(STRIDES) - 1, width))
         self.interactions = nn.ModuleList(
             nn.Sequential(*(Extractor(width, config.num_heads) for _ in range(count))) for count in _EXTRACTORS
@@ -115,7 +115,7 @@ class ViTAdapter(nn.Module):
         return tokens
 
 
-class SpatialPrior(nn.Module):
+class ImagePrior(nn.Module):
     """Convolutions on the image that make the adapter's initial maps."""
 
     def __init__(self, stem: int, width: int) -> None:

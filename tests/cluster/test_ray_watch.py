@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from m2f.cluster import ray_cluster, ray_watch
-from m2f.cluster.exit_status import RESTARTED
+from m2f.cluster.exit_status import RESTARTED_VARIABLE
 from m2f.cluster.ray_cluster import ClusterOutageError, existing_or_local_cluster
 from m2f.cluster.recipe.config import ClusterConfig
 
@@ -75,7 +75,7 @@ def test_restarted_driver_waits_for_its_cluster(monkeypatch, capsys):
         if (outcome := outcomes.pop(0)) is not None:
             raise outcome
 
-    monkeypatch.setenv(RESTARTED, "1")
+    monkeypatch.setenv(RESTARTED_VARIABLE, "1")
     monkeypatch.setattr(ray_cluster, "_RETRY_S", 0.0)
     monkeypatch.setattr(ray_cluster, "require_listening", require_listening)
     monkeypatch.setattr(ray_cluster.ray, "init", lambda **settings: None)
@@ -86,7 +86,7 @@ def test_restarted_driver_waits_for_its_cluster(monkeypatch, capsys):
 
 
 def test_cluster_that_stays_unreachable_is_an_outage(monkeypatch):
-    monkeypatch.setenv(RESTARTED, "1")
+    monkeypatch.setenv(RESTARTED_VARIABLE, "1")
     monkeypatch.setattr(ray_cluster, "RECONNECT_S", 0.0)
     with (
         pytest.raises(ClusterOutageError, match="when the cluster is back"),

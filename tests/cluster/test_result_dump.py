@@ -85,7 +85,7 @@ class KillingStorage(Storage):
     """Storage that kills its process once, after four files, so that the predictions of a call are incomplete."""
 
     def __init__(self, marker: Path) -> None:
-        super().__init__(answered=True)
+        super().__init__(known_reachable=True)
         self._marker, self._num_files = marker, 0
 
     def put(self, *args, **kwargs) -> None:

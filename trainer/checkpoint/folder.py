@@ -317,8 +317,8 @@ def folders_to_delete(
     return tuple(sorted(folder.name for folder in old - pinned))
 
 
-def orphan_folders(storage: Storage, run_folder: str, in_use: int) -> tuple[tuple[str, str], ...]:
-    """Return the checkpoint folders of leases before `in_use` that no run resumes from, each with the reason.
+def orphan_folders(storage: Storage, run_folder: str, oldest_lease_in_use: int) -> tuple[tuple[str, str], ...]:
+    """Return the checkpoint folders of older leases that no run resumes from, each with the reason.
 
     A folder with any pin other than that of its evaluation is kept.
     """
@@ -329,7 +329,7 @@ def orphan_folders(storage: Storage, run_folder: str, in_use: int) -> tuple[tupl
     orphans = []
     for folder, found in sorted(paths.items(), key=lambda item: item[0].name):
         pinned = any(path.startswith("pins/") and path != f"pins/{EVALUATION_PIN}" for path in found)
-        if folder not in accepted and folder.lease < in_use and not pinned:
+        if folder not in accepted and folder.lease < oldest_lease_in_use and not pinned:
             orphans.append((folder.url(run_folder), _orphan_reason(found)))
     return tuple(orphans)
 

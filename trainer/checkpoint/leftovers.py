@@ -43,15 +43,17 @@ class Leftovers:
             storage.delete_prefix(url)
 
 
-def find_leftovers(storage: Storage, run_folder: str, in_use: int, alone: bool) -> Leftovers:
-    """Find what processes with leases older than `in_use` left behind.
+def find_leftovers(storage: Storage, run_folder: str, oldest_lease_in_use: int, is_only_writer: bool) -> Leftovers:
+    """Find what processes with leases older than `oldest_lease_in_use` left behind.
 
-    Writes outside of checkpoint folders have no lease. They are included only if `alone` is set, which means that no
-    other process writes to the run folder.
+    Writes outside of checkpoint folders have no lease. They are included only if `is_only_writer` is set, which means
+    that no other process writes to the run folder.
     """
     leases = [(write, lease_of_url(write.url)) for write in storage.list_unfinished(run_folder)]
-    unfinished = [write for write, lease in leases if (alone if lease is None else lease < in_use)]
-    return Leftovers(orphan_folders(storage, run_folder, in_use), tuple(unfinished))
+    unfinished = [
+        write for write, lease in leases if (is_only_writer if lease is None else lease < oldest_lease_in_use)
+    ]
+    return Leftovers(orphan_folders(storage, run_folder, oldest_lease_in_use), tuple(unfinished))
 
 
 def lease_in_use(storage: Storage, run_folder: str) -> int:

@@ -29,8 +29,8 @@ def compile_regions(model: Segmenter, backend: str | Callable[..., Any] = "induc
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if backend == "inductor" and find_compiler(device) is None:
         raise TrainingError(
-            f"training.compile needs {compiler_names(device)} on every machine; install it (apt-get install g++), or "
-            "set training.compile to false"
+            f"training.compile needs {describe_compilers(device)} on every machine; install it (apt-get install g++), "
+            "or set training.compile to false"
         )
     if backend == "inductor":
         torch._dynamo.config.suppress_errors = True
@@ -44,7 +44,7 @@ def find_compiler(device: str) -> str | None:
     return next((path for path in found if path is not None), None)
 
 
-def compiler_names(device: str) -> str:
+def describe_compilers(device: str) -> str:
     """Describe the compilers that `find_compiler` looks for, for use in a message."""
     language, variable = ("C++", "CXX") if device == "cpu" else ("C", "CC")
     return f"a {language} compiler ({' or '.join(_compilers(device))}; set {variable} to use another)"

@@ -53,7 +53,7 @@ def probe_memory(
         )
 
     def fits(size: int) -> bool:
-        return _fits(module, worst_batch(job, size, data.max_segments).to(device), reserved_bytes)
+        return _fits(module, largest_batch(job, size, data.max_segments).to(device), reserved_bytes)
 
     found = min(ranks.gather(ranks.run_on_all(lambda: largest_that_fits(fits, requested))))
     if found == requested:
@@ -77,7 +77,7 @@ def largest_that_fits(fits: Callable[[int], bool], micro_batch: int) -> int:
     return size
 
 
-def worst_batch(job: TrainJob, size: int, targets: int) -> Batch:
+def largest_batch(job: TrainJob, size: int, targets: int) -> Batch:
     """Return a batch of `size` images of the largest shape, each with `targets` segments.
 
     `targets` is capped at the number of queries or at `pilots.max_targets`, whichever is larger.

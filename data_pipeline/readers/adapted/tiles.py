@@ -15,7 +15,7 @@ import numpy as np
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import decode_rgb, encode_png, frame_orientation, read_header
-from m2f.data_pipeline.readers.files import make_key, shown_size
+from m2f.data_pipeline.readers.files import displayed_size, make_key
 from m2f.data_pipeline.readers.masks import pixel_box
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import Annotation, Sample, Segment, id_dtype
@@ -56,7 +56,7 @@ class TileReader:
         tiles: list[Tile] = []
         for image, key in enumerate(reader.keys):
             files = reader.files(image)
-            height, width = shown_size(files[0]) if files else (0, 0)
+            height, width = displayed_size(files[0]) if files else (0, 0)
             if height * width <= config.above_megapixels * 1e6:
                 tiles.append(Tile(len(tiles), key, image, None, (height, width)))
                 continue

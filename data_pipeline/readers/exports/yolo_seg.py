@@ -15,7 +15,7 @@ from m2f.data_pipeline.readers.exports.object_parts import (
     categories_from_names,
     shapes_reader,
 )
-from m2f.data_pipeline.readers.files import files_below, read_bytes, require_file, require_folder, shown_size
+from m2f.data_pipeline.readers.files import displayed_size, files_below, read_bytes, require_file, require_folder
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sources import YoloSegSource
 
@@ -36,7 +36,7 @@ def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader
     unusable: list[UnusableAnnotation] = []
     annotated = []
     for name in names:
-        height, width = shown_size(images / name)
+        height, width = displayed_size(images / name)
         file = labels / Path(name).with_suffix(".txt")
         parts = _read_lines(file, height, width, categories, unusable) if file.is_file() else ()
         annotated.append(AnnotatedImage(name, height, width, tuple(parts)))

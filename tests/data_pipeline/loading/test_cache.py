@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from m2f.data_pipeline.config import CacheConfig, DataConfig, MixtureItem
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.loading.chunk_cache import ChunkCache, UpcomingChunks, choose_victims, upcoming_chunks
+from m2f.data_pipeline.loading.chunk_cache import ChunkCache, UpcomingChunks, choose_evictions, upcoming_chunks
 from m2f.data_pipeline.order.chunks import group_chunks
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.storage.storage import StorageCounters
@@ -105,7 +105,7 @@ def test_cache_stays_below_its_limit_and_evicts_the_latest_needed_chunks(tmp_pat
     excess=st.integers(0, 40),
 )
 def test_evicted_chunks_are_those_needed_last(sizes, upcoming, excess):
-    evicted = choose_victims(sizes, upcoming, excess)
+    evicted = choose_evictions(sizes, upcoming, excess)
     freed = sum(sizes[name] for name in evicted)
     assert freed >= min(excess, sum(sizes.values()))
     assert not evicted or freed - sizes[evicted[-1]] < excess

@@ -324,7 +324,7 @@ def test_head_status_400_looks_up_credentials_again(faulty_server):
 
 def test_outage_is_retried_and_reported_once_a_minute(faulty_server, monkeypatch):
     lines, now = [], itertools.count(step=10)
-    storage = Storage(_config_of(faulty_server), answered=True, on_wait=lines.append)
+    storage = Storage(_config_of(faulty_server), known_reachable=True, on_wait=lines.append)
     monkeypatch.setattr("m2f.data_pipeline.storage.s3.time", SimpleNamespace(monotonic=now.__next__, sleep=id))
     faulty_server.faults = ["503"] * 10
     assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
@@ -337,7 +337,7 @@ def test_outage_is_retried_and_reported_once_a_minute(faulty_server, monkeypatch
 def test_outage_longer_than_patience_raises_error(faulty_server):
     faulty_server.faults = ["503"] * 1000
     with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(0\.5 s; \d+ attempts .*503"):
-        Storage(_config_of(faulty_server, patience_s=0.5), answered=True).get_range("s3://bucket/key", 0, 10)
+        Storage(_config_of(faulty_server, patience_s=0.5), known_reachable=True).get_range("s3://bucket/key", 0, 10)
     assert faulty_server.requests >= 2
 
 
@@ -345,7 +345,7 @@ def test_requests_wait_until_a_stopped_server_returns():
     """The server is started only after two failed requests."""
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         address = reserved.getsockname()
-    storage = Storage(StorageConfig(endpoint_url=f"http://127.0.0.1:{address[1]}"), answered=True)
+    storage = Storage(StorageConfig(endpoint_url=f"http://127.0.0.1:{address[1]}"), known_reachable=True)
     results: list[bytes] = []
     reader = threading.Thread(target=lambda: results.append(storage.get_range("s3://bucket/key", 100, 700)))
     reader.start()
@@ -361,7 +361,7 @@ def test_requests_wait_until_a_stopped_server_returns():
 @pytest.mark.parametrize("endpoint_url", ["http://127.0.0.1:9", "http://nobody.invalid"])
 def test_unreachable_store_that_answered_before_is_an_outage(endpoint_url):
     with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(0\.5 s; \d+ attempts"):
-        Storage(StorageConfig(endpoint_url=endpoint_url, patience_s=0.5), answered=True).get("s3://bucket/key")
+        Storage(StorageConfig(endpoint_url=endpoint_url, patience_s=0.5), known_reachable=True).get("s3://bucket/key")
 
 
 def test_store_that_never_answered_raises_storage_error_and_no_outage(faulty_server, monkeypatch):

@@ -7,7 +7,7 @@ from torch import nn
 
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
 from m2f.model.backbones.build import build_backbone
-from m2f.model.backbones.timm_backbone import PlainTransformer
+from m2f.model.backbones.timm_backbone import PyramidTransformer
 from m2f.model.config import TimmBackboneConfig, ViTAdapterBackboneConfig
 from m2f.model.errors import ConfigError
 
@@ -128,7 +128,7 @@ def test_swin_v2_equals_timm_and_pads_instead_of_wrapping_windows():
 
 def test_plain_transformer_features_feed_the_stride_16_level():
     backbone = small_backbone("vit_small_patch14_reg4_dinov2").eval()
-    assert isinstance(backbone.body, PlainTransformer)
+    assert isinstance(backbone.body, PyramidTransformer)
     model = backbone.body.model
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from m2f.model.config import (
 from m2f.model.mask2former import build_model
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.job import TrainJob
-from m2f.trainer.memory.probe import worst_batch
+from m2f.trainer.memory.probe import largest_batch
 
 MODEL = ModelConfig(
     backbone=TimmBackboneConfig(name="resnet10t", options={"channels": (8, 16, 24, 32)}),
@@ -43,7 +43,7 @@ def test_images_and_backbone_maps_are_channels_last(size):
     """
     data = DataConfig(train=(MixtureItem(dataset="train"),), augment=LargeScaleJitter(size=size))
     job = TrainJob(run_folder="", model=MODEL, data=data, shards=("",), training=TrainingConfig(max_steps=1))
-    batch = worst_batch(job, 2, targets=3)
+    batch = largest_batch(job, 2, targets=3)
     model = build_model(MODEL, pretrained_backbone=False).to(memory_format=torch.channels_last)
     kernels = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     flatten_as_zero_does(model)

@@ -25,7 +25,7 @@ from m2f.trainer.config import TrainingConfig, ZeroConfig
 from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.job import TrainJob
-from m2f.trainer.memory.probe import worst_batch
+from m2f.trainer.memory.probe import largest_batch
 
 QUERIES = 12
 MODEL = ModelConfig(
@@ -47,7 +47,7 @@ JOB = TrainJob(run_folder="run", model=MODEL, data=DATA, shards=("none",), train
 def step(module, targets):
     """Return the loss and gradients of two images with `targets` targets each."""
     job = replace(JOB, data=replace(DATA, augment=replace(DATA.augment, size=64)))
-    batch = worst_batch(job, 2, targets)
+    batch = largest_batch(job, 2, targets)
     module.zero_grad()
     loss = module(batch, count_normalizers(batch.targets, QUERIES, MODEL.loss)).total
     loss.backward()

@@ -18,7 +18,7 @@ from m2f.trainer.config import TrainingConfig
 from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.errors import OutOfMemoryError
 from m2f.trainer.job import TrainJob
-from m2f.trainer.memory.probe import _fits, largest_shape, largest_that_fits, probe_memory, worst_batch
+from m2f.trainer.memory.probe import _fits, largest_batch, largest_shape, largest_that_fits, probe_memory
 from m2f.trainer.memory.shortage import is_out_of_memory
 
 MODEL = ModelConfig(
@@ -72,7 +72,7 @@ def test_probe_computes_a_whole_step_and_restores_the_state(monkeypatch):
     module = TrainingModule(build_model(MODEL, pretrained_backbone=False), MODEL, 0, "fp32")
     weights = {name: value.clone() for name, value in module.state_dict().items()}
     random = torch.get_rng_state()
-    batch = worst_batch(JOB, 2, targets=100)
+    batch = largest_batch(JOB, 2, targets=100)
     assert (batch.images.shape, batch.targets.valid.shape) == ((2, 3, 64, 64), (2, 8))
     assert batch.targets.id_maps.unique().tolist() == list(range(1, 9))
     assert _fits(module, batch, reserved_bytes=1000)
@@ -100,7 +100,7 @@ def test_probe_leaves_norms_unchanged_and_runs_no_collective(norm, monkeypatch):
         raise AssertionError("the probe waits for the other ranks")
 
     monkeypatch.setattr(m2f.model.backbones.batch_norms.dist, "all_reduce", wait)
-    assert _fits(module, worst_batch(JOB, 2, targets=3), reserved_bytes=0)
+    assert _fits(module, largest_batch(JOB, 2, targets=3), reserved_bytes=0)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(part.training for part in module.modules())
 
@@ -127,15 +127,15 @@ def test_out_of_memory_errors_of_cuda_libraries_are_recognised(text, is_full, mo
 
     monkeypatch.setattr(m2f.trainer.engine.module, "compute_losses", fail)
     if is_full:
-        assert not _fits(module, worst_batch(JOB, 1, targets=1), reserved_bytes=0)
+        assert not _fits(module, largest_batch(JOB, 1, targets=1), reserved_bytes=0)
     else:
         with pytest.raises(RuntimeError, match="CUDA error"):
-            _fits(module, worst_batch(JOB, 1, targets=1), reserved_bytes=0)
+            _fits(module, largest_batch(JOB, 1, targets=1), reserved_bytes=0)
 
 
 def test_id_maps_of_many_segments_have_16_bits():
     queries = replace(MODEL.transformer_decoder, num_queries=300)
-    batch = worst_batch(replace(JOB, model=replace(MODEL, transformer_decoder=queries)), 1, targets=280)
+    batch = largest_batch(replace(JOB, model=replace(MODEL, transformer_decoder=queries)), 1, targets=280)
     assert batch.targets.id_maps.dtype == torch.int16
     assert batch.targets.id_maps.max() == 280
 
