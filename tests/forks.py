@@ -10,6 +10,8 @@ from contextlib import chdir
 from multiprocessing import forkserver
 from pathlib import Path
 
+from m2f.cluster.train import processes
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRELOADED_MODULES = [
     "torch._dynamo",
@@ -37,6 +39,8 @@ def _in_environment(environment, target, arguments):
     """Run the target in the environment of the caller, because the server has that of the first test."""
     os.environ.clear()
     os.environ.update(environment)
+    if target is processes._worker:  # its last argument is the process id of its parent, which is the server here
+        arguments = (*arguments[:-1], os.getppid())
     target(*arguments)
 
 
