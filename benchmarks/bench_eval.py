@@ -2,7 +2,8 @@
 
 - PQ of id maps in memory: against panopticapi's algorithm (a sort of 64-bit pairs, written here for the comparison), on
   the same maps and on two PNG files per image.
-- AP in memory: against pycocotools on the same run lengths.
+- mIoU of label maps in memory: against a bincount into a dense confusion matrix.
+- AP in memory: against pycocotools on the same run-length encodings.
 - PQ and AP from files, with all checks of `m2f score`: against tools that read the same files.
 """
 
@@ -59,7 +60,7 @@ class _IdMaps:
 
 
 def _id_maps(seed: int) -> _IdMaps:
-    """Return two stuff segments below eleven ellipses; the prediction is the truth moved by up to 6 pixels."""
+    """Return two stuff segments behind eleven ellipses; the prediction is the truth moved by up to 6 pixels."""
     rng = np.random.default_rng(seed)
     truth = np.ones(SIZE, np.uint8)
     truth[: SIZE[0] // 2] = 2
@@ -151,8 +152,8 @@ def _count(
 ) -> None:
     """Add IoU sum, true positives, false positives and false negatives of an image to `table` [K, 4].
 
-    Like panopticapi, sort all pairs of pixels and match with dictionaries. `to_map_id` converts an id to its value in
-    the maps.
+    Like panopticapi, sort the id pairs of all pixels and match segments with dictionaries. `to_map_id` converts an id
+    to its value in the maps.
     """
     segments = {to_map_id(i): s for i, s in truth.segments.items()}
     labels = {to_map_id(i): k for i, k in prediction.labels.items()}

@@ -30,7 +30,7 @@ class Setting:
     hardware: str
     threads: int
     load: float
-    """Load average over the minute before the measurement."""
+    """Load average over the minute before the call of `now`."""
     torch: str
     commit: str
     """Commit of this repository; ends with + if files differ from it."""

@@ -28,7 +28,7 @@ from m2f.cluster.terminal import print_out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables of every image set with evaluated runs, the cost of points, and all bars; return 0."""
+    """Print tables of the image sets with evaluated runs, point costs, missing runs and verdicts on bars; return 0."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.make_tables", description=__doc__)
     parser.add_argument(
         "folders", type=Path, nargs="+", help="folders written by run_arms, point_costs --save, or --keep"

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality.point_costs`: measure CPU time of matching, losses and backward pass for every arm."""
+"""`python -m benchmarks.quality.point_costs`: measure CPU time of matching, losses and gradients for m2f's arms."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SIZES = (Sizes(4, 128, 12, 4, 32, 96), Sizes(2, 256, 50, 4, 120, 96), Sizes(1, 1
 
 
 def measure(sizes: Sizes, losses: Sequence[LossConfig], repeats: int) -> list[float]:
-    """Return the median CPU seconds of each setting, measured in turn."""
+    """Return the median CPU seconds of each of `losses`. Every repeat measures all of them, one after the other."""
     predictions, targets = _inputs(sizes)
     seconds: list[list[float]] = [[] for _ in losses]
     for _ in range(repeats + 1):

@@ -55,7 +55,7 @@ def record_draws(criterion: Mask2FormerLoss) -> Iterator[RecordedDraws]:
 def replay(
     drawn: Sequence[Tensor], assignments: Sequence[Assignment], order: Sequence[int], targets: Targets
 ) -> GivenPoints:
-    """Return draws of the official order, sorted by prediction, image and target.
+    """Sort draws, given in the official order, by prediction, image and target.
 
     The official order is, for each prediction: points of each image, candidates, fresh points.
 

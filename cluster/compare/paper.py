@@ -1,4 +1,4 @@
-"""Results of the Mask2Former paper for the models that the recipes in configs/ train, by name of the recipe.
+"""Results of the Mask2Former paper, by name of the recipe in configs/ that trains the model.
 
 Values are in per cent, for inference at a single scale. `m2f compare` shows the row of a recipe beside its runs.
 """

@@ -201,7 +201,7 @@ class _Store:
         return tuple(sorted(by_step.items()))
 
     def _images(self, run: Run, folder: str, notes: list[str]) -> ImageRecords | None:
-        """Return the image records stored beside results.json; None if there are none, as in earlier versions."""
+        """Return the image records beside results.json; None if missing, as in earlier versions, or unreadable."""
         path = f"{folder}/{IMAGES_FILE}"
         try:
             if (moved := moved_artifacts(self.uri, run.info.artifact_uri)) is not None:
@@ -242,7 +242,7 @@ def _open_store(uri: str | None, name_or_id: str, experiment: str | None) -> _St
 
 @contextmanager
 def _convert_mlflow_errors(uri: str) -> Iterator[None]:
-    """Convert errors of the MLflow client in the block to one CompareError. Errors about invalid requests stay."""
+    """Convert exceptions in the block to a CompareError, except MLflow's errors about invalid requests."""
     try:
         yield
     except Exception as error:

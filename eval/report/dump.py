@@ -1,7 +1,7 @@
 """Predictions of an evaluation as files for panopticapi, pycocotools and evaluation servers.
 
-A call evaluates a few images and stores their predictions. Calls may come in any order, and more than once. At the end,
-the driver joins the stored parts:
+A call evaluates a few images and stores their predictions. Calls may run in any order, and may be repeated. At the end,
+the driver joins the stored parts. The folder then contains:
 
 panoptic.json, panoptic/KEY.png   COCO panoptic format
 instances.json                    COCO results with run-length masks
@@ -129,14 +129,14 @@ def _annotations(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _join(parts: Iterable[bytes], storage: Storage, url: str, enclosing: tuple[str, str]) -> None:
-    """Join parts through a local file, because the detections of a large set do not fit into memory twice."""
+    """Join parts through a local file, because all detections of a large set may not fit into memory."""
     with ScratchFolder("dump") as folder:
         path = folder / "joined.json"
         with path.open("wb") as file:
             file.write(enclosing[0].encode())
             separator = b""
             for content in parts:
-                if content:  # images without a detection have an empty part
+                if content:  # a call without detections has an empty part
                     file.write(separator + content)
                     separator = _SEPARATOR
             file.write(enclosing[1].encode())

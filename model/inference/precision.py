@@ -19,7 +19,8 @@ def set_precision(model: nn.Module, precision: Literal["fp32", "bf16"]) -> None:
     """Set the precision of a model's predictions, for inference only; "fp32" changes nothing.
 
     In "bf16", matrix products and convolutions run in bfloat16 and give the same bits as a forward pass under autocast.
-    Their weights are cast once, in this call. Norms, coordinates, softmax and mask logits stay in float32.
+    Their weights are cast once, in this call. Norm parameters, mask logits, and the coordinates and softmax of
+    deformable attention stay in float32.
     """
     if precision == "fp32":
         return

@@ -93,7 +93,7 @@ def run(folder, program, **options):
 
 
 def without_packages(program):
-    """Return the program with a prefix that makes imports of the `ABSENT` packages fail."""
+    """Return the program with a prefix that makes imports of the `ABSENT` packages fail and defines `RECIPE`."""
     return f"import sys\nsys.modules |= dict.fromkeys({ABSENT!r})\nRECIPE = {RECIPE!r}\n{program}"
 
 
@@ -138,7 +138,7 @@ def test_extras_contain_the_packages_missing_in_base():
 
 @pytest.mark.slow
 def test_wheel_works_in_an_environment_with_base_packages_only(tmp_path):
-    """The environment has symlinks to the base packages, and m2f is installed from its wheel."""
+    """The environment has symlinks to the installed packages except `outside`; m2f is installed from its wheel."""
     wheel = build(copy_tree(tmp_path / "tree"), "wheel", tmp_path / "built")
     home = tmp_path / "environment"
     venv.create(home, symlinks=True, with_pip=False)
