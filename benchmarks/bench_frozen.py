@@ -1,8 +1,8 @@
 """Benchmark of a training step with a frozen vision transformer against full training: ViT-S/16 with a ViT-Adapter.
 
-A backward pass costs two forward passes. If the transformer takes the share b of a forward pass, freezing it reduces
-the time of a step to the share 1 - 2 b / 3. The last row measures b: its ratio is 1 / b, the time of the whole forward
-pass divided by that of the transformer.
+A backward pass takes about twice as long as a forward pass. If the transformer takes the share b of a forward pass,
+freezing it reduces the time of a step to the share 1 - 2 b / 3. The last row measures b: its ratio is 1 / b, the time
+of the whole forward pass divided by that of the transformer.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Step:
         return (total.detach(),)
 
     def forward(self) -> None:
-        """Run the forward pass and the loss, and keep what a backward pass needs."""
+        """Run the forward pass and the loss, with gradients enabled."""
         self.module(self.batch, self.normalizers)
 
     @torch.no_grad()

@@ -1,9 +1,9 @@
 """`python -m benchmarks.count_nodes [SIDE] [IMAGES]`: count the operations in the graphs of a training step.
 
 The compiled regions of the R50 model are traced as by `training.compile`, in bfloat16 autocast and without tensor
-values. The fused kernel of deformable attention is used as on GPUs. The forward and backward counts are upper bounds of
-the number of kernels that Inductor generates, because it fuses neighbouring operations; views are not counted. The last
-lines count the launches that an eager step saves because `m2f.model.constants` keeps tensors between steps.
+values. The fused kernel of deformable attention is used as on GPUs. Views are not counted. Inductor usually generates
+fewer kernels than the forward and backward counts, because it fuses neighbouring operations. The last lines count the
+launches that an eager step saves because the model caches constant tensors between steps.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ class OperationCounter(TorchDispatchMode):
 
 
 def count_constants(model: nn.Module, side: int) -> dict[str, int]:
-    """Count the launches of one forward pass for tensors that are kept between steps.
+    """Count the launches with which one forward pass would build the tensors that are cached between steps.
 
-    The table of levels inside the operator is not counted.
+    The level table inside the fused kernel's operator is not counted.
     """
     shapes = [(side // stride, side // stride) for stride in (32, 16, 8)]
     norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]

@@ -3,9 +3,9 @@
     python -m benchmarks.first_gpu_minutes call 1|2|3 [--out FOLDER] [--recording FILE] [--dry-run]
 
 Every step is a separate process with a time limit, so a step that fails or hangs does not delay the others beyond its
-limit. FOLDER then contains results.jsonl with one line per step, and log_N.txt with all output of call N. A table is
-printed at the end. `step NAME` instead of `call N` runs one step in this process. A dry run uses the CPU and small
-sizes, and skips steps that need a GPU.
+limit. FOLDER then contains results.jsonl with one line per started step, and log_N.txt with all output of call N. A
+table is printed at the end. `step NAME` instead of `call N` runs one step in this process. A dry run uses the CPU and
+small sizes, and skips steps that need a GPU.
 """
 
 from __future__ import annotations

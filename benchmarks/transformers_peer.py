@@ -1,4 +1,4 @@
-"""Mask2Former of `transformers` with random weights, our model with the same weights, and the criterion alone."""
+"""Mask2Former of `transformers` with random weights, its criterion alone, and our model with the same weights."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class RunResult:
     metrics: Mapping[str, float]
     """Metrics in per cent; undefined metrics are missing."""
     cpu: CpuSeconds | None
-    """CPU time; None without a record, or if a process was killed, because its CPU time is then unknown."""
+    """CPU time; None if there is no record, or if a process was killed or still runs, because its time is unknown."""
 
 
 @dataclass(frozen=True)

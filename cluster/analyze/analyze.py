@@ -56,9 +56,9 @@ class AnalysisSubject:
 def open_subject(
     config: RunConfig, weights: ChosenWeights, dataset: str, num_images: int, storage: Storage
 ) -> AnalysisSubject:
-    """Load the model and choose `num_images` images, spread evenly over the data set.
+    """Load the model and choose up to `num_images` images, spread evenly over the data set.
 
-    Raises DataError if the data set does not exist or its classes contradict those of the model.
+    Raises DataError if the shards are missing or damaged, or their classes contradict those of the model.
     """
     torch.set_num_threads(config.evaluation.threads)
     manifest, url = Manifest.load(config.datasets[dataset].shards, storage), weights_url(weights.url, storage)
@@ -70,7 +70,10 @@ def open_subject(
 
 
 def analyze_layers(subject: AnalysisSubject) -> tuple[LayerQuality, ...]:
-    """Return the metrics of the predictions after every decoder layer, for all tasks that the model supports."""
+    """Return the metrics of the predictions after every decoder layer, for all tasks that the model supports.
+
+    If the initial queries are supervised, the first entry is that of the predictions before the first layer.
+    """
     config, categories = subject.config, subject.classes.categories
     evaluator = Evaluator(
         subject.model,

@@ -36,7 +36,7 @@ CLASS_METRICS = ("PQ", "AP", "IoU")
 """Columns of per_class in results.json that are compared for each class."""
 HEADLINES = ("PQ", "AP", "mIoU")
 IDENTITY_SETTINGS = ("name", "output")
-"""Settings that always differ between runs. Their differences are not reported."""
+"""Settings that only identify a run and its folder. Their differences are not reported."""
 IGNORED_SETTINGS = ("weights",)
 """Evaluation settings that always differ between checkpoints. Their differences are not reported."""
 
@@ -216,7 +216,10 @@ def _run_values(
 
 
 def _first_set(runs: Sequence[RunRecord], by_run: Sequence[Mapping[str, float]]) -> str | None:
-    """Return the set that the baseline's recipe evaluates first. The paper's numbers refer to this set."""
+    """Return the set that the paper's numbers refer to.
+
+    This is the set that the baseline's recipe evaluates first or, if that set has no metrics, the first one that has.
+    """
     recipe = runs[0].recipe
     named = recipe.get("evaluation.sets.0.name") or recipe.get("evaluation.sets.0.dataset")
     sets = [split_metric_name(name)[0] for name in by_run[0] if not is_training_metric(name)]

@@ -56,7 +56,7 @@ def evaluated_classes(
     """Match a data set's table with the classes of a model for `task`.
 
     `model_classes` None means that the model has the classes of the data set. Raises DataError if the tables contradict
-    each other; the message shows the rows that differ.
+    each other or share no class; the message shows the rows that differ.
     """
     data_classes = table.for_task(task)
     if model_classes is None:

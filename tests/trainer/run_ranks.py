@@ -1,7 +1,7 @@
 """Scenarios of test_runs.py and test_watchdog.py: complete runs, mostly on two ranks. Not a test module.
 
-Each scenario uses its own run folders, so that its failure affects no other scenario. Exceptions name the scenario
-whose run they continue.
+Each scenario uses its own run folders, so that its failure affects no other scenario. The few scenarios that continue
+the run of another one name it in their docstrings.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def in_precision(folder: Path, name: str, precision: str, max_steps: int) -> Tra
 def in_stage(folder: Path, name: str, stage: str, max_steps: int) -> TrainJob:
     """Return a job in this ZeRO stage.
 
-    Stage 2 uses box points and stages 1 and 3 use pilots, so that both are tested with stops and other ranks.
+    Stage 2 uses box points and stages 1 and 3 use pilots, so that resuming and changing the number of ranks test both.
     """
     job = make_job(
         folder / f"{name}{stage}",

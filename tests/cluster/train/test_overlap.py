@@ -77,9 +77,9 @@ class Driver:
             time.sleep(0.05)
 
     def suspend(self, database: Path) -> None:
-        """Stop the process with SIGSTOP at a moment when it holds no lock of its MLflow database.
+        """Stop the process with SIGSTOP at a moment when it holds no lock on its MLflow database.
 
-        A lock that a suspended process holds would refuse its second start, which is not what these tests are about.
+        Otherwise the second start would fail because the database is locked, which is not what these tests are about.
         """
 
         def is_suspended() -> bool:

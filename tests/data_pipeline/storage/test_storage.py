@@ -199,7 +199,7 @@ def test_join_separates_parts_by_single_slashes():
 
 
 class _FaultyServer(socketserver.ThreadingTCPServer):
-    """Server of BODY. Every request takes one fault from `faults`."""
+    """Server that returns BODY for every URL. Each request takes the next fault from `faults`, if any is left."""
 
     allow_reuse_address = True
     daemon_threads = True

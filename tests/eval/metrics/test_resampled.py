@@ -20,7 +20,10 @@ NUM_CLASSES = 7
 
 
 def detection_record(random, detections=30, num_classes=NUM_CLASSES):
-    """Return a random record: scores tie between images, matches up to random thresholds, some detections ignored."""
+    """Return a random record, in which some detections are ignored.
+
+    Scores tie only between images. A matched detection is matched at all IoU thresholds up to a random one.
+    """
     truth = np.unique(random.integers(0, num_classes, size=random.integers(0, 6)))
     count = random.integers(0, 3, size=len(truth))
     label = np.sort(random.integers(0, num_classes, size=detections))
