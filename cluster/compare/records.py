@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -258,7 +259,8 @@ def _convert_mlflow_errors(uri: str) -> Iterator[None]:
 
 
 def _is_run_folder(path: str) -> bool:
-    return "://" in path or Path(path, "recipe.yaml").is_file()
+    # The source of a run that was read from MLflow also contains a URL, that of the server.
+    return re.match(r"\w+://", path) is not None or Path(path, "recipe.yaml").is_file()
 
 
 def _read_folder(folder: str, step: int | None) -> RunRecord:

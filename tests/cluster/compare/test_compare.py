@@ -350,6 +350,12 @@ def test_runs_of_one_recipe_are_named_after_their_folders(tmp_path):
     assert [run.name for run in read(folders[0], folders[2])] == ["same (1)", "same (2)"]
 
 
+def test_a_run_of_mlflow_keeps_its_name_beside_a_folder_of_that_name(store, tmp_path):
+    uri, _ = store
+    folder = write_run(tmp_path / "first", "alpha", 50.0)
+    assert [run.name for run in read(folder, "alpha", tracking=uri)] == ["alpha (1)", "alpha (2)"]
+
+
 def test_folders_in_a_bucket_are_read_like_local_ones(tmp_path, bucket, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     local = write_run(tmp_path / "a", "a", 50.0)
