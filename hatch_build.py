@@ -1,4 +1,4 @@
-"""Refuses to build a package from a checkout without symbolic links: it would hold text files in place of folders."""
+"""Build hook that refuses a checkout without symbolic links, whose package would hold text files instead of folders."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ FOLDERS = ("model", "data_pipeline", "trainer", "eval", "cluster", "configs")
 
 
 class WholePackage(BuildHookInterface):
-    """Looks before every build but that of an editable installation, which needs no links."""
+    """Checks the folders of the package before every build, except an editable installation, which needs no links."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Raises RuntimeError where one of the folders is not there."""
+        """Raise RuntimeError if a folder is missing."""
         missing = [name for name in FOLDERS if not Path(self.root, "m2f", name).is_dir()]
         if missing and version != "editable":
             raise RuntimeError(
-                f"m2f/{', m2f/'.join(missing)}: no folder. This checkout has no symbolic links: git config "
-                "core.symlinks true, git checkout -- m2f, and build again"
+                f"m2f/{', m2f/'.join(missing)}: not a folder, because this checkout has no symbolic links. Run "
+                "`git config core.symlinks true` and `git checkout -- m2f`, then build again"
             )

@@ -1,4 +1,4 @@
-"""Exit statuses of `m2f`. `m2f train --restart`, jobs of `m2f submit` and KubeRay use them to decide on a restart."""
+"""Exit statuses of `m2f`. `m2f train --restart`, alone or in a job of `m2f submit`, decides on a restart by them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ class ExitStatus(IntEnum):
     STOPPED = 3
     """The user stopped a training run, which saved a checkpoint first."""
     OUTAGE = 69
-    """Storage did not answer for more than `storage.patience_s`, or Ray's head or the raylet of this node died."""
+    """Storage did not answer for more than `storage.patience_s`, or Ray's head or the raylet of this node died.
+
+    For `m2f submit`, also: the job was lost with its node, or the dashboard does not answer.
+    """
     DRAINED = 75
     """The machine is about to be preempted, and the run has saved a checkpoint."""
     INTERRUPTED = 130

@@ -30,7 +30,7 @@ def partition(
         values: [H, W] unsigned pixel values below 2^24.
         classify: returns the region of a value, or None for void. Raises KeyError with the unknown value or label.
         where: file or sample of the map, for the message.
-        unknown_message: text after the list of unknown values in the message: the problem and the remedy.
+        unknown_suffix: text after the list of unknown values in the message: the problem and the remedy.
 
     Raises:
         DataError: the map has unknown values.

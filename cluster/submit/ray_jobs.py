@@ -23,6 +23,7 @@ from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.ray_cluster import require_listening
 from m2f.cluster.ray_private import quiet_job_client, server_ray_version
 from m2f.cluster.terminal import format_duration, print_err, print_out
+from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.urls import url_problem
 from m2f.model.errors import UserError
 
@@ -181,12 +182,15 @@ class JobClient:
         return max(printed, received)
 
     def _poll(self, job_id: str) -> JobInfo | None:
-        """Return the job; None while the dashboard does not answer. Raises JobError after `DASHBOARD_TIMEOUT_S`."""
+        """Return the job; None while the dashboard does not answer. Raises OutageError after `DASHBOARD_TIMEOUT_S`."""
         try:
             job = self.job(job_id)
-        except JobError:
+        except JobError as error:
             if time.monotonic() - self._last_contact > DASHBOARD_TIMEOUT_S:
-                raise
+                raise OutageError(
+                    f"the dashboard has not answered for {DASHBOARD_TIMEOUT_S:g} s ({error}). Submit the run again: it "
+                    "follows the job if that still runs, and resumes the run if not"
+                ) from error
             return None
         self._last_contact = time.monotonic()
         return job

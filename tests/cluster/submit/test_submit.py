@@ -19,10 +19,11 @@ from m2f.cluster.cli import main
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.recipe.load import load_recipe, parse_recipe
 from m2f.cluster.submit.environment import ALLOWED_NAMES, ALLOWED_PREFIXES, job_environment
-from m2f.cluster.submit.ray_jobs import JobClient, JobError, JobInfo
+from m2f.cluster.submit.ray_jobs import DASHBOARD_TIMEOUT_S, JobClient, JobError, JobInfo
 from m2f.cluster.submit.submit import ChosenJob, bind_to_cluster, choose_job, job_name, jobs_of_run
 from m2f.cluster.submit.upload import LIMIT_BYTES, UploadError, pack
 from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
@@ -279,6 +280,19 @@ def test_a_missing_or_wrong_address_is_refused(monkeypatch):
         JobClient(None)
     with pytest.raises(JobError, match="http://HEAD:8265"):
         JobClient("10.0.0.1:6379")
+
+
+def test_a_dashboard_that_does_not_answer_for_long_is_an_outage(monkeypatch):
+    def refuse(self, job_id):
+        raise JobError("no answer from http://head:8265")
+
+    client = JobClient.__new__(JobClient)
+    monkeypatch.setattr(JobClient, "job", refuse)
+    client._last_contact = time.monotonic()
+    assert client._poll("run-1") is None
+    client._last_contact -= 2 * DASHBOARD_TIMEOUT_S
+    with pytest.raises(OutageError, match=r"no answer from http://head:8265\). Submit the run again"):
+        client._poll("run-1")
 
 
 def test_an_unreachable_dashboard_is_reported(tmp_path, capsys):
