@@ -298,7 +298,7 @@ class _Supervisor:
         self._evaluations.training_ended()
         while not self._interrupts and not self._are_commits_settled(self._evaluations):
             if self._evaluations.failure_reason is not None:
-                return
+                break
             self._pause(poll_interval_s(self._config.run_folder))
         self._update(0.0)
 
