@@ -102,7 +102,8 @@ def _encode_description(sample: Sample) -> bytes:
             "applied": frame_orientation(header, sample.height, sample.width),
         },
         "mode": header.mode,
-        "inst_layers": 0 if sample.annotation.inst is None else len(sample.annotation.inst),
+        # an image without instances may have no layer, but 0 would be decoded as an annotation without `inst`
+        "inst_layers": 0 if sample.annotation.inst is None else max(1, len(sample.annotation.inst)),
         "segments": [
             {name: getattr(segment, name) for name in _SEGMENT_FIELDS}  # asdict would copy every coordinate
             for segment in sample.annotation.segments

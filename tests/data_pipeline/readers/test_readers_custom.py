@@ -16,8 +16,12 @@ from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.readers.custom import CustomReader
 from m2f.data_pipeline.sample import Annotation, Segment
 from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.shards.verify import verify
+from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.targets import image_targets
+from m2f.eval.inference.truth import instance_truth
 
 DOCUMENT = Path(m2f.__file__).parents[1] / "docs" / "datasets.md"
 H, W = 6, 8
@@ -106,6 +110,18 @@ def test_custom_samples_and_subsets():
 def test_invalid_custom_annotations_are_refused(changes, message):
     with pytest.raises(DataError, match=f"scans/a.png: .*{message}"):
         _read(_annotation(**changes))
+
+
+@pytest.mark.parametrize("with_seg", [True, False])
+def test_custom_images_without_instance_layers_are_read_back_with_an_empty_layer(tmp_path, with_seg):
+    annotation = _annotation(inst=INST[:0]) if with_seg else Annotation(seg=None, inst=INST[:0], segments=())
+    reader = CustomReader.of(TABLE, ("scans/a.png",), lambda _: (IMAGE, annotation), 10_000)
+    manifest = write_dataset(reader, DatasetConfig(shards=str(tmp_path), source=CustomSource()), Storage())
+    sample = manifest.read_sample(0, Storage())
+    assert np.array_equal(sample.annotation.inst, INST)
+    assert image_targets(sample, "instance", {1: 0}).labels.tolist() == []
+    assert len(instance_truth(sample, {1: 0}).masks) == 0
+    assert verify(str(tmp_path), Storage(), "full").faults == ()
 
 
 def test_invalid_custom_images_are_refused():
