@@ -98,7 +98,7 @@ def _part(shape: dict[str, Any], label_ids: dict[str, int], height: int, width: 
         case "polygon":
             ring = points
         case "rectangle":
-            (x0, y0), (x1, y1) = points[:2]
+            (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)  # X-AnyLabeling writes all four corners
             ring = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
         case "circle":
             angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)

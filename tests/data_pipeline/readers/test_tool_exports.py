@@ -100,6 +100,17 @@ def test_labelme_parts_of_a_group_are_one_object(tmp_path):
     assert (cell.area, len(cell.polygons), dirt.area) == (22 * 22 + 20 * 6, 2, 100)
 
 
+@pytest.mark.parametrize("points", [[[40, 2], [60, 8]], [[60, 2], [40, 8]], [[40, 2], [60, 2], [60, 8], [40, 8]]])
+def test_labelme_rectangle_may_have_two_or_four_corners_in_any_order(tmp_path, points):
+    tool_exports.labelme(tmp_path)
+    path = tmp_path / "im0.json"
+    document = json.loads(path.read_text())
+    document["shapes"] = [{"label": "cell", "points": points, "shape_type": "rectangle"}]
+    path.write_text(json.dumps(document))
+    (cell,) = open_reader(_source("labelme", tmp_path)).read(0).annotation.segments
+    assert (cell.area, cell.bbox) == (20 * 6, (40, 2, 20, 6))
+
+
 def test_cvat_groups_join_polygons_and_masks(tmp_path):
     tool_exports.cvat(tmp_path)
     path = tmp_path / "annotations.xml"
