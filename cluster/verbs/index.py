@@ -106,6 +106,8 @@ def _summary(found: IndexReport, target: str, report: str | None) -> str:
         description = f"image .{' or .'.join(found.form.images)}, {found.form.labels} in .{found.form.map}"
         description += f" and .{found.form.json}" if found.form.json else ""
     lines = [f"{target}: {what} ({description})", *format_faults(found.faults, report)]
+    if found.renumbered:
+        lines.append("image ids in the tars repeat; the manifest replaces them by the positions of the samples")
     if not found.committed:
         lines.append(
             f"faults: {len(found.faults)}. No manifest was written; correct the samples, or leave them out with "

@@ -34,6 +34,9 @@ from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Sample, Segment
 from m2f.data_pipeline.shards.external_tars import FORMAT_MEMBER, decode_external_sample
 
+IMAGE_ID_MEMBER = "/image_id"
+"""Member that manifests of indexed tars add in memory: the image id as text. It replaces that in the description.
+No extension in a tar has a slash."""
 VERSION = 3
 """Version of the encoding. An unfinished job writes its shards of other versions again."""
 
@@ -81,7 +84,7 @@ def decode(members: Mapping[str, bytes]) -> DecodedSample:
     annotation = _decode_annotation(members, description, name)
     return DecodedSample(
         key=description["key"],
-        image_id=description["image_id"],
+        image_id=int(members[IMAGE_ID_MEMBER]) if IMAGE_ID_MEMBER in members else description["image_id"],
         source=description["source"],
         image=image,
         annotation=annotation,

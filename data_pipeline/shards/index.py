@@ -27,7 +27,7 @@ from m2f.data_pipeline.shards import codec, manifest
 from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA, SAMPLES_FILE
 from m2f.data_pipeline.shards.external_tars import ExternalFormat, Labels, decode_labels, image_extension
 from m2f.data_pipeline.shards.faults import Fault, parse_fault
-from m2f.data_pipeline.shards.manifest import ShardInfo, category_columns
+from m2f.data_pipeline.shards.manifest import INDEXED_PLAN_PREFIX, ShardInfo, category_columns
 from m2f.data_pipeline.shards.tar_walk import TarSample, walk_tar
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.data_pipeline.storage.stream import ObjectStream
@@ -39,8 +39,6 @@ _PROGRESS_INTERVAL_S = 0.5
 """Seconds between checks for progress while tars are read, at most."""
 _DEFAULT_VOID: dict[Labels, set[int]] = {"classes": {255}, "instances": {0, 255}, "panoptic": set()}
 """Labels that are void by convention, for each kind of label map."""
-_PLAN_PREFIX = "adopted-"
-"""Prefix of `plan` in the dataset.json of indexed tars. It distinguishes them from shards of `m2f shard`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +71,8 @@ class IndexReport:
     num_bytes: int
     faults: tuple[Fault, ...]
     """Samples and tars that could not be indexed."""
+    renumbered: bool
+    """Whether image ids in shards of m2f repeat. The positions of the samples in the manifest replace all of them."""
     committed: bool
     """Whether the manifest was written."""
 
@@ -89,7 +89,7 @@ def find_tars(urls: Iterable[str], storage: Storage) -> tuple[str, ...]:
         if storage.exists(absolute):
             tars.append(absolute)
         else:
-            tars += [name for name in storage.list(absolute) if name.endswith(".tar")]
+            tars += [name for name in storage.list(absolute, follow_links=True) if name.endswith(".tar")]
     duplicates = [url for url, count in Counter(tars).items() if count > 1]
     if duplicates or not tars:
         problem = (
@@ -154,7 +154,7 @@ def index_tars(
     """
     indexer = _TarIndexer(target, tar_format, options, storage)
     existing = manifest.read_document(target, storage)
-    if existing is not None and not existing["plan"].startswith(_PLAN_PREFIX):
+    if existing is not None and not existing["plan"].startswith(INDEXED_PLAN_PREFIX):
         _refuse_target(target)
     indexed, duplicates = _drop_duplicate_keys(_index_in_threads(indexer, tars, threads, on_progress))
     faults = [fault for tar in indexed for fault in tar.faults] + duplicates
@@ -162,6 +162,7 @@ def index_tars(
     if not non_empty:
         listed = "\n".join(f"  {fault}" for fault in faults[:10])
         raise DataError(f"{target}: none of the samples in {len(tars)} tars can be used\n{listed}")
+    renumbered = _number_images([row for tar in non_empty for row in tar.rows])
     committed = skip_bad or not faults
     if committed:
         _commit(non_empty, target, tar_format, options.categories, storage)
@@ -171,6 +172,7 @@ def index_tars(
         num_shards=len(non_empty),
         num_bytes=sum(tar.info.size for tar in non_empty),
         faults=tuple(faults),
+        renumbered=renumbered,
         committed=committed,
     )
 
@@ -289,6 +291,22 @@ def _drop_duplicate_keys(tars: Sequence[_IndexedTar]) -> tuple[list[_IndexedTar]
     return kept, faults
 
 
+def _number_images(rows: Sequence[dict[str, Any]]) -> bool:
+    """Set the image ids of the rows to their positions if they have none, or if two are equal.
+
+    Metrics are keyed by image id. Shards of m2f from two sources often repeat ids, because many readers count from 0.
+
+    Returns:
+        Whether image ids were replaced.
+    """
+    ids = {row["image_id"] for row in rows}
+    if None not in ids and len(ids) == len(rows):
+        return False
+    for number, row in enumerate(rows):
+        row["image_id"] = number
+    return None not in ids
+
+
 def _commit(
     tars: Sequence[_IndexedTar],
     target: str,
@@ -297,9 +315,6 @@ def _commit(
     storage: Storage,
 ) -> None:
     rows = [{**row, "shard": shard} for shard, tar in enumerate(tars) for row in tar.rows]
-    for number, row in enumerate(rows):
-        if row["image_id"] is None:
-            row["image_id"] = number
     samples = manifest.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA))
     shards = [ShardInfo(t.info.name, t.info.size, t.info.sha256, len(t.rows)) for t in tars]
     external_format = None if tar_format == "m2f" else tar_format
@@ -307,7 +322,7 @@ def _commit(
         [[asdict(shard) for shard in shards], None if external_format is None else asdict(external_format)]
     )
     document = manifest.make_document(
-        plan=f"{_PLAN_PREFIX}{hashlib.sha256(description.encode()).hexdigest()}",
+        plan=f"{INDEXED_PLAN_PREFIX}{hashlib.sha256(description.encode()).hexdigest()}",
         source_fingerprint="",
         categories=categories,
         shards=shards,

@@ -46,6 +46,8 @@ FORMAT = 1
 """Version of the two files. Manifests of other versions are refused."""
 DATASET_FILE = "dataset.json"
 """Name of the file in the folder of a data set. The other file is SAMPLES_FILE."""
+INDEXED_PLAN_PREFIX = "adopted-"
+"""Prefix of `plan` for indexed tars. It distinguishes them from shards of `m2f shard`."""
 
 _CHECK_THREADS = 16
 """Threads that request the sizes of shards, to hide the latency of an object store."""
@@ -278,9 +280,13 @@ class Manifest:
             name: bytes(data[start : start + length])
             for name, start, length in zip(names, starts, lengths, strict=True)
         }
-        return members if self.external_format is None else members | self._added_members(index)
+        return members | self._added_members(index)
 
     def _added_members(self, index: int) -> dict[str, bytes]:
+        """Return what only the manifest states about a sample of indexed tars; nothing for shards of `m2f shard`."""
+        if self.external_format is None:
+            is_indexed = self.plan.startswith(INDEXED_PLAN_PREFIX)
+            return {codec.IMAGE_ID_MEMBER: str(self.image_id[index]).encode()} if is_indexed else {}
         source = self.shards[self.shard[index]].name
         size = int(self.height[index]), int(self.width[index])
         identity = encode_identity(str(self.key[index]), int(self.image_id[index]), source, *size)

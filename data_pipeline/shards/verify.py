@@ -108,15 +108,19 @@ def verify(
 def _check_rows(manifest: Manifest) -> Iterator[Fault]:
     """Yield faults of the manifest itself, for example overlapping samples."""
     samples = join(manifest.url, SAMPLES_FILE)
-    remedy = f"restore {DATASET_FILE} and {SAMPLES_FILE}, or write the data set again"
+    remedy = (
+        f"restore {DATASET_FILE} and {SAMPLES_FILE}, or delete both and write the data set again (m2f shard, or m2f "
+        "index for indexed tars)"
+    )
 
     def fault(row: int | None, problem: str) -> Fault:
         key = None if row is None else str(manifest.key[row])
         return Fault(object=samples, key=key, problem=problem, remedy=remedy)
 
-    keys, counts = np.unique(manifest.key.astype(str), return_counts=True)
-    for key in keys[counts > 1][:10]:
-        yield fault(int(np.flatnonzero(manifest.key == key)[0]), "its key appears more than once")
+    for values, name in ((manifest.key.astype(str), "key"), (manifest.image_id, "image id")):
+        distinct, counts = np.unique(values, return_counts=True)
+        for value in distinct[counts > 1][:10]:
+            yield fault(int(np.flatnonzero(values == value)[0]), f"its {name} {value} appears more than once")
     inside = (manifest.shard >= 0) & (manifest.shard < len(manifest.shards))
     for row in np.flatnonzero(~inside)[:10]:
         yield fault(int(row), f"it is in shard {manifest.shard[row]}, but there are {len(manifest.shards)} shards")

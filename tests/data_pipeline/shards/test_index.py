@@ -208,12 +208,31 @@ def test_index_restores_the_manifest_of_m2f_shards(tmp_path):
     for name in ("dataset.json", "samples.parquet"):
         (tmp_path / "set" / name).unlink()
     result = index(tmp_path / "set", tmp_path / "set", replace(OPTIONS, categories=reader.categories, labels=None))
-    assert result.form == "m2f"
+    assert (result.form, result.renumbered) == ("m2f", False)
     again = Manifest.load(str(tmp_path / "set"), STORAGE)
     assert again.fingerprint == written.fingerprint
     assert again.shards == written.shards
     for name in ("key", "offset", "length", "crc32", "image_id", "num_segments"):
         assert getattr(again, name).tolist() == getattr(written, name).tolist()
+
+
+def test_repeated_image_ids_of_m2f_shards_are_renumbered(tmp_path, capsys):
+    for seed in (3, 4):
+        source = SyntheticSource(num_images=3, seed=seed)
+        write_dataset(open_reader(source), DatasetConfig(shards=str(tmp_path / f"{seed}"), source=source), STORAGE)
+    categories = [
+        {"label": c.id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
+        for c in open_reader(source).categories.categories
+    ]
+    (tmp_path / "classes.json").write_text(json.dumps(categories))
+    target = str(tmp_path / "both")
+    options = ["--output", target, "--categories", str(tmp_path / "classes.json")]
+    assert main(["index", str(tmp_path / "3"), str(tmp_path / "4"), *options]) == 0
+    assert "image ids in the tars repeat; the manifest replaces them" in capsys.readouterr().out
+    manifest = Manifest.load(target, STORAGE)
+    assert manifest.image_id.tolist() == list(range(6))
+    assert [manifest.read_sample(row, STORAGE).image_id for row in range(6)] == list(range(6))
+    assert verify(target, STORAGE, "full").faults == ()
 
 
 def test_tars_of_webdataset_and_long_names_are_indexed(tmp_path, monkeypatch):

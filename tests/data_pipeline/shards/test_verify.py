@@ -171,6 +171,7 @@ def test_parquet_file_with_other_columns_is_a_fault(damaged):
     ("column", "value", "message"),
     [
         ("key", "synthetic-4-000003", "appears more than once"),
+        ("image_id", 4, "its image id 4 appears more than once"),
         ("shard", 77, "is in shard 77, but there are"),
         ("shard", -1, "is in shard -1"),
         ("offset", 1 << 40, "not inside its shard"),
