@@ -47,6 +47,8 @@ class EvaluationTask:
     """Rows of the manifest for which panels are drawn, one row per call. If empty, calls evaluate the set."""
     dump: str | None = None
     """Folder or URL in which every call stores its predictions; None stores none."""
+    weights_sha256: str | None = None
+    """SHA-256 of the weights; None if no manifest states it. After a rollback, a URL may contain other weights."""
 
 
 def evaluated_rows(manifest: Manifest, evaluated: EvaluationSet) -> np.ndarray:
@@ -89,7 +91,7 @@ class EvaluationActor:
         self._config = config
         self._storage = Storage(config.storage, known_reachable=True)
         self._manifests: dict[str, Manifest] = {}
-        self._loaded: tuple[tuple[str, int], Segmenter] | None = None
+        self._loaded: tuple[tuple[str, str | None, int], Segmenter] | None = None
 
     def ping(self) -> None:
         """Do nothing; if the call returns, the actor is alive."""
@@ -151,7 +153,7 @@ class EvaluationActor:
         return self._manifests[dataset]
 
     def _model(self, task: EvaluationTask, classes: EvaluatedClasses) -> Segmenter:
-        key = task.weights, len(classes.model_classes)
+        key = task.weights, task.weights_sha256, len(classes.model_classes)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # frees the memory of the previous model first
             config = replace(self._config.model, num_classes=len(classes.model_classes))

@@ -124,12 +124,13 @@ def evaluate_sets(
     storage = Storage(config.storage)
     weights = weights_url(checkpoint, storage)
     classes = model_classes(config, weights, storage)
+    sha256 = manifest_sha256(weights, storage)
     return tuple(
         _evaluate(
             config,
             storage,
             pool,
-            EvaluationTask(weights, s, classes, dump=dump and join(dump, s.label)),
+            EvaluationTask(weights, s, classes, dump=dump and join(dump, s.label), weights_sha256=sha256),
             step,
             on_progress,
         )
@@ -197,7 +198,7 @@ def _evaluate(
         subset=None if len(rows) == manifest.num_samples else f"first {len(rows)} of {manifest.num_samples}",
         test_time=settings.test_time.describe(),
         step=step,
-        settings=_settings(config, evaluated, manifest_sha256(task.weights, storage)),
+        settings=_settings(config, evaluated, task.weights_sha256),
     )
     qualities: dict[int, float] = {}
     done: list[int] = []

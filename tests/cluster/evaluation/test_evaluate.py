@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from m2f.cluster import ray_cluster
 from m2f.cluster.evaluation import offline
@@ -23,6 +23,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.report.panels import decode_picture
 from m2f.eval.results.images import read_image_records
 from m2f.model.mask2former import build_model
+from m2f.trainer.checkpoint.folder import CheckpointManifest, file_entry
 
 RECIPE = """
 name: small
@@ -110,6 +111,24 @@ def test_result_files_contain_panels_worst_images_tables_and_report(small):
     )
     found = sum(row["found"] for row in errors["by_class"].values())
     assert found == errors["outcomes"]["found"] == sum(r["TP"] for r in json.loads(files["results.json"])["per_class"])
+
+
+def test_step_committed_again_is_evaluated_with_its_new_weights(small, tmp_path):
+    config, weights = small
+    config = replace(config, evaluation=replace(config.evaluation, sets=config.evaluation.sets[:1], panels=0))
+    checkpoint = tmp_path / "step_00000007-1"
+    checkpoint.mkdir()
+    pool, files = InProcessPool(config), []
+    for factor in (1.0, -1.0):
+        committed = {name: tensor * factor for name, tensor in load_file(weights).items()}
+        save_file(committed, checkpoint / "weights.safetensors")
+        entries = {"weights.safetensors": file_entry(checkpoint / "weights.safetensors")}
+        (checkpoint / "manifest.json").write_bytes(CheckpointManifest(7, 1, 1, entries).to_json())
+        (evaluation,) = evaluate_sets(config, pool, str(checkpoint), 7, lambda *_: None)
+        files.append(evaluation.files())
+    (expected,) = evaluate_sets(config, InProcessPool(config), str(checkpoint), 7, lambda *_: None)
+    assert files[1] == expected.files()
+    assert files[1]["images.parquet"] != files[0]["images.parquet"]
 
 
 def test_panels_0_writes_no_pictures(small):
