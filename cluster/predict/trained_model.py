@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +21,15 @@ from m2f.data_pipeline.label_space import LabelSpace
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.eval.report.coco_files import describe_categories
-from m2f.model.config import ModelConfig
+from m2f.model.config import ModelConfig, PostprocessConfig
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.export.hugging_face import is_hugging_face_folder, read_hugging_face_config
 from m2f.model.segmenter import Segmenter
 from m2f.model.weights.files import count_classes
 from m2f.trainer.checkpoint.identity import METADATA_KEY, ModelIdentity
 from m2f.trainer.checkpoint.weights import fetched_weights, read_identity, weights_url
+
+LOGGER = logging.getLogger(__name__)
 
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
 
@@ -153,20 +156,39 @@ def _open_hugging_face(folder: Path, device: str | None) -> TrainedModel:
     stored_categories = described.notes.get("categories")
     known = None if stored_categories is None else tuple(_category(entry) for entry in stored_categories)
     identity = read_identity(str(folder), Storage())
-    defaults = EvaluationConfig()
+    recipe = "" if identity is None else identity.recipe
+    postprocess, evaluation = _stored_settings(recipe, folder)
     return TrainedModel(
         model=model_with_weights(described.config, str(folder), Storage(), device=device),
-        config=described.config,
+        config=replace(described.config, postprocess=postprocess),
         task=task,
         classes=known or _classes_from_names(described.labels),
         evaluation=replace(
-            defaults,
-            shortest_edge=described.shortest_edge or defaults.shortest_edge,
-            max_size=described.max_size or defaults.max_size,
+            evaluation,
+            shortest_edge=described.shortest_edge or evaluation.shortest_edge,
+            max_size=described.max_size or evaluation.max_size,
         ),
         weights=str(folder),
-        recipe="" if identity is None else identity.recipe,
+        recipe=recipe,
     )
+
+
+def _stored_settings(recipe: str, folder: Path) -> tuple[PostprocessConfig, EvaluationConfig]:
+    """Return the settings of a stored recipe that config.json has no field for.
+
+    Return the defaults if the recipe is empty, and with a warning if this version of m2f cannot read it.
+    """
+    if recipe:
+        try:
+            config = parse_recipe(recipe, source=str(folder))
+        except ConfigError as error:
+            LOGGER.warning(
+                f"{folder}: the stored recipe cannot be read, so model.postprocess and evaluation have their default "
+                f"values; use the version of m2f that exported this folder. {error}"
+            )
+        else:
+            return config.model.postprocess, config.evaluation
+    return PostprocessConfig(), EvaluationConfig()
 
 
 def _category(entry: dict[str, Any]) -> Category:

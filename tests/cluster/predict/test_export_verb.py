@@ -14,6 +14,7 @@ from m2f.cluster.cli import main
 from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.recipe.load import load_recipe
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.config import EvaluationConfig
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -96,6 +97,33 @@ def test_hugging_face_folder_can_predict_and_be_exported_again(tmp_path, capsys,
     assert second.evaluation == first.evaluation
     assert (second.evaluation.shortest_edge, second.evaluation.max_size) == (64, 96)
     assert all(torch.equal(value, second.model.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_hugging_face_folder_predicts_with_the_settings_of_its_recipe(tmp_path, capsys, caplog, recipe):
+    settings = (
+        "model.postprocess={object_threshold: 0.5, overlap_threshold: 0.6, max_instances: 7}",
+        "model.postprocess.semantic_resize=class_scores",
+        "evaluation.shrink=bilinear",
+        "evaluation.precision=bf16",
+        "evaluation.test_time={kind: windows, size: 64, stride: 32}",
+    )
+    weights, folder = tmp_path / "official.pth", tmp_path / "hf"
+    words = ("export", recipe, *settings, "--checkpoint", weights, "--format", "hugging_face", "--output", folder)
+    status, text = m2f(capsys, *words)
+    assert status == 0, text
+    expected, trained = open_trained(str(recipe), settings, str(weights)), open_trained(str(folder), (), None)
+    assert trained.config.postprocess == expected.config.postprocess
+    assert trained.config.postprocess.object_threshold == 0.5
+    assert trained.evaluation == expected.evaluation
+    assert "the stored recipe cannot be read" not in caplog.text
+
+    stored = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(stored.replace("overlap_threshold", "threshold_of_a_newer_version"))
+    trained = open_trained(str(folder), (), None)
+    assert trained.config == CONFIG
+    assert trained.evaluation == EvaluationConfig(shortest_edge=64, max_size=96)
+    assert "the stored recipe cannot be read, so model.postprocess and evaluation have their default" in caplog.text
+    assert "threshold_of_a_newer_version`: no such setting" in caplog.text
 
 
 def test_transformers_folder_is_exported_unchanged(tmp_path, capsys, hugging_face):
