@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from m2f.cluster.predict.inputs import ImageList
+from m2f.cluster.predict.inputs import ImageInput, ImageList
 from m2f.data_pipeline.categories import Category, Task
 from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
@@ -58,11 +58,22 @@ def check_submission(
         )
 
 
-def write_submission(folder: Path, server: Server, task: Task, image_list: ImageList | None, algorithm: str) -> Path:
-    """Zip the predictions in `folder`, as `m2f predict` wrote them, and return the path of the zip file in `folder`."""
+def write_submission(
+    folder: Path,
+    server: Server,
+    task: Task,
+    images: Sequence[ImageInput],
+    image_list: ImageList | None,
+    algorithm: str,
+) -> Path:
+    """Zip the predictions of `images`, as `m2f predict` wrote them to `folder`, and return the path of the zip file.
+
+    The zip file is in `folder`. Other predictions in the folder, which earlier calls wrote, are left out.
+    """
+    maps = sorted(f"{image.name}.png" for image in images)
     if server == "ade20k":
         path = folder / f"ade20k_{algorithm}.zip"
-        _write_zip(path, {image.name: image for image in sorted((folder / "labels").glob("*.png"))})
+        _write_zip(path, {name: folder / "labels" / name for name in maps})
         return path
     assert image_list is not None
     kind = "panoptic" if task == "panoptic" else "detections"
@@ -70,7 +81,7 @@ def write_submission(folder: Path, server: Server, task: Task, image_list: Image
     name = f"{kind}_{match[1] if match else image_list.path.stem}_{algorithm}_results"
     if kind == "panoptic":
         members = {f"{name}.json": folder / "panoptic.json"}
-        members |= {f"{name}/{image.name}": image for image in sorted((folder / "panoptic").glob("*.png"))}
+        members |= {f"{name}/{file}": folder / "panoptic" / file for file in maps}
     else:
         members = {f"{name}.json": folder / "instances.json"}
     path = folder / f"{name}.zip"

@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         where = format_count(folder.num_empty, "image")
         print_out(f"no segment scored high enough to be drawn in {where}; use --min-score 0.1 to show more")
     if args.submission and not problems:
-        print_out(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
+        written = write_submission(output, args.submission, task, images, listed, args.algorithm)
+        print_out(f"submission: {written}")
     elif args.submission:
         print_err(
             f"no submission was written: it would lack {format_count(len(problems), 'image')}, so the server would "

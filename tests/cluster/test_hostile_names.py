@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m2f.cluster.predict.benchmark_zip import write_submission
-from m2f.cluster.predict.inputs import number_images
+from m2f.cluster.predict.inputs import ImageInput, number_images
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.errors import DataError
@@ -53,11 +53,13 @@ def test_predictions_reject_unsafe_image_names(url):
 def test_submission_rejects_unsafe_file_names(tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels/a.png").write_bytes(b"png")
-    with zipfile.ZipFile(write_submission(tmp_path, "ade20k", "semantic", None, "m2f")) as archive:
+    images = [ImageInput("a.jpg", "a", 1)]
+    with zipfile.ZipFile(write_submission(tmp_path, "ade20k", "semantic", images, None, "m2f")) as archive:
         assert archive.namelist() == ["a.png"]
     (tmp_path / "labels/a\\..\\b.png").write_bytes(b"png")
+    images.append(ImageInput("b.jpg", "a\\..\\b", 2))
     with pytest.raises(DataError, match="contains the character"):
-        write_submission(tmp_path, "ade20k", "semantic", None, "m2f")
+        write_submission(tmp_path, "ade20k", "semantic", images, None, "m2f")
 
 
 @pytest.mark.parametrize("name", [*UNSAFE_NAMES, 3, None])

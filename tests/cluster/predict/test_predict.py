@@ -323,6 +323,23 @@ def test_ade20k_submission_contains_one_label_map_per_image(scenes, tmp_path, mo
     assert set(np.unique(labels)) <= {1, 2, 3, 4}
 
 
+@pytest.mark.parametrize("server", ["coco", "ade20k"])
+def test_submission_leaves_out_images_of_earlier_predictions(scenes, tmp_path, monkeypatch, server):
+    classes = CLASSES if server == "coco" else CATEGORIES_150.categories
+    monkeypatch.setattr(trained_model, "open_trained", lambda *_: replace(PAINTED, classes=classes))
+    content = load(scenes / "panoptic.json")
+    images = [image for image in content["images"] if image["file_name"] == "12.png"]
+    info = tmp_path / "image_info_x.json"
+    info.write_text(json.dumps({"images": images, "categories": content["categories"]}))
+    out, options = tmp_path / "out", ["--task", "panoptic" if server == "coco" else "semantic", "--no-pictures"]
+    assert predict(scenes, out, *options) == 0
+    assert predict(scenes, out, *options, "--image-info", info, "--submission", server) == 0
+    (path,) = out.glob("*.zip")
+    with zipfile.ZipFile(path) as archive:
+        members = [name.rpartition("/")[2] for name in archive.namelist()]
+    assert [name for name in members if name.endswith(".png")] == ["12.png"]
+
+
 def test_submission_with_different_categories_is_rejected(tmp_path):
     info = tmp_path / "image_info_test-dev2017.json"
     info.write_text(json.dumps({"images": [], "categories": [{"id": 11, "name": "boat"}]}))
