@@ -108,6 +108,8 @@ class CocoPanopticReader:
         seg, segments, left_out = self._read_map(record)
         pixels = np.bincount(seg.ravel(), minlength=len(segments) + 1)[1:].tolist()
         repairs = [*image.repairs, *area_mismatches(zip((s.area for s in segments), pixels, strict=True))]
+        # Panoptic quality divides by the area, so a stated 0 would make it wrong.
+        segments = tuple(replace(s, area=s.area or float(n)) for s, n in zip(segments, pixels, strict=True))
         layers = None
         if record.instances is not None:
             layers = instance_layers(record.instances, image.height, image.width, self.categories, self.source(index))

@@ -25,11 +25,12 @@ _INSTANCE_TASK = "evaluate only the task `instance`"
 def panoptic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> PanopticTruth:
     """Return the partition with all of its segments, including crowds, in the order of the annotation.
 
-    `labels` maps category ids to classes. Raises EvaluationError naming the image if the sample has no partition.
+    `labels` maps category ids to classes. The pixels of a segment are counted if its stated area is 0, as in shards of
+    earlier versions. Raises EvaluationError naming the image if the sample has no partition.
     """
     id_map = _partition(sample, "panoptic quality", _INSTANCE_TASK)
     segments = {
-        s.id: TruthSegment(_label(sample, s, labels), s.area, s.is_crowd)
+        s.id: TruthSegment(_label(sample, s, labels), s.area or float(np.count_nonzero(id_map == s.id)), s.is_crowd)
         for s in sample.annotation.segments
         if s.map == "seg"
     }

@@ -25,11 +25,13 @@ class Overlaps(NamedTuple):
     """Shared pixels by (truth id, predicted id), in ascending order."""
 
     def iou(self, truth_id: int, predicted_id: int, truth_area: float) -> float:
-        """Return the intersection over union, ignoring predicted pixels in void of the truth.
+        """Return the intersection over union, ignoring predicted pixels in void of the truth; 0 if nothing is shared.
 
         `truth_area` is used in the union, because the annotated area may differ from the number of pixels.
         """
         shared = self.pixels.get((truth_id, predicted_id), 0)
+        if not shared:  # the union can be 0: a segment without pixels, and a prediction only in void
+            return 0.0
         in_void = self.pixels.get((VOID_ID, predicted_id), 0)
         return shared / (self.predicted_area[predicted_id] + truth_area - shared - in_void)
 

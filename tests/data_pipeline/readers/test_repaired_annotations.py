@@ -177,3 +177,10 @@ def test_objects_that_extend_beyond_the_frame_are_counted(coco, x, expected, kin
 def test_wrong_areas_of_panoptic_segments_are_counted(coco, area, expected):
     coco.panoptic[0]["segments_info"][0]["area"] = area
     assert coco.read_panoptic().repairs == expected
+
+
+def test_pixels_of_panoptic_segments_with_a_stated_area_of_0_are_counted(coco):
+    coco.panoptic[0]["segments_info"][0]["area"] = 0
+    sample = coco.read_panoptic()
+    assert sample.annotation.segments[0].area == (sample.annotation.seg == 1).sum() > 0
+    assert sample.repairs == (AREA_MISMATCH,)

@@ -59,6 +59,11 @@ def test_panoptic_truth_has_all_segments_of_the_partition_in_order():
     assert [s.is_crowd for s in truth.segments.values()] == [True, False, False]
 
 
+def test_pixels_of_the_partition_are_counted_if_the_stated_area_is_0():
+    truth = panoptic_truth(sample_of(PARTITION, None, segment(1, 9, area=0.0), segment(3, 40, area=0.0)), LABELS)
+    assert {i: s.area for i, s in truth.segments.items()} == {1: 3.0, 3: 2.0}
+
+
 def test_instances_come_from_their_layers_with_stated_areas():
     sample = sample_of(
         PARTITION,
