@@ -23,6 +23,8 @@ from typing import TypeVar
 import numpy as np
 
 from m2f.data_pipeline.categories import Category, CategoryTable, Task
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers.masks import read_rle
 from m2f.data_pipeline.sample import VOID_ID
 from m2f.eval.config import ExtraMetric
 from m2f.eval.errors import EvaluationError
@@ -54,15 +56,15 @@ class PanopticImage:
     crowds: Collection[int] = ()
     """Ids of annotated segments that are crowds."""
     areas: Mapping[int, float] = field(default_factory=dict)
-    """Areas stated by the annotation, by segment id. Pixels are counted for segments without an entry."""
+    """Areas stated by the annotation, by segment id, above 0. Pixels are counted for segments without an entry."""
 
 
 @dataclass(frozen=True, eq=False)
 class Instances:
     """Instances of one image, annotated or detected."""
 
-    masks: np.ndarray | Sequence[Rle]
-    """[N, H, W] bool, or COCO's run-length encodings."""
+    masks: np.ndarray | Sequence[np.ndarray] | Sequence[Rle]
+    """[N, H, W] bool, or a list of masks [H, W] bool or of COCO's run-length encodings."""
     labels: np.ndarray | Sequence[int]
     """[N] class indices, which start at 0."""
     scores: np.ndarray | Sequence[float] | None = None
@@ -113,7 +115,8 @@ def evaluate_panoptic(
     assert states.errors is not None
     for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
         _check_labels(number, (*annotated.labels.values(), *predicted.labels.values()), len(class_names))
-        image_truth = _panoptic_truth(annotated)
+        _check_maps(number, annotated.id_map, predicted.id_map)
+        image_truth = _panoptic_truth(number, annotated)
         predicted_labels = {i: label for i, label in predicted.labels.items() if i != VOID_ID}
         image_prediction = PanopticPrediction(predicted.id_map, predicted_labels)
         states.panoptic.update(number, image_truth, image_prediction)
@@ -195,6 +198,7 @@ def evaluate_semantic(
     )
     assert states.semantic is not None
     for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
+        _check_maps(number, annotated, predicted)
         states.semantic.update(number, annotated, predicted)
     return states.compute(table, SUBJECT)
 
@@ -240,7 +244,14 @@ def _check_labels(number: int, labels: Iterable[int], num_classes: int) -> None:
         raise EvaluationError(f"image {number}: a segment has class {invalid[0]}, outside 0..{num_classes - 1}")
 
 
-def _panoptic_truth(image: PanopticImage) -> PanopticTruth:
+def _check_maps(number: int, truth: np.ndarray, predicted: np.ndarray) -> None:
+    for side, values in (("truth", truth), ("prediction", predicted)):
+        if values.dtype.kind not in "iub":
+            raise EvaluationError(f"image {number}: the {side} is a {values.dtype} map; it must be integers [H, W]")
+
+
+def _panoptic_truth(number: int, image: PanopticImage) -> PanopticTruth:
+    """Return the truth. Raises EvaluationError for a stated area that is not above 0, unless it is a crowd's."""
     ids, pixels = np.unique(image.id_map, return_counts=True)
     counted = dict(zip(ids.tolist(), pixels.tolist(), strict=True))
     segments = {
@@ -248,6 +259,11 @@ def _panoptic_truth(image: PanopticImage) -> PanopticTruth:
         for i, label in image.labels.items()
         if i != VOID_ID
     }
+    for i, segment in segments.items():
+        if i in image.areas and not segment.is_crowd and not segment.area > 0:
+            raise EvaluationError(
+                f"image {number}: areas states {segment.area:g} for segment {i}; give its number of pixels, or no entry"
+            )
     return PanopticTruth(image.id_map, segments)
 
 
@@ -270,16 +286,29 @@ def _detections(number: int, image: Instances) -> InstanceDetections:
 
 
 def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
-    """Return run-length masks. Raises EvaluationError for arrays of another form and for a wrong number of labels."""
-    masks = image.masks
-    if isinstance(masks, np.ndarray):
-        if masks.ndim != 3 or masks.dtype != bool:
-            raise EvaluationError(
-                f"image {number}: masks are {masks.dtype} with shape {masks.shape}; they must be bool [N, H, W]"
-            )
-        masks = encode_masks(masks)
+    """Return run-length masks. Raises EvaluationError for masks of another form and for a wrong number of labels."""
+    masks: list[Rle] = []
+    for position, mask in enumerate(image.masks):
+        where = f"image {number}: mask {position}"
+        if not isinstance(mask, np.ndarray):
+            try:
+                masks.append(compressed_rle(mask, where))
+            except DataError as error:
+                raise EvaluationError(str(error)) from error
+        elif mask.ndim != 2 or mask.dtype != bool:
+            raise EvaluationError(f"{where} is {mask.dtype} with shape {list(mask.shape)}; it must be bool [H, W]")
+        else:
+            masks.extend(encode_masks([mask]))
     _check_length(number, "labels", len(image.labels), len(masks))
     return tuple(masks)
+
+
+def compressed_rle(mask: Rle, name: str) -> Rle:
+    """Return run lengths in compressed form, which is COCO's form for pycocotools.
+
+    Uncompressed `counts`, a list, are checked. Raises DataError beginning with `name` if they are damaged.
+    """
+    return read_rle(mask, *mask["size"], name) if isinstance(mask["counts"], list) else mask
 
 
 def _check_length(number: int, name: str, length: int, expected: int) -> None:

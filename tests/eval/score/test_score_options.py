@@ -288,6 +288,51 @@ def test_a_label_for_void_is_ignored_on_both_sides():
             assert (quality.true_positives, quality.false_positives, quality.false_negatives) == (1, 0, 0)
 
 
+def test_stated_areas_of_segments_must_be_above_0_unless_they_are_crowds():
+    id_map = np.array([[1, 1, 2, 2]])
+    found = [PanopticImage(id_map, {1: 0, 2: 0})]
+    for area in (0, -3, float("nan")):
+        truth = [PanopticImage(id_map, {1: 0, 2: 0}, areas={2: area})]
+        with pytest.raises(EvaluationError, match=f"image 0: areas states {area:g} for segment 2"):
+            evaluate_panoptic(truth, found, class_names=["a"], is_thing=[True])
+    truth = [PanopticImage(id_map, {1: 0, 2: 0}, crowds=[2], areas={2: 0})]
+    assert evaluate_panoptic(truth, found, class_names=["a"], is_thing=[True]).metrics()["PQ"] == 100
+
+
+def test_an_annotated_segment_without_pixels_is_missed_by_a_prediction_in_void():
+    truth = [PanopticImage(np.array([[1, 1, 0, 0]]), {1: 0, 2: 1})]
+    found = [PanopticImage(np.array([[1, 1, 3, 3]]), {1: 0, 3: 1})]
+    quality = evaluate_panoptic(truth, found, class_names=["a", "b"], is_thing=[True] * 2).panoptic.per_class[1]
+    assert (quality.true_positives, quality.false_positives, quality.false_negatives) == (0, 0, 1)
+
+
+def test_maps_without_integers_are_refused():
+    whole, real = np.array([[0, 1]]), np.array([[0.0, 0.9]])
+    for truth, found, side in ((whole, real, "prediction"), (real, whole, "truth")):
+        message = f"image 0: the {side} is a float64 map; it must be integers"
+        with pytest.raises(EvaluationError, match=message):
+            evaluate_semantic([truth], [found], class_names=["a", "b"])
+        images = [PanopticImage(truth, {1: 0})], [PanopticImage(found, {1: 0})]
+        with pytest.raises(EvaluationError, match=message):
+            evaluate_panoptic(*images, class_names=["a"], is_thing=[True])
+
+
+def test_masks_may_be_a_list_of_arrays_or_of_uncompressed_run_lengths():
+    mask = np.zeros((4, 6), dtype=bool)
+    mask[:, 1:3] = True
+    runs = {"size": [4, 6], "counts": [4, 8, 12]}
+    for masks in (mask[None], [mask], [rle(mask)], [runs]):
+        results = evaluate_instances([Instances(masks, [0])], [Instances([mask], [0], [0.9])], class_names=["a"])
+        assert results.metrics()["AP"] == pytest.approx(100)
+    for masks, message in (
+        (mask, r"mask 0 is bool with shape \[6\]; it must be bool \[H, W\]"),
+        ([mask.astype(int)], "mask 0 is int64 with shape"),
+        ([runs | {"counts": [4, 9, 12]}], "mask 0: the run lengths of its RLE do not add up to 6 x 4 pixels"),
+    ):
+        with pytest.raises(EvaluationError, match=f"image 0: {message}"):
+            evaluate_instances([Instances(masks, [0])], [Instances([mask], [0], [0.9])], class_names=["a"])
+
+
 def test_unknown_categories_of_segments_are_refused_or_ignored(panoptic, capsys):
     folder, _ = panoptic
     document = json.loads((folder / "results.json").read_text())
