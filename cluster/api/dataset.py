@@ -23,7 +23,8 @@ from m2f.data_pipeline.readers.masks import stack_layers
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Segment
 from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.functions import Instances, PanopticImage
+from m2f.eval.functions import Instances, PanopticImage, compressed_rle
+from m2f.eval.metrics.mean_iou import ignore_label
 from m2f.eval.metrics.rle import decode_mask
 from m2f.model.extras import report_missing_extras
 
@@ -52,8 +53,8 @@ class Dataset:
     annotations: Sequence[Truth]
     """One annotation per image, with the height H and width W of the image.
 
-    Each is a `PanopticImage`, an `Instances` with masks as bool [N, H, W] or run-length encodings, or a label map
-    [H, W] of integers.
+    Each is a `PanopticImage`, an `Instances` with masks as bool or uint8 [N, H, W] or run-length encodings, or a label
+    map [H, W] of integers.
     """
     names: Sequence[str]
     """Names of the classes, by label (from 0). In COCO files the id of a class is its label + 1."""
@@ -64,8 +65,8 @@ class Dataset:
     """
     channels: Channels = "rgb"
     """Order of the colour channels in arrays and tensors: "rgb" or "bgr"."""
-    ignore: int = 255
-    """Value of the pixels without a label in label maps."""
+    ignore: int | None = None
+    """Value of the pixels without a label in label maps. None: 255, or 65535 for 256 or more classes."""
 
     def write(self, folder: str | os.PathLike[str]) -> int:
         """Write shards and their manifest into a folder or `s3://` URL, and return the number of images.
@@ -138,7 +139,8 @@ class Dataset:
                 f"{where} is a {values.dtype} map of shape {list(values.shape)}; it must be integers [H, W]"
             )
         if not isinstance(truth, PanopticImage):
-            values = np.where(values == self.ignore, _NO_LABEL, values.astype(np.int64))
+            ignore = ignore_label(len(self.names)) if self.ignore is None else self.ignore
+            values = np.where(values == ignore, _NO_LABEL, values.astype(np.int64))
         if not 0 <= values.min() <= values.max() < _MAX_ID:
             raise DataError(
                 f"{where} has values from {values.min()} to {values.max()}; they must be at least 0 and below {_MAX_ID}"
@@ -175,30 +177,39 @@ class Dataset:
 
     def _instance_annotation(self, position: int, truth: Instances) -> Annotation:
         where = f"annotation {position}"
-        masks = [mask if isinstance(mask, np.ndarray) else decode_mask(mask) for mask in truth.masks]
+        masks = [
+            mask if isinstance(mask, np.ndarray) else decode_mask(compressed_rle(mask, f"{where}: mask {number}"))
+            for number, mask in enumerate(truth.masks)
+        ]
         labels = [int(label) for label in truth.labels]
         crowds = [False] * len(masks) if truth.is_crowd is None else [bool(flag) for flag in truth.is_crowd]
-        if not len(masks) == len(labels) == len(crowds):
-            raise DataError(f"{where} has {len(masks)} masks, {len(labels)} labels and {len(crowds)} crowd flags")
+        areas = [None] * len(masks) if truth.areas is None else [float(area) for area in truth.areas]
+        if not len(masks) == len(labels) == len(crowds) == len(areas):
+            raise DataError(
+                f"{where} has {len(masks)} masks, {len(labels)} labels, {len(crowds)} crowd flags and "
+                f"{len(areas)} areas; give one of each per mask"
+            )
+        if invalid := [mask.dtype for mask in masks if mask.dtype not in (bool, np.uint8)]:
+            raise DataError(f"{where} has a mask of {invalid[0]}; masks must be bool, or uint8 with 0 for background")
         if wrong := [label for label in labels if not 0 <= label < len(self.names)]:
             raise DataError(f"{where} has the label {wrong[0]}; names defines the labels 0 to {len(self.names) - 1}")
         height, width = self._size(position, masks)
         inst, layers, measured = stack_layers(masks, len(masks), height, width)
         categories = self._table.categories
-        columns = enumerate(zip(labels, crowds, layers, measured, strict=True), start=1)
+        columns = enumerate(zip(labels, crowds, areas, layers, measured, strict=True), start=1)
         segments = tuple(
             Segment(
                 id=number,
                 category_id=categories[label].id,
                 is_thing=categories[label].is_thing,
                 is_crowd=crowd,
-                area=float(pixels if truth.areas is None else truth.areas[number - 1]),
+                area=float(pixels) if area is None else area,
                 bbox=box,
                 source_id=number,
                 map="inst",
                 layer=layer,
             )
-            for number, (label, crowd, layer, (pixels, box)) in columns
+            for number, (label, crowd, area, layer, (pixels, box)) in columns
         )
         return Annotation(seg=None, inst=inst, segments=segments)
 

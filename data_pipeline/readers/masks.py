@@ -208,7 +208,9 @@ def stack_layers(
 
 
 def pixel_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Return x, y, width and height of the bounding box of a mask [H, W] bool or uint8; zeros for an empty mask."""
+    """Return x, y, width and height of the bounding box of a mask [H, W], where not 0; zeros for an empty mask."""
+    if mask.itemsize != 1:  # the bytes of wider numbers would count as pixels
+        mask = mask != 0
     if mask.flags.f_contiguous:  # true for masks of pycocotools
         y, x, height, width = cv2.boundingRect(mask.T.view(np.uint8))
     else:

@@ -115,6 +115,28 @@ def test_label_maps_and_instances_are_written_as_shards(scenes, tmp_path):
         assert verify(str(tmp_path / name), Storage(), "full").faults == ()
 
 
+def test_masks_may_be_uncompressed_run_lengths(scenes):
+    image, ids = scenes[0]
+    mask = ids == 2
+    changes = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
+    counts = np.diff(changes, prepend=0, append=mask.size).tolist()
+    runs = m2f.Instances([{"size": list(SIZE), "counts": counts}], [0])
+    written = m2f.Dataset([image], [runs], ["box"])._annotation(0, runs)
+    assert (written.inst[0].astype(bool) == mask).all()
+    assert written.segments[0].area == mask.sum()
+
+
+def test_class_255_of_label_maps_is_a_class_if_there_are_256_or_more(scenes):
+    label_map = np.full(SIZE, 255, np.uint16)
+    label_map[0] = 65535
+    names = [str(label) for label in range(256)]
+    written = m2f.Dataset([scenes[0][0]], [label_map], names)._annotation(0, label_map)
+    assert [segment.category_id for segment in written.segments] == [256]
+    assert (written.seg[0] == 0).all()
+    unlabelled = m2f.Dataset([scenes[0][0]], [label_map], names[:255])._annotation(0, label_map[1:])
+    assert unlabelled.segments == ()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -134,6 +156,15 @@ def test_label_maps_and_instances_are_written_as_shards(scenes, tmp_path):
         ({"annotations": [np.full(SIZE, -2, np.int64)] * 2}, "annotation 0 has values from -2 to -2"),
         ({"annotations": [np.zeros(SIZE, np.uint8), np.zeros((9, 9), np.uint8)]}, "image 1: .*9 x 9"),
         ({"annotations": [m2f.Instances(np.zeros((1, *SIZE), bool), [4])] * 2}, "annotation 0 has the label 4"),
+        ({"annotations": [m2f.Instances(np.ones((1, *SIZE), np.int64), [0])] * 2}, "annotation 0 has a mask of int64"),
+        (
+            {"annotations": [m2f.Instances(np.ones((2, *SIZE), bool), [0, 0], areas=[9.0])] * 2},
+            "annotation 0 has 2 masks, 2 labels, 2 crowd flags and 1 areas",
+        ),
+        (
+            {"annotations": [m2f.Instances([{"size": list(SIZE), "counts": [9, 9]}], [0])] * 2},
+            "annotation 0: mask 0: the run lengths of its RLE do not add up",
+        ),
         (
             {"annotations": [np.zeros(SIZE, np.uint8), m2f.PanopticImage(np.zeros(SIZE, int), {})]},
             "use only one of PanopticImage",

@@ -55,6 +55,14 @@ def test_partition_equals_a_slow_reference(seed, height, width, dtype):
     np.testing.assert_array_equal(annotation.seg, expected)
 
 
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float32])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_box_of_a_mask_does_not_depend_on_its_type(dtype, order):
+    mask = np.zeros((5, 9), dtype, order)
+    mask[1:3, 4:8] = 1
+    assert pixel_box(mask) == (4, 1, 4, 2)
+
+
 def test_more_than_254_segments_take_16_bits():
     values = np.arange(600, dtype=np.uint16).reshape(20, 30)
     thing = Category(1, "cell", True, (1, 2, 3))
