@@ -123,6 +123,9 @@ def _decode_description(members: Mapping[str, bytes]) -> dict[str, Any]:
         for field in ("key", "image_id", "source", "height", "width", "exif", "inst_layers", "segments"):
             description[field]
         description["exif"]["applied"]
+        image_id = description["image_id"]
+        if type(image_id) is not int or abs(image_id) >= 1 << 63:  # the manifest stores 64 bits
+            raise ValueError(f"image_id is {image_id!r:.50}, not a 64-bit integer")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"the json member of a sample cannot be read ({error!r}); the shard was not written by m2f"

@@ -138,6 +138,9 @@ def test_decoding_errors_name_the_sample():
         ({**members, "seg.png": other["seg.png"]}, r"a_key-1.*seg.png is \(5, 9\)"),
         ({**members, "seg.png": members["img.png"]}, "a_key-1.*seg.png: a label map must be"),
     ]
+    for value in ("x", [1], 1.5, True, None, 1 << 70):
+        changed = json.dumps(json.loads(members["json"]) | {"image_id": value}).encode()
+        cases.append(({**members, "json": changed}, r"cannot be read.*image_id is .* not a 64-bit integer"))
     for invalid, message in cases:
         with pytest.raises(DataError, match=message):
             codec.decode(invalid)
