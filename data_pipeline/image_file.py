@@ -21,7 +21,8 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 """File name endings of images; case is ignored."""
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*")
-_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_PHOTOMETRIC = 256, 257, 258, 262
+_TIFF_ORIENTATION, _TIFF_EXTRA_SAMPLES = 0x0112, 338
 _LOSSLESS_TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd")
 """Lossless compressions of TIFF, by Pillow's names."""
 _PNG_MODES = {0: "gray", 2: "rgb", 3: "palette", 4: "gray_alpha", 6: "rgba"}
@@ -212,6 +213,8 @@ def encode_png(values: np.ndarray) -> bytes:
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray:
+    if data[:4] in _TIFF_SIGNATURES:
+        data = _without_turn_and_alpha(data)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
@@ -267,8 +270,10 @@ def _read_other_header(data: bytes) -> ImageHeader:
     """
     try:
         with Image.open(io.BytesIO(data), formats=("TIFF", "BMP", "WEBP")) as image:
-            frames, orientation = getattr(image, "n_frames", 1), int(image.getexif().get(0x0112, 1))
-            kind, mode, (width, height) = image.format, image.mode, image.size
+            frames, orientation = getattr(image, "n_frames", 1), int(image.getexif().get(_TIFF_ORIENTATION, 1))
+            kind, mode, tags = image.format, image.mode, getattr(image, "tag_v2", {})
+            # The tags hold the stored size. Recent versions of Pillow return the size of the turned image for TIFF.
+            width, height = tags.get(_TIFF_WIDTH, image.width), tags.get(_TIFF_HEIGHT, image.height)
     except Exception as error:  # Pillow's plugins raise any exception for damaged bytes
         raise BrokenImageError(f"its header cannot be read ({error!r:.100})") from error
     if frames != 1:
@@ -355,18 +360,35 @@ def _without_palette(data: bytes) -> bytes:
     return b"".join(chunks)
 
 
+def _without_turn_and_alpha(tiff: bytes) -> bytes:
+    """Return a TIFF file with orientation 1, whose extra channel is not declared as alpha. Its pixels are unchanged.
+
+    Otherwise, OpenCV would turn the pixels, even if told not to, and multiply the colours by alpha.
+    """
+    edited, order = bytearray(tiff), "<" if tiff.startswith(b"II") else ">"
+    neutral = {_TIFF_ORIENTATION: 1, _TIFF_EXTRA_SAMPLES: 0}  # 0: the meaning of the extra channel is not specified
+    for tag, position in _tiff_entries(tiff):
+        if tag in neutral:  # its type becomes SHORT (3), its count 1
+            edited[position + 2 : position + 12] = struct.pack(f"{order}HIHH", 3, 1, neutral[tag], 0)
+    return bytes(edited)
+
+
 def _exif_orientation(tiff: bytes) -> int:
-    """Return the value of tag 0x0112 in the first directory; 1 if it is missing or invalid."""
-    order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
-    if order not in ("little", "big"):
-        return 1
-
-    def number(position: int, size: int) -> int:
-        return int.from_bytes(tiff[position : position + size], order)
-
-    directory = number(4, 4)
-    for entry in range(directory + 2, directory + 2 + 12 * number(directory, 2), 12):
-        if number(entry, 2) == 0x0112:
-            value = number(entry + 8, 2)
+    """Return the orientation in the first directory; 1 if it is missing or invalid."""
+    for tag, position in _tiff_entries(tiff):
+        if tag == _TIFF_ORIENTATION:
+            value = _tiff_number(tiff, position + 8, 2)
             return value if 1 <= value <= 8 else 1
     return 1
+
+
+def _tiff_entries(tiff: bytes) -> Iterator[tuple[int, int]]:
+    """Yield tag and position of every entry of the first directory; nothing if the byte order is invalid."""
+    if tiff[:2] in (b"II", b"MM"):
+        directory = _tiff_number(tiff, 4, 4)
+        for position in range(directory + 2, directory + 2 + 12 * _tiff_number(tiff, directory, 2), 12):
+            yield _tiff_number(tiff, position, 2), position
+
+
+def _tiff_number(tiff: bytes, position: int, size: int) -> int:
+    return int.from_bytes(tiff[position : position + size], "little" if tiff.startswith(b"II") else "big")

@@ -5,7 +5,7 @@ import io
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from m2f.cluster.predict.inputs import ImageInput, find_images, match_image_list, read_image, read_image_list
 from m2f.data_pipeline.errors import DataError
@@ -45,6 +45,38 @@ def test_16_bit_images_keep_their_upper_8_bits(ending):
     assert read_header(data).bit_depth == 16
     loaded = check_image(data, 20, 30, 10**6, "x")
     np.testing.assert_array_equal(decode_rgb(loaded.data), np.stack([grey // 256] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("pixels", [PIXELS, PIXELS[..., 0], PIXELS[..., 0].astype(np.uint16) << 8])
+def test_tiff_files_are_turned_once(tmp_path, pixels, compression, orientation):
+    data = _saved("TIFF", pixels, compression=compression, tiffinfo={274: orientation})
+    header = read_header(data)
+    assert (header.height, header.width, header.orientation) == (20, 30, orientation)
+    stored = PIXELS if pixels.ndim == 3 else np.stack([PIXELS[..., 0]] * 3, axis=-1)
+    exif = Image.Exif()
+    exif[274] = orientation
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(_saved("PNG", stored, exif=exif)))))
+    np.testing.assert_array_equal(decode_rgb(data), stored)
+    loaded = check_image(data, *shown.shape[:2], 10**6, "x")  # the annotation was drawn on the turned image
+    np.testing.assert_array_equal(decode_rgb(loaded.data), shown)
+    path = tmp_path / "x.tif"
+    path.write_bytes(data)
+    np.testing.assert_array_equal(read_image(ImageInput(str(path), "x", 1), Storage(), 10**6), shown)
+    if orientation >= 5:
+        loaded = check_image(data, 20, 30, 10**6, "x")  # the annotation was drawn on the stored image
+        np.testing.assert_array_equal(decode_rgb(loaded.data), stored)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_colours_are_not_multiplied_by_alpha(kind, mode):
+    image = Image.fromarray(PIXELS).convert(mode)
+    image.putalpha(Image.fromarray(PIXELS[..., 0]))
+    data = _saved(kind, np.asarray(image), **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    loaded = check_image(data, 20, 30, 10**6, "x")
+    np.testing.assert_array_equal(decode_rgb(loaded.data), np.asarray(image.convert("RGB")))
 
 
 def test_jpeg_and_8_bit_png_files_are_unchanged():
