@@ -145,7 +145,7 @@ class EvaluationQueue:
             status: Status = "published" if known.status == "withdrawn" else "waiting"
             return replace(known, checkpoint=url, status=status, detail="")
         if known is not None:
-            return known if known.settled else replace(known, checkpoint=url)
+            return known
         old = self._entries.get(f"{step}")
         if old is not None and old.folder == commit.checkpoint.name:
             return replace(old, commit=commit.name, checkpoint=url)
@@ -174,13 +174,16 @@ def _ordered(entries: Iterable[Entry]) -> tuple[Entry, ...]:
 def read_entries(storage: Storage, url: str) -> tuple[Entry, ...]:
     """Read the stored entries in the order of the file, which is by step; none if the file does not exist.
 
+    The checkpoints are those of the run folder that contains the file, which may have been moved or copied since.
     Raises EvaluationError if the file is damaged.
     """
     if not storage.exists(url):
         return ()
     data = storage.get(url)
+    run_folder = url.rsplit("/", 2)[0]
     try:
-        return tuple(_read_row(row) for row in parse_json(data))
+        entries = [_read_row(row) for row in parse_json(data)]
+        return tuple(replace(entry, checkpoint=join(run_folder, "checkpoints", entry.folder)) for entry in entries)
     except (ValueError, TypeError, AttributeError) as error:
         raise EvaluationError(
             f"{url} is not a valid evaluation queue ({error}); `m2f train` rebuilds it from the results"

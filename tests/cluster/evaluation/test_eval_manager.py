@@ -1,4 +1,5 @@
 import json
+import shutil
 import threading
 from dataclasses import asdict
 
@@ -255,6 +256,28 @@ def test_best_checkpoint_stays_pinned(tmp_path):
         }
     release(storage, entries[0], entries, "val/PQ")  # a restarted manager releases all published entries
     assert pins(storage, entries[3].checkpoint) == (BEST_PIN,)
+
+
+def test_copied_run_folder_changes_no_pins_of_the_original(tmp_path):
+    storage, original, copied = Storage(), str(tmp_path / "original"), str(tmp_path / "copied")
+
+    def evaluate(run_folder: str, step: int, value: float) -> None:
+        queue = EvaluationQueue(storage, f"{run_folder}/evaluations/queue.json")
+        for entry in queue.entries():  # as at every start
+            release(storage, entry, queue.entries(), "val/PQ")
+        url = checkpoint_url(run_folder, step)
+        pin(storage, url, EVALUATION_PIN)
+        queue.update(CommitList((Commit(f"{step:08d}-0-a", CommittedCheckpoint(step, url)),)))
+        entry, _ = queue.take("every")
+        queue.publish(entry, {"val/PQ": value})
+        release(storage, queue.entries()[-1], queue.entries(), "val/PQ")
+
+    evaluate(original, 10, 50.0)
+    shutil.copytree(original, copied)
+    evaluate(copied, 20, 60.0)
+    assert pins(storage, checkpoint_url(original, 10)) == (BEST_PIN,)
+    assert pins(storage, checkpoint_url(copied, 10)) == ()
+    assert pins(storage, checkpoint_url(copied, 20)) == (BEST_PIN,)
 
 
 def test_evaluation_interrupted_by_an_outage_is_repeated(tmp_path, monkeypatch):
