@@ -110,7 +110,10 @@ class CheckpointSaver:
         self._saved_step = state.step
 
     def finish(self) -> CommittedCheckpoint | None:
-        """Wait until the last saved checkpoint is committed; return it on every rank, or None if there is none."""
+        """Wait until the last saved checkpoint is committed; return it on every rank, or None if there is none.
+
+        If uploads failed, all ranks raise, with the errors of the ranks that failed.
+        """
         self._await_uploads()
         error = self._upload.exception() if self._upload is not None else None
         self._ranks.check(error)
@@ -145,10 +148,20 @@ class CheckpointSaver:
         self._storage.delete_prefix(url)
 
     def _await_uploads(self) -> None:
-        """Wait until no rank is uploading. Ranks communicate meanwhile, so a slow upload causes no timeout."""
-        pause, longest = _POLL_S
-        while self._ranks.sum(torch.tensor([float(self._upload is not None and not self._upload.done())])).item():
-            self._closing.wait(pause)
+        """Wait until no rank is uploading. Once one fails, rank 0 no longer waits for receipts.
+
+        Ranks communicate meanwhile, so a slow upload causes no timeout.
+        """
+        upload, (pause, longest) = self._upload, _POLL_S
+        while True:
+            running = upload is not None and not upload.done()
+            failed = upload is not None and not running and upload.exception() is not None
+            num_running, num_failed = self._ranks.sum(torch.tensor([float(running), float(failed)])).tolist()
+            if num_failed:
+                self._closing.set()
+            if not num_running:
+                return
+            time.sleep(pause)
             pause = min(2 * pause, longest)
 
     def _publish(self, scratch: ScratchFolder, url: str, state: TrainState, metrics: Mapping[int, StepMetrics]) -> None:
@@ -162,10 +175,16 @@ class CheckpointSaver:
             self._commit(url, state, metrics)
 
     def _commit(self, url: str, state: TrainState, metrics: Mapping[int, StepMetrics]) -> None:
-        """Commit the checkpoint. Pin and metrics are stored before the manifest, the entry in `commits/` after it."""
+        """Commit the checkpoint, unless the wait for a receipt is abandoned.
+
+        Pin and metrics are stored before the manifest, the entry in `commits/` after it.
+        """
         files = {}
         for rank in range(self._ranks.world_size):
-            files |= self._await_receipt(url, rank).files
+            receipt = self._await_receipt(url, rank)
+            if receipt is None:
+                return
+            files |= receipt.files
         manifest = CheckpointManifest(state.step, state.world_size, state.zero_stage, files).to_json()
         run_folder, lease = self._job.run_folder, self._job.lease
         check_lease(self._storage, run_folder, lease)
@@ -179,7 +198,11 @@ class CheckpointSaver:
         self._committed = committed
         delete_old(self._storage, run_folder, state.step, self._job.training.checkpoint.keep, lease)
 
-    def _await_receipt(self, url: str, rank: int) -> Receipt:
+    def _await_receipt(self, url: str, rank: int) -> Receipt | None:
+        """Return the receipt of a rank; None if this saver closes or another rank fails before there is one.
+
+        Raises CheckpointError if there is none after `upload_timeout_s`.
+        """
         pause, longest = _POLL_S
         timeout_s = self._job.training.checkpoint.upload_timeout_s
         deadline = time.monotonic() + timeout_s
@@ -188,7 +211,7 @@ class CheckpointSaver:
             if receipt is not None and receipt.attempt == self._attempt:
                 return receipt
             if self._closing.wait(pause):
-                break
+                return None
             pause = min(2 * pause, longest)
         raise CheckpointError(
             f"checkpoint {url} is not committed: rank {rank} did not upload its files within "

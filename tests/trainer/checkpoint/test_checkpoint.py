@@ -3,6 +3,8 @@
 import errno
 import os
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +20,8 @@ from m2f.model.config import ModelConfig
 from m2f.trainer.checkpoint.commits import list_commits, read_metrics
 from m2f.trainer.checkpoint.folder import EVALUATION_PIN, list_checkpoints, pins
 from m2f.trainer.checkpoint.saver import CheckpointSaver
-from m2f.trainer.config import TrainingConfig
+from m2f.trainer.config import CheckpointConfig, TrainingConfig
+from m2f.trainer.errors import PeersError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.state import TrainState
@@ -62,6 +65,33 @@ class RefusingStorage(Storage):
             raise StorageError(f"{url}: the store refuses to write (AccessDenied); check its rights and its quota")
         self.accepts -= 1
         super().put_file(url, path)
+
+
+class Meeting:
+    """Values that the threads of two ranks exchange."""
+
+    def __init__(self):
+        self.values, self.barrier = [None, None], threading.Barrier(2, timeout=30.0)
+
+
+class ThreadRanks(Ranks):
+    """One of two ranks, each of which is a thread of this process."""
+
+    def __init__(self, rank, meeting):
+        self.rank, self.world_size, self.meeting = rank, 2, meeting
+
+    def gather(self, value):
+        self.meeting.values[self.rank] = value
+        self.meeting.barrier.wait()
+        found = list(self.meeting.values)
+        self.meeting.barrier.wait()
+        return found
+
+    def sum(self, values):
+        return torch.stack(self.gather(values)).sum(0)
+
+    def broadcast(self, value):
+        return self.gather(value)[0]
 
 
 @pytest.fixture
@@ -108,6 +138,27 @@ def test_refused_upload_is_reported_and_not_committed(ranks, job, accepted):
     with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver:  # the next start can save the same step
         saver.save(SmallEngine(), state_at(2), {})
         assert saver.finish().step == 2
+
+
+def test_refused_upload_of_one_rank_stops_all_ranks_with_its_error_only(job):
+    meeting = Meeting()
+    checkpoint = CheckpointConfig(upload_timeout_s=10.0)
+    job = replace(job, training=replace(job.training, checkpoint=checkpoint))
+
+    def save(rank):
+        storage = RefusingStorage()
+        storage.accepts = 0 if rank == 1 else storage.accepts
+        with closing(CheckpointSaver(job, storage, ThreadRanks(rank, meeting), None)) as saver:
+            saver.save(SmallEngine(), state_at(1), {})
+            with pytest.raises(PeersError, match=r"rank 1: StorageError: .* refuses to write") as caught:
+                saver.finish()
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as threads:
+        messages = list(threads.map(save, (0, 1)))
+    assert messages[0] == messages[1]
+    assert "rank 0" not in messages[0]  # it did not wait for the files of rank 1 until a timeout
+    assert list_checkpoints(Storage(), job.run_folder) == ()
 
 
 def test_a_commit_is_listed_pinned_and_has_its_metrics(ranks, job):
