@@ -1,4 +1,4 @@
-"""Rebuild a damaged queue of evaluations from the commits and results of a run."""
+"""Prepare the queue of evaluations for a start: rebuild a damaged one from commits and results, and pin checkpoints."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, evaluation_folder, queue_url, read_entries
+from m2f.cluster.evaluation.queue import (
+    WITHDRAWN,
+    Entry,
+    EvaluationQueue,
+    evaluation_folder,
+    queue_url,
+    read_entries,
+)
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.errors import EvaluationError
 from m2f.trainer.checkpoint.commits import Commit, read_commits
-from m2f.trainer.checkpoint.folder import EVALUATION_PIN, MANIFEST, checkpoint_url, pin
+from m2f.trainer.checkpoint.folder import EVALUATION_PIN, MANIFEST, checkpoint_url, list_checkpoints, pin
 from m2f.trainer.checkpoint.weights import manifest_sha256, weights_url
 from m2f.trainer.errors import CheckpointError
 
@@ -23,11 +30,22 @@ SUPERSEDED = "a newer checkpoint was evaluated"
 
 
 def restore_queue(config: RunConfig, storage: Storage) -> str | None:
-    """Rebuild the queue if its file is damaged, and keep the damaged file beside it.
+    """Rebuild the queue if its file is damaged, keeping that file beside it, and pin all checkpoints that wait.
 
     Returns a message for the user, or None if the queue is intact. The holder of the lease must call this before
     anything else reads the queue.
     """
+    message = _rebuild_damaged(config, storage)
+    queue = EvaluationQueue(storage, queue_url(config))
+    queue.update(read_commits(storage, config.run_folder))
+    existing = {checkpoint.url for checkpoint in list_checkpoints(storage, config.run_folder)}
+    for entry in queue.entries():
+        if not entry.settled and entry.checkpoint in existing:  # a start without evaluation.sets has removed the pin
+            pin(storage, entry.checkpoint, EVALUATION_PIN)
+    return message
+
+
+def _rebuild_damaged(config: RunConfig, storage: Storage) -> str | None:
     url = queue_url(config)
     try:
         read_entries(storage, url)
@@ -36,9 +54,6 @@ def restore_queue(config: RunConfig, storage: Storage) -> str | None:
         reason = error.__cause__
     storage.put(f"{url}.damaged", storage.get(url))
     entries = rebuilt_entries(config, storage)
-    for entry in entries:
-        if not entry.settled:  # an earlier failed evaluation may have removed the pin
-            pin(storage, entry.checkpoint, EVALUATION_PIN)
     storage.put(url, json.dumps([asdict(entry) for entry in entries], indent=1).encode())
     counts = Counter(entry.status for entry in entries)
     return (

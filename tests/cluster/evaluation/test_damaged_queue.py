@@ -147,6 +147,18 @@ def test_rebuilt_queue_publishes_results_of_the_same_weights_and_queues_the_rest
     assert [entry.step for entry in queue.entries()] == [10, 20, 30, 40]
 
 
+def test_waiting_checkpoints_of_a_run_that_did_not_evaluate_before_are_pinned(run):
+    deleted, evaluated, waiting = (run.commit(step, "aa") for step in (10, 20, 30))
+    run.delete(deleted)
+    queue = EvaluationQueue(run.storage, queue_url(run.config))
+    queue.update(read_commits(run.storage, run.config.run_folder))
+    queue.publish(queue.entries()[1], {"val/PQ": 41.0})
+    added = run.commit(40, "bb")
+    assert restore_queue(run.config, run.storage) is None
+    found = {url: pins(run.storage, url) for url in (deleted, evaluated, waiting, added)}
+    assert found == {deleted: (), evaluated: (), waiting: (EVALUATION_PIN,), added: (EVALUATION_PIN,)}
+
+
 def test_deleted_checkpoint_with_results_is_published_if_its_step_was_committed_once(run):
     run.delete(run.commit(10, "aa"))
     run.evaluate(10, "aa", 41.0)
