@@ -83,15 +83,6 @@ class Restart:
         ranks.check()  # ranks of a machine may share the folder, which one of them deletes after this
 
 
-@dataclass(frozen=True)
-class _Rejection:
-    """Why no rank resumes from a checkpoint."""
-
-    reason: str
-    in_spike: bool = False
-    """Whether the checkpoint is undamaged, but was saved during a loss spike."""
-
-
 @contextmanager
 def open_restart(
     candidates: tuple[CommittedCheckpoint, ...],
@@ -103,45 +94,40 @@ def open_restart(
     skipped: Sequence[PositionRange] = (),
     lease: int = 0,
 ) -> Iterator[Restart | None]:
-    """Download the first of `candidates` (newest first) that is undamaged on every rank.
+    """Download the first of `candidates` (newest first) that is undamaged on every rank; None without candidates.
 
     The checkpoint must fit `expected`, the state of a fresh start; with `accept_changes` its data order may differ.
-    Damaged candidates before it, and those within a `skipped` range, are set aside. Yields None, for a fresh start,
-    if no candidate is left and none was damaged. Raises CheckpointError if the checkpoint does not fit or if damaged
-    candidates leave no usable one, and StorageError if the storage does not answer. Every rank must call it.
+    Damaged candidates before it, and those within a `skipped` range, are set aside. Raises CheckpointError if the
+    checkpoint does not fit or no candidate is usable, and StorageError if the storage does not answer. Every rank must
+    call it.
     """
-    rejections: list[_Rejection] = []
+    problems = []
     for checkpoint in candidates:
         with ScratchFolder("resume") as folder:
             found = _download(checkpoint, expected, storage, ranks, folder, accept_changes, skipped)
             if isinstance(found, Restart):
-                _set_aside(candidates[: len(rejections)], storage, ranks, lease)
+                _set_aside(candidates[: len(problems)], storage, ranks, lease)
                 if found.weights_only and ranks.is_first:
                     message = f"training.zero.stage was {found.saved_stage}: weights are kept, optimizer state is reset"
                     reporter.report(Notice("weights", checkpoint.step, message))
                 yield found
                 return
-        rejections.append(found)
+        problems.append(found)
         if ranks.is_first:
-            reporter.report(Notice("damaged", checkpoint.step, f"{found.reason}; trying the previous checkpoint"))
-    if not all(rejection.in_spike for rejection in rejections):
+            reporter.report(Notice("damaged", checkpoint.step, f"{found}; trying the previous checkpoint"))
+    if problems:
         raise CheckpointError(
-            f"none of the {len(rejections)} checkpoints can be used: "
-            f"{'; '.join(rejection.reason for rejection in rejections)}; repair one, or start over under another run "
-            "name"
+            f"none of the {len(problems)} checkpoints can be used: {'; '.join(problems)}; repair one, or start over "
+            "under another run name"
         )
-    if rejections and ranks.is_first:
-        message = "every checkpoint was saved during a loss spike; training starts from the beginning"
-        reporter.report(Notice("damaged", 0, message))
-    _set_aside(candidates, storage, ranks, lease)
     yield None
 
 
-def _set_aside(rejected: tuple[CommittedCheckpoint, ...], storage: Storage, ranks: Ranks, lease: int) -> None:
-    """Set rejected checkpoints aside, once it is certain where the run continues, so that listings ignore them."""
+def _set_aside(damaged: tuple[CommittedCheckpoint, ...], storage: Storage, ranks: Ranks, lease: int) -> None:
+    """Set damaged checkpoints aside, after an undamaged one was found, so that listings ignore them."""
 
     def set_all_aside() -> None:
-        for checkpoint in rejected:
+        for checkpoint in damaged:
             check_lease(storage, checkpoint.url.rpartition("/checkpoints/")[0], lease)
             withdraw_commit(storage, checkpoint.url)
             set_aside(storage, checkpoint.url)
@@ -157,10 +143,10 @@ def _download(
     folder: Path,
     accept_changes: bool,
     skipped: Sequence[PositionRange],
-) -> Restart | _Rejection:
-    """Download this rank's files, and convert them if the ranks differ; or return what is wrong on any rank."""
+) -> Restart | str:
+    """Download this rank's files, and convert them if the ranks differ; or return what is damaged on any rank."""
     inspected = ranks.run_on_rank0(lambda: _inspect(storage, checkpoint.url, folder, skipped))
-    if isinstance(inspected, _Rejection):
+    if isinstance(inspected, str):
         return inspected
     manifest, state = inspected
     state = state.with_order(expected.order_fingerprint, checkpoint.url, accept_changes)
@@ -174,7 +160,7 @@ def _download(
     problem = next(filter(None, ranks.gather(own)), None)
     if problem is None and restart.reshard:
         ranks.run_on_all(lambda: _convert(checkpoint.url, folder) if paths else None)
-    return restart if problem is None else _Rejection(problem)
+    return problem or restart
 
 
 def _convert(url: str, folder: Path) -> None:
@@ -196,18 +182,16 @@ def _with_remedy(url: str) -> Iterator[None]:
 
 def _inspect(
     storage: Storage, url: str, folder: Path, skipped: Sequence[PositionRange]
-) -> tuple[CheckpointManifest, TrainState] | _Rejection:
+) -> tuple[CheckpointManifest, TrainState] | str:
     try:
         manifest = verify_sizes(storage, url)
         with report_full_disk("files of a checkpoint"):
             fetch(storage, url, [STATE], manifest, folder)
         state = TrainState.from_json((folder / STATE).read_bytes(), f"{url}/{STATE}")
     except CheckpointError as error:
-        return _Rejection(str(error))
+        return str(error)
     inside = next(filter(state.inside, skipped), None)
-    if inside is not None:
-        return _Rejection(f"checkpoint {url} was saved during a loss spike ({inside})", in_spike=True)
-    return manifest, state
+    return f"checkpoint {url} was saved during a loss spike ({inside})" if inside else (manifest, state)
 
 
 def _machine_folder(ranks: Ranks, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Saving with a full disk or refused uploads, and resuming from checkpoints that cannot be used."""
+"""Saving with a full disk or refused uploads: errors are clear, and incomplete checkpoints are not committed."""
 
 import errno
 import os
@@ -19,16 +19,14 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import ModelConfig
 from m2f.trainer.checkpoint.commits import list_commits, read_metrics
 from m2f.trainer.checkpoint.folder import EVALUATION_PIN, list_checkpoints, pins
-from m2f.trainer.checkpoint.resume import open_restart
 from m2f.trainer.checkpoint.saver import CheckpointSaver
 from m2f.trainer.config import CheckpointConfig, TrainingConfig
-from m2f.trainer.errors import CheckpointError, PeersError
-from m2f.trainer.job import PositionRange, TrainJob
+from m2f.trainer.errors import PeersError
+from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.state import TrainState
 from m2f.trainer.worker import process_group
 from tests.trainer.step_metrics import with_loss
-from tests.trainer.tiny_job import Recorder
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -203,32 +201,3 @@ def test_full_disk_error_of_torch_is_recognised():
 def test_other_errors_while_saving_are_not_converted():
     with pytest.raises(RuntimeError, match="closed by peer"), report_full_disk("weights"):
         raise RuntimeError("Connection closed by peer")
-
-
-def saved_checkpoints(ranks, job, steps):
-    with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver:
-        for step in steps:
-            saver.save(SmallEngine(), state_at(step), {})
-            saver.finish()
-    return list_checkpoints(Storage(), job.run_folder)
-
-
-def test_a_run_starts_from_the_beginning_if_all_its_checkpoints_were_saved_during_a_spike(ranks, job):
-    candidates, reporter = saved_checkpoints(ranks, job, (1, 2)), Recorder()
-    spike = (PositionRange(0, 8),)
-    with open_restart(candidates, state_at(0), Storage(), ranks, reporter, False, spike) as restart:
-        assert restart is None
-    assert "training starts from the beginning" in reporter.events[-1][2]
-    assert list_checkpoints(Storage(), job.run_folder) == ()
-    assert list_commits(Storage(), job.run_folder) == ()
-
-
-def test_a_damaged_checkpoint_before_a_spike_is_not_given_up(ranks, job):
-    candidates = saved_checkpoints(ranks, job, (1, 2))
-    (Path(candidates[1].url) / "state.json").write_bytes(b"")
-    with (
-        pytest.raises(CheckpointError, match=r"none of the 2 .* loss spike .*state\.json has 0 bytes"),
-        open_restart(candidates, state_at(0), Storage(), ranks, Recorder(), False, (PositionRange(4, 8),)),
-    ):
-        pass
-    assert list_checkpoints(Storage(), job.run_folder) == candidates
