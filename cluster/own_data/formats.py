@@ -11,9 +11,10 @@ from typing import Any
 from m2f.cluster.own_data.map_pairs import find_map_formats
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
 from m2f.data_pipeline.documents import DocumentError, parse_json, parse_yaml
+from m2f.data_pipeline.folders import walk_folders
 from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, is_image_name, read_header
 from m2f.data_pipeline.readers.exports.labelme import is_labelme
-from m2f.data_pipeline.readers.files import read_json
+from m2f.data_pipeline.readers.files import files_below, read_json
 from m2f.data_pipeline.sources import (
     CocoInstancesSource,
     CocoPanopticSource,
@@ -71,7 +72,7 @@ def choose_format(folder: Path, requested: str | None) -> DataFormat:
 
 
 def _visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Return the files below a folder that match a pattern, sorted, without hidden copies."""
+    """Return the files in a folder that match a pattern, sorted, without hidden copies."""
     paths = (path for path in folder.glob(pattern) if not is_hidden_copy(path.relative_to(folder).as_posix()))
     return sorted(path for path in paths if path.is_file())
 
@@ -145,7 +146,7 @@ def _detect_json_formats(folder: Path) -> list[DataFormat]:
     coco: list[_JsonFile] = []
     labelme: list[Path] = []
     by_folder: dict[Path, list[Path]] = {}
-    for path in _visible_files(folder, "**/*.json"):
+    for path in filter(Path.is_file, files_below(folder, ".json")):
         by_folder.setdefault(path.parent, []).append(path)
     for parent, paths in by_folder.items():
         for path in paths:
@@ -206,7 +207,7 @@ def _image_folder(folder: Path, file: _JsonFile) -> Path:
     entries = [e for e in file.content["images"][:_SAMPLE_SIZE] if isinstance(e, dict)]
     names = [str(e.get("file_name")).replace("\\", "/") for e in entries]
     nearby = (file.path.parent, file.path.parent / "images", folder, folder / "images")
-    candidates = (*nearby, *sorted(path for path in folder.rglob("*") if path.is_dir()))
+    candidates = (*nearby, *sorted(Path(parent) for parent, _ in walk_folders(str(folder))))
     matching = [path for path in candidates if names and all((path / name).is_file() for name in names)]
     if not matching:
         matching = [path for path in candidates if names and (path / names[0]).is_file()] or [file.path.parent]
@@ -242,7 +243,7 @@ def _labelme_format(folder: Path, parents: Sequence[Path]) -> DataFormat:
 
 def _detect_cvat(folder: Path) -> DataFormat | None:
     sets = []
-    for path in _visible_files(folder, "**/*.xml"):
+    for path in filter(Path.is_file, files_below(folder, ".xml")):
         with path.open("rb") as stream:
             head = stream.read(1_000_000).decode(errors="replace")
         if "<annotations" not in head:
@@ -257,9 +258,8 @@ def _detect_cvat(folder: Path) -> DataFormat | None:
 
 def _detect_voc(folder: Path) -> DataFormat | None:
     """Detect Pascal VOC with grey or palette maps. RGB maps with a legend are a different format."""
-    root = next(
-        (p.parent for p in (folder / "SegmentationObject", *folder.rglob("SegmentationObject")) if p.is_dir()), None
-    )
+    parents = (Path(parent) for parent, _ in walk_folders(str(folder)))
+    root = next((parent for parent in parents if (parent / "SegmentationObject").is_dir()), None)
     maps = _visible_files(root / "SegmentationClass", "*.png") if root else []
     if root is None or not maps:
         return None

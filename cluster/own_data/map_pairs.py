@@ -12,6 +12,7 @@ import numpy as np
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.folders import walk_folders
 from m2f.data_pipeline.image_file import BrokenImageError, is_image_name, read_header
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.map_reader import read_index_map
@@ -148,7 +149,7 @@ def _find_pairs(folder: Path) -> list[_Pair]:
     one nearest to the maps is used.
     """
     stems: dict[Path, dict[str, str]] = {}
-    for parent, _, files in sorted(os.walk(folder)):
+    for parent, files in sorted(walk_folders(str(folder))):
         found = {Path(name).stem: name for name in sorted(files) if is_image_name(os.path.join(parent, name))}
         if found:
             stems[Path(parent)] = found

@@ -17,6 +17,7 @@ import numpy as np
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.errors import DataError, StorageError
+from m2f.data_pipeline.folders import list_files
 from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, frame_orientation, is_image_name, read_header
 from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.storage.storage import Storage
@@ -177,7 +178,7 @@ def _read_or_error(image: ImageInput, storage: Storage, max_pixels: int) -> np.n
 def _find_on_disk(word: str) -> list[str]:
     path = Path(word)
     if path.is_dir():
-        return [str(inside) for inside in sorted(path.rglob("*")) if is_image_name(str(inside))]
+        return [str(inside) for inside in list_files(path) if is_image_name(str(inside))]
     if path.exists():
         return [word]
     return [match for match in sorted(glob.glob(word, recursive=True)) if is_image_name(match)]

@@ -16,7 +16,7 @@ from m2f.data_pipeline.image_file import BrokenImageError, read_header
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers import coco_json
 from m2f.data_pipeline.readers.coco_panoptic import CocoPanopticReader, PanopticRecord
-from m2f.data_pipeline.readers.files import make_key, read_bytes, require_folder
+from m2f.data_pipeline.readers.files import files_below, make_key, read_bytes, require_folder
 from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
 from m2f.data_pipeline.sample import Annotation
 from m2f.data_pipeline.sources import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource
@@ -77,7 +77,7 @@ def open_cityscapes_panoptic(source: CityscapesPanopticSource, max_pixels: int) 
     """
     images, path = require_folder(source.images), source.panoptic_json
     document = coco_json.read_document(path, ("annotations",))
-    names = [file.relative_to(images).as_posix() for file in sorted(images.rglob(f"*{_IMAGE_ENDING}"))]
+    names = [file.relative_to(images).as_posix() for file in files_below(images, _IMAGE_ENDING)]
     by_id = {PurePosixPath(name).name.removesuffix(_IMAGE_ENDING): name for name in names}
     ids = [coco_json.id_text(entry, "image_id", path) for entry in document["annotations"]]
     missing = [image_id for image_id in ids if image_id not in by_id]

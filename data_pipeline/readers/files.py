@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.folders import list_files
 from m2f.data_pipeline.image_file import (
     BrokenImageError,
     ImageHeader,
@@ -119,8 +120,8 @@ def require_folder(path: str) -> Path:
 
 
 def files_below(folder: Path, ending: str) -> list[Path]:
-    """Return the files with a name ending in a folder and its subfolders, sorted, without hidden copies."""
-    found = sorted(folder.rglob(f"*{ending}"))
+    """Return the files below a folder whose names have an ending, sorted, without hidden copies. Links are followed."""
+    found = (path for path in list_files(folder) if path.name.endswith(ending))
     return [path for path in found if not is_hidden_copy(path.relative_to(folder).as_posix())]
 
 

@@ -17,11 +17,11 @@ from m2f.data_pipeline.image_file import (
     BrokenImageError,
     decode_id_map,
     decode_index_map,
-    is_hidden_copy,
     read_header,
 )
 from m2f.data_pipeline.readers.files import (
     ANNOTATION_BYTES,
+    files_below,
     load_image,
     read_bytes,
     require_size,
@@ -203,10 +203,10 @@ def _refuse_lossy(folder: Path, stems: set[str]) -> None:
 def _names_by_stem(folder: Path, endings: tuple[str, ...]) -> dict[str, str]:
     """Return the relative names of all files with one of the endings, by stem. Raises DataError for a repeated stem."""
     names: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in files_below(folder, ""):
         name = path.relative_to(folder).as_posix()
         ending = next((ending for ending in endings if name.lower().endswith(ending.lower())), None)
-        if ending is None or is_hidden_copy(name):
+        if ending is None:
             continue
         if (other := names.setdefault(name[: -len(ending)], name)) is not name:
             raise DataError(f"{folder}: {other} and {name} have the same stem; keep one of them")

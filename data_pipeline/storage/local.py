@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
+from m2f.data_pipeline.folders import walk_folders
 from m2f.data_pipeline.storage.object_info import ObjectInfo, UnfinishedWrite
 
 _TEMPORARY = ".partial-"  # files of running or killed writes; never listed
@@ -86,7 +87,7 @@ class LocalStore:
         except OSError as error:
             _fail(url, error)
 
-    def list(self, prefix: str) -> tuple[str, ...]:
+    def list(self, prefix: str, follow_links: bool = False) -> tuple[str, ...]:
         """Return the sorted paths of all files in a folder and its subfolders, except temporary files."""
 
         def fail(error: OSError) -> None:
@@ -94,8 +95,10 @@ class LocalStore:
                 _fail(error.filename, error)
 
         root = prefix.rstrip("/") or "/"
+        walk = os.walk(root, onerror=fail)  # by default, an unreadable folder counts as empty
+        folders = walk_folders(root, fail) if follow_links else ((folder, names) for folder, _, names in walk)
         paths = []
-        for folder, _, names in os.walk(root, onerror=fail):  # by default, an unreadable folder counts as empty
+        for folder, names in folders:
             paths += [f"{folder}/{name}" for name in names if not name.startswith(_TEMPORARY)]
         return tuple(sorted(paths))
 

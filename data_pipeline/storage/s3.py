@@ -165,8 +165,8 @@ class S3Store:
         address = _address(url)
         self._with_retries(url, lambda client: client.upload_file(str(path), address["Bucket"], address["Key"]))
 
-    def list(self, prefix: str) -> tuple[str, ...]:
-        """Return the sorted URLs of all objects below a folder."""
+    def list(self, prefix: str, follow_links: bool = False) -> tuple[str, ...]:
+        """Return the sorted URLs of all objects below a folder. S3 has no links, so `follow_links` has no effect."""
         bucket, folder = _split_folder(prefix)
 
         def request(client: Any) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class _Store(Protocol):
     def exists(self, url: str) -> bool: ...
     def put(self, url: str, data: bytes, if_absent: bool) -> None: ...
     def put_file(self, url: str, path: Path) -> None: ...
-    def list(self, prefix: str) -> tuple[str, ...]: ...
+    def list(self, prefix: str, follow_links: bool) -> tuple[str, ...]: ...
     def delete(self, url: str) -> None: ...
     def delete_prefix(self, prefix: str) -> None: ...
     def list_unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]: ...
@@ -170,10 +170,14 @@ class Storage:
         self._store(url).put_file(url, Path(path))
         self.counters.add(requests=1, bytes_written=size)
 
-    def list(self, prefix: str) -> tuple[str, ...]:
-        """Return the full URLs of all objects below a folder, sorted; empty if the folder does not exist."""
+    def list(self, prefix: str, follow_links: bool = False) -> tuple[str, ...]:
+        """Return the full URLs of all objects below a folder, sorted; empty if the folder does not exist.
+
+        Local folders that are linked in it are searched only with `follow_links`. It is off by default, because callers
+        delete files that they find.
+        """
         self.counters.add(requests=1)
-        return self._store(prefix).list(prefix)
+        return self._store(prefix).list(prefix, follow_links)
 
     def delete(self, url: str) -> None:
         """Delete an object. A missing object is ignored."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -75,10 +76,14 @@ def _shapes(document: dict[str, Any]) -> list[dict[str, Any]]:
 def _image_name(path: Path, document: dict[str, Any], images: Path) -> str:
     """Return the image's path relative to the folder of images.
 
-    If `imagePath` points outside that folder, only its file name is used.
+    If `imagePath` points outside that folder, also through links, only its file name is used.
     """
     image_path = PureWindowsPath(str(document["imagePath"])).as_posix()  # labelme on Windows writes backslashes
     target, root = (path.parent / image_path).resolve(), images.resolve()
+    if not target.is_relative_to(root):  # unless the image is in a folder that is linked there
+        linked, folder = Path(os.path.abspath(path.parent / image_path)), Path(os.path.abspath(images))
+        if linked.is_relative_to(folder) and linked.is_file():
+            target, root = linked, folder
     name = target.relative_to(root).as_posix() if target.is_relative_to(root) else target.name
     return relative_name(name, str(path))
 

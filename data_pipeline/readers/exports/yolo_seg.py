@@ -7,7 +7,7 @@ from pathlib import Path
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.image_file import is_hidden_copy, is_image_name
+from m2f.data_pipeline.image_file import is_image_name
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.exports.object_parts import (
     AnnotatedImage,
@@ -31,8 +31,7 @@ def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader
     """
     images, labels = require_folder(source.images), require_folder(source.labels)
     categories = read_yolo_classes(source.data_yaml)
-    names = sorted(p.relative_to(images).as_posix() for p in images.rglob("*") if is_image_name(p.name))
-    names = [name for name in names if not is_hidden_copy(name)]
+    names = sorted(p.relative_to(images).as_posix() for p in files_below(images, "") if is_image_name(p.name))
     unusable: list[UnusableAnnotation] = []
     annotated = []
     for name in names:

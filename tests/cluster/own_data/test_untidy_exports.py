@@ -255,6 +255,16 @@ def test_hidden_copies_do_not_change_the_format(name, folder):
     assert find_formats(folder) == formats
 
 
+@pytest.mark.parametrize("name", ["cvat", "labelme", "voc", "cvat_coco", "label_maps", "color_maps"])
+def test_a_linked_export_has_the_format_of_the_export(name, folder, tmp_path):
+    (tmp_path / "disk").mkdir()
+    EXPORTS[name](tmp_path / "disk")
+    (folder / "linked").symlink_to(tmp_path / "disk")
+    (folder / "linked/loop").symlink_to(folder)
+    (expected,), (found,) = find_formats(tmp_path / "disk"), find_formats(folder)
+    assert (found.kind, found.classes, len(found.sets)) == (expected.kind, expected.classes, len(expected.sets))
+
+
 def test_a_damaged_labelme_file_is_named(folder, capsys):
     EXPORTS["labelme"](folder)
     damaged = max(folder.rglob("*.json"))

@@ -63,6 +63,17 @@ def test_subsets_keep_image_ids(folder):
     assert reader.source(0) == "images/sub/b.png"
 
 
+def test_linked_subfolders_are_read(folder):
+    for name in ("images", "labels"):
+        (folder / name / "sub").rename(folder / f"{name} elsewhere")
+        (folder / name / "sub").symlink_to(folder / f"{name} elsewhere")
+    reader = open_reader(_source(folder))
+    assert [reader.source(index) for index in (0, 1)] == ["images/a.jpg", "images/sub/b.png"]
+    (folder / "labels/sub").unlink()
+    with pytest.raises(DataError, match=r"1 files in .* have no counterpart with the same stem: sub/b"):
+        open_reader(_source(folder))
+
+
 def test_fingerprint_depends_on_the_categories(folder):
     before = source_fingerprint(_source(folder))
     (folder / "classes.json").write_text(json.dumps(CATEGORIES[:1]))

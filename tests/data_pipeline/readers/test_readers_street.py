@@ -126,6 +126,9 @@ def test_a_panoptic_json_of_annotations_only_uses_label_ids_or_train_ids(street,
     reader_source = CityscapesPanopticSource(
         images=f"{tmp_path}/leftImg8bit", panoptic_json=f"{tmp_path}/p.json", panoptic_masks=f"{tmp_path}/masks"
     )
+    (tmp_path / "leftImg8bit").rename(tmp_path / "elsewhere")
+    (tmp_path / "leftImg8bit").mkdir()
+    (tmp_path / "leftImg8bit/linked").symlink_to(tmp_path / "elsewhere")
     reader = open_reader(reader_source)
     (sample,) = map(reader.read, range(len(reader.keys)))
     assert (sample.key, sample.height, sample.width) == ("ulm_000001_000019", H, W)

@@ -231,6 +231,25 @@ def test_hidden_copies_of_annotations_change_neither_reader_nor_fingerprint(tmp_
     assert (open_reader(source).keys, source_fingerprint(source)) == (keys, fingerprint)
 
 
+@pytest.mark.parametrize("kind", ["labelme", "yolo_seg"])
+def test_linked_subfolders_of_an_export_are_read(tmp_path, kind):
+    folder, elsewhere = tmp_path / "set", tmp_path / "disk"
+    for export in (folder, elsewhere):
+        export.mkdir()
+        tool_exports.EXPORTS[kind](export)
+    source = _source(kind, folder)
+    number, fingerprint = len(open_reader(source).keys), source_fingerprint(source)
+    for name in {"labelme": ("",), "yolo_seg": ("images/train", "labels/train")}[kind]:
+        (folder / name / "loop").symlink_to(folder / name)
+        assert source_fingerprint(source) == fingerprint
+        (folder / name / "siteB").symlink_to(elsewhere / name)
+    reader = open_reader(source)
+    assert len(reader.keys) == 2 * number
+    images = [path for index in range(2 * number) for path in reader.files(index) if path.suffix == ".png"]
+    assert sum("siteB" in path.parts for path in images) == number
+    assert source_fingerprint(source) != fingerprint
+
+
 @pytest.mark.parametrize("label", [None, "missing"])
 def test_a_labelme_shape_without_a_label_is_unusable_and_defines_no_class(tmp_path, label):
     tool_exports.labelme(tmp_path)

@@ -57,6 +57,17 @@ def test_an_unreadable_folder_raises_storage_error_and_does_not_count_as_empty(t
     assert storage.list(str(tmp_path / "absent")) == ()
 
 
+def test_linked_folders_are_listed_only_on_request(tmp_path):
+    storage = Storage()
+    for name in ("set/a", "disk/b", "disk/.partial-c"):
+        storage.put(str(tmp_path / name), b"")
+    (tmp_path / "set/link").symlink_to(tmp_path / "disk")
+    (tmp_path / "set/loop").symlink_to(tmp_path / "set")
+    assert storage.list(f"{tmp_path}/set/") == (f"{tmp_path}/set/a",)
+    assert storage.list(f"{tmp_path}/set/", follow_links=True) == (f"{tmp_path}/set/a", f"{tmp_path}/set/link/b")
+    assert storage.list(f"{tmp_path}/absent", follow_links=True) == ()
+
+
 def test_read_only_disk_raises_storage_error(tmp_path):
     (tmp_path / "folder").mkdir()
     with (
