@@ -216,6 +216,12 @@ def test_files_folders_and_patterns_give_each_image_once(scenes):
         find_images([f"{scenes}/*.json"], storage)
 
 
+def test_images_in_linked_folders_are_found_once(scenes, tmp_path):
+    (tmp_path / "linked").symlink_to(scenes / "images")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert file_names(find_images([str(tmp_path)], Storage())) == [f"{i}.png" for i in range(10, 15)]
+
+
 def test_patterns_match_in_s3_as_on_disk(photos):
     storage = Storage()
     assert file_names(find_images([photos], storage)) == ["10.png", "11.png", "12.png", "13.png", "14.png", "10.PNG"]

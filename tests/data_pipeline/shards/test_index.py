@@ -414,6 +414,16 @@ def test_missing_and_repeated_tars_are_refused(tmp_path):
         find_tars([str(tar), str(tmp_path)], STORAGE)
 
 
+def test_tars_in_linked_folders_are_found(tmp_path):
+    for name in ("set", "disk"):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "0.tar", {"a": members_of(0, "classes")})
+    (tmp_path / "set/linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "set/loop").symlink_to(tmp_path / "set")
+    folder = str(tmp_path / "set")
+    assert find_tars([folder], STORAGE) == (f"{folder}/0.tar", f"{folder}/linked/0.tar")
+
+
 def test_index_refuses_to_replace_another_data_set(tmp_path):
     write_tars(tmp_path / "tars", "classes", count=3)
     assert index(tmp_path / "tars", tmp_path / "set").committed
