@@ -40,7 +40,11 @@ def kind_of(entry: Entry) -> Kind | None:
 
 
 class Journal:
-    """Journal of JSON lines in `path`. The file `path` + `.sent` stores the number of bytes that were already sent."""
+    """Journal of JSON lines in `path`. The file `path` + `.sent` stores the number of bytes that were already sent.
+
+    The number is read again for every batch, because another process, such as a second `m2f eval` of the run, may have
+    sent and removed the journal since.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open the journal. Raises OSError if the folder of `path` cannot be created."""
@@ -48,7 +52,6 @@ class Journal:
         self._position_file = path.with_name(path.name + ".sent")
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._sent = self._read_position()
 
     def append(self, entry: Entry) -> None:
         """Append one entry. Raises OSError if the disk refuses it; the file is then unchanged."""
@@ -70,7 +73,7 @@ class Journal:
             return []
         entries: list[tuple[Entry, int]] = []
         with self.path.open("rb") as file:
-            file.seek(self._sent)
+            file.seek(self._read_position())
             while len(entries) < limit:
                 line = file.readline()
                 if not line.endswith(b"\n"):  # end of file, or a line that is being written
@@ -85,7 +88,6 @@ class Journal:
         partial = self._position_file.with_name(self._position_file.name + ".partial")
         partial.write_text(str(position))
         os.replace(partial, self._position_file)
-        self._sent = position
 
     @property
     def refused(self) -> Path:
@@ -101,7 +103,6 @@ class Journal:
         """Delete the files: first the `.sent` file, so a crash in between can only resend entries, not skip any."""
         self._position_file.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
-        self._sent = 0
 
     def _read_position(self) -> int:
         try:

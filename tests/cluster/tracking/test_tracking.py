@@ -61,6 +61,18 @@ def test_journal_rereads_uncommitted_entries_and_skips_a_partial_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_entries_appended_after_another_process_removed_the_journal_are_read(tmp_path):
+    first, second = Journal(tmp_path / "a.jsonl"), Journal(tmp_path / "a.jsonl")
+    first.append({"tag": "a", "value": "1"})
+    for journal in (first, second):
+        for _, position in journal.read(10):
+            journal.commit(position)
+    first.remove()
+    added = {"tag": "b", "value": "a longer text, so the file has more bytes than before"}
+    second.append(added)
+    assert [entry for entry, _ in second.read(10)] == [added]
+
+
 def test_run_has_parameters_recipe_tags_metrics_and_artifacts(config, run, tmp_path):
     (tmp_path / "table.txt").write_text("pq 50")
     tracking = Tracking(run, "driver", interval_s=0.05)
