@@ -308,7 +308,10 @@ def compressed_rle(mask: Rle, name: str) -> Rle:
 
     Uncompressed `counts`, a list, are checked. Raises DataError beginning with `name` if they are damaged.
     """
-    return read_rle(mask, *mask["size"], name) if isinstance(mask["counts"], list) else mask
+    if not isinstance(mask["counts"], list):
+        return mask
+    height, width = mask["size"]
+    return read_rle(mask, height, width, name)
 
 
 def _check_length(number: int, name: str, length: int, expected: int) -> None:
