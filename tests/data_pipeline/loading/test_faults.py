@@ -355,7 +355,7 @@ def test_cache_serves_the_second_epoch_and_refetches_damaged_chunks(s3_server, r
         content[600] ^= 1
         path.write_bytes(content)
     assert load_samples(s3_server.storage, data=data)[0] == reference
-    assert len(s3_server.ranges) == 2 * reads, "damaged copies are fetched again, once"
+    assert set(s3_server.ranges[reads:]) == set(s3_server.ranges[:reads]), "damaged copies are fetched again"
 
 
 def test_ranks_of_a_machine_share_a_cache(s3_server, reference, tmp_path):
