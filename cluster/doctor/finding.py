@@ -19,4 +19,4 @@ class Finding:
     remedy: str = ""
     """What the user should do; empty if nothing is needed."""
     where: str = THIS_MACHINE
-    """Address of the checked node, `cluster` for a check of the whole cluster, or HERE without a cluster."""
+    """Address of the checked node, `cluster` for a check of the whole cluster, or THIS_MACHINE without a cluster."""
