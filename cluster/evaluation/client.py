@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -24,12 +26,15 @@ NAMESPACE = "m2f"
 STATUS_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 60.0
 MAX_STARTS = 4
+DRIVER_SILENCE_S = 600.0
+"""Time without a call from the driver, in seconds, after which the service ends."""
 
 
 class EvaluationClient:
     """The driver's handle to the evaluation service.
 
     The service is a detached actor. Ray restarts it after a crash; this class re-creates it if it dies permanently.
+    The driver must call `status` more often than every DRIVER_SILENCE_S.
     """
 
     def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
@@ -75,10 +80,10 @@ class EvaluationClient:
         return self.entries()
 
     def _start(self) -> Any:
-        service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationService)
+        service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationServiceActor)
         return service.options(  # runs on the driver's node, which holds the journal of MLflow metrics
             name=self._name, namespace=NAMESPACE, lifetime="detached", label_selector=this_node_selector()
-        ).remote(self._config, self._tracked, make_pool)
+        ).remote(self._config, self._tracked, make_pool, DRIVER_SILENCE_S)
 
     def _replace(self, error: ActorDiedError) -> None:
         """Create the service again after its actor died permanently, with a pause that doubles each time.
@@ -94,6 +99,35 @@ class EvaluationClient:
         self._next_start = time.monotonic() + 2.0**self._deaths
         _kill_existing(self._name)
         self._service = self._start()
+
+
+class EvaluationServiceActor(EvaluationService):
+    """An evaluation service that ends itself and its pool if the driver stops asking for its status.
+
+    A detached actor outlives a driver that is killed. Without this, its pool would keep GPUs of a shared cluster.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tracked: TrackedRun,
+        make_pool: Callable[[RunConfig], EvaluationPool],
+        driver_silence_s: float,
+    ) -> None:
+        super().__init__(config, tracked, make_pool)
+        self._driver_silence_s = driver_silence_s
+        self._last_call = time.monotonic()
+        threading.Thread(target=self._end_without_driver, name="driver watch", daemon=True).start()
+
+    def status(self) -> EvaluationStatus:
+        """Return all entries and the progress of the running evaluation."""
+        self._last_call = time.monotonic()
+        return super().status()
+
+    def _end_without_driver(self) -> None:
+        while (left := self._last_call + self._driver_silence_s - time.monotonic()) > 0:
+            time.sleep(left)
+        ray.kill(ray.get_runtime_context().current_actor)
 
 
 def make_pool(config: RunConfig) -> EvaluationPool:

@@ -177,6 +177,14 @@ def test_killing_evaluation_service_and_actor_does_not_change_results(summary, c
             assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+def test_evaluation_service_ends_if_its_driver_stays_silent(cluster, config, monkeypatch):
+    monkeypatch.setattr("m2f.cluster.evaluation.client.DRIVER_SILENCE_S", 5.0)
+    abandoned = replace(config, name="abandoned")
+    EvaluationClient(abandoned, create_run(abandoned))
+    wait_until(lambda: ray_processes("EvaluationService"))
+    wait_until(lambda: not ray_processes("EvaluationService"))
+
+
 def test_run_trains_evaluates_and_continues_in_object_storage(cluster, folder, s3_endpoint):
     bucket = StorageConfig(endpoint_url=s3_endpoint, region="us-east-1")
     storage = Storage(bucket)
