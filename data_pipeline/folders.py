@@ -6,15 +6,16 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-
-def _raise_unless_denied(error: OSError) -> None:
-    if not isinstance(error, PermissionError):  # `lost+found` on a mounted disk is closed and holds no data
-        raise error
+from m2f.data_pipeline.errors import DataError
 
 
-def walk_folders(
-    root: str, on_error: Callable[[OSError], None] = _raise_unless_denied
-) -> Iterator[tuple[str, list[str]]]:
+def _refuse(error: OSError) -> None:
+    """Raise DataError, unless the folder is `lost+found`, which is closed on every mounted disk and holds no data."""
+    if not (isinstance(error, PermissionError) and os.path.basename(error.filename) == "lost+found"):
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}; correct its permissions, or move it")
+
+
+def walk_folders(root: str, on_error: Callable[[OSError], None] = _refuse) -> Iterator[tuple[str, list[str]]]:
     """Yield the path of each folder below `root` (with `root`) and the names of its files, links to files included.
 
     Links to folders are followed, after all other folders. Each folder is listed once, even if several links or a loop
@@ -22,8 +23,8 @@ def walk_folders(
 
     Args:
         root: path of a folder.
-        on_error: called if a folder cannot be read, which is then left out. The default raises the error, except
-            PermissionError.
+        on_error: called if a folder cannot be read, which is then left out. The default raises DataError, except for
+            a `lost+found` without permission.
     """
     seen: set[str] = set()
     trees = [root]
@@ -39,5 +40,8 @@ def walk_folders(
 
 
 def list_files(root: Path) -> list[Path]:
-    """Return the files in a folder and its subfolders, sorted. Links are followed as in `walk_folders`."""
+    """Return the files in a folder and its subfolders, sorted. Links are followed as in `walk_folders`.
+
+    Raises DataError if a folder cannot be read.
+    """
     return sorted(Path(folder, name) for folder, names in walk_folders(str(root)) for name in names)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from m2f.data_pipeline.folders import list_files
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.cityscapes_ap import (
@@ -64,12 +65,13 @@ def _pairs(truth: Path, predictions: Path, ending: str) -> list[tuple[Path, Path
     """Return the paths of truth and result of every image, sorted by the path of the truth."""
     require_folder(truth, "gtFine")
     require_folder(predictions, f"the results, as {ending} files")
-    maps = sorted(truth.rglob(f"*{TRUTH_ENDING}"))
+    maps = [path for path in list_files(truth) if path.name.endswith(TRUTH_ENDING)]
     if not maps:
         raise EvaluationError(f"{truth} contains no file named *{TRUTH_ENDING}")
     by_frame: dict[str, list[Path]] = {}
-    for path in sorted(predictions.rglob(f"*{ending}")):
-        by_frame.setdefault("_".join(path.stem.split("_")[:3]), []).append(path)
+    for path in list_files(predictions):
+        if path.name.endswith(ending):
+            by_frame.setdefault("_".join(path.stem.split("_")[:3]), []).append(path)
     frames = [path.name.removesuffix(TRUTH_ENDING) for path in maps]
     if missing := [frame for frame in frames if frame not in by_frame]:
         raise EvaluationError(

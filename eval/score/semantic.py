@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.folders import list_files
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoU, MeanIoUState, ignore_label
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject, columns
@@ -89,7 +90,7 @@ def label_maps(truth: Path, predictions: Path) -> list[str]:
     """Return the sorted relative names of the truth's maps. Raises EvaluationError if a prediction is missing."""
     require_folder(truth, "the label maps of the truth")
     require_folder(predictions, "the predicted label maps")
-    names = sorted(path.relative_to(truth).as_posix() for path in truth.rglob("*.png"))
+    names = sorted(path.relative_to(truth).as_posix() for path in list_files(truth) if path.suffix == ".png")
     if not names:
         raise EvaluationError(f"{truth} contains no PNG files")
     if missing := [name for name in names if not (predictions / name).is_file()]:

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.folders import list_files, walk_folders
 
 
@@ -63,20 +65,22 @@ def test_of_two_links_to_a_folder_the_first_name_counts(root):
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
-def test_only_closed_folders_are_left_out(root, monkeypatch, code):
+@pytest.mark.parametrize("name", ["b", "lost+found"])
+def test_only_a_closed_lost_and_found_is_left_out(root, monkeypatch, code, name):
+    (root / "b").rename(root / name)
     scan = os.scandir
 
     def refuse(path):  # root, who runs the tests, may read every folder
-        if str(path).endswith("/b"):
+        if str(path).endswith(f"/{name}"):
             raise OSError(code, os.strerror(code), str(path))
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    if code == errno.EACCES:
-        assert "b/1.png" not in _names(root)
+    if code == errno.EACCES and name == "lost+found":
+        assert f"{name}/1.png" not in _names(root)
     else:
-        with pytest.raises(OSError, match="Input/output error"):
+        with pytest.raises(DataError, match=rf"{re.escape(name)} cannot be read: {os.strerror(code)}; correct"):
             list_files(root)
     errors: list[OSError] = []
-    assert root / "b" not in {Path(folder) for folder, _ in walk_folders(str(root), errors.append)}
+    assert root / name not in {Path(folder) for folder, _ in walk_folders(str(root), errors.append)}
     assert [error.errno for error in errors] == [code]

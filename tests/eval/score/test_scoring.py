@@ -20,7 +20,7 @@ from m2f.eval.score.cityscapes import cityscapes_instance_scoring, cityscapes_se
 from m2f.eval.score.instances import instance_scoring
 from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
 from m2f.eval.score.parallel import map_jobs
-from m2f.eval.score.semantic import semantic_scoring
+from m2f.eval.score.semantic import label_maps, semantic_scoring
 from m2f.model.errors import UserError
 
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
@@ -447,6 +447,14 @@ def test_cityscapes_files_are_scored(tmp_path):
     semantic = run(cityscapes_semantic_scoring(truth, tmp_path / "labels")).content
     assert semantic["IoU"] == semantic["iIoU"] == 1.0
     assert semantic["per_class"]["26"] == {"IoU": 1.0, "iIoU": None}
+
+
+def test_maps_in_linked_folders_are_scored(tmp_path):
+    truth, _ = street_files(tmp_path)
+    (truth / "aachen").rename(tmp_path / "other_disk")
+    (truth / "aachen").symlink_to(tmp_path / "other_disk")
+    assert run(cityscapes_semantic_scoring(truth, tmp_path / "labels")).content["IoU"] == 1.0
+    assert label_maps(truth, truth) == ["aachen/aachen_000001_000019_gtFine_instanceIds.png"]
 
 
 def test_errors_in_cityscapes_files_are_reported(tmp_path):
