@@ -139,13 +139,14 @@ def evaluate_sets(
 
 
 def results_name(storage: Storage, folder: str, results: EvaluationResults) -> str:
-    """Return the name under which results are stored: the label of the set, or `LABEL.DIGEST`.
+    """Return the name under which results are stored: the label of the set, `LABEL.DIGEST` or `LABEL.DIGEST.DATA`.
 
-    The digest is appended if `folder` already contains results for this label with different settings or weights.
-    `m2f eval` with different settings therefore does not overwrite published files and metrics. Results of version 0.1
-    contain no settings; they count as the same if their metrics are equal. Damaged results count as different.
+    The digest is appended if `folder` already contains results for this label with different settings or weights. If
+    these are results of different data, the start of the data's fingerprint is appended, too. `m2f eval` with different
+    settings or data therefore does not overwrite published files and metrics. Results of version 0.1 contain no
+    settings; they count as the same if their metrics are equal. Damaged results count as different.
     """
-    label, settings = results.subject.label, results.subject.settings
+    label, settings, fingerprint = results.subject.label, results.subject.settings, results.subject.fingerprint
     url = join(folder, label, "results.json")
     if settings is None or not storage.exists(url):
         return label
@@ -153,13 +154,16 @@ def results_name(storage: Storage, folder: str, results: EvaluationResults) -> s
         published = parse_json(storage.get(url))
     except DocumentError:
         published = None
+    name = f"{label}.{settings.digest}"
     if not isinstance(published, dict):
-        is_same = False
-    elif "settings_digest" in published:
+        return name
+    if published.get("fingerprint", fingerprint) != fingerprint:
+        return f"{name}.{fingerprint[:8]}"
+    if "settings_digest" in published:
         is_same = published["settings_digest"] == settings.digest
     else:
         is_same = published.get("metrics") == results.metrics()
-    return label if is_same else f"{label}.{settings.digest}"
+    return label if is_same else name
 
 
 def write_files(storage: Storage, url: str, files: dict[str, bytes], local: str | os.PathLike[str]) -> Path:

@@ -55,14 +55,14 @@ def run(args: argparse.Namespace) -> int:
         for evaluation in evaluations:
             run_subfolder = f"evaluations/{weights.name}"
             base = args.output or join(config.run_folder, run_subfolder)
-            name = results_name(storage, base, evaluation.results)
+            label, name = evaluation.results.subject.label, results_name(storage, base, evaluation.results)
             artifact_folder, url = f"{run_subfolder}/{name}", join(base, name)
             folder = write_files(storage, url, evaluation.files(), local=scratch / name)
             print_out(f"\n{evaluation.results.table()}\n\nresults: {url}")
-            if name != evaluation.results.subject.label:
-                print_out("stored under a different name, because settings or weights differ from the stored results")
+            if name != label:
+                print_out("stored under a different name: settings, weights or data differ from the stored results")
             if dump is not None:
-                print_out(f"predictions: {join(dump, name)}")
+                print_out(f"predictions: {join(dump, label)}")
             if tracking is not None and weights.step is not None:
                 checkpoint = evaluated_checkpoint(config, storage, weights.url, weights.step)
                 tracking.log_evaluation(checkpoint, [make_set_metrics(config, storage, evaluation, name)])

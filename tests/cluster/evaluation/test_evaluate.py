@@ -167,7 +167,7 @@ def test_batch_size_changes_metrics_only_by_rounding(small):
     assert results[1] == pytest.approx(results[0], abs=0.05)
 
 
-def test_results_with_other_settings_or_weights_get_a_separate_name(small, tmp_path):
+def test_results_with_other_settings_weights_or_data_get_a_separate_name(small, tmp_path):
     config, weights = small
     config = replace(config, evaluation=replace(config.evaluation, sets=config.evaluation.sets[:1], panels=0))
 
@@ -188,6 +188,11 @@ def test_results_with_other_settings_or_weights_get_a_separate_name(small, tmp_p
     other = replace(published.results.subject.settings, weights="0" * 64)
     subject = replace(published.results.subject, settings=other)
     assert results_name(storage, folder, replace(published.results, subject=subject)) == f"val.{other.digest}"
+
+    for one, digest in ((published, same.results.subject.settings.digest), (larger, digest)):
+        subject = replace(one.results.subject, fingerprint="0123456789abcdef")
+        name = f"val.{digest}.01234567"
+        assert results_name(storage, folder, replace(one.results, subject=subject)) == name
 
     del stored["settings_digest"]  # version 0.1 did not write it
     (tmp_path / "evaluations/val/results.json").write_text(json.dumps(stored))
