@@ -25,8 +25,8 @@ class ClusterConfig(Section):
     """Address of a running Ray cluster. None uses RAY_ADDRESS, or starts a local cluster for the run."""
     num_workers: Annotated[int | tuple[int, int] | Literal["auto"], FROM_1] = "auto"
     """Number of training workers. `auto`: one per available GPU, or one without GPUs. `[min, max]`: as many as fit into
-    the cluster; the run shrinks if nodes are lost and grows if nodes are added. It keeps its global batch, data order
-    and optimizer state."""
+    the cluster, at most `training.global_batch`; the run shrinks if nodes are lost and grows if nodes are added. It
+    keeps its global batch, data order and optimizer state."""
     num_cpus_per_worker: Annotated[float, FROM_0] = 1.0
     """CPUs that Ray reserves for each training worker; `training.threads` sets how many it uses."""
     num_gpus_per_worker: Annotated[float | Literal["auto"], FROM_0] = "auto"

@@ -86,17 +86,20 @@ def settle(
     """Resolve `auto` for devices, workers, precision and compilation.
 
     Args:
-        config: the recipe. Explicit settings stay, with two exceptions: if `num_gpus_per_worker` is `auto`, a larger
-            `num_workers` is reduced to the number of GPUs, and actors evaluate on the CPU if there are no GPUs.
+        config: the recipe. Explicit settings stay, with three exceptions: the maximum of a range of workers is reduced
+            to the global batch; if `num_gpus_per_worker` is `auto`, a larger `num_workers` is reduced to the number of
+            GPUs; and actors evaluate on the CPU if there are no GPUs.
         devices: the available devices.
         stored: choices of the run that is continued.
         during_training: whether evaluations run during training; otherwise they run after it, on the same device.
 
     Raises:
-        ConfigError: the recipe requests GPUs that do not exist, or could put two ranks on one GPU.
+        ConfigError: the recipe requests GPUs that do not exist, could put two ranks on one GPU, or requires more workers
+            than the global batch has images.
     """
-    require_gpus(config, devices)
     warnings: list[str] = []
+    config = _limited_to_batch(config, warnings)
+    require_gpus(config, devices)
     workers, gpus = _training_devices(config, devices, during_training, warnings)
     actor_gpus = _gpus_per_actor(config, devices, workers, gpus, during_training, warnings)
     precision = config.training.precision
@@ -109,6 +112,12 @@ def settle(
         cluster=replace(config.cluster, num_workers=workers, num_gpus_per_worker=gpus),
         evaluation=replace(config.evaluation, num_gpus_per_actor=actor_gpus),
     )
+    least, batch = settled.cluster.min_workers, settled.training.global_batch
+    if least > batch:
+        raise ConfigError(
+            f"cluster.num_workers requires {format_count(least, 'worker')}, but training.global_batch is {batch}, and "
+            "each worker needs at least one image per step; lower num_workers or raise global_batch"
+        )
     return Settled(settled, describe(settled, devices), tuple(warnings), _hints(settled, devices))
 
 
@@ -269,6 +278,21 @@ def _hints(config: RunConfig, devices: AvailableDevices) -> tuple[str, ...]:
             f"training.threads={devices.cores // workers} uses the others"
         )
     return tuple(hints)
+
+
+def _limited_to_batch(config: RunConfig, warnings: list[str]) -> RunConfig:
+    """Return the recipe with the maximum of a range of workers reduced to the global batch; add a warning if it is.
+
+    Otherwise a run that grows in a large cluster would start more ranks than a step has images, and fail.
+    """
+    cluster, batch = config.cluster, config.training.global_batch
+    if not cluster.min_workers <= batch < cluster.max_workers:
+        return config
+    warnings.append(
+        f"cluster.num_workers is [{cluster.min_workers}, {cluster.max_workers}], but training.global_batch is {batch}, "
+        f"and each worker needs at least one image per step: training with at most {format_count(batch, 'worker')}"
+    )
+    return replace(config, cluster=replace(cluster, num_workers=(cluster.min_workers, batch)))
 
 
 def _training_devices(

@@ -73,6 +73,9 @@ def recipe(
         ({"workers": 2}, [H100] * 2, 2, 0.75, 0.25, "bf16_autocast"),
         ({"workers": 2}, [H100], 1, 0.75, 0.25, "bf16_autocast"),
         ({"workers": (1, 4)}, [H100] * 4, (1, 4), 0.75, 0.25, "bf16_autocast"),
+        ({"workers": (1, 4), "batch": 2}, [H100] * 4, (1, 2), 1, 1, "bf16_autocast"),
+        ({"workers": (2, 4), "batch": 2}, [], (2, 2), 0, 0, "fp32"),
+        ({"workers": 32}, [H100] * 4, 4, 0.75, 0.25, "bf16_autocast"),
         ({"evaluating": 1}, [H100] * 4, 3, 1, 1, "bf16_autocast"),
         ({"evaluating": 1, "actors": 2}, [H100] * 4, 2, 1, 1, "bf16_autocast"),
         ({"evaluating": 0}, [H100], 1, 1, 0, "bf16_autocast"),
@@ -109,6 +112,11 @@ def test_auto_resolves_workers_gpus_and_precision(settings, gpus, workers, each,
             [H100],
             "cluster.num_workers is 2, but torch sees 1 GPU, .* with 1 worker and the same global",
         ),
+        (
+            {"workers": (4, 32)},
+            [],
+            r"num_workers is \[4, 32\], but training.global_batch is 16, .* training with at most 16 workers",
+        ),
     ],
 )
 def test_settle_warns_of_idle_missing_and_unshared_gpus(settings, gpus, warning):
@@ -129,6 +137,12 @@ def test_settle_warns_of_idle_missing_and_unshared_gpus(settings, gpus, warning)
 def test_missing_and_shared_gpus_are_rejected(settings, gpus, problem):
     with pytest.raises(ConfigError, match=problem):
         settle(recipe(**settings), AvailableDevices(tuple(gpus)))
+
+
+@pytest.mark.parametrize("workers", [17, (17, 32)])
+def test_more_workers_than_images_per_step_are_rejected(workers):
+    with pytest.raises(ConfigError, match=r"requires 17 workers, but training\.global_batch is 16, .* lower"):
+        settle(recipe(workers=workers), AvailableDevices())
 
 
 def test_cluster_that_may_grow_accepts_missing_gpus():
