@@ -94,8 +94,8 @@ def settle(
         during_training: whether evaluations run during training; otherwise they run after it, on the same device.
 
     Raises:
-        ConfigError: the recipe requests GPUs that do not exist, could put two ranks on one GPU, or requires more workers
-            than the global batch has images.
+        ConfigError: the recipe requests GPUs that do not exist, could put two ranks on one GPU, or requires more
+            workers than the global batch has images.
     """
     warnings: list[str] = []
     config = _limited_to_batch(config, warnings)
