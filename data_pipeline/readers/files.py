@@ -157,11 +157,16 @@ def make_key(file_name: str) -> str:
 
 
 def unique_keys(file_names: Iterable[str]) -> tuple[str, ...]:
-    """Return the keys for file names. Raises DataError if two files would have the same key."""
+    """Return the keys for file names. Raises DataError if two files would have the same key, or a name repeats."""
     first: dict[str, str] = {}
     for name in file_names:
-        if (other := first.setdefault(make_key(name), name)) is not name:
-            raise DataError(f"{other} and {name} would have the same key {make_key(name)!r}; rename one of them")
+        if (key := make_key(name)) in first:
+            raise DataError(
+                f"{name} is listed twice; list it once"
+                if first[key] == name
+                else f"{first[key]} and {name} would have the same key {key!r}; rename one of them"
+            )
+        first[key] = name
     return tuple(first)
 
 

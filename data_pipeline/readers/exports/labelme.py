@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.image_file import BrokenImageError, decode_index_png
+from m2f.data_pipeline.image_file import decode_index_png
 from m2f.data_pipeline.json_fields import field
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.coco_json import whole_number
@@ -120,5 +119,5 @@ def _part(shape: dict[str, Any], label_ids: dict[str, int], height: int, width: 
 def _mask(shape: dict[str, Any]) -> np.ndarray:
     try:
         return decode_index_png(base64.b64decode(str(shape.get("mask")), validate=True)) > 0
-    except (BrokenImageError, binascii.Error) as error:
+    except ValueError as error:  # also BrokenImageError and binascii.Error
         raise DataError(f"has a mask that is not a grey PNG: {error}") from error

@@ -12,6 +12,7 @@ from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
 from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.image_file import is_image_name
 from m2f.data_pipeline.partition import Region, partition
+from m2f.data_pipeline.readers.coco_json import require_unique
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.files import read_bytes, require_file, require_folder, unique_keys
 from m2f.data_pipeline.readers.map_reader import MapReader, MapRecord, read_index_map
@@ -30,7 +31,7 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
     """Return the reader of the images in `image_set`, or of all images with a class map. Class 0 is background.
 
     Raises:
-        DataError: an image or a map is missing, or no image is listed.
+        DataError: an image or a map is missing, or no image is listed, or one is listed twice.
     """
     images, classes = require_folder(source.images), require_folder(source.class_maps)
     objects = require_folder(source.object_maps)
@@ -42,6 +43,7 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
         require_file(source.image_set)
         lines = read_bytes(Path(source.image_set)).decode(errors="replace").splitlines()
         stems = [line.split()[0] for line in lines if line.strip()]
+        require_unique(stems, f"names in {source.image_set}")
     if not stems:
         raise DataError(f"{source.image_set or classes} names no image; check the paths under datasets.<name>.source")
     files = {path.stem: path.name for path in images.iterdir() if is_image_name(path.name)}

@@ -218,6 +218,17 @@ def test_labelme_mask_outside_its_image_is_unusable(tmp_path, points):
     assert len(open_reader(_source("labelme", tmp_path), skip_bad=True).unusable) == 1
 
 
+@pytest.mark.parametrize("mask", ["iVBÖ", "iVB", "AAAA", None])
+def test_labelme_mask_that_is_no_png_is_unusable(tmp_path, mask):
+    tool_exports.labelme(tmp_path)
+    path = tmp_path / "im0.json"
+    document = json.loads(path.read_text())
+    document["shapes"][1]["mask"] = mask
+    path.write_text(json.dumps(document))
+    (fault,) = open_reader(_source("labelme", tmp_path), skip_bad=True).unusable
+    assert "has a mask that is not a grey PNG" in fault.message
+
+
 @pytest.mark.parametrize("kind", ["labelme", "yolo_seg"])
 @pytest.mark.parametrize("copy", [".ipynb_checkpoints/im0-checkpoint", "._im0"])
 def test_hidden_copies_of_annotations_change_neither_reader_nor_fingerprint(tmp_path, kind, copy):
@@ -278,6 +289,13 @@ def test_voc_names_a_list_without_images(tmp_path):
     tool_exports.voc(tmp_path)
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("\n")
     with pytest.raises(DataError, match=r"Segmentation/train\.txt names no image"):
+        open_reader(_source("voc", tmp_path))
+
+
+def test_voc_names_repeated_lines_of_its_list(tmp_path):
+    tool_exports.voc(tmp_path)
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("im0\nim1\nim0\n")
+    with pytest.raises(DataError, match=r"Segmentation/train\.txt must be unique; these appear more than once: im0"):
         open_reader(_source("voc", tmp_path))
 
 
