@@ -25,7 +25,8 @@ from m2f.eval.results.images import IMAGES_FILE, image_records, image_table
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject
 from m2f.eval.results.settings import EvaluationSettings
 from m2f.eval.results.states import EvaluationStates, check_complete, image_qualities
-from m2f.trainer.checkpoint.weights import manifest_sha256, weights_url
+from m2f.model.weights.files import weights_sha256
+from m2f.trainer.checkpoint.weights import fetched_weights, manifest_sha256, weights_url
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def evaluate_sets(
     storage = Storage(config.storage)
     weights = weights_url(checkpoint, storage)
     classes = model_classes(config, weights, storage)
-    sha256 = manifest_sha256(weights, storage)
+    sha256 = _sha256_of(weights, storage)
     return tuple(
         _evaluate(
             config,
@@ -136,6 +137,15 @@ def evaluate_sets(
         )
         for s in config.evaluation.sets
     )
+
+
+def _sha256_of(weights: str, storage: Storage) -> str:
+    """Return the SHA-256 of weights, from the manifest of their checkpoint if it lists them."""
+    listed = manifest_sha256(weights, storage)
+    if listed is not None:
+        return listed
+    with fetched_weights(weights, storage) as path:
+        return weights_sha256(path)
 
 
 def results_name(storage: Storage, folder: str, results: EvaluationResults) -> str:

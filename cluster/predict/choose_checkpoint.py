@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +28,12 @@ class ChosenWeights:
 
     @property
     def name(self) -> str:
-        """Name of the weights, for folders and titles."""
+        """Name of the folder with results of the weights. No other weights have the name of one of the run's steps."""
         if self.step is not None:
             return f"step_{self.step:08d}"
-        return self.url.rstrip("/").rpartition("/")[2].rpartition(".")[0] or "weights"
+        path = Path(os.path.abspath(self.url))  # only for the last part, which is the same for a URL
+        name = path.name if path.is_dir() else path.stem
+        return f"weights_{name}" if name.startswith("step_") else name
 
 
 def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str | None]:

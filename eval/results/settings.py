@@ -30,7 +30,7 @@ class EvaluationSettings:
     postprocess: Mapping[str, Any]
     """Thresholds in `model.postprocess`."""
     weights: str | None
-    """SHA-256 of the weights from the checkpoint's manifest; None for weights without a checkpoint."""
+    """SHA-256 of the weights. None if it is not known; earlier versions knew only that of a run's checkpoints."""
 
     @property
     def digest(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,6 +132,17 @@ def test_step_committed_again_is_evaluated_with_its_new_weights(small, tmp_path)
     assert files[1]["images.parquet"] != files[0]["images.parquet"]
 
 
+def test_results_name_the_digest_of_weights_without_a_manifest(small):
+    config, weights = small
+    config = replace(config, evaluation=replace(config.evaluation, sets=config.evaluation.sets[1:2], panels=0))
+    digests = []
+    for factor in (1.0, -1.0):
+        save_file({name: tensor * factor for name, tensor in load_file(weights).items()}, weights)
+        (evaluation,) = evaluate_sets(config, InProcessPool(config), weights, None, lambda *_: None)
+        digests.append(evaluation.results.subject.settings.weights)
+    assert digests[1] == file_entry(Path(weights)).sha256 != digests[0]
+
+
 def test_panels_0_writes_no_pictures(small):
     config, weights = small
     config = replace(config, evaluation=replace(config.evaluation, panels=0))
@@ -189,9 +201,9 @@ def test_results_with_other_settings_weights_or_data_get_a_separate_name(small, 
     subject = replace(published.results.subject, settings=other)
     assert results_name(storage, folder, replace(published.results, subject=subject)) == f"val.{other.digest}"
 
-    for one, digest in ((published, same.results.subject.settings.digest), (larger, digest)):
+    for one in (published, larger):
         subject = replace(one.results.subject, fingerprint="0123456789abcdef")
-        name = f"val.{digest}.01234567"
+        name = f"val.{subject.settings.digest}.01234567"
         assert results_name(storage, folder, replace(one.results, subject=subject)) == name
 
     del stored["settings_digest"]  # version 0.1 did not write it

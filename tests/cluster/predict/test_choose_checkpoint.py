@@ -46,6 +46,18 @@ def test_a_checkpoint_is_chosen_by_step_or_word(config, choice, step):
     assert choose_checkpoint(config, Storage(), choice).step == step
 
 
+def test_weights_are_named_by_their_file_or_whole_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"exports/a": "a", "exports/v1.2": "v1.2", "step_00000001": "weights_step_00000001"}
+    for path in names:
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "model_final.pth").touch()
+    names |= {"exports/a/": "a", "exports/a/..": "exports"}
+    names |= {"model_final.pth": "model_final", "s3://bucket/x/model.safetensors": "model"}
+    assert {path: choose_checkpoint(config, Storage(), path).name for path in names} == names
+    assert choose_checkpoint(config, Storage(), "1").name == "step_00000001"
+
+
 def test_best_checkpoint_uses_the_metric_of_the_recipe(config):
     publish(config, {"val/PQ": 51.0, "val/AP": 20.0}, {"val/PQ": 50.0, "val/AP": 30.0})
     config = parse_recipe(RECIPE, [f"output={config.output}", "training.checkpoint.best_metric=val/AP"])
