@@ -18,6 +18,8 @@ COLUMN_PIXELS = (560, 960)
 JPEG_QUALITY = 85
 JPEG_PIXELS = 65_500
 """Largest height of a sheet in pixels. JPEG files are limited to 65,535."""
+SHEET_PIXELS = 960
+"""Panels on a sheet are scaled down to the width of the narrowest, but not below this width in pixels."""
 GAP = 8
 HEADER = 30
 FONT_SIZE = 15
@@ -84,10 +86,14 @@ def render_heat_maps(image: np.ndarray, outline: np.ndarray, name: str, heats: S
 
 
 def contact_sheet(panels: Sequence[bytes], columns: int = 1) -> bytes:
-    """Return a JPEG of several panels in rows of `columns`, all scaled to the width of the narrowest."""
+    """Return a JPEG of several panels in rows of `columns`, scaled down to a common width.
+
+    Panels that are narrower, because their images are very tall, are padded on the right.
+    """
     images = [decode_picture(panel) for panel in panels]
-    width = min(image.shape[1] for image in images)
-    images = [_to_width(image, width) for image in images]
+    widths = [image.shape[1] for image in images]
+    width = min(max(widths), max(min(widths), SHEET_PIXELS))
+    images = [_to_width(image, width) if image.shape[1] > width else image for image in images]
     rows = []
     for start in range(0, len(images), columns):
         row = images[start : start + columns]
@@ -96,7 +102,7 @@ def contact_sheet(panels: Sequence[bytes], columns: int = 1) -> bytes:
         )
         for position, image in enumerate(row):
             left = position * (width + GAP)
-            sheet[: image.shape[0], left : left + width] = image
+            sheet[: image.shape[0], left : left + image.shape[1]] = image
         rows.append(sheet)
     sheet = np.concatenate(rows)[:-GAP]
     if len(sheet) > JPEG_PIXELS:
@@ -157,7 +163,7 @@ def _scale(size: tuple[int, int]) -> float:
 def _to_width(image: np.ndarray, width: int) -> np.ndarray:
     if image.shape[1] == width:
         return image
-    height = round(image.shape[0] * width / image.shape[1])
+    height = max(1, round(image.shape[0] * width / image.shape[1]))
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 

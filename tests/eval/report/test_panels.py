@@ -57,12 +57,25 @@ def test_colours_are_stable_per_class_and_vary_per_instance():
 
 
 def test_contact_sheet_contains_all_panels():
-    pictures = [np.full((40, w, 3), v, np.uint8) for w, v in ((100, 10), (50, 100), (60, 200))]
+    pictures = [np.full((40, w, 3), v, np.uint8) for w, v in ((2000, 10), (1000, 100), (1200, 200))]
     sheet = decode_picture(contact_sheet([encode_png(p) for p in pictures], columns=2))
-    assert sheet.shape == (40 + 8 + 33, 108, 3)
+    assert sheet.shape == (40 + 8 + 33, 2008, 3)
     assert abs(sheet[0, 0].astype(int) - 10).max() <= 3  # JPEG is lossy
-    assert abs(sheet[0, 60].astype(int) - 100).max() <= 3
+    assert abs(sheet[0, 1010].astype(int) - 100).max() <= 3
     assert abs(sheet[50, 0].astype(int) - 200).max() <= 3
+
+
+@pytest.mark.parametrize("other", [(20, 5000), (480, 640)])
+def test_sheet_with_a_very_tall_image_stays_readable(other):
+    panels = [
+        render_panel(np.full((*size, 3), 90, np.uint8), "x", [overlay(size), overlay(size)], CLASSES)
+        for size in (other, (5000, 1))
+    ]
+    wide, tall = (decode_picture(panel).shape for panel in panels)
+    sheet = decode_picture(contact_sheet(panels))
+    assert tall[:2] == (990, 3 + 2 * 8)
+    assert sheet.shape[:2] == (round(wide[0] * 960 / wide[1]) + 8 + tall[0], 960)
+    assert abs(sheet[-5, 19:].astype(int) - (24, 26, 30)).max() <= 20  # padded with the background
 
 
 def test_sheet_of_many_panels_stays_within_the_jpeg_size_limit():
