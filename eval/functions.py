@@ -114,11 +114,12 @@ def evaluate_panoptic(
     assert states.segments is not None
     assert states.errors is not None
     for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
-        _check_labels(number, (*annotated.labels.values(), *predicted.labels.values()), len(class_names))
         _check_maps(number, annotated.id_map, predicted.id_map)
-        image_truth = _panoptic_truth(number, annotated)
         predicted_labels = {i: label for i, label in predicted.labels.items() if i != VOID_ID}
+        image_truth = _panoptic_truth(number, annotated)
         image_prediction = PanopticPrediction(predicted.id_map, predicted_labels)
+        truth_labels = (segment.label for segment in image_truth.segments.values())
+        _check_labels(number, (*truth_labels, *predicted_labels.values()), len(class_names))
         states.panoptic.update(number, image_truth, image_prediction)
         candidates = panoptic_candidates(image_truth, image_prediction)
         states.segments.update(number, candidates)
@@ -273,6 +274,10 @@ def _instance_truth(number: int, image: Instances) -> InstanceTruth:
     crowd = np.zeros(len(masks), bool) if image.is_crowd is None else np.asarray(image.is_crowd, dtype=bool)
     for name, values in (("areas", areas), ("is_crowd", crowd)):
         _check_length(number, name, len(values), len(masks))
+    for i in (~(np.isfinite(areas) & (areas >= 0))).nonzero()[0]:
+        raise EvaluationError(
+            f"image {number}: areas states {areas[i]:g} for mask {i}; give its number of pixels, or no areas"
+        )
     return InstanceTruth(masks, np.asarray(image.labels, dtype=np.int64), areas, crowd)
 
 
@@ -306,12 +311,12 @@ def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
 def compressed_rle(mask: Rle, name: str) -> Rle:
     """Return run lengths in compressed form, which is COCO's form for pycocotools.
 
-    Uncompressed `counts`, a list, are checked. Raises DataError beginning with `name` if they are damaged.
+    Raises DataError beginning with `name` if the `counts` are damaged or do not add up to the size.
     """
-    if not isinstance(mask["counts"], list):
-        return mask
-    height, width = mask["size"]
-    return read_rle(mask, height, width, name)
+    counts = mask["counts"]
+    height, width = (int(side) for side in mask["size"])
+    text = counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts
+    return read_rle({"size": [height, width], "counts": text}, height, width, name)
 
 
 def _check_length(number: int, name: str, length: int, expected: int) -> None:

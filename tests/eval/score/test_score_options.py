@@ -281,7 +281,7 @@ def test_panoptic_scoring_supports_sizes_reports_subsets_and_arrays(panoptic, ca
 
 def test_a_label_for_void_is_ignored_on_both_sides():
     id_map = np.array([[0, 0, 1, 1]])
-    for labels in ({1: 0}, {0: 0, 1: 0}):
+    for labels in ({1: 0}, {0: 0, 1: 0}, {0: -1, 1: 0}):
         images = [PanopticImage(id_map, labels)]
         for truth, found in ((images, [PanopticImage(id_map, {1: 0})]), ([PanopticImage(id_map, {1: 0})], images)):
             quality = evaluate_panoptic(truth, found, class_names=["a"], is_thing=[True]).panoptic.per_class[0]
@@ -328,9 +328,19 @@ def test_masks_may_be_a_list_of_arrays_or_of_uncompressed_run_lengths():
         (mask, r"mask 0 is bool with shape \[6\]; it must be bool \[H, W\]"),
         ([mask.astype(int)], "mask 0 is int64 with shape"),
         ([runs | {"counts": [4, 9, 12]}], "mask 0: the run lengths of its RLE do not add up to 6 x 4 pixels"),
+        ([rle(mask) | {"size": [400, 6]}], "mask 0: the run lengths of its RLE do not add up to 6 x 400 pixels"),
+        ([rle(mask) | {"counts": b"\xff"}], "mask 0: its RLE is damaged"),
     ):
         with pytest.raises(EvaluationError, match=f"image 0: {message}"):
             evaluate_instances([Instances(masks, [0])], [Instances([mask], [0], [0.9])], class_names=["a"])
+
+
+def test_stated_areas_of_instances_must_be_numbers_of_at_least_0():
+    mask = np.ones((4, 6), dtype=bool)
+    for area in (float("nan"), float("inf"), -1):
+        truth, found = Instances([mask] * 2, [0, 0], areas=[0, area]), Instances([mask], [0], [0.9])
+        with pytest.raises(EvaluationError, match=f"image 0: areas states {area:g} for mask 1"):
+            evaluate_instances([truth], [found], class_names=["a"])
 
 
 def test_unknown_categories_of_segments_are_refused_or_ignored(panoptic, capsys):
