@@ -25,6 +25,7 @@ from m2f.cluster.compare.records import (
 )
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.label_space import describe_subset, match_classes
+from m2f.eval.results.results import distinct_names
 
 METRIC_ORDER = (
     *("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"),
@@ -285,13 +286,18 @@ def _class_tables(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[ClassT
     for dataset in sets:
         found = [run.results.get(dataset) for run in runs]
         for metric in CLASS_METRICS:
-            by_run = [{row["name"]: row.get(metric) for row in one.per_class} if one else {} for one in found]
+            by_run = [_values_by_class(one, metric) if one else {} for one in found]
             names = dict.fromkeys(name for values in by_run for name in values)
             rows = [_run_values(name, [values.get(name) for values in by_run]) for name in names]
             rows = [row for row in rows if any(value.value is not None for value in row.values)]
             if rows:
                 tables.append(ClassTable(dataset=dataset, metric=metric, rows=tuple(rows)))
     return tables
+
+
+def _values_by_class(result: SetResult, metric: str) -> dict[str, float | None]:
+    names = distinct_names(row["name"] for row in result.per_class)
+    return {name: row.get(metric) for name, row in zip(names, result.per_class, strict=True)}
 
 
 def _compare_classes(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[str]:

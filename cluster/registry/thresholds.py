@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -82,10 +83,15 @@ def choose_thresholds(images: InstanceImages, names: Sequence[str], precision: f
         precision: above 0 and at most 1.
 
     Raises:
-        ThresholdError: `precision` is out of range.
+        ThresholdError: `precision` is out of range, or two classes have the same name.
     """
     if not 0 < precision <= 1:
         raise ThresholdError(f"--precision is {precision}; it must be above 0 and at most 1")
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise ThresholdError(
+            f"--precision: several thing classes have the name {', '.join(repeated)}, but thresholds are stored by "
+            "name; register without --precision, or train with distinct names"
+        )
     labels, scores = images.label.values, images.score.values
     correct = (images.matched.values & 1).astype(bool)  # bit 0: the IoU threshold of 0.5
     is_counted = ~(images.ignored.values & 1).astype(bool)

@@ -10,13 +10,14 @@ from typing import Any
 import cv2
 import numpy as np
 
+from m2f.data_pipeline.categories import Task
 from m2f.eval.metrics.segment_errors import SIZES, Outcome, SegmentErrors
 from m2f.eval.report.charts import BAD, GOOD, Bar, bar_chart, matrix_chart
 from m2f.eval.report.error_costs import error_costs
 from m2f.eval.report.page import Cell, Section, collapsible, grid, headline, page, paragraph, picture, table
 from m2f.eval.report.panels import decode_picture, encode_jpeg
 from m2f.eval.report.precision_recall import curves_by_class, curves_by_size, precision_recall, precision_recall_charts
-from m2f.eval.results.results import EvaluationResults
+from m2f.eval.results.results import EvaluationResults, distinct_names
 
 CHART_CLASSES = 40
 """Largest number of classes in a bar chart. If there are more, the worst ones are shown."""
@@ -74,7 +75,7 @@ def details_json(results: EvaluationResults) -> str:
     """Return the data of the page's charts and matrices as JSON: errors, confusion, and precision-recall curves."""
     content: dict[str, Any] = {"precision_recall": precision_recall(results)}
     if results.instance is not None:
-        names = [c.name for c in results.categories.for_task("instance")]
+        names = _class_names(results, "instance")
         by_class = zip(names, curves_by_class(results.instance), strict=True)
         content["precision_recall_by_size"] = curves_by_size(results.instance)
         content["precision_recall_by_class"] = {name: curves for name, curves in by_class if curves is not None}
@@ -95,7 +96,7 @@ def details_json(results: EvaluationResults) -> str:
             "counts": dict(results.errors.counts),
         }
     if results.pixels is not None:
-        names = [c.name for c in results.categories.for_task("semantic")]
+        names = _class_names(results, "semantic")
         content["pixels"] = {"confusion": [[names[t], names[p], n] for t, p, n in _cells(results.pixels)]}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
@@ -191,7 +192,7 @@ def _confusion(results: EvaluationResults) -> str:
     if results.segments is not None:
         matrices.append(("segments", [*_segment_names(results), NO_PARTNER], results.segments.confusion))
     if results.pixels is not None:
-        matrices.append(("pixels", [c.name for c in results.categories.for_task("semantic")], results.pixels))
+        matrices.append(("pixels", _class_names(results, "semantic"), results.pixels))
     matrices = [one for one in matrices if one[2].any()]
     if not matrices:
         return ""
@@ -239,8 +240,11 @@ def _pictures(panels: Mapping[int, bytes]) -> str:
 
 
 def _segment_names(results: EvaluationResults) -> list[str]:
-    task = "panoptic" if results.panoptic is not None else "instance"
-    return [category.name for category in results.categories.for_task(task)]
+    return _class_names(results, "panoptic" if results.panoptic is not None else "instance")
+
+
+def _class_names(results: EvaluationResults, task: Task) -> list[str]:
+    return distinct_names(category.name for category in results.categories.for_task(task))
 
 
 def _cells(counts: np.ndarray) -> list[tuple[int, int, int]]:

@@ -6,7 +6,8 @@ Methods return per cent, as in papers. The fields hold what the metric modules c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -203,6 +204,16 @@ def _defined(value: float) -> float | None:
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
+
+
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """Return the names of classes as keys: the second class with a name gets ` (2)`, the third ` (3)`."""
+    counts = Counter[str]()
+    keys = []
+    for name in names:
+        counts[name] += 1
+        keys.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
+    return keys
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -87,6 +87,11 @@ def test_precision_out_of_range_is_rejected(precision):
         choose_thresholds(records([], {}), ["cat"], precision)
 
 
+def test_thresholds_of_classes_with_one_name_are_refused():
+    with pytest.raises(ThresholdError, match="several thing classes have the name fish, but"):
+        choose_thresholds(records([], {}), ["fish", "cat", "fish"], 0.9)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # raised by MLflow at the import
 @pytest.mark.parametrize("min_score", [-0.1, 1.5, float("nan")])
 def test_served_models_refuse_a_minimum_score_out_of_range(min_score):

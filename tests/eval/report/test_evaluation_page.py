@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -130,6 +131,17 @@ def test_details_json_contains_the_data_of_the_page():
     assert ["sky", "sky", 3] in content["segments"]["confusion"]
     assert ["cat & <dog>", "(none)", 1] in content["segments"]["confusion"]
     assert ["cat & <dog>", "bus", 8 + 16] in content["pixels"]["confusion"]
+
+
+def test_details_of_classes_with_one_name_are_kept_apart():
+    named = CategoryTable(tuple(replace(category, name="fish") for category in TABLE.categories))
+    states = evaluated(TASKS)
+    content, same = (json.loads(details_json(states.compute(table, SUBJECT))) for table in (TABLE, named))
+    for key in ("by_class", "confusion"):
+        assert len(same["segments"][key]) == len(content["segments"][key])
+    assert list(same["segments"]["by_class"]) == ["fish", "fish (2)", "fish (3)"]
+    assert list(same["precision_recall_by_class"]) == ["fish"]
+    assert same["precision_recall_by_class"]["fish"] == content["precision_recall_by_class"]["cat & <dog>"]
 
 
 def test_precision_curves_average_over_annotated_classes():
