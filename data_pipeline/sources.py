@@ -119,6 +119,8 @@ class YoloSegSource(Section):
     data_yaml: str
     """File with the class names: data.yaml of the export, of which only `names` is read, or classes.txt with one name
     per line."""
+    image_set: str | None = None
+    """Text file with the path of one image per line, for example `train.txt`. None uses all images."""
 
 
 @dataclass(frozen=True, kw_only=True)

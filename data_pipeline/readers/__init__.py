@@ -217,7 +217,10 @@ def source_fingerprint(source: SourceConfig) -> str:
                 digest.update(source.suffix.encode())
             files = (source.categories,)
         case YoloSegSource():
-            files = (source.data_yaml, *_files_below(source.labels, ".txt"))
+            texts = _files_below(source.labels, ".txt")
+            # The name of a text file is the only link to its image.
+            digest.update(json.dumps([Path(text).relative_to(source.labels).as_posix() for text in texts]).encode())
+            files = (source.data_yaml, *texts, source.image_set)
         case LabelmeSource():
             digest.update(repr(source.classes).encode())
             files = _files_below(source.annotations, ".json")

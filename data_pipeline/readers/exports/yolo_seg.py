@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
-from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.image_file import is_image_name
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
+from m2f.data_pipeline.readers.coco_json import require_unique
 from m2f.data_pipeline.readers.exports.object_parts import (
     AnnotatedImage,
     ObjectPart,
@@ -27,18 +29,26 @@ def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader
     add no area.
 
     Raises:
-        DataError: the class file is invalid, or there is no image.
+        DataError: the class file is invalid, `image_set` lists other images, there is no image, or no image has a text
+            file.
     """
     images, labels = require_folder(source.images), require_folder(source.labels)
     categories = read_yolo_classes(source.data_yaml)
     names = sorted(p.relative_to(images).as_posix() for p in files_below(images, "") if is_image_name(p.name))
+    used = names if source.image_set is None else _listed_images(source.image_set, images, names)
     unusable: list[UnusableAnnotation] = []
-    annotated = []
-    for name in names:
+    annotated, labelled = [], False
+    for name in used:
         height, width = displayed_size(images / name)
         file = labels / Path(name).with_suffix(".txt")
+        labelled = labelled or file.is_file()
         parts = _read_lines(file, height, width, categories, unusable) if file.is_file() else ()
         annotated.append(AnnotatedImage(name, height, width, tuple(parts)))
+    if annotated and not labelled:
+        raise DataError(
+            f"{labels} has no text file for any image in {images}, so all images would count as empty; put NAME.txt "
+            "there for each NAME.jpg, or correct datasets.<name>.source.labels"
+        )
     stems = {str(Path(name).with_suffix("")) for name in names}
     for file in files_below(labels, ".txt"):
         stem = str(file.relative_to(labels).with_suffix(""))
@@ -69,6 +79,34 @@ def read_yolo_classes(path: str) -> CategoryTable:
     if not isinstance(names, list) or not names:
         raise DataError(f"{path} has no `names`: a list of classes, or a mapping with the keys 0, 1, 2, ...")
     return categories_from_names([str(name) for name in names])
+
+
+def read_image_paths(file: str) -> list[PurePosixPath]:
+    """Return the paths that a text file lists, one per line. Raises DataError if the file cannot be read."""
+    require_file(file)
+    lines = read_bytes(Path(file)).decode("utf-8-sig", errors="replace").splitlines()
+    return [PurePosixPath(line.strip().replace("\\", "/")) for line in lines if line.strip()]
+
+
+def _listed_images(file: str, images: Path, names: Sequence[str]) -> list[str]:
+    """Return those of the names in the folder `images` that a text file lists, sorted.
+
+    A listed path is a name, or ends with the folder and a name. The folders before them are those of the machine that
+    wrote the file.
+
+    Raises:
+        DataError: the file lists another image, or an image twice, or cannot be read.
+    """
+    known, found, missing = set(names), [], []
+    for path in read_image_paths(file):
+        ends = [(i, "/".join(path.parts[i:])) for i in range(len(path.parts))]
+        listed = [name for i, name in ends if name in known and (i == 0 or path.parts[i - 1] == images.name)]
+        found += listed[:1]
+        missing += [] if listed else [path]
+    if missing:
+        raise DataError(f"{file} lists {len(missing)} images that are not in {images}: {format_list(missing)}")
+    require_unique(found, f"images in {file}")
+    return sorted(found)
 
 
 def _read_lines(

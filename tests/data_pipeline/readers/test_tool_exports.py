@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,15 @@ def _class_map(sample, categories):
     return names
 
 
+def test_renamed_yolo_files_change_the_fingerprint(tmp_path):
+    tool_exports.yolo_seg(tmp_path)
+    source = _source("yolo_seg", tmp_path)
+    before = source_fingerprint(source)
+    texts = sorted(Path(source.labels).rglob("*.txt"))
+    texts[-1].rename(texts[-1].with_name("z.txt"))  # keeps the order of the contents
+    assert source_fingerprint(source) != before
+
+
 @pytest.mark.parametrize("kind", ["yolo_seg", "labelme", "cvat", "voc", "color_maps"])
 def test_every_export_format_gives_the_drawn_pixels(kind, tmp_path):
     tool_exports.EXPORTS[kind](tmp_path)
@@ -84,6 +94,39 @@ def test_yolo_lists_every_invalid_line_in_one_error(tmp_path):
         open_reader(_source("yolo_seg", tmp_path))
     for text in ("6 annotations", "line 1 is a box", "line 2 has class 9", "line 3 has 5", "line 4", "line 5", "gone"):
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "./images/train/", "/content/set/images/train/", "images\\train\\"])
+def test_a_yolo_list_selects_images(tmp_path, prefix):
+    tool_exports.yolo_seg(tmp_path)
+    plain = _source("yolo_seg", tmp_path)
+    source = replace(plain, image_set=f"{tmp_path}/train.txt")
+    (tmp_path / "train.txt").write_text(f"{prefix}im2.png\n{prefix}im0.png\n")
+    assert open_reader(source).keys == ("im0", "im2")
+    assert source_fingerprint(source) != source_fingerprint(plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("im0.png\nim4.png\n", r"train\.txt lists 1 images that are not in .*images/train: im4\.png"),
+        ("images/val/im0.png\n", r"lists 1 images that are not in .*: images/val/im0\.png"),
+        ("im0.png\n./im0.png\n", r"images in .*train\.txt must be unique; these appear more than once: im0\.png"),
+    ],
+)
+def test_a_yolo_list_with_other_or_repeated_images_is_refused(tmp_path, text, message):
+    tool_exports.yolo_seg(tmp_path)
+    (tmp_path / "train.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_reader(replace(_source("yolo_seg", tmp_path), image_set=f"{tmp_path}/train.txt"))
+
+
+@pytest.mark.parametrize("labels", ["images/train", "labels/val"])
+def test_yolo_labels_that_fit_no_image_are_refused(tmp_path, labels):
+    tool_exports.yolo_seg(tmp_path)
+    (tmp_path / "images/train/classes.txt").write_text("cell\ndirt\n")
+    with pytest.raises(DataError, match=rf"{labels} has no text file for any image in .*images/train"):
+        open_reader(replace(_source("yolo_seg", tmp_path), labels=f"{tmp_path}/{labels}"), skip_bad=True)
 
 
 def test_labelme_parts_of_a_group_are_one_object(tmp_path):
