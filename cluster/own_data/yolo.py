@@ -1,0 +1,103 @@
+"""Detect the YOLO format in a folder of user data."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split
+from m2f.data_pipeline.documents import DocumentError, parse_yaml
+from m2f.data_pipeline.image_file import is_hidden_copy
+from m2f.data_pipeline.readers.exports.yolo_seg import read_image_paths
+from m2f.data_pipeline.sources import YoloSegSource
+from m2f.model.errors import ConfigError
+
+_SPLITS: tuple[tuple[str, Split], ...] = (("train", "train"), ("val", "val"), ("valid", "val"))
+"""Names of splits in data.yaml."""
+
+
+def detect_yolo(folder: Path) -> DataFormat | None:
+    """Return the format of a folder with a data.yaml, or with a classes.txt as in exports of Label Studio.
+
+    Raises ConfigError if data.yaml names images that do not exist. Otherwise, the other sets would be divided instead.
+    """
+    paired = (folder / "images").is_dir() and (folder / "labels").is_dir()
+    files = (path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file())
+    for path in sorted(path for path in files if not is_hidden_copy(path.name)):
+        try:
+            document = parse_yaml(path.read_bytes())
+        except DocumentError:
+            continue
+        if not isinstance(document, dict) or "names" not in document:
+            continue
+        sets = _sets(folder, path, document) or (_undivided(folder, path) if paired else ())
+        if sets:
+            return DataFormat("yolo_seg", f"{path.name} lists classes and image folders", sets)
+    path = folder / "classes.txt"
+    if not (paired and path.is_file()):
+        return None
+    return DataFormat("yolo_seg", "classes.txt beside images/ and labels/", _undivided(folder, path))
+
+
+def _undivided(folder: Path, classes: Path) -> tuple[SourceSet, ...]:
+    source = YoloSegSource(images=f"{folder}/images", labels=f"{folder}/labels", data_yaml=str(classes))
+    return (SourceSet(None, source),)
+
+
+def _sets(folder: Path, data_yaml: Path, document: dict[str, Any]) -> tuple[SourceSet, ...]:
+    sets = []
+    for name, split in _SPLITS:
+        values = document.get(name) or []
+        for value in values if isinstance(values, list) else [values]:
+            path = _find_path(folder, document, str(value))
+            images = path if path is None or path.is_dir() else _folder_of_listed_images(folder, path)
+            if path is None or images is None:
+                raise ConfigError(
+                    f"{data_yaml}: {name} is {value!r}, which is neither a folder nor a text file that lists existing "
+                    "images; correct the path, or remove it"
+                )
+            source = YoloSegSource(
+                images=str(images),
+                labels=str(_label_folder(images)),
+                data_yaml=str(data_yaml),
+                image_set=None if path == images else str(path),
+            )
+            sets.append(SourceSet(split, source))
+    return tuple(sets)
+
+
+def _find_path(folder: Path, document: dict[str, Any], value: str) -> Path | None:
+    """Return the folder or text file that a value of data.yaml names; None if it does not exist.
+
+    Roboflow writes `../train/images` for a folder beside the file.
+    """
+    bare = re.sub(r"^(\.\./)+", "", value)
+    candidates = (folder / str(document.get("path") or "") / value, folder / value, folder / bare)
+    return next((p for p in candidates if p.is_dir() or (p.suffix == ".txt" and p.is_file())), None)
+
+
+def _folder_of_listed_images(folder: Path, file: Path) -> Path | None:
+    """Return the innermost folder with all images that a file lists; None if it lists no image of `folder`.
+
+    The paths in the file may start with any further folders: CVAT writes `data/images/train/a.jpg`.
+    """
+    firsts = {path.parent: path for path in reversed(read_image_paths(str(file)))}
+    found = [_find_image(folder, path) for path in firsts.values()]
+    parents = [str(path.parent) for path in found if path is not None]
+    return Path(os.path.commonpath(parents)) if parents and len(parents) == len(found) else None
+
+
+def _find_image(folder: Path, path: PurePosixPath) -> Path | None:
+    candidates = (folder.joinpath(*path.parts[i:]) for i in range(len(path.parts)))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _label_folder(images: Path) -> Path:
+    """Return the folder of the text files: as in Ultralytics, the last folder `images` of the path becomes `labels`.
+
+    If there is no such folder, the text files are beside the images.
+    """
+    labels = Path(re.sub(r"^(.*/)images(?=/|$)", r"\1labels", str(images)))
+    return labels if labels.is_dir() else images
