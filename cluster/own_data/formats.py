@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from m2f.cluster.own_data.map_pairs import find_map_formats
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
-from m2f.data_pipeline.documents import DocumentError, parse_json, parse_yaml
+from m2f.cluster.own_data.yolo import detect_yolo
+from m2f.data_pipeline.documents import DocumentError, parse_json
+from m2f.data_pipeline.errors import format_list
 from m2f.data_pipeline.folders import walk_folders
-from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, is_image_name, read_header
+from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, read_header
 from m2f.data_pipeline.readers.exports.labelme import is_labelme
 from m2f.data_pipeline.readers.files import files_below, read_json
 from m2f.data_pipeline.sources import (
@@ -21,7 +23,6 @@ from m2f.data_pipeline.sources import (
     CvatSource,
     LabelmeSource,
     VocSource,
-    YoloSegSource,
 )
 from m2f.model.errors import ConfigError
 
@@ -39,7 +40,7 @@ class _JsonFile:
 def find_formats(folder: Path) -> list[DataFormat]:
     """Return all formats that fit the folder. Folders of maps are considered only if no other format fits."""
     detected = [
-        _detect_yolo(folder) or _detect_yolo_with_class_list(folder),
+        detect_yolo(folder),
         *_detect_json_formats(folder),
         _detect_cvat(folder),
         _detect_voc(folder),
@@ -77,70 +78,6 @@ def _visible_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in paths if path.is_file())
 
 
-def _detect_yolo(folder: Path) -> DataFormat | None:
-    for path in sorted((*_visible_files(folder, "*.yaml"), *_visible_files(folder, "*.yml"))):
-        try:
-            document = parse_yaml(path.read_bytes())
-        except DocumentError:
-            continue
-        if not isinstance(document, dict) or "names" not in document:
-            continue
-        sets = []
-        for name, split in (("train", "train"), ("val", "val"), ("valid", "val")):
-            images = _yolo_image_folder(folder, document, str(document.get(name) or ""))
-            if images is not None:
-                labels = Path(re.sub(r"images(?=(/[^/]*)?$)", "labels", str(images)))
-                sets.append(
-                    SourceSet(split, YoloSegSource(images=str(images), labels=str(labels), data_yaml=str(path)))
-                )
-        if not sets and (folder / "images").is_dir() and (folder / "labels").is_dir():
-            source = YoloSegSource(images=f"{folder}/images", labels=f"{folder}/labels", data_yaml=str(path))
-            sets = [SourceSet(None, source)]
-        if sets:
-            return DataFormat("yolo_seg", f"{path.name} lists classes and image folders", tuple(sets))
-    return None
-
-
-def _detect_yolo_with_class_list(folder: Path) -> DataFormat | None:
-    """Detect the YOLO export of Label Studio, which has a list of names instead of a data.yaml."""
-    path = folder / "classes.txt"
-    if not (path.is_file() and (folder / "images").is_dir() and (folder / "labels").is_dir()):
-        return None
-    source = YoloSegSource(images=f"{folder}/images", labels=f"{folder}/labels", data_yaml=str(path))
-    return DataFormat("yolo_seg", "classes.txt beside images/ and labels/", (SourceSet(None, source),))
-
-
-def _yolo_image_folder(folder: Path, document: dict[str, Any], value: str) -> Path | None:
-    """Return the image folder of a split.
-
-    Roboflow writes `../train/images` for a folder beside the file. CVAT names a file that lists the images.
-    """
-    if not value:
-        return None
-    bare = re.sub(r"^(\.\./)+", "", value)
-    candidates = (folder / str(document.get("path") or "") / value, folder / value, folder / bare)
-    for path in candidates:
-        if path.is_dir():
-            return path
-        if path.suffix == ".txt" and path.is_file():
-            return _folder_of_listed_images(folder, path)
-    return None
-
-
-def _folder_of_listed_images(folder: Path, file: Path) -> Path | None:
-    """Return the folder that contains exactly the images that a file lists, or None.
-
-    The paths in the file may start with any further folders.
-    """
-    lines = [PurePosixPath(line.strip()) for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    names, parents = {line.name for line in lines}, {line.parent for line in lines}
-    if len(parents) != 1:
-        return None
-    parts = parents.pop().parts
-    found = next((p for i in range(len(parts)) if (p := folder.joinpath(*parts[i:])).is_dir()), None)
-    return found if found is not None and {p.name for p in found.iterdir() if is_image_name(p.name)} == names else None
-
-
 def _detect_json_formats(folder: Path) -> list[DataFormat]:
     """Return the COCO and labelme formats. A folder with a labelme file is not searched further for COCO files."""
     coco: list[_JsonFile] = []
@@ -169,6 +106,11 @@ def _detect_json_formats(folder: Path) -> list[DataFormat]:
 
 def _coco_formats(folder: Path, files: Sequence[_JsonFile]) -> list[DataFormat]:
     sets: dict[str, list[SourceSet]] = {"coco_instances": [], "coco_panoptic": []}
+    keypoints = [str(file.path.relative_to(folder)) for file in files if _has_keypoints(file)]
+    notes: tuple[str, ...] = ()
+    if 0 < len(keypoints) < len(files):
+        files = [file for file in files if not _has_keypoints(file)]
+        notes = (f"not used, because they annotate keypoints: {format_list(keypoints)}",)
     for file in files:
         split = split_from_path(str(file.path.relative_to(folder)))
         entries = [e for e in file.content["annotations"] if isinstance(e, dict)]
@@ -186,7 +128,13 @@ def _coco_formats(folder: Path, files: Sequence[_JsonFile]) -> list[DataFormat]:
             )
             sets["coco_instances"].append(SourceSet(split, source))
     names = ", ".join(str(file.path.relative_to(folder)) for file in files[:4])
-    return [DataFormat(kind, f"COCO annotations in {names}", tuple(found)) for kind, found in sets.items() if found]
+    evidence = f"COCO annotations in {names}"
+    return [DataFormat(kind, evidence, tuple(found), notes=notes) for kind, found in sets.items() if found]
+
+
+def _has_keypoints(file: _JsonFile) -> bool:
+    """Return whether a file is like person_keypoints_train2017.json, which lists the images of another file again."""
+    return any(isinstance(entry, dict) and entry.get("keypoints") for entry in file.content["categories"])
 
 
 def _is_cvat_mask(entry: dict[str, Any]) -> bool:
@@ -230,15 +178,21 @@ def _labelme_format(folder: Path, parents: Sequence[Path]) -> DataFormat:
             if is_labelme(content):
                 classes |= {str(shape.get("label")) for shape in content["shapes"] if isinstance(shape, dict)}
     names = tuple(sorted(name for name in classes if not name.startswith("_")))
-    roots = parents if len(parents) > 1 and all(split_from_path(p.name) for p in parents) else [folder]
+    roots = {_split_folder(folder, parent): None for parent in parents}  # without repetitions
+    splits = {root: split_from_path(str(root.relative_to(folder))) for root in roots}
+    if not any(splits.values()):
+        splits = {folder: None}
     sets = [
-        SourceSet(
-            split_from_path(root.name) if root != folder else None,
-            LabelmeSource(images=str(folder), annotations=str(root), classes=names),
-        )
-        for root in roots
+        SourceSet(split, LabelmeSource(images=str(folder), annotations=str(root), classes=names))
+        for root, split in splits.items()
     ]
     return DataFormat("labelme", f"JSON files with `shapes` in {parents[0].name}/", tuple(sets))
+
+
+def _split_folder(root: Path, folder: Path) -> Path:
+    """Return the innermost folder from `folder` up to below `root` that is named after a split, or else `folder`."""
+    below = (path for path in (folder, *folder.parents) if path != root and path.is_relative_to(root))
+    return next((path for path in below if split_from_path(path.name)), folder)
 
 
 def _detect_cvat(folder: Path) -> DataFormat | None:

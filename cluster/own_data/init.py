@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from m2f.cluster.own_data.choices import choose_settings, detect_machine
 from m2f.cluster.own_data.formats import choose_format
-from m2f.cluster.own_data.sets import DataFormat
+from m2f.cluster.own_data.sets import DataFormat, annotation_path, choose_sets
 from m2f.cluster.own_data.survey import Survey, survey
 from m2f.cluster.own_data.write_recipe import (
     InitOptions,
@@ -22,7 +23,9 @@ from m2f.cluster.own_data.write_recipe import (
 )
 from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.terminal import print_out
-from m2f.data_pipeline.readers import open_dataset
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.errors import format_list
+from m2f.data_pipeline.readers import Reader, open_dataset
 from m2f.data_pipeline.sources import CocoInstancesSource
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError
@@ -91,6 +94,41 @@ def crowd_notes(data_format: DataFormat, found: Survey) -> list[str]:
     return [f"{format_count(found.num_crowds, 'segment')} of these are crowds, which are ignored in training{hint}"]
 
 
+def split_notes(data_format: DataFormat, folder: Path, val_share: float) -> list[str]:
+    """Return messages for the user about sets that are not used, or that are used for another split."""
+    chosen = choose_sets(data_format)
+    beside = [entry for entry in chosen.unused if entry.split is None]
+    notes = ["the test set is not used"] if len(beside) < len(chosen.unused) else []
+    if beside:
+        listed = format_list([os.path.relpath(annotation_path(entry.source), folder) for entry in beside])
+        notes.append(f"not used, because other sets are named train: {listed}; name a set train or val to use it")
+    if not chosen.val:
+        split = chosen.train[0].split
+        origin = "no set is named val" if split in (None, "train") else f"the {split} set is split"
+        notes.append(f"{origin}: {val_share:.0%} of the images are for validation")
+    return notes
+
+
+def require_distinct_images(datasets: Mapping[str, DatasetConfig], readers: Mapping[str, Reader]) -> None:
+    """Raise ConfigError if two data sets use the same image: it would be trained twice, or trained and validated.
+
+    Args:
+        datasets: data sets by name.
+        readers: reader of each data set.
+    """
+    users: dict[str, str] = {}
+    for name, reader in readers.items():
+        images = {os.path.abspath(path) for i in range(len(reader.keys)) for path in reader.files(i)[:1]}
+        if shared := sorted(images & users.keys()):
+            used = [datasets[users[shared[0]]].source, datasets[name].source]
+            listed = " and ".join(annotation_path(source) for source in used if source is not None)
+            raise ConfigError(
+                f"{listed} both use {format_count(len(shared), 'image')}, for example {shared[0]}. An image can be in "
+                "one set only: remove it from one of the two, or move one of the two out of the folder"
+            )
+        users |= dict.fromkeys(images, name)
+
+
 def init(folder: Path, output: Path, args: Namespace) -> None:
     """Write the recipe, and a file of classes if the format has none; then print the next commands.
 
@@ -108,16 +146,18 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
     )
     data_format = choose_format(folder, args.format)
     print_out(f"{data_format.kind}: {data_format.evidence}")
-    if len({entry.split == "test" for entry in data_format.sets}) > 1:
-        print_out("the test set is not used")
+    for note in (*data_format.notes, *split_notes(data_format, folder, options.val_share)):
+        print_out(note)
     datasets = build_datasets(data_format, options)
     with _write_category_file(data_format, options, args.overwrite), _restored_on_failure(output):
         found = survey(tuple(datasets.values()))
+        readers = {name: open_dataset(dataset)[0] for name, dataset in datasets.items()}
+        require_distinct_images(datasets, readers)
         print_out("\n".join([*found.lines(), *crowd_notes(data_format, found)]))
         if found.largest_megapixels > 20 and not options.tiles:
             size = f"{found.largest_megapixels:.0f} megapixels"
             print_out(f"the largest image has {size}; use --tiles to cut such images")
-        num_train = sum(len(open_dataset(d)[0].keys) for name, d in datasets.items() if name.startswith("train"))
+        num_train = sum(len(reader.keys) for name, reader in readers.items() if name.startswith("train"))
         text = recipe_text(data_format, options, choose_settings(found, num_train, detect_machine()))
         output.write_text(text, encoding="utf-8")
         load_recipe(output)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
+from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, split_from_path
 from m2f.data_pipeline.documents import DocumentError, parse_json
-from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.folders import walk_folders
 from m2f.data_pipeline.image_file import BrokenImageError, is_image_name, read_header
 from m2f.data_pipeline.readers.exports.legend import read_legend
@@ -34,9 +34,17 @@ NO_CATEGORY_FILE = ""
 
 @dataclass(frozen=True)
 class _Pair:
+    root: Path
+    """Folder in which both folders were found."""
     images: Path
     maps: Path
     suffix: str
+
+    @property
+    def split(self) -> Split | None:
+        """Split that the folder of the maps names, or else that of the images; None if they name none."""
+        splits = (split_from_path(str(folder.relative_to(self.root))) for folder in (self.maps, self.images))
+        return next(filter(None, splits), None)
 
     def map_files(self) -> list[Path]:
         """Return the paths of the maps."""
@@ -55,6 +63,7 @@ def find_map_formats(folder: Path) -> list[DataFormat]:
     pairs = _find_pairs(folder)
     if not pairs:
         return []
+    _require_one_map_folder(pairs)
     first = pairs[0].map_files()[0]
     try:
         mode = read_header(first.read_bytes()).mode
@@ -126,13 +135,23 @@ def _color_map_formats(
     return formats
 
 
+def _require_one_map_folder(pairs: Sequence[_Pair]) -> None:
+    """Raise ConfigError if several folders have maps of the images in one folder, such as class and object maps."""
+    maps: dict[Path, list[str]] = {}
+    for pair in pairs:
+        maps.setdefault(pair.images, []).append(str(pair.maps.relative_to(pair.root)))
+    for images, names in maps.items():
+        if len(names) > 1:
+            raise ConfigError(
+                f"{images} has maps in {len(names)} folders: {format_list(names)}. Keep the folder whose values are "
+                f"classes, and move the others out of {pairs[0].root}; or divide the images like the maps"
+            )
+
+
 def _source_sets(
     pairs: Sequence[_Pair], sources: Sequence[LabelMapSource | ColorMapSource | CocoStuffSource | HuggingFaceSource]
 ) -> tuple[SourceSet, ...]:
-    return tuple(
-        SourceSet(split_from_path(f"{p.maps.parent.name}/{p.maps.name}"), s)
-        for p, s in zip(pairs, sources, strict=True)
-    )
+    return tuple(SourceSet(pair.split, source) for pair, source in zip(pairs, sources, strict=True))
 
 
 def _is_coco_stuff(legend: Path) -> bool:
@@ -156,7 +175,7 @@ def _find_pairs(folder: Path) -> list[_Pair]:
     pairs = []
     for maps, names in stems.items():
         if (suffix := _map_suffix_in_folder(names)) is not None:
-            pairs.append(_Pair(maps, maps, suffix))
+            pairs.append(_Pair(folder, maps, maps, suffix))
             continue
         if not all(map(_is_map, names.values())) or not _looks_like_maps(maps, names):
             continue
@@ -166,7 +185,7 @@ def _find_pairs(folder: Path) -> list[_Pair]:
         for images, others in stems.items():
             suffix = _map_suffix(others, names) if images != maps and not _looks_like_maps(images, others) else None
             if suffix is not None:
-                fitting.append(_Pair(images, maps, suffix))
+                fitting.append(_Pair(folder, images, maps, suffix))
         if fitting:
             pairs.append(max(fitting, key=_nearness))
     return pairs

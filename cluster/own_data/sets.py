@@ -10,6 +10,7 @@ from typing import Literal
 from m2f.data_pipeline.sources import SourceConfig
 
 Split = Literal["train", "val", "test"]
+_ANNOTATION_FIELDS = ("image_set", "instances_json", "panoptic_json", "annotations", "labels", "class_maps")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,40 @@ class DataFormat:
     sets: tuple[SourceSet, ...]
     classes: Mapping[int, str | None] = field(default_factory=dict)
     """Names by value of label maps (None if unknown); empty if the format or a category file defines the classes."""
+    notes: tuple[str, ...] = ()
+    """Messages for the user about files that are not used."""
+
+
+@dataclass(frozen=True)
+class ChosenSets:
+    """The sets of a data format by use."""
+
+    train: tuple[SourceSet, ...]
+    val: tuple[SourceSet, ...]
+    """Sets for validation; empty if the validation images are drawn from `train`."""
+    unused: tuple[SourceSet, ...]
+
+
+def choose_sets(data_format: DataFormat) -> ChosenSets:
+    """Return which sets are for training and for validation.
+
+    Sets without a split are training sets, but not beside sets named `train`: they often list all images again, also
+    those for validation. If there is no training set, the validation sets are split, or the test sets if there are only
+    these.
+    """
+    by_split = {
+        split: tuple(s for s in data_format.sets if s.split == split) for split in ("train", "val", "test", None)
+    }
+    train, val = by_split["train"] or by_split[None], by_split["val"]
+    if not train:
+        train, val = val or by_split["test"], ()
+    return ChosenSets(train, val, tuple(s for s in data_format.sets if s not in (*train, *val)))
+
+
+def annotation_path(source: SourceConfig) -> str:
+    """Return the path of a source's file or folder of annotations; its kind if it has neither."""
+    paths = (getattr(source, name, None) for name in _ANNOTATION_FIELDS)
+    return next((path for path in paths if path), source.kind)
 
 
 def split_from_path(path: str) -> Split | None:

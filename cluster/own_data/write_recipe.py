@@ -9,7 +9,7 @@ from pathlib import Path
 
 from m2f.cluster.own_data.choices import Choices
 from m2f.cluster.own_data.map_pairs import NO_CATEGORY_FILE
-from m2f.cluster.own_data.sets import DataFormat
+from m2f.cluster.own_data.sets import DataFormat, choose_sets
 from m2f.data_pipeline.categories import Task
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.source_parts import PartConfig, TileConfig
@@ -46,18 +46,15 @@ def choose_task(data_format: DataFormat, options: InitOptions) -> Task:
 
 
 def build_datasets(data_format: DataFormat, options: InitOptions) -> dict[str, DatasetConfig]:
-    """Return the data sets for training and validation by name. Test sets are omitted unless there is nothing else.
+    """Return the data sets of `choose_sets` for training and validation by name.
 
-    Data without a validation set are split into training and validation parts. If there is no training set, the
-    validation sets are split, or the test sets if there are only these.
+    Data without a validation set are split into training and validation parts.
     """
     task = choose_task(data_format, options)
     background = "background" if task != "instance" and data_format.kind not in (*_TASK_BY_FORMAT, "voc") else None
     tiles = TileConfig() if options.tiles else None
-    train = [found.source for found in data_format.sets if found.split in (None, "train")]
-    val = [found.source for found in data_format.sets if found.split == "val"]
-    if not train:  # the folder only has sets that are named after a different split
-        train, val = val or [found.source for found in data_format.sets], []
+    chosen = choose_sets(data_format)
+    train, val = ([found.source for found in sets] for sets in (chosen.train, chosen.val))
     entries = [("train", source, "train" if not val else None) for source in train]
     entries += [("val", source, None) for source in val] or [("val", source, "val") for source in train]
     datasets: dict[str, DatasetConfig] = {}

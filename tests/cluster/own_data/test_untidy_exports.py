@@ -280,3 +280,106 @@ def test_unused_test_set_is_reported(folder, capsys):
         write_coco(folder / split / "_annotations.coco.json", [f"im{n}.png" for n in numbers], numbers)
     assert set(init_datasets()) == {"train", "val"}
     assert "the test set is not used" in capsys.readouterr().out
+
+
+def write_coco_release(folder: Path, names: list[str]) -> None:
+    """Write the layout of COCO's release, with annotation files of the given names for each split."""
+    for split, numbers in (("train2017", [0, 1, 2]), ("val2017", [3])):
+        for number in numbers:
+            write_image(folder / split / f"im{number}.png", number)
+        for name in names:
+            write_coco(folder / f"annotations/{name}_{split}.json", [f"im{n}.png" for n in numbers], numbers)
+
+
+def test_keypoint_files_of_the_coco_release_are_left_out(folder, capsys):
+    write_coco_release(folder, ["instances", "person_keypoints"])
+    for path in folder.glob("annotations/person_*.json"):
+        document = json.loads(path.read_text())
+        document["categories"] = [{"id": 1, "name": "person", "keypoints": ["nose"]}]
+        path.write_text(json.dumps(document))
+    datasets = init_datasets()
+    files = {name: Path(dataset.source.instances_json).name for name, dataset in datasets.items()}
+    assert files == {"train": "instances_train2017.json", "val": "instances_val2017.json"}
+    assert "not used, because they annotate keypoints: annotations/person_keypoints_t" in capsys.readouterr().out
+
+
+def test_two_files_with_the_same_images_are_refused(folder, capsys):
+    write_coco_release(folder, ["instances", "stuff"])
+    assert main(["init", "set"]) == 2
+    message = capsys.readouterr().err
+    assert "instances_train2017.json and " in message
+    assert "stuff_train2017.json both use 3 images" in message
+    assert not Path("set.yaml").exists()
+
+
+def write_coco_files(folder: Path, files: dict[str, range]) -> None:
+    """Write COCO files that list images of one folder."""
+    for name, numbers in files.items():
+        for number in numbers:
+            write_image(folder / f"images/im{number}.png", number)
+        write_coco(folder / name, [f"im{n}.png" for n in numbers], list(numbers))
+
+
+def test_a_complete_file_beside_a_training_file_is_left_out(folder, capsys):
+    write_coco_files(
+        folder, {"annotations.json": range(6), "annotations_train.json": range(4), "annotations_val.json": range(4, 6)}
+    )
+    datasets = init_datasets()
+    assert [sample.key for sample in samples(datasets["train"])] == [f"im{i}" for i in range(4)]
+    assert [sample.key for sample in samples(datasets["val"])] == ["im4", "im5"]
+    assert "not used, because other sets are named train: annotations.json;" in capsys.readouterr().out
+
+
+def test_a_complete_file_beside_a_validation_file_is_refused(folder, capsys):
+    write_coco_files(folder, {"annotations.json": range(6), "annotations_val.json": range(4, 6)})
+    assert main(["init", "set"]) == 2
+    message = capsys.readouterr().err
+    assert "annotations.json and " in message
+    assert "annotations_val.json both use 2 images" in message
+
+
+def test_a_drawn_validation_set_is_reported(folder, capsys):
+    EXPORTS["label_studio"](folder)
+    init_datasets("--val-share", "0.3")
+    assert "no set is named val: 30% of the images are for validation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["labelme", "label_maps", "trainannot"])
+def test_outer_folders_define_the_split(layout, folder):
+    for split, numbers in (("train", range(4)), ("val", range(4, 6))):
+        for number in numbers:
+            if layout == "labelme":
+                images, maps = folder / split / "images", folder / split / "annotations"
+            elif layout == "label_maps":
+                images, maps = folder / split / "site/images", folder / split / "site/masks"
+            else:
+                images, maps = folder / split, folder / f"{split}annot"
+            write_image(images / f"im{number}.png", number)
+            maps.mkdir(parents=True, exist_ok=True)
+            shape = {"label": "cell", "points": [[1, 1], [30, 1], [30, 20]], "shape_type": "polygon"}
+            document = {"imagePath": f"../images/im{number}.png", "imageHeight": SIZE, "imageWidth": SIZE}
+            if layout == "labelme":
+                (maps / f"im{number}.json").write_text(json.dumps({**document, "shapes": [shape]}))
+            else:
+                (maps / f"im{number}.png").write_bytes(encode_png(class_map(number)))
+    datasets = init_datasets()
+    names = {name: [Path(s.source).stem for s in samples(dataset)] for name, dataset in datasets.items()}
+    assert names == {"train": [f"im{i}" for i in range(4)], "val": ["im4", "im5"]}
+
+
+def test_labelme_files_outside_the_named_splits_are_reported(folder, capsys):
+    for name in ("train", "val", "extra"):
+        (folder / name).mkdir()
+        EXPORTS["labelme"](folder / name)
+    datasets = init_datasets()
+    assert {name: Path(d.source.annotations).name for name, d in datasets.items()} == {"train": "train", "val": "val"}
+    assert "not used, because other sets are named train: extra;" in capsys.readouterr().out
+
+
+def test_several_folders_of_maps_for_the_same_images_are_refused(folder, capsys):
+    EXPORTS["label_maps"](folder)
+    (folder / "instance_masks").mkdir()
+    for path in folder.glob("masks/*"):
+        (folder / "instance_masks" / path.name).write_bytes(path.read_bytes())
+    assert main(["init", "set"]) == 2
+    assert "set/images has maps in 2 folders: instance_masks, masks. Keep" in capsys.readouterr().err
