@@ -69,8 +69,9 @@ class TransformerFPNPixelDecoder(PixelDecoder):
 
     def _encode(self, feature: Tensor) -> Tensor:
         height, width = feature.shape[-2:]
-        # The residual stream keeps the parameters' dtype: float32 under autocast.
-        tokens = feature.flatten(2).transpose(1, 2).to(self.input_proj.weight.dtype)
+        # The residual stream keeps the norms' dtype: float32 under autocast, also if linear layers were cast before.
+        dtype = self.layers[0].norm.weight.dtype
+        tokens = feature.flatten(2).transpose(1, 2).to(dtype)
         position = sine_position_embedding(height, width, self.feature_dim, feature.device).flatten(0, 1)
         for layer in self.layers:
             tokens = run_layer(layer, self.checkpointing, tokens, position.to(tokens.dtype))

@@ -12,6 +12,7 @@ from m2f.model.config import (
     MSDeformAttnPixelDecoderConfig,
     SwinBackboneConfig,
     TimmBackboneConfig,
+    TransformerFPNPixelDecoderConfig,
 )
 from m2f.model.inference.precision import set_precision
 from m2f.model.mask2former import build_model
@@ -25,6 +26,10 @@ MODELS = {
     "swin, fpn": (
         SwinBackboneConfig(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4)),
         FPNPixelDecoderConfig(**SIZES),
+    ),
+    "resnet, transformer fpn": (
+        TimmBackboneConfig(name="resnet18", pretrained=False),
+        TransformerFPNPixelDecoderConfig(**SIZES, num_heads=4, num_layers=2, feedforward_dim=32),
     ),
 }
 
