@@ -63,11 +63,12 @@ def _depths(model: nn.Module, config: OptimizerConfig) -> dict[nn.Parameter, int
     """Return, for every backbone parameter, the exponent of `layer_decay` in its learning rate.
 
     Parameters outside blocks (downsampling, norms) have the exponent of the block before them. Those before the first
-    block have the largest exponent.
+    block have the largest exponent. An adapter's parameters count as after the last block of its transformer.
     """
     named = [
         (name, p) for name, p in model.named_parameters() if p.requires_grad and _in_backbone(name.rpartition(".")[0])
     ]
+    named.sort(key=lambda item: "backbone.vit." not in item[0])  # torch lists an adapter's own parameters first
     blocks: list[str] = []
     index: dict[nn.Parameter, int] = {}
     for name, parameter in named:

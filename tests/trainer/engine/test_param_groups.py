@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from m2f.model.backbones.build import build_backbone
-from m2f.model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig
+from m2f.model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig, ViTAdapterBackboneConfig
 from m2f.model.mask2former import build_model
 from m2f.model.weights.load import to_own_names
 from m2f.trainer.config import OptimizerConfig
@@ -99,6 +99,20 @@ def test_learning_rates_decay_per_block_of_a_swin():
 def test_blocks_are_found_in_convolutional_backbones(name, options, blocks):
     found = rates(TimmBackboneConfig(name=name, norm="native", options=options))
     assert sorted(set(found.values())) == pytest.approx([0.5 * 0.1**depth for depth in range(blocks + 1, 0, -1)])
+
+
+def test_an_adapter_is_adjacent_to_the_head_although_torch_lists_its_embedding_first():
+    options = {"embed_dim": 32, "depth": 4, "num_heads": 2}
+    found = rates(ViTAdapterBackboneConfig(name="vit_small_patch16_dinov3_qkvb", options=options))
+    expected = {
+        "vit.embed.cls_token": 5e-6,
+        "vit.blocks.0.mlp.fc1.weight": 5e-5,
+        "vit.blocks.3.mlp.fc1.weight": 5e-2,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    adapter = {rate for name, rate in found.items() if not name.startswith("vit.")}
+    assert adapter == {found["vit.blocks.3.mlp.fc1.weight"]}
+    assert "level_embed" in found
 
 
 def test_a_backbone_without_blocks_cannot_have_layer_decay():
