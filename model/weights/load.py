@@ -146,8 +146,12 @@ def load_weights(
 
 
 def _select_class_rows(state: dict[str, Tensor], target: Mapping[str, Tensor], rows: Sequence[int | None]) -> None:
-    """Replace the class head [K + 1, ...] of a file, in place, by rows in the order of the model's classes."""
-    for key in [key for key in state if _CLASS_HEAD.match(key) and key in target]:
+    """Replace the class head [K + 1, ...] of a file, in place, by rows in the order of the model's classes.
+
+    A head of another width stays as it is; the comparison of shapes reports it.
+    """
+    heads = [key for key in state if _CLASS_HEAD.match(key) and key in target]
+    for key in [key for key in heads if state[key].shape[1:] == target[key].shape[1:]]:
         selected = target[key].clone().to(state[key].dtype)
         for label, row in enumerate([*rows, len(state[key]) - 1]):
             if row is not None:

@@ -243,6 +243,14 @@ def test_another_architecture_is_refused_and_nothing_is_loaded(small):
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
+def test_another_width_is_refused_also_if_the_classes_are_matched(small):
+    config = small_config()
+    wide = dataclasses.replace(config.transformer_decoder, hidden_dim=64)
+    other = build_model(dataclasses.replace(config, transformer_decoder=wide))
+    with pytest.raises(WeightsError, match=r"another architecture .*level_embed.*\(3, 32\), model \(3, 64\)"):
+        load_weights(other, small.state_dict(), class_rows=[0, 1, None, 3, 4])
+
+
 def test_weights_of_another_model_are_refused(small):
     with pytest.raises(WeightsError, match="no weights of this model; its first names are conv1, fc"):
         load_weights(small, {"conv1": torch.zeros(1), "fc": torch.zeros(1)})
