@@ -44,7 +44,14 @@ from m2f.data_pipeline.order.order import Order, SampleRef, chunk_bytes, look_ah
 from m2f.data_pipeline.shards.codec import decode
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.data_pipeline.transforms.collate import FILLER_POSITION, Batch, EvalBatch, collate_eval, padded_eval_size
+from m2f.data_pipeline.transforms.collate import (
+    FILLER_POSITION,
+    Batch,
+    EvalBatch,
+    collate_eval,
+    padded_eval_size,
+    show_image_in_fillers,
+)
 from m2f.data_pipeline.transforms.copy_paste import partner_position
 from m2f.data_pipeline.transforms.example import TrainTransform
 from m2f.model.errors import UserError
@@ -244,6 +251,7 @@ def _steps(
             start_time = time.perf_counter()
             resolved = [resolve_batch(next(results), substitutes) for _ in range(spec.micro_batches_per_step)]
             batches = tuple(batch for batch, _ in resolved)
+            show_image_in_fillers(batches)
             substitutions = tuple(
                 substitution for _, batch_substitutions in resolved for substitution in batch_substitutions
             )

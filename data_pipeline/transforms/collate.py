@@ -17,7 +17,7 @@ from m2f.data_pipeline.transforms.targets import ImageTargets
 from m2f.model.structures import BACKGROUND_ID, Targets, ignore_id
 
 FILLER_POSITION = -1
-"""Position of fillers, which have weight zero and show no image."""
+"""Position of fillers, which have weight zero and no targets."""
 
 EVAL_PADDING = (124, 116, 104)
 """ImageNet's mean colour, RGB. After normalisation the padding is near zero, as in the official test-time batches."""
@@ -80,7 +80,8 @@ def collate(examples: Sequence[Example | None], canvas: tuple[int, int] | None) 
     """Stack examples, padded on the right and below, into a batch.
 
     Args:
-        examples: examples that fit into `canvas`. None becomes a grey filler of weight zero without targets.
+        examples: examples that fit into `canvas`. None becomes a grey filler of weight zero without targets;
+            `show_image_in_fillers` gives it an image.
         canvas: height and width of the batch. None uses the smallest multiples of SIZE_MULTIPLE that hold all examples.
     """
     shapes = [example.image.shape[:2] for example in examples if example is not None]
@@ -93,6 +94,22 @@ def collate(examples: Sequence[Example | None], canvas: tuple[int, int] | None) 
         sizes=torch.tensor([example.size for example in padded], dtype=torch.int64),
         dropped_targets=sum(example.dropped for example in padded),
     )
+
+
+def show_image_in_fillers(batches: Sequence[Batch]) -> None:
+    """Give the fillers in the batches of a rank's step the pixels of its first image, as far as they fit, in place.
+
+    Fillers do not affect losses, but trained BatchNorms count their pixels, and grey ones would distort the statistics.
+    Without any image, fillers stay grey.
+    """
+    first = batches[0]
+    if not first.targets.weight[0]:
+        return
+    for batch in batches:
+        height, width = map(min, first.images.shape[2:], batch.images.shape[2:])
+        for row in torch.nonzero(batch.targets.weight == 0).flatten().tolist():
+            batch.images[row, :, :height, :width] = first.images[0, :, :height, :width]
+            batch.sizes[row] = first.sizes[0].clamp(max=torch.tensor((height, width)))
 
 
 def collate_eval(

@@ -133,13 +133,19 @@ def load_steps(manifests, data, steps, storage=None, **changes):
 
 
 def pixels_by_position(steps):
-    """Return {position: (key, pixels, id maps, labels, size)}. Fillers are checked to have weight 0."""
+    """Return {position: (key, pixels, id maps, labels, size)}.
+
+    Fillers are checked to have weight 0 and the pixels of the step's first image, which trained BatchNorms count.
+    """
     samples = {}
     for step in steps:
         for batch in step.micro_batches:
             for row, position in enumerate(batch.targets.position.tolist()):
                 if position < 0:
                     assert batch.targets.weight[row] == 0
+                    first = step.micro_batches[0]
+                    assert not step.positions or torch.equal(batch.images[row], first.images[0])
+                    assert torch.equal(batch.sizes[row], first.sizes[0])
                     continue
                 assert position not in samples
                 ids, valid = batch.targets.id_maps[row], batch.targets.valid[row]

@@ -19,6 +19,7 @@ from m2f.data_pipeline.transforms.collate import (
     FILLER_POSITION,
     collate,
     collate_eval,
+    show_image_in_fillers,
 )
 from m2f.data_pipeline.transforms.example import TrainTransform, make_example
 from m2f.data_pipeline.transforms.targets import drop_empty_targets, image_targets
@@ -164,6 +165,31 @@ def test_batch_with_a_filler_has_empty_targets(panoptic):
     assert targets.dataset.tolist() == [2, 0]
     assert (targets.id_maps[1] == 255).all()
     assert batch.sizes[1].tolist() == [0, 0]
+
+
+def test_fillers_of_a_step_show_its_first_image_as_far_as_it_fits(panoptic):
+    examples = [make_example(panoptic, 0, position, transform()) for position in (40, 41)]
+    batches = [collate([*examples, None], (64, 32)), collate([None], (32, 16)), collate([None], (32, 96))]
+    targets = batches[0].targets
+    show_image_in_fillers(batches)
+    first, size = batches[0].images[0], batches[0].sizes[0]
+    assert torch.equal(batches[0].images[2], first)
+    assert torch.equal(batches[1].images[0], first[:, :32, :16])
+    assert torch.equal(batches[2].images[0, :, :, :32], first[:, :32])
+    assert (batches[2].images[0, :, :, 32:] == 128).all()
+    height, width = size.tolist()
+    sizes = [batch.sizes[-1].tolist() for batch in batches]
+    assert sizes == [[height, width], [height, min(width, 16)], [height, width]]
+    assert torch.equal(batches[0].images[1, :, :32].permute(1, 2, 0), torch.from_numpy(examples[1].image))
+    assert batches[0].targets is targets
+    assert targets.valid.sum(1).tolist() == [4, 4, 0]
+
+
+def test_fillers_stay_grey_in_a_step_without_images():
+    batches = [collate([None], (32, 32))]
+    show_image_in_fillers(batches)
+    assert (batches[0].images == 128).all()
+    assert batches[0].sizes.tolist() == [[0, 0]]
 
 
 def test_pixels_outside_the_size_of_an_example_are_padding(panoptic):
