@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from m2f.cluster.evaluation.queue import read_entries
 from m2f.cluster.recipe.load import flatten_tree
 from m2f.cluster.tracking.database import schema_problem
 from m2f.cluster.tracking.local_store import current_uri, moved_artifacts
@@ -48,7 +49,8 @@ class CompareError(UserError):
 class SetResult:
     """Contents of results.json of one evaluated set at one step."""
 
-    step: int
+    step: int | None
+    """Optimizer step; None for weights that are not a checkpoint of the run."""
     fingerprint: str
     subset: str | None
     num_images: int
@@ -78,7 +80,7 @@ class RunRecord:
     images: Mapping[str, ImageRecords] = field(default_factory=dict)
     """Image records at the compared step, by set. Results of earlier versions have none."""
     notes: tuple[str, ...] = ()
-    """Messages about files that could not be read, with the reason."""
+    """Messages about files that could not be read and results that are left out, with the reason."""
 
 
 def read_runs(
@@ -270,24 +272,25 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
     """
     storage = Storage()
     folder = folder.rstrip("/")
+    omitted: list[str] = []
     try:
         recipe = flatten_tree(parse_yaml(storage.get(join(folder, "recipe.yaml"))))
-        urls = [url for url in storage.list(join(folder, "evaluations")) if url.endswith("/results.json")]
-        found = [(url.split("/")[-2], parse_results(storage.get(url).decode())) for url in urls]
+        found = _folder_results(storage, folder, omitted)
         record_url = join(folder, "tracking.json")
         known = parse_json(storage.get(record_url)) if storage.exists(record_url) else None
     except UserError as error:
         raise CompareError(f"{folder} cannot be read as a run folder: {error}") from error
     record = _tracked_record(storage, folder, known)
     points: dict[str, dict[int, float]] = {}
-    for name, result in found:
+    for (_, name, at), result in found.items():
         for metric, value in result.metrics.items():
             if value is not None:
-                points.setdefault(f"{name}/{metric}", {})[result.step] = value
+                points.setdefault(f"{name}/{metric}", {})[at] = value
     curves = dict(record.curves) | {key: tuple(sorted(values.items())) for key, values in points.items()}
-    at = {name: compared_step(name, curves, step) for name, _ in found}
-    compared = {name: (url, result) for url, (name, result) in zip(urls, found, strict=True) if result.step == at[name]}
-    notes = list(record.notes)
+    compared = {
+        name: (url, result) for (url, name, at), result in found.items() if at == compared_step(name, curves, step)
+    }
+    notes = [*record.notes, *omitted]
     return replace(
         record,
         name=recipe.get("name", folder),
@@ -297,6 +300,43 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
         images=_folder_images(storage, {name: url for name, (url, _) in compared.items()}, notes),
         notes=tuple(notes),
     )
+
+
+def _folder_results(storage: Storage, folder: str, notes: list[str]) -> dict[tuple[str, str, int], SetResult]:
+    """Return the results of the run's checkpoints by URL, set and step.
+
+    Results of other weights, and of checkpoints that the run went back behind, are left out with a note.
+    """
+    evaluations = join(folder, "evaluations")
+    urls = [url for url in storage.list(evaluations) if url.endswith("/results.json")]
+    found, others, withdrawn = {}, set[str](), set[int]()
+    discarded = _withdrawn_steps(storage, join(evaluations, "queue.json"), notes)
+    for url in urls:
+        result = parse_results(storage.get(url).decode())
+        results_folder, name, _ = url.rsplit("/", 2)
+        if result.step is None:
+            others.add(results_folder)
+        elif result.step in discarded:
+            withdrawn.add(result.step)
+        else:
+            found[url, name, result.step] = result
+    if others:
+        notes.append(f"not compared, because the weights are not a checkpoint of the run: {', '.join(sorted(others))}")
+    if withdrawn:
+        steps = ", ".join(map(str, sorted(withdrawn)))
+        notes.append(f"not compared, because the run went back behind the checkpoint: results of step {steps}")
+    return found
+
+
+def _withdrawn_steps(storage: Storage, queue: str, notes: list[str]) -> set[int]:
+    """Return the steps whose stored results belong to discarded weights. A damaged queue is noted."""
+    try:
+        entries = read_entries(storage, queue)
+    except EvaluationError as error:
+        notes.append(str(error))
+        return set()
+    steps = {status: {e.step for e in entries if e.status == status} for status in ("withdrawn", "published")}
+    return steps["withdrawn"] - steps["published"]
 
 
 def _folder_images(storage: Storage, results: Mapping[str, str], notes: list[str]) -> dict[str, ImageRecords]:
@@ -363,7 +403,7 @@ def parse_results(text: str) -> SetResult:
     try:
         content = parse_json(text)
         values = {one.name: content[one.name] for one in fields(SetResult) if one.name != "settings"}
-        return SetResult(**values | {"step": content["step"] or 0, "settings": content.get("settings")})
+        return SetResult(**values | {"settings": content.get("settings")})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CompareError(f"a results.json is damaged ({error}); delete it, and evaluate again") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from m2f.cluster.compare.page import as_page
 from m2f.cluster.compare.paper import PAPER_RESULTS, paper_result
 from m2f.cluster.compare.records import CompareError, RunRecord, SetResult, read_runs
 from m2f.cluster.compare.report import as_json, as_markdown, as_text
+from m2f.cluster.evaluation.queue import Entry
 from m2f.data_pipeline.storage.storage import Storage
 
 CONFIGS = Path(m2f.__file__).parents[1] / "configs"
@@ -167,6 +168,13 @@ def test_runs_with_the_same_classes_in_another_order_are_compared_by_name(pair):
     )
     assert not [note for note in comparison.notes if "classes" in note]
     assert [row.name for row in comparison.classes[0].rows] == ["cat", "sky"]
+
+
+def test_classes_with_one_name_keep_their_values(pair):
+    rows = [{"id": i, "name": "fish", "is_thing": True, "PQ": 10.0 * i} for i in (3, 5)]
+    runs = [replace(run, results={"val": replace(run.results["val"], per_class=rows)}) for run in pair]
+    found = [(row.name, row.values[0].value) for row in compare_runs(runs).classes[0].rows]
+    assert found == [("fish", 30.0), ("fish (2)", 50.0)]
 
 
 def test_classes_that_only_one_run_has_are_noted(pair):
@@ -333,6 +341,37 @@ def test_folders_are_read_without_mlflow(tmp_path, monkeypatch):
     assert comparison.runs[0].curves["val/PQ"] == ((100, 50.0), (200, 55.0))
     assert "val/APl" not in comparison.runs[0].curves
     assert read(first, step=100)[0].results["val"].metrics["PQ"] == 50.0
+
+
+def test_results_of_other_weights_are_left_out_with_a_note(tmp_path):
+    folder = write_run(tmp_path / "a", "a", 50.0)
+    (tmp_path / "a/evaluations/step_00000100").rename(tmp_path / "a/evaluations/model_final")
+    results = tmp_path / "a/evaluations/model_final/val/results.json"
+    results.write_text(results.read_text().replace('"step": 100', '"step": null'))
+    note = "not compared, because the weights are not a checkpoint of the run: " + str(results.parents[1])
+    (run,) = read(folder)
+    assert (run.results, run.curves, run.notes[1:]) == ({}, {}, (note,))
+    write_run(tmp_path / "a", "a", 55.0, step=200)
+    (run,) = read(folder)
+    assert (run.results["val"].step, run.curves["val/PQ"]) == (200, ((200, 55.0),))
+
+
+def test_results_of_a_withdrawn_step_are_left_out_until_it_is_published_again(tmp_path):
+    for step in (200, 250, 300):
+        folder = write_run(tmp_path / "a", "a", step / 10, step=step)
+    queue, entries = tmp_path / "a/evaluations/queue.json", []
+    for step, status in ((200, "published"), (250, "withdrawn"), (250, "published"), (300, "withdrawn")):
+        entries.append(asdict(Entry(step, "", 0, status, commit=f"{step}-{status}")))
+    queue.write_text(json.dumps(entries))
+    (run,) = read(folder)
+    assert (run.results["val"].step, run.curves["val/PQ"]) == (250, ((200, 20.0), (250, 25.0)))
+    assert run.notes[1:] == ("not compared, because the run went back behind the checkpoint: results of step 300",)
+    entries.append(entries[-1] | {"status": "published", "commit": "again"})
+    queue.write_text(json.dumps(entries))
+    assert read(folder)[0].results["val"].step == 300
+    queue.write_text("{")
+    (run,) = read(folder)
+    assert (run.results["val"].step, "is not a valid evaluation queue" in run.notes[1]) == (300, True)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"uri": "file:x"}', '{"uri": null, "run_id": "a"}', "[]"])
