@@ -118,6 +118,7 @@ class _Supervisor:
         self._config, self._job, self._storage, self._launcher, self._lease = config, job, storage, launcher, lease
         self._adjustments = read_adjustments(storage, config.run_folder)
         self._tracked = create_run(config, lease.number)
+        self._repair_commits()  # before anything reads the stored evaluations: the user may have gone back
         if config.evaluation.sets and (restored := restore_queue(config, storage)) is not None:
             print_err(restored)
         self._evaluations = launcher.evaluations(self._tracked) if config.evaluation.sets else None
@@ -141,7 +142,6 @@ class _Supervisor:
         ended = False
         try:
             with handling_signals(self._interrupt):
-                self._repair_commits()
                 self._relay.track_stored(self._storage, self._config.run_folder)
                 status = self._train()
                 if status == "finished":

@@ -1,7 +1,7 @@
 """A run's list of commits, and its metrics per commit. The supervisor and the evaluation service read them.
 
 <run folder>/commits/00000042-3-0123456789abcdef             step, lease and digest of the manifest; an empty object
-<run folder>/commits/00000042-3-0123456789abcdef.withdrawn   the commit is damaged, or was undone by a rollback
+<run folder>/commits/00000042-3-0123456789abcdef.withdrawn   the commit is damaged, or the run went back behind it
 <run folder>/metrics/00000042-3.json                         metrics by step since the previous commit
 
 Rank 0 writes metrics before the manifest of the checkpoint, and the entry in `commits/` after it. Does not import
@@ -90,33 +90,43 @@ def list_commits(storage: Storage, run_folder: str) -> tuple[Commit, ...]:
     return read_commits(storage, run_folder).commits
 
 
-def read_commits(storage: Storage, run_folder: str) -> CommitList:
-    """Read all commits of a run."""
-    found, withdrawn = set[tuple[str, int, int]](), set[str]()
-    for url in storage.list(join(run_folder, "commits")):
-        if match := _COMMIT.search(url):
-            found.add((match[1], int(match[2]), int(match[3])))
-            withdrawn |= {match[1]} if match[4] else set()
+def read_commits(storage: Storage, run_folder: str, with_deleted: bool = False) -> CommitList:
+    """Read all commits of a run. Those of earlier leases are valid if the newest lease found their checkpoints.
+
+    `with_deleted` adds commits of earlier leases that the run kept, but whose checkpoints were deleted later.
+    """
+    found, withdrawn = _list_names(storage, run_folder)
     newest = newest_number(storage, run_folder) if found else 0
     known = frozenset(read_record(storage, run_folder, newest).found) if newest else frozenset[str]()
+    older = {lease for _, _, lease in found if lease < newest} if with_deleted else set[int]()
+    limits = {lease: _last_step(storage, run_folder, lease, newest) or 0 for lease in older}
     commits = []
     for name, step, lease in sorted(found, key=lambda commit: commit[1:]):
         checkpoint = CommittedCheckpoint(step, checkpoint_url(run_folder, step, lease))
-        if name not in withdrawn and (lease >= newest or checkpoint.name in known):
+        is_valid = lease >= newest or checkpoint.name in known or step <= limits.get(lease, 0)
+        if is_valid and name not in withdrawn:
             commits.append(Commit(name, checkpoint))
     return CommitList(tuple(commits), frozenset(withdrawn))
 
 
 def repair_commits(storage: Storage, run_folder: str, evaluates: bool) -> None:
-    """Complete what a rank that died could not write. The holder of the lease calls this while no rank runs.
+    """Make `commits/` agree with the checkpoints. The holder of the lease calls this while no rank runs.
 
-    A committed checkpoint without an entry in `commits/` gets one, and a pin if the run `evaluates`. Metrics that a
-    checkpoint of version 0.1 contains are stored, too. If the run does not evaluate, all pins for evaluations are
-    removed. Unfinished writes are aborted.
+    A committed checkpoint without an entry in `commits/`, because its rank died, gets one, and a pin if the run
+    `evaluates`. Metrics that a checkpoint of version 0.1 contains are stored, too. If the run does not evaluate, all
+    pins for evaluations are removed. Unfinished writes are aborted.
+
+    Commits after the newest checkpoint are withdrawn. Only a user deletes the newest checkpoints, to go back.
     """
     abort_outdated_writes(storage, run_folder)
-    listed = {match[1] for url in storage.list(join(run_folder, "commits")) if (match := _COMMIT.search(url))}
-    for checkpoint in list_checkpoints(storage, run_folder):
+    commits, withdrawn = _list_names(storage, run_folder)
+    listed = {name for name, _, _ in commits}
+    checkpoints = list_checkpoints(storage, run_folder)  # listed after the commits, so no new commit lacks its own
+    newest = max((checkpoint.step for checkpoint in checkpoints), default=0)
+    for name, step, _ in commits:
+        if step > newest and name not in withdrawn:
+            storage.put(join(run_folder, "commits", f"{name}.withdrawn"), b"")
+    for checkpoint in checkpoints:
         if not evaluates:
             unpin(storage, checkpoint.url, EVALUATION_PIN)
         manifest = storage.get(join(checkpoint.url, MANIFEST))
@@ -162,6 +172,16 @@ def read_metrics(
                 )
                 points = {}
             yield url, points
+
+
+def _list_names(storage: Storage, run_folder: str) -> tuple[set[tuple[str, int, int]], set[str]]:
+    """Return name, step and lease of every commit ever listed, and the names of the withdrawn ones."""
+    found, withdrawn = set[tuple[str, int, int]](), set[str]()
+    for url in storage.list(join(run_folder, "commits")):
+        if match := _COMMIT.search(url):
+            found.add((match[1], int(match[2]), int(match[3])))
+            withdrawn |= {match[1]} if match[4] else set()
+    return found, withdrawn
 
 
 def _last_step(storage: Storage, run_folder: str, lease: int, newest: int) -> int | None:

@@ -11,7 +11,7 @@ from mlflow.tracking._tracking_service import utils as mlflow_memory
 from m2f.cluster.train.local import train_locally
 from m2f.cluster.train.ray_launcher import run_training
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.checkpoint.folder import newest_step
+from m2f.trainer.checkpoint.folder import checkpoint_url, newest_step
 from m2f.trainer.config import CheckpointConfig, EarlyStoppingConfig
 from tests.cluster.tiny_run import small_sets, tiny_config
 
@@ -51,6 +51,20 @@ def test_early_stopped_run_finishes_and_does_not_train_again(config, capsys, tra
     further = replace(config, training=replace(training, early_stopping=None, max_steps=reached + 1))
     assert train(further).status == "finished"
     assert newest_step(Storage(), config.run_folder) == reached + 1
+
+
+def test_run_that_goes_back_to_an_older_checkpoint_ignores_the_results_after_it(config):
+    stopping = EarlyStoppingConfig(metric="val/PQ", patience=2, min_delta=100.0)  # met by the results of 2, 4 and 6
+    checkpoint = CheckpointConfig(every_steps=2, keep=9)
+    training = replace(config.training, max_steps=6, checkpoint=checkpoint, early_stopping=stopping)
+    config = replace(config, training=training)
+    assert train_locally(config).status == "finished"
+    for step in (4, 6):
+        shutil.rmtree(checkpoint_url(config.run_folder, step, 1))
+    summary = train_locally(config)
+    assert newest_step(Storage(), config.run_folder) == 6
+    expected = [(2, "published"), (4, "withdrawn"), (4, "published"), (6, "withdrawn"), (6, "published")]
+    assert [(entry.step, entry.status) for entry in summary.evaluations] == expected
 
 
 def test_run_folder_moved_to_another_output_restores_its_metrics_and_evaluations(config, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.commits import (
     list_commits,
+    read_commits,
     read_metrics,
     record_commit,
     repair_commits,
@@ -77,6 +78,24 @@ def test_a_commit_without_its_entry_is_listed_and_pinned_by_the_next_start(run_f
     assert pins(storage, missing.url) == (EVALUATION_PIN,)
     repair_commits(storage, run_folder, evaluates=False)
     assert pins(storage, missing.url) == ()
+
+
+@pytest.mark.parametrize("kept", [(20, 30), (20,), ()])
+def test_commits_after_the_newest_checkpoint_are_withdrawn_at_the_next_start(run_folder, kept):
+    storage = Storage()
+    with hold_lease(storage, run_folder, lambda text: None) as first:
+        for step in (10, 20, 30):
+            commit(storage, run_folder, step, first.number)
+    names = {found.checkpoint.step: found.name for found in list_commits(storage, run_folder)}
+    for step in names.keys() - kept:  # retention has deleted step 10, and the user deletes the newest ones
+        storage.delete_prefix(checkpoint_url(run_folder, step, first.number))
+    with hold_lease(storage, run_folder, lambda text: None) as second:
+        repair_commits(storage, run_folder, evaluates=True)
+        undone = {step for step in names if step > max(kept, default=0)}
+        assert read_commits(storage, run_folder).withdrawn == {names[step] for step in undone}
+        assert steps(storage, run_folder) == list(kept)
+        commit(storage, run_folder, 30, second.number)
+        assert steps(storage, run_folder) == sorted([*kept, 30])
 
 
 def test_late_commits_of_a_driver_that_lost_the_lease_are_ignored(run_folder):
