@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,8 @@ from m2f.trainer.errors import LeaseLostError
 
 LOGGER = logging.getLogger(__name__)
 RETRY_S = 5.0
+MAX_STARTS = 3
+"""Number of starts of an evaluation. If the service dies in each of them, the evaluation fails."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class EvaluationManager:
         evaluate: `evaluate(entry, report)` computes and publishes one entry and returns its headline metrics. After an
             OutageError the entry is evaluated again; any other error except LeaseLostError fails only this entry.
             Publishing must be idempotent, because a process may die after publication and before the queue is updated.
-        release: called at least once for every settled entry.
+        release: called with entries that are settled, at least once for each.
         poll_interval_s: pause between two calls of `find`, in seconds.
 
     A StorageError outside `evaluate` delays the evaluations. Any other error ends them, see `EvaluationStatus`.
@@ -70,7 +72,7 @@ class EvaluationManager:
         find: Callable[[], CommitList],
         policy: Literal["every", "latest"],
         evaluate: Callable[[Entry, Report], Mapping[str, float]],
-        release: Callable[[Entry], None] = lambda entry: None,
+        release: Callable[[Sequence[Entry]], None] = lambda settled: None,
         poll_interval_s: float = 1.0,
     ) -> None:
         self._queue = queue
@@ -99,7 +101,7 @@ class EvaluationManager:
         while not self._closing.is_set():
             try:
                 if not released:  # the previous process may have died before it released its settled entries
-                    self._release_all(entry for entry in self._queue.entries() if entry.settled)
+                    self._release_all([entry for entry in self._queue.entries() if entry.settled])
                     released = True
                 self._release_all(self._queue.update(self._find()))
                 entry, dropped = self._queue.take(self._policy)
@@ -108,7 +110,7 @@ class EvaluationManager:
                     self._closing.wait(self._poll_interval_s)
                     continue
                 self._settle(entry)
-                self._release(entry)
+                self._release([entry])
             except LeaseLostError as error:
                 LOGGER.warning("evaluations stopped: %s", error)
                 return
@@ -122,6 +124,9 @@ class EvaluationManager:
                 return
 
     def _settle(self, entry: Entry) -> None:
+        if entry.starts > MAX_STARTS:
+            self._queue.fail(entry, f"the evaluation service died {MAX_STARTS} times while evaluating it")
+            return
         try:
             metrics = self._evaluate(entry, self._set_progress)
         except (LeaseLostError, OutageError):
@@ -134,9 +139,9 @@ class EvaluationManager:
         finally:
             self._current = None
 
-    def _release_all(self, entries: Iterable[Entry]) -> None:
-        for entry in entries:
-            self._release(entry)
+    def _release_all(self, entries: Sequence[Entry]) -> None:
+        if entries:
+            self._release(entries)
 
     def _set_progress(self, progress: EvaluationProgress) -> None:
         self._current = progress

@@ -36,6 +36,8 @@ class Entry:
     """Headline metrics by name, such as `val/PQ`; empty until they are published."""
     commit: str = ""
     """Name of the commit; empty in entries of version 0.1."""
+    starts: int = 0
+    """Number of starts of the evaluation since the driver's start, without those that an outage ended; 0 if settled."""
 
     @property
     def key(self) -> str:
@@ -76,8 +78,8 @@ class EvaluationQueue:
         self._storage = storage
         self._url = url
         self._lock = threading.Lock()
-        self._entries = {e.key: e for e in read_entries(storage, url)}
-        self.requeue_running()
+        stored = (replace(e, status="waiting") if e.status == "running" else e for e in read_entries(storage, url))
+        self._entries = {entry.key: entry for entry in stored}
 
     def entries(self) -> tuple[Entry, ...]:
         """Return all entries in ascending order of their steps."""
@@ -118,16 +120,26 @@ class EvaluationQueue:
                 return None, ()
             reason = "a newer checkpoint was waiting"
             dropped = [replace(waiting[step], status="dropped", detail=reason) for step in choice.dropped]
-            taken = replace(waiting[choice.next], status="running")
+            chosen = waiting[choice.next]
+            taken = replace(chosen, status="running", starts=chosen.starts + 1)
             self._store(taken, *dropped)
             return taken, tuple(dropped)
 
     def requeue_running(self) -> None:
-        """Make running entries wait again. Nothing is stored, because a stored `running` is read as waiting."""
+        """Make running entries wait again after an outage, as if they had not been started.
+
+        Nothing is stored, because a stored `running` is read as waiting.
+        """
         with self._lock:
             for entry in tuple(self._entries.values()):
                 if entry.status == "running":
-                    self._entries[entry.key] = replace(entry, status="waiting")
+                    self._entries[entry.key] = replace(entry, status="waiting", starts=entry.starts - 1)
+
+    def reset_starts(self) -> None:
+        """Forget the starts of all evaluations. Each driver calls it first, so that ends of drivers do not count."""
+        with self._lock:
+            if started := [replace(entry, starts=0) for entry in self._entries.values() if entry.starts]:
+                self._store(*started)
 
     def publish(self, entry: Entry, metrics: Mapping[str, float]) -> None:
         """Mark an entry as published, with its metrics."""
@@ -153,7 +165,7 @@ class EvaluationQueue:
 
     def _settle(self, entry: Entry) -> None:
         with self._lock:
-            self._store(entry)
+            self._store(replace(entry, starts=0))
 
     def _store(self, *changed: Entry) -> None:
         """Store changed entries, first in the file and then in memory, so that a failed write changes nothing."""
@@ -192,7 +204,7 @@ def read_entries(storage: Storage, url: str) -> tuple[Entry, ...]:
 
 def _read_row(row: Any) -> Entry:
     entry = Entry(**row)
-    numbers = (entry.step, entry.queued_ms, *entry.metrics.values())
+    numbers = (entry.step, entry.queued_ms, entry.starts, *entry.metrics.values())
     texts = (entry.checkpoint, entry.detail, entry.commit)
     if entry.status not in get_args(Status) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"invalid entry: {row!r:.80}")

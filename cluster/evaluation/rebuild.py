@@ -30,13 +30,16 @@ SUPERSEDED = "a newer checkpoint was evaluated"
 
 
 def restore_queue(config: RunConfig, storage: Storage) -> str | None:
-    """Rebuild the queue if its file is damaged, keeping that file beside it, and pin all checkpoints that wait.
+    """Prepare the queue for a new driver, and pin all checkpoints that wait.
+
+    If the file of the queue is damaged, it is rebuilt, and the damaged file is kept beside it.
 
     Returns a message for the user, or None if the queue is intact. The holder of the lease must call this before
     anything else reads the queue.
     """
     message = _rebuild_damaged(config, storage)
     queue = EvaluationQueue(storage, queue_url(config))
+    queue.reset_starts()
     queue.update(read_commits(storage, config.run_folder))
     existing = {checkpoint.url for checkpoint in list_checkpoints(storage, config.run_folder)}
     for entry in queue.entries():
@@ -70,7 +73,7 @@ def rebuilt_entries(config: RunConfig, storage: Storage) -> tuple[Entry, ...]:
     committed only once. All other commits wait again if their checkpoint still exists. With the policy `latest`, they
     wait only if they are newer than every published one.
     """
-    found = read_commits(storage, config.run_folder)
+    found = read_commits(storage, config.run_folder, with_deleted=True)
     commit_counts = Counter(_step_of(name) for name in [*(commit.name for commit in found.commits), *found.withdrawn])
     results = {step: _results_of(config, storage, step) for step in commit_counts}
     entries = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from m2f.cluster.evaluation.choice import best_step
@@ -18,7 +18,7 @@ from m2f.cluster.tracking.tracking import TrackedRun, Tracking
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.commits import read_commits
-from m2f.trainer.checkpoint.folder import EVALUATION_PIN, pin, unpin
+from m2f.trainer.checkpoint.folder import EVALUATION_PIN, list_checkpoints, pin, unpin
 from m2f.trainer.checkpoint.lease_record import check_lease
 from m2f.trainer.errors import LeaseLostError
 
@@ -121,24 +121,35 @@ class EvaluationService:
         if lease is not None:
             check_lease(self._storage, lease.run_folder, lease.number)
 
-    def _release(self, entry: Entry) -> None:
+    def _release(self, settled: Sequence[Entry]) -> None:
         self._check_lease()
-        release(self._storage, entry, self._queue.entries(), self._config.training.checkpoint.best_metric)
+        metric = self._config.training.checkpoint.best_metric
+        release(self._storage, self._config.run_folder, settled, self._queue.entries(), metric)
 
 
-def release(storage: Storage, entry: Entry, entries: Iterable[Entry], metric: str | None) -> None:
-    """Allow a settled checkpoint to be deleted, by removing its evaluation pin.
+def release(
+    storage: Storage, run_folder: str, settled: Iterable[Entry], entries: Iterable[Entry], metric: str | None
+) -> None:
+    """Allow `settled` checkpoints of a run to be deleted, by removing their evaluation pins.
 
-    If it has the best value of `metric`, pin it as the best and remove that pin from all others.
+    Before that, pin the one with the best value of `metric` among all checkpoints that still exist.
     """
-    known = {e.step: e for e in entries if e.status == "published"}
-    best = best_step({step: e.metrics for step, e in known.items()}, metric) if metric is not None else None
-    if best == entry.step:
-        pin(storage, entry.checkpoint, BEST_PIN)
-        for step in known.keys() - {best}:
-            unpin(storage, known[step].checkpoint, BEST_PIN)
-    if entry.detail != WITHDRAWN:  # the folder of a withdrawn commit may now contain a later commit
-        unpin(storage, entry.checkpoint, EVALUATION_PIN)
+    if metric is not None:
+        _pin_best(storage, run_folder, entries, metric)
+    for entry in settled:
+        if entry.detail != WITHDRAWN:  # the folder of a withdrawn commit may now contain a later commit
+            unpin(storage, entry.checkpoint, EVALUATION_PIN)
+
+
+def _pin_best(storage: Storage, run_folder: str, entries: Iterable[Entry], metric: str) -> None:
+    existing = {checkpoint.url for checkpoint in list_checkpoints(storage, run_folder)}
+    known = {e.step: e for e in entries if e.status == "published" and e.checkpoint in existing}
+    best = best_step({step: e.metrics for step, e in known.items()}, metric)
+    if best is None:
+        return
+    pin(storage, known[best].checkpoint, BEST_PIN)
+    for step in known.keys() - {best}:
+        unpin(storage, known[step].checkpoint, BEST_PIN)
 
 
 def poll_interval_s(run_folder: str) -> float:

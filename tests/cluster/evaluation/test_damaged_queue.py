@@ -25,6 +25,7 @@ from m2f.trainer.checkpoint.folder import (
     checkpoint_url,
     pins,
 )
+from m2f.trainer.checkpoint.lease import hold_lease
 from m2f.trainer.reporting import CommittedCheckpoint
 
 RECIPE = """
@@ -106,6 +107,16 @@ def test_intact_and_missing_queues_are_not_rebuilt(run):
     assert run.storage.get(queue_url(run.config)) == before
 
 
+def test_ends_of_drivers_do_not_count_as_deaths_of_the_service(run):
+    run.commit(10, "aa")
+    for _ in range(9):
+        restore_queue(run.config, run.storage)
+        taken, _ = EvaluationQueue(run.storage, queue_url(run.config)).take("every")
+        assert taken.starts == 1
+    again, _ = EvaluationQueue(run.storage, queue_url(run.config)).take("every")
+    assert again.starts == 2  # a service of the same driver
+
+
 @pytest.mark.parametrize("silent", ["queue.json", "results.json"])
 def test_an_outage_neither_rebuilds_the_queue_nor_drops_results(run, silent, monkeypatch):
     run.commit(10, "aa")
@@ -169,6 +180,22 @@ def test_deleted_checkpoint_with_results_is_published_if_its_step_was_committed_
     restore_queue(run.config, run.storage)
     assert run.statuses() == [(10, "published"), (20, "dropped"), (30, "published")]
     assert read_entries(run.storage, queue_url(run.config))[1].detail == DELETED
+
+
+def test_rebuilt_queue_keeps_results_of_checkpoints_that_earlier_drivers_deleted(run):
+    urls = {}
+    with hold_lease(run.storage, run.config.run_folder):
+        for step in (10, 20, 30):
+            urls[step] = run.commit(step, f"{step}")
+            run.evaluate(step, f"{step}", step + 31.0)
+        run.delete(urls[10])
+    with hold_lease(run.storage, run.config.run_folder):
+        run.delete(urls[20])
+    with hold_lease(run.storage, run.config.run_folder):
+        run.commit(40, "late")  # by the first driver, which has lost the run
+        run.damage()
+        restore_queue(run.config, run.storage)
+    assert run.statuses() == [(10, "published"), (20, "published"), (30, "published")]
 
 
 def test_step_committed_again_replaces_metrics_of_the_withdrawn_commit(run):

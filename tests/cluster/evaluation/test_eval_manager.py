@@ -9,10 +9,10 @@ from m2f.cluster.evaluation.manager import EvaluationManager, EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry, EvaluationQueue, read_entries
 from m2f.cluster.evaluation.service import BEST_PIN, release
 from m2f.data_pipeline.errors import OutageError, StorageError
-from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.errors import EvaluationError
 from m2f.trainer.checkpoint.commits import Commit, CommitList
-from m2f.trainer.checkpoint.folder import EVALUATION_PIN, checkpoint_url, pin, pins
+from m2f.trainer.checkpoint.folder import EVALUATION_PIN, MANIFEST, checkpoint_url, pin, pins
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.reporting import CommittedCheckpoint
 from tests.waiting import PATIENCE_S, wait_until
@@ -83,7 +83,7 @@ def test_recommit_of_the_same_bytes_undoes_the_withdrawal(tmp_path):
 def test_entries_of_version_0_1_are_matched_by_checkpoint_name_in_a_moved_run(tmp_path):
     rows = [asdict(Entry(step, f"/old/c/{step}", 5, "published")) for step in (10, 20)]
     for row in rows:
-        del row["commit"]
+        del row["commit"], row["starts"]
     rows[1]["status"] = "waiting"
     (tmp_path / "queue.json").write_text(json.dumps(rows))
     queue = queue_in(tmp_path)
@@ -92,6 +92,20 @@ def test_entries_of_version_0_1_are_matched_by_checkpoint_name_in_a_moved_run(tm
     assert [entry.commit for entry in queue.entries()] == [commit_of(10).name, commit_of(20).name]
     assert queue.take("every")[0].checkpoint == "/new/c/20"
     assert len(read_entries(Storage(), f"{tmp_path}/queue.json")) == 2
+
+
+def test_evaluation_during_which_the_service_dies_three_times_fails(tmp_path):
+    queue_in(tmp_path).update(commits_of(10, 20))
+    for _ in range(3):
+        assert queue_in(tmp_path).take("every")[0].step == 10  # as if the service died during the evaluation
+    manager = EvaluationManager(
+        queue_in(tmp_path), lambda: commits_of(10, 20), "every", lambda entry, report: {"val/PQ": 1.0}
+    )
+    wait_until(lambda: manager.status().idle)
+    manager.close()
+    first, second = manager.status().entries
+    assert (first.status, second.status) == ("failed", "published")
+    assert first.detail == "the evaluation service died 3 times while evaluating it"
 
 
 def test_policy_latest_drops_older_waiting_entries(tmp_path):
@@ -132,7 +146,7 @@ def test_every_checkpoint_is_evaluated_once_and_a_failure_affects_only_its_entry
         lambda: commits_of(*steps),
         "every",
         evaluate,
-        lambda entry: released.append(entry.step),
+        lambda settled: released.extend(entry.step for entry in settled),
         poll_interval_s=0.01,
     )
     wait_until(lambda: len(released) == 2)
@@ -179,7 +193,7 @@ def test_new_manager_continues_the_stored_queue(tmp_path):
         lambda: commits_of(10, 20),
         "every",
         evaluate,
-        lambda entry: released.append(entry.step),
+        lambda settled: released.extend(entry.step for entry in settled),
     )
     wait_until(lambda: len(released) == 2)
     manager.close()
@@ -243,19 +257,41 @@ def test_error_that_ends_the_evaluation_thread_is_in_the_status(tmp_path):
     manager.close()
 
 
+def make_checkpoint(storage: Storage, run_folder: str, step: int) -> str:
+    """Write a checkpoint that waits for its evaluation, and return its URL."""
+    url = checkpoint_url(run_folder, step)
+    storage.put(join(url, MANIFEST), b"")
+    pin(storage, url, EVALUATION_PIN)
+    return url
+
+
 def test_best_checkpoint_stays_pinned(tmp_path):
-    storage, entries = Storage(), []
+    storage, run_folder, entries = Storage(), str(tmp_path), []
     for step, value in ((4, 20.0), (8, 30.0), (12, 10.0), (16, 40.0)):
-        url = checkpoint_url(str(tmp_path), step)
-        pin(storage, url, EVALUATION_PIN)
+        url = make_checkpoint(storage, run_folder, step)
         entries.append(Entry(step, url, 0, "published", metrics={"val/PQ": value}))
-        release(storage, entries[-1], entries, "val/PQ")
+        release(storage, run_folder, entries[-1:], entries, "val/PQ")
         best = max(entries, key=lambda entry: entry.metrics["val/PQ"])
         assert {e.step: pins(storage, e.checkpoint) for e in entries if pins(storage, e.checkpoint)} == {
             best.step: (BEST_PIN,)
         }
-    release(storage, entries[0], entries, "val/PQ")  # a restarted manager releases all published entries
+    release(storage, run_folder, entries, entries, "val/PQ")  # a restarted manager releases all published entries
     assert pins(storage, entries[3].checkpoint) == (BEST_PIN,)
+
+
+def test_best_of_the_existing_checkpoints_is_pinned_if_a_better_one_was_deleted(tmp_path):
+    storage, run_folder = Storage(), str(tmp_path)
+    values = {100: 50.0, 400: 48.0, 500: 46.0}  # retention has deleted step 100 before `best_metric` was set
+    entries = [
+        Entry(step, checkpoint_url(run_folder, step), 0, "published", metrics={"val/PQ": value})
+        for step, value in values.items()
+    ]
+    for step in (400, 500):
+        make_checkpoint(storage, run_folder, step)
+    before = storage.counters.requests
+    release(storage, run_folder, entries[-1:], entries, "val/PQ")
+    assert storage.counters.requests - before <= 5  # the same for any number of deleted checkpoints
+    assert [pins(storage, entry.checkpoint) for entry in entries] == [(), (BEST_PIN, EVALUATION_PIN), ()]
 
 
 def test_copied_run_folder_changes_no_pins_of_the_original(tmp_path):
@@ -263,14 +299,12 @@ def test_copied_run_folder_changes_no_pins_of_the_original(tmp_path):
 
     def evaluate(run_folder: str, step: int, value: float) -> None:
         queue = EvaluationQueue(storage, f"{run_folder}/evaluations/queue.json")
-        for entry in queue.entries():  # as at every start
-            release(storage, entry, queue.entries(), "val/PQ")
-        url = checkpoint_url(run_folder, step)
-        pin(storage, url, EVALUATION_PIN)
+        release(storage, run_folder, queue.entries(), queue.entries(), "val/PQ")  # as at every start
+        url = make_checkpoint(storage, run_folder, step)
         queue.update(CommitList((Commit(f"{step:08d}-0-a", CommittedCheckpoint(step, url)),)))
         entry, _ = queue.take("every")
         queue.publish(entry, {"val/PQ": value})
-        release(storage, queue.entries()[-1], queue.entries(), "val/PQ")
+        release(storage, run_folder, queue.entries()[-1:], queue.entries(), "val/PQ")
 
     evaluate(original, 10, 50.0)
     shutil.copytree(original, copied)
@@ -282,7 +316,7 @@ def test_copied_run_folder_changes_no_pins_of_the_original(tmp_path):
 
 def test_evaluation_interrupted_by_an_outage_is_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr("m2f.cluster.evaluation.manager.RETRY_S", 0.01)
-    outages = [OutageError("s3://b/k: no answer")] * 2
+    outages = [OutageError("s3://b/k: no answer")] * 9
 
     def evaluate(entry, report):
         if outages:
