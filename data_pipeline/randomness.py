@@ -25,6 +25,7 @@ class Stream(IntEnum):
     REPEATS = 5
     PASTED = 6
     PASTED_OBJECTS = 7
+    DROPOUT = 8
 
 
 def _philox(seed: int, stream: Stream, major: int, minor: int) -> np.random.Philox:

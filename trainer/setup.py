@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from m2f.data_pipeline.loading.loader import StepBatches
+from m2f.data_pipeline.randomness import Stream, random_words
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.attention_backends import select_attention_backends
 from m2f.trainer.checkpoint.folder import list_checkpoints
@@ -69,6 +70,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
         )
         job = probe_memory(module, job, data, device, ranks, reporter)
         engine = Engine(module, job.training, device, universal=restart is not None and restart.reshard)
+        _seed_dropout(job.seed, ranks.rank, state.step if restart is None else restart.state.step)
         if restart is not None:
             restart.load_engine(engine, ranks)
             state, resumed = restart.state, restart.checkpoint
@@ -96,6 +98,15 @@ def prepare_device(ranks: Ranks, reporter: Reporter) -> torch.device:
     if attention is not None and ranks.is_first:
         reporter.report(Notice("device", 0, attention))
     return device
+
+
+def _seed_dropout(seed: int, rank: int, step: int) -> None:
+    """Seed torch's generators, from which dropout and drop path draw, differently on every rank.
+
+    Initial weights, which are equal on all ranks, must exist before. The step gives a run that goes on with another
+    number of ranks new numbers; with the same number, the checkpoint restores the generators.
+    """
+    torch.manual_seed(random_words(seed, Stream.DROPOUT, rank, step, count=1).item())
 
 
 def _report_wait(reporter: Reporter, rank: int, line: str) -> None:

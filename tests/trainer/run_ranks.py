@@ -13,6 +13,7 @@ from dataclasses import replace
 from math import nan
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 import m2f.trainer.engine.module
@@ -114,6 +115,13 @@ def resumed_in_stage(folder: Path, stage: str) -> dict:
     }
     averages = [folder / f"{name}{stage}/checkpoints/step_00000003/ema.safetensors" for name in ("whole", "parts")]
     return seen | {"same_average": averages[0].read_bytes() == averages[1].read_bytes()}
+
+
+def seeded(folder: Path, max_steps: str) -> int:
+    """Start or resume a run, and return the seed of this rank's generator after its last step."""
+    seen = train(make_job(folder / "seeded", str(folder / "shards"), max_steps=int(max_steps)))
+    assert seen["state"]["step"] == int(max_steps)
+    return torch.initial_seed()
 
 
 def in_stage_again(folder: Path, stage: str, max_steps: str) -> dict:

@@ -144,6 +144,14 @@ def test_resuming_is_bit_identical(whole_runs, stage):
     assert runs["same_average"]
 
 
+def test_every_rank_draws_other_numbers_also_after_resuming_with_another_number_of_ranks(with_data):
+    with_data.run_each(["seeded:1", "seeded:2"])
+    with_data.run_each(["seeded:3"], ranks=1)
+    first, second = (with_data.result("seeded:1", rank) for rank in (0, 1))
+    assert [with_data.result("seeded:2", rank) for rank in (0, 1)] == [first, second]  # restored from the checkpoint
+    assert len({first, second, with_data.result("seeded:3")}) == 3
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_resuming_with_another_number_of_ranks_changes_almost_nothing(other_ranks, stage):
     expected = other_ranks.result(f"resumed_in_stage:{stage}")["whole"]["losses"]
