@@ -163,10 +163,13 @@ def decode_id_png(data: bytes) -> np.ndarray:
     """Return the segment ids [H, W] uint32 of a COCO panoptic PNG: R + 256 G + 65536 B.
 
     Raises:
-        BrokenImageError: the file is not a PNG, or cannot be decoded.
+        BrokenImageError: the file is not a PNG, has 16 bits per channel, or cannot be decoded.
     """
-    if read_header(data).ext != "png":
+    header = read_header(data)
+    if header.ext != "png":
         raise BrokenImageError("panoptic ids must be stored as PNG; JPEG and WebP change colours")
+    if header.bit_depth > 8:
+        raise BrokenImageError("this map must have 8 bits per channel, but the PNG has 16; save it with 8 bits")
     padded = cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR_RGB), cv2.COLOR_RGB2RGBA)  # four bytes are read as one uint32
     return padded.view("<u4")[..., 0] & np.uint32(0xFFFFFF)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.json_fields import field, read_flag
@@ -37,10 +39,17 @@ class InstanceMaps:
     """Category by position in the config file. Labels that are not evaluated are void (None)."""
 
     def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
-        """Return one segment for each instance and each stuff class. The maps do not mark crowds."""
+        """Return one segment for each instance and each stuff class. The maps do not mark crowds.
+
+        Raises:
+            DataError: the map has 8 bits, or a label that the config file does not list.
+        """
         last = len(self.labels) - 1
+        values = read_index_map(maps[0], max_pixels)
+        if values.dtype != np.uint16:  # every value would be an instance of the first label
+            raise DataError(f"{maps[0]}: instance maps have 16 bits, but this map has 8; use the folder `instances`")
         return partition(
-            read_index_map(maps[0], max_pixels),
+            values,
             self._classify,
             maps[0],
             f"(256 x label + instance) do not belong to a label of the config file (0 to {last}); use the instances "

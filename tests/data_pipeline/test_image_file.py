@@ -170,6 +170,9 @@ def test_panoptic_ids_use_all_three_channels():
     assert np.array_equal(decode_id_png(png), ids)
     with pytest.raises(BrokenImageError, match="must be stored as PNG"):
         decode_id_png(JPEG)
+    wide = cv2.imencode(".png", np.ones((2, 4, 3), np.uint16))[1].tobytes()
+    with pytest.raises(BrokenImageError, match="must have 8 bits per channel, but the PNG has 16"):
+        decode_id_png(wide)
 
 
 def test_encoded_pngs_are_deterministic():

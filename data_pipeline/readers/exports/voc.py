@@ -46,7 +46,10 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
         require_unique(stems, f"names in {source.image_set}")
     if not stems:
         raise DataError(f"{source.image_set or classes} names no image; check the paths under datasets.<name>.source")
-    files = {path.stem: path.name for path in images.iterdir() if is_image_name(path.name)}
+    listed = set(stems)
+    names_of_images = [p.name for p in images.iterdir() if is_image_name(p.name) and p.stem in listed]
+    require_unique((Path(name).stem for name in names_of_images), f"names in {images} without their endings")
+    files = {Path(name).stem: name for name in names_of_images}
     incomplete = [s for s in stems if s not in files or not all((f / f"{s}.png").is_file() for f in (classes, objects))]
     if incomplete:
         raise DataError(
@@ -71,14 +74,15 @@ class VocMaps:
         """Return one segment for each pair of class and object. Thing pixels without an object form a crowd.
 
         Raises:
-            DataError: the maps differ in size or contain an unknown class.
+            DataError: the maps differ in size, or the class map has 16 bits or an unknown class.
         """
-        classes, objects = (read_index_map(path, max_pixels).astype(np.uint32) for path in maps)
+        classes, objects = (read_index_map(path, max_pixels) for path in maps)
+        if classes.dtype != np.uint8:
+            raise DataError(f"{maps[0]}: class maps have 8 bits, but this map has 16")
         if classes.shape != objects.shape:
             raise DataError(f"{maps[1]} and {maps[0]} differ in size")
-        return partition(
-            classes + 256 * objects, self._classify, maps[0], "are classes that the data set does not define"
-        )
+        values = classes + 256 * objects.astype(np.uint32)
+        return partition(values, self._classify, maps[0], "are classes that the data set does not define")
 
     def _classify(self, value: int) -> Region | None:
         label, number = value & 255, value >> 8

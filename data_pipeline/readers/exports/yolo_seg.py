@@ -63,16 +63,21 @@ def read_yolo_classes(path: str) -> CategoryTable:
     In a YAML file, `names` is a list or a mapping with the keys 0, 1, 2, ... A `.txt` file has one name per line.
 
     Raises:
-        DataError: the file is missing or invalid. The message names the file.
+        DataError: the file is missing or invalid, or belongs to a pose data set. The message names the file.
     """
     require_file(path)
     if path.endswith(".txt"):
-        lines = read_bytes(Path(path)).decode("utf-8-sig", errors="replace").splitlines()
-        return categories_from_names([line.strip() for line in lines if line.strip()])
+        lines = read_bytes(Path(path)).decode("utf-8-sig", errors="replace").rstrip().splitlines()
+        names = [line.strip() for line in lines]
+        if "" in names:  # the number of a line is the id of its class
+            raise DataError(f"{path}: line {names.index('') + 1} is empty; give the class a name, or remove the line")
+        return categories_from_names(names)
     try:
         document = parse_yaml(read_bytes(Path(path)))
     except DocumentError as error:
         raise DataError(f"{path} is not valid YAML: {error}") from error
+    if isinstance(document, dict) and "kpt_shape" in document:
+        raise DataError(f"{path} has `kpt_shape`: its labels are boxes with keypoints; export polygons instead")
     names = document.get("names") if isinstance(document, dict) else None
     if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[i] for i in range(len(names))]

@@ -239,6 +239,15 @@ def test_mapillary_maps_give_instances_and_void(vistas):
         open_reader(source).read(0)
 
 
+def test_mapillary_maps_with_8_bits_are_refused(vistas):
+    """In the folder `labels`, each value is a label; as instance maps, all would be the first label."""
+    source, write, folder = vistas
+    write(np.zeros((H, W)))
+    (folder / "instances/a.png").write_bytes(encode_png(np.ones((H, W), np.uint8)))
+    with pytest.raises(DataError, match=r"instances/a.png: instance maps have 16 bits, but this map has 8"):
+        open_reader(source).read(0)
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [

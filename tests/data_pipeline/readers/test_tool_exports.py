@@ -121,6 +121,22 @@ def test_a_yolo_list_with_other_or_repeated_images_is_refused(tmp_path, text, me
         open_reader(replace(_source("yolo_seg", tmp_path), image_set=f"{tmp_path}/train.txt"))
 
 
+def test_yolo_keypoints_are_not_read_as_polygons(tmp_path):
+    tool_exports.yolo_seg(tmp_path)
+    with (tmp_path / "data.yaml").open("a") as stream:
+        stream.write("kpt_shape: [6, 2]\n")
+    with pytest.raises(DataError, match=r"data\.yaml has `kpt_shape`: its labels are boxes with keypoints"):
+        open_reader(_source("yolo_seg", tmp_path))
+
+
+@pytest.mark.parametrize(("text", "message"), [("cell\n\ndirt\n", "line 2 is empty"), ("\n", "contain no class")])
+def test_yolo_class_lists_with_an_empty_line_are_refused(tmp_path, text, message):
+    tool_exports.yolo_seg(tmp_path)
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_reader(replace(_source("yolo_seg", tmp_path), data_yaml=f"{tmp_path}/classes.txt"))
+
+
 @pytest.mark.parametrize("labels", ["images/train", "labels/val"])
 def test_yolo_labels_that_fit_no_image_are_refused(tmp_path, labels):
     tool_exports.yolo_seg(tmp_path)
@@ -340,6 +356,23 @@ def test_voc_names_repeated_lines_of_its_list(tmp_path):
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("im0\nim1\nim0\n")
     with pytest.raises(DataError, match=r"Segmentation/train\.txt must be unique; these appear more than once: im0"):
         open_reader(_source("voc", tmp_path))
+
+
+def test_voc_names_two_images_of_one_map(tmp_path):
+    tool_exports.voc(tmp_path)
+    for name in ("im1", "unlisted"):
+        (tmp_path / f"JPEGImages/{name}.jpg").touch()
+        (tmp_path / f"JPEGImages/{name}.bmp").touch()
+    with pytest.raises(DataError, match=r"without their endings must be unique; these appear more than once: im1$"):
+        open_reader(_source("voc", tmp_path))
+
+
+def test_voc_class_maps_with_16_bits_are_refused(tmp_path):
+    tool_exports.voc(tmp_path)
+    values = tool_exports.class_map(0).astype(np.uint16) + 256
+    (tmp_path / "SegmentationClass/im0.png").write_bytes(encode_png(values))
+    with pytest.raises(DataError, match=r"im0\.png: class maps have 8 bits, but this map has 16"):
+        open_reader(_source("voc", tmp_path)).read(0)
 
 
 def test_unknown_colours_are_refused(tmp_path):
