@@ -134,7 +134,6 @@ class RunConfig(Section):
         if unfit := url_problems(self, ""):
             raise ConfigError("\n  ".join(unfit))
         self._check_timeouts()
-        self._check_early_stopping()
         if self.model.freeze and self.training.precision in ("bf16", "fp16"):
             raise ConfigError(
                 f"model.freeze is {list(self.model.freeze)}, but training.precision {self.training.precision} would "
@@ -145,17 +144,6 @@ class RunConfig(Section):
                 "training.compile is true, but data.augment makes images of many sizes, and each size is "
                 "compiled separately; set data.augment.kind to lsj or shortest_edge, or training.compile to false"
             )
-
-    def _check_early_stopping(self) -> None:
-        stopping = self.training.early_stopping
-        labels = [evaluated.label for evaluated in self.evaluation.sets]
-        if stopping is None or stopping.metric.rpartition("/")[0] in labels:
-            return
-        known = f"; it must start with one of {', '.join(f'{label}/' for label in labels)}" if labels else ""
-        raise ConfigError(
-            f"training.early_stopping.metric is {stopping.metric!r}, but evaluation.sets has no such set"
-            f"{known or ', as it is empty'}"
-        )
 
     def _check_timeouts(self) -> None:
         """Raise ConfigError if the collective timeout is too short for S3.
@@ -170,6 +158,24 @@ class RunConfig(Section):
                 f"{longest:g} s for S3 (storage.patience_s + training.stall_timeout_s); set it above {longest:g}, or "
                 "lower storage.patience_s"
             )
+
+    def check_metrics(self) -> None:
+        """Raise ConfigError if a metric that training uses belongs to no evaluation set.
+
+        Call this before training only: `m2f eval` may evaluate other sets with the recipe of a run.
+        """
+        stopping = self.training.early_stopping
+        metrics = {
+            "training.early_stopping.metric": None if stopping is None else stopping.metric,
+            "training.checkpoint.best_metric": self.training.checkpoint.best_metric,
+        }
+        labels = [evaluated.label for evaluated in self.evaluation.sets]
+        known = f"; it must start with one of {', '.join(f'{label}/' for label in labels)}" if labels else ""
+        for setting, metric in metrics.items():
+            if metric is not None and metric.rpartition("/")[0] not in labels:
+                raise ConfigError(
+                    f"{setting} is {metric!r}, but evaluation.sets has no such set{known or ', as it is empty'}"
+                )
 
     @property
     def run_folder(self) -> str:

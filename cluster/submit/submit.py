@@ -128,8 +128,9 @@ def bind_to_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
     """Return the recipe for a job on the cluster, without `cluster.address`.
 
     Prints a warning for URLs of the loopback interface. Raises ConfigError if a path is local and outside the `shared`
-    folders, which all nodes must mount, or if the tracking URI is local.
+    folders, which all nodes must mount, if the tracking URI is local, or if a metric in `training` belongs to no set.
     """
+    config.check_metrics()
     problems = [
         f"{setting} is {path}, which is a local path; use s3://, or give `--shared FOLDER` if all nodes of the "
         "cluster mount it"

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from m2f.cluster.evaluation.early_stopping import early_stop, unknown_metric
 from m2f.cluster.evaluation.queue import Entry
+from m2f.cluster.recipe.devices import AvailableDevices
 from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.start.settling import settled_run
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import EarlyStoppingConfig
 
@@ -81,16 +83,28 @@ def test_unknown_metric_is_reported_with_the_available_ones():
         ("{}", "neither training.max_steps nor training.max_epochs is set"),
         ("{max_steps: 3, max_epochs: 2}", r"both training.max_steps \(3\) and training.max_epochs \(2\) are set"),
         ("{max_steps: 3, early_stopping: {metric: PQ}}", r"'PQ', but evaluation.sets has no such set; .* val/"),
+        ("{max_steps: 3, checkpoint: {best_metric: PQ}}", r"best_metric is 'PQ', but .* has no such set; .* val/"),
         ("{max_steps: 3, early_stopping: {patience: 0, metric: val/PQ}}", "patience is 0; it must be at least 1"),
         ("{max_steps: 3, early_stopping: {metrc: val/PQ}}", "did you mean `metric`"),
     ],
 )
-def test_invalid_run_length_and_early_stopping_settings_are_named(training, message):
+def test_invalid_run_length_and_metrics_are_named(training, message):
     with pytest.raises(ConfigError, match=message):
-        parse_recipe(f"{RECIPE}training: {training}\n")
+        parse_recipe(f"{RECIPE}training: {training}\n").check_metrics()
 
 
 def test_early_stopping_requires_evaluation_sets():
     recipe = f"{RECIPE}training: {{max_steps: 3, early_stopping: {{metric: val/PQ}}}}\nevaluation: {{sets: []}}\n"
     with pytest.raises(ConfigError, match="no such set, as it is empty"):
-        parse_recipe(recipe)
+        parse_recipe(recipe).check_metrics()
+
+
+def test_training_checks_its_metrics_before_it_starts():
+    config = parse_recipe(f"{RECIPE}training: {{max_steps: 3, checkpoint: {{best_metric: vla/PQ}}}}\n")
+    with pytest.raises(ConfigError, match=r"best_metric is 'vla/PQ'"):
+        settled_run(config, AvailableDevices(), during_training=True)
+
+
+def test_recipe_with_early_stopping_may_evaluate_other_sets():
+    recipe = f"{RECIPE}training: {{max_steps: 3, early_stopping: {{metric: val/PQ}}}}\n"
+    assert parse_recipe(recipe, ["evaluation.sets=[{dataset: train}]"]).evaluation.sets[0].dataset == "train"

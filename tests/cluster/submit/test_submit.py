@@ -123,6 +123,11 @@ def test_local_paths_are_refused_with_their_setting(override):
         bind_to_cluster(recipe_config(override))
 
 
+def test_metric_without_evaluation_set_is_refused_before_submission():
+    with pytest.raises(ConfigError, match=r"best_metric is 'PQ', but evaluation\.sets has no such set"):
+        bind_to_cluster(recipe_config("training.checkpoint.best_metric=PQ"))
+
+
 def test_paths_in_shared_folders_are_accepted():
     config = recipe_config("output=/mnt/fsx/runs")
     assert bind_to_cluster(config, ["/mnt/fsx"]).output == "/mnt/fsx/runs"
