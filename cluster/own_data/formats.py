@@ -82,6 +82,7 @@ def _detect_json_formats(folder: Path) -> list[DataFormat]:
     """Return the COCO and labelme formats. A folder with a labelme file is not searched further for COCO files."""
     coco: list[_JsonFile] = []
     labelme: list[Path] = []
+    damaged: list[Path] = []
     by_folder: dict[Path, list[Path]] = {}
     for path in filter(Path.is_file, files_below(folder, ".json")):
         by_folder.setdefault(path.parent, []).append(path)
@@ -90,6 +91,7 @@ def _detect_json_formats(folder: Path) -> list[DataFormat]:
             try:
                 content = parse_json(path.read_bytes())
             except DocumentError:
+                damaged.append(path.relative_to(folder))
                 continue
             if is_labelme(content):
                 labelme.append(parent)
@@ -101,7 +103,8 @@ def _detect_json_formats(folder: Path) -> list[DataFormat]:
         formats += _coco_formats(folder, coco)
     if labelme:
         formats.append(_labelme_format(folder, labelme))
-    return formats
+    notes = (f"not used, because they are not valid JSON: {format_list(damaged)}",) if damaged else ()
+    return [replace(data_format, notes=(*data_format.notes, *notes)) for data_format in formats]
 
 
 def _coco_formats(folder: Path, files: Sequence[_JsonFile]) -> list[DataFormat]:
@@ -196,7 +199,7 @@ def _split_folder(root: Path, folder: Path) -> Path:
 
 
 def _detect_cvat(folder: Path) -> DataFormat | None:
-    sets = []
+    sets, notes = [], []
     for path in filter(Path.is_file, files_below(folder, ".xml")):
         with path.open("rb") as stream:
             head = stream.read(1_000_000).decode(errors="replace")
@@ -207,35 +210,49 @@ def _detect_cvat(folder: Path) -> DataFormat | None:
         images = next((found for found in candidates if match and (found / match[1]).is_file()), candidates[0])
         split = split_from_path(str(path.relative_to(folder)))
         sets.append(SourceSet(split, CvatSource(images=str(images), annotations=str(path))))
-    return DataFormat("cvat", "an XML file with `<annotations>`", tuple(sets)) if sets else None
+        subsets = dict.fromkeys(re.findall(r'<image [^>]*?subset="([^"]+)"', head))
+        if any(map(split_from_path, subsets)):
+            notes.append(f"the subsets in {path.name} are not used: {format_list(subsets)}; COCO exports keep them")
+    return DataFormat("cvat", "an XML file with `<annotations>`", tuple(sets), notes=tuple(notes)) if sets else None
 
 
 def _detect_voc(folder: Path) -> DataFormat | None:
     """Detect Pascal VOC with grey or palette maps. RGB maps with a legend are a different format."""
-    parents = (Path(parent) for parent, _ in walk_folders(str(folder)))
-    root = next((parent for parent in parents if (parent / "SegmentationObject").is_dir()), None)
-    maps = _visible_files(root / "SegmentationClass", "*.png") if root else []
-    if root is None or not maps:
+    parents = sorted(Path(parent) for parent, _ in walk_folders(str(folder)))
+    roots = [p for p in parents if (p / "SegmentationObject").is_dir() and _visible_files(p, "SegmentationClass/*.png")]
+    if not roots or not all(map(_has_indexed_classes, roots)):
         return None
-    try:
-        mode = read_header(maps[0].read_bytes()).mode
-    except BrokenImageError:
-        return None
-    if mode not in ("gray", "palette"):
-        return None
-    legend = next((str(root / name) for name in _VOC_LEGENDS if (root / name).is_file()), None)
-    source = VocSource(
-        images=f"{root}/JPEGImages",
-        class_maps=f"{root}/SegmentationClass",
-        object_maps=f"{root}/SegmentationObject",
-        legend=legend,
-    )
-    lists = {split_from_path(path.stem): path for path in _visible_files(root / "ImageSets/Segmentation", "*.txt")}
-    splits = [(split, str(lists[split])) for split in ("train", "val") if split in lists] or [(None, None)]
-    sets = tuple(SourceSet(split, replace(source, image_set=path)) for split, path in splits)
+    sources = {root: _voc_source(root) for root in roots}
+    sets = tuple(entry for root, source in sources.items() for entry in _voc_sets(folder, root, source))
+    legend = next(iter(sources.values())).legend
     origin_of_classes = (
         f"with {Path(legend).name}"
         if legend
         else f"with the classes of Pascal VOC, because {_VOC_LEGENDS[0]} is missing"
     )
     return DataFormat("voc", f"folders SegmentationClass and SegmentationObject, {origin_of_classes}", sets)
+
+
+def _has_indexed_classes(root: Path) -> bool:
+    try:
+        mode = read_header(_visible_files(root, "SegmentationClass/*.png")[0].read_bytes()).mode
+    except BrokenImageError:
+        return False
+    return mode in ("gray", "palette")
+
+
+def _voc_source(root: Path) -> VocSource:
+    return VocSource(
+        images=f"{root}/JPEGImages",
+        class_maps=f"{root}/SegmentationClass",
+        object_maps=f"{root}/SegmentationObject",
+        legend=next((str(root / name) for name in _VOC_LEGENDS if (root / name).is_file()), None),
+    )
+
+
+def _voc_sets(folder: Path, root: Path, source: VocSource) -> list[SourceSet]:
+    """Return a set for each list of images, or one set with all class maps if the lists do not divide the images."""
+    lists = {path: split_from_path(path.stem) for path in _visible_files(root, "ImageSets/Segmentation/*.txt")}
+    if not {"train", "val"} & set(lists.values()):
+        return [SourceSet(split_from_path(str(root.relative_to(folder))), source)]
+    return [SourceSet(split, replace(source, image_set=str(path))) for path, split in lists.items()]

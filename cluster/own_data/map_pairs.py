@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +60,19 @@ def find_map_formats(folder: Path) -> list[DataFormat]:
 
     Raises ConfigError for RGB maps without a legend, and for maps with too many values to be classes.
     """
-    pairs = _find_pairs(folder)
+    pairs, unpaired = _find_pairs(folder)
     if not pairs:
         return []
     _require_one_map_folder(pairs)
+    formats = _formats_of_pairs(folder, pairs)
+    if not unpaired:
+        return formats
+    listed = format_list(path.relative_to(folder) for path in unpaired)
+    note = f"not used, because no folder has images with the names of these maps, or they are not PNG: {listed}"
+    return [replace(data_format, notes=(*data_format.notes, note)) for data_format in formats]
+
+
+def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
     first = pairs[0].map_files()[0]
     try:
         mode = read_header(first.read_bytes()).mode
@@ -103,9 +112,9 @@ def find_map_formats(folder: Path) -> list[DataFormat]:
             "classes; write a categories file (docs/datasets.md), or export in another format"
         )
     classes = {value: names.get(value) for value in (*class_values, *(names if class_values else ()))}
-    return [
-        DataFormat("label_maps", f"{evidence}: {mode} maps", _source_sets(pairs, sets), dict(sorted(classes.items())))
-    ]
+    notes = ("pixels of value 255 have no label (source.void)",) if 255 in values and not is_binary else ()
+    source_sets = _source_sets(pairs, sets)
+    return [DataFormat("label_maps", f"{evidence}: {mode} maps", source_sets, dict(sorted(classes.items())), notes)]
 
 
 def _color_map_formats(
@@ -161,8 +170,8 @@ def _is_coco_stuff(legend: Path) -> bool:
         return False
 
 
-def _find_pairs(folder: Path) -> list[_Pair]:
-    """Return pairs of folders in which at least 90 % of the maps are named after an image.
+def _find_pairs(folder: Path) -> tuple[list[_Pair], list[Path]]:
+    """Return pairs of folders in which at least 90 % of the maps are named after an image, and unpaired map folders.
 
     One folder may hold both images and maps. If several folders contain the images, because splits repeat names, the
     one nearest to the maps is used.
@@ -172,23 +181,26 @@ def _find_pairs(folder: Path) -> list[_Pair]:
         found = {Path(name).stem: name for name in sorted(files) if is_image_name(os.path.join(parent, name))}
         if found:
             stems[Path(parent)] = found
-    pairs = []
+    like_maps = {path for path, names in stems.items() if _looks_like_maps(path.relative_to(folder), names)}
+    images_below = {path: names for path, names in stems.items() if path not in like_maps}
+    pairs, unpaired = [], []
     for maps, names in stems.items():
         if (suffix := _map_suffix_in_folder(names)) is not None:
             pairs.append(_Pair(folder, maps, maps, suffix))
             continue
-        if not all(map(_is_map, names.values())) or not _looks_like_maps(maps, names):
+        if maps not in like_maps:
             continue
         if maps.name == "SegmentationObject" and maps.with_name("SegmentationClass") in stems:
             continue  # the values of these maps number the objects
         fitting = []
-        for images, others in stems.items():
-            suffix = _map_suffix(others, names) if images != maps and not _looks_like_maps(images, others) else None
-            if suffix is not None:
+        for images, others in images_below.items() if all(map(_is_map, names.values())) else ():
+            if (suffix := _map_suffix(others, names)) is not None:
                 fitting.append(_Pair(folder, images, maps, suffix))
         if fitting:
             pairs.append(max(fitting, key=_nearness))
-    return pairs
+        else:
+            unpaired.append(maps)
+    return pairs, unpaired
 
 
 def _nearness(pair: _Pair) -> tuple[bool, int]:
@@ -208,10 +220,13 @@ def _map_suffix_in_folder(names: dict[str, str]) -> str | None:
 
 
 def _looks_like_maps(folder: Path, names: dict[str, str]) -> bool:
-    """Return whether a folder or its first file is named like maps. Contents do not help: images may also be grey."""
+    """Return whether a folder or its first file is named like maps. Contents do not help: images may also be grey.
+
+    The path of the folder is relative to the user's folder, whose own name, such as `segmentation`, says nothing.
+    """
     words = ("mask", "label", "annot", "seg", "gt", "ground", "stuff", "map", "target")
     first = next(iter(names))
-    name = folder.parent.name if split_from_path(folder.name) else folder.name
+    name = "/".join(folder.parts[-2:]) if split_from_path(folder.name) else folder.name
     return any(word in name.lower() for word in words) or first.endswith(("_mask", "_L"))
 
 
@@ -228,11 +243,20 @@ def _map_suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
 
 
 def _map_values(pairs: Sequence[_Pair]) -> tuple[int, ...]:
-    """Return all values in the first maps (at most 200 per pair), sorted."""
+    """Return all values in at most 200 evenly spaced maps per pair, sorted.
+
+    If these maps have a single value, all maps are read: the objects may be in a few maps only, as in data of defects.
+    """
+    files = [pair.map_files() for pair in pairs]
+    sample = [path for paths in files for path in paths[:: -(-len(paths) // _SAMPLE_SIZE)]]
+    values = _values_in(sample)
+    return values if len(values) > 1 else _values_in(path for paths in files for path in paths)
+
+
+def _values_in(maps: Iterable[Path]) -> tuple[int, ...]:
     found: set[int] = set()
-    for pair in pairs:
-        for path in pair.map_files()[:_SAMPLE_SIZE]:
-            found |= set(np.unique(read_index_map(path, 10**9)).tolist())
+    for path in maps:
+        found |= set(np.unique(read_index_map(path, 10**9)).tolist())
     return tuple(sorted(found))
 
 

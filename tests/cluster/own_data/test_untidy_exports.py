@@ -183,6 +183,29 @@ def test_maps_beside_their_images_are_detected(ending, folder, capsys):
     assert "Next, after naming the classes in set.classes.json:\n  m2f shard" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("interval", [2, 226])
+def test_binary_maps_may_be_empty_for_most_images(interval, folder):
+    """MVTec and similar data of defects list hundreds of maps without an object first."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for number in range(450):
+        empty = number < 205 or number % interval
+        for name, value in (("images", 7), ("masks", 0 if empty else 255)):
+            (folder / name / f"im{number:03d}.png").write_bytes(encode_png(np.full((4, 4), value, np.uint8)))
+    (data_format,) = find_formats(folder)
+    assert (data_format.sets[0].source.void, list(data_format.classes), data_format.notes) == ((), [0, 255], ())
+
+
+def test_void_pixels_of_maps_are_reported(folder):
+    for number in range(3):
+        write_image(folder / f"images/im{number}.png", number)
+        (folder / "masks").mkdir(exist_ok=True)
+        (folder / f"masks/im{number}.png").write_bytes(encode_png(np.array([[0, 1], [2, 255]], np.uint8)))
+    (data_format,) = find_formats(folder)
+    assert data_format.sets[0].source.void == (255,)
+    assert data_format.notes == ("pixels of value 255 have no label (source.void)",)
+
+
 def test_object_maps_are_not_used_as_class_maps(folder):
     colors = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0)], np.uint8)
     for number in range(4):
@@ -383,3 +406,61 @@ def test_several_folders_of_maps_for_the_same_images_are_refused(folder, capsys)
         (folder / "instance_masks" / path.name).write_bytes(path.read_bytes())
     assert main(["init", "set"]) == 2
     assert "set/images has maps in 2 folders: instance_masks, masks. Keep" in capsys.readouterr().err
+
+
+def test_voc_uses_every_release_and_reports_lists_without_a_split(folder, capsys):
+    for year in ("VOC2007", "VOC2012"):
+        (folder / year).mkdir()
+        EXPORTS["voc"](folder / year)
+    (folder / "VOC2012/ImageSets/Segmentation/trainval.txt").write_text("im0\nim4\n")
+    datasets = init_datasets()
+    assert {name: len(samples(d)) for name, d in datasets.items()} == {"train": 4, "train2": 4, "val": 2, "val2": 2}
+    message = "not used, because other sets are named train: VOC2012/ImageSets/Segmentation/trainval.txt;"
+    assert message in capsys.readouterr().out
+
+
+def test_two_training_lists_of_voc_are_refused(folder, capsys):
+    EXPORTS["voc"](folder)
+    (folder / "ImageSets/Segmentation/train_aug.txt").write_text("im0\nim1\n")
+    assert main(["init", "set"]) == 2
+    message = capsys.readouterr().err
+    assert "train.txt and " in message
+    assert "train_aug.txt both use 2 images" in message
+
+
+def test_subsets_inside_a_cvat_file_are_reported(folder, capsys):
+    EXPORTS["cvat"](folder)
+    path = folder / "annotations.xml"
+    path.write_text(path.read_text().replace(' name="im5.png"', ' name="im5.png" subset="Validation"'))
+    init_datasets()
+    assert "the subsets in annotations.xml are not used: Validation" in capsys.readouterr().out
+
+
+def test_damaged_json_files_are_reported(folder, capsys):
+    EXPORTS["roboflow"](folder)
+    damaged = folder / "valid/_annotations.coco.json"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    init_datasets()
+    printed = capsys.readouterr().out
+    assert "not used, because they are not valid JSON: valid/_annotations.coco.json" in printed
+
+
+def test_maps_without_images_are_reported(folder, capsys):
+    for split, name in (("train", "im"), ("val", "other")):
+        for number in range(4):
+            write_image(folder / f"{split}/images/im{number}.png", number)
+            (folder / split / "masks").mkdir(exist_ok=True)
+            (folder / f"{split}/masks/{name}{number}.png").write_bytes(encode_png(class_map(number)))
+    init_datasets()
+    printed = capsys.readouterr().out
+    assert "no folder has images with the names of these maps, or they are not PNG: val/masks" in printed
+
+
+def test_the_name_of_the_whole_folder_does_not_mark_maps(folder):
+    inner = folder / "segmentation"
+    for number in range(4):
+        write_image(inner / f"train/im{number}.png", number)
+        (inner / "train_labels").mkdir(exist_ok=True)
+        (inner / f"train_labels/im{number}.png").write_bytes(encode_png(class_map(number)))
+    (found,) = find_formats(inner)
+    assert [entry.split for entry in found.sets] == ["train"]
