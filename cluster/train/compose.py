@@ -16,6 +16,7 @@ from m2f.data_pipeline.shards.warnings import data_warnings
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.folder import list_checkpoints
+from m2f.trainer.engine.schedule import schedule_warnings
 from m2f.trainer.job import TrainJob
 from m2f.trainer.recovery.adjustments import Adjustments
 
@@ -48,7 +49,7 @@ def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
 
 
 def begin_run(config: RunConfig, job: TrainJob, lease: int, storage: Storage) -> TrainJob:
-    """Store the recipe, print changes since the first start and data warnings, and return the job with its lease.
+    """Store the recipe, print changes since the first start and warnings, and return the job with its lease.
 
     Call this only while holding `lease`, after all checks have passed.
     """
@@ -56,6 +57,8 @@ def begin_run(config: RunConfig, job: TrainJob, lease: int, storage: Storage) ->
     if changed:
         lines = "\n  ".join(changed)
         print_err(f"settings differ from those of the first start of {config.run_folder}:\n  {lines}")
+    for warning in schedule_warnings(config.training):
+        print_err(warning)
     queries = config.model.transformer_decoder.num_queries
     for name in dict.fromkeys(item.dataset for item in config.data.train):
         manifest = Manifest.load(config.datasets[name].shards, storage)

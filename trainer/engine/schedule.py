@@ -6,7 +6,14 @@ import math
 from bisect import bisect_right
 from typing import assert_never
 
-from m2f.trainer.config import CosineSchedule, MultiStepSchedule, PolySchedule, ScheduleConfig, StagedPolySchedule
+from m2f.trainer.config import (
+    CosineSchedule,
+    MultiStepSchedule,
+    PolySchedule,
+    ScheduleConfig,
+    StagedPolySchedule,
+    TrainingConfig,
+)
 
 
 def lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
@@ -39,6 +46,31 @@ def backbone_lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> flo
             return _warm_then_poly(step - first, length, max_steps - first, config.power)
         case _:
             return lr_factor(config, step, max_steps)
+
+
+def schedule_warnings(training: TrainingConfig) -> list[str]:
+    """Return a line for each part of the schedule that begins after the last step; `max_epochs` must be resolved.
+
+    This happens if `max_steps` is lowered and the schedule is not.
+    """
+    schedule, max_steps = training.schedule, training.max_steps
+    warmup_steps, late = schedule.warmup_steps, []
+    if isinstance(schedule, StagedPolySchedule):
+        warmup_steps += schedule.backbone_warmup_steps
+    if isinstance(schedule, MultiStepSchedule):
+        late = [milestone for milestone in schedule.milestones if milestone >= max_steps]
+    warnings: list[str] = []
+    if warmup_steps >= max_steps:
+        warnings.append(
+            f"warm-up takes {warmup_steps} steps, but training.max_steps is {max_steps}, so the learning rate stays "
+            "below its full value; shorten the warm-up in training.schedule"
+        )
+    if late:
+        warnings.append(
+            f"training.max_steps is {max_steps}, so the learning rate does not drop at {late} "
+            "(training.schedule.milestones); adapt the milestones to the number of steps"
+        )
+    return [f"warning: {text}" for text in warnings]
 
 
 def _warm_then_poly(step: int, warmup_steps: int, max_steps: int, power: float) -> float:

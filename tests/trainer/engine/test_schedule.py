@@ -1,10 +1,11 @@
 import json
+import re
 
 import pytest
 
 from m2f.model.errors import ConfigError
-from m2f.trainer.config import CosineSchedule, MultiStepSchedule, PolySchedule
-from m2f.trainer.engine.schedule import lr_factor
+from m2f.trainer.config import CosineSchedule, MultiStepSchedule, PolySchedule, StagedPolySchedule, TrainingConfig
+from m2f.trainer.engine.schedule import lr_factor, schedule_warnings
 
 COCO_50EP = MultiStepSchedule(milestones=(327_778, 355_092))
 COCO_100EP = MultiStepSchedule(milestones=(655_556, 710_184))
@@ -41,6 +42,24 @@ def test_cosine_starts_after_the_warmup_and_falls_to_zero():
 def test_milestones_must_increase():
     with pytest.raises(ConfigError, match=r"milestones is \[20, 10\]; each must be larger than the previous one"):
         MultiStepSchedule(milestones=(20, 10))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warning"),
+    [
+        (PolySchedule(warmup_steps=99), None),
+        (PolySchedule(warmup_steps=100), "warm-up takes 100 steps, but training.max_steps is 100"),
+        (StagedPolySchedule(warmup_steps=50, backbone_warmup_steps=70), "warm-up takes 120 steps"),
+        (MultiStepSchedule(milestones=(80, 99)), None),
+        (MultiStepSchedule(milestones=(80, 100, 200)), r"does not drop at \[100, 200\] \(training.schedule.milestones"),
+        (MultiStepSchedule(milestones=()), None),
+    ],
+)
+def test_parts_of_the_schedule_after_the_last_step_cause_a_warning(schedule, warning):
+    warnings = schedule_warnings(TrainingConfig(max_steps=100, schedule=schedule))
+    assert len(warnings) == (warning is not None)
+    if warning is not None:
+        assert re.search(warning, warnings[0])
 
 
 def test_poly_is_zero_after_the_end():
