@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, assert_never
 
 from m2f.cluster.predict.trained_model import TrainedModel
@@ -60,9 +60,10 @@ def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple
             model = trained.model.cpu()
             program = export_program(model, size)
             write = write_program if format == "torch_export" else write_onnx
-            _write_atomically(output, lambda path: write(program, path, metadata))
+            names = _write_atomically(output, lambda path: write(program, path, metadata))
             sizes = "sides divisible by 32" if size is None else f"{size[0]} x {size[1]} pixels"
-            return f"graph for any number of images with {sizes}"
+            together = f"; keep {' and '.join(names)} in one folder" if len(names) > 1 else ""
+            return f"graph for any number of images with {sizes}{together}"
         case _:
             assert_never(format)
 
@@ -79,14 +80,16 @@ def _write_hugging_face(trained: TrainedModel, folder: Path) -> None:
     )
 
 
-def _write_atomically(output: Path, write: Callable[[Path], None]) -> None:
-    """Write to a temporary path beside the output and rename it, so that a failed export leaves no output."""
+def _write_atomically(output: Path, write: Callable[[Path], None]) -> list[str]:
+    """Write in a temporary folder and move the files beside each other, so that a failed export leaves no output.
+
+    Return the names of the files or folders: that of the output, and of others that `write` added beside it.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{os.getpid()}.partial.{output.name}")
-    try:
-        write(partial)
-        partial.rename(output)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+    with TemporaryDirectory(prefix=f".{output.name}.partial.", dir=output.parent) as folder:
+        # The name is already the final one, because ONNX files state the name of the file with their weights.
+        write(Path(folder, output.name))
+        names = sorted(os.listdir(folder), reverse=True)  # a file of weights before the output that refers to it
+        for name in names:
+            Path(folder, name).rename(output.with_name(name))
+    return names[::-1]

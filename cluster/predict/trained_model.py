@@ -23,7 +23,7 @@ from m2f.eval.config import EvaluationConfig
 from m2f.eval.report.coco_files import describe_categories
 from m2f.model.config import ModelConfig, PostprocessConfig
 from m2f.model.errors import ConfigError, WeightsError
-from m2f.model.export.hugging_face import is_hugging_face_folder, read_hugging_face_config
+from m2f.model.export.hugging_face import HuggingFaceModel, is_hugging_face_folder, read_hugging_face_config
 from m2f.model.segmenter import Segmenter
 from m2f.model.weights.files import count_classes
 from m2f.trainer.checkpoint.identity import METADATA_KEY, ModelIdentity
@@ -153,8 +153,6 @@ def _open_hugging_face(folder: Path, device: str | None) -> TrainedModel:
     task = described.notes.get("task", "panoptic")
     if task not in TASKS:
         raise WeightsError(f"{folder}: the task is {task!r}; it must be one of {', '.join(TASKS)}")
-    stored_categories = described.notes.get("categories")
-    known = None if stored_categories is None else tuple(_category(entry) for entry in stored_categories)
     identity = read_identity(str(folder), Storage())
     recipe = "" if identity is None else identity.recipe
     postprocess, evaluation = _stored_settings(recipe, folder)
@@ -162,7 +160,7 @@ def _open_hugging_face(folder: Path, device: str | None) -> TrainedModel:
         model=model_with_weights(described.config, str(folder), Storage(), device=device),
         config=replace(described.config, postprocess=postprocess),
         task=task,
-        classes=known or _classes_from_names(described.labels),
+        classes=_described_classes(described, folder),
         evaluation=replace(
             evaluation,
             shortest_edge=described.shortest_edge or evaluation.shortest_edge,
@@ -171,6 +169,20 @@ def _open_hugging_face(folder: Path, device: str | None) -> TrainedModel:
         weights=str(folder),
         recipe=recipe,
     )
+
+
+def _described_classes(described: HuggingFaceModel, folder: Path) -> tuple[Category, ...]:
+    """Return the classes in our notes; without notes, and with a warning if the model has other names, only names."""
+    stored = tuple(_category(entry) for entry in described.notes.get("categories") or ())
+    if tuple(category.name for category in stored) == described.labels:
+        return stored
+    if stored:
+        LOGGER.warning(
+            f"{folder}: the classes in `id2label` of config.json are not those in `m2f`, so another program has "
+            "trained or changed the model. The names in `id2label` are used, all classes count as things, and the "
+            "stored recipe is not used."
+        )
+    return _classes_from_names(described.labels)
 
 
 def _stored_settings(recipe: str, folder: Path) -> tuple[PostprocessConfig, EvaluationConfig]:

@@ -155,6 +155,8 @@ def require_onnx() -> None:
 def write_onnx(program: torch.export.ExportedProgram, path: Path, notes: Mapping[str, str] | None = None) -> None:
     """Save a graph as ONNX with its weights; the notes become `metadata_props`.
 
+    Weights above 1.5 GiB are saved beside it, in `NAME.onnx.data`, whose name the graph states.
+
     Raises WeightsError as `require_onnx`, and if the graph interpolates learned positions.
     """
     require_onnx()

@@ -99,6 +99,8 @@ def fetched_weights(weights: str, storage: Storage) -> Iterator[Path]:
 def read_identity(weights: str, storage: Storage) -> ModelIdentity | None:
     """Return the identity of weights, from their checkpoint folder, file or Hugging Face folder; None if it has none.
 
+    The identity in a Hugging Face folder does not count if its classes are not those of the model.
+
     Raises CheckpointError if the identity is damaged.
     """
     folder, _, name = weights.rpartition("/")
@@ -108,8 +110,13 @@ def read_identity(weights: str, storage: Storage) -> ModelIdentity | None:
     if "://" not in weights and Path(weights).is_dir():
         if not is_hugging_face_folder(weights) or known_labels(weights) is None:
             return None
-        text = read_hugging_face_config(weights).notes.get(METADATA_KEY)
-        return None if text is None else ModelIdentity.from_json(text, f"{weights}/config.json")
+        described = read_hugging_face_config(weights)
+        if (text := described.notes.get(METADATA_KEY)) is None:
+            return None
+        identity = ModelIdentity.from_json(text, f"{weights}/config.json")
+        # transformers keeps the notes of a model that it trains for other classes, and replaces only their names.
+        names = tuple(category.name for category in identity.label_spaces[0].classes)
+        return identity if names == described.labels else None
     if "://" not in weights:
         return read_metadata(weights)
     with fetched_weights(weights, storage) as path:

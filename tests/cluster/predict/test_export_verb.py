@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 from m2f.cluster.cli import main
+from m2f.cluster.predict import export
 from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.recipe.load import load_recipe
 from m2f.data_pipeline.storage.storage import Storage
@@ -25,7 +27,7 @@ from m2f.model.export.graphs import export_hugging_face
 from m2f.model.mask2former import build_model
 from m2f.model.weights.names import to_official_names
 from m2f.trainer.checkpoint.folder import CheckpointManifest, file_entry
-from m2f.trainer.checkpoint.weights import read_identity
+from m2f.trainer.checkpoint.weights import known_class_rows, read_identity
 
 RECIPE = """
 name: small
@@ -124,6 +126,51 @@ def test_hugging_face_folder_predicts_with_the_settings_of_its_recipe(tmp_path, 
     assert trained.evaluation == EvaluationConfig(shortest_edge=64, max_size=96)
     assert "the stored recipe cannot be read, so model.postprocess and evaluation have their default" in caplog.text
     assert "threshold_of_a_newer_version`: no such setting" in caplog.text
+
+
+def test_hugging_face_folder_with_other_classes_than_its_notes_has_the_new_classes(tmp_path, capsys, caplog, recipe):
+    weights, folder = tmp_path / "official.pth", tmp_path / "hf"
+    words = ("export", recipe, "--checkpoint", weights, "--format", "hugging_face", "--output", folder)
+    assert m2f(capsys, *words)[0] == 0
+    identity = read_identity(str(folder), Storage())
+    config = json.loads((folder / "config.json").read_text())
+    new = ["class 2", "pear", "class 0"]
+    config["id2label"] = {str(label): name for label, name in enumerate(new)}
+    (folder / "config.json").write_text(json.dumps(config))
+    trained = open_trained(str(folder), (), None)
+    assert [(c.id, c.name, c.is_thing) for c in trained.classes] == [(i, name, True) for i, name in enumerate(new)]
+    assert trained.recipe == ""
+    assert "The names in `id2label` are used" in caplog.text
+    assert read_identity(str(folder), Storage()) is None
+    assert known_class_rows(identity, str(folder), Storage()) == (2, None, 0)
+
+
+class TwoOutputs(torch.nn.Linear):
+    """Module with as many outputs as an exported model."""
+
+    def forward(self, images):
+        return super().forward(images), images
+
+
+def test_onnx_weights_in_a_file_of_their_own_stay_beside_the_graph(tmp_path, recipe, monkeypatch):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    program = torch.export.export(TwoOutputs(64, 64).eval(), (torch.zeros(2, 64),))
+    monkeypatch.setattr(export, "export_program", lambda model, size: program)
+    trained = open_trained(str(recipe), (), str(tmp_path / "official.pth"))
+    text = export.write_model(trained, "onnx", tmp_path / "out/model.onnx")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert text.endswith("; keep model.onnx and model.onnx.data in one folder")
+    runtime.InferenceSession(shutil.copytree(tmp_path / "out", tmp_path / "copy") / "model.onnx")
+
+    def fail(path):
+        path.write_bytes(b"")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        export._write_atomically(tmp_path / "failed/model.onnx", fail)
+    assert not list((tmp_path / "failed").iterdir())
 
 
 def test_transformers_folder_is_exported_unchanged(tmp_path, capsys, hugging_face):
