@@ -79,7 +79,7 @@ def loaded_images(given: Sequence[GivenImage], storage: Storage) -> Iterator[Loa
 
 
 def to_pixels(image: Image.Image | np.ndarray | torch.Tensor, channels: Channels, where: str) -> np.ndarray:
-    """Return the pixels as [H, W, 3] uint8 RGB.
+    """Return a copy of the pixels as [H, W, 3] uint8 RGB, because callers may write to their image afterwards.
 
     Raises DataError for an unsupported type, shape or value range. The message starts with `where` and states what was
     found and what is required.
@@ -101,7 +101,7 @@ def to_pixels(image: Image.Image | np.ndarray | torch.Tensor, channels: Channels
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
     elif channels == "bgr":
         pixels = pixels[..., ::-1]
-    return np.ascontiguousarray(pixels)
+    return np.array(pixels, order="C")
 
 
 def _from_pil(image: Image.Image, where: str) -> np.ndarray:

@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from m2f.cluster.predict.files import Prediction
 from m2f.data_pipeline.categories import Category, Task
@@ -27,7 +29,8 @@ from m2f.model.structures import PanopticResult, SemanticResult
 class Result:
     """Prediction of a model for one image, with N objects: segments, detections, or the classes of a label map.
 
-    Masks are stored compactly, so that thousands of results fit into memory. `masks` decodes them.
+    Masks are stored compactly, so that many results fit into memory: run lengths for detections, and mostly one byte
+    per pixel for maps. `masks`, `panoptic` and `semantic` decode them.
     """
 
     source: str
@@ -43,6 +46,7 @@ class Result:
     scores: np.ndarray
     """[N] float64 scores from 0 to 1; NaN for the classes of a label map, which have no scores."""
     _prediction: Prediction
+    """The prediction on the CPU; the dtype of its map is that of `_compact`."""
     _classes: tuple[Category, ...]
     _read: Callable[[], np.ndarray]
 
@@ -88,7 +92,7 @@ class Result:
                 f"this result has no segment map, because its task is {self.task}; use predict(..., task='panoptic') "
                 "with a model trained for panoptic segmentation"
             )
-        return self._prediction.segment_map.numpy()
+        return self._prediction.segment_map.numpy().astype(np.int32)
 
     @property
     def semantic(self) -> np.ndarray:
@@ -98,7 +102,7 @@ class Result:
         segment. Raises ConfigError for instance results, because several instances may cover a pixel.
         """
         if isinstance(self._prediction, SemanticResult):
-            return self._prediction.label_map.numpy()
+            return self._prediction.label_map.numpy().astype(np.int64)
         if isinstance(self._prediction, PanopticResult):
             return np.array([-1, *self.labels], dtype=np.int64)[self._prediction.segment_map.numpy()]
         raise ConfigError(
@@ -179,14 +183,21 @@ class Result:
         if isinstance(prediction, InstanceDetections):
             return tuple(prediction.masks[i] for i in prediction.mask_index.tolist())
         if isinstance(prediction, SemanticResult):
-            return encode_masks(self.semantic == label for label in self.labels)
-        return encode_masks(self.panoptic == segment.id for segment in prediction.segments)
+            return encode_masks(prediction.label_map.numpy() == label for label in self.labels)
+        return encode_masks(prediction.segment_map.numpy() == segment.id for segment in prediction.segments)
 
     @property
     def _detections(self) -> InstanceDetections:
         if isinstance(self._prediction, InstanceDetections):
             return self._prediction
         return InstanceDetections(self._masks, np.arange(len(self)), self.labels, self.scores)
+
+
+def _compact(ids: Tensor) -> Tensor:
+    """Return a map of labels or segments (at least -1) on the CPU, in the smallest signed integers that hold it."""
+    highest = int(ids.max())
+    dtype = next(kind for kind in (torch.int8, torch.int16, torch.int64) if highest <= torch.iinfo(kind).max)
+    return ids.to(dtype).cpu()
 
 
 def make_result(
@@ -201,14 +212,14 @@ def make_result(
     task: Task
     if isinstance(prediction, PanopticResult):
         task = "panoptic"
-        prediction = replace(prediction, segment_map=prediction.segment_map.cpu())
+        prediction = replace(prediction, segment_map=_compact(prediction.segment_map))
         labels = np.array([segment.label for segment in prediction.segments], dtype=np.int64)
         scores = np.array([segment.score for segment in prediction.segments], dtype=np.float64)
     elif isinstance(prediction, SemanticResult):
         task = "semantic"
-        prediction = SemanticResult(prediction.label_map.cpu())
+        prediction = SemanticResult(_compact(prediction.label_map))
         present = np.unique(prediction.label_map.numpy())
-        labels = present[present >= 0]
+        labels = present[present >= 0].astype(np.int64)
         scores = np.full(len(labels), np.nan)
     else:
         task, labels, scores = "instance", prediction.labels, prediction.scores

@@ -14,12 +14,14 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import m2f
+from m2f.cluster.api.result import make_result
 from m2f.cluster.cli import main
 from m2f.cluster.predict import trained_model
 from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
 from m2f.eval.report.coco_files import describe_categories
 from m2f.model.export.graphs import export_hugging_face
 from m2f.model.mask2former import build_model
+from m2f.model.structures import PanopticResult, PanopticSegment, SemanticResult
 from m2f.model.weights.names import to_official_names
 from tests.cluster.painted_scenes import write_painted_scenes
 from tests.cluster.predict.test_export_verb import CONFIG, RECIPE
@@ -102,6 +104,24 @@ def test_label_maps_equal_those_of_m2f_predict(painted_model, scenes, verb_outpu
         assert all("score" not in entry for entry in result.to_coco())
 
 
+@pytest.mark.parametrize(("highest", "num_bytes"), [(126, 1), (127, 1), (128, 2), (40000, 8)])
+def test_maps_are_stored_compactly_and_returned_in_their_dtype(highest, num_bytes):
+    ids = torch.tensor([[-1, 0, 3], [3, 0, highest]])
+    semantic = make_result(SemanticResult(ids), (), source="", size=(2, 3), read=lambda: np.zeros((2, 3, 3)))
+    assert semantic.semantic.dtype == semantic.labels.dtype == np.int64
+    assert (semantic.semantic == ids.numpy()).all()
+    assert semantic.labels.tolist() == [0, 3, highest]
+    assert semantic.masks.sum() == 5
+    segments = tuple(PanopticSegment(id=i, label=5, is_thing=True, score=0.5, area=1) for i in (3, highest))
+    ids = ids.clamp(min=0).int()
+    panoptic = make_result(PanopticResult(ids, segments), (), source="", size=(2, 3), read=semantic._read)
+    assert panoptic.panoptic.dtype == np.int32
+    assert (panoptic.panoptic == ids.numpy()).all()
+    assert panoptic.masks.sum(axis=(1, 2)).tolist() == [2, 1]
+    assert semantic._prediction.label_map.element_size() == num_bytes
+    assert panoptic._prediction.segment_map.element_size() == num_bytes
+
+
 def test_to_coco_is_accepted_by_pycocotools(painted_model, scenes):
     truth = COCO()
     truth.dataset = {
@@ -135,6 +155,15 @@ def test_all_image_types_give_the_same_prediction(painted_model, scenes):
     assert [one.source for one in mixed] == ["image 0", str(path), "image 2"]
     assert all((one.panoptic == expected.panoptic).all() for one in mixed)
     assert painted_model.predict([]) == []
+
+
+def test_the_image_of_a_result_does_not_change_with_the_buffer_of_the_caller(painted_model, scenes):
+    frame = np.array(Image.open(image_of(scenes)))
+    expected, tensor = frame.copy(), torch.from_numpy(frame).permute(2, 0, 1)
+    results = [painted_model.predict(frame), painted_model.predict(tensor), painted_model.predict(frame[..., 0])]
+    frame[:] = 0
+    assert all((result.image == expected).all() for result in results[:2])
+    assert (results[2].image == expected[..., :1]).all()
 
 
 def test_exif_orientation_is_applied(painted_model, scenes, tmp_path):
