@@ -102,8 +102,9 @@ def check_annotation(annotation: Annotation, categories: CategoryTable, where: s
 
     Raises:
         DataError: there is no map; a map has another type or number of dimensions; the maps differ in size; a category
-            is unknown; a segment has an id below 1 or a layer that does not exist; segment ids repeat; an id in a map
-            has no segment; or a segment of `seg` has no pixel.
+            is unknown; a segment and its category disagree about `is_thing`; a segment has an id below 1 or a layer
+            that does not exist; segment ids repeat; an id in a map has no segment; pixels of an id are in another layer
+            than its segment; or a segment of `seg` has no pixel.
     """
     seg, inst = annotation.seg, annotation.inst
     if seg is None and inst is None:
@@ -123,13 +124,19 @@ def check_annotation(annotation: Annotation, categories: CategoryTable, where: s
     unknown = sorted({s.category_id for s in annotation.segments} - set(categories.by_id))
     if unknown:
         raise DataError(f"{where}: segments have categories that the table does not define: {format_list(unknown)}")
-    for kind, ids in (("seg", seg), ("inst", inst)):
+    if wrong := sorted(s.id for s in annotation.segments if s.is_thing != categories.by_id[s.category_id].is_thing):
+        raise DataError(f"{where}: segments have another `is_thing` than their category: {format_list(wrong)}")
+    for kind, layers in (("seg", () if seg is None else seg[None]), ("inst", () if inst is None else inst)):
         listed = [segment.id for segment in annotation.segments if segment.map == kind]
-        if len(set(listed)) != len(listed):
+        layer_of = {segment.id: segment.layer for segment in annotation.segments if segment.map == kind}
+        if len(layer_of) != len(listed):
             raise DataError(f"{where}: segment ids of `{kind}` are not unique")
-        present = set() if ids is None else set(np.unique(ids).tolist()) - {VOID_ID}
-        if unlisted := sorted(present - set(listed)):
+        found = [set(np.unique(layer).tolist()) - {VOID_ID} for layer in layers]
+        present = set().union(*found)
+        if unlisted := sorted(present - layer_of.keys()):
             raise DataError(f"{where}: `{kind}` has ids without a segment: {format_list(unlisted)}")
-        if kind == "seg" and (empty := sorted(set(listed) - present)):
+        if misplaced := sorted({i for layer, ids in enumerate(found) for i in ids if layer_of[i] != layer}):
+            raise DataError(f"{where}: segments have pixels in another layer than theirs: {format_list(misplaced)}")
+        if kind == "seg" and (empty := sorted(layer_of.keys() - present)):
             raise DataError(f"{where}: segments have no pixel in `seg`: {format_list(empty)}")
     return shapes.pop()

@@ -107,6 +107,11 @@ def test_custom_samples_and_subsets():
         ({"inst": INST, "segments": (_segment(1), replace(_segment(2, "inst"), layer=1))}, "not exist: 2"),
         ({"inst": INST, "segments": (_segment(1), _segment(0, "inst"))}, "an id below 1 or .*: 0"),
         ({"inst": np.full((1, H, W), 3, np.uint8)}, "`inst` has ids without a segment: 3"),
+        (
+            {"inst": np.stack([INST[0], INST[0] + 2]), "segments": (_segment(1), _segment(2, "inst"))},
+            "in another .*: 2",
+        ),
+        ({"segments": (replace(_segment(1), is_thing=False),)}, "another `is_thing` than their category: 1"),
     ],
 )
 def test_invalid_custom_annotations_are_refused(changes, message):
