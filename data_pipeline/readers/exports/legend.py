@@ -39,7 +39,7 @@ def read_legend(path: str) -> CategoryTable:
     for row in rows:
         matched = next((match for pattern in patterns if (match := re.fullmatch(pattern, row))), None)
         if matched is None:
-            if row is rows[0]:
+            if row is rows[0] and patterns is _LINE_PATTERNS and not re.search(r"\d", row):
                 continue  # header line of a CSV file
             raise DataError(f"{path}: {row[:60]!r} is not a class; use `name:r,g,b::`, `name,r,g,b` or `r g b name`")
         parts = matched.groupdict()

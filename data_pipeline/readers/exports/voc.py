@@ -35,8 +35,10 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
     """
     images, classes = require_folder(source.images), require_folder(source.class_maps)
     objects = require_folder(source.object_maps)
-    names = [category.name for category in read_legend(source.legend).categories] if source.legend else VOC_CLASSES
-    table = CategoryTable(tuple(Category(i, name, i > 0, distinct_color(i)) for i, name in enumerate(names)))
+    names = dict(enumerate(VOC_CLASSES))
+    if source.legend is not None:
+        names = {category.id: category.name for category in read_legend(source.legend).categories}
+    table = CategoryTable(tuple(Category(i, name, i > 0, distinct_color(i)) for i, name in names.items()))
     if source.image_set is None:
         stems = sorted(path.stem for path in classes.glob("*.png") if is_image_name(path.name))
     else:

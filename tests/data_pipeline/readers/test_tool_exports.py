@@ -358,6 +358,25 @@ def test_voc_names_repeated_lines_of_its_list(tmp_path):
         open_reader(_source("voc", tmp_path))
 
 
+@pytest.mark.parametrize(
+    "text", ["sky, clouds\ncell\n", "background;0,0,0\ncell:128,0,0::\n", "name,r,g,b\n128,0,0\ncell,1,2,3\n"]
+)
+def test_an_invalid_class_in_a_legend_is_not_skipped(tmp_path, text):
+    """The line of a class is its id in VOC, so a skipped line would rename all classes after it."""
+    tool_exports.voc(tmp_path)
+    (tmp_path / "labelmap.txt").write_text(text)
+    with pytest.raises(DataError, match=r"labelmap\.txt: '.*' is not a class"):
+        open_reader(_source("voc", tmp_path))
+
+
+def test_voc_uses_the_ids_of_its_legend(tmp_path):
+    tool_exports.voc(tmp_path)
+    (tmp_path / "labelmap.txt").write_text("2: dirt\n1: cell\n0: background\n")
+    reader = open_reader(_source("voc", tmp_path))
+    names = {category.id: category.name for category in reader.categories.categories}
+    assert names == {0: "background", 1: "cell", 2: "dirt"}
+
+
 def test_voc_names_two_images_of_one_map(tmp_path):
     tool_exports.voc(tmp_path)
     for name in ("im1", "unlisted"):
