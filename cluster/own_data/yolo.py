@@ -14,8 +14,8 @@ from m2f.data_pipeline.readers.exports.yolo_seg import read_image_paths
 from m2f.data_pipeline.sources import YoloSegSource
 from m2f.model.errors import ConfigError
 
-_SPLITS: tuple[tuple[str, Split], ...] = (("train", "train"), ("val", "val"), ("valid", "val"))
-"""Names of splits in data.yaml."""
+_SPLITS: tuple[tuple[str, Split], ...] = (("train", "train"), ("val", "val"), ("valid", "val"), ("validation", "val"))
+"""Names of splits in data.yaml. Ultralytics accepts `validation` too."""
 
 
 def detect_yolo(folder: Path) -> DataFormat | None:

@@ -43,10 +43,11 @@ def found_keys(folder: Path) -> list[tuple[str | None, str]]:
     return [(entry.split, " ".join(open_reader(entry.source).keys)) for entry in data_format.sets]
 
 
-def test_each_folder_of_a_list_is_a_set(tmp_path):
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_each_folder_of_a_list_is_a_set(tmp_path, val):
     write_yolo(
         tmp_path,
-        "path: .\ntrain: [images/train_a, images/train_b]\nval: images/val",
+        f"path: .\ntrain: [images/train_a, images/train_b]\n{val}: images/val",
         {"images/train_a": 2, "images/train_b": 1, "images/val": 1},
     )
     assert found_keys(tmp_path) == [("train", "im0 im1"), ("train", "im2"), ("val", "im3")]
