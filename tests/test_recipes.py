@@ -91,6 +91,11 @@ def test_unknown_recipe_name_suggests_the_closest(recipe, message):
         load_recipe(recipe)
 
 
+def test_ablations_that_contradict_each_other_are_rejected():
+    with pytest.raises(ConfigError, match=r"'smca' sets model\.transformer_decoder\.attention to .* choose one"):
+        load_recipe("coco_panoptic_r50+cross_attention+smca")
+
+
 def test_recipe_name_accepts_overrides_and_several_ablations():
     config = load_recipe("coco_panoptic_r50+cross_attention+200q", ["training.max_steps=7", "name=mine"])
     assert config.model.transformer_decoder.attention == "cross"

@@ -47,7 +47,8 @@ def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
     A path is returned even if the file does not exist; the caller's attempt to open it reports the error.
 
     Raises:
-        ConfigError: the name is unknown (the message suggests similar names), or the row is not valid for the recipe.
+        ConfigError: the name is unknown (the message suggests similar names), the row is not valid for the recipe, or
+            two rows set the same setting to different values.
     """
     text = str(recipe)
     if Path(text).is_file() or "/" in text or text.endswith((".yaml", ".yml")):
@@ -58,7 +59,7 @@ def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
         raise ConfigError(
             f"no recipe is named {base!r}{_did_you_mean(base, files)}; give a path or the name of a file in configs/"
         )
-    overrides: list[str] = []
+    settings: dict[str, str] = {}
     for name in names:
         ablation = ablations().get(name)
         if ablation is None:
@@ -67,10 +68,17 @@ def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
             raise ConfigError(
                 f"{text}: the ablation {name!r} applies to {', '.join(ablation.published)}, not to {base}"
             )
-        overrides += ablation.overrides_of(base)
+        added = dict(override.split("=", 1) for override in ablation.overrides_of(base))
+        for setting, value in added.items():
+            if settings.get(setting, value) != value:
+                raise ConfigError(
+                    f"{text}: the ablation {name!r} sets {setting} to {value}, but an earlier one sets it to "
+                    f"{settings[setting]}; choose one of them"
+                )
+        settings |= added
     if names:
-        overrides.append(f"name={'_'.join([base, *names])}")
-    return files[base], tuple(overrides)
+        settings["name"] = "_".join([base, *names])
+    return files[base], tuple(f"{setting}={value}" for setting, value in settings.items())
 
 
 def _ablation(name: str, content: Mapping[str, Any]) -> Ablation:
