@@ -218,7 +218,9 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
                 problems.append(f"`{override}`: `{here}` is a list of length {len(node)}; `{key}` is not a valid index")
                 return
             key = int(key)
-        elif not isinstance(node, dict):
+        elif isinstance(node, dict):
+            key = next((name for name in node if str(name) == key), key)  # YAML reads the name 2017 as a number
+        else:
             problems.append(f"`{override}`: `{here}` is {_describe_value(node)}, not a section")
             return
         if last:

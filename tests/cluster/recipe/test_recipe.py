@@ -45,6 +45,12 @@ def test_recipe_with_defaults_loads_and_numbers_without_a_dot_are_numbers():
     assert config.run_folder == "runs/first"
 
 
+def test_override_of_a_data_set_named_by_a_number_keeps_its_other_settings():
+    text = RECIPE.replace("datasets:", "datasets:\n  2017: {shards: s, seed: 3}", 1)
+    dataset = parse_recipe(text, ["datasets.2017.shards=moved"]).datasets["2017"]
+    assert (dataset.shards, dataset.seed) == ("moved", 3)
+
+
 def test_overrides_reach_nested_sections_lists_and_absent_sections():
     config = parse_recipe(
         RECIPE,
