@@ -153,23 +153,33 @@ def mixture_labels(manifests: Sequence[Manifest], task: Task) -> list[dict[int, 
     """Return the mapping from source id to class for each data set of a mixture.
 
     The table of the first data set defines the classes. The others may have other ids, another order, or only some of
-    the classes.
+    the classes. Classes with the same name are told apart by their order, if both tables have the same names.
 
     Raises:
-        DataError: a data set has a class that the first one lacks, or that is a thing in one and stuff in the other.
+        DataError: a data set has a class that the first one lacks, or that is a thing in one and stuff in the other, or
+            a name that the first one repeats.
     """
     first = manifests[0]
-    classes = {(c.name, c.is_thing): label for label, c in enumerate(first.categories.for_task(task))}
-    for other in manifests[1:]:
-        unknown = [c.name for c in other.categories.for_task(task) if (c.name, c.is_thing) not in classes]
-        if unknown:
-            raise DataError(
-                f"the first data set of a mixture defines the classes, but {first.url} does not have {unknown[:5]} of "
-                f"{other.url} (matched by name and by thing or stuff); list the one with all classes first, or shard "
-                "them with the same categories"
-            )
-    others = [{c.id: classes[c.name, c.is_thing] for c in m.categories.for_task(task)} for m in manifests[1:]]
-    return [first.categories.labels(task), *others]
+    return [first.categories.labels(task), *(_labels_in(first, other, task) for other in manifests[1:])]
+
+
+def _labels_in(first: Manifest, other: Manifest, task: Task) -> dict[int, int]:
+    """Return the mapping from the ids of `other` to the classes of `first`. Raises DataError as `mixture_labels`."""
+    known, own = ([(c.name, c.is_thing) for c in m.categories.for_task(task)] for m in (first, other))
+    if known == own:
+        return other.categories.labels(task)
+    if unknown := [name for name, is_thing in own if (name, is_thing) not in known]:
+        raise DataError(
+            f"the first data set of a mixture defines the classes, but {first.url} does not have {unknown[:5]} of "
+            f"{other.url} (matched by name and by thing or stuff); list the one with all classes first, or shard "
+            "them with the same categories"
+        )
+    if repeated := [name for name, is_thing in own if known.count((name, is_thing)) > 1]:
+        raise DataError(
+            f"{first.url} has several classes named {repeated[0]!r}, so that of {other.url} cannot be matched by name; "
+            "rename them, or shard both data sets with the same categories"
+        )
+    return {c.id: known.index((c.name, c.is_thing)) for c in other.categories.for_task(task)}
 
 
 def eval_batches(

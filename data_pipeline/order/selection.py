@@ -99,20 +99,26 @@ def select(manifest: Manifest, item: MixtureItem, config: DataConfig, seed: int,
     selected &= _subset(manifest, selected, item)
     if item.repeat_threshold is None:
         return uniform_rates(selected)
-    factors = np.minimum(repeat_factors(manifest, selected, item.repeat_threshold), _MAX_RATE)
+    labels = manifest.categories.labels(config.task)
+    factors = np.minimum(repeat_factors(manifest, selected, item.repeat_threshold, list(labels)), _MAX_RATE)
     phase = random_words(seed, Stream.REPEATS, dataset, 0, manifest.num_samples) >> np.uint64(64 - _FRACTION_BITS)
     return SamplingRates(np.where(selected, np.round(factors * _ONE), 0).astype(np.int64), phase.astype(np.int64))
 
 
-def repeat_factors(manifest: Manifest, selected: np.ndarray, threshold: float) -> np.ndarray:
+def repeat_factors(
+    manifest: Manifest, selected: np.ndarray, threshold: float, category_ids: Sequence[int]
+) -> np.ndarray:
     """Return [N] float64 of at least 1: uses per epoch of each image, larger for images with rare classes.
+
+    Only the classes in `category_ids` count.
 
     f(c) is the share of selected images that show class c, and r(c) = max(1, sqrt(threshold / f(c))). The factor of an
     image is the largest r of its classes (repeat-factor sampling: Gupta et al., "LVIS", CVPR 2019, appendix B.2).
     """
     present = manifest.category_ids
-    rows = present.rows()
-    ids, column = np.unique(present.values, return_inverse=True)
+    counted = np.isin(present.values, category_ids)
+    rows = present.rows()[counted]
+    ids, column = np.unique(present.values[counted], return_inverse=True)
     images = np.bincount(column[selected[rows]], minlength=len(ids))
     frequency = np.maximum(images, 1) / np.count_nonzero(selected)
     factor = np.maximum(1.0, np.sqrt(threshold / frequency))

@@ -235,7 +235,9 @@ class S3Store:
                     credentials_renewed = True
                     self._on_retry()
                     continue  # without a pause, because a denial is not an outage
-                if not _is_transient(error):
+                if lacks_credentials := _lacks_credentials(error):
+                    self._forget_credentials()  # a client without credentials never looks for them again
+                if not (_is_transient(error) or (lacks_credentials and self.known_reachable)):
                     if _response_error(error)[0]:
                         _REACHED_ENDPOINTS.add(self._config.endpoint_url)
                     _fail(url, error)
@@ -411,6 +413,13 @@ def _is_transient(error: Exception) -> bool:
         TimeoutError,
     )
     return isinstance(error, (*transient, _BrokenBodyError))
+
+
+def _lacks_credentials(error: Exception) -> bool:
+    """Return whether credentials were not found. The metadata service of a machine may have been too busy to answer."""
+    from botocore.exceptions import CredentialRetrievalError, MetadataRetrievalError, NoCredentialsError
+
+    return isinstance(error, (CredentialRetrievalError, MetadataRetrievalError, NoCredentialsError))
 
 
 def _is_denied(error: Exception) -> bool:

@@ -291,6 +291,19 @@ def test_data_sets_of_a_mixture_keep_their_own_ids(boxes, tmp_path):
     assert things == {"box": {0, 1}, "mor": {0, 1}}
 
 
+def test_repeated_names_of_a_mixture_keep_their_order(boxes):
+    door, wall = Category(1, "door", False, (0, 0, 0)), Category(2, "wall", False, (0, 9, 0))
+    doors = (door, wall, replace(door, id=3))
+    first, same, one = (
+        replace(boxes, categories=CategoryTable(table))
+        for table in (doors, tuple(replace(c, id=c.id + 10) for c in doors), (door,))
+    )
+    assert mixture_labels([first, same], "semantic") == [{1: 0, 2: 1, 3: 2}, {11: 0, 12: 1, 13: 2}]
+    assert mixture_labels([first, replace(boxes, categories=CategoryTable((wall,)))], "semantic")[1] == {2: 1}
+    with pytest.raises(DataError, match="several classes named 'door'"):
+        mixture_labels([first, one], "semantic")
+
+
 def test_mixture_with_an_unknown_class_is_refused(boxes, tmp_path):
     table = CategoryTable((*TABLE.categories, Category(9, "sky", False, (0, 0, 255))))
     other = write_boxes(tmp_path / "other", count=5, categories=table)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.order.order import build_order
@@ -93,11 +94,22 @@ def test_repeat_factors_are_those_of_the_paper(manifest):
     selected = select_rates(manifest, exclude=("class 2",)).selected
     rows = np.flatnonzero(selected)
     images = Counter(name for i in rows for name in classes(manifest, i))
-    factors = repeat_factors(manifest, selected, 0.05)
+    factors = repeat_factors(manifest, selected, 0.05, [c.id for c in manifest.categories.categories])
     for i in rows:
         expected = max(max(1.0, math.sqrt(0.05 / (images[name] / len(rows)))) for name in classes(manifest, i))
         assert factors[i] == pytest.approx(expected, rel=1e-12)
     assert factors.max() > 1.5
+
+
+def test_stuff_does_not_raise_the_repeat_factors_of_instance_segmentation(manifest):
+    *others, thing = manifest.categories.categories
+    stuff = [replace(category, is_thing=False) for category in others]
+    manifest = replace(manifest, categories=CategoryTable((*stuff, replace(thing, is_thing=True))))
+    everything = np.ones(manifest.num_samples, dtype=bool)
+    things = list(manifest.categories.labels("instance"))
+    frequency = np.mean([thing.name in classes(manifest, i) for i in range(manifest.num_samples)])
+    factors = repeat_factors(manifest, everything, 0.99, things)
+    assert sorted(set(factors)) == [1.0, pytest.approx(math.sqrt(0.99 / frequency))]
 
 
 @given(

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 
 from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.errors import (
@@ -312,6 +313,32 @@ def test_expired_credentials_are_looked_up_again_once(faulty_server, monkeypatch
     with pytest.raises(AccessDeniedError, match=r"s3://bucket/key.*access is denied \(403.*credentials"):
         storage.get_range("s3://bucket/key", 0, 10)
     assert faulty_server.requests == 6
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_missing_credentials_are_looked_up_again_if_the_store_answered_before(faulty_server, monkeypatch, reached):
+    storage = _storage_at(faulty_server, patience_s=60.0)
+    if reached:
+        storage.get_range("s3://bucket/key", 0, 10)
+    find, lookups = s3_store._make_client, []
+
+    def lookup(*args):
+        lookups.append(args)
+        client = find(*args)
+        if len(lookups) < 3:  # as if the metadata service had not answered
+            monkeypatch.setattr(client, "get_object", fail)
+        return client
+
+    def fail(**_):
+        raise NoCredentialsError
+
+    monkeypatch.setattr(s3_store, "_make_client", lookup)
+    if reached:
+        assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
+    else:
+        with pytest.raises(StorageError, match="no complete AWS credentials"):
+            storage.get_range("s3://bucket/key", 0, 10)
+        assert len(lookups) == 1
 
 
 def test_head_status_400_looks_up_credentials_again(faulty_server):
