@@ -20,6 +20,7 @@ import numpy as np
 
 from m2f.cluster.predict.inputs import ImageInput
 from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.errors import DataError
 from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.eval.report.coco_files import (
     as_annotations,
@@ -35,6 +36,22 @@ from m2f.eval.report.panels import Overlay, render_panel
 from m2f.model.structures import PanopticResult, SemanticResult
 
 Prediction = PanopticResult | InstanceDetections | SemanticResult
+
+_PICTURE_FOLDERS = ("overlays", "panoptic", "labels")
+"""Subfolders with one picture per image."""
+
+
+def without_pictures_of(output: Path, urls: Sequence[str]) -> tuple[str, ...]:
+    """Return the paths and URLs without the pictures that an earlier `m2f predict` wrote into its folder `output`.
+
+    They would otherwise be predicted if the folder is inside that of the images. Raises DataError if nothing remains.
+    """
+    written = {(output / name).resolve() for name in _PICTURE_FOLDERS}
+    left_out = {folder for folder in {Path(url).parent for url in urls} if folder.resolve() in written}
+    images = tuple(url for url in urls if Path(url).parent not in left_out)
+    if not images:
+        raise DataError(f"all images are pictures that were predicted into {output}; give others, or another --output")
+    return images
 
 
 class JsonList:

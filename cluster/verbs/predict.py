@@ -61,16 +61,19 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from m2f.cluster.predict.benchmark_zip import check_submission, write_submission
-    from m2f.cluster.predict.files import PredictionFolder
+    from m2f.cluster.predict.files import PredictionFolder, without_pictures_of
     from m2f.cluster.predict.inputs import find_images, match_image_list, number_images, read_image_list
     from m2f.cluster.predict.predict import Predictor, predict_images, prepare_process
     from m2f.cluster.predict.trained_model import open_trained
     from m2f.data_pipeline.storage.storage import Storage
 
     words, overrides = split_overrides(args.words)
-    _check(args)
-    storage = Storage()
-    urls = find_images(words, storage)
+    _check(args, words)
+    storage, output = Storage(), Path(args.output)
+    found = find_images(words, storage)
+    urls = without_pictures_of(output, found)
+    if num_written := len(found) - len(urls):
+        print_err(f"left out {format_count(num_written, 'picture')} that an earlier prediction wrote into {output}")
     listed = read_image_list(Path(args.image_info)) if args.image_info else None
     images = number_images(urls) if listed is None else match_image_list(urls, listed)
     trained = open_trained(args.source, overrides, args.checkpoint)
@@ -82,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
     if args.submission:
         check_submission(args.submission, task, trained.classes, listed, args.algorithm)
 
-    output = Path(args.output)
     options = {"pictures": not args.no_pictures, "shown_score": args.min_score}
     with PredictionFolder(output, predictor.classes, **options) as folder:
         problems = predict_images(predictor, images, storage, folder, args.batch)
@@ -104,9 +106,11 @@ def run(args: argparse.Namespace) -> int:
     return ExitStatus.FAILED if problems else ExitStatus.DONE
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, words: list[str]) -> None:
     from pathlib import Path
 
+    if not words:
+        raise ConfigError(f"no image is given, because {args.words[0]} overrides a setting; give files or folders")
     if "://" in args.output:
         raise ConfigError(f"--output is {args.output}; give a local folder, and copy the predictions from there")
     if Path(args.output).is_file():

@@ -314,6 +314,18 @@ def test_existing_file_with_an_equals_sign_is_not_an_override(tmp_path, monkeypa
     assert split_overrides(words) == (["id=7.jpg", "other.jpg"], ["seed=3"])
 
 
+def test_paths_and_urls_with_an_equals_sign_are_not_overrides():
+    images = ["s3://box/day=2026-01-01/", "frames/cam=1/*.jpg"]
+    override = "datasets.my-set.shards=s3://box/day=1"
+    assert split_overrides([*images, override]) == (images, [override])
+
+
+def test_predict_without_images_is_refused(capsys, recipe, tmp_path):
+    status, _, err = run(capsys, "predict", recipe, "seed=3", "--output", tmp_path / "out")
+    assert status == 2
+    assert "no image is given, because seed=3 overrides a setting" in err
+
+
 def test_predict_rejects_a_url_as_output(capsys, recipe, images):
     status, _, err = run(capsys, "predict", recipe, images, "--output", "s3://box/out")
     assert status == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -240,6 +241,22 @@ def test_images_in_s3_are_predicted(painted, photos, tmp_path):
     assert main(["predict", "model", photos, "--output", str(tmp_path), "--batch", "4", "--no-pictures"]) == 0
     assert len(load(tmp_path / "panoptic.json")["annotations"]) == 6
     assert not (tmp_path / "overlays").exists()
+
+
+@pytest.mark.parametrize("output", ["seen", "."])
+def test_pictures_of_earlier_predictions_are_not_predicted(painted, scenes, tmp_path, capsys, output):
+    photos = shutil.copytree(scenes / "images", tmp_path / "photos")
+    folder = photos / output
+    words = ["predict", "model", str(photos), "--output", str(folder), "--task", "semantic"]
+    assert main(words) == 0
+    first = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    assert main(words) == 0
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == first
+    assert "left out 10 pictures that an earlier prediction wrote" in capsys.readouterr().err
+    assert main([*words, str(folder / "labels"), str(folder / "overlays/10.png")]) == 0
+    words[2] = str(folder / "labels")
+    assert main(words) == 2
+    assert "all images are pictures that were predicted into" in capsys.readouterr().err
 
 
 def test_a_run_in_s3_is_opened(bucket, monkeypatch):
