@@ -241,6 +241,14 @@ class TrainingConfig(Section):
         """Whether to compile. False for `auto`, the value until it is resolved for a device."""
         return self.compile is True
 
+    @property
+    def used_metrics(self) -> dict[str, str]:
+        """Evaluation metrics that the run depends on, by the setting that names each."""
+        named = {"training.checkpoint.best_metric": self.checkpoint.best_metric}
+        if self.early_stopping is not None:
+            named["training.early_stopping.metric"] = self.early_stopping.metric
+        return {setting: metric for setting, metric in named.items() if metric is not None}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.max_steps) == bool(self.max_epochs):

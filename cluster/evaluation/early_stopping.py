@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from m2f.cluster.evaluation.queue import Entry
-from m2f.trainer.config import EarlyStoppingConfig
+from m2f.trainer.config import EarlyStoppingConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,17 @@ def early_stop(config: EarlyStoppingConfig, entries: Sequence[Entry]) -> EarlySt
     return None
 
 
-def unknown_metric(config: EarlyStoppingConfig, entries: Sequence[Entry]) -> str | None:
-    """Return a warning if results are published but none has the metric; otherwise None.
+def unknown_metrics(training: TrainingConfig, entries: Sequence[Entry]) -> list[str]:
+    """Return a warning for each metric that the run depends on if results are published but none has the metric.
 
-    Without the metric, the run would never end early.
+    Without its metric, the run would never end early, or would keep no best checkpoint.
     """
     published = [entry for entry in entries if entry.status == "published"]
-    if not published or any(config.metric in entry.metrics for entry in published):
-        return None
+    if not published:
+        return []
     known = ", ".join(sorted(published[-1].metrics)) or "none"
-    return f"training.early_stopping.metric is {config.metric!r}, which no evaluation computes; available: {known}"
+    return [
+        f"{setting} is {metric!r}, which no evaluation computes; available: {known}"
+        for setting, metric in training.used_metrics.items()
+        if not any(metric in entry.metrics for entry in published)
+    ]

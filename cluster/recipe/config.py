@@ -164,15 +164,10 @@ class RunConfig(Section):
 
         Call this before training only: `m2f eval` may evaluate other sets with the recipe of a run.
         """
-        stopping = self.training.early_stopping
-        metrics = {
-            "training.early_stopping.metric": None if stopping is None else stopping.metric,
-            "training.checkpoint.best_metric": self.training.checkpoint.best_metric,
-        }
         labels = [evaluated.label for evaluated in self.evaluation.sets]
         known = f"; it must start with one of {', '.join(f'{label}/' for label in labels)}" if labels else ""
-        for setting, metric in metrics.items():
-            if metric is not None and metric.rpartition("/")[0] not in labels:
+        for setting, metric in self.training.used_metrics.items():
+            if metric.rpartition("/")[0] not in labels:
                 raise ConfigError(
                     f"{setting} is {metric!r}, but evaluation.sets has no such set{known or ', as it is empty'}"
                 )

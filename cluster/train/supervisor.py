@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from m2f.cluster.evaluation.early_stopping import EarlyStop, early_stop, unknown_metric
+from m2f.cluster.evaluation.early_stopping import EarlyStop, early_stop, unknown_metrics
 from m2f.cluster.evaluation.evaluate import check_sets
 from m2f.cluster.evaluation.publication import kept_checkpoints
 from m2f.cluster.evaluation.queue import Entry
@@ -134,7 +134,7 @@ class _Supervisor:
         self._early_stop: EarlyStop | None = None
         self._metric_warned = False
         self._stop_reported = False
-        self._check_early_stopping(stored_entries)
+        self._check_metrics(stored_entries)
 
     def run(self) -> RunSummary:
         """Run all attempts; if the run finishes, wait for pending evaluations. Return a summary."""
@@ -319,7 +319,7 @@ class _Supervisor:
             self._relay.report(event)
         if self._evaluations is not None and (status := self._evaluations.status()) is not None:
             self._relay.show_evaluations(status)
-            self._check_early_stopping(status.entries)
+            self._check_metrics(status.entries)
         self._report_stopped_evaluations()
         return bool(events)
 
@@ -330,17 +330,17 @@ class _Supervisor:
             self._stop_reported = True
             print_err(f"evaluations stopped: {reason}. Start the run again to evaluate the remaining checkpoints")
 
-    def _check_early_stopping(self, entries: Sequence[Entry]) -> None:
-        """End the run, and report the reason, if the results meet the early-stopping criterion."""
+    def _check_metrics(self, entries: Sequence[Entry]) -> None:
+        """End the run if the results meet the early-stopping criterion; report this, and metrics without results."""
+        if not self._metric_warned and (problems := unknown_metrics(self._config.training, entries)):
+            self._metric_warned = True
+            print_err("\n".join(problems))
         settings = self._config.training.early_stopping
         if settings is None or self._early_stop is not None:
             return
         self._early_stop = early_stop(settings, entries)
         if self._early_stop is not None:
             self._relay.report(Notice("early_stop", self._early_stop.step, self._early_stop.reason))
-        elif not self._metric_warned and (problem := unknown_metric(settings, entries)) is not None:
-            self._metric_warned = True
-            print_err(problem)
 
     def _repair_commits(self) -> None:
         self._lease.check()

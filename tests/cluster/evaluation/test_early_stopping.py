@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2f.cluster.evaluation.early_stopping import early_stop, unknown_metric
+from m2f.cluster.evaluation.early_stopping import early_stop, unknown_metrics
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.recipe.devices import AvailableDevices
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.start.settling import settled_run
 from m2f.model.errors import ConfigError
-from m2f.trainer.config import EarlyStoppingConfig
+from m2f.trainer.config import CheckpointConfig, EarlyStoppingConfig, TrainingConfig
 
 CONFIG = EarlyStoppingConfig(metric="val/PQ", patience=2, min_delta=1.0)
 RECIPE = """
@@ -71,9 +71,14 @@ def test_decision_does_not_depend_on_the_order_of_results(values, are_done):
 
 
 def test_unknown_metric_is_reported_with_the_available_ones():
-    assert unknown_metric(CONFIG, []) is None
-    assert unknown_metric(CONFIG, make_entries(1.0)) is None
-    message = unknown_metric(CONFIG, [entry(1, 1.0, metric="val/mIoU")])
+    stopping = TrainingConfig(max_steps=1, early_stopping=CONFIG)
+    both = dataclasses.replace(stopping, checkpoint=CheckpointConfig(best_metric="val/AP"))
+    assert unknown_metrics(both, []) == []
+    assert unknown_metrics(stopping, make_entries(1.0)) == []
+    assert unknown_metrics(both, make_entries(1.0)) == [
+        "training.checkpoint.best_metric is 'val/AP', which no evaluation computes; available: val/PQ"
+    ]
+    (message,) = unknown_metrics(stopping, [entry(1, 1.0, metric="val/mIoU")])
     assert message == "training.early_stopping.metric is 'val/PQ', which no evaluation computes; available: val/mIoU"
 
 
