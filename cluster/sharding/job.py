@@ -22,8 +22,15 @@ from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.readers import Reader, dataset_fingerprint, open_dataset
 from m2f.data_pipeline.readers.unusable import require_all_usable
-from m2f.data_pipeline.shards.plan import ShardPlan, clear_target, committed_document, delete_manifest, plan_shards
-from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources
+from m2f.data_pipeline.shards.plan import (
+    ShardPlan,
+    clear_target,
+    committed_document,
+    delete_manifest,
+    keep_shard_count,
+    plan_shards,
+)
+from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources, require_source_files
 from m2f.data_pipeline.shards.write import (
     SampleProblem,
     ShardPart,
@@ -76,30 +83,34 @@ def run_shard_job(
         DataError: the source is missing or unusable, the target contains a different data set, or samples cannot be
             used.
         ShardJobError: a shard could not be written.
-        StorageError, ClusterError: the storage or Ray cannot be reached.
+        StorageError, ClusterError: the storage or Ray cannot be reached, or the store denies deletion.
     """
     started = time.monotonic()
     if dataset.source is None:
         raise DataError(f"datasets.{name} has no source to create shards from; set datasets.{name}.source")
     reader, unusable = open_dataset(dataset)
-    plan = plan_shards(reader, dataset, dataset_fingerprint(dataset))
+    plan = new_plan = plan_shards(reader, dataset, dataset_fingerprint(dataset))
+    if not redo:
+        plan = keep_shard_count(plan, storage)
     existing = None if redo else committed_document(plan, storage)
     changes = SourceChanges() if redo else _compare_sources(name, reader, plan, storage)
     if existing is not None and not changes.shards:
-        notes = _source_notes(changes, bool(reader.files(0)))
+        notes = _source_notes(changes, bool(reader.files(0))) + _count_notes(plan, new_plan, changes)
         return _stored_report(name, plan, existing["shards"], notes, storage)
     if not skip_bad:
         require_all_usable(unusable)
     if redo:
+        require_source_files(reader, reader.keys, plan.target, skip_bad=skip_bad)
         clear_target(plan.target, storage)
-    elif existing is not None:
-        delete_manifest(plan, storage)
     parts = {part.index: part for part in complete_parts(plan, storage, changes)}
-    num_missing = len(plan.shard_keys) - len(parts)
+    missing = [index for index in range(len(plan.shard_keys)) if index not in parts]
+    if existing is not None:
+        keys = (key for index in missing for key in plan.shard_keys[index])
+        require_source_files(reader, keys, plan.target, skip_bad=skip_bad)
+        delete_manifest(plan, storage)
     failures = []
-    if num_missing:
+    if missing:
         with ExitStack() as stack:
-            missing = [index for index in range(len(plan.shard_keys)) if index not in parts]
             write = _choose_writer(reader, plan, missing, storage, cluster, keep_going, ray_stack or stack)
             failures = _write_missing(name, plan, parts, missing, write)
     problems = tuple(SampleProblem("", entry.source, entry.message, is_in_shard=True) for entry in unusable)
@@ -110,7 +121,7 @@ def run_shard_job(
         num_samples=plan.num_samples,
         num_shards=len(plan.shard_keys),
         num_bytes=sum(part.info.size for part in parts.values()),
-        written_shards=num_missing - len(failures),
+        written_shards=len(missing) - len(failures),
         elapsed_s=round(time.monotonic() - started, 3),
         problems=problems,
         repairs=_count_repairs(parts.values()),
@@ -226,6 +237,17 @@ def _source_notes(changes: SourceChanges, has_files: bool) -> tuple[str, ...]:
             "rewrites the data set"
         )
     return tuple(notes)
+
+
+def _count_notes(plan: ShardPlan, new_plan: ShardPlan, changes: SourceChanges) -> tuple[str, ...]:
+    """Return a message if a new data set would have another number of shards. Missing files explain the difference."""
+    count, new_count = len(plan.shard_keys), len(new_plan.shard_keys)
+    if count == new_count or changes.num_missing:
+        return ()
+    return (
+        f"kept: {format_count(count, 'shard')}; with the present files and shard_mb, a new data set would have "
+        f"{new_count:,}; --redo rewrites it",
+    )
 
 
 def _require_committed(plan: ShardPlan, report: ShardReport, commit_error: DataError | None) -> None:

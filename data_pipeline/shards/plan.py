@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,9 +14,10 @@ import numpy as np
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.documents import DocumentError, parse_json
-from m2f.data_pipeline.errors import DataError, MissingObjectError, ObjectExistsError
+from m2f.data_pipeline.errors import DataError, MissingObjectError, ObjectExistsError, StorageError
 from m2f.data_pipeline.readers import Reader
 from m2f.data_pipeline.shards import manifest
+from m2f.data_pipeline.shards.columns import SAMPLES_FILE
 from m2f.data_pipeline.storage.storage import Storage, join
 
 _PLAN_FILE = "plan.json"
@@ -71,6 +72,23 @@ def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> Shar
     )
 
 
+def keep_shard_count(plan: ShardPlan, storage: Storage) -> ShardPlan:
+    """Return the plan by which the data set in the target was written, if only the number of shards differs from it.
+
+    That number depends on the sizes of source files, which change when files are deleted or encoded again. The number
+    of a data set that was never complete is not kept, because it may come from a folder without its images.
+    """
+    claim = _read_claim(plan, storage)
+    if claim is None or claim["plan"] == plan.hash:
+        return plan
+    if not any(storage.exists(join(plan.target, name)) for name in (manifest.DATASET_FILE, SAMPLES_FILE)):
+        return plan
+    keys = [key for shard in plan.shard_keys for key in shard]
+    shards = np.array_split(np.arange(len(keys)), claim["num_shards"])
+    kept = replace(plan, shard_keys=tuple(tuple(keys[i] for i in shard) for shard in shards))
+    return kept if kept.hash == claim["plan"] else plan
+
+
 def claim_target(plan: ShardPlan, storage: Storage) -> None:
     """Reserve the target folder for this plan. Raises DataError if another plan has reserved it."""
     try:
@@ -97,8 +115,12 @@ def committed_document(plan: ShardPlan, storage: Storage) -> dict[str, Any] | No
 
 
 def delete_manifest(plan: ShardPlan, storage: Storage) -> None:
-    """Delete dataset.json before some shards are written again. Only the next commit completes the data set again."""
-    storage.delete(join(plan.target, manifest.DATASET_FILE))
+    """Delete dataset.json before some shards are written again. Only the next commit completes the data set again.
+
+    Raises:
+        StorageError: the store denies deletion.
+    """
+    _delete_document(plan.target, storage)
 
 
 def clear_target(target: str, storage: Storage) -> None:
@@ -106,6 +128,7 @@ def clear_target(target: str, storage: Storage) -> None:
 
     Raises:
         DataError: the manifest describes tars of other programs, indexed by `m2f index`.
+        StorageError: the store denies deletion.
     """
     try:
         document = manifest.read_document(target, storage)
@@ -113,11 +136,22 @@ def clear_target(target: str, storage: Storage) -> None:
         document = None
     if document is not None and document.get("foreign") is not None:
         raise DataError(f"{target} has a manifest of `m2f index` for existing tars; choose another folder for shards")
-    storage.delete(join(target, manifest.DATASET_FILE))
+    _delete_document(target, storage)
     root = f"{target.rstrip('/')}/"
     for url in storage.list(target):
         if _WRITTEN_FILES.fullmatch(url.removeprefix(root)):
             storage.delete(url)
+
+
+def _delete_document(target: str, storage: Storage) -> None:
+    """Delete dataset.json. Raises StorageError if it still exists, because shards below it must not be replaced."""
+    url = join(target, manifest.DATASET_FILE)
+    storage.delete(url)
+    if storage.exists(url):
+        raise StorageError(
+            f"{url} could not be deleted, so no shard was changed: the store denies deletion. Allow it "
+            "(s3:DeleteObject), or choose another folder"
+        )
 
 
 def _rounded_shard_count(num_shards: float) -> int:

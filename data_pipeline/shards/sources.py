@@ -10,7 +10,8 @@ shards without a record count as unchanged.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,12 +20,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from m2f.data_pipeline.documents import parse_json
-from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.errors import DataError, StorageError, format_list
 from m2f.data_pipeline.readers import Reader
 from m2f.data_pipeline.readers.source_files import FileState, file_state
 from m2f.data_pipeline.shards import manifest
 from m2f.data_pipeline.storage.bounded_parquet import read_bounded_table
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.format_count import format_count
 
 FOLDER = "sources"
 _BATCH_ROWS = 4096
@@ -136,6 +138,33 @@ def compare_sources(
         num_missing=sum(comparison.num_missing for _, comparison in comparisons),
         shards=frozenset(record.shard for record, comparison in comparisons if comparison.changed),
         digests={record.shard: record.digest for record, _ in comparisons},
+    )
+
+
+def require_source_files(reader: Reader, keys: Iterable[str], target: str, *, skip_bad: bool) -> None:
+    """Check the source files of samples before their existing shards are replaced.
+
+    Args:
+        reader: reader of the source.
+        keys: keys of the samples. Others are not checked.
+        target: folder of the shards.
+        skip_bad: accept missing files, unless every sample has one.
+
+    Raises:
+        DataError: files do not exist or cannot be read.
+    """
+    wanted = set(keys)
+    samples = [reader.files(i) for i, key in enumerate(reader.keys) if key in wanted]
+    files = tuple(dict.fromkeys(path for sample in samples for path in sample))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        readable = pool.map(lambda path: os.access(path, os.R_OK), files)
+        missing = [path for path, is_readable in zip(files, readable, strict=True) if not is_readable]
+    if not missing or (skip_bad and any(set(missing).isdisjoint(sample) for sample in samples)):
+        return
+    remedy = "restore them" if skip_bad else "restore them, or leave out their samples with --skip-bad"
+    raise DataError(
+        f"{target}: {format_count(len(missing), 'source file')} of the shards to be written again cannot be read "
+        f"({format_list(missing, 3)}). The existing files are kept; {remedy}"
     )
 
 

@@ -37,9 +37,16 @@ from m2f.data_pipeline.shards.plan import (
     clear_target,
     committed_document,
     delete_manifest,
+    keep_shard_count,
     plan_shards,
 )
-from m2f.data_pipeline.shards.sources import SourceChanges, SourceFile, compare_sources, write_record
+from m2f.data_pipeline.shards.sources import (
+    SourceChanges,
+    SourceFile,
+    compare_sources,
+    require_source_files,
+    write_record,
+)
 from m2f.data_pipeline.storage.bounded_parquet import read_bounded_table
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.format_count import format_count
@@ -136,23 +143,23 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
 def complete_parts(plan: ShardPlan, storage: Storage, changes: SourceChanges | None = None) -> tuple[ShardPart, ...]:
     """Claim the target for this plan, and return the parts that need not be written again.
 
-    Such a part has a receipt and a shard of the right size. If the manifest is not committed, the part must also be
-    current: it has the current encoding, nothing was left out, and `changes` names no changed source file of it. To
-    apply this to a committed data set, call `delete_manifest` first.
+    Such a part has a receipt and a shard of the right size. If the manifest is not committed, or if `changes` names
+    shards, the part must also be current: it has the current encoding, nothing was left out, and `changes` does not
+    name it.
 
     Raises:
         DataError: the target belongs to another plan.
     """
-    committed = committed_document(plan, storage)
-    claim_target(plan, storage)
     changes = changes or SourceChanges()
+    is_kept = committed_document(plan, storage) is not None and not changes.shards
+    claim_target(plan, storage)
     present = set(storage.list(plan.target))
     parts = []
     for index in range(len(plan.shard_keys)):
         if _part_url(plan, index) not in present:
             continue
         part = _decode_part(storage.get(_part_url(plan, index)), plan)
-        if part is None or (committed is None and not _is_current(part, changes)):
+        if part is None or not (is_kept or _is_current(part, changes)):
             continue
         if _has_size(join(plan.target, part.info.name), part.info.size, storage):
             parts.append(part)
@@ -218,18 +225,23 @@ def write_dataset(
 
     Raises:
         DataError: the source cannot be used, or the folder belongs to another plan.
-        StorageError: shards cannot be written.
+        StorageError: shards cannot be written, or the store denies the deletion of outdated files.
     """
     if config.source is None:
         raise DataError(f"the data set at {config.shards} has no source to shard; set datasets.<name>.source")
     plan = plan_shards(reader, config, source_fingerprint(config.source))
     if redo:
+        require_source_files(reader, reader.keys, plan.target, skip_bad=skip_bad)
         clear_target(plan.target, storage)
-    committed_document(plan, storage)
+    plan = keep_shard_count(plan, storage)
+    committed = committed_document(plan, storage)
     changes = compare_sources(reader, plan.target, len(plan.shard_keys), storage)
+    parts = {part.index: part for part in complete_parts(plan, storage, changes)}
+    if committed is not None:
+        outdated = {key for index, keys in enumerate(plan.shard_keys) if index not in parts for key in keys}
+        require_source_files(reader, outdated, plan.target, skip_bad=skip_bad)
     if changes.shards:
         delete_manifest(plan, storage)
-    parts = {part.index: part for part in complete_parts(plan, storage, changes)}
     for index in range(len(plan.shard_keys)):
         if index not in parts:
             parts[index] = write_shard(reader, plan, index, storage)

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from m2f.cluster.recipe.config import ClusterConfig
@@ -11,9 +13,12 @@ from m2f.cluster.sharding.job import run_shard_job
 from m2f.cluster.sharding.report import ShardJobError
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.write import SampleProblem, count_problems
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
-from tests.data_pipeline.coco_set import CocoSet
+from tests.data_pipeline.coco_set import CocoSet, H, W
 
 
 @pytest.fixture
@@ -125,6 +130,34 @@ def test_missing_source_files_and_untracked_shards_are_reported(tmp_path, job, c
     assert report.notes == ("missing: 1 source file; the existing shards are kept",)
     shutil.rmtree(tmp_path / "shards" / "sources")
     assert "--redo rewrites the data set" in job(coco).summary()
+
+
+def test_shards_of_deleted_images_are_kept_and_redo_is_refused(tmp_path):
+    coco = CocoSet(tmp_path)
+    (image,), pixels = coco.images, np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
+    coco.images = [{**image, "id": 40 + i, "file_name": f"{i}.png"} for i in range(6)]
+    coco.files = {f"{i}.png": encode_png(pixels) for i in range(6)}
+    coco.write()
+    dataset = DatasetConfig(shards=str(tmp_path / "shards"), source=coco.instances_source, shard_mb=0.005)
+    first = run_shard_job("train", dataset, ClusterConfig(), Storage())
+    shutil.rmtree(tmp_path / "images")
+    (tmp_path / "images").mkdir()  # such as a folder that is not mounted
+    again = run_shard_job("train", dataset, ClusterConfig(), Storage())
+    assert again.num_shards == first.num_shards > 1
+    assert again.notes == ("missing: 6 source files; the existing shards are kept",)
+    with pytest.raises(DataError, match=r"6 source files of the shards .* \(.*0\.png, .*1\.png, .*2\.png and 3 more\)"):
+        run_shard_job("train", dataset, ClusterConfig(), Storage(), redo=True)
+    assert Manifest.load(dataset.shards, Storage()).num_samples == 6
+
+
+def test_other_shard_mb_keeps_the_shards_until_redo(tmp_path):
+    dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=6), shard_mb=0.05)
+    count = run_shard_job("train", dataset, ClusterConfig(), Storage()).num_shards
+    larger = replace(dataset, shard_mb=1.0)
+    report = run_shard_job("train", larger, ClusterConfig(), Storage())
+    assert (report.num_shards, report.written_shards) == (count, 0)
+    assert f"kept: {count} shards; with the present files and shard_mb, a new data set would have 1" in report.summary()
+    assert run_shard_job("train", larger, ClusterConfig(), Storage(), redo=True).num_shards == 1
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.readers.source_files import file_state
+from m2f.data_pipeline.shards import codec
+from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.plan import clear_target, plan_shards
 from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources, write_record
 from m2f.data_pipeline.shards.write import complete_parts, write_dataset, write_shard
@@ -217,6 +219,74 @@ def test_missing_source_files_do_not_rewrite_their_shards(tmp_path):
     changes = compare_sources(open_reader(config.source), config.shards, 1, STORAGE)
     assert (changes.num_missing, changes.changed) == (1, ())
     assert write_dataset(open_reader(config.source), config, STORAGE).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("deleted", ["images", "images and labels"])
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_deleted_source_files_keep_the_data_set_and_redo_is_refused(maps, deleted, skip_bad):
+    first = maps.write()
+    count = len(first.shards)
+    paths = [path for name in deleted.split(" and ") for path in (maps.root / name).iterdir()]
+    maps_reader = maps.reader()  # later, the folders are not mounted, but the list of samples is known
+    for path in paths:
+        path.unlink()
+    config = replace(maps.config, shard_mb=1.0)  # the number of shards of a new plan differs
+    before = {path: path.read_bytes() for path in Path(config.shards).rglob("*") if path.is_file()}
+    assert len(plan_shards(maps_reader, config, "").shard_keys) < count
+    assert write_dataset(maps_reader, config, STORAGE, skip_bad=skip_bad).fingerprint == first.fingerprint
+    with pytest.raises(
+        DataError, match=rf"{len(paths)} source files .* cannot be read .*images/.* more\)\. The existing"
+    ):
+        write_dataset(maps_reader, config, STORAGE, skip_bad=skip_bad, redo=True)
+    assert {path: path.read_bytes() for path in Path(config.shards).rglob("*") if path.is_file()} == before
+
+
+def test_number_of_shards_of_a_data_set_that_was_never_complete_is_not_kept(maps):
+    complete_parts(maps.plan(), STORAGE)
+    with pytest.raises(DataError, match="number of shards: 4 there, 1 here"):
+        write_dataset(maps.reader(), replace(maps.config, shard_mb=1.0), STORAGE)
+
+
+def test_shard_with_changed_and_missing_files_is_not_rewritten(maps):
+    first = maps.write()
+    changed, missing = next(keys for keys in maps.plan().shard_keys if len(keys) > 1)[:2]
+    maps.relabel(changed, 2)
+    image, reader = maps.root / "images" / f"{missing}.png", maps.reader()
+    content = image.read_bytes()
+    image.unlink()
+    with pytest.raises(DataError, match=rf"1 source file .* cannot be read \({image}\)\. The existing files are kept"):
+        write_dataset(reader, maps.config, STORAGE)
+    assert Manifest.load(first.url, STORAGE).fingerprint == first.fingerprint
+    image.write_bytes(content)
+    assert labels_of(maps.write(), changed) == [2]
+
+
+def test_outdated_parts_with_missing_files_are_kept_when_another_shard_changes(maps, monkeypatch):
+    first = maps.write()
+    changed, missing = (keys[0] for keys in maps.plan().shard_keys[:2])
+    maps.relabel(changed, 2)
+    reader = maps.reader()
+    (maps.root / "images" / f"{missing}.png").unlink()
+    monkeypatch.setattr(codec, "VERSION", codec.VERSION + 1)  # all shards would be rewritten
+    with pytest.raises(DataError, match="1 source file of the shards to be written again cannot be read"):
+        write_dataset(reader, maps.config, STORAGE)
+    assert Manifest.load(first.url, STORAGE).fingerprint == first.fingerprint
+
+
+class UndeletableStorage(Storage):
+    """Storage that keeps deleted objects, like S3Store in a bucket that denies deletion."""
+
+    def delete(self, url):
+        pass
+
+
+@pytest.mark.parametrize("redo", [False, True])
+def test_store_that_denies_deletion_raises_error_and_keeps_the_shards(maps, redo):
+    first = maps.write()
+    maps.relabel("3", 2)
+    with pytest.raises(StorageError, match=r"dataset\.json could not be deleted, so no shard was changed"):
+        write_dataset(maps.reader(), maps.config, UndeletableStorage(), redo=redo)
+    assert labels_of(Manifest.load(first.url, STORAGE), "3") == [1]
 
 
 def test_repaired_or_restored_source_files_are_added_to_the_shards(tmp_path):
