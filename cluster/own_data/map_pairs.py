@@ -15,6 +15,7 @@ from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.folders import walk_folders
 from m2f.data_pipeline.image_file import BrokenImageError, is_image_name, read_header
 from m2f.data_pipeline.readers.exports.legend import read_legend
+from m2f.data_pipeline.readers.files import files_below
 from m2f.data_pipeline.readers.map_reader import read_index_map
 from m2f.data_pipeline.sources import CocoStuffSource, ColorMapSource, HuggingFaceSource, LabelMapSource
 from m2f.model.errors import ConfigError
@@ -65,11 +66,15 @@ def find_map_formats(folder: Path) -> list[DataFormat]:
         return []
     _require_one_map_folder(pairs)
     formats = _formats_of_pairs(folder, pairs)
-    if not unpaired:
-        return formats
-    listed = format_list(path.relative_to(folder) for path in unpaired)
-    note = f"not used, because no folder has images with the names of these maps, or they are not PNG: {listed}"
-    return [replace(data_format, notes=(*data_format.notes, note)) for data_format in formats]
+    notes = []
+    if unpaired:
+        listed = format_list(path.relative_to(folder) for path in unpaired)
+        notes.append(
+            f"not used, because no folder has images with the names of these maps, or they are not PNG: {listed}"
+        )
+    if lists := [path.relative_to(folder) for path in files_below(folder, ".txt") if split_from_path(path.stem)]:
+        notes.append(f"not used, because folders named train and val divide maps, not lists: {format_list(lists)}")
+    return [replace(data_format, notes=(*data_format.notes, *notes)) for data_format in formats]
 
 
 def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:

@@ -456,6 +456,14 @@ def test_maps_without_images_are_reported(folder, capsys):
     assert "no folder has images with the names of these maps, or they are not PNG: val/masks" in printed
 
 
+def test_lists_of_images_beside_maps_are_reported(folder, capsys):
+    EXPORTS["label_maps"](folder)
+    (folder / "train.txt").write_text("im0\n")
+    init_datasets()
+    printed = capsys.readouterr().out
+    assert "not used, because folders named train and val divide maps, not lists: train.txt" in printed
+
+
 def test_the_name_of_the_whole_folder_does_not_mark_maps(folder):
     inner = folder / "segmentation"
     for number in range(4):
