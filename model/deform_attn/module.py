@@ -186,25 +186,27 @@ class MSDeformAttn(nn.Module):
         """Return whether the kernel supports this input: on CUDA, except in exported graphs and in float64."""
         if value.device.type != "cuda" or value.dtype == torch.float64 or _exporting:
             return False
-        return _kernel_agrees(value.dtype, self.levels, self.heads, self.points, value.shape[-1])
+        return _kernel_agrees(value.dtype, self.levels, self.heads, self.points, value.shape[-1], value.device)
 
 
 @torch.compiler.assume_constant_result
-def _kernel_agrees(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
+def _kernel_agrees(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int, device: torch.device) -> bool:
     """Return the result of `_checked_kernel`. The wrapper is needed because torch.compile traces through caches."""
-    return _checked_kernel(dtype, levels, heads, points, dim)
+    return _checked_kernel(dtype, levels, heads, points, dim, device)
 
 
 @functools.cache
-def _checked_kernel(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
-    """Return whether the Triton kernel gives the results of the plain form on this machine; warn if not.
+def _checked_kernel(
+    dtype: torch.dtype, levels: int, heads: int, points: int, dim: int, device: torch.device | str = "cuda"
+) -> bool:
+    """Return whether the Triton kernel gives the results of the plain form on this device; warn if not.
 
     Raises torch.OutOfMemoryError if the memory does not suffice for the check; the next call then checks again.
     """
     try:
         from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
 
-        worst = _kernel_error(fused_ms_deform_attn, dtype, levels, heads, points, dim)
+        worst = _kernel_error(fused_ms_deform_attn, dtype, levels, heads, points, dim, device)
         agrees = worst <= (1e-4 if dtype == torch.float32 else 0.05)  # False for NaN
         problem = None if agrees else f"its error is {worst:.2g}"
     except torch.OutOfMemoryError:
@@ -227,7 +229,7 @@ def _kernel_error(
     heads: int,
     points: int,
     dim: int,
-    device: str = "cuda",
+    device: torch.device | str = "cuda",
 ) -> float:
     """Return the largest difference of outputs and gradients, relative to the largest value of each."""
     generator = torch.Generator(device).manual_seed(0)
@@ -242,7 +244,7 @@ def _kernel_error(
     offsets = (2 * random(1, queries, heads, levels, points, 2)).requires_grad_()
     logits = random(1, queries, heads, levels, points).requires_grad_()
     cotangent = random(1, queries, heads * dim).to(dtype)
-    with torch.enable_grad(), torch.autocast(device, enabled=False):
+    with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
         ours = fused(value, shapes, grid.reference.squeeze(2), offsets, logits)
         locations = grid.reference[:, :, None, :, None] + offsets / grid.sizes
         weights = logits.flatten(-2).softmax(-1).view(logits.shape)

@@ -71,7 +71,8 @@ def _attend(value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Ten
     def run(tuning: LaunchConfig) -> None:
         _launch(forward_kernel, tuning, (*inputs, output))
 
-    run(_launch_config(FORWARD, inputs, run))
+    with torch.cuda.device_of(value):  # Triton launches on the current device
+        run(_launch_config(FORWARD, inputs, run))
     return output
 
 
@@ -95,8 +96,9 @@ def _gradients(
         outputs = (value_sums, offset_gradient, logit_gradient)
         _launch(backward_kernel, tuning, (*inputs, gradient, *outputs), SCATTER=not in_order)
 
-    tuning = _launch_config(BACKWARD, inputs, lambda tuning: run(tuning, torch.empty_like(value_gradient)))
-    run(tuning, value_gradient.zero_())
+    with torch.cuda.device_of(value):  # Triton launches on the current device
+        tuning = _launch_config(BACKWARD, inputs, lambda tuning: run(tuning, torch.empty_like(value_gradient)))
+        run(tuning, value_gradient.zero_())
     if in_order:
         value_gradient = _deterministic_value_gradient(value, sides, reference, offsets, logits, gradient)
     return value_gradient, offset_gradient, logit_gradient

@@ -1,5 +1,6 @@
 import math
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -178,14 +179,36 @@ def test_the_kernel_check_is_a_constant_of_compiled_graphs(worst, chosen, monkey
     own._checked_kernel.cache_clear()
 
     def take(value):
-        return value + 1 if own._kernel_agrees(value.dtype, 3, 2, 4, 8) else value - 1
+        return value + 1 if own._kernel_agrees(value.dtype, 3, 2, 4, 8, value.device) else value - 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         result = torch.compile(take, backend="eager", fullgraph=True)(torch.zeros(1))
     own._checked_kernel.cache_clear()
     assert result.item() == (1 if chosen == "kernel" else -1)
-    assert [sizes[1:] for sizes in checked] == [(torch.float32, 3, 2, 4, 8)]
+    assert [sizes[1:] for sizes in checked] == [(torch.float32, 3, 2, 4, 8, torch.device("cpu"))]
+
+
+def test_kernels_are_launched_on_the_device_of_their_input(monkeypatch):
+    pytest.importorskip("triton")
+    import m2f.model.deform_attn.triton_op as operator
+
+    current, launches = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(operator, "_launch", lambda kernel, *_, **__: launches.append((kernel, len(current))))
+    grid = SamplingGrid.of_pixels([(2, 3)])
+    value, offsets, logits = torch.ones(1, 6, 2, 4), torch.ones(1, 6, 2, 1, 3, 2), torch.ones(1, 6, 2, 1, 3)
+    inputs = [tensor.requires_grad_() for tensor in (value, offsets, logits)]
+    operator.fused_ms_deform_attn(value, grid.shapes, grid.reference.squeeze(2), offsets, logits).sum().backward()
+    assert launches == [(operator.forward_kernel, 1), (operator.backward_kernel, 1)]
+    assert all(tensor.grad is not None for tensor in inputs)
 
 
 def test_the_kernel_check_finds_nan_in_any_gradient():
