@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.count_kernels import count_regions as count_kernels
 from benchmarks.count_nodes import count_constants, count_regions, fake_tensors
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
@@ -37,3 +38,15 @@ def test_graphs_of_a_training_step_stay_within_their_operation_counts():
     assert pixel_decoder.forward + pixel_decoder.backward <= 400
     assert transformer_decoder.forward + transformer_decoder.backward <= 720
     assert min(kept.values()) > 20
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_inductor_fuses_a_training_step_into_few_kernels():
+    torch.compiler.reset()
+    with fake_tensors():
+        model = build_model(CONFIG, pretrained_backbone=False).train()
+        backbone, pixel_decoder, transformer_decoder = count_kernels(model, lambda: torch.zeros(2, 3, 64, 64))
+    for region, most in ((backbone, 70), (pixel_decoder, 120), (transformer_decoder, 200)):
+        assert region.forward.library >= 10
+        assert region.forward.generated + region.forward.library <= most
