@@ -7,9 +7,10 @@ have a receipt. Small jobs run in this process, because Ray takes longer to star
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
@@ -21,22 +22,22 @@ from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.readers import Reader, dataset_fingerprint, open_dataset
-from m2f.data_pipeline.readers.unusable import require_all_usable
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation, require_all_usable
 from m2f.data_pipeline.shards.plan import (
     ShardPlan,
-    clear_target,
     committed_document,
-    delete_manifest,
     keep_shard_count,
     plan_shards,
 )
-from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources, require_source_files
+from m2f.data_pipeline.shards.publish import find_lost
+from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources
 from m2f.data_pipeline.shards.write import (
     SampleProblem,
     ShardPart,
     commit_manifest,
-    complete_parts,
     count_problems,
+    prepare_parts,
+    withdraw_outdated,
     write_shard,
 )
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -46,6 +47,8 @@ from m2f.model.format_count import format_count
 MAX_LOCAL_IMAGES = 300
 MAX_LOCAL_BYTES = 50_000_000
 """Numbers of images and bytes that this process writes in about the time that Ray takes to start."""
+_TOO_LARGE = re.compile(r"(\d+) x (\d+) pixels exceed max_pixels")
+"""Part of the message about an image that was left out for its size."""
 WriteShards = Callable[[Sequence[int]], Iterator[ShardPart | ShardFailure]]
 """Function that writes the shards with the given indices and yields a part or failure for each, as they finish."""
 
@@ -63,9 +66,10 @@ def run_shard_job(
 ) -> ShardReport:
     """Write the missing shards of one data set, then its manifest.
 
-    Shards are written again if their source files have changed. Unusable annotations that are found when the source is
-    opened end the job at once, unless `skip_bad` is set. Unusable samples that are found later do not end it early.
-    After the last shard, the report is stored beside the shards, even if the data set cannot be committed.
+    Shards are written again if they are missing or truncated, if their source files have changed, or if `max_pixels`
+    now permits images that were left out. Unusable annotations that are found when the source is opened end the job at
+    once, unless `skip_bad` is set. Unusable samples that are found later do not end it early. After the last shard, the
+    report is stored beside the shards, even if the data set cannot be committed.
 
     Args:
         name: name of the data set.
@@ -89,32 +93,31 @@ def run_shard_job(
     if dataset.source is None:
         raise DataError(f"datasets.{name} has no source to create shards from; set datasets.{name}.source")
     reader, unusable = open_dataset(dataset)
-    plan = new_plan = plan_shards(reader, dataset, dataset_fingerprint(dataset))
-    if not redo:
-        plan = keep_shard_count(plan, storage)
+    new_plan = plan_shards(reader, dataset, dataset_fingerprint(dataset))
+    plan = new_plan if redo else keep_shard_count(new_plan, storage)
     existing = None if redo else committed_document(plan, storage)
     changes = SourceChanges() if redo else _compare_sources(name, reader, plan, storage)
-    if existing is not None and not changes.shards:
-        notes = _source_notes(changes, bool(reader.files(0))) + _count_notes(plan, new_plan, changes)
-        return _stored_report(name, plan, existing["shards"], notes, storage)
-    if not skip_bad:
-        require_all_usable(unusable)
-    if redo:
-        require_source_files(reader, reader.keys, plan.target, skip_bad=skip_bad)
-        clear_target(plan.target, storage)
-    parts = {part.index: part for part in complete_parts(plan, storage, changes)}
-    missing = [index for index in range(len(plan.shard_keys)) if index not in parts]
+    notes: tuple[str, ...] = ()
     if existing is not None:
-        keys = (key for index in missing for key in plan.shard_keys[index])
-        require_source_files(reader, keys, plan.target, skip_bad=skip_bad)
-        delete_manifest(plan, storage)
+        stored = _stored_report(name, plan, existing["shards"], storage)
+        permitted = _permitted_shards(plan, stored.problems, dataset.max_pixels)
+        lost = find_lost(plan.target, existing, storage)
+        changes = replace(changes, shards=changes.shards | permitted)
+        if not changes.shards and not lost:
+            notes = _source_notes(changes, bool(reader.files(0))) + _count_notes(plan, new_plan, changes)
+            return replace(stored, notes=notes)
+        notes = _repair_notes(permitted, lost)
+    if not skip_bad and (existing is None or changes.shards):
+        require_all_usable(unusable)
+    parts = prepare_parts(reader, plan, changes, storage, skip_bad=skip_bad, redo=redo)
+    missing = [index for index in range(len(plan.shard_keys)) if index not in parts]
     failures = []
     if missing:
         with ExitStack() as stack:
             write = _choose_writer(reader, plan, missing, storage, cluster, keep_going, ray_stack or stack)
             failures = _write_missing(name, plan, parts, missing, write)
-    problems = tuple(SampleProblem("", entry.source, entry.message, is_in_shard=True) for entry in unusable)
-    problems += tuple(problem for index in sorted(parts) for problem in parts[index].problems)
+    is_restored = not failures and withdraw_outdated(plan, existing, parts.values(), storage) and not changes.shards
+    problems = _list_problems(unusable, parts)
     report = ShardReport(
         dataset=name,
         target=plan.target,
@@ -125,9 +128,9 @@ def run_shard_job(
         elapsed_s=round(time.monotonic() - started, 3),
         problems=problems,
         repairs=_count_repairs(parts.values()),
-        notes=_source_notes(changes, has_files=False),
+        notes=_source_notes(changes, has_files=False) + notes,
         failures=tuple(failures),
-        committed=not failures and (skip_bad or not problems),
+        committed=not failures and (skip_bad or is_restored or not problems),
     )
     return _commit_and_report(plan, parts.values(), report, storage, skip_bad)
 
@@ -239,6 +242,30 @@ def _source_notes(changes: SourceChanges, has_files: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _list_problems(unusable: Iterable[UnusableAnnotation], parts: dict[int, ShardPart]) -> tuple[SampleProblem, ...]:
+    """Return the problems of the annotation file, and then those of the shards in order."""
+    problems = [SampleProblem("", entry.source, entry.message, is_in_shard=True) for entry in unusable]
+    return (*problems, *(problem for index in sorted(parts) for problem in parts[index].problems))
+
+
+def _permitted_shards(plan: ShardPlan, problems: Iterable[SampleProblem], max_pixels: int) -> frozenset[int]:
+    """Return the shards with images that were left out for their size and that `max_pixels` now permits."""
+    sizes = ((problem.key, _TOO_LARGE.search(problem.message)) for problem in problems)
+    keys = {key for key, size in sizes if size is not None and int(size[1]) * int(size[2]) <= max_pixels}
+    return frozenset(index for index, shard in enumerate(plan.shard_keys) if not keys.isdisjoint(shard))
+
+
+def _repair_notes(permitted: Collection[int], lost: Collection[str]) -> tuple[str, ...]:
+    """Return messages about shards with images that max_pixels now permits, and about lost files."""
+    notes = []
+    if permitted:
+        shards = format_count(len(permitted), "shard")
+        notes.append(f"max_pixels now permits images that were left out; rewritten: {shards}")
+    if lost:
+        notes.append(f"missing or damaged: {format_count(len(lost), 'file')} ({format_list(lost, 3)}); written again")
+    return tuple(notes)
+
+
 def _count_notes(plan: ShardPlan, new_plan: ShardPlan, changes: SourceChanges) -> tuple[str, ...]:
     """Return a message if a new data set would have another number of shards. Missing files explain the difference."""
     count, new_count = len(plan.shard_keys), len(new_plan.shard_keys)
@@ -276,9 +303,7 @@ def _count_repairs(parts: Iterable[ShardPart]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(counts.items()))
 
 
-def _stored_report(
-    name: str, plan: ShardPlan, shards: Sequence[dict[str, int]], notes: tuple[str, ...], storage: Storage
-) -> ShardReport:
+def _stored_report(name: str, plan: ShardPlan, shards: Sequence[dict[str, int]], storage: Storage) -> ShardReport:
     """Return the report of a data set that is already committed."""
     url = join(plan.target, REPORT_FILE)
     try:
@@ -299,6 +324,5 @@ def _stored_report(
         elapsed_s=0.0,
         problems=problems,
         repairs=repairs,
-        notes=notes,
         committed=True,
     )

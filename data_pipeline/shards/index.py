@@ -13,21 +13,22 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.errors import DataError, ObjectExistsError, StorageError, format_list
+from m2f.data_pipeline.errors import DataError, StorageError, format_list
 from m2f.data_pipeline.image_file import BrokenImageError, frame_orientation, read_header
 from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.readers.custom import check_annotation
 from m2f.data_pipeline.readers.files import check_image, require_size
 from m2f.data_pipeline.shards import codec, manifest
-from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA, SAMPLES_FILE
+from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA
 from m2f.data_pipeline.shards.external_tars import ExternalFormat, Labels, decode_labels, image_extension
 from m2f.data_pipeline.shards.faults import Fault, parse_fault
 from m2f.data_pipeline.shards.manifest import INDEXED_PLAN_PREFIX, ShardInfo, category_columns
+from m2f.data_pipeline.shards.publish import publish
 from m2f.data_pipeline.shards.tar_walk import TarSample, walk_tar
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.data_pipeline.storage.stream import ObjectStream
@@ -146,7 +147,7 @@ def index_tars(
     """Read all tars and write their manifest into the folder `target`.
 
     If there are faults, the manifest is written only with `skip_bad`, and leaves out the faulty samples. An unreadable
-    tar is reported as a fault.
+    tar is reported as a fault. If the manifest exists already, samples.parquet is restored if it is missing or damaged.
 
     Raises:
         DataError: the target holds another data set, or no sample is usable.
@@ -155,7 +156,7 @@ def index_tars(
     indexer = _TarIndexer(target, tar_format, options, storage)
     existing = manifest.read_document(target, storage)
     if existing is not None and not existing["plan"].startswith(INDEXED_PLAN_PREFIX):
-        _refuse_target(target)
+        raise DataError(f"{target} already contains another data set; choose another folder, or delete it first")
     indexed, duplicates = _drop_duplicate_keys(_index_in_threads(indexer, tars, threads, on_progress))
     faults = [fault for tar in indexed for fault in tar.faults] + duplicates
     non_empty = [tar for tar in indexed if tar.rows]
@@ -329,19 +330,7 @@ def _commit(
         samples=samples,
         external_format=external_format,
     )
-    existing = manifest.read_document(target, storage)
-    if existing is None:
-        storage.put(join(target, SAMPLES_FILE), samples)
-        try:
-            storage.put(join(target, manifest.DATASET_FILE), json.dumps(document, indent=1).encode(), if_absent=True)
-        except ObjectExistsError:
-            existing = manifest.read_document(target, storage)
-    if existing is not None and existing["fingerprint"] != document["fingerprint"]:
-        _refuse_target(target)
-
-
-def _refuse_target(target: str) -> NoReturn:
-    raise DataError(f"{target} already contains another data set; choose another folder, or delete it first")
+    publish(target, document, samples, storage)
 
 
 def _first_sample(tar: str, storage: Storage) -> TarSample:

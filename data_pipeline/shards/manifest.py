@@ -194,7 +194,10 @@ class Manifest:
         data = storage.get(join(url, SAMPLES_FILE))
         samples = document.get("samples")
         if not isinstance(samples, dict) or samples.get("sha256") != hashlib.sha256(data).hexdigest():
-            raise DataError(f"{join(url, SAMPLES_FILE)} does not match its checksum in {DATASET_FILE}; restore it")
+            raise DataError(
+                f"{join(url, SAMPLES_FILE)} does not match its checksum in {DATASET_FILE}; restore it, or run "
+                "`m2f shard` or `m2f index` again, which writes it again"
+            )
         try:
             manifest = cls._from_document(url, document, Columns(data))
         except (LookupError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:

@@ -24,12 +24,12 @@ from webdataset import TarWriter
 
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.documents import parse_json
-from m2f.data_pipeline.errors import DataError, MissingObjectError, ObjectExistsError, StorageError
+from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.readers import Reader, source_fingerprint
 from m2f.data_pipeline.readers.source_files import file_state, recorded_reads
 from m2f.data_pipeline.sample import Sample
 from m2f.data_pipeline.shards import codec, manifest
-from m2f.data_pipeline.shards.columns import OPTIONAL_COLUMNS, SAMPLE_SCHEMA, SAMPLES_FILE
+from m2f.data_pipeline.shards.columns import OPTIONAL_COLUMNS, SAMPLE_SCHEMA
 from m2f.data_pipeline.shards.manifest import Manifest, ShardInfo, category_columns
 from m2f.data_pipeline.shards.plan import (
     ShardPlan,
@@ -40,6 +40,7 @@ from m2f.data_pipeline.shards.plan import (
     keep_shard_count,
     plan_shards,
 )
+from m2f.data_pipeline.shards.publish import find_published, has_size, publish
 from m2f.data_pipeline.shards.sources import (
     SourceChanges,
     SourceFile,
@@ -161,15 +162,64 @@ def complete_parts(plan: ShardPlan, storage: Storage, changes: SourceChanges | N
         part = _decode_part(storage.get(_part_url(plan, index)), plan)
         if part is None or not (is_kept or _is_current(part, changes)):
             continue
-        if _has_size(join(plan.target, part.info.name), part.info.size, storage):
+        if has_size(join(plan.target, part.info.name), part.info.size, storage):
             parts.append(part)
     return tuple(parts)
+
+
+def prepare_parts(
+    reader: Reader, plan: ShardPlan, changes: SourceChanges, storage: Storage, *, skip_bad: bool, redo: bool
+) -> dict[int, ShardPart]:
+    """Claim the target for this plan, and return by index the parts that need not be written again.
+
+    With `redo`, all shards are deleted. If `changes` names shards, the manifest is deleted.
+
+    Raises:
+        DataError: the target belongs to another plan, or shards of a complete data set must be written again and their
+            source files cannot be read. With `skip_bad`, only if this applies to all their samples.
+        StorageError: the store denies deletion.
+    """
+    if redo:
+        require_source_files(reader, reader.keys, plan.target, skip_bad=skip_bad)
+        clear_target(plan.target, storage)
+    parts = {part.index: part for part in complete_parts(plan, storage, changes)}
+    if committed_document(plan, storage) is not None:
+        outdated = {key for index, keys in enumerate(plan.shard_keys) if index not in parts for key in keys}
+        require_source_files(reader, outdated, plan.target, skip_bad=skip_bad)
+        if changes.shards:
+            delete_manifest(plan, storage)
+    return parts
+
+
+def withdraw_outdated(
+    plan: ShardPlan, document: dict[str, Any] | None, parts: Iterable[ShardPart], storage: Storage
+) -> bool:
+    """Delete the manifest if shards that were lost have been written again with other content.
+
+    Args:
+        plan: plan of the shards.
+        document: `dataset.json` before shards were written; None if there was none.
+        parts: parts of all shards.
+        storage: storage of the shards.
+
+    Returns:
+        Whether the manifest is still there and describes the shards.
+    """
+    if document is None:
+        return False
+    shards = [asdict(part.info) for part in sorted(parts, key=lambda part: part.index) if part.info.num_samples]
+    if document["shards"] != shards:
+        delete_manifest(plan, storage)
+        return False
+    return True
 
 
 def commit_manifest(
     plan: ShardPlan, parts: Iterable[ShardPart], storage: Storage, *, skip_bad: bool = False
 ) -> Manifest:
-    """Write samples.parquet and then dataset.json, which completes the data set. A second commit changes nothing.
+    """Write samples.parquet and then dataset.json, which completes the data set.
+
+    A second commit changes nothing, but restores samples.parquet if it is missing or damaged.
 
     Raises:
         DataError: shards are missing, the target holds another data set, no sample is usable, or samples or annotations
@@ -195,10 +245,9 @@ def commit_manifest(
         shards=[part.info for part in non_empty],
         samples=samples,
     )
-    if not _is_published(plan, document, storage):
-        if not skip_bad:
-            _refuse_problems(plan, [problem for part in ordered for problem in part.problems])
-        _publish(plan, document, samples, storage)
+    if find_published(plan.target, document, storage) is None and not skip_bad:
+        _refuse_problems(plan, [problem for part in ordered for problem in part.problems])
+    publish(plan.target, document, samples, storage)
     return Manifest.load(plan.target, storage)
 
 
@@ -230,23 +279,17 @@ def write_dataset(
     if config.source is None:
         raise DataError(f"the data set at {config.shards} has no source to shard; set datasets.<name>.source")
     plan = plan_shards(reader, config, source_fingerprint(config.source))
-    if redo:
-        require_source_files(reader, reader.keys, plan.target, skip_bad=skip_bad)
-        clear_target(plan.target, storage)
-    plan = keep_shard_count(plan, storage)
-    committed = committed_document(plan, storage)
-    changes = compare_sources(reader, plan.target, len(plan.shard_keys), storage)
-    parts = {part.index: part for part in complete_parts(plan, storage, changes)}
-    if committed is not None:
-        outdated = {key for index, keys in enumerate(plan.shard_keys) if index not in parts for key in keys}
-        require_source_files(reader, outdated, plan.target, skip_bad=skip_bad)
-    if changes.shards:
-        delete_manifest(plan, storage)
+    if not redo:
+        plan = keep_shard_count(plan, storage)
+    committed = None if redo else committed_document(plan, storage)
+    changes = SourceChanges() if redo else compare_sources(reader, plan.target, len(plan.shard_keys), storage)
+    parts = prepare_parts(reader, plan, changes, storage, skip_bad=skip_bad, redo=redo)
     for index in range(len(plan.shard_keys)):
         if index not in parts:
             parts[index] = write_shard(reader, plan, index, storage)
         if progress is not None:
             progress(parts[index])
+    withdraw_outdated(plan, committed, parts.values(), storage)
     return commit_manifest(plan, parts.values(), storage, skip_bad=skip_bad)
 
 
@@ -353,13 +396,6 @@ def _is_current(part: ShardPart, changes: SourceChanges) -> bool:
     )
 
 
-def _has_size(url: str, size: int, storage: Storage) -> bool:
-    try:
-        return storage.size(url) == size
-    except MissingObjectError:
-        return False
-
-
 def count_problems(problems: Sequence[SampleProblem], num_samples: int) -> str:
     """Return text such as `2 of 20 samples`, `3 annotations` or `3 annotations and 2 of 20 samples`."""
     inside = sum(problem.is_in_shard for problem in problems)
@@ -383,22 +419,3 @@ def _refuse_problems(plan: ShardPlan, problems: Sequence[SampleProblem]) -> None
 def _with_shard_number(rows: pa.Table, shard: int) -> pa.Table:
     column = SAMPLE_SCHEMA.get_field_index("shard")
     return rows.set_column(column, SAMPLE_SCHEMA.field(column), pa.array([shard] * rows.num_rows, pa.int32()))
-
-
-def _is_published(plan: ShardPlan, document: dict[str, Any], storage: Storage) -> bool:
-    """Return whether this data set is already published. Raises DataError if the target holds another one."""
-    existing = manifest.read_document(plan.target, storage)
-    if existing is not None and existing["fingerprint"] != document["fingerprint"]:
-        raise DataError(
-            f"{plan.target} already contains another data set (fingerprint {existing['fingerprint'][:12]}, "
-            f"this one {document['fingerprint'][:12]}); choose another folder, or delete it first"
-        )
-    return existing is not None
-
-
-def _publish(plan: ShardPlan, document: dict[str, Any], samples: bytes, storage: Storage) -> None:
-    storage.put(join(plan.target, SAMPLES_FILE), samples)
-    try:
-        storage.put(join(plan.target, manifest.DATASET_FILE), json.dumps(document, indent=1).encode(), if_absent=True)
-    except ObjectExistsError:  # another driver of the same plan was faster
-        _is_published(plan, document, storage)

@@ -160,6 +160,73 @@ def test_other_shard_mb_keeps_the_shards_until_redo(tmp_path):
     assert run_shard_job("train", larger, ClusterConfig(), Storage(), redo=True).num_shards == 1
 
 
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+@pytest.mark.parametrize("name", ["shards/00000.tar", "samples.parquet"])
+def test_lost_files_of_a_complete_data_set_are_written_again(tmp_path, job, name, damage):
+    coco = CocoSet(tmp_path)
+    coco.instances[0]["segmentation"] = None  # was left out with --skip-bad, and is not refused now
+    problems = job(coco).problems
+    folder = tmp_path / "shards"
+    files = [folder / file for file in ("dataset.json", "samples.parquet", "shards/00000.tar")]
+    before = {path: path.read_bytes() for path in files}
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(b"short")
+    report = job(coco, skip_bad=False)
+    assert report.written_shards == (name == "shards/00000.tar")
+    assert f"missing or damaged: 1 file ({name}); written again" in report.summary()
+    assert report.problems == problems
+    assert {path: path.read_bytes() for path in before} == before
+    assert job(coco, skip_bad=False).notes == ()
+
+
+def test_lost_shard_whose_content_differs_now_replaces_the_manifest(tmp_path, job):
+    coco = CocoSet(tmp_path)
+    job(coco)
+    folder = tmp_path / "shards"
+    first = Manifest.load(str(folder), Storage()).fingerprint
+    shutil.rmtree(folder / "sources")  # as for shards of versions that did not record source files
+    (folder / "shards" / "00000.tar").unlink()
+    coco.files["a.jpg"] = b"no image"
+    with pytest.raises(DataError, match="1 of 1 sample cannot be used, so the data set is not committed"):
+        job(coco, skip_bad=False)
+    assert not (folder / "dataset.json").exists()
+    coco.files["a.jpg"] = CocoSet(tmp_path).files["a.jpg"] + b"\0"
+    assert job(coco, skip_bad=False).committed
+    assert Manifest.load(str(folder), Storage()).fingerprint != first
+
+
+def test_lost_shard_without_its_source_files_is_refused(tmp_path, job):
+    coco = CocoSet(tmp_path)
+    job(coco)
+    (tmp_path / "shards" / "shards" / "00000.tar").unlink()
+    coco.files.clear()
+    (tmp_path / "images" / "a.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 source file of the shards to be written again cannot be read .*a\.jpg"):
+        job(coco)
+
+
+def test_images_that_max_pixels_now_permits_are_added(tmp_path):
+    coco = CocoSet(tmp_path)
+    coco.images.append({**coco.images[0], "id": 41, "file_name": "b.png", "width": 2 * W})
+    coco.files["b.png"] = encode_png(np.zeros((H, 2 * W, 3), np.uint8))
+    coco.write()
+    dataset = DatasetConfig(shards=str(tmp_path / "shards"), source=coco.instances_source, max_pixels=H * W)
+
+    def shard(max_pixels, **options):
+        return run_shard_job("train", replace(dataset, max_pixels=max_pixels), ClusterConfig(), Storage(), **options)
+
+    assert len(shard(H * W, skip_bad=True).problems) == 1
+    assert shard(2 * H * W - 1).written_shards == 0
+    assert Manifest.load(dataset.shards, Storage()).num_samples == 1
+    report = shard(2 * H * W)
+    assert "max_pixels now permits images that were left out; rewritten: 1 shard" in report.summary()
+    assert report.problems == ()
+    assert Manifest.load(dataset.shards, Storage()).num_samples == 2
+    assert shard(2 * H * W).written_shards == 0
+
+
 @pytest.mark.parametrize(
     ("num_annotations", "num_samples", "words"),
     [(0, 2, "2 of 9 samples"), (3, 0, "3 annotations"), (3, 2, "3 annotations and 2 of 9 samples")],

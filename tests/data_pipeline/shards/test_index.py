@@ -439,6 +439,21 @@ def test_index_refuses_to_replace_another_data_set(tmp_path):
         index(tmp_path / "tars", tmp_path / "own")
 
 
+@pytest.mark.parametrize("content", [None, b"damaged"])
+def test_index_restores_lost_or_damaged_samples(tmp_path, content):
+    write_tars(tmp_path / "tars", "classes", count=3)
+    index(tmp_path / "tars", tmp_path / "set")
+    samples = tmp_path / "set" / "samples.parquet"
+    before = samples.read_bytes()
+    if content is None:
+        samples.unlink()
+    else:
+        samples.write_bytes(content)
+    assert index(tmp_path / "tars", tmp_path / "set").committed
+    assert samples.read_bytes() == before
+    assert Manifest.load(str(tmp_path / "set"), STORAGE).num_samples == 3
+
+
 def test_index_command_reads_from_and_writes_to_s3(tmp_path, bucket, capsys):
     tars = f"{bucket}/a"
     storage = Storage()

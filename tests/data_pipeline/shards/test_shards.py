@@ -188,6 +188,15 @@ def test_a_second_run_changes_nothing(reader, dataset):
     assert {p: p.stat().st_mtime_ns for p in Path(dataset.url).rglob("*") if p.is_file()} == before
 
 
+def test_lost_shard_that_is_written_in_another_encoding_replaces_the_manifest(reader, dataset, tmp_path, monkeypatch):
+    write_dataset(reader, _config(tmp_path), STORAGE)
+    (tmp_path / "shards" / "00001.tar").unlink()
+    encode = codec.encode
+    monkeypatch.setattr(codec, "encode", lambda sample: [*encode(sample), (f"{sample.key}.zzz", b"new")])
+    assert write_dataset(reader, _config(tmp_path), STORAGE).fingerprint != dataset.fingerprint
+    Manifest.load(str(tmp_path), STORAGE).check_shards(STORAGE)
+
+
 def test_another_plan_in_the_same_folder_is_refused(reader, dataset, tmp_path):
     with pytest.raises(DataError, match=r"belongs to another shard plan.*choose another folder"):
         write_dataset(reader, _config(dataset.url, seed=9), STORAGE)
