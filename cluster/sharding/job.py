@@ -23,12 +23,7 @@ from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.readers import Reader, dataset_fingerprint, open_dataset
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation, require_all_usable
-from m2f.data_pipeline.shards.plan import (
-    ShardPlan,
-    committed_document,
-    keep_shard_count,
-    plan_shards,
-)
+from m2f.data_pipeline.shards.plan import ShardPlan, committed_document, keep_shard_count, plan_shards
 from m2f.data_pipeline.shards.publish import find_lost
 from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources
 from m2f.data_pipeline.shards.write import (

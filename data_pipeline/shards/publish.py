@@ -1,4 +1,4 @@
-"""Publication of a manifest: samples.parquet, and last dataset.json. Lost files of a published data set are restored."""
+"""Publication of a manifest: samples.parquet and then dataset.json, and the search for lost files of a data set."""
 
 from __future__ import annotations
 
