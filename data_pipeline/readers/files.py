@@ -162,9 +162,7 @@ def unique_keys(file_names: Iterable[str]) -> tuple[str, ...]:
     for name in file_names:
         if (key := make_key(name)) in first:
             raise DataError(
-                f"{name} is listed twice; list it once"
-                if first[key] == name
-                else f"{first[key]} and {name} would have the same key {key!r}; rename one of them"
+                f"{first[key]} and {name} would have the same key {key!r}; rename one of them, or list it once"
             )
         first[key] = name
     return tuple(first)
