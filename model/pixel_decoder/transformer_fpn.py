@@ -70,8 +70,9 @@ class TransformerFPNPixelDecoder(PixelDecoder):
     def _encode(self, feature: Tensor) -> Tensor:
         height, width = feature.shape[-2:]
         # The residual stream keeps the norms' dtype: float32 under autocast, also if linear layers were cast before.
-        dtype = self.layers[0].norm.weight.dtype
-        tokens = feature.flatten(2).transpose(1, 2).to(dtype)
+        first = self.layers[0]
+        assert isinstance(first, EncoderLayer)
+        tokens = feature.flatten(2).transpose(1, 2).to(first.norm.weight.dtype)
         position = sine_position_embedding(height, width, self.feature_dim, feature.device).flatten(0, 1)
         for layer in self.layers:
             tokens = run_layer(layer, self.checkpointing, tokens, position.to(tokens.dtype))
