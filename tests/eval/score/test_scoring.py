@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 from pathlib import Path
 
 import cv2
@@ -19,7 +18,6 @@ from m2f.eval.score import parallel
 from m2f.eval.score.cityscapes import cityscapes_instance_scoring, cityscapes_semantic_scoring
 from m2f.eval.score.instances import instance_scoring
 from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
-from m2f.eval.score.parallel import map_jobs
 from m2f.eval.score.semantic import label_maps, semantic_scoring
 from m2f.model.errors import UserError
 
@@ -476,33 +474,3 @@ def test_errors_in_cityscapes_files_are_reported(tmp_path):
     check(r"aachen_000001_000019 has several results", "")
     with pytest.raises(EvaluationError, match=r"no result for 1 of 1 images: aachen_000001_000019"):
         cityscapes_instance_scoring(truth, truth)
-
-
-def squares_or_fail(jobs):
-    return [square_or_fail(job) for job in jobs]
-
-
-def square_or_fail(job):
-    if job == 23:  # the first 16 jobs run in the main process
-        raise EvaluationError("image 23 is damaged")
-    return job * job
-
-
-def test_worker_errors_propagate_and_results_keep_their_order(monkeypatch):
-    monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
-    assert list(map_jobs(squares_or_fail, range(30, 90), workers=2)) == [n * n for n in range(30, 90)]
-    with pytest.raises(EvaluationError, match="image 23 is damaged"):
-        list(map_jobs(squares_or_fail, range(60), workers=2))
-
-
-def process_ids(jobs):
-    return [os.getpid()] * len(jobs)
-
-
-def test_processes_start_only_if_they_save_time(monkeypatch):
-    """300 fast images take less time than starting two processes."""
-    assert set(map_jobs(process_ids, range(300), workers=2)) == {os.getpid()}
-    monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
-    processes = list(map_jobs(process_ids, range(60), workers=2))
-    assert set(processes[:16]) == {os.getpid()}
-    assert os.getpid() not in processes[16:]
