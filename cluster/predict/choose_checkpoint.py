@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,24 +80,29 @@ def choose_checkpoint(config: RunConfig, storage: Storage, requested: str | None
         )
     if requested in (None, "last"):
         return ChosenWeights(found[0].url, found[0].step)
-    step = _best_step(config, storage) if requested == "best" else int(requested)
+    steps = {checkpoint.step for checkpoint in found}
+    step = _best_step(config, storage, steps) if requested == "best" else int(requested)
     for checkpoint in found:
         if checkpoint.step == step:
             return ChosenWeights(checkpoint.url, checkpoint.step)
-    steps = ", ".join(str(checkpoint.step) for checkpoint in found)
-    raise ConfigError(f"{config.run_folder} has no checkpoint of step {step}; available steps: {steps}")
+    available = ", ".join(str(checkpoint.step) for checkpoint in found)
+    raise ConfigError(f"{config.run_folder} has no checkpoint of step {step}; available steps: {available}")
 
 
-def _best_step(config: RunConfig, storage: Storage) -> int:
-    """Return the step with the best value of `training.checkpoint.best_metric`.
+def _best_step(config: RunConfig, storage: Storage, steps: Set[int]) -> int:
+    """Return the one of `steps`, which have checkpoints, with the best value of `training.checkpoint.best_metric`.
 
     If the setting is None, the first headline metric of the newest evaluation is used. Raises ConfigError if no
-    published evaluation has the metric.
+    published evaluation of these steps has the metric.
     """
-    entries = [entry for entry in read_entries(storage, queue_url(config)) if entry.status == "published"]
+    published = [entry for entry in read_entries(storage, queue_url(config)) if entry.status == "published"]
+    entries = [entry for entry in published if entry.step in steps]
     metric = config.training.checkpoint.best_metric or (default_metric(entries[-1].metrics) if entries else None)
     best = None if metric is None else best_step({entry.step: entry.metrics for entry in entries}, metric)
     if best is None:
-        what = "no evaluation is published" if not entries else f"no published evaluation has {metric}"
+        if entries:
+            what = f"no published evaluation has {metric}"
+        else:
+            what = "the evaluated checkpoints were deleted" if published else "no evaluation is published"
         raise ConfigError(f"--checkpoint best: {what} in {config.run_folder}; give `last` or a step")
     return best

@@ -64,6 +64,16 @@ def test_best_checkpoint_uses_the_metric_of_the_recipe(config):
     assert choose_checkpoint(config, Storage(), "best").step == 2
 
 
+def test_best_checkpoint_is_one_that_was_not_deleted(config, monkeypatch):
+    publish(config, {"val/PQ": 51.0}, {"val/PQ": 49.0}, {"val/PQ": 48.0})
+    newest = module.list_checkpoints(Storage(), config.run_folder)[:2]
+    monkeypatch.setattr(module, "list_checkpoints", lambda storage, folder: newest)
+    assert choose_checkpoint(config, Storage(), "best").step == 2
+    publish(config, {"val/PQ": 51.0})
+    with pytest.raises(ConfigError, match="--checkpoint best: the evaluated checkpoints were deleted in"):
+        choose_checkpoint(config, Storage(), "best")
+
+
 def test_best_checkpoint_without_evaluations_is_an_error_with_a_remedy(config):
     with pytest.raises(ConfigError, match=r"--checkpoint best: no evaluation is published in .*; give `last` or"):
         choose_checkpoint(config, Storage(), "best")
