@@ -145,7 +145,7 @@ class _Supervisor:
                 self._relay.track_stored(self._storage, self._config.run_folder)
                 status = self._train()
                 if status == "finished":
-                    self._await_evaluations()
+                    status = self._await_evaluations()
             self._lease.check()
             self._relay.track_stored(self._storage, self._config.run_folder)
             ended = True
@@ -291,16 +291,20 @@ class _Supervisor:
             time.sleep(POLL_S)
             self._update(0.0)
 
-    def _await_evaluations(self) -> None:
-        """Wait until the evaluations of all commits are settled or have stopped, or the user interrupts."""
+    def _await_evaluations(self) -> Status:
+        """Wait until the evaluations of all commits are settled or have stopped, or the user interrupts.
+
+        Returns "stopped" if the user interrupted while evaluations were pending, otherwise "finished".
+        """
         if self._evaluations is None:
-            return
+            return "finished"
         self._evaluations.training_ended()
-        while not self._interrupts and not self._are_commits_settled(self._evaluations):
+        while not (are_settled := self._are_commits_settled(self._evaluations)) and not self._interrupts:
             if self._evaluations.failure_reason is not None:
                 break
             self._pause(poll_interval_s(self._config.run_folder))
         self._update(0.0)
+        return "stopped" if self._interrupts and not are_settled else "finished"
 
     def _are_commits_settled(self, evaluations: Evaluations) -> bool:
         try:

@@ -68,6 +68,13 @@ def logged_losses(config):
     return {point.step: point.value for point in points}
 
 
+def stored_status(tracked):
+    """Return the status of a run in MLflow."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracked.uri).get_run(tracked.run_id).info.status
+
+
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(make_config, baseline, with_fault, capsys):
     config = make_config("small")
     with_fault(partial(out_of_memory, 21))  # sixth step, rank 1 of 2
@@ -144,6 +151,20 @@ def test_run_ends_with_a_message_if_evaluations_stop(make_config, monkeypatch, c
     assert capsys.readouterr().err.count(message) == 1
     monkeypatch.undo()
     assert [entry.status for entry in train_locally(config).evaluations] == ["published"]
+
+
+def test_run_whose_last_evaluations_are_interrupted_is_stopped(make_config, monkeypatch):
+    def interrupt(evaluations):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("m2f.cluster.train.local.LocalEvaluations.training_ended", interrupt)
+    config = replace(make_config("interrupted", max_steps=4), evaluation=make_config.evaluation)
+    summary = train_locally(config)
+    assert (summary.status, summary.checkpoint.step, stored_status(summary.tracked)) == ("stopped", 4, "KILLED")
+    monkeypatch.undo()
+    summary = train_locally(config)
+    assert (summary.status, stored_status(summary.tracked)) == ("finished", "FINISHED")
+    assert [entry.status for entry in summary.evaluations] == ["published"]
 
 
 def test_metrics_missed_by_the_driver_are_logged_at_the_next_start(make_config, baseline, monkeypatch):
