@@ -116,6 +116,7 @@ class EvaluationManager:
                 return
             except StorageError as error:  # an outage, or an error of the queue or a pin; evaluating again is safe
                 self._queue.requeue_running()
+                released = False  # the error may have come while an entry was released
                 LOGGER.warning("evaluations are waiting for the storage: %s", error)
                 self._closing.wait(RETRY_S)
             except Exception as error:  # the driver reads the reason, else it would wait for the entries for ever

@@ -247,6 +247,23 @@ def test_storage_error_delays_evaluations_without_losing_any(tmp_path, monkeypat
     assert statuses(read_entries(Storage(), f"{tmp_path}/queue.json")) == {10: "published"}
 
 
+def test_checkpoint_whose_release_fails_is_released_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("m2f.cluster.evaluation.manager.RETRY_S", 0.01)
+    outages, released = [OutageError("s3://b/k: no answer")], []
+
+    def release_or_fail(settled):
+        if outages:
+            raise outages.pop()
+        released.extend(entry.step for entry in settled)
+
+    manager = EvaluationManager(
+        queue_in(tmp_path), lambda: commits_of(10), "every", lambda entry, report: {}, release_or_fail
+    )
+    wait_until(lambda: released)
+    manager.close()
+    assert released == [10]
+
+
 def test_error_that_ends_the_evaluation_thread_is_in_the_status(tmp_path):
     def find():
         raise CheckpointError("lease/000002 cannot be read")
