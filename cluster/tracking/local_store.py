@@ -88,6 +88,8 @@ class StoredRun:
 
     folder: str
     """Run folder from the run's tag; "" if it has no tag."""
+    is_deleted: bool = False
+    """Whether the run was deleted in MLflow, which then accepts no data for it."""
 
 
 def find_stored(database: Path, run_id: str) -> StoredRun | None:
@@ -95,11 +97,12 @@ def find_stored(database: Path, run_id: str) -> StoredRun | None:
     if not database.exists():
         return None
     with closing(open_database(database)) as connection:
-        if connection.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run_id,)).fetchone() is None:
+        stage = connection.execute("SELECT lifecycle_stage FROM runs WHERE run_uuid = ?", (run_id,)).fetchone()
+        if stage is None:
             return None
         parameters = (run_id, FOLDER_TAG)
         tag = connection.execute("SELECT value FROM tags WHERE run_uuid = ? AND key = ?", parameters).fetchone()
-    return StoredRun(tag[0] if tag else "")
+    return StoredRun(tag[0] if tag else "", stage[0] == "deleted")
 
 
 def is_copy(stored: StoredRun, run_folder: str) -> bool:

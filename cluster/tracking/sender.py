@@ -8,7 +8,6 @@ from typing import assert_never
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
 
 from m2f.cluster.tracking.journal import Entry, Journal, Kind, kind_of
 from m2f.cluster.tracking.logged_models import (
@@ -90,7 +89,7 @@ class Sender:
         sent = [entry for entry, _ in group]
         try:
             self._send(kinds[0], sent)
-        except MlflowException as error:
+        except Exception as error:
             if not is_refusal(error, self._run.uri):
                 raise
             self._latest = None

@@ -16,7 +16,12 @@ from m2f.model.errors import UserError
 
 MAX_PARAM_CHARS = 6000
 _NOT_ALLOWED = re.compile(r"[^\w\-. /:]", re.ASCII)
-_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
+"""Error codes of permanent refusals. MLflow also reports failures of its database as BAD_REQUEST."""
+_REFUSED_FILES = {400, 413, 414, 415, 422}
+"""HTTP status codes of a server or proxy that will never accept a file, for example because it is too large."""
+_DELETED = "must be in the 'active' state"
+"""Part of MLflow's message that a run or experiment was deleted. It can be restored."""
 
 
 class TrackingError(UserError):
@@ -68,12 +73,20 @@ def store_errors(uri: str) -> Iterator[None]:
             remedy = "The file is damaged, or incomplete because a process was killed: move it away"
         elif uri.startswith("sqlite") and is_busy(error):
             remedy = "Other processes write to it all the time: stop them, or set tracking.uri to a server"
+        elif _DELETED in cause:
+            remedy = "Restore it in MLflow, or set tracking.experiment to another name"
         raise TrackingError(f"cannot create or find an MLflow run at {uri}: {cause}. {remedy}") from error
 
 
-def is_refusal(error: MlflowException, uri: str) -> bool:
-    """Return whether the error is a permanent refusal by the store itself. A proxy's 404 page does not count."""
-    return error.error_code in _REFUSALS and (isinstance(error, RestException) or not uri.startswith("http"))
+def is_refusal(error: Exception, uri: str) -> bool:
+    """Return whether the error is a permanent refusal: by the store itself, or of a file by any server.
+
+    A proxy's 404 page does not count, and neither does a deleted run, because it can be restored.
+    """
+    if not isinstance(error, MlflowException):  # MLflow does not convert the errors of uploads
+        return getattr(getattr(error, "response", None), "status_code", None) in _REFUSED_FILES
+    is_from_store = isinstance(error, RestException) or not uri.startswith("http")
+    return is_from_store and error.error_code in _REFUSALS and _DELETED not in str(error)
 
 
 def is_busy(error: Exception) -> bool:

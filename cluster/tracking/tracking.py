@@ -290,7 +290,7 @@ def _prepare(config: RunConfig, uri: str) -> None:
 
 
 def _find_continued_run(config: RunConfig, known: RunRecord, uri: str) -> StoredRun | None:
-    """Return the recorded run; None if it is not in the store `uri` or belongs to another run folder.
+    """Return the recorded run; None if the store `uri` lacks it, or it was deleted or belongs to another run folder.
 
     A server is not contacted: it counts as containing the run if the record names its URI. Raises TrackingError if the
     local database cannot be read.
@@ -300,7 +300,7 @@ def _find_continued_run(config: RunConfig, known: RunRecord, uri: str) -> Stored
         return StoredRun(config.run_folder) if known.uri == uri else None
     with store_errors(uri):
         stored = find_stored(database, known.run_id)
-    return None if stored is None or is_copy(stored, config.run_folder) else stored
+    return None if stored is None or stored.is_deleted or is_copy(stored, config.run_folder) else stored
 
 
 def _known_run(config: RunConfig, storage: Storage, uri: str) -> RunRecord | None:

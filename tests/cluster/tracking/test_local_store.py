@@ -201,6 +201,20 @@ def test_copied_run_folder_gets_a_new_mlflow_run(output):
     assert client_of(output).get_run(run.run_id).data.tags["m2f.run_folder"] == renamed.run_folder
 
 
+def test_deleted_run_is_created_again(output, caplog):
+    config = config_in(output)
+    first = create_run(config)
+    client_of(output).delete_run(first.run_id)
+    again = create_run(config)
+    assert again.recreated
+    assert again.run_id != first.run_id
+    assert f"found no MLflow run {first.run_id}" in caplog.text
+    experiment = client_of(output).get_run(again.run_id).info.experiment_id
+    client_of(output).delete_experiment(experiment)
+    with pytest.raises(TrackingError, match=r"must be in the 'active' state.*Restore it in MLflow"):
+        create_run(config)
+
+
 def test_moved_run_folder_with_its_own_store_continues_in_its_new_location(output, tmp_path, migrated_database):
     config = config_in(output)
     folder = Path(config.run_folder)

@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from mlflow import MlflowClient
 
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.journal import Journal
+from m2f.cluster.tracking.sender import Sender
 from m2f.cluster.tracking.tracking import TrackedRun, Tracking, TrackingError, create_run, tracking_uri
 from tests.mlflow_server import free_port, start_server
 from tests.waiting import PATIENCE_S, wait_until
@@ -187,6 +191,67 @@ def test_rejected_entry_does_not_block_the_following_ones(run, caplog):
     assert history(run, "loss") == [(2, 1.0)]
     assert "rejected 1 entries" in caplog.text
     assert "x" * 300 in run.journal("rank0").with_suffix(".jsonl.refused").read_text()
+
+
+def send(run, *entries):
+    """Append entries to a journal, send what the store accepts, and return the number of pending entries."""
+    journal = Journal(run.journal("rank0"))
+    for entry in entries:
+        journal.append(entry)
+    Sender(run, journal).send_pending()
+    assert not journal.refused.exists()
+    return len(journal.read(10))
+
+
+def test_entries_wait_while_the_database_has_no_free_connection(run):
+    engine = MlflowClient(tracking_uri=run.uri)._tracking_client.store.engine
+    engine.pool._timeout = 0.1
+    with ExitStack() as held:
+        for _ in range(engine.pool.size() + engine.pool._max_overflow):
+            held.enter_context(engine.connect())
+        assert send(run, {"step": 1, "time_ms": 1, "metrics": {"loss": 1.0}}) == 1
+    assert send(run) == 0
+    assert history(run, "loss") == [(1, 1.0)]
+
+
+def test_entries_wait_until_a_deleted_run_is_restored(run):
+    client = MlflowClient(tracking_uri=run.uri)
+    client.delete_run(run.run_id)
+    assert send(run, {"step": 1, "time_ms": 1, "metrics": {"loss": 1.0}}) == 1
+    client.restore_run(run.run_id)
+    assert send(run) == 0
+    assert history(run, "loss") == [(1, 1.0)]
+
+
+class SmallProxy(BaseHTTPRequestHandler):
+    """Accepts files of at most 1000 bytes."""
+
+    def do_PUT(self):
+        size = int(self.headers["Content-Length"])
+        self.rfile.read(size)
+        self.send_response(413 if size > 1000 else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_file_that_a_proxy_refuses_does_not_block_the_following_entries(run, tmp_path, caplog):
+    (tmp_path / "large.bin").write_bytes(b"x" * 2000)
+    with ThreadingHTTPServer(("127.0.0.1", 0), SmallProxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
+        client = MlflowClient(tracking_uri=run.uri)
+        experiment = client.create_experiment("proxied", f"http://127.0.0.1:{proxy.server_port}/artifacts")
+        proxied = dataclasses.replace(run, run_id=client.create_run(experiment).info.run_id)
+        tracking = Tracking(proxied, "driver", interval_s=0.05)
+        tracking.log_artifact(tmp_path / "large.bin")
+        tracking.log_metrics(1, {"loss": 1.0})
+        assert tracking.finish("FINISHED", PATIENCE_S)
+        proxy.shutdown()
+    assert history(proxied, "loss") == [(1, 1.0)]
+    assert "rejected 1 entries (413 Client Error" in caplog.text
+    assert "large.bin" in proxied.journal("driver").with_suffix(".jsonl.refused").read_text()
 
 
 def test_default_store_is_sqlite_in_output_and_a_bucket_requires_a_server(config, monkeypatch):
