@@ -15,6 +15,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_err
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
 from m2f.cluster.train.signals import handling_signals, signal_name
+from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import newest_step
 from m2f.trainer.checkpoint.lease import hold_lease
@@ -39,7 +40,8 @@ def run_with_restarts(command: Sequence[str], config: RunConfig) -> int:
 
     The driver restarts if a signal kills it, or if it exits because of an outage or because its machine is about to be
     preempted (see `ExitStatus`). After any other exit, it does not restart. A new driver continues from the newest
-    checkpoint. Deaths and outages count against `cluster.max_failures`; every new checkpoint resets the count.
+    checkpoint. Deaths and outages count against `cluster.max_failures`; every new checkpoint resets the count. An
+    outage that lasts longer than the driver does not end this process.
 
     SIGINT and SIGTERM are passed on to the driver. On Linux, the driver gets SIGTERM if this process dies.
     """
@@ -48,20 +50,24 @@ def run_with_restarts(command: Sequence[str], config: RunConfig) -> int:
         lease = stack.enter_context(hold_lease(storage, config.run_folder, print_err))
         driver = _Driver(command, lease.environment())
         stack.enter_context(handling_signals(driver.stop))
-        history = AttemptHistory(newest_step(storage, config.run_folder))
+        step = newest_step(storage, config.run_folder)
+        history = AttemptHistory(step)
         while True:
             status = driver.run()
             exit_status = status if status >= 0 else 128 - status
             if driver.is_stopping or (status >= 0 and status not in RESTARTABLE):
                 return exit_status
             failure = _failure(status)
-            history = history.after(Attempt(failure, newest_step(storage, config.run_folder)))
+            with suppress(StorageError):  # during an outage, the last known step counts
+                step = newest_step(storage, config.run_folder)
+            history = history.after(Attempt(failure, step))
             decision = decide(history, config.cluster.max_failures)
             print_err(f"{failure.message}: {decision.reason}")
             if isinstance(decision, Stop):
                 return exit_status
             driver.wait(decision.delay_s)
-            lease.check()
+            with suppress(StorageError):  # the next driver checks the lease before it writes
+                lease.check()
 
 
 def _failure(status: int) -> Failure:

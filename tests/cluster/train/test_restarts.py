@@ -13,7 +13,8 @@ from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.train import driver_restarts as restarts
 from m2f.cluster.train.driver_restarts import run_with_restarts
-from m2f.trainer.checkpoint.lease import LEASE_VARIABLE
+from m2f.data_pipeline.errors import OutageError
+from m2f.trainer.checkpoint.lease import LEASE_VARIABLE, Lease
 from tests.waiting import PATIENCE_S, wait_until
 
 HERE = Path(__file__).parent
@@ -83,6 +84,22 @@ def test_driver_ended_by_ray_with_status_1_is_restarted(tmp_path, recorded_waits
 
 
 def test_outages_without_a_new_checkpoint_count_against_max_failures(tmp_path, recorded_waits):
+    assert run_with_restarts(driver(tmp_path, [69] * 9), make_config(tmp_path, "cluster.max_failures=2")) == 69
+    assert runs(tmp_path) == 3
+
+
+def test_driver_is_restarted_although_the_outage_lasts(tmp_path, recorded_waits, monkeypatch):
+    def fail(*_):
+        raise OutageError("s3://b/k: no answer")
+
+    def newest_step(storage, run_folder):
+        if runs(tmp_path):
+            fail()
+        return 4
+
+    (tmp_path / "runs.txt").touch()
+    monkeypatch.setattr(restarts, "newest_step", newest_step)
+    monkeypatch.setattr(Lease, "check", fail)
     assert run_with_restarts(driver(tmp_path, [69] * 9), make_config(tmp_path, "cluster.max_failures=2")) == 69
     assert runs(tmp_path) == 3
 
