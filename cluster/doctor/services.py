@@ -76,14 +76,14 @@ def check_data(config: RunConfig | None) -> Finding:
     """Check that the data fit the model and the task, and report the warnings that `m2f train` prints."""
     if config is None:
         return Finding("data", "skipped", NO_RECIPE)
-    storage, queries = _storage_without_retries(config), config.model.transformer_decoder.num_queries
+    storage = _storage_without_retries(config)
     used, found = _used_datasets(config), []
     for name in used:
         try:
             manifest = Manifest.load(config.datasets[name].shards, storage)
         except UserError:
             return Finding("data", "skipped", f"the shards of {name} cannot be read")
-        found += data_warnings(name, manifest, config.data.task, queries)
+        found += data_warnings(name, manifest, config.data.task, config.model)
     if found:
         return Finding("data", "warning", "\n".join(text.removeprefix("warning: ") for text in found))
     return Finding("data", "ok", f"{', '.join(used)} match the model and the task")

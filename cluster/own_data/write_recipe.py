@@ -14,7 +14,7 @@ from m2f.data_pipeline.categories import Task
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.source_parts import PartConfig, TileConfig
 from m2f.data_pipeline.sources import LabelMapSource, SourceConfig
-from m2f.model.config import MaskedTransformerDecoderConfig, ModelConfig
+from m2f.model.config import MaskedTransformerDecoderConfig, ModelConfig, PostprocessConfig
 
 _TASK_BY_FORMAT: Mapping[str, Task] = {
     "coco_panoptic": "panoptic",
@@ -135,6 +135,7 @@ def recipe_text(data_format: DataFormat, options: InitOptions, choices: Choices)
         ]
     lines += [
         f"  transformer_decoder: {_decoder(options.published, choices.queries.value)}  # {choices.queries.reason}",
+        *_postprocess(task, choices.queries.value),
         f"  loss: {{num_points: {choices.points.value}}}  # {choices.points.reason}",
         "training:",
         f"  max_steps: {choices.steps.value}  # {choices.steps.reason}",
@@ -165,6 +166,13 @@ def _decoder(published: ModelConfig | None, queries: int) -> str:
         return f"{{num_queries: {queries}}}"
     with_default_queries = replace(decoder, num_queries=MaskedTransformerDecoderConfig().num_queries)
     return f"{_flow_style(with_default_queries)[:-1]}, num_queries: {max(queries, decoder.num_queries)}}}"
+
+
+def _postprocess(task: Task, queries: int) -> list[str]:
+    """Return the setting that keeps one object per query in predictions, if the default keeps fewer."""
+    if task == "semantic" or queries <= PostprocessConfig.max_instances:
+        return []
+    return [f"  postprocess: {{max_instances: {queries}}}  # AP counts 100 detections per class and image"]
 
 
 def _with_category_file(source: SourceConfig, options: InitOptions) -> SourceConfig:

@@ -59,10 +59,9 @@ def begin_run(config: RunConfig, job: TrainJob, lease: int, storage: Storage) ->
         print_err(f"settings differ from those of the first start of {config.run_folder}:\n  {lines}")
     for warning in schedule_warnings(config.training):
         print_err(warning)
-    queries = config.model.transformer_decoder.num_queries
     for name in dict.fromkeys(item.dataset for item in config.data.train):
         manifest = Manifest.load(config.datasets[name].shards, storage)
-        for warning in data_warnings(name, manifest, config.data.task, queries):
+        for warning in data_warnings(name, manifest, config.data.task, config.model):
             print_err(warning)
     return replace(job, lease=lease)
 

@@ -45,7 +45,6 @@ def run(args: argparse.Namespace) -> int:
     from m2f.data_pipeline.storage.storage import Storage
 
     storage = Storage(config.storage)
-    task, queries = config.data.task, config.model.transformer_decoder.num_queries
     with ExitStack() as stack:
         failed = []
         for name in chosen:
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
                 failed.append(f"{name}: {error}")
                 continue
             manifest = Manifest.load(config.datasets[name].shards, storage)
-            for warning in data_warnings(name, manifest, task, queries):
+            for warning in data_warnings(name, manifest, config.data.task, config.model):
                 print_err(warning)
     if failed:
         raise DataError(f"{len(failed)} of {len(chosen)} data sets are incomplete\n" + "\n".join(failed))

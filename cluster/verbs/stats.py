@@ -36,6 +36,6 @@ def run(args: argparse.Namespace) -> int:
         print_out(format_class_table(class_table(manifest)) + "\n")
         if note := pixels_note(manifest):
             print_err(f"{name}: {note}")
-        for warning in data_warnings(name, manifest, config.data.task, config.model.transformer_decoder.num_queries):
+        for warning in data_warnings(name, manifest, config.data.task, config.model):
             print_err(warning)
     return ExitStatus.DONE

@@ -6,6 +6,7 @@ import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable, Task
 from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.model.config import ModelConfig
 
 _MIN_CHECKED_AREA = 100
 """Smallest mean size in pixels of an image's objects of one category for `area_warning`. In smaller objects, the border
@@ -16,11 +17,12 @@ _NORMAL_RATIO = (0.8, 1.25)
 """Normal range of counted pixels divided by stated areas. Polygons gain and lose pixels along their border."""
 
 
-def data_warnings(name: str, manifest: Manifest, task: Task, num_queries: int) -> list[str]:
+def data_warnings(name: str, manifest: Manifest, task: Task, model: ModelConfig) -> list[str]:
     """Return all warnings for one data set of a recipe, one line each."""
     warnings = (
         one_class_warning(name, manifest.categories, task),
-        query_warning(name, manifest, task, num_queries),
+        query_warning(name, manifest, task, model.transformer_decoder.num_queries),
+        instance_warning(name, manifest, task, model.postprocess.max_instances),
         area_warning(name, manifest),
     )
     return [f"warning: {text}" for text in warnings if text is not None]
@@ -51,6 +53,22 @@ def query_warning(name: str, manifest: Manifest, task: Task, num_queries: int) -
         f"{name}: {int(has_excess.sum()):,} of {len(objects):,} images have more objects than the model has queries "
         f"({num_queries}), up to {int(objects.max())}; at least {num_lost:,} of {int(objects.sum()):,} objects cannot "
         "be predicted. Raise model.transformer_decoder.num_queries"
+    )
+
+
+def instance_warning(name: str, manifest: Manifest, task: Task, max_instances: int) -> str | None:
+    """Return a warning if images have more objects than an instance result keeps; otherwise None.
+
+    Panoptic results have no such limit, and all their segments count in PQ.
+    """
+    objects = objects_per_image(manifest, task)
+    num_excess = int((objects > max_instances).sum())
+    if task != "instance" or not num_excess:
+        return None
+    return (
+        f"{name}: {num_excess:,} of {len(objects):,} images have more than {max_instances} objects, up to "
+        f"{int(objects.max())}, but predictions keep {max_instances} objects per image. Raise "
+        "model.postprocess.max_instances. AP counts 100 detections per class and image"
     )
 
 

@@ -51,6 +51,19 @@ def test_instance_data_can_be_used_for_the_semantic_task(tmp_path, monkeypatch):
     assert [c.name for c in reader.categories.for_task("semantic")] == ["cell", "dirt", "background"]
 
 
+@pytest.mark.parametrize(("task", "limit"), [("instance", 150), ("semantic", 100)])
+def test_predictions_keep_all_objects_of_crowded_images(task, limit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS["yolo_seg"](tmp_path / "set")
+    for path in (tmp_path / "set").rglob("labels/**/*.txt"):
+        path.write_text("0 0.1 0.1 0.5 0.1 0.5 0.5\n" * 80)
+    assert main(["init", "set", "--task", task]) == 0
+    model = load_recipe(tmp_path / "set.yaml").model
+    assert model.transformer_decoder.num_queries == 150
+    assert model.postprocess.max_instances == limit
+
+
 @pytest.mark.parametrize("address", ["hub", "folder"])
 def test_published_weights_determine_the_model(address, tmp_path, monkeypatch):
     """As in configs/finetune, the recipe's architecture matches the weights that it starts from."""

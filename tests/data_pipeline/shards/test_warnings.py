@@ -10,7 +10,13 @@ from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.readers.category_file import read_category_file
-from m2f.data_pipeline.shards.warnings import area_warning, objects_per_image, one_class_warning, query_warning
+from m2f.data_pipeline.shards.warnings import (
+    area_warning,
+    instance_warning,
+    objects_per_image,
+    one_class_warning,
+    query_warning,
+)
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from tests.data_pipeline.coco_set import CocoSet
@@ -37,6 +43,15 @@ def test_objects_beyond_the_queries_are_counted(make_manifest, task):
     text = query_warning("train", manifest, task, 1)
     assert text.startswith(f"train: {len(excess)} of 200 images have more objects than the model has queries (1)")
     assert f"at least {(excess - 1).sum()} of {expected.sum()} objects" in text
+
+
+def test_objects_beyond_the_instance_limit_are_counted(make_manifest):
+    manifest = make_manifest(200)
+    objects = objects_per_image(manifest, "instance")
+    text = instance_warning("train", manifest, "instance", 1)
+    assert text.startswith(f"train: {(objects > 1).sum()} of 200 images have more than 1 objects")
+    assert instance_warning("train", manifest, "instance", int(objects.max())) is None
+    assert instance_warning("train", manifest, "panoptic", 1) is None
 
 
 @pytest.mark.parametrize("void", [(255,), (0, 255)])
