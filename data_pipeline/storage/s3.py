@@ -214,7 +214,8 @@ class S3Store:
         """Run a request, and retry it after transient errors.
 
         Raises:
-            OutageError: a store that answered before fails for longer than `storage.patience_s`.
+            OutageError: a store that answered before fails, or valid credentials for it are missing, for longer than
+                `storage.patience_s`.
             StorageError: the request cannot succeed, the store has never answered, or the reading was stopped.
         """
         start, credentials_renewed = time.monotonic(), False
@@ -236,7 +237,7 @@ class S3Store:
                     self._on_retry()
                     continue  # without a pause, because a denial is not an outage
                 if lacks_credentials := _lacks_credentials(error):
-                    self._forget_credentials()  # a client without credentials never looks for them again
+                    self._forget_credentials()  # a client may never look for other credentials
                 if not (_is_transient(error) or (lacks_credentials and self.known_reachable)):
                     if _response_error(error)[0]:
                         _REACHED_ENDPOINTS.add(self._config.endpoint_url)
@@ -275,9 +276,11 @@ class S3Store:
             raise StorageError(
                 f"{url}: the store does not answer ({summary}); check storage.endpoint_url and the network"
             ) from error
+        what, remedy = "the store has not answered", "Restart the run when the store is available again"
+        if _lacks_credentials(error):
+            what, remedy = "valid AWS credentials have been missing", "Renew the credentials and restart the run"
         raise OutageError(
-            f"{url}: the store has not answered for longer than storage.patience_s ({self._config.patience_s:g} s; "
-            f"{summary}). Restart the run when the store is available again"
+            f"{url}: {what} for longer than storage.patience_s ({self._config.patience_s:g} s; {summary}). {remedy}"
         ) from error
 
     def _report_wait(self, url: str, error: Exception, seconds: float) -> None:
@@ -416,17 +419,25 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _lacks_credentials(error: Exception) -> bool:
-    """Return whether credentials were not found. The metadata service of a machine may have been too busy to answer."""
+    """Return whether credentials were not found or have expired, so that later ones may be valid.
+
+    The metadata service of a machine may have been too busy to answer, or a file of credentials is rewritten late.
+    """
     from botocore.exceptions import CredentialRetrievalError, MetadataRetrievalError, NoCredentialsError
 
-    return isinstance(error, (CredentialRetrievalError, MetadataRetrievalError, NoCredentialsError))
+    missing = (CredentialRetrievalError, MetadataRetrievalError, NoCredentialsError)
+    return isinstance(error, missing) or _have_expired(error)
+
+
+def _have_expired(error: Exception) -> bool:
+    """Return whether the store says that the credentials have expired. It answers HEAD with a plain status 400."""
+    status, code = _response_error(error)
+    return code in _EXPIRED_CODES or (status == 400 and getattr(error, "operation_name", "") == "HeadObject")
 
 
 def _is_denied(error: Exception) -> bool:
-    """Return whether the store rejects the credentials. Expired ones give a HEAD request a plain status 400."""
-    status, code = _response_error(error)
-    unexplained = status == 400 and getattr(error, "operation_name", "") == "HeadObject"
-    return status in (401, 403) or code in _EXPIRED_CODES or unexplained
+    """Return whether the store rejects the credentials."""
+    return _response_error(error)[0] in (401, 403) or _have_expired(error)
 
 
 def _fail(url: str, error: Exception) -> NoReturn:

@@ -199,6 +199,9 @@ def test_join_separates_parts_by_single_slashes():
     assert join("runs", "a", "b") == "runs/a/b"
 
 
+EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+
+
 class _FaultyServer(socketserver.ThreadingTCPServer):
     """Server that returns BODY for every URL. Each request takes the next fault from `faults`, if any is left."""
 
@@ -240,6 +243,12 @@ class _FaultyHandler(BaseHTTPRequestHandler):
     def do_GET(self):
         if (fault := self._next_fault()).isdigit():
             self._send_status(fault)
+            return
+        if fault == "expired":
+            self.send_response(400)
+            self.send_header("Content-Length", str(len(EXPIRED)))
+            self.end_headers()
+            self.wfile.write(EXPIRED)
             return
         first, last = (int(v) for v in self.headers["Range"].removeprefix("bytes=").split("-"))
         body = BODY[first : last + 1]
@@ -347,6 +356,25 @@ def test_head_status_400_looks_up_credentials_again(faulty_server):
     faulty_server.faults = ["400"]
     assert storage.stat("s3://bucket/key").size == len(BODY)
     assert storage.counters.retries == 1
+
+
+def test_request_waits_for_credentials_that_are_renewed_late(faulty_server):
+    storage = _storage_at(faulty_server, patience_s=60.0)
+    storage.get_range("s3://bucket/key", 0, 10)
+    faulty_server.faults = ["expired"] * 4
+    assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
+    assert storage.counters.retries == 4
+    faulty_server.faults = ["400"] * 8  # botocore sends a second request, because the region may be wrong
+    assert storage.stat("s3://bucket/key").size == len(BODY)
+    assert storage.counters.retries == 8
+
+
+def test_credentials_that_stay_expired_raise_an_error_with_the_remedy(faulty_server):
+    faulty_server.faults = ["expired"] * 1000
+    with pytest.raises(AccessDeniedError, match="400 ExpiredToken"):  # the first answer of the store
+        _storage_at(faulty_server).get_range("s3://bucket/key", 0, 10)
+    with pytest.raises(OutageError, match=r"valid AWS credentials have been missing .* Renew the credentials"):
+        _storage_at(faulty_server, patience_s=0.5).get_range("s3://bucket/key", 0, 10)
 
 
 def test_outage_is_retried_and_reported_once_a_minute(faulty_server, monkeypatch):
