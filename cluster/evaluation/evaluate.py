@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +29,8 @@ from m2f.eval.results.settings import EvaluationSettings
 from m2f.eval.results.states import EvaluationStates, check_complete, image_qualities
 from m2f.model.weights.files import weights_sha256
 from m2f.trainer.checkpoint.weights import fetched_weights, manifest_sha256, weights_url
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,16 +180,24 @@ def results_name(storage: Storage, folder: str, results: EvaluationResults) -> s
     return label if is_same else name
 
 
-def write_files(storage: Storage, url: str, files: dict[str, bytes], local: str | os.PathLike[str]) -> Path:
-    """Store files under `url` and return a local folder with them: `url` itself, or `local` if `url` is remote."""
+def write_files(storage: Storage, url: str, files: dict[str, bytes], local: str | os.PathLike[str]) -> Path | None:
+    """Store files under `url` and return a local folder with them: `url` itself, or `local` if `url` is remote.
+
+    If the disk refuses the copy in `local`, log a warning and return None.
+    """
     for name, data in files.items():
         storage.put(join(url, name), data)
     if "://" not in url:
         return Path(url)
     folder = Path(local)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        LOGGER.warning("%s: these results are not copied to MLflow (%s); free some space on this machine", url, error)
+        return None
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -93,9 +94,10 @@ class EvaluationService:
                 self._storage,
                 join(self._config.run_folder, relative_folder),
                 evaluation.files(),
-                local=Path(self._tracked.spool) / relative_folder,
+                local=Path(self._tracked.spool) / f"evaluation-{uuid.uuid4().hex}",
             )
-            self._tracking.log_artifact(folder, relative_folder)
+            if folder is not None:
+                self._tracking.log_artifact(folder, relative_folder)
             metrics |= evaluation.results.headline(name)
             set_results.append(make_set_metrics(self._config, self._storage, evaluation, name))
         self._tracking.log_metrics(entry.step, self._cost(self._pool, time.monotonic() - started_at))

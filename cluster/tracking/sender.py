@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+from pathlib import Path
 from typing import assert_never
 
 from mlflow import MlflowClient
@@ -95,7 +97,14 @@ class Sender:
             self._latest = None
             self._set_aside(sent, f"{self._run.uri} rejected {len(group)} entries ({brief(error)}); they are kept")
         self._journal.commit(group[-1][1])
+        if kinds[0] == "artifact":
+            self._delete_copy(sent[0]["artifact"])
         return rest
+
+    def _delete_copy(self, artifact: str) -> None:
+        """Delete a folder below the spool folder. It is the copy of a folder in a bucket, made only to be sent."""
+        if Path(artifact).is_relative_to(Path(self._run.spool).resolve()):
+            shutil.rmtree(artifact, ignore_errors=True)
 
     def _set_aside(self, group: list[Entry], reason: str) -> None:
         """Set aside entries that can never be sent, and log the reason."""

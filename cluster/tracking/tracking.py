@@ -177,7 +177,10 @@ class Tracking:
         self._append({"kept": sorted(kept.names), "newest": kept.newest})
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Log a local file or folder under `folder` of the run's artifacts. It is read when it is sent."""
+        """Log a local file or folder under `folder` of the run's artifacts. It is read when it is sent.
+
+        A folder below the spool folder is deleted afterwards.
+        """
         self._append({"artifact": str(Path(path).resolve()), "folder": folder})
 
     def set_tag(self, name: str, value: str) -> None:

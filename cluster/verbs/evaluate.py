@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
             if tracking is not None and weights.step is not None:
                 checkpoint = evaluated_checkpoint(config, storage, weights.url, weights.step)
                 tracking.log_evaluation(checkpoint, [make_set_metrics(config, storage, evaluation, name)])
-                tracking.log_artifact(folder, artifact_folder)
+                if folder is not None:
+                    tracking.log_artifact(folder, artifact_folder)
         if tracking is not None:
             tracking.close()
     return ExitStatus.DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,24 @@ def test_batch_size_changes_metrics_only_by_rounding(small):
         results.append(evaluated.results.headline())
     assert len(results[0]) > 20
     assert results[1] == pytest.approx(results[0], abs=0.05)
+
+
+def test_full_local_disk_keeps_results_out_of_mlflow_and_in_the_bucket(tmp_path, monkeypatch, caplog):
+    stored = {}
+    monkeypatch.setattr(Storage, "put", lambda storage, url, data: stored.update({url: data}))
+    files = {"results.json": b"1", "images.parquet": b"2"}
+    folder = write_files(Storage(), "s3://b/val", files, local=tmp_path / "copy")
+    assert folder is not None
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
+
+    def fill(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    assert write_files(Storage(), "s3://b/val", files, local=tmp_path / "copy") is None
+    assert stored == {f"s3://b/val/{name}": data for name, data in files.items()}
+    assert not (tmp_path / "copy").exists()
+    assert "s3://b/val: these results are not copied to MLflow ([Errno 28] No space left on device)" in caplog.text
 
 
 def test_results_with_other_settings_weights_or_data_get_a_separate_name(small, tmp_path):

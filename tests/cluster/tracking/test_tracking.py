@@ -99,6 +99,19 @@ def test_run_has_parameters_recipe_tags_metrics_and_artifacts(config, run, tmp_p
     assert not os.listdir(run.spool)
 
 
+def test_folder_in_the_spool_folder_is_deleted_once_it_is_sent(run, tmp_path):
+    folders = [tmp_path / "results", Path(run.spool) / "evaluation-1"]
+    tracking = Tracking(run, "evaluation", interval_s=0.05)
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text("{}")
+        tracking.log_artifact(folder, folder.name)
+    assert tracking.close(PATIENCE_S)
+    client = MlflowClient(tracking_uri=run.uri)
+    assert all(client.list_artifacts(run.run_id, folder.name) for folder in folders)
+    assert [folder.exists() for folder in folders] == [True, False]
+
+
 def test_resumed_run_continues_the_same_mlflow_run_without_repeated_steps(config, run):
     first = Tracking(run, "rank0", interval_s=0.05)
     for step in (1, 2, 3):
