@@ -43,7 +43,7 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
         stems = sorted(path.stem for path in classes.glob("*.png") if is_image_name(path.name))
     else:
         require_file(source.image_set)
-        lines = read_bytes(Path(source.image_set)).decode(errors="replace").splitlines()
+        lines = read_bytes(Path(source.image_set)).decode("utf-8-sig", errors="replace").splitlines()
         stems = [line.split()[0] for line in lines if line.strip()]
         require_unique(stems, f"names in {source.image_set}")
     if not stems:

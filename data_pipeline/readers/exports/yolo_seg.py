@@ -118,7 +118,7 @@ def _read_lines(
     file: Path, height: int, width: int, categories: CategoryTable, unusable: list[UnusableAnnotation]
 ) -> list[ObjectPart]:
     parts = []
-    for number, line in enumerate(read_bytes(file).decode(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(read_bytes(file).decode("utf-8-sig", errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -121,6 +121,16 @@ def test_a_yolo_list_with_other_or_repeated_images_is_refused(tmp_path, text, me
         open_reader(replace(_source("yolo_seg", tmp_path), image_set=f"{tmp_path}/train.txt"))
 
 
+@pytest.mark.parametrize(("kind", "pattern"), [("yolo_seg", "labels/train/*.txt"), ("voc", "ImageSets/*/*.txt")])
+def test_text_files_may_begin_with_a_byte_order_mark(kind, pattern, tmp_path):
+    tool_exports.EXPORTS[kind](tmp_path)
+    source = _source(kind, tmp_path)
+    before = [sample.annotation.segments for sample in map(open_reader(source).read, range(4))]
+    for path in tmp_path.glob(pattern):
+        path.write_bytes(path.read_text().encode("utf-8-sig"))
+    assert [sample.annotation.segments for sample in map(open_reader(source).read, range(4))] == before
+
+
 def test_yolo_keypoints_are_not_read_as_polygons(tmp_path):
     tool_exports.yolo_seg(tmp_path)
     with (tmp_path / "data.yaml").open("a") as stream:
