@@ -14,7 +14,7 @@ and `per_class()` in per cent, `table()` as text, and exact shares in `panoptic`
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -40,6 +40,7 @@ from m2f.eval.results.states import EvaluationStates
 from m2f.eval.score.instances import instance_scoring
 from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
 from m2f.eval.score.semantic import semantic_scoring
+from m2f.model.errors import UserError
 
 PathLike = str | os.PathLike[str]
 _ImageT = TypeVar("_ImageT")
@@ -191,9 +192,10 @@ def evaluate_semantic(
     if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
         paths = _path("truth", truth), _path("predictions", predictions)
         return semantic_scoring(
-            *paths, num_classes=len(class_names), ignore=ignore, void=void, class_names=tuple(class_names)
+            *paths, num_classes=len(class_names), ignore=ignore, void=void, class_names=class_list(class_names)
         ).compute_results()
     table = _table(class_names, [False] * len(class_names))
+    values: set[int] = set()
     states = EvaluationStates(
         semantic=MeanIoUState(len(class_names), ignore, ignore_label(len(class_names)) if void is None else void)
     )
@@ -201,10 +203,39 @@ def evaluate_semantic(
     for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
         _check_maps(number, annotated, predicted)
         states.semantic.update(number, annotated, predicted)
+        if values <= {0, 255}:  # other maps are not binary, so most need no search for values
+            values.update(np.unique(annotated).tolist())
+    if is_binary_mask(values, ignore, len(class_names)):
+        raise EvaluationError(f"the truth has {BINARY_MASK}")
     return states.compute(table, SUBJECT)
 
 
 SUBJECT = EvaluationSubject(dataset="images", fingerprint="")
+BINARY_MASK = (
+    "only the values 0 and 255, and 255 means no label; pass (mask > 127).astype('uint8'), or set ignore=255 if 255 is "
+    "void"
+)
+
+
+def is_binary_mask(values: Collection[int], ignore: int | None, num_classes: int) -> bool:
+    """Return whether label maps with these values are masks of 0 and 255, whose foreground would have no label."""
+    return ignore is None and ignore_label(num_classes) == 255 and set(values) == {0, 255}
+
+
+def class_list(names: Collection[str] | Mapping[int, str], error: type[UserError] = EvaluationError) -> tuple[str, ...]:
+    """Return the class names by label, from a list of names or from names by label.
+
+    Raises `error` for a single text, for labels that are not 0 to K - 1, and for empty names.
+    """
+    if isinstance(names, str | bytes | Set) or not (hasattr(names, "__len__") and hasattr(names, "__iter__")):
+        raise error(f"the class names are {names!r:.50}; give a list with one name per class")
+    if isinstance(names, Mapping):
+        if set(names) != set(range(len(names))):
+            raise error(f"the class names have the labels {sorted(names, key=str)}; they must be 0 to K - 1")
+        names = [names[label] for label in range(len(names))]
+    if wrong := [name for name in names if not isinstance(name, str) or not name]:
+        raise error(f"the class names contain {wrong[0]!r}; each must be a text that is not empty")
+    return tuple(map(str, names))
 
 
 def _path(name: str, value: object) -> Path:
@@ -228,7 +259,7 @@ def _pairs(truth: Iterable[_ImageT], predictions: Iterable[_ImageT]) -> Iterable
 
 
 def _table(class_names: Sequence[str], is_thing: Sequence[bool]) -> CategoryTable:
-    pairs = zip(class_names, is_thing, strict=True)
+    pairs = zip(class_list(class_names), is_thing, strict=True)
     return CategoryTable(tuple(Category(i, name, thing, (0, 0, 0)) for i, (name, thing) in enumerate(pairs)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -23,7 +23,7 @@ from m2f.data_pipeline.readers.masks import stack_layers
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Segment
 from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.functions import Instances, PanopticImage, compressed_rle
+from m2f.eval.functions import BINARY_MASK, Instances, PanopticImage, class_list, compressed_rle, is_binary_mask
 from m2f.eval.metrics.mean_iou import ignore_label
 from m2f.eval.metrics.rle import decode_mask
 from m2f.model.extras import report_missing_extras
@@ -56,8 +56,11 @@ class Dataset:
     Each is a `PanopticImage`, an `Instances` with masks as bool or uint8 [N, H, W] or run-length encodings, or a label
     map [H, W] of integers.
     """
-    names: Sequence[str]
-    """Names of the classes, by label (from 0). In COCO files the id of a class is its label + 1."""
+    names: Sequence[str] | Mapping[int, str]
+    """Names of the classes, by label: a list, or a mapping with the labels 0 to K - 1.
+
+    In COCO files the id of a class is its label + 1.
+    """
     is_thing: Sequence[bool] | None = None
     """Whether each class is a thing (has instances), by label.
 
@@ -88,6 +91,8 @@ class Dataset:
         table = self._table
         files = self._files()
         annotations = [self._annotation(position, truth) for position, truth in enumerate(self.annotations)]
+        if is_binary_mask(self._label_values(), self.ignore, len(table.categories)):
+            raise DataError(f"the label maps have {BINARY_MASK}")
         for position, (file, annotation) in enumerate(zip(files, annotations, strict=True)):
             height, width = check_annotation(annotation, table, f"annotation {position}")
             check_image(file, height, width, DatasetConfig.max_pixels, f"image {position}")
@@ -111,7 +116,7 @@ class Dataset:
 
     @cached_property
     def _table(self) -> CategoryTable:
-        things = self.is_thing
+        names, things = class_list(self.names, DataError), self.is_thing
         kinds = {type(truth) for truth in self.annotations}
         if len(kinds) != 1 or not kinds <= {PanopticImage, Instances, np.ndarray}:
             listed = ", ".join(sorted(kind.__name__ for kind in kinds))
@@ -121,13 +126,21 @@ class Dataset:
         if things is None:
             if PanopticImage in kinds:
                 raise DataError("is_thing is missing: PanopticImage annotations require it for every class")
-            things = [Instances in kinds] * len(self.names)
-        if len(things) != len(self.names) or len(self.names) == 0:
-            raise DataError(f"{len(self.names)} names and {len(things)} values of is_thing; give one of each per class")
-        pairs = enumerate(zip(self.names, things, strict=True))
+            things = [Instances in kinds] * len(names)
+        if len(things) != len(names) or not names:
+            raise DataError(f"{len(names)} names and {len(things)} values of is_thing; give one of each per class")
+        pairs = enumerate(zip(names, things, strict=True))
         return CategoryTable(
             tuple(Category(label + 1, name, bool(thing), distinct_color(label)) for label, (name, thing) in pairs)
         )
+
+    def _label_values(self) -> set[int]:
+        """Return values of the label maps; all values if there are no others than 0 and 255."""
+        values: set[int] = set()
+        for truth in self.annotations:
+            if isinstance(truth, np.ndarray) and values <= {0, 255}:
+                values.update(np.unique(truth).tolist())
+        return values
 
     def _annotation(self, position: int, truth: Truth) -> Annotation:
         if isinstance(truth, Instances):

@@ -201,7 +201,7 @@ def _open_scoring(args: argparse.Namespace) -> Scoring:
                 num_classes=args.num_classes,
                 ignore=args.ignore,
                 void=args.void,
-                class_names=None if args.class_names is None else read_names(args.class_names),
+                class_names=None if args.class_names is None else read_names(args.class_names, by_label=True),
                 options=_options(args),
             )
         case "cityscapes-instances":

@@ -50,13 +50,19 @@ class ScoreOptions:
 EVERYTHING = ScoreOptions()
 
 
-def read_names(path: Path) -> tuple[str, ...]:
-    """Return the names or ids in a file, one per line, without empty lines. Raises EvaluationError naming the file."""
+def read_names(path: Path, *, by_label: bool = False) -> tuple[str, ...]:
+    """Return the names or ids in a file, one per line, without empty lines.
+
+    With `by_label`, the number of a line is the label of its class, so only the end may have empty lines. Raises
+    EvaluationError naming the file.
+    """
     try:
-        lines = path.read_text().splitlines()
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path} cannot be read as text: {error}") from error
-    names = tuple(line.strip() for line in lines if line.strip())
+    if by_label and "" in lines:
+        raise EvaluationError(f"{path}: line {lines.index('') + 1} is empty; give the class a name, or remove the line")
+    names = tuple(line for line in lines if line)
     if not names:
         raise EvaluationError(f"{path} contains no names")
     return names

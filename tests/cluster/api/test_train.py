@@ -115,6 +115,18 @@ def test_label_maps_and_instances_are_written_as_shards(scenes, tmp_path):
         assert verify(str(tmp_path / name), Storage(), "full").faults == ()
 
 
+def test_class_names_may_be_given_by_label(scenes):
+    names = {1: "box", 0: "ground"}
+    table = m2f.Dataset([scenes[0][0]], [np.zeros(SIZE, np.uint8)], names)._table
+    assert [category.name for category in table.categories] == ["ground", "box"]
+
+
+def test_maps_of_one_class_and_void_are_written_if_void_is_named(scenes, tmp_path):
+    maps = [np.zeros(SIZE, np.uint8), np.full(SIZE, 255, np.uint8)]
+    images = [image for image, _ in scenes[:2]]
+    assert m2f.Dataset(images, maps, ["ground", "box"], ignore=255).write(tmp_path) == 2
+
+
 def test_masks_may_be_uncompressed_run_lengths(scenes):
     image, ids = scenes[0]
     mask = ids == 2
@@ -153,6 +165,14 @@ def test_class_255_of_label_maps_is_a_class_if_there_are_256_or_more(scenes):
             {"annotations": [np.full(SIZE, 7, np.uint8)] * 2, "names": np.array(["ground", "box"])},
             "annotation 0: pixel values 7 are not below 2",
         ),
+        (
+            {"annotations": [np.zeros(SIZE, np.uint8), np.full(SIZE, 255, np.uint8)]},
+            r"the label maps have only the values 0 and 255.*set ignore=255 if 255 is void",
+        ),
+        ({"names": "box"}, "the class names are 'box'; give a list"),
+        ({"names": None}, "the class names are None; give a list"),
+        ({"names": ["ground", ""]}, "the class names contain ''"),
+        ({"names": {1: "ground", 2: "box"}}, r"the class names have the labels \[1, 2\]"),
         ({"annotations": [np.full(SIZE, -2, np.int64)] * 2}, "annotation 0 has values from -2 to -2"),
         ({"annotations": [np.zeros(SIZE, np.uint8), np.zeros((9, 9), np.uint8)]}, "image 1: .*9 x 9"),
         ({"annotations": [m2f.Instances(np.zeros((1, *SIZE), bool), [4])] * 2}, "annotation 0 has the label 4"),

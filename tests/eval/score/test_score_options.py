@@ -22,6 +22,7 @@ from m2f.eval.functions import (
     evaluate_semantic,
 )
 from m2f.eval.results.images import read_image_records
+from m2f.eval.score.options import read_names
 
 SIDE = 120
 NAMES = ("cat", "dog", "bus")
@@ -388,6 +389,25 @@ def test_semantic_scoring_supports_names_subsets_reports_and_arrays(tmp_path, ca
     truth, predicted = maps[1]
     chosen = (truth == 1) | (truth == 2)
     assert part["pACC"] == pytest.approx((truth == predicted)[chosen].mean())
+
+
+def test_lists_may_come_from_windows_but_class_names_have_no_gap(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_bytes("\ufeffroad\r\nsky\r\n\r\n".encode())
+    assert read_names(path) == read_names(path, by_label=True) == ("road", "sky")
+    path.write_text("road\n\nsky\n")
+    assert read_names(path) == ("road", "sky")
+    with pytest.raises(EvaluationError, match="line 2 is empty"):
+        read_names(path, by_label=True)
+
+
+def test_masks_of_0_and_255_are_refused_as_truth():
+    truth, found = [np.array([[0, 0]]), np.array([[0, 255]])], [np.array([[0, 0]])] * 2
+    with pytest.raises(EvaluationError, match=r"only the values 0 and 255.*or set ignore=255"):
+        evaluate_semantic(truth, found, class_names=["a", "b"])
+    assert evaluate_semantic(truth, found, class_names=["a", "b"], ignore=255).metrics()["pACC"] == 100
+    with pytest.raises(EvaluationError, match="the class names are 'cell'"):
+        evaluate_semantic(found, found, class_names="cell")
 
 
 def test_class_255_is_scored_if_there_are_256_classes_or_more(tmp_path, capsys):
