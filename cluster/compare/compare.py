@@ -121,12 +121,13 @@ def compare_runs(
         draws: number of image sets drawn for intervals over images; 0 leaves these intervals out.
 
     Raises:
-        CompareError: a metric is unknown, several runs have no metric in common, or their classes contradict each
-            other.
+        CompareError: a metric is unknown, no two of several runs have a metric in common, or the classes of runs
+            contradict each other.
     """
+    names = _choose_metrics([_metric_values(run, step) for run in runs], metrics)
+    runs, left_out = _leave_out(runs, names, step)
     by_run = [_metric_values(run, step) for run in runs]
-    names = _choose_metrics(by_run, metrics)
-    if len(runs) > 1 and not any(all(name in values for values in by_run) for name in names):
+    if len(runs) > 1 and not any(sum(name in values for values in by_run) > 1 for name in names):
         evaluated = "; ".join(f"{run.name}: {_list_metrics(values)}" for run, values in zip(runs, by_run, strict=True))
         raise CompareError(
             f"these runs have no metric in common ({evaluated}). Compare training curves with "
@@ -154,7 +155,12 @@ def compare_runs(
         classes=tuple(_class_tables(runs, sets)),
         plots=tuple(_plots(runs, names)),
         intervals=tuple(intervals),
-        notes=(*class_notes, *_notes(runs, sets, step), *(interval_notes(runs, intervals, sets) if draws else ())),
+        notes=(
+            *left_out,
+            *class_notes,
+            *_notes(runs, sets, step),
+            *(interval_notes(runs, intervals, sets) if draws else ()),
+        ),
     )
 
 
@@ -187,6 +193,23 @@ def _choose_metrics(by_run: Sequence[Mapping[str, float]], requested: Sequence[s
             raise CompareError(f"no run has the metric {one!r} at the compared step; available: {', '.join(known)}")
         chosen += found
     return list(dict.fromkeys(chosen))
+
+
+def _leave_out(
+    runs: Sequence[RunRecord], names: Sequence[str], step: int | None
+) -> tuple[Sequence[RunRecord], list[str]]:
+    """Return the runs without selected ones that have none of the metrics, and a note for each of those.
+
+    A run that only groups other runs has no metrics, and the newest run often has no evaluation yet. If no run has any
+    of the metrics, all runs are returned.
+    """
+    kept, notes = [], []
+    for run in runs:
+        if run.is_selected and not _metric_values(run, step).keys() & set(names):
+            notes.append(f"{run.name} is left out, because it has none of the compared metrics")
+        else:
+            kept.append(run)
+    return (kept, notes) if kept else (runs, [])
 
 
 def _metric_order(name: str) -> tuple[str, int, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -20,6 +22,7 @@ from m2f.cluster.recipe.load import flatten_tree
 from m2f.cluster.tracking.database import schema_problem
 from m2f.cluster.tracking.local_store import current_uri, moved_artifacts
 from m2f.cluster.tracking.reporter import tracked_name
+from m2f.cluster.tracking.store import text_condition
 from m2f.cluster.tracking.tracking import connect
 from m2f.data_pipeline.documents import parse_json, parse_yaml
 from m2f.data_pipeline.errors import StorageError
@@ -79,6 +82,8 @@ class RunRecord:
     """Results at the compared step, by set. A set without results.json is missing."""
     images: Mapping[str, ImageRecords] = field(default_factory=dict)
     """Image records at the compared step, by set. Results of earlier versions have none."""
+    is_selected: bool = False
+    """Whether a filter or an experiment selected the run, which is then left out if it has nothing to compare."""
     notes: tuple[str, ...] = ()
     """Messages about files that could not be read and results that are left out, with the reason."""
 
@@ -111,7 +116,7 @@ def read_runs(
             records.append(store.read(store.find(one), step))
     if by_filter:
         store = store or _open_store(uri, experiment or "m2f", experiment)
-        records += [store.read(run, step) for run in store.search(query)]
+        records += [replace(store.read(run, step), is_selected=True) for run in store.search(query)]
     if not records:
         raise CompareError("no run to compare; give run folders, MLflow runs or an --experiment")
     return _with_distinct_names(records)
@@ -131,14 +136,14 @@ class _Store:
 
     def find(self, name_or_id: str) -> Run:
         """Return the run with this name in the experiments, else the run with this id."""
-        quoted = name_or_id.replace("'", "\\'")
         with _convert_mlflow_errors(self.uri):
-            named = self._client.search_runs(self._experiments, f"attributes.run_name = '{quoted}'")
+            found = self._client.search_runs(self._experiments, text_condition("attributes.run_name", name_or_id))
+            named = [run for run in found if run.info.run_name == name_or_id]
             if not named and len(name_or_id) == 32:
                 try:
                     return self._client.get_run(name_or_id)
                 except MlflowException as error:
-                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                         raise
             others = [] if named else self._client.search_runs(self._experiments, max_results=1000)
         if len(named) > 1:
@@ -152,11 +157,13 @@ class _Store:
 
     def search(self, query: str | None) -> list[Run]:
         """Return at most MAX_RUNS runs of the experiments that match the filter, newest first."""
-        try:
-            with _convert_mlflow_errors(self.uri):
+        with _convert_mlflow_errors(self.uri):
+            try:
                 runs = self._client.search_runs(self._experiments, query or "", max_results=MAX_RUNS)
-        except MlflowException as error:
-            raise CompareError(f"--filter is {query!r}: {error.message}") from error
+            except MlflowException as error:
+                if error.error_code != "INVALID_PARAMETER_VALUE":
+                    raise
+                raise CompareError(f"--filter is {query!r}: {error.message}") from error
         if not runs:
             raise CompareError(
                 f"no run at {self.uri} matches the filter {query!r}" if query else "the experiment has no runs"
@@ -200,7 +207,7 @@ class _Store:
             return {key: self._curve(run.info.run_id, key) for key in compared}
 
     def _curve(self, run_id: str, key: str) -> Curve:
-        by_step = {point.step: point.value for point in self._client.get_metric_history(run_id, key)}
+        by_step = {point.step: _with_infinity(point.value) for point in self._client.get_metric_history(run_id, key)}
         return tuple(sorted(by_step.items()))
 
     def _images(self, run: Run, folder: str, notes: list[str]) -> ImageRecords | None:
@@ -229,6 +236,11 @@ class _Store:
             return None
 
 
+def _with_infinity(value: float) -> float:
+    """Return the value, or infinity for the largest float, which MLflow's databases store instead."""
+    return math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else value
+
+
 def _open_store(uri: str | None, name_or_id: str, experiment: str | None) -> _Store:
     if uri is None:
         raise CompareError(
@@ -245,12 +257,12 @@ def _open_store(uri: str | None, name_or_id: str, experiment: str | None) -> _St
 
 @contextmanager
 def _convert_mlflow_errors(uri: str) -> Iterator[None]:
-    """Convert exceptions in the block to a CompareError, except MLflow's errors about invalid requests."""
+    """Convert exceptions in the block to a CompareError."""
     try:
         yield
+    except CompareError:
+        raise
     except Exception as error:
-        if isinstance(error, MlflowException) and error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
-            raise
         raise CompareError(
             f"{uri} does not answer ({_brief(error)}); start the server, correct --tracking or MLFLOW_TRACKING_URI, "
             "or compare run folders"

@@ -55,8 +55,8 @@ def as_markdown(comparison: Comparison, curves: str | None = None) -> str:
 def as_json(comparison: Comparison) -> str:
     """Return the comparison as JSON with full precision; missing and infinite values and NaN are null."""
     content = asdict(comparison)
-    for run in content["runs"]:  # omit large fields; their compared parts are elsewhere in the document
-        for name in ("curves", "results", "recipe", "images"):
+    for run in content["runs"]:  # omit large fields, whose compared parts are elsewhere, and internal ones
+        for name in ("curves", "results", "recipe", "images", "is_selected"):
             del run[name]
     return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
 

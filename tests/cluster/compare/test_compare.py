@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 import m2f
 from m2f.cluster.cli import main
@@ -127,6 +129,28 @@ def test_runs_without_a_common_metric_are_rejected_with_their_metrics(pair):
         compare_runs([pair[0], other])
     with pytest.raises(CompareError, match="no run has the metric 'AP'"):
         compare_runs(pair, ["AP"])
+
+
+def test_a_run_without_results_does_not_prevent_the_comparison_of_the_others(pair):
+    new = record("new", {"train/loss/total": ((1, 4.0),)})
+    comparison = compare_runs([*pair, new])
+    assert values(comparison.metrics, "val/PQ") == [(50.0, None, True), (42.5, -7.5, False), (None, None, False)]
+    assert "val: not evaluated: new" in comparison.notes
+    with pytest.raises(CompareError, match="no metric in common"):
+        compare_runs([pair[0], new])
+
+
+def test_selected_runs_without_the_compared_metrics_are_left_out_with_a_note(pair):
+    new, parent = record("new", {"train/loss/total": ((1, 4.0),)}), record("sweep", {})
+    selected = [replace(run, is_selected=True) for run in (new, parent, *pair)]
+    comparison = compare_runs(selected)
+    assert [run.name for run in comparison.runs] == ["base", "other"]
+    assert values(comparison.metrics, "val/PQ")[1] == (42.5, -7.5, False)
+    assert comparison.notes[:2] == tuple(
+        f"{name} is left out, because it has none of the compared metrics" for name in ("new", "sweep")
+    )
+    assert [run.name for run in compare_runs(selected, ["train/loss/total"]).runs] == ["new", "base", "other"]
+    assert [run.name for run in compare_runs(selected[1:2]).runs] == ["sweep"]
 
 
 def test_an_evaluated_set_may_be_called_train(pair):
@@ -431,6 +455,7 @@ def test_runs_that_cannot_be_found_are_refused(store, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for options, names, message in (
         ({"tracking": uri}, ["alpa"], "did you mean 'alpha'"),
+        ({"tracking": uri}, ["what's a run with 32 characters?"], "no run folder, run id or run name"),
         ({"tracking": uri}, ["0" * 32], "no run folder, run id or run name"),
         ({"tracking": uri}, ["beta"], "2 runs .* give an id"),
         ({"tracking": uri, "experiment": "m3f"}, [], "did you mean 'm2f'"),
@@ -443,6 +468,28 @@ def test_runs_that_cannot_be_found_are_refused(store, tmp_path, monkeypatch):
         with pytest.raises(CompareError, match=message):
             read(*names, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_names_with_quotes_are_found_and_the_largest_float_is_read_as_infinity(store):
+    uri, _ = store
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.create_experiment("quoted")
+    run_id = client.create_run(experiment, run_name="bob's run").info.run_id
+    for step, value in enumerate((math.inf, -math.inf, 2.0)):
+        client.log_metric(run_id, "train/loss/total", value, step=step)
+    (run,) = read("bob's run", tracking=uri, experiment="quoted")
+    assert run.curves["train/loss/total"] == ((0, math.inf), (1, -math.inf), (2, 2.0))
+    assert read(tracking=uri, experiment="quoted")[0].is_selected
+
+
+def test_a_failure_of_the_database_is_one_message(store, monkeypatch):
+    def fail(*_, **__):
+        raise MlflowException("(psycopg2.InterfaceError) connection already closed", error_code=BAD_REQUEST)
+
+    monkeypatch.setattr(MlflowClient, "search_runs", fail)
+    for names, options in ((["alpha"], {}), ([], {"query": "metrics.x > 1"})):
+        with pytest.raises(CompareError, match=r"does not answer \(.*already closed"):
+            read(*names, tracking=store[0], **options)
 
 
 def test_unreachable_server_is_named_in_the_message(tmp_path):
