@@ -25,6 +25,11 @@ _PROJECTION = re.compile(r"^transformer_decoder\.memor(y|ies\.\d+)\.input_proj\.
 _MASK_PROBABILITIES = "transformer_decoder.attn_mask_probs"
 _RELATIVE_POSITIONS = "relative_position_bias_table"
 """Name suffix of a table that depends on the window size."""
+_PARTS = ("backbone.", "pixel_decoder.", "transformer_decoder.")
+_NORM = re.compile(r"\.0(\.(weight|bias|running\.mean|running\.var|num\.batches\.tracked))$")
+"""Place of a norm in a sequence, if a name has dots instead of underscores."""
+_STATISTICS = re.compile(r"\.running_(mean|var)$")
+"""Statistics of a BatchNorm. A GroupNorm in its place does not have them."""
 _MAX_LISTED = 8
 """Maximum number of names of each kind in the report."""
 
@@ -105,7 +110,7 @@ def load_weights(
         own = to_own_names(state, layout, count_levels(target))
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from error
-    converted = _match_timm_names(target, own, layout)
+    converted = _match_backbone_names(target, own)
     if layout in ("eomt", "pmt") and _MASK_PROBABILITIES in target:  # files of finished training runs may not have them
         converted.setdefault(_MASK_PROBABILITIES, torch.zeros_like(target[_MASK_PROBABILITIES]))
     if layout == "official" and is_maskformer(state):
@@ -126,6 +131,7 @@ def load_weights(
             "code); this program has them only where model.pixel_decoder.conv_dim differs from "
             "model.transformer_decoder.hidden_dim"
         )
+    _require_depth(converted, target, layout, name)
     if deltas:
         own_backbone = [key for key in found if key.startswith("backbone.") and target[key].is_floating_point()]
         converted |= {key: target[key] + converted[key].to(target[key]) for key in own_backbone}
@@ -167,17 +173,39 @@ def _describe_rows(rows: Sequence[int | None]) -> str:
     )
 
 
-def _match_timm_names(target: Mapping[str, Tensor], state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Map the names in timm's files to the model's, for the layout `backbone`.
+def _match_backbone_names(target: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Map backbone names of timm's models to those of the model's backbone, which may differ in two ways.
 
-    timm's feature models have names such as `stages_0` for `stages.0`.
+    timm's feature models have names such as `stages_0` for `stages.0`. A replaced norm that timm fuses with an
+    activation is `bn1.0` instead of `bn1` (see `replace_batch_norms`).
     """
-    if layout != "backbone":
-        return state
-    model_names = {key.replace("_", ".").replace(".body.model.", ".body."): key for key in target}
-    return {
-        key if key in target else model_names.get(key.replace("_", "."), key): tensor for key, tensor in state.items()
-    }
+    model_names = {_plain(key): key for key in target if key.startswith("backbone.")}
+    new_names = {key: key if key in target else model_names.get(_plain(key), key) for key in state}
+    return {key if (new := new_names[key]) in state else new: tensor for key, tensor in state.items()}
+
+
+def _plain(name: str) -> str:
+    return _NORM.sub(r"\1", name.replace("_", ".").replace(".body.model.", ".body."))
+
+
+def _require_depth(state: Mapping[str, Tensor], target: Mapping[str, Tensor], layout: Layout, name: str) -> None:
+    """Raise WeightsError if a file has more blocks than the model, or less than half of its backbone.
+
+    Files of a backbone alone may have more, for example a classifier. Heads alone have little of a backbone, or none.
+    """
+    more = [key for key in state if key not in target and key.startswith(_PARTS) and not _STATISTICS.search(key)]
+    if layout != "backbone" and (more := [key for key in more if not is_ignored(key)]):
+        raise WeightsError(
+            f"{name} belongs to another model: the recipe's model lacks {len(more)} of its weights, for example "
+            f"{', '.join(more[:3])}; set model.{more[0].partition('.')[0]} to that of the file"
+        )
+    backbone = [key for key in target if key.startswith("backbone.") and not is_ignored(key)]
+    found = [key for key in backbone if key in state]
+    if layout not in ("dinov3", "pmt") and 0 < 2 * len(found) < len(backbone):
+        raise WeightsError(
+            f"{name} has only {len(found)} of the {len(backbone)} weights of the recipe's backbone; set model.backbone "
+            "to that of the file"
+        )
 
 
 def _resize_position_biases(state: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[str, ...]:

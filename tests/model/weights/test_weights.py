@@ -235,6 +235,39 @@ def test_enforced_projections_before_the_decoder_are_refused(small):
         load_weights(model, official | {name: torch.zeros(32) for name in names})
 
 
+def test_weights_of_a_deeper_backbone_are_refused():
+    deep = dataclasses.replace(small_config(), backbone=dataclasses.replace(TINY_SWIN, depths=(1, 2, 3, 1)))
+    state = build_model(deep).state_dict()
+    model = build_model(dataclasses.replace(small_config(), backbone=TINY_SWIN))
+    for weights in (state, to_official_names(state)):
+        with pytest.raises(WeightsError, match=r"lacks \d+ of its weights.*2\.blocks\.1\..*; set model\.backbone"):
+            load_weights(model, weights)
+
+
+def test_weights_with_less_than_half_of_the_backbone_are_refused():
+    deep = dataclasses.replace(TINY_RESNET, options={"layers": (1, 2, 20, 1), "channels": (8, 16, 24, 32)})
+    model = build_model(dataclasses.replace(small_config(), backbone=TINY_RESNET))
+    other = build_model(dataclasses.replace(small_config(), backbone=deep))
+    with pytest.raises(WeightsError, match=r"has only \d+ of the \d+ weights of the recipe's backbone"):
+        load_weights(other, to_official_names(model.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "regnety_002"])
+def test_norms_with_a_fused_activation_load_into_replaced_norms_and_back(name):
+    def model(norm):
+        return build_model(dataclasses.replace(small_config(), backbone=TimmBackboneConfig(name=name, norm=norm)))
+
+    published = timm.create_model(name, num_classes=3).state_dict()
+    state = {key: torch.rand_like(value) if value.is_floating_point() else value for key, value in published.items()}
+    native, frozen, again = model("native"), model("frozen_batch"), model("native")
+    for target, source in ((native, state), (frozen, state), (again, frozen.state_dict())):
+        report = load_weights(target, source)
+        assert not any(key.startswith("backbone.") for key in report.missing), report
+    expected = {key: value for key, value in native.backbone.state_dict().items() if "num_batches" not in key}
+    assert all(torch.equal(again.backbone.state_dict()[key], value) for key, value in expected.items())
+    assert load_weights(model("group"), native.state_dict()).complete
+
+
 def test_another_architecture_is_refused_and_nothing_is_loaded(small):
     other = build_model(small_config(num_layers=5))
     before = {key: value.clone() for key, value in other.state_dict().items()}
