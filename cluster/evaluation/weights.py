@@ -38,6 +38,7 @@ def model_classes(config: RunConfig, weights: str, storage: Storage) -> tuple[Ca
 def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, device: str | None = None) -> Segmenter:
     """Load the model with weights from a URL, a file or a local folder, in evaluation mode.
 
+    The backbone is added to the base weights if `model.weights_are_deltas` is set and m2f did not write the weights.
     `device` is a torch device; None means the GPU if there is one, else the CPU.
 
     Raises:
@@ -45,8 +46,10 @@ def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, d
         WeightsError: the weights belong to a different model.
         CheckpointError: the weights differ from the manifest of their checkpoint.
     """
+    # Weights that m2f wrote or exported have an identity and are whole, also if training started from deltas.
+    deltas = config.weights_are_deltas and read_identity(weights, storage) is None
     with fetched_weights(weights, storage) as path:
-        model, report = build_with_weights(config, path)
+        model, report = build_with_weights(config, path, deltas=deltas)
     if not report.complete:
         raise EvaluationError(
             f"{weights} does not contain all weights of the recipe's model with {config.num_classes} classes: {report}"

@@ -12,7 +12,7 @@ from m2f.model.mask2former import build_model
 from m2f.model.segmenter import Segmenter
 from m2f.model.weights.files import read_state
 from m2f.model.weights.load import LoadReport, load_weights
-from m2f.model.weights.names import is_head_alone
+from m2f.model.weights.names import detect_layout, is_head_alone
 
 
 def build_with_weights(
@@ -21,7 +21,8 @@ def build_with_weights(
     """Return the model of a recipe with the weights of a file or folder, and the load report.
 
     Published heads on frozen vision transformers do not include the transformer. For such a file, the backbone gets the
-    weights that the recipe names. See `load_weights` for `class_rows` and `deltas`.
+    weights that the recipe names. See `load_weights` for `class_rows` and `deltas`. Files of this project are never
+    deltas.
 
     Raises:
         WeightsError: as `load_weights`, and if the file has no backbone and the recipe names no weights for it.
@@ -33,6 +34,7 @@ def build_with_weights(
             f"{source} contains a head without a backbone, and the recipe names no backbone weights; set "
             "model.backbone.pretrained to true, or model.backbone.weights to a file"
         )
+    deltas = deltas and detect_layout(state) != "own"
     model = build_model(config, pretrained_backbone=head_alone or deltas)
     report = load_weights(model, state, class_rows, deltas=deltas, name=str(source))
     if head_alone:
