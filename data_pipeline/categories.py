@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from m2f.data_pipeline.errors import DataError
+from m2f.model.format_count import format_count
 
 Task = Literal["panoptic", "instance", "semantic"]
 MAX_CATEGORIES = 65_535
@@ -62,6 +63,16 @@ class CategoryTable:
     def labels(self, task: Task) -> dict[int, int]:
         """Return the mapping from source id to contiguous class index for this task."""
         return {c.id: label for label, c in enumerate(self.for_task(task))}
+
+
+def require_classes(categories: CategoryTable, task: Task, name: str) -> None:
+    """Raise DataError, beginning with the name of the data set, if a model for this task would have no class."""
+    if not categories.for_task(task):
+        count = format_count(len(categories.categories), "class", "classes")
+        raise DataError(
+            f"{name} has {count} but no thing, so a model for the task {task} would have no class. Use the task "
+            "semantic, or annotations that separate objects"
+        )
 
 
 def distinct_color(number: int) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from m2f.cluster.own_data.choices import choose_settings, detect_machine
@@ -15,6 +16,7 @@ from m2f.cluster.own_data.sets import DataFormat, annotation_path, choose_sets
 from m2f.cluster.own_data.survey import Survey, survey
 from m2f.cluster.own_data.write_recipe import (
     InitOptions,
+    adds_background,
     build_datasets,
     category_file_path,
     category_text,
@@ -23,9 +25,10 @@ from m2f.cluster.own_data.write_recipe import (
 )
 from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.terminal import print_out
+from m2f.data_pipeline.categories import require_classes
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import format_list
-from m2f.data_pipeline.readers import Reader, open_dataset
+from m2f.data_pipeline.readers import Reader, open_dataset, open_reader
 from m2f.data_pipeline.sources import CocoInstancesSource
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError
@@ -33,6 +36,9 @@ from m2f.model.export.hugging_face import known_labels, read_hugging_face_config
 from m2f.model.format_count import format_count
 from m2f.model.weights.hub import hub_folder
 from m2f.model.weights.sources import HUB
+
+_BACKGROUND_NAMES = ("background", "unlabelled", "no object")
+"""Names for an added class of the pixels without an object, the preferred one first."""
 
 
 def published_model(weights: str | None) -> ModelConfig | None:
@@ -109,6 +115,14 @@ def split_notes(data_format: DataFormat, folder: Path, val_share: float) -> list
     return notes
 
 
+def choose_background(data_format: DataFormat) -> str:
+    """Return a name for the class of the pixels without an object that no class of the sources has."""
+    chosen = choose_sets(data_format)
+    readers = (open_reader(entry.source, skip_bad=True) for entry in (*chosen.train, *chosen.val))
+    existing = {category.name for reader in readers for category in reader.categories.categories}
+    return next((name for name in _BACKGROUND_NAMES if name not in existing), _BACKGROUND_NAMES[0])
+
+
 def require_distinct_images(datasets: Mapping[str, DatasetConfig], readers: Mapping[str, Reader]) -> None:
     """Raise ConfigError if two data sets use the same image: it would be trained twice, or trained and validated.
 
@@ -148,11 +162,16 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
     print_out(f"{data_format.kind}: {data_format.evidence}")
     for note in (*data_format.notes, *split_notes(data_format, folder, options.val_share)):
         print_out(note)
+    if adds_background(data_format, options):
+        options = replace(options, background=choose_background(data_format))
+        print_out(f"pixels without an object get the class {options.background!r}")
     datasets = build_datasets(data_format, options)
     with _write_category_file(data_format, options, args.overwrite), _restored_on_failure(output):
         found = survey(tuple(datasets.values()))
         readers = {name: open_dataset(dataset)[0] for name, dataset in datasets.items()}
         require_distinct_images(datasets, readers)
+        for name, reader in readers.items():
+            require_classes(reader.categories, choose_task(data_format, options), name)
         print_out("\n".join([*found.lines(), *crowd_notes(data_format, found)]))
         if found.largest_megapixels > 20 and not options.tiles:
             size = f"{found.largest_megapixels:.0f} megapixels"

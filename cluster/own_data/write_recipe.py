@@ -36,6 +36,8 @@ class InitOptions:
     val_share: float = 0.2
     tiles: bool = False
     weights: str | None = None
+    background: str = "background"
+    """Name of the class that `adds_background` adds."""
     published: ModelConfig | None = None
     """Model configuration of `weights` if they are a model of the hub or a Hugging Face folder; else None."""
 
@@ -45,13 +47,17 @@ def choose_task(data_format: DataFormat, options: InitOptions) -> Task:
     return options.task or _TASK_BY_FORMAT.get(data_format.kind, "instance")
 
 
+def adds_background(data_format: DataFormat, options: InitOptions) -> bool:
+    """Return whether the data sets get a class for pixels without an object, because the format has only objects."""
+    return choose_task(data_format, options) != "instance" and data_format.kind not in (*_TASK_BY_FORMAT, "voc")
+
+
 def build_datasets(data_format: DataFormat, options: InitOptions) -> dict[str, DatasetConfig]:
     """Return the data sets of `choose_sets` for training and validation by name.
 
     Data without a validation set are split into training and validation parts.
     """
-    task = choose_task(data_format, options)
-    background = "background" if task != "instance" and data_format.kind not in (*_TASK_BY_FORMAT, "voc") else None
+    background = options.background if adds_background(data_format, options) else None
     tiles = TileConfig() if options.tiles else None
     chosen = choose_sets(data_format)
     train, val = ([found.source for found in sets] for sets in (chosen.train, chosen.val))

@@ -10,6 +10,7 @@ from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.recipe.stored import store_recipe
 from m2f.cluster.start.evaluator_memory import evaluator_bytes
 from m2f.cluster.terminal import print_err
+from m2f.data_pipeline.categories import require_classes
 from m2f.data_pipeline.loading.loader import mixture_labels
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.warnings import data_warnings
@@ -26,7 +27,7 @@ def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
 
     Raises:
         DataError, StorageError: a manifest of `data.train` is missing or damaged, or the manifests have different
-            categories.
+            categories, or no category is a class of the task.
         ConfigError: the recipe sets `model.num_classes` to another number.
     """
     storage = storage or Storage(config.storage)
@@ -74,6 +75,7 @@ def adjusted_job(config: RunConfig, job: TrainJob, adjustments: Adjustments) -> 
 
 def _num_classes(config: RunConfig, manifests: list[Manifest]) -> int:
     mixture_labels(manifests, config.data.task)  # raises an error if the categories of data sets differ
+    require_classes(manifests[0].categories, config.data.task, config.data.train[0].dataset)
     found = len(manifests[0].categories.for_task(config.data.task))
     if config.model.num_classes not in (None, found):
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable, Task
+from m2f.data_pipeline.errors import format_list
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.model.config import ModelConfig
 
@@ -21,6 +22,7 @@ def data_warnings(name: str, manifest: Manifest, task: Task, model: ModelConfig)
     """Return all warnings for one data set of a recipe, one line each."""
     warnings = (
         one_class_warning(name, manifest.categories, task),
+        empty_class_warning(name, manifest, task),
         query_warning(name, manifest, task, model.transformer_decoder.num_queries),
         instance_warning(name, manifest, task, model.postprocess.max_instances),
         area_warning(name, manifest),
@@ -36,6 +38,17 @@ def one_class_warning(name: str, categories: CategoryTable, task: Task) -> str |
     return (
         f"{name}: {classes[0].name!r} is the only class, so every prediction is correct from the start; add the "
         "background as a class, or train with data.task=instance"
+    )
+
+
+def empty_class_warning(name: str, manifest: Manifest, task: Task) -> str | None:
+    """Return a warning if a data set for semantic training has no pixel of some classes; otherwise None."""
+    empty = [entry.category.name for entry in manifest.statistics() if not entry.num_images]
+    if task != "semantic" or not empty:
+        return None
+    return (
+        f"{name}: no image has a pixel of {len(empty)} of {len(manifest.categories.categories)} classes: "
+        f"{format_list(empty)}. If images show them, check the values of the label maps"
     )
 
 

@@ -51,6 +51,27 @@ def test_instance_data_can_be_used_for_the_semantic_task(tmp_path, monkeypatch):
     assert [c.name for c in reader.categories.for_task("semantic")] == ["cell", "dirt", "background"]
 
 
+def test_the_added_class_has_another_name_than_the_classes_of_the_export(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS["yolo_seg"](tmp_path / "set")
+    path = tmp_path / "set/data.yaml"
+    path.write_text(path.read_text().replace("cell", "background"))
+    assert main(["init", "set", "--task", "semantic"]) == 0
+    assert "pixels without an object get the class 'unlabelled'" in capsys.readouterr().out
+    reader, _ = open_dataset(load_recipe(tmp_path / "set.yaml").datasets["train"])
+    assert [c.name for c in reader.categories.categories] == ["background", "dirt", "unlabelled"]
+
+
+def test_label_maps_of_stuff_are_refused_for_the_instance_task(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS["label_maps"](tmp_path / "set")
+    assert main(["init", "set", "--task", "instance"]) == 2
+    assert "train has 3 classes but no thing" in capsys.readouterr().err
+    assert not (tmp_path / "set.yaml").exists()
+
+
 @pytest.mark.parametrize(("task", "limit"), [("instance", 150), ("semantic", 100)])
 def test_predictions_keep_all_objects_of_crowded_images(task, limit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 """Warnings about data: a single class, more objects than queries, areas that do not match the masks."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.shards.warnings import (
     area_warning,
+    empty_class_warning,
     instance_warning,
     objects_per_image,
     one_class_warning,
@@ -30,6 +32,19 @@ def test_single_class_warning_is_only_for_semantic_training():
     assert "'c0' is the only class" in one_class_warning("train", _table(1), "semantic")
     assert one_class_warning("train", _table(1), "instance") is None
     assert one_class_warning("train", _table(2), "semantic") is None
+
+
+def test_classes_without_a_pixel_are_named_in_semantic_training(make_manifest):
+    manifest = make_manifest(50)
+    absent = [entry.category.name for entry in manifest.statistics() if not entry.num_images]
+    text = empty_class_warning("train", manifest, "semantic")
+    assert (
+        f"no image has a pixel of {len(absent)} of {len(manifest.categories.categories)} classes: {absent[0]}" in text
+    )
+    assert empty_class_warning("train", manifest, "panoptic") is None
+    present = {category_id for row in range(50) for category_id in manifest.category_ids[row].tolist()}
+    used = CategoryTable(tuple(c for c in manifest.categories.categories if c.id in present))
+    assert empty_class_warning("train", replace(manifest, categories=used), "semantic") is None
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
