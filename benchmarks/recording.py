@@ -31,7 +31,7 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_index_png, decode_rgb, encode_png, read_header
 from m2f.data_pipeline.loading.loader import LoaderSpec, StepBatches, map_in_thread
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.data_pipeline.transforms.collate import FILLER_POSITION, Batch, collate
+from m2f.data_pipeline.transforms.collate import FILLER_POSITION, Batch, collate, show_image_in_fillers
 from m2f.data_pipeline.transforms.example import Example
 from m2f.data_pipeline.transforms.targets import ImageTargets
 from m2f.trainer.job import TrainJob
@@ -96,6 +96,7 @@ class Recording:
             )
             for positions in spec.positions(step)
         )
+        show_image_in_fillers(batches)
         positions = tuple(p for batch in batches for p in batch.targets.position.tolist() if p != FILLER_POSITION)
         pinned = tuple(batch.pin_memory() for batch in batches) if spec.pin else batches
         return StepBatches(step, pinned, positions, wait_s=0.0)
