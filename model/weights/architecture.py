@@ -1,9 +1,9 @@
-"""Check that a Hugging Face folder holds the model of a recipe, with the settings that differ."""
+"""Check that weights belong to the model of a recipe, with the settings that differ."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from m2f.model.backbones.timm_names import without_tag
@@ -38,9 +38,29 @@ def require_same_architecture(folder: Path, model: ModelConfig, source: str) -> 
     The message lists the settings that differ.
     """
     stored = read_hugging_face_config(folder).config
-    differing = [name for name in _SETTINGS if not _equal(_value(stored, name), _value(model, name))]
+    differing = _differing(stored, model)
     if isinstance(stored.backbone, SwinBackboneConfig) != isinstance(model.backbone, SwinBackboneConfig):
         differing = [name for name in differing if not name.startswith("backbone.") or _value(stored, name) is not None]
+    _require_none(differing, stored, model, source)
+
+
+def require_stored_architecture(stored: Mapping[str, object], model: ModelConfig, source: str) -> None:
+    """Raise WeightsError if a recipe's model differs from `stored`, the `model` section of a recipe as parsed YAML.
+
+    Settings that `stored` lacks are ignored, because it may be of another version of m2f. The message lists the
+    settings that differ.
+    """
+    differing = [name for name in _differing(stored, model) if _value(stored, name) is not None]
+    _require_none(differing, stored, model, source)
+
+
+def _differing(stored: ModelConfig | Mapping[str, object], model: ModelConfig) -> list[str]:
+    return [name for name in _SETTINGS if not _equal(_value(stored, name), _value(model, name))]
+
+
+def _require_none(
+    differing: Sequence[str], stored: ModelConfig | Mapping[str, object], model: ModelConfig, source: str
+) -> None:
     if differing:
         rows = [f"model.{name}: {_text(_value(stored, name))} -> {_text(_value(model, name))}" for name in differing]
         raise WeightsError(
@@ -49,7 +69,7 @@ def require_same_architecture(folder: Path, model: ModelConfig, source: str) -> 
         )
 
 
-def _value(config: ModelConfig, name: str) -> object:
+def _value(config: ModelConfig | Mapping[str, object], name: str) -> object:
     """Return the value of a setting, or None if the section does not have it."""
     value: object = config
     for part in name.split("."):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.label_space import match_classes, require_match
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.config import BackboneConfig, ModelConfig
 from m2f.model.export.hugging_face import is_hugging_face_folder, known_labels, read_hugging_face_config
-from m2f.model.weights.architecture import require_same_architecture
+from m2f.model.weights.architecture import require_same_architecture, require_stored_architecture
 from m2f.model.weights.files import weights_sha256
 from m2f.model.weights.hub import hub_folder
 from m2f.model.weights.packages import weights_path
@@ -57,16 +59,19 @@ def resolve_start_weights(weights: str, storage: Storage) -> str:
 def check_start_weights(identity: ModelIdentity | None, model: ModelConfig, storage: Storage) -> None:
     """Check `model.weights` against a new run, as far as possible without reading its tensors.
 
-    Raises DataError if its classes contradict those of the data. Raises WeightsError for a Hugging Face model with
-    another architecture, or a hub model that is not available.
+    Raises DataError if its classes contradict those of the data. Raises WeightsError for a model of Hugging Face or of
+    m2f with another architecture or pixel mean, or a hub model that is not available.
     """
     if model.weights is None:
         return
     is_hub = model.weights.startswith(HUB)
     weights = str(hub_folder(model.weights, weights=False)) if is_hub else resolve_start_weights(model.weights, storage)
+    found = read_identity(weights, storage)
     if "://" not in weights and known_labels(weights) is not None:
         require_same_architecture(Path(weights), model, model.weights)
-    known_class_rows(identity, weights, storage)
+    elif found is not None:
+        require_stored_architecture(_stored_model(found), model, model.weights)
+    _match_rows(identity, found, weights)
 
 
 def start_weights(setting: str, source: str, path: Path) -> StartWeights:
@@ -129,16 +134,36 @@ def known_class_rows(identity: ModelIdentity | None, weights: str, storage: Stor
     Return None if the class head can be used unchanged. Raises DataError showing the rows of both tables if they
     contradict each other.
     """
+    return None if identity is None else _match_rows(identity, read_identity(weights, storage), weights)
+
+
+def _match_rows(
+    identity: ModelIdentity | None, found: ModelIdentity | None, weights: str
+) -> tuple[int | None, ...] | None:
+    """Return the rows of `known_class_rows` for weights with the identity `found`."""
     if identity is None:
         return None
-    found = read_identity(weights, storage)
     if found is None:
         return _rows_by_name(identity, weights)
-    new, old = identity.label_spaces[0].classes, found.label_spaces[0].classes
+    spaces = identity.label_spaces[0], found.label_spaces[0]
+    new, old = (space.classes for space in spaces)
+    if any(space.task == "semantic" for space in spaces):  # a semantic model treats things and stuff alike
+        new, old = (tuple(replace(category, is_thing=False) for category in classes) for classes in (new, old))
     match = match_classes(new, old, ids=False)
     if match.kind == "conflict" and any(label is not None for label in match.labels):
         require_match(new, old, "the training data", weights, ids=False)
     return None if match.labels == tuple(range(len(old))) else match.labels
+
+
+def _stored_model(identity: ModelIdentity) -> dict[str, object]:
+    """Return the `model` section of the stored recipe, or only its pixel mean and deviation if there is no recipe."""
+    rules: dict[str, object] = {"pixel_mean": identity.input.pixel_mean, "pixel_std": identity.input.pixel_std}
+    try:
+        tree = parse_yaml(identity.recipe)
+    except DocumentError:
+        return rules
+    section = tree.get("model") if isinstance(tree, dict) else None
+    return rules | (section if isinstance(section, dict) else {})
 
 
 def _rows_by_name(identity: ModelIdentity, weights: str) -> tuple[int | None, ...] | None:

@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.label_space import LabelSpace
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.config import MaskedTransformerDecoderConfig, ModelConfig
+from m2f.model.errors import WeightsError
 from m2f.trainer.checkpoint.identity import (
     METADATA_KEY,
     InputRules,
@@ -18,6 +21,7 @@ from m2f.trainer.checkpoint.identity import (
     read_metadata,
     require_own_checkpoint,
 )
+from m2f.trainer.checkpoint.weights import check_start_weights, known_class_rows
 from m2f.trainer.errors import CheckpointError
 
 CLASSES = (Category(7, "car", True, (1, 2, 3)), Category(2, "sky", False, (4, 5, 6)))
@@ -70,3 +74,39 @@ def test_ranks_refuse_a_checkpoint_of_other_classes_or_another_task(tmp_path):
         require_own_checkpoint(Storage(), urls, reordered)
     with pytest.raises(CheckpointError, match=r"for the task panoptic, but data\.task is semantic"):
         require_own_checkpoint(Storage(), urls, replace(IDENTITY, label_spaces=(LabelSpace("semantic", CLASSES),)))
+
+
+def stored_weights(folder, identity):
+    path = folder / "stored.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={"format": "pt", METADATA_KEY: identity.to_json()})
+    return str(path)
+
+
+def test_start_weights_with_another_pixel_mean_or_number_of_heads_are_refused(tmp_path):
+    rules = replace(RULES, pixel_mean=(127.0, 127.0, 127.0), pixel_std=(128.0, 128.0, 128.0))
+    for recipe in ("", "name: x\n"):
+        weights = stored_weights(tmp_path, replace(IDENTITY, input=rules, recipe=recipe))
+        with pytest.raises(WeightsError, match=r"model\.pixel_mean: \[127\.0, 127\.0, 127\.0\] -> \[123\.675, "):
+            check_start_weights(IDENTITY, ModelConfig(weights=weights), Storage())
+        equal = ModelConfig(weights=weights, pixel_mean=rules.pixel_mean, pixel_std=rules.pixel_std)
+        check_start_weights(IDENTITY, equal, Storage())
+    recipe = "model: {pixel_mean: [127, 127, 127], transformer_decoder: {kind: masked, num_heads: 4, num_queries: 9}}\n"
+    weights = stored_weights(tmp_path, replace(IDENTITY, input=rules, recipe=recipe))
+    config = ModelConfig(weights=weights, pixel_mean=rules.pixel_mean, pixel_std=rules.pixel_std)
+    with pytest.raises(WeightsError, match=r"\n  model\.transformer_decoder\.num_heads: 4 -> 8$"):
+        check_start_weights(IDENTITY, config, Storage())
+    decoder = MaskedTransformerDecoderConfig(num_heads=4)
+    check_start_weights(IDENTITY, replace(config, transformer_decoder=decoder), Storage())
+
+
+@pytest.mark.parametrize("tasks", [("panoptic", "semantic"), ("semantic", "panoptic")])
+def test_a_semantic_model_shares_class_rows_of_things_and_stuff(tmp_path, tasks):
+    old, new = (
+        replace(IDENTITY, label_spaces=(LabelSpace(task, classes),))
+        for task, classes in zip(tasks, (CLASSES, (Category(1, "car", False, (1, 2, 3)),)), strict=True)
+    )
+    assert known_class_rows(new, stored_weights(tmp_path, old), Storage()) == (0,)
+    panoptic = replace(new, label_spaces=(LabelSpace("panoptic", new.label_spaces[0].classes),))
+    both = stored_weights(tmp_path, replace(old, label_spaces=(LabelSpace("panoptic", CLASSES),)))
+    with pytest.raises(DataError, match=r"'car' \(stuff\).*'car' \(thing\)"):
+        known_class_rows(panoptic, both, Storage())
