@@ -276,13 +276,13 @@ def _read_other_header(data: bytes) -> ImageHeader:
             frames, orientation = getattr(image, "n_frames", 1), int(image.getexif().get(_TIFF_ORIENTATION, 1))
             kind, mode, tags = image.format, image.mode, getattr(image, "tag_v2", {})
             # The tags hold the stored size. Recent versions of Pillow return the size of the turned image for TIFF.
+            bits = 16 if max(tags.get(_TIFF_BITS, (8,))) > 8 else 8
             width, height = tags.get(_TIFF_WIDTH, image.width), tags.get(_TIFF_HEIGHT, image.height)
     except Exception as error:  # Pillow's plugins raise any exception for damaged bytes
         raise BrokenImageError(f"its header cannot be read ({error!r:.100})") from error
     if frames != 1:
         raise BrokenImageError(f"it contains {frames} images; save the one to use as a separate file")
     if mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "I;16", "I;16B", "I;16L"):
-        bits = 16 if mode.startswith("I;16") else 8
         name = {"L": "gray", "1": "gray", "I": "gray", "P": "palette", "C": "cmyk"}.get(mode[0], mode.lower())
         ext: Literal["tif", "bmp", "webp"] = "tif" if kind == "TIFF" else "bmp" if kind == "BMP" else "webp"
         return ImageHeader(ext, height, width, name, bits, orientation if 1 <= orientation <= 8 else 1)

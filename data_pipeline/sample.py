@@ -79,7 +79,7 @@ class Sample:
     left_out: tuple[str, ...] = ()
     """Unusable annotations that are not in `annotation`: one text each, with the reason."""
     repairs: tuple[str, ...] = ()
-    """Repaired or doubtful annotations, one text per case. The report counts equal texts."""
+    """Repaired or doubtful annotations and images, one text per case. The report counts equal texts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,9 +38,11 @@ class Survey:
     """Number of segments that are crowds: groups of objects that are not separated."""
     faults: tuple[str, ...]
     """Messages about images and annotations that cannot be used."""
+    repairs: tuple[tuple[str, int], ...] = ()
+    """Descriptions of repaired or doubtful images and annotations that are used, with their counts."""
 
     def lines(self) -> list[str]:
-        """Return text lines with the statistics, the faults counted by kind, and the first ten faults."""
+        """Return text lines with the statistics, the repairs, the faults counted by kind, and the first ten faults."""
         classes = ", ".join(f"{name} {count}" for name, count in self.class_counts[:12])
         more = f" and {len(self.class_counts) - 12} more" if len(self.class_counts) > 12 else ""
         lines = [
@@ -49,6 +51,7 @@ class Survey:
             f"covers {self.median_object_share:.2%}",
             f"segments by class: {classes}{more}",
         ]
+        lines += [f"{count} {what}" for what, count in self.repairs]
         if self.faults:
             kinds = Counter(fault_kind(fault) for fault in self.faults)
             lines.append(f"{format_count(len(self.faults), 'fault')}:")
@@ -67,6 +70,7 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
     """Survey the sources of data sets. Raises DataError if a source cannot be opened or no image can be read."""
     faults: list[str] = []
     counts: Counter[str] = Counter()
+    repairs: Counter[str] = Counter()
     long_sides, shares, per_image, areas = [], [], [0], [0]
     num_images = num_crowds = 0
     for dataset in datasets:
@@ -84,6 +88,7 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
                 faults.append(str(error))
                 continue
             faults += sample.left_out
+            repairs.update(sample.repairs)
             pixels = sample.height * sample.width
             maps = {segment.map for segment in sample.annotation.segments}
             segments = [s for s in sample.annotation.segments if s.map == ("inst" if "inst" in maps else "seg")]
@@ -106,4 +111,5 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
         largest_megapixels=max(areas) / 1e6,
         num_crowds=num_crowds,
         faults=tuple(dict.fromkeys(faults)),  # the parts of one source list the same faults
+        repairs=tuple(sorted(repairs.items())),
     )

@@ -86,7 +86,7 @@ class CocoInstancesReader:
             width=image.width,
             annotation=Annotation(seg=None, inst=layers.inst, segments=layers.segments),
             left_out=layers.left_out,
-            repairs=image.repairs + layers.repairs,
+            repairs=image.repairs + file.repairs + layers.repairs,
         )
 
     def size_hint(self, index: int) -> int:

@@ -107,7 +107,11 @@ class CocoPanopticReader:
         file = load_image(self.images / image.file_name, image.height, image.width, self.max_pixels)
         seg, segments, left_out = self._read_map(record)
         pixels = np.bincount(seg.ravel(), minlength=len(segments) + 1)[1:].tolist()
-        repairs = [*image.repairs, *area_mismatches(zip((s.area for s in segments), pixels, strict=True))]
+        repairs = [
+            *image.repairs,
+            *file.repairs,
+            *area_mismatches(zip((s.area for s in segments), pixels, strict=True)),
+        ]
         # Panoptic quality divides by the area, so a stated 0 would make it wrong.
         segments = tuple(replace(s, area=s.area or float(n)) for s, n in zip(segments, pixels, strict=True))
         layers = None

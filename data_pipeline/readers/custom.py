@@ -78,6 +78,7 @@ class CustomReader:
             height=height,
             width=width,
             annotation=annotation,
+            repairs=file.repairs,
         )
 
     def size_hint(self, index: int) -> int:

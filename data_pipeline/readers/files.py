@@ -26,6 +26,10 @@ from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.readers.source_files import read_file
 
 _MAX_KEY_LENGTH = 80  # with the longest suffix of a member, names in a tar stay below 100 characters
+DARK_IMAGE = "images with 16 bits, but only values below 16384, stored almost black (rescale them to 8 bits)"
+_MIN_MAXIMUM = 64
+"""Smallest maximum, after the reduction to 8 bits, of images that are not `DARK_IMAGE`. Cameras with 10 to 14 bits stay
+below it."""
 ANNOTATION_BYTES = 12_000
 """Rough size in bytes of the members of a sample other than the image, for estimates."""
 
@@ -36,6 +40,8 @@ class LoadedImage:
 
     data: bytes
     ext: Literal["jpg", "png"]
+    repairs: tuple[str, ...] = ()
+    """Texts for Sample.repairs."""
 
 
 def load_image(path: Path, height: int, width: int, max_pixels: int) -> LoadedImage:
@@ -62,7 +68,9 @@ def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str
         if header.ext in ("jpg", "png") and header.bit_depth <= 8:
             check_pixels(data, header)
             return LoadedImage(data, header.ext)
-        return LoadedImage(encode_png(decode_rgb(data, orientation)), "png")
+        pixels = decode_rgb(data, orientation)
+        is_dark = header.bit_depth == 16 and pixels.max() < _MIN_MAXIMUM
+        return LoadedImage(encode_png(pixels), "png", (DARK_IMAGE,) if is_dark else ())
     except BrokenImageError as error:
         raise DataError(f"{name}: {error}") from error
 

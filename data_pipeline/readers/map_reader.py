@@ -101,6 +101,7 @@ class MapReader:
             height=height,
             width=width,
             annotation=annotation,
+            repairs=file.repairs,
         )
 
     def size_hint(self, index: int) -> int:

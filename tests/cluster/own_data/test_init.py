@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import pytest
 
 from m2f.cluster.cli import main
@@ -12,6 +13,7 @@ from m2f.cluster.own_data.survey import Survey, fault_kind
 from m2f.cluster.own_data.write_recipe import InitOptions, build_datasets
 from m2f.cluster.recipe.load import load_recipe
 from m2f.data_pipeline.readers import open_dataset
+from m2f.data_pipeline.readers.files import DARK_IMAGE
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.model.export.hugging_face import write_hugging_face_config
 from m2f.model.weights.architecture import require_same_architecture
@@ -157,6 +159,17 @@ def test_faults_are_counted_by_kind(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "3 x annotation N: category_id is N, which `categories` does not define" in printed
     assert printed.splitlines()[-2] == "  m2f shard set.yaml --skip-bad"
+
+
+@pytest.mark.parametrize("name", ["yolo_seg", "label_maps"])
+def test_dark_images_with_16_bits_are_counted(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS[name](tmp_path / "set")
+    for path in (tmp_path / "set/images").rglob("*.png"):
+        cv2.imwrite(str(path), cv2.imread(str(path)).astype("uint16") * 16)
+    assert main(["init", "set"]) == 0
+    assert f"6 {DARK_IMAGE}" in capsys.readouterr().out.splitlines()
 
 
 def test_unsupported_folder_is_rejected_with_one_message(tmp_path, capsys):

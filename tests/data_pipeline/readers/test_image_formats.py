@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from m2f.cluster.predict.inputs import ImageInput, find_images, match_image_list, read_image, read_image_list
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, read_header
-from m2f.data_pipeline.readers.files import check_image
+from m2f.data_pipeline.readers.files import DARK_IMAGE, check_image
 from m2f.data_pipeline.readers.map_reader import pair_files
 from m2f.data_pipeline.storage.storage import Storage
 
@@ -45,6 +45,17 @@ def test_16_bit_images_keep_their_upper_8_bits(ending):
     assert read_header(data).bit_depth == 16
     loaded = check_image(data, 20, 30, 10**6, "x")
     np.testing.assert_array_equal(decode_rgb(loaded.data), np.stack([grey // 256] * 3, axis=-1))
+
+
+@pytest.mark.parametrize(("shape", "ending"), [((20, 30), ".png"), ((20, 30), ".tif"), ((20, 30, 3), ".tif")])
+def test_16_bit_images_of_cameras_with_12_bits_are_reported_as_dark(shape, ending):
+    values = np.random.default_rng(1).integers(0, 4096, shape, dtype=np.uint16)
+    for factor, repairs in ((1, (DARK_IMAGE,)), (16, ())):
+        data = cv2.imencode(ending, values * factor)[1].tobytes()
+        assert read_header(data).bit_depth == 16
+        assert check_image(data, 20, 30, 10**6, "x").repairs == repairs
+    data = cv2.imencode(ending, np.zeros(shape, np.uint8))[1].tobytes()
+    assert check_image(data, 20, 30, 10**6, "x").repairs == ()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
