@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import describe_changes, dump_recipe, flatten_tree, require_no_problems
@@ -13,7 +14,7 @@ from m2f.trainer.checkpoint.identity import ModelIdentity
 
 _CHANGEABLE = re.compile(
     r"model\.(loss\.|postprocess\.|pilots\.|freeze|weights$|num_classes$)|model\.backbone\.(pretrained|weights|drop_path)$"
-    r"|model\..*\.(dropout|checkpointing)$|model\.backbone\.options\.\w*drop\w*$"
+    r"|model\..*\.(dropout|checkpointing|annealing|annealing_power)$|model\.backbone\.options\.\w*drop\w*$"
 )
 """Settings of `model` that may differ for the same weights."""
 _OPTIONS = "model.backbone.options."
@@ -65,8 +66,8 @@ def _settings(recipe: str, optimizer: bool) -> dict[str, str]:
     apply_renames(tree, problems)
     drop_retired(tree, problems)
     require_no_problems("the recipe of the weights", problems)
-    flat = flatten_tree(tree)
-    frozen = sorted(value for key, value in flat.items() if key.startswith("model.freeze."))
+    flat = flatten_tree(_with_lists_as_text(tree))
+    frozen = sorted(value for key, value in flatten_tree(tree).items() if key.startswith("model.freeze."))
     pilots = "0" if flat.get("model.pilots.max_targets", "0") == "0" else "above 0"
     return ({"model.freeze": str(frozen), "model.pilots.max_targets": pilots} if optimizer else {}) | {
         key: value
@@ -74,3 +75,10 @@ def _settings(recipe: str, optimizer: bool) -> dict[str, str]:
         if (key.startswith("model.") and not _CHANGEABLE.match(key) and key != _OPTIONS.rstrip("."))
         or (optimizer and key in _OPTIMIZER)
     }
+
+
+def _with_lists_as_text(value: Any) -> Any:
+    """Replace lists in a YAML tree by their text: a longer list, or a list instead of null, is another value."""
+    if isinstance(value, dict):
+        return {key: _with_lists_as_text(item) for key, item in value.items()}
+    return str(value) if isinstance(value, list) else value

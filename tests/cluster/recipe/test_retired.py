@@ -135,6 +135,18 @@ def test_enabling_pilots_changes_the_optimizer_state():
     assert model_changes(some, fewer, optimizer=True) == ()
 
 
+def test_a_list_is_compared_as_one_value():
+    decoder = "model:\n  transformer_decoder: {kind: pmt, num_layers: 4, levels: LEVELS, annealing: STEPS}\n"
+
+    def recipe(levels: str, steps: str = "null") -> str:
+        return decoder.replace("LEVELS", levels).replace("STEPS", steps)
+
+    changed = "model.transformer_decoder.levels"
+    assert model_changes(recipe("null"), recipe("[2, 5]")) == (f"{changed}: None -> [2, 5]",)
+    assert model_changes(recipe("[2, 5]"), recipe("[2, 5, 11]")) == (f"{changed}: [2, 5] -> [2, 5, 11]",)
+    assert model_changes(recipe("null", "[[0, 10]]"), recipe("null", "[[0, 20]]"), optimizer=True) == ()
+
+
 OLDER = """
 name: first
 storage: {max_attempts: 8}

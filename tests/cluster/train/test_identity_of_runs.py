@@ -163,7 +163,7 @@ def test_changed_identity_file_is_detected(copied, capsys, image, tmp_path):
     [
         ("model.transformer_decoder.num_queries=20", "model.transformer_decoder.num_queries: 8 -> 20"),
         ("model.transformer_decoder.num_layers=3", "model.transformer_decoder.num_layers: 2 -> 3"),
-        ("model.backbone.options.channels=[8,16,16,64]", "model.backbone.options.channels.3: 32 -> 64"),
+        ("model.backbone.options.channels=[8,16,16,64]", "options.channels: [8, 16, 16, 32] -> [8, 16, 16, 64]"),
         ("training.precision=bf16_autocast", "training.precision: fp32 -> bf16_autocast"),
         ("training.optimizer.layer_decay=0.9", "training.optimizer.layer_decay: 1.0 -> 0.9"),
         ("training.optimizer.decay_everything=true", "training.optimizer.decay_everything: False -> True"),
