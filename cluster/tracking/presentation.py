@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.provenance import DataInput
-from m2f.cluster.tracking.store import TrackingError, text_condition
+from m2f.cluster.tracking.store import TrackingError, canonical_uri, text_condition
 from m2f.data_pipeline.urls import without_secrets
 
 EXPERIMENT_KIND = "mlflow.experimentKind"
@@ -72,7 +72,9 @@ def parent_run(client: MlflowClient, experiment: str, parent: str | None, uri: s
     """
     if parent is None:
         active = mlflow.active_run()
-        if active is None or active.info.experiment_id != experiment or mlflow.get_tracking_uri() != uri:
+        if active is None or active.info.experiment_id != experiment:
+            return None
+        if canonical_uri(mlflow.get_tracking_uri()) != uri:
             return None
         return active.info.run_id
     if _RUN_ID.fullmatch(parent):

@@ -38,6 +38,17 @@ def checked_uri(uri: str) -> str:
     return uri
 
 
+def canonical_uri(uri: str) -> str:
+    """Return the URI with an absolute path for a sqlite file, and without a final slash for a server.
+
+    Processes and later starts in other folders then use the same store, and recognize its URI.
+    """
+    path = uri.removeprefix("sqlite:///")
+    if path != uri:
+        return f"sqlite:///{os.path.abspath(path)}"
+    return uri.rstrip("/") if uri.startswith("http") else uri
+
+
 def connect(uri: str) -> MlflowClient:
     """Return a client of a tracking store, with short timeouts and little logging.
 

@@ -55,6 +55,7 @@ from m2f.cluster.tracking.sender import ENTRIES_PER_READ, Sender
 from m2f.cluster.tracking.store import (
     MAX_PARAM_CHARS,
     TrackingError,
+    canonical_uri,
     checked_uri,
     connect,
     shortened,
@@ -78,8 +79,9 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
     """Create the MLflow run of this run folder, or continue the run in `tracking.json`. Only the driver calls this.
 
     The inputs of the run are the data sets with their fingerprints, and its tags name the commit of the code.
-    Continuing a run contacts no server, unless `tracking.json` is damaged. Settings, code and data that have changed
-    are logged as tags `resumed.<setting>`. With a `lease`, pending entries of earlier lease holders are taken over.
+    Continuing a run contacts no server, unless `tracking.json` is damaged or names another URI. Settings, code and data
+    that have changed are logged as tags `resumed.<setting>`. With a `lease`, pending entries of earlier lease holders
+    are taken over.
 
     Raises:
         TrackingError: the store cannot be prepared or reached, or refuses the run; or the journals cannot be written.
@@ -113,11 +115,16 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
 
 
 def find_run(config: RunConfig) -> TrackedRun | None:
-    """Return the MLflow run of this run folder, to add results to it; None if there is none."""
-    known = _known_run(config, Storage(config.storage), tracking_uri(config))
+    """Return the MLflow run of this run folder, to add results to it; None if there is none.
+
+    Its store is that of the settings if that contains the run, otherwise the one in `tracking.json`.
+    """
+    uri = tracking_uri(config)
+    known = _known_run(config, Storage(config.storage), uri)
     if known is None:
         return None
-    uri = current_uri(config.run_folder, known.uri, known.run_id)
+    if known.uri == uri or not _contains_run(config, known, uri):
+        uri = current_uri(config.run_folder, known.uri, known.run_id)
     _prepare(config, uri)
     return TrackedRun(uri=uri, run_id=known.run_id, spool=_spool_folder(config))
 
@@ -125,14 +132,15 @@ def find_run(config: RunConfig) -> TrackedRun | None:
 def tracking_uri(config: RunConfig) -> str:
     """Return the recipe's tracking.uri, else MLFLOW_TRACKING_URI, else the URI of a sqlite file (see `local_store`).
 
-    Raises TrackingError if the URI may contain a secret, or if `output` is in a bucket and no URI is set.
+    See `canonical_uri` for its form. Raises TrackingError if the URI may contain a secret, or if `output` is in a
+    bucket and no URI is set.
     """
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri and "://" in config.run_folder:
         raise TrackingError(
             f"output is {config.output}, which cannot hold a sqlite file: set tracking.uri or MLFLOW_TRACKING_URI"
         )
-    return checked_uri(uri) if uri else sqlite_uri(local_database(config.run_folder))
+    return canonical_uri(checked_uri(uri)) if uri else sqlite_uri(local_database(config.run_folder))
 
 
 class Tracking:
@@ -295,15 +303,45 @@ def _prepare(config: RunConfig, uri: str) -> None:
 def _find_continued_run(config: RunConfig, known: RunRecord, uri: str) -> StoredRun | None:
     """Return the recorded run; None if the store `uri` lacks it, or it was deleted or belongs to another run folder.
 
-    A server is not contacted: it counts as containing the run if the record names its URI. Raises TrackingError if the
-    local database cannot be read.
+    A server is contacted only if the record names another URI, because it may have a new address; otherwise it counts
+    as containing the run. Raises TrackingError if the sqlite file cannot be read or the server does not answer.
     """
-    database = _database_for_uri(config, uri)
-    if database is None:
-        return StoredRun(config.run_folder) if known.uri == uri else None
+    path = uri.removeprefix("sqlite:///")
+    if path == uri and known.uri == uri:
+        return StoredRun(config.run_folder)
     with store_errors(uri):
-        stored = find_stored(database, known.run_id)
+        if path != uri:
+            stored = find_stored(Path(path.partition("?")[0]), known.run_id)
+        else:
+            stored = _find_on_server(config, known.run_id, uri)
     return None if stored is None or stored.is_deleted or is_copy(stored, config.run_folder) else stored
+
+
+def _find_on_server(config: RunConfig, run_id: str, uri: str) -> StoredRun | None:
+    client = connect(uri)
+    try:
+        run = StoreRetrier(uri, config.storage.patience_s).ask(lambda: client.get_run(run_id))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return StoredRun(run.data.tags.get(FOLDER_TAG, ""), run.info.lifecycle_stage == "deleted")
+
+
+def _contains_run(config: RunConfig, known: RunRecord, uri: str) -> bool:
+    """Return whether the store of the settings contains the recorded run. If the settings name it, log if it does not.
+
+    The record names another store, which may have moved to `uri`.
+    """
+    try:
+        if _find_continued_run(config, known, uri) is not None:
+            return True
+        problem = f"{uri} does not contain MLflow run {known.run_id} of this run folder"
+    except TrackingError as error:
+        problem = str(error)
+    if config.tracking.uri:
+        LOGGER.warning(f"tracking: {problem}. Using {known.uri}, which {record_url(config.run_folder)} names")
+    return False
 
 
 def _known_run(config: RunConfig, storage: Storage, uri: str) -> RunRecord | None:

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.journal import Journal
 from m2f.cluster.tracking.sender import Sender
-from m2f.cluster.tracking.tracking import TrackedRun, Tracking, TrackingError, create_run, tracking_uri
+from m2f.cluster.tracking.tracking import TrackedRun, Tracking, TrackingError, create_run, find_run, tracking_uri
 from tests.mlflow_server import free_port, start_server
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -204,6 +204,46 @@ def test_rejected_entry_does_not_block_the_following_ones(run, caplog):
     assert history(run, "loss") == [(2, 1.0)]
     assert "rejected 1 entries" in caplog.text
     assert "x" * 300 in run.journal("rank0").with_suffix(".jsonl.refused").read_text()
+
+
+def at(config, uri):
+    return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, uri=uri))
+
+
+def test_run_at_a_relative_uri_is_continued_from_another_folder(config, migrated_database, tmp_path, monkeypatch):
+    (tmp_path / "shared.db").write_bytes(migrated_database)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///shared.db")
+    run = create_run(config)
+    assert run.uri == f"sqlite:///{tmp_path}/shared.db"
+    record = Path(config.run_folder, "tracking.json")
+    record.write_text(record.read_text().replace(run.uri, "sqlite:///shared.db"))  # as earlier versions wrote it
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///../shared.db")
+    assert find_run(config) == run
+    assert create_run(config) == run
+    assert json.loads(record.read_text())["uri"] == run.uri
+
+
+def test_run_is_continued_at_a_new_address_of_its_server(config, migrated_database, tmp_path, monkeypatch, caplog):
+    for name in ("server", "other"):
+        (tmp_path / f"{name}.db").write_bytes(migrated_database)
+
+    def connect(uri):
+        return MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/{'other' if 'other' in uri else 'server'}.db")
+
+    monkeypatch.setattr("m2f.cluster.tracking.tracking.connect", connect)
+    monkeypatch.chdir(tmp_path)  # MLflow creates the artifacts there
+    run = create_run(at(config, "http://mlflow:5000"))
+    assert create_run(at(config, "http://mlflow:5000/")) == run
+    moved = dataclasses.replace(run, uri="https://mlflow.svc")
+    assert find_run(at(config, "https://mlflow.svc/")) == moved
+    assert find_run(at(config, "http://other")) == run
+    assert f"http://other does not contain MLflow run {run.run_id}" in caplog.text
+    assert create_run(at(config, "https://mlflow.svc")) == moved
+    assert json.loads(Path(config.run_folder, "tracking.json").read_text())["uri"] == moved.uri
+    assert create_run(at(config, "http://other")).recreated
 
 
 def send(run, *entries):
