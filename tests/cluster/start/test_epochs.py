@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.start.epochs import count_steps, images_per_epoch, with_steps
 from m2f.data_pipeline.config import MixtureItem
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.errors import ConfigError
 from tests.cluster.tiny_run import small_sets, tiny_config
 
 
@@ -38,6 +40,17 @@ def test_max_epochs_is_replaced_by_max_steps_and_printed(config, capsys):
     output = f"training.max_epochs 3: {steps:,} steps of {batch} images, {images:.0f} images per epoch\n"
     assert capsys.readouterr().out == output
     assert with_steps(config, Storage()) is config
+
+
+def test_resuming_with_another_global_batch_is_refused_if_the_length_is_in_epochs(config, monkeypatch):
+    stored = dump_recipe(with_steps(in_epochs(config, 3), Storage()))
+    monkeypatch.setattr("m2f.cluster.start.epochs.newest_recipe", lambda *_: stored)
+    training = replace(config.training, global_batch=2 * config.training.global_batch)
+    other = replace(config, training=training)
+    with pytest.raises(ConfigError, match=r"Set training\.global_batch to 4, or .*until now 18\)"):
+        with_steps(in_epochs(other, 3), Storage())
+    assert with_steps(other, Storage()) is other
+    assert with_steps(in_epochs(config, 3), Storage()).training.max_steps == 18
 
 
 def test_images_per_epoch_sums_limited_data_sets(config):
