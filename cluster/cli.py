@@ -19,9 +19,10 @@ from types import ModuleType
 from typing import NoReturn
 
 import m2f
-from m2f.cluster.exit_status import MEANINGS, ExitStatus, end_process
+from m2f.cluster.exit_status import MEANINGS, ExitStatus, end_process, flush_output
+from m2f.cluster.terminal import print_err, print_out
 from m2f.data_pipeline.errors import OutageError
-from m2f.data_pipeline.printable import printable
+from m2f.data_pipeline.printable import has_lost_output, printable
 from m2f.model.errors import UserError
 from m2f.model.extras import missing_extra
 
@@ -68,13 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without `argv`, the words come from the command line, and a process that has loaded PyTorch ends here.
     """
     status: int = ExitStatus.DONE
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
-            status = _run_verb(list(sys.argv[1:] if argv is None else argv))
+            status = _run_verb(words)
         except SystemExit:  # argparse raises this after it has printed help or an error
             sys.stdout.flush()
             raise
-        sys.stdout.flush()  # if the pipe is closed, a flush at interpreter shutdown would print a traceback
+        if status == ExitStatus.DONE and has_lost_output() and words[0] != "train":  # its results are in files
+            status = ExitStatus.FAILED
+        flush_output()  # if the pipe is closed, a flush at interpreter shutdown would print a traceback
         if argv is None and "torch" in sys.modules:
             end_process(status)
         return status
@@ -118,10 +122,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _run_verb(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(_overview())
+        print_out(_overview())
         return ExitStatus.DONE if words else ExitStatus.USER_ERROR
     if words[0] == "--version":
-        print(f"m2f {m2f.__version__}")
+        print_out(f"m2f {m2f.__version__}")
         return ExitStatus.DONE
     verb = words[0]
     if verb not in VERBS:
@@ -135,7 +139,7 @@ def _run_verb(words: list[str]) -> int:
     try:
         return module.run(args)
     except KeyboardInterrupt:
-        print(f"m2f {verb}: interrupted", file=sys.stderr)
+        print_err(f"m2f {verb}: interrupted")
         return ExitStatus.INTERRUPTED
     except BrokenPipeError:
         if verb in ONLY_PRINTING or not _stdout_is_closed():
@@ -182,7 +186,7 @@ def _user_error(error: BaseException) -> UserError | None:
 
 
 def _fail(message: str, status: ExitStatus = ExitStatus.USER_ERROR) -> int:
-    print(printable(message), file=sys.stderr)
+    print_err(message)
     return status
 
 

@@ -48,12 +48,26 @@ RESTARTED_VARIABLE = "M2F_RESTARTED"
 """Environment variable that `m2f train --restart` sets in every driver that it restarts."""
 
 
+def flush_output() -> None:
+    """Flush both standard streams.
+
+    What a disk or terminal refuses is discarded, because Python would end with status 120 instead of the verb's.
+    Raises BrokenPipeError if the reader of a pipe has ended.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def end_process(status: int) -> NoReturn:
     """Exit without Python's shutdown of the interpreter, which takes 2 s of CPU time with PyTorch loaded.
 
     Functions registered with `atexit` still run. Call this only when all work is done.
     """
     atexit._run_exitfuncs()  # a private function that has existed since Python 2
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(status)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from m2f.data_pipeline.printable import printable
+from m2f.data_pipeline.printable import print_line, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -16,14 +16,12 @@ if TYPE_CHECKING:
 
 def print_out(text: str = "", colors: bool = False) -> None:
     """Print a line of a verb's result to standard output. `colors` keeps colour codes in the text."""
-    sys.stdout.write(printable(text, colors) + "\n")
-    sys.stdout.flush()
+    print_line(sys.stdout, text, colors)
 
 
 def print_err(text: str) -> None:
     """Print a line of progress, a warning or an error to standard error."""
-    sys.stderr.write(printable(text) + "\n")
-    sys.stderr.flush()
+    print_line(sys.stderr, text)
 
 
 def first_lines(items: Sequence[object], limit: int, rest: str) -> list[str]:
@@ -112,7 +110,7 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(printable(text), markup=False, highlight=False)
         else:
-            self._write(text)
+            print_line(self._stream, text)
 
     def _pace(self) -> str:
         elapsed_s = self._clock() - self._started
@@ -120,11 +118,8 @@ class Progress:
 
     def _print_line(self) -> None:
         self._last_line_at, self._last_printed = self._clock(), self._done
-        self._write(f"{self._title}: {self._done:.0f}/{self._total:.0f} {self._unit}, {self._pace()}")
-
-    def _write(self, text: str) -> None:
-        self._stream.write(printable(text) + "\n")
-        self._stream.flush()
+        line = f"{self._title}: {self._done:.0f}/{self._total:.0f} {self._unit}, {self._pace()}"
+        print_line(self._stream, line)
 
 
 def _rich_progress(stream: TextIO) -> RichProgress:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol, TextIO, assert_never
 
-from m2f.data_pipeline.printable import printable
+from m2f.data_pipeline.printable import print_line
 from m2f.trainer.telemetry.numbers import RankNumbers, StepMetrics, StorageTraffic, SystemUse
 
 NoticeKind = Literal[
@@ -125,7 +125,7 @@ class LogReporter:
                 assert_never(event)
 
     def _line(self, text: str) -> None:
-        print(printable(text), file=self.stream, flush=True)
+        print_line(self.stream, text)
 
 
 def _describe(metrics: StepMetrics) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from m2f.cluster.terminal import print_err
 from m2f.cluster.train.failure_policy import root_cause
 from m2f.cluster.train.processes import RankProcesses
 from m2f.cluster.train.signals import handling_signals
@@ -53,7 +53,7 @@ def launch(
             signals += 1
             if signals > 1:
                 raise KeyboardInterrupt
-            sys.stderr.write("stopping after a final checkpoint; press Ctrl-C again to stop immediately\n")
+            print_err("stopping after a final checkpoint; press Ctrl-C again to stop immediately")
             ranks.ask_to_stop()
 
         with handling_signals(stop):

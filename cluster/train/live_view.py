@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -67,7 +68,8 @@ class LiveView:
     def stop(self, outcome: str) -> None:
         """Draw the panel one last time, with `outcome` as its stage, and leave it on the screen."""
         self._stage, self._evaluating, self._key_hint = outcome, None, ""
-        self._live.stop()
+        with suppress(OSError):  # the terminal is gone, and the run must still end as it should
+            self._live.stop()
 
     def show_interrupted(self) -> None:
         """Show that the user has asked the run to stop."""

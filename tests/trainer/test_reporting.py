@@ -1,3 +1,4 @@
+import errno
 import io
 from dataclasses import replace
 
@@ -34,6 +35,22 @@ def test_every_event_except_rank_reports_is_one_readable_line():
         "step 20: checkpoint runs/a/checkpoints/step_00000020",
         "step 21: skipped: the loss of img_7 is not finite",
     ]
+
+
+class FullDisk(io.StringIO):
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_behind_the_log_is_reported_once_and_ends_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("m2f.data_pipeline.printable._INCOMPLETE", set())
+    reporter = LogReporter(max_steps=1000, stream=FullDisk())
+    for step in (20, 40):
+        reporter.report(StepReport(step, METRICS))
+    message = (
+        "lines are missing in stdout, because its disk or terminal refuses them ([Errno 28] No space left on device)"
+    )
+    assert capsys.readouterr().err == f"{message}\n"
 
 
 def test_the_names_of_stored_metrics_do_not_change():

@@ -23,7 +23,7 @@ from types import FrameType, TracebackType
 import torch.distributed as dist
 
 from m2f.data_pipeline.documents import parse_json
-from m2f.data_pipeline.printable import printable
+from m2f.data_pipeline.printable import print_line
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks
@@ -185,7 +185,7 @@ class Watchdog:
         url = join(self._folder, STACKS)
         message = f"{describe_stall(found, self._ranks.world_size)}. Stacks of all ranks: {url}"
         if not self._ranks.is_first:  # the reporters of other ranks may print nothing
-            sys.stderr.write(f"{printable(message)}\n")
+            print_line(sys.stderr, message)
         write_ending(self._storage, self._job.run_folder, self._job.attempt, Ending("stalled", message))
         self._reporter.report(Notice("stalled", self._clock.step, message))
         time.sleep(REPORT_GRACE_S)

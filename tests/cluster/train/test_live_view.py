@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import shlex
@@ -90,6 +91,25 @@ def test_panel_shows_progress_metrics_and_silence():
 )
 def test_sparkline_fits_its_width(values, width, line):
     assert sparkline(values, width) == line
+
+
+class Terminal(io.StringIO):
+    gone = False
+
+    def flush(self):
+        if self.gone:
+            raise OSError(errno.EIO, "Input/output error")
+
+
+def test_view_stops_although_the_terminal_is_gone():
+    terminal, stdout = Terminal(), sys.stdout
+    view = LiveView("ade20k", 10, Console(file=terminal, force_terminal=True))
+    view._live.auto_refresh = False
+    view.start()
+    assert sys.stdout is not stdout
+    terminal.gone = True
+    view.stop("finished")
+    assert sys.stdout is stdout
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux, which provides a terminal, is not installed")
