@@ -23,7 +23,7 @@ from m2f.cluster.registry.package import PackageContent, build_package, package_
 from m2f.cluster.registry.thresholds import Thresholds, choose_thresholds
 from m2f.cluster.tracking.logged_models import EXTERNAL_TAG, EvaluatedCheckpoint, LoggedModels
 from m2f.cluster.tracking.registered import find_version, registry_client, using_store
-from m2f.cluster.tracking.store import TrackingError, brief
+from m2f.cluster.tracking.store import TrackingError, brief, long_requests, text_condition
 from m2f.cluster.tracking.tracked_run import TrackedRun
 from m2f.cluster.tracking.tracking import Tracking, find_run
 from m2f.data_pipeline.documents import parse_json
@@ -279,7 +279,8 @@ class _Registration:
             package = build_package(content, folder, self._storage, mlflow_model)
             size = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
             self._report(f"uploading {size / 1e6:,.1f} MB to {self._run.uri}")
-            self._client.log_model_artifacts(model.model_id, str(package))
+            with long_requests():  # a server may store a large file before it answers
+                self._client.log_model_artifacts(model.model_id, str(package))
         if EXTERNAL_TAG in model.tags:
             self._client.delete_logged_model_tag(model.model_id, EXTERNAL_TAG)
         self._client.set_logged_model_tags(model.model_id, {PACKAGE_TAG: digest})
@@ -299,9 +300,9 @@ class _Registration:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        quoted = self._name.replace("'", "\\'")
-        for known in self._client.search_model_versions(f"name = '{quoted}'"):
-            if known.tags.get(PACKAGE_TAG) == digest and known.tags.get(COMMIT_TAG) == checkpoint.commit:
+        for known in self._client.search_model_versions(text_condition("name", self._name)):
+            content = known.name, known.tags.get(PACKAGE_TAG), known.tags.get(COMMIT_TAG)
+            if content == (self._name, digest, checkpoint.commit):
                 return known
         tags = {
             PACKAGE_TAG: digest,

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
 
+from m2f.cluster.environment import environment
 from m2f.data_pipeline.urls import REMEDY, url_problem
 from m2f.model.errors import UserError
 
 MAX_PARAM_CHARS = 6000
 _NOT_ALLOWED = re.compile(r"[^\w\-. /:]", re.ASCII)
+_TIMEOUT_VARIABLE, _TIMEOUT_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "20"
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 """Error codes of permanent refusals. MLflow also reports failures of its database as BAD_REQUEST."""
 _REFUSED_FILES = {400, 413, 414, 415, 422}
@@ -56,13 +58,21 @@ def connect(uri: str) -> MlflowClient:
     """
     # By default, MLflow retries a request for minutes and blocks the thread; the journal retries instead.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault(_TIMEOUT_VARIABLE, _TIMEOUT_S)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs every error that is also raised
     return MlflowClient(tracking_uri=checked_uri(uri))
+
+
+@contextmanager
+def long_requests() -> Iterator[None]:
+    """Give requests in the block ten minutes, for uploads of models, unless the user has set another time limit."""
+    is_own = os.environ.get(_TIMEOUT_VARIABLE, _TIMEOUT_S) == _TIMEOUT_S
+    with environment({_TIMEOUT_VARIABLE: "600"} if is_own else {}):
+        yield
 
 
 @contextmanager

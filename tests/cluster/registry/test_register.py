@@ -253,6 +253,22 @@ def test_failed_registration_unpins_the_checkpoint(folder, monkeypatch):
     assert not list((Path(folder) / "checkpoints/step_00000008-1").glob("pins/*"))
 
 
+def test_uploads_have_time_and_names_may_contain_quotes(folder, monkeypatch, capfd):
+    limits = []
+    upload = MlflowClient.log_model_artifacts
+
+    def upload_and_note(*words):
+        limits.append(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT"))
+        upload(*words)
+
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    monkeypatch.setattr(MlflowClient, "log_model_artifacts", upload_and_note)
+    for _ in range(2):
+        assert register(folder, "--checkpoint", "8", "--name", "bob's", "--precision", "0.1") == 0
+    assert "600" in limits
+    assert "registered (already uploaded): bob's, version 1" in capfd.readouterr().out
+
+
 def test_changed_code_registers_a_new_version(folder, monkeypatch, capfd):
     assert register(folder, "--checkpoint", "4", "--name", "changed") == 0
     monkeypatch.setattr("m2f.cluster.registry.wheel._WHEEL", b"Wheel-Version: 1.0\nTag: py3-none-any\n")

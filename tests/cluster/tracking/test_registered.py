@@ -12,8 +12,8 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from m2f.cluster.tracking.registered import CHECKPOINT_FOLDER, model_folder, using_store
-from m2f.cluster.tracking.store import TrackingError
+from m2f.cluster.tracking.registered import CHECKPOINT_FOLDER, model_folder, registry_client, using_store
+from m2f.cluster.tracking.store import TrackingError, long_requests
 from tests.waiting import PATIENCE_S
 
 
@@ -71,6 +71,18 @@ def test_tracking_uri_of_the_process_is_restored(store, monkeypatch, env_uri):
     with pytest.raises(TrackingError, match=f"models:/nothing@x: cannot be read from {uri}"):
         model_folder("models:/nothing@x", uri)
     assert (dict(os.environ), mlflow.get_tracking_uri()) == before
+
+
+def test_long_requests_have_ten_minutes_unless_the_user_sets_a_limit(store, monkeypatch):
+    variable = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    for user, during, after in ((None, "600", "20"), ("5", "5", "5")):
+        monkeypatch.delenv(variable, raising=False)
+        if user is not None:
+            monkeypatch.setenv(variable, user)
+        registry_client(store[0])
+        with long_requests():
+            assert os.environ[variable] == during
+        assert os.environ[variable] == after
 
 
 FETCHES = """
