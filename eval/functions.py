@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -232,7 +232,8 @@ def class_list(names: Collection[str] | Mapping[int, str], error: type[UserError
     if isinstance(names, Mapping):
         if set(names) != set(range(len(names))):
             raise error(f"the class names have the labels {sorted(names, key=str)}; they must be 0 to K - 1")
-        names = [names[label] for label in range(len(names))]
+        by_label: dict[Any, Any] = dict(names)
+        names = [by_label[label] for label in range(len(by_label))]
     if wrong := [name for name in names if not isinstance(name, str) or not name]:
         raise error(f"the class names contain {wrong[0]!r}; each must be a text that is not empty")
     return tuple(map(str, names))

@@ -246,7 +246,7 @@ def test_bug_on_one_rank_stops_the_run_and_is_reported_first(cluster, config, wo
     assert [(failure.rank, failure.kind) for failure in summary.failures] == [(1, "mistake")]
     output = capsys.readouterr().err.splitlines()
     assert any("more objects than the model has queries" in line for line in output)
-    lines = [line for line in output if not line.startswith("warning: ")]
+    lines = [line for line in output if not line.startswith(("warning: ", "no report from the workers"))]
     assert lines[0] == "attempt 1 ended on rank 1 after checkpoint step 0: ValueError: the colour of sample 9 is wrong"
     assert lines[-1] == "  giving up: a restart would fail in the same way"
     assert len(lines) == 3
