@@ -18,7 +18,6 @@ from m2f.cluster.cli import VERBS, main
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
 from m2f.cluster.recipe.load import load_recipe
-from m2f.cluster.terminal import Progress, describe_pace, format_duration
 from m2f.cluster.train.compose import compose_job
 from m2f.cluster.verbs.arguments import split_overrides
 from m2f.data_pipeline.config import DatasetConfig
@@ -27,7 +26,6 @@ from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
-from m2f.model.format_count import format_count
 from m2f.trainer.checkpoint.folder import CheckpointManifest, FileEntry, checkpoint_url, pin
 from tests.waiting import PATIENCE_S
 
@@ -430,36 +428,6 @@ def test_counts_below_1_are_refused(capsys, words):
         assert f"argument {words[-1]}: {problem}" in capsys.readouterr().err
 
 
-def test_rates_and_durations_are_formatted():
-    assert format_duration(42) == "0:42"
-    assert format_duration(3 * 3600 + 7 * 60 + 9) == "3:07:09"
-    assert describe_pace(done=30, total=90, done_before=10, elapsed_s=10.0, unit="images") == "2.0 images/s, 0:30 left"
-    assert describe_pace(done=30, total=90, done_before=10, elapsed_s=0.0, unit="images") == "- images/s"
-    assert describe_pace(done=10, total=90, done_before=10, elapsed_s=10.0, unit="images") == "- images/s"
-
-
-def test_the_last_line_of_progress_is_printed_once(capsys):
-    now = [0.0]
-    with Progress("sharding", 2, "images", interval_s=10, clock=lambda: now[0]) as progress:
-        now[0] = 20.0
-        progress.advance(2)
-    assert capsys.readouterr().err == "sharding: 2/2 images, 0.1 images/s, 0:00 left\n"
-
-
-def test_progress_without_a_terminal_prints_a_line_per_interval(capsys):
-    now = [0.0]
-    with Progress("sharding", 100, "images", interval_s=10, clock=lambda: now[0]) as progress:
-        for second in range(1, 26):
-            now[0] = float(second)
-            progress.advance(4)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "sharding: 40/100 images, 4.0 images/s, 0:15 left",
-        "sharding: 80/100 images, 4.0 images/s, 0:05 left",
-        "sharding: 100/100 images, 4.0 images/s, 0:00 left",
-    ]
-
-
 def test_plan_prints_predictions_and_rejects_invalid_options(recipe, capsys):
     status, out, _ = run(capsys, "plan", recipe, "--world", 4, "--batch", 2)
     assert status == 0
@@ -501,12 +469,3 @@ def test_misspelt_option_or_choice_suggests_the_closest_one(capsys, words, expec
     with pytest.raises(SystemExit):
         main(words)
     assert expected in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("number", "text"), [(0, "0 shards"), (1, "1 shard"), (1200, "1,200 shards")])
-def test_counted_uses_singular_and_plural(number, text):
-    assert format_count(number, "shard") == text
-
-
-def test_counted_accepts_an_irregular_plural():
-    assert (format_count(1, "batch", "batches"), format_count(2, "batch", "batches")) == ("1 batch", "2 batches")
