@@ -26,7 +26,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InductorError
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode, Scheduler
 
-from benchmarks.count_nodes import REGIONS, fake_tensors
+from benchmarks.count_nodes import REGIONS, fake_tensors, run_regions
 from m2f.model.config import ModelConfig
 from m2f.model.mask2former import build_model
 
@@ -59,11 +59,7 @@ def count_regions(model: nn.Module, images: Callable[[], Tensor]) -> tuple[Regio
     Call it in the context of `fake_tensors`. `images` creates the input of the model in the same context.
     """
     counts: dict[str, list[KernelCount]] = {name: [] for name in REGIONS}
-    for name in REGIONS:
-        model.get_submodule(name).compile(backend=_counting_backend(counts[name]), dynamic=False, fullgraph=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        predictions = model(images())
-    (predictions.class_logits.sum() + predictions.mask_embeddings.sum() + predictions.mask_features.sum()).backward()
+    run_regions(model, images, {name: _counting_backend(counts[name]) for name in REGIONS})
     return tuple(RegionKernels(name, *counts[name]) for name in REGIONS)
 
 

@@ -9,7 +9,7 @@ launches that an eager step saves because the model caches constant tensors betw
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,12 +48,17 @@ def count_regions(model: nn.Module, images: Callable[[], Tensor]) -> tuple[Regio
     Call it in the context of `fake_tensors`. `images` creates the input of the model in the same context.
     """
     graphs: dict[str, list[fx.GraphModule]] = {name: [] for name in REGIONS}
-    for name in REGIONS:
-        model.get_submodule(name).compile(backend=_collect_graphs(graphs[name]), dynamic=False, fullgraph=True)
+    run_regions(model, images, {name: _collect_graphs(graphs[name]) for name in REGIONS})
+    return tuple(_count(name, graphs[name]) for name in REGIONS)
+
+
+def run_regions(model: nn.Module, images: Callable[[], Tensor], backends: Mapping[str, Callable[..., Any]]) -> None:
+    """Compile each region of a model with its backend, and run a forward and a backward pass in bfloat16 autocast."""
+    for name, backend in backends.items():
+        model.get_submodule(name).compile(backend=backend, dynamic=False, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
         predictions = model(images())
     (predictions.class_logits.sum() + predictions.mask_embeddings.sum() + predictions.mask_features.sum()).backward()
-    return tuple(_count(name, graphs[name]) for name in REGIONS)
 
 
 def _collect_graphs(graphs: list[fx.GraphModule]) -> Callable[..., Any]:

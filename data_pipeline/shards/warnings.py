@@ -43,8 +43,10 @@ def one_class_warning(name: str, categories: CategoryTable, task: Task) -> str |
 
 def empty_class_warning(name: str, manifest: Manifest, task: Task) -> str | None:
     """Return a warning if a data set for semantic training has no pixel of some classes; otherwise None."""
+    if task != "semantic":
+        return None
     empty = [entry.category.name for entry in manifest.statistics() if not entry.num_images]
-    if task != "semantic" or not empty:
+    if not empty:
         return None
     return (
         f"{name}: no image has a pixel of {len(empty)} of {len(manifest.categories.categories)} classes: "

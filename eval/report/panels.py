@@ -161,8 +161,6 @@ def _scale(size: tuple[int, int]) -> float:
 
 
 def _to_width(image: np.ndarray, width: int) -> np.ndarray:
-    if image.shape[1] == width:
-        return image
     height = max(1, round(image.shape[0] * width / image.shape[1]))
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 

@@ -15,7 +15,7 @@ import ray
 from mlflow import MlflowClient
 from ray.train import ControllerError, WorkerGroupError
 
-from m2f.cluster.evaluation.client import EvaluationClient
+from m2f.cluster.evaluation.client import NAMESPACE, EvaluationClient
 from m2f.cluster.evaluation.offline import evaluate_checkpoint
 from m2f.cluster.evaluation.queue import read_entries
 from m2f.cluster.ray_cluster import ClusterError, connect
@@ -180,9 +180,11 @@ def test_killing_evaluation_service_and_actor_does_not_change_results(summary, c
 def test_evaluation_service_ends_if_its_driver_stays_silent(cluster, config, monkeypatch):
     monkeypatch.setattr("m2f.cluster.evaluation.client.DRIVER_SILENCE_S", 5.0)
     abandoned = replace(config, name="abandoned")
-    EvaluationClient(abandoned, create_run(abandoned))
+    client = EvaluationClient(abandoned, create_run(abandoned))
     wait_until(lambda: ray_processes("EvaluationService"))
     wait_until(lambda: not ray_processes("EvaluationService"))
+    with pytest.raises(ValueError, match="Failed to look up actor"):
+        ray.get_actor(client._name, namespace=NAMESPACE)
 
 
 def test_run_trains_evaluates_and_continues_in_object_storage(cluster, folder, s3_endpoint):
