@@ -1,8 +1,10 @@
 """Tests that `make test` runs both halves of the suite, and that `make check-lowest` has the lowest versions."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -37,3 +39,13 @@ def test_lowest_versions_match_the_project_requirements():
     pinned = re.findall(r"(?m)^(\w+)==(.+)\.\*$", (REPOSITORY / "tests" / "lowest.txt").read_text())
     assert len(pinned) >= 8
     assert [(name, version) for name, version in pinned if f"{name}>={version} " not in f"{allowed} "] == []
+
+
+def test_tests_with_the_lowest_versions_need_no_other_packages():
+    tests = [path for path in REPOSITORY.glob("tests/model/**/test_*.py") if path.parts[-2] != "weights"]
+    modules = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in tests]
+    not_installed = "boto3,deepspeed,hotcoco,matplotlib,mlflow,pyarrow,pycocotools,ray,webdataset"
+    command = [sys.executable, "tests/import_without.py", not_installed, *modules]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

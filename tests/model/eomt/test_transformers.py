@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import transformers
 from safetensors.torch import load_file
 
-from m2f.cluster.evaluation.weights import model_with_weights
-from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import (
     EomtDecoderConfig,
     LossConfig,
@@ -121,29 +118,6 @@ def test_deltas_are_added_only_to_the_backbone(family):
     assert load_weights(again, eomt_to_authors(published), deltas=True).complete
     for name, tensor in again.state_dict().items():
         torch.testing.assert_close(tensor, state[name], rtol=1e-5, atol=1e-6)
-
-
-def test_evaluated_weights_are_added_to_the_base_weights_unless_m2f_wrote_them(tmp_path):
-    name, options = FAMILIES["dinov3"]
-    options = OPTIONS | options
-    base = timm.create_model(name, num_classes=0, **options)
-    torch.save(base.state_dict(), tmp_path / "base.pt")
-    config = ModelConfig(
-        backbone=TimmBackboneConfig(name=name, features="tokens", options=options, weights=str(tmp_path / "base.pt")),
-        pixel_decoder=UpscalePixelDecoderConfig(),
-        transformer_decoder=EomtDecoderConfig(num_queries=6, num_layers=2),
-        num_classes=5,
-        weights=str(tmp_path / "deltas.bin"),
-        weights_are_deltas=True,
-    )
-    start, trained = build_model(config).state_dict(), our_model("dinov3").state_dict()
-    deltas = {key: value - start[key] if key.startswith("backbone.") else value for key, value in trained.items()}
-    torch.save(eomt_to_authors(deltas), tmp_path / "deltas.bin")
-    torch.save(trained, tmp_path / "own.pth")
-    for file in ("deltas.bin", "own.pth"):
-        found = model_with_weights(config, str(tmp_path / file), Storage(), device="cpu").state_dict()
-        for key, value in trained.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_file_without_mask_probabilities_loads_as_finished_training():
