@@ -15,6 +15,7 @@ from m2f.trainer.checkpoint.weights import (
     check_start_weights,
     fetched_weights,
     known_class_rows,
+    read_identity,
     resolve_start_weights,
     start_weights,
 )
@@ -47,7 +48,9 @@ def start_model(
     file = resolve_start_weights(source, storage)
     rows = known_class_rows(job.identity, file, storage)
     with fetched_weights(file, storage) as path:
-        model, report = build_with_weights(job.model, path, rows, deltas=job.model.weights_are_deltas)
+        # Weights that m2f exported have an identity and are whole, also if their training started from deltas.
+        deltas = job.model.weights_are_deltas and read_identity(str(path), storage) is None
+        model, report = build_with_weights(job.model, path, rows, deltas=deltas)
         backbone = job.model.backbone
         start: tuple[StartWeights, ...] = ()
         if reporter is not None:
