@@ -31,7 +31,7 @@ from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.box_average_precision import detection_boxes, match_boxes, truth_boxes
 from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
 from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
-from m2f.eval.metrics.mean_iou import MeanIoUState, ignore_label
+from m2f.eval.metrics.mean_iou import BINARY_MASK, MeanIoUState, ignore_label, is_binary_mask
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
 from m2f.eval.metrics.rle import Rle, encode_masks, mask_areas
 from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
@@ -211,15 +211,6 @@ def evaluate_semantic(
 
 
 SUBJECT = EvaluationSubject(dataset="images", fingerprint="")
-BINARY_MASK = (
-    "only the values 0 and 255, and 255 means no label; pass (mask > 127).astype('uint8'), or set ignore=255 if 255 is "
-    "void"
-)
-
-
-def is_binary_mask(values: Collection[int], ignore: int | None, num_classes: int) -> bool:
-    """Return whether label maps with these values are masks of 0 and 255, whose foreground would have no label."""
-    return ignore is None and ignore_label(num_classes) == 255 and set(values) == {0, 255}
 
 
 def class_list(names: Collection[str] | Mapping[int, str], error: type[UserError] = EvaluationError) -> tuple[str, ...]:

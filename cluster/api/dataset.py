@@ -23,8 +23,8 @@ from m2f.data_pipeline.readers.masks import stack_layers
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Segment
 from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.functions import BINARY_MASK, Instances, PanopticImage, class_list, compressed_rle, is_binary_mask
-from m2f.eval.metrics.mean_iou import ignore_label
+from m2f.eval.functions import Instances, PanopticImage, class_list, compressed_rle
+from m2f.eval.metrics.mean_iou import BINARY_MASK, ignore_label, is_binary_mask
 from m2f.eval.metrics.rle import decode_mask
 from m2f.model.extras import report_missing_extras
 

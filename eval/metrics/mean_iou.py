@@ -21,6 +21,17 @@ def ignore_label(num_classes: int) -> int:
     return 255 if num_classes <= 255 else 65535
 
 
+BINARY_MASK = (
+    "only the values 0 and 255, and 255 means no label; pass (mask > 127).astype('uint8'), or set ignore=255 if 255 is "
+    "void"
+)
+
+
+def is_binary_mask(values: Collection[int], ignore: int | None, num_classes: int) -> bool:
+    """Return whether label maps with these values are masks of 0 and 255, whose foreground would have no label."""
+    return ignore is None and ignore_label(num_classes) == 255 and set(values) == {0, 255}
+
+
 @dataclass(frozen=True, eq=False)
 class ConfusionRecord(Record):
     """Non-empty cells of one image's confusion matrix, in ascending order."""

@@ -53,7 +53,7 @@ class OneByOne(Generic[Job, R]):
 
 @dataclass(frozen=True)
 class Scoring(Generic[Job, R, Result]):
-    """A prepared scoring run. Only JSON files and file names have been read so far."""
+    """A prepared scoring run. Of the maps, at most a few of the truth have been read for checks."""
 
     jobs: Sequence[Job]
     """One job per image."""

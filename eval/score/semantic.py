@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.folders import list_files
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoU, MeanIoUState, ignore_label
+from m2f.eval.metrics.mean_iou import (
+    BINARY_MASK,
+    ConfusionRecord,
+    MeanIoU,
+    MeanIoUState,
+    ignore_label,
+    is_binary_mask,
+)
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject, columns
 from m2f.eval.score.files import ScoredCategory, first_few, read_labels, require_folder
 from m2f.eval.score.options import (
@@ -42,7 +51,8 @@ def semantic_scoring(
 
     `ignore` is the value of truth pixels without a label, and `void` that of predicted pixels without a class; None:
     255, or 65535 for 256 or more classes. `class_names` holds the name of every class; None: their numbers.
-    Raises EvaluationError for folders without maps and for missing predictions.
+    Raises EvaluationError for folders without maps, for missing predictions, and for truth of only 0 and 255 if
+    `ignore` is None.
     """
     if not 1 <= num_classes <= MAX_CLASSES:
         raise EvaluationError(f"the number of classes is {num_classes}; it must be from 1 to {MAX_CLASSES}")
@@ -54,6 +64,8 @@ def semantic_scoring(
     names = label_maps(truth, predictions)
     selected = chosen_images((n for name in names for n in (name, name.removesuffix(".png"))), options, str(truth))
     names = [name for name in names if selected is None or name in selected or name.removesuffix(".png") in selected]
+    if ignore is None and is_binary_mask(_label_values(truth, names), ignore, num_classes):
+        raise EvaluationError(f"the label maps in {truth} have {BINARY_MASK} (`m2f score`: --ignore 255)")
     state = MeanIoUState(num_classes, ignore, ignore_label(num_classes) if void is None else void)
     subject = score_subject(predictions, options, len(names))
     return Scoring(
@@ -98,6 +110,16 @@ def label_maps(truth: Path, predictions: Path) -> list[str]:
             f"{predictions} does not contain {len(missing)} of {len(names)} maps: {first_few(missing)}"
         )
     return names
+
+
+def _label_values(truth: Path, names: Sequence[str]) -> set[int]:
+    """Return values of the maps, all of them if there are no others than 0 and 255. Mostly, one map is read."""
+    values: set[int] = set()
+    for name in names:
+        if not values <= {0, 255}:
+            break
+        values.update(np.unique(read_labels(truth / name)).tolist())
+    return values
 
 
 @dataclass(frozen=True)

@@ -401,11 +401,21 @@ def test_lists_may_come_from_windows_but_class_names_have_no_gap(tmp_path):
         read_names(path, by_label=True)
 
 
-def test_masks_of_0_and_255_are_refused_as_truth():
+def test_masks_of_0_and_255_are_refused_as_truth(tmp_path):
     truth, found = [np.array([[0, 0]]), np.array([[0, 255]])], [np.array([[0, 0]])] * 2
     with pytest.raises(EvaluationError, match=r"only the values 0 and 255.*or set ignore=255"):
         evaluate_semantic(truth, found, class_names=["a", "b"])
     assert evaluate_semantic(truth, found, class_names=["a", "b"], ignore=255).metrics()["pACC"] == 100
+    for side, maps in (("truth", truth), ("found", found)):
+        (tmp_path / side).mkdir()
+        for number, values in enumerate(maps):
+            cv2.imwrite(str(tmp_path / side / f"{number}.png"), values.astype(np.uint8))
+    folders = tmp_path / "truth", tmp_path / "found"
+    with pytest.raises(EvaluationError, match=r"truth have only the values 0 and 255.*--ignore 255"):
+        evaluate_semantic(*folders, class_names=["a", "b"])
+    assert evaluate_semantic(*folders, class_names=["a", "b"], ignore=255).metrics()["pACC"] == 100
+    cv2.imwrite(str(folders[0] / "1.png"), np.array([[0, 1]], np.uint8))
+    assert evaluate_semantic(*folders, class_names=["a", "b"]).metrics()["pACC"] == 75
     with pytest.raises(EvaluationError, match="the class names are 'cell'"):
         evaluate_semantic(found, found, class_names="cell")
 
