@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from m2f.data_pipeline.errors import MissingObjectError
@@ -98,8 +98,7 @@ def read_commits(storage: Storage, run_folder: str, with_deleted: bool = False) 
     found, withdrawn = _list_names(storage, run_folder)
     newest = newest_number(storage, run_folder) if found else 0
     known = frozenset(read_record(storage, run_folder, newest).found) if newest else frozenset[str]()
-    older = {lease for _, _, lease in found if lease < newest} if with_deleted else set[int]()
-    limits = {lease: _last_step(storage, run_folder, lease, newest) or 0 for lease in older}
+    limits = _last_steps(storage, run_folder, (lease for _, _, lease in found), newest) if with_deleted else {}
     commits = []
     for name, step, lease in sorted(found, key=lambda commit: commit[1:]):
         checkpoint = CommittedCheckpoint(step, checkpoint_url(run_folder, step, lease))
@@ -154,15 +153,16 @@ def read_metrics(
 ) -> Iterator[tuple[str, dict[int, dict[str, float]]]]:
     """Yield URL and content of every metrics file that is not in `known`, ordered by the step of its commit.
 
-    Files from a process that had lost the run folder are left out, because the run continued from an earlier step.
-    Damaged files yield no metrics and log a warning, because training does not need them.
+    Files of steps after the one from which a later lease continued are left out. They are from a process that had lost
+    the run folder, or a user deleted the newest checkpoints to go back. Damaged files yield no metrics and log a
+    warning, because training does not need them.
     """
-    files = [(match, url) for url in storage.list(join(run_folder, "metrics")) if (match := _METRICS.search(url))]
+    found = [(match, url) for url in storage.list(join(run_folder, "metrics")) if (match := _METRICS.search(url))]
+    files = sorted((int(match[1]), int(match[2]), url) for match, url in found if url not in known)
     newest = newest_number(storage, run_folder) if files else 0
-    limits = {lease: _last_step(storage, run_folder, lease, newest) for lease in {int(match[2]) for match, _ in files}}
-    for match, url in sorted(files, key=lambda file: (int(file[0][1]), int(file[0][2]))):
-        limit = limits[int(match[2])]
-        if url not in known and (limit is None or int(match[1]) <= limit):
+    limits = _last_steps(storage, run_folder, (lease for _, lease, _ in files), newest)
+    for step, lease, url in files:
+        if step <= limits.get(lease, step):
             data = storage.get(url)
             try:
                 points = parse_metrics(data)
@@ -184,11 +184,17 @@ def _list_names(storage: Storage, run_folder: str) -> tuple[set[tuple[str, int, 
     return found, withdrawn
 
 
-def _last_step(storage: Storage, run_folder: str, lease: int, newest: int) -> int | None:
-    """Return the step from which the holder of the next lease continued; None for the newest lease."""
-    if lease >= newest:
-        return None
-    return max((parse_folder(name)[0] for name in read_record(storage, run_folder, lease + 1).found), default=0)
+def _last_steps(storage: Storage, run_folder: str, leases: Iterable[int], newest: int) -> dict[int, int]:
+    """Return, for each of the `leases` before the newest, the last of its steps that the run kept.
+
+    This is the smallest step from which a later lease continued, because a user may go back by several leases.
+    """
+    kept: dict[int, int] = {}
+    for lease in range(newest, min(leases, default=newest), -1):
+        found = read_record(storage, run_folder, lease).found
+        step = max((parse_folder(name)[0] for name in found), default=0)
+        kept[lease - 1] = min(step, kept.get(lease, step))
+    return kept
 
 
 def _commit_url(url: str, manifest: bytes) -> str:

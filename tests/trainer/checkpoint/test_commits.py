@@ -116,6 +116,20 @@ def test_late_commits_of_a_driver_that_lost_the_lease_are_ignored(run_folder):
     assert found == [{10: {"loss": 1.0}}, {15: {"loss": 1.5}}]
 
 
+def test_metrics_that_several_leases_wrote_are_left_out_after_a_user_went_back_behind_them(run_folder):
+    storage = Storage()
+    for new_steps in ((10, 20), (30,), (20,)):
+        with hold_lease(storage, run_folder, lambda text: None) as lease:
+            for step in new_steps:
+                commit(storage, run_folder, step, lease.number)
+                write_metrics(storage, run_folder, step, lease.number, {step: {"loss": 1.0}})
+        if lease.number == 2:
+            for undone in ((20, 1), (30, 2)):
+                storage.delete_prefix(checkpoint_url(run_folder, *undone))
+    found = [url.rpartition("/")[2] for url, _ in read_metrics(storage, run_folder)]
+    assert found == ["00000010-1.json", "00000020-3.json"]
+
+
 def test_metrics_are_stored_exactly_and_read_once(run_folder):
     storage = Storage()
     points = {3: {"loss": 0.1 + 0.2, "lr": 1e-300}, 4: {"loss": float("inf")}}
