@@ -159,7 +159,8 @@ def require_source_files(reader: Reader, keys: Iterable[str], target: str, *, sk
     with ThreadPoolExecutor(_THREADS) as pool:
         readable = pool.map(lambda path: os.access(path, os.R_OK), files)
         missing = [path for path, is_readable in zip(files, readable, strict=True) if not is_readable]
-    if not missing or (skip_bad and any(set(missing).isdisjoint(sample) for sample in samples)):
+    unreadable = set(missing)
+    if not missing or (skip_bad and any(unreadable.isdisjoint(sample) for sample in samples)):
         return
     remedy = "restore them" if skip_bad else "restore them, or leave out their samples with --skip-bad"
     raise DataError(

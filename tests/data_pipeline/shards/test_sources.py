@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ from m2f.data_pipeline.readers.source_files import file_state
 from m2f.data_pipeline.shards import codec
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.plan import clear_target, plan_shards
-from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources, write_record
+from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources, require_source_files, write_record
 from m2f.data_pipeline.shards.write import complete_parts, write_dataset, write_shard
 from m2f.data_pipeline.sources import LabelMapSource
 from m2f.data_pipeline.storage.storage import Storage
@@ -239,6 +240,28 @@ def test_deleted_source_files_keep_the_data_set_and_redo_is_refused(maps, delete
     ):
         write_dataset(maps_reader, config, STORAGE, skip_bad=skip_bad, redo=True)
     assert {path: path.read_bytes() for path in Path(config.shards).rglob("*") if path.is_file()} == before
+
+
+class CountedPath(str):
+    """Path that counts how often a set or dictionary looks up such a path."""
+
+    count = 0
+
+    def __hash__(self):
+        CountedPath.count += 1
+        return super().__hash__()
+
+
+def test_the_effort_per_sample_does_not_grow_with_the_number_of_missing_files(tmp_path):
+    counts = []
+    for length in (50, 100):
+        paths = [CountedPath(tmp_path / f"{i}.png") for i in range(length)]
+        reader = SimpleNamespace(keys=[str(i) for i in range(length)], files=lambda i, paths=paths: (paths[i],))
+        CountedPath.count = 0
+        with pytest.raises(DataError, match=f"{length} source files"):
+            require_source_files(reader, reader.keys, "target", skip_bad=True)
+        counts.append(CountedPath.count / length)
+    assert counts[0] == counts[1]
 
 
 def test_number_of_shards_of_a_data_set_that_was_never_complete_is_not_kept(maps):
