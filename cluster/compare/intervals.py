@@ -137,9 +137,14 @@ def seed_groups(runs: Sequence[RunRecord]) -> list[list[int]]:
     """
     groups: dict[object, dict[str | None, int]] = {}
     for position, run in enumerate(runs):
-        recipe = frozenset((key, value) for key, value in run.recipe.items() if key not in SETTINGS_IGNORED_IN_GROUPS)
-        groups.setdefault(recipe if run.recipe else position, {}).setdefault(run.recipe.get("seed"), position)
+        groups.setdefault(_group_key(run), {}).setdefault(run.recipe.get("seed"), position)
     return [list(group.values()) for group in groups.values()]
+
+
+def _group_key(run: RunRecord) -> object:
+    """Return the settings that the runs of one group have in common; for a run without a recipe, its name."""
+    settings = run.recipe.items()
+    return frozenset((k, v) for k, v in settings if k not in SETTINGS_IGNORED_IN_GROUPS) if run.recipe else run.name
 
 
 def interval_notes(runs: Sequence[RunRecord], intervals: Sequence[Interval], sets: Sequence[str]) -> list[str]:
@@ -161,10 +166,18 @@ def interval_notes(runs: Sequence[RunRecord], intervals: Sequence[Interval], set
                 notes.append(
                     f"{dataset}: no intervals over images for {', '.join(others)}: evaluated on different images"
                 )
-    differences = [one for one in intervals if one.baseline is not None]
-    if differences and not any(one.kind == "seeds" for one in differences):
+    if without_seeds := _runs_without_seeds(runs, intervals):
         notes.append(
-            "intervals over images do not reflect the variation between training runs; for intervals over seeds, "
-            "train each compared recipe with several values of `seed`"
+            f"{', '.join(without_seeds)}: intervals over images do not reflect the variation between training runs; "
+            "for intervals over seeds, train each compared recipe with several values of `seed`"
         )
     return notes
+
+
+def _runs_without_seeds(runs: Sequence[RunRecord], intervals: Sequence[Interval]) -> list[str]:
+    """Return the runs that have an interval over images of a metric for which their group has none over seeds."""
+    keys = {run.name: _group_key(run) for run in runs}
+    over_seeds = [(one.metric, (one.run, one.baseline)) for one in intervals if one.kind == "seeds"]
+    with_seeds = {(metric, keys[name]) for metric, names in over_seeds for name in names if name is not None}
+    over_images = [one for one in intervals if one.kind == "images"]
+    return list(dict.fromkeys(one.run for one in over_images if (one.metric, keys[one.run]) not in with_seeds))

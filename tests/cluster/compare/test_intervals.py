@@ -16,6 +16,8 @@ from m2f.cluster.compare.report import as_json, as_markdown, as_text
 from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoUState
 from m2f.eval.results.images import image_records, image_table, read_image_records
 
+UNREFLECTED = "{}: intervals over images do not reflect the variation between training runs"
+
 
 def make_records(correct, num_images=400, first_id=0, seed=0):
     """Return records of two classes. In each image, each class has 100 pixels, of which about `correct` are correct."""
@@ -54,7 +56,7 @@ def test_image_interval_contains_the_difference_and_notes_its_limits():
     assert (interval.kind, interval.metric, interval.images) == ("images", "val/mIoU", 400)
     assert interval.value == pytest.approx(value)
     assert 0 < interval.low < value < interval.high < 2 * value
-    assert any("do not reflect the variation between training runs" in note for note in comparison.notes)
+    assert any(note.startswith(UNREFLECTED.format("better")) for note in comparison.notes)
     line = f"{value:+.2f}"
     for text in (as_text(comparison), as_markdown(comparison), as_page(comparison)):
         assert line in text
@@ -98,6 +100,24 @@ def test_runs_that_differ_only_in_seed_are_grouped():
     assert interval.low < 2.25 < interval.high
     assert "2 and 2 seeds" in as_text(comparison)
     assert not any("variation between training runs" in note for note in comparison.notes)
+
+
+def test_runs_whose_group_has_no_interval_over_seeds_are_named():
+    runs = [
+        make_run("a0", make_records(70)),
+        make_run("a1", make_records(70, seed=1), seed="1", value=50.5),
+        make_run("b0", make_records(70, seed=2), lr="2", value=52.0),
+        make_run("b1", make_records(70, seed=3), lr="2", seed="1", value=53.0),
+        make_run("b1_again", make_records(70, seed=3), lr="2", seed="1", value=53.0),
+        make_run("lone", make_records(72, seed=4), lr="3", value=58.0),
+    ]
+    comparison = compare_runs(runs)
+    assert [(one.run, one.kind) for one in comparison.intervals[-2:]] == [("lone", "images"), ("b0", "seeds")]
+    (note,) = comparison.notes
+    assert note.startswith(UNREFLECTED.format("lone"))
+    (note,) = compare_runs([runs[0], *runs[2:]]).notes  # the baseline has one seed
+    assert note.startswith(UNREFLECTED.format("b0, b1, b1_again, lone"))
+    assert compare_runs(runs[:2]).notes == ()
 
 
 def test_single_group_of_seeds_gets_an_interval_of_its_mean():
