@@ -24,8 +24,6 @@ from m2f.eval.results.settings import EvaluationSettings
 from m2f.model.format_count import format_count
 
 Number = float | int | None
-CLASS_DETAILS = ("AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""Values by class in the JSON file and the page; a terminal is too narrow for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,7 @@ class EvaluationResults:
                 row |= {"TP": q.true_positives, "FP": q.false_positives, "FN": q.false_negatives}
             if self.instance is not None:
                 stats = self.instance.class_stats(thing_labels[category.id]) if category.is_thing else {}
-                row |= {name: _defined(stats.get(name, -1.0)) for name in ("AP", *CLASS_DETAILS)}
+                row |= {name: _defined(stats.get(name, -1.0)) for name in self.instance.stats}
             if self.semantic is not None:
                 row["IoU"] = _percent(self.semantic.per_class[label])
                 row["pixels"] = self.semantic.truth_pixels[label]
@@ -159,7 +157,8 @@ class EvaluationResults:
         blocks += [columns([g.title, *g.numbers], [["", *g.numbers.values()]]) for g in self.extra.groups()]
         if per_class:
             classes = self.per_class()
-            names = [name for name in classes[0] if name not in ("id", "name", "is_thing", *CLASS_DETAILS)]
+            details = self.instance.stats.keys() - {"AP"} if self.instance is not None else ()  # too wide here
+            names = [name for name in classes[0] if name not in {"id", "name", "is_thing", *details}]
             rows = [
                 [row["name"], "thing" if row["is_thing"] else "stuff", *(row[name] for name in names)]
                 for row in classes

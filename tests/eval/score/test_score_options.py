@@ -22,7 +22,8 @@ from m2f.eval.functions import (
     evaluate_semantic,
 )
 from m2f.eval.results.images import read_image_records
-from m2f.eval.score.options import read_names
+from m2f.eval.score.instances import instance_scoring
+from m2f.eval.score.options import ScoreOptions, read_names
 
 SIDE = 120
 NAMES = ("cat", "dog", "bus")
@@ -185,6 +186,16 @@ def test_report_and_per_image_file_are_written(coco):
         assert text in page
     records = read_image_records((folder / "images.parquet").read_bytes())
     assert records.resampled(np.ones((12, 1), np.int32))["AP"][0] == pytest.approx(100 * found["AP"])
+
+
+def test_class_tables_have_the_limits_of_detections_that_were_scored(coco):
+    folder, *_ = coco
+    scored(folder, "--max-dets", "1", "5", "--report", str(folder / "page.html"))
+    shown = re.findall(r"<th[^>]*>(AR\d+)</th>", (folder / "page.html").read_text())
+    assert shown == ["AR1", "AR5", "AR1", "AR5"]  # of the set, and by class
+    files, options = (folder / "truth.json", folder / "results.json"), ScoreOptions(max_dets=(1, 5))
+    results = instance_scoring(*files, boundary=False, class_agnostic=False, options=options).compute_results()
+    assert "\nclass  kind      AP\n" in results.table()
 
 
 def test_python_functions_give_the_results_of_m2f_score(coco):
