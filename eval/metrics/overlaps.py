@@ -16,6 +16,10 @@ class InconsistentMapError(ValueError):
     """Two maps, or a map and a table, that do not match each other."""
 
 
+class InconsistentTruthError(InconsistentMapError):
+    """The truth's map and its table do not match each other."""
+
+
 class Overlaps(NamedTuple):
     """Pixel counts of the ids of two maps and of pairs of ids; entries without a pixel are omitted."""
 
@@ -43,7 +47,8 @@ def count_overlaps(truth: np.ndarray, predicted: np.ndarray) -> Overlaps:
     truth_values, predicted_values, lengths = common_runs(truth, predicted)
     truth_ids, rows = compact_ids(truth_values)
     predicted_ids, columns = compact_ids(predicted_values)
-    cell = rows.astype(np.intp) * len(predicted_ids) + columns
+    # numpy adds int64 and uint64 as float64, so both need one type.
+    cell = rows.astype(np.intp) * len(predicted_ids) + columns.astype(np.intp)
     table = np.bincount(cell, weights=lengths, minlength=len(truth_ids) * len(predicted_ids)).astype(np.int64)
     table = table.reshape(len(truth_ids), len(predicted_ids))
     return Overlaps(

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from m2f.data_pipeline.readers.masks import area_mismatches
 from m2f.data_pipeline.sample import VOID_ID
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.base import MetricState, Record, column
 from m2f.eval.metrics.boundary import boundary_width, outline_map
-from m2f.eval.metrics.overlaps import InconsistentMapError, Overlaps, count_overlaps
+from m2f.eval.metrics.overlaps import InconsistentMapError, InconsistentTruthError, Overlaps, count_overlaps
 
 MATCH_IOU = 0.5
 """IoU that a match must exceed. Segments do not overlap, so each can exceed 0.5 with at most one other."""
@@ -161,7 +162,7 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         """Match the segments of one image.
 
         Raises:
-            EvaluationError: the maps differ in size, or the prediction's map and labels disagree.
+            EvaluationError: see the errors of `match_panoptic`.
         """
         try:
             self.add(image_id, match_panoptic(truth, prediction, self.boundary_ratio))
@@ -232,9 +233,12 @@ def match_panoptic(
 
     Raises:
         InconsistentMapError: the maps differ in size, or the prediction's map and labels disagree.
+        InconsistentTruthError: the truth's map shares no id with its segments, or the IoU of a match is above 1 because
+            the stated area is less than half of the pixels. Areas of small segments may differ, as in `shard`.
     """
     overlaps = count_overlaps(truth.id_map, prediction.id_map)
     _check_tables_agree(prediction, overlaps.predicted_area)
+    _check_truth_ids(truth, overlaps.truth_area)
     outlines = None if boundary_ratio is None else _count_outlines(truth.id_map, prediction.id_map, boundary_ratio)
 
     matches: list[tuple[int, float, float]] = []
@@ -244,6 +248,8 @@ def match_panoptic(
         if segment is None or segment.is_crowd or segment.label != prediction.labels.get(predicted_id):
             continue
         iou = overlaps.iou(truth_id, predicted_id, segment.area)
+        if iou > 1:
+            _check_area(truth_id, segment, overlaps.truth_area[truth_id], iou)
         if outlines is not None:
             iou = min(iou, outlines.iou(truth_id, predicted_id, outlines.truth_area[truth_id]))
         if iou > MATCH_IOU:
@@ -293,6 +299,25 @@ def _check_tables_agree(prediction: PanopticPrediction, area: Mapping[int, int])
     empty = [i for i in prediction.labels if not area.get(i)]
     if empty:
         raise InconsistentMapError(f"predicted segments have no pixels in the map: {empty[:5]}")
+
+
+def _check_truth_ids(truth: PanopticTruth, area: Mapping[int, int]) -> None:
+    """Raise InconsistentTruthError if map and table both have ids, but share none."""
+    in_map, listed = area.keys() - {VOID_ID}, truth.segments.keys() - {VOID_ID}
+    if in_map and listed and in_map.isdisjoint(listed):
+        raise InconsistentTruthError(
+            f"the truth's map has the ids {sorted(in_map)[:5]}, but its list of segments has {sorted(listed)[:5]}; "
+            "use the map and the list of the same version"
+        )
+
+
+def _check_area(truth_id: int, segment: TruthSegment, pixels: int, iou: float) -> None:
+    """Raise InconsistentTruthError if the stated area of a segment is wrong, not only rounded, so its IoU is wrong."""
+    if area_mismatches([(segment.area, pixels)]):
+        raise InconsistentTruthError(
+            f"segment {truth_id} of the truth has {pixels} pixels, but states an area of {segment.area:g}, so an IoU "
+            f"is {iou:.1f}; state the number of pixels of every segment"
+        )
 
 
 def _class_quality(iou: float, tp: int, fp: int, fn: int) -> ClassQuality:

@@ -16,7 +16,7 @@ from m2f.eval.metrics.base import MetricState
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
 from m2f.eval.metrics.engine import EngineRefusedError, PanopticPair, match_panoptic_files
 from m2f.eval.metrics.error_types import ErrorState, panoptic_errors
-from m2f.eval.metrics.overlaps import InconsistentMapError
+from m2f.eval.metrics.overlaps import InconsistentMapError, InconsistentTruthError
 from m2f.eval.metrics.panoptic_quality import (
     ClassQuality,
     PanopticPrediction,
@@ -56,6 +56,7 @@ from m2f.eval.score.options import (
     score_subject,
 )
 from m2f.eval.score.scoring import MultiRecord, OneByOne, ScoreReport, Scoring
+from m2f.eval.score.truth_doubts import TruthDoubts, describe_high_quality, panoptic_doubts, sampled
 
 _Pair = tuple[dict[str, Any], dict[str, Any]]
 """Annotation and prediction of one image."""
@@ -119,7 +120,8 @@ def panoptic_scoring(
     extra_states: dict[str, MetricState] = {}
     if detailed and chosen is None and not boundary:
         extra_states = {"segments": SegmentErrorState(len(categories)), "errors": ErrorState(len(categories), "PQ")}
-    notes = [*([matched.note] if matched.note else []), *scope_notes(options, len(ids), unknown)]
+    doubts = sum((work.doubts(a) for a in sampled(truth)), TruthDoubts()).describe("PQ uses the stated areas")
+    notes = [*([matched.note] if matched.note else []), *scope_notes(options, len(ids), unknown), *doubts]
     return Scoring(
         jobs=[(a, predictions[i]) for i, a in zip(ids, truth, strict=True)],
         work=OneByOne(_ScoreDetails(work) if extra_states else work if chosen is None else SelectClasses(work, chosen)),
@@ -134,6 +136,7 @@ def panoptic_scoring(
         ),
         extra_states=extra_states,
         names=ids,
+        doubts=doubts,
     )
 
 
@@ -188,7 +191,10 @@ class _ScoreImage:
         try:
             if not self.detailed and (record := self._engine_record(truth, prediction, where)) is not None:
                 return record
-            return match_panoptic(self._truth(truth, where), self._prediction(prediction, where), self.boundary_ratio)
+            return self._match(truth, prediction, where)
+        except InconsistentTruthError as error:
+            path = self.files.truth_masks / truth["file_name"]
+            raise EvaluationError(f"{where} ({self.files.truth} and {path}): {error}") from error
         except InconsistentMapError as error:
             path = self.files.prediction_masks / prediction["file_name"]
             raise EvaluationError(f"{where} ({path}): {error}") from error
@@ -197,6 +203,16 @@ class _ScoreImage:
                 f"{where}: a segment in {self.files.truth} or {self.files.predictions} has a field of the wrong type "
                 f"({error})"
             ) from error
+
+    def doubts(self, truth: dict[str, Any]) -> TruthDoubts:
+        """Count the doubts about the truth of one image. Errors are left to the scoring of the image."""
+        try:
+            return panoptic_doubts(self._truth(truth, f"image {truth['image_id']}"))
+        except (EvaluationError, TypeError):
+            return TruthDoubts()
+
+    def _match(self, truth: dict[str, Any], prediction: dict[str, Any], where: str) -> PanopticRecord:
+        return match_panoptic(self._truth(truth, where), self._prediction(prediction, where), self.boundary_ratio)
 
     def _engine_record(self, truth: dict[str, Any], prediction: dict[str, Any], where: str) -> PanopticRecord | None:
         """Return the engine's record; None if the engine cannot score the files, so `match_panoptic` must."""
@@ -213,9 +229,12 @@ class _ScoreImage:
         if not (is_plain_id_map(pair.truth_map) and is_plain_id_map(pair.predicted_map)):
             return None
         try:
-            return match_panoptic_files(pair)
+            record = match_panoptic_files(pair)
         except EngineRefusedError:
             return None
+        if pair.segments and (not len(record.matched_iou) or record.matched_iou.max() > 1):
+            self._match(truth, prediction, where)  # raises if the cause is the truth, which the engine does not check
+        return record
 
     def _truth(self, annotation: dict[str, Any], where: str) -> PanopticTruth:
         where = f"{self.files.truth}: {where}"
@@ -310,6 +329,7 @@ def _report(
         for category, q in per_class.items()
         if any(counts := (q.true_positives, q.false_positives, q.false_negatives))
     ]
+    notes = [*notes, *describe_high_quality([category.name for category in categories], quality.per_class)]
     names = [name, "SQ", "RQ"]
     tables = [
         "\n".join([f"{num_images} images, in per cent", *notes]),

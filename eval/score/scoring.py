@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -53,7 +54,7 @@ class OneByOne(Generic[Job, R]):
 
 @dataclass(frozen=True)
 class Scoring(Generic[Job, R, Result]):
-    """A prepared scoring run. Of the maps, at most a few of the truth have been read for checks."""
+    """A prepared scoring run. Besides JSON files, only masks of the truth have been read, for checks."""
 
     jobs: Sequence[Job]
     """One job per image."""
@@ -67,6 +68,8 @@ class Scoring(Generic[Job, R, Result]):
     """States of additional metrics, by name; `work` returns a record for each, and `results` reads them."""
     names: Sequence[str] = ()
     """Name of every job's image."""
+    doubts: Sequence[str] = ()
+    """Lines about truth that contradicts itself. The report has them, too."""
 
     def run(self, workers: int, advance: Callable[[int], None]) -> ScoreReport:
         """Score all images in at most `workers` processes; `advance` is called after every image.
@@ -88,8 +91,13 @@ class Scoring(Generic[Job, R, Result]):
         return image_table(records, dict(enumerate(self.names)))
 
     def compute_results(self, workers: int = 1) -> EvaluationResults:
-        """Score all images and return the results for a page and for Python. Raises the errors of `run`."""
+        """Score all images and return the results for a page and for Python. Raises the errors of `run`.
+
+        Doubts about the truth become warnings.
+        """
         assert self.results is not None
+        for line in self.doubts:
+            warnings.warn(line, stacklevel=3)
         return self.results(self.evaluate(workers, lambda _: None))
 
     def evaluate(self, workers: int, advance: Callable[[int], None]) -> Result:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.engine import EngineRefusedError, PanopticPair, match_panoptic_files
-from m2f.eval.metrics.overlaps import InconsistentMapError
+from m2f.eval.metrics.overlaps import InconsistentMapError, InconsistentTruthError
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment, match_panoptic
 from m2f.eval.score.files import is_plain_id_map, read_ids
 
@@ -74,6 +74,8 @@ def test_engine_counts_equal_our_matching_on_random_images(tmp_path):
         pair = random_pair(tmp_path, seed)
         try:
             expected = by_class(ours(pair))
+        except InconsistentTruthError:  # the engine does not check the truth
+            continue
         except InconsistentMapError:
             refused += 1
             with pytest.raises(EngineRefusedError):

@@ -136,6 +136,21 @@ def test_listed_segment_without_pixels_is_a_false_negative():
     assert counts(match_panoptic(truth_of([[0]], {3: (2, False, 7)}), prediction_of([[0]], {}))) == ([], [], [2])
 
 
+def test_truth_whose_map_and_segments_share_no_id_is_refused():
+    truth = truth_of([[1, 2, 0]], {3: (0, False, 7)})
+    with pytest.raises(EvaluationError, match=r"image 12: the truth's map has the ids \[1, 2\], but .* has \[3\]"):
+        PanopticQualityState(IS_THING).update(12, truth, prediction_of([[0] * 3], {}))
+
+
+def test_an_area_far_below_the_pixels_is_refused_if_it_makes_an_iou_above_1():
+    rows, prediction = [[1] * 200], prediction_of([[5] * 200], {5: 0})
+    with pytest.raises(EvaluationError, match="image 12: segment 1 of the truth has 200 pixels, but states an area of"):
+        PanopticQualityState(IS_THING).update(12, truth_of(rows, {1: (0, False, 0.5)}), prediction)
+    assert match_panoptic(truth_of(rows, {1: (0, False, 199)}), prediction).matched_iou == 200 / 199
+    small = match_panoptic(truth_of([[1] * 3], {1: (0, False, 1)}), prediction_of([[5] * 3], {5: 0}))
+    assert small.matched_iou == 3
+
+
 @pytest.mark.parametrize(("void", "expected"), [(2, [0]), (3, [])])
 def test_prediction_is_ignored_only_if_more_than_half_is_void(void, expected):
     truth = truth_of([[0] * void + [1] * (4 - void)], {1: (1, False)})
