@@ -6,8 +6,8 @@ if undefined. The list columns after them are match records, which `m2f compare`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from m2f.data_pipeline.storage.ragged_table import Ragged, read_table_bytes, tab
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.average_precision import AveragePrecisionState
 from m2f.eval.metrics.base import MetricState
+from m2f.eval.metrics.instance_matching import rank_in_image_and_class
 from m2f.eval.metrics.mean_iou import MeanIoUState, split_cells
 from m2f.eval.metrics.panoptic_quality import PanopticQualityState
 from m2f.eval.metrics.resampled import (
@@ -69,15 +70,23 @@ class ImageRecords:
 
 
 def image_records(
-    panoptic: PanopticQualityState | None, instance: AveragePrecisionState | None, semantic: MeanIoUState | None
+    panoptic: PanopticQualityState | None,
+    instance: AveragePrecisionState | None,
+    semantic: MeanIoUState | None,
+    *,
+    classes: Collection[int] | None = None,
+    limit: int | None = None,
 ) -> ImageRecords:
-    """Return the records of complete states, which must all hold the same images; None for a task without a state."""
+    """Return the records of complete states, which must all hold the same images; None for a task without a state.
+
+    mIoU is over `classes`, and AP counts at most `limit` detections per image and class; None: all.
+    """
     states = [state for state in (panoptic, instance, semantic) if state is not None]
     return ImageRecords(
         image_ids=np.array(states[0].image_ids if states else [], dtype=np.int64),
         panoptic=None if panoptic is None else _from_state(PanopticImages, panoptic),
-        instance=None if instance is None else _from_state(InstanceImages, instance),
-        semantic=None if semantic is None else _semantic_images(semantic),
+        instance=None if instance is None else _instance_images(instance, limit),
+        semantic=None if semantic is None else _semantic_images(semantic, classes),
     )
 
 
@@ -127,8 +136,21 @@ def _from_state(kind: type[_ImagesT], state: MetricState) -> _ImagesT:
     return kind(**columns)
 
 
-def _semantic_images(state: MeanIoUState) -> SemanticImages:
+def _instance_images(state: AveragePrecisionState, limit: int | None) -> InstanceImages:
+    images = _from_state(InstanceImages, state)
+    if limit is None:
+        return images
+    kept = rank_in_image_and_class(images.label.values, images.label.counts) < limit
+    counts = np.bincount(images.label.rows[kept], minlength=len(images.label.counts))
+    names = ("label", "score", "matched", "ignored")
+    return replace(images, **{name: Ragged(getattr(images, name).values[kept], counts) for name in names})
+
+
+def _semantic_images(state: MeanIoUState, classes: Collection[int] | None) -> SemanticImages:
+    """Return the pixels by pair of classes. Classes that are not in `classes` become -1, which no mean includes."""
     truth, predicted = split_cells(state.rows("cell"), state.num_classes)
+    if classes is not None:
+        truth, predicted = (np.where(np.isin(side, list(classes)), side, -1) for side in (truth, predicted))
     counts = state.row_counts("cell")
     return SemanticImages(*(Ragged(values, counts) for values in (truth, predicted, state.rows("pixels"))))
 

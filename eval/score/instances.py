@@ -124,6 +124,7 @@ def instance_scoring(
         results=None if class_agnostic else partial(_results, table, subject, extra_states, len(images)),
         extra_states=extra_states,
         names=[str(image.id) for image in images],
+        limit=shown_limit,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -68,6 +68,10 @@ class Scoring(Generic[Job, R, Result]):
     """States of additional metrics, by name; `work` returns a record for each, and `results` reads them."""
     names: Sequence[str] = ()
     """Name of every job's image."""
+    classes: Collection[int] | None = None
+    """Classes that mIoU averages; None: all. For PQ and AP, `work` leaves out the other classes."""
+    limit: int | None = None
+    """Detections per image and class that AP counts; None: all."""
     doubts: Sequence[str] = ()
     """Lines about truth that contradicts itself. The report has them, too."""
 
@@ -87,6 +91,8 @@ class Scoring(Generic[Job, R, Result]):
             state if isinstance(state, PanopticQualityState) else None,
             state if isinstance(state, AveragePrecisionState) else None,
             state if isinstance(state, MeanIoUState) else None,
+            classes=self.classes,
+            limit=self.limit,
         )
         return image_table(records, dict(enumerate(self.names)))
 

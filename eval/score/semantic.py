@@ -75,6 +75,7 @@ def semantic_scoring(
         report=partial(_report, shown, chosen, scope_notes(options, len(names)), state, len(names)),
         results=partial(_results, category_table(categories), subject, chosen, state, len(names)),
         names=names,
+        classes=chosen,
     )
 
 
@@ -94,7 +95,7 @@ def _results(
         panoptic=None,
         instance=None,
         semantic=state.compute_for_classes(chosen),
-        pixels=state.confusion(),
+        pixels=state.confusion() if chosen is None else None,
     )
 
 

@@ -188,6 +188,26 @@ def test_report_and_per_image_file_are_written(coco):
     assert records.resampled(np.ones((12, 1), np.int32))["AP"][0] == pytest.approx(100 * found["AP"])
 
 
+def test_per_image_values_count_as_many_detections_as_the_table(tmp_path):
+    mask = np.zeros((1, SIDE, SIDE), bool)
+    mask[:, :9, :9] = True
+    wrong = np.roll(mask[0], 50, axis=1)
+    results = [{"image_id": 1, "category_id": 1, "segmentation": rle(m)} for m in [mask[0], *[wrong] * 100, mask[0]]]
+    results = [one | {"score": 1 - i / 200} for i, one in enumerate(results)]
+    annotation = {"image_id": 1, "category_id": 1, "area": 81, "iscrowd": 0}
+    masks = (mask[0], np.roll(mask[0], 1, axis=0))
+    truth = {
+        "images": [{"id": 1, "height": SIDE, "width": SIDE}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [annotation | {"id": i, "segmentation": rle(m)} for i, m in enumerate(masks)],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    found = scored(tmp_path, "--class-agnostic", "--per-image", str(tmp_path / "images.parquet"))
+    records = read_image_records((tmp_path / "images.parquet").read_bytes())
+    assert records.per_image_values()["AP"] == pytest.approx([100 * found["AP"]])
+
+
 def test_class_tables_have_the_limits_of_detections_that_were_scored(coco):
     folder, *_ = coco
     scored(folder, "--max-dets", "1", "5", "--report", str(folder / "page.html"))
@@ -400,6 +420,14 @@ def test_semantic_scoring_supports_names_subsets_reports_and_arrays(tmp_path, ca
     truth, predicted = maps[1]
     chosen = (truth == 1) | (truth == 2)
     assert part["pACC"] == pytest.approx((truth == predicted)[chosen].mean())
+
+    files = ["--report", str(tmp_path / "page.html"), "--per-image", str(tmp_path / "images.parquet")]
+    assert main(["score", "semantic", *words, "--classes", "dog", "2", *files]) == 0
+    assert "Confusion" not in (tmp_path / "page.html").read_text()
+    records = read_image_records((tmp_path / "images.parquet").read_bytes())
+    assert records.per_image_values()["mIoU"][1] == pytest.approx(100 * part["mIoU"])
+    both = json.loads((tmp_path / "out.json").read_text())
+    assert records.resampled(np.ones((2, 1), np.int32))["mIoU"] == pytest.approx([100 * both["mIoU"]])
 
 
 def test_lists_may_come_from_windows_but_class_names_have_no_gap(tmp_path):
