@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 
 from m2f.cluster.environment import uses_ray
 from m2f.cluster.recipe.config import ClusterConfig
@@ -23,7 +24,7 @@ from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.readers import Reader, dataset_fingerprint, open_dataset
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation, require_all_usable
-from m2f.data_pipeline.shards.plan import ShardPlan, committed_document, keep_shard_count, plan_shards
+from m2f.data_pipeline.shards.plan import ShardPlan, committed_document, keep_written_plan, plan_shards
 from m2f.data_pipeline.shards.publish import find_lost
 from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources
 from m2f.data_pipeline.shards.write import (
@@ -89,7 +90,9 @@ def run_shard_job(
         raise DataError(f"datasets.{name} has no source to create shards from; set datasets.{name}.source")
     reader, unusable = open_dataset(dataset)
     new_plan = plan_shards(reader, dataset, dataset_fingerprint(dataset))
-    plan = new_plan if redo else keep_shard_count(new_plan, storage)
+    plan = new_plan
+    if not redo:
+        plan = keep_written_plan(new_plan, storage, partial(dataset_fingerprint, dataset, earlier=True))
     existing = None if redo else committed_document(plan, storage)
     changes = SourceChanges() if redo else _compare_sources(name, reader, plan, storage)
     notes: tuple[str, ...] = ()

@@ -131,10 +131,13 @@ def open_dataset(dataset: DatasetConfig) -> tuple[Reader, tuple[UnusableAnnotati
     return (reader if dataset.tiles is None else TileReader.open(reader, dataset.tiles)), unusable
 
 
-def dataset_fingerprint(dataset: DatasetConfig) -> str:
-    """Return the fingerprint of the source together with the settings `part`, `background` and `tiles`."""
+def dataset_fingerprint(dataset: DatasetConfig, *, earlier: bool = False) -> str:
+    """Return the fingerprint of the source together with the settings `part`, `background` and `tiles`.
+
+    `earlier` returns that of earlier versions; see `source_fingerprint`.
+    """
     assert dataset.source is not None
-    fingerprint = source_fingerprint(dataset.source)
+    fingerprint = source_fingerprint(dataset.source, earlier=earlier)
     settings = {name: getattr(dataset, name) for name in ("part", "background", "tiles")}
     if all(value is None for value in settings.values()):
         return fingerprint
@@ -184,11 +187,14 @@ def _open(source: SourceConfig, max_pixels: int) -> Reader:
             assert_never(source)
 
 
-def source_fingerprint(source: SourceConfig) -> str:
+def source_fingerprint(source: SourceConfig, *, earlier: bool = False) -> str:
     """Return a hex digest of the settings and the annotation files of a source. It is part of a shard plan's identity.
 
     Folder names are not included, so that a data set can be moved. Images and maps are not included either; each shard
     keeps a record of its own source files.
+
+    `earlier` returns the digest of earlier versions, which did not include the names of YOLO's text files. For other
+    sources it is the same digest.
     """
     digest = hashlib.sha256(source.kind.encode())
     files: tuple[str | None, ...] = ()
@@ -218,13 +224,16 @@ def source_fingerprint(source: SourceConfig) -> str:
             files = (source.categories,)
         case YoloSegSource():
             texts = _files_below(source.labels, ".txt")
-            # The name of a text file is the only link to its image.
-            digest.update(json.dumps([Path(text).relative_to(source.labels).as_posix() for text in texts]).encode())
+            if not earlier:  # the name of a text file is the only link to its image
+                names = [Path(text).relative_to(source.labels).as_posix() for text in texts]
+                digest.update(json.dumps(names).encode())
             files = (source.data_yaml, *texts, source.image_set)
         case LabelmeSource():
             digest.update(repr(source.classes).encode())
             files = _files_below(source.annotations, ".json")
         case CvatSource():
+            if source.subset is not None:  # left out if None, to keep digests of earlier versions
+                digest.update(f"subset {source.subset}".encode())
             files = (source.annotations,)
         case VocSource():
             files = (source.image_set, source.legend)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
@@ -72,15 +73,21 @@ def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> Shar
     )
 
 
-def keep_shard_count(plan: ShardPlan, storage: Storage) -> ShardPlan:
-    """Return the plan by which the data set in the target was written, if only the number of shards differs from it.
+def keep_written_plan(plan: ShardPlan, storage: Storage, earlier_fingerprint: Callable[[], str]) -> ShardPlan:
+    """Return the plan by which the data set in the target was written, if it describes the same samples.
 
-    That number depends on the sizes of source files, which change when files are deleted or encoded again. The number
-    of a data set that was never complete is not kept, because it may come from a folder without its images.
+    It may have another number of shards, which depends on the sizes of source files. They change when files are deleted
+    or encoded again. The number of a data set that was never complete is not kept, because it may come from a folder
+    without its images.
+
+    It may also have the fingerprint by which earlier versions identified this source. `earlier_fingerprint` computes
+    it, and is called only if the plans differ.
     """
     claim = _read_claim(plan, storage)
     if claim is None or claim["plan"] == plan.hash:
         return plan
+    if claim.get("source") == (earlier := earlier_fingerprint()):
+        plan = replace(plan, source_fingerprint=earlier)
     if not any(storage.exists(join(plan.target, name)) for name in (manifest.DATASET_FILE, SAMPLES_FILE)):
         return plan
     keys = [key for shard in plan.shard_keys for key in shard]

@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -37,7 +38,7 @@ from m2f.data_pipeline.shards.plan import (
     clear_target,
     committed_document,
     delete_manifest,
-    keep_shard_count,
+    keep_written_plan,
     plan_shards,
 )
 from m2f.data_pipeline.shards.publish import find_published, has_size, publish
@@ -280,7 +281,7 @@ def write_dataset(
         raise DataError(f"the data set at {config.shards} has no source to shard; set datasets.<name>.source")
     plan = plan_shards(reader, config, source_fingerprint(config.source))
     if not redo:
-        plan = keep_shard_count(plan, storage)
+        plan = keep_written_plan(plan, storage, partial(source_fingerprint, config.source, earlier=True))
     committed = None if redo else committed_document(plan, storage)
     changes = SourceChanges() if redo else compare_sources(reader, plan.target, len(plan.shard_keys), storage)
     parts = prepare_parts(reader, plan, changes, storage, skip_bad=skip_bad, redo=redo)

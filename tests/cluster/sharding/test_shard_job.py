@@ -24,9 +24,11 @@ from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.manifest import Manifest
-from m2f.data_pipeline.shards.write import write_dataset
-from m2f.data_pipeline.sources import LabelMapSource, SyntheticSource
+from m2f.data_pipeline.shards.plan import plan_shards
+from m2f.data_pipeline.shards.write import complete_parts, write_dataset, write_shard
+from m2f.data_pipeline.sources import LabelMapSource, SyntheticSource, YoloSegSource
 from m2f.data_pipeline.storage.storage import Storage
+from tests import tool_exports
 from tests.waiting import PATIENCE_S
 
 CLUSTER = ClusterConfig(shard_tasks=2)
@@ -121,6 +123,24 @@ def test_target_with_another_data_set_is_rejected(tmp_path, no_ray):
     other = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=7))
     with pytest.raises(DataError, match="belongs to another shard plan"):
         run_shard_job("train", other, CLUSTER, Storage())
+
+
+def test_yolo_data_set_of_an_earlier_version_is_completed(tmp_path, no_ray):
+    """Earlier versions did not include the names of the text files in the digest of the source."""
+    tool_exports.yolo_seg(tmp_path)
+    source = YoloSegSource(
+        images=f"{tmp_path}/images/train", labels=f"{tmp_path}/labels/train", data_yaml=f"{tmp_path}/data.yaml"
+    )
+    dataset = DatasetConfig(shards=f"{tmp_path}/shards", source=source, shard_mb=0.001)
+    earlier = "27d54e558f3d628027af87774e9137b771fc68d18c5f8d45c37f43d26b442df7"
+    plan = plan_shards(open_reader(source), dataset, earlier)
+    complete_parts(plan, Storage())  # claims the folder
+    write_shard(open_reader(source), plan, 0, Storage())
+    report = run_shard_job("train", dataset, CLUSTER, Storage())
+    assert 0 < report.written_shards == report.num_shards - 1
+    assert json.loads((tmp_path / "shards/dataset.json").read_text())["source_fingerprint"] == earlier
+    assert run_shard_job("train", dataset, CLUSTER, Storage()).written_shards == 0
+    assert write_dataset(open_reader(source), dataset, Storage()).num_samples == 4
 
 
 def test_data_set_without_source_is_rejected(tmp_path):
