@@ -71,7 +71,8 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
     """Return every image in ascending id, with its annotations and results in the order of their files.
 
     Annotations of unlisted images are left out. Raises EvaluationError for images with invalid or repeated ids or with
-    unusable sizes, and for results of unlisted images.
+    unusable sizes, for annotations whose image id has another type than those of the images, and for results of
+    unlisted images.
     """
     truth, predictions = files.truth, files.predictions
     if not isinstance(results, list):
@@ -83,6 +84,7 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
         raise EvaluationError(f"{truth} has panoptic annotations; use instances, such as instances_val2017.json")
     images = _listed_images(document["images"], truth)
     what = f"{truth}: an annotation"
+    has_text_ids = any(isinstance(image_id, str) for image_id in images)
     # Subsets of a data set often list fewer images, but keep the annotations of all.
     for position, entry in enumerate(document["annotations"]):
         image_id = require_field(entry, "image_id", what)
@@ -92,6 +94,11 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
             )
         if (image := images.get(image_id)) is not None:
             image.annotations.append(entry)
+        elif images and isinstance(image_id, str) != has_text_ids:
+            raise EvaluationError(
+                f"{truth}: image_id of annotation number {position} is {image_id!r:.40}, but the ids of images are "
+                f"{'text' if has_text_ids else 'integers'}; use one type"
+            )
     number = 0
     for image_id, group in itertools.groupby(results, _get_image_id):  # results of an image are mostly consecutive
         image = images.get(image_id) if isinstance(image_id, int | float | str) else None
@@ -149,6 +156,14 @@ def describe_missing_results(images: Sequence[ImageEntries], predictions: Path) 
     return (
         f"{len(missing)} of {len(images)} images have no result in {predictions} (no detections): {first_few(missing)}"
     )
+
+
+def describe_unlisted_images(images: Sequence[ImageEntries], annotations: int, truth: Path) -> str | None:
+    """Return a line about those of all annotations whose images are not listed; None if there are none."""
+    unlisted = annotations - sum(len(image.annotations) for image in images)
+    if not unlisted:
+        return None
+    return f"{unlisted} of {annotations} annotations are for images that {truth} does not list; they are not scored"
 
 
 class MaskPixels(NamedTuple):

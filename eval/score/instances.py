@@ -44,6 +44,7 @@ from m2f.eval.score.instance_files import (
     ImageEntries,
     InstanceFiles,
     describe_missing_results,
+    describe_unlisted_images,
     get_category_id,
     mask_pixels,
     read_detections,
@@ -62,6 +63,8 @@ from m2f.eval.score.options import (
     select_classes,
 )
 from m2f.eval.score.scoring import MultiRecord, ScoreReport, Scoring, percent
+from m2f.eval.score.truth_doubts import TruthDoubts, instance_doubts, sampled
+from m2f.model.errors import UserError
 
 MAX_DETS = (1, 10, 100)
 CLASS_AGNOSTIC_MAX_DETS = (1, 10, 100, 1000)
@@ -91,6 +94,7 @@ def instance_scoring(
     files = InstanceFiles(truth, predictions)
     chosen = chosen_labels(categories, options, str(truth))
     images = read_entries(document, results, files)
+    unlisted = describe_unlisted_images(images, len(document["annotations"]), truth)
     selected = chosen_images((image.id for image in images), options, str(truth))
     images = [image for image in images if selected is None or str(image.id) in selected]
     predicted_labels = matched.labels(labels)
@@ -100,7 +104,10 @@ def instance_scoring(
     ratio = BOUNDARY_RATIO if boundary else None
     names = ["Boundary" * boundary, "class-agnostic" * class_agnostic, "mask AP"]
     title = f"{' '.join(filter(None, names))}, {len(images)} images, in per cent"
-    notes = [matched.note, describe_missing_results(images, predictions), *scope_notes(options, len(images), unknown)]
+    notes = [matched.note, unlisted, describe_missing_results(images, predictions)]
+    doubts = sum((_doubts(image, labels, files) for image in sampled(images)), TruthDoubts())
+    doubt_lines = doubts.describe("AP by size uses the stated areas")
+    notes += [*scope_notes(options, len(images), unknown), *doubt_lines]
     title = "\n".join([title, *(note for note in notes if note)])
     ranges = area_ranges(options.area_bounds)
     work = _ScoreImages(
@@ -125,7 +132,16 @@ def instance_scoring(
         extra_states=extra_states,
         names=[str(image.id) for image in images],
         limit=shown_limit,
+        doubts=doubt_lines,
     )
+
+
+def _doubts(image: ImageEntries, labels: Mapping[int, int], files: InstanceFiles) -> TruthDoubts:
+    """Count the doubts about the truth of one image. Errors are left to the scoring of the image."""
+    try:
+        return instance_doubts(read_truth(image, labels, files))
+    except (UserError, TypeError):
+        return TruthDoubts()
 
 
 def _unknown_categories(

@@ -104,6 +104,10 @@ def rle(counts, size=(60, 60)):
         ({"image": {"height": 70_000, "width": 70_000}}, "gt.json: image 1 has 70000 x 70000 pixels"),
         ({"image": {"height": 10**400}}, "gt.json: image 1 has 60 x more than 1e12 pixels"),
         ({"annotation": {"image_id": [1]}}, r"gt.json: image_id of annotation number 0 is \[1\], not an id"),
+        (
+            {"annotation": {"image_id": "1"}},
+            "gt.json: image_id of annotation number 0 is '1', but the ids of images are",
+        ),
         ({"result": {"image_id": {}}}, "found.json: result 1 is for image {}, which .*gt.json does not list"),
         ({"images": [{"id": 1, "height": 6, "width": 6}]}, "gt.json: image 1 is listed twice"),
         ({"images": [{"id": "a", "height": 6, "width": 6}]}, "gt.json: some image ids are integers and some are text"),
@@ -144,6 +148,23 @@ def test_annotation_of_area_0_counts_as_in_pycocotools(tmp_path):
     """The stated area makes it small, and it counts in the AP over all sizes."""
     content = _instances(tmp_path, annotation={"area": 0}).content
     assert (content["AP"], content["APs"], content["APm"]) == (pytest.approx(1), pytest.approx(1), -1)
+
+
+def test_annotations_of_unlisted_images_are_counted(tmp_path):
+    table = _instances(tmp_path, annotation={"image_id": 2}).table
+    assert f"1 of 1 annotations are for images that {tmp_path / 'gt.json'} does not list" in table
+
+
+@pytest.mark.parametrize(
+    ("annotation", "note"),
+    [
+        ({"area": 0.4}, "1 of 1 annotated segments have less than half or more than twice the pixels of their"),
+        ({"segmentation": [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]}, "1 of 1 annotated segments have no pixel (normalised"),
+    ],
+)
+def test_wrong_areas_and_masks_without_pixels_are_noted(tmp_path, annotation, note):
+    assert "DOUBTFUL" not in _instances(tmp_path).table
+    assert f"DOUBTFUL TRUTH (1 image checked): {note}" in _instances(tmp_path, annotation=annotation).table
 
 
 def test_images_without_a_result_are_counted_and_named(tmp_path):
