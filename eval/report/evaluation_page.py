@@ -61,11 +61,14 @@ def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], wor
     subject = results.subject
     step = "" if subject.step is None else f" at step {subject.step:,}"
     data = f", data {subject.fingerprint[:12]}" if subject.fingerprint else ""
-    lead = paragraph(f"{results.num_images:,} images{data}; all values in per cent.", "faint")
-    if subject.subset is not None:
-        lead = paragraph(f"Subset: {subject.subset}. Not comparable with results of the whole set.", "note") + lead
-    if subject.test_time is not None:
-        lead = paragraph(f"Test time: {subject.test_time}.", "note") + lead
+    scope = (
+        ("Test time: {}.", subject.test_time),
+        ("Subset: {}. Not comparable with results of the whole set.", subject.subset),
+        ("Some classes: {}.", subject.classes),
+    )
+    notes = [text.format(value) for text, value in scope if value is not None]
+    lead = "".join(paragraph(note, "note") for note in (*notes, *results.notes))
+    lead += paragraph(f"{results.num_images:,} images{data}; all values in per cent.", "faint")
     metrics = results.metrics()
     chosen = {name: _number(metrics[name]) for name in ("PQ", "AP", "mIoU") if name in metrics}
     return page(f"{subject.label}{step}", headline(chosen) + lead, sections)

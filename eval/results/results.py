@@ -68,6 +68,8 @@ class EvaluationResults:
     pixels: np.ndarray | None = None
     """[K truth, K predicted] int64: confusion matrix of the semantic task, in pixels."""
     extra: ExtraResults = field(default_factory=ExtraResults)
+    notes: Sequence[str] = ()
+    """Lines about the scored files for the page, such as the number of images without a result."""
 
     def metrics(self) -> dict[str, float | None]:
         """Return every metric of the set in per cent, with names that MLflow accepts; None if undefined."""

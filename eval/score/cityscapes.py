@@ -31,7 +31,7 @@ from m2f.eval.metrics.cityscapes_iou import (
 )
 from m2f.eval.results.results import columns
 from m2f.eval.score.files import first_few, read_labels, require_folder
-from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, percent
+from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, percent, score_report
 
 TRUTH_ENDING = "_gtFine_instanceIds.png"
 
@@ -145,7 +145,7 @@ def _report_instances(num_images: int, result: CityscapesAP) -> ScoreReport:
         ["class", "AP", "AP50"], [[name, percent(ap), percent(ap50)] for name, (ap, ap50) in scores.items()]
     )
     content = {"AP": result.ap, "AP50": result.ap50, "per_class": per_class}
-    return ScoreReport(content, f"{num_images} images, in per cent\n\n{table}")
+    return score_report(content, f"{num_images} images, in per cent", num_images, (), [table])
 
 
 def _report_semantic(num_images: int, result: CityscapesIoU) -> ScoreReport:
@@ -167,4 +167,4 @@ def _report_semantic(num_images: int, result: CityscapesIoU) -> ScoreReport:
             ("category", groups | {"all": (result.group_iou, result.group_iiou)}),
         )
     ]
-    return ScoreReport(content, "\n\n".join([f"{num_images} images, in per cent", *tables]))
+    return score_report(content, f"{num_images} images, in per cent", num_images, (), tables)

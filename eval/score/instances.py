@@ -61,8 +61,9 @@ from m2f.eval.score.options import (
     scope_notes,
     score_subject,
     select_classes,
+    unknown_notes,
 )
-from m2f.eval.score.scoring import MultiRecord, ScoreReport, Scoring, percent
+from m2f.eval.score.scoring import MultiRecord, ScoreReport, Scoring, percent, score_report
 from m2f.eval.score.truth_doubts import TruthDoubts, instance_doubts, sampled
 from m2f.model.errors import UserError
 
@@ -103,12 +104,11 @@ def instance_scoring(
     limits = tuple(sorted(options.max_dets or limits))
     ratio = BOUNDARY_RATIO if boundary else None
     names = ["Boundary" * boundary, "class-agnostic" * class_agnostic, "mask AP"]
-    title = f"{' '.join(filter(None, names))}, {len(images)} images, in per cent"
     notes = [matched.note, unlisted, describe_missing_results(images, predictions)]
     doubts = sum((_doubts(image, labels, files) for image in sampled(images)), TruthDoubts())
     doubt_lines = doubts.describe("AP by size uses the stated areas")
-    notes += [*scope_notes(options, len(images), unknown), *doubt_lines]
-    title = "\n".join([title, *(note for note in notes if note)])
+    notes = [*filter(None, notes), *unknown_notes(unknown), *doubt_lines]
+    title, shown_notes = " ".join(filter(None, names)), [*scope_notes(options, len(images)), *notes]
     ranges = area_ranges(options.area_bounds)
     work = _ScoreImages(
         files, labels, predicted_labels, matched.dropped | unknown, class_agnostic, limits[-1], ratio, ranges
@@ -127,8 +127,17 @@ def instance_scoring(
         jobs=images,
         work=_ScoreExtras(work, frozenset(extra_states), chosen) if extra_states or chosen is not None else work,
         state=AveragePrecisionState(num_classes, limits, ratio, options.area_bounds),
-        report=partial(_report, () if class_agnostic else categories, shown, title, shown_limit, extra_states),
-        results=None if class_agnostic else partial(_results, table, subject, extra_states, len(images)),
+        report=partial(
+            _report,
+            () if class_agnostic else categories,
+            shown,
+            title,
+            len(images),
+            shown_notes,
+            shown_limit,
+            extra_states,
+        ),
+        results=None if class_agnostic else partial(_results, table, subject, extra_states, len(images), notes),
         extra_states=extra_states,
         names=[str(image.id) for image in images],
         limit=shown_limit,
@@ -159,6 +168,7 @@ def _results(
     subject: EvaluationSubject,
     extra_states: Mapping[str, MetricState],
     num_images: int,
+    notes: Sequence[str],
     result: AveragePrecision,
 ) -> EvaluationResults:
     """Return the results for a page and for Python."""
@@ -170,6 +180,7 @@ def _results(
         panoptic=None,
         instance=result,
         semantic=None,
+        notes=notes,
         extra=ExtraResults(box_instance=extra_states["box"].compute() if "box" in extra_states else None),
         **details,
     )
@@ -252,13 +263,15 @@ def _report(
     categories: tuple[ScoredCategory, ...],
     shown: tuple[ScoredCategory, ...],
     title: str,
+    num_images: int,
+    notes: Sequence[str],
     limit: int,
     extra_states: Mapping[str, MetricState],
     result: AveragePrecision,
 ) -> ScoreReport:
     numbers = result.stats_at(limit)
     content: dict[str, Any] = {**numbers, **_by_class(categories, result)}
-    tables = [title, columns(list(numbers), [[percent(value) for value in numbers.values()]])]
+    tables = [columns(list(numbers), [[percent(value) for value in numbers.values()]])]
     if "box" in extra_states:
         boxes: AveragePrecision = extra_states["box"].compute()
         content["box"] = {**boxes.stats, **_by_class(categories, boxes)}
@@ -270,7 +283,7 @@ def _report(
             if category in shown and stats["AP"] >= 0:
                 rows.append([category.name, *map(percent, stats.values())])
         tables.append(columns(["class", *result.stats], rows))
-    return ScoreReport(content, "\n\n".join(tables))
+    return score_report(content, f"{title}, {num_images} images, in per cent", num_images, notes, tables)
 
 
 def _by_class(categories: Sequence[ScoredCategory], result: AveragePrecision) -> dict[str, Any]:

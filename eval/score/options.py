@@ -122,18 +122,22 @@ def select_classes(record: RecordT, labels: Collection[int]) -> RecordT:
     return replace(record, **kept)
 
 
-def scope_notes(options: ScoreOptions, num_images: int, unknown: Collection[object] = ()) -> list[str]:
-    """Return lines for the title of a table that state what was not scored."""
+def scope_notes(options: ScoreOptions, num_images: int) -> list[str]:
+    """Return lines for the title of a table that state which images and classes were chosen."""
     notes = []
     if options.images is not None:
         notes.append(f"SUBSET: {num_images} selected images")
     if options.classes is not None:
         notes.append(f"SOME CLASSES: {first_few(options.classes, 10)}")
-    if unknown:
-        notes.append(
-            f"ignored: predictions of categories that the truth does not list ({first_few(sorted(map(str, unknown)))})"
-        )
     return notes
+
+
+def unknown_notes(unknown: Collection[object]) -> list[str]:
+    """Return a line about ignored predictions of unknown categories; no line if there are none."""
+    if not unknown:
+        return []
+    listed = first_few(sorted(map(str, unknown)))
+    return [f"ignored: predictions of categories that the truth does not list ({listed})"]
 
 
 def category_table(categories: Sequence[ScoredCategory], *, things: bool = False) -> CategoryTable:

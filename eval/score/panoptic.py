@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.base import MetricState
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
@@ -54,8 +54,9 @@ from m2f.eval.score.options import (
     chosen_labels,
     scope_notes,
     score_subject,
+    unknown_notes,
 )
-from m2f.eval.score.scoring import MultiRecord, OneByOne, ScoreReport, Scoring
+from m2f.eval.score.scoring import MultiRecord, OneByOne, ScoreReport, Scoring, score_report
 from m2f.eval.score.truth_doubts import TruthDoubts, describe_high_quality, panoptic_doubts, sampled
 
 _Pair = tuple[dict[str, Any], dict[str, Any]]
@@ -121,18 +122,20 @@ def panoptic_scoring(
     if detailed and chosen is None and not boundary:
         extra_states = {"segments": SegmentErrorState(len(categories)), "errors": ErrorState(len(categories), "PQ")}
     doubts = sum((work.doubts(a) for a in sampled(truth)), TruthDoubts()).describe("PQ uses the stated areas")
-    notes = [*([matched.note] if matched.note else []), *scope_notes(options, len(ids), unknown), *doubts]
+    notes = [*([matched.note] if matched.note else []), *unknown_notes(unknown), *doubts]
+    name, shown_notes = "Boundary PQ" if boundary else "PQ", [*scope_notes(options, len(ids)), *notes]
     return Scoring(
         jobs=[(a, predictions[i]) for i, a in zip(ids, truth, strict=True)],
         work=OneByOne(_ScoreDetails(work) if extra_states else work if chosen is None else SelectClasses(work, chosen)),
         state=state,
-        report=partial(_report, categories, len(ids), "Boundary PQ" if boundary else "PQ", notes),
+        report=partial(_report, categories, len(ids), name, shown_notes),
         results=partial(
             _results,
             category_table(categories),
             score_subject(files.predictions, options, len(ids)),
             extra_states,
             len(ids),
+            notes,
         ),
         extra_states=extra_states,
         names=ids,
@@ -155,6 +158,7 @@ def _results(
     subject: EvaluationSubject,
     extra_states: Mapping[str, MetricState],
     num_images: int,
+    notes: Sequence[str],
     quality: PanopticQuality,
 ) -> EvaluationResults:
     """Return the results for a page and for Python."""
@@ -166,6 +170,7 @@ def _results(
         panoptic=quality,
         instance=None,
         semantic=None,
+        notes=_with_doubts(notes, table.categories, quality),
         **details,
     )
 
@@ -329,14 +334,19 @@ def _report(
         for category, q in per_class.items()
         if any(counts := (q.true_positives, q.false_positives, q.false_negatives))
     ]
-    notes = [*notes, *describe_high_quality([category.name for category in categories], quality.per_class)]
     names = [name, "SQ", "RQ"]
     tables = [
-        "\n".join([f"{num_images} images, in per cent", *notes]),
         columns(["", *names, "classes"], rows),
         columns(["class", "kind", *names, "TP", "FP", "FN"], class_rows),
     ]
-    return ScoreReport(content, "\n\n".join(tables))
+    notes = _with_doubts(notes, categories, quality)
+    return score_report(content, f"{num_images} images, in per cent", num_images, notes, tables)
+
+
+def _with_doubts(
+    notes: Sequence[str], categories: Sequence[ScoredCategory | Category], quality: PanopticQuality
+) -> list[str]:
+    return [*notes, *describe_high_quality([category.name for category in categories], quality.per_class)]
 
 
 def _percents(quality: Quality | ClassQuality | None) -> tuple[float | None, ...]:

@@ -26,9 +26,17 @@ class ScoreReport:
     """Result of `m2f score`."""
 
     content: dict[str, Any]
-    """Content of the JSON file: shares in full precision."""
+    """Content of the JSON file: shares in full precision, `num_images`, and `notes`."""
     table: str
     """Text for the terminal, in per cent."""
+
+
+def score_report(
+    content: Mapping[str, Any], title: str, num_images: int, notes: Sequence[str], tables: Sequence[str]
+) -> ScoreReport:
+    """Return a report whose text and JSON file both have the notes. `title` and the notes are above the tables."""
+    content = {**content, "num_images": num_images, "notes": list(notes)}
+    return ScoreReport(content, "\n\n".join(["\n".join([title, *notes]), *tables]))
 
 
 @dataclass(frozen=True)

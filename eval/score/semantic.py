@@ -31,7 +31,7 @@ from m2f.eval.score.options import (
     scope_notes,
     score_subject,
 )
-from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, percent
+from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, percent, score_report
 
 MAX_CLASSES = 10_000
 """A larger confusion matrix would not fit into memory."""
@@ -96,6 +96,7 @@ def _results(
         instance=None,
         semantic=state.compute_for_classes(chosen),
         pixels=state.confusion() if chosen is None else None,
+        notes=_void_notes(state),
     )
 
 
@@ -160,13 +161,6 @@ def _report(
 ) -> ScoreReport:
     if chosen is not None:
         result = state.compute_for_classes(chosen)
-    void = int(state.void_pixels().sum())
-    if void:
-        labelled = int(state.confusion().sum()) + void
-        notes = [
-            *notes,
-            f"{void:,} of {labelled:,} labelled pixels are predicted as void ({state.void}): missed",
-        ]
     numbers = {
         "mIoU": result.miou,
         "mIoU_union": result.miou_occurring,
@@ -182,8 +176,15 @@ def _report(
         if chosen is None or label in chosen
     ]
     tables = [
-        "\n".join([f"{num_images} label maps, in per cent", *notes]),
         columns(list(numbers), [[percent(value) for value in numbers.values()]]),
         columns(["class", "IoU", "pixels"], per_class),
     ]
-    return ScoreReport({**numbers, "IoU": list(result.per_class), "void_pixels": void}, "\n\n".join(tables))
+    content = {**numbers, "IoU": list(result.per_class), "void_pixels": int(state.void_pixels().sum())}
+    notes = [*notes, *_void_notes(state)]
+    return score_report(content, f"{num_images} label maps, in per cent", num_images, notes, tables)
+
+
+def _void_notes(state: MeanIoUState) -> list[str]:
+    void = int(state.void_pixels().sum())
+    labelled = int(state.confusion().sum()) + void
+    return [f"{void:,} of {labelled:,} labelled pixels are predicted as void ({state.void}): missed"] if void else []

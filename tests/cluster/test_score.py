@@ -30,6 +30,8 @@ def test_semantic_scores_are_printed_and_written(label_folders, tmp_path, capsys
         "pACC": pytest.approx(2 / 3),
         "IoU": [0.5, 1.0, 0.0, None],
         "void_pixels": 0,
+        "num_images": 1,
+        "notes": [],
     }
     assert "75.00       50.00             37.50" in capsys.readouterr().out
 

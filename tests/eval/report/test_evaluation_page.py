@@ -178,9 +178,12 @@ def test_small_charts_of_many_classes_are_folded():
     PageReader(html)
 
 
-def test_page_notes_a_subset_and_supports_an_empty_evaluation():
-    subject = EvaluationSubject(dataset="toy", fingerprint="ff", subset="first 3 of 9")
-    assert "first 3 of 9" in evaluation_page(evaluated(TASKS).compute(TABLE, subject), {}, {})
+def test_page_has_the_notes_on_images_classes_and_files_and_supports_an_empty_evaluation():
+    subject = EvaluationSubject(dataset="toy", fingerprint="ff", subset="first 3 of 9", classes="only bus, sky")
+    results = replace(evaluated(TASKS).compute(TABLE, subject), notes=["1 of 3 images have no result"])
+    text = PageReader(evaluation_page(results, {}, {})).text
+    shown = ["Subset: first 3 of 9. Not comparable with results of the whole set.", "Some classes: only bus, sky."]
+    assert [line for line in text if line in (*shown, *results.notes)] == [*shown, *results.notes]
     PageReader(evaluation_page(EvaluationStates.empty(TABLE, TASKS).compute(TABLE, SUBJECT), {}, {}))
 
 

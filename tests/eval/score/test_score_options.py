@@ -154,6 +154,7 @@ def test_subset_of_images_and_classes_equals_pycocotools(coco, capsys):
     (folder / "chosen.txt").write_text("3\n4\n7\n\n8\n")
     found = scored(folder, "--images", str(folder / "chosen.txt"), "--classes", "dog", "9", "--boxes")
     assert "SOME CLASSES: dog, 9" in capsys.readouterr().out
+    assert (found["num_images"], found["notes"][:2]) == (4, ["SUBSET: 4 selected images", "SOME CLASSES: dog, 9"])
     for kind, numbers in (("segm", found), ("bbox", found["box"])):
         run = oracle(truth, results, kind, imgIds=[3, 4, 7, 8], catIds=[1, 9])
         assert [numbers[name] for name in STATS] == run.stats.tolist()
@@ -172,8 +173,11 @@ def test_unknown_categories_are_refused_or_ignored(coco, capsys):
     (folder / "results.json").write_text(json.dumps(other + results))
     words = ["--truth", str(folder / "truth.json"), "--predictions", str(folder / "results.json")]
     assert main(["score", "instances", *words]) == 2
-    assert scored(folder, "--ignore-unknown") == before
-    assert "the truth does not list (77)" in capsys.readouterr().out
+    note = "ignored: predictions of categories that the truth does not list (77)"
+    notes = {"notes": [*before["notes"], note]}
+    assert scored(folder, "--ignore-unknown", "--report", str(folder / "page.html")) == before | notes
+    assert note in capsys.readouterr().out
+    assert note in (folder / "page.html").read_text()
 
 
 def test_report_and_per_image_file_are_written(coco):
@@ -382,8 +386,10 @@ def test_unknown_categories_of_segments_are_refused_or_ignored(panoptic, capsys)
     (folder / "results.json").write_text(json.dumps(document))
     words = ["--truth", str(folder / "truth.json"), "--predictions", str(folder / "results.json")]
     assert main(["score", "panoptic", *words, *panoptic_words(folder)]) == 2
-    scored(folder, *panoptic_words(folder), "--ignore-unknown", kind="panoptic")
+    report = "--ignore-unknown", "--report", str(folder / "page.html")
+    assert "(77)" in scored(folder, *panoptic_words(folder), *report, kind="panoptic")["notes"][0]
     assert "(77)" in capsys.readouterr().out
+    assert "the truth does not list (77)" in (folder / "page.html").read_text()
 
 
 def test_semantic_scoring_supports_names_subsets_reports_and_arrays(tmp_path, capsys):
@@ -489,7 +495,9 @@ def test_void_in_label_maps_counts_as_missed_but_not_as_false_positive(tmp_path,
     assert main(["score", "semantic", *words, *files, "--report", str(tmp_path / "page.html")]) == 0
     labelled = truth != 255
     missed = int((predicted == void)[labelled].sum())
-    assert f"{missed:,} of {labelled.sum():,} labelled pixels are predicted as void ({void})" in capsys.readouterr().out
+    note = f"{missed:,} of {labelled.sum():,} labelled pixels are predicted as void ({void})"
+    assert note in capsys.readouterr().out
+    assert note in (tmp_path / "page.html").read_text()
     ious = [
         (labelled & (truth == k) & (predicted == k)).sum() / (labelled & ((truth == k) | (predicted == k))).sum()
         for k in range(3)
