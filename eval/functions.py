@@ -1,7 +1,8 @@
 """Metrics for Python programs: `evaluate_panoptic`, `evaluate_instances` and `evaluate_semantic`.
 
-Each function takes arrays, image by image, or paths of files as `m2f score` does. `EvaluationResults` has `metrics()`
-and `per_class()` in per cent, `table()` as text, and exact shares in `panoptic`, `instance` and `semantic`.
+Each function takes arrays, image by image, or paths of files as `m2f score` does. An array may also be a tensor on any
+device or a list. `EvaluationResults` has `metrics()` and `per_class()` in per cent, `table()` as text, and exact shares
+in `panoptic`, `instance` and `semantic`. Doubts about the truth, such as wrong areas, are warnings.
 
     from m2f.eval.functions import PanopticImage, evaluate_panoptic
 
@@ -14,6 +15,7 @@ and `per_class()` in per cent, `table()` as text, and exact shares in `panoptic`
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -32,6 +34,7 @@ from m2f.eval.metrics.box_average_precision import detection_boxes, match_boxes,
 from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
 from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.mean_iou import BINARY_MASK, MeanIoUState, ignore_label, is_binary_mask
+from m2f.eval.metrics.overlaps import count_overlaps
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
 from m2f.eval.metrics.rle import Rle, encode_masks, mask_areas
 from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
@@ -40,6 +43,7 @@ from m2f.eval.results.states import EvaluationStates
 from m2f.eval.score.instances import instance_scoring
 from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
 from m2f.eval.score.semantic import semantic_scoring
+from m2f.eval.score.truth_doubts import TruthDoubts, describe_high_quality, instance_doubts, panoptic_doubts
 from m2f.model.errors import UserError
 
 PathLike = str | os.PathLike[str]
@@ -48,7 +52,7 @@ _ImageT = TypeVar("_ImageT")
 
 @dataclass(frozen=True, eq=False)
 class PanopticImage:
-    """Segments of one image, annotated or predicted."""
+    """Segments of one image, annotated or predicted. Raises EvaluationError for a map that is not an array."""
 
     id_map: np.ndarray
     """[H, W] integers, 0 for void."""
@@ -59,10 +63,13 @@ class PanopticImage:
     areas: Mapping[int, float] = field(default_factory=dict)
     """Areas stated by the annotation, by segment id, above 0. Pixels are counted for segments without an entry."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id_map", to_array(self.id_map, "id_map"))
+
 
 @dataclass(frozen=True, eq=False)
 class Instances:
-    """Instances of one image, annotated or detected."""
+    """Instances of one image, annotated or detected. Raises EvaluationError for fields that are not arrays."""
 
     masks: np.ndarray | Sequence[np.ndarray] | Sequence[Rle]
     """[N, H, W] bool, or a list of masks [H, W] bool or of COCO's run-length encodings."""
@@ -75,13 +82,21 @@ class Instances:
     areas: np.ndarray | Sequence[float] | None = None
     """[N] areas in pixels, stated by the annotation; None: the pixels of the masks are counted."""
 
+    def __post_init__(self) -> None:
+        if _has_tensors(self.masks):
+            masks = [to_array(mask, "masks") if _is_tensor(mask) else mask for mask in self.masks]
+            object.__setattr__(self, "masks", masks)
+        for name in ("labels", "scores", "is_crowd", "areas"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, to_array(values, name))
+
 
 def evaluate_panoptic(
     truth: Iterable[PanopticImage] | PathLike,
     predictions: Iterable[PanopticImage] | PathLike,
     *,
-    class_names: Sequence[str] | None = None,
-    is_thing: Sequence[bool] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
+    is_thing: Sequence[bool] | Mapping[int, bool] | None = None,
     truth_masks: PathLike | None = None,
     prediction_masks: PathLike | None = None,
 ) -> EvaluationResults:
@@ -91,7 +106,7 @@ def evaluate_panoptic(
         truth: annotated images, or the path of a COCO panoptic JSON file.
         predictions: predicted images in the same order, or the path of a JSON file.
         class_names: name of every class, by class index; for images only.
-        is_thing: whether each class is a thing, by class index; for images only.
+        is_thing: whether each class is a thing, by class index; for images only. Both may be lists or mappings.
         truth_masks: folder of the annotated maps; for paths only.
         prediction_masks: folder of the predicted maps; for paths only.
 
@@ -108,12 +123,13 @@ def evaluate_panoptic(
             prediction_masks=Path(prediction_masks),
         )
         return panoptic_scoring(files, boundary=False, detailed=True).compute_results()
-    if class_names is None or is_thing is None or len(class_names) != len(is_thing):
+    if class_names is None or is_thing is None:
         raise EvaluationError("evaluate_panoptic: images require class_names and is_thing, with one entry per class")
     states, table = _states(class_names, is_thing, "panoptic")
     assert states.panoptic is not None
     assert states.segments is not None
     assert states.errors is not None
+    doubts = TruthDoubts()
     for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
         _check_maps(number, annotated.id_map, predicted.id_map)
         predicted_labels = {i: label for i, label in predicted.labels.items() if i != VOID_ID}
@@ -125,7 +141,12 @@ def evaluate_panoptic(
         candidates = panoptic_candidates(image_truth, image_prediction)
         states.segments.update(number, candidates)
         states.errors.add(number, panoptic_errors(candidates))
-    return states.compute(table, SUBJECT)
+        doubts += panoptic_doubts(image_truth)
+    results = states.compute(table, SUBJECT)
+    assert results.panoptic is not None
+    names = [category.name for category in table.categories]
+    _warn(doubts.describe("PQ uses the stated areas") + describe_high_quality(names, results.panoptic.per_class))
+    return results
 
 
 def evaluate_instances(
@@ -157,6 +178,7 @@ def evaluate_instances(
     assert states.instance is not None
     assert states.segments is not None
     assert states.errors is not None
+    doubts = TruthDoubts()
     for number, (annotated, detected) in enumerate(_pairs(truth, predictions)):
         image_truth, detections = _instance_truth(number, annotated), _detections(number, detected)
         states.instance.update(number, image_truth, detections)
@@ -165,6 +187,8 @@ def evaluate_instances(
         if states.box_instance is not None:
             limit = states.box_instance.max_dets[-1]
             states.box_instance.add(number, match_boxes(truth_boxes(image_truth), detection_boxes(detections), limit))
+        doubts += instance_doubts(image_truth)
+    _warn(doubts.describe("AP by size uses the stated areas"))
     return states.compute(table, SUBJECT)
 
 
@@ -201,6 +225,8 @@ def evaluate_semantic(
     )
     assert states.semantic is not None
     for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
+        annotated = to_array(annotated, f"image {number}: the truth")
+        predicted = to_array(predicted, f"image {number}: the prediction")
         _check_maps(number, annotated, predicted)
         states.semantic.update(number, annotated, predicted)
         if values <= {0, 255}:  # other maps are not binary, so most need no search for values
@@ -230,6 +256,49 @@ def class_list(names: Collection[str] | Mapping[int, str], error: type[UserError
     return tuple(map(str, names))
 
 
+def thing_list(
+    is_thing: Sequence[bool] | Mapping[int, bool], num_classes: int, error: type[UserError] = EvaluationError
+) -> tuple[bool, ...]:
+    """Return whether each class is a thing, by label, from a list of flags or from flags by label.
+
+    Raises `error` for labels that are not 0 to K - 1, for another number of flags, and for values that are no flags.
+    """
+    if isinstance(is_thing, Mapping):
+        if set(is_thing) != set(range(num_classes)):
+            raise error(f"is_thing has the labels {sorted(is_thing, key=str)}; they must be 0 to {num_classes - 1}")
+        is_thing = [is_thing[label] for label in range(num_classes)]
+    values = None if isinstance(is_thing, str | bytes | Set) else to_array(is_thing, "is_thing").tolist()
+    if not isinstance(values, list) or any(value not in (False, True) for value in values):
+        raise error(f"is_thing is {is_thing!r:.50}; give a list with True or False for each class")
+    if len(values) != num_classes:
+        raise error(f"{num_classes} names and {len(values)} values of is_thing; give one of each per class")
+    return tuple(map(bool, values))
+
+
+def to_array(values: Any, name: str) -> np.ndarray:
+    """Return an array from an array, a tensor on any device, or a list. Raises EvaluationError naming what is none."""
+    try:
+        if _is_tensor(values):
+            values = values.detach().cpu()
+            return (values.double() if values.is_floating_point() else values).numpy()  # numpy has no bfloat16
+        return np.asarray([to_array(value, name) for value in values] if _has_tensors(values) else values)
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(f"{name} is not an array of numbers ({error})") from error
+
+
+def _is_tensor(values: object) -> bool:
+    return hasattr(values, "detach")
+
+
+def _has_tensors(values: object) -> bool:
+    return _is_tensor(values) or (isinstance(values, list | tuple) and any(map(_is_tensor, values)))
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        warnings.warn(line, stacklevel=3)
+
+
 def _path(name: str, value: object) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise EvaluationError(
@@ -250,13 +319,19 @@ def _pairs(truth: Iterable[_ImageT], predictions: Iterable[_ImageT]) -> Iterable
         yield annotated, predicted  # type: ignore[misc]
 
 
-def _table(class_names: Sequence[str], is_thing: Sequence[bool]) -> CategoryTable:
-    pairs = zip(class_list(class_names), is_thing, strict=True)
+def _table(
+    class_names: Sequence[str] | Mapping[int, str], is_thing: Sequence[bool] | Mapping[int, bool]
+) -> CategoryTable:
+    names = class_list(class_names)
+    pairs = zip(names, thing_list(is_thing, len(names)), strict=True)
     return CategoryTable(tuple(Category(i, name, thing, (0, 0, 0)) for i, (name, thing) in enumerate(pairs)))
 
 
 def _states(
-    class_names: Sequence[str], is_thing: Sequence[bool], task: Task, extra: Sequence[ExtraMetric] = ()
+    class_names: Sequence[str] | Mapping[int, str],
+    is_thing: Sequence[bool] | Mapping[int, bool],
+    task: Task,
+    extra: Sequence[ExtraMetric] = (),
 ) -> tuple[EvaluationStates, CategoryTable]:
     table = _table(class_names, is_thing)
     return EvaluationStates.empty(table, [task], extra), table
@@ -276,15 +351,14 @@ def _check_maps(number: int, truth: np.ndarray, predicted: np.ndarray) -> None:
 
 def _panoptic_truth(number: int, image: PanopticImage) -> PanopticTruth:
     """Return the truth. Raises EvaluationError for a stated area that is not above 0, unless it is a crowd's."""
-    ids, pixels = np.unique(image.id_map, return_counts=True)
-    counted = dict(zip(ids.tolist(), pixels.tolist(), strict=True))
+    counted = count_overlaps(image.id_map, image.id_map).truth_area
     segments = {
         i: TruthSegment(label, float(image.areas.get(i, counted.get(i, 0))), i in image.crowds)
         for i, label in image.labels.items()
         if i != VOID_ID
     }
     for i, segment in segments.items():
-        if i in image.areas and not segment.is_crowd and not segment.area > 0:
+        if i in image.areas and not segment.is_crowd and not 0 < segment.area < float("inf"):
             raise EvaluationError(
                 f"image {number}: areas states {segment.area:g} for segment {i}; give its number of pixels, or no entry"
             )
@@ -334,8 +408,12 @@ def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
 def compressed_rle(mask: Rle, name: str) -> Rle:
     """Return run lengths in compressed form, which is COCO's form for pycocotools.
 
-    Raises DataError beginning with `name` if the `counts` are damaged or do not add up to the size.
+    Raises DataError beginning with `name` for another form, and for `counts` that are damaged or do not fill the size.
     """
+    if not isinstance(mask, Mapping) or not {"counts", "size"} <= mask.keys():
+        raise DataError(
+            f"{name} is {mask!r:.50}; it must be bool [H, W], or COCO's run lengths with `size` and `counts`"
+        )
     counts = mask["counts"]
     height, width = (int(side) for side in mask["size"])
     text = counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts

@@ -23,7 +23,7 @@ from m2f.data_pipeline.readers.masks import stack_layers
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Segment
 from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.functions import Instances, PanopticImage, class_list, compressed_rle
+from m2f.eval.functions import Instances, PanopticImage, class_list, compressed_rle, thing_list
 from m2f.eval.metrics.mean_iou import BINARY_MASK, ignore_label, is_binary_mask
 from m2f.eval.metrics.rle import decode_mask
 from m2f.model.extras import report_missing_extras
@@ -61,8 +61,8 @@ class Dataset:
 
     In COCO files the id of a class is its label + 1.
     """
-    is_thing: Sequence[bool] | None = None
-    """Whether each class is a thing (has instances), by label.
+    is_thing: Sequence[bool] | Mapping[int, bool] | None = None
+    """Whether each class is a thing (has instances), by label: a list or a mapping.
 
     None means that all classes are things for `Instances` and none for label maps. `PanopticImage` requires a value.
     """
@@ -127,11 +127,11 @@ class Dataset:
             if PanopticImage in kinds:
                 raise DataError("is_thing is missing: PanopticImage annotations require it for every class")
             things = [Instances in kinds] * len(names)
-        if len(things) != len(names) or not names:
-            raise DataError(f"{len(names)} names and {len(things)} values of is_thing; give one of each per class")
-        pairs = enumerate(zip(names, things, strict=True))
+        if not names:
+            raise DataError("names is empty; give one name per class")
+        pairs = enumerate(zip(names, thing_list(things, len(names), DataError), strict=True))
         return CategoryTable(
-            tuple(Category(label + 1, name, bool(thing), distinct_color(label)) for label, (name, thing) in pairs)
+            tuple(Category(label + 1, name, thing, distinct_color(label)) for label, (name, thing) in pairs)
         )
 
     def _label_values(self) -> set[int]:

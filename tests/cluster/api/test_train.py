@@ -115,10 +115,10 @@ def test_label_maps_and_instances_are_written_as_shards(scenes, tmp_path):
         assert verify(str(tmp_path / name), Storage(), "full").faults == ()
 
 
-def test_class_names_may_be_given_by_label(scenes):
+def test_class_names_and_things_may_be_given_by_label(scenes):
     names = {1: "box", 0: "ground"}
-    table = m2f.Dataset([scenes[0][0]], [np.zeros(SIZE, np.uint8)], names)._table
-    assert [category.name for category in table.categories] == ["ground", "box"]
+    table = m2f.Dataset([scenes[0][0]], [np.zeros(SIZE, np.uint8)], names, is_thing={1: True, 0: False})._table
+    assert [(category.name, category.is_thing) for category in table.categories] == [("ground", False), ("box", True)]
 
 
 def test_maps_of_one_class_and_void_are_written_if_void_is_named(scenes, tmp_path):
@@ -156,6 +156,8 @@ def test_class_255_of_label_maps_is_a_class_if_there_are_256_or_more(scenes):
         ({"images": np.zeros((2, *SIZE, 3), np.uint8)}, r"for several images give list\(images\)"),
         ({"is_thing": None}, "is_thing is missing"),
         ({"is_thing": [True]}, "2 names and 1 values of is_thing"),
+        ({"is_thing": {1: True, 2: False}}, r"is_thing has the labels \[1, 2\]; they must be 0 to 1"),
+        ({"is_thing": ["thing", "stuff"]}, r"is_thing is \['thing', 'stuff'\]; give a list"),
         (
             {"annotations": [m2f.PanopticImage(np.full(SIZE, 5), {})] * 2},
             "annotation 0: pixel values 5 have no valid label",
