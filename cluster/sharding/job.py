@@ -73,7 +73,7 @@ def run_shard_job(
         cluster: settings of the Ray cluster.
         storage: storage of the shards.
         skip_bad: whether to leave out samples that cannot be used. Otherwise they prevent the manifest from being
-            written.
+            written, unless the complete data set that is written again already left them out.
         keep_going: whether to write all other shards if one cannot be written. Otherwise the job ends at once.
         redo: whether to write all shards again.
         ray_stack: stack that stops Ray when it is closed, if this job starts Ray. Jobs of further data sets can use Ray
@@ -89,12 +89,10 @@ def run_shard_job(
     if dataset.source is None:
         raise DataError(f"datasets.{name} has no source to create shards from; set datasets.{name}.source")
     reader, unusable = open_dataset(dataset)
-    new_plan = plan_shards(reader, dataset, dataset_fingerprint(dataset))
-    plan = new_plan
-    if not redo:
-        plan = keep_written_plan(new_plan, storage, partial(dataset_fingerprint, dataset, earlier=True))
+    plan, new_plan = _make_plans(reader, dataset, storage, redo=redo)
     existing = None if redo else committed_document(plan, storage)
     changes = SourceChanges() if redo else _compare_sources(name, reader, plan, storage)
+    stored: ShardReport | None = None
     notes: tuple[str, ...] = ()
     if existing is not None:
         stored = _stored_report(name, plan, existing["shards"], storage)
@@ -128,13 +126,21 @@ def run_shard_job(
         repairs=_count_repairs(parts.values()),
         notes=_source_notes(changes, has_files=False) + notes,
         failures=tuple(failures),
-        committed=not failures and (skip_bad or is_restored or not problems),
+        committed=not failures and (skip_bad or is_restored or not _new_problems(problems, stored)),
     )
-    return _commit_and_report(plan, parts.values(), report, storage, skip_bad)
+    return _commit_and_report(plan, parts.values(), report, storage)
+
+
+def _make_plans(reader: Reader, dataset: DatasetConfig, storage: Storage, *, redo: bool) -> tuple[ShardPlan, ShardPlan]:
+    """Return the plan by which shards are written, and the plan of a new data set."""
+    new_plan = plan_shards(reader, dataset, dataset_fingerprint(dataset))
+    if redo:
+        return new_plan, new_plan
+    return keep_written_plan(new_plan, storage, partial(dataset_fingerprint, dataset, earlier=True)), new_plan
 
 
 def _commit_and_report(
-    plan: ShardPlan, parts: Iterable[ShardPart], report: ShardReport, storage: Storage, skip_bad: bool
+    plan: ShardPlan, parts: Iterable[ShardPart], report: ShardReport, storage: Storage
 ) -> ShardReport:
     """Write the manifest if `report.committed` is set, store the report in any case, and return it.
 
@@ -143,7 +149,7 @@ def _commit_and_report(
     commit_error = None
     if report.committed:
         try:
-            commit_manifest(plan, parts, storage, skip_bad=skip_bad)
+            commit_manifest(plan, parts, storage, skip_bad=True)  # `report.committed` accepts the problems
         except DataError as error:  # no sample is left, or another data set was committed first; still store the report
             commit_error, report = error, replace(report, committed=False)
     storage.put(join(plan.target, REPORT_FILE), json.dumps(asdict(report), indent=1).encode())
@@ -244,6 +250,18 @@ def _list_problems(unusable: Iterable[UnusableAnnotation], parts: dict[int, Shar
     """Return the problems of the annotation file, and then those of the shards in order."""
     problems = [SampleProblem("", entry.source, entry.message, is_in_shard=True) for entry in unusable]
     return (*problems, *(problem for index in sorted(parts) for problem in parts[index].problems))
+
+
+def _new_problems(problems: Iterable[SampleProblem], stored: ShardReport | None) -> list[SampleProblem]:
+    """Return the problems of samples that the complete data set of the report `stored` does not leave out.
+
+    Problems that leave a sample in its shard are not new either if the data set already had problems with the sample.
+    Without a report, all problems are new.
+    """
+    known = set[tuple[str, bool]]()
+    for problem in () if stored is None else stored.problems:
+        known |= {(problem.key, True), (problem.key, problem.is_in_shard)}
+    return [problem for problem in problems if (problem.key, problem.is_in_shard) not in known]
 
 
 def _permitted_shards(plan: ShardPlan, problems: Iterable[SampleProblem], max_pixels: int) -> frozenset[int]:

@@ -227,6 +227,36 @@ def test_images_that_max_pixels_now_permits_are_added(tmp_path):
     assert shard(2 * H * W).written_shards == 0
 
 
+@pytest.mark.parametrize("reason", ["max_pixels", "changed image", "lost shard"])
+def test_rewritten_data_set_may_leave_out_what_it_left_out_before(tmp_path, reason):
+    coco = CocoSet(tmp_path)
+    for number in (1, 2):
+        coco.images.append({**coco.images[0], "id": 40 + number, "file_name": f"{number}.png", "width": number * W})
+    coco.files |= {"1.png": b"no image", "2.png": encode_png(np.zeros((H, 2 * W, 3), np.uint8))}
+    coco.instances[0]["segmentation"] = None
+    coco.write()
+    dataset = DatasetConfig(shards=str(tmp_path / "shards"), source=coco.instances_source, max_pixels=H * W)
+    left_out = run_shard_job("train", dataset, ClusterConfig(), Storage(), skip_bad=True).problems
+    assert {(problem.key, problem.is_in_shard) for problem in left_out} == {("a", True), ("1", False), ("2", False)}
+    match reason:
+        case "max_pixels":
+            dataset = replace(dataset, max_pixels=2 * H * W)
+        case "changed image":
+            coco.files["a.jpg"] += b"\0"
+        case _:
+            shutil.rmtree(tmp_path / "shards" / "sources")
+            (tmp_path / "shards" / "shards" / "00000.tar").unlink()
+            coco.files["a.jpg"] += b"\0"
+    coco.write()
+    report = run_shard_job("train", dataset, ClusterConfig(), Storage())
+    assert (report.written_shards, report.committed) == (1, True)
+    assert {problem.key for problem in report.problems} == {"a", "1"} | ({"2"} if reason != "max_pixels" else set())
+    coco.files["a.jpg"] = b"no image"
+    coco.write()
+    with pytest.raises(DataError, match=r"a\.jpg(.|\n)*cannot be used, so the data set is not committed"):
+        run_shard_job("train", dataset, ClusterConfig(), Storage())
+
+
 @pytest.mark.parametrize(
     ("num_annotations", "num_samples", "words"),
     [(0, 2, "2 of 9 samples"), (3, 0, "3 annotations"), (3, 2, "3 annotations and 2 of 9 samples")],
