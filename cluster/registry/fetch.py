@@ -48,7 +48,8 @@ def fetch_image(url: str, allowed: Collection[str], max_bytes: int = MAX_BYTES) 
 
     Args:
         url: http or https URL.
-        allowed: allowed hosts as in URLs, with `:PORT` if it is not the default port of the scheme.
+        allowed: allowed hosts as in URLs, with `:PORT` if it is not the default port of the scheme. IPv6 addresses are
+            in brackets; without a port, the brackets may be left out.
         max_bytes: maximum size of the body. If the response states a larger size, the body is not read.
 
     Raises:
@@ -90,12 +91,15 @@ def _parse_allowed_url(url: str, allowed: Collection[str]) -> tuple[SplitResult,
         port = parts.port or _PORTS.get(scheme, 0)
     except ValueError:  # the error message quotes parts of the URL and is therefore not shown
         raise FetchError("the host or port in the URL of the image is malformed") from None
-    host_and_port = host if port == _PORTS.get(scheme) else f"{host}:{port}"
+    url_host = f"[{host}]" if ":" in host else host  # an IPv6 address
+    has_default_port = port == _PORTS.get(scheme)
+    names = {f"{url_host}:{port}", *((url_host, host) if has_default_port else ())}
     if not host or scheme not in _PORTS or "@" in parts.netloc or any(ord(c) <= 32 or ord(c) > 126 for c in url):
         raise FetchError(
             "the URL of the image must be http://HOST/... or https://HOST/..., in ASCII, without a user name"
         )
-    if host_and_port not in {one.lower() for one in allowed}:
+    if names.isdisjoint(one.lower() for one in allowed):
+        host_and_port = url_host if has_default_port else f"{url_host}:{port}"
         known = ", ".join(sorted(allowed)) or "none"
         raise FetchError(
             f"images from {host_and_port} are not allowed (allowed hosts: {known}). Send the bytes of the image, or "
@@ -124,7 +128,7 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             ip = ip.ipv4_mapped
-        elif any(ip in net for net in _IPV4_IN_IPV6_NETWORKS):
+        elif ip.is_site_local or any(ip in net for net in _IPV4_IN_IPV6_NETWORKS):
             return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 

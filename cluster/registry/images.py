@@ -96,8 +96,11 @@ def _check_array(value: object) -> np.ndarray:
     _check_size(*pixels.shape[:2])
     if pixels.dtype == np.uint8:
         return np.ascontiguousarray(pixels)
-    if not np.issubdtype(pixels.dtype, np.integer) or pixels.min() < 0 or pixels.max() > _MAX_VALUE:
+    if not np.issubdtype(pixels.dtype, np.integer):
         raise ImageError(f"the array has dtype {pixels.dtype}; pixels must be integers from 0 to 255")
+    low, high = pixels.min(), pixels.max()
+    if low < 0 or high > _MAX_VALUE:
+        raise ImageError(f"the array has values from {low} to {high}; pixels must be integers from 0 to 255")
     return pixels.astype(np.uint8)
 
 

@@ -77,6 +77,37 @@ def test_large_bodies_redirects_and_unlisted_hosts_are_rejected(server):
         fetch_image("https://pictures.example/image", [])
 
 
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("http://[2606:4700::1111]/x", "[2606:4700::1111]"),
+        ("http://[2606:4700::1111]/x", "2606:4700::1111"),
+        ("http://[2606:4700::1111]:8080/x", "[2606:4700::1111]:8080"),
+        ("http://pictures.example/x", "pictures.example:80"),
+        ("https://pictures.example/x", "pictures.example:443"),
+        ("https://pictures.example:443/x", "pictures.example"),
+    ],
+)
+def test_allowed_hosts_may_be_ipv6_addresses_and_name_the_default_port(monkeypatch, url, host):
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", lambda *words, **options: [(10, 1, 6, "", ("::1", 80))])
+    with pytest.raises(FetchError, match="not public"):  # so the host is allowed
+        fetch_image(url, [host])
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "advice"),
+    [
+        ("http://[2606:4700::1111]:8080/x", "[2606:4700::1111]", r"--allow-url \[2606:4700::1111\]:8080"),
+        ("http://[2606:4700::1111]/x", "[2606:4700::1111]:443", r"--allow-url \[2606:4700::1111\]"),
+        ("http://pictures.example:443/x", "pictures.example", "--allow-url pictures.example:443"),
+        ("https://pictures.example/x", "pictures.example:80", "--allow-url pictures.example"),
+    ],
+)
+def test_a_host_is_not_allowed_with_another_port(url, host, advice):
+    with pytest.raises(FetchError, match=rf"are not allowed .*{advice}$"):
+        fetch_image(url, [host])
+
+
 SLOW = {
     "headers": (b"HTTP/1.1 200 OK\r\n", b"X-Part: 1\r\n"),
     "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
@@ -171,6 +202,7 @@ def test_malformed_urls_are_rejected_without_being_quoted(url):
         ("::1", False),
         ("fe80::1%eth0", False),
         ("fd00::1", False),
+        ("fec0::1", False),
         ("::ffff:10.0.0.1", False),
         ("64:ff9b::a00:1", False),
         ("2002:a00:1::", False),
@@ -208,7 +240,8 @@ def test_an_image_may_be_bytes_text_or_an_array():
         (np.zeros((4, 4, 4), np.uint8), r"\[4, 4, 4\]"),
         (np.zeros((0, 4, 3), np.uint8), r"\[0, 4, 3\]"),
         (np.zeros((4, 4, 3)), "float64"),
-        (np.full((4, 4, 3), 256), "integers from 0 to 255"),
+        (np.full((4, 4, 3), 256), "values from 256 to 256; pixels must be integers from 0 to 255"),
+        ([[[300, -1, 0]]], "values from -1 to 300"),
         ([[1, 2], [3]], "lists"),
         (None, "shape"),
     ],
