@@ -20,8 +20,17 @@ def test_unknown_names_are_refused_with_similar_names():
     assert name_problem("???") == "which timm does not have; `timm.list_models()` lists all names"
 
 
+def test_every_tag_of_timm_is_accepted_and_others_are_refused_with_its_list():
+    known = timm.list_models("resnet*", include_tags=True)
+    assert [name for name in [*known[::10], "vit_base_patch16_clip_quickgelu_224.openai"] if name_problem(name)] == []
+    problem = str(name_problem("resnet50.nosuchtag"))
+    assert problem.startswith("whose tag timm does not have; known: resnet50, resnet50.a1_in1k, ")
+    assert "resnet50d" not in problem
+
+
 def test_checking_a_common_name_imports_neither_timm_nor_torch():
-    code = "import sys; from m2f.model.backbones.timm_names import name_problem; print(name_problem('resnet50')); "
+    code = "import sys; from m2f.model.backbones.timm_names import name_problem; "
+    code += "print(name_problem('resnet50'), name_problem('resnet50.tv_in1k')); "
     code += "print(sorted({'timm', 'torch'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "None\n[]\n"
+    assert done.stdout == "None None\n[]\n"
