@@ -18,6 +18,8 @@ _INDEX = "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 _CONFIGS = ("config.json", "preprocessor_config.json")
 """Config files that transformers stores beside the weights."""
+_TIMM_WEIGHTS = (_WEIGHTS, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""Files of weights that timm loads. It prefers safetensors and reads the others without executing code."""
 _TIMEOUT_S = 4.0
 """Maximum seconds to wait for the hub's answer. Name resolution alone could otherwise take longer."""
 _REMEDY = (
@@ -37,7 +39,7 @@ class _Listing:
 
 
 def pin_revision(text: str) -> str:
-    """Return the address with its revision replaced by the current commit, from the cache if the hub does not answer.
+    """Return the address with its revision replaced by the current commit, from the cache if the hub does not give it.
 
     Raises WeightsError if the hub has no such model, if neither hub nor cache knows the revision (after at most 5 s),
     or if `config.json` cannot be downloaded.
@@ -81,13 +83,16 @@ def hub_folder(text: str, *, weights: bool = True) -> Path:
 
 
 def unavailable_reason(repo: str) -> str | None:
-    """Return why a hub model OWNER/NAME is not available, or None if the cache or the hub has it. Takes at most 5 s."""
-    address = HubAddress(repo)
-    cached = _cached_folder(address)
-    if cached is not None and _has_weights(cached):
+    """Return why a timm model OWNER/NAME of the hub is not available, or None if the cache or the hub has it.
+
+    Takes at most 5 s.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(repo, name), str) for name in _TIMM_WEIGHTS):
         return None
     try:
-        found = _query_hub(address)
+        found = _query_hub(HubAddress(repo))
     except WeightsError:
         return f"the hub has no {repo}, or requires a token for it (HF_TOKEN)"
     return found if isinstance(found, str) else None
@@ -101,7 +106,7 @@ def _download(address: HubAddress, names: list[str]) -> Path:
     try:
         paths = [Path(hf_hub_download(address.repo, name, revision=address.revision)) for name in names]
     except Exception as error:  # downloads fail with many exception types
-        reason = f"the download failed ({_first_line(error)})"
+        reason = f"the download failed ({_first_line(error)}){_token_remedy(error)}"
         raise WeightsError(f"model.weights is {address}, but {reason}; {_REMEDY}") from error
     return paths[0].parent
 
@@ -109,7 +114,12 @@ def _download(address: HubAddress, names: list[str]) -> Path:
 def _query_hub(address: HubAddress) -> _Listing | str:
     """Return the hub's listing, or why the hub cannot be asked. Raises WeightsError if the hub has no such model."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
@@ -122,6 +132,10 @@ def _query_hub(address: HubAddress) -> _Listing | str:
             f"model.weights is {address}, but {constants.ENDPOINT} has no such model or revision, or requires a token "
             "for it (HF_TOKEN); check owner, name and revision"
         ) from error
+    except HfHubHTTPError as error:
+        return f"{constants.ENDPOINT} answers with an error ({_first_line(error)}){_token_remedy(error)}"
+    except (ValueError, LookupError, TypeError) as error:  # for example the login page of a proxy
+        return f"{constants.ENDPOINT} answers with an error (not a description of a model: {_first_line(error)})"
     except Exception as error:  # connections fail with many exception types
         return f"{constants.ENDPOINT} does not answer ({_first_line(error)})"
     if info.sha is None:
@@ -176,6 +190,12 @@ def _run_with_timeout(seconds: float, function: Callable[[], _T]) -> _T:
     if not results:
         raise TimeoutError(f"no answer within {seconds:g} s")
     return results[0]
+
+
+def _token_remedy(error: Exception) -> str:
+    """Return what to do if the hub refuses access; empty for other errors."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return "; set HF_TOKEN to a token that may read it" if status in (401, 403) else ""
 
 
 def _first_line(error: BaseException) -> str:

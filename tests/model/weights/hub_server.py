@@ -21,6 +21,8 @@ class Hub:
     url: str
     requests: list[str] = field(default_factory=list)
     """Method and path of every request."""
+    failure: int | None = None
+    """Status of all answers, which are then pages for people. None answers as the hub does."""
 
     @property
     def fetched(self) -> list[str]:
@@ -35,6 +37,9 @@ def serve_hub(folder: Path) -> Iterator[Hub]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             hub.requests.append(f"{self.command} {self.path}")
+            if hub.failure is not None:
+                self._send(b"<html>Please log in</html>", "text/html", hub.failure)
+                return
             parts = self.path.partition("?")[0].strip("/").split("/")
             if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) == REPO and parts[5:] in REVISIONS:
                 files = [{"rfilename": path.name} for path in sorted(folder.iterdir())]
@@ -50,8 +55,8 @@ def serve_hub(folder: Path) -> Iterator[Hub]:
 
         do_HEAD = do_GET
 
-        def _send(self, content: bytes, kind: str) -> None:
-            self.send_response(200)
+        def _send(self, content: bytes, kind: str, status: int = 200) -> None:
+            self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')

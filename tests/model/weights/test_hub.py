@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import m2f.model.weights.hub
 from m2f.model.errors import ConfigError, WeightsError
-from m2f.model.weights.hub import hub_folder, pin_revision, unavailable_reason
+from m2f.model.weights.hub import _Listing, hub_folder, pin_revision, unavailable_reason
 from m2f.model.weights.sources import HubAddress
 from tests.model.weights.hub_server import COMMIT, REPO, serve_hub
 from tests.waiting import PATIENCE_S
@@ -64,6 +65,36 @@ def test_availability_is_checked_without_downloading_weights(hub, model, monkeyp
     hub_folder(ADDRESS)
     use_endpoint(monkeypatch, closed_port())
     assert unavailable_reason(REPO) is None
+
+
+def test_weights_of_timm_in_the_cache_need_no_network(hub, model, monkeypatch):
+    (model / "model.safetensors").unlink()
+    huggingface_hub.hf_hub_download(REPO, "pytorch_model.bin")  # timm accepts it if there is no safetensors file
+    use_endpoint(monkeypatch, closed_port())
+    assert unavailable_reason(REPO) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (200, r"answers with an error \(not a description of a model: .*\); set model.weights"),
+        (401, r"answers with an error \(.*401.*\); set HF_TOKEN to a token that may read it; set model.weights"),
+        (403, r"answers with an error \(.*403.*\); set HF_TOKEN to a token that may read it; set model.weights"),
+        (429, r"answers with an error \(.*429.*\); set model.weights"),
+        (500, r"answers with an error \(.*500.*\); set model.weights"),
+    ],
+)
+def test_an_answer_that_is_an_error_is_not_called_silence(hub, status, reason):
+    hub.failure = status
+    with pytest.raises(WeightsError, match=reason):
+        pin_revision(ADDRESS)
+
+
+def test_a_refused_download_names_the_token(hub, monkeypatch):
+    monkeypatch.setattr(m2f.model.weights.hub, "_query_hub", lambda address: _Listing(COMMIT, ("config.json",)))
+    hub.failure = 401
+    with pytest.raises(WeightsError, match=r"the download failed \(.*\); set HF_TOKEN to a token that may read it; "):
+        pin_revision(ADDRESS)
 
 
 def test_only_safetensors_and_config_files_are_downloaded_and_only_once(hub):
