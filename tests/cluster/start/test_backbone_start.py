@@ -7,7 +7,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.start.backbone_start import settle_backbone
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
 from m2f.model.backbones.published import has_frozen_norms, published_problem
-from m2f.model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig
+from m2f.model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig, ViTAdapterBackboneConfig
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import TrainingConfig
 
@@ -34,14 +34,16 @@ def start(backbone, stored=None, problem=None, frozen=True, weights=None):
         (TimmBackboneConfig(norm="sync_batch"), {"problem": NO_HUB}, False, (NO_HUB,)),
         (TimmBackboneConfig(norm="group"), {"problem": NO_HUB}, False, ()),
         (TimmBackboneConfig(options={"channels": [8]}), {}, False, ("model.backbone.options", "norm to group")),
-        (TimmBackboneConfig(pretrained=True), {"problem": NO_HUB}, True, ()),
+        (TimmBackboneConfig(pretrained=True), {}, True, ()),
+        (TimmBackboneConfig(pretrained=True, options={"cache_dir": "timm"}), {"problem": NO_HUB}, True, ()),
+        (TimmBackboneConfig(pretrained=True), {"weights": "model.pth", "problem": NO_HUB}, True, ()),
         (TimmBackboneConfig(pretrained=False), {}, False, ("pretrained is false", "norm to group")),
         (TimmBackboneConfig(pretrained=False), {"frozen": False}, False, ()),
         (TimmBackboneConfig(weights="r50.pth"), {"problem": NO_HUB}, False, ()),
         (TimmBackboneConfig(), {"weights": "model.pth", "problem": NO_HUB}, False, ()),
         (TimmBackboneConfig(), {"stored": False}, False, ()),
         (TimmBackboneConfig(), {"stored": True, "problem": NO_HUB}, True, ()),
-        (TimmBackboneConfig(pretrained=True), {"stored": False}, True, ()),
+        (TimmBackboneConfig(pretrained=True), {"stored": False, "problem": NO_HUB}, True, ()),
         (SwinBackboneConfig(), {}, None, ("random weights", "swin_tiny_patch4_window7_224")),
         (SwinBackboneConfig(pretrained="swin_tiny"), {}, "swin_tiny", ()),
     ],
@@ -53,6 +55,22 @@ def test_initial_weights_of_the_backbone_and_warnings(backbone, options, pretrai
     for part in warning:
         assert part in str(found.warning)
     assert ("norm layers stay frozen" in (found.warning or "")) == ("norm to group" in warning)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "setting", "name"),
+    [
+        (TimmBackboneConfig(pretrained=True), "true", "resnet50"),
+        (TimmBackboneConfig(pretrained=True, norm="group"), "true", "resnet50"),
+        (SwinBackboneConfig(pretrained="swin_tiny"), "swin_tiny", "swin_tiny"),
+        (ViTAdapterBackboneConfig(name="vit"), "true", "vit"),
+    ],
+)
+def test_a_new_run_is_refused_if_the_weights_that_it_requires_are_not_available(backbone, setting, name):
+    message = f"pretrained is {setting}, but timm's weights of {name} are not available: {NO_HUB}. .*weights to a file"
+    with pytest.raises(ConfigError, match=f"{message}.*HF_ENDPOINT.*HF_HUB_OFFLINE=1"):
+        start(backbone, problem=NO_HUB)
+    assert start(backbone).config.model.backbone == backbone
 
 
 def test_has_frozen_norms_detects_frozen_batch_norms():
@@ -68,5 +86,5 @@ def test_published_problem_asks_the_hub_and_names_known_weights(monkeypatch):
     assert asked == ["timm/resnet50.tv_in1k"]
     assert published_problem("resnet10t_of_mine") is None
     assert published_problem("resnet200") == "timm has no published weights for resnet200"
-    with pytest.raises(ConfigError, match=r"backbone\.name is 'resnet50\.of_mine'.*published weights: .*a1_in1k"):
+    with pytest.raises(ConfigError, match=r"the backbone is 'resnet50\.of_mine', whose tag .*known: .*a1_in1k"):
         published_problem("resnet50.of_mine")
