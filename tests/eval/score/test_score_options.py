@@ -338,7 +338,9 @@ def test_stated_areas_of_segments_must_be_above_0_unless_they_are_crowds():
 def test_an_annotated_segment_without_pixels_is_missed_by_a_prediction_in_void():
     truth = [PanopticImage(np.array([[1, 1, 0, 0]]), {1: 0, 2: 1})]
     found = [PanopticImage(np.array([[1, 1, 3, 3]]), {1: 0, 3: 1})]
-    quality = evaluate_panoptic(truth, found, class_names=["a", "b"], is_thing=[True] * 2).panoptic.per_class[1]
+    with pytest.warns(UserWarning, match="1 of 2 annotated segments have no pixel"):
+        results = evaluate_panoptic(truth, found, class_names=["a", "b"], is_thing=[True] * 2)
+    quality = results.panoptic.per_class[1]
     assert (quality.true_positives, quality.false_positives, quality.false_negatives) == (0, 0, 1)
 
 
