@@ -11,7 +11,7 @@ import torch
 
 from m2f.cluster.api.model import to_overrides
 from m2f.cluster.evaluation.offline import evaluate_checkpoint
-from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
+from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe, recipe_of
 from m2f.cluster.predict.sources import resolve_source
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.results.results import EvaluationResults
@@ -43,9 +43,11 @@ def evaluate(
         DataError: a set cannot be read, or its classes contradict those of the model.
         EvaluationError: images could not be evaluated, or the weights belong to a different model.
     """
-    config, default_checkpoint = open_recipe(resolve_source(os.fspath(source)), to_overrides(settings))
+    address, overrides = resolve_source(os.fspath(source)), to_overrides(settings)
+    config, default_checkpoint = open_recipe(address, overrides)
     selected = default_checkpoint if checkpoint is None else str(checkpoint)
     weights = choose_checkpoint(config, Storage(config.storage), selected)
+    config = recipe_of(weights, address, overrides, config)
     with preserve_num_threads():
         evaluations = evaluate_checkpoint(config, weights.url, step=weights.step)
     return {evaluation.results.subject.label: evaluation.results for evaluation in evaluations}

@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from m2f.cluster.evaluation.queue import read_entries
 from m2f.cluster.recipe.load import flatten_tree
+from m2f.cluster.recipe.stored import trained_recipe_url
 from m2f.cluster.tracking.database import schema_problem
 from m2f.cluster.tracking.local_store import current_uri, moved_artifacts
 from m2f.cluster.tracking.reporter import tracked_name
@@ -286,7 +287,7 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
     folder = folder.rstrip("/")
     omitted: list[str] = []
     try:
-        recipe = flatten_tree(parse_yaml(storage.get(join(folder, "recipe.yaml"))))
+        recipe = flatten_tree(parse_yaml(storage.get(trained_recipe_url(storage, folder, step))))
         found = _folder_results(storage, folder, omitted)
         record_url = join(folder, "tracking.json")
         known = parse_json(storage.get(record_url)) if storage.exists(record_url) else None

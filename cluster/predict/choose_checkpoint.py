@@ -12,6 +12,7 @@ from m2f.cluster.evaluation.queue import queue_url, read_entries
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe, parse_recipe
 from m2f.cluster.recipe.paths import with_absolute_paths
+from m2f.cluster.recipe.stored import trained_recipe_url
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.folder import MANIFEST, RECIPE, list_checkpoints
@@ -36,13 +37,14 @@ class ChosenWeights:
         return f"weights_{name}" if name.startswith("step_") else name
 
 
-def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str | None]:
+def open_recipe(source: str, overrides: Sequence[str], step: int | None = None) -> tuple[RunConfig, str | None]:
     """Read the recipe of a YAML file, a run folder or a checkpoint folder, local or by URL.
 
-    Return the recipe, and the path or URL of the checkpoint folder; None if `source` is not one. Raises ConfigError
-    if a folder is neither a run nor a checkpoint, for example a Hugging Face model, which has no recipe.
+    The recipe of a run is that of its checkpoint of `step`; None: the newest. Return the recipe, and the path or URL
+    of the checkpoint folder; None if `source` is not one. Raises ConfigError if a folder is neither a run nor a
+    checkpoint, for example a Hugging Face model, which has no recipe.
     """
-    if "://" not in source and not Path(source).is_dir():
+    if _is_file(source):
         return load_recipe(source, overrides), None
     url = source if "://" in source else str(Path(source).resolve())
     storage, recipe = Storage(), join(url, RECIPE)
@@ -52,11 +54,28 @@ def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str |
                 f"{source} is a Hugging Face model without data sets; give a recipe, and --checkpoint {source}"
             )
         raise ConfigError(f"{url} has neither a {RECIPE} (a run) nor a config.json (a Hugging Face model)")
+    is_checkpoint = storage.exists(join(url, MANIFEST))
+    if not is_checkpoint:
+        recipe = trained_recipe_url(storage, url, step)
     config = with_absolute_paths(parse_recipe(storage.get(recipe).decode(), overrides, source=recipe))
-    if storage.exists(join(url, MANIFEST)):
+    if is_checkpoint:
         return config, url
     parent, _, name = url.rstrip("/").rpartition("/")  # the run folder may have been moved or renamed
     return replace(config, output=parent, name=name), None
+
+
+def recipe_of(weights: ChosenWeights, source: str, overrides: Sequence[str], config: RunConfig) -> RunConfig:
+    """Return the recipe that the chosen checkpoint of a run was trained with.
+
+    Return `config`, the recipe of `source`, if `source` is a YAML file or the weights are not the run's.
+    """
+    if weights.step is None or _is_file(source):
+        return config
+    return open_recipe(source, overrides, weights.step)[0]
+
+
+def _is_file(source: str) -> bool:
+    return "://" not in source and not Path(source).is_dir()
 
 
 def choose_checkpoint(config: RunConfig, storage: Storage, requested: str | None) -> ChosenWeights:

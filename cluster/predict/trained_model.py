@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m2f.cluster.evaluation.weights import model_classes, model_with_weights
-from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
+from m2f.cluster.predict.choose_checkpoint import ChosenWeights, choose_checkpoint, open_recipe, recipe_of
 from m2f.cluster.predict.sources import resolve_source
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.identity import model_identity
@@ -93,7 +93,9 @@ def open_trained(
     if folder.suffix in _WEIGHT_SUFFIXES:
         return _open_weights(source, overrides, checkpoint, device)
     config, url = open_recipe(source, overrides)
-    return _open_run(config, url if checkpoint is None else resolve_source(checkpoint), device)
+    chosen = url if checkpoint is None else resolve_source(checkpoint)
+    weights = choose_checkpoint(config, Storage(config.storage), chosen)
+    return _open_run(recipe_of(weights, source, overrides, config), weights, device)
 
 
 def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None, device: str | None) -> TrainedModel:
@@ -110,12 +112,12 @@ def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None,
     if identity is None or not identity.recipe:
         raise ConfigError(f"{source} is only a weight file; give the recipe of its model, and --checkpoint {source}")
     path = source if "://" in source else str(Path(source).resolve())
-    return _open_run(with_absolute_paths(parse_recipe(identity.recipe, overrides, source=source)), path, device)
+    config = with_absolute_paths(parse_recipe(identity.recipe, overrides, source=source))
+    return _open_run(config, ChosenWeights(path, None), device)
 
 
-def _open_run(config: RunConfig, checkpoint: str | None, device: str | None) -> TrainedModel:
+def _open_run(config: RunConfig, weights: ChosenWeights, device: str | None) -> TrainedModel:
     storage = Storage(config.storage)
-    weights = choose_checkpoint(config, storage, checkpoint)
     url = weights_url(weights.url, storage)
     classes = model_classes(config, url, storage) or _numbered_classes(config, url, storage)
     model_config = replace(config.model, num_classes=len(classes))

@@ -1,4 +1,4 @@
-"""The recipe in a run folder: the settings of the first start, before any adjustment."""
+"""The recipes in a run folder: that of the first start, before any adjustment, and those of its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import describe_changes, dump_recipe, flatten, parse_recipe
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.trainer.checkpoint.folder import RECIPE, list_checkpoints
 
 STORED_RECIPE = "recipe.yaml"
 
@@ -26,6 +27,17 @@ def store_recipe(storage: Storage, config: RunConfig, has_progress: bool) -> tup
     stored = flatten(parse_recipe(storage.get(url).decode(), source=url))
     now = flatten(config)
     return describe_changes(stored, now, stored.keys() | now.keys())
+
+
+def trained_recipe_url(storage: Storage, run_folder: str, step: int | None = None) -> str:
+    """Return the path or URL of the recipe that the checkpoint of `step` was trained with.
+
+    Without such a checkpoint, it is that of the newest one, since a later start may have changed settings. Without any
+    stored with a checkpoint, it is that of the first start.
+    """
+    checkpoints = sorted(list_checkpoints(storage, run_folder), key=lambda checkpoint: checkpoint.step != step)
+    urls = (join(checkpoint.url, RECIPE) for checkpoint in checkpoints)
+    return next((url for url in urls if storage.exists(url)), join(run_folder, STORED_RECIPE))
 
 
 def stored_setting(content: str | bytes, *keys: str) -> Any:

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     print_err(f"{args.source}: loading PyTorch and MLflow")
     from os.path import abspath
 
-    from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
+    from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe, recipe_of
     from m2f.data_pipeline.storage.scratch import ScratchFolder
     from m2f.data_pipeline.storage.storage import Storage, join
 
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.source} is a checkpoint without its run; give a folder for the results with --output")
     storage = Storage(config.storage)
     weights = choose_checkpoint(config, storage, args.checkpoint or checkpoint_url)
+    config = recipe_of(weights, args.source, args.overrides, config)
     print_out(f"evaluating {weights.url}")
     from m2f.cluster.evaluation.evaluate import results_name, write_files
     from m2f.cluster.evaluation.offline import evaluate_checkpoint

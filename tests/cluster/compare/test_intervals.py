@@ -136,6 +136,21 @@ def test_different_evaluation_settings_are_noted():
     assert not any("batch_size" in note or "weights" in note for note in notes)
 
 
+def test_settings_are_those_of_the_compared_checkpoint(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(f"name: {name}\nlr: 0.001\n")
+    for step, lr in ((100, "0.001"), (200, "0.01")):
+        checkpoint = tmp_path / f"b/checkpoints/step_{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").touch()
+        (checkpoint / "recipe.yaml").write_text(f"name: b\nlr: {lr}\n")
+    folders = [str(tmp_path / name) for name in "ab"]
+    for step, lr, num_groups in ((None, "0.01", 2), (100, "0.001", 1)):
+        runs = read_runs(folders, tracking=None, experiment=None, query=None, step=step)
+        assert ([run.recipe["lr"] for run in runs], len(seed_groups(runs))) == (["0.001", lr], num_groups)
+
+
 def test_image_records_are_read_from_run_folders(tmp_path, capsys):
     for name, correct in (("base", 70), ("better", 75)):
         folder = tmp_path / name / "evaluations/step_00000005/val"

@@ -10,9 +10,9 @@ import pytest
 
 from m2f.cluster.evaluation.queue import Entry, queue_url
 from m2f.cluster.predict import choose_checkpoint as module
-from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
+from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe, recipe_of
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.recipe.load import dump_recipe, parse_recipe
 from m2f.cluster.recipe.stored import unused_name
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
@@ -62,6 +62,27 @@ def test_best_checkpoint_uses_the_metric_of_the_recipe(config):
     publish(config, {"val/PQ": 51.0, "val/AP": 20.0}, {"val/PQ": 50.0, "val/AP": 30.0})
     config = parse_recipe(RECIPE, [f"output={config.output}", "training.checkpoint.best_metric=val/AP"])
     assert choose_checkpoint(config, Storage(), "best").step == 2
+
+
+def test_run_has_the_recipe_that_the_chosen_checkpoint_was_trained_with(tmp_path):
+    first, moved = parse_recipe(RECIPE, [f"output={tmp_path / 'old'}"]), tmp_path / "new" / "moved"
+    moved.mkdir(parents=True)
+    (moved / "recipe.yaml").write_text(dump_recipe(first))
+    assert open_recipe(str(moved), ())[0].training.max_steps == 3
+    resumed = ["training.max_steps=9", "training.checkpoint.best_metric=val/AP"]
+    for step, overrides in ((1, ()), (2, ["training.max_steps=6"]), (3, resumed)):
+        folder = moved / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+        (folder / "recipe.yaml").write_text(dump_recipe(parse_recipe(RECIPE, [f"output={first.output}", *overrides])))
+    config, _ = open_recipe(str(moved), ())
+    publish(config, {"val/PQ": 51.0, "val/AP": 20.0}, {"val/PQ": 50.0, "val/AP": 30.0})
+    for choice, step, length in ((None, 3, 9), ("1", 1, 3), ("best", 2, 6)):
+        weights = choose_checkpoint(config, Storage(), choice)
+        own = recipe_of(weights, str(moved), ["seed=7"], config)
+        assert (weights.step, own.training.max_steps, own.seed, own.run_folder) == (step, length, 7, str(moved))
+    (moved / "checkpoints" / "step_00000003" / "recipe.yaml").unlink()
+    assert open_recipe(str(moved), ())[0].training.max_steps == 6
 
 
 def test_best_checkpoint_is_one_that_was_not_deleted(config, monkeypatch):
