@@ -50,7 +50,7 @@ class DatasetConfig(Section):
     """Raw data that `m2f shard` reads. None if the shards already exist."""
     shard_mb: Annotated[float, MEGABYTES] = 128.0
     """Target size of one shard in MB (10^6 bytes)."""
-    seed: int = 0
+    seed: Annotated[int, FROM_0] = 0
     """Seed of the permutation of all samples when shards are written."""
     part: PartConfig | None = None
     """Use only the training part or only the validation part of the source. None uses all images."""

@@ -264,6 +264,7 @@ def test_invalid_values_are_rejected(override, expected):
 
 WRONG_NUMBERS = [
     ("data.augment.size=-5", "data.augment.size is -5; it must be at least 1"),
+    ("datasets.train.seed=-1", "datasets.train.seed is -1; it must be at least 0"),
     ("training.optimizer.lr=.inf", "training.optimizer.lr is inf; it must be finite, above 0"),
     ("training.optimizer.weight_decay=.nan", "training.optimizer.weight_decay is nan; it must be finite, at least 0"),
     (
