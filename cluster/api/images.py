@@ -109,7 +109,14 @@ def _from_pil(image: Image.Image, where: str) -> np.ndarray:
         raise DataError(
             f"{where} is a PIL image of mode {image.mode}, which has no defined value range; convert it to RGB"
         )
-    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if 0 in image.size:
+        raise DataError(f"{where} has no pixels: its size is {image.width} x {image.height}")
+    try:
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # PIL reads the pixels now; a broken PNG is a SyntaxError
+        raise DataError(
+            f"{where} is a PIL image whose pixels cannot be read ({error}); give an open image of a complete file"
+        ) from error
 
 
 def _from_array(image: np.ndarray, where: str) -> np.ndarray:

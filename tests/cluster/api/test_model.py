@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -187,6 +188,7 @@ def test_exif_orientation_is_applied(painted_model, scenes, tmp_path):
         (torch.full((3, 4, 5), 2.0), "floats from 2 to 2"),
         (torch.full((3, 4, 5), torch.nan), "not normalised"),
         (Image.new("F", (4, 5)), "mode F"),
+        (Image.new("RGB", (0, 5)), "image 0 has no pixels: its size is 0 x 5"),
         ([3], "image 0 is a int"),
         ("nowhere.jpg", "nowhere.jpg: no such image"),
     ],
@@ -214,6 +216,17 @@ def test_broken_image_file_is_named(painted_model, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(m2f.UserError, match=r"broken\.jpg"):
         painted_model.predict(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "closed"])
+def test_broken_pil_image_is_named_by_its_position(painted_model, kind):
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(file, "PNG" if kind == "closed" else kind)
+    image = Image.open(io.BytesIO(file.getvalue() if kind == "closed" else file.getvalue()[:-30]))
+    if kind == "closed":
+        image.close()
+    with pytest.raises(m2f.UserError, match="image 0 is a PIL image whose pixels cannot be read"):
+        painted_model.predict([image])
 
 
 # Results
