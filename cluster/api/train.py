@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from m2f.cluster.api.evaluate import preserve_num_threads
 from m2f.cluster.api.model import Model, load, to_overrides
@@ -15,6 +15,7 @@ from m2f.cluster.recipe.pinned_weights import with_pinned_weights
 from m2f.data_pipeline.shards.manifest import DATASET_FILE
 from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.errors import ConfigError
 from m2f.model.extras import report_missing_extras
 from m2f.trainer.checkpoint.commits import read_metrics
 from m2f.trainer.checkpoint.folder import list_checkpoints
@@ -67,7 +68,8 @@ def train(
 ) -> Run:
     """Train a recipe and evaluate its checkpoints, as `m2f train` does. An existing run resumes.
 
-    Data sets with a source but without shards are sharded first, as `m2f shard` does.
+    Data sets with a source but without shards are sharded first, as `m2f shard` does. More than 300 images or 50 MB are
+    sharded in parallel with Ray, whatever the launcher.
 
     Args:
         recipe: path of a YAML file, the name of a recipe in the package such as `coco_panoptic_r50`, or the settings
@@ -82,11 +84,13 @@ def train(
 
     Raises:
         MissingExtraError: the extra `train` is not installed.
-        ConfigError: the recipe has problems; the message lists all of them.
+        ConfigError: the recipe has problems, and the message lists all of them; or there is no such launcher.
         DataError, WeightsError, StorageError: the data, the initial weights or the storage cannot be used.
         TrainingFailedError: the run gave up, for example after more than `cluster.max_failures` failures without a
             new checkpoint.
     """
+    if launcher not in get_args(Launcher):
+        raise ConfigError(f"launcher is {launcher!r}; it must be 'ray' or 'local'")
     overrides = to_overrides(settings)
     if isinstance(recipe, Mapping):
         config = recipe_from_tree(recipe, overrides)

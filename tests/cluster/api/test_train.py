@@ -224,6 +224,12 @@ def test_all_problems_of_a_dictionary_recipe_are_reported():
         m2f.train({"name": object()})
 
 
+def test_unknown_launcher_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(m2f.UserError, match="launcher is 'lokal'; it must be 'ray' or 'local'"):
+        m2f.train(tiny_recipe(tmp_path), launcher="lokal")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_shards_are_written_once(tmp_path):
     recipe = tiny_recipe(tmp_path)
     recipe["data"]["train"] = [{"dataset": "val"}]
