@@ -12,6 +12,10 @@ from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.sample import Annotation, Segment, id_dtype
 
 
+class UnknownValueError(DataError):
+    """Raised if a map has values without a class: the list of classes is incomplete, and the map may be correct."""
+
+
 class Region(NamedTuple):
     """The segment that a pixel value belongs to. Values with equal regions form one segment."""
 
@@ -33,7 +37,7 @@ def partition(
         unknown_suffix: text after the list of unknown values in the message: the problem and the remedy.
 
     Raises:
-        DataError: the map has unknown values.
+        UnknownValueError: the map has unknown values.
     """
     runs = find_runs(values)
     present, value_index = np.unique(runs.value, return_inverse=True)
@@ -50,7 +54,7 @@ def partition(
         if region is not None:
             local_ids[number] = regions.setdefault(region, len(regions) + 1)
     if unknown:
-        raise DataError(f"{where}: pixel values {format_list(unknown, 20)} {unknown_suffix}")
+        raise UnknownValueError(f"{where}: pixel values {format_list(unknown, 20)} {unknown_suffix}")
     local_ids = local_ids.astype(id_dtype(len(regions)))
     pixels = np.bincount(local_ids, weights=areas, minlength=len(regions) + 1)
     boxes = _boxes(runs, local_ids[value_index], len(regions))

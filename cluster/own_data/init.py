@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from m2f.cluster.own_data.write_recipe import (
 )
 from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.terminal import print_out
-from m2f.data_pipeline.categories import require_classes
+from m2f.data_pipeline.categories import Task, require_classes
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import format_list
 from m2f.data_pipeline.readers import Reader, open_dataset, open_reader
@@ -143,6 +144,50 @@ def require_distinct_images(datasets: Mapping[str, DatasetConfig], readers: Mapp
         users |= dict.fromkeys(images, name)
 
 
+def choose_first_set(datasets: Mapping[str, DatasetConfig], readers: Mapping[str, Reader], task: Task) -> str:
+    """Return the first training set that has the classes of all training sets: it defines those of the model.
+
+    Raises ConfigError if there is none, because training would refuse these sets.
+
+    Args:
+        datasets: data sets by name.
+        readers: reader of each data set.
+        task: task of the model.
+    """
+    classes = {
+        name: dict.fromkeys((category.name, category.is_thing) for category in reader.categories.for_task(task))
+        for name, reader in readers.items()
+        if name.startswith("train")
+    }
+    union = {entry for own in classes.values() for entry in own}
+    if first := next((name for name, own in classes.items() if own.keys() == union), None):
+        return first
+    sources = {name: datasets[name].source for name in classes}
+    listed = [
+        f"  {annotation_path(source)}: {format_list((name for name, _ in classes[dataset]), 12)}"
+        for dataset, source in sources.items()
+        if source is not None
+    ]
+    raise ConfigError(
+        "the files define different classes, and none has all of them. Give every file the complete list of classes, "
+        "for example by exporting from one project, or train with one of them:\n" + "\n".join(listed)
+    )
+
+
+def next_steps(output: Path, found: Survey, unnamed: Path | None) -> str:
+    """Return the commands that follow `m2f init`. `unnamed` is a file with classes that the user must name, or None."""
+    name = shlex.quote(str(output))
+    skip_bad, notes = " --skip-bad" if found.faults else "", []
+    if unnamed is not None:
+        notes.append(f", after naming the classes in {unnamed}")
+    if found.num_unknown:  # --skip-bad would leave out every image of a class that the list lacks
+        skip_bad = ""
+        notes.append(
+            f", after adding the map values in {format_count(found.num_unknown, 'fault')} to the list of classes"
+        )
+    return f"Next{''.join(notes)}:\n  m2f shard {name}{skip_bad}\n  m2f train {name}"
+
+
 def init(folder: Path, output: Path, args: Namespace) -> None:
     """Write the recipe, and a file of classes if the format has none; then print the next commands.
 
@@ -172,19 +217,15 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
         require_distinct_images(datasets, readers)
         for name, reader in readers.items():
             require_classes(reader.categories, choose_task(data_format, options), name)
+        first = choose_first_set(datasets, readers, choose_task(data_format, options))
         print_out("\n".join([*found.lines(), *crowd_notes(data_format, found)]))
         if found.largest_megapixels > 20 and not options.tiles:
             size = f"{found.largest_megapixels:.0f} megapixels"
             print_out(f"the largest image has {size}; use --tiles to cut such images")
         num_train = sum(len(reader.keys) for name, reader in readers.items() if name.startswith("train"))
-        text = recipe_text(data_format, options, choose_settings(found, num_train, detect_machine()))
+        text = recipe_text(data_format, options, choose_settings(found, num_train, detect_machine()), first)
         output.write_text(text, encoding="utf-8")
         load_recipe(output)
-    skip_bad = " --skip-bad" if found.faults else ""
-    reminder = (
-        "" if all(data_format.classes.values()) else f", after naming the classes in {category_file_path(options)}"
-    )
-    print_out(
-        f"wrote {output} for task {choose_task(data_format, options)}. Next{reminder}:\n"
-        f"  m2f shard {output}{skip_bad}\n  m2f train {output}"
-    )
+    unnamed = None if all(data_format.classes.values()) else category_file_path(options)
+    steps = next_steps(output, found, unnamed)
+    print_out(f"wrote {output} for task {choose_task(data_format, options)}. {steps}")

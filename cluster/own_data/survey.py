@@ -10,6 +10,7 @@ from statistics import median
 
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.partition import UnknownValueError
 from m2f.data_pipeline.readers import open_dataset
 from m2f.model.format_count import format_count
 
@@ -19,7 +20,10 @@ _MAX_FAULTS_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """Statistics of all data sets together, from at most 500 evenly spaced images of each."""
+    """Statistics of all data sets together, from at most 500 evenly spaced images of each.
+
+    Files that are missing, and annotation files with errors, are found for all images.
+    """
 
     num_images: int
     num_read: int
@@ -38,6 +42,10 @@ class Survey:
     """Number of segments that are crowds: groups of objects that are not separated."""
     faults: tuple[str, ...]
     """Messages about images and annotations that cannot be used."""
+    num_unknown: int = 0
+    """Number of images whose maps have values without a class."""
+    is_sampled: bool = False
+    """Whether only a part of the images was read, because a data set has more than 500."""
     repairs: tuple[tuple[str, int], ...] = ()
     """Descriptions of repaired or doubtful images and annotations that are used, with their counts."""
 
@@ -49,15 +57,20 @@ class Survey:
             f"{format_count(self.num_images, 'image')} ({self.num_read} read), median longer side {self.long_side} "
             f"pixels; at most {format_count(self.max_objects_per_image, 'segment')} per image; the median segment "
             f"covers {self.median_object_share:.2%}",
-            f"segments by class: {classes}{more}",
+            f"segments by class{self._scope()}: {classes}{more}",
         ]
-        lines += [f"{count} {what}" for what, count in self.repairs]
+        lines += [f"{count} {what}{self._scope()}" for what, count in self.repairs]
         if self.faults:
             kinds = Counter(fault_kind(fault) for fault in self.faults)
-            lines.append(f"{format_count(len(self.faults), 'fault')}:")
+            more = "; the images that were not read may have more" if self.is_sampled else ""
+            lines.append(f"{format_count(len(self.faults), 'fault')}{more}:")
             lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
             lines += ["first faults:", *(f"  {fault}" for fault in self.faults[:_MAX_FAULTS_SHOWN])]
         return lines
+
+    def _scope(self) -> str:
+        """Return the images that a count refers to, as an addition to the count; empty if they are all images."""
+        return f" in the {format_count(self.num_read, 'image')} read" if self.is_sampled else ""
 
 
 def fault_kind(message: str) -> str:
@@ -72,7 +85,8 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
     counts: Counter[str] = Counter()
     repairs: Counter[str] = Counter()
     long_sides, shares, per_image, areas = [], [], [0], [0]
-    num_images = num_crowds = 0
+    num_images = num_crowds = num_unknown = 0
+    is_sampled = False
     for dataset in datasets:
         reader, unusable = open_dataset(dataset)
         faults += [f"{entry.source}: {entry.message}" for entry in unusable]
@@ -81,18 +95,27 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
         total = len(reader.keys)
         num_images += total
         step = max(1, -(-total // _SAMPLE_SIZE))
-        for index in range(0, total, step):
+        is_sampled |= step > 1
+        for index in range(total):
+            if index % step and all(path.is_file() for path in reader.files(index)):
+                continue
             try:
                 sample = reader.read(index)
             except DataError as error:
                 faults.append(str(error))
+                num_unknown += isinstance(error, UnknownValueError)
                 continue
             faults += sample.left_out
             repairs.update(sample.repairs)
             pixels = sample.height * sample.width
             maps = {segment.map for segment in sample.annotation.segments}
             segments = [s for s in sample.annotation.segments if s.map == ("inst" if "inst" in maps else "seg")]
-            counts.update(names[segment.category_id] for segment in segments)
+            # The things of a map that has objects besides are the same objects.
+            counts.update(
+                names[s.category_id]
+                for s in sample.annotation.segments
+                if s.map == "inst" or "inst" not in maps or not s.is_thing
+            )
             num_crowds += sum(segment.is_crowd for segment in segments)
             long_sides.append(max(sample.height, sample.width))
             areas.append(pixels)
@@ -110,6 +133,8 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
         median_object_share=median(shares) if shares else 0.0,
         largest_megapixels=max(areas) / 1e6,
         num_crowds=num_crowds,
+        num_unknown=num_unknown,
+        is_sampled=is_sampled,
         faults=tuple(dict.fromkeys(faults)),  # the parts of one source list the same faults
         repairs=tuple(sorted(repairs.items())),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -100,15 +101,17 @@ def category_text(classes: Mapping[int, str | None]) -> str:
     return "[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n"
 
 
-def recipe_text(data_format: DataFormat, options: InitOptions, choices: Choices) -> str:
-    """Return the recipe as YAML text."""
+def recipe_text(data_format: DataFormat, options: InitOptions, choices: Choices, first: str = "train") -> str:
+    """Return the recipe as YAML text. `first` is the training set that defines the classes."""
     task = choose_task(data_format, options)
     datasets = build_datasets(data_format, options)
-    train = ", ".join(f"{{dataset: {name}}}" for name in datasets if name.startswith("train"))
+    names = sorted((name for name in datasets if name.startswith("train")), key=lambda name: name != first)
+    train = ", ".join(f"{{dataset: {name}}}" for name in names)
     val = ", ".join(f"{{dataset: {name}}}" for name in datasets if name.startswith("val"))
     side = choices.crop.value
+    output = shlex.quote(str(options.output))
     lines = [
-        f"# m2f shard {options.output} && m2f train {options.output}",
+        f"# m2f shard {output} && m2f train {output}",
         f"# {data_format.kind}: {data_format.evidence}",
         f"name: {_value(options.name)}",  # quoted, because YAML reads 2024 and true as other types
         "datasets:",

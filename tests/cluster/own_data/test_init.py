@@ -9,12 +9,13 @@ import pytest
 from m2f.cluster.cli import main
 from m2f.cluster.own_data.choices import Machine, choose_settings
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
-from m2f.cluster.own_data.survey import Survey, fault_kind
+from m2f.cluster.own_data.survey import Survey, fault_kind, survey
 from m2f.cluster.own_data.write_recipe import InitOptions, build_datasets
 from m2f.cluster.recipe.load import load_recipe
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_dataset
 from m2f.data_pipeline.readers.files import DARK_IMAGE
-from m2f.data_pipeline.sources import SyntheticSource
+from m2f.data_pipeline.sources import CocoInstancesSource, SyntheticSource
 from m2f.model.export.hugging_face import write_hugging_face_config
 from m2f.model.weights.architecture import require_same_architecture
 from tests.tool_exports import EXPORTS
@@ -159,6 +160,61 @@ def test_faults_are_counted_by_kind(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "3 x annotation N: category_id is N, which `categories` does not define" in printed
     assert printed.splitlines()[-2] == "  m2f shard set.yaml --skip-bad"
+
+
+def test_counts_of_large_sets_name_the_images_that_were_read(tmp_path, monkeypatch):
+    """Missing files are found among all images, and other faults only in the images that are read."""
+    monkeypatch.setattr("m2f.cluster.own_data.survey._SAMPLE_SIZE", 2)
+    EXPORTS["label_studio"](tmp_path)
+    for number in (1, 4):
+        (tmp_path / f"images/im{number}.png").unlink()
+    source = CocoInstancesSource(images=str(tmp_path), instances_json=f"{tmp_path}/result.json")
+    lines = survey([DatasetConfig(shards="unused", source=source)]).lines()
+    assert lines[1] == "segments by class in the 2 images read: cell 2, dirt 2"
+    assert lines[2] == "2 faults; the images that were not read may have more:"
+    assert lines[3] == "  2 x does not exist; the annotations refer to it"
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_the_added_class_is_counted_in_images_with_objects(task, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS["yolo_seg"](tmp_path / "set")
+    assert main(["init", "set", "--task", task]) == 0
+    assert "segments by class: cell 6, dirt 6, background 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [["cell", "dirt"], ["dirt", "cell", "hair"], ["dirt", "hair"]])
+def test_training_sets_need_one_with_all_classes(names, tmp_path, capsys, monkeypatch):
+    """The first training set defines the classes. Training refuses others that the first does not have."""
+    monkeypatch.chdir(tmp_path)
+    for task in ("task1", "task2"):
+        (tmp_path / "set" / task).mkdir(parents=True)
+        EXPORTS["label_studio"](tmp_path / "set" / task)
+    path = tmp_path / "set/task2/result.json"
+    document = json.loads(path.read_text())
+    document["categories"] = [{"id": k, "name": name} for k, name in enumerate(names)]
+    path.write_text(json.dumps(document))
+    if names == ["dirt", "hair"]:
+        assert main(["init", "set"]) == 2
+        message = capsys.readouterr().err
+        assert "the files define different classes, and none has all of them. Give every file" in message
+        assert f"\n  {path}: dirt, hair" in message
+        assert not (tmp_path / "set.yaml").exists()
+        return
+    assert main(["init", "set"]) == 0
+    first, second = (part.dataset for part in load_recipe(tmp_path / "set.yaml").data.train)
+    assert (first, second) == (("train2", "train") if "hair" in names else ("train", "train2"))
+
+
+def test_the_printed_commands_can_be_pasted_for_a_folder_with_spaces(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my set").mkdir()
+    EXPORTS["yolo_seg"](tmp_path / "my set")
+    assert main(["init", "my set"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["  m2f shard 'my set.yaml'", "  m2f train 'my set.yaml'"]
+    first_line = (tmp_path / "my set.yaml").read_text().splitlines()[0]
+    assert first_line == "# m2f shard 'my set.yaml' && m2f train 'my set.yaml'"
 
 
 @pytest.mark.parametrize("name", ["yolo_seg", "label_maps"])
