@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, split_from_path
+from m2f.cluster.terminal import Progress
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.folders import walk_folders
@@ -21,14 +23,18 @@ from m2f.data_pipeline.sources import CocoStuffSource, ColorMapSource, HuggingFa
 from m2f.model.errors import ConfigError
 from m2f.model.format_count import format_count
 
-_LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt", "labels.txt")
+_COLOR_LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt")
+_LEGENDS = (*_COLOR_LEGENDS, "labels.txt")
 _CATEGORY_FILES = ("classes.json", "categories.json")
 _NAMES_BY_VALUE_FILE = "id2label.json"
 """File of Hugging Face: a JSON object with the class name of each map value."""
+_NAME_LISTS = ("_classes.csv", "class_names.txt", "classes.txt", "labels.txt")
+"""Class names by map value: the file states the value (Roboflow), or it is the number of the line, from 0 (labelme)."""
 _SUFFIXES = ("_mask", "_L", "_label", "_labels", "_gt", "_seg")
 """Name suffixes of maps that are in the same folder as their images."""
 _SAMPLE_SIZE = 200
 _MAX_CLASSES = 64
+_MAX_PIXELS = 10**9
 NO_CATEGORY_FILE = ""
 """Placeholder for the path of a category file that is not written yet."""
 
@@ -48,8 +54,8 @@ class _Pair:
         return next(filter(None, splits), None)
 
     def map_files(self) -> list[Path]:
-        """Return the paths of the maps."""
-        return sorted(path for path in self.maps.iterdir() if _is_map(path.name) and path.stem.endswith(self.suffix))
+        """Return the paths of the maps, sorted. As in the readers, subfolders are included."""
+        return [p for p in files_below(self.maps, "") if _is_map(p.name) and p.stem.endswith(self.suffix)]
 
 
 def _is_map(name: str) -> bool:
@@ -95,7 +101,7 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
     if legend is not None and legend.name == "labels.txt" and _is_coco_stuff(legend):
         sets = [CocoStuffSource(images=str(p.images), labels=str(p.maps), label_names=str(legend)) for p in pairs]
         return [DataFormat("coco_stuff", f"{evidence}, with labels.txt", _source_sets(pairs, sets))]
-    values = _map_values(pairs)
+    values = _map_values(pairs, sampled=category_file is not None)
     is_binary = values == (0, 255)
     sets = [
         LabelMapSource(
@@ -108,18 +114,19 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
         for pair in pairs
     ]
     class_values = () if category_file else tuple(value for value in values if value != 255 or is_binary)
-    names = next(
-        (found for root in roots if (found := _read_names_by_value(root / _NAMES_BY_VALUE_FILE)) is not None), {}
-    )
     if len(class_values) > _MAX_CLASSES:
         raise ConfigError(
             f"{pairs[0].maps}: the maps have {len(class_values)} different values, probably ids of objects, not "
             "classes; write a categories file (docs/datasets.md), or export in another format"
         )
-    classes = {value: names.get(value) for value in (*class_values, *(names if class_values else ()))}
-    notes = ("pixels of value 255 have no label (source.void)",) if 255 in values and not is_binary else ()
+    names, notes = _class_names(roots, first, class_values) if class_values else ({}, [])
+    classes = {value: names.get(value) for value in (*class_values, *names)}
+    if 255 in values and not is_binary:
+        notes.append("pixels of value 255 have no label (source.void)")
+        classes.pop(255, None)
     source_sets = _source_sets(pairs, sets)
-    return [DataFormat("label_maps", f"{evidence}: {mode} maps", source_sets, dict(sorted(classes.items())), notes)]
+    classes = dict(sorted(classes.items()))
+    return [DataFormat("label_maps", f"{evidence}: {mode} maps", source_sets, classes, tuple(notes))]
 
 
 def _color_map_formats(
@@ -144,7 +151,7 @@ def _color_map_formats(
     if not formats:
         raise ConfigError(
             f"{pairs[0].maps} contains RGB maps without a legend of their colours; add one of "
-            f"{', '.join(_LEGENDS[:3])} (or classes.json, if red is the class and green the object) beside it"
+            f"{', '.join(_COLOR_LEGENDS)} (or classes.json, if red is the class and green the object) beside it"
         )
     return formats
 
@@ -205,7 +212,36 @@ def _find_pairs(folder: Path) -> tuple[list[_Pair], list[Path]]:
             pairs.append(max(fitting, key=_nearness))
         else:
             unpaired.append(maps)
+    if not pairs and (nested := _find_nested_pairs(folder, stems)):
+        return nested, []
     return pairs, unpaired
+
+
+def _find_nested_pairs(folder: Path, stems: Mapping[Path, Mapping[str, str]]) -> list[_Pair]:
+    """Return pairs of folders whose images and maps are in subfolders of the same names, for example of patients.
+
+    The outermost folder that is named like maps is paired, or its subfolders that are named after splits.
+    """
+    nested: dict[Path, dict[str, str]] = {}
+    for parent, names in stems.items():
+        for root in (path for path in (parent, *parent.parents) if path.is_relative_to(folder)):
+            below = parent.relative_to(root)
+            nested.setdefault(root, {}).update({(below / stem).as_posix(): name for stem, name in names.items()})
+    pairs: list[_Pair] = []
+    for maps in sorted(nested):
+        if not _is_named_like_maps(maps.relative_to(folder)) or not all(map(_is_map, nested[maps].values())):
+            continue
+        inside = (str(path.relative_to(maps)) for path in nested if path.is_relative_to(maps))
+        if any(maps.is_relative_to(pair.maps) for pair in pairs) or any(map(split_from_path, inside)):
+            continue
+        fitting = []
+        for images, names in nested.items():
+            differing = images.relative_to(os.path.commonpath((images, maps)))
+            if not images.is_relative_to(maps) and not any(_is_named_like_maps(Path(part)) for part in differing.parts):
+                suffix = _map_suffix(names, nested[maps])
+                fitting += [] if suffix is None else [_Pair(folder, images, maps, suffix)]
+        pairs += [max(fitting, key=_nearness)] if fitting else []
+    return pairs
 
 
 def _nearness(pair: _Pair) -> tuple[bool, int]:
@@ -229,10 +265,14 @@ def _looks_like_maps(folder: Path, names: dict[str, str]) -> bool:
 
     The path of the folder is relative to the user's folder, whose own name, such as `segmentation`, says nothing.
     """
+    return _is_named_like_maps(folder) or next(iter(names)).endswith(("_mask", "_L"))
+
+
+def _is_named_like_maps(folder: Path) -> bool:
+    """Return whether a folder is named like maps, or its parent if the folder is named after a split."""
     words = ("mask", "label", "annot", "seg", "gt", "ground", "stuff", "map", "target")
-    first = next(iter(names))
     name = "/".join(folder.parts[-2:]) if split_from_path(folder.name) else folder.name
-    return any(word in name.lower() for word in words) or first.endswith(("_mask", "_L"))
+    return any(word in name.lower() for word in words)
 
 
 def _map_suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
@@ -247,22 +287,80 @@ def _map_suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
     return None
 
 
-def _map_values(pairs: Sequence[_Pair]) -> tuple[int, ...]:
-    """Return all values in at most 200 evenly spaced maps per pair, sorted.
+def _map_values(pairs: Sequence[_Pair], *, sampled: bool) -> tuple[int, ...]:
+    """Return the values in the maps, sorted. Maps that cannot be read are left out; they are faults of the survey.
 
-    If these maps have a single value, all maps are read: the objects may be in a few maps only, as in data of defects.
+    A class may be in very few maps, so all are read. At most 200 evenly spaced maps per pair are read if these have too
+    many values for classes, or if `sampled` is set and they have several values.
     """
     files = [pair.map_files() for pair in pairs]
     sample = [path for paths in files for path in paths[:: -(-len(paths) // _SAMPLE_SIZE)]]
-    values = _values_in(sample)
-    return values if len(values) > 1 else _values_in(path for paths in files for path in paths)
+    values = set[int]().union(*map(_values_in, sample))
+    rest = sorted({path for paths in files for path in paths} - set(sample))
+    if rest and len(values) <= (1 if sampled else _MAX_CLASSES + 1):
+        with ThreadPoolExecutor() as pool, Progress("reading the values of all maps", len(rest), "maps") as progress:
+            for found in pool.map(_values_in, rest):
+                values |= found
+                progress.advance(1)
+    if not values:
+        read_index_map(sample[0], _MAX_PIXELS)  # raises the error of the first map
+    return tuple(sorted(values))
 
 
-def _values_in(maps: Iterable[Path]) -> tuple[int, ...]:
-    found: set[int] = set()
-    for path in maps:
-        found |= set(np.unique(read_index_map(path, 10**9)).tolist())
-    return tuple(sorted(found))
+def _values_in(path: Path) -> set[int]:
+    """Return the values in a map; an empty set if it cannot be read."""
+    try:
+        return set(np.flatnonzero(np.bincount(read_index_map(path, _MAX_PIXELS).ravel())).tolist())
+    except DataError:
+        return set()
+
+
+def _class_names(roots: Sequence[Path], first: Path, values: Sequence[int]) -> tuple[Mapping[int, str], list[str]]:
+    """Return the class names by map value, and a note on each list of names that is read or not used.
+
+    A list of names is used only if it names all values, because others may lack the background.
+
+    Args:
+        roots: folders that may have such a list.
+        first: path of a map.
+        values: values that are classes.
+    """
+    notes = []
+    for path in (root / name for root in roots for name in (_NAMES_BY_VALUE_FILE, *_NAME_LISTS, *_COLOR_LEGENDS)):
+        if path.name == _NAMES_BY_VALUE_FILE:
+            if (stated := _read_names_by_value(path)) is not None:
+                return stated, notes
+        elif path.is_file():
+            names = _read_name_list(path, first)
+            if names.keys() >= set(values):
+                first_name = f"value {values[0]} is {names[values[0]]!r}"  # shows the user if the background is missing
+                return names, [*notes, f"the class names come from {path.name}: {first_name}"]
+            listed = os.path.relpath(path, roots[0])
+            notes.append(f"not used, because it does not name all values of the maps: {listed}")
+    return {}, notes
+
+
+def _read_name_list(path: Path, first: Path) -> dict[int, str]:
+    """Return the class names by map value of a text file; an empty dict if it has another form.
+
+    Colours stand for the values with these colours in the palette of the map `first`.
+    """
+    try:
+        categories = read_legend(str(path)).categories
+    except DataError:
+        return {}
+    if path.name in _COLOR_LEGENDS:
+        palette = _palette(first.read_bytes())
+        return {palette.index(c.color): c.name for c in categories if c.color in palette}
+    offset = categories[0].name == "__ignore__"  # labelme's labels.txt begins with -1
+    return {category.id - offset: category.name for category in categories[offset:]}
+
+
+def _palette(png: bytes) -> list[tuple[int, ...]]:
+    """Return the colours (R, G, B) of a PNG's palette by index; an empty list if it has none."""
+    start = png.find(b"PLTE", 0, max(0, png.find(b"IDAT")))
+    size = int.from_bytes(png[start - 4 : start]) if start > 0 else 0
+    return [tuple(png[i : i + 3]) for i in range(start + 4, start + 4 + size, 3)]
 
 
 def _read_names_by_value(path: Path) -> dict[int, str] | None:

@@ -14,6 +14,7 @@ _LINE_PATTERNS = (
     r"(?P<name>[^,]+),\s*(?P<r>\d+),\s*(?P<g>\d+),\s*(?P<b>\d+)",  # class_dict.csv
     r"(?P<r>\d+)\s+(?P<g>\d+)\s+(?P<b>\d+)\s+(?P<name>.+)",  # label_colors.txt of CamVid
     r"(?P<id>\d+)\s*:\s*(?P<name>.+)",  # labels.txt of COCO-Stuff
+    r"(?P<id>\d+)\s*,\s*(?P<name>[^,]+)",  # _classes.csv of Roboflow
 )
 _NAME_PATTERN = r"(?P<name>[^:,]+)"
 """A line of labelme's class_names.txt. Used only if no line of the file has another form."""
