@@ -19,16 +19,33 @@ _SPLITS: tuple[tuple[str, Split], ...] = (("train", "train"), ("val", "val"), ("
 
 
 def detect_yolo(folder: Path) -> DataFormat | None:
-    """Return the format of a folder with a data.yaml, or with a classes.txt as in exports of Label Studio.
+    """Return the format of a folder, or of its only subfolder with this format, as in unpacked archives.
 
-    Raises ConfigError if data.yaml names images that do not exist. Otherwise, the other sets would be divided instead.
+    The folder has a data.yaml, or a classes.txt as in exports of Label Studio.
+
+    Raises:
+        ConfigError: data.yaml is damaged, names images that do not exist, or uses the same images for two splits.
+            Otherwise, the other sets would be divided instead.
     """
+    if (found := _detect_in(folder)) is not None:
+        return found
+    inner = [path for path in sorted(folder.iterdir()) if os.access(path, os.R_OK | os.X_OK) and path.is_dir()]
+    formats = [found for path in inner if (found := _detect_in(path)) is not None]
+    return formats[0] if len(formats) == 1 else None
+
+
+def _detect_in(folder: Path) -> DataFormat | None:
     paired = (folder / "images").is_dir() and (folder / "labels").is_dir()
     files = (path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file())
     for path in sorted(path for path in files if not is_hidden_copy(path.name)):
+        data = path.read_bytes()
         try:
-            document = parse_yaml(path.read_bytes())
-        except DocumentError:
+            document = parse_yaml(data)
+        except DocumentError as error:
+            if re.search(rb"^(\xef\xbb\xbf)?[\"']?names[\"']?\s*:", data, re.MULTILINE):
+                raise ConfigError(
+                    f"{path} is not valid YAML: {error}. Correct it (UTF-8, spaces instead of tabs), or remove it"
+                ) from error
             continue
         if not isinstance(document, dict) or "names" not in document:
             continue
@@ -64,6 +81,11 @@ def _sets(folder: Path, data_yaml: Path, document: dict[str, Any]) -> tuple[Sour
                 data_yaml=str(data_yaml),
                 image_set=None if path == images else str(path),
             )
+            if any(source == other.source and split != other.split for other in sets):
+                raise ConfigError(
+                    f"{data_yaml}: train and {name} are the same images, {value!r}. Remove {name} from the file: "
+                    "m2f init then uses a part of the images for validation"
+                )
             sets.append(SourceSet(split, source))
     return tuple(sets)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import os
-from pathlib import Path, PureWindowsPath
+from collections import Counter
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,8 @@ def open_labelme(source: LabelmeSource, max_pixels: int) -> CocoInstancesReader:
     label_ids = {category.name: category.id for category in categories.categories}
     unusable: list[UnusableAnnotation] = []
     annotated = []
-    for path, document in documents:
+    image_names = _find_moved([_image_name(path, document, images) for path, document in documents], images)
+    for (path, document), image_name in zip(documents, image_names, strict=True):
         height, width = (whole_number(document, side, str(path)) for side in ("imageHeight", "imageWidth"))
         parts = []
         for number, shape in enumerate(_shapes(document)):
@@ -59,7 +61,7 @@ def open_labelme(source: LabelmeSource, max_pixels: int) -> CocoInstancesReader:
                 parts.append(_part(shape, label_ids, height, width))
             except DataError as error:
                 unusable.append(UnusableAnnotation(str(path), f"shapes[{number}] {error}"))
-        annotated.append(AnnotatedImage(_image_name(path, document, images), height, width, tuple(parts)))
+        annotated.append(AnnotatedImage(image_name, height, width, tuple(parts)))
     return shapes_reader(images, categories, annotated, max_pixels, unusable)
 
 
@@ -85,6 +87,27 @@ def _image_name(path: Path, document: dict[str, Any], images: Path) -> str:
             target, root = linked, folder
     name = target.relative_to(root).as_posix() if target.is_relative_to(root) else target.name
     return relative_name(name, str(path))
+
+
+def _find_moved(names: list[str], images: Path) -> list[str]:
+    """Return names of images relative to their folder, in which names of missing images are corrected if possible.
+
+    labelme writes bare file names, and its files are often moved to a folder of their own. The name of a missing image
+    therefore becomes that of the only unused image with the same file name, if it is the only missing one.
+    """
+    missing = {name for name in names if not (images / name).is_file()}
+    if not missing:
+        return names
+    places: dict[str, list[str]] = {}
+    for name in {path.relative_to(images).as_posix() for path in files_below(images, "")} - set(names):
+        places.setdefault(PurePosixPath(name).name, []).append(name)
+    counts = Counter(PurePosixPath(name).name for name in missing)
+    moved = {
+        name: places[base][0]
+        for name in missing
+        if counts[base := PurePosixPath(name).name] == 1 and len(places.get(base, ())) == 1
+    }
+    return [moved.get(name, name) for name in names]
 
 
 def _part(shape: dict[str, Any], label_ids: dict[str, int], height: int, width: int) -> ObjectPart:

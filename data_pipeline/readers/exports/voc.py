@@ -39,17 +39,19 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
     if source.legend is not None:
         names = {category.id: category.name for category in read_legend(source.legend).categories}
     table = CategoryTable(tuple(Category(i, name, i > 0, distinct_color(i)) for i, name in names.items()))
+    image_names = [path.name for path in images.iterdir() if is_image_name(path.name)]
     if source.image_set is None:
         stems = sorted(path.stem for path in classes.glob("*.png") if is_image_name(path.name))
     else:
         require_file(source.image_set)
         lines = read_bytes(Path(source.image_set)).decode("utf-8-sig", errors="replace").splitlines()
-        stems = [line.split()[0] for line in lines if line.strip()]
+        known = {Path(name).stem for name in image_names}  # names may have spaces; lists of one class add a number
+        stems = [text if text in known else text.split()[0] for line in lines if (text := line.strip())]
         require_unique(stems, f"names in {source.image_set}")
     if not stems:
         raise DataError(f"{source.image_set or classes} names no image; check the paths under datasets.<name>.source")
     listed = set(stems)
-    names_of_images = [p.name for p in images.iterdir() if is_image_name(p.name) and p.stem in listed]
+    names_of_images = [name for name in image_names if Path(name).stem in listed]
     require_unique((Path(name).stem for name in names_of_images), f"names in {images} without their endings")
     files = {Path(name).stem: name for name in names_of_images}
     incomplete = [s for s in stems if s not in files or not all((f / f"{s}.png").is_file() for f in (classes, objects))]

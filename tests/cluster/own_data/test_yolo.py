@@ -89,3 +89,27 @@ def test_a_split_that_does_not_exist_is_refused(tmp_path, value):
     quoted = "images/more" if "more" in value else value
     with pytest.raises(ConfigError, match=rf"data\.yaml: train is '{quoted}', which is neither a folder nor a text"):
         find_formats(tmp_path)
+
+
+def test_an_export_may_be_one_folder_deeper(tmp_path):
+    write_yolo(tmp_path / "my export", "train: images/train", {"images/train": 2})
+    (tmp_path / "__MACOSX/my export").mkdir(parents=True)
+    assert found_keys(tmp_path) == [("train", "im0 im1")]
+
+
+@pytest.mark.parametrize("line", [b"\t- x", "# Gr\u00fcner Fleck".encode("cp1252")])
+def test_a_damaged_data_yaml_is_named(tmp_path, line):
+    write_yolo(tmp_path, "train: images/train", {"images/train": 2})
+    path = tmp_path / "data.yaml"
+    path.write_bytes(path.read_bytes() + line)
+    with pytest.raises(ConfigError, match=r"data\.yaml is not valid YAML: .* \(UTF-8, spaces instead of tabs\)"):
+        find_formats(tmp_path)
+    path.write_bytes(b"replicas: 1\n" + line)
+    assert find_formats(tmp_path) == []
+
+
+def test_equal_images_for_training_and_validation_are_refused_with_a_remedy(tmp_path):
+    """The data.yaml of coco128-seg names the same folder twice."""
+    write_yolo(tmp_path, "train: images/train\nval: images/train", {"images/train": 2})
+    with pytest.raises(ConfigError, match=r"data\.yaml: train and val are the same images, .* Remove val from"):
+        find_formats(tmp_path)
