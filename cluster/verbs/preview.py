@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe.load import load_recipe
     from m2f.data_pipeline.shards.manifest import Manifest
-    from m2f.data_pipeline.shards.preview import spread_indices, write_contact_sheet
+    from m2f.data_pipeline.shards.preview import drawn_name, spread_indices, write_contact_sheet
     from m2f.data_pipeline.storage.storage import Storage
 
     names, overrides = split_overrides(args.words)
@@ -37,4 +37,7 @@ def run(args: argparse.Namespace) -> int:
     indices = spread_indices(manifest, args.images)
     write_contact_sheet(manifest, indices, storage, args.output)
     print_out(f"{args.output}: {len(indices)} of {format_count(manifest.num_samples, 'image')} of {name}")
+    replaced = {drawn_name(c): c.name for c in manifest.categories.categories if drawn_name(c) != c.name}
+    for drawn, original in replaced.items():
+        print_out(f"{drawn!r} on the sheet is the class {original!r}")
     return ExitStatus.DONE

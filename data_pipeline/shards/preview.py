@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -91,7 +92,7 @@ def draw_annotation(image: np.ndarray, annotation: Annotation, categories: Categ
         cv2.drawContours(drawn, outline, -1, (255, 255, 255), 1)
     for segment, mask in segments:
         if mask.mean() >= _LABEL_SHARE:
-            _draw_name(drawn, mask, categories.by_id[segment.category_id].name)
+            _draw_name(drawn, mask, drawn_name(categories.by_id[segment.category_id]))
     return drawn
 
 
@@ -121,13 +122,13 @@ def _draw_name(picture: np.ndarray, mask: np.ndarray, name: str) -> None:
     """Write the name around the point of the mask that is farthest from its border."""
     inside = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
     y, x = np.unravel_index(int(np.argmax(inside)), inside.shape)
-    (width, height), _ = cv2.getTextSize(_ascii(name), _FONT, 0.38, 1)
+    (width, height), _ = cv2.getTextSize(name, _FONT, 0.38, 1)
     left = min(max(0, int(x) - width // 2), max(0, picture.shape[1] - width))
     base = min(max(height, int(y) + height // 2), picture.shape[0] - 2)
     # Dark copies around the text make it readable on any colour. A thicker stroke would widen the glyphs.
     for dx, dy in ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 1), (0, -1), (1, 0), (-1, 0)):
-        cv2.putText(picture, _ascii(name), (left + dx, base + dy), _FONT, 0.38, (0, 0, 0), 1, cv2.LINE_AA)
-    cv2.putText(picture, _ascii(name), (left, base), _FONT, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
+        cv2.putText(picture, name, (left + dx, base + dy), _FONT, 0.38, (0, 0, 0), 1, cv2.LINE_AA)
+    cv2.putText(picture, name, (left, base), _FONT, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
 
 
 def _tile(sample: DecodedSample, num_segments: int, categories: CategoryTable) -> _Tile:
@@ -158,7 +159,7 @@ def _resize_ids(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _legend(categories: Sequence[Category], width: int) -> np.ndarray:
     """Return a legend of colour squares with category names, in as many columns as fit into `width`."""
-    names = [f"{_ascii(c.name)} ({'thing' if c.is_thing else 'stuff'})" for c in categories]
+    names = [f"{drawn_name(c)} ({'thing' if c.is_thing else 'stuff'})" for c in categories]
     cell = 2 * _SWATCH + max((cv2.getTextSize(name, _FONT, 0.45, 1)[0][0] for name in names), default=0)
     columns = max(1, width // (cell + _GAP))
     sheet = np.full((max(1, -(-len(names) // columns)) * _LINE, width, 3), _BACKGROUND, dtype=np.uint8)
@@ -175,8 +176,15 @@ def _text_line(text: str, width: int) -> np.ndarray:
     return line
 
 
+def drawn_name(category: Category) -> str:
+    """Return the name as it is drawn: if it has other letters than ASCII, with its id and without these letters."""
+    return category.name if category.name.isascii() else f"{category.id}: {_ascii(category.name)}"
+
+
 def _ascii(text: str) -> str:
-    return text.encode("ascii", "replace").decode()  # OpenCV's fonts have only ASCII letters
+    """Return a text in the ASCII letters of OpenCV's fonts: without accents, and with ? for other letters."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(letters).encode("ascii", "replace").decode()
 
 
 def _stack_horizontally(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:

@@ -6,7 +6,13 @@ from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.sample import Annotation, Segment
-from m2f.data_pipeline.shards.preview import contact_sheet, draw_annotation, spread_indices, write_contact_sheet
+from m2f.data_pipeline.shards.preview import (
+    contact_sheet,
+    draw_annotation,
+    drawn_name,
+    spread_indices,
+    write_contact_sheet,
+)
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
@@ -95,3 +101,10 @@ def test_instances_are_drawn_instead_of_the_things_of_the_map():
     red, green = drawn[30, 30, :2]
     assert green > red
     assert (drawn[62:78, 62:78] == 255).all(axis=2).any()  # the crowd is hatched
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"), [("cell?", "cell?"), ("Gr\u00fcner Fleck", "7: Gruner Fleck"), ("\u7ec6\u80de", "7: ??")]
+)
+def test_names_that_the_font_cannot_draw_have_their_id(name, drawn):
+    assert drawn_name(Category(7, name, True, (0, 0, 0))) == drawn
