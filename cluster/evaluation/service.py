@@ -19,7 +19,7 @@ from m2f.cluster.tracking.tracking import TrackedRun, Tracking
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.commits import read_commits
-from m2f.trainer.checkpoint.folder import EVALUATION_PIN, list_checkpoints, pin, unpin
+from m2f.trainer.checkpoint.folder import EVALUATION_PIN, list_pins, pin, unpin
 from m2f.trainer.checkpoint.lease_record import check_lease
 from m2f.trainer.errors import LeaseLostError
 
@@ -144,14 +144,15 @@ def release(
 
 
 def _pin_best(storage: Storage, run_folder: str, entries: Iterable[Entry], metric: str) -> None:
-    existing = {checkpoint.url for checkpoint in list_checkpoints(storage, run_folder)}
+    existing = {checkpoint.url: pins for checkpoint, pins in list_pins(storage, run_folder).items()}
     known = {e.step: e for e in entries if e.status == "published" and e.checkpoint in existing}
     best = best_step({step: e.metrics for step, e in known.items()}, metric)
     if best is None:
         return
     pin(storage, known[best].checkpoint, BEST_PIN)
     for step in known.keys() - {best}:
-        unpin(storage, known[step].checkpoint, BEST_PIN)
+        if BEST_PIN in existing[known[step].checkpoint]:
+            unpin(storage, known[step].checkpoint, BEST_PIN)
 
 
 def poll_interval_s(run_folder: str) -> float:

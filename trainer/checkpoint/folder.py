@@ -151,12 +151,19 @@ def list_checkpoints(storage: Storage, run_folder: str) -> tuple[CommittedCheckp
     For each step only the checkpoint of the highest lease is returned. Commits that a holder made after another process
     had taken over the run are ignored.
     """
-    folders = {
-        file.folder for file in _parse_urls(storage.list(join(run_folder, "checkpoints"))) if file.path == MANIFEST
-    }
-    accepted = _accepted_folders(storage, run_folder, folders)
+    return tuple(list_pins(storage, run_folder))
+
+
+def list_pins(storage: Storage, run_folder: str) -> dict[CommittedCheckpoint, frozenset[str]]:
+    """Return the names of the pins of each checkpoint that `list_checkpoints` returns, in the same order."""
+    files = _parse_urls(storage.list(join(run_folder, "checkpoints")))
+    accepted = _accepted_folders(storage, run_folder, {file.folder for file in files if file.path == MANIFEST})
     by_step = {folder.step: folder for folder in sorted(accepted, key=lambda folder: folder.lease)}
-    return tuple(CommittedCheckpoint(step, by_step[step].url(run_folder)) for step in sorted(by_step, reverse=True))
+    names: dict[_Folder, set[str]] = {by_step[step]: set() for step in sorted(by_step, reverse=True)}
+    for file in files:
+        if file.folder in names and file.path.startswith("pins/"):
+            names[file.folder].add(file.path.removeprefix("pins/"))
+    return {CommittedCheckpoint(f.step, f.url(run_folder)): frozenset(found) for f, found in names.items()}
 
 
 def _accepted_folders(storage: Storage, run_folder: str, folders: Iterable[_Folder]) -> set[_Folder]:

@@ -296,6 +296,17 @@ def test_best_checkpoint_stays_pinned(tmp_path):
     assert pins(storage, entries[3].checkpoint) == (BEST_PIN,)
 
 
+def test_only_the_earlier_best_checkpoint_is_unpinned(tmp_path):
+    storage, run_folder, entries = Storage(), str(tmp_path), []
+    for step in range(1, 21):
+        url = make_checkpoint(storage, run_folder, step)
+        entries.append(Entry(step, url, 0, "published", metrics={"val/PQ": float(step)}))
+        before = storage.counters.requests
+        release(storage, run_folder, entries[-1:], entries, "val/PQ")
+        assert storage.counters.requests - before <= 6  # the same for any number of existing checkpoints
+    assert [e.step for e in entries if pins(storage, e.checkpoint)] == [20]
+
+
 def test_best_of_the_existing_checkpoints_is_pinned_if_a_better_one_was_deleted(tmp_path):
     storage, run_folder = Storage(), str(tmp_path)
     values = {100: 50.0, 400: 48.0, 500: 46.0}  # retention has deleted step 100 before `best_metric` was set
