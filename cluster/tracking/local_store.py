@@ -93,8 +93,11 @@ class StoredRun:
 
 
 def find_stored(database: Path, run_id: str) -> StoredRun | None:
-    """Return a run of a database; None if either does not exist. Raises sqlite3.Error if the file is unreadable."""
-    if not database.exists():
+    """Return a run of a database; None if either does not exist or the file is empty.
+
+    Raises sqlite3.Error if the file is unreadable.
+    """
+    if not database.exists() or not database.stat().st_size:
         return None
     with closing(open_database(database)) as connection:
         stage = connection.execute("SELECT lifecycle_stage FROM runs WHERE run_uuid = ?", (run_id,)).fetchone()

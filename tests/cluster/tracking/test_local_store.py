@@ -20,7 +20,7 @@ from mlflow.tracking._tracking_service import utils as mlflow_memory
 from m2f.cluster.compare.records import read_runs
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.database import database_lock
-from m2f.cluster.tracking.local_store import ARTIFACTS
+from m2f.cluster.tracking.local_store import ARTIFACTS, find_stored
 from m2f.cluster.tracking.record import record_evaluations
 from m2f.cluster.tracking.store import ui_command
 from m2f.cluster.tracking.tracking import Tracking, TrackingError, create_run, find_run
@@ -199,6 +199,11 @@ def test_copied_run_folder_gets_a_new_mlflow_run(output):
     assert run.run_id == first.run_id
     write_point(run, 1)
     assert client_of(output).get_run(run.run_id).data.tags["m2f.run_folder"] == renamed.run_folder
+
+
+def test_empty_database_holds_no_run(tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    assert find_stored(tmp_path / "mlflow.db", "a" * 32) is None
 
 
 def test_deleted_run_is_created_again(output, caplog):
