@@ -151,6 +151,8 @@ class CvatSource(Section):
     """Folder of the images."""
     annotations: str
     """XML file of the export, annotations.xml."""
+    subset: str | None = None
+    """Subset of a project whose images are used. Empty uses the images without a subset, None uses all images."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from m2f.data_pipeline.sources import SourceConfig
+from m2f.data_pipeline.sources import CvatSource, SourceConfig
 
 Split = Literal["train", "val", "test"]
 _ANNOTATION_FIELDS = ("image_set", "instances_json", "panoptic_json", "annotations", "labels", "class_maps")
@@ -63,9 +63,14 @@ def choose_sets(data_format: DataFormat) -> ChosenSets:
 
 
 def annotation_path(source: SourceConfig) -> str:
-    """Return the path of a source's file or folder of annotations; its kind if it has neither."""
+    """Return the path of a source's file or folder of annotations; its kind if it has neither.
+
+    The result is for messages: if the source uses a subset of the file, it ends with the name of the subset.
+    """
     paths = (getattr(source, name, None) for name in _ANNOTATION_FIELDS)
-    return next((path for path in paths if path), source.kind)
+    path = next((path for path in paths if path), source.kind)
+    subset = source.subset if isinstance(source, CvatSource) else None
+    return path if subset is None else f"{path} (subset {subset!r})"
 
 
 def split_from_path(path: str) -> Split | None:

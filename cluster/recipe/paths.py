@@ -35,11 +35,11 @@ def _dataset(dataset: DatasetConfig) -> DatasetConfig:
 
 
 def _source(source: SourceConfig) -> SourceConfig:
-    """Return the source with absolute paths. All its strings but `kind` and `suffix` are paths."""
+    """Return the source with absolute paths. All its strings are paths, except `kind`, `subset` and `suffix`."""
     paths: dict[str, Any] = {}
     for field in fields(source):
         value = getattr(source, field.name)
-        if isinstance(value, str) and field.name not in ("kind", "suffix"):
+        if isinstance(value, str) and field.name not in ("kind", "subset", "suffix"):
             paths[field.name] = _absolute(value)
     return replace(source, **paths)
 

@@ -7,19 +7,20 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
 from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.json_fields import field, read_flag
-from m2f.data_pipeline.readers.files import displayed_size, read_json, relative_name
+from m2f.data_pipeline.readers.files import displayed_size, read_json, relative_name, stored_name
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 
 Box = tuple[float, float, float, float]
 RENUMBERED_FIELD = "/numbered"
 """Field that marks annotations with a new id instead of the one in the file."""
 SIZES_FROM_FILES = "images without a size in the JSON (read from the files)"
+FOUND_BY_FILE_NAME = "images whose path in the JSON does not exist (found in the image folder by their file name)"
 MAX_CATEGORY_ID = 2**31 - 1
 """Largest category id. The manifest stores category ids in 32 bits."""
 MAX_AREA = 1e15
@@ -39,13 +40,8 @@ class CocoImage:
     """Path relative to the folder of images."""
     height: int
     width: int
-    size_is_read: bool = False
-    """Whether the size was read from the image file, because the JSON does not state it."""
-
-    @property
-    def repairs(self) -> tuple[str, ...]:
-        """Return the repairs of the entry; see Sample.repairs."""
-        return (SIZES_FROM_FILES,) if self.size_is_read else ()
+    repairs: tuple[str, ...] = ()
+    """Repairs of the entry; see Sample.repairs."""
 
 
 def read_document(path: str, required: Collection[str]) -> dict[str, Any]:
@@ -65,7 +61,8 @@ def require_lists(document: Any, required: Collection[str], path: str) -> None:
 def read_images(document: Mapping[str, Any], path: str, folder: Path | None = None) -> tuple[CocoImage, ...]:
     """Return all images in the order of the file.
 
-    Sizes that the file does not state are read from the image files in `folder`, if that is given.
+    If the folder of images is given, sizes that the file does not state are read from the image files. If no stated
+    path exists in that folder, the images are found by their file names.
 
     Raises:
         DataError: there is no image, a field is missing or invalid, or an id is repeated.
@@ -73,23 +70,41 @@ def read_images(document: Mapping[str, Any], path: str, folder: Path | None = No
     if not document["images"]:
         raise DataError(f"{path} lists no image; the data set is empty")
     images = []
-    for number, entry in enumerate(document["images"]):
+    stated = [_stated_name(entry, f"{path}: images[{number}]") for number, entry in enumerate(document["images"])]
+    names = stated if folder is None else _names_in_folder(stated, folder)
+    for number, (entry, name) in enumerate(zip(document["images"], names, strict=True)):
         where = f"{path}: images[{number}]"
-        name = field(entry, "file_name", where)
-        if isinstance(name, str):
-            name = name.replace("\\", "/")  # tools on Windows write backslashes
         name = relative_name(name, where)
+        repairs: tuple[str, ...] = () if names is stated else (FOUND_BY_FILE_NAME,)
+        if folder is not None and not name.isascii():
+            name = stored_name(folder, name) or name
         source_id = id_text(entry, "id", where)
         if folder is not None and (entry.get("height") is None or entry.get("width") is None):
             height, width = displayed_size(folder / name)
-            images.append(CocoImage(number, source_id, name, height, width, size_is_read=True))
+            repairs += (SIZES_FROM_FILES,)
         else:
             height, width = (whole_number(entry, side, where) for side in ("height", "width"))
-            images.append(CocoImage(number, source_id, name, height, width))
+        images.append(CocoImage(number, source_id, name, height, width, repairs))
     require_unique((image.source_id for image in images), f"{path}: image ids")
     if all(re.fullmatch(r"-?\d{1,18}", image.source_id) for image in images):  # the manifest stores 64 bits
         images = [replace(image, id=int(image.source_id)) for image in images]
     return tuple(images)
+
+
+def _stated_name(entry: Any, where: str) -> str:
+    """Return the path of an image as in the file, with `/`: tools on Windows write backslashes."""
+    name = field(entry, "file_name", where)
+    return name.replace("\\", "/") if isinstance(name, str) else relative_name(name, where)
+
+
+def _names_in_folder(stated: list[str], folder: Path) -> list[str]:
+    """Return the stated paths, or the file names without folders if only these exist in the folder of images.
+
+    Label Studio and some scripts write paths of another machine. File names that repeat do not identify an image.
+    """
+    names = [PurePosixPath(name).name for name in stated]
+    is_elsewhere = len(set(names)) == len(names) and not any(stored_name(folder, name) for name in stated)
+    return names if is_elsewhere and any(stored_name(folder, name) for name in names) else stated
 
 
 def id_text(entry: Any, name: str, where: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +24,7 @@ from m2f.data_pipeline.image_file import (
     is_hidden_copy,
     read_header,
 )
-from m2f.data_pipeline.keys import check_key
+from m2f.data_pipeline.keys import check_key, key_problem
 from m2f.data_pipeline.readers.source_files import read_file
 
 _MAX_KEY_LENGTH = 80  # with the longest suffix of a member, names in a tar stay below 100 characters
@@ -148,6 +150,20 @@ def relative_name(name: Any, where: str) -> str:
     """
     check_key(str(PurePosixPath(name)) if isinstance(name, str) and name else name, f"{where}: file_name")
     return name
+
+
+def stored_name(folder: Path, *names: str) -> str | None:
+    """Return the first name that a file in the folder has, in the spelling of the file system; None if there is none.
+
+    macOS stores accented letters in two characters (NFD), annotation files usually in one (NFC). A name that leads out
+    of the folder is never found.
+    """
+    for name in names:
+        for spelled in dict.fromkeys((name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))):
+            is_inside = key_problem(str(PurePosixPath(spelled))) is None
+            if is_inside and os.path.isfile(folder / spelled):  # False also for names that are too long
+                return spelled
+    return None
 
 
 def make_key(file_name: str) -> str:

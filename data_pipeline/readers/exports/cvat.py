@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.coco_json import whole_number
 from m2f.data_pipeline.readers.exports.object_parts import (
@@ -19,9 +21,12 @@ from m2f.data_pipeline.readers.exports.object_parts import (
     shapes_reader,
 )
 from m2f.data_pipeline.readers.exports.xml_file import read_xml
-from m2f.data_pipeline.readers.files import relative_name, require_folder
+from m2f.data_pipeline.readers.files import relative_name, require_folder, stored_name
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sources import CvatSource
+
+_FRAME_ENDINGS = ("", ".PNG", ".png")
+"""Endings of the image files that the XML leaves out. It names frames of videos without their ending."""
 
 
 def open_cvat(source: CvatSource, max_pixels: int) -> CocoInstancesReader:
@@ -42,8 +47,8 @@ def open_cvat(source: CvatSource, max_pixels: int) -> CocoInstancesReader:
     label_ids = {category.name: category.id for category in categories.categories}
     unusable: list[UnusableAnnotation] = []
     annotated = []
-    for element in root.iterfind("image"):
-        name = relative_name(element.get("name"), f"{source.annotations}: image {element.get('id')}")
+    for element in _used_images(root, source):
+        name = _image_name(element, images, f"{source.annotations}: image {element.get('id')}")
         height, width = (whole_number(element.attrib, side, f"image {name}") for side in ("height", "width"))
         parts = []
         for number, shape in enumerate(element):
@@ -58,6 +63,35 @@ def open_cvat(source: CvatSource, max_pixels: int) -> CocoInstancesReader:
         parts.sort(key=lambda pair: pair[0])  # stable, so that shapes of one level keep the order of the file
         annotated.append(AnnotatedImage(name, height, width, tuple(part for _, part in parts)))
     return shapes_reader(images, categories, annotated, max_pixels, unusable)
+
+
+def _used_images(root: Element, source: CvatSource) -> list[Element]:
+    """Return the images in the subset of the source. Raises DataError if the file has no such subset."""
+    images = root.findall("image")
+    subsets = dict.fromkeys(image.get("subset", "") for image in images)
+    if source.subset is not None and source.subset not in subsets:
+        raise DataError(
+            f"{source.annotations} has no subset {source.subset!r}, only {format_list(map(repr, subsets))}; correct "
+            "datasets.<name>.source.subset"
+        )
+    return [image for image in images if source.subset in (None, image.get("subset", ""))]
+
+
+def listed_names(image: Element) -> list[str]:
+    """Return the possible paths of an `<image>` relative to the folder of images, the most specific first.
+
+    Exports of projects have a folder for each subset.
+    """
+    name = image.get("name", "").replace("\\", "/")  # of tasks that were created on Windows
+    parents = [f"{subset}/", ""] if (subset := image.get("subset")) else [""]
+    return [f"{parent}{name}{ending}" for parent in parents for ending in _FRAME_ENDINGS]
+
+
+def _image_name(image: Element, images: Path, where: str) -> str:
+    """Return the path of an image relative to the folder of images. Raises DataError if it leads out of the folder."""
+    names = listed_names(image)
+    likely = (name for name in names if os.path.isdir((images / name).parent))  # for the message about a missing image
+    return relative_name(stored_name(images, *names) or next(likely, names[0]), where)
 
 
 def _part(shape: Element, label_ids: dict[str, int], height: int, width: int) -> ObjectPart:
