@@ -222,6 +222,9 @@ def _find_nested_pairs(folder: Path, stems: Mapping[Path, Mapping[str, str]]) ->
 
     The outermost folder that is named like maps is paired, or its subfolders that are named after splits.
     """
+    parts = {part for path in stems for part in path.relative_to(folder).parts}
+    if not any(_is_named_like_maps(Path(part)) for part in parts):
+        return []  # a large folder of another kind, whose names would be joined for nothing
     nested: dict[Path, dict[str, str]] = {}
     for parent, names in stems.items():
         for root in (path for path in (parent, *parent.parents) if path.is_relative_to(folder)):
