@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -92,10 +93,12 @@ def register(options: RegisterOptions, report: Callable[[str], None] = lambda li
 
     Raises:
         RegistryError: the run is not in MLflow, or the two sides cannot be compared.
-        ConfigError, CheckpointError, DataError, StorageError: the run or the checkpoint cannot be read.
+        ConfigError: MLflow would refuse the name or an alias, a setting has no effect, or the run cannot be read.
+        CheckpointError, DataError, StorageError: the run or the checkpoint cannot be read.
         TrackingError: the MLflow store does not answer, or refuses the registration.
     """
     _check_overrides(options.overrides)
+    _check_names(options)
     config, checkpoint_url = open_recipe(options.source, options.overrides)
     if checkpoint_url is not None:
         raise RegistryError(f"{options.source} is a checkpoint; give its run, and select the step with --checkpoint N")
@@ -123,6 +126,23 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         raise ConfigError(
             f"{', '.join(ignored)}: a registered model uses the settings that its checkpoint was trained with; "
             "only tracking.* and storage.* can be overridden"
+        )
+
+
+def _check_names(options: RegisterOptions) -> None:
+    """Raise ConfigError for a name or alias that MLflow refuses, because it does so only after the upload."""
+    given = [("--alias", alias) for alias in options.aliases]
+    given += [] if options.if_better is None else [("--if-better", options.if_better)]
+    for option, alias in given:
+        if not re.fullmatch(r"[\w-]{1,255}", alias) or re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+            raise ConfigError(
+                f"{option} is {alias!r}; an alias has 1 to 255 letters, digits, '_' and '-', and is neither 'latest' "
+                "nor 'v' with a number, such as 'v1'"
+            )
+    name = options.name
+    if name and (not name.strip() or re.search("[/:]", name) or name == "." or name.startswith("..")):
+        raise ConfigError(
+            f"--name is {name!r}; names contain neither '/' nor ':', are not blank or '.', and do not start with '..'"
         )
 
 

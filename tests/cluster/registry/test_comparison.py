@@ -8,11 +8,12 @@ import pytest
 from m2f.cluster.compare.records import RunRecord, SetResult
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.registry.comparison import RegistryError, check_weights, compare_checkpoints
-from m2f.cluster.registry.register import is_evaluation_of
+from m2f.cluster.registry.register import RegisterOptions, is_evaluation_of, register
 from m2f.cluster.tracking.logged_models import EvaluatedCheckpoint
 from m2f.data_pipeline.storage.ragged_table import Ragged
 from m2f.eval.metrics.resampled import PanopticImages
 from m2f.eval.results.images import ImageRecords
+from m2f.model.errors import ConfigError
 
 IMAGES = 40
 
@@ -94,3 +95,25 @@ def test_evaluations_are_matched_by_commit_not_by_step():
     assert not is_evaluation_of(Entry(8, "runs/r/checkpoints/step_00000008-1", 0, commit="00000008-1"), checkpoint)
     assert is_evaluation_of(Entry(8, "runs/r/checkpoints/step_00000008-2", 0), checkpoint)
     assert not is_evaluation_of(Entry(8, "runs/r/checkpoints/step_00000008-1", 0), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aliases": ("champion", "best model")}, "--alias is 'best model'; an alias has 1 to 255 letters"),
+        ({"aliases": ("",)}, "--alias is ''"),
+        ({"aliases": ("a" * 256,)}, "--alias is 'aaa"),
+        ({"aliases": ("Latest",)}, "neither 'latest' nor 'v' with a number"),
+        ({"if_better": "v1"}, "--if-better is 'v1'"),
+        ({"if_better": "a/b"}, "--if-better is 'a/b'"),
+        (
+            {"name": "team/cells"},
+            "--name is 'team/cells'; names contain neither '/' nor ':'",
+        ),
+        ({"name": " "}, "--name is ' '"),
+        ({"name": ".."}, "--name is '..'"),
+    ],
+)
+def test_names_that_mlflow_refuses_are_refused_before_the_run_is_read(options, message):
+    with pytest.raises(ConfigError, match=message):
+        register(RegisterOptions(source="nowhere", **options))
