@@ -26,7 +26,7 @@ import numpy as np
 
 from m2f.data_pipeline.categories import Category, CategoryTable, Task
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.readers.masks import read_rle
+from m2f.data_pipeline.readers.masks import checked_areas, compressed_texts, read_rle
 from m2f.data_pipeline.sample import VOID_ID
 from m2f.eval.config import ExtraMetric
 from m2f.eval.errors import EvaluationError
@@ -389,8 +389,9 @@ def _detections(number: int, image: Instances) -> InstanceDetections:
 
 def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
     """Return run-length masks. Raises EvaluationError for masks of another form and for a wrong number of labels."""
-    masks: list[Rle] = []
-    for position, mask in enumerate(image.masks):
+    valid = _valid_texts(image.masks)
+    masks: list[Rle] = list(valid or ())
+    for position, mask in enumerate(image.masks if valid is None else ()):
         where = f"image {number}: mask {position}"
         if not isinstance(mask, np.ndarray):
             try:
@@ -403,6 +404,23 @@ def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
             masks.extend(encode_masks([mask]))
     _check_length(number, "labels", len(image.labels), len(masks))
     return tuple(masks)
+
+
+def _valid_texts(masks: Sequence[np.ndarray | Rle]) -> tuple[Rle, ...] | None:
+    """Return masks that all are valid compressed run lengths of one size; else None.
+
+    The check of all masks at once takes about a fifth of the time of `compressed_rle` for each.
+    """
+    decoded = [
+        {"size": mask.get("size"), "counts": counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts}
+        for mask in masks
+        if isinstance(mask, Mapping) and (counts := mask.get("counts")) is not None
+    ]
+    match decoded:
+        case [{"size": [int(height), int(width)]}, *_] if len(decoded) == len(masks):
+            texts = compressed_texts(decoded, height, width)
+            return tuple(decoded) if texts is not None and checked_areas(texts, height, width) is not None else None
+    return None
 
 
 def compressed_rle(mask: Rle, name: str) -> Rle:
