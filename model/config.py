@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from m2f.model.backbones.config import SwinBackboneConfig, TimmBackboneConfig, ViTAdapterBackboneConfig
 from m2f.model.eomt.config import EomtDecoderConfig, UpscalePixelDecoderConfig
@@ -393,6 +393,13 @@ class ModelConfig(Section):
             raise ConfigError(
                 f"model.backbone.weights is {self.backbone.weights}, a URL, which only model.weights accepts; set "
                 "that instead, which also accepts weights of a backbone alone"
+            )
+
+    def require_trainable(self) -> None:
+        """Raise ConfigError if `freeze` leaves nothing to train. Evaluation accepts such a model."""
+        if set(get_args(ModelPart)) <= set(self.freeze):
+            raise ConfigError(
+                f"model.freeze is {list(self.freeze)}, the whole model, so nothing is trained; remove a part from it"
             )
 
     def _check_parts(self) -> None:

@@ -25,9 +25,11 @@ def settled_run(config: RunConfig, devices: AvailableDevices, *, during_training
     A resumed run keeps its precision, and its choices of compilation and initial backbone weights. `during_training`
     states whether evaluations run during training.
 
-    Raises ConfigError if the devices cannot run the recipe, or if a metric in `training` belongs to no set.
+    Raises ConfigError if the devices cannot run the recipe, if a metric in `training` belongs to no set, if the whole
+    model is frozen, or if the backbone requires published weights that are not available.
     """
     config.check_metrics()
+    config.model.require_trainable()
     stored = _stored_choices(config)
     config = print_device_summary(settle(config, devices, stored, during_training=during_training))
     start = settle_backbone(config, stored.pretrained, published_problem, has_frozen_norms)

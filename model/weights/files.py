@@ -49,10 +49,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     Wrappers such as {"model": ...} are removed. Raises WeightsError if the file is missing, unsupported or unreadable.
     """
     path = Path(path)
+    files = weights_files(path)
     if path.is_dir():
-        return _read_folder(path)
-    if not path.is_file():
-        raise WeightsError(f"weights {path}: no such file or folder")
+        return {name: tensor for file in files for name, tensor in read_state(file).items()}
     try:
         content = _read(path)
     except WeightsError:
@@ -77,14 +76,22 @@ def count_classes(path: str | Path) -> int | None:
     return len(heads[0]) - 1 if len(heads) == 1 else None
 
 
+def weights_files(path: Path) -> tuple[Path, ...]:
+    """Return the files that `read_state` reads. Raises WeightsError if there is no such file, or no folder with any."""
+    if path.is_dir():
+        return _folder_files(path)
+    if not path.is_file():
+        raise WeightsError(f"weights {path}: no such file or folder")
+    return (path,)
+
+
 def weights_sha256(path: str | Path) -> str:
     """Return the SHA-256 of the file that `read_state` reads.
 
     For several files, return the SHA-256 of the lines that `sha256sum` prints for them. Raises WeightsError if a file
     is missing or unreadable.
     """
-    path = Path(path)
-    files = _folder_files(path) if path.is_dir() else (path,)
+    files = weights_files(Path(path))
     if len(files) == 1:
         return _sha256(files[0])
     lines = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)
@@ -97,13 +104,6 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise WeightsError(f"weights {path} cannot be read: {error.strerror}") from error
-
-
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for file in _folder_files(folder):
-        state |= read_state(file)
-    return state
 
 
 def _folder_files(folder: Path) -> tuple[Path, ...]:

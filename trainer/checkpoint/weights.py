@@ -12,9 +12,10 @@ from m2f.data_pipeline.label_space import match_classes, require_match
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.config import BackboneConfig, ModelConfig
+from m2f.model.errors import WeightsError
 from m2f.model.export.hugging_face import is_hugging_face_folder, known_labels, read_hugging_face_config
 from m2f.model.weights.architecture import require_same_architecture, require_stored_architecture
-from m2f.model.weights.files import weights_sha256
+from m2f.model.weights.files import weights_files, weights_sha256
 from m2f.model.weights.hub import hub_folder
 from m2f.model.weights.packages import weights_path
 from m2f.model.weights.sources import HUB
@@ -57,13 +58,15 @@ def resolve_start_weights(weights: str, storage: Storage) -> str:
 
 
 def check_start_weights(identity: ModelIdentity | None, model: ModelConfig, storage: Storage) -> None:
-    """Check `model.weights` against a new run, as far as possible without reading its tensors.
+    """Check the initial weights of a new run, as far as possible without reading their tensors.
 
-    Raises DataError if its classes contradict those of the data. Raises WeightsError for a model of Hugging Face or of
-    m2f with another architecture or pixel mean, or a hub model that is not available.
+    Raises DataError if the classes of `model.weights` contradict those of the data. Raises WeightsError for missing
+    weights, and for a model of Hugging Face or of m2f with another architecture or pixel mean.
     """
     if model.weights is None:
+        _require_files("model.backbone.weights", model.backbone.weights)
         return
+    _require_files("model.weights", model.weights)
     is_hub = model.weights.startswith(HUB)
     weights = str(hub_folder(model.weights, weights=False)) if is_hub else resolve_start_weights(model.weights, storage)
     found = read_identity(weights, storage)
@@ -72,6 +75,16 @@ def check_start_weights(identity: ModelIdentity | None, model: ModelConfig, stor
     elif found is not None:
         require_stored_architecture(_stored_model(found), model, model.weights)
     _match_rows(identity, found, weights)
+
+
+def _require_files(setting: str, weights: str | None) -> None:
+    """Raise WeightsError if a local file or folder, or a package, is missing. Reading object storage reports this."""
+    if weights is None or weights.startswith(HUB) or "://" in weights:
+        return
+    try:
+        weights_files(weights_path(weights))
+    except WeightsError as error:
+        raise WeightsError(f"{setting}: {error}; set it to an existing file or folder") from error
 
 
 def start_weights(setting: str, source: str, path: Path) -> StartWeights:

@@ -8,8 +8,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.devices import AvailableDevices
 from m2f.cluster.recipe.explain import explain
 from m2f.cluster.recipe.load import dump_recipe, flatten, load_recipe, parse_recipe
+from m2f.cluster.start.settling import settled_run
 from m2f.data_pipeline.config import LargeScaleJitter, ShortestEdgeCrop
 from m2f.data_pipeline.sources import CocoPanopticSource
 from m2f.data_pipeline.urls import url_problem
@@ -304,6 +306,13 @@ def test_all_numbers_out_of_range_are_listed_at_once():
 )
 def test_contradicting_numbers_are_rejected(override, message):
     assert message in problems_of(RECIPE, override)
+
+
+def test_a_wholly_frozen_model_may_be_evaluated_but_not_trained():
+    config = parse_recipe(RECIPE, ["model.freeze=[transformer_decoder, pixel_decoder, backbone]"])
+    with pytest.raises(ConfigError, match=r"model\.freeze is \[.*\], the whole model, so nothing is trained; remove a"):
+        settled_run(config, AvailableDevices(), during_training=False)
+    parse_recipe(RECIPE, ["model.freeze=[transformer_decoder, backbone]"]).model.require_trainable()
 
 
 def test_model_freeze_with_bf16_precision_is_rejected():

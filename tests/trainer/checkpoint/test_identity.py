@@ -12,7 +12,7 @@ from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.label_space import LabelSpace
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.model.config import MaskedTransformerDecoderConfig, ModelConfig
+from m2f.model.config import MaskedTransformerDecoderConfig, ModelConfig, TimmBackboneConfig
 from m2f.model.errors import WeightsError
 from m2f.trainer.checkpoint.identity import (
     METADATA_KEY,
@@ -26,6 +26,7 @@ from m2f.trainer.errors import CheckpointError
 
 CLASSES = (Category(7, "car", True, (1, 2, 3)), Category(2, "sky", False, (4, 5, 6)))
 RULES = InputRules(shortest_edge=64, max_size=96, pixel_mean=(1.0, 2.0, 3.0), pixel_std=(4.0, 5.0, 6.5))
+DEFAULT_RULES = replace(RULES, pixel_mean=ModelConfig.pixel_mean, pixel_std=ModelConfig.pixel_std)
 IDENTITY = ModelIdentity(
     label_spaces=(LabelSpace("panoptic", CLASSES),), input=RULES, num_queries=12, recipe="name: x\n"
 )
@@ -97,6 +98,18 @@ def test_start_weights_with_another_pixel_mean_or_number_of_heads_are_refused(tm
         check_start_weights(IDENTITY, config, Storage())
     decoder = MaskedTransformerDecoderConfig(num_heads=4)
     check_start_weights(IDENTITY, replace(config, transformer_decoder=decoder), Storage())
+
+
+def test_missing_start_weights_are_refused_by_the_name_of_their_setting(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for weights, problem in ((f"{tmp_path}/nope.pt", "no such file or folder"), (f"{tmp_path}/folder", "none of")):
+        backbone = TimmBackboneConfig(weights=weights)
+        with pytest.raises(WeightsError, match=rf"^model\.weights: weights {weights}: .*{problem}.*; set it to an ex"):
+            check_start_weights(IDENTITY, ModelConfig(weights=weights), Storage())
+        with pytest.raises(WeightsError, match=rf"^model\.backbone\.weights: weights {weights}: .*{problem}"):
+            check_start_weights(IDENTITY, ModelConfig(backbone=backbone), Storage())
+        model = ModelConfig(weights=stored_weights(tmp_path, replace(IDENTITY, input=DEFAULT_RULES)), backbone=backbone)
+        check_start_weights(IDENTITY, model, Storage())  # a whole model does not need the backbone's weights
 
 
 @pytest.mark.parametrize("tasks", [("panoptic", "semantic"), ("semantic", "panoptic")])
