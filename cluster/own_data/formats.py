@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from m2f.cluster.own_data.map_pairs import find_map_formats
-from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
+from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, split_from_path
 from m2f.cluster.own_data.yolo import detect_yolo
 from m2f.data_pipeline.documents import DocumentError, parse_json
-from m2f.data_pipeline.errors import format_list
+from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.folders import walk_folders
 from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, read_header
+from m2f.data_pipeline.readers.exports.cvat import listed_names
 from m2f.data_pipeline.readers.exports.labelme import is_labelme
-from m2f.data_pipeline.readers.files import files_below, read_json
+from m2f.data_pipeline.readers.exports.xml_file import read_xml
+from m2f.data_pipeline.readers.files import files_below, read_json, stored_name
 from m2f.data_pipeline.sources import (
     CocoInstancesSource,
     CocoPanopticSource,
@@ -115,10 +116,16 @@ def _coco_formats(folder: Path, files: Sequence[_JsonFile]) -> list[DataFormat]:
         files = [file for file in files if not _has_keypoints(file)]
         notes = (f"not used, because they annotate keypoints: {format_list(keypoints)}",)
     for file in files:
-        split = split_from_path(str(file.path.relative_to(folder)))
+        split = _split_of(file.path, folder)
         entries = [e for e in file.content["annotations"] if isinstance(e, dict)]
         first = next(iter(entries), {})
-        images = _image_folder(folder, file)
+        listed = [str(e.get("file_name")).replace("\\", "/") for e in file.content["images"] if isinstance(e, dict)]
+        images = (
+            _image_folder(folder, file.path, [(name,) for name in listed])
+            or _image_folder(folder, file.path, [(PurePosixPath(name).name,) for name in listed])
+            or file.path.parent
+        )
+        notes += _notes_about_images(folder, file.path, images)
         if "segments_info" in first:
             masks = next(
                 (p for p in (file.path.with_suffix(""), folder / file.path.stem) if p.is_dir()), file.path.parent
@@ -149,28 +156,50 @@ def _is_cvat_mask(entry: dict[str, Any]) -> bool:
     return is_crowd and isinstance(entry.get("attributes"), dict)
 
 
-def _image_folder(folder: Path, file: _JsonFile) -> Path:
-    """Return the folder with the first images that the file lists.
+def _image_folder(folder: Path, annotations: Path, listed: Sequence[Sequence[str]]) -> Path | None:
+    """Return the folder with the images that an annotation file lists; None if no folder has one of them.
 
-    If several folders have them, a folder whose name or split matches the file is preferred, because exports repeat
-    file names in different splits.
+    A folder whose name or split matches the file is preferred, even if it lacks images, because exports repeat file
+    names in different splits. Other folders need half as many images as the folder with most of them.
+
+    Args:
+        folder: folder of the user, in which all folders are searched.
+        annotations: path of the annotation file.
+        listed: possible names of each image, of which 20 evenly spaced images are searched.
     """
-    entries = [e for e in file.content["images"][:_SAMPLE_SIZE] if isinstance(e, dict)]
-    names = [str(e.get("file_name")).replace("\\", "/") for e in entries]
-    nearby = (file.path.parent, file.path.parent / "images", folder, folder / "images")
-    candidates = (*nearby, *sorted(Path(parent) for parent, _ in walk_folders(str(folder))))
-    matching = [path for path in candidates if names and all((path / name).is_file() for name in names)]
-    if not matching:
-        matching = [path for path in candidates if names and (path / names[0]).is_file()] or [file.path.parent]
-    split = split_from_path(str(file.path.relative_to(folder)))
+    sample = listed[:: -(-len(listed) // _SAMPLE_SIZE) or 1]
+    nearby = (annotations.parent, annotations.parent / "images", folder, folder / "images")
+    folders = list(dict.fromkeys((*nearby, *sorted(Path(parent) for parent, _ in walk_folders(str(folder))))))
+    hits = {path: sum(stored_name(path, *names) is not None for names in sample) for path in folders}
+    split, most = _split_of(annotations, folder), max(hits.values())
 
-    def rank(path: Path) -> int:
-        if path == file.path.parent or file.path.stem.lower().endswith(f"_{path.name.lower()}"):
-            return 0  # instances_Train.json belongs to images/Train
-        inside = str(path.relative_to(folder)) if path.is_relative_to(folder) else ""
-        return 1 if split_from_path(inside) == split else 2
+    def order(path: Path) -> tuple[bool, bool, bool, bool, bool, int, int]:
+        has_few, path_split = 2 * hits[path] < most, _split_of(path, folder)
+        is_named = annotations.stem.lower().endswith(f"_{path.name.lower()}")  # instances_Train.json and images/Train
+        return (
+            has_few and not is_named and (path_split is None or path_split != split),
+            not is_named and path != annotations.parent,
+            path_split != split,
+            path_split != split and None not in (path_split, split),  # the folder of another split is the last choice
+            has_few,
+            min(folders.index(path), len(nearby)),
+            -hits[path],
+        )
 
-    return min(matching, key=rank)
+    return min((path for path in folders if hits[path]), key=order, default=None)
+
+
+def _split_of(path: Path, folder: Path) -> Split | None:
+    """Return the split that a path names inside the user's folder."""
+    return split_from_path(str(path.relative_to(folder)) if path.is_relative_to(folder) else "")
+
+
+def _notes_about_images(folder: Path, annotations: Path, images: Path) -> tuple[str, ...]:
+    """Return a message for the user if the images of an annotation file are in a folder of another split."""
+    if None in (splits := {_split_of(annotations, folder), _split_of(images, folder)}) or len(splits) == 1:
+        return ()
+    names = [path.relative_to(folder) for path in (annotations, images)]
+    return (f"{names[0]} is used with the images in {names[1]}, which names another split; check that they match",)
 
 
 def _labelme_format(folder: Path, parents: Sequence[Path]) -> DataFormat:
@@ -199,21 +228,26 @@ def _split_folder(root: Path, folder: Path) -> Path:
 
 
 def _detect_cvat(folder: Path) -> DataFormat | None:
-    sets, notes = [], []
+    """Detect XML files of CVAT. The subsets of a project are sets if one of them is named after a split."""
+    sets: list[SourceSet] = []
+    notes: tuple[str, ...] = ()
     for path in filter(Path.is_file, files_below(folder, ".xml")):
         with path.open("rb") as stream:
-            head = stream.read(1_000_000).decode(errors="replace")
-        if "<annotations" not in head:
-            continue
-        match = re.search(r'<image [^>]*?name="([^"]+)"', head)
-        candidates = (path.parent / "images", path.parent, folder / "images", folder)
-        images = next((found for found in candidates if match and (found / match[1]).is_file()), candidates[0])
-        split = split_from_path(str(path.relative_to(folder)))
-        sets.append(SourceSet(split, CvatSource(images=str(images), annotations=str(path))))
-        subsets = dict.fromkeys(re.findall(r'<image [^>]*?subset="([^"]+)"', head))
-        if any(map(split_from_path, subsets)):
-            notes.append(f"the subsets in {path.name} are not used: {format_list(subsets)}; COCO exports keep them")
-    return DataFormat("cvat", "an XML file with `<annotations>`", tuple(sets), notes=tuple(notes)) if sets else None
+            if b"<annotations" not in stream.read(1_000_000):
+                continue
+        try:
+            elements = read_xml(str(path)).findall("image")
+        except DataError:  # the reader reports it, if this format is chosen
+            elements = []
+        images = _image_folder(folder, path, [listed_names(element) for element in elements]) or path.parent
+        source = CvatSource(images=str(images), annotations=str(path))
+        subsets = {subset: split_from_path(subset) for subset in (e.get("subset", "") for e in elements)}
+        if any(subsets.values()):
+            sets += [SourceSet(split, replace(source, subset=subset)) for subset, split in subsets.items()]
+        else:
+            sets.append(SourceSet(_split_of(path, folder), source))
+            notes += _notes_about_images(folder, path, images)
+    return DataFormat("cvat", "an XML file with `<annotations>`", tuple(sets), notes=notes) if sets else None
 
 
 def _detect_voc(folder: Path) -> DataFormat | None:

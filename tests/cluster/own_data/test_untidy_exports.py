@@ -428,14 +428,6 @@ def test_two_training_lists_of_voc_are_refused(folder, capsys):
     assert "train_aug.txt both use 2 images" in message
 
 
-def test_subsets_inside_a_cvat_file_are_reported(folder, capsys):
-    EXPORTS["cvat"](folder)
-    path = folder / "annotations.xml"
-    path.write_text(path.read_text().replace(' name="im5.png"', ' name="im5.png" subset="Validation"'))
-    init_datasets()
-    assert "the subsets in annotations.xml are not used: Validation" in capsys.readouterr().out
-
-
 def test_damaged_json_files_are_reported(folder, capsys):
     EXPORTS["roboflow"](folder)
     damaged = folder / "valid/_annotations.coco.json"
