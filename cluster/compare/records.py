@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from m2f.eval.errors import EvaluationError
 from m2f.eval.results.images import IMAGES_FILE, ImageRecords, read_image_records
 from m2f.model.errors import UserError
 from m2f.trainer.checkpoint.commits import read_metrics
+from m2f.trainer.checkpoint.folder import AVERAGE, WEIGHTS, list_checkpoints, read_manifest
+from m2f.trainer.errors import TrainingError
 
 Curve = tuple[tuple[int, float], ...]
 """(step, value) points in ascending order of steps, one per step."""
@@ -318,18 +320,20 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
 def _folder_results(storage: Storage, folder: str, notes: list[str]) -> dict[tuple[str, str, int], SetResult]:
     """Return the results of the run's checkpoints by URL, set and step.
 
-    Results of other weights, and of checkpoints that the run went back behind, are left out with a note.
+    Results of other weights, and of checkpoints that the run went back behind, are left out with a note. Results at the
+    step of such a checkpoint are used if they belong to the weights that the checkpoint has now.
     """
     evaluations = join(folder, "evaluations")
     urls = [url for url in storage.list(evaluations) if url.endswith("/results.json")]
     found, others, withdrawn = {}, set[str](), set[int]()
-    discarded = _withdrawn_steps(storage, join(evaluations, "queue.json"), notes)
+    current = _weights_of_withdrawn_steps(storage, folder, notes)
     for url in urls:
         result = parse_results(storage.get(url).decode())
         results_folder, name, _ = url.rsplit("/", 2)
+        weights = (result.settings or {}).get("weights")
         if result.step is None:
             others.add(results_folder)
-        elif result.step in discarded:
+        elif result.step in current and (weights is None or weights != current[result.step]):
             withdrawn.add(result.step)
         else:
             found[url, name, result.step] = result
@@ -341,15 +345,25 @@ def _folder_results(storage: Storage, folder: str, notes: list[str]) -> dict[tup
     return found
 
 
-def _withdrawn_steps(storage: Storage, queue: str, notes: list[str]) -> set[int]:
-    """Return the steps whose stored results belong to discarded weights. A damaged queue is noted."""
+def _weights_of_withdrawn_steps(storage: Storage, folder: str, notes: list[str]) -> dict[int, str | None]:
+    """Return the steps whose stored results may belong to discarded weights. A damaged queue is noted.
+
+    The value is the SHA-256 of the weights of the step's checkpoint; None if it is missing or cannot be read.
+    """
     try:
-        entries = read_entries(storage, queue)
+        entries = read_entries(storage, join(folder, "evaluations", "queue.json"))
     except EvaluationError as error:
         notes.append(str(error))
-        return set()
+        return {}
     steps = {status: {e.step for e in entries if e.status == status} for status in ("withdrawn", "published")}
-    return steps["withdrawn"] - steps["published"]
+    weights: dict[int, str | None] = dict.fromkeys(steps["withdrawn"] - steps["published"])
+    for checkpoint in list_checkpoints(storage, folder) if weights else ():
+        if checkpoint.step in weights:
+            with suppress(TrainingError):  # damaged, or written by a newer version
+                files = read_manifest(storage, checkpoint.url).files
+                sums = [files[name].sha256 for name in (AVERAGE, WEIGHTS) if name in files]
+                weights[checkpoint.step] = next(iter(sums), None)
+    return weights
 
 
 def _folder_images(storage: Storage, results: Mapping[str, str], notes: list[str]) -> dict[str, ImageRecords]:
