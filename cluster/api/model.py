@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, overload
 
@@ -20,6 +21,7 @@ from m2f.cluster.predict.trained_model import TrainedModel, open_trained
 from m2f.data_pipeline.categories import TASKS, Task
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.config import check_test_time
 from m2f.eval.inference.evaluator import EVALUABLE_TASKS
 from m2f.model.errors import ConfigError
 
@@ -41,8 +43,11 @@ class Model:
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """Tasks that the model can predict. A panoptic model can predict all three."""
-        return EVALUABLE_TASKS[self._trained.task]
+        """Tasks that the model can predict. The first one is the default of `predict`.
+
+        A panoptic model can predict all three, unless its `evaluation.test_time` supports only "semantic".
+        """
+        return predictable_tasks(self._trained)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,7 +129,8 @@ class Model:
                 a path or `s3://` URL of a JPEG, PNG, TIFF, BMP or WebP file; a PIL image; an array, uint8 [H, W, 3]
                 from 0 to 255, or grey [H, W]; a tensor [3, H, W] or [1, H, W], uint8 from 0 to 255 or floating point
                 from 0 to 1. Images may have any size: the model resizes them as its recipe says.
-            task: "panoptic", "instance" or "semantic". None means the task that the model was trained for.
+            task: "panoptic", "instance" or "semantic". None means the first of `tasks`: the task that the model was
+                trained for, if its test-time settings support it.
             min_score: lowest score, from 0 to 1, of segments, detections and labelled pixels. None means the recipe's
                 threshold for segments, and no threshold for detections and pixels.
             batch: maximum number of images of the same shape in one forward pass, at least 1. Results for different
@@ -162,9 +168,10 @@ class Model:
     def _check(self, task: Task | None, min_score: float | None, batch: int, channels: str) -> Task:
         if task is not None and task not in TASKS:
             raise ConfigError(f"task is {task!r}; it must be one of {', '.join(self.tasks)}")
-        if task is not None and task not in self.tasks:
+        possible = EVALUABLE_TASKS[self.task]
+        if task is not None and task not in possible:
             raise ConfigError(
-                f"task is {task!r}, but this model was trained for {self.task!r}: it supports {', '.join(self.tasks)}"
+                f"task is {task!r}, but this model was trained for {self.task!r}: it supports {', '.join(possible)}"
             )
         if min_score is not None and not 0 <= min_score <= 1:
             raise ConfigError(f"min_score is {min_score}; it must be from 0 to 1")
@@ -172,10 +179,20 @@ class Model:
             raise ConfigError(f"batch is {batch}; it must be at least 1")
         if channels not in ("rgb", "bgr"):
             raise ConfigError(f"channels is {channels!r}; it must be 'rgb' or 'bgr'")
-        return task or self.task
+        return task or next(iter(self.tasks), self.task)
 
     def __repr__(self) -> str:
         return f"Model({self.source!r}, {self.task}, {len(self.names)} classes, on {self.device})"
+
+
+def predictable_tasks(trained: TrainedModel) -> tuple[Task, ...]:
+    """Return the tasks that a model can predict with its test-time settings, the default first; empty if none."""
+    tasks: list[Task] = []
+    for task in EVALUABLE_TASKS[trained.task]:
+        with suppress(ConfigError):
+            check_test_time(trained.evaluation.test_time, [task], "evaluation")
+            tasks.append(task)
+    return tuple(tasks)
 
 
 def load(

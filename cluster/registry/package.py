@@ -26,11 +26,11 @@ from mlflow.models.signature import ModelSignature
 from mlflow.types.schema import AnyType, ColSpec, ParamSchema, ParamSpec, Schema
 
 from m2f.cluster.predict.trained_model import TrainedModel
+from m2f.cluster.registry.responses import served_tasks
 from m2f.cluster.registry.thresholds import Thresholds
 from m2f.cluster.registry.wheel import exact_requirements, read_project, write_wheel
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.eval.inference.evaluator import EVALUABLE_TASKS
 from m2f.eval.report.coco_files import describe_categories
 from m2f.trainer.checkpoint.folder import MANIFEST, RECIPE, CheckpointManifest, fetch, file_entry, read_manifest
 from m2f.trainer.checkpoint.identity import IDENTITY
@@ -135,7 +135,7 @@ def _copy_loader(folder: Path) -> str:
 def _signature(trained: TrainedModel) -> ModelSignature:
     """Return the signature of the model. The image column accepts any type, because `read_pixels` checks the values."""
     keys: dict[Any, str] = {"panoptic": "panoptic", "instance": "instances", "semantic": "semantic"}
-    outputs = ["height", "width", *(keys[task] for task in EVALUABLE_TASKS[trained.task])]
+    outputs = ["height", "width", *(keys[task] for task in served_tasks(trained))]
     return ModelSignature(
         inputs=Schema([ColSpec(AnyType(), "image")]),
         outputs=Schema([ColSpec("long" if name in ("height", "width") else AnyType(), name) for name in outputs]),

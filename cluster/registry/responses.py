@@ -8,9 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from m2f.cluster.api.model import predictable_tasks
 from m2f.cluster.api.result import Result
-from m2f.data_pipeline.categories import Category
+from m2f.cluster.predict.trained_model import TrainedModel
+from m2f.data_pipeline.categories import Category, Task
+from m2f.eval.errors import EvaluationError
 from m2f.eval.report.coco_files import label_png
+
+
+def served_tasks(trained: TrainedModel) -> tuple[Task, ...]:
+    """Return the tasks of a request that names none: those that the model can predict and a response can hold."""
+    tasks = predictable_tasks(trained)
+    try:
+        label_png(np.zeros((1, 1), dtype=np.int64), trained.classes)
+    except EvaluationError:  # for category ids that no PNG can hold
+        return tuple(task for task in tasks if task != "semantic")
+    return tasks
 
 
 def panoptic_response(result: Result) -> dict[str, Any]:

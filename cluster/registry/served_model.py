@@ -17,10 +17,9 @@ from m2f.cluster.predict.inputs import number_images
 from m2f.cluster.predict.predict import LoadedImage, Predictor, prepare_model
 from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.registry.images import flatten_images, read_pixels
-from m2f.cluster.registry.responses import instances_response, panoptic_response, semantic_response
+from m2f.cluster.registry.responses import instances_response, panoptic_response, semantic_response, served_tasks
 from m2f.cluster.registry.thresholds import Thresholds
 from m2f.data_pipeline.categories import Task
-from m2f.eval.inference.evaluator import EVALUABLE_TASKS
 from m2f.model.errors import ConfigError, UserError
 
 IMAGE = "image"
@@ -42,6 +41,8 @@ class ServedModel(PythonModel):
         self._allowed = tuple(config.get(ALLOWED_HOSTS) or ())
         self._trained = open_trained(context.artifacts[CHECKPOINT], (), None)
         prepare_model(self._trained)
+        # If the model supports no task, its own one raises the error that names the setting.
+        self._supported = served_tasks(self._trained) or (self._trained.task,)
         self._class_thresholds: np.ndarray | None = None
         if (path := context.artifacts.get(THRESHOLDS)) is not None:
             thresholds = Thresholds.from_json(Path(path).read_bytes(), path)
@@ -70,12 +71,11 @@ class ServedModel(PythonModel):
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from error
 
     def _tasks(self, task_name: str) -> tuple[Task, ...]:
-        possible = EVALUABLE_TASKS[self._trained.task]
         if not task_name:
-            return possible
-        chosen = tuple(task for task in possible if task == task_name)
+            return self._supported
+        chosen = tuple(task for task in self._supported if task == task_name)
         if not chosen:
-            raise ConfigError(f"task is {task_name!r}; this model supports {', '.join(possible)}")
+            raise ConfigError(f"task is {task_name!r}; this model supports {', '.join(self._supported)}")
         return chosen
 
     def _predict_image(

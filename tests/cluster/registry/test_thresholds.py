@@ -1,7 +1,5 @@
 """Tests of the score thresholds per class that reach a given precision."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -98,6 +96,6 @@ def test_served_models_refuse_a_minimum_score_out_of_range(min_score):
     from m2f.cluster.registry.served_model import ServedModel
 
     model = ServedModel()
-    model._trained, model._class_thresholds = SimpleNamespace(task="instance"), None
+    model._supported, model._class_thresholds = ("instance",), None
     with pytest.raises(MlflowException, match=r"min_score is .*; it must be from 0 to 1"):
         model.predict(None, None, {"min_score": min_score})

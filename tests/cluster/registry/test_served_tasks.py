@@ -1,0 +1,72 @@
+"""Tests of the tasks that a registered model supports, in Python and served by MLflow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+
+import m2f
+from m2f.eval.config import MultiScale, SlidingWindows
+from tests.cluster.predict.test_predict import PAINTED
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # raised when MLflow is imported, in the tests
+
+PIXELS = np.zeros((64, 96, 3), np.uint8)
+
+
+def with_test_time(trained, test_time):
+    return replace(trained, evaluation=replace(trained.evaluation, test_time=test_time))
+
+
+LARGE_IDS = replace(PAINTED, classes=tuple(replace(one, id=one.id + 65_530) for one in PAINTED.classes))
+INSTANCE = replace(PAINTED, task="instance")
+
+
+def serve(monkeypatch, trained, **params):
+    """Return the keys of the response of a served model for one image."""
+    from m2f.cluster.registry.served_model import ServedModel
+
+    monkeypatch.setattr("m2f.cluster.registry.served_model.open_trained", lambda *_: trained)
+    model = ServedModel()
+    model.load_context(SimpleNamespace(model_config={}, artifacts={"checkpoint": "x"}))
+    (response,) = model.predict(None, pd.DataFrame({"image": [PIXELS]}), params)
+    return set(response) - {"height", "width"}
+
+
+def signature(trained):
+    """Return the keys of responses according to the signature that is registered with a model."""
+    from m2f.cluster.registry.package import _signature
+
+    return {column.name for column in _signature(trained).outputs} - {"height", "width"}
+
+
+@pytest.mark.parametrize("test_time", [MultiScale(shortest_edges=(64,)), SlidingWindows(size=64, stride=64)])
+def test_models_predict_the_tasks_that_their_test_time_settings_support(monkeypatch, test_time):
+    trained = with_test_time(PAINTED, test_time)
+    assert serve(monkeypatch, trained) == {"semantic"}
+    assert signature(trained) == {"semantic"}
+    with pytest.raises(MlflowException, match="task is 'panoptic'; this model supports semantic"):
+        serve(monkeypatch, trained, task="panoptic")
+    model = m2f.Model(trained)
+    assert (model.task, model.tasks, model.predict(PIXELS).task) == ("panoptic", ("semantic",), "semantic")
+    with pytest.raises(m2f.UserError, match=r"supports only the semantic task|windows do not overlap"):
+        model.predict(PIXELS, task="panoptic")
+
+
+def test_served_models_return_no_label_maps_with_ids_that_no_png_holds(monkeypatch):
+    assert serve(monkeypatch, LARGE_IDS) == signature(LARGE_IDS) == {"panoptic", "instances"}
+    assert "semantic" in m2f.Model(LARGE_IDS).tasks
+
+
+def test_models_whose_test_time_settings_support_no_task_name_the_setting(monkeypatch):
+    trained = with_test_time(INSTANCE, MultiScale(shortest_edges=(64,)))
+    with pytest.raises(MlflowException, match=r"test_time\.kind=multi_scale"):
+        serve(monkeypatch, trained)
+    assert m2f.Model(trained).tasks == ()
+    with pytest.raises(m2f.UserError, match=r"test_time\.kind=multi_scale"):
+        m2f.Model(trained).predict(PIXELS)
