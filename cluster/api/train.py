@@ -93,9 +93,9 @@ def train(
         raise ConfigError(f"launcher is {launcher!r}; it must be 'ray' or 'local'")
     overrides = to_overrides(settings)
     if isinstance(recipe, Mapping):
-        config = recipe_from_tree(recipe, overrides)
+        config = recipe_from_tree(recipe, overrides, for_training=True)
     else:
-        config = load_recipe(os.fspath(recipe), overrides)
+        config = load_recipe(os.fspath(recipe), overrides, for_training=True)
     storage = Storage(config.storage)
     with report_missing_extras("m2f.train"), preserve_num_threads():
         _write_missing_shards(config, storage)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Literal
 
+from m2f.cluster.recipe.metrics import metric_problems
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, ScaleJitter, StorageConfig
 from m2f.data_pipeline.keys import key_problem
 from m2f.data_pipeline.urls import REMEDY, url_problem
@@ -116,66 +117,94 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ConfigError(
-                f"name is {self.name!r}; use letters, digits, '_', '-' and '.', because it is a folder name"
-            )
-        for dataset in self.datasets:
-            if (problem := key_problem(dataset)) is not None:
-                raise ConfigError(
-                    f"datasets: the name {dataset!a} {problem}; choose another, because it is a folder name"
-                )
-        known = ", ".join(sorted(self.datasets)) or "none"
-        named = [("data.train", m.dataset) for m in self.data.train]
-        named += [("evaluation.sets", s.dataset) for s in self.evaluation.sets]
-        for where, dataset in named:
-            if dataset not in self.datasets:
-                raise ConfigError(f"{where}: no data set {dataset!r} under `datasets` (known: {known})")
-        if unfit := url_problems(self, ""):
-            raise ConfigError("\n  ".join(unfit))
-        self._check_timeouts()
-        if self.model.freeze and self.training.precision in ("bf16", "fp16"):
-            raise ConfigError(
-                f"model.freeze is {list(self.model.freeze)}, but training.precision {self.training.precision} would "
-                f"also round the frozen weights; set training.precision to {self.training.precision}_autocast"
-            )
-        if self.training.settled_compile and isinstance(self.data.augment, ScaleJitter):
-            raise ConfigError(
-                "training.compile is true, but data.augment makes images of many sizes, and each size is "
-                "compiled separately; set data.augment.kind to lsj or shortest_edge, or training.compile to false"
-            )
-
-    def _check_timeouts(self) -> None:
-        """Raise ConfigError if the collective timeout is too short for S3.
-
-        One rank may wait for S3 up to `storage.patience_s`, plus the stall timeout, while the others wait for it.
-        """
-        urls = [self.output, *(dataset.shards for dataset in self.datasets.values())]
-        longest = self.storage.patience_s + self.training.stall_timeout_s
-        if any("://" in url for url in urls) and self.training.collective_timeout_s <= longest:
-            raise ConfigError(
-                f"training.collective_timeout_s is {self.training.collective_timeout_s:g}, but one rank may wait "
-                f"{longest:g} s for S3 (storage.patience_s + training.stall_timeout_s); set it above {longest:g}, or "
-                "lower storage.patience_s"
-            )
+        if problems := [*problems_between(**vars(self)), *url_problems(self, "")]:
+            raise ConfigError("\n  ".join(problems))
 
     def check_metrics(self) -> None:
-        """Raise ConfigError if a metric that training uses belongs to no evaluation set.
+        """Raise ConfigError if no evaluation set computes a metric that training uses.
 
         Call this before training only: `m2f eval` may evaluate other sets with the recipe of a run.
         """
-        labels = [evaluated.label for evaluated in self.evaluation.sets]
-        known = f"; it must start with one of {', '.join(f'{label}/' for label in labels)}" if labels else ""
-        for setting, metric in self.training.used_metrics.items():
-            if metric.rpartition("/")[0] not in labels:
-                raise ConfigError(
-                    f"{setting} is {metric!r}, but evaluation.sets has no such set{known or ', as it is empty'}"
-                )
+        if problems := metric_problems(self.training, self.evaluation):
+            raise ConfigError("\n  ".join(problems))
 
     @property
     def run_folder(self) -> str:
         """Folder or URL that contains all output of the run."""
         return f"{self.output.rstrip('/')}/{self.name}"
+
+
+def problems_between(
+    *,
+    name: str | None = None,
+    output: str | None = None,
+    storage: StorageConfig | None = None,
+    datasets: Mapping[str, DatasetConfig] | None = None,
+    data: DataConfig | None = None,
+    model: ModelConfig | None = None,
+    training: TrainingConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
+    **_: object,
+) -> list[str]:
+    """Return the problems of the settings of a `RunConfig` with each other.
+
+    An argument is None if it is invalid by itself. The checks that need it are then left out.
+    """
+    problems = []
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        problems.append(f"name is {name!r}; use letters, digits, '_', '-' and '.', because it is a folder name")
+    if datasets is not None:
+        problems += _dataset_problems(datasets, data, evaluation)
+    if output is not None and storage is not None and datasets is not None and training is not None:
+        problems += _timeout_problems(output, storage, datasets, training)
+    if model is not None and training is not None and model.freeze and training.precision in ("bf16", "fp16"):
+        problems.append(
+            f"model.freeze is {list(model.freeze)}, but training.precision {training.precision} would "
+            f"also round the frozen weights; set training.precision to {training.precision}_autocast"
+        )
+    if data is not None and training is not None and training.settled_compile and isinstance(data.augment, ScaleJitter):
+        problems.append(
+            "training.compile is true, but data.augment makes images of many sizes, and each size is "
+            "compiled separately; set data.augment.kind to lsj or shortest_edge, or training.compile to false"
+        )
+    return problems
+
+
+def _dataset_problems(
+    datasets: Mapping[str, DatasetConfig], data: DataConfig | None, evaluation: EvaluationConfig | None
+) -> list[str]:
+    problems = [
+        f"datasets: the name {dataset!a} {problem}; choose another, because it is a folder name"
+        for dataset in datasets
+        if (problem := key_problem(dataset)) is not None
+    ]
+    known = ", ".join(sorted(datasets)) or "none"
+    named = [("data.train", mixed.dataset) for mixed in data.train] if data is not None else []
+    named += [("evaluation.sets", evaluated.dataset) for evaluated in evaluation.sets] if evaluation is not None else []
+    unknown = (
+        f"{where}: no data set {name!r} under `datasets` (known: {known})"
+        for where, name in named
+        if name not in datasets
+    )
+    return problems + list(dict.fromkeys(unknown))
+
+
+def _timeout_problems(
+    output: str, storage: StorageConfig, datasets: Mapping[str, DatasetConfig], training: TrainingConfig
+) -> list[str]:
+    """Return a message if the collective timeout is too short for S3.
+
+    One rank may wait for S3 up to `storage.patience_s`, plus the stall timeout, while the others wait for it.
+    """
+    urls = [output, *(dataset.shards for dataset in datasets.values())]
+    longest = storage.patience_s + training.stall_timeout_s
+    if training.collective_timeout_s > longest or not any("://" in url for url in urls):
+        return []
+    return [
+        f"training.collective_timeout_s is {training.collective_timeout_s:g}, but one rank may wait "
+        f"{longest:g} s for S3 (storage.patience_s + training.stall_timeout_s); set it above {longest:g}, or "
+        "lower storage.patience_s"
+    ]
 
 
 def url_problems(value: object, path: str) -> list[str]:

@@ -17,8 +17,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from m2f.cluster.recipe.ablations import find_recipe
-from m2f.cluster.recipe.config import RunConfig, url_problems
+from m2f.cluster.recipe.config import RunConfig, problems_between, url_problems
 from m2f.cluster.recipe.defaults import fill_defaults, fill_input_rules
+from m2f.cluster.recipe.metrics import metric_problems
 from m2f.cluster.recipe.paths import with_absolute_paths
 from m2f.cluster.recipe.retired import apply_renames, drop_retired, raise_collective_timeout, renamed_path
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
@@ -36,10 +37,11 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 """`${NAME}` or `${NAME:-default}`: environment variables, so that a recipe works on several machines."""
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), *, for_training: bool = False) -> RunConfig:
     """Read a recipe and apply `section.key=value` overrides. Relative paths are relative to the current directory.
 
-    `path` is a file, or a name for `find_recipe`: `coco_panoptic_r50`, `coco_panoptic_r50+cross_attention`.
+    `path` is a file, or a name for `find_recipe`: `coco_panoptic_r50`, `coco_panoptic_r50+cross_attention`. With
+    `for_training`, the evaluation sets must compute the metrics that training uses, see `RunConfig.check_metrics`.
 
     Raises:
         ConfigError: the file cannot be read, or the recipe is invalid; the message lists all problems.
@@ -50,13 +52,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path}: cannot read the recipe ({reason}); give the path of a YAML file") from error
-    config, hints = _build_recipe(text, (*first, *overrides), str(path))
+    config, hints = _build_recipe(text, (*first, *overrides), str(path), for_training=for_training)
     for hint in hints:
         LOGGER.warning("%s: %s", path, hint)
     return with_absolute_paths(config)
 
 
-def recipe_from_tree(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+def recipe_from_tree(
+    tree: Mapping[str, Any], overrides: Iterable[str] = (), *, for_training: bool = False
+) -> RunConfig:
     """Build a RunConfig like `load_recipe`, from nested dictionaries, lists and scalars.
 
     Raises ConfigError with all problems, including values that YAML cannot represent.
@@ -67,7 +71,7 @@ def recipe_from_tree(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> 
         raise ConfigError(
             f"the recipe: only dictionaries, lists, strings, numbers and None can be set ({error})"
         ) from error
-    config, hints = _build_recipe(text, overrides, "the recipe")
+    config, hints = _build_recipe(text, overrides, "the recipe", for_training=for_training)
     for hint in hints:
         LOGGER.warning("the recipe: %s", hint)
     return with_absolute_paths(config)
@@ -83,7 +87,7 @@ def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe
 
 
 def _build_recipe(
-    text: str, overrides: Iterable[str], source: str, is_stored: bool = False
+    text: str, overrides: Iterable[str], source: str, *, is_stored: bool = False, for_training: bool = False
 ) -> tuple[RunConfig, list[str]]:
     """Return the recipe, and hints about settings with an old name and about values that were changed or filled in."""
     problems: list[str] = []
@@ -99,12 +103,16 @@ def _build_recipe(
     tree = _expand_variables(tree, "", problems)
     fill_defaults(tree)
     hints += fill_input_rules(tree)
-    config = _build(RunConfig, tree, "", problems)
+    settings = {f.name: _default_of(f) for f in dataclasses.fields(RunConfig)}
+    settings |= _build_settings(RunConfig, tree, "", problems)
+    valid = {name: value for name, value in settings.items() if value is not _INVALID}
+    problems += problems_between(**valid)
+    if for_training and {"training", "evaluation"} <= valid.keys():
+        problems += metric_problems(valid["training"], valid["evaluation"])
     if not is_stored:  # a stored name may be that of an earlier timm version; building the model reports this
         problems += _unknown_backbones(tree)
     require_no_problems(source, problems)
-    assert isinstance(config, RunConfig)
-    return config, hints
+    return RunConfig(**settings), hints
 
 
 def _unknown_backbones(tree: dict[str, Any]) -> list[str]:
@@ -260,11 +268,10 @@ def _build(hint: Any, value: Any, path: str, problems: list[str], default: Any =
 
 def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: list[str], default: Any) -> Any:
     """Build one dataclass. For a union, `kind` selects the member before its settings are checked."""
-    where = f"`{path}`" if path else "the recipe"
     if value is None:
         value = {}
     if not isinstance(value, dict):
-        return _add_problem(problems, f"{where}: expected a section, got {_describe_value(value)}")
+        return _add_problem(problems, f"`{path}`: expected a section, got {_describe_value(value)}")
     section = _choose_section(sections, value, default)
     if section is None:
         kinds = [str(kind_tag(s)) for s in sections]
@@ -273,6 +280,17 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
         return _add_problem(
             problems, f"`{path}.kind`: no such kind {value['kind']!r}{suggestion(str(value['kind']), kinds)}"
         )
+    settings = _build_settings(section, value, path, problems)
+    if _INVALID in settings.values():
+        return _INVALID
+    try:
+        return section(**settings)
+    except ConfigError as error:  # a check across settings, whose message names them
+        return _add_problem(problems, str(error))
+
+
+def _build_settings(section: type, value: Mapping[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
+    """Return the settings of a section by name; _INVALID for those with a problem or missing without a default."""
     fields = {f.name: f for f in dataclasses.fields(section)}
     hints = type_hints(section)
     for key in value:
@@ -290,12 +308,7 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
             arguments[name] = _add_problem(
                 problems, f"`{_join(path, name)}` is missing; {_required_hint(section, name)}"
             )
-    if _INVALID in arguments.values():
-        return _INVALID
-    try:
-        return section(**arguments)
-    except ConfigError as error:  # a check across settings, whose message names them
-        return _add_problem(problems, str(error))
+    return arguments
 
 
 def _build_leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:

@@ -41,5 +41,5 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "no recipe given; use m2f config RECIPE to print one, or m2f config --explain to explain all settings"
         )
-    print_out(dump_recipe(load_recipe(args.recipe, args.overrides)).rstrip())
+    print_out(dump_recipe(load_recipe(args.recipe, args.overrides, for_training=True)).rstrip())
     return ExitStatus.DONE

@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.checkpoint.lease import LEASE_VARIABLE
 
-    config = load_recipe(args.recipe, args.overrides)
+    config = load_recipe(args.recipe, args.overrides, for_training=True)
     if args.fresh:
         args.overrides = [*args.overrides, f"name={unused_name(config)}"]  # restarts must use the same folder
-        config = load_recipe(args.recipe, args.overrides)
+        config = load_recipe(args.recipe, args.overrides, for_training=True)
     config = with_pinned_weights(
         config, Storage(config.storage, known_reachable=LEASE_VARIABLE in os.environ, on_wait=print_err)
     )

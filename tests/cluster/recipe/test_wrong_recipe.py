@@ -43,6 +43,51 @@ def test_all_problems_are_in_one_message_and_nothing_starts(recipe, capsys):
     assert list(recipe.parent.iterdir()) == [recipe]
 
 
+def test_problems_between_sections_are_reported_with_those_inside_sections(recipe):
+    names = {"'trian'": "data.train: no data set", "'vla'": "evaluation.sets: no data set", "'x y'": "name is"}
+    words = ["data.train=[{dataset: trian}]", "evaluation.sets=[{dataset: vla}]", "name=x y"]
+    with pytest.raises(ConfigError, match=f"{len(PROBLEMS) + 2} problems") as caught:  # `data` has another problem
+        load_recipe(recipe, words)
+    assert [name for name in names if f"{names[name]} {name}" in str(caught.value)] == ["'vla'", "'x y'"]
+    words += ["data.augment.size=8", "training={max_steps: 1, early_stopping: {metric: foo}}"]
+    with pytest.raises(ConfigError, match="no data set 'trian'") as caught:
+        load_recipe(recipe, words, for_training=True)
+    assert "training.early_stopping.metric is 'foo', but evaluation.sets has no such set" in str(caught.value)
+    assert "6 problems" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "problem"),
+    [
+        ("val/PQQ", "which the evaluation of val (tasks: panoptic, semantic) lacks; did you mean `val/PQ`?"),
+        ("val/xyz", "known: PQ, SQ, RQ, PQ_th, "),
+        ("val/AP", "known: PQ, "),
+        ("val/PQ_small", None),
+        ("val/mIoU_occurring", None),
+        ("val/boundary_PQ_st", None),
+        ("things/AP75", None),
+        ("things/box_APs", None),
+        ("things/PQ", "which the evaluation of things (tasks: instance) lacks"),
+    ],
+)
+def test_metrics_that_training_uses_must_be_computed(recipe, metric, problem):
+    recipe.write_text(
+        "name: right\ndatasets: {train: {shards: shards/train}}\ndata: {train: [{dataset: train}]}\n"
+        "training: {max_steps: 1}\n"
+        "evaluation: {tasks: [panoptic, semantic], extra_metrics: [boundary, box], sets: [{dataset: train, name: val}, "
+        "{dataset: train, name: things, tasks: [instance]}]}\n"
+    )
+    override = f"training.checkpoint.best_metric={metric}"
+    assert load_recipe(recipe, [override]).training.checkpoint.best_metric == metric  # `m2f eval` uses no metric
+    if problem is None:
+        load_recipe(recipe, [override], for_training=True)
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, [override], for_training=True)
+    assert f"training.checkpoint.best_metric is '{metric}'" in str(caught.value)
+    assert problem in str(caught.value)
+
+
 def test_unknown_pretrained_name_of_swin_is_rejected_with_a_suggestion(recipe):
     recipe.write_text(
         RECIPE[: RECIPE.index("data:")]
