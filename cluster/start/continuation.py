@@ -47,16 +47,27 @@ def check_continuation(job: TrainJob, storage: Storage) -> None:
         stored = _read(storage, checkpoint.url)
         if stored is None:
             continue
-        require_same_classes(stored.task, stored.classes, job.identity, checkpoint.url)
-        changes = model_changes(stored.recipe, job.recipe, optimizer=True)
-        if changes:
-            raise CheckpointError(
-                f"the model of checkpoint {checkpoint.url} differs from the recipe's (checkpoint -> recipe):\n  "
-                + "\n  ".join(changes)
-                + f"\n{CLASS_CHANGE_REMEDY}"
-            )
+        _check_model(stored, job, job.identity, checkpoint.url)
         _check_order(order, job, storage, checkpoint.url)
         return
+
+
+def _check_model(stored: _Stored, job: TrainJob, identity: ModelIdentity, checkpoint: str) -> None:
+    """Raise one CheckpointError if the task, the classes or the model differ."""
+    problems = []
+    try:
+        require_same_classes(stored.task, stored.classes, identity, checkpoint)
+    except CheckpointError as error:
+        problems.append(str(error))
+    if changes := model_changes(stored.recipe, job.recipe, optimizer=True):
+        lines = "\n  ".join(changes)
+        problems.append(
+            f"the model of checkpoint {checkpoint} differs from the recipe's (checkpoint -> recipe):\n  {lines}"
+        )
+        if len(problems) == 1:  # the other problem already states the remedy
+            problems.append(CLASS_CHANGE_REMEDY)
+    if problems:
+        raise CheckpointError("\n".join(problems))
 
 
 def _check_order(order: str, job: TrainJob, storage: Storage, checkpoint: str) -> None:

@@ -206,6 +206,18 @@ def test_run_with_checkpoint_rejects_changed_classes(run):
             check_continuation(replace(job, identity=changed), Storage())
 
 
+def test_changes_of_task_and_model_are_refused_in_one_message(run):
+    config, _ = run
+    decoder = replace(config.model.transformer_decoder, num_queries=16)
+    model = replace(config.model, transformer_decoder=decoder)
+    job = compose_job(replace(config, model=model, data=replace(config.data, task="instance")))
+    with pytest.raises(CheckpointError) as caught:
+        check_continuation(job, Storage())
+    assert "for the task panoptic, but data.task is instance" in str(caught.value)
+    assert "num_queries: 8 -> 16" in str(caught.value)
+    assert str(caught.value).count("revert the change") == 1
+
+
 def test_changed_data_order_requires_accept_changes(run):
     config, _ = run
     for changed in (replace(config, seed=config.seed + 1), replace(config, data=replace(config.data, window=3))):
