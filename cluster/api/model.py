@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -15,8 +16,10 @@ from PIL import Image
 
 from m2f.cluster.api.images import Channels, GivenImage, ImageLike, given_images, is_single, loaded_images
 from m2f.cluster.api.result import Result, make_result
+from m2f.cluster.api.thresholds import THRESHOLDS_FILE, Thresholds, accepted
 from m2f.cluster.predict.inputs import read_image
 from m2f.cluster.predict.predict import Predictor, batches_by_shape, prepare_model
+from m2f.cluster.predict.sources import REGISTERED
 from m2f.cluster.predict.trained_model import TrainedModel, open_trained
 from m2f.data_pipeline.categories import TASKS, Task
 from m2f.data_pipeline.config import DatasetConfig
@@ -32,8 +35,9 @@ _END_OF_SCALAR = "...\n"
 class Model:
     """A trained model, as returned by `m2f.load`."""
 
-    def __init__(self, trained: TrainedModel) -> None:
+    def __init__(self, trained: TrainedModel, thresholds: Thresholds | None = None) -> None:
         self._trained = trained
+        self._min_scores = None if thresholds is None else thresholds.min_scores(trained.classes)
         prepare_model(trained)
 
     @property
@@ -89,6 +93,7 @@ class Model:
         min_score: float | None = None,
         batch: int = 1,
         channels: Channels = "rgb",
+        thresholds: bool = True,
     ) -> Result | Any: ...
 
     @overload
@@ -100,6 +105,7 @@ class Model:
         min_score: float | None = None,
         batch: int = 1,
         channels: Channels = "rgb",
+        thresholds: bool = True,
     ) -> Result: ...
 
     @overload
@@ -111,6 +117,7 @@ class Model:
         min_score: float | None = None,
         batch: int = 1,
         channels: Channels = "rgb",
+        thresholds: bool = True,
     ) -> list[Result]: ...
 
     def predict(
@@ -121,8 +128,9 @@ class Model:
         min_score: float | None = None,
         batch: int = 1,
         channels: Channels = "rgb",
+        thresholds: bool = True,
     ) -> Result | list[Result]:
-        """Predict one image or several images. The results equal those of `m2f predict`.
+        """Predict one image or several images. Except for `thresholds`, the results equal those of `m2f predict`.
 
         Args:
             images: one image, or a list of images, a folder or a pattern such as `photos/*.jpg`. An image is one of:
@@ -137,6 +145,8 @@ class Model:
                 values differ only by rounding.
             channels: channel order of arrays and tensors, "rgb" or "bgr" (as OpenCV reads images). It does not apply
                 to files and PIL images.
+            thresholds: whether to leave out detections below the thresholds of their classes. Only models that
+                `m2f register --precision` registered have thresholds. Set False to compute metrics.
 
         Returns:
             A `Result` for one image, else a list of results in the order of the images. Masks and maps have the size
@@ -151,12 +161,13 @@ class Model:
         storage = Storage()
         given = given_images(images, channels, storage)
         predictor = Predictor(self._trained, task, min_score)
+        min_scores = self._min_scores if thresholds else None
         results: dict[int, Result] = {}
         for batch_images in batches_by_shape(loaded_images(given, storage), predictor, batch):
             for loaded, prediction in zip(batch_images, predictor.predict(batch_images), strict=True):
                 image_id = loaded.image.id
                 results[image_id] = make_result(
-                    prediction,
+                    accepted(prediction, min_scores),
                     self._trained.classes,
                     source=loaded.image.url,
                     size=(loaded.pixels.shape[0], loaded.pixels.shape[1]),
@@ -222,16 +233,25 @@ def load(
         DataError: neither the weights nor the recipe name the classes.
         StorageError: the storage cannot be read.
         CheckpointError: the weights differ from the manifest of their checkpoint.
+        ThresholdError: the thresholds of a registered model cannot be read.
     """
     source_url = os.fspath(source)
     overrides = to_overrides(settings)
     torch_device = resolved_device(device)
     if recipe is None:
         selected = None if checkpoint is None else str(checkpoint)
-        return Model(open_trained(source_url, overrides, selected, torch_device))
-    if checkpoint is not None:
+        trained = open_trained(source_url, overrides, selected, torch_device)
+    elif checkpoint is not None:
         raise ConfigError(f"checkpoint is {checkpoint!r}, but recipe is also set; give the run folder without recipe")
-    return Model(open_trained(os.fspath(recipe), overrides, source_url, torch_device))
+    else:
+        trained = open_trained(os.fspath(recipe), overrides, source_url, torch_device)
+    return Model(trained, _thresholds(trained) if source_url.startswith(REGISTERED) else None)
+
+
+def _thresholds(trained: TrainedModel) -> Thresholds | None:
+    """Return the thresholds of a registered model, which are beside its checkpoint folder; None if it has none."""
+    path = Path(trained.weights).with_name(THRESHOLDS_FILE)
+    return Thresholds.from_json(path.read_bytes(), str(path)) if path.is_file() else None
 
 
 def to_overrides(settings: Mapping[str, Any] | None) -> list[str]:

@@ -25,9 +25,9 @@ from mlflow.models import Model
 from mlflow.models.signature import ModelSignature
 from mlflow.types.schema import AnyType, ColSpec, ParamSchema, ParamSpec, Schema
 
+from m2f.cluster.api.thresholds import THRESHOLDS_FILE, Thresholds
 from m2f.cluster.predict.trained_model import TrainedModel
 from m2f.cluster.registry.responses import served_tasks
-from m2f.cluster.registry.thresholds import Thresholds
 from m2f.cluster.registry.wheel import exact_requirements, read_project, write_wheel
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -76,7 +76,7 @@ def build_package(content: PackageContent, folder: Path, storage: Storage, mlflo
     wheel = write_wheel(folder, project)
     artifacts = {"checkpoint": str(_copy_checkpoint(content, folder / "checkpoint", storage))}
     if content.thresholds is not None:
-        path = folder / "thresholds.json"
+        path = folder / THRESHOLDS_FILE
         path.write_text(content.thresholds.to_json(), encoding="utf-8")
         artifacts["thresholds"] = str(path)
     package = folder / "package"

@@ -13,6 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
+from m2f.cluster.api.thresholds import Thresholds, choose_thresholds
 from m2f.cluster.compare.records import RunRecord, read_runs
 from m2f.cluster.evaluation.publication import evaluated_checkpoint, read_set_metrics
 from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
@@ -21,7 +22,6 @@ from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.registry.comparison import RegistryError, Verdict, check_weights, compare_checkpoints
 from m2f.cluster.registry.package import PackageContent, build_package, package_digest
-from m2f.cluster.registry.thresholds import Thresholds, choose_thresholds
 from m2f.cluster.tracking.logged_models import EXTERNAL_TAG, EvaluatedCheckpoint, LoggedModels
 from m2f.cluster.tracking.registered import find_version, registry_client, using_store
 from m2f.cluster.tracking.store import TrackingError, brief, long_requests, text_condition

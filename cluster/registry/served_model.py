@@ -13,12 +13,12 @@ from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from m2f.cluster.api.result import Result, make_result
+from m2f.cluster.api.thresholds import Thresholds
 from m2f.cluster.predict.inputs import number_images
 from m2f.cluster.predict.predict import LoadedImage, Predictor, prepare_model
 from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.registry.images import flatten_images, read_pixels
 from m2f.cluster.registry.responses import instances_response, panoptic_response, semantic_response, served_tasks
-from m2f.cluster.registry.thresholds import Thresholds
 from m2f.data_pipeline.categories import Task
 from m2f.model.errors import ConfigError, UserError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from pycocotools.coco import COCO
 
 import m2f
 from m2f.cluster.api.result import make_result
+from m2f.cluster.api.thresholds import ClassThreshold, Thresholds
 from m2f.cluster.cli import main
 from m2f.cluster.predict import trained_model
 from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
@@ -292,6 +294,26 @@ def test_hugging_face_folder_and_official_file_give_the_same_predictions(model_f
     first, second = (model.predict(image_of(scenes), task="instance") for model in (exported, official))
     assert first.scores.tolist() == second.scores.tolist()
     assert (first.masks == second.masks).all()
+
+
+def test_registered_models_leave_out_detections_below_their_thresholds(model_files, scenes, tmp_path, monkeypatch):
+    checkpoint = shutil.copytree(model_files / "theirs", tmp_path / "artifacts/checkpoint")
+    monkeypatch.setattr("m2f.cluster.tracking.registered.model_folder", lambda address: checkpoint)
+    without = m2f.load("models:/cells@champion").predict(image_of(scenes), task="instance")
+    lowest = float(np.median(without.scores[without.labels == 0]))
+    classes = {"person": ClassThreshold(threshold=lowest, precision=0.9, recall=0.5, detections=3)}
+    classes["sky"] = ClassThreshold(threshold=None, precision=None, recall=0.0, detections=0)
+    stored = Thresholds(precision=0.9, dataset="val", fingerprint="f", classes=classes)
+    (tmp_path / "artifacts/thresholds.json").write_text(stored.to_json())
+    model = m2f.load("models:/cells@champion")
+    found = model.predict(image_of(scenes), task="instance")
+    kept = np.where(without.labels == 0, without.scores >= lowest, without.labels == 2)
+    assert 0 < np.count_nonzero(kept[without.labels == 0]) < np.count_nonzero(without.labels == 0)
+    assert found.scores.tolist() == without.scores[kept].tolist()
+    assert (found.masks == without.masks[kept]).all()
+    everything = model.predict(image_of(scenes), task="instance", thresholds=False)
+    assert everything.scores.tolist() == without.scores.tolist()
+    assert len(m2f.load(checkpoint).predict(image_of(scenes), task="instance")) == len(without)
 
 
 def test_load_applies_settings_to_the_recipe(model_files):

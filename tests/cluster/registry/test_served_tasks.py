@@ -1,4 +1,4 @@
-"""Tests of the tasks that a registered model supports, in Python and served by MLflow."""
+"""Tests of the tasks and parameters of a served model."""
 
 from __future__ import annotations
 
@@ -70,3 +70,13 @@ def test_models_whose_test_time_settings_support_no_task_name_the_setting(monkey
     assert m2f.Model(trained).tasks == ()
     with pytest.raises(m2f.UserError, match=r"test_time\.kind=multi_scale"):
         m2f.Model(trained).predict(PIXELS)
+
+
+@pytest.mark.parametrize("min_score", [-0.1, 1.5, float("nan")])
+def test_served_models_refuse_a_minimum_score_out_of_range(min_score):
+    from m2f.cluster.registry.served_model import ServedModel
+
+    model = ServedModel()
+    model._supported, model._class_thresholds = ("instance",), None
+    with pytest.raises(MlflowException, match=r"min_score is .*; it must be from 0 to 1"):
+        model.predict(None, None, {"min_score": min_score})

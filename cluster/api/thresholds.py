@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from m2f.cluster.predict.files import Prediction
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.documents import parse_json
+from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.eval.metrics.resampled import InstanceImages
 from m2f.model.errors import UserError
 
 IOU = 0.5
 """A detection is correct if its IoU with an annotated instance of its class is at least this."""
+
+
+THRESHOLDS_FILE = "thresholds.json"
+"""Name of the file with the thresholds, beside the checkpoint folder of a registered model."""
 
 
 class ThresholdError(UserError):
@@ -72,6 +78,18 @@ class Thresholds:
         """
         found = [self.classes.get(category.name) for category in classes]
         return np.array([0.0 if one is None else np.inf if one.threshold is None else one.threshold for one in found])
+
+
+def accepted(prediction: Prediction, min_scores: np.ndarray | None) -> Prediction:
+    """Return the detections whose score is at least that of their class in `min_scores` [K]; None accepts all.
+
+    Other predictions are returned unchanged.
+    """
+    if min_scores is None or not isinstance(prediction, InstanceDetections):
+        return prediction
+    kept = prediction.scores >= min_scores[prediction.labels]
+    columns = {name: getattr(prediction, name)[kept] for name in ("mask_index", "labels", "scores")}
+    return replace(prediction, **columns)
 
 
 def choose_thresholds(images: InstanceImages, names: Sequence[str], precision: float) -> dict[str, ClassThreshold]:

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlflow.exceptions import MlflowException
 
-from m2f.cluster.registry.thresholds import ClassThreshold, ThresholdError, Thresholds, choose_thresholds
+from m2f.cluster.api.thresholds import ClassThreshold, ThresholdError, Thresholds, choose_thresholds
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.storage.ragged_table import Ragged
 from m2f.eval.metrics.resampled import InstanceImages
@@ -88,14 +87,3 @@ def test_precision_out_of_range_is_rejected(precision):
 def test_thresholds_of_classes_with_one_name_are_refused():
     with pytest.raises(ThresholdError, match="several thing classes have the name fish, but"):
         choose_thresholds(records([], {}), ["fish", "cat", "fish"], 0.9)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # raised by MLflow at the import
-@pytest.mark.parametrize("min_score", [-0.1, 1.5, float("nan")])
-def test_served_models_refuse_a_minimum_score_out_of_range(min_score):
-    from m2f.cluster.registry.served_model import ServedModel
-
-    model = ServedModel()
-    model._supported, model._class_thresholds = ("instance",), None
-    with pytest.raises(MlflowException, match=r"min_score is .*; it must be from 0 to 1"):
-        model.predict(None, None, {"min_score": min_score})
