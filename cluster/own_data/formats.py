@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from m2f.cluster.own_data.map_pairs import find_map_formats
-from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, split_from_path
+from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, annotation_path, choose_sets, split_from_path
 from m2f.cluster.own_data.yolo import detect_yolo
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, format_list
@@ -54,7 +54,7 @@ def choose_format(folder: Path, requested: str | None) -> DataFormat:
     """Return the requested format, or the only one that fits.
 
     Raises ConfigError if no format or several formats fit, or if the requested format does not fit. The message lists
-    the formats that fit and the option that selects one.
+    the formats that fit and the option that selects one. Also raises it if a used folder contains an unused set.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give the folder of the unpacked export")
@@ -70,7 +70,20 @@ def choose_format(folder: Path, requested: str | None) -> DataFormat:
         raise ConfigError(f"{folder} does not match --format {requested}; it matches:\n{listed}")
     if len(chosen) > 1:
         raise ConfigError(f"{folder} matches several formats; choose one:\n{listed}")
+    _require_separate_sets(chosen[0])
     return chosen[0]
+
+
+def _require_separate_sets(data_format: DataFormat) -> None:
+    """Raise ConfigError if a used folder contains a set that is not used. It is read with all its subfolders."""
+    chosen = choose_sets(data_format)
+    for outer in [Path(annotation_path(entry.source)) for entry in (*chosen.train, *chosen.val)]:
+        for inner in [Path(annotation_path(entry.source)) for entry in chosen.unused]:
+            if outer.is_dir() and inner.is_relative_to(outer):
+                raise ConfigError(
+                    f"{outer} contains the set {inner.relative_to(outer)}/, which is not used, but its files would be "
+                    "read too. Move the other files into a subfolder train/, or move that set to another place"
+                )
 
 
 def _visible_files(folder: Path, pattern: str) -> list[Path]:

@@ -399,6 +399,25 @@ def test_labelme_files_outside_the_named_splits_are_reported(folder, capsys):
     assert "not used, because other sets are named train: extra;" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("kind", "inner"), [("labelme", [""]), ("label_maps", ["images", "masks"])])
+def test_test_set_inside_the_training_folder_is_refused(kind, inner, folder, capsys):
+    EXPORTS[kind](folder)
+
+    def move(name, pattern):
+        for path in (folder / part for part in inner):
+            (path / name).mkdir()
+            for file in [file for file in path.glob(pattern) if file.is_file()]:
+                file.rename(path / name / file.name)
+
+    move("test", "im[45]*")
+    assert main(["init", "set"]) == 2
+    message = f"{folder / inner[-1]} contains the set test/, which is not used"
+    assert message in capsys.readouterr().err
+    move("train", "*")
+    keys = {Path(sample.source).stem for dataset in init_datasets().values() for sample in samples(dataset)}
+    assert keys == {"im0", "im1", "im2", "im3"}
+
+
 def test_several_folders_of_maps_for_the_same_images_are_refused(folder, capsys):
     EXPORTS["label_maps"](folder)
     (folder / "instance_masks").mkdir()
