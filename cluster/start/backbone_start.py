@@ -53,10 +53,12 @@ def settle_backbone(
     if stored is not None or config.model.weights is not None or backbone.weights is not None:
         return BackboneStart(_with_pretrained(config, bool(stored)))
     match backbone:
-        case SwinBackboneConfig(pretrained=None):
-            example = "set model.backbone.pretrained to published ones, such as swin_tiny_patch4_window7_224.ms_in1k"
-            return BackboneStart(config, warning=_warning("Swin", f"the recipe sets no weights; {example}", ""))
-        case SwinBackboneConfig(pretrained=str(name)):
+        case SwinBackboneConfig(pretrained=name):
+            if name is None:
+                example = (
+                    "set model.backbone.pretrained to published ones, such as swin_tiny_patch4_window7_224.ms_in1k"
+                )
+                return BackboneStart(config, warning=_warning("Swin", f"the recipe sets no weights; {example}", ""))
             _require_published(name, name, find_problem)
             return BackboneStart(config)
         case TimmBackboneConfig(pretrained=True, name=name) | ViTAdapterBackboneConfig(pretrained=True, name=name):
