@@ -16,6 +16,7 @@ from m2f.cluster.cli import main
 from m2f.cluster.predict import predict as prediction
 from m2f.cluster.predict import trained_model
 from m2f.cluster.predict.benchmark_zip import check_submission
+from m2f.cluster.predict.choose_checkpoint import ChosenWeights
 from m2f.cluster.predict.inputs import find_images, match_image_list, number_images, read_image_list, read_images
 from m2f.cluster.predict.predict import LoadedImage, Predictor, batches_by_shape
 from m2f.cluster.predict.trained_model import TrainedModel, open_trained
@@ -261,14 +262,17 @@ def test_pictures_of_earlier_predictions_are_not_predicted(painted, scenes, tmp_
 
 def test_a_run_in_s3_is_opened(bucket, monkeypatch):
     opened = []
-    monkeypatch.setattr(trained_model, "_open_run", lambda config, checkpoint, _: opened.append((config, checkpoint)))
+    monkeypatch.setattr(trained_model, "_open_run", lambda config, weights, _: opened.append((config, weights)))
+    checkpoint = "s3://box/runs/moved/checkpoints/step_00000001"
     Storage().put("s3://box/runs/moved/recipe.yaml", RECIPE.format(folder="/elsewhere", classes=4).encode())
-    Storage().put("s3://box/runs/moved/checkpoints/a/recipe.yaml", RECIPE.format(folder="/x", classes=4).encode())
-    Storage().put("s3://box/runs/moved/checkpoints/a/manifest.json", b"{}")
+    Storage().put(f"{checkpoint}/recipe.yaml", RECIPE.format(folder="/x", classes=4).encode())
+    Storage().put(f"{checkpoint}/manifest.json", b"{}")
     open_trained("s3://box/runs/moved/", ["seed=7"], None)
-    open_trained("s3://box/runs/moved/checkpoints/a", [], None)
-    assert (opened[0][0].run_folder, opened[0][0].seed, opened[0][1]) == ("s3://box/runs/moved", 7, None)
-    assert opened[1][1] == "s3://box/runs/moved/checkpoints/a"
+    open_trained(checkpoint, [], None)
+    (of_run, of_checkpoint), weights = zip(*opened, strict=True)
+    assert (of_run.run_folder, of_run.seed) == ("s3://box/runs/moved", 7)
+    assert of_run.datasets == of_checkpoint.datasets
+    assert weights == (ChosenWeights(checkpoint, 1), ChosenWeights(checkpoint, None))
     with pytest.raises(ConfigError, match="s3://box/runs/other has neither"):
         open_trained("s3://box/runs/other", [], None)
 
