@@ -22,8 +22,8 @@ NUM_DRAWS = 1000
 """Number of image sets that are drawn for an interval."""
 CONFIDENCE = 0.95
 MIN_SEEDS = 2
-SETTINGS_IGNORED_IN_GROUPS = ("name", "output", "seed")
-"""Settings in which the runs of one group may differ."""
+SETTINGS_IGNORED_IN_GROUPS = ("name", "output", "seed", "training.micro_batch")
+"""Settings in which the runs of one group may differ. A run may halve its micro-batch if memory does not suffice."""
 
 
 @dataclass(frozen=True, kw_only=True)

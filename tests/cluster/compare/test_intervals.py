@@ -85,9 +85,9 @@ def test_runs_without_comparable_image_records_are_noted():
 def test_runs_that_differ_only_in_seed_are_grouped():
     runs = [
         make_run("a0"),
-        make_run("b0", lr="2", value=52.0),
+        make_run("b0", lr="2", value=52.0, training__micro_batch="2"),
         make_run("a1", seed="1", value=50.5),
-        make_run("b1", lr="2", seed="1", value=53.0),
+        make_run("b1", lr="2", seed="1", value=53.0, training__micro_batch="1"),
         make_run("a1_again", seed="1"),
         make_run("lone", lr="3"),
     ]
