@@ -135,7 +135,7 @@ class Dataset:
         )
 
     def _label_values(self) -> set[int]:
-        """Return values of the label maps; all values if there are no others than 0 and 255."""
+        """Return the values in the label maps, up to the first map that shows that they are not binary masks."""
         values: set[int] = set()
         for truth in self.annotations:
             if isinstance(truth, np.ndarray) and values <= {0, 255}:

@@ -133,10 +133,10 @@ class Model:
         """Predict one image or several images. Except for `thresholds`, the results equal those of `m2f predict`.
 
         Args:
-            images: one image, or a list of images, a folder or a pattern such as `photos/*.jpg`. An image is one of:
-                a path or `s3://` URL of a JPEG, PNG, TIFF, BMP or WebP file; a PIL image; an array, uint8 [H, W, 3]
-                from 0 to 255, or grey [H, W]; a tensor [3, H, W] or [1, H, W], uint8 from 0 to 255 or floating point
-                from 0 to 1. Images may have any size: the model resizes them as its recipe says.
+            images: one image, a list of images, a folder, or a pattern such as `photos/*.jpg`. An image is a PIL image,
+                or a path or `s3://` URL of a JPEG, PNG, TIFF, BMP or WebP file. It may also be a uint8 array [H, W, 3]
+                (or [H, W] if grey) from 0 to 255, or a tensor [3, H, W] (or [1, H, W]). Tensors are uint8 from 0 to
+                255 or floating point from 0 to 1. Images may have any size: the model resizes them as its recipe says.
             task: "panoptic", "instance" or "semantic". None means the first of `tasks`: the task that the model was
                 trained for, if its test-time settings support it.
             min_score: lowest score, from 0 to 1, of segments, detections and labelled pixels. None means the recipe's
@@ -217,9 +217,9 @@ def load(
     """Load a trained model.
 
     Args:
-        source: a run folder, checkpoint folder or weight file (local or `s3://`); a local Hugging Face folder; a model
-            of the Hugging Face hub (`hub:OWNER/NAME`) or of an MLflow registry (`models:/NAME@ALIAS`); or a recipe,
-            which means the run that it describes.
+        source: a run folder, checkpoint folder or weight file (local or `s3://`), or a local Hugging Face folder. It
+            may also be a model of the Hugging Face hub (`hub:OWNER/NAME`) or of an MLflow registry
+            (`models:/NAME@ALIAS`). A recipe stands for the run that it describes.
         recipe: recipe for weights that do not contain one, such as official `.pkl` files. It is a path or the name of
             a recipe in the package, such as `coco_panoptic_r50`.
         checkpoint: checkpoint of a run: "last" (the default), "best", or a step.

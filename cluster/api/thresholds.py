@@ -83,7 +83,7 @@ class Thresholds:
 def accepted(prediction: Prediction, min_scores: np.ndarray | None) -> Prediction:
     """Return the detections whose score is at least that of their class in `min_scores` [K]; None accepts all.
 
-    Other predictions are returned unchanged.
+    Panoptic and semantic predictions are returned unchanged.
     """
     if min_scores is None or not isinstance(prediction, InstanceDetections):
         return prediction

@@ -2,7 +2,7 @@
 
 `images`: a paired bootstrap. Image sets are resampled from the evaluated images, the same sets for both runs, and the
 interval is the middle 95 % of the differences. It does not reflect the variation between training runs. `seeds`: runs
-that differ only in their seed form one group, and the interval is Student's t interval (Welch's for two groups).
+of one recipe with different seeds form a group, and the interval is Student's t interval (Welch's for two groups).
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _seed_interval(
 
 
 def seed_groups(runs: Sequence[RunRecord]) -> list[list[int]]:
-    """Group the positions of runs that differ only in name, output and seed.
+    """Group the positions of runs that differ only in SETTINGS_IGNORED_IN_GROUPS.
 
     Only the first run of each seed counts. A run without a recipe forms its own group.
     """
@@ -175,7 +175,7 @@ def interval_notes(runs: Sequence[RunRecord], intervals: Sequence[Interval], set
 
 
 def _runs_without_seeds(runs: Sequence[RunRecord], intervals: Sequence[Interval]) -> list[str]:
-    """Return the runs that have an interval over images of a metric for which their group has none over seeds."""
+    """Return the names of runs with an interval over images whose group has none over seeds for the same metric."""
     keys = {run.name: _group_key(run) for run in runs}
     over_seeds = [(one.metric, (one.run, one.baseline)) for one in intervals if one.kind == "seeds"]
     with_seeds = {(metric, keys[name]) for metric, names in over_seeds for name in names if name is not None}

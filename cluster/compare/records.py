@@ -234,7 +234,7 @@ class _Store:
             with ScratchFolder("compare") as folder:
                 local = self._client.download_artifacts(run.info.run_id, path, str(folder))
                 return Path(local).read_bytes()
-        except Exception as error:  # artifact stores raise any type; the rest of the run is still shown
+        except Exception as error:  # artifact stores may raise any type; the rest of the run is still shown
             notes.append(f"{path} cannot be read ({_brief(error)})")
             return None
 
@@ -276,7 +276,7 @@ def _convert_mlflow_errors(uri: str) -> Iterator[None]:
 
 
 def _is_run_folder(path: str) -> bool:
-    # The source of a run that was read from MLflow also contains a URL, that of the server.
+    # Only a URL at the start counts: the source of a run that was read from MLflow ends with the URL of the server.
     return re.match(r"\w+://", path) is not None or Path(path, "recipe.yaml").is_file()
 
 
@@ -320,8 +320,8 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
 def _folder_results(storage: Storage, folder: str, notes: list[str]) -> dict[tuple[str, str, int], SetResult]:
     """Return the results of the run's checkpoints by URL, set and step.
 
-    Results of other weights, and of checkpoints that the run went back behind, are left out with a note. Results at the
-    step of such a checkpoint are used if they belong to the weights that the checkpoint has now.
+    Results of other weights, and of checkpoints that a rollback discarded, are left out with a note. If training
+    reached such a step again, results of its new checkpoint are used.
     """
     evaluations = join(folder, "evaluations")
     urls = [url for url in storage.list(evaluations) if url.endswith("/results.json")]
@@ -346,9 +346,10 @@ def _folder_results(storage: Storage, folder: str, notes: list[str]) -> dict[tup
 
 
 def _weights_of_withdrawn_steps(storage: Storage, folder: str, notes: list[str]) -> dict[int, str | None]:
-    """Return the steps whose stored results may belong to discarded weights. A damaged queue is noted.
+    """Return the steps whose stored results may belong to discarded weights, with the digest of their current weights.
 
-    The value is the SHA-256 of the weights of the step's checkpoint; None if it is missing or cannot be read.
+    The digest is the SHA-256 in the manifest of the step's checkpoint; None if it is missing or cannot be read. A
+    damaged queue gives no steps, and a note.
     """
     try:
         entries = read_entries(storage, join(folder, "evaluations", "queue.json"))

@@ -34,7 +34,7 @@ class EvaluationClient:
     """The driver's handle to the evaluation service.
 
     The service is a detached actor. Ray restarts it after a crash; this class re-creates it if it dies permanently.
-    The driver must call `status` more often than every DRIVER_SILENCE_S.
+    The driver must call `status` at least once every DRIVER_SILENCE_S seconds.
     """
 
     def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
@@ -104,7 +104,7 @@ class EvaluationClient:
 class EvaluationServiceActor(EvaluationService):
     """An evaluation service that ends itself and its pool if the driver stops asking for its status.
 
-    A detached actor outlives a driver that is killed. Without this, its pool would keep GPUs of a shared cluster.
+    A detached actor outlives a driver that is killed, and its pool would keep occupying GPUs of a shared cluster.
     """
 
     def __init__(

@@ -48,9 +48,9 @@ def early_stop(config: EarlyStoppingConfig, entries: Sequence[Entry]) -> EarlySt
 
 
 def unknown_metrics(training: TrainingConfig, entries: Sequence[Entry]) -> list[str]:
-    """Return a warning for each metric that the run depends on if results are published but none has the metric.
+    """Return a warning for each metric in `training` that no published result contains; none before the first result.
 
-    Without its metric, the run would never end early, or would keep no best checkpoint.
+    Without the metric, the run would never stop early, or would keep no best checkpoint.
     """
     published = [entry for entry in entries if entry.status == "published"]
     if not published:
