@@ -75,7 +75,7 @@ def choose_format(folder: Path, requested: str | None) -> DataFormat:
 
 
 def _require_separate_sets(data_format: DataFormat) -> None:
-    """Raise ConfigError if a used folder contains a set that is not used. It is read with all its subfolders."""
+    """Raise ConfigError if a used folder contains an unused set, because readers include all subfolders."""
     chosen = choose_sets(data_format)
     for outer in [Path(annotation_path(entry.source)) for entry in (*chosen.train, *chosen.val)]:
         for inner in [Path(annotation_path(entry.source)) for entry in chosen.unused]:
@@ -156,7 +156,10 @@ def _coco_formats(folder: Path, files: Sequence[_JsonFile]) -> list[DataFormat]:
 
 
 def _has_keypoints(file: _JsonFile) -> bool:
-    """Return whether a file is like person_keypoints_train2017.json, which lists the images of another file again."""
+    """Return whether a file annotates keypoints, such as person_keypoints_train2017.json.
+
+    Such a file repeats the images of another file, so it is used only if there is no other.
+    """
     return any(isinstance(entry, dict) and entry.get("keypoints") for entry in file.content["categories"])
 
 
@@ -172,13 +175,13 @@ def _is_cvat_mask(entry: dict[str, Any]) -> bool:
 def _image_folder(folder: Path, annotations: Path, listed: Sequence[Sequence[str]]) -> Path | None:
     """Return the folder with the images that an annotation file lists; None if no folder has one of them.
 
-    A folder whose name or split matches the file is preferred, even if it lacks images, because exports repeat file
-    names in different splits. Other folders need half as many images as the folder with most of them.
+    A folder whose name or split matches the file is preferred, even if it lacks some images, because exports repeat
+    file names in different splits. Other folders need at least half as many images as the folder with the most.
 
     Args:
-        folder: folder of the user, in which all folders are searched.
+        folder: the user's folder, which is searched with all its subfolders.
         annotations: path of the annotation file.
-        listed: possible names of each image, of which 20 evenly spaced images are searched.
+        listed: possible names of each image. Only 20 evenly spaced images are looked up.
     """
     sample = listed[:: -(-len(listed) // _SAMPLE_SIZE) or 1]
     nearby = (annotations.parent, annotations.parent / "images", folder, folder / "images")
@@ -223,7 +226,7 @@ def _labelme_format(folder: Path, parents: Sequence[Path]) -> DataFormat:
             if is_labelme(content):
                 classes |= {str(shape.get("label")) for shape in content["shapes"] if isinstance(shape, dict)}
     names = tuple(sorted(name for name in classes if not name.startswith("_")))
-    roots = {_split_folder(folder, parent): None for parent in parents}  # without repetitions
+    roots = {_split_folder(folder, parent): None for parent in parents}  # a dict removes duplicates and keeps the order
     splits = {root: split_from_path(str(root.relative_to(folder))) for root in roots}
     if not any(splits.values()):
         splits = {folder: None}

@@ -117,7 +117,7 @@ def split_notes(data_format: DataFormat, folder: Path, val_share: float) -> list
 
 
 def choose_background(data_format: DataFormat) -> str:
-    """Return a name for the class of the pixels without an object that no class of the sources has."""
+    """Return a name for the class of pixels without an object, if possible one that no class of the sources has."""
     chosen = choose_sets(data_format)
     readers = (open_reader(entry.source, skip_bad=True) for entry in (*chosen.train, *chosen.val))
     existing = {category.name for reader in readers for category in reader.categories.categories}
@@ -145,7 +145,7 @@ def require_distinct_images(datasets: Mapping[str, DatasetConfig], readers: Mapp
 
 
 def choose_first_set(datasets: Mapping[str, DatasetConfig], readers: Mapping[str, Reader], task: Task) -> str:
-    """Return the first training set that has the classes of all training sets: it defines those of the model.
+    """Return the first training set that has the classes of all training sets. Its classes become those of the model.
 
     Raises ConfigError if there is none, because training would refuse these sets.
 

@@ -203,7 +203,7 @@ def _find_pairs(folder: Path) -> tuple[list[_Pair], list[Path]]:
         if maps not in like_maps:
             continue
         if maps.name == "SegmentationObject" and maps.with_name("SegmentationClass") in stems:
-            continue  # the values of these maps number the objects
+            continue  # the values of these maps are object numbers, not classes
         fitting = []
         for images, others in images_below.items() if all(map(_is_map, names.values())) else ():
             if (suffix := _map_suffix(others, names)) is not None:
@@ -224,7 +224,7 @@ def _find_nested_pairs(folder: Path, stems: Mapping[Path, Mapping[str, str]]) ->
     """
     parts = {part for path in stems for part in path.relative_to(folder).parts}
     if not any(_is_named_like_maps(Path(part)) for part in parts):
-        return []  # a large folder of another kind, whose names would be joined for nothing
+        return []  # joining all names is slow, and pointless if no folder is named like maps
     nested: dict[Path, dict[str, str]] = {}
     for parent, names in stems.items():
         for root in (path for path in (parent, *parent.parents) if path.is_relative_to(folder)):
@@ -291,10 +291,10 @@ def _map_suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
 
 
 def _map_values(pairs: Sequence[_Pair], *, sampled: bool) -> tuple[int, ...]:
-    """Return the values in the maps, sorted. Maps that cannot be read are left out; they are faults of the survey.
+    """Return the values in the maps, sorted. Unreadable maps are left out, because the survey reports them as faults.
 
-    A class may be in very few maps, so all are read. At most 200 evenly spaced maps per pair are read if these have too
-    many values for classes, or if `sampled` is set and they have several values.
+    A class may occur in very few maps, so all maps are read. There are two exceptions: at most 200 evenly spaced maps
+    per pair are read if they have too many values for classes, or if `sampled` is set and they have several values.
     """
     files = [pair.map_files() for pair in pairs]
     sample = [path for paths in files for path in paths[:: -(-len(paths) // _SAMPLE_SIZE)]]

@@ -49,9 +49,8 @@ class ChosenSets:
 def choose_sets(data_format: DataFormat) -> ChosenSets:
     """Return which sets are for training and for validation.
 
-    Sets without a split are training sets, but not beside sets named `train`: they often list all images again, also
-    those for validation. If there is no training set, the validation sets are split, or the test sets if there are only
-    these.
+    Sets without a split are training sets, unless a set is named `train`: they often list all images again, including
+    those for validation. If there is no training set, the validation sets are split, or else the test sets.
     """
     by_split = {
         split: tuple(s for s in data_format.sets if s.split == split) for split in ("train", "val", "test", None)

@@ -22,7 +22,7 @@ _MAX_FAULTS_SHOWN = 10
 class Survey:
     """Statistics of all data sets together, from at most 500 evenly spaced images of each.
 
-    Files that are missing, and annotation files with errors, are found for all images.
+    Missing files and errors in annotation files are found for all images.
     """
 
     num_images: int
@@ -110,7 +110,7 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
             pixels = sample.height * sample.width
             maps = {segment.map for segment in sample.annotation.segments}
             segments = [s for s in sample.annotation.segments if s.map == ("inst" if "inst" in maps else "seg")]
-            # The things of a map that has objects besides are the same objects.
+            # If a sample has instances, the things of its map are the same objects and must not be counted twice.
             counts.update(
                 names[s.category_id]
                 for s in sample.annotation.segments
@@ -135,6 +135,6 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
         num_crowds=num_crowds,
         num_unknown=num_unknown,
         is_sampled=is_sampled,
-        faults=tuple(dict.fromkeys(faults)),  # the parts of one source list the same faults
+        faults=tuple(dict.fromkeys(faults)),  # the training and validation parts of one source report the same faults
         repairs=tuple(sorted(repairs.items())),
     )

@@ -197,7 +197,7 @@ def _with_category_file(source: SourceConfig, options: InitOptions) -> SourceCon
 
 
 def _value(value: object) -> str:
-    """Return a value as JSON, which is valid YAML. Letters are not escaped: YAML refuses JSON's pairs of escapes."""
+    """Return a value as JSON without escaped letters, because YAML does not support JSON's surrogate pairs."""
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -25,7 +25,7 @@ def detect_yolo(folder: Path) -> DataFormat | None:
 
     Raises:
         ConfigError: data.yaml is damaged, names images that do not exist, or uses the same images for two splits.
-            Otherwise, the other sets would be divided instead.
+            Ignoring such a split would silently replace it with a part of the training images.
     """
     if (found := _detect_in(folder)) is not None:
         return found

@@ -29,10 +29,13 @@ class ChosenWeights:
 
     @property
     def name(self) -> str:
-        """Name of the folder with results of the weights. No other weights have the name of one of the run's steps."""
+        """Name of the folder for results of these weights. Only checkpoints of the run get names like `step_00000042`.
+
+        Other weights with such a name get the prefix `weights_`.
+        """
         if self.step is not None:
             return f"step_{self.step:08d}"
-        path = Path(os.path.abspath(self.url))  # only for the last part, which is the same for a URL
+        path = Path(os.path.abspath(self.url))  # only the last part is used, and abspath keeps that of a URL
         name = path.name if path.is_dir() else path.stem
         return f"weights_{name}" if name.startswith("step_") else name
 

@@ -101,7 +101,7 @@ def open_trained(
 def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None, device: str | None) -> TrainedModel:
     """Open a weight file that contains the recipe of its model.
 
-    Raises ConfigError for other weight files, and if `checkpoint` names further weights.
+    Raises ConfigError for other weight files, and if `checkpoint` is also given.
     """
     if checkpoint is not None:
         raise ConfigError(
@@ -174,7 +174,10 @@ def _open_hugging_face(folder: Path, device: str | None) -> TrainedModel:
 
 
 def _described_classes(described: HuggingFaceModel, folder: Path) -> tuple[Category, ...]:
-    """Return the classes in our notes; without notes, and with a warning if the model has other names, only names."""
+    """Return the classes in the notes of m2f, or classes with names only if there are no notes.
+
+    If the model's class names differ from the notes, the notes are ignored with a warning.
+    """
     stored = tuple(_category(entry) for entry in described.notes.get("categories") or ())
     if tuple(category.name for category in stored) == described.labels:
         return stored
@@ -190,7 +193,7 @@ def _described_classes(described: HuggingFaceModel, folder: Path) -> tuple[Categ
 def _stored_settings(recipe: str, folder: Path) -> tuple[PostprocessConfig, EvaluationConfig]:
     """Return the settings of a stored recipe that config.json has no field for.
 
-    Return the defaults if the recipe is empty, and with a warning if this version of m2f cannot read it.
+    Return the defaults if the recipe is empty. If this version of m2f cannot read it, also log a warning.
     """
     if recipe:
         try:

@@ -146,9 +146,9 @@ def problems_between(
     evaluation: EvaluationConfig | None = None,
     **_: object,
 ) -> list[str]:
-    """Return the problems of the settings of a `RunConfig` with each other.
+    """Return a message for each conflict between settings of a `RunConfig`, and for an invalid name.
 
-    An argument is None if it is invalid by itself. The checks that need it are then left out.
+    An argument is None if it is invalid by itself. The checks that need it are then skipped.
     """
     problems = []
     if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
@@ -194,7 +194,7 @@ def _timeout_problems(
 ) -> list[str]:
     """Return a message if the collective timeout is too short for S3.
 
-    One rank may wait for S3 up to `storage.patience_s`, plus the stall timeout, while the others wait for it.
+    One rank may wait for S3 up to `storage.patience_s`, plus the stall timeout, while the others wait for that rank.
     """
     urls = [output, *(dataset.shards for dataset in datasets.values())]
     longest = storage.patience_s + training.stall_timeout_s

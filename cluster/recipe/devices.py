@@ -86,9 +86,9 @@ def settle(
     """Resolve `auto` for devices, workers, precision and compilation.
 
     Args:
-        config: the recipe. Explicit settings stay, with three exceptions: the maximum of a range of workers is reduced
-            to the global batch; if `num_gpus_per_worker` is `auto`, a larger `num_workers` is reduced to the number of
-            GPUs; and actors evaluate on the CPU if there are no GPUs.
+        config: the recipe. Explicit settings stay, with three exceptions. The maximum of a range of workers is reduced
+            to the global batch. If `num_gpus_per_worker` is `auto`, a larger `num_workers` is reduced to the number of
+            GPUs. If there are no GPUs, actors evaluate on the CPU.
         devices: the available devices.
         stored: choices of the run that is continued.
         during_training: whether evaluations run during training; otherwise they run after it, on the same device.
@@ -317,7 +317,7 @@ def _training_devices(
     room = max(1, (num_gpus - _reserved_for_evaluation(config, num_gpus, during_training)) // each)
     workers = cluster.num_workers
     if workers == "auto":
-        may_share = requested != "auto" and requested <= 0.5  # because Ray could put two ranks on one GPU
+        may_share = requested != "auto" and requested <= 0.5  # with several ranks, Ray could put two on one GPU
         workers = 1 if may_share else min(room, config.training.global_batch)
     elif requested == "auto" and not devices.may_grow and cluster.max_workers > num_gpus:
         warnings.append(

@@ -290,7 +290,7 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
 
 
 def _build_settings(section: type, value: Mapping[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
-    """Return the settings of a section by name; _INVALID for those with a problem or missing without a default."""
+    """Return the settings of a section by name; _INVALID for a setting with a problem, or a missing required one."""
     fields = {f.name: f for f in dataclasses.fields(section)}
     hints = type_hints(section)
     for key in value:

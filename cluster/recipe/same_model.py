@@ -78,7 +78,7 @@ def _settings(recipe: str, optimizer: bool) -> dict[str, str]:
 
 
 def _with_lists_as_text(value: Any) -> Any:
-    """Replace lists in a YAML tree by their text: a longer list, or a list instead of null, is another value."""
+    """Replace lists in a YAML tree by their text. A longer list, or a list instead of null, then counts as a change."""
     if isinstance(value, dict):
         return {key: _with_lists_as_text(item) for key, item in value.items()}
     return str(value) if isinstance(value, list) else value

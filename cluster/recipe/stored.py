@@ -32,8 +32,8 @@ def store_recipe(storage: Storage, config: RunConfig, has_progress: bool) -> tup
 def trained_recipe_url(storage: Storage, run_folder: str, step: int | None = None) -> str:
     """Return the path or URL of the recipe that the checkpoint of `step` was trained with.
 
-    Without such a checkpoint, it is that of the newest one, since a later start may have changed settings. Without any
-    stored with a checkpoint, it is that of the first start.
+    Without such a checkpoint, return that of the newest one, because a later start may have changed settings. If no
+    checkpoint contains a recipe, return that of the first start.
     """
     checkpoints = sorted(list_checkpoints(storage, run_folder), key=lambda checkpoint: checkpoint.step != step)
     urls = (join(checkpoint.url, RECIPE) for checkpoint in checkpoints)
