@@ -41,8 +41,8 @@ def read_pixels(value: object, allowed: Collection[str] = ()) -> np.ndarray:
     """Decode an image and return its RGB pixels [H, W, 3] uint8.
 
     Args:
-        value: one of: the bytes of a JPEG, PNG, WebP, TIFF or BMP file; the same as base64 text, with or without a
-            `data:` URL prefix; an array or nested lists [H, W, 3] of integer RGB values from 0 to 255; an http(s) URL.
+        value: the bytes of a JPEG, PNG, WebP, TIFF or BMP file, or these as base64 text with or without a `data:` URL
+            prefix. It may also be an http(s) URL, or an array or nested lists [H, W, 3] of RGB integers from 0 to 255.
         allowed: hosts from which URLs are downloaded.
 
     Raises:

@@ -92,7 +92,8 @@ def register(options: RegisterOptions, report: Callable[[str], None] = lambda li
     """Register a checkpoint. `report` is called with a line of text before each step that takes long.
 
     Raises:
-        RegistryError: the run is not in MLflow, or the two sides cannot be compared.
+        RegistryError: the run is not in MLflow, the source is not a run, or the results of the checkpoint are missing
+            or cannot be compared with those of the version `if_better`.
         ConfigError: MLflow would refuse the name or an alias, a setting has no effect, or the run cannot be read.
         CheckpointError, DataError, StorageError: the run or the checkpoint cannot be read.
         TrackingError: the MLflow store does not answer, or refuses the registration.
@@ -130,7 +131,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 
 def _check_names(options: RegisterOptions) -> None:
-    """Raise ConfigError for a name or alias that MLflow refuses, because it does so only after the upload."""
+    """Raise ConfigError for a name or alias that MLflow would refuse. MLflow checks them only after the upload."""
     given = [("--alias", alias) for alias in options.aliases]
     given += [] if options.if_better is None else [("--if-better", options.if_better)]
     for option, alias in given:

@@ -21,7 +21,7 @@ def served_tasks(trained: TrainedModel) -> tuple[Task, ...]:
     tasks = predictable_tasks(trained)
     try:
         label_png(np.zeros((1, 1), dtype=np.int64), trained.classes)
-    except EvaluationError:  # for category ids that no PNG can hold
+    except EvaluationError:  # the category ids are too large for a PNG
         return tuple(task for task in tasks if task != "semantic")
     return tasks
 

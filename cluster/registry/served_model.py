@@ -41,7 +41,7 @@ class ServedModel(PythonModel):
         self._allowed = tuple(config.get(ALLOWED_HOSTS) or ())
         self._trained = open_trained(context.artifacts[CHECKPOINT], (), None)
         prepare_model(self._trained)
-        # If the model supports no task, its own one raises the error that names the setting.
+        # If the model supports no task, predicting its own task raises an error that names the setting.
         self._supported = served_tasks(self._trained) or (self._trained.task,)
         self._class_thresholds: np.ndarray | None = None
         if (path := context.artifacts.get(THRESHOLDS)) is not None:
@@ -49,7 +49,7 @@ class ServedModel(PythonModel):
             self._class_thresholds = thresholds.min_scores(self._trained.classes)
         self._lock = threading.Lock()  # because a server may call `predict` from several threads
 
-    def predict(  # type: ignore[bad-override] - of MLflow's own, which is annotated to return nothing
+    def predict(  # type: ignore[bad-override] - MLflow annotates its method to return None
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
         """Return one record per image of the column `image`.

@@ -132,7 +132,7 @@ def run_shard_job(
 
 
 def _make_plans(reader: Reader, dataset: DatasetConfig, storage: Storage, *, redo: bool) -> tuple[ShardPlan, ShardPlan]:
-    """Return the plan by which shards are written, and the plan of a new data set."""
+    """Return the plan by which shards are written, and the plan that a new data set would have."""
     new_plan = plan_shards(reader, dataset, dataset_fingerprint(dataset))
     if redo:
         return new_plan, new_plan

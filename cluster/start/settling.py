@@ -25,8 +25,8 @@ def settled_run(config: RunConfig, devices: AvailableDevices, *, during_training
     A resumed run keeps its precision, and its choices of compilation and initial backbone weights. `during_training`
     states whether evaluations run during training.
 
-    Raises ConfigError if the devices cannot run the recipe, if a metric in `training` belongs to no set, if the whole
-    model is frozen, or if the backbone requires published weights that are not available.
+    Raises ConfigError if the devices cannot run the recipe, or if the backbone requires published weights that are not
+    available. Also raises it if a metric in `training` belongs to no set, or if the whole model is frozen.
     """
     config.check_metrics()
     config.model.require_trainable()

@@ -1,7 +1,7 @@
 """The local MLflow store: one sqlite file for all runs of an `output` folder, with their artifacts beside it.
 
 <output>/mlflow.db, <output>/mlartifacts/                  new runs
-<output>/<name>/mlflow.db, <output>/<name>/artifacts/      runs with their own store, as early runs of version 0.1
+<output>/<name>/mlflow.db, <output>/<name>/artifacts/      runs with their own store, such as early runs of version 0.1
 
 MLflow stores absolute paths of artifacts, and `tracking.json` stores absolute paths of databases. If a folder was
 moved, this module corrects the paths before a process writes.

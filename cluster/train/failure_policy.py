@@ -60,7 +60,7 @@ _UNCOUNTED_KINDS: tuple[FailureKind, ...] = ("preemption", "room", "memory")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended, see `root_cause`."""
+    """The reason that an attempt ended before the last step."""
 
     rank: int | None
     """None if no single rank is the cause."""
@@ -136,7 +136,7 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
     - An error stops the run if it repeats with the same message without a new checkpoint in between.
     - Deaths and other errors are retried up to `max_failures` times without progress, with exponential backoff.
     - Preemptions and a lack of room are retried and do not count as failures.
-    - If memory runs out, the micro-batch is halved; this does not count. A micro-batch of one image stops the run.
+    - If memory runs out, the micro-batch is halved, which is not counted. A micro-batch of one image stops the run.
     - A loss spike counts as a failure; the run continues from a checkpoint before it and skips its samples.
     """
     streak = history.without_progress()

@@ -70,7 +70,7 @@ class CheckedTorchConfig(TorchConfig):
 
     @property
     def backend_cls(self) -> type[Backend]:  # pyrefly: ignore[bad-override]  # Ray's private class is its type
-        """The class `CheckedTorch`."""
+        """Backend class that Ray Train instantiates: `CheckedTorch`, not that of `TorchConfig`."""
         return CheckedTorch
 
 
