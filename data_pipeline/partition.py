@@ -13,7 +13,7 @@ from m2f.data_pipeline.sample import Annotation, Segment, id_dtype
 
 
 class UnknownValueError(DataError):
-    """Raised if a map has values without a class: the list of classes is incomplete, and the map may be correct."""
+    """Raised if a map has values without a class. The map may be correct and the list of classes incomplete."""
 
 
 class Region(NamedTuple):

@@ -134,7 +134,7 @@ def open_dataset(dataset: DatasetConfig) -> tuple[Reader, tuple[UnusableAnnotati
 def dataset_fingerprint(dataset: DatasetConfig, *, earlier: bool = False) -> str:
     """Return the fingerprint of the source together with the settings `part`, `background` and `tiles`.
 
-    `earlier` returns that of earlier versions; see `source_fingerprint`.
+    With `earlier`, return the fingerprint that earlier versions computed; see `source_fingerprint`.
     """
     assert dataset.source is not None
     fingerprint = source_fingerprint(dataset.source, earlier=earlier)
@@ -193,8 +193,8 @@ def source_fingerprint(source: SourceConfig, *, earlier: bool = False) -> str:
     Folder names are not included, so that a data set can be moved. Images and maps are not included either; each shard
     keeps a record of its own source files.
 
-    `earlier` returns the digest of earlier versions, which did not include the names of YOLO's text files. For other
-    sources it is the same digest.
+    With `earlier`, return the digest that earlier versions computed, which did not include the names of YOLO's text
+    files. For other sources, both digests are equal.
     """
     digest = hashlib.sha256(source.kind.encode())
     files: tuple[str | None, ...] = ()

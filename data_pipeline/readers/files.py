@@ -47,7 +47,7 @@ class LoadedImage:
 
 
 def load_image(path: Path, height: int, width: int, max_pixels: int) -> LoadedImage:
-    """Read an image file and check it like `check_image`. Raises DataError, which names the file, if it is unusable."""
+    """Read an image file and check it as `check_image` does. Raises DataError that names the file if it is unusable."""
     return check_image(read_bytes(path), height, width, max_pixels, str(path))
 
 
@@ -78,7 +78,7 @@ def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str
 
 
 def displayed_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an image as viewers show it; zeros for an unusable file, reported by `read` later."""
+    """Return the height and width of an image as viewers show it; zeros for a file that `read` will report."""
     try:
         header = read_header(path.read_bytes())
     except (OSError, BrokenImageError):

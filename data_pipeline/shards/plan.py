@@ -76,12 +76,12 @@ def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> Shar
 def keep_written_plan(plan: ShardPlan, storage: Storage, earlier_fingerprint: Callable[[], str]) -> ShardPlan:
     """Return the plan by which the data set in the target was written, if it describes the same samples.
 
-    It may have another number of shards, which depends on the sizes of source files. They change when files are deleted
-    or encoded again. The number of a data set that was never complete is not kept, because it may come from a folder
-    without its images.
+    The written plan may have another number of shards, because this number depends on the sizes of source files, which
+    change if files are deleted or encoded again. If the data set was never complete, its number of shards is not kept,
+    because its source may have lacked images.
 
-    It may also have the fingerprint by which earlier versions identified this source. `earlier_fingerprint` computes
-    it, and is called only if the plans differ.
+    The written plan may also have the fingerprint by which earlier versions identified this source.
+    `earlier_fingerprint` computes it, and is called only if the plans differ.
     """
     claim = _read_claim(plan, storage)
     if claim is None or claim["plan"] == plan.hash:

@@ -177,12 +177,12 @@ def _text_line(text: str, width: int) -> np.ndarray:
 
 
 def drawn_name(category: Category) -> str:
-    """Return the name as it is drawn: if it has other letters than ASCII, with its id and without these letters."""
+    """Return the name as it is drawn. A name with non-ASCII letters is preceded by its id and converted to ASCII."""
     return category.name if category.name.isascii() else f"{category.id}: {_ascii(category.name)}"
 
 
 def _ascii(text: str) -> str:
-    """Return a text in the ASCII letters of OpenCV's fonts: without accents, and with ? for other letters."""
+    """Return a text without accents and with ? for other non-ASCII letters, which OpenCV's fonts lack."""
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return "".join(letters).encode("ascii", "replace").decode()
 

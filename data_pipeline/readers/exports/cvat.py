@@ -82,7 +82,7 @@ def listed_names(image: Element) -> list[str]:
 
     Exports of projects have a folder for each subset.
     """
-    name = image.get("name", "").replace("\\", "/")  # of tasks that were created on Windows
+    name = image.get("name", "").replace("\\", "/")  # tasks that were created on Windows contain backslashes
     parents = [f"{subset}/", ""] if (subset := image.get("subset")) else [""]
     return [f"{parent}{name}{ending}" for parent in parents for ending in _FRAME_ENDINGS]
 
@@ -119,9 +119,9 @@ def _part(shape: Element, label_ids: dict[str, int], height: int, width: int) ->
 
 
 def _turned(shape: Element, points: np.ndarray) -> list[float]:
-    """Return points [P, 2] as x, y, x, y, ..., turned by the `rotation` of the shape.
+    """Return points [P, 2] as x, y, x, y, ..., rotated by the `rotation` of the shape in degrees.
 
-    CVAT turns a shape about its centre by an angle in degrees, clockwise in the image.
+    CVAT rotates a shape about the centre of its bounding box, clockwise in the image.
     """
     angle = np.deg2rad(_numbers(shape.get("rotation", "0"))[0])
     if angle:

@@ -77,11 +77,11 @@ def _shapes(document: dict[str, Any]) -> list[dict[str, Any]]:
 def _image_name(path: Path, document: dict[str, Any], images: Path) -> str:
     """Return the image's path relative to the folder of images.
 
-    If `imagePath` points outside that folder, also through links, only its file name is used.
+    If `imagePath` leads out of that folder, with and without its symbolic links resolved, only its file name is used.
     """
     image_path = PureWindowsPath(str(document["imagePath"])).as_posix()  # labelme on Windows writes backslashes
     target, root = (path.parent / image_path).resolve(), images.resolve()
-    if not target.is_relative_to(root):  # unless the image is in a folder that is linked there
+    if not target.is_relative_to(root):  # a symbolic link inside the folder may lead out of it
         linked, folder = Path(os.path.abspath(path.parent / image_path)), Path(os.path.abspath(images))
         if linked.is_relative_to(folder) and linked.is_file():
             target, root = linked, folder
@@ -90,10 +90,10 @@ def _image_name(path: Path, document: dict[str, Any], images: Path) -> str:
 
 
 def _find_moved(names: list[str], images: Path) -> list[str]:
-    """Return names of images relative to their folder, in which names of missing images are corrected if possible.
+    """Return the names of images relative to their folder, with the names of missing images corrected if possible.
 
-    labelme writes bare file names, and its files are often moved to a folder of their own. The name of a missing image
-    therefore becomes that of the only unused image with the same file name, if it is the only missing one.
+    labelme writes bare file names, and its files are often moved to a folder of their own. A missing image is therefore
+    replaced by the unused image with the same file name, if there is exactly one of each.
     """
     missing = {name for name in names if not (images / name).is_file()}
     if not missing:

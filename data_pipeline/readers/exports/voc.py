@@ -45,7 +45,7 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
     else:
         require_file(source.image_set)
         lines = read_bytes(Path(source.image_set)).decode("utf-8-sig", errors="replace").splitlines()
-        known = {Path(name).stem for name in image_names}  # names may have spaces; lists of one class add a number
+        known = {Path(name).stem for name in image_names}  # names may have spaces; class lists append a number
         stems = [text if text in known else text.split()[0] for line in lines if (text := line.strip())]
         require_unique(stems, f"names in {source.image_set}")
     if not stems:
