@@ -2,7 +2,7 @@
 
 Each function takes arrays, image by image, or paths of files as `m2f score` does. An array may also be a tensor on any
 device or a list. `EvaluationResults` has `metrics()` and `per_class()` in per cent, `table()` as text, and exact shares
-in `panoptic`, `instance` and `semantic`. Doubts about the truth, such as wrong areas, are warnings.
+in `panoptic`, `instance` and `semantic`. Doubts about the truth, such as wrong areas, are reported as warnings.
 
     from m2f.eval.functions import PanopticImage, evaluate_panoptic
 
@@ -229,7 +229,7 @@ def evaluate_semantic(
         predicted = to_array(predicted, f"image {number}: the prediction")
         _check_maps(number, annotated, predicted)
         states.semantic.update(number, annotated, predicted)
-        if values <= {0, 255}:  # other maps are not binary, so most need no search for values
+        if values <= {0, 255}:  # once another value occurs, the truth is not binary, and the search ends
             values.update(np.unique(annotated).tolist())
     if is_binary_mask(values, ignore, len(class_names)):
         raise EvaluationError(f"the truth has {BINARY_MASK}")
@@ -261,7 +261,7 @@ def thing_list(
 ) -> tuple[bool, ...]:
     """Return whether each class is a thing, by label, from a list of flags or from flags by label.
 
-    Raises `error` for labels that are not 0 to K - 1, for another number of flags, and for values that are no flags.
+    Raises `error` for labels that are not 0 to K - 1, for a wrong number of flags, and for values that are not flags.
     """
     if isinstance(is_thing, Mapping):
         if set(is_thing) != set(range(num_classes)):
@@ -276,7 +276,7 @@ def thing_list(
 
 
 def to_array(values: Any, name: str) -> np.ndarray:
-    """Return an array from an array, a tensor on any device, or a list. Raises EvaluationError naming what is none."""
+    """Convert an array, a tensor on any device or a list to an array. Raises EvaluationError for other values."""
     try:
         if _is_tensor(values):
             values = values.detach().cpu()
@@ -407,9 +407,9 @@ def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
 
 
 def _valid_texts(masks: np.ndarray | Sequence[np.ndarray] | Sequence[Rle]) -> tuple[Rle, ...] | None:
-    """Return masks that all are valid compressed run lengths of one size; else None.
+    """Return the masks if all of them are valid compressed run lengths of one size, else None.
 
-    The check of all masks at once takes about a fifth of the time of `compressed_rle` for each.
+    Checking all masks at once takes about a fifth of the time of calling `compressed_rle` for each mask.
     """
     decoded = [
         {"size": mask.get("size"), "counts": counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts}

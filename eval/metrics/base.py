@@ -125,7 +125,7 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
     def spill(self, folder: Path, threshold_bytes: int) -> None:
         """Move the records to a parquet file under `folder` if they hold more than `threshold_bytes`.
 
-        Metrics keep the same bits. `record` finds only records that are in memory.
+        Metrics stay bit-identical. Afterwards, `record` does not find the moved records.
         """
         if self._memory_bytes <= threshold_bytes:
             return

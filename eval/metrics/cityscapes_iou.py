@@ -62,7 +62,7 @@ class CityscapesPixels(Record):
 
 @dataclass(frozen=True)
 class CityscapesIoU:
-    """IoU and iIoU as shares, not per cent. None if neither truth nor prediction has a pixel; means leave those out."""
+    """IoU and iIoU as shares, not per cent. None if neither truth nor prediction has a pixel; averages omit None."""
 
     iou: float | None
     iiou: float | None

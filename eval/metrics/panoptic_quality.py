@@ -234,7 +234,8 @@ def match_panoptic(
     Raises:
         InconsistentMapError: the maps differ in size, or the prediction's map and labels disagree.
         InconsistentTruthError: the truth's map shares no id with its segments, or the IoU of a match is above 1 because
-            the stated area is less than half of the pixels. Areas of small segments may differ, as in `shard`.
+            the stated area is less than half of the pixels. Small segments are not checked, because the area of a
+            polygon differs from its pixels along the border.
     """
     overlaps = count_overlaps(truth.id_map, prediction.id_map)
     _check_tables_agree(prediction, overlaps.predicted_area)
@@ -312,7 +313,7 @@ def _check_truth_ids(truth: PanopticTruth, area: Mapping[int, int]) -> None:
 
 
 def _check_area(truth_id: int, segment: TruthSegment, pixels: int, iou: float) -> None:
-    """Raise InconsistentTruthError if the stated area of a segment is wrong, not only rounded, so its IoU is wrong."""
+    """Raise InconsistentTruthError if the stated area of a segment is wrong, not merely rounded."""
     if area_mismatches([(segment.area, pixels)]):
         raise InconsistentTruthError(
             f"segment {truth_id} of the truth has {pixels} pixels, but states an area of {segment.area:g}, so an IoU "

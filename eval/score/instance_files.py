@@ -71,8 +71,8 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
     """Return every image in ascending id, with its annotations and results in the order of their files.
 
     Annotations of unlisted images are left out. Raises EvaluationError for images with invalid or repeated ids or with
-    unusable sizes, for annotations whose image id has another type than those of the images, and for results of
-    unlisted images.
+    unusable sizes. Also raises it for annotations whose image id has another type than the ids of images, and for
+    results of unlisted images.
     """
     truth, predictions = files.truth, files.predictions
     if not isinstance(results, list):
@@ -159,7 +159,7 @@ def describe_missing_results(images: Sequence[ImageEntries], predictions: Path) 
 
 
 def describe_unlisted_images(images: Sequence[ImageEntries], annotations: int, truth: Path) -> str | None:
-    """Return a line about those of all annotations whose images are not listed; None if there are none."""
+    """Return a line about annotations of unlisted images; None without any. `annotations` is the number of all."""
     unlisted = annotations - sum(len(image.annotations) for image in images)
     if not unlisted:
         return None
@@ -178,7 +178,8 @@ class MaskPixels(NamedTuple):
 def mask_pixels(images: Sequence[ImageEntries]) -> list[MaskPixels]:
     """Count the pixels of the masks of every image. All masks of one size are read at once, which is faster.
 
-    The counts are None if a mask of this size is invalid, and for sides that do not have text for every mask.
+    The counts are None if any mask of the same size is invalid. They are also None for annotations or results of which
+    one mask is not stored as run-length text.
     """
     sides = [
         side

@@ -94,7 +94,7 @@ def chosen_labels(categories: Sequence[ScoredCategory], options: ScoreOptions, w
 
 @dataclass(frozen=True)
 class SelectClasses(Generic[Job, RecordT]):
-    """Does `work`, and keeps only rows of some classes. This is exact, because classes are matched separately."""
+    """Calls `work` and keeps only rows of some classes. This is exact, because classes are matched separately."""
 
     work: Callable[[Job], RecordT]
     labels: frozenset[int]

@@ -51,7 +51,7 @@ class MultiRecord(Generic[R]):
 
 @dataclass(frozen=True)
 class OneByOne(Generic[Job, R]):
-    """Does `work` for several images, one after the other."""
+    """Calls `work` for several images, one image at a time."""
 
     work: Callable[[Job], R | MultiRecord[R]]
 

@@ -1,4 +1,4 @@
-"""mIoU and accuracies of label maps. `mIoU` follows detectron2; `mIoU_union` and `mIoU_all_classes` follow others."""
+"""mIoU and accuracies of label maps. `mIoU` follows detectron2; `MeanIoU` documents the two other conventions."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def label_maps(truth: Path, predictions: Path) -> list[str]:
 
 
 def _label_values(truth: Path, names: Sequence[str]) -> set[int]:
-    """Return values of the maps, all of them if there are no others than 0 and 255. Mostly, one map is read."""
+    """Return the values in the maps, up to the first map that has other values than 0 and 255: usually the first."""
     values: set[int] = set()
     for name in names:
         if not values <= {0, 255}:

@@ -22,7 +22,7 @@ from m2f.model.format_count import format_count
 SAMPLE = 16
 """Largest number of images whose truth is checked."""
 MIN_SHARE = 0.1
-"""Share of segments with doubtful areas from which they are reported. Areas of hidden parts explain single ones."""
+"""Share of segments with doubtful areas above which they are reported. Hidden parts of objects can explain a few."""
 ImageT = TypeVar("ImageT")
 
 
@@ -71,7 +71,7 @@ def describe_high_quality(names: Sequence[str], per_class: Sequence[ClassQuality
 
 
 def sampled(images: Sequence[ImageT]) -> Sequence[ImageT]:
-    """Return at most SAMPLE images at equal distances."""
+    """Return at most SAMPLE evenly spaced images."""
     return images[:: max(1, math.ceil(len(images) / SAMPLE))]
 
 
@@ -84,7 +84,7 @@ def panoptic_doubts(truth: PanopticTruth) -> TruthDoubts:
 
 
 def instance_doubts(truth: InstanceTruth) -> TruthDoubts:
-    """Count the doubts about one image. Crowds are not compared."""
+    """Count the doubts about one image. Stated areas of crowds are not compared."""
     areas = zip(truth.areas.tolist(), mask_areas(truth.masks).tolist(), truth.is_crowd.tolist(), strict=True)
     return _count((area, pixels) for area, pixels, is_crowd in areas if not is_crowd)
 
