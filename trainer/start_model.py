@@ -48,7 +48,7 @@ def start_model(
     file = resolve_start_weights(source, storage)
     rows = known_class_rows(job.identity, file, storage)
     with fetched_weights(file, storage) as path:
-        # Weights that m2f exported have an identity and are whole, also if their training started from deltas.
+        # Weights that m2f exported have an identity. They are complete, even if their training started from deltas.
         deltas = job.model.weights_are_deltas and read_identity(str(path), storage) is None
         model, report = build_with_weights(job.model, path, rows, deltas=deltas)
         backbone = job.model.backbone

@@ -57,7 +57,7 @@ def _tag_problem(name: str) -> str | None:
     """Return the end of a message about an unknown tag of a known model, which timm refuses even without weights."""
     if any(f"'{name}'" in source or f'"{name}"' in source for source in _model_sources()):
         return None
-    import timm  # knows the names that its source does not spell out
+    import timm  # some names are not literals in its source
 
     try:
         timm.get_pretrained_cfg(name)
@@ -69,7 +69,7 @@ def _tag_problem(name: str) -> str | None:
 
 
 def _is_model(name: str) -> bool:
-    """Ask timm itself, which also knows deprecated names."""
+    """Return whether timm has a model of this name, including deprecated names."""
     import timm
 
     return timm.is_model(name)

@@ -77,7 +77,7 @@ def count_classes(path: str | Path) -> int | None:
 
 
 def weights_files(path: Path) -> tuple[Path, ...]:
-    """Return the files that `read_state` reads. Raises WeightsError if there is no such file, or no folder with any."""
+    """Return the files that `read_state` reads. Raises WeightsError if the path or its weight files do not exist."""
     if path.is_dir():
         return _folder_files(path)
     if not path.is_file():

@@ -1,7 +1,7 @@
 """A run's list of commits, and its metrics per commit. The supervisor and the evaluation service read them.
 
 <run folder>/commits/00000042-3-0123456789abcdef             step, lease and digest of the manifest; an empty object
-<run folder>/commits/00000042-3-0123456789abcdef.withdrawn   the commit is damaged, or the run went back behind it
+<run folder>/commits/00000042-3-0123456789abcdef.withdrawn   the commit is damaged, or a rollback discarded it
 <run folder>/metrics/00000042-3.json                         metrics by step since the previous commit
 
 Rank 0 writes metrics before the manifest of the checkpoint, and the entry in `commits/` after it. Does not import
@@ -115,12 +115,12 @@ def repair_commits(storage: Storage, run_folder: str, evaluates: bool) -> None:
     `evaluates`. Metrics that a checkpoint of version 0.1 contains are stored, too. If the run does not evaluate, all
     pins for evaluations are removed. Unfinished writes are aborted.
 
-    Commits after the newest checkpoint are withdrawn. Only a user deletes the newest checkpoints, to go back.
+    Commits after the newest checkpoint are withdrawn: their checkpoints were deleted by a user, to roll the run back.
     """
     abort_outdated_writes(storage, run_folder)
     commits, withdrawn = _list_names(storage, run_folder)
     listed = {name for name, _, _ in commits}
-    checkpoints = list_checkpoints(storage, run_folder)  # listed after the commits, so no new commit lacks its own
+    checkpoints = list_checkpoints(storage, run_folder)  # after the commits, so every commit has its checkpoint
     newest = max((checkpoint.step for checkpoint in checkpoints), default=0)
     for name, step, _ in commits:
         if step > newest and name not in withdrawn:
@@ -154,7 +154,7 @@ def read_metrics(
     """Yield URL and content of every metrics file that is not in `known`, ordered by the step of its commit.
 
     Files of steps after the one from which a later lease continued are left out. They are from a process that had lost
-    the run folder, or a user deleted the newest checkpoints to go back. Damaged files yield no metrics and log a
+    the run folder, or a user deleted the newest checkpoints to roll back. Damaged files yield no metrics and log a
     warning, because training does not need them.
     """
     found = [(match, url) for url in storage.list(join(run_folder, "metrics")) if (match := _METRICS.search(url))]
@@ -187,7 +187,7 @@ def _list_names(storage: Storage, run_folder: str) -> tuple[set[tuple[str, int, 
 def _last_steps(storage: Storage, run_folder: str, leases: Iterable[int], newest: int) -> dict[int, int]:
     """Return, for each of the `leases` before the newest, the last of its steps that the run kept.
 
-    This is the smallest step from which a later lease continued, because a user may go back by several leases.
+    This is the smallest step from which a later lease continued, because a user may roll back past several leases.
     """
     kept: dict[int, int] = {}
     for lease in range(newest, min(leases, default=newest), -1):

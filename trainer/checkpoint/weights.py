@@ -78,7 +78,7 @@ def check_start_weights(identity: ModelIdentity | None, model: ModelConfig, stor
 
 
 def _require_files(setting: str, weights: str | None) -> None:
-    """Raise WeightsError if a local file or folder, or a package, is missing. Reading object storage reports this."""
+    """Raise WeightsError if a local file or folder, or a package, is missing. URLs are checked when they are read."""
     if weights is None or weights.startswith(HUB) or "://" in weights:
         return
     try:
@@ -93,7 +93,7 @@ def start_weights(setting: str, source: str, path: Path) -> StartWeights:
 
 
 def backbone_start(backbone: BackboneConfig) -> tuple[StartWeights, ...]:
-    """Return the file of `model.backbone.weights`; empty for weights by their name in timm, or without weights."""
+    """Return the file of `model.backbone.weights`; empty for weights that timm downloads, or without weights."""
     if backbone.weights is None:
         return ()
     return (start_weights("model.backbone.weights", backbone.weights, weights_path(backbone.weights)),)
@@ -132,7 +132,7 @@ def read_identity(weights: str, storage: Storage) -> ModelIdentity | None:
         if (text := described.notes.get(METADATA_KEY)) is None:
             return None
         identity = ModelIdentity.from_json(text, f"{weights}/config.json")
-        # transformers keeps the notes of a model that it trains for other classes, and replaces only their names.
+        # If transformers trains a model for other classes, it replaces their names, but keeps the old notes.
         names = tuple(category.name for category in identity.label_spaces[0].classes)
         return identity if names == described.labels else None
     if "://" not in weights:

@@ -1,4 +1,4 @@
-"""Updates without ZeRO and in DeepSpeed's ZeRO 1 and 2, without host synchronisation and with few host calls."""
+"""Optimizer updates without host synchronisation and with few host calls, without ZeRO or with ZeRO 1 and 2."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DeviceSkips:
 
     def skip_unless_finite(self, norm: Tensor) -> None:
         """Skip the next update if `norm` is not finite; `norm` is [], on the device."""
-        # torch's GradScaler uses this attribute to let fused optimizers skip, see torch.optim.Adam.step.
+        # torch's GradScaler uses this attribute to let fused optimizers skip an update; see torch.optim.Adam.step.
         self._adamw.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
 
     @contextmanager
