@@ -134,7 +134,7 @@ def release(
 ) -> None:
     """Allow `settled` checkpoints of a run to be deleted, by removing their evaluation pins.
 
-    Before that, pin the one with the best value of `metric` among all checkpoints that still exist.
+    Before that, pin the checkpoint with the best value of `metric` among those that still exist.
     """
     if metric is not None:
         _pin_best(storage, run_folder, entries, metric)

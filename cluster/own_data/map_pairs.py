@@ -29,7 +29,10 @@ _CATEGORY_FILES = ("classes.json", "categories.json")
 _NAMES_BY_VALUE_FILE = "id2label.json"
 """File of Hugging Face: a JSON object with the class name of each map value."""
 _NAME_LISTS = ("_classes.csv", "class_names.txt", "classes.txt", "labels.txt")
-"""Class names by map value: the file states the value (Roboflow), or it is the number of the line, from 0 (labelme)."""
+"""Files with the class names by map value.
+
+The file states each value (Roboflow), or the value is the number of the line, counted from 0 (labelme).
+"""
 _SUFFIXES = ("_mask", "_L", "_label", "_labels", "_gt", "_seg")
 """Name suffixes of maps that are in the same folder as their images."""
 _SAMPLE_SIZE = 200
@@ -336,7 +339,7 @@ def _class_names(roots: Sequence[Path], first: Path, values: Sequence[int]) -> t
         elif path.is_file():
             names = _read_name_list(path, first)
             if names.keys() >= set(values):
-                first_name = f"value {values[0]} is {names[values[0]]!r}"  # shows the user if the background is missing
+                first_name = f"value {values[0]} is {names[values[0]]!r}"  # shows whether the background is named
                 return names, [*notes, f"the class names come from {path.name}: {first_name}"]
             listed = os.path.relpath(path, roots[0])
             notes.append(f"not used, because it does not name all values of the maps: {listed}")
@@ -355,7 +358,7 @@ def _read_name_list(path: Path, first: Path) -> dict[int, str]:
     if path.name in _COLOR_LEGENDS:
         palette = _palette(first.read_bytes())
         return {palette.index(c.color): c.name for c in categories if c.color in palette}
-    offset = categories[0].name == "__ignore__"  # labelme's labels.txt begins with -1
+    offset = categories[0].name == "__ignore__"  # labelme numbers this first class -1
     return {category.id - offset: category.name for category in categories[offset:]}
 
 

@@ -3,7 +3,7 @@
 overlays/NAME.png                           the image beside its prediction
 panoptic.json, panoptic/NAME.png            COCO panoptic format
 instances.json, boxes.json                  COCO results, with masks and with boxes
-labels.json                                 both as a COCO annotation file, for viewers
+labels.json                                 masks and boxes as a COCO annotation file, for viewers
 labels/NAME.png                             label maps of category ids
 images.json, categories.json                images and categories by id
 """

@@ -149,7 +149,7 @@ def _commit_and_report(
     commit_error = None
     if report.committed:
         try:
-            commit_manifest(plan, parts, storage, skip_bad=True)  # `report.committed` accepts the problems
+            commit_manifest(plan, parts, storage, skip_bad=True)  # `committed` implies accepted problems
         except DataError as error:  # no sample is left, or another data set was committed first; still store the report
             commit_error, report = error, replace(report, committed=False)
     storage.put(join(plan.target, REPORT_FILE), json.dumps(asdict(report), indent=1).encode())
@@ -253,10 +253,10 @@ def _list_problems(unusable: Iterable[UnusableAnnotation], parts: dict[int, Shar
 
 
 def _new_problems(problems: Iterable[SampleProblem], stored: ShardReport | None) -> list[SampleProblem]:
-    """Return the problems of samples that the complete data set of the report `stored` does not leave out.
+    """Return the problems that are not in `stored`, the report of the complete data set; all if it is None.
 
-    Problems that leave a sample in its shard are not new either if the data set already had problems with the sample.
-    Without a report, all problems are new.
+    A left-out sample is known if the data set also leaves it out. A left-out annotation is known if the data set has
+    any problem with its sample.
     """
     known = set[tuple[str, bool]]()
     for problem in () if stored is None else stored.problems:
@@ -283,7 +283,7 @@ def _repair_notes(permitted: Collection[int], lost: Collection[str]) -> tuple[st
 
 
 def _count_notes(plan: ShardPlan, new_plan: ShardPlan, changes: SourceChanges) -> tuple[str, ...]:
-    """Return a message if a new data set would have another number of shards. Missing files explain the difference."""
+    """Return a message if a new data set would have another number of shards, unless missing files explain it."""
     count, new_count = len(plan.shard_keys), len(new_plan.shard_keys)
     if count == new_count or changes.num_missing:
         return ()

@@ -74,7 +74,7 @@ class JobInfo:
     def exit_status(self) -> int:
         """Exit status of the command; if it is unknown, an ExitStatus derived from the state of the job.
 
-        A job whose process was lost with its node or with Ray has status OUTAGE, because another job can continue it.
+        A job whose process was lost with its node or with Ray has status OUTAGE, because a new job can resume the run.
         """
         if self.exit_code:
             return self.exit_code if self.exit_code > 0 else 128 - self.exit_code

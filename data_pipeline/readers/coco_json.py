@@ -108,7 +108,7 @@ def _names_in_folder(stated: list[str], folder: Path) -> list[str]:
 
 
 def id_text(entry: Any, name: str, where: str) -> str:
-    """Return an id, an integer or a text, as normalised text: 7, "7" and "007" are equal.
+    """Return an id, which may be an integer or text, as normalised text: 7, "7" and "007" become equal.
 
     Raises:
         DataError: the id is missing or invalid. The message names the entry.

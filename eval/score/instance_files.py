@@ -159,7 +159,7 @@ def describe_missing_results(images: Sequence[ImageEntries], predictions: Path) 
 
 
 def describe_unlisted_images(images: Sequence[ImageEntries], annotations: int, truth: Path) -> str | None:
-    """Return a line about annotations of unlisted images; None without any. `annotations` is the number of all."""
+    """Return a line about annotations of unlisted images, or None. `annotations` is the total number of annotations."""
     unlisted = annotations - sum(len(image.annotations) for image in images)
     if not unlisted:
         return None

@@ -39,7 +39,7 @@ class _Listing:
 
 
 def pin_revision(text: str) -> str:
-    """Return the address with its revision replaced by the current commit, from the cache if the hub does not give it.
+    """Return the address with its revision replaced by the current commit, or by the cached one if offline.
 
     Raises WeightsError if the hub has no such model, if neither hub nor cache knows the revision (after at most 5 s),
     or if `config.json` cannot be downloaded.
@@ -63,7 +63,7 @@ def hub_folder(text: str, *, weights: bool = True) -> Path:
     """Return the local folder of a hub model, as `save_pretrained` writes it.
 
     Without `weights`, the folder holds config files only. Files in the cache are not downloaded again. Raises
-    WeightsError if the hub is not reachable, has no such model, or has no safetensors of it.
+    WeightsError if the hub is not reachable, has no such model, or has no safetensors files for it.
     """
     address = HubAddress.parse(pin_revision(text))
     cached = _cached_folder(address)
@@ -112,7 +112,7 @@ def _download(address: HubAddress, names: list[str]) -> Path:
 
 
 def _query_hub(address: HubAddress) -> _Listing | str:
-    """Return the hub's listing, or why the hub cannot be asked. Raises WeightsError if the hub has no such model."""
+    """Return the hub's listing, or why the hub gives none. Raises WeightsError if the hub has no such model."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
         GatedRepoError,

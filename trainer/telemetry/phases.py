@@ -72,7 +72,7 @@ class PhaseClock:
     """Clock of one rank. The training thread enters phases; any other thread may read `mark`."""
 
     def __init__(self, device: DevicePhases | None = None) -> None:
-        """If `device` is given, it measures the seconds of phases instead of the host."""
+        """If `device` is given, phases are timed on the device; otherwise on the host."""
         self.mark = Mark(0, "start", time.monotonic())
         self.step = 0
         """Optimizer steps since the start of the run; 0 until this process has finished one."""
