@@ -147,7 +147,7 @@ class _Connection(http.client.HTTPConnection):
         """Open the socket; for https, with TLS that verifies the name of the host."""
         tcp_socket = self._socket = self.sock = socket.create_connection((self._address, self.port), TIMEOUT_S)
         if self._secure:
-            # A separate handshake lets `abort` know the TLS socket, so that it can also end a slow handshake.
+            # The handshake is separate, so that `abort` already knows the TLS socket and can end a slow handshake.
             context = ssl.create_default_context()
             tls_socket = context.wrap_socket(tcp_socket, server_hostname=self.host, do_handshake_on_connect=False)
             self._socket = self.sock = tls_socket

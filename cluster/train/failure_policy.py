@@ -184,7 +184,7 @@ def _halve_micro_batch(micro_batch: int) -> Retry | Stop:
 def classify(error: BaseException) -> FailureKind:
     """Return the kind of one rank's error.
 
-    Errors that Ray itself raises count as deaths. Ray sets the attribute `preempted` if the node was preempted.
+    Errors that Ray raises count as deaths, except for a preemption (attribute `preempted`) and a startup timeout.
     """
     error = getattr(error, "health_check_failure", error)
     if getattr(error, "preempted", False) or type(error).__name__ == "PreemptionError":

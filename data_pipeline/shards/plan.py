@@ -74,7 +74,7 @@ def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> Shar
 
 
 def keep_written_plan(plan: ShardPlan, storage: Storage, earlier_fingerprint: Callable[[], str]) -> ShardPlan:
-    """Return the plan by which the data set in the target was written, if it describes the same samples.
+    """Return the plan by which the data set in the target was written if it has the same samples, otherwise `plan`.
 
     The written plan may have another number of shards, because this number depends on the sizes of source files, which
     change if files are deleted or encoded again. If the data set was never complete, its number of shards is not kept,

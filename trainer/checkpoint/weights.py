@@ -93,7 +93,7 @@ def start_weights(setting: str, source: str, path: Path) -> StartWeights:
 
 
 def backbone_start(backbone: BackboneConfig) -> tuple[StartWeights, ...]:
-    """Return the file of `model.backbone.weights`; empty for weights that timm downloads, or without weights."""
+    """Return `model.backbone.weights` with its digest; empty for weights that timm downloads, or without weights."""
     if backbone.weights is None:
         return ()
     return (start_weights("model.backbone.weights", backbone.weights, weights_path(backbone.weights)),)
@@ -142,7 +142,7 @@ def read_identity(weights: str, storage: Storage) -> ModelIdentity | None:
 
 
 def known_class_rows(identity: ModelIdentity | None, weights: str, storage: Storage) -> tuple[int | None, ...] | None:
-    """Return, for every class of a new run, the label of the same name in its start weights.
+    """Return, for every class of a new run, the label of that name in its start weights; None if they lack the class.
 
     Return None if the class head can be used unchanged. Raises DataError showing the rows of both tables if they
     contradict each other.

@@ -66,7 +66,7 @@ def open_labelme(source: LabelmeSource, max_pixels: int) -> CocoInstancesReader:
 
 
 def is_labelme(document: Any) -> bool:
-    """Return whether a JSON document was written by labelme."""
+    """Return whether a JSON document has the form of a labelme file."""
     return isinstance(document, dict) and isinstance(document.get("shapes"), list) and "imagePath" in document
 
 
