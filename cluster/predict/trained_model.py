@@ -69,8 +69,8 @@ def open_trained(
     """Open the model that an argument of the command line names.
 
     Args:
-        source: a recipe, a run or checkpoint folder (local or URL), a weight file that contains a recipe, a local
-            Hugging Face folder, or a model of the hub or a registry.
+        source: a recipe, a run or checkpoint folder (local or URL), or a weight file that contains a recipe. It may
+            also be a local Hugging Face folder, or a model of the hub or of a registry.
         overrides: settings of the recipe to change, as `section.key=value`.
         checkpoint: see `choose_checkpoint`.
         device: see `model_with_weights`.
