@@ -18,8 +18,6 @@ from m2f.model.errors import UserError
 
 IOU = 0.5
 """A detection is correct if its IoU with an annotated instance of its class is at least this."""
-
-
 THRESHOLDS_FILE = "thresholds.json"
 """Name of the file with the thresholds, beside the checkpoint folder of a registered model."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, split_from_path
 from m2f.cluster.terminal import Progress
@@ -356,17 +357,17 @@ def _read_name_list(path: Path, first: Path) -> dict[int, str]:
     except DataError:
         return {}
     if path.name in _COLOR_LEGENDS:
-        palette = _palette(first.read_bytes())
+        palette = _palette(first)
         return {palette.index(c.color): c.name for c in categories if c.color in palette}
     offset = categories[0].name == "__ignore__"  # labelme numbers this first class -1
     return {category.id - offset: category.name for category in categories[offset:]}
 
 
-def _palette(png: bytes) -> list[tuple[int, ...]]:
-    """Return the colours (R, G, B) of a PNG's palette by index; an empty list if it has none."""
-    start = png.find(b"PLTE", 0, max(0, png.find(b"IDAT")))
-    size = int.from_bytes(png[start - 4 : start]) if start > 0 else 0
-    return [tuple(png[i : i + 3]) for i in range(start + 4, start + 4 + size, 3)]
+def _palette(path: Path) -> list[tuple[int, ...]]:
+    """Return the colours (R, G, B) of a map's palette by index; an empty list if it has none."""
+    with Image.open(path) as image:
+        values = image.getpalette() or []
+    return list(zip(values[::3], values[1::3], values[2::3], strict=True))
 
 
 def _read_names_by_value(path: Path) -> dict[int, str] | None:
