@@ -19,7 +19,7 @@ from m2f.eval.metrics.rle import mask_areas
 from m2f.eval.score.files import first_few
 from m2f.model.format_count import format_count
 
-SAMPLE = 16
+SAMPLE = 8
 """Largest number of images whose truth is checked."""
 MIN_SHARE = 0.1
 """Share of segments with doubtful areas above which they are reported. Hidden parts of objects can explain a few."""

@@ -59,12 +59,12 @@ def test_areas_of_larger_images_and_unlisted_ids_are_noted(score):
     assert score((1, 600), (2, 300)) == (1, "")
     quality, note = score((1, 2400), (2, 1200))
     assert quality == 0
-    assert note.startswith("DOUBTFUL TRUTH (14 images checked): 28 of 28 annotated segments have less than half")
+    assert note.startswith("DOUBTFUL TRUTH (8 images checked): 16 of 16 annotated segments have less than half")
     quality, note = score((1, 600))
     assert quality == 0.5
-    assert note.startswith("DOUBTFUL TRUTH (14 images checked): no annotated segment has 14 ids of the truth's maps")
+    assert note.startswith("DOUBTFUL TRUTH (8 images checked): no annotated segment has 8 ids of the truth's maps")
     _, note = score((1, 600), (2, 300), (9, 5))
-    assert note.startswith("DOUBTFUL TRUTH (14 images checked): 14 of 42 annotated segments have no pixel")
+    assert note.startswith("DOUBTFUL TRUTH (8 images checked): 8 of 24 annotated segments have no pixel")
 
 
 def test_rounded_areas_keep_their_iou_and_are_noted_if_it_is_above_1(score):
@@ -76,7 +76,7 @@ def test_rounded_areas_keep_their_iou_and_are_noted_if_it_is_above_1(score):
 def test_doubts_about_files_are_warnings_in_python(score):
     score((1, 2400), (2, 1200))
     files = score.files
-    with pytest.warns(UserWarning, match="28 of 28 annotated segments"):
+    with pytest.warns(UserWarning, match="16 of 16 annotated segments"):
         evaluate_panoptic(
             files.truth, files.predictions, truth_masks=files.truth_masks, prediction_masks=files.truth_masks
         )
