@@ -256,7 +256,7 @@ def class_list(names: Collection[str] | Mapping[int, str], error: type[UserError
     return tuple(map(str, names))
 
 
-def thing_list(
+def thing_flags(
     is_thing: Sequence[bool] | Mapping[int, bool], num_classes: int, error: type[UserError] = EvaluationError
 ) -> tuple[bool, ...]:
     """Return whether each class is a thing, by label, from a list of flags or from flags by label.
@@ -323,7 +323,7 @@ def _table(
     class_names: Sequence[str] | Mapping[int, str], is_thing: Sequence[bool] | Mapping[int, bool]
 ) -> CategoryTable:
     names = class_list(class_names)
-    pairs = zip(names, thing_list(is_thing, len(names)), strict=True)
+    pairs = zip(names, thing_flags(is_thing, len(names)), strict=True)
     return CategoryTable(tuple(Category(i, name, thing, (0, 0, 0)) for i, (name, thing) in enumerate(pairs)))
 
 

@@ -23,7 +23,7 @@ from m2f.data_pipeline.readers.masks import stack_layers
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Segment
 from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.functions import Instances, PanopticImage, class_list, compressed_rle, thing_list
+from m2f.eval.functions import Instances, PanopticImage, class_list, compressed_rle, thing_flags
 from m2f.eval.metrics.mean_iou import BINARY_MASK, ignore_label, is_binary_mask
 from m2f.eval.metrics.rle import decode_mask
 from m2f.model.extras import report_missing_extras
@@ -129,7 +129,7 @@ class Dataset:
             things = [Instances in kinds] * len(names)
         if not names:
             raise DataError("names is empty; give one name per class")
-        pairs = enumerate(zip(names, thing_list(things, len(names), DataError), strict=True))
+        pairs = enumerate(zip(names, thing_flags(things, len(names), DataError), strict=True))
         return CategoryTable(
             tuple(Category(label + 1, name, thing, distinct_color(label)) for label, (name, thing) in pairs)
         )

@@ -341,7 +341,7 @@ def _folder_results(storage: Storage, folder: str, notes: list[str]) -> dict[tup
         notes.append(f"not compared, because the weights are not a checkpoint of the run: {', '.join(sorted(others))}")
     if withdrawn:
         steps = ", ".join(map(str, sorted(withdrawn)))
-        notes.append(f"not compared, because the run went back behind the checkpoint: results of step {steps}")
+        notes.append(f"not compared, because the run restarted from an earlier checkpoint: results of step {steps}")
     return found
 
 

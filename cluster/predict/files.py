@@ -41,7 +41,7 @@ _PICTURE_FOLDERS = ("overlays", "panoptic", "labels")
 """Subfolders with one picture per image."""
 
 
-def without_pictures_of(output: Path, urls: Sequence[str]) -> tuple[str, ...]:
+def exclude_written_pictures(output: Path, urls: Sequence[str]) -> tuple[str, ...]:
     """Return the paths and URLs without the pictures that an earlier `m2f predict` wrote into its folder `output`.
 
     They would otherwise be predicted if the folder is inside that of the images. Raises DataError if nothing remains.

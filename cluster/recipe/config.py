@@ -117,7 +117,7 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if problems := [*problems_between(**vars(self)), *url_problems(self, "")]:
+        if problems := [*cross_section_problems(**vars(self)), *url_problems(self, "")]:
             raise ConfigError("\n  ".join(problems))
 
     def check_metrics(self) -> None:
@@ -134,7 +134,7 @@ class RunConfig(Section):
         return f"{self.output.rstrip('/')}/{self.name}"
 
 
-def problems_between(
+def cross_section_problems(
     *,
     name: str | None = None,
     output: str | None = None,

@@ -17,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from m2f.cluster.recipe.ablations import find_recipe
-from m2f.cluster.recipe.config import RunConfig, problems_between, url_problems
+from m2f.cluster.recipe.config import RunConfig, cross_section_problems, url_problems
 from m2f.cluster.recipe.defaults import fill_defaults, fill_input_rules
 from m2f.cluster.recipe.metrics import metric_problems
 from m2f.cluster.recipe.paths import with_absolute_paths
@@ -106,7 +106,7 @@ def _build_recipe(
     settings = {f.name: _default_of(f) for f in dataclasses.fields(RunConfig)}
     settings |= _build_settings(RunConfig, tree, "", problems)
     valid = {name: value for name, value in settings.items() if value is not _INVALID}
-    problems += problems_between(**valid)
+    problems += cross_section_problems(**valid)
     if for_training and {"training", "evaluation"} <= valid.keys():
         problems += metric_problems(valid["training"], valid["evaluation"])
     if not is_stored:  # a stored name may be that of an earlier timm version; building the model reports this

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from m2f.cluster.predict.benchmark_zip import check_submission, write_submission
-    from m2f.cluster.predict.files import PredictionFolder, without_pictures_of
+    from m2f.cluster.predict.files import PredictionFolder, exclude_written_pictures
     from m2f.cluster.predict.inputs import find_images, match_image_list, number_images, read_image_list
     from m2f.cluster.predict.predict import Predictor, predict_images, prepare_process
     from m2f.cluster.predict.trained_model import open_trained
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, words)
     storage, output = Storage(), Path(args.output)
     found = find_images(words, storage)
-    urls = without_pictures_of(output, found)
+    urls = exclude_written_pictures(output, found)
     if num_written := len(found) - len(urls):
         print_err(f"left out {format_count(num_written, 'picture')} that an earlier prediction wrote into {output}")
     listed = read_image_list(Path(args.image_info)) if args.image_info else None

@@ -71,7 +71,7 @@ def read_images(document: Mapping[str, Any], path: str, folder: Path | None = No
         raise DataError(f"{path} lists no image; the data set is empty")
     images = []
     stated = [_stated_name(entry, f"{path}: images[{number}]") for number, entry in enumerate(document["images"])]
-    names = stated if folder is None else _names_in_folder(stated, folder)
+    names = stated if folder is None else _resolve_names(stated, folder)
     for number, (entry, name) in enumerate(zip(document["images"], names, strict=True)):
         where = f"{path}: images[{number}]"
         name = relative_name(name, where)
@@ -97,7 +97,7 @@ def _stated_name(entry: Any, where: str) -> str:
     return name.replace("\\", "/") if isinstance(name, str) else relative_name(name, where)
 
 
-def _names_in_folder(stated: list[str], folder: Path) -> list[str]:
+def _resolve_names(stated: list[str], folder: Path) -> list[str]:
     """Return the stated paths, or the file names without folders if only these exist in the folder of images.
 
     Label Studio and some scripts write paths of another machine. File names that repeat do not identify an image.

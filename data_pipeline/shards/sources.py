@@ -120,7 +120,7 @@ def compare_sources(
     if not numbers:
         return SourceChanges()
     position = {key: index for index, key in enumerate(reader.keys)}
-    announce = _Once(on_content)
+    announce = _CallOnce(on_content)
 
     def compare(shard: int) -> tuple[_Record, _Comparison] | None:
         record = _read_record(target, shard, storage)
@@ -169,7 +169,7 @@ def require_source_files(reader: Reader, keys: Iterable[str], target: str, *, sk
     )
 
 
-class _Once:
+class _CallOnce:
     """Callable that calls a function only the first time."""
 
     def __init__(self, function: Callable[[], None] | None) -> None:

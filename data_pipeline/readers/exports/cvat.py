@@ -106,11 +106,11 @@ def _part(shape: Element, label_ids: dict[str, int], height: int, width: int) ->
                 raise DataError(f"has {len(ring)} coordinates; a polygon needs x and y of at least 3 points")
         case "box":
             x0, y0, x1, y1 = (_number(shape, name) for name in ("xtl", "ytl", "xbr", "ybr"))
-            ring = _turned(shape, np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]))
+            ring = _rotated(shape, np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]))
         case "ellipse":
             x, y, rx, ry = (_number(shape, name) for name in ("cx", "cy", "rx", "ry"))
             angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
-            ring = _turned(shape, np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], axis=1))
+            ring = _rotated(shape, np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], axis=1))
         case "mask":
             return ObjectPart(ids[0], _mask(shape, height, width), ids[1])
         case _:
@@ -118,7 +118,7 @@ def _part(shape: Element, label_ids: dict[str, int], height: int, width: int) ->
     return ObjectPart(ids[0], ring, ids[1])
 
 
-def _turned(shape: Element, points: np.ndarray) -> list[float]:
+def _rotated(shape: Element, points: np.ndarray) -> list[float]:
     """Return points [P, 2] as x, y, x, y, ..., rotated by the `rotation` of the shape in degrees.
 
     CVAT rotates a shape about the centre of its bounding box, clockwise in the image.

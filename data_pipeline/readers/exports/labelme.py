@@ -50,7 +50,7 @@ def open_labelme(source: LabelmeSource, max_pixels: int) -> CocoInstancesReader:
     label_ids = {category.name: category.id for category in categories.categories}
     unusable: list[UnusableAnnotation] = []
     annotated = []
-    image_names = _find_moved([_image_name(path, document, images) for path, document in documents], images)
+    image_names = _locate_moved_images([_image_name(path, document, images) for path, document in documents], images)
     for (path, document), image_name in zip(documents, image_names, strict=True):
         height, width = (whole_number(document, side, str(path)) for side in ("imageHeight", "imageWidth"))
         parts = []
@@ -89,7 +89,7 @@ def _image_name(path: Path, document: dict[str, Any], images: Path) -> str:
     return relative_name(name, str(path))
 
 
-def _find_moved(names: list[str], images: Path) -> list[str]:
+def _locate_moved_images(names: list[str], images: Path) -> list[str]:
     """Return the names of images relative to their folder, with the names of missing images corrected if possible.
 
     labelme writes bare file names, and its files are often moved to a folder of their own. A missing image is therefore

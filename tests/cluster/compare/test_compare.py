@@ -371,7 +371,7 @@ def test_results_of_a_withdrawn_step_are_left_out_until_it_is_published_again(tm
     queue.write_text(json.dumps(entries))
     (run,) = read(folder)
     assert (run.results["val"].step, run.curves["val/PQ"]) == (250, ((200, 20.0), (250, 25.0)))
-    assert run.notes[1:] == ("not compared, because the run went back behind the checkpoint: results of step 300",)
+    assert run.notes[1:] == ("not compared, because the run restarted from an earlier checkpoint: results of step 300",)
     entries.append(entries[-1] | {"status": "published", "commit": "again"})
     queue.write_text(json.dumps(entries))
     assert read(folder)[0].results["val"].step == 300

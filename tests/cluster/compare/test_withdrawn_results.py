@@ -1,4 +1,4 @@
-"""Tests of the results that `m2f compare` reads from a run that went back behind an evaluated checkpoint."""
+"""Tests of the results that `m2f compare` reads from a run that restarted from a checkpoint before an evaluated one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def run(tmp_path):
 
 def compared_sets(run):
     (record,) = read_runs([run], tracking=None, experiment=None, query=None, step=None)
-    assert record.notes[1:] == ("not compared, because the run went back behind the checkpoint: results of step 100",)
+    assert record.notes[1:] == (
+        "not compared, because the run restarted from an earlier checkpoint: results of step 100",
+    )
     return set(record.results)
 
 
