@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from m2f.eval.errors import EvaluationError
 CATEGORIES_FILE = "categories.json"
 _PLAIN_RGB = bytes([8, 2, 0, 0, 0])
 """Bytes of a PNG header: bit depth, colour type, compression, filter, interlace."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can contain and UTF-8 cannot."""
 MAX_PIXELS = 2**28
 """Larger maps are rejected before decoding."""
 
@@ -133,7 +136,8 @@ def _as_categories(categories: Sequence[ScoredCategory], compare_kinds: bool) ->
 
 
 def _read_is_thing(entry: Mapping[str, Any], path: Path) -> bool | None:
-    return read_flag(entry, "isthing", f"{path}: category {entry['id']}") if "isthing" in entry else None
+    """Return the flag; None if it is missing or null, which does not mean stuff."""
+    return None if entry.get("isthing") is None else read_flag(entry, "isthing", f"{path}: category {entry['id']}")
 
 
 def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
@@ -169,6 +173,20 @@ def require_field(entry: Any, name: str, where: str) -> Any:
     if not isinstance(entry, dict) or name not in entry:
         raise EvaluationError(f"{where} has no `{name}`: {str(entry)[:80]}")
     return entry[name]
+
+
+def require_new_image(image_id: object, known: Container[object], where: str) -> None:
+    """Raise EvaluationError for an image id that is known already, or that cannot be stored as UTF-8.
+
+    The message starts with `where`, which names file and image.
+    """
+    if image_id in known:
+        raise EvaluationError(f"{where} is listed twice; image ids must be unique")
+    if isinstance(image_id, str) and SURROGATE.search(image_id):
+        raise EvaluationError(
+            f"{where} has the id {image_id!a:.60}, which contains half of a surrogate pair; no file can store it, so "
+            "change the id"
+        )
 
 
 def mask_file(folder: Path, entry: Any, where: str) -> Path:
