@@ -13,7 +13,7 @@ import numpy as np
 
 from m2f.data_pipeline.categories import MAX_CATEGORIES, Category
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
+from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_map, read_header
 from m2f.data_pipeline.json_fields import optional_flag
 from m2f.data_pipeline.keys import key_problem
 from m2f.data_pipeline.label_space import describe_subset, require_match
@@ -202,7 +202,8 @@ def mask_file(folder: Path, entry: Any, where: str) -> Path:
 
 def read_ids(path: Path) -> np.ndarray:
     """Return the segment ids [H, W] of a COCO panoptic PNG. Raises EvaluationError naming the file."""
-    return _read_map(path, decode_id_png, ("rgb", "rgba"), "a panoptic map is an RGB PNG, id = R + 256 G + 65536 B")
+    expected = "a panoptic map is an RGB PNG, id = R + 256 G + 65536 B"
+    return _read_map(path, decode_id_png, ("png",), ("rgb", "rgba"), expected)
 
 
 def is_plain_id_map(path: Path) -> bool:
@@ -217,8 +218,12 @@ def is_plain_id_map(path: Path) -> bool:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Return the values [H, W] of a grey or palette PNG with 8 or 16 bits. Raises EvaluationError naming the file."""
-    return _read_map(path, decode_index_png, ("gray", "palette"), "a label map is a grey or palette PNG")
+    """Return the values [H, W] of a grey or palette map with 8 or 16 bits: PNG, TIFF or BMP.
+
+    Raises EvaluationError naming the file.
+    """
+    expected = "a label map is a grey or palette PNG, TIFF or BMP"
+    return _read_map(path, decode_index_map, ("png", "tif", "bmp"), ("gray", "palette"), expected)
 
 
 def require_folder(path: Path, what: str) -> Path:
@@ -233,12 +238,14 @@ def first_few(values: Sequence[object], limit: int = 5) -> str:
     return ", ".join(map(str, values[:limit])) + (f" and {len(values) - limit} more" if len(values) > limit else "")
 
 
-def _read_map(path: Path, decode: Callable[[bytes], np.ndarray], modes: Sequence[str], expected: str) -> np.ndarray:
-    """Decode a PNG with one of `modes`. Raises EvaluationError naming the file and what is `expected`."""
+def _read_map(
+    path: Path, decode: Callable[[bytes], np.ndarray], formats: Sequence[str], modes: Sequence[str], expected: str
+) -> np.ndarray:
+    """Decode a map of one of the `formats` and `modes`. Raises EvaluationError naming the file and what is expected."""
     data = read_bytes(path)
     try:
         header = read_header(data)
-        if header.ext != "png" or header.mode not in modes:
+        if header.ext not in formats or header.mode not in modes:
             raise BrokenImageError(f"it is a {header.mode} {header.ext}, but {expected}")
         if header.height * header.width > MAX_PIXELS:
             raise BrokenImageError(f"{header.width} x {header.height} pixels exceed the limit of {MAX_PIXELS}")
