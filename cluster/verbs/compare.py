@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
+from m2f.cluster.verbs.output_file import check_output, write_output
+from m2f.model.errors import UserError
 from m2f.model.format_count import format_count
 
 if TYPE_CHECKING:
@@ -63,17 +65,22 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.compare.compare import compare_runs
     from m2f.cluster.compare.records import CompareError, read_runs
 
+    output = None if args.output is None else Path(args.output)
+    if output is not None:
+        check_output("--output", output, creates_folder=True)
     output_format = args.format or FORMAT_BY_SUFFIX.get(Path(args.output or "").suffix.lower(), "text")
     runs = read_runs(args.runs, tracking=args.tracking, experiment=args.experiment, query=args.filter, step=args.step)
     if args.draws < 0:
         raise CompareError(f"--draws is {args.draws}; it must be at least 0")
     comparison = compare_runs(runs, args.metric, args.step, args.draws)
-    if args.output is None:
+    if output is None:
         print_out(_render(comparison, output_format, None).rstrip("\n"))
         return ExitStatus.DONE
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(_render(comparison, output_format, output))
+    try:
+        write_output("--output", output, _render(comparison, output_format, output))
+    except UserError:
+        print_out(_render(comparison, "text", None).rstrip("\n"))  # so that a full disk does not lose it
+        raise
     print_out(f"{output}: {format_count(len(runs), 'run')}")
     return ExitStatus.DONE
 
@@ -101,5 +108,5 @@ def _write_curves(comparison: Comparison, output: Path) -> str | None:
     if not comparison.plots:
         return None
     picture = output.with_name(f"{output.stem}_curves.svg")
-    picture.write_text(stack_charts([plot_svg(plot, comparison) for plot in comparison.plots]))
+    write_output("--output", picture, stack_charts([plot_svg(plot, comparison) for plot in comparison.plots]))
     return picture.name

@@ -14,10 +14,11 @@ from m2f.cluster.environment import usable_cores
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_err, print_out
 from m2f.cluster.verbs.arguments import count
+from m2f.cluster.verbs.output_file import check_output, write_output
 
 if TYPE_CHECKING:
     from m2f.eval.score.options import ScoreOptions
-    from m2f.eval.score.scoring import Scoring
+    from m2f.eval.score.scoring import ScoreReport, Scoring
 
 SUMMARY = "score result files: panoptic, instances, semantic or Cityscapes"
 KINDS = {
@@ -114,38 +115,36 @@ def _add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score the files, print the table, and write the numbers to the file given by `--output`."""
-    import json
-
-    from m2f.eval.errors import EvaluationError
-
+    """Score the files, print the table, and write the requested files."""
     workers = args.workers or usable_cores()
     for option in ("output", "report", "per_image"):
-        path = getattr(args, option, None)
-        if path is not None and not path.resolve().parent.is_dir():
-            flag = option.replace("_", "-")
-            raise EvaluationError(f"--{flag} {path}: the folder does not exist; create it first")
+        if (path := getattr(args, option, None)) is not None:
+            check_output(f"--{option.replace('_', '-')}", path, creates_folder=False)
     print_err("scoring: reading the files")
     scoring = _open_scoring(args)
     with Progress("scoring", len(scoring.jobs), "images") as progress:
         found = scoring.evaluate(workers, progress.advance)
     report = scoring.report(found)
-    _write_additional_files(args, scoring, found)
-    if args.output is not None:
-        args.output.write_text(json.dumps(report.content, indent=1, allow_nan=False) + "\n")
-    print_out(report.table)
+    try:
+        print_out(report.table)  # first, so that a full disk does not lose it
+    finally:  # also if the reader of a pipe has ended
+        _write_files(args, scoring, found, report)
     return ExitStatus.DONE
 
 
-def _write_additional_files(args: argparse.Namespace, scoring: Scoring, found: Any) -> None:
-    """Write the HTML page and the parquet file if they are requested."""
+def _write_files(args: argparse.Namespace, scoring: Scoring, found: Any, report: ScoreReport) -> None:
+    """Write the JSON file, the HTML page and the parquet file if they are requested."""
+    import json
+
     from m2f.eval.report.evaluation_page import evaluation_page
 
+    if args.output is not None:
+        write_output("--output", args.output, json.dumps(report.content, indent=1, allow_nan=False) + "\n")
     if getattr(args, "report", None) is not None:
         assert scoring.results is not None  # only without --class-agnostic
-        args.report.write_text(evaluation_page(scoring.results(found), {}, {}))
+        write_output("--report", args.report, evaluation_page(scoring.results(found), {}, {}))
     if getattr(args, "per_image", None) is not None:
-        args.per_image.write_bytes(scoring.image_table())
+        write_output("--per-image", args.per_image, scoring.image_table())
 
 
 def _options(args: argparse.Namespace) -> ScoreOptions:

@@ -33,7 +33,8 @@ from m2f.data_pipeline.sample import Annotation, Sample
 
 OTHER_MAP_ENDINGS = (".tif", ".tiff", ".bmp")
 """File name endings of lossless maps other than `.png`; case is ignored."""
-_LOSSY_ENDINGS = (".jpg", ".jpeg", ".webp")
+LOSSY_ENDINGS = (".jpg", ".jpeg", ".webp")
+"""File name endings of formats that change the values of maps; case is ignored."""
 
 
 class MapDecoder(Protocol):
@@ -193,7 +194,7 @@ def pair_files(
 
 def _refuse_lossy(folder: Path, stems: set[str]) -> None:
     """Raise DataError if maps with these stems exist in a lossy format, which changes values."""
-    lossy = _names_by_stem(folder, _LOSSY_ENDINGS)
+    lossy = _names_by_stem(folder, LOSSY_ENDINGS)
     if names := sorted(lossy[stem] for stem in stems & lossy.keys()):
         raise DataError(
             f"{folder}: {len(names)} maps are JPEG or WebP files, which change values along the borders of segments: "

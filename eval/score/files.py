@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from m2f.data_pipeline.categories import MAX_CATEGORIES, Category
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
+from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_map, read_header
 from m2f.data_pipeline.json_fields import optional_flag
 from m2f.data_pipeline.keys import key_problem
 from m2f.data_pipeline.label_space import describe_subset, require_match
@@ -22,6 +23,8 @@ from m2f.eval.errors import EvaluationError
 CATEGORIES_FILE = "categories.json"
 _PLAIN_RGB = bytes([8, 2, 0, 0, 0])
 """Bytes of a PNG header: bit depth, colour type, compression, filter, interlace."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can contain and UTF-8 cannot."""
 MAX_PIXELS = 2**28
 """Larger maps are rejected before decoding."""
 
@@ -133,7 +136,8 @@ def _as_categories(categories: Sequence[ScoredCategory], compare_kinds: bool) ->
 
 
 def _read_is_thing(entry: Mapping[str, Any], path: Path) -> bool | None:
-    return read_flag(entry, "isthing", f"{path}: category {entry['id']}") if "isthing" in entry else None
+    """Return the flag; None if it is missing or null, which does not mean stuff."""
+    return None if entry.get("isthing") is None else read_flag(entry, "isthing", f"{path}: category {entry['id']}")
 
 
 def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
@@ -171,6 +175,20 @@ def require_field(entry: Any, name: str, where: str) -> Any:
     return entry[name]
 
 
+def require_new_image(image_id: object, known: Container[object], where: str) -> None:
+    """Raise EvaluationError for an image id that is known already, or that cannot be stored as UTF-8.
+
+    The message starts with `where`, which names file and image.
+    """
+    if image_id in known:
+        raise EvaluationError(f"{where} is listed twice; image ids must be unique")
+    if isinstance(image_id, str) and SURROGATE.search(image_id):
+        raise EvaluationError(
+            f"{where} has the id {image_id!a:.60}, which contains half of a surrogate pair; no file can store it, so "
+            "change the id"
+        )
+
+
 def mask_file(folder: Path, entry: Any, where: str) -> Path:
     """Return the file in `folder` that an annotation names.
 
@@ -184,7 +202,8 @@ def mask_file(folder: Path, entry: Any, where: str) -> Path:
 
 def read_ids(path: Path) -> np.ndarray:
     """Return the segment ids [H, W] of a COCO panoptic PNG. Raises EvaluationError naming the file."""
-    return _read_map(path, decode_id_png, ("rgb", "rgba"), "a panoptic map is an RGB PNG, id = R + 256 G + 65536 B")
+    expected = "a panoptic map is an RGB PNG, id = R + 256 G + 65536 B"
+    return _read_map(path, decode_id_png, ("png",), ("rgb", "rgba"), expected)
 
 
 def is_plain_id_map(path: Path) -> bool:
@@ -199,8 +218,12 @@ def is_plain_id_map(path: Path) -> bool:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Return the values [H, W] of a grey or palette PNG with 8 or 16 bits. Raises EvaluationError naming the file."""
-    return _read_map(path, decode_index_png, ("gray", "palette"), "a label map is a grey or palette PNG")
+    """Return the values [H, W] of a grey or palette map with 8 or 16 bits: PNG, TIFF or BMP.
+
+    Raises EvaluationError naming the file.
+    """
+    expected = "a label map is a grey or palette PNG, TIFF or BMP"
+    return _read_map(path, decode_index_map, ("png", "tif", "bmp"), ("gray", "palette"), expected)
 
 
 def require_folder(path: Path, what: str) -> Path:
@@ -215,12 +238,14 @@ def first_few(values: Sequence[object], limit: int = 5) -> str:
     return ", ".join(map(str, values[:limit])) + (f" and {len(values) - limit} more" if len(values) > limit else "")
 
 
-def _read_map(path: Path, decode: Callable[[bytes], np.ndarray], modes: Sequence[str], expected: str) -> np.ndarray:
-    """Decode a PNG with one of `modes`. Raises EvaluationError naming the file and what is `expected`."""
+def _read_map(
+    path: Path, decode: Callable[[bytes], np.ndarray], formats: Sequence[str], modes: Sequence[str], expected: str
+) -> np.ndarray:
+    """Decode a map of one of the `formats` and `modes`. Raises EvaluationError naming the file and what is expected."""
     data = read_bytes(path)
     try:
         header = read_header(data)
-        if header.ext != "png" or header.mode not in modes:
+        if header.ext not in formats or header.mode not in modes:
             raise BrokenImageError(f"it is a {header.mode} {header.ext}, but {expected}")
         if header.height * header.width > MAX_PIXELS:
             raise BrokenImageError(f"{header.width} x {header.height} pixels exceed the limit of {MAX_PIXELS}")

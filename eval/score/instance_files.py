@@ -28,6 +28,7 @@ from m2f.eval.score.files import (
     read_flag,
     read_int,
     require_field,
+    require_new_image,
 )
 from m2f.eval.score.plain_results import PlainResult, as_entry, read_plain_results
 
@@ -136,8 +137,7 @@ def _listed_images(listed: Sequence[Any], truth: Path) -> dict[Any, ImageEntries
         if type(image_id) not in (int, str):
             raise EvaluationError(f"{truth}: images[{number}] has id {str(image_id)[:40]}; ids are integers or text")
         where = f"{truth}: image {image_id}"
-        if image_id in by_id:
-            raise EvaluationError(f"{where} is listed twice; image ids must be unique")
+        require_new_image(image_id, by_id, where)
         height, width = (read_int(entry, side, where) for side in ("height", "width"))
         if height < 1 or width < 1 or height * width > MAX_PIXELS:
             size = " x ".join(str(side) if side < 1e12 else "more than 1e12" for side in (width, height))

@@ -79,17 +79,33 @@ def chosen_images(listed: Iterable[object], options: ScoreOptions, where: str) -
 
 
 def chosen_labels(categories: Sequence[ScoredCategory], options: ScoreOptions, where: str) -> frozenset[int] | None:
-    """Return the positions of the chosen classes; None: all. Raises EvaluationError for classes that are not listed."""
+    """Return the positions of the chosen classes; None: all. A name stands for all classes that have it.
+
+    Raises EvaluationError for a class that is not listed, and for a word that is the name of one class and the id of
+    another.
+    """
     if options.classes is None:
         return None
-    by_name = {c.name: label for label, c in enumerate(categories)}
-    by_name |= {str(c.id): label for label, c in enumerate(categories) if str(c.id) not in by_name}
-    if missing := [name for name in options.classes if name not in by_name]:
+    by_id = {str(c.id): label for label, c in enumerate(categories)}
+    by_name: dict[str, set[int]] = {}
+    for label, category in enumerate(categories):
+        by_name.setdefault(category.name, set()).add(label)
+    if missing := [name for name in options.classes if name not in by_name and name not in by_id]:
         raise EvaluationError(
             f"{where} does not list {len(missing)} of the classes to score: {first_few(missing)}; "
             f"listed: {first_few([c.name for c in categories], 20)}"
         )
-    return frozenset(by_name[name] for name in options.classes)
+    chosen: set[int] = set()
+    for word in options.classes:
+        named, numbered = by_name.get(word, set()), {by_id[word]} if word in by_id else set()
+        if named and numbered - named:
+            raise EvaluationError(
+                f"--classes {word}: in {where}, this is the id of class {categories[by_id[word]].name!r} and the name "
+                f"of the class with id {first_few([categories[label].id for label in sorted(named)])}; use the name "
+                "of the first or the id of the second, or rename a class"
+            )
+        chosen |= named | numbered
+    return frozenset(chosen)
 
 
 @dataclass(frozen=True)

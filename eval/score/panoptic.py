@@ -6,7 +6,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -44,6 +44,7 @@ from m2f.eval.score.files import (
     read_int,
     require_field,
     require_folder,
+    require_new_image,
 )
 from m2f.eval.score.options import (
     EVERYTHING,
@@ -59,6 +60,7 @@ from m2f.eval.score.options import (
 from m2f.eval.score.scoring import MultiRecord, OneByOne, ScoreReport, Scoring, score_report
 from m2f.eval.score.truth_doubts import TruthDoubts, describe_high_quality, panoptic_doubts, sampled
 
+LabelT = TypeVar("LabelT", int, int | None)
 _Pair = tuple[dict[str, Any], dict[str, Any]]
 """Annotation and prediction of one image."""
 
@@ -76,10 +78,10 @@ class PanopticFiles:
 def panoptic_scoring(
     files: PanopticFiles, *, boundary: bool, detailed: bool = False, options: ScoreOptions = EVERYTHING
 ) -> Scoring[_Pair, PanopticRecord, PanopticQuality]:
-    """Prepare the scoring of PQ, or Boundary PQ, over all images with an annotation. Other predictions are ignored.
+    """Prepare the scoring of PQ, or Boundary PQ, over all images with an annotation. Notes count all other images.
 
     `detailed` adds PQ by size, as `options.by_size` does. For PQ of all classes it also adds errors and confusion.
-    Raises EvaluationError for unusable JSON files and for images without a prediction.
+    Raises EvaluationError for unusable JSON files, for repeated images and for images without a prediction.
     """
     document = read_document(files.truth, "annotations", "categories")
     categories = read_categories(document, files.truth)
@@ -89,16 +91,13 @@ def panoptic_scoring(
             f"be distinguished: {first_few(without_kind)}"
         )
     chosen = chosen_labels(categories, options, str(files.truth))
-    truth = document["annotations"]
-    listed = [str(require_field(a, "image_id", f"{files.truth}: an annotation")) for a in truth]
-    selected = chosen_images(listed, options, str(files.truth))
-    truth = [a for i, a in zip(listed, truth, strict=True) if selected is None or i in selected]
+    annotated = _by_image(document["annotations"], files.truth)
+    selected = chosen_images(annotated, options, str(files.truth))
+    truth = {i: a for i, a in annotated.items() if selected is None or i in selected}
     predicted = read_document(files.predictions, "annotations")
     matched = match_predictions(predicted, files.predictions, categories, files.truth, compare_kinds=True)
-    predictions = {
-        str(require_field(a, "image_id", f"{files.predictions}: an annotation")): a for a in predicted["annotations"]
-    }
-    ids = [i for i in listed if selected is None or i in selected]
+    predictions = _by_image(predicted["annotations"], files.predictions)
+    ids = list(truth)
     if missing := [i for i in ids if i not in predictions]:
         raise EvaluationError(
             f"{files.predictions} has no prediction for {len(missing)} of {len(ids)} images: {first_few(missing)}; "
@@ -116,16 +115,19 @@ def panoptic_scoring(
         else frozenset()
     )
     needs_maps = detailed or boundary or options.by_size
-    work = _ScoreImage(files, labels, predicted_labels, matched.dropped | unknown, ratio, needs_maps)
+    scored_labels = predicted_labels | dict.fromkeys(matched.dropped | unknown)
+    work = _ScoreImage(files, labels, scored_labels, ratio, needs_maps)
     state = PanopticQualityState([bool(c.is_thing) for c in categories], ratio, options.area_bounds)
     extra_states: dict[str, MetricState] = {}
     if detailed and chosen is None and not boundary:
         extra_states = {"segments": SegmentErrorState(len(categories)), "errors": ErrorState(len(categories), "PQ")}
-    doubts = sum((work.doubts(a) for a in sampled(truth)), TruthDoubts()).describe("PQ uses the stated areas")
-    notes = [*([matched.note] if matched.note else []), *unknown_notes(unknown), *doubts]
+    checked = sampled(list(truth.values()))
+    doubts = sum((work.doubts(a) for a in checked), TruthDoubts()).describe("PQ uses the stated areas")
+    unscored = _unscored_notes(document.get("images"), annotated, predictions, files)
+    notes = [*([matched.note] if matched.note else []), *unscored, *unknown_notes(unknown), *doubts]
     name, shown_notes = "Boundary PQ" if boundary else "PQ", [*scope_notes(options, len(ids)), *notes]
     return Scoring(
-        jobs=[(a, predictions[i]) for i, a in zip(ids, truth, strict=True)],
+        jobs=[(a, predictions[i]) for i, a in truth.items()],
         work=OneByOne(_ScoreDetails(work) if extra_states else work if chosen is None else SelectClasses(work, chosen)),
         state=state,
         report=partial(_report, categories, len(ids), name, shown_notes),
@@ -141,6 +143,40 @@ def panoptic_scoring(
         names=ids,
         doubts=doubts,
     )
+
+
+def _by_image(annotations: Sequence[Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Return the annotations of a file by image id. Raises EvaluationError for a missing or repeated id."""
+    by_id: dict[str, dict[str, Any]] = {}
+    for annotation in annotations:
+        image_id = str(require_field(annotation, "image_id", f"{path}: an annotation"))
+        require_new_image(image_id, by_id, f"{path}: image {image_id}")
+        by_id[image_id] = annotation
+    return by_id
+
+
+def _unscored_notes(
+    images: Any, annotated: Collection[str], predictions: Collection[str], files: PanopticFiles
+) -> list[str]:
+    """Return lines about images that are not scored because the truth has no annotation of them.
+
+    `images` is the list of images in the file of the truth, which may be missing.
+    """
+    listed = [str(i["id"]) for i in images if isinstance(i, dict) and "id" in i] if isinstance(images, list) else []
+    unscored = [i for i in predictions if i not in annotated]
+    without = [i for i in listed if i not in annotated]
+    notes = []
+    if unscored:
+        notes.append(
+            f"{len(unscored)} of {len(predictions)} predictions are for images without an annotation in {files.truth}; "
+            f"they are not scored: {first_few(unscored)}"
+        )
+    if without:
+        notes.append(
+            f"{len(without)} of {len(listed)} images in {files.truth} have no annotation; they are not scored: "
+            f"{first_few(without)}"
+        )
+    return notes
 
 
 def _unknown_categories(
@@ -182,10 +218,8 @@ class _ScoreImage:
     files: PanopticFiles
     labels: Mapping[int, int]
     """Class by category id of the truth."""
-    predicted_labels: Mapping[int, int]
-    """Class by category id of the predictions."""
-    dropped: frozenset[int]
-    """Category ids of the predictions that are not scored."""
+    predicted_labels: Mapping[int, int | None]
+    """Class by category id of the predictions; None for categories that are not scored."""
     boundary_ratio: float | None
     detailed: bool = True
     """Whether records need the area of every segment. Otherwise the engine's sums by class suffice."""
@@ -222,14 +256,14 @@ class _ScoreImage:
     def _engine_record(self, truth: dict[str, Any], prediction: dict[str, Any], where: str) -> PanopticRecord | None:
         """Return the engine's record; None if the engine cannot score the files, so `match_panoptic` must."""
         predicted_where = f"{self.files.predictions}: {where}"
-        listed = require_field(prediction, "segments_info", predicted_where)
-        if any(self._is_dropped(entry, predicted_where) for entry in listed):
+        labels, dropped_ids = self._predicted_segments(prediction, predicted_where)
+        if dropped_ids:
             return None  # the engine cannot remove their pixels from the map
         pair = PanopticPair(
             truth_map=mask_file(self.files.truth_masks, truth, f"{self.files.truth}: {where}"),
             segments=self._truth_segments(truth, f"{self.files.truth}: {where}"),
             predicted_map=mask_file(self.files.prediction_masks, prediction, predicted_where),
-            labels={i: label for i, label, _ in self._segments(prediction, predicted_where, self.predicted_labels)},
+            labels=labels,
         )
         if not (is_plain_id_map(pair.truth_map) and is_plain_id_map(pair.predicted_map)):
             return None
@@ -237,6 +271,7 @@ class _ScoreImage:
             record = match_panoptic_files(pair)
         except EngineRefusedError:
             return None
+        # The mean of a class may hide one IoU above 1. Counting the pixels of the truth would double the time.
         if pair.segments and (not len(record.matched_iou) or record.matched_iou.max() > 1):
             self._match(truth, prediction, where)  # raises if the cause is the truth, which the engine does not check
         return record
@@ -255,25 +290,24 @@ class _ScoreImage:
     def _prediction(self, annotation: dict[str, Any], where: str) -> PanopticPrediction:
         """Read the prediction of one image, without segments of dropped categories; their pixels become void."""
         where = f"{self.files.predictions}: {where}"
-        listed = require_field(annotation, "segments_info", where)
-        dropped_ids = [require_field(entry, "id", where) for entry in listed if self._is_dropped(entry, where)]
-        if dropped_ids:
-            annotation = {**annotation, "segments_info": [s for s in listed if s["id"] not in dropped_ids]}
-        labels = {
-            segment_id: label for segment_id, label, _ in self._segments(annotation, where, self.predicted_labels)
-        }
+        labels, dropped_ids = self._predicted_segments(annotation, where)
         id_map = read_ids(mask_file(self.files.prediction_masks, annotation, where))
         return PanopticPrediction(np.where(np.isin(id_map, dropped_ids), 0, id_map) if dropped_ids else id_map, labels)
 
-    def _is_dropped(self, entry: dict[str, Any], where: str) -> bool:
-        category = require_field(entry, "category_id", where)
-        return isinstance(category, Hashable) and category in self.dropped
+    def _predicted_segments(self, annotation: dict[str, Any], where: str) -> tuple[dict[int, int], list[int]]:
+        """Return the class by id of the segments to score, and the ids of the others."""
+        labels = {i: label for i, label, _ in self._segments(annotation, where, self.predicted_labels)}
+        scored = {i: label for i, label in labels.items() if label is not None}
+        return scored, [i for i in labels if i not in scored]
 
     def _segments(
-        self, annotation: dict[str, Any], where: str, labels: Mapping[int, int]
-    ) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        self, annotation: dict[str, Any], where: str, labels: Mapping[int, LabelT]
+    ) -> Iterator[tuple[int, LabelT, dict[str, Any]]]:
         """Yield id, class and entry of every segment. Callers keep the last entry of an id, as panopticapi does."""
-        for entry in require_field(annotation, "segments_info", where):
+        listed = require_field(annotation, "segments_info", where)
+        if not isinstance(listed, list):
+            raise EvaluationError(f"{where}: segments_info is {repr(listed)[:40]}; it must be a list of segments")
+        for entry in listed:
             require_field(entry, "id", where)
             segment_id, category = read_int(entry, "id", where), require_field(entry, "category_id", where)
             if not isinstance(category, Hashable) or category not in labels:

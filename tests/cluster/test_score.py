@@ -1,12 +1,15 @@
 """Tests of the JSON files, tables and errors of `m2f score`."""
 
+import contextlib
 import json
+import os
 
 import cv2
 import numpy as np
 import pytest
 
 from m2f.cluster.cli import main
+from m2f.cluster.verbs import score
 
 
 @pytest.fixture
@@ -62,3 +65,38 @@ def test_score_errors_print_one_message(label_folders, tmp_path, capsys):
     assert "the folder does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["score", "panoptic", "--truth", "x"])
+
+
+@pytest.mark.parametrize("option", ["--output", "--report", "--per-image"])
+def test_impossible_outputs_are_refused_before_scoring(label_folders, tmp_path, capsys, option):
+    command = ["score", "semantic", *label_folders, "--num-classes", "4", option]
+    file = tmp_path / "file"
+    file.write_text("")
+    for path, message in (
+        (tmp_path, f"{option} {tmp_path}: this is a folder; name a file"),
+        (file / "out", f"{option} {file / 'out'}: {file} is not a folder"),
+    ):
+        assert main([*command, str(path)]) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert "scoring" not in printed.err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("option", ["--output", "--report", "--per-image"])
+def test_a_full_disk_does_not_lose_the_table(label_folders, capsys, option):
+    assert main(["score", "semantic", *label_folders, "--num-classes", "4", option, "/dev/full"]) == 2
+    printed = capsys.readouterr()
+    assert "75.00       50.00             37.50" in printed.out
+    assert f"m2f score: {option}: /dev/full cannot be written: No space left on device" in printed.err
+
+
+def test_files_are_written_even_if_the_reader_of_the_table_has_ended(label_folders, tmp_path, monkeypatch):
+    def broken(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(score, "print_out", broken)
+    output = tmp_path / "out.json"
+    with contextlib.suppress(BrokenPipeError):
+        main(["score", "semantic", *label_folders, "--num-classes", "4", "--output", str(output)])
+    assert json.loads(output.read_text())["mIoU"] == 0.75

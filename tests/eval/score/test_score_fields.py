@@ -19,15 +19,18 @@ def _run(scoring):
     return scoring.run(1, lambda count: None).content
 
 
-def _panoptic(folder, segment=(), category=(), predicted=(), found=(), options=EVERYTHING):
+MISSING = object()
+"""Value of a field to leave out."""
+
+
+def _panoptic(folder, segment=(), category=(), predicted=(), annotation=(), found=(), options=EVERYTHING):
     base = {"id": 1, "category_id": 3, "area": 6, "iscrowd": 0}
     (folder / "x.png").write_bytes(encode_png(np.full((2, 3, 3), (1, 0, 0), np.uint8)))
-    categories = [{"id": 3, "name": "car", "isthing": 1} | dict(category)]
-    if dict(category).get("isthing", 0) is None:
-        del categories[0]["isthing"]
+    fields = {"id": 3, "name": "car", "isthing": 1} | dict(category)
+    categories = [{name: value for name, value in fields.items() if value is not MISSING}]
     for name, changes in (("truth", segment), ("pred", predicted)):
         entry = {"image_id": 7, "file_name": "x.png", "segments_info": [base | dict(changes)]}
-        entry |= dict(found) if name == "pred" else {}
+        entry |= dict(annotation if name == "truth" else found)
         document = {"annotations": [entry]} | ({"categories": categories} if name == "truth" else {})
         (folder / f"{name}.json").write_text(json.dumps(document))
     return _run(
@@ -58,10 +61,14 @@ def test_valid_panoptic_files_are_scored(tmp_path):
         ({"segment": {"id": "five"}}, "truth.json: image 7: id is 'five'"),
         ({"predicted": {"id": float("inf")}}, "pred.json: image 7: id is inf"),
         ({"category": {"isthing": "0"}}, "^[^:]*truth.json: category 3: isthing is '0'"),
-        ({"category": {"isthing": None}}, "1 categories have no `isthing`"),
+        ({"category": {"isthing": MISSING}}, "1 categories have no `isthing`.*: car"),
+        ({"category": {"isthing": None}}, "1 categories have no `isthing`.*: car"),
         ({"category": {"id": float("inf")}}, r"truth.json: categories\[0\]: id is inf"),
         ({"category": {"id": 3.5}}, r"truth.json: categories\[0\]: id is 3.5, not a whole number"),
         ({"predicted": {"category_id": "3"}}, "pred.json: image 7: segment 1 has category '3', which"),
+        ({"annotation": {"segments_info": {}}}, "truth.json: image 7: segments_info is {}; it must be a list"),
+        ({"found": {"segments_info": {}}}, "pred.json: image 7: segments_info is {}; it must be a list"),
+        ({"annotation": {"image_id": "\ud800"}}, r"has the id '\\ud800', which contains half of a surrogate pair"),
     ],
 )
 def test_errors_in_panoptic_files_name_the_entry(tmp_path, changes, message):
@@ -110,6 +117,10 @@ def rle(counts, size=(60, 60)):
         ),
         ({"result": {"image_id": {}}}, "found.json: result 1 is for image {}, which .*gt.json does not list"),
         ({"images": [{"id": 1, "height": 6, "width": 6}]}, "gt.json: image 1 is listed twice"),
+        (
+            {"image": {"id": "cat\udcff"}},
+            r"has the id 'cat\\udcff', which contains half of a surrogate pair; no file can store it",
+        ),
         ({"images": [{"id": "a", "height": 6, "width": 6}]}, "gt.json: some image ids are integers and some are text"),
         ({"images": [{"id": None, "height": 6, "width": 6}]}, r"gt.json: images\[1\] has id None; ids are"),
         ({"result": {"score": "five"}}, "found.json: image 1: result 1 has score 'five', which is not a finite number"),
@@ -239,5 +250,69 @@ def test_a_label_of_cityscapes_results_must_be_a_finite_number(label):
 
 @pytest.mark.parametrize("ignore_unknown", [False, True])
 def test_null_instead_of_segments_is_refused(tmp_path, ignore_unknown):
-    with pytest.raises(EvaluationError, match=r"image 7: a segment in .* has a field of the wrong type"):
+    with pytest.raises(EvaluationError, match=r"pred.json: image 7: segments_info is None; it must be a list"):
         _panoptic(tmp_path, found={"segments_info": None}, options=ScoreOptions(ignore_unknown=ignore_unknown))
+
+
+def test_ids_of_segments_that_are_not_scored_are_checked_too(tmp_path):
+    unknown = {"category_id": 77, "id": [5]}
+    with pytest.raises(EvaluationError, match=r"pred.json: image 7: id is \[5\]"):
+        _panoptic(tmp_path, predicted=unknown, options=ScoreOptions(ignore_unknown=True))
+
+
+@pytest.fixture
+def edit_panoptic(tmp_path):
+    """Return a function that applies a change to both documents of a perfect image, and scores them."""
+
+    def score(change):
+        _panoptic(tmp_path)
+        truth, predictions = tmp_path / "truth.json", tmp_path / "pred.json"
+        documents = [json.loads(path.read_text()) for path in (truth, predictions)]
+        change(*documents)
+        for path, document in zip((truth, predictions), documents, strict=True):
+            path.write_text(json.dumps(document))
+        masks = {"truth_masks": tmp_path, "prediction_masks": tmp_path}
+        return _run(panoptic_scoring(PanopticFiles(truth=truth, predictions=predictions, **masks), boundary=False))
+
+    return score
+
+
+@pytest.mark.parametrize("side", ["truth", "pred"])
+def test_an_image_that_is_listed_twice_is_refused(edit_panoptic, side):
+    def repeat(*documents):
+        annotations = documents[side == "pred"]["annotations"]
+        annotations.append(annotations[0] | {"segments_info": []})
+
+    with pytest.raises(EvaluationError, match=f"{side}.json: image 7 is listed twice; image ids must be unique"):
+        edit_panoptic(repeat)
+
+
+def test_images_without_annotation_and_predictions_without_truth_are_noted(edit_panoptic, tmp_path):
+    def add(truth, predictions):
+        truth["images"] = [{"id": 7}, {"id": 8}, {"id": 9}]
+        predictions["annotations"] += [{"image_id": i, "file_name": "x.png", "segments_info": []} for i in (8, 99)]
+
+    content = edit_panoptic(add)
+    truth = tmp_path / "truth.json"
+    assert (content["all"]["pq"], content["num_images"]) == (1, 1)
+    assert content["notes"] == [
+        f"2 of 3 predictions are for images without an annotation in {truth}; they are not scored: 8, 99",
+        f"2 of 3 images in {truth} have no annotation; they are not scored: 8, 9",
+    ]
+    assert edit_panoptic(lambda *documents: None)["notes"] == []
+
+
+def test_the_last_entry_of_a_repeated_segment_counts_even_if_another_is_unknown(edit_panoptic, tmp_path):
+    unknown, known = {"id": 1, "category_id": 77}, {"id": 1, "category_id": 3}
+    for entries, pq in (([unknown, known], 1), ([known, unknown], 0)):
+
+        def repeat(truth, predictions, entries=entries):
+            predictions["annotations"][0]["segments_info"] = entries
+
+        with pytest.raises(EvaluationError, match="image 7: segment 1 has category 77"):
+            edit_panoptic(repeat)
+        masks = {"truth_masks": tmp_path, "prediction_masks": tmp_path}
+        files = PanopticFiles(truth=tmp_path / "truth.json", predictions=tmp_path / "pred.json", **masks)
+        for by_size in (False, True):
+            options = ScoreOptions(ignore_unknown=True, by_size=by_size)
+            assert _run(panoptic_scoring(files, boundary=False, options=options))["all"]["pq"] == pq

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from m2f.eval.errors import EvaluationError
+from m2f.eval.score.files import ScoredCategory
 from m2f.eval.score.instances import instance_scoring
+from m2f.eval.score.options import ScoreOptions, chosen_labels
 from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
 from tests.eval.score.test_scoring import CATEGORIES, run, write_ids
 
@@ -97,3 +99,30 @@ def test_contradicting_category_tables_are_refused(tmp_path, changed, rows):
     categories = [CATEGORIES[0] | changed, *CATEGORIES[1:]]
     with pytest.raises(EvaluationError, match=rows):
         panoptic_scoring(panoptic_files(tmp_path, categories, same), boundary=False)
+
+
+def test_a_name_selects_all_classes_that_have_it(tmp_path):
+    same = {c["id"]: c["id"] for c in CATEGORIES}
+    files = panoptic_files(tmp_path, CATEGORIES, same)
+    document = json.loads(files.truth.read_text())
+    document["categories"][1]["name"] = "car"
+    files.truth.write_text(json.dumps(document))
+    files.predictions.write_text(json.dumps({"annotations": json.loads(files.predictions.read_text())["annotations"]}))
+    scoring = panoptic_scoring(files, boundary=False, options=ScoreOptions(classes=("car",)))
+    assert run(scoring).content["all"]["n"] == 2
+
+
+def test_a_word_that_is_the_name_of_one_class_and_the_id_of_another_is_refused():
+    categories = [ScoredCategory(3, "7", True), ScoredCategory(7, "car", True), ScoredCategory(9, "9", True)]
+    message = "--classes 7: in truth.json, this is the id of class 'car' and the name of the class with id 3; use the"
+    with pytest.raises(EvaluationError, match=message):
+        chosen_labels(categories, ScoreOptions(classes=("7",)), "truth.json")
+    assert chosen_labels(categories, ScoreOptions(classes=("car", "9")), "truth.json") == {1, 2}
+    assert chosen_labels(categories, ScoreOptions(classes=("3",)), "truth.json") == {0}
+
+
+def test_kinds_are_not_compared_if_a_table_has_null_instead_of_a_kind(tmp_path):
+    same = {c["id"]: c["id"] for c in CATEGORIES}
+    categories = [CATEGORIES[0] | {"isthing": None}, *CATEGORIES[1:]]
+    report = run(panoptic_scoring(panoptic_files(tmp_path, categories, same), boundary=False))
+    assert report.content["all"]["pq"] == 1.0

@@ -452,7 +452,8 @@ def test_maps_in_linked_folders_are_scored(tmp_path):
     (truth / "aachen").rename(tmp_path / "other_disk")
     (truth / "aachen").symlink_to(tmp_path / "other_disk")
     assert run(cityscapes_semantic_scoring(truth, tmp_path / "labels")).content["IoU"] == 1.0
-    assert label_maps(truth, truth) == ["aachen/aachen_000001_000019_gtFine_instanceIds.png"]
+    name = "aachen/aachen_000001_000019_gtFine_instanceIds.png"
+    assert label_maps(truth, truth) == ([(name, name)], [])
 
 
 def test_errors_in_cityscapes_files_are_reported(tmp_path):

@@ -1,16 +1,19 @@
 """Options of `m2f score semantic`: names, void, subsets, report and per-image file; and its check of binary truth."""
 
 import json
+import os
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from m2f.cluster.cli import main
 from m2f.eval.errors import EvaluationError
 from m2f.eval.functions import evaluate_semantic
 from m2f.eval.results.images import read_image_records
-from m2f.eval.score.options import read_names
+from m2f.eval.score.options import ScoreOptions, read_names
+from m2f.eval.score.semantic import semantic_scoring
 
 NAMES = ("cat", "dog", "bus")
 
@@ -132,3 +135,51 @@ def test_void_in_label_maps_counts_as_missed_but_not_as_false_positive(tmp_path,
     assert list(results.semantic.per_class) == found["IoU"]
     images = read_image_records((tmp_path / "images.parquet").read_bytes())
     assert images.per_image_values()["mIoU"] == pytest.approx([100 * np.mean(ious)])
+
+
+def test_maps_of_every_lossless_format_are_scored_and_others_are_noted(tmp_path):
+    truth, found = tmp_path / "truth", tmp_path / "found"
+    labels = np.zeros((8, 8), np.uint8)
+    labels[4:] = 1
+    # Of these five maps, only the first is predicted correctly.
+    for name, predicted in (
+        ("a.png", "a.png"),
+        ("b.PNG", "b.PNG"),
+        ("c/c.tif", "c/c.tif"),
+        ("d.TIFF", "d.png"),
+        ("e.bmp", "e.png"),
+    ):
+        for path, values in ((truth / name, labels), (found / predicted, labels if name == "a.png" else 1 - labels)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(path)
+    (truth / "a.tif").write_bytes(b"a photo beside its map")
+    (truth / "f.jpg").write_bytes(b"a lossy map")
+    (truth / "a.jpg").write_bytes(b"another photo")
+    report = semantic_scoring(truth, found, num_classes=2).run(1, lambda count: None)
+    assert (report.content["pACC"], report.content["num_images"]) == (0.2, 5)
+    note = f"1 JPEG or WebP file in {truth} without a map of the same name: not scored, because these formats"
+    assert [line.partition(" change")[0] for line in report.content["notes"]] == [note]
+    assert note in report.table
+    assert semantic_scoring(truth, found, num_classes=2).compute_results().notes == report.content["notes"]
+    options = ScoreOptions(images=("c/c", "d.TIFF"))
+    assert semantic_scoring(truth, found, num_classes=2, options=options).names == ["c/c.tif", "d.TIFF"]
+
+    (truth / "b.png").write_bytes((truth / "b.PNG").read_bytes())
+    with pytest.raises(EvaluationError, match=r"b.PNG and b.png have the same stem; keep one of them"):
+        semantic_scoring(truth, found, num_classes=2)
+    (truth / "b.png").unlink()
+    (found / "d.png").unlink()
+    with pytest.raises(EvaluationError, match=r"found does not contain 1 of 5 maps: d.TIFF"):
+        semantic_scoring(truth, found, num_classes=2)
+
+
+def test_maps_in_colour_or_with_an_undecodable_name_are_refused(tmp_path):
+    for side in ("truth", "found"):
+        (tmp_path / side).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / side / "a.tif")
+    folders = tmp_path / "truth", tmp_path / "found"
+    with pytest.raises(EvaluationError, match=r"truth/a.tif: it is a rgb tif, but a label map is a grey or palette"):
+        semantic_scoring(*folders, num_classes=2)
+    os.rename(folders[0] / "a.tif", os.fsencode(folders[0]) + b"/\xff.tif")
+    with pytest.raises(EvaluationError, match=r"the file name '\\udcff.tif' is not valid UTF-8"):
+        semantic_scoring(*folders, num_classes=2)

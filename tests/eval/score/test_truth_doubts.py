@@ -55,6 +55,36 @@ def test_areas_as_shares_and_ids_of_another_version_are_refused(score, by_size):
         score((3, 600), (4, 300), by_size=by_size)
 
 
+def test_a_wrong_area_among_many_matches_is_refused_only_by_our_own_matching(tmp_path):
+    """The engine returns the mean IoU of a class, here 0.73: of 2.1 and eleven times 0.6."""
+    id_map, found = np.zeros((20, 240), np.uint8), np.zeros((20, 240), np.uint8)
+    truth, predictions = [], []
+    for i in range(1, 13):
+        columns = slice(20 * i - 20, 20 * i)
+        id_map[:, columns], found[: 20 if i == 1 else 12, columns] = i, i
+        truth.append({"id": i, "category_id": 1, "area": 190 if i == 1 else 400, "iscrowd": 0})
+        predictions.append({"id": i, "category_id": 1})
+    masks = {"truth_masks": tmp_path / "truth", "prediction_masks": tmp_path / "found"}
+    files = PanopticFiles(truth=tmp_path / "truth.json", predictions=tmp_path / "found.json", **masks)
+
+    def score(by_size):
+        for path, folder, values, segments in (
+            (files.truth, files.truth_masks, id_map, truth),
+            (files.predictions, files.prediction_masks, found, predictions),
+        ):
+            folder.mkdir(exist_ok=True)
+            (folder / "x.png").write_bytes(encode_png(np.stack([values, values * 0, values * 0], axis=-1)))
+            annotation = {"image_id": 0, "file_name": "x.png", "segments_info": segments}
+            categories = [{"id": 1, "name": "cat", "isthing": 1}]
+            path.write_text(json.dumps({"annotations": [annotation], "categories": categories}))
+        scoring = panoptic_scoring(files, boundary=False, options=ScoreOptions(by_size=by_size))
+        return scoring.run(1, lambda count: None).content["all"]["pq"]
+
+    with pytest.raises(EvaluationError, match=r"segment 1 of the truth has 400 pixels, but states an area of 190"):
+        score(by_size=True)
+    assert score(by_size=False) == pytest.approx((400 / 190 + 11 * 0.6) / 12, abs=1e-12)
+
+
 def test_areas_of_larger_images_and_unlisted_ids_are_noted(score):
     assert score((1, 600), (2, 300)) == (1, "")
     quality, note = score((1, 2400), (2, 1200))
