@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -99,11 +100,7 @@ def test_every_node_writes_the_token_before_ray_starts(path):
 
 def test_token_file_is_readable_only_by_its_user(tmp_path):
     """The test runs the token command of the AWS example with a fake boto3."""
-    (tmp_path / "boto3.py").write_text(
-        "class client:\n"
-        "    def __init__(self, service, region_name): assert service == 'secretsmanager'\n"
-        "    def get_secret_value(self, SecretId): return {'SecretString': SecretId + '-value'}\n"
-    )
+    shutil.copy(Path(__file__).with_name("fake_boto3.py"), tmp_path / "boto3.py")
     command = read_yaml(CLOUD / "aws.yaml")["head_start_ray_commands"][1]
     env = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
