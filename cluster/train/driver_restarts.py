@@ -24,6 +24,7 @@ from m2f.trainer.checkpoint.lease import hold_lease
 END_PIPE = "M2F_END_PIPE"
 """Environment variable with the descriptor of the pipe to which a driver writes before it exits deliberately."""
 _POLL_S = 0.2
+"""Seconds between two checks for a request to stop while no driver runs."""
 
 
 def report_deliberate_exit() -> None:
