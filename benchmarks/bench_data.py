@@ -52,14 +52,18 @@ from m2f.data_pipeline.transforms.example import Example, TrainTransform, make_e
 T = TypeVar("T")
 
 SEED = 0
+"""Seed of the order and of the augmentation of all cases."""
 BATCH = 2
+"""Images per batch, as on each of eight GPUs in the paper."""
 EPOCHS = 4
+"""Times that the shards are read, so that a measurement has enough images."""
 AREA_AUGMENT = LargeScaleJitter(size=1024)
 EXACT_AUGMENT = LargeScaleJitter(size=1024, shrink="bilinear")
 DATA = DataConfig(train=(MixtureItem(dataset="images"),), augment=AREA_AUGMENT, workers=0, lanes=12, window=32)
 MAPPER = "Detectron2 style"
 SHAPE = "640x480 to 1024x1024"
 _SERVER_START_S = 30.0
+"""Longest wait in seconds for the S3 server to listen."""
 
 
 def run(tiny: bool) -> list[Measurement]:

@@ -23,9 +23,11 @@ from m2f.model.weights.load import load_weights
 from m2f.trainer.engine.module import TrainingModule
 
 QUERIES, OBJECTS = 200, 10
+"""Queries of the published models for COCO, and objects per image, about as many as in COCO."""
 LOSS_TOLERANCE = 0.03
 """Largest relative difference of the losses. Losses at different random points differ by about one per cent."""
 LOGITS_TOLERANCE = 1e-4
+"""Largest relative difference of the logits from those of the peer, for the same weights and images."""
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:

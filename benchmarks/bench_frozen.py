@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Measurement, clock_of, compare, time_interleaved
-from benchmarks.synthetic_batches import CLASSES, make_batch
+from benchmarks.synthetic_batches import CLASSES, OBJECTS, make_batch
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.backbones.vit_adapter import ViTAdapter
 from m2f.model.config import ModelConfig, ViTAdapterBackboneConfig
@@ -24,7 +24,6 @@ from m2f.trainer.config import OptimizerConfig
 from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.engine.param_groups import build_param_groups
 
-OBJECTS = 10
 CONFIG = ModelConfig(
     backbone=ViTAdapterBackboneConfig(name="vit_small_patch16_dinov3_qkvb", drop_path=0.0),
     num_classes=CLASSES,

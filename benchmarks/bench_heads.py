@@ -22,6 +22,7 @@ from m2f.model.loss.points import CounterPoints
 from m2f.model.structures import Predictions
 
 HEADS = 8
+"""Number of attention heads, as in the paper."""
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:

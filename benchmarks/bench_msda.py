@@ -19,6 +19,7 @@ from m2f.model.deform_attn.module import (
 )
 
 HEADS, DIM, POINTS = 8, 32, 4
+"""Heads, channels per head, and points per head and level, as in the paper's pixel decoder."""
 PEER = "grid_sample"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 

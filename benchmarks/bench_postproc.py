@@ -20,6 +20,7 @@ from m2f.model.inference.postprocess import instance, panoptic, semantic
 
 SIZE = (1024, 2048)
 CLASSES = 20
+"""Number of classes, about that of Cityscapes, whose image size is SIZE."""
 CONFIG = PostprocessConfig()
 IS_THING = [k > 1 for k in range(CLASSES)]
 

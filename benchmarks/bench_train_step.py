@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Measurement, compare
 from benchmarks.official_order import official_loss, official_pixel_decoder
-from benchmarks.synthetic_batches import LAYERS, dense_masks, make_batch
+from benchmarks.synthetic_batches import LAYERS, OBJECTS, dense_masks, make_batch
 from benchmarks.transformers_peer import CONFIG, compile_parts, twins
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.loss import criterion
@@ -40,7 +40,6 @@ from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.engine.param_groups import build_param_groups
 
-OBJECTS = 10
 LOSS_TOLERANCE = 0.03
 """Largest relative difference of the losses. Losses at different random points differ by about one per cent."""
 SAME_POINTS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}

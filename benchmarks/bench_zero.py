@@ -27,6 +27,7 @@ from m2f.trainer.engine.param_groups import build_param_groups
 from m2f.trainer.worker import process_group
 
 CLIP_NORM = 0.01
+"""Limit of the gradient norm, as in the paper's training."""
 IMAGES = 2  # per rank
 
 

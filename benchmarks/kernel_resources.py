@@ -22,6 +22,7 @@ from m2f.model.deform_attn.triton_op import BACKWARD, FORWARD
 from m2f.model.deform_attn.tuning import LaunchConfig
 
 LEVELS, POINTS, WARP = 3, 4, 32
+"""Levels and points of the paper's pixel decoder, and threads of a warp."""
 REGISTERS = 65_536
 """Number of registers of one multiprocessor of these GPUs."""
 

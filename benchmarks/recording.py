@@ -37,9 +37,12 @@ from m2f.data_pipeline.transforms.targets import ImageTargets
 from m2f.trainer.job import TrainJob
 
 FORMAT = 1
+"""Format of a recording. Another format is refused."""
 _RECIPE, _IMAGES = "recipe.yaml", "images.json"
 _STEPS_AHEAD = 2
+"""Number of steps that are prepared while the current one is computed."""
 _MAX_PIXELS = 2**26
+"""Limit of an image in pixels, against damaged or malicious headers. Recorded images have a million."""
 _MEMBER_BYTES = 128  # upper bound of the zip headers of a member, in bytes
 _JPEG_OPTIONS = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 

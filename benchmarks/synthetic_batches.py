@@ -9,7 +9,11 @@ from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.structures import Predictions, Targets
 
 CLASSES = 133
+"""Number of classes, as in COCO panoptic."""
+OBJECTS = 10
+"""Number of objects per image, about as many as in COCO."""
 LAYERS, QUERIES, CHANNELS = 10, 100, 256
+"""Predictions with a loss, queries and channels of the paper's R50 model."""
 
 
 def make_batch(images: int, size: int, objects: int, seed: int = 0) -> Batch:

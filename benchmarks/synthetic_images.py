@@ -24,7 +24,9 @@ from m2f.data_pipeline.storage.storage import Storage, join
 
 SIZE = (480, 640)
 SEGMENTS = 18
+"""Number of regions of a panoptic map."""
 SHARD_MB = 4.0
+"""Size of a shard in MB, so small that few images fill several shards."""
 TABLE = CategoryTable(tuple(Category(n, f"class {n}", n % 3 > 0, distinct_color(n)) for n in range(1, 81)))
 
 

@@ -40,7 +40,9 @@ CONNECT_S = 10.0
 RECONNECT_S = 120.0
 """Seconds that a restarted driver waits for its cluster."""
 _RETRY_S = 2.0
+"""Pause in seconds between two attempts to connect, within RECONNECT_S."""
 _PROBE_S = 60.0
+"""Seconds for a task with a part of a GPU, which imports torch. It never starts while all GPUs are in use."""
 UNLIMITED_AMOUNT = 10_000.0
 """Amount of every custom resource on the only node of a local cluster."""
 

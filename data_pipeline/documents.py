@@ -12,6 +12,7 @@ from m2f.data_pipeline.errors import DataError
 MAX_YAML_BYTES = 2_000_000
 """Upper limit of a document. A complete recipe has 10 KB; PyYAML takes a second per 100 KB."""
 MAX_YAML_DEPTH = 64
+"""Upper limit of nested levels. Recipes have fewer than ten; PyYAML's recursion fails at some hundreds."""
 MAX_YAML_NODES = 100_000
 """Upper limit of values with all aliases expanded. Nine lines of nested aliases can expand to 10^9 values."""
 

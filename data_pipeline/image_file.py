@@ -22,7 +22,9 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 """File name endings of images; case is ignored."""
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*")
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_PHOTOMETRIC = 256, 257, 258, 262
-_TIFF_ORIENTATION, _TIFF_EXTRA_SAMPLES = 0x0112, 338
+"""Numbers of tags in the TIFF 6.0 specification."""
+_TIFF_ORIENTATION, _TIFF_EXTRA_SAMPLES = 274, 338
+"""Numbers of further tags in the same specification."""
 _LOSSLESS_TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd")
 """Lossless compressions of TIFF, by Pillow's names."""
 _PNG_MODES = {0: "gray", 2: "rgb", 3: "palette", 4: "gray_alpha", 6: "rgba"}

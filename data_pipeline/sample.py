@@ -15,6 +15,7 @@ VOID_ID = 0
 MAX_IDS_8_BIT = 254
 """Largest number of ids in an 8-bit map: 0 is void, and 255 is reserved for an ignore id."""
 _MAX_IDS = 2**16 - 1
+"""Largest number of ids in a 16-bit map: 0 is void."""
 
 
 def id_dtype(num_ids: int) -> type[np.uint8] | type[np.uint16]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _IMAGES, _HEADS, _QUERIES = 2, 8, 100
+"""Size of the trial inputs: few images, to be quick, and the heads and queries of the paper."""
 _UNSUPPORTED_INPUT = ("No available kernel", "No viable backend")
 
 

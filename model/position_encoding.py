@@ -9,9 +9,8 @@ from torch import Tensor
 
 from m2f.model.constants import cache_constants
 
-TEMPERATURE = 10_000.0
-EPSILON = 1e-6
-"""DETR and the official code use the same two constants."""
+TEMPERATURE, EPSILON = 10_000.0, 1e-6
+"""Base of the frequencies, and addend against division by zero, as in DETR and the official code."""
 
 
 @cache_constants(12)  # three levels for each of four image sizes

@@ -21,7 +21,8 @@ from tests.model.loss_oracle import make_targets
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))
 DESIGN = REPOSITORY / "docs" / "design.md"
-FOLDERS = "model|data_pipeline|trainer|eval|cluster|configs|tests|benchmarks"
+CODE = ("model", "data_pipeline", "trainer", "eval", "cluster")
+FOLDERS = "|".join((*CODE, "configs", "tests", "benchmarks"))
 
 
 def test_configuration_document_matches_the_settings():
@@ -39,6 +40,15 @@ def test_files_named_in_documents_exist():
     for document in DOCUMENTS:
         for path in re.findall(rf"(?:{FOLDERS})/[\w/]+\.(?:py|yaml)\b", document.read_text()):
             assert (REPOSITORY / path).is_file(), f"{document.name}: {path}"
+
+
+def test_every_numeric_constant_has_a_docstring_or_a_comment():
+    for path in (path for folder in ("benchmarks", *CODE) for path in (REPOSITORY / folder).rglob("*.py")):
+        lines = ["", *path.read_text().splitlines(), ""]
+        for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+            if re.match(r"[A-Z_][A-Z0-9_]*(, [A-Z_][A-Z0-9_]*)* = -?\d", line):
+                has_comment = "#" in line or before.startswith("#")
+                assert has_comment or after.startswith('"""'), f"{path}: {line}: state its meaning, unit and reason"
 
 
 def test_documented_layers_match_the_import_contracts():

@@ -11,10 +11,6 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PYTEST = """#!/bin/sh
-echo "$@" >> {folder}/calls
-case "$*" in *"not cluster"*) exit {first} ;; *) exit {second} ;; esac
-"""
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -23,11 +19,10 @@ case "$*" in *"not cluster"*) exit {first} ;; *) exit {second} ;; esac
     [(0, 0, True), (1, 0, False), (0, 1, False), (5, 0, True), (0, 5, True), (2, 5, False)],
 )
 def test_make_test_runs_both_halves_and_accepts_empty_selections(tmp_path, first, second, passes):
-    stub = tmp_path / "python"
-    stub.write_text(PYTEST.format(folder=tmp_path, first=first, second=second))
-    stub.chmod(0o755)
+    shutil.copy(Path(__file__).with_name("fake_python.sh"), tmp_path / "python")
+    environment = os.environ | {"CALLS": str(tmp_path / "calls"), "FIRST": str(first), "SECOND": str(second)}
     command = ["make", "--old-file", ".venv/installed", "test", f"BIN={tmp_path}"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert (result.returncode == 0) == passes, result.stderr
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
 

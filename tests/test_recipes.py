@@ -112,7 +112,9 @@ def test_recipes_load_and_start_with_command_and_expected_result(name):
     assert lines[0].startswith("# ")
     assert lines[0].endswith(command)
     assert re.match(r"# .*(PQ|AP|mIoU)", lines[1]), "line 2 must state the expected result"
-    assert parse_recipe(path.read_text(), source=path.name).name == name
+    config = parse_recipe(path.read_text(), source=path.name)
+    assert config.name == name
+    assert "GPU" in lines[1] or config.cluster.num_gpus_per_worker in ("auto", 0), "line 2 must state the GPUs"
 
 
 def test_recipes_document_lists_every_recipe_with_its_results():

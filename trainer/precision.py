@@ -1,4 +1,4 @@
-"""Choose the precision that suits the devices. Does not import torch."""
+"""The precision that suits the devices, and the bytes of fp32 values. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 from m2f.trainer.config import Precision
 
+FP32_BYTES = 4
+"""Bytes of a weight or gradient in fp32."""
+ADAM_BYTES = 2 * FP32_BYTES
+"""Bytes of AdamW's two moments per trained weight. They are in fp32 in every precision."""
 Capability = tuple[int, int]
 """CUDA compute capability of a GPU, major and minor."""
 _BF16: Capability = (8, 0)

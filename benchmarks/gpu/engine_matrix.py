@@ -19,9 +19,10 @@ from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.engine.engine import Engine
 from m2f.trainer.engine.param_groups import build_param_groups
 
-STEPS = 4
 STEPS_BEFORE_SAVE = 3
 """Number of steps before the state is saved."""
+STEPS = STEPS_BEFORE_SAVE + 1
+"""Number of steps. The resumed state makes the last one."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from m2f.model.deform_attn.tuning import LaunchConfig
 FORWARD_CONFIGS = (LaunchConfig(8, 1), LaunchConfig(16, 4), LaunchConfig(32, 4))
 BACKWARD_CONFIGS = (LaunchConfig(4, 1), LaunchConfig(8, 2), LaunchConfig(16, 4), LaunchConfig(32, 8))
 REPEATS = 10
+"""Number of timed steps of each case, whose median is reported."""
 
 
 def rewrites(stage: Stage) -> dict[str, object]:

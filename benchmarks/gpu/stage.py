@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from benchmarks.synthetic_batches import make_batch
+from benchmarks.synthetic_batches import CLASSES, make_batch
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.config import (
     LossConfig,
@@ -28,7 +28,6 @@ from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.engine.param_groups import build_param_groups
 
 T = TypeVar("T")
-COCO_CLASSES = 133
 
 
 class Skipped(Exception):
@@ -62,7 +61,7 @@ class Stage:
     @property
     def config(self) -> ModelConfig:
         """Configuration of the R50 model for COCO panoptic segmentation; in a dry run, that of `small_model`."""
-        return self.pick(ModelConfig(num_classes=COCO_CLASSES), small_model())
+        return self.pick(ModelConfig(num_classes=CLASSES), small_model())
 
 
 class Workload(NamedTuple):

@@ -49,6 +49,7 @@ class Comparison:
 _SHAPES = Path(__file__).with_name("shapes.yaml")
 _ONE_PROCESS = "cluster.num_workers=1"
 JUDGED_SEEDS = 5
+"""Seeds per arm of the synthetic sets. More narrow the interval and cost as many runs."""
 IMAGE_SETS = (
     ImageSet("shapes", _SHAPES, JUDGED_SEEDS),
     ImageSet(

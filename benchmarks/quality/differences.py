@@ -12,6 +12,7 @@ from benchmarks.quality.finished_runs import RunResult, read_run
 from m2f.eval.metrics.seed_interval import SeedInterval, mean_interval
 
 MAX_SEEDS = 100
+"""Results are looked up for seeds below this number, which no series of runs reaches."""
 
 Results = Mapping[tuple[str, int], RunResult]
 """Evaluated runs of one image set by arm and seed."""

@@ -24,6 +24,7 @@ from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 
 POLL_S = 2.0
+"""Pause in seconds between two checks of the running processes, which take minutes."""
 _ONE_CORE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 

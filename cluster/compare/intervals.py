@@ -21,7 +21,9 @@ from m2f.eval.results.images import IMAGES_FILE, ImageRecords
 NUM_DRAWS = 1000
 """Number of image sets that are drawn for an interval."""
 CONFIDENCE = 0.95
+"""Share of the draws, or of the t distribution, that an interval covers: the level that papers usually report."""
 MIN_SEEDS = 2
+"""Smallest number of seeds for an interval: a t interval needs a standard deviation."""
 SETTINGS_IGNORED_IN_GROUPS = ("name", "output", "seed", "training.micro_batch")
 """Settings in which the runs of one group may differ. A run may halve its micro-batch if memory does not suffice."""
 

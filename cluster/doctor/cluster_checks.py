@@ -18,6 +18,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.train.resources import count_fitting, joint_shortages, resource_requests
 
 NODE_TIMEOUT_S = 180.0
+"""Seconds for all checks of a node: starting a process, importing torch, and the sum of its GPUs (REDUCE_TIMEOUT_S)."""
 CLUSTER = "cluster"
 
 

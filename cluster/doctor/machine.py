@@ -23,11 +23,13 @@ from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.format_count import format_count
 
 GIB = 2**30
+"""Bytes of a GiB, the unit in which sizes are reported."""
 SHM_REQUIRED, SHM_RECOMMENDED = GIB // 4, 2 * GIB
 """Free bytes of shared memory, which holds the batches of all loader processes. Containers have 64 MiB by default."""
 DISK_REQUIRED, DISK_RECOMMENDED = 1 * GIB, 10 * GIB
 """Free bytes for temporary files. Checkpoints are stored there until they are uploaded."""
 REDUCE_TIMEOUT_S = 60.0
+"""Seconds for the ranks to meet and to add. A longer limit would only delay the report of a broken connection."""
 
 
 def check_versions() -> Finding:

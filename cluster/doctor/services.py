@@ -20,6 +20,7 @@ from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 
 TIMEOUT_S = 5.0
+"""Seconds for each request to a service. The check ends soon even if no service answers."""
 SKEW_WARNING_S, SKEW_ERROR_S = 5.0, 300.0
 """Clock differences in seconds for a warning and for a failure.
 

@@ -24,8 +24,11 @@ from m2f.data_pipeline.storage.storage import Storage
 
 NAMESPACE = "m2f"
 STATUS_TIMEOUT_S = 10.0
+"""Seconds for one status of the service. The driver does nothing else while it waits."""
 CLOSE_TIMEOUT_S = 60.0
-MAX_STARTS = 4
+"""Seconds for the service to end and to send its metrics. What it does not send stays in its journal."""
+MAX_REPLACEMENTS = 4
+"""Largest number of replacements in a row. The pauses after them, 2 to 16 s, add up to half a minute."""
 DRIVER_SILENCE_S = 600.0
 """Time without a call from the driver, in seconds, after which the service ends."""
 
@@ -88,12 +91,12 @@ class EvaluationClient:
     def _replace(self, error: ActorDiedError) -> None:
         """Create the service again after its actor died permanently, with a pause that doubles each time.
 
-        After MAX_STARTS replacements without an answer in between, set `failure_reason` instead.
+        After MAX_REPLACEMENTS replacements without an answer in between, set `failure_reason` instead.
         """
         if time.monotonic() < self._next_start:
             return
         self._deaths += 1
-        if self._deaths > MAX_STARTS:
+        if self._deaths > MAX_REPLACEMENTS:
             self.failure_reason = f"the evaluation service cannot start ({str(error).strip().splitlines()[-1]})"
             return
         self._next_start = time.monotonic() + 2.0**self._deaths

@@ -15,6 +15,7 @@ from m2f.trainer.errors import LeaseLostError
 
 LOGGER = logging.getLogger(__name__)
 RETRY_S = 5.0
+"""Pause in seconds after an error of the storage, which has itself repeated the request before."""
 MAX_STARTS = 3
 """Number of starts of an evaluation. If the service dies in each of them, the evaluation fails."""
 

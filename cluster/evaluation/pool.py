@@ -23,11 +23,17 @@ from m2f.eval.errors import EvaluationError
 
 LOGGER = logging.getLogger(__name__)
 MAX_CALLS_PER_ACTOR = 2
+"""Calls in flight per actor: one runs, and the next waits in the actor, so that it has no pause between batches."""
 MAX_ATTEMPTS = 3
+"""Attempts of a batch, and deaths in a row of an actor that starts, until the evaluation fails. One may be chance."""
 POLL_S = 1.0
+"""Longest wait in seconds for a call to end. Hanging actors are looked for after each wait."""
 PING_PAUSE_S = 0.5
+"""Pause in seconds between two pings of an actor that Ray is restarting."""
 QUIET_WARNING_S = 120.0
+"""Seconds without a result until a warning, repeated at this interval. The start of the actors should be shorter."""
 ASK_TIMEOUT_S = 30.0
+"""Seconds for answers of the actors. An actor answers after the batches that it has; later answers are left out."""
 OnResult = Callable[[int, bytes], None]
 
 

@@ -27,7 +27,8 @@ from m2f.data_pipeline.sources import (
 )
 from m2f.model.errors import ConfigError
 
-_SAMPLE_SIZE = 20
+_NUM_LOOKED_UP = 20
+"""Number of images that are looked up in each folder. More would make the search slow in large trees of folders."""
 _VOC_LEGENDS = ("labelmap.txt", "class_names.txt")
 """Legends of the VOC format: the first is written by CVAT and datumaro, the second by labelme's conversion."""
 
@@ -181,9 +182,9 @@ def _image_folder(folder: Path, annotations: Path, listed: Sequence[Sequence[str
     Args:
         folder: the user's folder, which is searched with all its subfolders.
         annotations: path of the annotation file.
-        listed: possible names of each image. Only 20 evenly spaced images are looked up.
+        listed: possible names of each image. Only `_NUM_LOOKED_UP` evenly spaced images are looked up.
     """
-    sample = listed[:: -(-len(listed) // _SAMPLE_SIZE) or 1]
+    sample = listed[:: -(-len(listed) // _NUM_LOOKED_UP) or 1]
     nearby = (annotations.parent, annotations.parent / "images", folder, folder / "images")
     folders = list(dict.fromkeys((*nearby, *sorted(Path(parent) for parent, _ in walk_folders(str(folder))))))
     hits = {path: sum(stored_name(path, *names) is not None for names in sample) for path in folders}

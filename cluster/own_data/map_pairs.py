@@ -36,9 +36,12 @@ The file states each value (Roboflow), or the value is the number of the line, c
 """
 _SUFFIXES = ("_mask", "_L", "_label", "_labels", "_gt", "_seg")
 """Name suffixes of maps that are in the same folder as their images."""
-_SAMPLE_SIZE = 200
+_NUM_SAMPLED_MAPS = 200
+"""Number of maps per pair whose values decide if all maps are read: enough to show ids of objects, read in seconds."""
 _MAX_CLASSES = 64
+"""Largest number of values that count as classes without a category file. More are probably ids of objects."""
 _MAX_PIXELS = 10**9
+"""Limit of a map in pixels, only against damaged headers: `max_pixels` of the data set applies later."""
 NO_CATEGORY_FILE = ""
 """Placeholder for the path of a category file that is not written yet."""
 
@@ -297,11 +300,12 @@ def _map_suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
 def _map_values(pairs: Sequence[_Pair], *, sampled: bool) -> tuple[int, ...]:
     """Return the values in the maps, sorted. Unreadable maps are left out, because the survey reports them as faults.
 
-    A class may occur in very few maps, so all maps are read. There are two exceptions: at most 200 evenly spaced maps
-    per pair are read if they have too many values for classes, or if `sampled` is set and they have several values.
+    A class may occur in very few maps, so all maps are read. There are two exceptions: at most `_NUM_SAMPLED_MAPS`
+    evenly spaced maps per pair are read if they have too many values for classes, or if `sampled` is set and they have
+    several values.
     """
     files = [pair.map_files() for pair in pairs]
-    sample = [path for paths in files for path in paths[:: -(-len(paths) // _SAMPLE_SIZE)]]
+    sample = [path for paths in files for path in paths[:: -(-len(paths) // _NUM_SAMPLED_MAPS)]]
     values = set[int]().union(*map(_values_in, sample))
     rest = sorted({path for paths in files for path in paths} - set(sample))
     if rest and len(values) <= (1 if sampled else _MAX_CLASSES + 1):

@@ -14,8 +14,10 @@ from m2f.data_pipeline.partition import UnknownValueError
 from m2f.data_pipeline.readers import open_dataset
 from m2f.model.format_count import format_count
 
-_SAMPLE_SIZE = 500
+_NUM_SURVEYED = 500
+"""Largest number of images that are read per source. More take longer, and change medians and shares little."""
 _MAX_FAULTS_SHOWN = 10
+"""Number of faults that are listed. The kinds of all faults are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
         counts.update(dict.fromkeys(names.values(), 0))
         total = len(reader.keys)
         num_images += total
-        step = max(1, -(-total // _SAMPLE_SIZE))
+        step = max(1, -(-total // _NUM_SURVEYED))
         is_sampled |= step > 1
         for index in range(total):
             if index % step and all(path.is_file() for path in reader.files(index)):

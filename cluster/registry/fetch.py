@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Collection
+from http import HTTPStatus
 from urllib.parse import SplitResult, urlsplit
 
 from m2f.model.errors import UserError
@@ -23,8 +24,8 @@ MAX_BYTES = 32 * 2**20
 TIMEOUT_S = 10.0
 """Seconds for the whole download: connection, response and body."""
 _CHUNK_BYTES = 2**16
+"""Largest number of bytes per read. The size limit is checked after each, so it is exceeded by less than this."""
 _PORTS = {"http": 80, "https": 443}
-_HTTP_OK = 200
 _IPV4_IN_IPV6_NETWORKS = tuple(
     ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
 )
@@ -67,7 +68,7 @@ def fetch_image(url: str, allowed: Collection[str], max_bytes: int = MAX_BYTES) 
     try:
         connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "m2f"})
         response = connection.getresponse()
-        if response.status != _HTTP_OK:
+        if response.status != HTTPStatus.OK:
             raise FetchError(f"{host} returned HTTP {response.status} {response.reason} instead of an image")
         if response.length is not None and response.length > max_bytes:
             raise FetchError(_size_message(host, max_bytes))

@@ -15,7 +15,9 @@ from m2f.model.errors import UserError
 
 _DATA_URL_PREFIX = "data:"
 _CHANNELS = 3
+"""Red, green and blue."""
 _MAX_VALUE = 255
+"""Largest value of an 8-bit channel."""
 
 
 class ImageError(UserError):

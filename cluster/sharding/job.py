@@ -40,8 +40,7 @@ from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 from m2f.model.format_count import format_count
 
-MAX_LOCAL_IMAGES = 300
-MAX_LOCAL_BYTES = 50_000_000
+MAX_LOCAL_IMAGES, MAX_LOCAL_BYTES = 300, 50_000_000
 """Numbers of images and bytes that this process writes in about the time that Ray takes to start."""
 _TOO_LARGE = re.compile(r"(\d+) x (\d+) pixels exceed max_pixels")
 """Part of the message about an image that was left out for its size."""

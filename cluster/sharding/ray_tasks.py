@@ -15,6 +15,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import UserError
 
 TASK_RETRIES = 3
+"""Times that Ray repeats a task whose worker died, for example from lack of memory. Errors of data are not repeated."""
 
 
 def run_tasks(

@@ -12,6 +12,7 @@ from m2f.model.format_count import format_count
 
 REPORT_FILE = "report.json"
 MAX_SHOWN_PROBLEMS = 10
+"""Number of problems that are printed. The report file has all."""
 
 
 class ShardJobError(UserError):

@@ -17,6 +17,7 @@ from m2f.cluster.submit.spot_notice import METADATA_URLS
 
 SECRET_MANAGER_URL = "https://secretmanager.googleapis.com"
 TIMEOUT_S = 10.0
+"""Seconds for one request. A node waits for the secret before it starts Ray."""
 
 
 def read_secret(

@@ -23,6 +23,7 @@ SCHEMA = m2f.HOME / "cluster" / "cloud" / "ray_job_schema.yaml"
 _BY_DIGEST = re.compile(r"\S+@sha256:[0-9a-f]{64}")
 RECIPE_FOLDER = "/etc/m2f"
 APPLY_TIMEOUT_S = 60
+"""Seconds for `kubectl apply`, which would wait for ever for a cluster that does not answer."""
 MAX_NAME_LENGTH = 30
 """Number of characters of the run's name that are kept in the name of its RayJob. KubeRay allows 47 in total."""
 

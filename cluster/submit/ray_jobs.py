@@ -28,6 +28,7 @@ from m2f.data_pipeline.urls import url_problem
 from m2f.model.errors import UserError
 
 POLL_S = 0.5
+"""Pause in seconds between two requests for the state of a job."""
 DASHBOARD_TIMEOUT_S = 300.0
 """Seconds for which the dashboard may fail to answer while a job is followed."""
 _STARTUP_ERRORS = ("RUNTIME_ENV_SETUP_FAILURE", "START", "UNSCHEDULABLE")

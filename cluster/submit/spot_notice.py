@@ -18,8 +18,8 @@ from urllib.request import Request, urlopen
 
 LOGGER = logging.getLogger(__name__)
 Cloud = Literal["aws", "gcp"]
-POLL_S = 2.0
-TIMEOUT_S = 2.0
+POLL_S, TIMEOUT_S = 2.0, 2.0
+"""Pause between two requests and limit of one, in seconds. Both together fit into the safety margin of NOTICE_S."""
 METADATA_URLS: dict[Cloud, str] = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
 NOTICE_S: dict[Cloud, int] = {"aws": 110, "gcp": 25}
 """Seconds that the machine keeps running after the notice, minus a safety margin."""

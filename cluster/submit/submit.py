@@ -27,6 +27,7 @@ from m2f.model.weights.sources import is_path
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _DIGEST_LENGTH = 8
+"""Hex digits of a run's digest. 32 bits distinguish the runs of one name, and ids of jobs stay readable."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ _MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations"
 _LOCKS_UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
 """Errors of `flock` on a file system without locks. Creation and upgrades are safe even without a lock."""
 _POLL_S = 0.1
+"""Pause in seconds between two attempts to take the lock, because `flock` itself has no time limit."""
 _WARNING_DELAY_S = 5.0
+"""Seconds of waiting until a warning. Another process usually needs less to create the tables."""
 
 
 @contextmanager

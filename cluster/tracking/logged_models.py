@@ -22,6 +22,7 @@ from mlflow.models import Model
 
 from m2f.cluster.tracking.presentation import EXPERIMENT_KIND, MODEL_TRAINING
 from m2f.cluster.tracking.provenance import DataInput
+from m2f.cluster.tracking.store import METRICS_PER_CALL
 from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 
@@ -40,7 +41,6 @@ EXTERNAL_TAG = "mlflow.model.isExternal"
 TABLES_TAG = "mlflow.loggedArtifacts"
 _SHARED_TAGS = ("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
 """Tags of the run that are copied to its models."""
-METRICS_PER_CALL = 1000
 TABLE_ATTEMPTS = 3
 """Attempts to write rows of a table that other processes may overwrite."""
 

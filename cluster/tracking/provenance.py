@@ -15,6 +15,7 @@ from m2f.data_pipeline.storage.storage import Storage
 
 CODE = Path(m2f.__file__).resolve().parents[1]
 GIT_TIMEOUT_S = 10.0
+"""Seconds for one command of git. On a slow network file system, a run starts without the facts of its code."""
 
 
 @dataclass(frozen=True)

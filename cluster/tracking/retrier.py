@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import TypeVar
 
 from mlflow.exceptions import MlflowException
@@ -19,11 +20,13 @@ LOGGER = logging.getLogger(__name__)
 FIRST_CONTACT_S = 20.0
 """Seconds to retry before the first answer. A server that never answers counts as a wrong address, not as an outage."""
 _FIRST_REQUEST_S = 10.0
+"""Timeout in seconds of requests before the first answer. FIRST_CONTACT_S has room for only one that times out."""
 _FIRST_CONTACT_ENV = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": f"{_FIRST_REQUEST_S:.0f}"}
 """Environment variables of MLflow for the first contact. MLflow reads them at every request."""
 _WARNING_INTERVAL_S = 60.0
+"""Seconds between two lines about a store that does not answer."""
 _MAX_PAUSE_S = 20.0
-_TOO_MANY_REQUESTS = 429
+"""Longest pause in seconds between two calls; pauses double from 0.5 s. A call resumes at most this late."""
 
 
 class TrackingOutageError(TrackingError, OutageError):
@@ -86,4 +89,4 @@ def _is_outage(error: Exception) -> bool:
         status = error.get_http_status_code()
     else:
         status = getattr(getattr(error, "response", None), "status_code", 500 if isinstance(error, OSError) else 0)
-    return status >= 500 or status == _TOO_MANY_REQUESTS
+    return status >= 500 or status == HTTPStatus.TOO_MANY_REQUESTS

@@ -18,15 +18,15 @@ from m2f.cluster.tracking.logged_models import (
     parse_evaluation,
     write_table,
 )
-from m2f.cluster.tracking.store import brief, connect, is_refusal
+from m2f.cluster.tracking.store import METRICS_PER_CALL, brief, connect, is_refusal
 from m2f.cluster.tracking.tracked_run import TrackedRun
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.lease_record import check_lease
 from m2f.trainer.errors import LeaseLostError
 
 LOGGER = logging.getLogger(__name__)
-METRICS_PER_CALL = 1000
 ENTRIES_PER_READ = 200
+"""Largest number of journal entries that are sent before they are committed. After a failure, all are sent again."""
 
 
 class Sender:

@@ -15,7 +15,10 @@ from m2f.cluster.environment import environment
 from m2f.data_pipeline.urls import REMEDY, url_problem
 from m2f.model.errors import UserError
 
+METRICS_PER_CALL = 1000
+"""Largest number of metrics that MLflow accepts in one call."""
 MAX_PARAM_CHARS = 6000
+"""Largest number of characters of a parameter that MLflow stores."""
 _NOT_ALLOWED = re.compile(r"[^\w\-. /:]", re.ASCII)
 _TIMEOUT_VARIABLE, _TIMEOUT_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "20"
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
@@ -128,7 +131,7 @@ def ui_command(uri: str) -> str:
 
 
 def shortened(value: str) -> str:
-    """Return the value cut to the 6000 characters that MLflow stores; the recipe artifact has the whole text."""
+    """Return the value, cut to MAX_PARAM_CHARS with dots at its end; the recipe artifact has the whole text."""
     return value if len(value) <= MAX_PARAM_CHARS else value[: MAX_PARAM_CHARS - 3] + "..."
 
 

@@ -71,7 +71,9 @@ LOGGER = logging.getLogger(__name__)
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 PARAMS_PER_CALL = 100
-MAX_PAUSE_S = 60.0
+"""Largest number of parameters that MLflow accepts in one call."""
+MAX_SEND_PAUSE_S = 60.0
+"""Longest pause in seconds between two attempts to send to a store that does not answer. The journal keeps all."""
 _RUN_JOURNAL = re.compile(r"(?:driver|rank0|evaluation)(?:-(\d+))?\.jsonl")
 
 
@@ -268,7 +270,7 @@ class Tracking:
             is_closing = self._closing.is_set()  # read before sending, so entries appended before `close` are sent
             more = self._sender.send_pending()
             if self._sender.last_error:
-                pause_s = min(MAX_PAUSE_S, pause_s * 2)
+                pause_s = min(MAX_SEND_PAUSE_S, pause_s * 2)
             elif more:
                 continue
             else:

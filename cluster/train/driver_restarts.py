@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from m2f.cluster.exit_status import RESTARTABLE, RESTARTED_VARIABLE, ExitStatus
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_err
+from m2f.cluster.train import orphans
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
 from m2f.cluster.train.signals import handling_signals, signal_name
 from m2f.data_pipeline.errors import StorageError
@@ -23,6 +24,7 @@ from m2f.trainer.checkpoint.lease import hold_lease
 END_PIPE = "M2F_END_PIPE"
 """Environment variable with the descriptor of the pipe to which a driver writes before it exits deliberately."""
 _POLL_S = 0.2
+"""Seconds between two checks for a request to stop while no driver runs."""
 
 
 def report_deliberate_exit() -> None:
@@ -98,7 +100,7 @@ class _Driver:
         try:
             environment = self._environment | {END_PIPE: f"{writer}"}
             # An orphaned driver would train alongside the run's next driver, so it ends with this process.
-            command = [sys.executable, "-m", "m2f.cluster.train.orphans", f"{os.getpid()}", *self._command]
+            command = [sys.executable, "-m", orphans.__name__, f"{os.getpid()}", *self._command]
             self._process = subprocess.Popen(command, env=environment, pass_fds=(writer,))
             self._environment |= {RESTARTED_VARIABLE: "1"}  # for the next process
             if self.is_stopping:  # the signal arrived while the process was starting

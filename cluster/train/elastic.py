@@ -18,6 +18,7 @@ from m2f.cluster.train.resources import count_fitting
 from m2f.model.format_count import format_count
 
 CHECK_INTERVAL_S = 2.0
+"""Seconds between two queries of the free resources. PATIENCE_S contains five of them."""
 PATIENCE_S = 10.0
 """Seconds to wait for `max_workers` before starting with fewer, and seconds that room for more workers must last.
 

@@ -54,6 +54,7 @@ _COLLATERAL_TEXTS = (
 )
 """Parts of error messages that occur if a peer of the rank has failed."""
 MAX_BACKOFF_S = 60.0
+"""Longest pause in seconds before a restart. Pauses double from 1 s with each failure without progress."""
 _UNCOUNTED_KINDS: tuple[FailureKind, ...] = ("preemption", "room", "memory")
 """Kinds that do not count against `max_failures`."""
 

@@ -14,6 +14,7 @@ from m2f.cluster.train.signals import handling_signals
 from m2f.model.errors import UserError
 
 POLL_S = 1.0
+"""Longest wait in seconds for a message or the end of a rank. Either ends the wait, so the value matters little."""
 
 
 class LaunchError(RuntimeError):

@@ -29,9 +29,10 @@ from m2f.trainer.telemetry.numbers import StepMetrics, SystemUse
 BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 SEPARATOR = " \u00b7 "
 MAX_LOSSES = 2000
+"""Number of newest losses that the chart covers. Each of its at most MAX_WIDTH bars is a mean of several."""
 MAX_WIDTH = 100
-SILENCE_FACTOR = 5.0
-SILENCE_S = 20.0
+"""Largest width of the panel in columns. Wider lines are hard to read."""
+SILENCE_S, SILENCE_FACTOR = 20.0, 5.0
 """Seconds without a report after which the panel says so.
 
 The time must also exceed `SILENCE_FACTOR` times the interval between the last two reports."""

@@ -7,6 +7,7 @@ from collections import deque
 from m2f.trainer.reporting import Event
 
 MAX_EVENTS = 10_000
+"""Number of events that wait for the driver. It bounds the memory of the actor while a driver is away."""
 
 
 class Mailbox:

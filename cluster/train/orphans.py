@@ -8,6 +8,7 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+"""Number of this option in <linux/prctl.h>."""
 
 
 def end_with_parent(number: signal.Signals, parent: int) -> None:

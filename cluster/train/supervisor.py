@@ -59,7 +59,9 @@ from m2f.trainer.reporting import CommittedCheckpoint, Notice
 
 LOGGER = logging.getLogger(__name__)
 POLL_S = 0.5
-SILENCE_S = 60.0
+"""Pause in seconds between two polls of the launcher and of the evaluations, and longest delay of a signal."""
+SILENCE_WARNING_S = 60.0
+"""Seconds between two messages that no worker has reported. Workers usually start in less."""
 Status = Literal["finished", "stopped", "drained", "failed", "lost"]
 _TRACKED_STATUS: dict[Status, RunStatus | None] = {
     "finished": "FINISHED",
@@ -378,7 +380,7 @@ class _SilenceWarning:
         """Print the message if it is due. Call this at every poll; `has_report` states whether a report has arrived."""
         self._has_report = self._has_report or has_report
         now = time.monotonic()
-        if self._has_report or now - self._warned_at < SILENCE_S:
+        if self._has_report or now - self._warned_at < SILENCE_WARNING_S:
             return
         self._warned_at = now
         reason = self._launcher.describe_wait()

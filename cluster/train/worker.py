@@ -24,6 +24,7 @@ from m2f.trainer.reporting import CommitReport, Event, RankReport, Reporters
 
 LOGGER = logging.getLogger(__name__)
 POLL_S = 1.0
+"""Pause in seconds between two polls of the mailbox. A request to stop arrives at most this late."""
 
 
 @dataclass(frozen=True)

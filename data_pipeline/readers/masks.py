@@ -28,6 +28,7 @@ AREA_MISMATCH = "segments whose pixels are less than half or more than twice the
 _MIN_CHECKED_AREA = 100
 """Smallest area in pixels that is checked. In smaller segments, the border is a large part of the area."""
 _MIN_AREA_RATIO = 0.5
+"""Smallest accepted ratio of the smaller to the larger of stated area and pixels, as AREA_MISMATCH says."""
 _MAX_SHARE_OUTSIDE = 0.2
 """Share of an object's area outside the frame above which it is reported. Annotators often exceed the frame by a pixel
 or two."""

@@ -9,6 +9,7 @@ from m2f.data_pipeline.errors import DataError
 from m2f.model.format_count import format_count
 
 _MAX_LISTED = 10
+"""Number of images that a message lists. It counts the others."""
 
 
 @dataclass(frozen=True, slots=True)

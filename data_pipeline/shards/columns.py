@@ -11,14 +11,12 @@ import pyarrow.parquet as pq
 
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.keys import MAX_KEY_LENGTH
-from m2f.data_pipeline.storage.bounded_parquet import check_sizes
+from m2f.data_pipeline.storage.bounded_parquet import BATCH_ROWS, check_sizes
 
 SAMPLES_FILE = "samples.parquet"
 """Name of the file in the folder of a data set."""
-_BATCH_ROWS = 4096
-"""Number of rows per decoding step, so that decoding needs little memory in addition to the resulting arrays."""
-
 _TEXT_BYTES = 4 * MAX_KEY_LENGTH
+"""Longest text in bytes: a key, with the four bytes that a character of UTF-8 may take."""
 
 SAMPLE_SCHEMA = pa.schema(
     {
@@ -100,7 +98,7 @@ class Columns:
         """
         texts: list[str | None] = []
         for part in self._parts(name):
-            if part.dictionary.nbytes > _BATCH_ROWS * _TEXT_BYTES:
+            if part.dictionary.nbytes > BATCH_ROWS * _TEXT_BYTES:
                 raise DataError(
                     f"{SAMPLES_FILE}: {name} contains texts of more than {_TEXT_BYTES} bytes; restore the file"
                 )
@@ -144,11 +142,11 @@ class Columns:
         pa.default_memory_pool().release_unused()
 
     def _parts(self, name: str) -> Iterator[pa.Array]:
-        """Yield a column in parts of up to _BATCH_ROWS rows. Texts are dictionary-encoded."""
+        """Yield a column in parts of up to BATCH_ROWS rows. Texts are dictionary-encoded."""
         dictionary_columns = {"member_names": ["member_names.list.element"], "key": ["key"]}.get(name)
         try:
             file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=dictionary_columns)
-            for rows in file.iter_batches(_BATCH_ROWS, columns=[name], use_threads=False):
+            for rows in file.iter_batches(BATCH_ROWS, columns=[name], use_threads=False):
                 yield rows.column(0)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{SAMPLES_FILE}: {name} cannot be decoded ({error}); restore the file") from error

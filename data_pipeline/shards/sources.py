@@ -24,12 +24,11 @@ from m2f.data_pipeline.errors import DataError, StorageError, format_list
 from m2f.data_pipeline.readers import Reader
 from m2f.data_pipeline.readers.source_files import FileState, file_state
 from m2f.data_pipeline.shards import manifest
-from m2f.data_pipeline.storage.bounded_parquet import read_bounded_table
+from m2f.data_pipeline.storage.bounded_parquet import BATCH_ROWS, read_bounded_table
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.format_count import format_count
 
 FOLDER = "sources"
-_BATCH_ROWS = 4096
 _THREADS = 16
 """Number of threads, to hide the latency of network file systems and object stores."""
 _SCHEMA = pa.schema(
@@ -242,7 +241,7 @@ def _files(table: pa.Table) -> tuple[SourceFile, ...]:
         ValueError: a file occurs twice. This is detected before a small damaged file expands to many rows.
     """
     files: dict[tuple[str, int], SourceFile] = {}
-    for batch in table.to_batches(_BATCH_ROWS):
+    for batch in table.to_batches(BATCH_ROWS):
         for row in batch.to_pylist():
             state = None if row["size"] is None else FileState(row["size"], row["mtime_ns"], row["sha256"])
             file = SourceFile(row["key"], row["number"], state)

@@ -13,7 +13,6 @@ from m2f.data_pipeline.shards.tar_headers import BoundedTarInfo
 from m2f.data_pipeline.storage.stream import ObjectStream
 from m2f.model.errors import UserError
 
-_BLOCK = 512  # bytes of a tar header and unit of padding
 # First bytes of compressed files, which are refused.
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -162,7 +161,7 @@ def _sample(stream: ObjectStream, key: str, group: list[tuple[str, tarfile.TarIn
             stream, first, f"members {extensions} cannot be distinguished by their extensions", _REPACK_REMEDY, key
         )
     stream.discard(first)
-    end = last.offset_data + -(-last.size // _BLOCK) * _BLOCK
+    end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return TarSample(
         key=key,
         offset=first,

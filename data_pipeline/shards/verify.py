@@ -30,7 +30,6 @@ OnProgress = Callable[[int, int], None]
 _REWRITE_REMEDY = "copy the shard again from an intact copy, or delete the data set and write it again (m2f shard)"
 _PROGRESS_INTERVAL_S = 0.5
 """Seconds between checks for progress while shards are read, at most."""
-_TAR_HEADER_BYTES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +234,7 @@ def _member_problem(manifest: Manifest, row: int, member: int, data: bytes) -> s
     """
     offset, length = int(manifest.member_offsets[row][member]), int(manifest.member_lengths[row][member])
     name = manifest.member_names[manifest.member_codes[row][member]]
-    header = data[max(0, offset - _TAR_HEADER_BYTES) : offset]
+    header = data[max(0, offset - tarfile.BLOCKSIZE) : offset]
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:

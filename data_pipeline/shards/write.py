@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -52,8 +53,6 @@ from m2f.data_pipeline.shards.sources import (
 from m2f.data_pipeline.storage.bounded_parquet import read_bounded_table
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.format_count import format_count
-
-_BLOCK = 512  # bytes of a tar header and unit of padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,8 +313,8 @@ class _Tar:
         self._writer.write({"__key__": sample.key, **members})
         start, offsets = self._end, []
         for data in members.values():
-            offsets.append(self._end + _BLOCK - start)
-            self._end += _BLOCK + -(-len(data) // _BLOCK) * _BLOCK
+            offsets.append(self._end + tarfile.BLOCKSIZE - start)
+            self._end += tarfile.BLOCKSIZE + -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         self._rows.append(
             {
                 "key": sample.key,

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-_BATCH_ROWS = 4096
+BATCH_ROWS = 4096
+"""Number of rows per decoding step, so that decoding needs little memory in addition to its result."""
 _VALUES_PER_BYTE = 2
 """Largest number of values of a column per byte of the file. Files of m2f have far fewer, because a column with
 4 bytes per row hardly compresses."""
@@ -79,7 +80,7 @@ def _check_texts(metadata: pq.FileMetaData, data: bytes) -> None:
     file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=names)
     total = 0
     for column in dict.fromkeys(name.partition(".")[0] for name in names):
-        for rows in file.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
+        for rows in file.iter_batches(BATCH_ROWS, columns=[column], use_threads=False):
             total += sum(_decoded_bytes(array) for array in rows.columns)
             if total > _max_bytes(len(data)):
                 raise ValueError(

@@ -45,8 +45,7 @@ _REACHED_ENDPOINTS: set[str | None] = set()
 """Endpoints that have answered this process. Later failures to answer count as an outage."""
 _POOL_CONNECTIONS = 64
 """Connections that are kept open; more than the number of threads of a process that read or write."""
-_BACKOFF_BASE_S = 0.1
-_BACKOFF_CAP_S = 20.0
+_BACKOFF_BASE_S, _BACKOFF_CAP_S = 0.1, 20.0
 """Failed attempt n, counted from 0, is followed by a random pause of at most min(base x 2^n, cap) seconds."""
 _FILE_PART_BYTES = 32 * 1024 * 1024
 """Size of the ranges in which files are read. It limits the bytes that must be read again after a broken body."""

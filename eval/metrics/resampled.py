@@ -20,6 +20,7 @@ from m2f.eval.metrics.instance_matching import IOU_THRESHOLDS
 CHUNK_BYTES = 2**26
 """Largest memory for the weights of all detections, in bytes. More draws are processed in several chunks."""
 CLASSES_AT_ONCE = 64
+"""Number of classes whose sums by draw are in memory at once. It bounds the memory, not the result."""
 _REVERSED_STEP = 2.0
 """Larger than any precision, so that the running maximum of one class does not reach the next."""
 

@@ -15,6 +15,7 @@ from html import escape
 from itertools import groupby
 
 WIDTH = 420
+"""Width of a chart. This and the other lengths are in units of the SVG, which a page scales."""
 SERIES_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
 """Colours that colour-blind readers can tell apart on white and on black. Further series repeat them, dashed."""
 GOOD, BAD = "#0072b2", "#d55e00"
@@ -25,10 +26,15 @@ SMALL_SIDE = 150
 MAX_DOTTED_POINTS = 15
 """Curves with at most this many points mark each point with a dot."""
 ROW_HEIGHT = 18
+"""Height of a bar with its gap, and of a line of the legend; room for a line of FONT_SIZE."""
 FONT_SIZE = 11
+"""Size of all texts except titles, small enough for the names of classes beside bars."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 30, 34
+"""Margins of a plot for the labels of the axes and the title."""
 _PLOT_HEIGHT = 190
+"""Height of a plot without its margins."""
 _LETTER_WIDTH = 6.1
+"""Mean width of a letter of FONT_SIZE, an estimate, because the font is known only to the reader's browser."""
 
 
 Limits = tuple[tuple[float, float], tuple[float, float]]

@@ -24,7 +24,9 @@ CHART_CLASSES = 40
 MATRIX_CLASSES = 30
 """Largest number of classes in a confusion matrix. If there are more, those with the most errors are shown."""
 TOP_CONFUSIONS = 15
+"""Number of rows in the table of confused classes."""
 PICTURE_WIDTH = 1500
+"""Largest width of a picture in pixels. All pictures are in the file of the page, which would become too large."""
 NO_PARTNER = "(none)"
 
 OUTCOME_TEXTS = {

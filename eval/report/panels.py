@@ -16,20 +16,25 @@ from m2f.data_pipeline.sample import VOID_ID
 COLUMN_PIXELS = (560, 960)
 """Range of an image's longer side in a panel, in pixels. Images outside the range are scaled to its nearest end."""
 JPEG_QUALITY = 85
+"""Quality from 0 to 100. Higher values make files larger, lower ones blur the contours."""
 JPEG_PIXELS = 65_500
 """Largest height of a sheet in pixels. JPEG files are limited to 65,535."""
 SHEET_PIXELS = 960
 """Panels on a sheet are scaled down to the width of the narrowest, but not below this width in pixels."""
 GAP = 8
+"""Pixels between two columns of a panel and between two panels of a sheet."""
 HEADER = 30
+"""Height in pixels of the title above a column: one line of FONT_SIZE + 1 and its margins."""
 FONT_SIZE = 15
+"""Size in pixels of the names in segments. Larger names would fit into fewer segments."""
 BACKGROUND_COLOR = (24, 26, 30)
 TEXT_COLOR = (236, 238, 240)
-FILL_OPACITY = 0.55
-VOID_OPACITY = 0.4
+FILL_OPACITY, VOID_OPACITY = 0.55, 0.4
+"""Opacity of the colours of segments, and of the black over other pixels. The image must remain visible below both."""
 MIN_NAMED_PIXELS = 200
 """Segments with fewer pixels get a name only if it fits inside."""
 GOLDEN_RATIO = 0.61803398875
+"""Part of a turn between the hues of successive labels. Its multiples are spread evenly for any number of labels."""
 
 
 @dataclass(frozen=True)

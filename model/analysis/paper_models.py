@@ -34,6 +34,7 @@ SWIN_L = SwinBackboneConfig(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 1
 """The paper's six backbones."""
 
 COCO_CLASSES, ADE_CLASSES = 80, 150
+"""Classes of COCO instance segmentation and of ADE20K, which set the size of the class head."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from m2f.model.layers import run_layer
 
 STRIDES = (4, 8, 16, 32)
 """Strides of the maps. The extractors' tokens are the pixels of the last three."""
-_PATCH = 16
+_PATCH = STRIDES[2]
+"""Side of a patch in pixels: the tokens of the ViT are the pixels of this map."""
 _POINTS = 4
 """Sampling points per token and head."""
 _EPS = 1e-6

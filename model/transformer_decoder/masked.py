@@ -25,9 +25,6 @@ from m2f.model.pixel_decoder import convolution
 from m2f.model.position_encoding import sine_position_embedding
 from m2f.model.structures import Predictions
 
-NUM_LEVELS = 3
-"""Feature levels 1/32, 1/16 and 1/8. The efficient multi-scale strategy attends to them in turn."""
-
 _LEVEL_GROUPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "multi_scale": ((0,), (1,), (2,)),
     "naive_multi_scale": ((0, 1, 2),),
@@ -35,7 +32,7 @@ _LEVEL_GROUPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "stride_16": ((1,),),
     "stride_8": ((2,),),
 }
-"""Groups of levels for each setting of `features`. Layers attend to these groups in turn (Table 4d)."""
+"""Groups of the levels 1/32, 1/16 and 1/8 for each setting of `features`. Layers attend to them in turn (Table 4d)."""
 
 AttentionGuide = Callable[[int, Tensor], Tensor | None]
 """Returns the attention mask or the added logits of a layer, or None, given its index and its input queries."""

@@ -93,29 +93,13 @@ def test_a_verb_that_a_closed_pipe_stops_is_not_done(stderr, tmp_path):
     assert message is None or message.startswith("m2f init: stopped, because the reader of its output ended")
 
 
-FULL_MAIN = """
-import sys
-from m2f.cluster.cli import main
-from m2f.cluster.terminal import print_err, print_out
-from m2f.cluster.verbs import config, train
-
-def run(args):
-    print_out("a result")
-    print_err("a warning")
-    return int(sys.argv[2])
-
-config.run = train.run = run
-sys.exit(main([sys.argv[1], "recipe.yaml"]))
-"""
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 @pytest.mark.parametrize(
     ("verb", "full", "status", "expected"),
     [("config", "out", 0, 1), ("config", "err", 0, 0), ("train", "out", 0, 0), ("train", "both", 69, 69)],
 )
 def test_verb_whose_result_a_full_disk_refuses_is_not_done(verb, full, status, expected):
-    command = [sys.executable, "-c", FULL_MAIN, verb, str(status)]
+    command = [sys.executable, "-m", "tests.cluster.full_disk_main", verb, str(status)]
     with open("/dev/full", "w") as device:
         out = device if full in ("out", "both") else subprocess.PIPE
         err = device if full in ("err", "both") else subprocess.PIPE

@@ -82,15 +82,9 @@ def test_allocator_segments_are_expandable_by_default(before, added):
 @pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="this torch does not tell")
 def test_torch_applies_the_allocator_setting_after_import():
     """Ray imports torch before a rank's code runs, so the setting must still take effect after the import."""
-    code = """
-import os
-import torch
-from m2f.trainer.memory.allocator import enable_expandable_segments
-enable_expandable_segments(os.environ)
-print(torch._C._accelerator_getAllocatorSettings())
-"""
     clean = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "tests.trainer.allocator_main"]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "expandable_segments:True"
 
 

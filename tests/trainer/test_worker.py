@@ -74,20 +74,10 @@ def test_single_machine_run_listens_only_on_loopback(ranks):
     assert listening == {"127.0.0.1"}
 
 
-TRAIN_TWICE = """
-import sys
-from pathlib import Path
-from m2f.trainer.worker import run_worker
-from tests.trainer.tiny_job import make_job
-for name in ("first", "second"):
-    assert run_worker(make_job(Path(sys.argv[1]) / name, sys.argv[2], max_steps=2)).step == 2
-"""
-
-
 @pytest.mark.slow
 def test_one_process_can_train_twice(no_launcher, training_shards, tmp_path):
     repository = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", TRAIN_TWICE, str(tmp_path), str(training_shards)]
+    command = [sys.executable, "-m", "tests.trainer.train_twice_main", str(tmp_path), str(training_shards)]
     done = subprocess.run(
         command,
         cwd=repository,

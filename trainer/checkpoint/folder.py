@@ -46,6 +46,7 @@ EVALUATION_PIN = "evaluation"
 _LEGACY_METRICS = "metrics.json"
 
 _VERSION = 1
+"""Format of manifest.json. A change that older programs cannot read must raise it."""
 _FOLDER = re.compile(r"/(step_(\d{8,})(?:-(\d+))?)/(.+)$")
 
 

@@ -26,6 +26,7 @@ CLASS_CHANGE_REMEDY = (
     "of shared classes"
 )
 _VERSION = 1
+"""Format of identity.json. A change that older programs cannot read must raise it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,8 @@ from typing import Any
 from torch import nn
 
 from m2f.trainer.config import TrainingConfig
+from m2f.trainer.precision import ADAM_BYTES, FP32_BYTES
 
-_ADAM_BYTES = 8
-"""First and second moments in fp32, per trained parameter."""
-_FP32_BYTES = 4
 _SMALL_FILES = 1_000_000
 """Random states, recipe, identity and file headers."""
 
@@ -21,16 +19,16 @@ def checkpoint_bytes(model: nn.Module, training: TrainingConfig, world_size: int
     parameters = list(model.parameters())
     total, trained = _count(parameters), _count(p for p in parameters if p.requires_grad)
     stage = training.zero.stage
-    weight_bytes = 2 if training.settled_precision in ("bf16", "fp16") else _FP32_BYTES
+    weight_bytes = 2 if training.settled_precision in ("bf16", "fp16") else FP32_BYTES
     size = _SMALL_FILES
     if stage:  # optimizer files also contain this rank's part of the fp32 copies
-        size += (_ADAM_BYTES + _FP32_BYTES) * trained // world_size
+        size += (ADAM_BYTES + FP32_BYTES) * trained // world_size
     elif is_first:
-        size += _ADAM_BYTES * trained
+        size += ADAM_BYTES * trained
     if is_first and stage < 3:
         size += weight_bytes * total
     if is_first:
-        size += _FP32_BYTES * total * (2 if training.ema_decay else 1)
+        size += FP32_BYTES * total * (2 if training.ema_decay else 1)
     return size
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-INITIAL_SCALE = 2.0**16
-GROWTH_STEPS = 2000
-"""Consecutive applied updates after which the scale doubles. Both values are those of torch's GradScaler, as in the
-official code."""
+INITIAL_SCALE, GROWTH_STEPS = 2.0**16, 2000
+"""First scale, and consecutive applied updates after which it doubles. Both values are those of torch's GradScaler, as
+in the official code."""
 
 
 class LossScale:

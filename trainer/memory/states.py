@@ -6,11 +6,10 @@ import torch
 
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.engine.engine import deepspeed_config
+from m2f.trainer.precision import ADAM_BYTES, FP32_BYTES
 
 CONTEXT_BYTES = 600_000_000
 """Approximate GPU memory that CUDA and its libraries use per process."""
-FP32_BYTES = 4
-_MOMENT_BYTES = 8  # bytes per weight: AdamW's two moments in fp32
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Data type of the weights by precision, for precisions in which it is not fp32."""
 
@@ -26,7 +25,7 @@ def state_bytes(weights: int, training: TrainingConfig, world: int, frozen: int 
     own = -(-weights // world)
     stored_weights = own + -(-frozen // world) if zero.stage == 3 else weights + frozen
     stored_gradients = own if zero.stage >= 2 else weights
-    optimizer = _MOMENT_BYTES * weights if zero.stage == 0 else (FP32_BYTES + _MOMENT_BYTES) * own
+    optimizer = ADAM_BYTES * weights if zero.stage == 0 else (FP32_BYTES + ADAM_BYTES) * own
     if zero.offload_optimizer:
         optimizer = 0
     overlaps = deepspeed_config(training, world)["zero_optimization"]["overlap_comm"]

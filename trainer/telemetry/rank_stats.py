@@ -17,8 +17,7 @@ import torch
 from m2f.trainer.telemetry.numbers import NodeUse, RankNumbers, RankSpread, SystemUse
 from m2f.trainer.telemetry.phases import Phase
 
-SLOW_FACTOR = 1.5
-SLOW_S = 0.05
+SLOW_FACTOR, SLOW_S = 1.5, 0.05
 """A rank is slow if its own work takes more than SLOW_FACTOR times as long as on the median rank, and more than SLOW_S
 seconds per step longer."""
 

@@ -20,6 +20,7 @@ OUTAGE_GRACE_S = 60.0
 """Seconds after the last detection for which an outage is assumed to continue. A process that waits for the storage
 sleeps up to 20 s between retries, and ranks that wait for that process check for an outage only occasionally."""
 REPORT_INTERVAL_S = 60.0
+"""Seconds between two reports of a rank that it is waiting."""
 _COUNTER = "storage_waits"
 
 

@@ -25,6 +25,7 @@ LOGGER = logging.getLogger(__name__)
 MAX_BYTES = 16_000_000
 """Size limit of one file. The previous file is kept in addition."""
 UPLOAD_S = 60.0
+"""Seconds between two copies to the run folder. A machine that is lost takes at most this part of the trace with it."""
 
 
 class Trace:

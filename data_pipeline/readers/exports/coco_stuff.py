@@ -13,6 +13,7 @@ from m2f.data_pipeline.sources import CocoStuffSource
 _LAST_THING = 91
 """Largest id of a thing; all larger ids are stuff."""
 _VOID = 255
+"""Value of pixels without a class, as in the files of COCO-Stuff."""
 
 
 def open_coco_stuff(source: CocoStuffSource, max_pixels: int) -> MapReader:

@@ -28,6 +28,7 @@ from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sources import LabelmeSource
 
 _MAX_COORDINATE = 1e7
+"""Limit of the absolute value of coordinates in pixels. Only damaged numbers exceed it."""
 _IGNORED_LABELS = ("__ignore__", "_background_")
 """Labels that labelme's examples use for regions that are not objects."""
 

@@ -11,7 +11,9 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.files import read_bytes, require_file
 
 MAX_XML_BYTES = 1_000_000_000
+"""Upper limit of a file, because its tree needs several times as much memory."""
 MAX_XML_DEPTH = 32
+"""Upper limit of nested levels. Files of CVAT and VOC have fewer than ten."""
 
 
 def read_xml(path: str) -> Element:

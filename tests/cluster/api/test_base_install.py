@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import textwrap
 import tomllib
 import venv
 from pathlib import Path
@@ -18,53 +17,7 @@ from tests.test_package import build, copy_tree, python
 from tests.waiting import PATIENCE_S
 
 ABSENT = ("ray", "deepspeed", "webdataset", "mlflow", "boto3", "botocore", "psutil", "onnx", "onnxscript")
-PROGRAM = """
-import json
-import subprocess
-from pathlib import Path
-
-import numpy as np
-import torch
-
-import m2f
-from m2f.cluster.cli import main
-from m2f.cluster.recipe.load import load_recipe
-from m2f.model.mask2former import build_model
-from m2f.model.weights.names import to_official_names
-
-Path("recipe.yaml").write_text(RECIPE)
-torch.manual_seed(0)
-config = load_recipe("recipe.yaml").model
-torch.save({"model": to_official_names(build_model(config).state_dict())}, "official.pth")
-
-model = m2f.load("official.pth", recipe="recipe.yaml", device="auto")
-image = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
-results = model.predict([image, image], batch=2)
-assert results[0].masks.shape[1:] == (60, 80)
-results[0].overlay().save("photo.png")
-label_map = model.predict("photo.png", task="semantic").semantic
-scores = m2f.evaluate_semantic([label_map], [label_map], class_names=model.names)
-assert scores.metrics()["mIoU"] == 100.0
-
-words = ["predict", "recipe.yaml", "photo.png", "--checkpoint", "official.pth", "--output", "out"]
-assert main(words) == 0
-exported = ["--format", "hugging_face", "--output", "theirs"]
-assert main(["export", "recipe.yaml", "--checkpoint", "official.pth", *exported]) == 0
-assert m2f.load("theirs").names == model.names
-for absent, call in (
-    ("mlflow", lambda: m2f.load("models:/name@champion")),
-    ("boto3", lambda: m2f.load("s3://bucket/run")),
-    ("webdataset", lambda: m2f.Dataset([image], [label_map + 0], model.names).write("shards")),
-    ("webdataset", lambda: m2f.train("recipe.yaml")),
-):
-    try:
-        call()
-    except m2f.UserError as error:
-        assert f"needs {absent}, which is not installed: pip install 'm2f[train]'" in str(error), error
-    else:
-        raise AssertionError(absent)
-print("done")
-"""
+PROGRAM = str(Path(__file__).with_name("base_install_main.py"))
 RECIPE = """
 name: small
 output: runs
@@ -86,38 +39,16 @@ VERBS = {
 }
 
 
-def run(folder, program, **options):
-    path = folder / "program.py"
-    path.write_text(program)
-    return python(folder, str(path), **options)
-
-
-def without_packages(program):
-    """Return the program with a prefix that makes imports of the `ABSENT` packages fail and defines `RECIPE`."""
-    return f"import sys\nsys.modules |= dict.fromkeys({ABSENT!r})\nRECIPE = {RECIPE!r}\n{program}"
-
-
 def test_base_features_work_without_training_packages(tmp_path):
-    result = run(tmp_path, without_packages(PROGRAM))
-    assert (result.returncode, result.stdout.splitlines()[-1:]) == (0, ["done"]), result.stderr
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    result = python(tmp_path, PROGRAM, ",".join(ABSENT))
+    assert (result.returncode, result.stdout.splitlines()[-2:-1]) == (0, ["done"]), result.stderr
 
 
 def test_verb_without_its_extra_names_the_extra(tmp_path):
-    program = """
-    import contextlib
-    import io
-    from pathlib import Path
-
-    from m2f.cluster.cli import main
-
-    Path("recipe.yaml").write_text(RECIPE)
-    for words in VERBS:
-        text = io.StringIO()
-        with contextlib.redirect_stderr(text):
-            status = main(words.split())
-        print(status, text.getvalue().splitlines()[-1])
-    """
-    result = run(tmp_path, without_packages(f"VERBS = {list(VERBS)!r}\n{textwrap.dedent(program)}"))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    program = str(Path(__file__).with_name("missing_extra_main.py"))
+    result = python(tmp_path, program, ",".join(ABSENT), *VERBS)
     expected = [
         f"2 m2f {words.split()[0]} needs {absent}, which is not installed: pip install 'm2f[train]'"
         for words, absent in VERBS.items()
@@ -158,10 +89,10 @@ def test_wheel_works_in_an_environment_with_base_packages_only(tmp_path):
     assert result.returncode == 0, result.stderr
     work = tmp_path / "work"
     work.mkdir()
-    (work / "program.py").write_text(f"RECIPE = {RECIPE!r}\n{PROGRAM}\nprint(m2f.__file__)\n")
+    (work / "recipe.yaml").write_text(RECIPE)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
-        [str(home / "bin" / "python"), "program.py"],
+        [str(home / "bin" / "python"), PROGRAM, ""],
         cwd=work,
         env=environment,
         capture_output=True,

@@ -164,7 +164,7 @@ def test_faults_are_counted_by_kind(tmp_path, capsys, monkeypatch):
 
 def test_counts_of_large_sets_name_the_images_that_were_read(tmp_path, monkeypatch):
     """Missing files are found among all images, and other faults only in the images that are read."""
-    monkeypatch.setattr("m2f.cluster.own_data.survey._SAMPLE_SIZE", 2)
+    monkeypatch.setattr("m2f.cluster.own_data.survey._NUM_SURVEYED", 2)
     EXPORTS["label_studio"](tmp_path)
     for number in (1, 4):
         (tmp_path / f"images/im{number}.png").unlink()

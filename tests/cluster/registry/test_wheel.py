@@ -4,6 +4,7 @@ import subprocess
 import sys
 import zipfile
 from importlib.metadata import version
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -27,10 +28,8 @@ def test_wheel_contains_the_package_and_is_reproducible(tmp_path):
 
 def test_wheel_can_be_imported_directly(tmp_path):
     wheel = write_wheel(tmp_path, read_project())
-    code = (
-        f"import sys; sys.path.insert(0, {str(wheel)!r}); import m2f.data_pipeline.categories as c; print(c.__file__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = [sys.executable, Path(__file__).with_name("import_wheel_main.py"), wheel]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(str(wheel))
 
 

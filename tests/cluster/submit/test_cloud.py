@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from ray.scripts.scripts import drain_node
 import m2f
 from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
-from m2f.cluster.submit import google_secret
+from m2f.cluster.submit import google_secret, spot_notice
 from m2f.cluster.submit.google_secret import read_secret
 from m2f.cluster.submit.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
 from m2f.cluster.submit.spot_notice import NOTICE_S, drain_on_notice, is_preempted
@@ -80,7 +81,7 @@ def test_the_head_offers_no_cpus_and_groups_offer_their_resources(path):
     assert any("shm-size" in option for option in example["docker"]["run_options"])
     assert "--num-cpus=0" in example["head_start_ray_commands"][-1]
     assert "--dashboard-host=127.0.0.1" in example["head_start_ray_commands"][-1]
-    assert "m2f.cluster.submit.spot_notice" in example["worker_start_ray_commands"][-1]
+    assert f"python -m {spot_notice.__name__} {path.stem} " in example["worker_start_ray_commands"][-1]
     assert "/tmp" not in path.read_text(), "other users of a machine may write there"
 
 
@@ -99,11 +100,7 @@ def test_every_node_writes_the_token_before_ray_starts(path):
 
 def test_token_file_is_readable_only_by_its_user(tmp_path):
     """The test runs the token command of the AWS example with a fake boto3."""
-    (tmp_path / "boto3.py").write_text(
-        "class client:\n"
-        "    def __init__(self, service, region_name): assert service == 'secretsmanager'\n"
-        "    def get_secret_value(self, SecretId): return {'SecretString': SecretId + '-value'}\n"
-    )
+    shutil.copy(Path(__file__).with_name("fake_boto3.py"), tmp_path / "boto3.py")
     command = read_yaml(CLOUD / "aws.yaml")["head_start_ray_commands"][1]
     env = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
@@ -480,7 +477,7 @@ def test_truncated_answer_of_the_metadata_server_is_not_a_notice(monkeypatch, ca
     def truncated(*arguments, **options):
         raise IncompleteRead(b"")
 
-    monkeypatch.setattr("m2f.cluster.submit.spot_notice.urlopen", truncated)
+    monkeypatch.setattr(spot_notice, "urlopen", truncated)
     assert not is_preempted("gcp", "http://metadata")
     assert "IncompleteRead" in caplog.text
 

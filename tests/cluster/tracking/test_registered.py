@@ -85,19 +85,10 @@ def test_long_requests_have_ten_minutes_unless_the_user_sets_a_limit(store, monk
         assert os.environ[variable] == after
 
 
-FETCHES = """
-import sys
-from m2f.cluster.tracking import registered
-registered._is_local = lambda location: False
-print(registered.model_folder(sys.argv[1], sys.argv[2]) / "weights.safetensors")
-print(open(registered.model_folder(sys.argv[1], sys.argv[2]) / "weights.safetensors").read())
-"""
-
-
 def test_fetched_model_files_are_removed_when_the_process_ends(store, tmp_path):
     uri, source = store
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FETCHES, source, uri],
+        [sys.executable, "-W", "ignore", Path(__file__).with_name("fetching_main.py"), source, uri],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -12,6 +12,7 @@ import pytest
 from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.train import driver_restarts as restarts
+from m2f.cluster.train import orphans
 from m2f.cluster.train.driver_restarts import run_with_restarts
 from m2f.data_pipeline.errors import OutageError
 from m2f.trainer.checkpoint.lease import LEASE_VARIABLE, Lease
@@ -144,7 +145,7 @@ def test_driver_ends_when_its_parent_is_killed(start):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
 def test_process_whose_parent_died_before_its_start_ends(tmp_path):
-    command = [sys.executable, "-m", "m2f.cluster.train.orphans", "-1", "touch", str(tmp_path / "ran")]
+    command = [sys.executable, "-m", orphans.__name__, "-1", "touch", str(tmp_path / "ran")]
     assert subprocess.run(command, check=False).returncode == -signal.SIGTERM
     assert not (tmp_path / "ran").exists()
 

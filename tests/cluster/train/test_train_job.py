@@ -212,7 +212,7 @@ def test_run_trains_evaluates_and_continues_in_object_storage(cluster, folder, s
 
 
 def test_evaluation_client_gives_up_if_the_service_cannot_start(cluster, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("m2f.cluster.evaluation.client.MAX_STARTS", 1)
+    monkeypatch.setattr("m2f.cluster.evaluation.client.MAX_REPLACEMENTS", 1)
     tracked = replace(create_run(replace(config, name="lost")), spool=str(tmp_path / "file" / "below"))
     (tmp_path / "file").write_text("no folder")
     client = EvaluationClient(config, tracked)

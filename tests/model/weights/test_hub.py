@@ -166,16 +166,6 @@ def test_malformed_addresses_are_refused(text):
         HubAddress.parse(text)
 
 
-OPEN_MODEL = """
-import sys, time
-from m2f.model.weights.hub import hub_folder
-try:
-    hub_folder("hub:someone/some-model")
-except Exception as error:
-    print(error)
-"""
-
-
 @pytest.mark.parametrize("answers", [False, True], ids=["closed", "silent"])
 def test_missing_network_is_a_one_line_error(tmp_path, monkeypatch, answers):
     """Run in a separate process, because huggingface_hub reads the environment at import."""
@@ -186,7 +176,8 @@ def test_missing_network_is_a_one_line_error(tmp_path, monkeypatch, answers):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("HF_HOME", str(tmp_path))
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        done = subprocess.run([sys.executable, "-c", OPEN_MODEL], capture_output=True, text=True, timeout=PATIENCE_S)
+        command = [sys.executable, "-m", "tests.model.weights.unreachable_hub_main"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     message = done.stdout.strip()
     assert all(text in message for text in ("does not answer", "HF_ENDPOINT", "HF_HUB_OFFLINE=1"))
     assert len(message.splitlines()) == 1

@@ -21,15 +21,6 @@ datasets: {{train: {{shards: shards/train}}}}
 data: {{train: [{{dataset: train}}]}}
 training: {{max_steps: 10}}
 """
-KILLED_WRITER = """
-import os, signal, sys
-from pathlib import Path
-from m2f.data_pipeline.storage.local import replacing
-with replacing(Path(sys.argv[1])) as file:
-    file.write(b"half")
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -52,7 +43,7 @@ def recipe(output, tmp_path):
 def begin_write(url):
     """Leave an unfinished write: by a process that kills itself, or by a multipart upload of which one part exists."""
     if "://" not in url:
-        done = subprocess.run([sys.executable, "-c", KILLED_WRITER, url], check=False)
+        done = subprocess.run([sys.executable, "-m", "tests.trainer.checkpoint.killed_while_writing", url], check=False)
         assert done.returncode == -signal.SIGKILL
         return
     bucket, _, key = url.removeprefix("s3://").partition("/")
