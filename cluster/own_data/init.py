@@ -144,6 +144,20 @@ def require_distinct_images(datasets: Mapping[str, DatasetConfig], readers: Mapp
         users |= dict.fromkeys(images, name)
 
 
+def require_objects(found: Survey, added: str | None) -> None:
+    """Raise ConfigError if no image that was read has a segment, because a model would learn nothing.
+
+    Args:
+        found: survey of all data sets.
+        added: name of the class that `adds_background` adds, which does not count; None if no class is added.
+    """
+    if not any(count for name, count in found.class_counts if name != added):
+        raise ConfigError(
+            f"{format_count(found.num_read, 'image')} read, but none has a segment that can be used. If the "
+            "annotations are only boxes, export polygons or masks instead; otherwise, correct the faults above"
+        )
+
+
 def choose_first_set(datasets: Mapping[str, DatasetConfig], readers: Mapping[str, Reader], task: Task) -> str:
     """Return the first training set that has the classes of all training sets. Its classes become those of the model.
 
@@ -207,9 +221,10 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
     print_out(f"{data_format.kind}: {data_format.evidence}")
     for note in (*data_format.notes, *split_notes(data_format, folder, options.val_share)):
         print_out(note)
-    if adds_background(data_format, options):
-        options = replace(options, background=choose_background(data_format))
-        print_out(f"pixels without an object get the class {options.background!r}")
+    added = choose_background(data_format) if adds_background(data_format, options) else None
+    if added is not None:
+        options = replace(options, background=added)
+        print_out(f"pixels without an object get the class {added!r}")
     datasets = build_datasets(data_format, options)
     with _write_category_file(data_format, options, args.overwrite), _restored_on_failure(output):
         found = survey(tuple(datasets.values()))
@@ -219,6 +234,7 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
             require_classes(reader.categories, choose_task(data_format, options), name)
         first = choose_first_set(datasets, readers, choose_task(data_format, options))
         print_out("\n".join([*found.lines(), *crowd_notes(data_format, found)]))
+        require_objects(found, added)
         if found.largest_megapixels > 20 and not options.tiles:
             size = f"{found.largest_megapixels:.0f} megapixels"
             print_out(f"the largest image has {size}; use --tiles to cut such images")
