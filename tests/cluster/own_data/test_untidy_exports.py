@@ -377,7 +377,7 @@ def test_a_complete_file_beside_a_validation_file_is_refused(folder, capsys):
 def test_a_drawn_validation_set_is_reported(folder, capsys):
     EXPORTS["label_studio"](folder)
     init_datasets("--val-share", "0.3")
-    assert "no set is named val: 30% of the images are for validation" in capsys.readouterr().out
+    assert "no set is named val: 2 of 6 images (33%) are for validation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["labelme", "label_maps", "trainannot"])
