@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from m2f.cluster.own_data.choices import choose_settings, detect_machine
+from m2f.cluster.own_data.division import division_note, group_note
 from m2f.cluster.own_data.formats import choose_format
 from m2f.cluster.own_data.sets import DataFormat, annotation_path, choose_sets
 from m2f.cluster.own_data.survey import Survey, survey
@@ -101,18 +102,17 @@ def crowd_notes(data_format: DataFormat, found: Survey) -> list[str]:
     return [f"{format_count(found.num_crowds, 'segment')} of these are crowds, which are ignored in training{hint}"]
 
 
-def split_notes(data_format: DataFormat, folder: Path, val_share: float) -> list[str]:
-    """Return messages for the user about sets that are not used, or that are used for another split."""
+def split_notes(data_format: DataFormat, folder: Path, options: InitOptions) -> list[str]:
+    """Return messages for the user about sets and options that are not used."""
     chosen = choose_sets(data_format)
     beside = [entry for entry in chosen.unused if entry.split is None]
     notes = ["the test set is not used"] if len(beside) < len(chosen.unused) else []
     if beside:
         listed = format_list([os.path.relpath(annotation_path(entry.source), folder) for entry in beside])
         notes.append(f"not used, because other sets are named train: {listed}; name a set train or val to use it")
-    if not chosen.val:
-        split = chosen.train[0].split
-        origin = "no set is named val" if split in (None, "train") else f"the {split} set is split"
-        notes.append(f"{origin}: {val_share:.0%} of the images are for validation")
+    if chosen.val:
+        given = {"--group": options.group is not None, "--val-share": options.val_share != InitOptions.val_share}
+        notes += [f"{name} has no effect, because a set is named val" for name, is_given in given.items() if is_given]
     return notes
 
 
@@ -142,6 +142,20 @@ def require_distinct_images(datasets: Mapping[str, DatasetConfig], readers: Mapp
                 "one set only: remove it from one of the two, or move one of the two out of the folder"
             )
         users |= dict.fromkeys(images, name)
+
+
+def require_objects(found: Survey, added: str | None) -> None:
+    """Raise ConfigError if no image that was read has a segment, because a model would learn nothing.
+
+    Args:
+        found: survey of all data sets.
+        added: name of the class that `adds_background` adds, which does not count; None if no class is added.
+    """
+    if not any(count for name, count in found.class_counts if name != added):
+        raise ConfigError(
+            f"{format_count(found.num_read, 'image')} read, but none has a segment that can be used. If the "
+            "annotations are only boxes, export polygons or masks instead; otherwise, correct the faults above"
+        )
 
 
 def choose_first_set(datasets: Mapping[str, DatasetConfig], readers: Mapping[str, Reader], task: Task) -> str:
@@ -205,13 +219,14 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
     )
     data_format = choose_format(folder, args.format)
     print_out(f"{data_format.kind}: {data_format.evidence}")
-    for note in (*data_format.notes, *split_notes(data_format, folder, options.val_share)):
+    for note in (*data_format.notes, *split_notes(data_format, folder, options)):
         print_out(note)
-    if adds_background(data_format, options):
-        options = replace(options, background=choose_background(data_format))
-        print_out(f"pixels without an object get the class {options.background!r}")
-    datasets = build_datasets(data_format, options)
+    added = choose_background(data_format) if adds_background(data_format, options) else None
+    if added is not None:
+        options = replace(options, background=added)
+        print_out(f"pixels without an object get the class {added!r}")
     with _write_category_file(data_format, options, args.overwrite), _restored_on_failure(output):
+        datasets = build_datasets(data_format, options)
         found = survey(tuple(datasets.values()))
         readers = {name: open_dataset(dataset)[0] for name, dataset in datasets.items()}
         require_distinct_images(datasets, readers)
@@ -219,11 +234,18 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
             require_classes(reader.categories, choose_task(data_format, options), name)
         first = choose_first_set(datasets, readers, choose_task(data_format, options))
         print_out("\n".join([*found.lines(), *crowd_notes(data_format, found)]))
+        require_objects(found, added)
+        if not choose_sets(data_format).val:
+            print_out(division_note(data_format, datasets, readers))
+            if options.group is not None:
+                print_out(group_note(options.group, datasets, readers))
         if found.largest_megapixels > 20 and not options.tiles:
             size = f"{found.largest_megapixels:.0f} megapixels"
             print_out(f"the largest image has {size}; use --tiles to cut such images")
-        num_train = sum(len(reader.keys) for name, reader in readers.items() if name.startswith("train"))
-        text = recipe_text(data_format, options, choose_settings(found, num_train, detect_machine()), first)
+        names = sorted((name for name in datasets if name.startswith("train")), key=lambda name: name != first)
+        num_samples = {name: len(readers[name].keys) for name in names}
+        choices = choose_settings(found, sum(num_samples.values()), detect_machine())
+        text = recipe_text(data_format, options, choices, datasets, num_samples)
         output.write_text(text, encoding="utf-8")
         load_recipe(output)
     unnamed = None if all(data_format.classes.values()) else category_file_path(options)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ _LEGENDS = (*_COLOR_LEGENDS, "labels.txt")
 _CATEGORY_FILES = ("classes.json", "categories.json")
 _NAMES_BY_VALUE_FILE = "id2label.json"
 """File of Hugging Face: a JSON object with the class name of each map value."""
+_LISTS_BY_VALUE = (_NAMES_BY_VALUE_FILE, "_classes.csv")
+"""Files that state the map value of each class, so that colours do not matter."""
 _NAME_LISTS = ("_classes.csv", "class_names.txt", "classes.txt", "labels.txt")
 """Files with the class names by map value.
 
@@ -42,6 +45,10 @@ _MAX_CLASSES = 64
 """Largest number of values that count as classes without a category file. More are probably ids of objects."""
 _MAX_PIXELS = 10**9
 """Limit of a map in pixels, only against damaged headers: `max_pixels` of the data set applies later."""
+_MAX_PALETTE_PIXELS = 89_000_000
+"""Largest map whose palette is read, because Pillow warns about larger images or refuses them."""
+_ColoredValue = tuple[int, tuple[int, ...] | None]
+"""A value in a map and its colour (R, G, B) in the palette of the map, or None if the palette has no such colour."""
 NO_CATEGORY_FILE = ""
 """Placeholder for the path of a category file that is not written yet."""
 
@@ -108,7 +115,11 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
     if legend is not None and legend.name == "labels.txt" and _is_coco_stuff(legend):
         sets = [CocoStuffSource(images=str(p.images), labels=str(p.maps), label_names=str(legend)) for p in pairs]
         return [DataFormat("coco_stuff", f"{evidence}, with labels.txt", _source_sets(pairs, sets))]
-    values = _map_values(pairs, sampled=category_file is not None)
+    found = _map_values(pairs, sampled=category_file is not None)
+    are_values_named = any((root / name).is_file() for root in roots for name in (*_CATEGORY_FILES, *_LISTS_BY_VALUE))
+    if not are_values_named and (repeated := _find_repeated_value(found)):
+        return [_palette_format(pairs, legend, evidence, found, repeated)]
+    values = tuple(sorted({value for value, _ in found}))
     is_binary = values == (0, 255)
     sets = [
         LabelMapSource(
@@ -161,6 +172,46 @@ def _color_map_formats(
             f"{', '.join(_COLOR_LEGENDS)} (or classes.json, if red is the class and green the object) beside it"
         )
     return formats
+
+
+def _find_repeated_value(found: Set[_ColoredValue]) -> tuple[_ColoredValue, _ColoredValue] | None:
+    """Return the smallest value that has different colours in two palettes, with two of its colours; None if none."""
+    colored = sorted((value, color) for value, color in found if color is not None)
+    return next(((one, other) for one, other in pairwise(colored) if one[0] == other[0]), None)
+
+
+def _palette_format(
+    pairs: Sequence[_Pair],
+    legend: Path | None,
+    evidence: str,
+    found: Set[_ColoredValue],
+    repeated: tuple[_ColoredValue, _ColoredValue],
+) -> DataFormat:
+    """Return the format of maps with different palettes, which is read by colour.
+
+    Tools that reduce the number of colours write such maps. Raises ConfigError if no legend names all colours.
+
+    Args:
+        pairs: pairs of folders.
+        legend: file with the names of classes; None if there is no such file.
+        evidence: text for the user about the pairs.
+        found: values in the maps with their colours.
+        repeated: a value with two of its colours.
+    """
+    files = [path for pair in pairs for path in pair.map_files()]
+    if legend is not None and legend.name in _COLOR_LEGENDS and all(path.suffix.lower() == ".png" for path in files):
+        named = {category.color for category in read_legend(str(legend)).categories}
+        if {color for _, color in found} <= named:
+            return replace(
+                _color_map_formats(pairs, legend, None, evidence)[0],
+                evidence=f"{evidence}: palette maps whose palettes differ, with {legend.name}",
+            )
+    one, other = (next(path for path in files if entry in _values_in(path)) for entry in repeated)
+    raise ConfigError(
+        f"the palettes of {one} and {other} differ: value {repeated[0][0]} is {repeated[0][1]} in the first, "
+        f"{repeated[1][1]} in the second. If colours are classes, add a legend of all colours "
+        f"({', '.join(_COLOR_LEGENDS)}) to PNG maps. If values are classes, save the maps as grey images"
+    )
 
 
 def _require_one_map_folder(pairs: Sequence[_Pair]) -> None:
@@ -297,8 +348,8 @@ def _map_suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
     return None
 
 
-def _map_values(pairs: Sequence[_Pair], *, sampled: bool) -> tuple[int, ...]:
-    """Return the values in the maps, sorted. Unreadable maps are left out, because the survey reports them as faults.
+def _map_values(pairs: Sequence[_Pair], *, sampled: bool) -> Set[_ColoredValue]:
+    """Return the values in the maps. Unreadable maps are left out, because the survey reports them as faults.
 
     A class may occur in very few maps, so all maps are read. There are two exceptions: at most `_NUM_SAMPLED_MAPS`
     evenly spaced maps per pair are read if they have too many values for classes, or if `sampled` is set and they have
@@ -306,24 +357,28 @@ def _map_values(pairs: Sequence[_Pair], *, sampled: bool) -> tuple[int, ...]:
     """
     files = [pair.map_files() for pair in pairs]
     sample = [path for paths in files for path in paths[:: -(-len(paths) // _NUM_SAMPLED_MAPS)]]
-    values = set[int]().union(*map(_values_in, sample))
+    values = set[_ColoredValue]().union(*map(_values_in, sample))
+    num_values = len({value for value, _ in values})
     rest = sorted({path for paths in files for path in paths} - set(sample))
-    if rest and len(values) <= (1 if sampled else _MAX_CLASSES + 1):
+    if rest and num_values <= (1 if sampled else _MAX_CLASSES + 1):
         with ThreadPoolExecutor() as pool, Progress("reading the values of all maps", len(rest), "maps") as progress:
             for found in pool.map(_values_in, rest):
                 values |= found
                 progress.advance(1)
     if not values:
         read_index_map(sample[0], _MAX_PIXELS)  # raises the error of the first map
-    return tuple(sorted(values))
+    return values
 
 
-def _values_in(path: Path) -> set[int]:
+def _values_in(path: Path) -> Set[_ColoredValue]:
     """Return the values in a map; an empty set if it cannot be read."""
     try:
-        return set(np.flatnonzero(np.bincount(read_index_map(path, _MAX_PIXELS).ravel())).tolist())
+        pixels = read_index_map(path, _MAX_PIXELS)
     except DataError:
         return set()
+    values = np.flatnonzero(np.bincount(pixels.ravel())).tolist()
+    palette = _palette(path) if pixels.size <= _MAX_PALETTE_PIXELS else []
+    return {(value, palette[value] if value < len(palette) else None) for value in values}
 
 
 def _class_names(roots: Sequence[Path], first: Path, values: Sequence[int]) -> tuple[Mapping[int, str], list[str]]:

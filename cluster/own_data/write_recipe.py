@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 from m2f.cluster.own_data.choices import Choices
+from m2f.cluster.own_data.division import Use, divide
 from m2f.cluster.own_data.map_pairs import NO_CATEGORY_FILE
 from m2f.cluster.own_data.sets import DataFormat, choose_sets
 from m2f.data_pipeline.categories import Task
@@ -56,26 +57,30 @@ def adds_background(data_format: DataFormat, options: InitOptions) -> bool:
 def build_datasets(data_format: DataFormat, options: InitOptions) -> dict[str, DatasetConfig]:
     """Return the data sets of `choose_sets` for training and validation by name.
 
-    Data without a validation set are split into training and validation parts.
+    Data without a validation set are divided as in `divide`, which opens the sources if there are several.
     """
     background = options.background if adds_background(data_format, options) else None
     tiles = TileConfig() if options.tiles else None
     chosen = choose_sets(data_format)
-    train, val = ([found.source for found in sets] for sets in (chosen.train, chosen.val))
-    entries = [("train", source, "train" if not val else None) for source in train]
-    entries += [("val", source, None) for source in val] or [("val", source, "val") for source in train]
+    train, val = ([_with_category_file(found.source, options) for found in s] for s in (chosen.train, chosen.val))
+    uses: Sequence[Use] = ["train"] * len(train)
+    if not val:
+        uses = divide(train, choose_task(data_format, options), options.val_share, options.group)
+    entries = [("train", source, use) for source, use in zip(train, uses, strict=True) if use != "val"]
+    entries += [("val", source, use) for source, use in zip(train, uses, strict=True) if use != "train"]
+    entries += [("val", source, "val") for source in val]
     datasets: dict[str, DatasetConfig] = {}
-    for split, source, take in entries:
+    for split, source, use in entries:
         count = sum(name.startswith(split) for name in datasets)
         name = f"{split}{count + 1}" if count else split
         part = None
-        if take is not None:
+        if use == "both":
             part = PartConfig(
-                take="train" if take == "train" else "val", val_share=options.val_share, group=options.group
+                take="train" if split == "train" else "val", val_share=options.val_share, group=options.group
             )
         datasets[name] = DatasetConfig(
             shards=f"data/{options.name}/{name}",
-            source=_with_category_file(source, options),
+            source=source,
             part=part,
             background=background,
             tiles=tiles,
@@ -101,12 +106,26 @@ def category_text(classes: Mapping[int, str | None]) -> str:
     return "[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n"
 
 
-def recipe_text(data_format: DataFormat, options: InitOptions, choices: Choices, first: str = "train") -> str:
-    """Return the recipe as YAML text. `first` is the training set that defines the classes."""
+def recipe_text(
+    data_format: DataFormat,
+    options: InitOptions,
+    choices: Choices,
+    datasets: Mapping[str, DatasetConfig],
+    num_samples: Mapping[str, int],
+) -> str:
+    """Return the recipe as YAML text.
+
+    Args:
+        data_format: format of the data.
+        options: options of `m2f init`.
+        choices: settings that depend on the data.
+        datasets: data sets by name.
+        num_samples: number of samples of each training set. The first set defines the classes.
+    """
     task = choose_task(data_format, options)
-    datasets = build_datasets(data_format, options)
-    names = sorted((name for name in datasets if name.startswith("train")), key=lambda name: name != first)
-    train = ", ".join(f"{{dataset: {name}}}" for name in names)
+    is_weighted = len(set(num_samples.values())) > 1  # otherwise, images of small sets would be used more often
+    weights = {name: f", weight: {count}" if is_weighted else "" for name, count in num_samples.items()}
+    train = ", ".join(f"{{dataset: {name}{weight}}}" for name, weight in weights.items())
     val = ", ".join(f"{{dataset: {name}}}" for name in datasets if name.startswith("val"))
     side = choices.crop.value
     output = shlex.quote(str(options.output))

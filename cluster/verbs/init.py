@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of images for validation if the data have no split (default 0.2)",
     )
     parser.add_argument(
-        "--group", metavar="REGEX", help="put images whose names start with the same match into the same split"
+        "--group",
+        metavar="REGEX",
+        help="put images whose keys (names without ending, other characters than letters, digits, _ become -) start "
+        "with the same match into the same split",
     )
     parser.add_argument("--tiles", action="store_true", help="cut images of more than 20 megapixels into tiles")
     parser.add_argument("--weights", metavar="FILE|URL|hub:OWNER/NAME", help="trained model to start from")
@@ -59,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{output} exists; choose another file with --output, or replace it with --overwrite")
     if not 0 < args.val_share < 1:
         raise ConfigError(f"--val-share is {args.val_share:g}; it must be between 0 and 1")
+    try:
+        re.compile(args.group or "")
+    except re.error as error:
+        raise ConfigError(f"--group is {args.group!r}, which is not a regular expression: {error}") from error
 
     from m2f.cluster.own_data.init import init
 

@@ -110,8 +110,10 @@ def check_annotations(
         DataError: no annotation has a segmentation.
     """
     entries = [entry for group in groups.values() for entry in group]
-    if entries and not any("segmentation" in entry for entry in entries):
-        raise DataError(f"{path}: no annotation has a segmentation; boxes alone cannot be used")
+    if entries and not any(entry.get("segmentation") for entry in entries):  # exports of boxes write an empty list
+        raise DataError(
+            f"{path}: no annotation has a segmentation; boxes alone cannot be used, export polygons or masks"
+        )
     next_id = 1 + max((i for i in map(_usable_id, entries) if i is not None), default=0)
     used_ids: set[int] = set()
     unusable: list[UnusableAnnotation] = []

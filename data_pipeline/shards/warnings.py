@@ -23,6 +23,7 @@ def data_warnings(name: str, manifest: Manifest, task: Task, model: ModelConfig)
     warnings = (
         one_class_warning(name, manifest.categories, task),
         empty_class_warning(name, manifest, task),
+        no_object_warning(name, manifest, task),
         query_warning(name, manifest, task, model.transformer_decoder.num_queries),
         instance_warning(name, manifest, task, model.postprocess.max_instances),
         area_warning(name, manifest),
@@ -51,6 +52,19 @@ def empty_class_warning(name: str, manifest: Manifest, task: Task) -> str | None
     return (
         f"{name}: no image has a pixel of {len(empty)} of {len(manifest.categories.categories)} classes: "
         f"{format_list(empty)}. If images show them, check the values of the label maps"
+    )
+
+
+def no_object_warning(name: str, manifest: Manifest, task: Task) -> str | None:
+    """Return a warning if no image has an object that training can use; otherwise None.
+
+    For semantic training, `empty_class_warning` names the classes instead.
+    """
+    if task == "semantic" or objects_per_image(manifest, task).any():
+        return None
+    return (
+        f"{name}: none of {manifest.num_samples:,} images has an object for the task {task}. If images show objects, "
+        "export them as polygons or masks; boxes alone cannot be used"
     )
 
 

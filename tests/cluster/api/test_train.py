@@ -225,8 +225,8 @@ def test_all_problems_of_a_dictionary_recipe_are_reported():
 
 
 def test_unknown_launcher_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(m2f.UserError, match="launcher is 'lokal'; it must be 'ray' or 'local'"):
-        m2f.train(tiny_recipe(tmp_path), launcher="lokal")
+    with pytest.raises(m2f.UserError, match="launcher is 'slurm'; it must be 'ray' or 'local'"):
+        m2f.train(tiny_recipe(tmp_path), launcher="slurm")
     assert list(tmp_path.iterdir()) == []
 
 

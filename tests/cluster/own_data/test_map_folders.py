@@ -90,6 +90,61 @@ def test_lists_beside_maps_name_the_classes(name, tmp_path):
     assert data_format.notes == (f"the class names come from {name}: value 0 is 'background'",)
 
 
+def write_palette_maps(folder: Path) -> None:
+    """Write maps in which every second palette has the two classes in the other order."""
+    for number in range(6):
+        write_image(folder / f"images/im{number}.png", number)
+        is_swapped = number % 2
+        picture = Image.fromarray(np.array([0, 2, 1] if is_swapped else [0, 1, 2], np.uint8)[class_map(number)])
+        picture.putpalette([0, 0, 0, 0, 0, 9, 9, 0, 0] if is_swapped else [0, 0, 0, 9, 0, 0, 0, 0, 9])
+        (folder / "masks").mkdir(exist_ok=True)
+        picture.save(folder / f"masks/im{number}.png")
+
+
+def test_maps_with_different_palettes_are_read_by_colour(tmp_path):
+    write_palette_maps(tmp_path)
+    (tmp_path / "labelmap.txt").write_text(LISTS["labelmap.txt"])
+    (data_format,) = find_formats(tmp_path)
+    assert data_format.kind == "color_maps"
+    assert data_format.evidence.endswith("palette maps whose palettes differ, with labelmap.txt")
+    (entry,) = data_format.sets
+    reader = open_reader(entry.source)
+    for number in range(6):
+        areas = {s.category_id: s.area for s in reader.read(number).annotation.segments}
+        names = {c.id: c.name for c in reader.categories.categories}
+        expected = np.bincount(class_map(number).ravel())
+        assert {names[i]: area for i, area in areas.items()} == {NAMES[k]: count for k, count in enumerate(expected)}
+
+
+@pytest.mark.parametrize("legend", [None, "background:0,0,0::\ncell:9,0,0::\n"])
+def test_maps_with_different_palettes_are_refused_without_a_legend_of_all_colours(legend, tmp_path):
+    write_palette_maps(tmp_path)
+    if legend is not None:
+        (tmp_path / "labelmap.txt").write_text(legend)
+    message = (
+        r"im1.png and .*im0.png differ: value 1 is \(0, 0, 9\) in the first, \(9, 0, 0\) in the second. If colours"
+    )
+    with pytest.raises(ConfigError, match=message):
+        find_formats(tmp_path)
+
+
+def test_palettes_may_differ_if_a_file_states_the_values(tmp_path):
+    write_palette_maps(tmp_path)
+    (tmp_path / "masks/_classes.csv").write_text(LISTS["_classes.csv"])
+    (data_format,) = find_formats(tmp_path)
+    assert (data_format.kind, data_format.classes) == ("label_maps", NAMES)
+
+
+def test_palettes_may_differ_in_unused_colours(tmp_path):
+    write_palette_maps(tmp_path)
+    for number in range(6):
+        picture = Image.fromarray(class_map(number))
+        picture.putpalette([0, 0, 0, 9, 0, 0, 0, 0, 9, number, 1, 1])
+        picture.save(tmp_path / f"masks/im{number}.png")
+    (data_format,) = find_formats(tmp_path)
+    assert (data_format.kind, list(data_format.classes)) == ("label_maps", [0, 1, 2])
+
+
 @pytest.mark.parametrize(("name", "text"), [("classes.txt", "cell\ndirt\n"), ("labelmap.txt", LISTS["labelmap.txt"])])
 def test_lists_that_do_not_name_all_values_are_reported(name, text, tmp_path):
     """A list without the background would name every class wrongly. Grey maps have no colours to match."""

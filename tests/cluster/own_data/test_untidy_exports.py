@@ -137,6 +137,19 @@ def test_label_studio_yolo_export_reads_class_names_from_a_list(folder):
     assert [c.name for c in reader.categories.categories] == ["cell", "dirt"]
 
 
+@pytest.mark.parametrize("task", ["instance", "semantic"])
+def test_a_yolo_export_with_only_boxes_is_refused(task, folder, capsys):
+    write_yolo(folder, {"train": range(4), "val": range(4, 6)})
+    (folder / "data.yaml").write_text("path: .\ntrain: images/train\nval: images/val\nnames: {0: cell, 1: dirt}\n")
+    for path in folder.rglob("im*.txt"):
+        path.write_text("0 0.5 0.5 0.2 0.2\n")
+    assert main(["init", "set", "--task", task]) == 2
+    printed = capsys.readouterr()
+    assert "6 images read, but none has a segment that can be used" in printed.err
+    assert "line 1 is a box" in printed.out
+    assert not Path("set.yaml").exists()
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_voc_uses_labelme_class_names_or_reports_the_default(named, folder, capsys):
     for number in range(4):
@@ -364,7 +377,7 @@ def test_a_complete_file_beside_a_validation_file_is_refused(folder, capsys):
 def test_a_drawn_validation_set_is_reported(folder, capsys):
     EXPORTS["label_studio"](folder)
     init_datasets("--val-share", "0.3")
-    assert "no set is named val: 30% of the images are for validation" in capsys.readouterr().out
+    assert "no set is named val: 2 of 6 images (33%) are for validation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["labelme", "label_maps", "trainannot"])

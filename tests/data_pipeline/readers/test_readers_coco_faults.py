@@ -299,9 +299,12 @@ def test_repeated_category_ids_are_found_in_linear_time():
         CategoryTable((*table, table[7]))
 
 
-def test_annotations_with_only_boxes_are_refused(coco):
+@pytest.mark.parametrize("empty", [True, False])
+def test_annotations_with_only_boxes_are_refused(empty, coco):
     for entry in coco.instances:
         del entry["segmentation"]
+        if empty:
+            entry["segmentation"] = []
     coco.write()
     with pytest.raises(DataError, match="no annotation has a segmentation; boxes alone"):
         open_reader(coco.instances_source)

@@ -15,6 +15,7 @@ from m2f.data_pipeline.shards.warnings import (
     area_warning,
     empty_class_warning,
     instance_warning,
+    no_object_warning,
     objects_per_image,
     one_class_warning,
     query_warning,
@@ -67,6 +68,15 @@ def test_objects_beyond_the_instance_limit_are_counted(make_manifest):
     assert text.startswith(f"train: {(objects > 1).sum()} of 200 images have more than 1 objects")
     assert instance_warning("train", manifest, "instance", int(objects.max())) is None
     assert instance_warning("train", manifest, "panoptic", 1) is None
+
+
+def test_a_data_set_without_an_object_is_reported(make_manifest):
+    manifest = make_manifest(20)
+    assert no_object_warning("train", manifest, "instance") is None
+    stuff = CategoryTable(tuple(replace(c, is_thing=False) for c in manifest.categories.categories))
+    text = no_object_warning("train", replace(manifest, categories=stuff), "instance")
+    assert text.startswith("train: none of 20 images has an object for the task instance")
+    assert no_object_warning("train", replace(manifest, categories=stuff), "panoptic") is None
 
 
 @pytest.mark.parametrize("void", [(255,), (0, 255)])
