@@ -12,7 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from m2f.cluster.compare.intervals import NUM_DRAWS, Interval, image_intervals, interval_notes, seed_intervals
+from m2f.cluster.compare.intervals import (
+    NUM_DRAWS,
+    Interval,
+    image_interval_notes,
+    image_intervals,
+    seed_intervals,
+    seed_notes,
+)
 from m2f.cluster.compare.paper import PaperResult, paper_result
 from m2f.cluster.compare.records import (
     CompareError,
@@ -159,7 +166,8 @@ def compare_runs(
             *left_out,
             *class_notes,
             *_notes(runs, sets, step),
-            *(interval_notes(runs, intervals, sets) if draws else ()),
+            *(image_interval_notes(runs, interval_metrics) if draws else ()),
+            *seed_notes(runs, by_run, interval_metrics or names),
         ),
     )
 
@@ -398,7 +406,7 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
 
 
 def _settings_notes(dataset: str, found: Sequence[tuple[str, SetResult]]) -> list[str]:
-    """Return one message for each evaluation setting that differs between the results that record their settings."""
+    """Return one message for each evaluation setting that differs, and one if only some results state settings."""
     known = [(name, dict(one.settings)) for name, one in found if one.settings is not None]
     names = dict.fromkeys(setting for _, settings in known for setting in settings if setting not in IGNORED_SETTINGS)
     notes = []
@@ -408,4 +416,10 @@ def _settings_notes(dataset: str, found: Sequence[tuple[str, SetResult]]) -> lis
             notes.append(
                 f"{dataset}: evaluated with different `{setting}` ({values}); this alone may change the numbers"
             )
+    unknown = [name for name, one in found if one.settings is None]
+    if known and unknown:
+        notes.append(
+            f"{dataset}: the results of {', '.join(unknown)} do not state the settings of the evaluation, which may "
+            "differ; evaluate again with m2f eval"
+        )
     return notes
