@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from m2f.cluster.compare.errors import CompareError
 from m2f.cluster.compare.intervals import (
     NUM_DRAWS,
     Interval,
@@ -22,14 +23,13 @@ from m2f.cluster.compare.intervals import (
 )
 from m2f.cluster.compare.paper import PaperResult, paper_result
 from m2f.cluster.compare.records import (
-    CompareError,
     Curve,
     RunRecord,
-    SetResult,
     compared_step,
     is_training_metric,
     split_metric_name,
 )
+from m2f.cluster.compare.set_result import CLASS_METRICS, SetResult
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.label_space import describe_subset, match_classes
 from m2f.eval.results.results import distinct_names
@@ -40,8 +40,6 @@ METRIC_ORDER = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
     *("mIoU", "fwIoU", "mACC", "pACC", "mIoU_occurring", "mIoU_all"),
 )
-CLASS_METRICS = ("PQ", "AP", "IoU")
-"""Columns of per_class in results.json that are compared for each class."""
 HEADLINES = ("PQ", "AP", "mIoU")
 IDENTITY_SETTINGS = ("name", "output")
 """Settings that only identify a run and its folder. Their differences are not reported."""

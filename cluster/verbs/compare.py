@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from m2f.cluster.compare.compare import compare_runs
+    from m2f.cluster.compare.errors import CompareError
     from m2f.cluster.compare.intervals import MIN_DRAWS
-    from m2f.cluster.compare.records import CompareError, read_runs
+    from m2f.cluster.compare.records import read_runs
 
     output_format = args.format or FORMAT_BY_SUFFIX.get(Path(args.output or "").suffix.lower(), "text")
     if args.draws != 0 and args.draws < MIN_DRAWS:

@@ -12,8 +12,9 @@ from m2f.cluster.cli import main
 from m2f.cluster.compare.compare import compare_runs
 from m2f.cluster.compare.intervals import MIN_DRAWS, seed_groups
 from m2f.cluster.compare.page import as_page
-from m2f.cluster.compare.records import RunRecord, SetResult, read_runs
+from m2f.cluster.compare.records import RunRecord, read_runs
 from m2f.cluster.compare.report import as_json, as_markdown, as_text
+from m2f.cluster.compare.set_result import SetResult
 from m2f.eval.metrics.average_precision import NUM_AREAS, AveragePrecisionState, DetectionRecord
 from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoUState
 from m2f.eval.results.images import image_records, image_table, read_image_records
