@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +25,8 @@ import numpy as np
 
 from m2f.data_pipeline.categories import Category, CategoryTable, Task
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.readers.masks import checked_areas, compressed_texts, read_rle
-from m2f.data_pipeline.sample import VOID_ID
+from m2f.data_pipeline.readers.masks import checked_areas, compressed_texts
+from m2f.eval.arrays import Instances, PanopticImage, checked_instances, checked_panoptic, compressed_rle, to_array
 from m2f.eval.config import ExtraMetric
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.box_average_precision import detection_boxes, match_boxes, truth_boxes
@@ -48,47 +47,6 @@ from m2f.model.errors import UserError
 
 PathLike = str | os.PathLike[str]
 _ImageT = TypeVar("_ImageT")
-
-
-@dataclass(frozen=True, eq=False)
-class PanopticImage:
-    """Segments of one image, annotated or predicted. Raises EvaluationError for a map that is not an array."""
-
-    id_map: np.ndarray
-    """[H, W] integers, 0 for void."""
-    labels: Mapping[int, int]
-    """Class index of each segment id. Class indices start at 0. An entry for void is ignored."""
-    crowds: Collection[int] = ()
-    """Ids of annotated segments that are crowds."""
-    areas: Mapping[int, float] = field(default_factory=dict)
-    """Areas stated by the annotation, by segment id, above 0. Pixels are counted for segments without an entry."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "id_map", to_array(self.id_map, "id_map"))
-
-
-@dataclass(frozen=True, eq=False)
-class Instances:
-    """Instances of one image, annotated or detected. Raises EvaluationError for fields that are not arrays."""
-
-    masks: np.ndarray | Sequence[np.ndarray] | Sequence[Rle]
-    """[N, H, W] bool, or a list of masks [H, W] bool or of COCO's run-length encodings."""
-    labels: np.ndarray | Sequence[int]
-    """[N] class indices, which start at 0."""
-    scores: np.ndarray | Sequence[float] | None = None
-    """[N] scores of detections; None for annotations."""
-    is_crowd: np.ndarray | Sequence[bool] | None = None
-    """[N] crowd flags of annotations; None: no instance is a crowd."""
-    areas: np.ndarray | Sequence[float] | None = None
-    """[N] areas in pixels, stated by the annotation; None: the pixels of the masks are counted."""
-
-    def __post_init__(self) -> None:
-        if _has_tensors(self.masks):
-            masks = [to_array(mask, "masks") if _is_tensor(mask) else mask for mask in self.masks]
-            object.__setattr__(self, "masks", masks)
-        for name in ("labels", "scores", "is_crowd", "areas"):
-            if (values := getattr(self, name)) is not None:
-                object.__setattr__(self, name, to_array(values, name))
 
 
 def evaluate_panoptic(
@@ -131,12 +89,11 @@ def evaluate_panoptic(
     assert states.errors is not None
     doubts = TruthDoubts()
     for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
-        _check_maps(number, annotated.id_map, predicted.id_map)
-        predicted_labels = {i: label for i, label in predicted.labels.items() if i != VOID_ID}
-        image_truth = _panoptic_truth(number, annotated)
-        image_prediction = PanopticPrediction(predicted.id_map, predicted_labels)
-        truth_labels = (segment.label for segment in image_truth.segments.values())
-        _check_labels(number, (*truth_labels, *predicted_labels.values()), len(class_names))
+        annotated = checked_panoptic(annotated, f"image {number}: the truth")
+        predicted = checked_panoptic(predicted, f"image {number}: the prediction")
+        _check_labels(number, (*annotated.labels.values(), *predicted.labels.values()), len(table.categories))
+        image_truth = _panoptic_truth(annotated)
+        image_prediction = PanopticPrediction(predicted.id_map, predicted.labels)
         states.panoptic.update(number, image_truth, image_prediction)
         candidates = panoptic_candidates(image_truth, image_prediction)
         states.segments.update(number, candidates)
@@ -174,7 +131,8 @@ def evaluate_instances(
         ).compute_results()
     if class_names is None:
         raise EvaluationError("evaluate_instances: images require class_names, with one entry per class")
-    states, table = _states(class_names, [True] * len(class_names), "instance", ["box"] if boxes else [])
+    names = class_list(class_names)
+    states, table = _states(names, [True] * len(names), "instance", ["box"] if boxes else [])
     assert states.instance is not None
     assert states.segments is not None
     assert states.errors is not None
@@ -213,15 +171,16 @@ def evaluate_semantic(
     Raises:
         EvaluationError: inputs do not match each other. The message names the image or file.
     """
+    names = class_list(class_names)
     if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
         paths = _path("truth", truth), _path("predictions", predictions)
         return semantic_scoring(
-            *paths, num_classes=len(class_names), ignore=ignore, void=void, class_names=class_list(class_names)
+            *paths, num_classes=len(names), ignore=ignore, void=void, class_names=names
         ).compute_results()
-    table = _table(class_names, [False] * len(class_names))
+    table = _table(names, [False] * len(names))
     values: set[int] = set()
     states = EvaluationStates(
-        semantic=MeanIoUState(len(class_names), ignore, ignore_label(len(class_names)) if void is None else void)
+        semantic=MeanIoUState(len(names), ignore, ignore_label(len(names)) if void is None else void)
     )
     assert states.semantic is not None
     for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
@@ -231,7 +190,7 @@ def evaluate_semantic(
         states.semantic.update(number, annotated, predicted)
         if values <= {0, 255}:  # once another value occurs, the truth is not binary, and the search ends
             values.update(np.unique(annotated).tolist())
-    if is_binary_mask(values, ignore, len(class_names)):
+    if is_binary_mask(values, ignore, len(names)):
         raise EvaluationError(f"the truth has {BINARY_MASK}")
     return states.compute(table, SUBJECT)
 
@@ -275,25 +234,6 @@ def thing_flags(
     return tuple(map(bool, values))
 
 
-def to_array(values: Any, name: str) -> np.ndarray:
-    """Convert an array, a tensor on any device or a list to an array. Raises EvaluationError for other values."""
-    try:
-        if _is_tensor(values):
-            values = values.detach().cpu()
-            return (values.double() if values.is_floating_point() else values).numpy()  # numpy has no bfloat16
-        return np.asarray([to_array(value, name) for value in values] if _has_tensors(values) else values)
-    except (TypeError, ValueError) as error:
-        raise EvaluationError(f"{name} is not an array of numbers ({error})") from error
-
-
-def _is_tensor(values: object) -> bool:
-    return hasattr(values, "detach")
-
-
-def _has_tensors(values: object) -> bool:
-    return _is_tensor(values) or (isinstance(values, list | tuple) and any(map(_is_tensor, values)))
-
-
 def _warn(lines: Iterable[str]) -> None:
     for line in lines:
         warnings.warn(line, stacklevel=3)
@@ -308,7 +248,12 @@ def _path(name: str, value: object) -> Path:
 
 
 def _pairs(truth: Iterable[_ImageT], predictions: Iterable[_ImageT]) -> Iterable[tuple[_ImageT, _ImageT]]:
-    """Yield pairs of images. Raises EvaluationError if one side has more images."""
+    """Yield pairs of images. Raises EvaluationError if a side is not a list, or if one has more images."""
+    for side, images in (("truth", truth), ("predictions", predictions)):
+        try:
+            iter(images)
+        except TypeError:
+            raise EvaluationError(f"{side} is {images!r:.50}; give a list with one entry per image") from None
     missing = object()
     for number, (annotated, predicted) in enumerate(zip_longest(truth, predictions, fillvalue=missing)):
         if annotated is missing or predicted is missing:
@@ -349,46 +294,33 @@ def _check_maps(number: int, truth: np.ndarray, predicted: np.ndarray) -> None:
             raise EvaluationError(f"image {number}: the {side} is a {values.dtype} map; it must be integers [H, W]")
 
 
-def _panoptic_truth(number: int, image: PanopticImage) -> PanopticTruth:
-    """Return the truth. Raises EvaluationError for a stated area that is not above 0, unless it is a crowd's."""
+def _panoptic_truth(image: PanopticImage) -> PanopticTruth:
     counted = count_overlaps(image.id_map, image.id_map).truth_area
     segments = {
         i: TruthSegment(label, float(image.areas.get(i, counted.get(i, 0))), i in image.crowds)
         for i, label in image.labels.items()
-        if i != VOID_ID
     }
-    for i, segment in segments.items():
-        if i in image.areas and not segment.is_crowd and not 0 < segment.area < float("inf"):
-            raise EvaluationError(
-                f"image {number}: areas states {segment.area:g} for segment {i}; give its number of pixels, or no entry"
-            )
     return PanopticTruth(image.id_map, segments)
 
 
-def _instance_truth(number: int, image: Instances) -> InstanceTruth:
+def _instance_truth(number: int, given: Instances) -> InstanceTruth:
+    image = checked_instances(given, f"image {number}: the truth")
     masks = _masks(number, image)
-    areas = mask_areas(masks) if image.areas is None else np.asarray(image.areas, dtype=np.float64)
-    crowd = np.zeros(len(masks), bool) if image.is_crowd is None else np.asarray(image.is_crowd, dtype=bool)
-    for name, values in (("areas", areas), ("is_crowd", crowd)):
-        _check_length(number, name, len(values), len(masks))
-    for i in (~(np.isfinite(areas) & (areas >= 0))).nonzero()[0]:
-        raise EvaluationError(
-            f"image {number}: areas states {areas[i]:g} for mask {i}; give its number of pixels, or no areas"
-        )
-    return InstanceTruth(masks, np.asarray(image.labels, dtype=np.int64), areas, crowd)
+    areas = mask_areas(masks) if image.areas is None else np.asarray(image.areas)
+    crowd = np.zeros(len(masks), bool) if image.is_crowd is None else np.asarray(image.is_crowd)
+    return InstanceTruth(masks, np.asarray(image.labels), areas, crowd)
 
 
-def _detections(number: int, image: Instances) -> InstanceDetections:
-    masks = _masks(number, image)
+def _detections(number: int, given: Instances) -> InstanceDetections:
+    image = checked_instances(given, f"image {number}: the prediction")
     if image.scores is None:
         raise EvaluationError(f"image {number}: the detections have no scores")
-    _check_length(number, "scores", len(image.scores), len(masks))
-    labels, scores = np.asarray(image.labels, dtype=np.int64), np.asarray(image.scores, dtype=np.float64)
-    return InstanceDetections(masks, np.arange(len(masks)), labels, scores)
+    masks = _masks(number, image)
+    return InstanceDetections(masks, np.arange(len(masks)), np.asarray(image.labels), np.asarray(image.scores))
 
 
 def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
-    """Return run-length masks. Raises EvaluationError for masks of another form and for a wrong number of labels."""
+    """Return run-length masks. Raises EvaluationError for masks of another form."""
     valid = _valid_texts(image.masks)
     masks: list[Rle] = list(valid or ())
     for position, mask in enumerate(image.masks if valid is None else ()):
@@ -398,11 +330,12 @@ def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
                 masks.append(compressed_rle(mask, where))
             except DataError as error:
                 raise EvaluationError(str(error)) from error
-        elif mask.ndim != 2 or mask.dtype != bool:
-            raise EvaluationError(f"{where} is {mask.dtype} with shape {list(mask.shape)}; it must be bool [H, W]")
+        elif mask.ndim != 2 or mask.dtype != bool or not mask.size:
+            raise EvaluationError(
+                f"{where} is {mask.dtype} with shape {list(mask.shape)}; it must be bool [H, W], with pixels"
+            )
         else:
             masks.extend(encode_masks([mask]))
-    _check_length(number, "labels", len(image.labels), len(masks))
     return tuple(masks)
 
 
@@ -414,30 +347,10 @@ def _valid_texts(masks: np.ndarray | Sequence[np.ndarray] | Sequence[Rle]) -> tu
     decoded = [
         {"size": mask.get("size"), "counts": counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts}
         for mask in masks
-        if isinstance(mask, Mapping) and (counts := mask.get("counts")) is not None
+        if isinstance(mask, Mapping) and (counts := mask.get("counts")) is not None and type(mask.get("size")) is list
     ]
     match decoded:
-        case [{"size": [int(height), int(width)]}, *_] if len(decoded) == len(masks):
+        case [{"size": [int(height), int(width)]}, *_] if len(decoded) == len(masks) and min(height, width) > 0:
             texts = compressed_texts(decoded, height, width)
             return tuple(decoded) if texts is not None and checked_areas(texts, height, width) is not None else None
     return None
-
-
-def compressed_rle(mask: Rle, name: str) -> Rle:
-    """Return run lengths in compressed form, which is COCO's form for pycocotools.
-
-    Raises DataError beginning with `name` for another form, and for `counts` that are damaged or do not fill the size.
-    """
-    if not isinstance(mask, Mapping) or not {"counts", "size"} <= mask.keys():
-        raise DataError(
-            f"{name} is {mask!r:.50}; it must be bool [H, W], or COCO's run lengths with `size` and `counts`"
-        )
-    counts = mask["counts"]
-    height, width = (int(side) for side in mask["size"])
-    text = counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts
-    return read_rle({"size": [height, width], "counts": text}, height, width, name)
-
-
-def _check_length(number: int, name: str, length: int, expected: int) -> None:
-    if length != expected:
-        raise EvaluationError(f"image {number}: {name} has {length} entries for {expected} masks")

@@ -24,9 +24,9 @@ if not (HOME / "model").is_dir():  # a checkout without symbolic links has text 
 
 _MODULES = {
     "Dataset": "m2f.cluster.api.dataset",
-    "Instances": "m2f.eval.functions",
+    "Instances": "m2f.eval.arrays",
     "Model": "m2f.cluster.api.model",
-    "PanopticImage": "m2f.eval.functions",
+    "PanopticImage": "m2f.eval.arrays",
     "Result": "m2f.cluster.api.result",
     "Run": "m2f.cluster.api.train",
     "TrainingFailedError": "m2f.cluster.api.train",

@@ -10,8 +10,8 @@ from m2f.cluster.api.result import Result as Result
 from m2f.cluster.api.train import Run as Run
 from m2f.cluster.api.train import TrainingFailedError as TrainingFailedError
 from m2f.cluster.api.train import train as train
-from m2f.eval.functions import Instances as Instances
-from m2f.eval.functions import PanopticImage as PanopticImage
+from m2f.eval.arrays import Instances as Instances
+from m2f.eval.arrays import PanopticImage as PanopticImage
 from m2f.eval.functions import evaluate_instances as evaluate_instances
 from m2f.eval.functions import evaluate_panoptic as evaluate_panoptic
 from m2f.eval.functions import evaluate_semantic as evaluate_semantic

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality.arms import Run
-from m2f.cluster.compare.records import parse_results
+from m2f.cluster.compare.set_result import parse_results
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read_run(folders: Sequence[Path], run: Run) -> RunResult | None:
     if not evaluations:
         return None
     path, folder = max(evaluations, key=lambda one: one[0].parts[-3])
-    result = parse_results(path.read_text())
+    result = parse_results(path.read_bytes(), str(path))
     metrics = {name: value for name, value in result.metrics.items() if value is not None}
     return RunResult(result.step, result.num_images, metrics, read_cpu(_cpu_record(folder, run)))
 

@@ -23,7 +23,8 @@ from m2f.data_pipeline.readers.masks import stack_layers
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Segment
 from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.functions import Instances, PanopticImage, class_list, compressed_rle, thing_flags
+from m2f.eval.arrays import Instances, PanopticImage, checked_instances, checked_panoptic, compressed_rle
+from m2f.eval.functions import class_list, thing_flags
 from m2f.eval.metrics.mean_iou import BINARY_MASK, ignore_label, is_binary_mask
 from m2f.eval.metrics.rle import decode_mask
 from m2f.model.extras import report_missing_extras
@@ -146,6 +147,8 @@ class Dataset:
         if isinstance(truth, Instances):
             return self._instance_annotation(position, truth)
         where = f"annotation {position}"
+        if isinstance(truth, PanopticImage):
+            truth = checked_panoptic(truth, where, DataError)
         values = truth.id_map if isinstance(truth, PanopticImage) else truth
         if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer) or values.size == 0:
             raise DataError(
@@ -188,20 +191,16 @@ class Dataset:
             raise KeyError(value)
         return Region(self._table.categories[value], value + 1)
 
-    def _instance_annotation(self, position: int, truth: Instances) -> Annotation:
+    def _instance_annotation(self, position: int, given: Instances) -> Annotation:
         where = f"annotation {position}"
+        truth = checked_instances(given, where, DataError)
         masks = [
             mask if isinstance(mask, np.ndarray) else decode_mask(compressed_rle(mask, f"{where}: mask {number}"))
             for number, mask in enumerate(truth.masks)
         ]
-        labels = [int(label) for label in truth.labels]
-        crowds = [False] * len(masks) if truth.is_crowd is None else [bool(flag) for flag in truth.is_crowd]
-        areas = [None] * len(masks) if truth.areas is None else [float(area) for area in truth.areas]
-        if not len(masks) == len(labels) == len(crowds) == len(areas):
-            raise DataError(
-                f"{where} has {len(masks)} masks, {len(labels)} labels, {len(crowds)} crowd flags and "
-                f"{len(areas)} areas; give one of each per mask"
-            )
+        labels = np.asarray(truth.labels).tolist()
+        crowds = [False] * len(masks) if truth.is_crowd is None else np.asarray(truth.is_crowd).tolist()
+        areas = [None] * len(masks) if truth.areas is None else np.asarray(truth.areas).tolist()
         if invalid := [mask.dtype for mask in masks if mask.dtype not in (bool, np.uint8)]:
             raise DataError(f"{where} has a mask of {invalid[0]}; masks must be bool, or uint8 with 0 for background")
         if wrong := [label for label in labels if not 0 <= label < len(self.names)]:

@@ -12,17 +12,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from m2f.cluster.compare.intervals import NUM_DRAWS, Interval, image_intervals, interval_notes, seed_intervals
+from m2f.cluster.compare.errors import CompareError
+from m2f.cluster.compare.intervals import (
+    NUM_DRAWS,
+    Interval,
+    image_interval_notes,
+    image_intervals,
+    seed_intervals,
+    seed_notes,
+)
 from m2f.cluster.compare.paper import PaperResult, paper_result
 from m2f.cluster.compare.records import (
-    CompareError,
     Curve,
     RunRecord,
-    SetResult,
     compared_step,
     is_training_metric,
     split_metric_name,
 )
+from m2f.cluster.compare.set_result import CLASS_METRICS, SetResult
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.label_space import describe_subset, match_classes
 from m2f.eval.results.results import distinct_names
@@ -33,8 +40,6 @@ METRIC_ORDER = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
     *("mIoU", "fwIoU", "mACC", "pACC", "mIoU_occurring", "mIoU_all"),
 )
-CLASS_METRICS = ("PQ", "AP", "IoU")
-"""Columns of per_class in results.json that are compared for each class."""
 HEADLINES = ("PQ", "AP", "mIoU")
 IDENTITY_SETTINGS = ("name", "output")
 """Settings that only identify a run and its folder. Their differences are not reported."""
@@ -159,7 +164,8 @@ def compare_runs(
             *left_out,
             *class_notes,
             *_notes(runs, sets, step),
-            *(interval_notes(runs, intervals, sets) if draws else ()),
+            *(image_interval_notes(runs, interval_metrics) if draws else ()),
+            *seed_notes(runs, by_run, interval_metrics or names),
         ),
     )
 
@@ -398,7 +404,7 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
 
 
 def _settings_notes(dataset: str, found: Sequence[tuple[str, SetResult]]) -> list[str]:
-    """Return one message for each evaluation setting that differs between the results that record their settings."""
+    """Return one message for each evaluation setting that differs, and one if only some results state settings."""
     known = [(name, dict(one.settings)) for name, one in found if one.settings is not None]
     names = dict.fromkeys(setting for _, settings in known for setting in settings if setting not in IGNORED_SETTINGS)
     notes = []
@@ -408,4 +414,10 @@ def _settings_notes(dataset: str, found: Sequence[tuple[str, SetResult]]) -> lis
             notes.append(
                 f"{dataset}: evaluated with different `{setting}` ({values}); this alone may change the numbers"
             )
+    unknown = [name for name, one in found if one.settings is None]
+    if known and unknown:
+        notes.append(
+            f"{dataset}: the results of {', '.join(unknown)} do not state the settings of the evaluation, which may "
+            "differ; evaluate again with m2f eval"
+        )
     return notes

@@ -16,10 +16,12 @@ import numpy as np
 from m2f.cluster.compare.records import RunRecord, split_metric_name
 from m2f.eval.metrics.resampled import draw_weights
 from m2f.eval.metrics.seed_interval import SeedInterval, difference_interval, mean_interval
-from m2f.eval.results.images import IMAGES_FILE, ImageRecords
+from m2f.eval.results.images import IMAGES_FILE, RESAMPLED_METRICS, ImageRecords
 
 NUM_DRAWS = 1000
 """Number of image sets that are drawn for an interval."""
+MIN_DRAWS = 40
+"""Smallest number of draws. With fewer, less than one draw lies outside either end of an interval of 95 %."""
 CONFIDENCE = 0.95
 """Share of the draws, or of the t distribution, that an interval covers: the level that papers usually report."""
 MIN_SEEDS = 2
@@ -49,12 +51,12 @@ class Interval:
 
 
 def image_intervals(runs: Sequence[RunRecord], metrics: Sequence[str], draws: int = NUM_DRAWS) -> list[Interval]:
-    """Return the intervals of every run against the first run, for the `metrics` that image records contain.
+    """Return the intervals of every run against the first run, for the `metrics` among RESAMPLED_METRICS.
 
     Runs that were not evaluated on the same images as the first run are omitted.
     """
     intervals: list[Interval] = []
-    for dataset in dict.fromkeys(split_metric_name(name)[0] for name in metrics):
+    for dataset, chosen in _resampled_metrics(metrics).items():
         baseline = runs[0].images.get(dataset)
         compared = [run for run in runs[1:] if baseline is not None and _same_images(run, baseline, dataset)]
         if baseline is None or not compared or not draws:
@@ -62,15 +64,24 @@ def image_intervals(runs: Sequence[RunRecord], metrics: Sequence[str], draws: in
         # The first draw is the original set, with every image once.
         original = np.ones((len(baseline.image_ids), 1), dtype=np.int32)
         weights = np.concatenate([original, draw_weights(baseline.image_ids, draws)], axis=1)
-        baseline_values = baseline.resampled(weights)
+        baseline_values = baseline.resampled(weights, chosen)
         for run in compared:
-            for metric, values in run.images[dataset].resampled(weights).items():
-                if f"{dataset}/{metric}" in metrics and metric in baseline_values:
+            for metric, values in run.images[dataset].resampled(weights, chosen).items():
+                if metric in baseline_values:
                     differences = values - baseline_values[metric]
                     name = f"{dataset}/{metric}"
                     found = _bootstrap_interval(name, differences, run.name, runs[0].name, len(original))
                     intervals += [] if found is None else [found]
     return intervals
+
+
+def _resampled_metrics(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the metrics that image records can give, by set."""
+    metrics: dict[str, list[str]] = {}
+    for dataset, metric in map(split_metric_name, names):
+        if metric in RESAMPLED_METRICS:
+            metrics.setdefault(dataset, []).append(metric)
+    return metrics
 
 
 def _same_images(run: RunRecord, baseline: ImageRecords, dataset: str) -> bool:
@@ -149,10 +160,10 @@ def _group_key(run: RunRecord) -> object:
     return frozenset((k, v) for k, v in settings if k not in SETTINGS_IGNORED_IN_GROUPS) if run.recipe else run.name
 
 
-def interval_notes(runs: Sequence[RunRecord], intervals: Sequence[Interval], sets: Sequence[str]) -> list[str]:
-    """Return messages about missing intervals and about the variation that the intervals do not reflect."""
+def image_interval_notes(runs: Sequence[RunRecord], metrics: Sequence[str]) -> list[str]:
+    """Return messages about the runs and metrics without intervals over images."""
     notes = []
-    for dataset in sets:
+    for dataset in _resampled_metrics(metrics):
         evaluated = [run for run in runs if dataset in run.results]
         baseline = runs[0].images.get(dataset)
         without_records = [run.name for run in evaluated if dataset not in run.images]
@@ -168,18 +179,27 @@ def interval_notes(runs: Sequence[RunRecord], intervals: Sequence[Interval], set
                 notes.append(
                     f"{dataset}: no intervals over images for {', '.join(others)}: evaluated on different images"
                 )
-    if without_seeds := _runs_without_seeds(runs, intervals):
+    without = [name for name in metrics if split_metric_name(name)[1] not in RESAMPLED_METRICS]
+    if len(runs) > 1 and without:
         notes.append(
-            f"{', '.join(without_seeds)}: intervals over images do not reflect the variation between training runs; "
-            "for intervals over seeds, train each compared recipe with several values of `seed`"
+            f"no intervals over images for {', '.join(without)}; they exist only for {', '.join(RESAMPLED_METRICS)}"
         )
     return notes
 
 
-def _runs_without_seeds(runs: Sequence[RunRecord], intervals: Sequence[Interval]) -> list[str]:
-    """Return the names of runs with an interval over images whose group has none over seeds for the same metric."""
-    keys = {run.name: _group_key(run) for run in runs}
-    over_seeds = [(one.metric, (one.run, one.baseline)) for one in intervals if one.kind == "seeds"]
-    with_seeds = {(metric, keys[name]) for metric, names in over_seeds for name in names if name is not None}
-    over_images = [one for one in intervals if one.kind == "images"]
-    return list(dict.fromkeys(one.run for one in over_images if (one.metric, keys[one.run]) not in with_seeds))
+def seed_notes(runs: Sequence[RunRecord], values: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> list[str]:
+    """Return a message if a side of the comparison has one run. The arguments are those of `seed_intervals`."""
+    groups = seed_groups(runs) if len(runs) > 1 else []
+    counts = [[sum(metric in values[i] for i in group) for metric in metrics] for group in groups]
+    single = [
+        runs[i].name
+        for group, by_metric in zip(groups, counts, strict=True)
+        if any(0 < count < MIN_SEEDS for count in by_metric)
+        for i in group
+    ]
+    if not single:
+        return []
+    return [
+        f"{', '.join(single)}: trained only once, so differences may be due to the variation between training "
+        "runs; for intervals over seeds, train each compared recipe with several values of `seed`"
+    ]

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from m2f.cluster.compare.errors import CompareError
+from m2f.cluster.compare.set_result import SetResult, parse_results
 from m2f.cluster.evaluation.queue import read_entries
 from m2f.cluster.recipe.load import flatten_tree
 from m2f.cluster.recipe.stored import trained_recipe_url
@@ -45,25 +47,6 @@ EXCLUDED_PREFIXES = ("train/storage/", "train/ranks/", "system/")
 """Name prefixes of further metrics that are not compared."""
 MAX_RUNS = 50
 """Maximum number of runs that a filter or an experiment selects."""
-
-
-class CompareError(UserError):
-    """Runs cannot be found, read or compared. The message names the run or tracking server, and the remedy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SetResult:
-    """Contents of results.json of one evaluated set at one step."""
-
-    step: int | None
-    """Optimizer step; None for weights that are not a checkpoint of the run."""
-    fingerprint: str
-    subset: str | None
-    num_images: int
-    metrics: Mapping[str, float | None]
-    per_class: Sequence[Mapping[str, Any]]
-    settings: Mapping[str, Any] | None = None
-    """Settings of the evaluation, which influence the numbers; None if the file does not record them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +170,7 @@ class _Store:
                 continue
             folder = f"evaluations/step_{at:08d}/{name}"
             if (text := self._artifact(run, f"{folder}/results.json", notes)) is not None:
-                results[name] = parse_results(text.decode())
+                results[name] = parse_results(text, f"{folder}/results.json of run {run_id}")
                 if (records := self._images(run, folder, notes)) is not None:
                     images[name] = records
         return RunRecord(
@@ -328,7 +311,7 @@ def _folder_results(storage: Storage, folder: str, notes: list[str]) -> dict[tup
     found, others, withdrawn = {}, set[str](), set[int]()
     current = _weights_of_withdrawn_steps(storage, folder, notes)
     for url in urls:
-        result = parse_results(storage.get(url).decode())
+        result = parse_results(storage.get(url), url)
         results_folder, name, _ = url.rsplit("/", 2)
         weights = (result.settings or {}).get("weights")
         if result.step is None:
@@ -424,16 +407,6 @@ def _stored_curves(storage: Storage, folder: str) -> dict[str, Curve]:
                 if key not in EXCLUDED_METRICS and not key.startswith(EXCLUDED_PREFIXES):
                     points.setdefault(key, {})[step] = value
     return {key: tuple(sorted(values.items())) for key, values in points.items()}
-
-
-def parse_results(text: str) -> SetResult:
-    """Parse the text of a results.json. Raises CompareError if it is damaged."""
-    try:
-        content = parse_json(text)
-        values = {one.name: content[one.name] for one in fields(SetResult) if one.name != "settings"}
-        return SetResult(**values | {"settings": content.get("settings")})
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CompareError(f"a results.json is damaged ({error}); delete it, and evaluate again") from error
 
 
 def split_metric_name(key: str) -> tuple[str, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m2f.cluster.compare.intervals import NUM_DRAWS, Interval, image_intervals
-from m2f.cluster.compare.records import RunRecord, SetResult
+from m2f.cluster.compare.records import RunRecord
+from m2f.cluster.compare.set_result import SetResult
 from m2f.eval.results.images import IMAGES_FILE
 from m2f.model.errors import UserError
 

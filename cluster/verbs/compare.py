@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1000,
         metavar="N",
-        help="bootstrap samples for intervals; 0: no intervals (default 1000)",
+        help="bootstrap samples for intervals, at least 40; 0: no intervals over images (default 1000)",
     )
     parser.add_argument(
         "--format",
@@ -63,15 +63,19 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from m2f.cluster.compare.compare import compare_runs
-    from m2f.cluster.compare.records import CompareError, read_runs
+    from m2f.cluster.compare.errors import CompareError
+    from m2f.cluster.compare.intervals import MIN_DRAWS
+    from m2f.cluster.compare.records import read_runs
 
     output = None if args.output is None else Path(args.output)
     if output is not None:
         check_output("--output", output, creates_folder=True)
     output_format = args.format or FORMAT_BY_SUFFIX.get(Path(args.output or "").suffix.lower(), "text")
+    if args.draws != 0 and args.draws < MIN_DRAWS:
+        raise CompareError(
+            f"--draws is {args.draws}; it must be at least {MIN_DRAWS}, or 0 for no intervals over images"
+        )
     runs = read_runs(args.runs, tracking=args.tracking, experiment=args.experiment, query=args.filter, step=args.step)
-    if args.draws < 0:
-        raise CompareError(f"--draws is {args.draws}; it must be at least 0")
     comparison = compare_runs(runs, args.metric, args.step, args.draws)
     if output is None:
         print_out(_render(comparison, output_format, None).rstrip("\n"))

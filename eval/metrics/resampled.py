@@ -8,7 +8,7 @@ thousand draws would otherwise take too long.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ CHUNK_BYTES = 2**26
 """Largest memory for the weights of all detections, in bytes. More draws are processed in several chunks."""
 CLASSES_AT_ONCE = 64
 """Number of classes whose sums by draw are in memory at once. It bounds the memory, not the result."""
+_ALL_THRESHOLDS = range(len(IOU_THRESHOLDS))
 _REVERSED_STEP = 2.0
 """Larger than any precision, so that the running maximum of one class does not reach the next."""
 
@@ -131,8 +132,13 @@ def _by_image(labels: Ragged, values: np.ndarray, first: int, width: int) -> np.
     return np.bincount(cells, weights=values[chosen], minlength=shape[0] * width).reshape(shape)
 
 
-def average_precisions(images: InstanceImages, weights: np.ndarray) -> np.ndarray:
-    """Return the AP over the classes with annotations in a draw: [draws], as shares; NaN if there are none."""
+def average_precisions(
+    images: InstanceImages, weights: np.ndarray, thresholds: Sequence[int] = _ALL_THRESHOLDS
+) -> np.ndarray:
+    """Return the AP over the classes with annotations in a draw: [draws], as shares; NaN if there are none.
+
+    `thresholds` are the positions in IOU_THRESHOLDS over which AP is averaged.
+    """
     label = images.label.values
     order = np.lexsort((-images.score.values, label))
     detections = _Detections(
@@ -150,7 +156,7 @@ def average_precisions(images: InstanceImages, weights: np.ndarray) -> np.ndarra
     for first in range(0, weights.shape[1], chunk):
         part = np.ascontiguousarray(weights[:, first : first + chunk])
         truth_count = annotated @ part
-        by_group = _group_precisions(detections, part, truth_count)
+        by_group = _group_precisions(detections, part, truth_count, thresholds)
         occurs = truth_count > 0
         defined = occurs.sum(axis=0)
         total = np.where(occurs, by_group, 0).sum(axis=0)
@@ -196,8 +202,10 @@ class _Detections:
     """[D] uint16, one bit per IoU threshold."""
 
 
-def _group_precisions(detections: _Detections, weights: np.ndarray, truth_count: np.ndarray) -> np.ndarray:
-    """Return the interpolated AP [groups, draws], averaged over IoU thresholds.
+def _group_precisions(
+    detections: _Detections, weights: np.ndarray, truth_count: np.ndarray, thresholds: Sequence[int] = _ALL_THRESHOLDS
+) -> np.ndarray:
+    """Return the interpolated AP [groups, draws], averaged over the IoU thresholds at these positions.
 
     `weights` are [images, draws], and `truth_count` holds the weighted annotations [groups, draws].
     """
@@ -205,7 +213,7 @@ def _group_precisions(detections: _Detections, weights: np.ndarray, truth_count:
     running = _exclusive_cumsum(weighted)
     starts = np.searchsorted(detections.group, np.arange(len(truth_count)))
     precision = np.zeros(truth_count.shape)
-    for threshold in range(len(IOU_THRESHOLDS)):
+    for threshold in thresholds:
         matched, ignored = ((bits >> threshold & 1) > 0 for bits in (detections.matched, detections.ignored))
         hits = np.flatnonzero(matched & ~ignored)
         if not len(hits):
@@ -226,7 +234,7 @@ def _group_precisions(detections: _Detections, weights: np.ndarray, truth_count:
         recall = correct / np.maximum(truth_count[group], 1)
         areas = _envelope(curve, hit_group) * _newly_reached(recall, first)
         precision[group[first]] += np.add.reduceat(areas, first, axis=0)
-    return precision / (len(IOU_THRESHOLDS) * len(RECALL_THRESHOLDS))
+    return precision / (len(thresholds) * len(RECALL_THRESHOLDS))
 
 
 def _exclusive_cumsum(weighted: np.ndarray) -> np.ndarray:

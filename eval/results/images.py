@@ -17,7 +17,7 @@ from m2f.data_pipeline.storage.ragged_table import Ragged, read_table_bytes, tab
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.average_precision import AveragePrecisionState
 from m2f.eval.metrics.base import MetricState
-from m2f.eval.metrics.instance_matching import rank_in_image_and_class
+from m2f.eval.metrics.instance_matching import IOU_THRESHOLDS, rank_in_image_and_class
 from m2f.eval.metrics.mean_iou import MeanIoUState, split_cells
 from m2f.eval.metrics.panoptic_quality import PanopticQualityState
 from m2f.eval.metrics.resampled import (
@@ -31,6 +31,10 @@ from m2f.eval.metrics.resampled import (
 )
 
 IMAGES_FILE = "images.parquet"
+RESAMPLED_METRICS = ("PQ", "AP", "AP50", "AP75", "mIoU")
+"""Metrics that can be computed from image records for a draw of images."""
+_THRESHOLDS = {"AP": range(len(IOU_THRESHOLDS)), "AP50": (0,), "AP75": (5,)}
+"""Positions in IOU_THRESHOLDS over which each of these metrics is averaged."""
 _IMAGES_PER_CHUNK = 256
 """Number of images whose own values are computed at once."""
 _ImagesT = TypeVar("_ImagesT", PanopticImages, InstanceImages, SemanticImages)
@@ -46,14 +50,18 @@ class ImageRecords:
     instance: InstanceImages | None = None
     semantic: SemanticImages | None = None
 
-    def resampled(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Return PQ, AP and mIoU [draws] in per cent for draws with weights [images, draws]; NaN if undefined."""
+    def resampled(self, weights: np.ndarray, metrics: Collection[str] = ("PQ", "AP", "mIoU")) -> dict[str, np.ndarray]:
+        """Return metrics [draws] in per cent for draws with weights [images, draws]; NaN if undefined.
+
+        `metrics` are some of RESAMPLED_METRICS. Those of a task without records are missing in the result.
+        """
         values: dict[str, np.ndarray] = {}
-        if self.panoptic is not None:
+        if self.panoptic is not None and "PQ" in metrics:
             values["PQ"] = 100 * panoptic_qualities(self.panoptic, weights)
-        if self.instance is not None:
-            values["AP"] = 100 * average_precisions(self.instance, weights)
-        if self.semantic is not None:
+        for name, thresholds in _THRESHOLDS.items():
+            if self.instance is not None and name in metrics:
+                values[name] = 100 * average_precisions(self.instance, weights, thresholds)
+        if self.semantic is not None and "mIoU" in metrics:
             values["mIoU"] = 100 * mean_ious(self.semantic, weights)
         return values
 

@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 
 from m2f.cluster.compare.compare import compare_runs
 from m2f.cluster.compare.page import as_page
-from m2f.cluster.compare.records import RunRecord, SetResult
+from m2f.cluster.compare.records import RunRecord
+from m2f.cluster.compare.set_result import SetResult
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.tracking import Tracking, create_run
 from m2f.data_pipeline.categories import Category, CategoryTable

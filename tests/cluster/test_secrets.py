@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from m2f.cluster.cli import main
-from m2f.cluster.compare.compare import CompareError
+from m2f.cluster.compare.errors import CompareError
 from m2f.cluster.compare.records import read_runs
 from m2f.cluster.doctor.services import check_tracking
 from m2f.cluster.recipe.load import dump_recipe, flatten, flatten_tree, load_recipe, parse_recipe

@@ -1,8 +1,13 @@
 """Hostile JSON and YAML is refused with one error, before it costs memory or time."""
 
+import json
+import re
+
 import pytest
 
-from m2f.cluster.compare.records import CompareError, parse_results
+from m2f.cluster.compare.errors import CompareError
+from m2f.cluster.compare.records import read_runs
+from m2f.cluster.compare.set_result import parse_results
 from m2f.cluster.evaluation.queue import read_entries
 from m2f.cluster.recipe.load import load_recipe, parse_recipe
 from m2f.cluster.recipe.same_model import model_changes
@@ -98,11 +103,63 @@ def test_valid_json_is_read_unchanged():
     ]
 
 
+RESULTS = {
+    "step": 100,
+    "fingerprint": "ab",
+    "subset": None,
+    "num_images": 6,
+    "metrics": {"AP": 20.0, "APl": None, "AP50": 3},
+    "per_class": [{"id": 1, "name": "cat", "is_thing": True, "AP": 20.0, "PQ": None}],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"step": "x"}, "`step` is 'x'"),
+        ({"step": True}, "`step` is True"),
+        ({"step": 10**400}, "`step` is 1000"),
+        ({"step": -1}, "`step` is -1"),
+        ({"fingerprint": None}, "`fingerprint` is None"),
+        ({"subset": 5}, "`subset` is 5"),
+        ({"num_images": "6"}, "`num_images` is '6'"),
+        ({"metrics": [1]}, "`metrics` is [1]"),
+        ({"metrics": {"AP": "20"}}, "`AP` is '20'"),
+        ({"metrics": {"AP": True}}, "`AP` is True"),
+        ({"metrics": {"AP": 10**400}}, "`AP` is 1000"),
+        ({"per_class": None}, "`per_class` is None"),
+        ({"per_class": ["x"]}, "`per_class` has 'x'"),
+        ({"per_class": [{"AP": 3.0}]}, "`per_class` has {'AP': 3.0}"),
+        ({"per_class": [{"name": "cat", "AP": "x"}]}, "`AP` is 'x'"),
+        ({"per_class": [{"name": 3}]}, "`name` is 3"),
+        ({"per_class": [{"name": "cat", "id": [1], "is_thing": True}]}, "`id` is [1]"),
+        ({"per_class": [{"name": "cat", "id": 1, "is_thing": "yes"}]}, "`is_thing` is 'yes'"),
+        ({"settings": "x"}, "`settings` is 'x'"),
+    ],
+)
+def test_results_of_another_type_are_refused_with_field_and_value(change, problem):
+    message = f"val/results.json is damaged ({problem}"
+    with pytest.raises(CompareError, match=re.escape(message)):
+        parse_results(json.dumps(RESULTS | change), "val/results.json")
+
+
+def test_the_message_about_damaged_results_names_the_file(tmp_path):
+    file = tmp_path / "evaluations/step_00000100/val/results.json"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text("name: run\n")
+    text = json.dumps(RESULTS)
+    assert parse_results("\ufeff" + text, "val/results.json").per_class == RESULTS["per_class"]
+    for content in (b"\xff" + text.encode(), text.encode().replace(b'"cat"', b'"c\xe9t"'), b"[]"):
+        file.write_bytes(content)
+        with pytest.raises(CompareError, match=f"{re.escape(str(file))} is damaged .*; delete it, and evaluate again"):
+            read_runs([str(tmp_path)], tracking=None, experiment=None, query=None, step=None)
+
+
 @pytest.mark.parametrize("text", ["[" * 200_000, "[" + "9" * 30 + "]", "[1]", "{}"])
 def test_damaged_results_and_queues_are_refused(tmp_path, text):
     (tmp_path / "queue.json").write_text(text)
-    with pytest.raises(CompareError, match=r"a results.json is damaged"):
-        parse_results(text)
+    with pytest.raises(CompareError, match=r"val/results\.json is damaged"):
+        parse_results(text, "val/results.json")
     if text != "{}":  # {} is a valid, empty queue
         with pytest.raises(EvaluationError, match=r"is not a valid evaluation queue"):
             read_entries(Storage(), str(tmp_path / "queue.json"))

@@ -181,7 +181,23 @@ def test_class_255_of_label_maps_is_a_class_if_there_are_256_or_more(scenes):
         ({"annotations": [m2f.Instances(np.ones((1, *SIZE), np.int64), [0])] * 2}, "annotation 0 has a mask of int64"),
         (
             {"annotations": [m2f.Instances(np.ones((2, *SIZE), bool), [0, 0], areas=[9.0])] * 2},
-            "annotation 0 has 2 masks, 2 labels, 2 crowd flags and 1 areas",
+            "annotation 0: areas has 1 entries for 2 masks",
+        ),
+        (
+            {"annotations": [m2f.Instances(np.ones((1, *SIZE), bool), [0.5])] * 2},
+            "annotation 0: labels has 0.5 for mask 0; give whole numbers",
+        ),
+        (
+            {"annotations": [m2f.Instances(np.ones((1, *SIZE), bool), [0], is_crowd=["0"])] * 2},
+            r"annotation 0: is_crowd is \['0'\]; give one number per mask",
+        ),
+        (
+            {"annotations": [m2f.Instances([{"size": [-1, -1], "counts": [1]}], [0])] * 2},
+            r"annotation 0: mask 0 has the size \[-1, -1\]; give its height and width in pixels",
+        ),
+        (
+            {"annotations": [m2f.PanopticImage(np.ones(SIZE, int), {1: 0}, crowds=[True])] * 2},
+            "annotation 0: crowds has True, which is not a segment id",
         ),
         (
             {"annotations": [m2f.Instances([{"size": list(SIZE), "counts": [9, 9]}], [0])] * 2},

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from m2f.cluster.cli import main
 from m2f.cluster.compare.compare import compare_runs
-from m2f.cluster.compare.intervals import seed_groups
+from m2f.cluster.compare.intervals import MIN_DRAWS, seed_groups
 from m2f.cluster.compare.page import as_page
-from m2f.cluster.compare.records import RunRecord, SetResult, read_runs
+from m2f.cluster.compare.records import RunRecord, read_runs
 from m2f.cluster.compare.report import as_json, as_markdown, as_text
+from m2f.cluster.compare.set_result import SetResult
+from m2f.eval.metrics.average_precision import NUM_AREAS, AveragePrecisionState, DetectionRecord
 from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoUState
 from m2f.eval.results.images import image_records, image_table, read_image_records
 
-UNREFLECTED = "{}: intervals over images do not reflect the variation between training runs"
+TRAINED_ONCE = "{}: trained only once, so differences may be due to the variation between training runs"
 
 
 def make_records(correct, num_images=400, first_id=0, seed=0):
@@ -56,7 +59,7 @@ def test_image_interval_contains_the_difference_and_notes_its_limits():
     assert (interval.kind, interval.metric, interval.images) == ("images", "val/mIoU", 400)
     assert interval.value == pytest.approx(value)
     assert 0 < interval.low < value < interval.high < 2 * value
-    assert any(note.startswith(UNREFLECTED.format("better")) for note in comparison.notes)
+    assert any(note.startswith(TRAINED_ONCE.format("base, better")) for note in comparison.notes)
     line = f"{value:+.2f}"
     for text in (as_text(comparison), as_markdown(comparison), as_page(comparison)):
         assert line in text
@@ -99,10 +102,10 @@ def test_runs_that_differ_only_in_seed_are_grouped():
     assert interval.value == pytest.approx(2.25)
     assert interval.low < 2.25 < interval.high
     assert "2 and 2 seeds" in as_text(comparison)
-    assert not any("variation between training runs" in note for note in comparison.notes)
+    assert comparison.notes[-1].startswith(TRAINED_ONCE.format("lone"))
 
 
-def test_runs_whose_group_has_no_interval_over_seeds_are_named():
+def test_sides_with_one_run_are_named():
     runs = [
         make_run("a0", make_records(70)),
         make_run("a1", make_records(70, seed=1), seed="1", value=50.5),
@@ -114,10 +117,48 @@ def test_runs_whose_group_has_no_interval_over_seeds_are_named():
     comparison = compare_runs(runs)
     assert [(one.run, one.kind) for one in comparison.intervals[-2:]] == [("lone", "images"), ("b0", "seeds")]
     (note,) = comparison.notes
-    assert note.startswith(UNREFLECTED.format("lone"))
+    assert note.startswith(TRAINED_ONCE.format("lone"))
     (note,) = compare_runs([runs[0], *runs[2:]]).notes  # the baseline has one seed
-    assert note.startswith(UNREFLECTED.format("b0, b1, b1_again, lone"))
-    assert compare_runs(runs[:2]).notes == ()
+    assert note.startswith(TRAINED_ONCE.format("a0, lone"))
+    assert compare_runs(runs[:2]).notes == compare_runs(runs[:1]).notes == ()
+
+
+def test_sides_with_one_run_are_named_without_intervals_over_images():
+    pair = [make_run("a"), make_run("b", lr="2")]
+    for comparison in (
+        compare_runs(pair),  # no image records
+        compare_runs([replace(run, images={"val": make_records(70)}) for run in pair], draws=0),
+        compare_runs([replace(run, curves={"train/loss/total": ((5, 1.0),)}) for run in pair], ["train/loss/total"]),
+        compare_runs([replace(run, curves={"val/pACC": ((5, 1.0),)}) for run in pair], ["pACC"]),
+    ):
+        assert comparison.intervals == ()
+        assert comparison.notes[-1].startswith(TRAINED_ONCE.format("a, b"))
+
+
+def test_metrics_of_detections_have_intervals_over_images_and_other_metrics_are_named():
+    random = np.random.default_rng(0)
+    runs = []
+    for name in ("base", "better"):
+        state = AveragePrecisionState(2)
+        for image_id in range(30):
+            scores = np.sort(random.random((2, 2)))[:, ::-1].ravel()
+            matched = np.repeat((1 << random.integers(0, 11, size=(4, 1))) - 1, NUM_AREAS, axis=1)
+            counts = np.full((2, NUM_AREAS), 3)
+            labels = np.array([0, 0, 1, 1])
+            record = DetectionRecord(labels, scores, matched, np.zeros_like(matched), np.array([0, 1]), counts)
+            state.add(image_id, record)
+        stats = state.compute().stats
+        values = {"AP": 100 * stats["AP"], "AP50": 100 * stats["AP50"], "AP75": 100 * stats["AP75"], "APs": 1.0}
+        run = make_run(name, image_records(None, state, None), lr=name)
+        runs.append(replace(run, curves={f"val/{metric}": ((5, value),) for metric, value in values.items()}))
+    comparison = compare_runs(runs, ["AP75", "AP50", "APs"])
+    assert [one.metric for one in comparison.intervals] == ["val/AP50", "val/AP75"]
+    differences = {row.name: row.values[1].delta for row in comparison.metrics}
+    for one in comparison.intervals:
+        assert one.value == pytest.approx(differences[one.metric])
+        assert one.low < one.value < one.high
+    assert comparison.notes[0] == ("no intervals over images for val/APs; they exist only for PQ, AP, AP50, AP75, mIoU")
+    assert [one.metric for one in compare_runs(runs).intervals] == ["val/AP"]
 
 
 def test_single_group_of_seeds_gets_an_interval_of_its_mean():
@@ -134,6 +175,13 @@ def test_different_evaluation_settings_are_noted():
     notes = compare_runs([first, second]).notes
     assert 'val: evaluated with different `shrink` (first "area", second "bilinear"); this alone' in " ".join(notes)
     assert not any("batch_size" in note or "weights" in note for note in notes)
+
+
+def test_results_without_settings_beside_results_with_settings_are_noted():
+    stated, old = make_run("stated", results=result(shrink="area")), make_run("old", lr="2")
+    note = "val: the results of old do not state the settings of the evaluation, which may differ"
+    assert any(one.startswith(note) for one in compare_runs([stated, old]).notes)
+    assert not any("settings" in one for one in compare_runs([old, replace(old, name="older")]).notes)
 
 
 def test_settings_are_those_of_the_compared_checkpoint(tmp_path):
@@ -169,4 +217,6 @@ def test_image_records_are_read_from_run_folders(tmp_path, capsys):
     (tmp_path / "better/evaluations/step_00000005/val/images.parquet").write_bytes(b"broken")
     assert main(["compare", *folders]) == 0
     assert "images.parquet cannot be read" in capsys.readouterr().out
-    assert main(["compare", *folders, "--draws", "-1"]) == 2
+    for draws in (-1, 1, MIN_DRAWS - 1):
+        assert main(["compare", *folders, "--draws", str(draws)]) == 2
+        assert f"--draws is {draws}; it must be at least 40, or 0 for no intervals" in capsys.readouterr().err

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from m2f.cluster.compare.records import RunRecord, SetResult
+from m2f.cluster.compare.records import RunRecord
+from m2f.cluster.compare.set_result import SetResult
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.registry.comparison import RegistryError, check_weights, compare_checkpoints
 from m2f.cluster.registry.register import RegisterOptions, is_evaluation_of, register
