@@ -17,9 +17,10 @@ from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.folders import walk_folders
 from m2f.data_pipeline.image_file import BrokenImageError, is_image_name, read_header
+from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.files import files_below
-from m2f.data_pipeline.readers.map_reader import read_index_map
+from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS, read_color_map, read_index_map
 from m2f.data_pipeline.sources import CocoStuffSource, ColorMapSource, HuggingFaceSource, LabelMapSource
 from m2f.model.errors import ConfigError
 from m2f.model.format_count import format_count
@@ -58,12 +59,14 @@ class _Pair:
         return next(filter(None, splits), None)
 
     def map_files(self) -> list[Path]:
-        """Return the paths of the maps, sorted. As in the readers, subfolders are included."""
-        return [p for p in files_below(self.maps, "") if _is_map(p.name) and p.stem.endswith(self.suffix)]
+        """Return the paths of the maps, sorted. As in the readers, subfolders are included, and PNG has precedence."""
+        found = [p for p in files_below(self.maps, "") if _is_map(p.name) and p.stem.endswith(self.suffix)]
+        found.sort(key=lambda path: path.suffix.lower() == ".png")
+        return sorted({path.with_suffix(""): path for path in found}.values())
 
 
 def _is_map(name: str) -> bool:
-    return name.lower().endswith(".png") and is_image_name(name)
+    return name.lower().endswith((".png", *OTHER_MAP_ENDINGS)) and is_image_name(name)
 
 
 def find_map_formats(folder: Path) -> list[DataFormat]:
@@ -80,7 +83,8 @@ def find_map_formats(folder: Path) -> list[DataFormat]:
     if unpaired:
         listed = format_list(path.relative_to(folder) for path in unpaired)
         notes.append(
-            f"not used, because no folder has images with the names of these maps, or they are not PNG: {listed}"
+            "not used, because no folder has images with the names of these maps, or they are not PNG, TIFF or BMP: "
+            f"{listed}"
         )
     if lists := [path.relative_to(folder) for path in files_below(folder, ".txt") if split_from_path(path.stem)]:
         notes.append(f"not used, because folders named train and val divide maps, not lists: {format_list(lists)}")
@@ -100,19 +104,22 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
     if pairs[0].images == pairs[0].maps:
         location = f"{pairs[0].images.name}/ with NAME and NAME{pairs[0].suffix}"
     evidence = f"{format_count(len(pairs), 'pair')} of images and maps, the first {location}"
-    if mode not in ("gray", "palette"):
-        return _color_map_formats(pairs, legend, category_file, evidence)
+    if mode not in ("gray", "gray_alpha", "palette"):
+        if (legend is not None and legend.name in _COLOR_LEGENDS) or any(map(_has_colors, _sample(pairs))):
+            return _color_map_formats(pairs, legend, category_file, evidence)
+        mode = "gray RGB"
     if legend is not None and legend.name == "labels.txt" and _is_coco_stuff(legend):
         sets = [CocoStuffSource(images=str(p.images), labels=str(p.maps), label_names=str(legend)) for p in pairs]
         return [DataFormat("coco_stuff", f"{evidence}, with labels.txt", _source_sets(pairs, sets))]
     values = _map_values(pairs, sampled=category_file is not None)
     is_binary = values == (0, 255)
+    void = () if is_binary else _without_classes((255,), category_file)
     sets = [
         LabelMapSource(
             images=str(pair.images),
             labels=str(pair.maps),
             categories=str(category_file or NO_CATEGORY_FILE),
-            void=() if is_binary else (255,),
+            void=void,
             suffix=pair.suffix,
         )
         for pair in pairs
@@ -125,7 +132,7 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
         )
     names, notes = _class_names(roots, first, class_values) if class_values else ({}, [])
     classes = {value: names.get(value) for value in (*class_values, *names)}
-    if 255 in values and not is_binary:
+    if 255 in values and 255 in void:
         notes.append("pixels of value 255 have no label (source.void)")
         classes.pop(255, None)
     source_sets = _source_sets(pairs, sets)
@@ -146,7 +153,12 @@ def _color_map_formats(
         )
     if category_file is not None and not any(pair.suffix for pair in pairs):
         ids = [
-            HuggingFaceSource(images=str(p.images), annotations=str(p.maps), categories=str(category_file))
+            HuggingFaceSource(
+                images=str(p.images),
+                annotations=str(p.maps),
+                categories=str(category_file),
+                void=_without_classes(HuggingFaceSource.void, category_file),
+            )
             for p in pairs
         ]
         formats.append(
@@ -154,10 +166,20 @@ def _color_map_formats(
         )
     if not formats:
         raise ConfigError(
-            f"{pairs[0].maps} contains RGB maps without a legend of their colours; add one of "
-            f"{', '.join(_COLOR_LEGENDS)} (or classes.json, if red is the class and green the object) beside it"
+            f"{pairs[0].maps} contains RGB maps without a legend of their colours; add class_dict.csv beside it, with "
+            "one line for each class, for example `road,128,64,128` (name and colour). If red is the class and green "
+            "the object, add classes.json instead (docs/datasets.md)"
         )
     return formats
+
+
+def _without_classes(void: tuple[int, ...], category_file: Path | None) -> tuple[int, ...]:
+    """Return the void values that are not labels of classes in the category file."""
+    try:
+        table = read_category_file(str(category_file), (), things=False)[0] if category_file else None
+    except DataError:  # the reader reports it
+        return void
+    return tuple(value for value in void if table is None or value not in table.by_id)
 
 
 def _require_one_map_folder(pairs: Sequence[_Pair]) -> None:
@@ -301,7 +323,7 @@ def _map_values(pairs: Sequence[_Pair], *, sampled: bool) -> tuple[int, ...]:
     per pair are read if they have too many values for classes, or if `sampled` is set and they have several values.
     """
     files = [pair.map_files() for pair in pairs]
-    sample = [path for paths in files for path in paths[:: -(-len(paths) // _SAMPLE_SIZE)]]
+    sample = _sample(pairs)
     values = set[int]().union(*map(_values_in, sample))
     rest = sorted({path for paths in files for path in paths} - set(sample))
     if rest and len(values) <= (1 if sampled else _MAX_CLASSES + 1):
@@ -312,6 +334,21 @@ def _map_values(pairs: Sequence[_Pair], *, sampled: bool) -> tuple[int, ...]:
     if not values:
         read_index_map(sample[0], _MAX_PIXELS)  # raises the error of the first map
     return tuple(sorted(values))
+
+
+def _sample(pairs: Sequence[_Pair]) -> list[Path]:
+    """Return at most 200 evenly spaced maps per pair."""
+    files = [pair.map_files() for pair in pairs]
+    return [path for paths in files for path in paths[:: -(-len(paths) // _SAMPLE_SIZE)]]
+
+
+def _has_colors(path: Path) -> bool:
+    """Return whether a map is in colour; False if it cannot be read."""
+    try:
+        ids = read_color_map(path, _MAX_PIXELS)
+    except DataError:
+        return False
+    return bool((ids != (ids & 255) * np.uint32(0x010101)).any())
 
 
 def _values_in(path: Path) -> set[int]:

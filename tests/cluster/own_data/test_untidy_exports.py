@@ -463,7 +463,7 @@ def test_maps_without_images_are_reported(folder, capsys):
             (folder / f"{split}/masks/{name}{number}.png").write_bytes(encode_png(class_map(number)))
     init_datasets()
     printed = capsys.readouterr().out
-    assert "no folder has images with the names of these maps, or they are not PNG: val/masks" in printed
+    assert "no folder has images with the names of these maps, or they are not PNG, TIFF or BMP: val/masks" in printed
 
 
 def test_lists_of_images_beside_maps_are_reported(folder, capsys):

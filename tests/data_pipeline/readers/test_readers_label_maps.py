@@ -122,8 +122,10 @@ def test_label_map_of_another_size_is_refused(folder):
 
 
 def test_colour_label_maps_are_refused(folder):
-    (folder / "labels/a.png").write_bytes(encode_png(np.zeros((6, 8, 3), np.uint8)))
-    with pytest.raises(DataError, match=r"labels/a.png: a label map must be a grey or palette PNG"):
+    colors = np.zeros((6, 8, 3), np.uint8)
+    colors[0, 0, 2] = 1
+    (folder / "labels/a.png").write_bytes(encode_png(colors))
+    with pytest.raises(DataError, match=r"labels/a.png: a label map must be grey or have a palette"):
         open_reader(_source(folder)).read(0)
 
 
