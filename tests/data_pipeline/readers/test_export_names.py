@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -96,3 +99,42 @@ def test_annotations_with_upper_case_endings_are_read(tmp_path):
     other.rename(other.with_name("lost.TXT"))
     with pytest.raises(DataError, match=r"lost.TXT: its image lost\.\* is not in"):
         open_reader(source)
+
+
+def test_moved_labelme_files_belong_to_the_nearest_image_of_their_name(tmp_path):
+    for site in ("a", "b"):
+        (tmp_path / site / "labels").mkdir(parents=True)
+        tool_exports.labelme(tmp_path / site)
+        (tmp_path / site / "images").mkdir()
+        for path in (tmp_path / site).glob("im*.*"):
+            path.rename(path.parent / ("labels" if path.suffix == ".json" else "images") / path.name)
+    source = LabelmeSource(images=str(tmp_path), annotations=str(tmp_path))
+    reader = open_reader(source)
+    for index in range(len(reader.keys)):
+        image = reader.files(index)[0].relative_to(tmp_path)
+        assert (image.parts[1], reader.read(index).source) == ("images", f"{tmp_path.name}/{image}")
+    assert len(set(reader.keys)) == 2 * tool_exports.COUNT
+    (tmp_path / "images").mkdir()
+    (tmp_path / "b/images/im0.png").rename(tmp_path / "images/im0.png")  # it is equally near to both JSON files
+    (tmp_path / "a/images/im0.png").unlink()
+    reader = open_reader(source)
+    missing = [path for index in range(len(reader.keys)) if not (path := reader.files(index)[0]).is_file()]
+    assert {path.relative_to(tmp_path).as_posix() for path in missing} == {"a/labels/im0.png", "b/labels/im0.png"}
+
+
+def test_labelme_files_that_contain_their_images_are_refused_with_a_remedy(tmp_path):
+    tool_exports.labelme(tmp_path)
+    for path in tmp_path.glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"imageData": "aGVsbG8="}))
+    source = LabelmeSource(images=str(tmp_path), annotations=str(tmp_path))
+    images = sorted(tmp_path.glob("*.png"))
+    for path in images[1:]:
+        path.unlink()
+    assert len(open_reader(source).keys) == len(images)
+    images[0].unlink()
+    with pytest.raises(DataError, match=r"has none of the \d+ images of .* imageData\. Write them to files with the"):
+        open_reader(source)
+    document = Path("docs/own_data.md").read_text()
+    command = re.search(r'python -c "(.*?)"', document, re.DOTALL)
+    exec(textwrap.dedent(command[1]).replace("pathlib.Path()", f"pathlib.Path({str(tmp_path)!r})"), {})
+    assert images[0].read_bytes() == b"hello"
