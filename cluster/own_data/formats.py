@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from m2f.cluster.own_data.map_pairs import find_map_formats
+from m2f.cluster.own_data.map_pairs import describe_unpaired_maps, find_map_formats
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, annotation_path, choose_sets, split_from_path
 from m2f.cluster.own_data.yolo import detect_yolo
 from m2f.data_pipeline.documents import DocumentError, parse_json
@@ -64,7 +64,8 @@ def choose_format(folder: Path, requested: str | None) -> DataFormat:
     if not formats:
         raise ConfigError(
             f"{folder} is not in a supported format: found no data.yaml with labels/, COCO or labelme JSON, CVAT XML, "
-            "SegmentationClass/, or folders of images and PNG maps with equal names. docs/own_data.md lists the formats"
+            "SegmentationClass/, or folders of images and maps with equal names."
+            f"{describe_unpaired_maps(folder)} docs/own_data.md lists the formats"
         )
     if not chosen:
         raise ConfigError(f"{folder} does not match --format {requested}; it matches:\n{listed}")

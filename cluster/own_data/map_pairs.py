@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -238,9 +239,49 @@ def _find_pairs(folder: Path) -> tuple[list[_Pair], list[Path]]:
             pairs.append(max(fitting, key=_nearness))
         else:
             unpaired.append(maps)
-    if not pairs and (nested := _find_nested_pairs(folder, stems)):
-        return nested, []
+    if not pairs and (matched := _find_nested_pairs(folder, stems) or _find_pairs_by_content(folder, stems)):
+        return matched, []
     return pairs, unpaired
+
+
+def _find_pairs_by_content(folder: Path, stems: Mapping[Path, Mapping[str, str]]) -> list[_Pair]:
+    """Return pairs of folders with equal stems of which only one has grey or palette maps, whatever their names are."""
+    maps = {path for path, names in stems.items() if _has_one_channel([path / name for name in names.values()])}
+    pairs: list[_Pair] = []
+    for path in sorted(maps):
+        names = stems[path].keys()
+        fitting = [_Pair(folder, p, path, "") for p in stems if p not in maps and names <= stems[p].keys()]
+        pairs += [max(fitting, key=_nearness)] if fitting else []
+    return pairs
+
+
+def _has_one_channel(paths: Sequence[Path]) -> bool:
+    """Return whether all files have the ending of a map, and the first 20 have one channel."""
+    if not all(_is_map(path.name) for path in paths):
+        return False
+    try:
+        return all(read_header(path.read_bytes()).mode in ("gray", "palette") for path in paths[:20])
+    except (OSError, BrokenImageError):
+        return False
+
+
+def describe_unpaired_maps(folder: Path) -> str:
+    """Return why the first folder that is named like maps has no images, as a sentence; empty if there is none."""
+    for parent, files in sorted(walk_folders(str(folder))):
+        path = Path(parent).relative_to(folder)
+        if not any(_is_named_like_maps(Path(part)) for part in path.parts):
+            continue
+        if num_maps := sum(map(_is_map, files)):
+            return (
+                f" {path}/ has {format_count(num_maps, 'map')}, but no folder has images with their names; if the "
+                "export lacks the images, copy them to images/."
+            )
+        for kind, endings in (("JPEG", (".jpg", ".jpeg")), ("WebP", (".webp",)), ("GIF", (".gif",))):
+            if count := sum(name.lower().endswith(endings) for name in files):
+                reason = "GIF files are not read" if kind == "GIF" else f"{kind} changes values"
+                listed = f" {path}/ has {format_count(count, f'{kind} file')}"
+                return f"{listed}; if these are maps, export them as PNG, because {reason}."
+    return ""
 
 
 def _find_nested_pairs(folder: Path, stems: Mapping[Path, Mapping[str, str]]) -> list[_Pair]:
@@ -299,9 +340,9 @@ def _looks_like_maps(folder: Path, names: dict[str, str]) -> bool:
 
 def _is_named_like_maps(folder: Path) -> bool:
     """Return whether a folder is named like maps, or its parent if the folder is named after a split."""
-    words = ("mask", "label", "annot", "seg", "gt", "ground", "stuff", "map", "target")
+    words = r"mask|label|annot|(?<![a-z])ann(?![a-z])|seg|gt|ground|stuff|map|target"  # ann_dir of mmsegmentation
     name = "/".join(folder.parts[-2:]) if split_from_path(folder.name) else folder.name
-    return any(word in name.lower() for word in words)
+    return re.search(words, name.lower()) is not None
 
 
 def _map_suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from m2f.cluster.cli import main
-from m2f.cluster.own_data.formats import find_formats
+from m2f.cluster.own_data.formats import choose_format, find_formats
 from m2f.cluster.own_data.write_recipe import category_text
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers import open_reader
@@ -176,3 +176,31 @@ def test_upper_case_endings_are_found(tmp_path, name, ending):
     (data_format,) = find_formats(tmp_path)
     assert (data_format.kind, [entry.split for entry in data_format.sets]) == (name, before)
     assert open_reader(data_format.sets[0].source).read(0).annotation.segments
+
+
+@pytest.mark.parametrize(
+    ("images", "maps"),
+    [("img_dir/train", "ann_dir/train"), ("labelled images", "annotation"), ("originals", "painted")],
+)
+def test_maps_are_found_in_folders_of_other_names(tmp_path, images, maps):
+    write_image(tmp_path / images / "im0.png", 0)
+    write_pair(tmp_path / "planning/im1.png", tmp_path / maps / "im0.png", class_map(0))
+    (data_format,) = find_formats(tmp_path)
+    source = data_format.sets[0].source
+    assert (source.images, source.labels) == (str(tmp_path / images), str(tmp_path / maps))
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        ("jpg", r"masks/ has 2 JPEG files; if these are maps, export them as PNG, because JPEG changes values\. docs"),
+        ("GIF", r"masks/ has 2 GIF files; .* because GIF files are not read"),
+        ("png", r"masks/ has 2 maps, but no folder has images with their names; if the export lacks the images, copy"),
+    ],
+)
+def test_unpaired_maps_are_refused_with_the_cause(tmp_path, ending, message):
+    (tmp_path / "masks").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(class_map(0)).save(tmp_path / f"masks/{name}.{ending}")
+    with pytest.raises(ConfigError, match=message):
+        choose_format(tmp_path, None)
