@@ -179,15 +179,22 @@ def decode_id_png(data: bytes) -> np.ndarray:
 def decode_index_map(data: bytes) -> np.ndarray:
     """Return the values [H, W] uint8 or uint16 of a grey or palette map in a lossless format: PNG, TIFF or BMP.
 
+    A map of 8 bits with three equal channels and no transparency is grey.
+
     Raises:
-        BrokenImageError: the file has another format or colours, or cannot be decoded exactly.
+        BrokenImageError: the file has another format, colours or transparency, or cannot be decoded exactly.
     """
-    if read_header(data).ext == "png":
+    header = read_header(data)
+    if header.ext == "png" and (header.mode in ("gray", "palette") or header.bit_depth > 8):
         return decode_index_png(data)
-    values = _lossless_pixels(data)
-    if values.ndim != 2:
+    values = _decode(data, cv2.IMREAD_UNCHANGED) if header.ext == "png" else _lossless_pixels(data)
+    if values.ndim == 2:
+        return values
+    if (values[..., :3] != values[..., :1]).any():
         raise BrokenImageError("a label map must be grey or have a palette, but this file is in colour")
-    return values
+    if values.shape[2] == 4 and (values[..., 3] != 255).any():
+        raise BrokenImageError("a label map must not be transparent; save it without an alpha channel")
+    return np.ascontiguousarray(values[..., 0])
 
 
 def decode_id_map(data: bytes) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from m2f.cluster.own_data.map_pairs import find_map_formats
+from m2f.cluster.own_data.map_pairs import describe_unpaired_maps, find_map_formats
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, annotation_path, choose_sets, split_from_path
 from m2f.cluster.own_data.yolo import detect_yolo
 from m2f.data_pipeline.documents import DocumentError, parse_json
@@ -65,7 +65,8 @@ def choose_format(folder: Path, requested: str | None) -> DataFormat:
     if not formats:
         raise ConfigError(
             f"{folder} is not in a supported format: found no data.yaml with labels/, COCO or labelme JSON, CVAT XML, "
-            "SegmentationClass/, or folders of images and PNG maps with equal names. docs/own_data.md lists the formats"
+            "SegmentationClass/, or folders of images and maps with equal names."
+            f"{describe_unpaired_maps(folder)} docs/own_data.md lists the formats"
         )
     if not chosen:
         raise ConfigError(f"{folder} does not match --format {requested}; it matches:\n{listed}")
@@ -87,10 +88,13 @@ def _require_separate_sets(data_format: DataFormat) -> None:
                 )
 
 
-def _visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Return the files in a folder that match a pattern, sorted, without hidden copies."""
-    paths = (path for path in folder.glob(pattern) if not is_hidden_copy(path.relative_to(folder).as_posix()))
-    return sorted(path for path in paths if path.is_file())
+def _visible_files(folder: Path, ending: str) -> list[Path]:
+    """Return the files in a folder whose names have an ending in any case, sorted, without hidden copies.
+
+    The list is empty if the folder does not exist.
+    """
+    paths = (path for path in (folder.iterdir() if folder.is_dir() else ()) if path.name.lower().endswith(ending))
+    return sorted(path for path in paths if path.is_file() and not is_hidden_copy(path.name))
 
 
 def _detect_json_formats(folder: Path) -> list[DataFormat]:
@@ -222,7 +226,7 @@ def _notes_about_images(folder: Path, annotations: Path, images: Path) -> tuple[
 def _labelme_format(folder: Path, parents: Sequence[Path]) -> DataFormat:
     classes: set[str] = set()
     for parent in parents:
-        for path in _visible_files(parent, "*.json"):
+        for path in _visible_files(parent, ".json"):
             content = read_json(str(path))  # the reader refuses damaged files too
             if is_labelme(content):
                 classes |= {str(shape.get("label")) for shape in content["shapes"] if isinstance(shape, dict)}
@@ -270,7 +274,9 @@ def _detect_cvat(folder: Path) -> DataFormat | None:
 def _detect_voc(folder: Path) -> DataFormat | None:
     """Detect Pascal VOC with grey or palette maps. RGB maps with a legend are a different format."""
     parents = sorted(Path(parent) for parent, _ in walk_folders(str(folder)))
-    roots = [p for p in parents if (p / "SegmentationObject").is_dir() and _visible_files(p, "SegmentationClass/*.png")]
+    roots = [
+        p for p in parents if (p / "SegmentationObject").is_dir() and _visible_files(p / "SegmentationClass", ".png")
+    ]
     if not roots or not all(map(_has_indexed_classes, roots)):
         return None
     sources = {root: _voc_source(root) for root in roots}
@@ -286,7 +292,7 @@ def _detect_voc(folder: Path) -> DataFormat | None:
 
 def _has_indexed_classes(root: Path) -> bool:
     try:
-        mode = read_header(_visible_files(root, "SegmentationClass/*.png")[0].read_bytes()).mode
+        mode = read_header(_visible_files(root / "SegmentationClass", ".png")[0].read_bytes()).mode
     except BrokenImageError:
         return False
     return mode in ("gray", "palette")
@@ -303,7 +309,7 @@ def _voc_source(root: Path) -> VocSource:
 
 def _voc_sets(folder: Path, root: Path, source: VocSource) -> list[SourceSet]:
     """Return a set for each list of images, or one set with all class maps if the lists do not divide the images."""
-    lists = {path: split_from_path(path.stem) for path in _visible_files(root, "ImageSets/Segmentation/*.txt")}
+    lists = {path: split_from_path(path.stem) for path in _visible_files(root / "ImageSets/Segmentation", ".txt")}
     if not {"train", "val"} & set(lists.values()):
         return [SourceSet(split_from_path(str(root.relative_to(folder))), source)]
     return [SourceSet(split, replace(source, image_set=str(path))) for path, split in lists.items()]

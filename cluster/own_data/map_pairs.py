@@ -3,52 +3,39 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
+from m2f.cluster.own_data.map_values import (
+    COLOR_LEGENDS,
+    LISTS_BY_VALUE,
+    MAX_CLASSES,
+    ColoredValue,
+    find_repeated_value,
+    has_colors,
+    read_class_names,
+    read_map_values,
+    sample_maps,
+    values_in,
+)
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, split_from_path
-from m2f.cluster.terminal import Progress
-from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, format_list
 from m2f.data_pipeline.folders import walk_folders
 from m2f.data_pipeline.image_file import BrokenImageError, is_image_name, read_header
+from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.files import files_below
-from m2f.data_pipeline.readers.map_reader import read_index_map
+from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS
 from m2f.data_pipeline.sources import CocoStuffSource, ColorMapSource, HuggingFaceSource, LabelMapSource
 from m2f.model.errors import ConfigError
 from m2f.model.format_count import format_count
 
-_COLOR_LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt")
-_LEGENDS = (*_COLOR_LEGENDS, "labels.txt")
+_LEGENDS = (*COLOR_LEGENDS, "labels.txt")
 _CATEGORY_FILES = ("classes.json", "categories.json")
-_NAMES_BY_VALUE_FILE = "id2label.json"
-"""File of Hugging Face: a JSON object with the class name of each map value."""
-_LISTS_BY_VALUE = (_NAMES_BY_VALUE_FILE, "_classes.csv")
-"""Files that state the map value of each class, so that colours do not matter."""
-_NAME_LISTS = ("_classes.csv", "class_names.txt", "classes.txt", "labels.txt")
-"""Files with the class names by map value.
-
-The file states each value (Roboflow), or the value is the number of the line, counted from 0 (labelme).
-"""
 _SUFFIXES = ("_mask", "_L", "_label", "_labels", "_gt", "_seg")
 """Name suffixes of maps that are in the same folder as their images."""
-_NUM_SAMPLED_MAPS = 200
-"""Number of maps per pair whose values decide if all maps are read: enough to show ids of objects, read in seconds."""
-_MAX_CLASSES = 64
-"""Largest number of values that count as classes without a category file. More are probably ids of objects."""
-_MAX_PIXELS = 10**9
-"""Limit of a map in pixels, only against damaged headers: `max_pixels` of the data set applies later."""
-_MAX_PALETTE_PIXELS = 89_000_000
-"""Largest map whose palette is read, because Pillow warns about larger images or refuses them."""
-_ColoredValue = tuple[int, tuple[int, ...] | None]
-"""A value in a map and its colour (R, G, B) in the palette of the map, or None if the palette has no such colour."""
 NO_CATEGORY_FILE = ""
 """Placeholder for the path of a category file that is not written yet."""
 
@@ -68,12 +55,14 @@ class _Pair:
         return next(filter(None, splits), None)
 
     def map_files(self) -> list[Path]:
-        """Return the paths of the maps, sorted. As in the readers, subfolders are included."""
-        return [p for p in files_below(self.maps, "") if _is_map(p.name) and p.stem.endswith(self.suffix)]
+        """Return the paths of the maps, sorted. As in the readers, subfolders are included, and PNG has precedence."""
+        found = [p for p in files_below(self.maps, "") if _is_map(p.name) and p.stem.endswith(self.suffix)]
+        found.sort(key=lambda path: path.suffix.lower() == ".png")
+        return sorted({path.with_suffix(""): path for path in found}.values())
 
 
 def _is_map(name: str) -> bool:
-    return name.lower().endswith(".png") and is_image_name(name)
+    return name.lower().endswith((".png", *OTHER_MAP_ENDINGS)) and is_image_name(name)
 
 
 def find_map_formats(folder: Path) -> list[DataFormat]:
@@ -90,7 +79,8 @@ def find_map_formats(folder: Path) -> list[DataFormat]:
     if unpaired:
         listed = format_list(path.relative_to(folder) for path in unpaired)
         notes.append(
-            f"not used, because no folder has images with the names of these maps, or they are not PNG: {listed}"
+            "not used, because no folder has images with the names of these maps, or they are not PNG, TIFF or BMP: "
+            f"{listed}"
         )
     if lists := [path.relative_to(folder) for path in files_below(folder, ".txt") if split_from_path(path.stem)]:
         notes.append(f"not used, because folders named train and val divide maps, not lists: {format_list(lists)}")
@@ -98,7 +88,8 @@ def find_map_formats(folder: Path) -> list[DataFormat]:
 
 
 def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
-    first = pairs[0].map_files()[0]
+    files = [pair.map_files() for pair in pairs]
+    first = files[0][0]
     try:
         mode = read_header(first.read_bytes()).mode
     except BrokenImageError as error:
@@ -110,36 +101,39 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
     if pairs[0].images == pairs[0].maps:
         location = f"{pairs[0].images.name}/ with NAME and NAME{pairs[0].suffix}"
     evidence = f"{format_count(len(pairs), 'pair')} of images and maps, the first {location}"
-    if mode not in ("gray", "palette"):
-        return _color_map_formats(pairs, legend, category_file, evidence)
+    if mode not in ("gray", "gray_alpha", "palette"):
+        if (legend is not None and legend.name in COLOR_LEGENDS) or any(map(has_colors, sample_maps(files))):
+            return _color_map_formats(pairs, legend, category_file, evidence)
+        mode = "gray RGB"
     if legend is not None and legend.name == "labels.txt" and _is_coco_stuff(legend):
         sets = [CocoStuffSource(images=str(p.images), labels=str(p.maps), label_names=str(legend)) for p in pairs]
         return [DataFormat("coco_stuff", f"{evidence}, with labels.txt", _source_sets(pairs, sets))]
-    found = _map_values(pairs, sampled=category_file is not None)
-    are_values_named = any((root / name).is_file() for root in roots for name in (*_CATEGORY_FILES, *_LISTS_BY_VALUE))
-    if not are_values_named and (repeated := _find_repeated_value(found)):
+    found = read_map_values(files, sampled=category_file is not None)
+    are_values_named = any((root / name).is_file() for root in roots for name in (*_CATEGORY_FILES, *LISTS_BY_VALUE))
+    if not are_values_named and (repeated := find_repeated_value(found)):
         return [_palette_format(pairs, legend, evidence, found, repeated)]
     values = tuple(sorted({value for value, _ in found}))
     is_binary = values == (0, 255)
+    void = () if is_binary else _without_classes((255,), category_file)
     sets = [
         LabelMapSource(
             images=str(pair.images),
             labels=str(pair.maps),
             categories=str(category_file or NO_CATEGORY_FILE),
-            void=() if is_binary else (255,),
+            void=void,
             suffix=pair.suffix,
         )
         for pair in pairs
     ]
     class_values = () if category_file else tuple(value for value in values if value != 255 or is_binary)
-    if len(class_values) > _MAX_CLASSES:
+    if len(class_values) > MAX_CLASSES:
         raise ConfigError(
             f"{pairs[0].maps}: the maps have {len(class_values)} different values, probably ids of objects, not "
             "classes; write a categories file (docs/datasets.md), or export in another format"
         )
-    names, notes = _class_names(roots, first, class_values) if class_values else ({}, [])
+    names, notes = read_class_names(roots, first, class_values) if class_values else ({}, [])
     classes = {value: names.get(value) for value in (*class_values, *names)}
-    if 255 in values and not is_binary:
+    if 255 in values and 255 in void:
         notes.append("pixels of value 255 have no label (source.void)")
         classes.pop(255, None)
     source_sets = _source_sets(pairs, sets)
@@ -160,7 +154,12 @@ def _color_map_formats(
         )
     if category_file is not None and not any(pair.suffix for pair in pairs):
         ids = [
-            HuggingFaceSource(images=str(p.images), annotations=str(p.maps), categories=str(category_file))
+            HuggingFaceSource(
+                images=str(p.images),
+                annotations=str(p.maps),
+                categories=str(category_file),
+                void=_without_classes(HuggingFaceSource.void, category_file),
+            )
             for p in pairs
         ]
         formats.append(
@@ -168,24 +167,19 @@ def _color_map_formats(
         )
     if not formats:
         raise ConfigError(
-            f"{pairs[0].maps} contains RGB maps without a legend of their colours; add one of "
-            f"{', '.join(_COLOR_LEGENDS)} (or classes.json, if red is the class and green the object) beside it"
+            f"{pairs[0].maps} contains RGB maps without a legend of their colours; add class_dict.csv beside it, with "
+            "one line for each class, for example `road,128,64,128` (name and colour). If red is the class and green "
+            "the object, add classes.json instead (docs/datasets.md)"
         )
     return formats
-
-
-def _find_repeated_value(found: Set[_ColoredValue]) -> tuple[_ColoredValue, _ColoredValue] | None:
-    """Return the smallest value that has different colours in two palettes, with two of its colours; None if none."""
-    colored = sorted((value, color) for value, color in found if color is not None)
-    return next(((one, other) for one, other in pairwise(colored) if one[0] == other[0]), None)
 
 
 def _palette_format(
     pairs: Sequence[_Pair],
     legend: Path | None,
     evidence: str,
-    found: Set[_ColoredValue],
-    repeated: tuple[_ColoredValue, _ColoredValue],
+    found: Set[ColoredValue],
+    repeated: tuple[ColoredValue, ColoredValue],
 ) -> DataFormat:
     """Return the format of maps with different palettes, which is read by colour.
 
@@ -199,19 +193,28 @@ def _palette_format(
         repeated: a value with two of its colours.
     """
     files = [path for pair in pairs for path in pair.map_files()]
-    if legend is not None and legend.name in _COLOR_LEGENDS and all(path.suffix.lower() == ".png" for path in files):
+    if legend is not None and legend.name in COLOR_LEGENDS and all(path.suffix.lower() == ".png" for path in files):
         named = {category.color for category in read_legend(str(legend)).categories}
         if {color for _, color in found} <= named:
             return replace(
                 _color_map_formats(pairs, legend, None, evidence)[0],
                 evidence=f"{evidence}: palette maps whose palettes differ, with {legend.name}",
             )
-    one, other = (next(path for path in files if entry in _values_in(path)) for entry in repeated)
+    one, other = (next(path for path in files if entry in values_in(path)) for entry in repeated)
     raise ConfigError(
         f"the palettes of {one} and {other} differ: value {repeated[0][0]} is {repeated[0][1]} in the first, "
         f"{repeated[1][1]} in the second. If colours are classes, add a legend of all colours "
-        f"({', '.join(_COLOR_LEGENDS)}) to PNG maps. If values are classes, save the maps as grey images"
+        f"({', '.join(COLOR_LEGENDS)}) to PNG maps. If values are classes, save the maps as grey images"
     )
+
+
+def _without_classes(void: tuple[int, ...], category_file: Path | None) -> tuple[int, ...]:
+    """Return the void values that are not labels of classes in the category file."""
+    try:
+        table = read_category_file(str(category_file), (), things=False)[0] if category_file else None
+    except DataError:  # the reader reports it
+        return void
+    return tuple(value for value in void if table is None or value not in table.by_id)
 
 
 def _require_one_map_folder(pairs: Sequence[_Pair]) -> None:
@@ -270,9 +273,49 @@ def _find_pairs(folder: Path) -> tuple[list[_Pair], list[Path]]:
             pairs.append(max(fitting, key=_nearness))
         else:
             unpaired.append(maps)
-    if not pairs and (nested := _find_nested_pairs(folder, stems)):
-        return nested, []
+    if not pairs and (matched := _find_nested_pairs(folder, stems) or _find_pairs_by_content(folder, stems)):
+        return matched, []
     return pairs, unpaired
+
+
+def _find_pairs_by_content(folder: Path, stems: Mapping[Path, Mapping[str, str]]) -> list[_Pair]:
+    """Return pairs of folders with equal stems of which only one has grey or palette maps, whatever their names are."""
+    maps = {path for path, names in stems.items() if _has_one_channel([path / name for name in names.values()])}
+    pairs: list[_Pair] = []
+    for path in sorted(maps):
+        names = stems[path].keys()
+        fitting = [_Pair(folder, p, path, "") for p in stems if p not in maps and names <= stems[p].keys()]
+        pairs += [max(fitting, key=_nearness)] if fitting else []
+    return pairs
+
+
+def _has_one_channel(paths: Sequence[Path]) -> bool:
+    """Return whether all files have the ending of a map, and the first 20 have one channel."""
+    if not all(_is_map(path.name) for path in paths):
+        return False
+    try:
+        return all(read_header(path.read_bytes()).mode in ("gray", "palette") for path in paths[:20])
+    except (OSError, BrokenImageError):
+        return False
+
+
+def describe_unpaired_maps(folder: Path) -> str:
+    """Return why the first folder that is named like maps has no images, as a sentence; empty if there is none."""
+    for parent, files in sorted(walk_folders(str(folder))):
+        path = Path(parent).relative_to(folder)
+        if not any(_is_named_like_maps(Path(part)) for part in path.parts):
+            continue
+        if num_maps := sum(map(_is_map, files)):
+            return (
+                f" {path}/ has {format_count(num_maps, 'map')}, but no folder has images with their names; if the "
+                "export lacks the images, copy them to images/."
+            )
+        for kind, endings in (("JPEG", (".jpg", ".jpeg")), ("WebP", (".webp",)), ("GIF", (".gif",))):
+            if count := sum(name.lower().endswith(endings) for name in files):
+                reason = "GIF files are not read" if kind == "GIF" else f"{kind} changes values"
+                listed = f" {path}/ has {format_count(count, f'{kind} file')}"
+                return f"{listed}; if these are maps, export them as PNG, because {reason}."
+    return ""
 
 
 def _find_nested_pairs(folder: Path, stems: Mapping[Path, Mapping[str, str]]) -> list[_Pair]:
@@ -331,9 +374,9 @@ def _looks_like_maps(folder: Path, names: dict[str, str]) -> bool:
 
 def _is_named_like_maps(folder: Path) -> bool:
     """Return whether a folder is named like maps, or its parent if the folder is named after a split."""
-    words = ("mask", "label", "annot", "seg", "gt", "ground", "stuff", "map", "target")
+    words = r"mask|label|annot|(?<![a-z])ann(?![a-z])|seg|gt|ground|stuff|map|target"  # ann_dir of mmsegmentation
     name = "/".join(folder.parts[-2:]) if split_from_path(folder.name) else folder.name
-    return any(word in name.lower() for word in words)
+    return re.search(words, name.lower()) is not None
 
 
 def _map_suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
@@ -346,95 +389,3 @@ def _map_suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
             if fitting >= 0.9 * len(maps):
                 return suffix
     return None
-
-
-def _map_values(pairs: Sequence[_Pair], *, sampled: bool) -> Set[_ColoredValue]:
-    """Return the values in the maps. Unreadable maps are left out, because the survey reports them as faults.
-
-    A class may occur in very few maps, so all maps are read. There are two exceptions: at most `_NUM_SAMPLED_MAPS`
-    evenly spaced maps per pair are read if they have too many values for classes, or if `sampled` is set and they have
-    several values.
-    """
-    files = [pair.map_files() for pair in pairs]
-    sample = [path for paths in files for path in paths[:: -(-len(paths) // _NUM_SAMPLED_MAPS)]]
-    values = set[_ColoredValue]().union(*map(_values_in, sample))
-    num_values = len({value for value, _ in values})
-    rest = sorted({path for paths in files for path in paths} - set(sample))
-    if rest and num_values <= (1 if sampled else _MAX_CLASSES + 1):
-        with ThreadPoolExecutor() as pool, Progress("reading the values of all maps", len(rest), "maps") as progress:
-            for found in pool.map(_values_in, rest):
-                values |= found
-                progress.advance(1)
-    if not values:
-        read_index_map(sample[0], _MAX_PIXELS)  # raises the error of the first map
-    return values
-
-
-def _values_in(path: Path) -> Set[_ColoredValue]:
-    """Return the values in a map; an empty set if it cannot be read."""
-    try:
-        pixels = read_index_map(path, _MAX_PIXELS)
-    except DataError:
-        return set()
-    values = np.flatnonzero(np.bincount(pixels.ravel())).tolist()
-    palette = _palette(path) if pixels.size <= _MAX_PALETTE_PIXELS else []
-    return {(value, palette[value] if value < len(palette) else None) for value in values}
-
-
-def _class_names(roots: Sequence[Path], first: Path, values: Sequence[int]) -> tuple[Mapping[int, str], list[str]]:
-    """Return the class names by map value, and a note on each list of names that is read or not used.
-
-    A list of names is used only if it names all values, because others may lack the background.
-
-    Args:
-        roots: folders that may have such a list.
-        first: path of a map.
-        values: values that are classes.
-    """
-    notes = []
-    for path in (root / name for root in roots for name in (_NAMES_BY_VALUE_FILE, *_NAME_LISTS, *_COLOR_LEGENDS)):
-        if path.name == _NAMES_BY_VALUE_FILE:
-            if (stated := _read_names_by_value(path)) is not None:
-                return stated, notes
-        elif path.is_file():
-            names = _read_name_list(path, first)
-            if names.keys() >= set(values):
-                first_name = f"value {values[0]} is {names[values[0]]!r}"  # shows whether the background is named
-                return names, [*notes, f"the class names come from {path.name}: {first_name}"]
-            listed = os.path.relpath(path, roots[0])
-            notes.append(f"not used, because it does not name all values of the maps: {listed}")
-    return {}, notes
-
-
-def _read_name_list(path: Path, first: Path) -> dict[int, str]:
-    """Return the class names by map value of a text file; an empty dict if it has another form.
-
-    Colours stand for the values with these colours in the palette of the map `first`.
-    """
-    try:
-        categories = read_legend(str(path)).categories
-    except DataError:
-        return {}
-    if path.name in _COLOR_LEGENDS:
-        palette = _palette(first)
-        return {palette.index(c.color): c.name for c in categories if c.color in palette}
-    offset = categories[0].name == "__ignore__"  # labelme numbers this first class -1
-    return {category.id - offset: category.name for category in categories[offset:]}
-
-
-def _palette(path: Path) -> list[tuple[int, ...]]:
-    """Return the colours (R, G, B) of a map's palette by index; an empty list if it has none."""
-    with Image.open(path) as image:
-        values = image.getpalette() or []
-    return list(zip(values[::3], values[1::3], values[2::3], strict=True))
-
-
-def _read_names_by_value(path: Path) -> dict[int, str] | None:
-    """Read the class names by map value. Return None if the file does not exist or does not map values to names."""
-    try:
-        document = parse_json(path.read_bytes())
-    except (OSError, DocumentError):
-        return None
-    if not isinstance(document, dict) or not all(key.isdecimal() and int(key) < 65536 for key in document):
-        return None
-    return {int(key): str(name) for key, name in document.items()}

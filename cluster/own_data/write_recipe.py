@@ -96,9 +96,9 @@ def category_file_path(options: InitOptions) -> Path:
 def category_text(classes: Mapping[int, str | None]) -> str:
     """Return a JSON list of classes. Classes without a name get a placeholder that the user can change.
 
-    If there are two classes and one has the value 0, the placeholders are background and foreground.
+    If the values are 0 and 1, or 0 and 255, the placeholders are background and foreground.
     """
-    pair = ("background", "foreground") if len(classes) == 2 and 0 in classes else None
+    pair = ("background", "foreground") if set(classes) in ({0, 1}, {0, 255}) else None
     rows = [
         {"label": value, "name": name or (pair[i] if pair else f"class {value}"), "isthing": 0}
         for i, (value, name) in enumerate(classes.items())

@@ -9,6 +9,7 @@ import os
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -281,12 +282,38 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
             problems, f"`{path}.kind`: no such kind {value['kind']!r}{suggestion(str(value['kind']), kinds)}"
         )
     settings = _build_settings(section, value, path, problems)
-    if _INVALID in settings.values():
-        return _INVALID
     try:
+        if any(value is _INVALID for value in settings.values()):
+            _check_valid_settings(section, settings)
+            return _INVALID
         return section(**settings)
     except ConfigError as error:  # a check across settings, whose message names them
         return _add_problem(problems, str(error))
+
+
+class _InvalidSettingReadError(Exception):
+    """Raised if a check across settings reads a setting that is invalid itself."""
+
+
+def _check_valid_settings(section: type, settings: Mapping[str, Any]) -> None:
+    """Run the checks across settings of a section that has invalid settings, up to the first that reads one of them.
+
+    Raises ConfigError if a check fails.
+    """
+
+    class Checked(section):
+        def __getattribute__(self, name: str) -> Any:
+            if settings.get(name) is _INVALID:
+                raise _InvalidSettingReadError
+            return super().__getattribute__(name)
+
+    checked = object.__new__(Checked)
+    for field in dataclasses.fields(section):
+        value = settings[field.name] if field.name in settings else _default_of(field)
+        if value is not _INVALID:
+            object.__setattr__(checked, field.name, value)
+    with suppress(_InvalidSettingReadError):
+        checked.__post_init__()
 
 
 def _build_settings(section: type, value: Mapping[str, Any], path: str, problems: list[str]) -> dict[str, Any]:

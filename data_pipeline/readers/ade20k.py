@@ -27,12 +27,13 @@ def open_ade20k(source: Ade20kSource, max_pixels: int) -> MapReader:
     """Return the reader of the data set: panoptic if `instances` is given, otherwise semantic.
 
     Raises:
-        DataError: a folder is missing, or an image or map has no partner.
+        DataError: a folder is missing, or no image has a map.
     """
     images = require_folder(source.images)
     folders = [require_folder(f) for f in (source.annotations, source.instances) if f is not None]
     decoder = SemanticMaps() if source.instances is None else PanopticMaps()
-    return MapReader(images, CATEGORIES_150, decoder, pair_files(images, *folders), max_pixels)
+    pairs = pair_files(images, *folders)
+    return MapReader(images, CATEGORIES_150, decoder, pairs.records, max_pixels, pairs.unusable)
 
 
 @dataclass(frozen=True)

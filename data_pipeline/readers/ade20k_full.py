@@ -22,12 +22,12 @@ def open_ade20k_full(source: Ade20kFullSource, max_pixels: int) -> MapReader:
     """Return the reader of all images below a folder of the release.
 
     Raises:
-        DataError: a `_seg.png` is missing, or the categories file is invalid.
+        DataError: no image has a `_seg.png`, or the categories file is invalid.
     """
     folder = require_folder(source.folder)
     categories = categories_847() if source.categories is None else read_category_file(source.categories, ())[0]
-    records = pair_files(folder, folder, image_endings=(".jpg",), map_endings=("_seg.png",), base_names=True)
-    return MapReader(folder, categories, ObjectMaps(categories), records, max_pixels)
+    pairs = pair_files(folder, folder, image_endings=(".jpg",), map_endings=("_seg.png",), base_names=True)
+    return MapReader(folder, categories, ObjectMaps(categories), pairs.records, max_pixels, pairs.unusable)
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,11 @@ def open_cityscapes(source: CityscapesSource, max_pixels: int) -> MapReader:
     """Return the reader of the instance maps, which contain all information of the label maps.
 
     Raises:
-        DataError: a folder is missing, or an image or map has no partner.
+        DataError: a folder is missing, or no image has a map.
     """
     images, annotations = require_folder(source.images), require_folder(source.annotations)
-    records = pair_files(images, annotations, image_endings=(_IMAGE_ENDING,), map_endings=_MAP_ENDINGS, base_names=True)
-    return MapReader(images, CATEGORIES, InstanceIds(), records, max_pixels)
+    pairs = pair_files(images, annotations, image_endings=(_IMAGE_ENDING,), map_endings=_MAP_ENDINGS, base_names=True)
+    return MapReader(images, CATEGORIES, InstanceIds(), pairs.records, max_pixels, pairs.unusable)
 
 
 def open_cityscapes_panoptic(source: CityscapesPanopticSource, max_pixels: int) -> CocoPanopticReader:

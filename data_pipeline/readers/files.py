@@ -130,8 +130,11 @@ def require_folder(path: str) -> Path:
 
 
 def files_below(folder: Path, ending: str) -> list[Path]:
-    """Return the files below a folder whose names have an ending, sorted, without hidden copies. Links are followed."""
-    found = (path for path in list_files(folder) if path.name.endswith(ending))
+    """Return the files below a folder whose names have an ending, sorted, without hidden copies. Links are followed.
+
+    The case of the ending is ignored.
+    """
+    found = (path for path in list_files(folder) if path.name.lower().endswith(ending.lower()))
     return [path for path in found if not is_hidden_copy(path.relative_to(folder).as_posix())]
 
 

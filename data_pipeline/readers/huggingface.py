@@ -19,14 +19,13 @@ def open_huggingface(source: HuggingFaceSource, max_pixels: int) -> MapReader:
     """Return the reader of the data set.
 
     Raises:
-        DataError: an image or map has no partner, or the categories file is invalid.
+        DataError: no image has a map, or the categories file is invalid.
     """
     images, annotations = require_folder(source.images), require_folder(source.annotations)
     categories, void = read_category_file(source.categories, source.void, things=True)
     decoder = ClassAndInstanceMaps(categories.by_id | dict.fromkeys(void))
-    return MapReader(
-        images, categories, decoder, pair_files(images, annotations, other_map_endings=OTHER_MAP_ENDINGS), max_pixels
-    )
+    pairs = pair_files(images, annotations, other_map_endings=OTHER_MAP_ENDINGS)
+    return MapReader(images, categories, decoder, pairs.records, max_pixels, pairs.unusable)
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ def open_label_maps(source: LabelMapSource, max_pixels: int) -> MapReader:
     """Return the reader of the data set.
 
     Raises:
-        DataError: an image or map has no partner, or the categories file is invalid.
+        DataError: no image has a map, or the categories file is invalid.
     """
     images, labels = require_folder(source.images), require_folder(source.labels)
     categories, void = read_category_file(source.categories, source.void, things=False)
     regions: dict[int, Region | None] = {c.id: Region(c, c.id) for c in categories.categories}
     decoder = LabelMaps(regions | dict.fromkeys(void))
     endings = tuple(source.suffix + ending for ending in (".png", *OTHER_MAP_ENDINGS))
-    records = pair_files(images, labels, map_endings=endings[:1], other_map_endings=endings[1:])
-    return MapReader(images, categories, decoder, records, max_pixels)
+    pairs = pair_files(images, labels, map_endings=endings[:1], other_map_endings=endings[1:])
+    return MapReader(images, categories, decoder, pairs.records, max_pixels, pairs.unusable)
 
 
 @dataclass(frozen=True)

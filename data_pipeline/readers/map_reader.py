@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -66,16 +66,13 @@ class MapReader:
     decoder: MapDecoder
     records: tuple[MapRecord, ...]
     max_pixels: int
+    unusable: tuple[UnusableAnnotation, ...] = ()
+    """Maps without an image."""
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """Return the keys in the order of `records`."""
         return tuple(record.key for record in self.records)
-
-    @property
-    def unusable(self) -> tuple[UnusableAnnotation, ...]:
-        """Return an empty tuple, because there is no annotation file."""
-        return ()
 
     def source(self, index: int) -> str:
         """Return the image's location for messages, as `folder/file name`."""
@@ -89,7 +86,12 @@ class MapReader:
     def read(self, index: int) -> Sample:
         """Read one image with its segments. Raises DataError if the image or a map is unusable."""
         record = self.records[index]
-        annotation = self.decoder.decode(record.maps, self.max_pixels)
+        try:
+            annotation = self.decoder.decode(record.maps, self.max_pixels)
+        except DataError as error:
+            if missing := next((path for path in record.maps if not path.is_file()), None):
+                raise DataError(f"{self.images / record.image}: it has no map ({missing})") from error
+            raise
         assert annotation.seg is not None
         height, width = annotation.seg.shape
         file = load_image(self.images / record.image, height, width, self.max_pixels)
@@ -111,7 +113,7 @@ class MapReader:
 
     def subset(self, indices: Sequence[int]) -> Self:
         """Return a reader of the given images, in the given order."""
-        return replace(self, records=tuple(self.records[i] for i in indices))
+        return replace(self, records=tuple(self.records[i] for i in indices), unusable=())
 
 
 def read_index_map(path: Path, max_pixels: int) -> np.ndarray:
@@ -139,6 +141,16 @@ def read_color_map(path: Path, max_pixels: int) -> np.ndarray:
         raise DataError(f"{path}: {error}") from error
 
 
+@dataclass(frozen=True)
+class PairedFiles:
+    """The images of a data set with their maps."""
+
+    records: tuple[MapRecord, ...]
+    """One record per image, in the order of stems. Maps that do not exist fail when the record is read."""
+    unusable: tuple[UnusableAnnotation, ...]
+    """Maps without an image."""
+
+
 def pair_files(
     images: Path,
     *maps: Path,
@@ -146,8 +158,8 @@ def pair_files(
     map_endings: tuple[str, ...] = (".png",),
     other_map_endings: tuple[str, ...] = (),
     base_names: bool = False,
-) -> tuple[MapRecord, ...]:
-    """Pair all images with the files of the same stem in each folder of maps, and return them in the order of stems.
+) -> PairedFiles:
+    """Pair all images with the files of the same stem in each folder of maps.
 
     A stem is the path relative to its folder without its ending.
 
@@ -160,8 +172,7 @@ def pair_files(
         base_names: make keys from stems without folders, for data sets in which these are unique.
 
     Raises:
-        DataError: there is no image, a file has no partner, two files have the same stem or key, or maps have a lossy
-            format.
+        DataError: there is no image, no image has a map in one of the folders, or two files have the same stem or key.
     """
     image_names = _names_by_stem(images, image_endings)
     if images in maps:  # the folder also holds the maps, for example `a.png` and `a_mask.png`
@@ -169,26 +180,46 @@ def pair_files(
         image_names = {stem: name for stem, name in image_names.items() if not name.lower().endswith(map_suffixes)}
     if not image_names:
         raise DataError(f"{images} contains no image ({', '.join(image_endings)}); the data set is empty")
-    map_names = []
+    map_names: list[dict[str, str]] = []
+    unusable: list[UnusableAnnotation] = []
     for folder in maps:
         names = _names_by_stem(folder, map_endings)
         if image_names.keys() - names.keys():
             names = _names_by_stem(folder, other_map_endings) | names
-        unpaired = sorted(image_names.keys() ^ names.keys())
-        if unpaired and folder != images:
-            _refuse_lossy(folder, set(unpaired))
-        if unpaired:
-            endings = ", ".join((*map_endings, *other_map_endings))
-            raise DataError(
-                f"{len(unpaired)} files in {images} ({', '.join(image_endings)}) and {folder} ({endings}) have no "
-                f"counterpart with the same stem: {format_list(unpaired)}"
-            )
-        map_names.append(names)
+        if not image_names.keys() & names.keys():
+            _refuse_unpaired(images, folder, image_names, names, image_endings, (*map_endings, *other_map_endings))
+        if folder != images and image_names.keys() - names.keys():
+            lossy = _names_by_stem(folder, LOSSY_ENDINGS)  # reading such a map states why it is refused
+            names = {stem: name for stem, name in lossy.items() if stem in image_names} | names
+        unpaired = sorted(names.keys() - image_names.keys())
+        unusable += [
+            UnusableAnnotation(str(folder / names[s]), f"its image {s}.* is not in {images}") for s in unpaired
+        ]
+        map_names.append({stem: names.get(stem, stem + map_endings[0]) for stem in image_names})
     stems = sorted(image_names)
     keys = unique_keys(f"{PurePosixPath(stem).name}.png" if base_names else image_names[stem] for stem in stems)
-    return tuple(
+    records = tuple(
         MapRecord(i, key, image_names[stem], tuple(f / names[stem] for f, names in zip(maps, map_names, strict=True)))
         for i, (stem, key) in enumerate(zip(stems, keys, strict=True))
+    )
+    return PairedFiles(records, tuple(unusable))
+
+
+def _refuse_unpaired(
+    images: Path,
+    folder: Path,
+    image_names: Mapping[str, str],
+    map_names: Mapping[str, str],
+    image_endings: tuple[str, ...],
+    map_endings: tuple[str, ...],
+) -> None:
+    """Raise DataError because no image has a map in `folder`."""
+    if folder != images:
+        _refuse_lossy(folder, set(image_names))
+    unpaired = sorted(image_names.keys() | map_names.keys())
+    raise DataError(
+        f"{len(unpaired)} files in {images} ({', '.join(image_endings)}) and {folder} ({', '.join(map_endings)}) have "
+        f"no counterpart with the same stem: {format_list(unpaired)}"
     )
 
 

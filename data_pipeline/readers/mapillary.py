@@ -23,12 +23,13 @@ def open_mapillary(source: MapillarySource, max_pixels: int) -> MapReader:
     """Return the reader of the data set.
 
     Raises:
-        DataError: an image or map has no partner, or the config file is invalid.
+        DataError: no image has a map, or the config file is invalid.
     """
     images, instances = require_folder(source.images), require_folder(source.instances)
     labels = _read_labels(source.config_json)
     categories = CategoryTable(tuple(category for category in labels if category is not None))
-    return MapReader(images, categories, InstanceMaps(labels), pair_files(images, instances), max_pixels)
+    pairs = pair_files(images, instances)
+    return MapReader(images, categories, InstanceMaps(labels), pairs.records, max_pixels, pairs.unusable)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ def open_coco_stuff(source: CocoStuffSource, max_pixels: int) -> MapReader:
     Id 0 of labels.txt, `unlabeled`, is not a class; value 255 is void.
 
     Raises:
-        DataError: an image or map has no partner, or labels.txt is invalid.
+        DataError: no image has a map, or labels.txt is invalid.
     """
     images, labels = require_folder(source.images), require_folder(source.labels)
     rows = [row for row in read_legend(source.label_names).categories if row.id > 0]
     categories = CategoryTable(tuple(Category(row.id, row.name, row.id <= _LAST_THING, row.color) for row in rows))
     regions: dict[int, Region | None] = {c.id - 1: Region(c, c.id) for c in categories.categories}
     decoder = LabelMaps(regions | {_VOID: None})
-    return MapReader(images, categories, decoder, pair_files(images, labels), max_pixels)
+    pairs = pair_files(images, labels)
+    return MapReader(images, categories, decoder, pairs.records, max_pixels, pairs.unusable)

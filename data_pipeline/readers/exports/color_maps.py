@@ -20,7 +20,7 @@ def open_color_maps(source: ColorMapSource, max_pixels: int) -> MapReader:
     """Return the reader of the data set.
 
     Raises:
-        DataError: an image or map has no partner, the legend is invalid, or two classes have the same colour.
+        DataError: no image has a map, the legend is invalid, or two classes have the same colour.
     """
     images, labels = require_folder(source.images), require_folder(source.labels)
     listed = read_legend(source.legend).categories
@@ -37,8 +37,8 @@ def open_color_maps(source: ColorMapSource, max_pixels: int) -> MapReader:
     categories = CategoryTable(tuple(category for category in listed if category.name.lower() not in void))
     decoder = ColorMaps(regions)
     endings = tuple(source.suffix + ending for ending in (".png", *OTHER_MAP_ENDINGS))
-    records = pair_files(images, labels, map_endings=endings[:1], other_map_endings=endings[1:])
-    return MapReader(images, categories, decoder, records, max_pixels)
+    pairs = pair_files(images, labels, map_endings=endings[:1], other_map_endings=endings[1:])
+    return MapReader(images, categories, decoder, pairs.records, max_pixels, pairs.unusable)
 
 
 @dataclass(frozen=True)

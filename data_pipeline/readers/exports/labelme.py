@@ -52,6 +52,12 @@ def open_labelme(source: LabelmeSource, max_pixels: int) -> CocoInstancesReader:
     unusable: list[UnusableAnnotation] = []
     annotated = []
     image_names = _locate_moved_images([_image_name(path, document, images) for path, document in documents], images)
+    has_images = any((images / name).is_file() for name in image_names)
+    if not has_images and any(document.get("imageData") for _, document in documents):
+        raise DataError(
+            f"{images} has none of the {len(documents)} images of {folder}; the JSON files contain them as imageData. "
+            "Write them to files with the command in docs/own_data.md (labelme)"
+        )
     for (path, document), image_name in zip(documents, image_names, strict=True):
         height, width = (whole_number(document, side, str(path)) for side in ("imageHeight", "imageWidth"))
         parts = []
@@ -94,7 +100,8 @@ def _locate_moved_images(names: list[str], images: Path) -> list[str]:
     """Return the names of images relative to their folder, with the names of missing images corrected if possible.
 
     labelme writes bare file names, and its files are often moved to a folder of their own. A missing image is therefore
-    replaced by the unused image with the same file name, if there is exactly one of each.
+    replaced by the unused image with the same file name. Of several, it is the one with the longest common path. The
+    image stays missing if two images are equally near, or if another missing image has the same replacement.
     """
     missing = {name for name in names if not (images / name).is_file()}
     if not missing:
@@ -102,13 +109,14 @@ def _locate_moved_images(names: list[str], images: Path) -> list[str]:
     places: dict[str, list[str]] = {}
     for name in {path.relative_to(images).as_posix() for path in files_below(images, "")} - set(names):
         places.setdefault(PurePosixPath(name).name, []).append(name)
-    counts = Counter(PurePosixPath(name).name for name in missing)
-    moved = {
-        name: places[base][0]
-        for name in missing
-        if counts[base := PurePosixPath(name).name] == 1 and len(places.get(base, ())) == 1
-    }
-    return [moved.get(name, name) for name in names]
+    nearest: dict[str, str] = {}
+    for name in missing:
+        found = places.get(PurePosixPath(name).name, [])
+        depths = [len(PurePosixPath(os.path.commonpath((name, place))).parts) for place in found]
+        if found and depths.count(max(depths)) == 1:
+            nearest[name] = found[depths.index(max(depths))]
+    counts = Counter(nearest.values())
+    return [nearest[name] if counts[nearest.get(name, "")] == 1 else name for name in names]
 
 
 def _part(shape: dict[str, Any], label_ids: dict[str, int], height: int, width: int) -> ObjectPart:

@@ -16,8 +16,10 @@ from m2f.data_pipeline.readers.coco_json import require_unique
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.files import read_bytes, require_file, require_folder, unique_keys
 from m2f.data_pipeline.readers.map_reader import MapReader, MapRecord, read_index_map
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import Annotation
 from m2f.data_pipeline.sources import VocSource
+from m2f.model.format_count import format_count
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -31,7 +33,7 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
     """Return the reader of the images in `image_set`, or of all images with a class map. Class 0 is background.
 
     Raises:
-        DataError: an image or a map is missing, or no image is listed, or one is listed twice.
+        DataError: no image has both maps, or no image is listed, or one is listed twice.
     """
     images, classes = require_folder(source.images), require_folder(source.class_maps)
     objects = require_folder(source.object_maps)
@@ -39,9 +41,10 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
     if source.legend is not None:
         names = {category.id: category.name for category in read_legend(source.legend).categories}
     table = CategoryTable(tuple(Category(i, name, i > 0, distinct_color(i)) for i, name in names.items()))
+    class_maps, object_maps = (_maps_by_stem(folder) for folder in (classes, objects))
     image_names = [path.name for path in images.iterdir() if is_image_name(path.name)]
     if source.image_set is None:
-        stems = sorted(path.stem for path in classes.glob("*.png") if is_image_name(path.name))
+        stems = sorted(class_maps)
     else:
         require_file(source.image_set)
         lines = read_bytes(Path(source.image_set)).decode("utf-8-sig", errors="replace").splitlines()
@@ -54,18 +57,33 @@ def open_voc(source: VocSource, max_pixels: int) -> MapReader:
     names_of_images = [name for name in image_names if Path(name).stem in listed]
     require_unique((Path(name).stem for name in names_of_images), f"names in {images} without their endings")
     files = {Path(name).stem: name for name in names_of_images}
-    incomplete = [s for s in stems if s not in files or not all((f / f"{s}.png").is_file() for f in (classes, objects))]
-    if incomplete:
+    if not files.keys() & class_maps.keys() & object_maps.keys():
         raise DataError(
-            f"{len(incomplete)} of {len(stems)} names lack an image in {images}, or a map in {classes} or {objects}: "
-            f"{format_list(incomplete)}"
+            f"none of {format_count(len(stems), 'name')} has an image in {images} and maps in {classes} and {objects}: "
+            f"{format_list(stems)}"
         )
+    unusable = tuple(
+        UnusableAnnotation(source.image_set or str(class_maps[stem]), f"its image {stem}.* is not in {images}")
+        for stem in stems
+        if stem not in files
+    )
+    stems = [stem for stem in stems if stem in files]
     keys = unique_keys(files[stem] for stem in stems)
     records = tuple(
-        MapRecord(i, key, files[stem], (classes / f"{stem}.png", objects / f"{stem}.png"))
+        MapRecord(
+            i,
+            key,
+            files[stem],
+            (class_maps.get(stem, classes / f"{stem}.png"), object_maps.get(stem, objects / f"{stem}.png")),
+        )
         for i, (stem, key) in enumerate(zip(stems, keys, strict=True))
     )
-    return MapReader(images, table, VocMaps(table.by_id), records, max_pixels)
+    return MapReader(images, table, VocMaps(table.by_id), records, max_pixels, unusable)
+
+
+def _maps_by_stem(folder: Path) -> dict[str, Path]:
+    """Return the PNG files in a folder by stem; the case of their endings is ignored."""
+    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() == ".png" and is_image_name(path.name)}
 
 
 @dataclass(frozen=True)

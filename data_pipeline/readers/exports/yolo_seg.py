@@ -38,9 +38,13 @@ def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader
     used = names if source.image_set is None else _listed_images(source.image_set, images, names)
     unusable: list[UnusableAnnotation] = []
     annotated, labelled = [], False
+    texts = files_below(labels, ".txt")
+    by_stem = {str(file.relative_to(labels).with_suffix("")): file for file in texts}  # also files named a.TXT
     for name in used:
         height, width = displayed_size(images / name)
         file = labels / Path(name).with_suffix(".txt")
+        if not file.is_file():
+            file = by_stem.get(str(Path(name).with_suffix("")), file)
         labelled = labelled or file.is_file()
         parts = _read_lines(file, height, width, categories, unusable) if file.is_file() else ()
         annotated.append(AnnotatedImage(name, height, width, tuple(parts)))
@@ -50,7 +54,7 @@ def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader
             "there for each NAME.jpg, or correct datasets.<name>.source.labels"
         )
     stems = {str(Path(name).with_suffix("")) for name in names}
-    for file in files_below(labels, ".txt"):
+    for file in texts:
         stem = str(file.relative_to(labels).with_suffix(""))
         if stem not in stems and file.name != "classes.txt":
             unusable.append(UnusableAnnotation(str(file), f"its image {stem}.* is not in {images}"))

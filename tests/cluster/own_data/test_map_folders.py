@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from m2f.cluster.cli import main
-from m2f.cluster.own_data.formats import find_formats
+from m2f.cluster.own_data.formats import choose_format, find_formats
+from m2f.cluster.own_data.write_recipe import category_text
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers import open_reader
 from m2f.model.errors import ConfigError
@@ -174,3 +175,87 @@ def test_subfolders_below_splits_are_joined_within_their_split(tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps([{"label": k, "name": name} for k, name in NAMES.items()]))
     (data_format,) = find_formats(tmp_path)
     assert {entry.split: len(open_reader(entry.source).keys) for entry in data_format.sets} == {"train": 4, "val": 2}
+
+
+@pytest.mark.parametrize("ending", ["tif", "TIFF", "bmp"])
+@pytest.mark.parametrize("name", ["masks/im0", "images/im0_mask"])
+def test_tiff_and_bmp_maps_are_detected(tmp_path, ending, name):
+    write_pair(tmp_path / "images/im0.png", tmp_path / "preview.png", np.zeros((2, 2), np.uint8))
+    path = tmp_path / f"{name}.{ending}"
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8)).save(path)
+    (data_format,) = find_formats(tmp_path)
+    assert (data_format.kind, list(data_format.classes)) == ("label_maps", [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "LA"])
+def test_maps_with_equal_channels_are_label_maps(tmp_path, mode):
+    values = np.array([[0, 255], [0, 0]], np.uint8)
+    for number in range(2):
+        write_pair(tmp_path / f"images/im{number}.png", tmp_path / f"masks/im{number}.png", values * number)
+        Image.fromarray(values * number).convert(mode).save(tmp_path / f"masks/im{number}.png")
+    (data_format,) = find_formats(tmp_path)
+    assert (data_format.kind, list(data_format.classes)) == ("label_maps", [0, 255])
+    colors = np.zeros((2, 2, 3), np.uint8)
+    colors[0, 0] = (255, 0, 0)
+    Image.fromarray(colors).save(tmp_path / "masks/im1.png")  # the first map alone, which is black, does not decide
+    if mode == "RGB":
+        with pytest.raises(ConfigError, match=r"add class_dict.csv beside it, .* for example `road,128,64,128`"):
+            find_formats(tmp_path)
+
+
+def test_a_class_with_value_255_is_not_void(tmp_path):
+    write_pair(tmp_path / "images/im0.png", tmp_path / "masks/im0.png", np.array([[0, 128], [255, 255]], np.uint8))
+    rows = [{"label": value, "name": f"class {value}"} for value in (0, 128, 255)]
+    (tmp_path / "classes.json").write_text(json.dumps(rows))
+    (data_format,) = find_formats(tmp_path)
+    assert (data_format.sets[0].source.void, data_format.notes) == ((), ())
+    assert len(open_reader(data_format.sets[0].source).read(0).annotation.segments) == 3
+    (tmp_path / "classes.json").write_text(json.dumps(rows[:2]))
+    (data_format,) = find_formats(tmp_path)
+    assert data_format.sets[0].source.void == (255,)
+
+
+def test_only_binary_maps_have_a_background_and_a_foreground():
+    assert '"foreground"' in category_text({0: None, 1: None})
+    assert '"foreground"' in category_text({0: None, 255: None})
+    assert '"class 128"' in category_text({0: None, 128: None})
+
+
+@pytest.mark.parametrize(("name", "ending"), [("labelme", ".json"), ("cvat", ".xml"), ("voc", ".png"), ("voc", ".txt")])
+def test_upper_case_endings_are_found(tmp_path, name, ending):
+    EXPORTS[name](tmp_path)
+    before = [entry.split for entry in find_formats(tmp_path)[0].sets]
+    for path in [path for path in tmp_path.rglob(f"*{ending}") if path.parent.name != "JPEGImages"]:
+        path.rename(path.with_suffix(ending.upper()))
+    (data_format,) = find_formats(tmp_path)
+    assert (data_format.kind, [entry.split for entry in data_format.sets]) == (name, before)
+    assert open_reader(data_format.sets[0].source).read(0).annotation.segments
+
+
+@pytest.mark.parametrize(
+    ("images", "maps"),
+    [("img_dir/train", "ann_dir/train"), ("labelled images", "annotation"), ("originals", "painted")],
+)
+def test_maps_are_found_in_folders_of_other_names(tmp_path, images, maps):
+    write_image(tmp_path / images / "im0.png", 0)
+    write_pair(tmp_path / "planning/im1.png", tmp_path / maps / "im0.png", class_map(0))
+    (data_format,) = find_formats(tmp_path)
+    source = data_format.sets[0].source
+    assert (source.images, source.labels) == (str(tmp_path / images), str(tmp_path / maps))
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        ("jpg", r"masks/ has 2 JPEG files; if these are maps, export them as PNG, because JPEG changes values\. docs"),
+        ("GIF", r"masks/ has 2 GIF files; .* because GIF files are not read"),
+        ("png", r"masks/ has 2 maps, but no folder has images with their names; if the export lacks the images, copy"),
+    ],
+)
+def test_unpaired_maps_are_refused_with_the_cause(tmp_path, ending, message):
+    (tmp_path / "masks").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(class_map(0)).save(tmp_path / f"masks/{name}.{ending}")
+    with pytest.raises(ConfigError, match=message):
+        choose_format(tmp_path, None)

@@ -35,6 +35,25 @@ def recipe(tmp_path, monkeypatch):
     return tmp_path / "recipe.yaml"
 
 
+def test_checks_across_settings_run_beside_invalid_settings_that_they_do_not_read(recipe):
+    schedule = "training.schedule={kind: multi_step, milestones: [8, 4], warmup_steps: -1}"
+    scales = ["data.augment.min_scale=2", "data.augment.max_scale=1"]
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, [schedule, *scales, "training.optimizer={lr: -1}", "training.max_steps=0"])
+    for problem in (
+        "data.augment.size is -5",
+        "data.augment.min_scale is 2, above max_scale, which is 1",
+        "training.schedule.warmup_steps is -1",
+        "training.schedule.milestones is [8, 4]; each",
+        "neither training.max_steps nor training.max_epochs is set",
+    ):
+        assert problem in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, ["data.augment.min_scale=0", "data.augment.max_scale=-1", "training.max_steps=-1"])
+    assert "above max_scale" not in str(caught.value)
+    assert "neither" not in str(caught.value)
+
+
 def test_all_problems_are_in_one_message_and_nothing_starts(recipe, capsys):
     assert main(["train", str(recipe), "--launcher", "local"]) == 2
     output = capsys.readouterr().err

@@ -110,7 +110,7 @@ def test_hidden_copies_of_tools_are_ignored(tmp_path):
             path = tmp_path / folder / f"{name}{ending}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
-    assert [r.image for r in pair_files(tmp_path / "images", tmp_path / "labels")] == ["a/x.webp"]
+    assert [r.image for r in pair_files(tmp_path / "images", tmp_path / "labels").records] == ["a/x.webp"]
     assert find_images([str(tmp_path / "images")], Storage()) == (str(tmp_path / "images/a/x.webp"),)
     assert find_images([f"{tmp_path}/images/a/*"], Storage()) == (str(tmp_path / "images/a/x.webp"),)
 

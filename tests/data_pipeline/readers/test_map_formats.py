@@ -164,3 +164,23 @@ def test_panoptic_masks_are_read_in_lossless_formats_only(tmp_path, image_format
             reader.read(0)
         return
     assert [s.source_id for s in reader.read(0).annotation.segments] == list(IDS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("LA", "PNG"), ("RGB", "PNG"), ("RGBA", "PNG"), ("RGB", "TIFF"), ("RGB", "BMP")]
+)
+def test_maps_with_equal_channels_are_grey(mode, kind):
+    image = Image.fromarray(GREY).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    assert np.array_equal(decode_index_map(buffer.getvalue()), GREY)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparent_label_maps_are_refused(mode):
+    image = Image.fromarray(GREY).convert(mode)
+    image.putpixel((0, 0), (7, 254) if mode == "LA" else (7, 7, 7, 254))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    with pytest.raises(BrokenImageError, match="a label map must not be transparent"):
+        decode_index_map(buffer.getvalue())

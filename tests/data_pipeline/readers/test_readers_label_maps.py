@@ -70,8 +70,8 @@ def test_linked_subfolders_are_read(folder):
     reader = open_reader(_source(folder))
     assert [reader.source(index) for index in (0, 1)] == ["images/a.jpg", "images/sub/b.png"]
     (folder / "labels/sub").unlink()
-    with pytest.raises(DataError, match=r"1 files in .* have no counterpart with the same stem: sub/b"):
-        open_reader(_source(folder))
+    with pytest.raises(DataError, match=r"images/sub/b.png: it has no map \(.*labels/sub/b.png\)"):
+        open_reader(_source(folder)).read(1)
 
 
 def test_fingerprint_depends_on_the_categories(folder):
@@ -88,10 +88,25 @@ def test_unknown_values_are_listed(folder):
         open_reader(_source(folder)).read(0)
 
 
-def test_files_without_a_counterpart_are_refused(folder):
+def test_images_without_a_map_fail_when_they_are_read(folder):
+    keys = open_reader(_source(folder)).keys
     (folder / "labels/a.png").unlink()
-    with pytest.raises(DataError, match=r"1 files in .* have no counterpart with the same stem: a$"):
+    reader = open_reader(_source(folder))
+    assert reader.keys == keys
+    assert reader.read(1).image_id == 1
+    with pytest.raises(DataError, match=r"images/a.jpg: it has no map \(.*labels/a.png\)"):
+        reader.read(0)
+
+
+def test_maps_without_an_image_are_unusable(folder):
+    (folder / "images/a.jpg").unlink()
+    with pytest.raises(
+        DataError, match=r"1 annotation cannot be used.*--skip-bad:\n  .*labels/a.png: its image a\.\* is "
+    ):
         open_reader(_source(folder))
+    reader = open_reader(_source(folder), skip_bad=True)
+    assert (reader.keys, len(reader.unusable)) == (("sub-b-bd60e19f",), 1)
+    assert reader.subset([0]).unusable == ()
 
 
 def test_two_images_with_one_stem_are_refused(folder):
@@ -107,8 +122,10 @@ def test_label_map_of_another_size_is_refused(folder):
 
 
 def test_colour_label_maps_are_refused(folder):
-    (folder / "labels/a.png").write_bytes(encode_png(np.zeros((6, 8, 3), np.uint8)))
-    with pytest.raises(DataError, match=r"labels/a.png: a label map must be a grey or palette PNG"):
+    colors = np.zeros((6, 8, 3), np.uint8)
+    colors[0, 0, 2] = 1
+    (folder / "labels/a.png").write_bytes(encode_png(colors))
+    with pytest.raises(DataError, match=r"labels/a.png: a label map must be grey or have a palette"):
         open_reader(_source(folder)).read(0)
 
 

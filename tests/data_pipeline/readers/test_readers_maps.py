@@ -85,11 +85,11 @@ def test_files_are_paired_by_stem(tmp_path):
     _touch(images, "b.JPG", "sub/a.jpeg", "notes.txt")
     _touch(labels, "b.png", "sub/a.png", "b.json")
     _touch(other_labels, "b.png", "sub/a.png")
-    first, second = pair_files(images, labels, other_labels)
+    first, second = pair_files(images, labels, other_labels).records
     assert (first.index, first.key, first.image) == (0, "b", "b.JPG")
     assert first.maps == (labels / "b.png", other_labels / "b.png")
     assert (second.image, second.maps[0]) == ("sub/a.jpeg", labels / "sub/a.png")
-    assert [r.key for r in pair_files(images, labels, base_names=True)] == ["b", "a"]
+    assert [r.key for r in pair_files(images, labels, base_names=True).records] == ["b", "a"]
 
 
 def test_base_names_that_repeat_are_refused(tmp_path):
@@ -100,10 +100,23 @@ def test_base_names_that_repeat_are_refused(tmp_path):
         pair_files(images, labels, base_names=True)
 
 
-def test_files_without_a_counterpart_are_listed_with_both_folders(tmp_path):
+def test_images_without_a_map_are_records_and_maps_without_an_image_are_unusable(tmp_path):
     images, labels = tmp_path / "images", tmp_path / "labels"
-    _touch(images, "a.jpg", "b.jpg")
-    _touch(labels, "b.png", "c.png")
+    _touch(images, "a.jpg", "b.jpg", "d.jpg")
+    _touch(labels, "b.png", "c.png", "d.webp", "e.webp")
+    pairs = pair_files(images, labels)
+    assert [(r.key, r.maps) for r in pairs.records] == [
+        (name[0], (labels / name,)) for name in ("a.png", "b.png", "d.webp")
+    ]
+    assert [(u.source, u.message) for u in pairs.unusable] == [
+        (str(labels / "c.png"), f"its image c.* is not in {images}")
+    ]
+
+
+def test_files_are_listed_with_both_folders_if_none_has_a_counterpart(tmp_path):
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    _touch(images, "a.jpg")
+    _touch(labels, "c.png")
     with pytest.raises(DataError, match=r"2 files in .*images \(.jpg.*labels \(.png\) have no counterpart .*: a, c"):
         pair_files(images, labels)
 
