@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from m2f.cluster.predict.inputs import read_image
 from m2f.cluster.predict.predict import Predictor, batches_by_shape, prepare_model
 from m2f.cluster.predict.sources import REGISTERED
 from m2f.cluster.predict.trained_model import TrainedModel, open_trained
+from m2f.cluster.recipe.load import plain_value
 from m2f.data_pipeline.categories import TASKS, Task
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.storage.storage import Storage
@@ -224,6 +225,7 @@ def load(
             a recipe in the package, such as `coco_panoptic_r50`.
         checkpoint: checkpoint of a run: "last" (the default), "best", or a step.
         settings: settings of the recipe to change, by dotted name, such as `{"evaluation.shortest_edge": 640}`.
+            Dictionaries are merged into the recipe; lists, and sections with `kind`, replace the recipe's value.
         device: "auto" (the GPU if there is one) or a torch device such as "cpu", "cuda" or "cuda:1".
 
     Raises:
@@ -257,15 +259,26 @@ def _thresholds(trained: TrainedModel) -> Thresholds | None:
 def to_overrides(settings: Mapping[str, Any] | None) -> list[str]:
     """Convert settings to `name=value` words, as `m2f` takes them on the command line.
 
-    Raises ConfigError if a value is not a dictionary, list, string, number or None.
+    Dictionaries are merged into the recipe: each of their settings becomes a word of its own. Lists, and dictionaries
+    with `kind`, replace the recipe's value. So do dictionaries with a `.` or `=` in a name, such as that of a Ray
+    resource, because a word cannot name their entries.
+
+    Raises ConfigError, which names the setting, for a value that is not a dictionary, list, string, path, number or
+    None.
     """
-    try:
-        dumped = {name: yaml.safe_dump(value, default_flow_style=True) for name, value in (settings or {}).items()}
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"settings: only dictionaries, lists, strings, numbers and None can be set ({error})"
-        ) from error
-    return [f"{name}={text.removesuffix(_END_OF_SCALAR)}" for name, text in dumped.items()]
+    dumped = [(name, yaml.safe_dump(value, default_flow_style=True)) for name, value in _flattened(settings or {})]
+    return [f"{name}={text.removesuffix(_END_OF_SCALAR)}" for name, text in dumped]
+
+
+def _flattened(settings: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and value of every setting that `to_overrides` changes."""
+    for key, value in settings.items():
+        name = f"{parent}{key}"
+        is_merged = isinstance(value, Mapping) and "kind" not in value
+        if is_merged and not any(letter in str(inner) for inner in value for letter in ".="):
+            yield from _flattened(value, f"{name}.")
+        else:
+            yield name, plain_value(value, name)
 
 
 def resolved_device(device: str) -> str | None:

@@ -277,6 +277,41 @@ def test_run_from_arrays_has_metrics_checkpoints_and_a_model(scenes, tmp_path, m
     again = m2f.load(run.checkpoints[2]).predict(Image.fromarray(scenes[0][0]))
     assert (results[0].panoptic == again.panoptic).all()
     truth = [m2f.PanopticImage(ids, {1: 0, 2: 1, 3: 1}) for _, ids in scenes]
+def test_nested_settings_change_only_what_they_name(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    recipe["training"]["optimizer"] = {"lr": 3e-4}
+    nested = {"training": {"max_steps": 100, "checkpoint": {"keep": 2}}, "evaluation": {}}
+    dotted = {"training.max_steps": 100, "training.checkpoint.keep": 2}
+    changed = recipe_from_tree(recipe, to_overrides(nested))
+    assert changed == recipe_from_tree(recipe, to_overrides(dotted))
+    assert (changed.training.optimizer.lr, changed.training.global_batch, changed.training.checkpoint.every_steps) == (
+        3e-4,
+        2,
+        1,
+    )
+
+
+def test_lists_sections_with_kind_and_names_with_a_dot_replace_the_value_of_the_recipe():
+    settings = {
+        "evaluation": {"sets": [{"dataset": "val"}], "test_time": {"kind": "whole"}},
+        "cluster.resources_per_worker": {"node:10.0.0.1": 0.5},
+    }
+    assert [text.strip() for text in to_overrides(settings)] == [
+        "evaluation.sets=[{dataset: val}]",
+        "evaluation.test_time={kind: whole}",
+        "cluster.resources_per_worker={'node:10.0.0.1': 0.5}",
+    ]
+
+
+def test_settings_may_be_numbers_of_numpy_and_paths(tmp_path):
+    settings = {"seed": np.int64(3), "training.optimizer.lr": np.float32(0.5), "output": tmp_path / "elsewhere"}
+    changed = recipe_from_tree(tiny_recipe(tmp_path) | {"name": np.str_("tiny")}, to_overrides(settings))
+    assert (changed.seed, changed.training.optimizer.lr, changed.name) == (3, 0.5, "tiny")
+    assert changed.output == str(tmp_path / "elsewhere")
+    with pytest.raises(m2f.UserError, match=r"`training.max_steps.1` has the type object; only"):
+        to_overrides({"training": {"max_steps": [1, object()]}})
+
+
     predicted = [
         m2f.PanopticImage(one.panoptic, {i: int(label) for i, label in enumerate(one.labels, start=1)})
         for one in results
