@@ -158,7 +158,7 @@ class Model:
             DataError: an image cannot be read, or has an unsupported shape or value range. The message names it.
             EvaluationError: the model's output for an image is not finite.
         """
-        task = self._check(task, min_score, batch, channels)
+        task = self._check(task, min_score, batch)
         storage = Storage()
         given = given_images(images, channels, storage)
         predictor = Predictor(self._trained, task, min_score)
@@ -177,7 +177,7 @@ class Model:
         ordered = [results[image.input.id] for image in given]
         return ordered[0] if is_single(images) else ordered
 
-    def _check(self, task: Task | None, min_score: float | None, batch: int, channels: str) -> Task:
+    def _check(self, task: Task | None, min_score: float | None, batch: int) -> Task:
         if task is not None and task not in TASKS:
             raise ConfigError(f"task is {task!r}; it must be one of {', '.join(self.tasks)}")
         possible = EVALUABLE_TASKS[self.task]
@@ -189,8 +189,6 @@ class Model:
             raise ConfigError(f"min_score is {min_score}; it must be from 0 to 1")
         if batch < 1:
             raise ConfigError(f"batch is {batch}; it must be at least 1")
-        if channels not in ("rgb", "bgr"):
-            raise ConfigError(f"channels is {channels!r}; it must be 'rgb' or 'bgr'")
         return task or next(iter(self.tasks), self.task)
 
     def __repr__(self) -> str:
@@ -297,5 +295,5 @@ def resolved_device(device: str) -> str | None:
 
 def _pixels(given: GivenImage) -> np.ndarray:
     if given.pixels is not None:
-        return given.pixels
+        return given.pixels.copy()  # because callers may draw on it
     return read_image(given.input, Storage(), DatasetConfig.max_pixels)
