@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -46,7 +46,12 @@ from m2f.eval.score.semantic import semantic_scoring
 from m2f.eval.score.truth_doubts import TruthDoubts, describe_high_quality, instance_doubts, panoptic_doubts
 from m2f.model.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 PathLike = str | os.PathLike[str]
+MapLike: TypeAlias = "np.ndarray | torch.Tensor | Sequence[Sequence[int]]"
+"""Map [H, W] as an array, a tensor on any device, or a list of rows."""
 _ImageT = TypeVar("_ImageT")
 
 
@@ -62,6 +67,16 @@ class PanopticImage:
     """Ids of annotated segments that are crowds."""
     areas: Mapping[int, float] = field(default_factory=dict)
     """Areas stated by the annotation, by segment id, above 0. Pixels are counted for segments without an entry."""
+
+    if TYPE_CHECKING:  # the constructor accepts other types than the field has
+
+        def __init__(
+            self,
+            id_map: MapLike,
+            labels: Mapping[int, int],
+            crowds: Collection[int] = (),
+            areas: Mapping[int, float] = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id_map", to_array(self.id_map, "id_map"))
@@ -153,7 +168,7 @@ def evaluate_instances(
     truth: Iterable[Instances] | PathLike,
     predictions: Iterable[Instances] | PathLike,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
     boxes: bool = False,
 ) -> EvaluationResults:
     """Compute mask AP of a set of images. The result equals that of pycocotools.
@@ -193,10 +208,10 @@ def evaluate_instances(
 
 
 def evaluate_semantic(
-    truth: Iterable[np.ndarray] | PathLike,
-    predictions: Iterable[np.ndarray] | PathLike,
+    truth: Iterable[MapLike] | PathLike,
+    predictions: Iterable[MapLike] | PathLike,
     *,
-    class_names: Sequence[str],
+    class_names: Sequence[str] | Mapping[int, str],
     ignore: int | None = None,
     void: int | None = None,
 ) -> EvaluationResults:

@@ -95,7 +95,7 @@ class Model:
         batch: int = 1,
         channels: Channels = "rgb",
         thresholds: bool = True,
-    ) -> Result | Any: ...
+    ) -> Any: ...
 
     @overload
     def predict(
