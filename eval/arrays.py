@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -19,6 +19,12 @@ from m2f.data_pipeline.sample import VOID_ID
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.rle import Rle
 from m2f.model.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+MapLike: TypeAlias = "np.ndarray | torch.Tensor | Sequence[Sequence[int]]"
+"""Map [H, W] as an array, a tensor on any device, or a list of rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +39,16 @@ class PanopticImage:
     """Ids of annotated segments that are crowds."""
     areas: Mapping[int, float] = field(default_factory=dict)
     """Areas stated by the annotation, by segment id, above 0. Pixels are counted for segments without an entry."""
+
+    if TYPE_CHECKING:  # the constructor accepts other types than the field has
+
+        def __init__(
+            self,
+            id_map: MapLike,
+            labels: Mapping[int, int],
+            crowds: Collection[int] = (),
+            areas: Mapping[int, float] = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id_map", to_array(self.id_map, "id_map"))

@@ -26,7 +26,15 @@ import numpy as np
 from m2f.data_pipeline.categories import Category, CategoryTable, Task
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.masks import checked_areas, compressed_texts
-from m2f.eval.arrays import Instances, PanopticImage, checked_instances, checked_panoptic, compressed_rle, to_array
+from m2f.eval.arrays import (
+    Instances,
+    MapLike,
+    PanopticImage,
+    checked_instances,
+    checked_panoptic,
+    compressed_rle,
+    to_array,
+)
 from m2f.eval.config import ExtraMetric
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.box_average_precision import detection_boxes, match_boxes, truth_boxes
@@ -110,7 +118,7 @@ def evaluate_instances(
     truth: Iterable[Instances] | PathLike,
     predictions: Iterable[Instances] | PathLike,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
     boxes: bool = False,
 ) -> EvaluationResults:
     """Compute mask AP of a set of images. The result equals that of pycocotools.
@@ -151,10 +159,10 @@ def evaluate_instances(
 
 
 def evaluate_semantic(
-    truth: Iterable[np.ndarray] | PathLike,
-    predictions: Iterable[np.ndarray] | PathLike,
+    truth: Iterable[MapLike] | PathLike,
+    predictions: Iterable[MapLike] | PathLike,
     *,
-    class_names: Sequence[str],
+    class_names: Sequence[str] | Mapping[int, str],
     ignore: int | None = None,
     void: int | None = None,
 ) -> EvaluationResults:

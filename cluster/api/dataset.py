@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -22,16 +22,26 @@ from m2f.data_pipeline.readers.files import check_image
 from m2f.data_pipeline.readers.masks import stack_layers
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Segment
 from m2f.data_pipeline.sources import CustomSource
-from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.arrays import Instances, PanopticImage, checked_instances, checked_panoptic, compressed_rle
+from m2f.data_pipeline.storage.storage import Storage, check_folder
+from m2f.eval.arrays import (
+    Instances,
+    MapLike,
+    PanopticImage,
+    checked_instances,
+    checked_panoptic,
+    compressed_rle,
+    to_array,
+)
 from m2f.eval.functions import class_list, thing_flags
 from m2f.eval.metrics.mean_iou import BINARY_MASK, ignore_label, is_binary_mask
 from m2f.eval.metrics.rle import decode_mask
 from m2f.model.extras import report_missing_extras
 
-Truth: TypeAlias = PanopticImage | Instances | np.ndarray
-"""Annotation of one image. An array is a label map [H, W] of integer labels."""
+Truth: TypeAlias = "PanopticImage | Instances | MapLike"
+"""Annotation of one image. An array, tensor or list is a label map [H, W] of integer labels."""
 
+_KINDS = (PanopticImage, Instances)
+"""Types of annotations other than label maps."""
 _MAX_ID = 2**24
 """Segment ids must be below this, as in COCO's maps."""
 _NO_LABEL = _MAX_ID - 1
@@ -55,7 +65,8 @@ class Dataset:
     """One annotation per image, with the height H and width W of the image.
 
     Each is a `PanopticImage`, an `Instances` with masks as bool or uint8 [N, H, W] or run-length encodings, or a label
-    map [H, W] of integers.
+    map [H, W] of integers: an array, a tensor or a list. Masked pixels of a masked array have no label. Areas that are
+    not stated are the numbers of pixels.
     """
     names: Sequence[str] | Mapping[int, str]
     """Names of the classes, by label: a list, or a mapping with the labels 0 to K - 1.
@@ -78,10 +89,14 @@ class Dataset:
         If the folder already contains this data set, the existing shards are kept. Needs the extra `train`.
 
         Raises:
+            ConfigError: `channels` is neither "rgb" nor "bgr".
             DataError: an annotation does not fit its image or the classes (the message names the position of the
-                image), or the folder holds another data set.
+                image), `ignore` is not an integer, or the folder holds another data set.
+            EvaluationError: an annotation cannot be converted to an array.
+            StorageError: the folder cannot be written, its name is empty, or its URL has no bucket.
             MissingExtraError: the extra `train` is not installed.
         """
+        check_folder(os.fspath(folder))
         if len(self.images) != len(self.annotations) or len(self.images) == 0:  # `not` fails for arrays
             raise DataError(
                 f"{len(self.images)} images and {len(self.annotations)} annotations; give at least one "
@@ -89,10 +104,13 @@ class Dataset:
             )
         with report_missing_extras("Dataset.write"):
             from m2f.data_pipeline.shards.write import write_dataset
+        if self.ignore is not None and (isinstance(self.ignore, bool) or not isinstance(self.ignore, int | np.integer)):
+            raise DataError(f"ignore is {self.ignore!r}; it must be an integer")
         table = self._table
         files = self._files()
-        annotations = [self._annotation(position, truth) for position, truth in enumerate(self.annotations)]
-        if is_binary_mask(self._label_values(), self.ignore, len(table.categories)):
+        truths = [self._truth(position, truth) for position, truth in enumerate(self.annotations)]
+        annotations = [self._annotation(position, truth) for position, truth in enumerate(truths)]
+        if is_binary_mask(_label_values(truths), self.ignore, len(table.categories)):
             raise DataError(f"the label maps have {BINARY_MASK}")
         for position, (file, annotation) in enumerate(zip(files, annotations, strict=True)):
             height, width = check_annotation(annotation, table, f"annotation {position}")
@@ -115,11 +133,23 @@ class Dataset:
             raise DataError(f"images match {len(given)} files for {len(self.annotations)} annotations; list each file")
         return [encode_png(loaded.pixels) for loaded in loaded_images(given, storage)]
 
+    def _truth(self, position: int, truth: Truth) -> PanopticImage | Instances | np.ndarray:
+        """Return an annotation, with the label map of any type as an array."""
+        if isinstance(truth, PanopticImage | Instances):
+            return truth
+        if isinstance(truth, np.ma.MaskedArray) and np.issubdtype(truth.dtype, np.integer):
+            return np.ma.filled(truth.astype(np.int64), self._ignored_label)
+        return to_array(truth, f"annotation {position}")
+
+    @property
+    def _ignored_label(self) -> int:
+        return ignore_label(len(self.names)) if self.ignore is None else self.ignore
+
     @cached_property
     def _table(self) -> CategoryTable:
         names, things = class_list(self.names, DataError), self.is_thing
-        kinds = {type(truth) for truth in self.annotations}
-        if len(kinds) != 1 or not kinds <= {PanopticImage, Instances, np.ndarray}:
+        kinds = {next((kind for kind in _KINDS if isinstance(truth, kind)), np.ndarray) for truth in self.annotations}
+        if len(kinds) != 1:
             listed = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise DataError(
                 f"annotations are {listed}; use only one of PanopticImage, Instances or label maps (arrays)"
@@ -135,15 +165,7 @@ class Dataset:
             tuple(Category(label + 1, name, thing, distinct_color(label)) for label, (name, thing) in pairs)
         )
 
-    def _label_values(self) -> set[int]:
-        """Return the values in the label maps, up to the first map that shows that they are not binary masks."""
-        values: set[int] = set()
-        for truth in self.annotations:
-            if isinstance(truth, np.ndarray) and values <= {0, 255}:
-                values.update(np.unique(truth).tolist())
-        return values
-
-    def _annotation(self, position: int, truth: Truth) -> Annotation:
+    def _annotation(self, position: int, truth: PanopticImage | Instances | np.ndarray) -> Annotation:
         if isinstance(truth, Instances):
             return self._instance_annotation(position, truth)
         where = f"annotation {position}"
@@ -155,8 +177,7 @@ class Dataset:
                 f"{where} is a {values.dtype} map of shape {list(values.shape)}; it must be integers [H, W]"
             )
         if not isinstance(truth, PanopticImage):
-            ignore = ignore_label(len(self.names)) if self.ignore is None else self.ignore
-            values = np.where(values == ignore, _NO_LABEL, values.astype(np.int64))
+            values = np.where(values == self._ignored_label, _NO_LABEL, values.astype(np.int64))
         if not 0 <= values.min() <= values.max() < _MAX_ID:
             raise DataError(
                 f"{where} has values from {values.min()} to {values.max()}; they must be at least 0 and below {_MAX_ID}"
@@ -167,9 +188,10 @@ class Dataset:
             if isinstance(truth, PanopticImage)
             else f"are not below {len(self.names)}"
         )
-        return partition(
+        found = partition(
             values.astype(np.uint32), classify, where, f"{requirement}, and names has {len(self.names)} classes"
         )
+        return _with_stated_areas(found, truth.areas, where) if isinstance(truth, PanopticImage) else found
 
     def _segment_of(self, truth: PanopticImage) -> Callable[[int], Region | None]:
         categories = self._table.categories
@@ -200,7 +222,7 @@ class Dataset:
         ]
         labels = np.asarray(truth.labels).tolist()
         crowds = [False] * len(masks) if truth.is_crowd is None else np.asarray(truth.is_crowd).tolist()
-        areas = [None] * len(masks) if truth.areas is None else np.asarray(truth.areas).tolist()
+        areas = [None] * len(masks) if truth.areas is None else [_area(area, where) for area in truth.areas]
         if invalid := [mask.dtype for mask in masks if mask.dtype not in (bool, np.uint8)]:
             raise DataError(f"{where} has a mask of {invalid[0]}; masks must be bool, or uint8 with 0 for background")
         if wrong := [label for label in labels if not 0 <= label < len(self.names)]:
@@ -238,6 +260,31 @@ class Dataset:
         given = given_images([self.images[position]], self.channels, storage)
         height, width, _ = next(loaded_images(given, storage)).pixels.shape
         return height, width
+
+
+def _label_values(truths: Iterable[PanopticImage | Instances | np.ndarray]) -> set[int]:
+    """Return the values in the label maps, up to the first map that shows that they are not binary masks."""
+    values: set[int] = set()
+    for truth in truths:
+        if isinstance(truth, np.ndarray) and values <= {0, 255}:
+            values.update(np.unique(truth).tolist())
+    return values
+
+
+def _with_stated_areas(annotation: Annotation, areas: Mapping[int, float], where: str) -> Annotation:
+    """Return the annotation with the areas that are stated by segment id instead of the counted pixels."""
+    segments = (
+        replace(segment, area=_area(areas[segment.source_id], where)) if segment.source_id in areas else segment
+        for segment in annotation.segments
+    )
+    return replace(annotation, segments=tuple(segments))
+
+
+def _area(stated: float, where: str) -> float:
+    area = float(stated)
+    if not 0 <= area <= DatasetConfig.max_pixels:  # also true for NaN
+        raise DataError(f"{where} has the area {area:g}; areas are numbers of pixels, at least 0")
+    return area
 
 
 def _digest(files: Sequence[bytes], annotations: Sequence[Annotation]) -> int:

@@ -33,7 +33,8 @@ def evaluate(
             (`models:/NAME@ALIAS`), or a recipe.
         checkpoint: "last" (the default), "best", a step, or the path of other weights.
         settings: settings of the recipe to change, by dotted name, such as
-            `{"evaluation.sets": [{"dataset": "test"}]}`.
+            `{"evaluation.sets": [{"dataset": "test"}]}`. Dictionaries are merged into the recipe; lists, and sections
+            with `kind`, replace the recipe's value.
 
     Returns:
         Results by name of the evaluation set. `metrics()` and `per_class()` return per cent, `table()` returns text.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from m2f.cluster.predict.inputs import ImageInput, find_images, read_images
 from m2f.cluster.predict.predict import LoadedImage
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.errors import ConfigError
 
 Channels = Literal["rgb", "bgr"]
 """Order of the colour channels in arrays and tensors. OpenCV reads images as "bgr"."""
@@ -23,7 +24,9 @@ ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | torch
 """One image. `Model.predict` describes the shapes and value ranges."""
 
 _PIL_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-"""PIL image modes with a defined value range."""
+"""PIL image modes with a defined value range, which `convert("RGB")` keeps."""
+_PIL_GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
+"""PIL modes of 16-bit grey, whose values `convert("RGB")` would clip at 255."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +50,14 @@ def given_images(
 ) -> tuple[GivenImage, ...]:
     """Return the images in order, with ids from 1. Folders and patterns are replaced by the files that they match.
 
-    Raises DataError if something is not an image; the message names its position in the list or its path.
+    Raises:
+        ConfigError: `channels` is neither "rgb" nor "bgr".
+        DataError: something is not an image; the message names its position in the list or its path.
     """
-    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray | torch.Tensor):
+    if channels not in get_args(Channels):
+        raise ConfigError(f"channels is {channels!r}; it must be 'rgb' or 'bgr'")
+    is_one = isinstance(images, str | os.PathLike | Image.Image | np.ndarray | torch.Tensor)
+    if is_one or not isinstance(images, Iterable):  # `to_pixels` refuses the latter, such as None
         images = [images]
     given: list[GivenImage] = []
     for position, image in enumerate(images):
@@ -91,9 +99,10 @@ def to_pixels(image: Image.Image | np.ndarray | torch.Tensor, channels: Channels
     elif isinstance(image, np.ndarray):
         pixels = _from_array(image, where)
     else:
+        reason = " (OpenCV's imread returns it for a file that it cannot read)" if image is None else ""
         raise DataError(
-            f"{where} is a {type(image).__name__}; give a path, a PIL image, an array [H, W, 3] uint8 or a tensor "
-            "[3, H, W]"
+            f"{where} is a {type(image).__name__}{reason}; give a path, a PIL image, an array [H, W, 3] uint8 or a "
+            "tensor [3, H, W]"
         )
     if 0 in pixels.shape:
         raise DataError(f"{where} has no pixels: its shape is {tuple(image.shape)}")
@@ -105,14 +114,16 @@ def to_pixels(image: Image.Image | np.ndarray | torch.Tensor, channels: Channels
 
 
 def _from_pil(image: Image.Image, where: str) -> np.ndarray:
-    if image.mode not in _PIL_MODES:
-        raise DataError(
-            f"{where} is a PIL image of mode {image.mode}, which has no defined value range; convert it to RGB"
-        )
+    if image.mode not in (*_PIL_MODES, *_PIL_GREY_16):
+        remedy = "scale it to 8 bits yourself, because convert() clips" if image.mode in "IF" else "convert it to RGB"
+        raise DataError(f"{where} is a PIL image of mode {image.mode}, which has no defined value range; {remedy}")
     if 0 in image.size:
         raise DataError(f"{where} has no pixels: its size is {image.width} x {image.height}")
     try:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        upright = ImageOps.exif_transpose(image)
+        if image.mode in _PIL_GREY_16:  # as `decode_rgb` does for files
+            return np.repeat((np.asarray(upright) // 256).astype(np.uint8)[..., None], 3, axis=-1)
+        return np.array(upright.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:  # PIL reads the pixels now; a broken PNG is a SyntaxError
         raise DataError(
             f"{where} is a PIL image whose pixels cannot be read ({error}); give an open image of a complete file"

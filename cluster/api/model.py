@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from m2f.cluster.predict.inputs import read_image
 from m2f.cluster.predict.predict import Predictor, batches_by_shape, prepare_model
 from m2f.cluster.predict.sources import REGISTERED
 from m2f.cluster.predict.trained_model import TrainedModel, open_trained
+from m2f.cluster.recipe.load import plain_value
 from m2f.data_pipeline.categories import TASKS, Task
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.storage.storage import Storage
@@ -94,7 +95,7 @@ class Model:
         batch: int = 1,
         channels: Channels = "rgb",
         thresholds: bool = True,
-    ) -> Result | Any: ...
+    ) -> Any: ...
 
     @overload
     def predict(
@@ -157,7 +158,7 @@ class Model:
             DataError: an image cannot be read, or has an unsupported shape or value range. The message names it.
             EvaluationError: the model's output for an image is not finite.
         """
-        task = self._check(task, min_score, batch, channels)
+        task = self._check(task, min_score, batch)
         storage = Storage()
         given = given_images(images, channels, storage)
         predictor = Predictor(self._trained, task, min_score)
@@ -176,7 +177,7 @@ class Model:
         ordered = [results[image.input.id] for image in given]
         return ordered[0] if is_single(images) else ordered
 
-    def _check(self, task: Task | None, min_score: float | None, batch: int, channels: str) -> Task:
+    def _check(self, task: Task | None, min_score: float | None, batch: int) -> Task:
         if task is not None and task not in TASKS:
             raise ConfigError(f"task is {task!r}; it must be one of {', '.join(self.tasks)}")
         possible = EVALUABLE_TASKS[self.task]
@@ -188,8 +189,6 @@ class Model:
             raise ConfigError(f"min_score is {min_score}; it must be from 0 to 1")
         if batch < 1:
             raise ConfigError(f"batch is {batch}; it must be at least 1")
-        if channels not in ("rgb", "bgr"):
-            raise ConfigError(f"channels is {channels!r}; it must be 'rgb' or 'bgr'")
         return task or next(iter(self.tasks), self.task)
 
     def __repr__(self) -> str:
@@ -224,6 +223,7 @@ def load(
             a recipe in the package, such as `coco_panoptic_r50`.
         checkpoint: checkpoint of a run: "last" (the default), "best", or a step.
         settings: settings of the recipe to change, by dotted name, such as `{"evaluation.shortest_edge": 640}`.
+            Dictionaries are merged into the recipe; lists, and sections with `kind`, replace the recipe's value.
         device: "auto" (the GPU if there is one) or a torch device such as "cpu", "cuda" or "cuda:1".
 
     Raises:
@@ -257,15 +257,26 @@ def _thresholds(trained: TrainedModel) -> Thresholds | None:
 def to_overrides(settings: Mapping[str, Any] | None) -> list[str]:
     """Convert settings to `name=value` words, as `m2f` takes them on the command line.
 
-    Raises ConfigError if a value is not a dictionary, list, string, number or None.
+    Dictionaries are merged into the recipe: each of their settings becomes a word of its own. Lists, and dictionaries
+    with `kind`, replace the recipe's value. So do dictionaries with a `.` or `=` in a name, such as that of a Ray
+    resource, because a word cannot name their entries.
+
+    Raises ConfigError, which names the setting, for a value that is not a dictionary, list, string, path, number or
+    None.
     """
-    try:
-        dumped = {name: yaml.safe_dump(value, default_flow_style=True) for name, value in (settings or {}).items()}
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"settings: only dictionaries, lists, strings, numbers and None can be set ({error})"
-        ) from error
-    return [f"{name}={text.removesuffix(_END_OF_SCALAR)}" for name, text in dumped.items()]
+    dumped = [(name, yaml.safe_dump(value, default_flow_style=True)) for name, value in _flattened(settings or {})]
+    return [f"{name}={text.removesuffix(_END_OF_SCALAR)}" for name, text in dumped]
+
+
+def _flattened(settings: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and value of every setting that `to_overrides` changes."""
+    for key, value in settings.items():
+        name = f"{parent}{key}"
+        is_merged = isinstance(value, Mapping) and "kind" not in value
+        if is_merged and not any(letter in str(inner) for inner in value for letter in ".="):
+            yield from _flattened(value, f"{name}.")
+        else:
+            yield name, plain_value(value, name)
 
 
 def resolved_device(device: str) -> str | None:
@@ -284,5 +295,5 @@ def resolved_device(device: str) -> str | None:
 
 def _pixels(given: GivenImage) -> np.ndarray:
     if given.pixels is not None:
-        return given.pixels
+        return given.pixels.copy()  # because callers may draw on it
     return read_image(given.input, Storage(), DatasetConfig.max_pixels)

@@ -60,7 +60,10 @@ class Result:
 
     @property
     def image(self) -> np.ndarray:
-        """Pixels of the image, [H, W, 3] uint8 RGB. A file is read again; raises DataError if it no longer exists."""
+        """Pixels of the image, [H, W, 3] uint8 RGB, as a new array for every call.
+
+        A file is read again. Raises DataError if it no longer exists.
+        """
         return self._read()
 
     @cached_property
@@ -133,7 +136,7 @@ class Result:
 
         Classes of a label map have no score. `json.dumps` and pycocotools' `loadRes` accept the entries.
         """
-        results = mask_results(image_id, self._detections, self._classes)
+        results = mask_results(int(image_id), self._detections, self._classes)
         if isinstance(self._prediction, SemanticResult):
             return [{name: value for name, value in entry.items() if name != "score"} for entry in results]
         return results
@@ -145,7 +148,7 @@ class Result:
         """
         png = panoptic_png(self.panoptic)
         assert isinstance(self._prediction, PanopticResult)
-        return panoptic_annotation(image_id, file_name, self._prediction.segments, self._classes), png
+        return panoptic_annotation(int(image_id), file_name, self._prediction.segments, self._classes), png
 
     def to_supervision(self) -> Any:
         """Return `supervision.Detections` with boxes, masks, labels, scores and `data["class_name"]`.

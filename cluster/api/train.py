@@ -74,7 +74,8 @@ def train(
     Args:
         recipe: path of a YAML file, the name of a recipe in the package such as `coco_panoptic_r50`, or the settings
             as nested dictionaries. Relative paths are relative to the current directory.
-        settings: settings to change, by dotted name, such as `{"training.max_steps": 1000}`.
+        settings: settings to change, by dotted name, such as `{"training.max_steps": 1000}`. Dictionaries are merged
+            into the recipe; lists, and sections with `kind`, replace the recipe's value.
         launcher: "ray" trains on a Ray cluster, and starts one on this machine if there is none. "local" trains in
             processes of this machine, and evaluates at the end unless `training.early_stopping` is set. A script that
             uses "local" must guard the call with `if __name__ == "__main__":`.

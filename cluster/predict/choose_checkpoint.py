@@ -78,7 +78,7 @@ def recipe_of(weights: ChosenWeights, source: str, overrides: Sequence[str], con
 
 
 def _is_file(source: str) -> bool:
-    return "://" not in source and not Path(source).is_dir()
+    return "://" not in source and not os.path.isdir(source)
 
 
 def choose_checkpoint(config: RunConfig, storage: Storage, requested: str | None) -> ChosenWeights:
@@ -92,7 +92,7 @@ def choose_checkpoint(config: RunConfig, storage: Storage, requested: str | None
             exist.
     """
     if requested is not None and not requested.isdecimal() and requested not in ("best", "last"):
-        if "://" not in requested and not Path(requested).exists():
+        if "://" not in requested and not os.path.exists(requested):
             raise ConfigError(f"--checkpoint {requested}: no such file or folder")
         return ChosenWeights(requested, None)
     found = list_checkpoints(storage, config.run_folder)

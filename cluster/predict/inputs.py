@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,9 @@ from m2f.data_pipeline.storage.storage import Storage
 
 READ_AHEAD = 4
 """Maximum number of prefetched images, and number of threads that read them."""
+
+_MAX_SHOWN = 300
+"""Characters of a name in a message; longer texts are not paths, but for example images in base64."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def find_images(words: Sequence[str], storage: Storage) -> tuple[str, ...]:
     for word in words:
         matches = _find_in_storage(word, storage) if "://" in word else _find_on_disk(word)
         if not matches:
-            raise DataError(f"{word}: no such image, or no JPEG, PNG, TIFF, BMP or WebP file in the folder")
+            shown = word if len(word) <= _MAX_SHOWN else f"{word[:_MAX_SHOWN]}..."
+            raise DataError(f"{shown}: no such image, or no JPEG, PNG, TIFF, BMP or WebP file in the folder")
         found += matches
     return tuple(dict.fromkeys(found))
 
@@ -176,10 +181,9 @@ def _read_or_error(image: ImageInput, storage: Storage, max_pixels: int) -> np.n
 
 
 def _find_on_disk(word: str) -> list[str]:
-    path = Path(word)
-    if path.is_dir():
-        return [str(inside) for inside in list_files(path) if is_image_name(str(inside))]
-    if path.exists():
+    if os.path.isdir(word):  # in contrast to Path.is_dir, this returns False for a name that is too long
+        return [str(inside) for inside in list_files(Path(word)) if is_image_name(str(inside))]
+    if os.path.exists(word):
         return [word]
     return [match for match in sorted(glob.glob(word, recursive=True)) if is_image_name(match)]
 

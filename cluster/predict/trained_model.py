@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None,
             f"{source} is a weight file, which cannot be combined with --checkpoint {checkpoint}; omit --checkpoint, "
             f"or give the recipe of the model instead of {source}"
         )
-    identity = read_identity(source, Storage()) if "://" in source or Path(source).is_file() else None
+    identity = read_identity(source, Storage()) if "://" in source or os.path.isfile(source) else None
     if identity is None or not identity.recipe:
         raise ConfigError(f"{source} is only a weight file; give the recipe of its model, and --checkpoint {source}")
     path = source if "://" in source else str(Path(source).resolve())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -51,7 +52,7 @@ def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
             two rows set the same setting to different values.
     """
     text = str(recipe)
-    if Path(text).is_file() or "/" in text or text.endswith((".yaml", ".yml")):
+    if os.path.isfile(text) or "/" in text or text.endswith((".yaml", ".yml")):
         return Path(text), ()
     base, *names = text.split("+")
     files = {path.stem: path for path in CONFIGS.rglob("*.yaml") if path != TABLE}

@@ -85,7 +85,8 @@ class TrackingConfig(Section):
     """Name of the MLflow experiment of the run; it is created if it does not exist."""
     parent: str | None = None
     """Id or name of the parent run in MLflow, to group the runs of a sweep or of several seeds. A run of that name is
-    created if the experiment has none. None: the MLflow run that this process has open, if any."""
+    created if the experiment has none. None: the MLflow run that this process has open in the same store and
+    experiment, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -64,18 +65,37 @@ def recipe_from_tree(
 ) -> RunConfig:
     """Build a RunConfig like `load_recipe`, from nested dictionaries, lists and scalars.
 
-    Raises ConfigError with all problems, including values that YAML cannot represent.
+    NumPy numbers and paths are accepted. Raises ConfigError with all problems, or for the first value of another type.
     """
-    try:
-        text = yaml.safe_dump(_to_tree(tree))
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"the recipe: only dictionaries, lists, strings, numbers and None can be set ({error})"
-        ) from error
+    text = yaml.safe_dump(plain_value(_to_tree(tree), ""))
     config, hints = _build_recipe(text, overrides, "the recipe", for_training=for_training)
     for hint in hints:
         LOGGER.warning("the recipe: %s", hint)
     return with_absolute_paths(config)
+
+
+def plain_value(value: Any, path: str) -> Any:
+    """Return the value of the setting `path` as the dicts, lists and scalars of YAML.
+
+    NumPy numbers become numbers, and paths become strings. Raises ConfigError, which names the setting, for other
+    types.
+    """
+    if isinstance(value, Mapping):
+        return {plain_value(key, path): plain_value(item, _join(path, key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(item, _join(path, index)) for index, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    try:
+        yaml.safe_dump(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"`{path}` has the type {type(value).__name__}; only dictionaries, lists, strings, paths, numbers and None "
+            "can be set"
+        ) from error
+    return value
 
 
 def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe") -> RunConfig:

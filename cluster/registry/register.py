@@ -92,8 +92,8 @@ def register(options: RegisterOptions, report: Callable[[str], None] = lambda li
     """Register a checkpoint. `report` is called with a line of text before each step that takes long.
 
     Raises:
-        RegistryError: the run is not in MLflow, the source is not a run, or the results of the checkpoint are missing
-            or cannot be compared with those of the version `if_better`.
+        RegistryError: the run is not in MLflow, the source is not a run, the checkpoint was not evaluated on `dataset`,
+            or its results are missing or cannot be compared with those of the version `if_better`.
         ConfigError: MLflow would refuse the name or an alias, a setting has no effect, or the run cannot be read.
         CheckpointError, DataError, StorageError: the run or the checkpoint cannot be read.
         TrackingError: the MLflow store does not answer, or refuses the registration.
@@ -167,7 +167,7 @@ class _Registration:
         self._client = registry_client(run.uri)
         labels = [evaluation_set.label for evaluation_set in config.evaluation.sets]
         self._dataset = options.dataset or (labels[0] if labels else None)
-        needs_results = options.precision is not None or options.if_better is not None
+        needs_results = any(one is not None for one in (options.dataset, options.precision, options.if_better))
         self._record = self._read_candidate() if needs_results else None
 
     def run(self) -> RegistrationResult:
@@ -208,6 +208,11 @@ class _Registration:
         (record,) = read_runs(
             [self._config.run_folder], tracking=self._run.uri, experiment=None, query=None, step=self._step
         )
+        if self._options.dataset is not None and self._dataset not in record.results:
+            raise RegistryError(
+                f"--set is {self._dataset}, but step {self._step} of {self._config.run_folder} was not evaluated on it "
+                f"(sets: {', '.join(sorted(record.results)) or 'none'}); give one of these, or evaluate with m2f eval"
+            )
         check_weights(record, self._dataset, self._step, self._checkpoint.weights)
         return record
 
@@ -280,9 +285,10 @@ class _Registration:
         if model is None:
             raise RegistryError(f"{self._run.uri} does not support logged models; registering needs an MLflow 3 server")
         if (known := models.find_tagged(checkpoint.commit, PACKAGE_TAG, digest)) is not None:
-            return known, False
+            return models.with_metrics_of(model, known), False
         if PACKAGE_TAG in model.tags:  # it has different content, such as different thresholds or hosts
-            model = models.create_another(checkpoint, f"{checkpoint.model_name}-{digest[:8]}")
+            another = models.create_another(checkpoint, f"{checkpoint.model_name}-{digest[:8]}")
+            model = models.with_metrics_of(model, another)
         self._report(f"opening {self._chosen.url}")
         content = PackageContent(
             checkpoint=self._chosen.url,

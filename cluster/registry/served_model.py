@@ -55,10 +55,10 @@ class ServedModel(PythonModel):
         """Return one record per image of the column `image`.
 
         `params` may contain `task`, `min_score` (lowest score of instances, from 0 to 1) and `thresholds` (False: no
-        thresholds by class). Raises MlflowException, which a server returns as status 400, if an image cannot be read,
-        the task is not supported or `min_score` is out of range.
+        thresholds by class). None means the default. Raises MlflowException, which a server returns as status 400, if
+        an image cannot be read, the task is not supported or `min_score` is out of range.
         """
-        options = params or {}
+        options = {name: value for name, value in (params or {}).items() if value is not None}
         try:
             tasks = self._tasks(str(options.get("task", "")))
             class_thresholds = self._class_thresholds if options.get("thresholds", True) else None

@@ -136,6 +136,26 @@ class LoggedModels:
         """Create and return another model of a checkpoint that already has one."""
         return self._complete(self._create(checkpoint, name), checkpoint.step)
 
+    def with_metrics_of(self, first: LoggedModel, other: LoggedModel) -> LoggedModel:
+        """Log the metrics of `first` for `other`, another model of its checkpoint, and return `other` with them.
+
+        The run gets no duplicates, because value, time and step are equal.
+        """
+        points = [
+            Metric(
+                one.key,
+                one.value,
+                one.timestamp,
+                one.step,
+                other.model_id,
+                dataset_name=one.dataset_name,
+                dataset_digest=one.dataset_digest,
+            )
+            for one in first.metrics or ()
+        ]
+        self.add_metrics(other, points)
+        return self._client.get_logged_model(other.model_id)
+
     def find_tagged(self, commit: str, tag: str, value: str) -> LoggedModel | None:
         """Return a model of a commit whose tag `tag` has this value; None if there is none."""
         query = f"source_run_id = '{self._run_id}' AND tags.`{COMMIT_TAG}` = '{commit}'"

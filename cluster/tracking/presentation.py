@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from m2f.cluster.tracking.provenance import DataInput
 from m2f.cluster.tracking.store import TrackingError, canonical_uri, text_condition
 from m2f.data_pipeline.urls import without_secrets
 
+LOGGER = logging.getLogger(__name__)
 EXPERIMENT_KIND = "mlflow.experimentKind"
 MODEL_TRAINING = "custom_model_development"
 """Value of the tag EXPERIMENT_KIND that makes the UI open an experiment on runs and models instead of GenAI traces.
@@ -66,17 +68,12 @@ def parent_run(client: MlflowClient, experiment: str, parent: str | None, uri: s
 
     `parent` is the id of a run, or a name. A name selects the oldest run of that name in the experiment; a missing one
     is created. Without `parent`, the parent is the run that this process has open in the same experiment, as with
-    MLflow's nested runs.
+    MLflow's nested runs. If that run is in another experiment or store, the reason is logged.
 
     Raises TrackingError if the experiment has no run of this id.
     """
     if parent is None:
-        active = mlflow.active_run()
-        if active is None or active.info.experiment_id != experiment:
-            return None
-        if canonical_uri(mlflow.get_tracking_uri()) != uri:
-            return None
-        return active.info.run_id
+        return _active_parent(client, experiment, uri)
     if _RUN_ID.fullmatch(parent):
         return _require_run(client, experiment, parent, uri)
     if (found := _oldest_run(client, experiment, parent)) is None:
@@ -86,6 +83,26 @@ def parent_run(client: MlflowClient, experiment: str, parent: str | None, uri: s
         if found != created:  # another driver created it first
             client.delete_run(created)
     return found
+
+
+def _active_parent(client: MlflowClient, experiment: str, uri: str) -> str | None:
+    """Return the id of the run that this process has open; None, with a warning, if it cannot be the parent."""
+    active = mlflow.active_run()
+    if active is None:
+        return None
+    active_uri = canonical_uri(mlflow.get_tracking_uri())
+    if active_uri != uri:
+        place, remedy = f"the store {without_secrets(active_uri)}", "set tracking.uri to that store"
+    elif active.info.experiment_id != experiment:
+        name = client.get_experiment(active.info.experiment_id).name
+        place, remedy = f"the experiment {name!r}", f"set tracking.experiment to {name!r}"
+    else:
+        return active.info.run_id
+    LOGGER.warning(
+        f"tracking: the open MLflow run {active.info.run_name} does not become the parent of this run, because it is "
+        f"in {place}; {remedy} to make it the parent"
+    )
+    return None
 
 
 def _require_run(client: MlflowClient, experiment: str, parent: str, uri: str) -> str:

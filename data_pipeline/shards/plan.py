@@ -19,7 +19,7 @@ from m2f.data_pipeline.errors import DataError, MissingObjectError, ObjectExists
 from m2f.data_pipeline.readers import Reader
 from m2f.data_pipeline.shards import manifest
 from m2f.data_pipeline.shards.columns import SAMPLES_FILE
-from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage, check_folder, join
 
 _PLAN_FILE = "plan.json"
 _WRITTEN_FILES = re.compile(r"(samples|(parts|sources)/\d{5,})\.parquet|plan\.json|shards/\d{5,}\.tar")
@@ -56,7 +56,9 @@ def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> Shar
 
     Raises:
         DataError: the source has no sample.
+        StorageError: `shards` is empty, or a URL without a bucket.
     """
+    check_folder(config.shards)
     keys = reader.keys
     if not keys:
         raise DataError(f"the source of {config.shards} contains no sample")

@@ -335,7 +335,8 @@ def _endpoint(config: StorageConfig) -> str | None:
     return config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
-def _split_url(url: str) -> tuple[str, str]:
+def split_url(url: str) -> tuple[str, str]:
+    """Return the bucket and the key of a URL. Raises StorageError if it has no bucket."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not bucket:
         raise StorageError(f"{url}: the bucket is missing; write s3://bucket/key")
@@ -343,12 +344,12 @@ def _split_url(url: str) -> tuple[str, str]:
 
 
 def _split_folder(url: str) -> tuple[str, str]:
-    bucket, key = _split_url(url)
+    bucket, key = split_url(url)
     return bucket, f"{key.strip('/')}/" if key.strip("/") else ""
 
 
 def _address(url: str) -> dict[str, str]:
-    bucket, key = _split_url(url)
+    bucket, key = split_url(url)
     if not key:
         raise StorageError(f"{url}: the object key is missing; write s3://bucket/key")
     return {"Bucket": bucket, "Key": key}
@@ -445,7 +446,7 @@ def _fail(url: str, error: Exception) -> NoReturn:
 
     status, code = _response_error(error)
     if status == 404:
-        what = f"bucket {_split_url(url)[0]!r}" if code == "NoSuchBucket" else "the object"
+        what = f"bucket {split_url(url)[0]!r}" if code == "NoSuchBucket" else "the object"
         raise MissingObjectError(
             f"{url}: {what} does not exist (404); check the URL and storage.endpoint_url"
         ) from error

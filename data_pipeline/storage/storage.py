@@ -19,7 +19,7 @@ from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.local import LocalStore
 from m2f.data_pipeline.storage.object_info import ObjectInfo, UnfinishedWrite
-from m2f.data_pipeline.storage.s3 import S3Store
+from m2f.data_pipeline.storage.s3 import S3Store, split_url
 
 LOGGER = logging.getLogger(__name__)
 
@@ -209,6 +209,14 @@ class Storage:
         if scheme == "s3":
             return self._s3
         raise StorageError(f"{url}: scheme {scheme!r} is not supported; use a local path or an s3:// URL")
+
+
+def check_folder(url: str) -> None:
+    """Raise StorageError for an empty name, which `join` would turn into the root, and for a URL without a bucket."""
+    if not url:
+        raise StorageError("the name of the folder is empty; give a local path or an s3:// URL")
+    if url.startswith("s3://"):
+        split_url(url)
 
 
 def join(url: str, *parts: str) -> str:

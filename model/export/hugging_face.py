@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class HuggingFaceModel:
 
 def is_hugging_face_folder(path: str | Path) -> bool:
     """Return whether a path is a folder with a `config.json`."""
-    return (Path(path) / CONFIG).is_file()
+    return os.path.isfile(Path(path) / CONFIG)  # in contrast to Path.is_file, False for a name that is too long
 
 
 def known_labels(path: str | Path) -> tuple[str, ...] | None:

@@ -136,6 +136,8 @@ def test_to_coco_is_accepted_by_pycocotools(painted_model, scenes):
     result = painted_model.predict(image_of(scenes))
     loaded = truth.loadRes(result.to_coco(7))
     assert len(loaded.getAnnIds()) == len(result) == len(result.masks)
+    assert json.loads(json.dumps(result.to_coco(np.int64(7)))) == result.to_coco(7)
+    assert json.dumps(result.to_coco_panoptic(np.int64(7))[0]) == json.dumps(result.to_coco_panoptic(7)[0])
     assert [painted_model.category_ids[label] for label in result.labels] == [
         e["category_id"] for e in result.to_coco(7)
     ]
@@ -169,6 +171,14 @@ def test_the_image_of_a_result_does_not_change_with_the_buffer_of_the_caller(pai
     assert (results[2].image == expected[..., :1]).all()
 
 
+def test_drawing_on_the_image_of_a_result_does_not_change_its_overlay(painted_model, scenes):
+    result = painted_model.predict(np.array(Image.open(image_of(scenes))))
+    before = result.overlay().tobytes()
+    result.image[:] = 0
+    assert result.overlay().tobytes() == before
+    assert result.image.any()
+
+
 def test_exif_orientation_is_applied(painted_model, scenes, tmp_path):
     rotated = Image.open(image_of(scenes))
     exif = rotated.getexif()
@@ -189,15 +199,30 @@ def test_exif_orientation_is_applied(painted_model, scenes, tmp_path):
         (torch.zeros(4, 5, 3, dtype=torch.uint8), r"it must be \[3, H, W\]"),
         (torch.full((3, 4, 5), 2.0), "floats from 2 to 2"),
         (torch.full((3, 4, 5), torch.nan), "not normalised"),
-        (Image.new("F", (4, 5)), "mode F"),
+        (Image.new("F", (4, 5)), "mode F.*scale it to 8 bits yourself, because convert"),
+        (Image.new("I", (4, 5)), "mode I.*scale it to 8 bits yourself, because convert"),
+        (Image.new("LAB", (4, 5)), "mode LAB.*convert it to RGB"),
         (Image.new("RGB", (0, 5)), "image 0 has no pixels: its size is 0 x 5"),
         ([3], "image 0 is a int"),
+        (5, "image 0 is a int"),
+        (None, "image 0 is a NoneType .OpenCV's imread returns it for a file that it cannot read"),
+        ("iVBORw0KGgo" * 1000, r"^(iVBORw0KGgo){27}iVB\.\.\.: no such image"),
         ("nowhere.jpg", "nowhere.jpg: no such image"),
     ],
 )
 def test_invalid_images_are_rejected_with_their_name(painted_model, image, message):
     with pytest.raises(m2f.UserError, match=message):
         painted_model.predict(image)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
+def test_pil_images_with_16_bits_give_the_pixels_of_their_file(painted_model, tmp_path, mode):
+    values = np.linspace(0, 65535, 64 * 96).astype("<u2" if mode != "I;16B" else ">u2").reshape(64, 96)
+    image = Image.frombytes(mode, (96, 64), values.tobytes())
+    cv2.imwrite(str(tmp_path / "grey.png"), values.astype(np.uint16))
+    from_file = painted_model.predict(tmp_path / "grey.png")
+    assert (painted_model.predict(image).image == from_file.image).all()
+    assert len(np.unique(from_file.image)) == 256
 
 
 @pytest.mark.parametrize(
@@ -337,6 +362,10 @@ def test_number_of_torch_threads_is_restored(model_files):
     [
         ({"source": "official.pth"}, "give the recipe of its model"),
         ({"source": "nowhere"}, "nowhere"),
+        ({"source": "x" * 300}, "no recipe is named 'x{300}'"),
+        ({"source": "x" * 300 + "/model.pth"}, "is only a weight file"),
+        ({"source": "x" * 300 + ".pth", "recipe": "recipe.yaml"}, "no such file or folder"),
+        ({"source": "official.pth", "recipe": "x" * 300}, "no recipe is named 'x{300}'"),
         ({"source": "theirs", "device": "tpu:9"}, "device is 'tpu:9', which cannot be used here"),
         ({"source": "official.pth", "recipe": "x.yaml", "checkpoint": 3}, "checkpoint is 3, but recipe is also set"),
     ],

@@ -13,8 +13,12 @@ import m2f
 from m2f.cluster.api.model import to_overrides
 from m2f.cluster.api.train import _write_missing_shards
 from m2f.cluster.recipe.load import dump_recipe, load_recipe, recipe_from_tree
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.readers.custom import CustomReader
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.verify import verify
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage
 
 SIZE = (48, 64)
@@ -149,6 +153,58 @@ def test_class_255_of_label_maps_is_a_class_if_there_are_256_or_more(scenes):
     assert unlabelled.segments == ()
 
 
+def test_label_maps_of_every_array_type_give_equal_shards(scenes, tmp_path):
+    image, ids = scenes[0]
+    label_map = np.where(ids == 0, 255, np.minimum(ids, 2) - 1).astype(np.uint8)
+    np.save(tmp_path / "map.npy", label_map)
+    masked = np.ma.masked_array(np.where(ids == 0, 0, label_map), mask=ids == 0)
+    mapped = np.load(tmp_path / "map.npy", mmap_mode="r")
+    for truth in (label_map, mapped, masked, torch.from_numpy(label_map), label_map.tolist()):
+        # A second write into the folder is refused unless its data are equal.
+        assert m2f.Dataset([image], [truth], ["ground", "box"]).write(tmp_path / "shards") == 1
+
+
+def test_stated_areas_of_segments_are_stored(scenes):
+    image, ids = scenes[0]
+    truth = m2f.PanopticImage(ids, {1: 0, 2: 1, 3: 1}, areas={2: 7.5})
+    segments = m2f.Dataset([image], [truth], ["ground", "box"], is_thing=[False, True])._annotation(0, truth).segments
+    assert {segment.source_id: segment.area for segment in segments} == {
+        1: (ids == 1).sum(),
+        2: 7.5,
+        3: (ids == 3).sum(),
+    }
+
+
+@pytest.mark.parametrize("area", [np.nan, np.inf, 1e30, -1.0])
+def test_areas_that_are_no_number_of_pixels_are_refused_before_anything_is_written(scenes, tmp_path, area):
+    image, ids = scenes[0]
+    panoptic = m2f.PanopticImage(ids, {1: 0, 2: 1, 3: 1}, areas={2: area})
+    instances = m2f.Instances(np.stack([ids == 2]), [1], areas=[area])
+    for truth in (panoptic, instances):
+        with pytest.raises(m2f.UserError, match="annotation 0.* area"):
+            m2f.Dataset([image], [truth], ["ground", "box"], is_thing=[False, True]).write(tmp_path / "shards")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"), [("", "the name of the folder is empty"), ("s3://", "bucket is missing")]
+)
+def test_folders_without_a_name_are_refused_before_anything_is_written(scenes, tmp_path, monkeypatch, folder, message):
+    def refuse(*words, **options):
+        raise AssertionError("something is written")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Storage, "put", refuse)
+    data = panoptic_set(scenes[:1])
+    with pytest.raises(m2f.UserError, match=message):
+        data.write(folder)
+    config = DatasetConfig(shards=folder, source=CustomSource(version=1))
+    reader = CustomReader.of(data._table, ("0",), lambda name: (b"", data._annotation(0, data.annotations[0])), 10**6)
+    with pytest.raises(m2f.UserError, match=message):
+        write_dataset(reader, config, Storage())
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -171,6 +227,10 @@ def test_class_255_of_label_maps_is_a_class_if_there_are_256_or_more(scenes):
             {"annotations": [np.zeros(SIZE, np.uint8), np.full(SIZE, 255, np.uint8)]},
             r"the label maps have only the values 0 and 255.*set ignore=255 if 255 is void",
         ),
+        ({"channels": "BGR"}, "channels is 'BGR'; it must be 'rgb' or 'bgr'"),
+        ({"ignore": "255"}, "ignore is '255'; it must be an integer"),
+        ({"ignore": 1.5}, "ignore is 1.5; it must be an integer"),
+        ({"annotations": [None, None]}, r"annotation 0 is a object map of shape \[\]"),
         ({"names": "box"}, "the class names are 'box'; give a list"),
         ({"names": None}, "the class names are None; give a list"),
         ({"names": ["ground", ""]}, "the class names contain ''"),
@@ -231,6 +291,41 @@ def test_dictionary_recipe_equals_the_yaml_recipe(tmp_path, monkeypatch):
     changed = recipe_from_tree(tiny_recipe(tmp_path), overrides)
     assert changed == load_recipe(path, overrides)
     assert (changed.name, changed.training.optimizer.lr) == ("off", 2e-4)
+
+
+def test_nested_settings_change_only_what_they_name(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    recipe["training"]["optimizer"] = {"lr": 3e-4}
+    nested = {"training": {"max_steps": 100, "checkpoint": {"keep": 2}}, "evaluation": {}}
+    dotted = {"training.max_steps": 100, "training.checkpoint.keep": 2}
+    changed = recipe_from_tree(recipe, to_overrides(nested))
+    assert changed == recipe_from_tree(recipe, to_overrides(dotted))
+    assert (changed.training.optimizer.lr, changed.training.global_batch, changed.training.checkpoint.every_steps) == (
+        3e-4,
+        2,
+        1,
+    )
+
+
+def test_lists_sections_with_kind_and_names_with_a_dot_replace_the_value_of_the_recipe():
+    settings = {
+        "evaluation": {"sets": [{"dataset": "val"}], "test_time": {"kind": "whole"}},
+        "cluster.resources_per_worker": {"node:10.0.0.1": 0.5},
+    }
+    assert [text.strip() for text in to_overrides(settings)] == [
+        "evaluation.sets=[{dataset: val}]",
+        "evaluation.test_time={kind: whole}",
+        "cluster.resources_per_worker={'node:10.0.0.1': 0.5}",
+    ]
+
+
+def test_settings_may_be_numbers_of_numpy_and_paths(tmp_path):
+    settings = {"seed": np.int64(3), "training.optimizer.lr": np.float32(0.5), "output": tmp_path / "elsewhere"}
+    changed = recipe_from_tree(tiny_recipe(tmp_path) | {"name": np.str_("tiny")}, to_overrides(settings))
+    assert (changed.seed, changed.training.optimizer.lr, changed.name) == (3, 0.5, "tiny")
+    assert changed.output == str(tmp_path / "elsewhere")
+    with pytest.raises(m2f.UserError, match=r"`training.max_steps.1` has the type object; only"):
+        to_overrides({"training": {"max_steps": [1, object()]}})
 
 
 def test_all_problems_of_a_dictionary_recipe_are_reported():

@@ -41,7 +41,7 @@ def test_too_many_values_are_refused_before_all_maps_are_read(tmp_path, monkeypa
     values = np.arange(100, dtype=np.uint8).reshape(10, 10)
     for number in range(201):
         write_pair(tmp_path / f"images/im{number}.png", tmp_path / f"masks/im{number}.png", values)
-    monkeypatch.setattr("m2f.cluster.own_data.map_pairs.Progress", None)
+    monkeypatch.setattr("m2f.cluster.own_data.map_values.Progress", None)
     with pytest.raises(ConfigError, match="the maps have 100 different values, probably ids of objects"):
         find_formats(tmp_path)
 

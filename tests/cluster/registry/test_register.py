@@ -193,7 +193,7 @@ def test_only_a_better_checkpoint_gets_the_alias(folder, capfd):
     assert client.get_model_version_by_alias("judged", "best").version == before
     assert len(client.search_model_versions("name = 'judged'")) == 1
     assert register(folder, "--checkpoint", "4", "--name", "judged", "--if-better", "best", "--set", "other") == 2
-    assert "has no results with images.parquet for the set other" in capfd.readouterr().err
+    assert "--set is other, but step 4 of" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("--if-better", "best"), ("--alias", "best", "--precision", "0.05")])
@@ -233,8 +233,11 @@ def test_results_of_a_retrained_step_are_rejected(folder, words, capfd):
         (("--alias", "a", "--checkpoint", "8", "--precision", "1.5"), "--precision is 1.5"),
         (
             ("--alias", "a", "--checkpoint", "8", "--set", "test", "--precision", "0.5"),
-            "needs detections of the set test",
+            "/cells was not evaluated on it (sets: val); give one of these",
         ),
+        (("--alias", "a", "--checkpoint", "8", "--set", "tset"), "--set is tset, but step 8 of"),
+        # No version has this alias yet, so nothing is compared.
+        (("--if-better", "new", "--checkpoint", "8", "--set", "tset"), "--set is tset, but step 8 of"),
     ],
 )
 def test_register_errors_print_one_message_and_change_nothing(folder, words, message, capfd):
@@ -274,6 +277,20 @@ def test_changed_code_registers_a_new_version(folder, monkeypatch, capfd):
     monkeypatch.setattr("m2f.cluster.registry.wheel._WHEEL", b"Wheel-Version: 1.0\nTag: py3-none-any\n")
     assert register(folder, "--checkpoint", "4", "--name", "changed") == 0
     assert "step 4 registered: changed, version 2" in capfd.readouterr().out
+    client, _ = client_of(folder)
+    first, second = (client.get_model_version("changed", number) for number in "12")
+    assert "- val/PQ: " in first.description
+    assert second.description == first.description
+    first_metrics, second_metrics = (metrics_of(client, version) for version in (first, second))
+    assert ("val/PQ", 4) in {(key, step) for key, step, *_ in first_metrics}
+    assert second_metrics == first_metrics
+
+
+def metrics_of(client, version):
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    return {
+        (one.key, one.step, one.value, one.timestamp, one.dataset_name, one.dataset_digest) for one in model.metrics
+    }
 
 
 def test_registered_models_work_after_the_store_was_moved(folder, tmp_path):

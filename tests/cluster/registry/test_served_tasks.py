@@ -72,6 +72,21 @@ def test_models_whose_test_time_settings_support_no_task_name_the_setting(monkey
         m2f.Model(trained).predict(PIXELS)
 
 
+def test_parameters_of_none_are_those_of_a_request_without_parameters(monkeypatch):
+    from m2f.cluster.registry.served_model import ServedModel
+
+    monkeypatch.setattr("m2f.cluster.registry.served_model.open_trained", lambda *_: PAINTED)
+    model = ServedModel()
+    model.load_context(SimpleNamespace(model_config={}, artifacts={"checkpoint": "x"}))
+    images = pd.DataFrame({"image": [PIXELS]})
+    none = {"task": None, "min_score": None, "thresholds": None}
+    assert model.predict(None, images, none) == model.predict(None, images)
+    model._class_thresholds = np.full(len(PAINTED.classes), np.inf)
+    for params in (None, none):
+        assert model.predict(None, images, params)[0]["instances"] == []
+    assert model.predict(None, images, {"thresholds": False})[0]["instances"] != []
+
+
 @pytest.mark.parametrize("min_score", [-0.1, 1.5, float("nan")])
 def test_served_models_refuse_a_minimum_score_out_of_range(min_score):
     from m2f.cluster.registry.served_model import ServedModel

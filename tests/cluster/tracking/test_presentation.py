@@ -1,6 +1,7 @@
 """Tests of the tags with which MLflow's UI presents a run, and of parent runs."""
 
 import dataclasses
+import shutil
 
 import mlflow
 import pytest
@@ -59,3 +60,23 @@ def test_active_mlflow_run_becomes_the_parent(stored_config):
         mlflow.set_tracking_uri(before)
     assert tags(inner)[PARENT_TAG] == opened.info.run_id
     assert PARENT_TAG not in tags(create_run(dataclasses.replace(stored_config, name="alone")))
+
+
+def test_warning_says_why_the_active_mlflow_run_is_not_the_parent(stored_config, tmp_path, caplog):
+    store = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    other_store = f"sqlite:///{shutil.copy(tmp_path / 'runs/mlflow.db', tmp_path)}"
+    tracking = dataclasses.replace(stored_config.tracking, uri=store)  # `set_tracking_uri` sets the default
+    children = []
+    before = mlflow.get_tracking_uri()
+    try:
+        for name, uri in (("first", store), ("second", other_store)):
+            mlflow.set_tracking_uri(uri)
+            with mlflow.start_run(experiment_id="0", run_name="outer"):
+                children.append(create_run(dataclasses.replace(stored_config, name=name, tracking=tracking)))
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert all(PARENT_TAG not in tags(child) for child in children)
+    experiment, elsewhere = (record.getMessage() for record in caplog.records if "parent" in record.getMessage())
+    assert "the open MLflow run outer does not become the parent of this run" in experiment
+    assert "in the experiment 'Default'; set tracking.experiment to 'Default'" in experiment
+    assert f"in the store {other_store}; set tracking.uri" in elsewhere
