@@ -30,6 +30,7 @@ from m2f.model.config import (
 from m2f.trainer.checkpoint.commits import list_commits
 from m2f.trainer.checkpoint.folder import newest_undamaged
 from m2f.trainer.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from tests.waiting import PATIENCE_S
 
 STEPS = 12
 EVERY = 4
@@ -232,8 +233,8 @@ def faulty_loop(arguments):
 
 
 def _wait_for(condition) -> None:
-    """Wait up to 60 s for a condition. Workers cannot import `tests.waiting`."""
-    deadline = time.monotonic() + 60.0
+    """Wait for a condition. Workers cannot import `wait_until`, but get the value of PATIENCE_S with this module."""
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -39,6 +39,7 @@ from m2f.trainer.engine.queued_step import loss_terms
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.telemetry.metrics import sum_over_ranks
 from tests.trainer.engine_ranks import GLOBAL_BATCH, fresh_module, make_images, normalizers_of
+from tests.waiting import PATIENCE_S
 
 WIDTH = {"conv_dim": 16, "mask_dim": 16}
 ENCODER = {"num_layers": 1, "num_heads": 2, "feedforward_dim": 16, "dropout": 0.0}
@@ -117,7 +118,7 @@ BACKBONES = {
 def family_agreement(make_job) -> dict:
     """Return loss and gradient norm of one step of four images: in plain torch, and sharded with checkpointing."""
     assert not untested_options()
-    ranks = Ranks(60.0)
+    ranks = Ranks(PATIENCE_S)
     zero = ZeroConfig(stage=3, param_persistence_threshold=0)
     job = make_job(global_batch=GLOBAL_BATCH, micro_batch=2, zero=zero)
     seen = {}
