@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             raise EvaluationError(f"--{flag} {path}: the folder does not exist; create it first")
     print_err("scoring: reading the files")
     scoring = _open_scoring(args)
-    with Progress("scoring", len(scoring.jobs), "images") as progress:
+    with Progress("scoring", len(scoring.tasks), "images") as progress:
         found = scoring.evaluate(workers, progress.advance)
     report = scoring.report(found)
     _write_additional_files(args, scoring, found)
