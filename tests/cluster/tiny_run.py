@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -101,6 +102,13 @@ def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> 
         ),
         cluster=ClusterConfig(num_workers=2),
     )
+
+
+def with_small_evaluation(config: RunConfig) -> RunConfig:
+    """Evaluate two images with one metric and without panels, for tests in which the results do not matter."""
+    sets = tuple(replace(item, limit=2) for item in config.evaluation.sets)
+    evaluation = replace(config.evaluation, sets=sets, tasks=("panoptic",), extra_metrics=(), panels=0)
+    return replace(config, evaluation=evaluation)
 
 
 def tracked_points(run: TrackedRun, metric: str) -> list[tuple[int, float]]:
