@@ -15,6 +15,9 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder that holds m2f/: a checkout with pyproject.toml and docs/, or the installed packages."""
+
 HOME = Path(__file__).parent
 """The folder that holds model/, data_pipeline/, trainer/, eval/, cluster/ and configs/."""
 

@@ -19,3 +19,4 @@ from m2f.model.errors import UserError as UserError
 
 __version__: str
 HOME: Path
+ROOT: Path

@@ -1,7 +1,7 @@
 """Start method for the ranks of tests: forks of a server that has already imported torch, DeepSpeed and m2f.
 
-These imports take each spawned rank about ten seconds of CPU time. Users' ranks are spawned. Tests with a driver in a
-separate process, and tests on Ray, cover that.
+These imports take each spawned rank about ten seconds of CPU time. Users' ranks are spawned. Most tests with a driver
+in a separate process, and tests on Ray, cover that.
 """
 
 import multiprocessing

@@ -18,6 +18,10 @@ import pytest
 from mlflow import MlflowClient
 
 from m2f.cluster.cli import main
+from m2f.cluster.recipe.load import load_recipe
+from m2f.cluster.recipe.stored import store_recipe
+from m2f.cluster.start.settling import local_devices, settled_run
+from m2f.data_pipeline.storage.storage import Storage
 
 PAST = Path(__file__).parent / "past" / "451e9d8"
 ORIGINAL_FOLDER = "/tmp/m2f-past"  # files of the run contain absolute paths below this folder
@@ -52,6 +56,18 @@ def points(past: Path, name: str) -> dict[int, float]:
     history = client.get_metric_history(run_id, name)
     assert len({point.step for point in history}) == len(history), "a step has two points"
     return {point.step: point.value for point in history}
+
+
+def test_continuing_an_old_run_lists_only_the_settings_that_changed(past):
+    def changes(*overrides: str) -> tuple[str, ...]:
+        config = settled_run(load_recipe("recipe.yaml", overrides), local_devices(), during_training=False)
+        return store_recipe(Storage(), config, has_progress=True)
+
+    assert changes() == ()
+    assert changes("training.max_steps=5000") == ("training.max_steps: 4000 -> 5000",)
+    assert changes("training.collective_timeout_s=90") == ("training.collective_timeout_s: 60.0 -> 90.0",)
+    windows = changes("evaluation.tasks=[semantic]", "evaluation.sets.0.test_time={kind: multi_scale}")
+    assert "evaluation.sets.0.test_time.kind: not set -> multi_scale" in windows
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
     with ExitStack() as stack:
         saver = CheckpointSaver(job, storage, ranks, resumed)
         stack.enter_context(closing(saver))
-        saver.check_room(engine)
+        saver.check_space(engine)
         if state.order_start and state.order_start == state.position and ranks.is_first:
             message = f"changed: a new order starts at image {state.position} of the run"
             reporter.report(Notice("data", state.step, message))

@@ -23,6 +23,7 @@ _TYPES = {
 }
 _CLASS_TYPES = {"id": (int,), "name": (str,), "is_thing": (bool,)}
 _MAX_STEP = 2**63
+"""Limit of steps: MLflow stores them as 64-bit integers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def _requirements() -> tuple[SpecifierSet, list[Requirement]]:
 
     They come from the pyproject.toml beside the running code, else from the installed package.
     """
-    project = Path(m2f.__file__).parents[1] / "pyproject.toml"
+    project = m2f.ROOT / "pyproject.toml"
     if project.is_file():
         declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
         requirements = [*declared["dependencies"], *declared["optional-dependencies"]["train"]]

@@ -16,7 +16,7 @@ from m2f.data_pipeline.categories import Task
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.source_parts import PartConfig, TileConfig
 from m2f.data_pipeline.sources import LabelMapSource, SourceConfig
-from m2f.model.config import MaskedTransformerDecoderConfig, ModelConfig, PostprocessConfig
+from m2f.model.config import ModelConfig, PostprocessConfig
 
 _TASK_BY_FORMAT: Mapping[str, Task] = {
     "coco_panoptic": "panoptic",
@@ -189,10 +189,11 @@ def _decoder(published: ModelConfig | None, queries: int) -> str:
     For published weights, these are the settings of the weights, with at least as many queries. A smaller or changed
     decoder could not use all of the weights.
     """
-    decoder = None if published is None else published.transformer_decoder
-    if not isinstance(decoder, MaskedTransformerDecoderConfig):
+    default = ModelConfig().transformer_decoder
+    decoder = default if published is None else published.transformer_decoder
+    if published is None or decoder.kind != default.kind:
         return f"{{num_queries: {queries}}}"
-    with_default_queries = replace(decoder, num_queries=MaskedTransformerDecoderConfig().num_queries)
+    with_default_queries = replace(decoder, num_queries=default.num_queries)
     return f"{_flow_style(with_default_queries)[:-1]}, num_queries: {max(queries, decoder.num_queries)}}}"
 
 

@@ -24,9 +24,23 @@ def store_recipe(storage: Storage, config: RunConfig, has_progress: bool) -> tup
     if not has_progress or not storage.exists(url):
         storage.put(url, dump_recipe(config).encode())
         return ()
-    stored = flatten(parse_recipe(storage.get(url).decode(), source=url))
-    now = flatten(config)
+    text = storage.get(url).decode()
+    stored = _comparable(parse_recipe(text, source=url))
+    now = _comparable(config)
+    timeout = stored_setting(text, "training", "collective_timeout_s")
+    if timeout is not None:  # as the first start had it, because `parse_recipe` raises that of earlier versions
+        stored["training.collective_timeout_s"] = str(float(timeout))
     return describe_changes(stored, now, stored.keys() | now.keys())
+
+
+def _comparable(config: RunConfig) -> dict[str, str]:
+    """Return all settings as text, without the `test_time` of evaluation sets that equals `evaluation.test_time`.
+
+    Earlier versions stored it for each set.
+    """
+    evaluation = config.evaluation
+    sets = (replace(s, test_time=None) if s.test_time == evaluation.test_time else s for s in evaluation.sets)
+    return flatten(replace(config, evaluation=replace(evaluation, sets=tuple(sets))))
 
 
 def trained_recipe_url(storage: Storage, run_folder: str, step: int | None = None) -> str:

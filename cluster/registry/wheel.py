@@ -43,7 +43,7 @@ def read_project() -> Project:
 
     In a checkout, the installed metadata may be outdated.
     """
-    file = Path(m2f.__file__).resolve().parents[1] / "pyproject.toml"
+    file = m2f.ROOT / "pyproject.toml"
     if not file.is_file():
         found = distribution(PACKAGE)
         return Project(found.version, found.metadata["Requires-Python"], tuple(found.requires or ()))

@@ -49,7 +49,7 @@ def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | Non
     staged, archive = folder / "working_dir", folder / "m2f.zip"
     staged.mkdir()
     if code:
-        _copy_code(source or Path(m2f.__file__).parents[1], staged)
+        _copy_code(source or m2f.ROOT, staged)
     if recipe is not None:
         path = staged / RECIPE
         path.write_text(recipe, encoding="utf-8")

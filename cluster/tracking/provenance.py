@@ -13,7 +13,6 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.shards.manifest import read_document
 from m2f.data_pipeline.storage.storage import Storage
 
-CODE = Path(m2f.__file__).resolve().parents[1]
 GIT_TIMEOUT_S = 10.0
 """Seconds for one command of git. On a slow network file system, a run starts without the facts of its code."""
 
@@ -34,7 +33,7 @@ class DataInput:
     """JSON for display: the whole fingerprint, and the numbers of images, shards and bytes."""
 
 
-def code_facts(folder: Path = CODE) -> dict[str, str]:
+def code_facts(folder: Path = m2f.ROOT) -> dict[str, str]:
     """Return commit and branch of the code, and the number of changed tracked files; {} outside a git checkout."""
     if not (folder / ".git").exists():
         return {}

@@ -14,7 +14,7 @@ from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.adjustments import Change, SkipPositions, SmallerMicroBatch
 from m2f.trainer.recovery.ending import Ending
 
-FailureKind = Literal["mistake", "error", "outage", "death", "preemption", "room", "memory", "spike", "collateral"]
+FailureKind = Literal["mistake", "error", "outage", "death", "preemption", "resources", "memory", "spike", "collateral"]
 """Kinds of failures.
 
 mistake: a restart would fail in the same way (an error of the user, or a bug).
@@ -22,7 +22,7 @@ error: an error that may be transient, unless it repeats unchanged.
 outage: the storage did not answer for `storage.patience_s`.
 death: a process or node died, or a health check failed.
 preemption: the provider reclaimed a node.
-room: Ray found no resources for the workers within its timeout.
+resources: Ray found no resources for the workers within its timeout.
 memory: a micro-batch does not fit into the memory of the device.
 spike: the loss left its usual range.
 collateral: a consequence of another rank's failure."""
@@ -55,7 +55,7 @@ _COLLATERAL_TEXTS = (
 """Parts of error messages that occur if a peer of the rank has failed."""
 MAX_BACKOFF_S = 60.0
 """Longest pause in seconds before a restart. Pauses double from 1 s with each failure without progress."""
-_UNCOUNTED_KINDS: tuple[FailureKind, ...] = ("preemption", "room", "memory")
+_UNCOUNTED_KINDS: tuple[FailureKind, ...] = ("preemption", "resources", "memory")
 """Kinds that do not count against `max_failures`."""
 
 
@@ -136,7 +136,7 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
     - A mistake stops the run. So does an outage, because the ranks have already waited for the storage.
     - An error stops the run if it repeats with the same message without a new checkpoint in between.
     - Deaths and other errors are retried up to `max_failures` times without progress, with exponential backoff.
-    - Preemptions and a lack of room are retried and do not count as failures.
+    - Preemptions and a lack of resources are retried and do not count as failures.
     - If memory runs out, the micro-batch is halved, which is not counted. A micro-batch of one image stops the run.
     - A loss spike counts as a failure; the run continues from a checkpoint before it and skips its samples.
     """
@@ -150,7 +150,7 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
         return Stop("start the run again to continue from its last checkpoint")
     if last.kind == "preemption":
         return Retry(0.0, "the node was preempted")
-    if last.kind == "room":
+    if last.kind == "resources":
         return Retry(0.0, "the cluster had too few free resources for the workers")
     if last.kind == "error" and any(a.failure.message == last.message for a in streak[:-1]):
         return Stop("the same error occurred again without a new checkpoint in between")
@@ -191,7 +191,7 @@ def classify(error: BaseException) -> FailureKind:
     if getattr(error, "preempted", False) or type(error).__name__ == "PreemptionError":
         return "preemption"
     if type(error).__name__ == "WorkerGroupStartupTimeoutError":
-        return "room"
+        return "resources"
     if type(error).__module__.split(".")[0] == "ray":
         return "death"
     if isinstance(error, LoaderDiedError | RankDiedError):

@@ -209,9 +209,9 @@ class _Supervisor:
             if error is None and self._scaler.growing:
                 continue
             failure = classify_attempt(error, ending)
-            if self._interrupts and failure.kind in ("death", "room"):  # the signal came before a rank could handle it
-                return "stopped"
-            if failure.kind == "room":  # this is not a failure; it is retried after each timeout of Ray
+            if self._interrupts and failure.kind in ("death", "resources"):
+                return "stopped"  # the signal came before a rank could handle it
+            if failure.kind == "resources":  # this is not a failure; it is retried after each timeout of Ray
                 print_err(f"waiting for free resources: {self._launcher.describe_wait()}")
                 continue
             self._failures.append(failure)

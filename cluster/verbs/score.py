@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
             check_output(f"--{option.replace('_', '-')}", path, creates_folder=False)
     print_err("scoring: reading the files")
     scoring = _open_scoring(args)
-    with Progress("scoring", len(scoring.jobs), "images") as progress:
+    with Progress("scoring", len(scoring.tasks), "images") as progress:
         found = scoring.evaluate(workers, progress.advance)
     report = scoring.report(found)
     try:

@@ -132,7 +132,7 @@ class ChunkCache:
             if self._bytes_since_scan <= self._limit // _SCANS_PER_LIMIT:
                 return
             self._bytes_since_scan = 0
-        self._make_room()
+        self._evict()
 
     def _reduce_limit(self, error: OSError) -> None:
         """Lower the limit to 90 % of the current content after a failed write, for example on a full disk, and evict.
@@ -150,9 +150,9 @@ class ChunkCache:
                 error.strerror,
                 ". Free some space, or lower data.cache.max_gb" if disk_full else "",
             )
-        self._make_room()
+        self._evict()
 
-    def _make_room(self) -> None:
+    def _evict(self) -> None:
         sizes = self._sizes()
         total = sum(sizes.values())
         if total > self._limit:

@@ -373,7 +373,7 @@ def _worker_context() -> BaseContext:
     # forkserver, because fork must not copy the threads and CUDA state of the training process. The server imports
     # this module once, so that workers start fast.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["m2f.data_pipeline.loading.loader"])
+    context.set_forkserver_preload([__name__])
     return context
 
 

@@ -124,7 +124,7 @@ def instance_scoring(
     table, subject = category_table(categories, things=True), score_subject(predictions, options, len(images))
     shown_limit = limits[-1] if options.max_dets else MAX_DETS[-1]
     return Scoring(
-        jobs=images,
+        tasks=images,
         work=_ScoreExtras(work, frozenset(extra_states), chosen) if extra_states or chosen is not None else work,
         state=AveragePrecisionState(num_classes, limits, ratio, options.area_bounds),
         report=partial(

@@ -16,7 +16,7 @@ from m2f.eval.metrics.panoptic_quality import PanopticRecord
 from m2f.eval.results.results import EvaluationSubject
 from m2f.eval.score.files import ScoredCategory, first_few
 
-Job = TypeVar("Job")
+Task = TypeVar("Task")
 RecordT = TypeVar("RecordT", PanopticRecord, DetectionRecord)
 
 
@@ -109,15 +109,15 @@ def chosen_labels(categories: Sequence[ScoredCategory], options: ScoreOptions, w
 
 
 @dataclass(frozen=True)
-class SelectClasses(Generic[Job, RecordT]):
+class SelectClasses(Generic[Task, RecordT]):
     """Calls `work` and keeps only rows of some classes. This is exact, because classes are matched separately."""
 
-    work: Callable[[Job], RecordT]
+    work: Callable[[Task], RecordT]
     labels: frozenset[int]
 
-    def __call__(self, job: Job) -> RecordT:
-        """Return the record of a job, without rows of other classes."""
-        return select_classes(self.work(job), self.labels)
+    def __call__(self, task: Task) -> RecordT:
+        """Return the record of a task, without rows of other classes."""
+        return select_classes(self.work(task), self.labels)
 
 
 def select_classes(record: RecordT, labels: Collection[int]) -> RecordT:

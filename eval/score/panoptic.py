@@ -127,7 +127,7 @@ def panoptic_scoring(
     notes = [*([matched.note] if matched.note else []), *unscored, *unknown_notes(unknown), *doubts]
     name, shown_notes = "Boundary PQ" if boundary else "PQ", [*scope_notes(options, len(ids)), *notes]
     return Scoring(
-        jobs=[(a, predictions[i]) for i, a in truth.items()],
+        tasks=[(a, predictions[i]) for i, a in truth.items()],
         work=OneByOne(_ScoreDetails(work) if extra_states else work if chosen is None else SelectClasses(work, chosen)),
         state=state,
         report=partial(_report, categories, len(ids), name, shown_notes),
@@ -224,8 +224,8 @@ class _ScoreImage:
     detailed: bool = True
     """Whether records need the area of every segment. Otherwise the engine's sums by class suffice."""
 
-    def __call__(self, job: _Pair) -> PanopticRecord:
-        truth, prediction = job
+    def __call__(self, task: _Pair) -> PanopticRecord:
+        truth, prediction = task
         where = f"image {truth['image_id']}"
         try:
             if not self.detailed and (record := self._engine_record(truth, prediction, where)) is not None:
@@ -324,9 +324,9 @@ class _ScoreDetails:
 
     image: _ScoreImage
 
-    def __call__(self, job: _Pair) -> MultiRecord[PanopticRecord]:
-        record = self.image(job)
-        annotation, predicted = job
+    def __call__(self, task: _Pair) -> MultiRecord[PanopticRecord]:
+        record = self.image(task)
+        annotation, predicted = task
         where = f"image {annotation['image_id']}"
         candidates = panoptic_candidates(self.image._truth(annotation, where), self.image._prediction(predicted, where))
         outcomes, errors = assign_outcomes(candidates), panoptic_errors(candidates)

@@ -14,9 +14,9 @@ from m2f.eval.metrics.mean_iou import MeanIoUState
 from m2f.eval.metrics.panoptic_quality import PanopticQualityState
 from m2f.eval.results.images import image_records, image_table
 from m2f.eval.results.results import EvaluationResults
-from m2f.eval.score.parallel import CHUNK, map_jobs
+from m2f.eval.score.parallel import CHUNK, map_tasks
 
-Job = TypeVar("Job")
+Task = TypeVar("Task")
 R = TypeVar("R", bound=Record)
 Result = TypeVar("Result")
 
@@ -50,23 +50,23 @@ class MultiRecord(Generic[R]):
 
 
 @dataclass(frozen=True)
-class OneByOne(Generic[Job, R]):
+class OneByOne(Generic[Task, R]):
     """Calls `work` for several images, one image at a time."""
 
-    work: Callable[[Job], R | MultiRecord[R]]
+    work: Callable[[Task], R | MultiRecord[R]]
 
-    def __call__(self, jobs: Sequence[Job]) -> list[R | MultiRecord[R]]:
-        """Return the result of the work for every job."""
-        return [self.work(job) for job in jobs]
+    def __call__(self, tasks: Sequence[Task]) -> list[R | MultiRecord[R]]:
+        """Return the result of the work for every task."""
+        return [self.work(task) for task in tasks]
 
 
 @dataclass(frozen=True)
-class Scoring(Generic[Job, R, Result]):
+class Scoring(Generic[Task, R, Result]):
     """A prepared scoring run. Besides JSON files, only masks of the truth have been read, for checks."""
 
-    jobs: Sequence[Job]
-    """One job per image."""
-    work: Callable[[Sequence[Job]], Sequence[R | MultiRecord[R]]]
+    tasks: Sequence[Task]
+    """One task per image."""
+    work: Callable[[Sequence[Task]], Sequence[R | MultiRecord[R]]]
     """Function that reads and compares the files of several images. It is pickled for worker processes."""
     state: MetricState[R, Result]
     report: Callable[[Result], ScoreReport]
@@ -75,7 +75,7 @@ class Scoring(Generic[Job, R, Result]):
     extra_states: Mapping[str, MetricState] = field(default_factory=dict)
     """States of additional metrics, by name; `work` returns a record for each, and `results` reads them."""
     names: Sequence[str] = ()
-    """Name of every job's image."""
+    """Name of every task's image."""
     classes: Collection[int] | None = None
     """Classes that mIoU averages; None: all. For PQ and AP, `work` leaves out the other classes."""
     limit: int | None = None
@@ -86,7 +86,7 @@ class Scoring(Generic[Job, R, Result]):
     def run(self, workers: int, advance: Callable[[int], None]) -> ScoreReport:
         """Score all images in at most `workers` processes; `advance` is called after every image.
 
-        A process handles at most CHUNK images at a time. Records are keyed by the position of the job, because image
+        A process handles at most CHUNK images at a time. Records are keyed by the position of the task, because image
         ids may be text, and are reduced in this order. Raises UserError naming the image or file if inputs do not match
         each other.
         """
@@ -116,8 +116,8 @@ class Scoring(Generic[Job, R, Result]):
 
     def evaluate(self, workers: int, advance: Callable[[int], None]) -> Result:
         """Score all images as `run` does, and return the metric without a report."""
-        workers = max(1, min(workers, math.ceil(len(self.jobs) / CHUNK)))
-        for position, scored in enumerate(map_jobs(self.work, self.jobs, workers)):
+        workers = max(1, min(workers, math.ceil(len(self.tasks) / CHUNK)))
+        for position, scored in enumerate(map_tasks(self.work, self.tasks, workers)):
             self.state.add(position, scored.record if isinstance(scored, MultiRecord) else scored)
             if isinstance(scored, MultiRecord):
                 for name, record in scored.extra.items():

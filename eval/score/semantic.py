@@ -74,7 +74,7 @@ def semantic_scoring(
     state = MeanIoUState(num_classes, ignore, ignore_label(num_classes) if void is None else void)
     subject = score_subject(predictions, options, len(names))
     return Scoring(
-        jobs=pairs,
+        tasks=pairs,
         work=OneByOne(_ScoreImage(truth, predictions, num_classes, state.ignore, state.void)),
         state=state,
         report=partial(_report, shown, chosen, [*scope_notes(options, len(names)), *notes], state, len(names)),

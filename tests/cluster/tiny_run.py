@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from m2f.model.config import (
 from m2f.trainer.checkpoint.commits import list_commits
 from m2f.trainer.checkpoint.folder import newest_undamaged
 from m2f.trainer.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from tests.waiting import PATIENCE_S
 
 STEPS = 12
 EVERY = 4
@@ -100,6 +102,13 @@ def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> 
         ),
         cluster=ClusterConfig(num_workers=2),
     )
+
+
+def with_small_evaluation(config: RunConfig) -> RunConfig:
+    """Evaluate two images with one metric and without panels, for tests in which the results do not matter."""
+    sets = tuple(replace(item, limit=2) for item in config.evaluation.sets)
+    evaluation = replace(config.evaluation, sets=sets, tasks=("panoptic",), extra_metrics=(), panels=0)
+    return replace(config, evaluation=evaluation)
 
 
 def tracked_points(run: TrackedRun, metric: str) -> list[tuple[int, float]]:
@@ -232,8 +241,8 @@ def faulty_loop(arguments):
 
 
 def _wait_for(condition) -> None:
-    """Wait up to 60 s for a condition. Workers cannot import `tests.waiting`."""
-    deadline = time.monotonic() + 60.0
+    """Wait for a condition. Workers cannot import `wait_until`, but get the value of PATIENCE_S with this module."""
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)

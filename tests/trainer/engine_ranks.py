@@ -29,6 +29,7 @@ from m2f.trainer.engine.param_groups import build_param_groups
 from m2f.trainer.engine.queued_step import loss_terms
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.telemetry.metrics import sum_over_ranks
+from tests.waiting import PATIENCE_S
 
 STEPS, GLOBAL_BATCH, EMA_DECAY = 3, 4, 0.2  # the first step has a decay of 2 / 11
 BASE = {"global_batch": GLOBAL_BATCH, "micro_batch": 2, "ema_decay": EMA_DECAY}
@@ -212,7 +213,7 @@ def plain(make_job) -> dict:
 def agreement(make_job, case: str) -> dict:
     """Run one of `CASES`. `make_job(**training)` returns a job with these training settings."""
     job = make_job(**(BASE | CASES[case]))
-    seen = with_engine(job, job.training, reference_of(make_job), Ranks(60.0))
+    seen = with_engine(job, job.training, reference_of(make_job), Ranks(PATIENCE_S))
     dist.barrier()
     return seen
 
@@ -220,7 +221,7 @@ def agreement(make_job, case: str) -> dict:
 def one_rank(make_job, case: str) -> dict:
     """Run one of `SINGLE_RANK_CASES` with the ZeRO settings of a single rank and with those of several ranks."""
     job = make_job(**(BASE | {"micro_batch": 4} | SINGLE_RANK_CASES[case]))
-    ranks, reference = Ranks(60.0), reference_of(make_job)
+    ranks, reference = Ranks(PATIENCE_S), reference_of(make_job)
     alone = with_engine(job, job.training, reference, ranks)
     with patch("m2f.trainer.engine.engine.deepspeed_config", _multi_rank_config):
         among = with_engine(job, job.training, reference, ranks)

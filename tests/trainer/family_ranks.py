@@ -39,6 +39,7 @@ from m2f.trainer.engine.queued_step import loss_terms
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.telemetry.metrics import sum_over_ranks
 from tests.trainer.engine_ranks import GLOBAL_BATCH, fresh_module, make_images, normalizers_of
+from tests.waiting import PATIENCE_S
 
 WIDTH = {"conv_dim": 16, "mask_dim": 16}
 ENCODER = {"num_layers": 1, "num_heads": 2, "feedforward_dim": 16, "dropout": 0.0}
@@ -90,51 +91,51 @@ FAMILY = {
 }
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+VIT_WITH_QUERIES = TimmBackboneConfig(
+    name="vit_small_patch14_reg4_dinov2", features="tokens", options={**VIT, "img_size": 64}
+)
+VIT_ADAPTER = ViTAdapterBackboneConfig(
+    name="vit_small_patch16_dinov3_qkvb", options={**VIT, "depth": 4}, num_heads=4, stem_width=4, drop_path=0.0
+)
 HEADS = {
-    "eomt": (
-        TimmBackboneConfig(name="vit_small_patch14_reg4_dinov2", features="tokens", options={**VIT, "img_size": 64}),
-        UpscalePixelDecoderConfig(),
-        EomtDecoderConfig(num_queries=8, num_layers=1, annealing=((0, 1),)),
-    ),
-    "pmt": (
-        TimmBackboneConfig(name="vit_small_patch14_reg4_dinov2", features="tokens", options={**VIT, "img_size": 64}),
-        UpscalePixelDecoderConfig(),
-        PmtDecoderConfig(num_queries=8, num_layers=1, annealing=((0, 1),)),
-    ),
+    "eomt": EomtDecoderConfig(num_queries=8, num_layers=1, annealing=((0, 1),)),
+    "pmt": PmtDecoderConfig(num_queries=8, num_layers=1, annealing=((0, 1),)),
 }
-"""Decoders that require a specific kind of backbone, with that backbone."""
+"""Decoders that require the backbone `VIT_WITH_QUERIES`."""
 BACKBONES = {
-    "swin": SwinBackboneConfig(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), drop_path=0.0),
-    "dinov2": TimmBackboneConfig(name="vit_small_patch14_dinov2", options=VIT),
-    "hiera": TimmBackboneConfig(name="hiera_small_abswin_256", options={"embed_dim": 16, "stages": (1, 1, 2, 1)}),
-    "convnext": TimmBackboneConfig(name="convnextv2_atto", options={"dims": (8, 16, 24, 32), "depths": (1, 2, 1, 1)}),
-    "vit_adapter": ViTAdapterBackboneConfig(
-        name="vit_small_patch16_dinov3_qkvb", options={**VIT, "depth": 4}, num_heads=4, stem_width=4, drop_path=0.0
+    "ms_deform_attn": SwinBackboneConfig(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), drop_path=0.0),
+    "fpn, smca, multi_scale, focal": TimmBackboneConfig(name="vit_small_patch14_dinov2", options=VIT),
+    "fpn, standard, masks, focal": TimmBackboneConfig(
+        name="hiera_small_abswin_256", options={"embed_dim": 16, "stages": (1, 1, 2, 1)}
     ),
+    "transformer_fpn, standard, masks": TimmBackboneConfig(
+        name="convnextv2_atto", options={"dims": (8, 16, 24, 32), "depths": (1, 2, 1, 1)}
+    ),
+    "bifpn, mask_pooling, zero, masks": VIT_ADAPTER,
 }
+"""Backbones of members whose pixel decoder another member combines with the ResNet of `make_job`."""
 
 
 def family_agreement(make_job) -> dict:
     """Return loss and gradient norm of one step of four images: in plain torch, and sharded with checkpointing."""
     assert not untested_options()
-    ranks = Ranks(60.0)
+    assert FAMILY.keys() >= BACKBONES.keys()
+    ranks = Ranks(PATIENCE_S)
     zero = ZeroConfig(stage=3, param_persistence_threshold=0)
     job = make_job(global_batch=GLOBAL_BATCH, micro_batch=2, zero=zero)
     seen = {}
     for name, (pixel_decoder, transformer_decoder, loss) in FAMILY.items():
-        model = replace(job.model, pixel_decoder=pixel_decoder, transformer_decoder=transformer_decoder, loss=loss)
+        parts = {"pixel_decoder": pixel_decoder, "transformer_decoder": transformer_decoder, "loss": loss}
+        model = replace(job.model, backbone=BACKBONES.get(name, job.model.backbone), **parts)
         seen[name] = whole_and_sharded(job, model, ranks)
-    for name, (backbone, pixel_decoder, transformer_decoder) in HEADS.items():
-        parts = {"pixel_decoder": pixel_decoder, "transformer_decoder": transformer_decoder}
-        model = replace(job.model, backbone=backbone, loss=POINTS, **parts)
+    for name, head in HEADS.items():
+        parts = {"pixel_decoder": UpscalePixelDecoderConfig(), "transformer_decoder": head}
+        model = replace(job.model, backbone=VIT_WITH_QUERIES, loss=POINTS, **parts)
         seen[name] = whole_and_sharded(job, model, ranks)
-    for name, backbone in BACKBONES.items():
-        model = replace(job.model, backbone=backbone)
-        seen[name] = whole_and_sharded(job, model, ranks)
-    model = replace(job.model, backbone=BACKBONES["vit_adapter"], freeze=("backbone.vit",))
-    seen["vit_adapter, frozen"] = whole_and_sharded(job, model, ranks)
+    model = replace(job.model, backbone=VIT_ADAPTER, freeze=("backbone.vit",))
+    seen["ms_deform_attn, vit_adapter, frozen"] = whole_and_sharded(job, model, ranks)
     model = replace(job.model, pilots=PilotConfig(max_targets=2, mask_noise=0.2))
-    seen["pilots"] = whole_and_sharded(job, model, ranks)
+    seen["ms_deform_attn, pilots"] = whole_and_sharded(job, model, ranks)
     dist.barrier()
     return seen
 
@@ -154,7 +155,7 @@ def untested_options() -> set[object]:
     """Return decoder kinds and option values that no member of the family covers."""
     pixel_decoders, transformer_decoders, losses = zip(*FAMILY.values(), strict=True)
     tested = {type(config) for config in (*pixel_decoders, *transformer_decoders)}
-    tested |= {type(config) for _, *parts in HEADS.values() for config in parts}
+    tested |= {UpscalePixelDecoderConfig, *map(type, HEADS.values())}
     available = {*get_args(PixelDecoderConfig), *get_args(TransformerDecoderConfig)}
     for cls, configs in ((MaskedTransformerDecoderConfig, transformer_decoders), (LossConfig, losses)):
         of_class = [vars(config) for config in configs if isinstance(config, cls)]

@@ -21,6 +21,7 @@ from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks
 from tests.trainer.engine_ranks import BASE, GLOBAL_BATCH, fresh_module, make_images, normalizers_of
 from tests.trainer.tiny_job import make_job, train
+from tests.waiting import PATIENCE_S
 
 _CPU = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator"
 _ENGINE = "m2f.trainer.engine.engine"
@@ -33,7 +34,7 @@ def restored(folder: Path, precision: str, stage: str, offload: str) -> dict:
     """
     zero = ZeroConfig(stage=int(stage), offload_optimizer=offload == "offload", param_persistence_threshold=0)
     job = make_job(Path("none"), "none", **(BASE | {"precision": precision, "zero": zero}))
-    place, ranks = folder / f"restored_{precision}_{stage}_{offload}", Ranks(60.0)
+    place, ranks = folder / f"restored_{precision}_{stage}_{offload}", Ranks(PATIENCE_S)
     seen = {"loads": [], "equal": [], "globals": []}
     with _fp16_on_cpu(), _recorded_loads(seen["loads"]):
         saving = _engine(job)

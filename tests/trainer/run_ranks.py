@@ -25,6 +25,7 @@ from m2f.trainer.checkpoint.commits import list_commits, read_metrics
 from m2f.trainer.config import MultiStepSchedule, ZeroConfig
 from m2f.trainer.job import TrainJob
 from m2f.trainer.recovery.ending import read_ending
+from m2f.trainer.telemetry.watchdog import Watchdog
 from tests.trainer.tiny_job import (
     DrainAt,
     KillAfterFirstCheckpoint,
@@ -34,6 +35,7 @@ from tests.trainer.tiny_job import (
     make_job,
     train,
 )
+from tests.waiting import PATIENCE_S
 
 PILOTS = PilotConfig(max_targets=3, label_noise=0.5, mask_noise=0.2)
 """Fewer pilots than an image has targets, so that a hash selects the targets."""
@@ -49,8 +51,9 @@ def killed(folder: Path) -> dict:
 
 
 def stalled(folder: Path) -> dict:
-    """Rank 1 sleeps in the data phase of the third step."""
+    """Rank 1 sleeps in the data phase of the third step. Slow steps before it are no stall."""
     real, calls = m2f.trainer.loop.count_normalizers, 0
+    real_limit_s = Watchdog._phase_limit_s
 
     def fall_asleep(*arguments):
         nonlocal calls
@@ -59,7 +62,11 @@ def stalled(folder: Path) -> dict:
             time.sleep(600)
         return real(*arguments)
 
+    def limit_s(watchdog, phase):
+        return real_limit_s(watchdog, phase) if calls == 3 else PATIENCE_S
+
     m2f.trainer.loop.count_normalizers = fall_asleep
+    Watchdog._phase_limit_s = limit_s
     job = make_job(folder / "stalled", str(folder / "shards"), stall_timeout_s=10.0)
     return train(job, NoticeFileWriter(path=folder / "stalled.events"))
 

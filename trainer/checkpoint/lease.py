@@ -119,14 +119,14 @@ def hold_lease(
     inherited = os.environ.get(LEASE_VARIABLE, "")
     record = _inherited_record(storage, run_folder, inherited) if inherited else None
     renews = record is None
-    lease = Lease(storage, run_folder, record or take_lease(storage, run_folder, report, timing), timing, renews)
+    lease = Lease(storage, run_folder, record or acquire_lease(storage, run_folder, report, timing), timing, renews)
     try:
         yield lease
     finally:
         lease.close()
 
 
-def take_lease(storage: Storage, run_folder: str, report: Callable[[str], None], timing: Timing) -> LeaseRecord:
+def acquire_lease(storage: Storage, run_folder: str, report: Callable[[str], None], timing: Timing) -> LeaseRecord:
     """Take the next lease of a run folder. If it is unclear whether the current holder is alive, wait to find out.
 
     Raises LeaseHeldError if the holder is alive.

@@ -70,11 +70,11 @@ class CheckpointSaver:
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def check_room(self, engine: Engine) -> None:
-        """Check before the first step whether the disks have room for a checkpoint. Every rank must call it.
+    def check_space(self, engine: Engine) -> None:
+        """Check before the first step whether the disks have space for a checkpoint. Every rank must call it.
 
         The local disk must hold the files of all ranks on this machine; the disk of a local run folder must hold those
-        of all ranks. Raises StorageError on all ranks if one has too little room.
+        of all ranks. Raises StorageError on all ranks if one has too little space.
         """
         ranks, host = self._ranks, socket.gethostname()
         own = checkpoint_bytes(engine.module.model, self._job.training, ranks.world_size, ranks.is_first)

@@ -27,7 +27,7 @@ from m2f.cluster.submit import google_secret, spot_notice
 from m2f.cluster.submit.google_secret import read_secret
 from m2f.cluster.submit.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
 from m2f.cluster.submit.spot_notice import NOTICE_S, drain_on_notice, is_preempted
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 
 CLOUD = Path(m2f.__file__).parent / "cluster" / "cloud"
 RAY_UP = sorted(CLOUD.glob("[ag]*.yaml"))
@@ -408,8 +408,11 @@ def test_apply_passes_the_ray_job_to_kubectl(tmp_path, template, monkeypatch, ca
 
 @pytest.fixture
 def metadata_server():
-    """Yield the URL of a metadata server for both clouds, and an event. Set the event to announce a preemption."""
-    notice = threading.Event()
+    """Yield the URL of a metadata server for both clouds, an event, and the paths of its answered requests.
+
+    Set the event to announce a preemption.
+    """
+    notice, answered = threading.Event(), []
 
     class Server(BaseHTTPRequestHandler):
         def respond(self, status: int, text: str = ""):
@@ -438,31 +441,35 @@ def metadata_server():
             else:
                 self.respond(403)
 
+            answered.append(self.path)
+
         def log_message(self, *arguments):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", notice
+        yield f"http://127.0.0.1:{server.server_port}", notice, answered
         server.shutdown()
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
 def test_a_spot_notice_drains_the_node(metadata_server, cloud):
-    address, notice = metadata_server
+    address, notice, answered = metadata_server
     assert not is_preempted(cloud, address)
+    answered.clear()
     drained: list[int] = []
     watcher = threading.Thread(target=lambda: drain_on_notice(cloud, drained.append, address, poll_s=0.02))
     watcher.start()
-    watcher.join(0.2)
+    wait_until(lambda: len(answered) > 3, "several polls")
     assert watcher.is_alive()
+    assert drained == []
     notice.set()
     watcher.join(PATIENCE_S)
     assert drained == [NOTICE_S[cloud]]
 
 
 def test_google_secret_is_read_with_the_service_account_of_the_machine(metadata_server):
-    address, _ = metadata_server
+    address, *_ = metadata_server
     assert read_secret("p", "s", address, address) == "hush"
     with pytest.raises(OSError, match="403"):
         read_secret("p", "other", address, address)

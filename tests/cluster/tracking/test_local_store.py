@@ -298,9 +298,9 @@ def names_in(output):
 def test_concurrent_drivers_create_or_upgrade_one_store(tmp_path, old, old_database):
     if old:
         (tmp_path / "mlflow.db").write_bytes(old_database)
-    processes = [start(tmp_path, name) for name in ("a", "b", "c")]
-    assert [process.wait(PATIENCE_S) for process in processes] == [0] * 3
-    assert names_in(tmp_path) == sorted(["a", "b", "c", *(["before"] if old else [])])
+    processes = [start(tmp_path, name) for name in ("a", "b")]
+    assert [process.wait(PATIENCE_S) for process in processes] == [0, 0]
+    assert names_in(tmp_path) == sorted(["a", "b", *(["before"] if old else [])])
     assert len(list(tmp_path.glob("mlflow.db.before-*"))) == old
     assert not list(tmp_path.glob(".partial-*"))
 
@@ -311,7 +311,7 @@ def test_driver_killed_during_upgrade_leaves_the_store_unchanged(tmp_path, old_d
     assert start(tmp_path, "killed", "dies").wait(PATIENCE_S) == -signal.SIGKILL
     assert list(tmp_path.glob(".partial-*"))
     assert (tmp_path / "mlflow.db").read_bytes() == old_database
-    assert start(tmp_path, "next").wait(PATIENCE_S) == 0
+    create_run(config_in(tmp_path, "next"))
     assert names_in(tmp_path) == ["before", "next"]
     assert not list(tmp_path.glob(".partial-*"))
 
@@ -319,10 +319,10 @@ def test_driver_killed_during_upgrade_leaves_the_store_unchanged(tmp_path, old_d
 @pytest.mark.slow
 def test_concurrent_drivers_lose_no_metrics(output):
     words = [sys.executable, str(Path(__file__).with_name("writes_points.py")), str(output)]
-    processes = [subprocess.Popen([*words, name, "200"]) for name in ("a", "b", "c")]
-    assert [process.wait(PATIENCE_S) for process in processes] == [0] * 3
+    processes = [subprocess.Popen([*words, name, "200"]) for name in ("a", "b")]
+    assert [process.wait(PATIENCE_S) for process in processes] == [0, 0]
     client = client_of(output)
-    for name in ("a", "b", "c"):
+    for name in ("a", "b"):
         run_id = json.loads(Path(output, name, "tracking.json").read_text())["run_id"]
         steps = [point.step for point in client.get_metric_history(run_id, "train/loss/total")]
         assert sorted(steps) == list(range(200))

@@ -1,7 +1,8 @@
-"""Run `m2f train --launcher local` with a lease that expires after 2 s, and with ranks that wait at a gate.
+"""Run `m2f train --launcher local` with a lease that expires after EXPIRY seconds, and with ranks that wait at a gate.
 
-Usage: `leased_driver.py GATE STEP RECIPE [section.key=value ...]`. From STEP on, the ranks wait until the file GATE
-exists.
+Usage: `leased_driver.py START_METHOD EXPIRY GATE STEP RECIPE [section.key=value ...]`. From STEP on, the ranks wait
+until the file GATE exists. START_METHOD is `spawn`, as for users, or `fork`, which imports torch and DeepSpeed once for
+both ranks. Forked ranks do not notice that the driver was killed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from m2f.cluster.cli import main
-from m2f.cluster.train import local
+from m2f.cluster.train import local, processes
 from m2f.cluster.train.local_rank import train_rank
 from m2f.trainer.checkpoint import lease
 from m2f.trainer.checkpoint.lease import Timing
 from tests.cluster.tiny_run import changed_losses
+from tests.forks import FORK_CONTEXT
 
 GLOBAL_BATCH = 4
 
@@ -34,6 +36,9 @@ def gated_rank(gate: str, step: int, *arguments: object) -> None:
 
 
 if __name__ == "__main__":
-    lease.Timing = lambda: Timing(renew_s=0.2, poll_s=0.1, unchanged_s=2.0)
-    local.train_rank = partial(gated_rank, sys.argv[1], int(sys.argv[2]))
-    sys.exit(main(["train", *sys.argv[3:], "--launcher", "local", "--plain"]))
+    start_method, expiry_s, gate, step, *words = sys.argv[1:]
+    if start_method == "fork":
+        processes._SPAWN_CONTEXT = FORK_CONTEXT
+    lease.Timing = lambda: Timing(renew_s=0.2, poll_s=0.1, unchanged_s=float(expiry_s))
+    local.train_rank = partial(gated_rank, gate, int(step))
+    sys.exit(main(["train", *words, "--launcher", "local", "--plain"]))

@@ -13,7 +13,7 @@ from m2f.cluster.train.ray_launcher import run_training
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import checkpoint_url, newest_step
 from m2f.trainer.config import CheckpointConfig, EarlyStoppingConfig
-from tests.cluster.tiny_run import small_sets, tiny_config
+from tests.cluster.tiny_run import small_sets, tiny_config, with_small_evaluation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tiny_config(tmp_path, "made", small_sets(str(tmp_path), Storage()))
+    return with_small_evaluation(tiny_config(tmp_path, "made", small_sets(str(tmp_path), Storage())))
 
 
 ON_RAY = [pytest.mark.cluster, pytest.mark.soak]  # soak only: both launchers share the supervisor that decides

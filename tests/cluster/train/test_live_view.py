@@ -5,7 +5,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,9 +113,9 @@ def test_view_stops_although_the_terminal_is_gone():
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux, which provides a terminal, is not installed")
 def test_terminal_shows_one_panel_below_the_log(tmp_path):
-    stop = tmp_path / "stop"
+    stop, refreshes = tmp_path / "stop", tmp_path / "refreshes"
     tmux = ["tmux", "-L", f"m2f-test-{os.getpid()}", "-f", "/dev/null"]
-    words = [sys.executable, str(Path(__file__).with_name("live_view_main.py")), str(stop)]
+    words = [sys.executable, str(Path(__file__).with_name("live_view_main.py")), str(stop), str(refreshes)]
     command = f"cd {Path.cwd()} && PYTHONPATH=. TERM=xterm-256color {shlex.join(words)}"
     subprocess.run([*tmux, "new-session", "-d", "-x", "90", "-y", "24", command], check=True)
 
@@ -130,7 +129,8 @@ def test_terminal_shows_one_panel_below_the_log(tmp_path):
     try:
         output = wait_for("30 / 1,000")
         wait_for("skipped: the loss of img_7 is not finite")
-        time.sleep(1.2)  # refreshes must redraw the panel in place
+        shown = refreshes.stat().st_size
+        wait_until(lambda: refreshes.stat().st_size >= shown + 3)  # each must redraw the panel in place
         output = screen()
         assert output.count("in-a-terminal") == output.count("images/s") == 1, output
         assert output.index("img_7") < output.index("in-a-terminal")

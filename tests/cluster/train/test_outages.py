@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 
 import pytest
-from mlflow import MlflowClient
 
 from m2f.cluster.recipe.config import TrackingConfig
 from m2f.cluster.train.local import train_locally
@@ -15,7 +14,7 @@ from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.commits import list_commits
-from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
+from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config, tracked_points, with_small_evaluation
 from tests.gateway import Gateway
 from tests.mlflow_server import free_port, start_server
 from tests.waiting import PATIENCE_S, wait_until
@@ -23,15 +22,15 @@ from tests.waiting import PATIENCE_S, wait_until
 pytestmark = pytest.mark.slow
 
 LONGER = [pytest.mark.soak, pytest.mark.timeout(1800)]
-SHORT_S = 12.0
-"""Seconds of an outage that outlasts the eight attempts of earlier versions."""
+SHORT_S = 4.0
+"""Seconds of a short outage."""
 
 
 @pytest.fixture
 def config(gateway, tmp_path):
     bucket = StorageConfig(endpoint_url=gateway.url, region="us-east-1")
     place = f"s3://box/{tmp_path.name}"
-    base = tiny_config(tmp_path, "run", small_sets(f"{place}/shards", Storage(bucket)))
+    base = with_small_evaluation(tiny_config(tmp_path, "run", small_sets(f"{place}/shards", Storage(bucket))))
     return replace(
         base,
         output=f"{place}/runs",
@@ -41,9 +40,7 @@ def config(gateway, tmp_path):
 
 
 def losses(summary):
-    run = summary.tracked
-    points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, "train/loss/total")
-    return sorted((point.step, point.value) for point in points)
+    return tracked_points(summary.tracked, "train/loss/total")
 
 
 def close_at_first_commit(gateway, config, seconds=SHORT_S):
@@ -63,16 +60,17 @@ def close_at_first_commit(gateway, config, seconds=SHORT_S):
         pytest.param(300.0, 8.0, marks=LONGER),
     ],
 )
-def test_storage_outage_within_patience_causes_no_failure_and_no_stall(gateway, config, seconds, stall_timeout_s):
+def test_storage_outage_within_patience_causes_no_failure_and_no_stall(
+    gateway, config, baseline_run, seconds, stall_timeout_s
+):
     config = replace(config, training=replace(config.training, stall_timeout_s=stall_timeout_s))
-    baseline = train_locally(replace(config, name="baseline"))
     outage = threading.Thread(target=close_at_first_commit, args=(gateway, config, seconds), daemon=True)
     outage.start()
     summary = train_locally(config)
     outage.join()
     assert summary.status == "finished"
     assert summary.failures == ()
-    assert losses(summary) == losses(baseline)
+    assert losses(summary) == baseline_run.losses
     assert [step for step, _ in losses(summary)] == list(range(1, STEPS + 1))
     assert {entry.step: entry.status for entry in summary.evaluations} == dict.fromkeys(
         range(EVERY, STEPS + 1, EVERY), "published"
@@ -80,10 +78,10 @@ def test_storage_outage_within_patience_causes_no_failure_and_no_stall(gateway, 
 
 
 def test_storage_outage_beyond_patience_ends_the_run_and_a_new_start_continues_it(gateway, config):
-    impatient = replace(config, storage=replace(config.storage, patience_s=3.0))
-    outage = threading.Thread(target=close_at_first_commit, args=(gateway, config), daemon=True)
+    impatient = replace(config, storage=replace(config.storage, patience_s=1.0))
+    outage = threading.Thread(target=close_at_first_commit, args=(gateway, config, 8.0), daemon=True)
     outage.start()
-    with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(3 s"):
+    with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(1 s"):
         train_locally(impatient)
     outage.join()
     summary = train_locally(config)
@@ -104,10 +102,9 @@ def mlflow(migrated_database, tmp_path):
     server.wait()
 
 
-def test_mlflow_outage_during_training_loses_no_metrics(mlflow, tmp_path):
+def test_mlflow_outage_during_training_loses_no_metrics(mlflow, tmp_path, baseline_run):
     """Training continues during the outage. At the end, the run waits until MLflow has every point exactly once."""
-    base = tiny_config(tmp_path, "run", small_sets(str(tmp_path), Storage()))
-    baseline = train_locally(replace(base, name="baseline"))
+    base = with_small_evaluation(tiny_config(tmp_path, "run", small_sets(str(tmp_path), Storage())))
     config = replace(base, tracking=TrackingConfig(uri=mlflow.url))
     outage = threading.Thread(target=close_at_first_commit, args=(mlflow, config), daemon=True)
     outage.start()
@@ -115,5 +112,5 @@ def test_mlflow_outage_during_training_loses_no_metrics(mlflow, tmp_path):
     outage.join()
     assert summary.status == "finished"
     assert summary.failures == ()
-    assert losses(summary) == losses(baseline)
+    assert losses(summary) == baseline_run.losses
     assert all(entry.status == "published" for entry in summary.evaluations)

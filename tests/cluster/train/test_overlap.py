@@ -56,15 +56,20 @@ def baseline(make_config):
 
 
 class Driver:
-    """A process of `leased_driver.py` with its log. Its ranks wait at the gate in step `gate_step`."""
+    """A process of `leased_driver.py` with its log. Its ranks wait at the gate in step `gate_step`.
 
-    def __init__(self, config, log: Path, gate_step: int) -> None:
+    `kind` is how the run's first start is disturbed, see `overlap`.
+    """
+
+    def __init__(self, config, log: Path, kind: str, gate_step: int) -> None:
         recipe = log.with_suffix(".yaml")
         recipe.write_text(dump_recipe(config))
         self.log, self.gate = log, log.with_suffix(".gate")
+        start_method = "spawn" if kind == "kill" else "fork"
+        expiry_s = "60" if kind == "live" else "2"  # a live start that is starved keeps its lease
         with log.open("w") as file:
             self.process = psutil.Popen(
-                [sys.executable, str(DRIVER), str(self.gate), str(gate_step), str(recipe)],
+                [sys.executable, str(DRIVER), start_method, expiry_s, str(self.gate), str(gate_step), str(recipe)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONPATH": str(Path(m2f.__file__).parents[1])},
@@ -111,14 +116,15 @@ def is_unlocked(database: Path) -> bool:
 def start(tmp_path) -> Iterator:
     drivers: list[Driver] = []
 
-    def new(config, gate_step: int = STEPS + 1) -> Driver:
-        drivers.append(Driver(config, tmp_path / f"driver{len(drivers)}.log", gate_step))
+    def new(config, kind: str, gate_step: int = STEPS + 1) -> Driver:
+        drivers.append(Driver(config, tmp_path / f"driver{len(drivers)}.log", kind, gate_step))
         return drivers[-1]
 
     yield new
     for driver in drivers:
         if driver.process.is_running():
-            driver.process.kill()
+            for process in (driver.process, *driver.process.children(recursive=True)):
+                process.kill()
         driver.process.wait()
 
 
@@ -137,7 +143,7 @@ def check(config, baseline) -> None:
 
 
 def test_ranks_end_when_their_launcher_is_killed(make_config, start):
-    first = start(make_config("orphans"), gate_step=2)
+    first = start(make_config("orphans"), "kill", gate_step=2)
     first.wait_until(lambda: "step  1/" in first.log.read_text())
     ranks = first.ranks()
     assert len(ranks) == 2
@@ -152,13 +158,13 @@ def overlap(config, baseline, start, kind: str, rng: random.Random) -> None:
     Before the second start, the first one is killed (`kill`), suspended (`stop`) or left running (`live`).
     """
     committed = 2 * rng.randint(1, 4)
-    first = start(config, gate_step=committed + rng.randint(1, 2))
+    first = start(config, kind, gate_step=committed + rng.randint(1, 2))
     first.wait_until(lambda: newest_step(Storage(), config.run_folder) >= committed)
     if kind == "kill":
         first.process.kill()
     elif kind == "stop":
         first.suspend(Path(config.output, "mlflow.db"))
-    second = start(config)
+    second = start(config, kind)
     second.process.wait(TIMEOUT_S)
     if kind == "live":
         assert "is training in this folder (lease 1)" in second.log.read_text()

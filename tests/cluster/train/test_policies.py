@@ -103,9 +103,11 @@ def test_preemptions_do_not_count_as_failures():
 
 
 def test_lack_of_resources_does_not_count_as_failure():
-    for no_room in (history(*[("room", 0)] * 20), history(("death", 0), ("room", 0))):
-        assert decide(no_room, max_failures=1) == Retry(0.0, "the cluster had too few free resources for the workers")
-    assert isinstance(decide(history(*[("room", 0)] * 20, ("death", 0)), max_failures=1), Retry)
+    for no_resources in (history(*[("resources", 0)] * 20), history(("death", 0), ("resources", 0))):
+        assert decide(no_resources, max_failures=1) == Retry(
+            0.0, "the cluster had too few free resources for the workers"
+        )
+    assert isinstance(decide(history(*[("resources", 0)] * 20, ("death", 0)), max_failures=1), Retry)
 
 
 def test_max_failures_0_stops_at_the_first_death():

@@ -75,7 +75,7 @@ def cluster(config):
     [
         (WorkerGroupError("", {0: RuntimeError("Connection reset by peer"), 1: KeyError("x")}), None, "mistake", 1),
         (ControllerError(TimeoutError("no workers")), None, "error", None),
-        (ControllerError(WorkerGroupStartupTimeoutError(2)), None, "room", None),
+        (ControllerError(WorkerGroupStartupTimeoutError(2)), None, "resources", None),
         (WorkerGroupError("", {0: KeyError("x")}), Ending("stalled", "rank 1 sleeps"), "death", None),
         (None, Ending("drained", ""), "preemption", None),
         (None, None, "error", None),

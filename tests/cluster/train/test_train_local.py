@@ -19,7 +19,14 @@ from m2f.trainer.config import CheckpointConfig, SpikeConfig
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.adjustments import read_adjustments
-from tests.cluster.tiny_run import changed_losses, out_of_memory, small_sets, spike, tiny_config
+from tests.cluster.tiny_run import (
+    changed_losses,
+    out_of_memory,
+    small_sets,
+    spike,
+    tiny_config,
+    with_small_evaluation,
+)
 
 pytestmark = pytest.mark.slow
 STEPS = 10
@@ -41,7 +48,7 @@ def make_config(tmp_path_factory):
         settings = {"max_steps": STEPS, "checkpoint": CheckpointConfig(every_steps=4, keep=9), **training}
         return replace(config, training=replace(config.training, **settings))
 
-    make.evaluation = tiny_config(folder, "any", datasets).evaluation
+    make.evaluation = with_small_evaluation(tiny_config(folder, "any", datasets)).evaluation
     return make
 
 

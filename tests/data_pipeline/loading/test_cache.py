@@ -1,4 +1,5 @@
 import errno
+import itertools
 import logging
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.storage.storage import StorageCounters
 from m2f.model.errors import ConfigError
 from tests.mounts import read_only
+from tests.waiting import wait_until
 
 
 def make_cache(folder, max_bytes=10_000, upcoming=lambda: ()):
@@ -168,9 +170,9 @@ def test_unusable_cache_folder_raises_error_with_its_path(tmp_path):
         CacheConfig(folder="x", max_gb=0)
 
 
-def read_forever(folder, seed):
+def read_forever(folder, seed, reads):
     cache, rng = make_cache(folder, 50_000), random.Random(seed)
-    while True:
+    for reads.value in itertools.count():
         name = f"n{rng.randrange(100)}"
         assert cache.read(name, 1000, lambda name=name: content(name)) == content(name)
 
@@ -178,10 +180,14 @@ def read_forever(folder, seed):
 def kill_readers(folder, rounds):
     context = multiprocessing.get_context("fork")
     for round_number in range(rounds):
-        readers = [context.Process(target=read_forever, args=(folder, 10 * round_number + i)) for i in range(3)]
+        counts = [context.Value("Q", 0, lock=False) for _ in range(3)]
+        readers = [
+            context.Process(target=read_forever, args=(folder, 10 * round_number + i, counts[i])) for i in range(3)
+        ]
         for reader in readers:
             reader.start()
-        time.sleep(0.1 + 0.1 * random.Random(round_number).random())
+        wanted = random.Random(round_number).randint(50, 500)
+        wait_until(lambda wanted=wanted, counts=counts: min(reads.value for reads in counts) > wanted, pause_s=0.001)
         for reader in readers:
             assert reader.is_alive()
             os.kill(reader.pid, signal.SIGKILL)

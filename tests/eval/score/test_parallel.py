@@ -6,7 +6,7 @@ import pytest
 
 from m2f.eval.errors import EvaluationError
 from m2f.eval.score import parallel
-from m2f.eval.score.parallel import map_jobs
+from m2f.eval.score.parallel import map_tasks
 
 
 def squares_or_fail(jobs):
@@ -21,9 +21,9 @@ def square_or_fail(job):
 
 def test_worker_errors_propagate_and_results_keep_their_order(monkeypatch):
     monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
-    assert list(map_jobs(squares_or_fail, range(30, 90), workers=2)) == [n * n for n in range(30, 90)]
+    assert list(map_tasks(squares_or_fail, range(30, 90), workers=2)) == [n * n for n in range(30, 90)]
     with pytest.raises(EvaluationError, match="image 23 is damaged"):
-        list(map_jobs(squares_or_fail, range(60), workers=2))
+        list(map_tasks(squares_or_fail, range(60), workers=2))
 
 
 def process_ids(jobs):
@@ -32,8 +32,8 @@ def process_ids(jobs):
 
 def test_processes_start_only_if_they_save_time(monkeypatch):
     """300 fast images take less time than starting two processes."""
-    assert set(map_jobs(process_ids, range(300), workers=2)) == {os.getpid()}
+    assert set(map_tasks(process_ids, range(300), workers=2)) == {os.getpid()}
     monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
-    processes = list(map_jobs(process_ids, range(60), workers=2))
+    processes = list(map_tasks(process_ids, range(60), workers=2))
     assert set(processes[:16]) == {os.getpid()}
     assert os.getpid() not in processes[16:]

@@ -16,12 +16,12 @@ from m2f.trainer.engine.compile import compile_regions
 OPTIONS = {"embed_dim": 32, "depth": 3, "num_heads": 2, "init_values": 1.0}
 
 
-def model_of(name: str = "vit_small_patch16_dinov3_qkvb", **options: object):
+def model_of(name: str = "vit_small_patch16_dinov3_qkvb", power: float = 0.9, **options: object):
     torch.manual_seed(3)
     config = ModelConfig(
         backbone=TimmBackboneConfig(name=name, features="tokens", options=OPTIONS | options),
         pixel_decoder=UpscalePixelDecoderConfig(),
-        transformer_decoder=EomtDecoderConfig(num_queries=6, num_layers=2),
+        transformer_decoder=EomtDecoderConfig(num_queries=6, num_layers=2, annealing_power=power),
         num_classes=4,
     )
     return build_model(config, pretrained_backbone=False)
@@ -57,6 +57,15 @@ def test_training_step_derives_mask_probabilities_from_progress():
         halves[1:], model(images[1:], context([4])).mask_logits(), rtol=1e-4, atol=1e-5
     )
     assert not torch.allclose(halves, model(images, context([30, 40])).mask_logits(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("power", "expected"), [(1.0, 0.25), (2.0, 0.0625), (0.0, 1.0)])
+def test_mask_probability_decays_with_the_annealing_power(power, expected):
+    model = model_of(power=power)
+    model.set_progress(45, 120)  # block 0 anneals over steps 20 to 40, block 1 over 80 to 100
+    assert model.transformer_decoder.probabilities == (0.0, 1.0)
+    model.set_progress(35, 120)
+    assert model.transformer_decoder.probabilities == pytest.approx((expected, 1.0))
 
 
 def test_evaluation_is_deterministic_and_uses_stored_probabilities():

@@ -48,6 +48,13 @@ def total(found) -> torch.Tensor:
     return sum(found.mask_logits(layer).square().mean() + found.class_logits[layer].square().mean() for layer in layers)
 
 
+@pytest.mark.parametrize(("power", "expected"), [(1.0, 0.25), (2.0, 0.0625), (0.0, 1.0)])
+def test_mask_probability_decays_with_the_annealing_power(power, expected):
+    model = model_of(annealing=((0, 20), (20, 40)), annealing_power=power)
+    model.set_progress(15, 60)
+    assert model.transformer_decoder.probabilities == pytest.approx((expected, 1.0))
+
+
 @pytest.mark.parametrize("name", [DINOV3, DINOV2])
 def test_training_does_not_change_a_frozen_backbone(name):
     model = model_of(name).train()

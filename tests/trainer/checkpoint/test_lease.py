@@ -30,7 +30,7 @@ from m2f.trainer.checkpoint.folder import (
     read_manifest,
     verify_sizes,
 )
-from m2f.trainer.checkpoint.lease import LEASE_VARIABLE, Timing, hold_lease, take_lease
+from m2f.trainer.checkpoint.lease import LEASE_VARIABLE, Timing, acquire_lease, hold_lease
 from m2f.trainer.checkpoint.lease_record import (
     LeaseRecord,
     check_lease,
@@ -118,7 +118,7 @@ def test_exactly_one_of_many_contenders_gets_the_lease(storage, run_folder):
 def test_holder_on_another_machine_that_stops_renewing_is_replaced(storage, run_folder):
     store_lease(storage, run_folder, 1, holder_on_another_machine())
     messages, started = [], time.monotonic()
-    record = take_lease(storage, run_folder, messages.append, QUICK)
+    record = acquire_lease(storage, run_folder, messages.append, QUICK)
     assert time.monotonic() - started > QUICK.unchanged_s / 2
     assert record.number == 2
     assert "on node-7 to renew lease 1" in messages[0]
@@ -130,10 +130,10 @@ def test_holder_that_provably_ended_is_replaced_immediately(storage, run_folder)
     store_lease(storage, run_folder, 1, holder)
     while Path(f"/proc/{ended.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    assert take_lease(storage, run_folder, print, replace(QUICK, unchanged_s=1e9)).number == 2
+    assert acquire_lease(storage, run_folder, print, replace(QUICK, unchanged_s=1e9)).number == 2
     ended.wait()
     store_lease(storage, run_folder, 2, replace(this_process(), started="1"))  # the pid was reused
-    assert take_lease(storage, run_folder, print, replace(QUICK, unchanged_s=1e9)).number == 3
+    assert acquire_lease(storage, run_folder, print, replace(QUICK, unchanged_s=1e9)).number == 3
 
 
 def test_storage_outage_does_not_expire_a_lease(storage, run_folder, monkeypatch):
@@ -157,7 +157,7 @@ def test_storage_outage_does_not_expire_a_lease(storage, run_folder, monkeypatch
     thread = threading.Thread(target=renew)
     thread.start()
     with pytest.raises(LeaseHeldError, match="node-7"):
-        take_lease(storage, run_folder, lambda line: None, QUICK)
+        acquire_lease(storage, run_folder, lambda line: None, QUICK)
     stop.set()
     thread.join()
 
@@ -176,7 +176,7 @@ def test_holder_detects_that_it_lost_the_lease(storage, run_folder):
 
 def test_late_commits_are_ignored(storage, run_folder):
     commit(storage, run_folder, 5)  # by a version without leases
-    first = take_lease(storage, run_folder, print, QUICK)
+    first = acquire_lease(storage, run_folder, print, QUICK)
     assert first.found == ("step_00000005",)
     commit(storage, run_folder, 10, lease=1)
     assert steps(storage, run_folder) == [10, 5]
@@ -187,7 +187,7 @@ def test_late_commits_are_ignored(storage, run_folder):
     commit(storage, run_folder, 15, lease=2)
     assert list_checkpoints(storage, run_folder)[0].name == "step_00000015-2"
     assert newest_step(storage, run_folder) == 15
-    assert take_lease(storage, run_folder, print, QUICK).found == (
+    assert acquire_lease(storage, run_folder, print, QUICK).found == (
         "step_00000015-2",
         "step_00000010-1",
         "step_00000005",
@@ -227,7 +227,7 @@ def test_child_process_uses_the_lease_of_its_parent(storage, run_folder, monkeyp
 def test_unreadable_record_is_named_in_the_error(storage, run_folder):
     storage.put(record_url(run_folder, 1), b"{")
     with pytest.raises(CheckpointError, match=r"lease/000001 cannot be read .*delete its lease/ folder"):
-        take_lease(storage, run_folder, print, QUICK)
+        acquire_lease(storage, run_folder, print, QUICK)
 
 
 class Writer:
@@ -281,7 +281,20 @@ def check_history(storage: Storage, run_folder: str, last: int) -> None:
         assert checkpoint.name == f"step_{step:08d}-{contents[0]['lease']}"
 
 
-@pytest.mark.parametrize("kind", ["kill", "stop", "outage", "partition"])
+@pytest.mark.parametrize(
+    ("run_folder", "kind"),
+    [
+        ("local", "kill"),
+        ("local", "stop"),
+        ("s3", "outage"),
+        ("s3", "partition"),
+        pytest.param("local", "outage", marks=pytest.mark.soak),
+        pytest.param("local", "partition", marks=pytest.mark.soak),
+        pytest.param("s3", "kill", marks=pytest.mark.soak),
+        pytest.param("s3", "stop", marks=pytest.mark.soak),
+    ],
+    indirect=["run_folder"],
+)
 def test_overlapping_writers_leave_one_history(storage, run_folder, writers, kind):
     overlap(storage, run_folder, writers, kind, random.Random(0), last=6)
 

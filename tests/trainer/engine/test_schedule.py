@@ -39,6 +39,11 @@ def test_cosine_starts_after_the_warmup_and_falls_to_zero():
     assert lr_factor(CosineSchedule(), 50, 100) == pytest.approx(0.5)
 
 
+def test_learning_rate_is_multiplied_by_gamma_at_each_milestone():
+    schedule = MultiStepSchedule(milestones=(2, 4), gamma=0.5)
+    assert [lr_factor(schedule, step, 6) for step in range(6)] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+
+
 def test_milestones_must_increase():
     with pytest.raises(ConfigError, match=r"milestones is \[20, 10\]; each must be larger than the previous one"):
         MultiStepSchedule(milestones=(20, 10))
