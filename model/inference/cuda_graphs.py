@@ -51,11 +51,16 @@ class ReplayedForward:
         self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
         """Recording by the images' shape, strides and dtype, and by autocast; None if seen only once."""
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._is_enabled = True
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Predictions:
         """Return the model's predictions for images [B, 3, H, W]."""
+        with torch.cuda.device_of(images):  # a graph on another current device would be empty
+            return self._run(images)
+
+    def _run(self, images: Tensor) -> Predictions:
         if not self._is_enabled:
             return self._forward(images)
         size = (images.shape, images.stride(), images.dtype, torch.is_autocast_enabled("cuda"))
@@ -78,6 +83,8 @@ class ReplayedForward:
         """
         try:
             recording = self._record(images)
+            for tensor in recording.predictions[:3]:
+                tensor.fill_(torch.nan)  # so that a graph that writes nothing does not pass the check
             if _agree(recording.replay(images), expected):
                 return recording
             problem = "its predictions differ"
@@ -85,19 +92,20 @@ class ReplayedForward:
             problem = str(error)
         self._is_enabled = False
         self._recordings.clear()
-        warnings.warn(f"the model cannot be replayed as a CUDA graph ({problem}); running it without one", stacklevel=4)
+        warnings.warn(f"the model cannot be replayed as a CUDA graph ({problem}); running it without one", stacklevel=5)
         return None
 
     def _record(self, images: Tensor) -> _Recording:
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            # The default stream of all captures belongs to the device of the first one in the process.
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         static = images.clone()
         graph = torch.cuda.CUDAGraph()
         # Weights that autocast cached before would no longer exist at the next replay.
         uncached = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
         )
-        with uncached, torch.cuda.graph(graph, pool=self._pool):
+        with uncached, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             predictions = self._forward(static)
         return _Recording(graph, static, predictions)
 
