@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from m2f.model.constants import cache_constants
 from m2f.model.inference.cuda_graphs import ReplayedForward, replay_forward
 from m2f.model.structures import Predictions
 
@@ -135,6 +136,18 @@ def test_recording_and_replay_use_the_device_of_the_images(monkeypatch):
     for value in (1, 2, 3):
         forward(images(value))
     assert gpu.uses == [("stream", True), ("record", True), ("replay", True), ("replay", True)]
+
+
+def test_recording_owns_the_constants_of_its_model(monkeypatch):
+    ones = cache_constants(1)(lambda length: torch.ones(length))
+    model = Model()
+    gpu = Gpu(model, monkeypatch)
+    forward = ReplayedForward(lambda images: model(images * ones(images.shape[-1])))
+    for size in (4, 4, 8):
+        forward(images(1, size))
+    (recording,) = filter(None, forward._recordings.values())
+    assert [constant.tolist() for constant in recording.constants.values()] == [[1.0] * 4]
+    assert len(gpu.graphs) == 1
 
 
 def test_graph_that_records_nothing_is_not_used(monkeypatch):
