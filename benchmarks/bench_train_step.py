@@ -25,7 +25,7 @@ from torch._ops import OpOverload
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import Measurement, compare
+from benchmarks.measure import Measurement, compare, without_tf32
 from benchmarks.official_order import official_loss, official_pixel_decoder
 from benchmarks.synthetic_batches import LAYERS, OBJECTS, dense_masks, make_batch
 from benchmarks.transformers_peer import CONFIG, compile_parts, twins
@@ -187,7 +187,7 @@ def _workload(case: _Case) -> _Workload:
     """Build both models and check that their fp32 logits agree."""
     ours, theirs = (model.to(case.device) for model in twins())
     batch = make_batch(case.images, case.size, OBJECTS).to(case.device)
-    with torch.no_grad():
+    with torch.no_grad(), without_tf32():
         pixels = ours.normalise(batch.images)
         our_output, their_output = ours(pixels), theirs(pixel_values=pixels)
     torch.testing.assert_close(our_output.class_logits[-1], their_output.class_queries_logits, rtol=1e-3, atol=1e-3)

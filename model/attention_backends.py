@@ -117,6 +117,8 @@ def first_problem(backend: Backend, device: torch.device) -> str | None:
     return None if is_supported else ""
 
 
+@torch.inference_mode(False)  # the first use may be an evaluation, but the check needs gradients
+@torch.enable_grad()
 def _error(backend: Backend, case: Case, device: torch.device) -> float:
     """Return the largest relative difference of output and gradients from the plain formula.
 
@@ -139,13 +141,12 @@ def _error(backend: Backend, case: Case, device: torch.device) -> float:
     cotangent = torch.randn(_IMAGES, _HEADS, case.queries, case.dim, device=device).to(case.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns why a kernel does not support an input
-        with torch.enable_grad(), sdpa_kernel([backend.kind]):
+        with sdpa_kernel([backend.kind]):
             output = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], attn_mask=mask)
             found = (output.detach(), *torch.autograd.grad(output, inputs, cotangent))
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    with torch.enable_grad():
-        plain = plain_attention(exact[0], exact[1], exact[2], exact[3] if case.is_additive else mask)
-        expected = (plain.detach(), *torch.autograd.grad(plain, exact, cotangent.double()))
+    plain = plain_attention(exact[0], exact[1], exact[2], exact[3] if case.is_additive else mask)
+    expected = (plain.detach(), *torch.autograd.grad(plain, exact, cotangent.double()))
     errors = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
     return float(torch.stack(errors).max())
 

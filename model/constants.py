@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -12,12 +13,31 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_reusable: dict[Hashable, object] | None = None
+"""Constants of the current `reusable_constants` by function and arguments; None outside of it."""
+
+
+@contextmanager
+def reusable_constants() -> Iterator[dict[Hashable, object]]:
+    """Let a CUDA graph that is recorded in this context read the constants of an earlier pass in the same context.
+
+    Otherwise the graph computes them at every replay. Keep the yielded dict as long as the graph, because it owns the
+    memory that the graph reads.
+    """
+    global _reusable
+    _reusable = {}
+    try:
+        yield _reusable
+    finally:
+        _reusable = None
+
 
 def cache_constants(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Cache the last `size` results of a function with hashable arguments. Callers must not write to the results.
 
-    The cache is bypassed during compilation and export, under a dispatch mode, and while a CUDA graph is recorded. In
-    these cases tensors may belong to a graph or have no values, so the function runs uncached.
+    The cache is bypassed during compilation and export, under a dispatch mode, and while a CUDA graph is recorded,
+    except with `reusable_constants`. In these cases tensors may belong to a graph or have no values, so the function
+    runs uncached.
     """
 
     def decorate(make: Callable[P, R]) -> Callable[P, R]:
@@ -28,7 +48,15 @@ def cache_constants(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(make)
         def get(*args: P.args, **kwargs: P.kwargs) -> R:
-            return cached(*args, **kwargs) if can_cache() else make(*args, **kwargs)
+            if not _have_values():
+                return make(*args, **kwargs)
+            key = (make, args, *kwargs.items())
+            if _is_capturing():
+                return cast(R, _reusable[key]) if _reusable and key in _reusable else make(*args, **kwargs)
+            constant = cached(*args, **kwargs)
+            if _reusable is not None:
+                _reusable[key] = constant
+            return constant
 
         return get
 
@@ -37,8 +65,13 @@ def cache_constants(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def can_cache() -> bool:
     """Return whether tensors made now have values and stay valid, so that they can be cached."""
-    if torch.compiler.is_compiling():
-        return False
-    if _get_current_dispatch_mode() is not None:
-        return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return _have_values() and not _is_capturing()
+
+
+def _have_values() -> bool:
+    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+
+
+def _is_capturing() -> bool:
+    """Return whether a CUDA graph is being recorded."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

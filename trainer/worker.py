@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from m2f.trainer.data import OpenData, open_shards
 from m2f.trainer.device import select_device
+from m2f.trainer.engine.compile import keep_compiled_code
 from m2f.trainer.errors import TrainingError
 from m2f.trainer.job import Control, ManualControl, TrainJob
 from m2f.trainer.loop import train
@@ -47,11 +48,12 @@ def run_worker(
 
 
 def prepare_process(job: TrainJob) -> torch.device:
-    """Set seeds, threads, allocator and deterministic kernels; return this rank's device."""
+    """Set seeds, threads, allocator, compile cache and deterministic kernels; return this rank's device."""
     random.seed(job.seed)
     np.random.seed(job.seed % 2**32)
     torch.manual_seed(job.seed)
     enable_expandable_segments(os.environ)
+    keep_compiled_code(os.environ)
     if not torch.cuda.is_available():
         torch.set_num_threads(job.training.threads)
     elif job.training.deterministic:

@@ -96,14 +96,18 @@ def graphs(stage: Stage) -> dict[str, object]:
     """Compare inference by CUDA graph replay with the eager forward pass, for alternating image sizes."""
     stage.need_gpu()
     from m2f.model.inference.cuda_graphs import ReplayedForward
+    from m2f.model.inference.precision import deterministic_convolutions
 
     torch.manual_seed(0)
     model = build_model(stage.config, pretrained_backbone=False).to(stage.device).eval()
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     facts: dict[str, object] = {}
     for name, use_bf16 in (("fp32", False), ("bf16", True)):
         replayed, max_error = ReplayedForward(model.forward), 0.0
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=use_bf16), exact:
+        with (
+            torch.inference_mode(),
+            torch.autocast("cuda", torch.bfloat16, enabled=use_bf16),
+            deterministic_convolutions(),
+        ):
             for height, width in 5 * ((800, 1344), (640, 640), (512, 768)):
                 pixels = torch.randn(1, 3, height, width, device=stage.device).to(memory_format=torch.channels_last)
                 pairs = zip(replayed(pixels), model.forward(pixels), strict=True)

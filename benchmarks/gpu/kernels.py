@@ -171,7 +171,7 @@ def _masked_attention(
 
 @contextlib.contextmanager
 def only_config(autotuner: Autotuner, config: LaunchConfig) -> Iterator[None]:
-    """Restrict a kernel to one launch configuration. Above 32 channels per head, it uses WIDE_HEAD instead."""
+    """Restrict a kernel to one launch configuration. Above 32 channels per head, it has no effect."""
     table, fixed = autotuner.table, torch.backends.cudnn.deterministic
     autotuner.table = (config,)
     torch.backends.cudnn.deterministic = True  # prevents timing of configurations

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+import subprocess
+import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
 from benchmarks import ceilings as device_ceilings
-from benchmarks.gpu.stage import Stage, describe_error, make_workload, milliseconds, training_step
+from benchmarks.gpu.stage import (
+    Stage,
+    Workload,
+    compile_workload,
+    describe_error,
+    make_workload,
+    milliseconds,
+    training_step,
+)
 from benchmarks.measure import Measurement
 from benchmarks.tables import Setting, json_lines
 
@@ -77,18 +88,35 @@ def bench_rest(stage: Stage) -> list[str]:
     return _run_benchmarks(stage, ("attention", "heads", "matcher", "postproc"), tiny=True)
 
 
-def step_b2(stage: Stage) -> dict[str, object]:
-    """Measure a step of the R50 COCO panoptic model with 2 images per GPU.
+def first_step(stage: Stage) -> dict[str, object]:
+    """Measure the seconds until the first compiled step of 2 images has ended, without and with cached code.
 
-    Returns its time by CUDA events and the time that the host needs to queue it, in milliseconds, and its peak memory
-    in 10^9 bytes. A dry run returns only the time.
+    Each measurement is a process, because a process also caches in memory. Later steps use the same cache.
     """
-    step = training_step(
-        make_workload(stage.config, 2, stage.pick(1024, 64), stage.pick("bf16_autocast", "fp32"), stage.device)
-    )
-    facts: dict[str, object] = {"step ms": milliseconds(step, stage.device)}
+    shutil.rmtree(stage.compile_cache, ignore_errors=True)
+    command = [sys.executable, "-m", "benchmarks.gpu.first_step", str(stage.device), str(stage.out)]
+    facts: dict[str, object] = {}
+    for name in ("cold s", "warm s"):
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        facts[name] = float(done.stdout.splitlines()[-1])
+    return facts
+
+
+def step_b2(stage: Stage) -> dict[str, object]:
+    """Measure a step of the R50 COCO panoptic model with 2 images per GPU, uncompiled and compiled.
+
+    Each entry has its time by CUDA events and the time that the host needs to queue it, in milliseconds, and its peak
+    memory in 10^9 bytes. A dry run has only the time.
+    """
+    return {name: _step_facts(workload, stage) for name, workload in _workloads(stage, ((2, False), (2, True)))}
+
+
+def _step_facts(workload: Workload, stage: Stage) -> dict[str, float]:
+    step = training_step(workload)
+    facts = {"step ms": milliseconds(step, stage.device)}
     if stage.dry:
         return facts
+    torch.cuda.reset_peak_memory_stats()
     queued: list[float] = []
     for _ in range(10):
         torch.cuda.synchronize()
@@ -99,14 +127,23 @@ def step_b2(stage: Stage) -> dict[str, object]:
     return facts | {"host ms": sorted(queued)[5], "peak GB": torch.cuda.max_memory_allocated() / 1e9}
 
 
+def _workloads(stage: Stage, variants: Sequence[tuple[int, bool]]) -> Iterator[tuple[str, Workload]]:
+    """Yield a name and a workload for each number of images, and whether the model is compiled."""
+    for images, is_compiled in variants:
+        workload = make_workload(stage.config, images, stage.pick(1024, 64), stage.precision, stage.device)
+        if is_compiled:
+            compile_workload(workload, stage)
+        yield f"{images} images{', compiled' if is_compiled else ''}", workload
+
+
 def profile(stage: Stage) -> dict[str, object]:
-    """Profile a step with 2 and 8 images; return times and slowest kernels. Write the trace of 2 images to `out`."""
+    """Profile a step with 2 images, also compiled, and with 8 images; return times and slowest kernels.
+
+    Writes the traces of 2 images to `out`.
+    """
     activities = [ProfilerActivity.CPU, *stage.pick([ProfilerActivity.CUDA], [])]
     facts: dict[str, object] = {}
-    for images in stage.pick((2, 8), (1,)):
-        workload = make_workload(
-            stage.config, images, stage.pick(1024, 64), stage.pick("bf16_autocast", "fp32"), stage.device
-        )
+    for name, workload in _workloads(stage, stage.pick(((2, False), (2, True), (8, False)), ((1, False),))):
         step = training_step(workload)
         step()
         step()
@@ -117,18 +154,18 @@ def profile(stage: Stage) -> dict[str, object]:
             wall = 1e3 * (time.perf_counter() - began)
         events = profiled.key_averages()
         order = stage.pick("self_device_time_total", "self_cpu_time_total")
-        print(f"{images} images\n{events.table(sort_by=order, row_limit=45, max_name_column_width=90)}", flush=True)
+        print(f"{name}\n{events.table(sort_by=order, row_limit=45, max_name_column_width=90)}", flush=True)
         kernels = sorted(
             (event for event in events if event.device_type.name == "CUDA"), key=lambda e: -e.self_device_time_total
         )
-        facts[f"{images} images"] = {
+        facts[name] = {
             "wall ms": round(wall, 1),
             "kernels": sum(event.count for event in kernels),
             "busy ms": round(sum(event.self_device_time_total for event in kernels) / 1e3, 1),
             "slowest": [f"{e.key[:60]} {e.self_device_time_total / 1e3:.2f} ms" for e in kernels[:NUM_SLOWEST]],
         }
-        if images == 2:
-            profiled.export_chrome_trace(str(stage.out / "trace_2_images.json.gz"))
+        if name.startswith("2 images"):
+            profiled.export_chrome_trace(str(stage.out / f"trace_{name.replace(', ', '_').replace(' ', '_')}.json.gz"))
     return facts
 
 

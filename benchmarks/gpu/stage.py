@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from m2f.model.config import (
 from m2f.model.loss.criterion import Normalizers, count_normalizers
 from m2f.model.mask2former import build_model
 from m2f.trainer.config import OptimizerConfig, Precision
+from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.engine.param_groups import build_param_groups
 
@@ -52,6 +54,16 @@ class Stage:
     def pick(self, real: T, tiny: T) -> T:
         """Return `tiny` in a dry run, otherwise `real`."""
         return tiny if self.dry else real
+
+    @property
+    def compile_cache(self) -> Path:
+        """Folder in which the steps keep compiled code."""
+        return self.out / "compiled"
+
+    @property
+    def precision(self) -> Precision:
+        """Precision of the measured training steps."""
+        return self.pick("bf16_autocast", "fp32")
 
     def need_gpu(self) -> None:
         """Raise Skipped in a dry run."""
@@ -109,6 +121,15 @@ def make_workload(
     batch = replace(batch, targets=targets).to(device)
     normalizers = count_normalizers(batch.targets, config.transformer_decoder.num_queries, config.loss)
     return Workload(module, batch, normalizers)
+
+
+def compile_workload(workload: Workload, stage: Stage) -> None:
+    """Make the model compile its regions at the first step, as training does on GPUs.
+
+    All steps keep compiled code in one folder below `stage.out`. A dry run does not generate kernels.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(stage.compile_cache)
+    compile_regions(workload.module.model, stage.pick("inductor", "eager"))
 
 
 def training_step(workload: Workload) -> Callable[[], None]:

@@ -182,10 +182,12 @@ def check_compiler(config: RunConfig | None) -> Finding:
 
 def check_op_cache() -> Finding:
     """Check that the folders in which Triton and torch.compile cache kernels are writable."""
+    from m2f.trainer.engine.compile import compile_cache
+
     triton = Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
     folders = {
         "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR", triton)),
-        "TORCHINDUCTOR_CACHE_DIR": Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())),
+        "TORCHINDUCTOR_CACHE_DIR": compile_cache(os.environ),
     }
     unwritable = {name: folder for name, folder in folders.items() if not _is_writable(folder)}
     if unwritable:

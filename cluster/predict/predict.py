@@ -28,7 +28,7 @@ from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.model.errors import ConfigError
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.inference.postprocess import panoptic, semantic
-from m2f.model.inference.precision import set_precision
+from m2f.model.inference.precision import deterministic_convolutions, set_precision
 from m2f.model.structures import Predictions, SemanticResult
 
 MAX_WAITING_BATCHES = 4
@@ -114,7 +114,8 @@ class Predictor:
 
     def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
         device = next(self._model.parameters()).device
-        return self._model(self._model.normalise(images.to(device), sizes.to(device)))
+        with deterministic_convolutions():  # as in evaluation
+            return self._model(self._model.normalise(images.to(device), sizes.to(device)))
 
     def _predict_in_passes(
         self, sample: DecodedSample, test_time: MultiScale | SlidingWindows, tasks: Sequence[Task]

@@ -35,6 +35,7 @@ from m2f.model.config import PostprocessConfig
 from m2f.model.errors import ConfigError
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.inference.postprocess import panoptic, semantic, stream_instances
+from m2f.model.inference.precision import deterministic_convolutions
 from m2f.model.segmenter import Segmenter
 from m2f.model.structures import PanopticResult, Predictions
 
@@ -170,8 +171,7 @@ class Evaluator:
 
     def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
         """Return the predictions of all layers for the evaluated classes."""
-        # Convolutions use deterministic algorithms without TF32, so results do not depend on the GPU of a batch.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with deterministic_convolutions():
             predictions = self._model(self._model.normalise(images.to(self._device), sizes.to(self._device)))
         expected = len(self._classes.model_classes)
         if predictions.class_logits.shape[-1] != expected + 1:

@@ -222,6 +222,8 @@ def _checked_kernel(
     return problem is None
 
 
+@torch.inference_mode(False)  # the first use may be an evaluation, but the check needs gradients
+@torch.enable_grad()
 def _kernel_error(
     fused: Callable[..., Tensor],
     dtype: torch.dtype,
@@ -244,7 +246,7 @@ def _kernel_error(
     offsets = (2 * random(1, queries, heads, levels, points, 2)).requires_grad_()
     logits = random(1, queries, heads, levels, points).requires_grad_()
     cotangent = random(1, queries, heads * dim).to(dtype)
-    with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+    with torch.autocast(torch.device(device).type, enabled=False):
         ours = fused(value, shapes, grid.reference.squeeze(2), offsets, logits)
         locations = grid.reference[:, :, None, :, None] + offsets / grid.sizes
         weights = logits.flatten(-2).softmax(-1).view(logits.shape)

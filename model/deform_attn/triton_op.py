@@ -24,7 +24,8 @@ from m2f.model.deform_attn.tuning import Autotuner, LaunchConfig, milliseconds_o
 
 # No configuration spills registers with 32 channels per head on a GPU of compute capability 9.0.
 FORWARD = Autotuner(
-    [LaunchConfig(8, 1), LaunchConfig(32, 4), LaunchConfig(16, 2), LaunchConfig(16, 4)], milliseconds_on_gpu
+    [LaunchConfig(8, 1), LaunchConfig(32, 4), LaunchConfig(16, 2), LaunchConfig(16, 4), LaunchConfig(8, 4)],
+    milliseconds_on_gpu,
 )
 BACKWARD = Autotuner(
     [
@@ -40,6 +41,8 @@ BACKWARD = Autotuner(
 WIDE_HEAD = LaunchConfig(16, 4)
 """Configuration for more than 32 channels per head, used without tuning. The forward kernel's first one would spill
 registers."""
+WIDEST_HEAD = LaunchConfig(8, 4)
+"""Configuration of the forward kernel for more than 64 channels per head, where WIDE_HEAD would spill registers."""
 MIN_QUERIES_TO_TUNE = 1024
 """Minimum queries of a batch for tuning. Below it, compiling all configurations costs more than the fastest can
 save."""
@@ -162,9 +165,15 @@ def _launch_config(tuner: Autotuner, inputs: tuple[Tensor, ...], run: Callable[[
     is_fixed = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
     is_short = batch * queries < MIN_QUERIES_TO_TUNE or value.device.type == "cpu"  # Triton's interpreter
     if is_fixed or is_short:
-        return tuner.table[0] if value.shape[-1] <= 32 else WIDE_HEAD
+        return _untuned(tuner, value.shape[-1])
     sizes = (*per_query, value.shape[-1], triton.next_power_of_2(batch * queries))
     return tuner.choose((value.device, value.dtype, sizes), run)
+
+
+def _untuned(tuner: Autotuner, dim: int) -> LaunchConfig:
+    if dim <= 32:
+        return tuner.table[0]
+    return WIDEST_HEAD if tuner is FORWARD and dim > 64 else WIDE_HEAD
 
 
 def _launch(kernel: Any, tuning: LaunchConfig, pointers: tuple[Tensor, ...], **constants: bool) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from m2f.model.constants import reusable_constants
 from m2f.model.structures import Predictions
 
 Forward = Callable[[Tensor], Predictions]
@@ -30,6 +31,8 @@ class _Recording(NamedTuple):
     graph: torch.cuda.CUDAGraph
     images: Tensor
     predictions: Predictions
+    constants: dict[Hashable, object]
+    """Tensors outside the graph's memory that it reads, which must therefore continue to exist."""
 
     def replay(self, images: Tensor) -> Predictions:
         self.images.copy_(images)
@@ -51,11 +54,16 @@ class ReplayedForward:
         self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
         """Recording by the images' shape, strides and dtype, and by autocast; None if seen only once."""
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._is_enabled = True
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Predictions:
         """Return the model's predictions for images [B, 3, H, W]."""
+        with torch.cuda.device_of(images):  # a graph on another current device would be empty
+            return self._run(images)
+
+    def _run(self, images: Tensor) -> Predictions:
         if not self._is_enabled:
             return self._forward(images)
         size = (images.shape, images.stride(), images.dtype, torch.is_autocast_enabled("cuda"))
@@ -66,18 +74,21 @@ class ReplayedForward:
             self._recordings.popitem(last=False)
         if recording is not None:
             return recording.replay(images)
-        expected = self._forward(images)
-        if not is_new:
-            self._recordings[size] = self._checked(images, expected)
+        with reusable_constants() as constants:
+            expected = self._forward(images)
+            if not is_new:
+                self._recordings[size] = self._checked(images, expected, constants)
         return expected
 
-    def _checked(self, images: Tensor, expected: Predictions) -> _Recording | None:
+    def _checked(self, images: Tensor, expected: Predictions, constants: dict[Hashable, object]) -> _Recording | None:
         """Return a recording that reproduces `expected`.
 
         If that fails, warn, return None and stop recording permanently.
         """
         try:
-            recording = self._record(images)
+            recording = self._record(images, constants)
+            for tensor in recording.predictions[:3]:
+                tensor.fill_(torch.nan)  # so that a graph that writes nothing does not pass the check
             if _agree(recording.replay(images), expected):
                 return recording
             problem = "its predictions differ"
@@ -85,21 +96,22 @@ class ReplayedForward:
             problem = str(error)
         self._is_enabled = False
         self._recordings.clear()
-        warnings.warn(f"the model cannot be replayed as a CUDA graph ({problem}); running it without one", stacklevel=4)
+        warnings.warn(f"the model cannot be replayed as a CUDA graph ({problem}); running it without one", stacklevel=5)
         return None
 
-    def _record(self, images: Tensor) -> _Recording:
+    def _record(self, images: Tensor, constants: dict[Hashable, object]) -> _Recording:
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            # The default stream of all captures belongs to the device of the first one in the process.
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         static = images.clone()
         graph = torch.cuda.CUDAGraph()
         # Weights that autocast cached before would no longer exist at the next replay.
         uncached = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
         )
-        with uncached, torch.cuda.graph(graph, pool=self._pool):
+        with uncached, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             predictions = self._forward(static)
-        return _Recording(graph, static, predictions)
+        return _Recording(graph, static, predictions, constants)
 
 
 def _agree(found: Predictions, expected: Predictions) -> bool:

@@ -1,9 +1,10 @@
-"""Inference in 16-bit precision."""
+"""Precision of inference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,14 @@ def set_precision(model: nn.Module, precision: Literal["fp32", "bf16"]) -> None:
         if type(module) in _CAST:
             module.to(torch.bfloat16)
     model.forward = _InBfloat16(model.forward)
+
+
+def deterministic_convolutions() -> AbstractContextManager[Any]:
+    """Return a context in which convolutions on GPUs use deterministic algorithms, without TF32.
+
+    Results then do not depend on the GPU of a batch.
+    """
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 class _InBfloat16:

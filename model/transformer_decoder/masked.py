@@ -18,6 +18,7 @@ from m2f.model.attention import (
     attention_mask,
     packed_xavier_,
     resize_for_attention,
+    to_at_least_float32,
 )
 from m2f.model.config import MaskedTransformerDecoderConfig
 from m2f.model.pilots import PilotGuides
@@ -253,9 +254,9 @@ class MaskedTransformerDecoder(nn.Module):
             return lambda index, queries: self.priors[index](
                 queries + position, reference, attended_sizes[index % len(groups)]
             )
+        converted = to_at_least_float32(mask_features.detach())  # once for all levels, because it is a large tensor
         resized = [
-            torch.cat([resize_for_attention(mask_features, sizes[level]) for level in group], dim=-1)
-            for group in groups
+            torch.cat([resize_for_attention(converted, sizes[level]) for level in group], dim=-1) for group in groups
         ]
 
         @torch.no_grad()

@@ -31,10 +31,11 @@ def test_calls_are_shorter_than_ten_minutes():
 
 
 @pytest.fixture(autouse=True)
-def restore_environment(monkeypatch):
+def restore_environment(monkeypatch, tmp_path):
     """Restore what the steps set, because they are written for separate processes."""
     for name in ("TRITON_INTERPRET", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
 
 
@@ -44,6 +45,17 @@ def test_cheap_steps_work_in_a_dry_run(name, tmp_path):
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == name
     assert json.loads(line)["state"] in ("ok", "skipped")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of inputs of a compiled region
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [("first_step", ["cold s", "warm s"]), ("step_b2", ["2 images", "2 images, compiled"])],
+)
+def test_steps_measure_the_compiled_model(name, measured, tmp_path):
+    assert main(["step", name, "--dry-run", "--out", str(tmp_path)]) == 0
+    assert list(json.loads((tmp_path / "results.jsonl").read_text())["found"]) == measured
 
 
 @pytest.mark.slow

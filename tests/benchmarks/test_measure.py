@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from benchmarks import bench_inference, bench_train_step
 from benchmarks.__main__ import ON_ANY_DEVICE, main
 from benchmarks.bench_train_step import _product_milliseconds
 from benchmarks.measure import CPU, Measurement, Times, compare, time_interleaved
 from benchmarks.tables import Setting, json_lines, markdown, save
+from m2f.model.structures import Predictions
 
 RESULT = Measurement("step", "2 x 64", Times(10.0, (9.0, 11.0), 12.0), "peer", Times(25.0, (24.0, 26.0), 27.0), 1e-6)
 
@@ -44,6 +47,54 @@ def test_agreement_is_checked_without_tf32_and_timing_uses_the_current_setting(m
     current = (True, torch.backends.cuda.matmul.allow_tf32)
     compare("case", "shape", result, "peer", result, 0.0, repeats=1)
     assert seen == [(False, False)] * 2 + [current] * 2
+
+
+class Noted(nn.Module):
+    """Model that notes whether TF32 is allowed, and stops the benchmark at the second forward pass."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def normalise(self, images):
+        return images
+
+    def forward(self, images=None, *, pixel_values=None):
+        self.seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        if len(self.seen) == 2:
+            raise KeyError("both models have run")
+
+
+@pytest.mark.parametrize(
+    ("module", "compare_models"),
+    [
+        (bench_train_step, lambda: bench_train_step._workload(bench_train_step._Case(1, 64, CPU, repeats=1))),
+        (bench_inference, lambda: bench_inference._case(1, (64, 64), CPU, repeats=1)),
+    ],
+    ids=["training step", "inference"],
+)
+def test_models_are_compared_without_tf32(module, compare_models, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(module, "twins", lambda: (Noted(seen), Noted(seen)))
+    with pytest.raises(KeyError, match="both models have run"):
+        compare_models()
+    assert seen == 2 * [(False, False)]
+
+
+def test_inference_is_measured_with_weights_cast_once_and_deterministic_convolutions():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, images):
+            assert torch.backends.cudnn.deterministic
+            return Predictions(self.layer(images), images, images)
+
+    model = Model()
+    assert bench_inference._product_forward(model, "bf16")(torch.zeros(1, 3)).class_logits.shape == (1, 2)
+    assert model.layer.weight.dtype == torch.bfloat16
 
 
 def test_model_benchmarks_do_not_need_packages_of_other_benchmarks():

@@ -89,6 +89,12 @@ def test_kernel_that_raises_an_error_is_disabled(backends, monkeypatch):
     assert not allowed["first"]
 
 
+def test_kernels_are_checked_alike_in_inference_mode(backends):
+    (_, second), _ = backends
+    with torch.inference_mode():
+        assert first_problem(second, CPU) is None
+
+
 def test_check_leaves_the_random_state_unchanged_and_is_skipped_on_cpu(backends):
     before = torch.get_rng_state()
     disable_wrong_backends(CPU, backends[0])

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
-from m2f.model.constants import cache_constants
+from m2f.model.constants import cache_constants, reusable_constants
 from m2f.model.position_encoding import sine_position_embedding
 
 
@@ -40,6 +40,24 @@ def test_fake_tensors_are_neither_cached_nor_replaced_by_cached_ones(counted_one
     assert type(fake) is not torch.Tensor
     assert ones(3) is real
     assert calls == [3, 3]
+
+
+def test_graph_reads_the_constants_of_the_pass_before_its_recording(counted_ones, monkeypatch):
+    ones, calls = counted_ones
+    is_capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing[0])
+    ones(3)
+    with reusable_constants() as constants:
+        before = ones(3)
+        is_capturing[0] = True
+        assert ones(3) is before
+        of_the_graph = ones(4)  # no earlier pass used it
+        assert [id(constant) for constant in constants.values()] == [id(before)]
+    assert ones(3) is not before
+    is_capturing[0] = False
+    assert ones(4) is not of_the_graph
+    assert calls == [3, 4, 3, 4]
 
 
 def test_constants_made_in_inference_mode_can_be_used_in_training(counted_ones):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,33 @@ def compile_regions(model: Segmenter, backend: str | Callable[..., Any] = "induc
         torch._dynamo.config.suppress_errors = True
     for name in model.regions:
         model.get_submodule(name).compile(backend=backend, dynamic=False)
+
+
+def compile_cache(environment: Mapping[str, str]) -> Path:
+    """Return the folder in which `keep_compiled_code` makes torch.compile keep its results.
+
+    Raises RuntimeError if this user has no home folder.
+    """
+    name = environment.get("TORCHINDUCTOR_CACHE_DIR", "")
+    # PyTorch writes its default into the environment when Inductor is imported.
+    is_default = name.startswith(str(Path(tempfile.gettempdir(), "torchinductor_")))
+    return Path(name) if name and not is_default else Path.home() / ".cache/m2f/compiled"
+
+
+def keep_compiled_code(environment: MutableMapping[str, str]) -> None:
+    """Make torch.compile keep compiled code in the user's cache folder, so that a restart compiles nothing.
+
+    PyTorch's default is a folder for temporary files, which a restart of the machine empties. A setting by the user is
+    kept. If the folder is not writable, PyTorch's default remains. Inductor keeps its Triton kernels in the same
+    folder, unless the user sets TRITON_CACHE_DIR. Call this before compiling.
+    """
+    try:
+        folder = compile_cache(environment)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return
+    if os.access(folder, os.W_OK):
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def find_compiler(device: str) -> str | None:

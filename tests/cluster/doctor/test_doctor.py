@@ -181,6 +181,11 @@ def test_an_unwritable_kernel_cache_is_a_warning(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "below"))
     finding = check_op_cache()
     assert (finding.state, finding.remedy) == ("warning", "set TRITON_CACHE_DIR to a writable folder")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    finding = check_op_cache()
+    assert (finding.state, finding.detail) == ("ok", f"{tmp_path}, {tmp_path}/home/.cache/m2f/compiled")
 
 
 def test_a_nearly_full_disk_warns_and_a_full_one_fails(recipe, monkeypatch):

@@ -21,12 +21,13 @@ from m2f.cluster.predict.inputs import find_images, match_image_list, number_ima
 from m2f.cluster.predict.predict import LoadedImage, Predictor, batches_by_shape
 from m2f.cluster.predict.trained_model import TrainedModel, open_trained
 from m2f.cluster.recipe.load import parse_recipe
-from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
 from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig, SlidingWindows, WholeImage
+from m2f.eval.inference.evaluator import Evaluator
 from m2f.model.config import ModelConfig, PostprocessConfig
 from m2f.model.errors import ConfigError
 from m2f.model.mask2former import build_model
@@ -171,6 +172,28 @@ def test_several_tasks_are_predicted_with_one_forward_pass(test_time):
     assert found["panoptic"].segments == alone["panoptic"].segments
     assert (found["instance"].scores == alone["instance"].scores).all()
     assert torch.equal(found["semantic"].label_map, alone["semantic"].label_map)
+
+
+def test_convolutions_use_the_same_settings_as_in_evaluation():
+    """Deterministic algorithms without TF32, so that results do not depend on the GPU."""
+    seen = []
+
+    class Model(SceneModel):
+        def forward(self, images):
+            flags = torch.backends.cudnn
+            seen.append((flags.allow_tf32, flags.deterministic, flags.benchmark))
+            return super().forward(images)
+
+    trained = replace(PAINTED, model=Model())
+    (image,) = number_images(["a.jpg"])
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    list(Predictor(trained, "panoptic").predict([LoadedImage(image, pixels)]))
+    settings = EvaluationConfig(tasks=("panoptic",))
+    evaluator = Evaluator(
+        trained.model, CategoryTable(CLASSES), settings, model_task="panoptic", postprocess=PostprocessConfig()
+    )
+    evaluator._forward(torch.zeros(1, 3, 64, 96), torch.tensor([[64, 96]]))
+    assert seen == 2 * [(False, True, False)]
 
 
 def test_incomplete_batches_are_run_when_too_many_images_wait():

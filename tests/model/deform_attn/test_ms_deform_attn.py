@@ -211,6 +211,17 @@ def test_kernels_are_launched_on_the_device_of_their_input(monkeypatch):
     assert all(tensor.grad is not None for tensor in inputs)
 
 
+def attend_by_grid_sample(value, shapes, reference, offsets, logits):
+    weights = logits.flatten(-2).softmax(-1).view(logits.shape)
+    locations = reference[:, :, None, None, None] + offsets / SamplingGrid.of_pixels(shapes).sizes
+    return ms_deform_attn_grid_sample(value, shapes, locations, weights)
+
+
+def test_the_kernel_check_accepts_a_correct_kernel_in_inference_mode():
+    with torch.inference_mode():
+        assert own._kernel_error(attend_by_grid_sample, torch.float32, 2, 2, 2, 4, device="cpu") < 1e-6
+
+
 def test_the_kernel_check_finds_nan_in_any_gradient():
     class WrongGradient(torch.autograd.Function):
         @staticmethod
@@ -222,10 +233,7 @@ def test_the_kernel_check_finds_nan_in_any_gradient():
             return torch.full_like(grad, torch.nan)
 
     def fused(value, shapes, reference, offsets, logits):
-        weights = WrongGradient.apply(logits).flatten(-2).softmax(-1).view(logits.shape)
-        grid = SamplingGrid.of_pixels(shapes)
-        locations = reference[:, :, None, None, None] + offsets / grid.sizes
-        return ms_deform_attn_grid_sample(value, shapes, locations, weights)
+        return attend_by_grid_sample(value, shapes, reference, offsets, WrongGradient.apply(logits))
 
     error = own._kernel_error(fused, torch.float32, 2, 2, 2, 4, device="cpu")
     assert math.isnan(error)

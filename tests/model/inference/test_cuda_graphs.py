@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from m2f.model.constants import cache_constants
 from m2f.model.inference.cuda_graphs import ReplayedForward, replay_forward
 from m2f.model.structures import Predictions
 
@@ -34,31 +35,47 @@ class Gpu:
 
     def __init__(self, model, monkeypatch, error=0.0):
         self.model, self.error, self.graphs = model, error, []
+        self.is_selected, self.uses = False, []
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: self.use("stream"))
+        monkeypatch.setattr(torch.cuda, "device_of", self.device_of)
         monkeypatch.setattr("torch.autocast", lambda *a, **k: torch.inference_mode())
 
     def new_graph(self):
-        self.graphs.append(Graph(self.error))
+        self.graphs.append(Graph(self))
         return self.graphs[-1]
 
     @contextmanager
-    def capture(self, graph, pool):
-        assert pool == "pool"
+    def device_of(self, images):
+        self.is_selected = True
+        yield
+        self.is_selected = False
+
+    def use(self, name):
+        """Note whether the device of the images is the current one."""
+        self.uses.append((name, self.is_selected))
+        return name
+
+    @contextmanager
+    def capture(self, graph, pool, stream):
+        assert (pool, stream) == ("pool", "stream")
+        self.use("record")
         self.model.captured = graph.captured
         yield
         self.model.captured = None
 
 
 class Graph:
-    def __init__(self, error):
-        self.captured, self.error, self.replays = [], error, 0
+    def __init__(self, gpu):
+        self.gpu, self.captured, self.replays = gpu, [], 0
 
     def replay(self):
+        self.gpu.use("replay")
         self.replays += 1
         for images, predictions in self.captured:
-            predictions.class_logits.copy_(images[:, :1] * 2 + self.error)
+            predictions.class_logits.copy_(images[:, :1] * 2 + self.gpu.error)
             predictions.mask_embeddings.copy_(images * 2)
             predictions.mask_features.copy_(images + 1)
 
@@ -112,11 +129,44 @@ def test_recording_with_wrong_predictions_is_not_used(monkeypatch):
         assert_correct(forward(images(value)), value)
 
 
+def test_recording_and_replay_use_the_device_of_the_images(monkeypatch):
+    model = Model()
+    gpu = Gpu(model, monkeypatch)
+    forward = ReplayedForward(model)
+    for value in (1, 2, 3):
+        forward(images(value))
+    assert gpu.uses == [("stream", True), ("record", True), ("replay", True), ("replay", True)]
+
+
+def test_recording_owns_the_constants_of_its_model(monkeypatch):
+    ones = cache_constants(1)(lambda length: torch.ones(length))
+    model = Model()
+    gpu = Gpu(model, monkeypatch)
+    forward = ReplayedForward(lambda images: model(images * ones(images.shape[-1])))
+    for size in (4, 4, 8):
+        forward(images(1, size))
+    (recording,) = filter(None, forward._recordings.values())
+    assert [constant.tolist() for constant in recording.constants.values()] == [[1.0] * 4]
+    assert len(gpu.graphs) == 1
+
+
+def test_graph_that_records_nothing_is_not_used(monkeypatch):
+    """Then its outputs still hold the predictions for the image with which it was recorded."""
+    model = Model()
+    gpu = Gpu(model, monkeypatch)
+    monkeypatch.setattr(Graph, "replay", lambda graph: gpu.use("replay"))
+    forward = ReplayedForward(model)
+    forward(images(1))
+    with pytest.warns(UserWarning, match="its predictions differ"):
+        assert_correct(forward(images(2)), 2)
+    assert_correct(forward(images(3)), 3)
+
+
 def test_model_that_cannot_be_captured_runs_without_graphs(monkeypatch):
     model = Model()
     Gpu(model, monkeypatch)
 
-    def refuse(graph, pool):
+    def refuse(graph, **options):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)

@@ -1,15 +1,16 @@
-"""The losses copy the mask features, their largest tensor, only once; tested with fake CUDA tensors."""
+"""Decoder and losses each copy the mask features, a large tensor, only once. Losses are tested on fake CUDA tensors."""
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2f.model.config import LossConfig
+from m2f.model.config import LossConfig, MaskedTransformerDecoderConfig
 from m2f.model.loss import criterion, matcher
 from m2f.model.loss.criterion import compute_losses, count_normalizers
 from m2f.model.loss.points import CounterPoints
 from m2f.model.structures import Predictions
+from m2f.model.transformer_decoder.masked import MaskedTransformerDecoder
 from tests.model.loss_oracle import CLASSES, make_predictions, make_targets
 from tests.model.test_waits import FakeCopy
 
@@ -43,6 +44,16 @@ def test_matching_and_losses_share_one_copy(config, monkeypatch):
         normalizers = count_normalizers(targets, predictions.class_logits.shape[2], config)
         with CountCopies(predictions.mask_features.numel()) as copies:
             compute_losses(on_gpu, targets, CounterPoints(0), normalizers, config, CLASSES)
+    assert copies.count == 1
+
+
+def test_attention_masks_of_all_levels_share_one_copy():
+    config = MaskedTransformerDecoderConfig(hidden_dim=32, num_heads=4, num_queries=5, num_layers=3, feedforward_dim=32)
+    decoder = MaskedTransformerDecoder(config, 32, 32, num_classes=3)
+    features = [torch.randn(1, 32, *size) for size in ((2, 3), (4, 6), (8, 12))]
+    mask_features = torch.randn(1, 32, 16, 24).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), CountCopies(mask_features.numel()) as copies:
+        decoder(features, mask_features)
     assert copies.count == 1
 
 

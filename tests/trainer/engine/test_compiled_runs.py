@@ -1,15 +1,21 @@
 """Complete runs with a compiled model: losses and checkpoint names of an uncompiled run, and one graph per region."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
 
+import m2f
 from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import ModelConfig
 from m2f.model.segmenter import Segmenter
 from m2f.trainer.config import TrainingConfig
-from m2f.trainer.engine.compile import compile_regions
+from m2f.trainer.engine.compile import compile_regions, keep_compiled_code
 from m2f.trainer.errors import TrainingError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.telemetry.phases import PhaseClock
@@ -83,6 +89,51 @@ def test_region_that_inductor_cannot_compile_runs_uncompiled(monkeypatch):
     with torch._dynamo.config.patch(suppress_errors=False):  # restores the value that `compile_regions` sets
         compile_regions(model)
         assert torch.equal(model.part(tokens), expected)
+
+
+COMPILE_A_REGION = """
+import os
+import torch
+from torch._dynamo.utils import counters
+from m2f.trainer.engine.compile import compile_regions, keep_compiled_code
+class Model(torch.nn.Module):
+    regions = ("part",)
+    def __init__(self):
+        super().__init__()
+        self.part = torch.nn.Linear(2, 2)
+keep_compiled_code(os.environ)
+model = Model()
+compile_regions(model)
+model.part(torch.ones(1, 2)).sum().backward()
+found = counters["aot_autograd"] + counters["inductor"]
+print(found["autograd_cache_miss"] + found["fxgraph_cache_miss"], found["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_second_process_finds_the_compiled_code_of_the_first(tmp_path):
+    settings = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in settings}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(Path(m2f.__file__).parents[1])}
+    (cold_misses, cold_hits), (warm_misses, warm_hits) = (
+        map(int, subprocess.check_output([sys.executable, "-c", COMPILE_A_REGION], env=environment, text=True).split())
+        for _ in range(2)
+    )
+    assert cold_misses > cold_hits == 0
+    assert warm_hits > warm_misses == 0
+    assert (tmp_path / ".cache/m2f/compiled").is_dir()
+
+
+def test_compile_cache_of_the_user_is_kept_and_an_unwritable_one_is_not_set(tmp_path):
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "own")}
+    keep_compiled_code(environment)
+    assert environment == {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "own")}
+    (tmp_path / ".cache").write_text("not a folder")
+    environment = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        keep_compiled_code(environment)
+    assert environment == {}
 
 
 @pytest.mark.parametrize(
