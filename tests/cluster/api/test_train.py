@@ -181,7 +181,7 @@ def test_areas_that_are_no_number_of_pixels_are_refused_before_anything_is_writt
     panoptic = m2f.PanopticImage(ids, {1: 0, 2: 1, 3: 1}, areas={2: area})
     instances = m2f.Instances(np.stack([ids == 2]), [1], areas=[area])
     for truth in (panoptic, instances):
-        with pytest.raises(m2f.UserError, match="annotation 0.* area"):
+        with pytest.raises(m2f.UserError, match=r"annotation 0.* area"):
             m2f.Dataset([image], [truth], ["ground", "box"], is_thing=[False, True]).write(tmp_path / "shards")
     assert list(tmp_path.iterdir()) == []
 
