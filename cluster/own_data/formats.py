@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -194,7 +195,7 @@ def _image_folder(folder: Path, annotations: Path, listed: Sequence[Sequence[str
     hits = {path: sum(stored_name(path, *names) is not None for names in sample) for path in folders}
     split, most = _split_of(annotations, folder), max(hits.values())
 
-    def order(path: Path) -> tuple[bool, bool, bool, bool, bool, int, int]:
+    def order(path: Path) -> tuple[bool, bool, bool, bool, bool, int, int, int]:
         has_few, path_split = 2 * hits[path] < most, _split_of(path, folder)
         is_named = annotations.stem.lower().endswith(f"_{path.name.lower()}")  # instances_Train.json and images/Train
         return (
@@ -204,6 +205,7 @@ def _image_folder(folder: Path, annotations: Path, listed: Sequence[Sequence[str
             path_split != split and None not in (path_split, split),  # the folder of another split is the last choice
             has_few,
             min(folders.index(path), len(nearby)),
+            -len(Path(os.path.commonpath((path, annotations))).parts),  # jobs of one tool repeat names of images
             -hits[path],
         )
 

@@ -144,3 +144,13 @@ def test_names_with_accents_may_have_another_unicode_form(kind, forms, folder):
         (image,) = folder.rglob(f"im{number}.png")
         image.rename(image.with_name(stored.format(number)))
     assert len(samples(init_datasets()["train"])) == 5
+
+
+@pytest.mark.parametrize("kind", ["cvat", "cvat_coco"])
+def test_exports_side_by_side_use_their_own_images(kind, folder):
+    for job in ("job_0", "job_1"):
+        (folder / job).mkdir()
+        EXPORTS[kind](folder / job)
+    used = [path for dataset in init_datasets().values() for path in _files(dataset)]
+    assert len(used) == len(set(used)) == 12
+    assert set(used) == set(folder.rglob("im*.png"))
