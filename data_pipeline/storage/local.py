@@ -87,6 +87,21 @@ class LocalStore:
         except OSError as error:
             _fail(url, error)
 
+    def copy(self, source: str, url: str) -> None:
+        """Create `url` with the content of the file `source`: as a hard link, or as a copy where links are impossible.
+
+        Writes replace files and never change them, so files that share their content stay independent.
+        """
+        path = Path(url)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(source, path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            if error.errno not in _NO_LINKS | {errno.EXDEV, errno.EEXIST}:
+                _fail(source if isinstance(error, FileNotFoundError) else url, error)
+            self.put_file(url, Path(source))
+
     def list(self, prefix: str, follow_links: bool = False) -> tuple[str, ...]:
         """Return the sorted paths of all files in a folder and its subfolders, except temporary files."""
 

@@ -28,6 +28,7 @@ from m2f.data_pipeline.errors import (
 )
 from m2f.data_pipeline.storage.local import replacing
 from m2f.data_pipeline.storage.object_info import ObjectInfo, UnfinishedWrite
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.urls import REMEDY, url_problem
 from m2f.model.extras import missing_extra
 
@@ -49,6 +50,9 @@ _BACKOFF_BASE_S, _BACKOFF_CAP_S = 0.1, 20.0
 """Failed attempt n, counted from 0, is followed by a random pause of at most min(base x 2^n, cap) seconds."""
 _FILE_PART_BYTES = 32 * 1024 * 1024
 """Size of the ranges in which files are read. It limits the bytes that must be read again after a broken body."""
+_COPY_PART_BYTES = 1 << 30
+"""Size of the parts in which an object is copied inside the store. One request must end within the read timeout, and
+some stores copy no parts, so smaller objects are copied by one request."""
 _TRANSIENT_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
 """HTTP statuses after which the same request may succeed later. The same holds for the S3 error codes below."""
 _TRANSIENT_CODES = frozenset(
@@ -163,6 +167,25 @@ class S3Store:
         """Upload a file of any size; large files are uploaded in parts."""
         address = _address(url)
         self._with_retries(url, lambda client: client.upload_file(str(path), address["Bucket"], address["Key"]))
+
+    def copy(self, source: str, url: str) -> None:
+        """Copy an object inside the store; if the store refuses, download it and upload it again."""
+        from boto3.s3.transfer import TransferConfig
+
+        config = TransferConfig(multipart_threshold=_COPY_PART_BYTES, multipart_chunksize=_COPY_PART_BYTES)
+        address = _address(url)
+        try:
+            self._with_retries(
+                source,
+                lambda client: client.copy(_address(source), address["Bucket"], address["Key"], Config=config),
+            )
+        except (MissingObjectError, OutageError):
+            raise
+        except StorageError as error:
+            log.warning("%s is copied through this machine: %s", source, error)
+            with ScratchFolder("copy") as folder:
+                self.get_file(source, folder / "object")
+                self.put_file(url, folder / "object")
 
     def list(self, prefix: str, follow_links: bool = False) -> tuple[str, ...]:
         """Return the sorted URLs of all objects below a folder. S3 has no links, so `follow_links` has no effect."""

@@ -67,6 +67,7 @@ class _Store(Protocol):
     def exists(self, url: str) -> bool: ...
     def put(self, url: str, data: bytes, if_absent: bool) -> None: ...
     def put_file(self, url: str, path: Path) -> None: ...
+    def copy(self, source: str, url: str) -> None: ...
     def list(self, prefix: str, follow_links: bool) -> tuple[str, ...]: ...
     def delete(self, url: str) -> None: ...
     def delete_prefix(self, prefix: str) -> None: ...
@@ -169,6 +170,15 @@ class Storage:
         size = Path(path).stat().st_size
         self._store(url).put_file(url, Path(path))
         self.counters.add(requests=1, bytes_written=size)
+
+    def copy(self, source: str, url: str) -> None:
+        """Copy an object within its store, without transferring its bytes where the store permits it.
+
+        Local files are linked: deleting or replacing one of them does not affect the other. Raises MissingObjectError
+        if `source` does not exist.
+        """
+        self.counters.add(requests=1)
+        self._store(url).copy(source, url)
 
     def list(self, prefix: str, follow_links: bool = False) -> tuple[str, ...]:
         """Return the full URLs of all objects below a folder, sorted; empty if the folder does not exist.

@@ -31,6 +31,20 @@ def test_only_one_of_many_writers_creates_a_file_without_hard_links(tmp_path, mo
     assert storage.list_unfinished(str(tmp_path)) == ()
 
 
+@pytest.mark.parametrize("error", [None, errno.EPERM, errno.EXDEV])
+def test_copies_share_their_bytes_where_hard_links_exist(tmp_path, monkeypatch, error):
+    def refuse(*paths):
+        raise OSError(error, os.strerror(error))
+
+    if error is not None:
+        monkeypatch.setattr(os, "link", refuse)
+    source, copy = tmp_path / "source", tmp_path / "folder" / "copy"
+    source.write_bytes(b"content")
+    Storage().copy(str(source), str(copy))
+    assert copy.read_bytes() == b"content"
+    assert copy.samefile(source) == (error is None)
+
+
 def test_copy_to_a_full_disk_raises_error_naming_the_target(tmp_path):
     source = tmp_path / "source"
     source.write_bytes(b"x" * 100_000)

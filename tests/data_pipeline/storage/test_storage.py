@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 
 import pytest
-from botocore.exceptions import NoCredentialsError
+from botocore.exceptions import ClientError, NoCredentialsError
 
 from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.errors import (
@@ -77,6 +77,36 @@ def test_written_files_are_read_back(storage_and_root, tmp_path, monkeypatch):
     with pytest.raises(MissingObjectError):
         storage.get_file(join(root, "other"), tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+def test_a_copy_stays_when_the_original_is_replaced_or_deleted(storage_and_root):
+    storage, root = storage_and_root
+    source, copies = join(root, "a", "source"), [join(root, name, "copy") for name in ("b", "c")]
+    storage.put(source, BODY)
+    written = storage.counters.bytes_written
+    storage.copy(source, copies[0])
+    assert storage.counters.bytes_written == written
+    storage.put(source, b"new")
+    storage.copy(source, copies[1])
+    storage.copy(source, copies[1])  # a repeated copy replaces the first one
+    storage.delete(source)
+    assert [storage.get(copy) for copy in copies] == [BODY, b"new"]
+    with pytest.raises(MissingObjectError, match=r"a/source.* does not exist"):
+        storage.copy(source, copies[0])
+
+
+def test_a_store_that_cannot_copy_gets_the_bytes_again(s3_endpoint, caplog):
+    storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
+    storage.put("s3://box/cannot/source", BODY)
+    client = storage._s3._get_client()
+
+    def refuse(*arguments, **options):
+        raise ClientError({"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}, "Copy")
+
+    client.copy = refuse
+    storage.copy("s3://box/cannot/source", "s3://box/cannot/copy")
+    assert storage.get("s3://box/cannot/copy") == BODY
+    assert "s3://box/cannot/source is copied through this machine: " in caplog.text
 
 
 def test_if_absent_never_overwrites(storage_and_root):
