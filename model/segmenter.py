@@ -34,6 +34,8 @@ class Segmenter(nn.Module):
 
     regions: tuple[str, ...] = ("backbone", "pixel_decoder", "transformer_decoder")
     """Names of the submodules that can be compiled, each into one graph."""
+    scheduled_buffers: tuple[str, ...] = ()
+    """Names of the buffers that `set_progress` changes, also in frozen parts."""
     pixel_decoder_fp32: bool
     """Whether the pixel decoder has fp32 weights and runs without autocast."""
 
@@ -63,6 +65,19 @@ class Segmenter(nn.Module):
         for part in parts:
             self.get_submodule(part).requires_grad_(False)
         self.train(self.training)
+
+    def frozen_names(self) -> frozenset[str]:
+        """Return the names of the weights and buffers that training never changes; empty if no part is frozen."""
+        if not self._frozen:
+            return frozenset()
+        parts = tuple(f"{part}." for part in self._frozen)
+        weights = dict(self.named_parameters(remove_duplicate=False))
+        return frozenset(
+            name
+            for name in self.state_dict()
+            if (not weights[name].requires_grad if name in weights else name.startswith(parts))
+            and name not in self.scheduled_buffers
+        )
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode as in torch, except that frozen parts stay in evaluation mode."""

@@ -115,7 +115,7 @@ def _copy_checkpoint(content: PackageContent, folder: Path, storage: Storage) ->
     manifest = read_manifest(storage, content.checkpoint)
     weights = weights_url(content.checkpoint, storage).rpartition("/")[2]
     folder.mkdir()
-    present = [name for name in (weights, IDENTITY, RECIPE) if name in manifest.files]
+    present = [name for name in manifest.files if name in (weights, manifest.frozen, IDENTITY, RECIPE)]
     fetch(storage, content.checkpoint, present, manifest, folder)
     if IDENTITY not in present:  # version 0.1 read the classes from the training data instead
         (folder / IDENTITY).write_text(content.trained.identity.to_json(), encoding="utf-8")

@@ -91,7 +91,7 @@ def _delete_leftovers(storage: Storage, run_folder: str, dry_run: bool) -> int:
 
 
 def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> int:
-    """Verify the checksum of a checkpoint's weights and write them to `output`.
+    """Verify the checksums of a checkpoint's weights and write all of them to the file `output`.
 
     With `averaged`, the moving average is written if the checkpoint has one.
     """
@@ -99,6 +99,7 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
 
     from m2f.data_pipeline.storage.scratch import ScratchFolder
     from m2f.trainer.checkpoint.folder import AVERAGE, WEIGHTS, fetch, read_manifest
+    from m2f.trainer.checkpoint.frozen import join_frozen
 
     if output is None or not output.endswith(".safetensors") or Path(output).exists():
         raise ConfigError(f"--output is {output}; give the name of a new file that ends in .safetensors")
@@ -107,7 +108,9 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     with ScratchFolder("export", parent=str(target.parent)) as folder:
-        fetch(storage, url, [name], manifest, folder)
+        fetch(storage, url, [path for path in manifest.files if path in (name, manifest.frozen)], manifest, folder)
+        if manifest.frozen is not None:
+            join_frozen(folder / name)
         (folder / name).rename(target)
     print_out(f"{output}: {name} of {url}, {target.stat().st_size / 1e6:,.1f} MB")
     return ExitStatus.DONE

@@ -112,6 +112,7 @@ class QuerySegmenter(Segmenter):
     prediction.
     """
 
+    scheduled_buffers = ("transformer_decoder.attn_mask_probs",)
     backbone: PlainVit
     pixel_decoder: Upscale
     transformer_decoder: QueryHeads

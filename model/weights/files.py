@@ -39,6 +39,9 @@ _CLASS_HEADS = (
 """Name suffixes of the class head: of this project and the official code, of Hugging Face, and of the authors of EoMT
 and PMT."""
 
+FROZEN_KEY = "m2f.frozen"
+"""Key in the metadata of a safetensors file. The value names the file in the same folder with the frozen weights."""
+
 _LEGACY_TORCH = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 """Magic number near the start of torch files from before version 1.6. A pickle that embeds such a file has it later."""
 
@@ -46,7 +49,8 @@ _LEGACY_TORCH = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Return tensors by name from a file, or from a checkpoint folder or Hugging Face model folder.
 
-    Wrappers such as {"model": ...} are removed. Raises WeightsError if the file is missing, unsupported or unreadable.
+    Wrappers such as {"model": ...} are removed. Frozen weights in another file that a file names are included. Raises
+    WeightsError if a file is missing, unsupported or unreadable.
     """
     path = Path(path)
     files = weights_files(path)
@@ -76,8 +80,29 @@ def count_classes(path: str | Path) -> int | None:
     return len(heads[0]) - 1 if len(heads) == 1 else None
 
 
+def frozen_file(path: Path) -> str | None:
+    """Return the name of the file with the frozen weights of a local weights file, in the same folder; None without.
+
+    Raises WeightsError if the name points to another folder.
+    """
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":
+            return None
+    try:
+        with safetensors.safe_open(path, "pt") as tensors:
+            name = (tensors.metadata() or {}).get(FROZEN_KEY)
+    except safetensors.SafetensorError:
+        return None  # loading the tensors reports that the file is damaged
+    if name is not None and not re.fullmatch(r"[\w-]+\.safetensors", name):
+        raise WeightsError(f"weights {path}: refer to the file {name!r}, which is not in the same folder")
+    return name
+
+
 def weights_files(path: Path) -> tuple[Path, ...]:
-    """Return the files that `read_state` reads. Raises WeightsError if the path or its weight files do not exist."""
+    """Return the files that `read_state` reads, without files of frozen weights that they name.
+
+    Raises WeightsError if the path or its weight files do not exist.
+    """
     if path.is_dir():
         return _folder_files(path)
     if not path.is_file():
@@ -86,7 +111,7 @@ def weights_files(path: Path) -> tuple[Path, ...]:
 
 
 def weights_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of the file that `read_state` reads.
+    """Return the SHA-256 of the file that `read_state` reads. If it names a file of frozen weights, it has its SHA-256.
 
     For several files, return the SHA-256 of the lines that `sha256sum` prints for them. Raises WeightsError if a file
     is missing or unreadable.
@@ -128,7 +153,7 @@ def _read(path: Path) -> Any:
         if head.startswith(b"PK\x03\x04") or _LEGACY_TORCH in head[:32]:
             return torch.load(path, map_location="cpu", weights_only=True)
         if head[8:9] == b"{":
-            return safetensors.torch.load_file(path)
+            return safetensors.torch.load_file(path) | _read_frozen(path)
         if head.startswith(b"\x80"):
             file.seek(0)
             return read_pickle(file)
@@ -137,6 +162,18 @@ def _read(path: Path) -> Any:
     raise WeightsError(
         f"weights {path} ({path.stat().st_size} bytes) are neither a safetensors file nor a torch file nor a pickle"
     )
+
+
+def _read_frozen(path: Path) -> dict[str, Tensor]:
+    name = frozen_file(path)
+    if name is None:
+        return {}
+    if not (path.parent / name).is_file():
+        raise WeightsError(
+            f"weights {path} lack the frozen weights, which are in {name}; copy that file into the same folder, or "
+            "write all weights to one file with m2f checkpoint export"
+        )
+    return safetensors.torch.load_file(path.parent / name)
 
 
 def _is_mapping(content: Any) -> bool:

@@ -1,6 +1,7 @@
 """Frozen parts of the model never change: in every ZeRO stage, after restarts, and with another number of ranks."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.mask2former import build_model
+from m2f.model.weights.files import read_state
 from m2f.trainer.checkpoint.folder import list_checkpoints
 from m2f.trainer.config import OptimizerConfig, TrainingConfig
 from m2f.trainer.engine.param_groups import build_param_groups
@@ -74,13 +76,18 @@ def runs(launcher):
     shards = str(launcher.folder / "shards")
     write_dataset(open_reader(source), DatasetConfig(shards=shards, source=source), Storage())
     launcher.run_each([f"frozen:{stage}" for stage in STAGES])
+    launcher.run_each(["frozen_old:1", "frozen_old:3", "frozen_damaged:1"])
     launcher.run_each([f"frozen_alone:{stage}" for stage in STAGES], ranks=1)
     return launcher
 
 
-def weights_of(runs, name, stage, step, file="weights.safetensors"):
+def checkpoint_of(runs, name, stage, step):
     checkpoints = list_checkpoints(Storage(), str(runs.folder / f"{name}_{stage}"))
-    return load_file(f"{next(c.url for c in checkpoints if c.step == step)}/{file}")
+    return Path(next(c.url for c in checkpoints if c.step == step))
+
+
+def weights_of(runs, name, stage, step, file="weights.safetensors"):
+    return read_state(checkpoint_of(runs, name, stage, step) / file)
 
 
 @pytest.mark.slow
@@ -111,3 +118,44 @@ def test_frozen_weights_survive_another_number_of_ranks(runs, stage):
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if name.startswith("backbone.")} <= same
     assert "transformer_decoder.class_embed.weight" not in same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_weights_are_stored_once_per_run(runs, stage):
+    assert runs.result(f"frozen:{stage}")["resumed"].get("error") is None
+    folders = [checkpoint_of(runs, "stopped", stage, step) for step in (2, 4)]  # the second one after a restart
+    (first, second) = ([path.stat() for path in folder.glob("frozen-*")] for folder in folders)
+    assert [file.st_ino for file in first] == [file.st_ino for file in second] != []
+    frozen = {name for name in weights_of(runs, "stopped", stage, 4) if name.startswith("backbone.")}
+    assert any("running_mean" in name for name in frozen)
+    for name in ("weights.safetensors", "ema.safetensors"):
+        assert not frozen & load_file(folders[1] / name).keys()
+    for path in (folders[1] / "engine").glob("*model_states.pt"):
+        state = torch.load(path, weights_only=False)
+        assert state["module"]
+        assert not [name for name in state["module"] if name.startswith("model.backbone.")]
+        assert not state.get("frozen_param_fragments")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_checkpoints_of_earlier_versions_with_frozen_parts_are_resumed(runs, stage):
+    assert all(seen.get("error") is None for seen in runs.result(f"frozen_old:{stage}").values())
+    assert not list(checkpoint_of(runs, "old", stage, 2).glob("frozen-*"))
+    assert len(list(checkpoint_of(runs, "old", stage, 4).glob("frozen-*"))) == 1
+    for file in ("weights.safetensors", "ema.safetensors"):
+        old, whole = (weights_of(runs, name, stage, 4, file) for name in ("old", "whole"))
+        assert old.keys() == whole.keys()
+        assert all(torch.equal(old[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_damaged_frozen_weights_make_a_run_resume_from_the_checkpoint_before(runs):
+    seen = runs.result("frozen_damaged:1")
+    assert seen.get("error") is None
+    messages = [message for kind, step, message in seen["events"] if (kind, step) == ("damaged", 4)]
+    assert len(messages) == 1
+    assert "the checksum of frozen-" in messages[0]
+    again, whole = (weights_of(runs, name, "1", 4) for name in ("damaged", "whole"))
+    assert all(torch.equal(again[name], whole[name]) for name in whole)

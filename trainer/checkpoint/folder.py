@@ -5,7 +5,8 @@ Imports neither torch nor DeepSpeed.
 <run folder>/checkpoints/step_00000042-3/     step and number of the lease (see `lease_record`); older folders have none
     engine/*.pt             DeepSpeed's files of every rank
     rng/rank_00000.pt       random states of every rank
-    weights.safetensors     the whole model in fp32, loadable by `m2f.model.weights.load.load_weights`
+    frozen-SHA256.safetensors  what `model.freeze` freezes, in fp32; written once per run, see `frozen`
+    weights.safetensors     all other weights in fp32; `m2f.model.weights.load.load_weights` loads both files
     ema.safetensors         the same with the moving average of the weights, if the run keeps one
     identity.json           classes, task, input and recipe of the model (see `identity`); also in the weights' metadata
     state.json              TrainState
@@ -45,8 +46,10 @@ EVALUATION_PIN = "evaluation"
 """Name of the pin that keeps a checkpoint until its evaluation ends."""
 _LEGACY_METRICS = "metrics.json"
 
-_VERSION = 1
-"""Format of manifest.json. A change that older programs cannot read must raise it."""
+_VERSION, _FROZEN_VERSION = 1, 2
+"""Formats of manifest.json, without and with a file of frozen weights. A change that older programs cannot read needs
+another number."""
+_FROZEN = re.compile(r"frozen-[0-9a-f]{64}\.safetensors")
 _FOLDER = re.compile(r"/(step_(\d{8,})(?:-(\d+))?)/(.+)$")
 
 
@@ -78,9 +81,25 @@ class CheckpointManifest:
     zero_stage: int
     files: Mapping[str, FileEntry]
 
+    @property
+    def frozen(self) -> str | None:
+        """Name of the file with the frozen weights; None without frozen parts and for runs of earlier versions."""
+        return next(filter(is_frozen, self.files), None)
+
     def to_json(self) -> bytes:
         """Return the content of `manifest.json`."""
-        return json.dumps({"version": _VERSION, **asdict(self)}, indent=1).encode()
+        version = _VERSION if self.frozen is None else _FROZEN_VERSION
+        return json.dumps({"version": version, **asdict(self)}, indent=1).encode()
+
+
+def frozen_name(entry: FileEntry) -> str:
+    """Return the name of a file of frozen weights with this content."""
+    return f"frozen-{entry.sha256}.safetensors"
+
+
+def is_frozen(name: str) -> bool:
+    """Return whether a file of a checkpoint has this run's frozen weights, given its name."""
+    return _FROZEN.fullmatch(name) is not None
 
 
 def checkpoint_url(run_folder: str, step: int, lease: int = 0) -> str:
@@ -130,12 +149,13 @@ def read_manifest(storage: Storage, url: str) -> CheckpointManifest:
     try:
         content = parse_json(storage.get(address))
         version = int(content["version"])
-        if version > _VERSION:
+        if version > _FROZEN_VERSION:
             raise NewerFormatError(
-                f"{address} has format {version}, but this version of m2f only supports formats up to {_VERSION}; use "
-                f"the m2f that wrote it, or train under another name. To resume from an older checkpoint, delete {url}"
+                f"{address} has format {version}, but this version of m2f only supports formats up to "
+                f"{_FROZEN_VERSION}; use the m2f that wrote it, or train under another name. To resume from an older "
+                f"checkpoint, delete {url}"
             )
-        if version != _VERSION:
+        if version not in (_VERSION, _FROZEN_VERSION):
             raise ValueError(f"unknown format {version}")
         return CheckpointManifest(
             content["step"], content["world_size"], content["zero_stage"], files=_entries(content["files"])

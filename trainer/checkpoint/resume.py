@@ -49,6 +49,8 @@ class Restart:
     same_ranks: bool
     saved_stage: int
     """ZeRO stage of the run that wrote the checkpoint."""
+    frozen: str | None
+    """Name of the file with the frozen weights."""
 
     @property
     def weights_only(self) -> bool:
@@ -61,12 +63,21 @@ class Restart:
         return not self.same_ranks and not self.weights_only and self.state.zero_stage > 0
 
     def load_model(self, model: Segmenter) -> None:
-        """Load the weights file, if `reshard` or `weights_only` is true. Call this before the engine exists.
+        """Load what `load_engine` does not: frozen weights or, if `reshard` or `weights_only` is true, all weights.
 
-        DeepSpeed's universal format lacks buffers and frozen parameters.
+        Call this before the engine exists. DeepSpeed's universal format lacks buffers. Raises CheckpointError if frozen
+        weights are missing.
         """
         if self.reshard or self.weights_only:
             load_weights(model, self.folder / WEIGHTS)
+        elif self.frozen is not None:
+            frozen = safetensors.torch.load_file(self.folder / self.frozen)
+            if missing := sorted(model.frozen_names() - frozen.keys()):
+                raise CheckpointError(
+                    f"checkpoint {self.checkpoint.url} is rejected: {self.frozen} lacks {', '.join(missing[:3])} and "
+                    "other weights that model.freeze freezes; restore the setting, or start a new run from its weights"
+                )
+            model.load_state_dict(frozen, strict=False)
 
     def load_engine(self, engine: Engine, ranks: Ranks) -> None:
         """Load weights and optimizer state, unless `weights_only`, and the moving average.
@@ -75,7 +86,7 @@ class Restart:
         """
         with _with_remedy(self.checkpoint.url):
             if not self.weights_only:
-                engine.load(self.folder, _UNIVERSAL if self.reshard else ENGINE)
+                engine.load(self.folder, _UNIVERSAL if self.reshard else ENGINE, self.frozen is not None)
             average = self.folder / AVERAGE
             engine.load_average(safetensors.torch.load_file(average) if average.is_file() else None)
             if self.same_ranks:
@@ -152,7 +163,7 @@ def _download(
     state = state.with_order(expected.order_fingerprint, checkpoint.url, accept_changes)
     same_ranks = state.world_size == ranks.world_size
     state = replace(state, world_size=ranks.world_size, zero_stage=expected.zero_stage)
-    restart = Restart(checkpoint, state, folder, same_ranks, manifest.zero_stage)
+    restart = Restart(checkpoint, state, folder, same_ranks, manifest.zero_stage, manifest.frozen)
     if restart.reshard:
         restart = replace(restart, folder=_machine_folder(ranks, folder))
     paths = _paths(restart, manifest, ranks.rank) if restart.folder == folder else []
@@ -202,14 +213,14 @@ def _machine_folder(ranks: Ranks, folder: Path) -> Path:
 
 def _paths(restart: Restart, manifest: CheckpointManifest, rank: int) -> list[str]:
     """Return the files that this rank needs; when resharding, those that its machine needs."""
-    average = [AVERAGE] if AVERAGE in manifest.files else []
+    model = [path for path in manifest.files if path in (AVERAGE, manifest.frozen)]
     if restart.weights_only:
-        return [WEIGHTS, *average] + ([rng_path(rank)] if restart.same_ranks else [])
+        return [WEIGHTS, *model] + ([rng_path(rank)] if restart.same_ranks else [])
     if restart.reshard:
-        return [path for path in manifest.files if path.startswith(f"{ENGINE}/")] + [WEIGHTS, *average]
+        return [path for path in manifest.files if path.startswith(f"{ENGINE}/")] + [WEIGHTS, *model]
     names = ("mp_rank_00_", f"zero_pp_rank_{rank}_", f"bf16_zero_pp_rank_{rank}_")  # the first is shared by all ranks
     own = tuple(f"{ENGINE}/{name}" for name in names)
-    engine = [path for path in manifest.files if path.startswith(own)] + average
+    engine = [path for path in manifest.files if path.startswith(own)] + model
     return [*engine, rng_path(rank)] if restart.same_ranks else engine
 
 

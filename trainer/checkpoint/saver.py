@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from m2f.data_pipeline.storage.scratch import ScratchFolder, report_full_disk, require_free_space
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.weights.files import FROZEN_KEY
 from m2f.trainer.checkpoint.commits import record_commit, withdraw_commit, write_metrics
 from m2f.trainer.checkpoint.folder import (
     AVERAGE,
@@ -23,15 +26,18 @@ from m2f.trainer.checkpoint.folder import (
     STATE,
     WEIGHTS,
     CheckpointManifest,
+    FileEntry,
     Receipt,
     checkpoint_url,
     delete_old,
     file_entry,
+    frozen_name,
     pin,
     read_receipt,
     rng_path,
     write_receipt,
 )
+from m2f.trainer.checkpoint.frozen import shares_frozen, write_frozen
 from m2f.trainer.checkpoint.identity import store_identity
 from m2f.trainer.checkpoint.lease_record import check_lease
 from m2f.trainer.checkpoint.random_state import save_random_state
@@ -64,6 +70,8 @@ class CheckpointSaver:
         self._committed = resumed
         self._saved_step = None if resumed is None else resumed.step
         self._closing = threading.Event()
+        self._frozen: FileEntry | None = None
+        """The file of frozen weights; None before the first save, without frozen parts, and on other ranks."""
 
     def close(self) -> None:
         """End the thread without waiting for other ranks. If all have uploaded by now, the thread still commits."""
@@ -104,8 +112,9 @@ class CheckpointSaver:
         assert self._upload is None, "the previous upload is not finished"
         url = checkpoint_url(self._job.run_folder, state.step, self._job.lease)
         self._ranks.run_on_rank0(lambda: self._clear(url))
+        shares = self._ranks.run_on_rank0(lambda: shares_frozen(self._storage, self._committed, self._frozen))
         with report_full_disk(f"checkpoint {state.step}"):
-            scratch = self._write(engine, state)
+            scratch = self._write(engine, state, {} if shares else engine.weights(frozen=True))
         self._upload = self._pool.submit(self._publish, scratch, url, state, dict(metrics))
         self._saved_step = state.step
 
@@ -120,8 +129,11 @@ class CheckpointSaver:
         self._upload = None
         return self._ranks.broadcast(self._committed)
 
-    def _write(self, engine: Engine, state: TrainState) -> ScratchFolder:
-        """Write this rank's files to a folder on the local disk and return it."""
+    def _write(self, engine: Engine, state: TrainState, frozen: Mapping[str, Tensor]) -> ScratchFolder:
+        """Write this rank's files to a folder on the local disk and return it.
+
+        `frozen` has the frozen weights, unless the newest commit has a file of them.
+        """
         scratch = ScratchFolder("checkpoint")
         folder = scratch.path
         try:
@@ -130,7 +142,7 @@ class CheckpointSaver:
             weights = engine.weights()
             averaged = engine.averaged_weights(weights)
             if self._ranks.is_first:
-                metadata = store_identity(folder, self._job.effective_identity)
+                metadata = store_identity(folder, self._job.effective_identity) | self._store_frozen(folder, frozen)
                 if averaged is not None:
                     safetensors.torch.save_file(averaged, folder / AVERAGE, metadata=metadata)
                 safetensors.torch.save_file(weights, folder / WEIGHTS, metadata=metadata)
@@ -140,6 +152,14 @@ class CheckpointSaver:
             scratch.remove()
             raise
         return scratch
+
+    def _store_frozen(self, folder: Path, frozen: Mapping[str, Tensor]) -> dict[str, str]:
+        """Write frozen weights, unless the newest commit has them; return the metadata for the weights files."""
+        if frozen:
+            self._frozen = write_frozen(frozen, folder)
+            if shares_frozen(self._storage, self._committed, self._frozen):  # of the checkpoint that the run resumed
+                (folder / frozen_name(self._frozen)).unlink()
+        return {} if self._frozen is None else {FROZEN_KEY: frozen_name(self._frozen)}
 
     def _clear(self, url: str) -> None:
         """Delete the remains of an interrupted or damaged save."""
@@ -170,6 +190,10 @@ class CheckpointSaver:
             files = {path.relative_to(folder).as_posix(): file_entry(path) for path in paths}
             for path in paths:
                 self._storage.put_file(join(url, path.relative_to(folder).as_posix()), path)
+            if self._frozen is not None and (name := frozen_name(self._frozen)) not in files:
+                assert self._committed is not None
+                self._storage.copy(join(self._committed.url, name), join(url, name))
+                files[name] = self._frozen
             write_receipt(self._storage, url, self._ranks.rank, Receipt(self._attempt, files))
         if self._ranks.is_first:
             self._commit(url, state, metrics)

@@ -15,7 +15,10 @@ _SMALL_FILES = 1_000_000
 
 
 def checkpoint_bytes(model: nn.Module, training: TrainingConfig, world_size: int, is_first: bool) -> int:
-    """Return the bytes of one rank's files of a checkpoint, accurate to a few per cent."""
+    """Return the bytes of one rank's files of a run's first checkpoint, accurate to a few per cent.
+
+    Later checkpoints share the file of frozen weights.
+    """
     parameters = list(model.parameters())
     total, trained = _count(parameters), _count(p for p in parameters if p.requires_grad)
     stage = training.zero.stage
@@ -26,9 +29,9 @@ def checkpoint_bytes(model: nn.Module, training: TrainingConfig, world_size: int
     elif is_first:
         size += ADAM_BYTES * trained
     if is_first and stage < 3:
-        size += weight_bytes * total
+        size += weight_bytes * trained
     if is_first:
-        size += FP32_BYTES * total * (2 if training.ema_decay else 1)
+        size += FP32_BYTES * (total + (trained if training.ema_decay else 0))
     return size
 
 

@@ -15,11 +15,11 @@ from m2f.model.config import BackboneConfig, ModelConfig
 from m2f.model.errors import WeightsError
 from m2f.model.export.hugging_face import is_hugging_face_folder, known_labels, read_hugging_face_config
 from m2f.model.weights.architecture import require_same_architecture, require_stored_architecture
-from m2f.model.weights.files import weights_files, weights_sha256
+from m2f.model.weights.files import frozen_file, weights_files, weights_sha256
 from m2f.model.weights.hub import hub_folder
 from m2f.model.weights.packages import weights_path
 from m2f.model.weights.sources import HUB
-from m2f.trainer.checkpoint.folder import AVERAGE, MANIFEST, WEIGHTS, file_entry, read_manifest
+from m2f.trainer.checkpoint.folder import AVERAGE, MANIFEST, WEIGHTS, file_entry, is_frozen, read_manifest
 from m2f.trainer.checkpoint.identity import IDENTITY, METADATA_KEY, ModelIdentity, StartWeights, read_metadata
 from m2f.trainer.errors import CheckpointError
 
@@ -101,7 +101,7 @@ def backbone_start(backbone: BackboneConfig) -> tuple[StartWeights, ...]:
 
 @contextmanager
 def fetched_weights(weights: str, storage: Storage) -> Iterator[Path]:
-    """Provide weights from a URL, a file or a local folder at a local path.
+    """Provide weights from a URL, a file or a local folder at a local path, with a file of frozen weights beside it.
 
     Raises CheckpointError naming file and checkpoint if the weights of a checkpoint differ from its manifest.
     """
@@ -111,6 +111,12 @@ def fetched_weights(weights: str, storage: Storage) -> Iterator[Path]:
             path = folder / weights.rpartition("/")[2]
             storage.get_file(weights, path)
         _check(weights, path, storage)
+        if path.is_file() and (name := frozen_file(path)) is not None:
+            url, frozen = join(weights.rpartition("/")[0], name), path.with_name(name)
+            if "://" in weights:
+                storage.get_file(url, frozen)
+            if frozen.is_file():  # reading the tensors reports a missing file
+                _check(url, frozen, storage)
         yield path
 
 
@@ -195,7 +201,8 @@ def _rows_by_name(identity: ModelIdentity, weights: str) -> tuple[int | None, ..
 def _check(weights: str, path: Path, storage: Storage) -> None:
     """Compare a file of a checkpoint with the manifest beside it, if there is one. Raises CheckpointError."""
     folder, _, name = weights.rpartition("/")
-    if name not in (AVERAGE, WEIGHTS, IDENTITY) or not storage.exists(join(folder, MANIFEST)):
+    is_stored = name in (AVERAGE, WEIGHTS, IDENTITY) or is_frozen(name)
+    if not is_stored or not storage.exists(join(folder, MANIFEST)):
         return
     stated = read_manifest(storage, folder).files.get(name)
     if stated is not None and file_entry(path) != stated:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -79,6 +79,9 @@ class Engine:
             DeviceSkips(self._adamw, zero if self.stage else None) if skips_on_device or not self.stage else None
         )
         self.lr_factor = 1.0
+        self._frozen = self.module.model.frozen_names()
+        if self._frozen:
+            self._engine.module_state_dict = self._trained_state  # DeepSpeed would store frozen buffers
         parameters = dict(self.module.model.named_parameters())
         self._average = WeightAverage(parameters, training.ema_decay) if training.ema_decay else None
 
@@ -131,16 +134,29 @@ class Engine:
         return StepResult(applied=applied, grad_norm=norm if applied else math.inf)
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's files to `folder/tag`. A collective: every rank calls it with a folder of its own."""
+        """Write this rank's files to `folder/tag`, without frozen weights.
+
+        A collective: every rank calls it with a folder of its own.
+        """
         (folder / tag).mkdir(parents=True, exist_ok=True)
         scale = self.module.loss_scale
         client_state = {} if scale is None else {_LOSS_SCALE: scale.state()}
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+        self._engine.save_checkpoint(
+            str(folder),
+            tag=tag,
+            client_state=client_state,
+            save_latest=False,
+            exclude_frozen_parameters=bool(self._frozen),
+        )
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Restore what `save` wrote, without executing code. Raises CheckpointError for a file that requires code."""
+    def load(self, folder: Path, tag: str, has_frozen: bool = False) -> None:
+        """Restore what `save` wrote, without executing code. Raises CheckpointError for a file that requires code.
+
+        With `has_frozen`, the model already has its frozen weights, which the files of earlier versions contain.
+        """
         with safe_loads():
-            _, client_state = self._engine.load_checkpoint(str(folder), tag=tag)
+            load_module = self._load_trained_state if has_frozen else None
+            _, client_state = self._engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=load_module)
         if self.module.loss_scale is not None:
             self.module.loss_scale.load(client_state[_LOSS_SCALE])
         # Loading the universal format under ZeRO-3 gives all groups the settings of the first one, and one common step
@@ -150,19 +166,23 @@ class Engine:
         for state in self._adamw.state.values():
             state["step"] = state["step"].clone()
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return all weights of the model in fp32 on CPU on rank 0, and an empty dict on other ranks.
+    def weights(self, frozen: bool = False) -> dict[str, Tensor]:
+        """Return the weights and buffers of the model in fp32 on CPU on rank 0, and an empty dict on other ranks.
 
-        Every rank must call it.
+        These are all that are not frozen or, if `frozen` is set, the frozen ones. Every rank must call it.
         """
         model = self.module.model
+        names = [name for name in model.state_dict() if (name in self._frozen) == frozen]
+        if not names:
+            return {}
         if self._has_master_weights:
-            return _master_weights(model)
+            return _master_weights(model, names)
         if self.stage < 3:
             if dist.get_rank() != 0:
                 return {}
-            return {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-        return _gathered_weights(model)
+            state = model.state_dict()
+            return {name: state[name].cpu().contiguous() for name in names}
+        return _gathered_weights(model, names)
 
     def averaged_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """Return `weights`, the trained ones replaced by their moving averages; None if no average is kept.
@@ -179,6 +199,16 @@ class Engine:
             self._average = WeightAverage(dict(self.module.model.named_parameters()), self._average.decay)
         else:
             self._average.load(weights)
+
+    def _trained_state(self, **_: Any) -> dict[str, Tensor]:
+        """Return the state dict of the module without frozen weights and buffers, for DeepSpeed's files."""
+        frozen = {f"model.{name}" for name in self._frozen}
+        return {name: value for name, value in self.module.state_dict().items() if name not in frozen}
+
+    def _load_trained_state(self, src: dict[str, Tensor], dst: torch.nn.Module) -> None:
+        """Load a state dict from DeepSpeed's files, which must have every weight except the frozen ones."""
+        own = dst.state_dict()
+        dst.load_state_dict({name: own[name] for name in (f"model.{name}" for name in self._frozen)} | src)
 
     def _clip_plain_gradients(self) -> Tensor:
         """Clip the gradients without ZeRO, because DeepSpeed would then apply updates with non-finite gradients."""
@@ -285,11 +315,12 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _gathered_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of a ZeRO-3 model on rank 0, gathered in portions of bounded size; empty on other ranks."""
+def _gathered_weights(model: torch.nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return these weights of a ZeRO-3 model on rank 0, gathered in portions of bounded size; empty on other ranks."""
     gathered = _import_deepspeed().zero.GatheredParameters
-    named: dict[str, Any] = dict(model.named_parameters())  # DeepSpeed gives parameters a ds_numel
-    weights = {name: buffer.cpu() for name, buffer in model.state_dict().items() if name not in named}
+    parameters, state = dict(model.named_parameters()), model.state_dict()
+    named: dict[str, Any] = {name: parameters[name] for name in names if name in parameters}  # with a ds_numel
+    weights = {name: state[name].cpu() for name in names if name not in parameters}
     for portion in _portions(list(named), [p.ds_numel for p in named.values()]):
         with gathered([named[name] for name in portion]):
             if dist.get_rank() == 0:
@@ -297,8 +328,8 @@ def _gathered_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     return weights if dist.get_rank() == 0 else {}
 
 
-def _master_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the state dict on rank 0, with the optimizer's fp32 copies of 16-bit trained weights.
+def _master_weights(model: torch.nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return these weights on rank 0, with the optimizer's fp32 copies of 16-bit trained weights.
 
     Every rank must call it.
     """
@@ -306,9 +337,12 @@ def _master_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     first = dist.get_rank() == 0
-    persistent = model.state_dict().keys()
-    weights = {name: value.cpu() for name, value in model.named_buffers() if first and name in persistent}
-    for name, parameter in model.named_parameters():
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    weights = {name: buffers[name].cpu() for name in names if first and name in buffers}
+    for name in names:
+        if name not in parameters:
+            continue
+        parameter = parameters[name]
         master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.detach().float()
         assert master is not None, "ZeRO 1 to 3 keep a copy of every trainable parameter"
         if first:

@@ -31,6 +31,18 @@ def context(positions: list[int], seed: int = 5) -> TrainingContext:
     return TrainingContext(SimpleNamespace(position=torch.tensor(positions)), seed)  # type: ignore[arg-type]
 
 
+def test_annealed_buffers_of_frozen_parts_are_not_among_the_frozen_names():
+    model = model_of()
+    assert model.frozen_names() == frozenset()
+    model.freeze(("backbone", "transformer_decoder"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.set_progress(5, 10)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"transformer_decoder.attn_mask_probs"}
+    parts = ("backbone.", "transformer_decoder.")
+    assert model.frozen_names() == {name for name in before if name.startswith(parts)} - changed
+
+
 def test_random_draws_depend_only_on_seed_and_position():
     whole = uniform_draws(context([7, 8, 9]), 4, 50)
     assert torch.equal(whole[:, 1:], uniform_draws(context([8, 9]), 4, 50))

@@ -15,7 +15,7 @@ import torch
 
 from m2f.model.errors import WeightsError
 from m2f.model.weights import pickles
-from m2f.model.weights.files import read_state
+from m2f.model.weights.files import FROZEN_KEY, read_state
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([1.5, -2.0]).half()}
 
@@ -261,3 +261,24 @@ def test_arrays_of_every_kind_are_read(tmp_path, dtype, order, protocol):
         assert tensor.is_contiguous()
         assert tensor.numpy().dtype == np.dtype(dtype).newbyteorder("=")
         np.testing.assert_array_equal(tensor.numpy(), content[name])
+
+
+def test_frozen_weights_in_a_second_file_are_read(tmp_path):
+    frozen, path = f"frozen-{'0' * 64}.safetensors", tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"a.bias": STATE["a.bias"]}, tmp_path / frozen)
+    safetensors.torch.save_file({"a.weight": STATE["a.weight"]}, path, {FROZEN_KEY: frozen})
+    for source in (path, tmp_path):
+        assert_is_the_state(read_state(source))
+    (tmp_path / frozen).unlink()
+    with pytest.raises(
+        WeightsError, match=rf"weights\.safetensors lack the frozen weights, which are in {frozen}; copy"
+    ):
+        read_state(path)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../weights.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_frozen_weights_outside_the_folder_are_refused(tmp_path, name):
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"a.weight": STATE["a.weight"]}, path, {FROZEN_KEY: name})
+    with pytest.raises(WeightsError, match="which is not in the same folder"):
+        read_state(path)

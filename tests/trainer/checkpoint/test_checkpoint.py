@@ -1,4 +1,4 @@
-"""Saving with a full disk or refused uploads: errors are clear, and incomplete checkpoints are not committed."""
+"""Saving: frozen weights are written once. After a full disk or refused uploads nothing incomplete is committed."""
 
 import errno
 import os
@@ -17,11 +17,12 @@ from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.scratch import report_full_disk
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import ModelConfig
+from m2f.model.weights.files import read_state
 from m2f.trainer.checkpoint.commits import list_commits, read_metrics
-from m2f.trainer.checkpoint.folder import EVALUATION_PIN, list_checkpoints, pins
+from m2f.trainer.checkpoint.folder import EVALUATION_PIN, file_entry, list_checkpoints, pins, verify_sizes
 from m2f.trainer.checkpoint.saver import CheckpointSaver
-from m2f.trainer.config import TrainingConfig
-from m2f.trainer.errors import PeersError
+from m2f.trainer.config import CheckpointConfig, TrainingConfig
+from m2f.trainer.errors import CheckpointError, PeersError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.state import TrainState
@@ -39,8 +40,8 @@ class SmallEngine:
         (folder / tag).mkdir()
         (folder / tag / "states.pt").write_bytes(b"states")
 
-    def weights(self):
-        return {"w": torch.zeros(2)}
+    def weights(self, frozen=False):
+        return {} if frozen else {"w": torch.zeros(2)}
 
     def averaged_weights(self, weights):
         return None
@@ -54,6 +55,13 @@ class FullDisk(SmallEngine):
 
     def save(self, folder, tag):
         raise self.error
+
+
+class FrozenEngine(SmallEngine):
+    """Engine with one trained and many frozen weights."""
+
+    def weights(self, frozen=False):
+        return {"backbone.w": torch.ones(25_000)} if frozen else super().weights()
 
 
 class RefusingStorage(Storage):
@@ -171,6 +179,37 @@ def test_a_commit_is_listed_pinned_and_has_its_metrics(ranks, job):
     assert pins(Storage(), first.url) == (EVALUATION_PIN,)
     found = [points for _, points in read_metrics(Storage(), job.run_folder)]
     assert found == [{3: metrics[3].values(), 4: metrics[4].values()}, {}]
+
+
+def test_frozen_weights_are_written_once_and_listed_by_every_checkpoint(ranks, job):
+    written, found = [], []
+    job = replace(job, training=replace(job.training, checkpoint=CheckpointConfig(every_steps=1, keep=1)))
+    for steps in ((1, 2), (3,)):
+        storage = Storage()
+        with closing(CheckpointSaver(job, storage, ranks, found[-1] if found else None)) as saver:
+            for step in steps:
+                before = storage.counters.bytes_written
+                saver.save(FrozenEngine(), state_at(step), {})
+                found.append(saver.finish())
+                written.append(storage.counters.bytes_written - before)
+    assert written[0] > 100_000 > 30_000 > max(written[1:])
+    assert list_checkpoints(Storage(), job.run_folder) == (found[-1],)  # the checkpoint that wrote the file is deleted
+    manifest = verify_sizes(Storage(), found[-1].url)
+    assert manifest.frozen == f"frozen-{manifest.files[manifest.frozen].sha256}.safetensors"
+    assert read_state(found[-1].url).keys() == {"w", "backbone.w"}
+    assert file_entry(Path(found[-1].url) / manifest.frozen) == manifest.files[manifest.frozen]
+
+
+def test_frozen_weights_that_were_deleted_are_written_again(ranks, job):
+    with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver:
+        saver.save(FrozenEngine(), state_at(1), {})
+        first = saver.finish()
+        next(Path(first.url).glob("frozen-*")).unlink()
+        saver.save(FrozenEngine(), state_at(2), {})
+        second = saver.finish()
+    verify_sizes(Storage(), second.url)
+    with pytest.raises(CheckpointError, match=r"step_00000001 is incomplete: .*/frozen-"):
+        verify_sizes(Storage(), first.url)
 
 
 @pytest.mark.parametrize(

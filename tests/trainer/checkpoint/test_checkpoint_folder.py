@@ -111,10 +111,10 @@ def test_invalid_manifest_is_refused_and_named(storage, run_folder, content):
 def test_newer_checkpoint_format_is_not_damage_and_stops_the_run(storage, run_folder, tmp_path):
     make_checkpoint(storage, run_folder, 3, tmp_path)
     url = make_checkpoint(storage, run_folder, 5, tmp_path)
-    newer = json.loads(storage.get(join(url, MANIFEST))) | {"version": 2}
+    newer = json.loads(storage.get(join(url, MANIFEST))) | {"version": 3}
     storage.put(join(url, MANIFEST), json.dumps(newer).encode())
     for look in (lambda: read_manifest(storage, url), lambda: newest_undamaged(storage, run_folder)):
-        with pytest.raises(NewerFormatError, match=r"step_00000005/manifest\.json has format 2, but .* up to 1"):
+        with pytest.raises(NewerFormatError, match=r"step_00000005/manifest\.json has format 3, but .* up to 2"):
             look()
 
 
