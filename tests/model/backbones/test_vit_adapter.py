@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from m2f.model.config import (
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.export.dinov3 import require_dinov3
 from m2f.model.export.official import write_official
-from m2f.model.inference.class_scores import ClassScores
+from m2f.model.inference.class_scores import ClassScores, Window, WindowScores
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.mask2former import build_model
 from m2f.model.segmenter import Segmenter
@@ -152,20 +153,29 @@ def test_windows_of_an_image_of_any_size_equal_the_authors(case):
     described, weights, inputs, outputs, _ = case
     model, size = loaded(described, weights).eval(), (75, 90)
     window, stride = described["config"]["window"], described["config"]["stride"]
-    images, total = inputs["odd_image_uint8"], torch.zeros(5, *size)
-    count = torch.zeros(size)
-    for index, place in enumerate(window_places(size, window, stride)):
-        area = place.area
-        with torch.no_grad():
-            found = model(model.normalise(images[..., area.top : area.bottom, area.left : area.right]))
-        assert relative(found.class_logits[-1], outputs[f"slide/window{index}_class_logits"]) <= 5e-5
-        geometry = ImageGeometry((window, window), (window, window), (window, window))
-        logits, embeddings = found.class_logits[-1, 0], found.mask_embeddings[-1, 0]
-        scores = ClassScores(logits, embeddings, found.mask_features[0], geometry, "class_scores")
-        total[:, area.top : area.bottom, area.left : area.right] += scores.at_input(slice(0, window))
-        count[area.top : area.bottom, area.left : area.right] += 1
-    averaged = outputs["slide/window_scores_averaged"][0].float()
-    assert (total / count - averaged).abs().max() <= described["tolerance"]["slide_atol"]
+    geometry = ImageGeometry((window, window), (window, window), (window, window))
+    class_logits = []
+
+    def windows(images: torch.Tensor) -> Iterator[Window]:
+        for area in (place.area for place in window_places(size, window, stride)):
+            crop = images[..., area.top : area.bottom, area.left : area.right]
+            with torch.no_grad():
+                found = model(model.normalise(crop))
+            class_logits.append(found.class_logits[-1])
+            output = found.class_logits[-1, 0], found.mask_embeddings[-1, 0], found.mask_features[0]
+            yield Window(area.top, area.left, ClassScores(*output, geometry, "class_scores"))
+
+    images, tolerance = inputs["odd_image_uint8"], described["tolerance"]["slide_atol"]
+    averaged = WindowScores(windows(images), size, size).at(slice(0, size[0]))
+    assert len(class_logits) == described["slide"]["num_windows"]
+    for index, logits in enumerate(class_logits):
+        assert relative(logits, outputs[f"slide/window{index}_class_logits"]) <= 5e-5
+    assert (averaged - outputs["slide/window_scores_averaged"][0].float()).abs().max() <= tolerance
+    plain, mirrored = (
+        WindowScores(windows(view), size, (40, 50)).at(slice(0, 40)) for view in (images, images.flip(-1))
+    )
+    mean = (plain.softmax(0) + mirrored.flip(-1).softmax(0)) / 2
+    assert (mean - outputs["slide/probabilities_plain_and_flip_averaged"][0]).abs().max() <= tolerance
 
 
 def test_imported_weights_are_exported_unchanged(case):
