@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from m2f.eval.inference.windows import window_places
 from m2f.model.backbones.build import build_backbone
+from m2f.model.backbones.vit_adapter import extraction_layers
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -317,7 +318,7 @@ def test_drop_path_acts_only_in_training(case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 6}, "needs a multiple of 4 blocks, but this has 6"),
+        ({"depth": 3}, "reads 4 blocks, but this has only 3; choose a deeper transformer"),
         ({"patch_size": 14}, "needs patches of 16 pixels"),
         ({"embed_dim": 48, "num_heads": 3}, r"its 48 channels must be a multiple of 4 .*num_heads \(16\)"),
     ],
@@ -326,6 +327,22 @@ def test_unsupported_transformers_are_refused(options, message):
     small = {"embed_dim": 32, "depth": 4, "num_heads": 2} | options
     with pytest.raises(ConfigError, match=message), torch.device("meta"):
         build_backbone(ViTAdapterBackboneConfig(options=small), pretrained=False)
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(4, (0, 1, 2, 3)), (5, (0, 1, 2, 4)), (6, (0, 2, 3, 5))])
+def test_adapter_reads_the_last_block_of_each_quarter_at_any_depth(depth, layers):
+    config = ViTAdapterBackboneConfig(
+        options={"embed_dim": 32, "depth": depth, "num_heads": 2}, num_heads=4, stem_width=4
+    )
+    backbone = build_backbone(config, pretrained=False).eval()
+    assert backbone.layers == layers
+    with torch.no_grad():
+        maps = backbone(torch.zeros(1, 3, 32, 64))
+    assert [tuple(level.shape[1:]) for level in maps] == [(32, 8, 16), (32, 4, 8), (32, 2, 4), (32, 1, 2)]
+
+
+def test_adapter_reads_the_blocks_of_dinov3():
+    assert [extraction_layers(depth) for depth in (12, 24, 40)] == [(2, 5, 8, 11), (4, 11, 17, 23), (9, 19, 29, 39)]
 
 
 def test_freezing_backbone_vit_requires_the_adapter():
