@@ -20,6 +20,7 @@ from m2f.trainer.telemetry.mfu import training_multiply_adds
 from tests.trainer.tiny_job import MODEL, make_job
 
 STAGES = ("0", "1", "2", "3")
+HEADS = ("pmt", "vit_adapter")
 FROZEN = replace(MODEL, backbone=replace(MODEL.backbone, norm="native"), freeze=("backbone",))
 
 
@@ -73,7 +74,7 @@ def runs(launcher):
     source = SyntheticSource(num_images=12, seed=1)
     shards = str(launcher.folder / "shards")
     write_dataset(open_reader(source), DatasetConfig(shards=shards, source=source), Storage())
-    launcher.run_each([f"frozen:{stage}" for stage in STAGES])
+    launcher.run_each([*(f"frozen:{stage}" for stage in STAGES), *(f"frozen_vit:{head}" for head in HEADS)])
     launcher.run_each([f"frozen_alone:{stage}" for stage in STAGES], ranks=1)
     return launcher
 
@@ -111,3 +112,16 @@ def test_frozen_weights_survive_another_number_of_ranks(runs, stage):
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if name.startswith("backbone.")} <= same
     assert "transformer_decoder.class_embed.weight" not in same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_every_stage_trains_a_head_and_keeps_its_frozen_vision_transformer(runs, head):
+    seen = runs.result(f"frozen_vit:{head}")
+    for stage, steps in seen.items():
+        assert steps["losses"] == pytest.approx(seen["0"]["losses"], rel=1e-4), stage
+        assert not steps["changed"], stage
+        assert all(name.endswith("attn_mask_probs") for name in steps["kept"]), (stage, steps["kept"])
+        # Without ZeRO, both ranks hold the whole state. The stages pad their partitions.
+        trained = steps["trained_elements"] * (2 if stage == "0" else 1)
+        assert trained <= steps["optimizer_elements"] < trained + min(1000, steps["frozen_elements"]), stage
