@@ -298,6 +298,25 @@ def test_images_of_any_size_are_padded_to_32(case):
     )
 
 
+@pytest.mark.parametrize("size", [(48, 80), (75, 90), (30, 30), (640, 481)])
+def test_head_accepts_images_of_any_size(size):
+    parts = {"num_layers": 1, "num_heads": 2, "feedforward_dim": 16}
+    config = ModelConfig(
+        backbone=ViTAdapterBackboneConfig(
+            options={"embed_dim": 32, "depth": 4, "num_heads": 2}, num_heads=4, stem_width=4
+        ),
+        pixel_decoder=MSDeformAttnPixelDecoderConfig(conv_dim=16, mask_dim=16, **parts),
+        transformer_decoder=MaskedTransformerDecoderConfig(hidden_dim=16, num_queries=4, **parts),
+        num_classes=3,
+    )
+    model = build_model(config, pretrained_backbone=False).eval()
+    with torch.no_grad():
+        found = model(torch.randn(1, 3, *size))
+    assert found.mask_features.shape[2:] == tuple(-(-side // 4) for side in size)
+    assert found.class_logits.isfinite().all()
+    assert found.mask_logits().isfinite().all()
+
+
 def test_drop_path_acts_only_in_training(case):
     described, weights, inputs, *_ = case
     config = config_of(described["config"])
