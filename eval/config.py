@@ -12,6 +12,7 @@ from m2f.model.errors import ConfigError
 from m2f.model.limits import FROM_0, FROM_1, PIXELS, SECONDS, Section
 
 ExtraMetric = Literal["boundary", "box", "class_agnostic", "cityscapes"]
+Placement = Literal["stride", "even"]
 EXTRA_METRIC_TASKS: dict[ExtraMetric, tuple[Task, ...]] = {
     "boundary": ("panoptic", "instance"),
     "box": ("instance",),
@@ -26,10 +27,13 @@ class WholeImage(Section):
     """One forward pass per image, resized according to `evaluation.shortest_edge` and `evaluation.max_size`."""
 
     kind: Literal["whole"] = "whole"
+    square: bool = False
+    """Pad images to squares, on the right or below, as training with square crops does. Tokens of a plain vision
+    transformer then have the same positions as in training. False pads to multiples of 32 pixels."""
 
     def describe(self) -> str | None:
-        """Return None, because this is the default."""
-        return None
+        """Return a description for titles of results; None for the default."""
+        return "padded to squares" if self.square else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,10 @@ class SlidingWindows(Section):
     size: Annotated[int, PIXELS] = 1024
     """Side length of a window in pixels."""
     stride: Annotated[int, PIXELS] = 768
-    """Distance between windows in pixels. The last one of a row or column is moved back to end with the image."""
+    """Largest distance between windows in pixels."""
+    placement: Placement = "stride"
+    """Positions of the windows in a row or column; the last one always ends with the image. `stride`: every `stride`
+    pixels, and the last window is moved back. `even`: as few windows as `stride` allows, spread evenly."""
     shortest_edge: Annotated[int | None, PIXELS] = None
     """Length in pixels to which the image's shorter side is resized before the image is cut; None: keep the size."""
 
@@ -98,21 +105,29 @@ class SlidingWindows(Section):
 
     def describe(self) -> str | None:
         """Return a description for titles of results."""
+        if self.placement == "even":
+            return f"windows of {self.size} at most every {self.stride} pixels, spread evenly"
         return f"windows of {self.size} every {self.stride} pixels"
 
 
 TestTime = WholeImage | MultiScale | SlidingWindows
 WHOLE_IMAGE = WholeImage()
-_ADDED_LATER = {"multi_scale": ("window", "stride")}
+_ADDED_LATER: dict[str, dict[str, Any]] = {
+    "whole": {"square": False},
+    "multi_scale": {"window": None, "stride": None},
+    "windows": {"placement": "stride"},
+}
+"""Settings that were added after the first version, with the values that it used."""
 
 
 def stored_test_time(test_time: TestTime) -> dict[str, Any]:
     """Return the settings in the form that is stored with results.
 
-    Settings that were added after the first version are left out if None, so digests of older results stay valid.
+    Settings that were added after the first version are left out if they have the value that it used, so digests of
+    older results stay valid.
     """
-    added_later = _ADDED_LATER.get(test_time.kind, ())
-    return {name: value for name, value in asdict(test_time).items() if value is not None or name not in added_later}
+    added_later = _ADDED_LATER[test_time.kind]
+    return {n: value for n, value in asdict(test_time).items() if n not in added_later or value != added_later[n]}
 
 
 def check_test_time(test_time: TestTime, tasks: Collection[Task], place: str) -> None:
@@ -222,6 +237,11 @@ class EvaluationConfig(Section):
     def gpus_per_actor(self) -> float:
         """GPUs per actor; 0 as long as `auto` is not resolved."""
         return 0.0 if self.num_gpus_per_actor == "auto" else self.num_gpus_per_actor
+
+    @property
+    def pads_to_squares(self) -> bool:
+        """Whether whole images are padded to squares."""
+        return isinstance(self.test_time, WholeImage) and self.test_time.square
 
     def for_set(self, image_set: EvaluationSet) -> EvaluationConfig:
         """Return the settings of one set: its own tasks and test time, if stated, and only applicable extra metrics."""

@@ -52,12 +52,14 @@ def keep_in_graph(used: Tensor, others: Sequence[Tensor]) -> Tensor:
 class GroupNorm(nn.GroupNorm):
     """GroupNorm that keeps the memory format of its input, so that later convolutions run in this format.
 
-    On GPUs, GroupNorm of torch 2.11 always returns NCHW.
+    On GPUs, GroupNorm of torch 2.11 always returns NCHW. Groups may have a single value, which becomes 0 before the
+    affine map: narrow maps of small images have such groups, and `nn.GroupNorm` refuses them.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of nn.GroupNorm
         """Normalise [B, C, H, W]; the shape stays the same."""
-        normed = super().forward(input)
+        is_cudnn_on = torch.backends.cudnn.enabled
+        normed = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, is_cudnn_on)
         if input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last):
             return normed.contiguous(memory_format=torch.channels_last)
         return normed

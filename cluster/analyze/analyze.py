@@ -139,8 +139,9 @@ def _attention_picture(
 def _batches(subject: AnalysisSubject) -> Iterator[EvalBatch]:
     settings = subject.config.evaluation
     with Progress("analysing", len(subject.indices), "images") as progress:
-        resize = {"shortest_edge": settings.shortest_edge, "max_size": settings.max_size}
-        groups = eval_groups(subject.manifest, subject.indices, batch_size=settings.batch_size, **resize)
-        for batch in eval_batches(subject.manifest, groups, subject.storage, shrink=settings.shrink, **resize):
+        manifest, square = subject.manifest, settings.pads_to_squares
+        limits = {"shortest_edge": settings.shortest_edge, "max_size": settings.max_size}
+        groups = eval_groups(manifest, subject.indices, batch_size=settings.batch_size, square=square, **limits)
+        for batch in eval_batches(manifest, groups, subject.storage, shrink=settings.shrink, square=square, **limits):
             yield subject.classes.restrict(batch)
             progress.advance(len(batch.samples))

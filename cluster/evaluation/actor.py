@@ -66,6 +66,7 @@ def call_groups(
         batch_size=settings.batch_size,
         shortest_edge=settings.shortest_edge,
         max_size=settings.max_size,
+        square=settings.pads_to_squares,
     )
     per_call = max(1, IMAGES_PER_CALL // settings.batch_size)
     return [groups[start : start + per_call] for start in range(0, len(groups), per_call)]
@@ -140,6 +141,7 @@ class EvaluationActor:
             shortest_edge=settings.shortest_edge,
             max_size=settings.max_size,
             shrink=settings.shrink,
+            square=settings.pads_to_squares,
         )
         for batch in batches:
             states.merge(evaluator.evaluate_batch(classes.restrict(batch)))

@@ -18,8 +18,7 @@ from m2f.data_pipeline.categories import Category, Task
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.sample import VOID_ID, Annotation, DecodedSample
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.data_pipeline.transforms.augment import shortest_edge_size
-from m2f.data_pipeline.transforms.collate import SIZE_MULTIPLE, collate_eval
+from m2f.data_pipeline.transforms.collate import collate_eval, padded_eval_size
 from m2f.eval.config import MultiScale, SlidingWindows, WholeImage, check_test_time
 from m2f.eval.inference.evaluator import check_finite, check_tasks, detect, image_outputs
 from m2f.eval.inference.image_output import ImageOutput
@@ -83,8 +82,8 @@ class Predictor:
         Images with equal input sizes can share a batch without additional padding.
         """
         settings = self._trained.evaluation
-        height, width = shortest_edge_size(pixels.shape[:2], settings.shortest_edge, settings.max_size)
-        return -(-height // SIZE_MULTIPLE) * SIZE_MULTIPLE, -(-width // SIZE_MULTIPLE) * SIZE_MULTIPLE
+        height, width = pixels.shape[:2]
+        return padded_eval_size((height, width), settings.shortest_edge, settings.max_size, settings.pads_to_squares)
 
     def predict(self, images: Sequence[LoadedImage]) -> Iterator[Prediction]:
         """Predict a batch of images and yield the predictions at the sizes of the images.
@@ -108,7 +107,14 @@ class Predictor:
             for sample in samples:
                 yield self._predict_in_passes(sample, settings.test_time, tasks)
             return
-        batch = collate_eval(samples, range(len(samples)), settings.shortest_edge, settings.max_size, settings.shrink)
+        batch = collate_eval(
+            samples,
+            range(len(samples)),
+            settings.shortest_edge,
+            settings.max_size,
+            settings.shrink,
+            settings.pads_to_squares,
+        )
         for output in image_outputs(batch, self._forward(batch.images, batch.sizes)):
             yield {task: self._postprocess_output(output, task) for task in tasks}
 

@@ -40,5 +40,5 @@ def _largest(settings: EvaluationConfig) -> tuple[int, int]:
             return size, size
         case MultiScale(shortest_edges=edges, max_size=longest):
             return max(edges), longest
-        case WholeImage():
-            return settings.shortest_edge, settings.max_size
+        case WholeImage(square=square):
+            return settings.max_size if square else settings.shortest_edge, settings.max_size

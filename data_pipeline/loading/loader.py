@@ -190,10 +190,11 @@ def eval_batches(
     shortest_edge: int,
     max_size: int,
     shrink: Shrink = "area",
+    square: bool = False,
 ) -> Generator[EvalBatch]:
     """Yield one batch for each group of rows of a manifest (see `eval_groups`). One batch is prepared ahead.
 
-    `collate_eval` explains `shortest_edge`, `max_size` and `shrink`.
+    `collate_eval` explains `shortest_edge`, `max_size`, `shrink` and `square`.
 
     Raises:
         DataError: a sample is damaged.
@@ -207,14 +208,20 @@ def eval_batches(
     def make_batch(fetched: tuple[tuple[int, ...], tuple[RawSample | None, ...]]) -> EvalBatch:
         group, raw = fetched
         samples = [decode(_members(sample)) for sample in raw]
-        return collate_eval(samples, group, shortest_edge, max_size, shrink)
+        return collate_eval(samples, group, shortest_edge, max_size, shrink, square)
 
     with closing(SampleFetcher([manifest], [chunks], storage, refs, limits)) as fetcher:
         yield from map_in_thread(make_batch, zip(rows, fetcher, strict=True), ahead=1)
 
 
 def eval_groups(
-    manifest: Manifest, indices: Sequence[int], *, batch_size: int, shortest_edge: int, max_size: int
+    manifest: Manifest,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    shortest_edge: int,
+    max_size: int,
+    square: bool = False,
 ) -> list[tuple[int, ...]]:
     """Group rows whose images have the same size after resizing and padding, up to `batch_size` rows per group.
 
@@ -225,7 +232,7 @@ def eval_groups(
     groups: list[list[int]] = []
     for index in map(int, indices):
         size = int(manifest.height[index]), int(manifest.width[index])
-        padded = padded_eval_size(size, shortest_edge, max_size)
+        padded = padded_eval_size(size, shortest_edge, max_size, square)
         group = open_groups.setdefault(padded, [])
         if not group:
             groups.append(group)

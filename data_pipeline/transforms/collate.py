@@ -118,6 +118,7 @@ def collate_eval(
     shortest_edge: int,
     max_size: int,
     shrink: Shrink = "area",
+    square: bool = False,
 ) -> EvalBatch:
     """Resize images by Detectron2's shortest-edge rule and pad them to one size, in multiples of SIZE_MULTIPLE.
 
@@ -127,9 +128,10 @@ def collate_eval(
         shortest_edge: length of the shorter side in pixels.
         max_size: upper limit of the longer side in pixels.
         shrink: interpolation, see `data.augment.shrink`.
+        square: pad to a square.
     """
     sizes = [shortest_edge_size(sample.size, shortest_edge, max_size) for sample in samples]
-    height, width = _smallest_canvas(sizes)
+    height, width = _smallest_canvas(sizes, square)
     images = np.empty((len(samples), height, width, 3), dtype=np.uint8)
     images[:] = EVAL_PADDING
     for image, sample, (h, w) in zip(images, samples, sizes, strict=True):
@@ -142,15 +144,15 @@ def collate_eval(
     )
 
 
-def padded_eval_size(size: tuple[int, int], shortest_edge: int, max_size: int) -> tuple[int, int]:
+def padded_eval_size(size: tuple[int, int], shortest_edge: int, max_size: int, square: bool = False) -> tuple[int, int]:
     """Return the padded height and width that `collate_eval` gives to a single image of `size` (height, width)."""
-    return _smallest_canvas([shortest_edge_size(size, shortest_edge, max_size)])
+    return _smallest_canvas([shortest_edge_size(size, shortest_edge, max_size)], square)
 
 
-def _smallest_canvas(sizes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+def _smallest_canvas(sizes: Sequence[tuple[int, ...]], square: bool = False) -> tuple[int, int]:
     """Return the smallest height and width, multiples of SIZE_MULTIPLE, that hold all sizes (height, width)."""
     height, width = (-(-max(sides) // SIZE_MULTIPLE) * SIZE_MULTIPLE for sides in zip((1, 1), *sizes, strict=True))
-    return height, width
+    return (max(height, width),) * 2 if square else (height, width)
 
 
 def _pad_example(example: Example, canvas: tuple[int, int]) -> Example:

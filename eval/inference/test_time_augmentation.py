@@ -70,7 +70,7 @@ def predict_in_passes(
     merges = [merge for merge in (segments, detections) if merge is not None]
 
     def windows() -> Iterator[tuple[WindowLayout, ImageOutput]]:
-        for place in window_places(size, test_time.size, test_time.stride):
+        for place in window_places(size, test_time.size, test_time.stride, test_time.placement):
             crop = resized[place.area.top : place.area.bottom, place.area.left : place.area.right]
             output = forward_padded(crop, _size(crop), predict)
             for merge in merges:

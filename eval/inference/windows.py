@@ -15,6 +15,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from m2f.eval.config import Placement
+
 SAME_OBJECT_IOU = 0.5
 """Lowest IoU, inside the overlap of two windows, at which two segments are the same object. PQ also uses 0.5."""
 
@@ -55,15 +57,23 @@ class WindowLayout:
     """Overlaps of this window with earlier and later windows, in the order of the windows."""
 
 
-def window_starts(length: int, size: int, stride: int) -> list[int]:
-    """Return the start positions of windows along a side; the last one is moved back to end with the side."""
+def window_starts(length: int, size: int, stride: int, placement: Placement = "stride") -> list[int]:
+    """Return the start positions of windows along a side. The last window ends with the side.
+
+    `placement` is explained in `SlidingWindows`.
+    """
     last = max(0, length - size)
+    if placement == "even" and last:
+        gaps = -(-last // stride)
+        return [last * gap // gaps for gap in range(gaps + 1)]
     return [*range(0, last, stride), last]
 
 
-def window_places(image_size: tuple[int, int], size: int, stride: int) -> list[WindowLayout]:
+def window_places(
+    image_size: tuple[int, int], size: int, stride: int, placement: Placement = "stride"
+) -> list[WindowLayout]:
     """Return the windows of an image, row by row."""
-    rows, columns = (_spans(length, size, stride) for length in image_size)
+    rows, columns = (_spans(window_starts(length, size, stride, placement), length, size) for length in image_size)
     areas = [Area(y.start, x.start, y.stop, x.stop) for y, x in product(rows.covered, columns.covered)]
     cores = [Area(y.start, x.start, y.stop, x.stop) for y, x in product(rows.decided, columns.decided)]
     return [
@@ -83,9 +93,8 @@ class _Spans(NamedTuple):
     """Spans decided by each window, cut in the middle of every overlap of neighbours."""
 
 
-def _spans(length: int, size: int, stride: int) -> _Spans:
-    """Return the windows along a side of `length` pixels."""
-    starts = window_starts(length, size, stride)
+def _spans(starts: list[int], length: int, size: int) -> _Spans:
+    """Return the windows that start at `starts` along a side of `length` pixels."""
     covered = [slice(start, min(start + size, length)) for start in starts]
     cuts = [(after.start + before.stop) // 2 for before, after in pairwise(covered)]
     edges = [0, *cuts, length]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from m2f.model.constants import can_cache
+from m2f.model.errors import ConfigError
 from m2f.model.layers import GroupNorm
 
 
@@ -98,9 +99,17 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
         return norm
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of nn.SyncBatchNorm
-        """Normalise [B, C, H, W]; the shape stays the same. B, H and W may differ between ranks."""
+        """Normalise [B, C, H, W]; the shape stays the same. B, H and W may differ between ranks.
+
+        Raises ConfigError in training if there is a single value per channel, which has no variance.
+        """
         is_alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
         if is_alone:  # in training, torch's version rejects CPU tensors if a process group exists
+            if self.training and input.numel() == self.num_features:
+                raise ConfigError(
+                    "a BatchNorm of the backbone is trained on one image with one pixel at its stride, which has no "
+                    "variance; train on images of more than 32 x 32 pixels, or set training.micro_batch to at least 2"
+                )
             return nn.modules.batchnorm._BatchNorm.forward(self, input)
         if not self.training or input.device.type != "cpu":
             return super().forward(input)

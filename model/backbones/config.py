@@ -89,8 +89,8 @@ class ViTAdapterBackboneConfig(Section):
 
     kind: Literal["vit_adapter"] = "vit_adapter"
     name: str = "vit_large_patch16_dinov3_qkvb"
-    """timm name of the transformer: a DINOv3, or a DINOv2 with registers, which then uses patches of 16 pixels. The
-    number of its blocks must be a multiple of 4."""
+    """timm name of the transformer: a DINOv3, or a DINOv2 with registers, which then uses patches of 16 pixels. It
+    needs at least 4 blocks."""
     pretrained: bool = True
     """Download timm's published weights of this name, which needs a network. Ignored if `weights` is set."""
     weights: str | None = None

@@ -192,9 +192,9 @@ class ConvolutionalFeedForward(nn.Module):
 
 
 def extraction_layers(depth: int) -> tuple[int, ...]:
-    """Return the blocks, from 0, whose outputs the adapter reads: the last of each quarter.
+    """Return the blocks, from 0, whose outputs the adapter reads: the last of each quarter, rounded down.
 
-    For 24 blocks, DINOv3 takes block 4 instead of 5.
+    `depth` is at least 4. For 24 blocks, DINOv3 takes block 4 instead of 5.
     """
     return (4, 11, 17, 23) if depth == 24 else tuple(quarter * depth // 4 - 1 for quarter in range(1, 5))
 
@@ -226,8 +226,11 @@ def _initialise(module: nn.Module) -> None:
 
 def _require_fit(vit: PlainVit, config: ViTAdapterBackboneConfig) -> None:
     where = f"model.backbone.name is {config.name!r} with options {dict(config.options)}"
-    if len(vit.blocks) % 4:
-        raise ConfigError(f"{where}; the ViT-Adapter needs a multiple of 4 blocks, but this has {len(vit.blocks)}")
+    if len(vit.blocks) < len(STRIDES):
+        raise ConfigError(
+            f"{where}; the ViT-Adapter reads {len(STRIDES)} blocks, but this has only {len(vit.blocks)}; choose a "
+            "deeper transformer, or set options.depth to at least 4"
+        )
     if vit.embed.patch != _PATCH:
         raise ConfigError(f"{where}; the ViT-Adapter needs patches of {_PATCH} pixels; remove patch_size")
     if vit.width % (2 * config.num_heads) or vit.width % 4:

@@ -20,7 +20,7 @@ from tests.trainer.annealed_ranks import annealed, annealed_again
 from tests.trainer.compiled_ranks import stopped_and_resumed, whole_run_and_16_bit_runs
 from tests.trainer.engine_ranks import agreement, host_syncs, one_rank, plain, poisoned
 from tests.trainer.family_ranks import family_agreement
-from tests.trainer.freeze_ranks import frozen, frozen_alone, frozen_damaged, frozen_old
+from tests.trainer.freeze_ranks import frozen, frozen_alone, frozen_damaged, frozen_old, frozen_vit
 from tests.trainer.restore_ranks import attacked, restored, saved
 from tests.trainer.tiny_job import StopAt, make_job, train
 from tests.waiting import PATIENCE_S
@@ -83,6 +83,7 @@ SCENARIOS = (
     frozen_alone,
     frozen_damaged,
     frozen_old,
+    frozen_vit,
     restored,
     saved,
     attacked,

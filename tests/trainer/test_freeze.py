@@ -22,6 +22,7 @@ from m2f.trainer.telemetry.mfu import training_multiply_adds
 from tests.trainer.tiny_job import MODEL, make_job
 
 STAGES = ("0", "1", "2", "3")
+HEADS = ("pmt", "vit_adapter")
 FROZEN = replace(MODEL, backbone=replace(MODEL.backbone, norm="native"), freeze=("backbone",))
 
 
@@ -75,7 +76,7 @@ def runs(launcher):
     source = SyntheticSource(num_images=12, seed=1)
     shards = str(launcher.folder / "shards")
     write_dataset(open_reader(source), DatasetConfig(shards=shards, source=source), Storage())
-    launcher.run_each([f"frozen:{stage}" for stage in STAGES])
+    launcher.run_each([*(f"frozen:{stage}" for stage in STAGES), *(f"frozen_vit:{head}" for head in HEADS)])
     launcher.run_each(["frozen_old:1", "frozen_old:3", "frozen_damaged:1"])
     launcher.run_each([f"frozen_alone:{stage}" for stage in STAGES], ranks=1)
     return launcher
@@ -159,3 +160,15 @@ def test_damaged_frozen_weights_make_a_run_resume_from_the_checkpoint_before(run
     assert "the checksum of frozen-" in messages[0]
     again, whole = (weights_of(runs, name, "1", 4) for name in ("damaged", "whole"))
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_stage_trains_a_head_and_keeps_its_frozen_vision_transformer(runs, head):
+    seen = runs.result(f"frozen_vit:{head}")
+    for stage, steps in seen.items():
+        assert steps["losses"] == pytest.approx(seen["0"]["losses"], rel=1e-4), stage
+        assert not steps["changed"], stage
+        assert all(name.endswith("attn_mask_probs") for name in steps["kept"]), (stage, steps["kept"])
+        # Without ZeRO, both ranks hold the whole state. The stages pad their partitions.
+        trained = steps["trained_elements"] * (2 if stage == "0" else 1)
+        assert trained <= steps["optimizer_elements"] < trained + min(1000, steps["frozen_elements"]), stage

@@ -22,6 +22,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.config import WholeImage
 from m2f.eval.report.panels import decode_picture
 from m2f.eval.results.images import read_image_records
 from m2f.model.mask2former import build_model
@@ -216,6 +217,10 @@ def test_results_with_other_settings_weights_or_data_get_a_separate_name(small, 
     assert results_name(storage, folder, larger.results) == f"val.{digest}"
     stored = json.loads((tmp_path / "evaluations/val/results.json").read_text())
     assert stored["settings"]["shortest_edge"] == 64
+    square = evaluate(test_time=WholeImage(square=True))
+    assert results_name(storage, folder, square.results) == f"val.{square.results.subject.settings.digest}"
+    assert square.results.subject.settings.test_time == {"kind": "whole", "square": True}
+    assert square.results.metrics() != published.results.metrics()
     other = replace(published.results.subject.settings, weights="0" * 64)
     subject = replace(published.results.subject, settings=other)
     assert results_name(storage, folder, replace(published.results, subject=subject)) == f"val.{other.digest}"

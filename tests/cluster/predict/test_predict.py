@@ -174,6 +174,23 @@ def test_several_tasks_are_predicted_with_one_forward_pass(test_time):
     assert torch.equal(found["semantic"].label_map, alone["semantic"].label_map)
 
 
+def test_whole_images_are_padded_to_squares_on_request():
+    seen = []
+
+    class Model(SceneModel):
+        def forward(self, images):
+            seen.append(images.shape[-2:])
+            return super().forward(images)
+
+    evaluation = EvaluationConfig(shortest_edge=64, max_size=96, test_time=WholeImage(square=True))
+    predictor = Predictor(replace(PAINTED, model=Model(), evaluation=evaluation), "panoptic")
+    (image,) = number_images(["a.jpg"])
+    loaded = LoadedImage(image, np.zeros((40, 60, 3), np.uint8))
+    (found,) = predictor.predict([loaded])
+    assert seen == [predictor.input_size(loaded.pixels)] == [(96, 96)]
+    assert found.segment_map.shape == (40, 60)
+
+
 def test_convolutions_use_the_same_settings_as_in_evaluation():
     """Deterministic algorithms without TF32, so that results do not depend on the GPU."""
     seen = []

@@ -5,7 +5,7 @@ import pytest
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.cluster.start.evaluator_memory import evaluator_bytes
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
-from m2f.eval.config import EvaluationConfig, EvaluationSet
+from m2f.eval.config import EvaluationConfig, EvaluationSet, WholeImage
 from m2f.model.config import ModelConfig, TimmBackboneConfig
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.memory.states import CONTEXT_BYTES, remaining_evaluator_bytes
@@ -13,7 +13,7 @@ from m2f.trainer.memory.states import CONTEXT_BYTES, remaining_evaluator_bytes
 MODEL = ModelConfig(backbone=TimmBackboneConfig(name="resnet10t"), num_classes=3)
 
 
-def run(actors=1, rank=0.75, actor=0.25, sets=True, edge=128):
+def run(actors=1, rank=0.75, actor=0.25, sets=True, edge=128, square=False):
     return RunConfig(
         name="run",
         datasets={"train": DatasetConfig(shards="shards")},
@@ -26,6 +26,7 @@ def run(actors=1, rank=0.75, actor=0.25, sets=True, edge=128):
             num_gpus_per_actor=actor,
             shortest_edge=edge,
             max_size=2 * edge,
+            test_time=WholeImage(square=square),
         ),
     )
 
@@ -40,6 +41,7 @@ def test_actor_memory_covers_weights_activations_and_cuda_context():
     weights = 4 * 25_000_000
     assert CONTEXT_BYTES + 0.5 * weights < small < CONTEXT_BYTES + 4 * weights
     assert evaluator_bytes(run(edge=512), MODEL) > small + 100_000_000
+    assert evaluator_bytes(run(square=True), MODEL) > small + 1_000_000
     assert evaluator_bytes(run(actors=2, actor=0.125), MODEL) == 2 * small
     assert (
         evaluator_bytes(replace(run(), cluster=ClusterConfig(num_workers=2, num_gpus_per_worker=0.75)), MODEL) == small

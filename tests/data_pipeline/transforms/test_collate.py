@@ -19,6 +19,7 @@ from m2f.data_pipeline.transforms.collate import (
     FILLER_POSITION,
     collate,
     collate_eval,
+    padded_eval_size,
     show_image_in_fillers,
 )
 from m2f.data_pipeline.transforms.example import TrainTransform, make_example
@@ -285,4 +286,10 @@ def test_an_evaluation_batch_is_resized_and_padded_and_keeps_the_truth(panoptic)
     assert batch.images[0, :, 40:, :].permute(1, 2, 0).eq(torch.tensor(EVAL_PADDING)).all()
     assert batch.images[1, :, :33, 100:].permute(1, 2, 0).eq(torch.tensor(EVAL_PADDING)).all()
     assert batch.indices == (3, 8)
+    square = collate_eval([wide], [8], shortest_edge=40, max_size=100, square=True)
+    assert square.images.shape == (1, 3, 128, 128)
+    assert square.sizes.tolist() == [[33, 100]]
+    assert padded_eval_size((20, 60), 40, 100, square=True) == (128, 128)
+    assert torch.equal(square.images[0, :, :64], batch.images[1])
+    assert square.images[0, :, 64:].permute(1, 2, 0).eq(torch.tensor(EVAL_PADDING)).all()
     assert batch.samples[1] is wide

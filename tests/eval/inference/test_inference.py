@@ -1,10 +1,12 @@
 """The evaluator with a perfect model, a diverged one and a real one."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from m2f.data_pipeline.categories import Category, CategoryTable
@@ -13,6 +15,7 @@ from m2f.data_pipeline.transforms.collate import collate_eval
 from m2f.eval.config import EvaluationConfig
 from m2f.eval.errors import EvaluationError
 from m2f.eval.inference.evaluator import Evaluator, check_tasks
+from m2f.eval.inference.image_output import ImageOutput
 from m2f.eval.report.panels import decode_picture
 from m2f.eval.results.results import EvaluationSubject
 from m2f.eval.results.states import EvaluationStates, check_complete
@@ -24,6 +27,8 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.model.errors import ConfigError
+from m2f.model.inference.mask_resize import ImageGeometry, MaskResize
+from m2f.model.inference.postprocess import panoptic
 from m2f.model.mask2former import build_model
 from m2f.model.structures import Predictions
 
@@ -182,3 +187,34 @@ def test_a_real_model_with_random_weights_is_evaluated_deterministically():
     assert first.to_bytes() == again.to_bytes()
     content = json.loads(first.compute(TABLE, SUBJECT).to_json())
     assert content["metrics"]["PQ"] < 50
+
+
+def test_square_images_and_panoptic_results_equal_those_of_the_authors_of_eomt(authors_goldens: Path):
+    folder = authors_goldens / "eomt" / "panoptic_postprocess"
+    described = json.loads((folder / "case.json").read_text())
+    inputs, outputs = (load_file(folder / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    side, classes = described["img_size"][0], described["num_classes"]
+    is_thing = [label not in described["stuff_classes"] for label in range(classes)]
+    for index in range(2):
+        image = inputs[f"image{index}"].permute(1, 2, 0).numpy()
+        sample = DecodedSample(key="k", image_id=1, source="made", image=image, annotation=None)  # type: ignore[arg-type]
+        batch = collate_eval([sample], [0], side, side, "bilinear", square=True)
+        height, width = batch.sizes[0].tolist()
+        padded = outputs["padded_images"][index]
+        assert batch.images[0].shape == padded.shape
+        # The authors pad with black, m2f with the mean colour.
+        assert torch.equal(batch.images[0, :, :height, :width], padded[:, :height, :width])
+        geometry = ImageGeometry((side, side), (height, width), image.shape[:2])
+        masks = inputs["mask_logits"][index]
+        output = ImageOutput(inputs["class_logits"][index], torch.eye(len(masks)), masks, geometry)
+        resized = MaskResize(*output[1:]).original(slice(0, image.shape[0]))
+        torch.testing.assert_close(resized, outputs[f"mask_logits_reverted_image{index}"], rtol=1e-5, atol=1e-5)
+        found = panoptic(*output, is_thing, PostprocessConfig())  # thresholds of 0.8, as the authors'
+        theirs = outputs[f"class_and_segment_image{index}"].long()
+        labels = torch.full_like(theirs[..., 0], described["void_class_id"])
+        for segment in found.segments:
+            labels[found.segment_map == segment.id] = segment.label
+        assert torch.equal(labels, theirs[..., 0])
+        pairs = torch.stack((found.segment_map.long(), theirs[..., 1]), -1).flatten(0, 1).unique(dim=0)
+        assert len(found.segments) >= 2
+        assert len(pairs) == len(pairs[:, 0].unique()) == len(pairs[:, 1].unique()) == 1 + len(found.segments)

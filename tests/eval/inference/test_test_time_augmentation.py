@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
@@ -13,6 +17,7 @@ from m2f.data_pipeline.transforms.augment import resize_image
 from m2f.data_pipeline.transforms.collate import EVAL_PADDING, collate_eval
 from m2f.eval.config import EvaluationConfig, EvaluationSet, MultiScale, SlidingWindows
 from m2f.eval.errors import EvaluationError
+from m2f.eval.inference import test_time_augmentation as passes
 from m2f.eval.inference.evaluator import Evaluator
 from m2f.eval.inference.test_time_augmentation import predict_in_passes
 from m2f.eval.inference.windows import window_starts
@@ -26,7 +31,9 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.model.errors import ConfigError
+from m2f.model.inference.class_scores import WindowScores
 from m2f.model.mask2former import build_model
+from m2f.model.structures import Predictions, SemanticResult
 
 TABLE = CategoryTable(tuple(Category(i, f"c{i}", False, (i, i, i)) for i in range(1, 6)))
 SIZE = (75, 110)
@@ -183,6 +190,44 @@ def test_windows_cover_every_pixel():
         assert covered == set(range(length))
         assert len(starts) == len(set(starts))
     assert window_starts(130, 64, 40) == [0, 40, 66]
+
+
+def test_even_windows_cover_every_pixel_with_gaps_of_at_most_the_stride():
+    for length in (1, 5, 64, 65, 100, 129, 500):
+        for stride in (40, 64):
+            starts = window_starts(length, 64, stride, "even")
+            gaps = np.diff([*starts, max(0, length - 64)])[: len(starts) - 1]
+            assert starts[0] == 0
+            assert starts[-1] == max(0, length - 64)
+            assert len(starts) == len(window_starts(length, 64, stride))
+            assert all(0 < gap <= stride and gap - min(gaps) <= 1 for gap in gaps)
+
+
+def test_even_windows_of_the_shrunken_image_equal_the_authors_of_eomt(authors_goldens: Path, monkeypatch):
+    folder = authors_goldens / "eomt" / "windows_semantic"
+    described = json.loads((folder / "case.json").read_text())
+    inputs, outputs = (load_file(folder / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    crops, scores = [], []
+
+    def predict(images, sizes):
+        logits, masks = inputs["class_logits"][len(crops)], inputs["mask_logits"][len(crops)]
+        crops.append(images[0])
+        return Predictions(logits[None, None], torch.eye(len(masks))[None, None], masks[None])
+
+    def all_scores(windows, resized_size, size):
+        scores.append(WindowScores(windows, resized_size, size).at(slice(0, size[0])))
+        assert list(resized_size) == described["scaled_sizes"][len(scores) - 1]
+        return SemanticResult(scores[-1].argmax(0))
+
+    monkeypatch.setattr(passes, "semantic_of_windows", all_scores)
+    test_time = SlidingWindows(size=32, stride=32, placement="even", shortest_edge=32)
+    for index in range(4):
+        image = inputs[f"image{index}"].permute(1, 2, 0).numpy()
+        passes.predict_in_passes(image, test_time, predict, ["semantic"], [False], PostprocessConfig(), "bilinear")
+        torch.testing.assert_close(scores[-1], outputs[f"semantic_scores_image{index}"], rtol=1e-5, atol=1e-6)
+    assert torch.equal(torch.stack(crops), outputs["crops"])
+    assert window_starts(101, 32, 32, "even") == [0, 23, 46, 69]
+    assert outputs["origins_image_start_end"][-4:, 1].tolist() == [0, 23, 46, 69]
 
 
 class Diverged(torch.nn.Module):

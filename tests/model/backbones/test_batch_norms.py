@@ -3,12 +3,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import m2f
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d, SyncBatchNorm2d
+from m2f.model.errors import ConfigError
 from tests.waiting import PATIENCE_S
 
 REPOSITORY = Path(m2f.__file__).parents[1]
@@ -45,6 +47,14 @@ def test_sync_batch_norm_in_one_process_is_a_batch_norm():
     for is_training in (True, False):
         torch.testing.assert_close(norm.train(is_training)(features), source.train(is_training)(features))
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in norm.state_dict().items())
+
+
+def test_sync_batch_norm_refuses_to_train_on_a_single_value_per_channel():
+    norm = SyncBatchNorm2d.like(trained_batch_norm())
+    with pytest.raises(ConfigError, match=r"one image with one pixel.*images of more than 32 x 32 pixels, or set"):
+        norm.train()(torch.randn(1, 3, 1, 1))
+    assert norm(torch.randn(2, 3, 1, 1)).shape == (2, 3, 1, 1)
+    assert norm.eval()(torch.randn(1, 3, 1, 1)).shape == (1, 3, 1, 1)
 
 
 def test_sync_batch_norm_on_two_ranks_equals_a_batch_norm_of_all_images(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from m2f.eval.inference.windows import window_places
 from m2f.model.backbones.build import build_backbone
+from m2f.model.backbones.vit_adapter import extraction_layers
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -23,7 +25,7 @@ from m2f.model.config import (
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.export.dinov3 import require_dinov3
 from m2f.model.export.official import write_official
-from m2f.model.inference.class_scores import ClassScores
+from m2f.model.inference.class_scores import ClassScores, Window, WindowScores
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.mask2former import build_model
 from m2f.model.segmenter import Segmenter
@@ -152,20 +154,29 @@ def test_windows_of_an_image_of_any_size_equal_the_authors(case):
     described, weights, inputs, outputs, _ = case
     model, size = loaded(described, weights).eval(), (75, 90)
     window, stride = described["config"]["window"], described["config"]["stride"]
-    images, total = inputs["odd_image_uint8"], torch.zeros(5, *size)
-    count = torch.zeros(size)
-    for index, place in enumerate(window_places(size, window, stride)):
-        area = place.area
-        with torch.no_grad():
-            found = model(model.normalise(images[..., area.top : area.bottom, area.left : area.right]))
-        assert relative(found.class_logits[-1], outputs[f"slide/window{index}_class_logits"]) <= 5e-5
-        geometry = ImageGeometry((window, window), (window, window), (window, window))
-        logits, embeddings = found.class_logits[-1, 0], found.mask_embeddings[-1, 0]
-        scores = ClassScores(logits, embeddings, found.mask_features[0], geometry, "class_scores")
-        total[:, area.top : area.bottom, area.left : area.right] += scores.at_input(slice(0, window))
-        count[area.top : area.bottom, area.left : area.right] += 1
-    averaged = outputs["slide/window_scores_averaged"][0].float()
-    assert (total / count - averaged).abs().max() <= described["tolerance"]["slide_atol"]
+    geometry = ImageGeometry((window, window), (window, window), (window, window))
+    class_logits = []
+
+    def windows(images: torch.Tensor) -> Iterator[Window]:
+        for area in (place.area for place in window_places(size, window, stride)):
+            crop = images[..., area.top : area.bottom, area.left : area.right]
+            with torch.no_grad():
+                found = model(model.normalise(crop))
+            class_logits.append(found.class_logits[-1])
+            output = found.class_logits[-1, 0], found.mask_embeddings[-1, 0], found.mask_features[0]
+            yield Window(area.top, area.left, ClassScores(*output, geometry, "class_scores"))
+
+    images, tolerance = inputs["odd_image_uint8"], described["tolerance"]["slide_atol"]
+    averaged = WindowScores(windows(images), size, size).at(slice(0, size[0]))
+    assert len(class_logits) == described["slide"]["num_windows"]
+    for index, logits in enumerate(class_logits):
+        assert relative(logits, outputs[f"slide/window{index}_class_logits"]) <= 5e-5
+    assert (averaged - outputs["slide/window_scores_averaged"][0].float()).abs().max() <= tolerance
+    plain, mirrored = (
+        WindowScores(windows(view), size, (40, 50)).at(slice(0, 40)) for view in (images, images.flip(-1))
+    )
+    mean = (plain.softmax(0) + mirrored.flip(-1).softmax(0)) / 2
+    assert (mean - outputs["slide/probabilities_plain_and_flip_averaged"][0]).abs().max() <= tolerance
 
 
 def test_imported_weights_are_exported_unchanged(case):
@@ -287,6 +298,25 @@ def test_images_of_any_size_are_padded_to_32(case):
     )
 
 
+@pytest.mark.parametrize("size", [(48, 80), (75, 90), (30, 30), (640, 481)])
+def test_head_accepts_images_of_any_size(size):
+    parts = {"num_layers": 1, "num_heads": 2, "feedforward_dim": 16}
+    config = ModelConfig(
+        backbone=ViTAdapterBackboneConfig(
+            options={"embed_dim": 32, "depth": 4, "num_heads": 2}, num_heads=4, stem_width=4
+        ),
+        pixel_decoder=MSDeformAttnPixelDecoderConfig(conv_dim=16, mask_dim=16, **parts),
+        transformer_decoder=MaskedTransformerDecoderConfig(hidden_dim=16, num_queries=4, **parts),
+        num_classes=3,
+    )
+    model = build_model(config, pretrained_backbone=False).eval()
+    with torch.no_grad():
+        found = model(torch.randn(1, 3, *size))
+    assert found.mask_features.shape[2:] == tuple(-(-side // 4) for side in size)
+    assert found.class_logits.isfinite().all()
+    assert found.mask_logits().isfinite().all()
+
+
 def test_drop_path_acts_only_in_training(case):
     described, weights, inputs, *_ = case
     config = config_of(described["config"])
@@ -307,7 +337,7 @@ def test_drop_path_acts_only_in_training(case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 6}, "needs a multiple of 4 blocks, but this has 6"),
+        ({"depth": 3}, "reads 4 blocks, but this has only 3; choose a deeper transformer"),
         ({"patch_size": 14}, "needs patches of 16 pixels"),
         ({"embed_dim": 48, "num_heads": 3}, r"its 48 channels must be a multiple of 4 .*num_heads \(16\)"),
     ],
@@ -316,6 +346,22 @@ def test_unsupported_transformers_are_refused(options, message):
     small = {"embed_dim": 32, "depth": 4, "num_heads": 2} | options
     with pytest.raises(ConfigError, match=message), torch.device("meta"):
         build_backbone(ViTAdapterBackboneConfig(options=small), pretrained=False)
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(4, (0, 1, 2, 3)), (5, (0, 1, 2, 4)), (6, (0, 2, 3, 5))])
+def test_adapter_reads_the_last_block_of_each_quarter_at_any_depth(depth, layers):
+    config = ViTAdapterBackboneConfig(
+        options={"embed_dim": 32, "depth": depth, "num_heads": 2}, num_heads=4, stem_width=4
+    )
+    backbone = build_backbone(config, pretrained=False).eval()
+    assert backbone.layers == layers
+    with torch.no_grad():
+        maps = backbone(torch.zeros(1, 3, 32, 64))
+    assert [tuple(level.shape[1:]) for level in maps] == [(32, 8, 16), (32, 4, 8), (32, 2, 4), (32, 1, 2)]
+
+
+def test_adapter_reads_the_blocks_of_dinov3():
+    assert [extraction_layers(depth) for depth in (12, 24, 40)] == [(2, 5, 8, 11), (4, 11, 17, 23), (9, 19, 29, 39)]
 
 
 def test_freezing_backbone_vit_requires_the_adapter():

@@ -148,6 +148,9 @@ def test_evaluation_is_deterministic_and_returns_one_prediction(name):
     assert len(found.class_logits) == 1
     assert not found.earlier_features
     assert found.mask_features.shape[2:] == (10, 18)
+    for height, width in ((48, 80), (75, 90), (30, 30)):
+        shape = copy(torch.randn(1, 3, height, width)).mask_features.shape[2:]
+        assert shape == (-(-height // 4), -(-width // 4))
     copy.transformer_decoder.set_probabilities((0.0, 0.0))
     assert not torch.equal(copy(images).mask_logits(), found.mask_logits())
 
