@@ -12,7 +12,6 @@ import torch
 
 from m2f.cluster.evaluation.local_pool import LocalPool
 from m2f.cluster.evaluation.manager import EvaluationStatus
-from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
 from m2f.cluster.evaluation.service import EvaluationService
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.start.settling import local_devices, settled_run
@@ -22,7 +21,6 @@ from m2f.cluster.train.failure_policy import AttemptError, root_cause
 from m2f.cluster.train.local_rank import train_rank, worker_environment
 from m2f.cluster.train.processes import RankProcesses
 from m2f.cluster.train.supervisor import RunSummary, run_supervised
-from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.job import TrainJob
 from m2f.trainer.reporting import Event
 
@@ -138,15 +136,10 @@ class LocalEvaluations:
         """Return the state of the evaluations; None before they begin."""
         return None if self._service is None else self._service.status()
 
-    def entries(self) -> tuple[Entry, ...]:
-        """Return the stored entries of the evaluation queue."""
-        return read_entries(Storage(self._config.storage), queue_url(self._config))
-
-    def close(self) -> tuple[Entry, ...]:
-        """Send pending MLflow entries if no evaluation is running, and return the stored entries.
+    def close(self) -> None:
+        """Send pending MLflow entries if no evaluation is running.
 
         A running evaluation is lost when this process ends, and repeated when the run is continued.
         """
         if self._service is not None and self._service.status().idle:
             self._service.close()
-        return self.entries()
