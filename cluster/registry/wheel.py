@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import m2f
 
@@ -91,7 +92,7 @@ def exact_requirements(project: Project) -> tuple[str, ...]:
     visited: set[tuple[str, str]] = set()
     while pending:
         requirement = pending.pop()
-        name = _normalize_name(requirement.name)
+        name = canonicalize_name(requirement.name)
         for extra in ("", *requirement.extras):
             if name == PACKAGE or (name, extra) in visited:
                 continue
@@ -132,10 +133,6 @@ def _metadata(project: Project) -> bytes:
 
 def _digest(data: bytes) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-
-
-def _normalize_name(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 _WHEEL = b"Wheel-Version: 1.0\nGenerator: m2f\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
