@@ -28,6 +28,7 @@ from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.urls import without_secrets
 from m2f.model.backbones.timm_names import name_problem
 from m2f.model.errors import ConfigError
+from m2f.model.format_count import format_count
 from m2f.model.limits import range_problems, ranges_of
 
 LOGGER = logging.getLogger(__name__)
@@ -54,10 +55,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), *, for_training
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path}: cannot read the recipe ({reason}); give the path of a YAML file") from error
-    config, hints = _build_recipe(text, (*first, *overrides), str(path), for_training=for_training)
-    for hint in hints:
-        LOGGER.warning("%s: %s", path, hint)
-    return with_absolute_paths(config)
+    return _load(text, (*first, *overrides), str(path), for_training)
 
 
 def recipe_from_tree(
@@ -68,9 +66,14 @@ def recipe_from_tree(
     NumPy numbers and paths are accepted. Raises ConfigError with all problems, or for the first value of another type.
     """
     text = yaml.safe_dump(plain_value(_to_tree(tree), ""))
-    config, hints = _build_recipe(text, overrides, "the recipe", for_training=for_training)
+    return _load(text, overrides, "the recipe", for_training)
+
+
+def _load(text: str, overrides: Iterable[str], source: str, for_training: bool) -> RunConfig:
+    """Return the recipe of a user, with absolute paths, and log its hints."""
+    config, hints = _build_recipe(text, overrides, source, for_training=for_training)
     for hint in hints:
-        LOGGER.warning("the recipe: %s", hint)
+        LOGGER.warning("%s: %s", source, hint)
     return with_absolute_paths(config)
 
 
@@ -151,8 +154,7 @@ def _unknown_backbones(tree: dict[str, Any]) -> list[str]:
 def require_no_problems(source: str, problems: Sequence[str]) -> None:
     """Raise ConfigError with all problems of a recipe, if there are any."""
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ConfigError(f"{source}: {count}\n  " + "\n  ".join(problems))
+        raise ConfigError(f"{source}: {format_count(len(problems), 'problem')}\n  " + "\n  ".join(problems))
 
 
 def dump_recipe(config: RunConfig) -> str:

@@ -24,7 +24,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.pinned_weights import with_pinned_weights
 from m2f.cluster.start.continuation import check_continuation
 from m2f.cluster.start.epochs import with_steps
-from m2f.cluster.terminal import format_duration, print_err, print_out
+from m2f.cluster.terminal import first_line, format_duration, print_err, print_out
 from m2f.cluster.tracking.logged_models import KeptCheckpoints
 from m2f.cluster.tracking.record import record_evaluations
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, create_run
@@ -226,7 +226,7 @@ class _Supervisor:
                 return "drained"
             if decision.change is not None:
                 self._lease.check()
-                reason = f"{_first_line(failure.message)}: {decision.reason}"
+                reason = f"{first_line(failure.message)}: {decision.reason}"
                 self._adjustments = adjust(self._storage, self._config.run_folder, decision.change, reason)
             self._pause(decision.delay_s)
             if self._interrupts:
@@ -260,7 +260,7 @@ class _Supervisor:
     ) -> None:
         """Print the failure and the decision, and write the details to a file in `failures/`."""
         where = "" if failure.rank is None else f" on rank {failure.rank}"
-        print_err(f"attempt {number} ended{where} after checkpoint step {step}: {_first_line(failure.message)}")
+        print_err(f"attempt {number} ended{where} after checkpoint step {step}: {first_line(failure.message)}")
         if error is not None:
             url = join(self._config.run_folder, "failures", f"{time.strftime('%Y%m%d-%H%M%S')}.txt")
             self._storage.put(url, error.details.encode())
@@ -394,7 +394,3 @@ class _SilenceWarning:
             f"no report from the workers for {format_duration(now - self._started_at)}"
             f"{f'; {reason}' if reason else ''}{self._hint}"
         )
-
-
-def _first_line(message: str) -> str:
-    return next((line for line in message.splitlines() if line.strip()), "unknown")[:300]
