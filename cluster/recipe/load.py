@@ -354,9 +354,9 @@ def _build_settings(section: type, value: Mapping[str, Any], path: str, problems
                 arguments[name] = _INVALID
                 problems += range_errors
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            arguments[name] = _add_problem(
-                problems, f"`{_join(path, name)}` is missing; {_required_hint(section, name)}"
-            )
+            kind = getattr(hints[name], "__name__", "see m2f config --explain")
+            message = f"`{_join(path, name)}` is missing; {section.__name__} requires it ({kind})"
+            arguments[name] = _add_problem(problems, message)
     return arguments
 
 
@@ -372,7 +372,8 @@ def _build_leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             inner = ".".join(str(part) for part in detail["loc"] if isinstance(part, int))
-            problems.append(f"`{_join(path, inner)}`: {_lower_first(detail['msg'])} (got {detail['input']!r})")
+            message = detail["msg"]
+            problems.append(f"`{_join(path, inner)}`: {message[:1].lower()}{message[1:]} (got {detail['input']!r})")
         return _INVALID
 
 
@@ -444,16 +445,6 @@ def _describe_value(value: Any) -> str:
     if isinstance(value, dict):
         return "a mapping"
     return f"the value {value!r}"
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
-
-
-def _required_hint(section: type, name: str) -> str:
-    return (
-        f"{section.__name__} requires it ({getattr(type_hints(section)[name], '__name__', 'see m2f config --explain')})"
-    )
 
 
 def _to_tree(value: Any) -> Any:

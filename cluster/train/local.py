@@ -17,7 +17,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.start.settling import local_devices, settled_run
 from m2f.cluster.terminal import print_out
 from m2f.cluster.tracking.tracking import TrackedRun
-from m2f.cluster.train.failure_policy import AttemptError, root_cause
+from m2f.cluster.train.failure_policy import AttemptError
 from m2f.cluster.train.local_rank import train_rank, worker_environment
 from m2f.cluster.train.processes import RankProcesses
 from m2f.cluster.train.supervisor import RunSummary, run_supervised
@@ -91,14 +91,9 @@ class LocalLauncher:
     def attempt_error(self) -> AttemptError | None:
         """Return the errors of the ranks, with the traceback of the rank that caused them; None if none failed."""
         assert self._ranks is not None
-        found = self._ranks.errors
-        if not found:
+        if (found := self._ranks.first_error()) is None:
             return None
-        errors = {rank: rank_error.error for rank, rank_error in found.items()}
-        root_rank = root_cause(errors).rank
-        rank = min(errors) if root_rank is None else root_rank
-        details = f"rank {rank}: {errors[rank]}\n(exit codes: {self._ranks.exit_codes})\n{found[rank].trace}"
-        return AttemptError(errors, f"{details.rstrip()}\n")
+        return AttemptError({rank: failed.error for rank, failed in self._ranks.errors.items()}, f"{found[1]}\n")
 
     @property
     def is_draining(self) -> bool:
