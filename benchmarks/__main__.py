@@ -28,12 +28,12 @@ ON_ANY_DEVICE = (
     "postproc",
     "zero",
 )
-"""Names of the benchmarks that run on any device. NAME selects the function `run` of `benchmarks.bench_NAME`."""
+"""Names of the benchmarks that run on any device. NAME selects the function `run` of `benchmarks.peers.bench_NAME`."""
 
 
 def run(name: str, tiny: bool, device: torch.device) -> list[Measurement]:
     """Import and run one benchmark. Only the packages that this benchmark needs must be installed."""
-    benchmark = importlib.import_module(f"benchmarks.bench_{name}").run
+    benchmark = importlib.import_module(f"benchmarks.peers.bench_{name}").run
     return benchmark(tiny) if name in CPU_ONLY else benchmark(tiny, device=device)
 
 

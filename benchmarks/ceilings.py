@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.transformers_peer import CONFIG
+from benchmarks.peers.transformers_peer import CONFIG
 from m2f.model.analysis.flops.executed import build_shapes, executed_flops
 
 PASSES = 3

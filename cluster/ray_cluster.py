@@ -21,7 +21,7 @@ from m2f.cluster.ray_private import only_on_loopback, quiet_tokens
 from m2f.cluster.ray_watch import end_if_ray_dies
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.cluster.recipe.devices import AvailableDevices, cluster_gpus, local_gpus
-from m2f.cluster.terminal import print_err
+from m2f.cluster.terminal import first_line, print_err
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.errors import UserError
@@ -125,7 +125,7 @@ def _connect_with_retry(address: str, cluster: ClusterConfig) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
             return
         except Exception as error:
-            reason = f"cannot reach the Ray cluster at {address}: {_first_line(error)}"
+            reason = f"cannot reach the Ray cluster at {address}: {first_line(error)}"
             if is_new:
                 raise ClusterError(
                     f"{reason}. Correct cluster.address (now {cluster.address!r}; if it is null, RAY_ADDRESS is "
@@ -154,7 +154,7 @@ def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]
         )
     except Exception as error:
         raise ClusterError(
-            f"cannot start a local Ray cluster: {_first_line(error)}. Its logs are in {folder}; free some memory, or "
+            f"cannot start a local Ray cluster: {first_line(error)}. Its logs are in {folder}; free some memory, or "
             "set cluster.address to a running cluster"
         ) from error
 
@@ -253,7 +253,3 @@ def _private_folder() -> Iterator[str]:
         folder.remove()
         raise
     folder.remove()
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

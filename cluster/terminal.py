@@ -24,6 +24,12 @@ def print_err(text: str) -> None:
     print_line(sys.stderr, text)
 
 
+def first_line(text: object) -> str:
+    """Return the first line of a text or of an error's message that is not empty, at most 500 characters."""
+    default = type(text).__name__ if isinstance(text, BaseException) else "unknown"
+    return next((line.strip() for line in str(text).splitlines() if line.strip()), default)[:500]
+
+
 def first_lines(items: Sequence[object], limit: int, rest: str) -> list[str]:
     """Return an indented line for each of the first `limit` items, and a line with the number of further items.
 

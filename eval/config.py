@@ -5,21 +5,37 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from m2f.data_pipeline.categories import Task
 from m2f.model.errors import ConfigError
 from m2f.model.limits import FROM_0, FROM_1, PIXELS, SECONDS, Section
 
-ExtraMetric = Literal["boundary", "box", "class_agnostic", "cityscapes"]
 Placement = Literal["stride", "even"]
-EXTRA_METRIC_TASKS: dict[ExtraMetric, tuple[Task, ...]] = {
-    "boundary": ("panoptic", "instance"),
-    "box": ("instance",),
-    "class_agnostic": ("instance",),
-    "cityscapes": ("instance", "semantic"),
+
+
+@dataclass(frozen=True)
+class ExtraMetricEntry:
+    """One extra metric, described without an import of its code."""
+
+    module: str
+    """Module with the metric's `TASK_METRICS`, see `m2f.eval.metrics.extra.task_metric`."""
+    tasks: tuple[Task, ...]
+    """Tasks to which the metric applies."""
+
+
+EXTRA_METRICS = {
+    "boundary": ExtraMetricEntry("m2f.eval.metrics.extra.boundary", ("panoptic", "instance")),
+    "box": ExtraMetricEntry("m2f.eval.metrics.extra.box", ("instance",)),
+    "class_agnostic": ExtraMetricEntry("m2f.eval.metrics.extra.class_agnostic", ("instance",)),
+    "cityscapes": ExtraMetricEntry("m2f.eval.metrics.extra.cityscapes", ("instance", "semantic")),
 }
-"""Tasks to which each extra metric applies."""
+"""Extra metrics by name. Recipes, states, results and evaluation follow from this table."""
+
+if TYPE_CHECKING:
+    ExtraMetric = str
+else:
+    ExtraMetric = Literal[tuple(EXTRA_METRICS)]  # recipes are checked against this type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +262,7 @@ class EvaluationConfig(Section):
     def for_set(self, image_set: EvaluationSet) -> EvaluationConfig:
         """Return the settings of one set: its own tasks and test time, if stated, and only applicable extra metrics."""
         tasks = self.tasks if image_set.tasks is None else image_set.tasks
-        applicable = (m for m in self.extra_metrics if not set(tasks).isdisjoint(EXTRA_METRIC_TASKS[m]))
+        applicable = (m for m in self.extra_metrics if not set(tasks).isdisjoint(EXTRA_METRICS[m].tasks))
         test_time = self.test_time if image_set.test_time is None else image_set.test_time
         return replace(self, sets=(image_set,), tasks=tasks, test_time=test_time, extra_metrics=tuple(applicable))
 
@@ -264,7 +280,7 @@ class EvaluationConfig(Section):
         requested = dict.fromkeys([*self.tasks, *set_tasks])
         place = "evaluation.tasks and the tasks of evaluation.sets" if set_tasks else "evaluation.tasks"
         for metric in self.extra_metrics:
-            applicable_tasks = EXTRA_METRIC_TASKS[metric]
+            applicable_tasks = EXTRA_METRICS[metric].tasks
             if requested.keys().isdisjoint(applicable_tasks):
                 raise ConfigError(
                     f"evaluation.extra_metrics has {metric!r}, which applies to {' and '.join(applicable_tasks)}, but "

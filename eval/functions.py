@@ -37,8 +37,8 @@ from m2f.eval.arrays import (
 )
 from m2f.eval.config import ExtraMetric
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.box_average_precision import detection_boxes, match_boxes, truth_boxes
 from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
+from m2f.eval.metrics.extra.task_metric import ScoredImage
 from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.mean_iou import BINARY_MASK, MeanIoUState, ignore_label, is_binary_mask
 from m2f.eval.metrics.overlaps import count_overlaps
@@ -150,9 +150,8 @@ def evaluate_instances(
         states.instance.update(number, image_truth, detections)
         states.segments.update(number, instance_candidates(image_truth, detections))
         states.errors.add(number, instance_errors(image_truth, detections))
-        if states.box_instance is not None:
-            limit = states.box_instance.max_dets[-1]
-            states.box_instance.add(number, match_boxes(truth_boxes(image_truth), detection_boxes(detections), limit))
+        image = ScoredImage(image_id=number, truth=image_truth, prediction=detections, classes=table.categories)
+        states.update_extra("instance", image)
         doubts += instance_doubts(image_truth)
     _warn(doubts.describe("AP by size uses the stated areas"))
     return states.compute(table, SUBJECT)

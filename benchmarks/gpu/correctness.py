@@ -28,9 +28,9 @@ REQUIRED_MODULES = (
     *("m2f.trainer.worker", "m2f.trainer.engine.engine", "m2f.eval.inference.evaluator", "m2f.cluster.predict.predict"),
     *(
         "benchmarks.train_recorded",
-        "benchmarks.bench_train_step",
-        "benchmarks.bench_inference",
-        "benchmarks.bench_zero",
+        "benchmarks.peers.bench_train_step",
+        "benchmarks.peers.bench_inference",
+        "benchmarks.peers.bench_zero",
     ),
 )
 """Modules that other steps import, and modules that users of this machine need."""

@@ -52,7 +52,7 @@ def bench_train(stage: Stage) -> list[str]:
     An error in one comparison does not stop the others.
     """
     stage.need_gpu()
-    from benchmarks.bench_train_step import _Case
+    from benchmarks.peers.bench_train_step import _Case
 
     torch.backends.cudnn.allow_tf32 = False  # TF32 would break the required agreement of the logits to 1e-3
     results: list[Measurement] = []
@@ -177,7 +177,7 @@ def _run_benchmarks(stage: Stage, names: Sequence[str], tiny: bool = False) -> l
     errors: list[Exception] = []
     for name in names:
         try:
-            results += importlib.import_module(f"benchmarks.bench_{name}").run(tiny or stage.dry, stage.device)
+            results += importlib.import_module(f"benchmarks.peers.bench_{name}").run(tiny or stage.dry, stage.device)
         except Exception as error:
             traceback.print_exc()
             errors.append(error)

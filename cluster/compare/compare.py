@@ -30,6 +30,7 @@ from m2f.cluster.compare.records import (
     split_metric_name,
 )
 from m2f.cluster.compare.set_result import CLASS_METRICS, SetResult
+from m2f.cluster.evaluation.choice import HEADLINE
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.label_space import describe_subset, match_classes
 from m2f.eval.results.results import distinct_names
@@ -40,7 +41,6 @@ METRIC_ORDER = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
     *("mIoU", "fwIoU", "mACC", "pACC", "mIoU_occurring", "mIoU_all"),
 )
-HEADLINES = ("PQ", "AP", "mIoU")
 IDENTITY_SETTINGS = ("name", "output")
 """Settings that only identify a run and its folder. Their differences are not reported."""
 IGNORED_SETTINGS = ("weights",)
@@ -148,7 +148,7 @@ def compare_runs(
     sets = list(dict.fromkeys(split_metric_name(name)[0] for name in names if not is_training_metric(name)))
     class_notes = _compare_classes(runs, sets)
     interval_metrics = [name for name in names if not is_training_metric(name)]
-    interval_metrics = [name for name in interval_metrics if metrics or split_metric_name(name)[1] in HEADLINES]
+    interval_metrics = [name for name in interval_metrics if metrics or split_metric_name(name)[1] in HEADLINE]
     intervals = [*image_intervals(runs, interval_metrics, draws), *seed_intervals(runs, by_run, interval_metrics)]
     return Comparison(
         runs=tuple(runs),
@@ -364,7 +364,7 @@ def _plots(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Plot]:
 
     The x axis counts images instead of steps if the global batch differs between runs.
     """
-    shown = [name for name in names if split_metric_name(name)[1] in HEADLINES] or list(names)
+    shown = [name for name in names if split_metric_name(name)[1] in HEADLINE] or list(names)
     shown += [name for name in ("train/loss/total",) if name not in shown and any(name in r.curves for r in runs)]
     batches = [run.recipe.get("training.global_batch") for run in runs]
     by_images = len(set(batches)) > 1 and all(batch is not None and batch.isdecimal() for batch in batches)

@@ -25,8 +25,7 @@ from m2f.cluster.recipe.stored import trained_recipe_url
 from m2f.cluster.tracking.database import schema_problem
 from m2f.cluster.tracking.local_store import current_uri, moved_artifacts
 from m2f.cluster.tracking.reporter import tracked_name
-from m2f.cluster.tracking.store import text_condition
-from m2f.cluster.tracking.tracking import connect
+from m2f.cluster.tracking.store import brief, connect, text_condition
 from m2f.data_pipeline.documents import parse_json, parse_yaml
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.scratch import ScratchFolder
@@ -205,7 +204,7 @@ class _Store:
             else:
                 exists = path in {file.path for file in self._client.list_artifacts(run.info.run_id, folder)}
         except Exception as error:
-            notes.append(f"{folder} cannot be listed ({_brief(error)})")
+            notes.append(f"{folder} cannot be listed ({brief(error)})")
             return None
         payload = self._artifact(run, path, notes) if exists else None
         return None if payload is None else _parse_images(payload, path, notes)
@@ -218,7 +217,7 @@ class _Store:
                 local = self._client.download_artifacts(run.info.run_id, path, str(folder))
                 return Path(local).read_bytes()
         except Exception as error:  # artifact stores may raise any type; the rest of the run is still shown
-            notes.append(f"{path} cannot be read ({_brief(error)})")
+            notes.append(f"{path} cannot be read ({brief(error)})")
             return None
 
 
@@ -250,7 +249,7 @@ def _convert_mlflow_errors(uri: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise CompareError(
-            f"{uri} does not answer ({_brief(error)}); start the server, correct --tracking or MLFLOW_TRACKING_URI, "
+            f"{uri} does not answer ({brief(error)}); start the server, correct --tracking or MLFLOW_TRACKING_URI, "
             "or compare run folders"
         ) from error
 
@@ -358,7 +357,7 @@ def _folder_images(storage: Storage, results: Mapping[str, str], notes: list[str
         try:
             payload = storage.get(images_url) if storage.exists(images_url) else None
         except StorageError as error:
-            notes.append(f"{images_url} cannot be read ({_brief(error)})")
+            notes.append(f"{images_url} cannot be read ({brief(error)})")
             continue
         if payload is not None and (records := _parse_images(payload, images_url, notes)) is not None:
             images[name] = records
@@ -369,7 +368,7 @@ def _parse_images(payload: bytes, where: str, notes: list[str]) -> ImageRecords 
     try:
         return read_image_records(payload)
     except EvaluationError as error:
-        notes.append(f"{where} cannot be read ({_brief(error)})")
+        notes.append(f"{where} cannot be read ({brief(error)})")
         return None
 
 
@@ -456,8 +455,3 @@ def _suggestion(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f" (available: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else " (it is empty)"
-
-
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:160] + "..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -54,10 +54,8 @@ def check_cluster(config: RunConfig | None) -> list[Finding]:
         findings += report.findings
         versions.setdefault(report.versions, []).append(name)
     for call in unfinished:
-        detail, remedy = (
-            f"no response in {NODE_TIMEOUT_S:.0f} s",
-            "the node is overloaded or unreachable; see the dashboard",
-        )
+        detail = f"no response in {NODE_TIMEOUT_S:.0f} s"
+        remedy = "the node is overloaded or unreachable; see the dashboard"
         findings.append(Finding("node", "failed", detail, remedy, _address(calls[call])))
     findings.sort(key=lambda finding: finding.where)
     return [*findings, *_check_versions(versions), *_check_clocks(nodes), *_check_capacity(config, nodes)]
@@ -94,7 +92,7 @@ def _check_clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
         skew = node_time - (before + time.time()) / 2
         finding = skew_finding(skew, "the driver")
         if finding.state != "ok":
-            findings.append(Finding(finding.check, finding.state, finding.detail, finding.remedy, _address(node)))
+            findings.append(replace(finding, where=_address(node)))
     if findings or not is_measured:
         return findings
     return [Finding("clocks", "ok", "the clocks of all nodes agree", where=CLUSTER)]

@@ -7,7 +7,6 @@ import platform
 import shutil
 import tempfile
 import time
-import tomllib
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-import m2f
 from m2f.cluster.doctor.finding import Finding
+from m2f.cluster.project import read_project
 from m2f.cluster.ray_private import TESTED_VERSIONS
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.storage.scratch import ScratchFolder
@@ -34,7 +33,9 @@ REDUCE_TIMEOUT_S = 60.0
 
 def check_versions() -> Finding:
     """Check Python and every library against the requirements of m2f."""
-    python, requirements = _requirements()
+    project = read_project()
+    python, declared = SpecifierSet(project.python), [Requirement(text) for text in project.dependencies]
+    requirements = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": "train"})]
     wrong = [] if platform.python_version() in python else [f"Python {platform.python_version()} (needs {python})"]
     found: dict[str, str] = {}
     for requirement in requirements:
@@ -57,21 +58,6 @@ def check_versions() -> Finding:
         )
         return Finding("versions", "warning", detail, remedy)
     return Finding("versions", "ok", detail)
-
-
-def _requirements() -> tuple[SpecifierSet, list[Requirement]]:
-    """Return the required Python versions and packages for training.
-
-    They come from the pyproject.toml beside the running code, else from the installed package.
-    """
-    project = m2f.ROOT / "pyproject.toml"
-    if project.is_file():
-        declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-        requirements = [*declared["dependencies"], *declared["optional-dependencies"]["train"]]
-        return SpecifierSet(declared["requires-python"]), [Requirement(text) for text in requirements]
-    installed = [Requirement(text) for text in metadata.requires("m2f") or []]
-    python = SpecifierSet(metadata.metadata("m2f")["Requires-Python"])
-    return python, [r for r in installed if r.marker is None or r.marker.evaluate({"extra": "train"})]
 
 
 def check_gpus(config: RunConfig | None, expected: int | None) -> Finding:

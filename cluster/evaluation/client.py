@@ -15,12 +15,10 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayEr
 from m2f.cluster.evaluation.actor import EvaluationActor
 from m2f.cluster.evaluation.manager import EvaluationStatus
 from m2f.cluster.evaluation.pool import EvaluationPool
-from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
 from m2f.cluster.evaluation.service import EvaluationService
 from m2f.cluster.ray_cluster import this_node_selector
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.tracking import TrackedRun
-from m2f.data_pipeline.storage.storage import Storage
 
 NAMESPACE = "m2f"
 STATUS_TIMEOUT_S = 10.0
@@ -69,18 +67,13 @@ class EvaluationClient:
         self.failure_reason = status.failure_reason
         return status
 
-    def entries(self) -> tuple[Entry, ...]:
-        """Return the entries of the stored queue."""
-        return read_entries(Storage(self._config.storage), queue_url(self._config))
-
-    def close(self) -> tuple[Entry, ...]:
-        """End the actor and its pool, and return the stored entries. A resumed run evaluates the waiting ones."""
+    def close(self) -> None:
+        """End the actor and its pool. A resumed run evaluates the entries that wait."""
         status = self.status()
         if status is not None and status.idle:
             with suppress(RayError):  # unsent metrics stay in its journal
                 ray.get(self._service.close.remote(), timeout=CLOSE_TIMEOUT_S)
         ray.kill(self._service)
-        return self.entries()
 
     def _start(self) -> Any:
         service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationServiceActor)

@@ -57,7 +57,7 @@ class EvaluationManager:
     Args:
         queue: stored queue of the run's evaluations.
         find: lists the commits of the run. It is called about every `poll_interval_s` seconds while no evaluation runs.
-        policy: which waiting entry is evaluated next, see `choose`.
+        policy: which waiting entry is evaluated next, see `EvaluationQueue.take`.
         evaluate: `evaluate(entry, report)` computes and publishes one entry and returns its headline metrics. After an
             OutageError the entry is evaluated again; any other error except LeaseLostError fails only this entry.
             Publishing must be idempotent, because a process may die after publication and before the queue is updated.

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from m2f.cluster.evaluation.evaluate import SetEvaluation
-from m2f.cluster.evaluation.queue import Entry, evaluation_folder
+from m2f.cluster.evaluation.queue import Entry, read_results
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.logged_models import EvaluatedCheckpoint, KeptCheckpoints, SetMetrics
 from m2f.cluster.tracking.provenance import DataInput, data_input
-from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.commits import commit_name
 from m2f.trainer.checkpoint.folder import list_checkpoints, parse_folder
 from m2f.trainer.checkpoint.weights import manifest_sha256, weights_url
@@ -47,16 +44,13 @@ def read_set_metrics(config: RunConfig, storage: Storage, entry: Entry) -> tuple
     """Return the metrics of a published step, read from its files. Sets without intact results are omitted."""
     found = []
     for evaluated in config.evaluation.sets:
-        url = join(config.run_folder, evaluation_folder(entry.step), evaluated.label, "results.json")
+        content = read_results(config, storage, entry.step, evaluated.label)
         try:
-            content: Any = parse_json(storage.get(url)) if storage.exists(url) else None
-            if content is None:
-                continue
             data = _data(config, storage, evaluated.dataset, str(content["fingerprint"]), int(content["num_images"]))
             per_class = [dict(row) for row in content["per_class"]]
         except StorageError:
             raise
-        except (DocumentError, LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError):
             continue
         prefix = f"{evaluated.label}/"
         metrics = {name: value for name, value in entry.metrics.items() if name.startswith(prefix)}

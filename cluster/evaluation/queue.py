@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from m2f.cluster.evaluation.choice import choose
 from m2f.cluster.recipe.config import RunConfig
-from m2f.data_pipeline.documents import parse_json
+from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.errors import EvaluationError
 from m2f.trainer.checkpoint.commits import Commit, CommitList
@@ -65,6 +64,16 @@ def evaluation_folder(step: int) -> str:
     return f"evaluations/step_{step:08d}"
 
 
+def read_results(config: RunConfig, storage: Storage, step: int, label: str) -> Any:
+    """Return the content of results.json of a step and set; None if the file does not exist or is damaged."""
+    url = join(config.run_folder, evaluation_folder(step), label, "results.json")
+    data = storage.get(url) if storage.exists(url) else None
+    try:
+        return None if data is None else parse_json(data)
+    except DocumentError:
+        return None
+
+
 class EvaluationQueue:
     """Queue of evaluations in one JSON file, which is written after every change.
 
@@ -112,15 +121,17 @@ class EvaluationQueue:
             return any(e.step == entry.step and e.status == "withdrawn" for e in self._entries.values())
 
     def take(self, policy: Literal["every", "latest"]) -> tuple[Entry | None, tuple[Entry, ...]]:
-        """Mark the next waiting entry as running. Return it (None if none waits) and the entries that are dropped."""
+        """Mark the next waiting entry as running. Return it (None if none waits) and the entries that are dropped.
+
+        `every` takes the oldest entry; `latest` takes the newest and drops the others.
+        """
         with self._lock:
-            waiting = {e.step: e for e in _ordered(self._entries.values()) if e.status == "waiting"}
-            choice = choose(list(waiting), policy)
-            if choice.next is None:
+            by_step = {e.step: e for e in _ordered(self._entries.values()) if e.status == "waiting"}
+            if not by_step:
                 return None, ()
-            reason = "a newer checkpoint was waiting"
-            dropped = [replace(waiting[step], status="dropped", detail=reason) for step in choice.dropped]
-            chosen = waiting[choice.next]
+            waiting = list(by_step.values())
+            chosen, left_out = (waiting[-1], waiting[:-1]) if policy == "latest" else (waiting[0], [])
+            dropped = [replace(e, status="dropped", detail="a newer checkpoint was waiting") for e in left_out]
             taken = replace(chosen, status="running", starts=chosen.starts + 1)
             self._store(taken, *dropped)
             return taken, tuple(dropped)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 from m2f.cluster.evaluation.queue import (
     WITHDRAWN,
     Entry,
     EvaluationQueue,
-    evaluation_folder,
     queue_url,
     read_entries,
+    read_results,
 )
 from m2f.cluster.recipe.config import RunConfig
-from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.errors import EvaluationError
 from m2f.trainer.checkpoint.commits import Commit, read_commits
@@ -74,7 +72,8 @@ def rebuilt_entries(config: RunConfig, storage: Storage) -> tuple[Entry, ...]:
     wait only if they are newer than every published one.
     """
     found = read_commits(storage, config.run_folder, with_deleted=True)
-    commit_counts = Counter(_step_of(name) for name in [*(commit.name for commit in found.commits), *found.withdrawn])
+    names = [*(commit.name for commit in found.commits), *found.withdrawn]
+    commit_counts = Counter(int(name.partition("-")[0]) for name in names)
     results = {step: _results_of(config, storage, step) for step in commit_counts}
     entries = [
         _entry(commit, storage, results[commit.checkpoint.step], commit_counts[commit.checkpoint.step] == 1)
@@ -82,7 +81,9 @@ def rebuilt_entries(config: RunConfig, storage: Storage) -> tuple[Entry, ...]:
     ]
     if config.evaluation.policy == "latest":
         newest = max((entry.step for entry in entries if entry.status == "published"), default=0)
-        entries = [_superseded(entry, newest) for entry in entries]
+        entries = [
+            e if e.settled or e.step > newest else replace(e, status="dropped", detail=SUPERSEDED) for e in entries
+        ]
     for name in found.withdrawn:
         step, lease, _ = name.split("-")
         url = checkpoint_url(config.run_folder, int(step), int(lease))
@@ -105,21 +106,14 @@ def _results_of(config: RunConfig, storage: Storage, step: int) -> _Results | No
     """Read the results of a step; None if a set has no intact results, or if the sets name different weights."""
     weights, metrics = set[str | None](), dict[str, float]()
     for evaluated in config.evaluation.sets:
-        url = join(config.run_folder, evaluation_folder(step), evaluated.label, "results.json")
-        if not storage.exists(url):
-            return None
-        data = storage.get(url)
+        content = read_results(config, storage, step, evaluated.label)
         try:
-            content = parse_json(data)
             weights.add((content.get("settings") or {}).get("weights"))
-            metrics |= _numbers(content["metrics"], evaluated.label)
-        except (DocumentError, KeyError, TypeError, ValueError, AttributeError):
+            defined = ((name, value) for name, value in content["metrics"].items() if value is not None)
+            metrics |= {f"{evaluated.label}/{name}": float(value) for name, value in defined}
+        except (KeyError, TypeError, ValueError, AttributeError):
             return None
     return _Results(weights.pop(), metrics) if len(weights) == 1 else None
-
-
-def _numbers(metrics: Mapping[str, Any], label: str) -> dict[str, float]:
-    return {f"{label}/{name}": float(value) for name, value in metrics.items() if value is not None}
 
 
 def _entry(commit: Commit, storage: Storage, results: _Results | None, is_only_commit: bool) -> Entry:
@@ -135,18 +129,8 @@ def _entry(commit: Commit, storage: Storage, results: _Results | None, is_only_c
     return Entry(step, url, 0, commit=commit.name)
 
 
-def _superseded(entry: Entry, newest: int) -> Entry:
-    if entry.settled or entry.step > newest:
-        return entry
-    return Entry(entry.step, entry.checkpoint, 0, "dropped", SUPERSEDED, commit=entry.commit)
-
-
 def _weights_of(url: str, storage: Storage) -> str | None:
     try:
         return manifest_sha256(weights_url(url, storage), storage)
     except CheckpointError:
         return None
-
-
-def _step_of(commit: str) -> int:
-    return int(commit.partition("-")[0])

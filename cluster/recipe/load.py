@@ -28,6 +28,7 @@ from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.urls import without_secrets
 from m2f.model.backbones.timm_names import name_problem
 from m2f.model.errors import ConfigError
+from m2f.model.format_count import format_count
 from m2f.model.limits import range_problems, ranges_of
 
 LOGGER = logging.getLogger(__name__)
@@ -54,10 +55,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), *, for_training
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path}: cannot read the recipe ({reason}); give the path of a YAML file") from error
-    config, hints = _build_recipe(text, (*first, *overrides), str(path), for_training=for_training)
-    for hint in hints:
-        LOGGER.warning("%s: %s", path, hint)
-    return with_absolute_paths(config)
+    return _load(text, (*first, *overrides), str(path), for_training)
 
 
 def recipe_from_tree(
@@ -68,9 +66,14 @@ def recipe_from_tree(
     NumPy numbers and paths are accepted. Raises ConfigError with all problems, or for the first value of another type.
     """
     text = yaml.safe_dump(plain_value(_to_tree(tree), ""))
-    config, hints = _build_recipe(text, overrides, "the recipe", for_training=for_training)
+    return _load(text, overrides, "the recipe", for_training)
+
+
+def _load(text: str, overrides: Iterable[str], source: str, for_training: bool) -> RunConfig:
+    """Return the recipe of a user, with absolute paths, and log its hints."""
+    config, hints = _build_recipe(text, overrides, source, for_training=for_training)
     for hint in hints:
-        LOGGER.warning("the recipe: %s", hint)
+        LOGGER.warning("%s: %s", source, hint)
     return with_absolute_paths(config)
 
 
@@ -151,8 +154,7 @@ def _unknown_backbones(tree: dict[str, Any]) -> list[str]:
 def require_no_problems(source: str, problems: Sequence[str]) -> None:
     """Raise ConfigError with all problems of a recipe, if there are any."""
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ConfigError(f"{source}: {count}\n  " + "\n  ".join(problems))
+        raise ConfigError(f"{source}: {format_count(len(problems), 'problem')}\n  " + "\n  ".join(problems))
 
 
 def dump_recipe(config: RunConfig) -> str:
@@ -352,9 +354,9 @@ def _build_settings(section: type, value: Mapping[str, Any], path: str, problems
                 arguments[name] = _INVALID
                 problems += range_errors
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            arguments[name] = _add_problem(
-                problems, f"`{_join(path, name)}` is missing; {_required_hint(section, name)}"
-            )
+            kind = getattr(hints[name], "__name__", "see m2f config --explain")
+            message = f"`{_join(path, name)}` is missing; {section.__name__} requires it ({kind})"
+            arguments[name] = _add_problem(problems, message)
     return arguments
 
 
@@ -370,7 +372,8 @@ def _build_leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             inner = ".".join(str(part) for part in detail["loc"] if isinstance(part, int))
-            problems.append(f"`{_join(path, inner)}`: {_lower_first(detail['msg'])} (got {detail['input']!r})")
+            message = detail["msg"]
+            problems.append(f"`{_join(path, inner)}`: {message[:1].lower()}{message[1:]} (got {detail['input']!r})")
         return _INVALID
 
 
@@ -442,16 +445,6 @@ def _describe_value(value: Any) -> str:
     if isinstance(value, dict):
         return "a mapping"
     return f"the value {value!r}"
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
-
-
-def _required_hint(section: type, name: str) -> str:
-    return (
-        f"{section.__name__} requires it ({getattr(type_hints(section)[name], '__name__', 'see m2f config --explain')})"
-    )
 
 
 def _to_tree(value: Any) -> Any:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from m2f.cluster.compare.intervals import NUM_DRAWS, Interval, image_intervals
 from m2f.cluster.compare.records import RunRecord
 from m2f.cluster.compare.set_result import SetResult
+from m2f.cluster.evaluation.choice import HEADLINE
 from m2f.eval.results.images import IMAGES_FILE
 from m2f.model.errors import UserError
-
-HEADLINES = ("PQ", "AP", "mIoU")
-"""Metrics for the decision. The first one that both sides have is used, unless the user names one."""
 
 
 class RegistryError(UserError):
@@ -48,7 +46,7 @@ def compare_checkpoints(champion: RunRecord, candidate: RunRecord, dataset: str,
     """
     results = [_result(record, dataset) for record in (champion, candidate)]
     _check_comparable(champion, candidate, dataset, *results)
-    known = [name for name in HEADLINES if all(one.metrics.get(name) is not None for one in results)]
+    known = [name for name in HEADLINE if all(one.metrics.get(name) is not None for one in results)]
     if metric is not None and metric not in known:
         raise RegistryError(
             f"--metric is {metric}, which is not available for {dataset}; choose one of: {', '.join(known) or 'none'}"

@@ -27,8 +27,9 @@ from mlflow.types.schema import AnyType, ColSpec, ParamSchema, ParamSpec, Schema
 
 from m2f.cluster.api.thresholds import THRESHOLDS_FILE, Thresholds
 from m2f.cluster.predict.trained_model import TrainedModel
+from m2f.cluster.project import read_project
 from m2f.cluster.registry.responses import served_tasks
-from m2f.cluster.registry.wheel import exact_requirements, read_project, write_wheel
+from m2f.cluster.registry.wheel import exact_requirements, write_wheel
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.report.coco_files import describe_categories

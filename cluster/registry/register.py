@@ -15,6 +15,7 @@ from mlflow.models import Model
 
 from m2f.cluster.api.thresholds import Thresholds, choose_thresholds
 from m2f.cluster.compare.records import RunRecord, read_runs
+from m2f.cluster.evaluation.choice import HEADLINE
 from m2f.cluster.evaluation.publication import evaluated_checkpoint, read_set_metrics
 from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
 from m2f.cluster.predict.choose_checkpoint import ChosenWeights, choose_checkpoint, open_recipe
@@ -177,11 +178,10 @@ class _Registration:
         if verdict is not None and not verdict.better:
             return self._result(None, False, verdict, thresholds)
         with self._pinned():
-            checkpoint = self._checkpoint
-            self._log_metrics(checkpoint)
+            self._log_metrics()
             digest = package_digest(self._chosen.url, thresholds, self._options.allowed_hosts, self._storage)
-            model, uploaded = self._find_or_upload_model(checkpoint, digest, thresholds)
-            version = self._find_or_create_version(model, checkpoint, digest, verdict, thresholds)
+            model, uploaded = self._find_or_upload_model(digest, thresholds)
+            version = self._find_or_create_version(model, digest, verdict, thresholds)
         moved_alias = [self._options.if_better] if self._options.if_better else []
         for alias in dict.fromkeys([*self._options.aliases, *moved_alias]):
             self._client.set_registered_model_alias(self._name, alias, version.version)
@@ -268,19 +268,17 @@ class _Registration:
                 unpin(self._storage, self._chosen.url, REGISTERED_PIN)
             raise
 
-    def _log_metrics(self, checkpoint: EvaluatedCheckpoint) -> None:
+    def _log_metrics(self) -> None:
         """Add the metrics of the evaluation to the logged model, because earlier versions logged only curve points."""
         for entry in read_entries(self._storage, queue_url(self._config)):
-            if entry.status == "published" and is_evaluation_of(entry, checkpoint):
+            if entry.status == "published" and is_evaluation_of(entry, self._checkpoint):
                 tracking = Tracking(self._run, "registration")
-                tracking.log_evaluation(checkpoint, read_set_metrics(self._config, self._storage, entry))
+                tracking.log_evaluation(self._checkpoint, read_set_metrics(self._config, self._storage, entry))
                 tracking.close(TRACKING_CLOSE_TIMEOUT_S)
 
-    def _find_or_upload_model(
-        self, checkpoint: EvaluatedCheckpoint, digest: str, thresholds: Thresholds | None
-    ) -> tuple[LoggedModel, bool]:
+    def _find_or_upload_model(self, digest: str, thresholds: Thresholds | None) -> tuple[LoggedModel, bool]:
         """Return the logged model with this content, uploading it if needed, and whether it was uploaded."""
-        models = LoggedModels(self._client, self._run.run_id)
+        models, checkpoint = LoggedModels(self._client, self._run.run_id), self._checkpoint
         model = models.ensure(checkpoint)
         if model is None:
             raise RegistryError(f"{self._run.uri} does not support logged models; registering needs an MLflow 3 server")
@@ -314,14 +312,10 @@ class _Registration:
         return model, True
 
     def _find_or_create_version(
-        self,
-        model: LoggedModel,
-        checkpoint: EvaluatedCheckpoint,
-        digest: str,
-        verdict: Verdict | None,
-        thresholds: Thresholds | None,
+        self, model: LoggedModel, digest: str, verdict: Verdict | None, thresholds: Thresholds | None
     ) -> ModelVersion:
         """Return the version of the registered model with this content. Create it if it does not exist."""
+        checkpoint = self._checkpoint
         try:
             self._client.create_registered_model(self._name)
         except MlflowException as error:
@@ -344,7 +338,7 @@ class _Registration:
             f"models:/{model.model_id}",
             self._run.run_id,
             tags,
-            description=_description(self._config, checkpoint, model, verdict, thresholds),
+            description=self._description(model, verdict, thresholds),
             model_id=model.model_id,
         )
         versions = parse_json(model.tags.get(VERSIONS_TAG, "[]"))
@@ -352,32 +346,25 @@ class _Registration:
         self._client.set_logged_model_tags(model.model_id, {VERSIONS_TAG: json.dumps(versions)})
         return version
 
+    def _description(self, model: LoggedModel, verdict: Verdict | None, thresholds: Thresholds | None) -> str:
+        """Return the Markdown description of a version for the registry's web page."""
+        lines = [f"Step {self._step} of `{self._config.run_folder}`, {self._config.data.task} segmentation."]
+        chosen = [m for m in model.metrics or () if m.key.rpartition("/")[2] in HEADLINE]
+        lines += [f"- {m.key}: {m.value:.2f}" for m in sorted(chosen, key=lambda m: m.key)]
+        if verdict is not None:
+            lines += ["", f"{verdict}."]
+        if thresholds is not None:
+            unreachable_classes = [name for name, one in thresholds.classes.items() if one.threshold is None]
+            lines += ["", f"Thresholds by class for a precision of {thresholds.precision:g} on {thresholds.dataset}."]
+            lines += [f"No threshold reaches it for: {', '.join(unreachable_classes)}."] if unreachable_classes else []
+        return "\n".join(lines)
+
 
 def is_evaluation_of(entry: Entry, checkpoint: EvaluatedCheckpoint) -> bool:
     """Return whether an evaluation belongs to a checkpoint, by commit, because a step may be trained again."""
     if not entry.commit:  # entries of version 0.1 have no commit
         return entry.step == checkpoint.step and entry.folder == checkpoint.name
     return entry.commit == checkpoint.commit
-
-
-def _description(
-    config: RunConfig,
-    checkpoint: EvaluatedCheckpoint,
-    model: LoggedModel,
-    verdict: Verdict | None,
-    thresholds: Thresholds | None,
-) -> str:
-    """Return the Markdown description of a version for the registry's web page."""
-    lines = [f"Step {checkpoint.step} of `{config.run_folder}`, {config.data.task} segmentation."]
-    chosen = [m for m in model.metrics or () if m.key.rpartition("/")[2] in ("PQ", "AP", "mIoU")]
-    lines += [f"- {m.key}: {m.value:.2f}" for m in sorted(chosen, key=lambda m: m.key)]
-    if verdict is not None:
-        lines += ["", f"{verdict}."]
-    if thresholds is not None:
-        unreachable_classes = [name for name, one in thresholds.classes.items() if one.threshold is None]
-        lines += ["", f"Thresholds by class for a precision of {thresholds.precision:g} on {thresholds.dataset}."]
-        lines += [f"No threshold reaches it for: {', '.join(unreachable_classes)}."] if unreachable_classes else []
-    return "\n".join(lines)
 
 
 @contextmanager

@@ -5,18 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-import tomllib
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import m2f
+from m2f.cluster.project import PACKAGE, Project
 
-PACKAGE = "m2f"
 FOLDERS = ("model", "data_pipeline", "trainer", "eval", "cluster", "configs")
 """Folders of the package that the wheel contains."""
 SERVING_REQUIREMENTS = ("mlflow",)
@@ -25,35 +24,6 @@ _TOP_LEVEL_FILES = ("__init__.py", "__init__.pyi", "py.typed")
 """Files at the top level of the package."""
 _FILE_DATE = (2000, 1, 1, 0, 0, 0)
 """Date of every file in the wheel. It is fixed, so that equal code results in equal bytes."""
-
-
-@dataclass(frozen=True)
-class Project:
-    """Metadata of m2f for an installer."""
-
-    version: str
-    python: str
-    """Required Python versions, such as `>=3.11`."""
-    dependencies: tuple[str, ...]
-    """Requirements; the marker of a requirement names the extra that it belongs to."""
-
-
-def read_project() -> Project:
-    """Return the metadata of m2f from pyproject.toml in a checkout, else from the installed package.
-
-    In a checkout, the installed metadata may be outdated.
-    """
-    file = m2f.ROOT / "pyproject.toml"
-    if not file.is_file():
-        found = distribution(PACKAGE)
-        return Project(found.version, found.metadata["Requires-Python"], tuple(found.requires or ()))
-    table = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-    extras = table.get("optional-dependencies", {})
-    return Project(
-        m2f.__version__,
-        table["requires-python"],
-        (*table["dependencies"], *(_with_extra_marker(one, name) for name, needs in extras.items() for one in needs)),
-    )
 
 
 def write_wheel(folder: Path, project: Project) -> Path:
@@ -91,7 +61,7 @@ def exact_requirements(project: Project) -> tuple[str, ...]:
     visited: set[tuple[str, str]] = set()
     while pending:
         requirement = pending.pop()
-        name = _normalize_name(requirement.name)
+        name = canonicalize_name(requirement.name)
         for extra in ("", *requirement.extras):
             if name == PACKAGE or (name, extra) in visited:
                 continue
@@ -116,11 +86,6 @@ def _package_files(home: Path) -> Iterator[tuple[str, Path]]:
                 yield f"{folder}/{inside.as_posix()}", path
 
 
-def _with_extra_marker(requirement: str, extra: str) -> str:
-    package, semicolon, marker = requirement.partition(";")
-    return f"{package}; ({marker.strip()}) and extra == '{extra}'" if semicolon else f"{package}; extra == '{extra}'"
-
-
 def _metadata(project: Project) -> bytes:
     lines = ["Metadata-Version: 2.1", f"Name: {PACKAGE}", f"Version: {project.version}"]
     lines += [f"Requires-Python: {project.python}"]
@@ -132,10 +97,6 @@ def _metadata(project: Project) -> bytes:
 
 def _digest(data: bytes) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-
-
-def _normalize_name(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 _WHEEL = b"Wheel-Version: 1.0\nGenerator: m2f\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

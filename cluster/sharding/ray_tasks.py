@@ -8,6 +8,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from m2f.cluster.sharding.report import ShardFailure, ShardJobError
+from m2f.cluster.terminal import first_line
 from m2f.data_pipeline.readers import Reader
 from m2f.data_pipeline.shards.plan import ShardPlan
 from m2f.data_pipeline.shards.write import ShardPart, write_shard
@@ -59,10 +60,9 @@ def _task_result(ref: ray.ObjectRef, index: int, plan: ShardPlan) -> ShardPart:
             raise error.cause from None
         raise
     except RayError as error:
-        text = str(error).strip()
-        reason = text.splitlines()[0] if text else type(error).__name__
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ShardJobError(
-            f"{plan.target}: shard {index:05d} failed {TASK_RETRIES + 1} times: {type(error).__name__}: {reason}. "
+            f"{plan.target}: shard {index:05d} failed {TASK_RETRIES + 1} times: {reason}. "
             "If workers run out of memory, lower cluster.shard_tasks or datasets.<name>.shard_mb. Finished shards are "
             "kept; run again to write the rest"
         ) from error

@@ -22,7 +22,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.ray_cluster import require_listening
 from m2f.cluster.ray_private import quiet_job_client, server_ray_version
-from m2f.cluster.terminal import format_duration, print_err, print_out
+from m2f.cluster.terminal import first_line, format_duration, print_err, print_out
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.urls import url_problem
 from m2f.model.errors import UserError
@@ -218,7 +218,7 @@ def _convert_errors(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise JobError(
-            f"the cluster at {address} requires a different token ({_first_line(error.message)}); set "
+            f"the cluster at {address} requires a different token ({first_line(error.message)}); set "
             "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the output of `ray get-auth-token` on its head"
         ) from error
     except (OSError, requests.RequestException) as error:
@@ -227,11 +227,7 @@ def _convert_errors(address: str) -> Iterator[None]:
             "(`ray dashboard CLUSTER.yaml`, `kubectl port-forward service/NAME-head-svc 8265`)"
         ) from error
     except RuntimeError as error:
-        raise JobError(f"the cluster at {address} rejected the request: {_first_line(str(error))}") from error
-
-
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "unknown")[:500]
+        raise JobError(f"the cluster at {address} rejected the request: {first_line(error)}") from error
 
 
 def _resolve_address(address: str | None) -> str:

@@ -105,6 +105,12 @@ class KeptCheckpoints:
     """Step of the newest checkpoint at that time. Nothing is known of later checkpoints."""
 
 
+def linked_metric(stored: Metric, model_id: str | None, data: Metric) -> Metric:
+    """Return the point `stored` of the run, linked to a model and to the data set of `data`."""
+    links = {"dataset_name": data.dataset_name, "dataset_digest": data.dataset_digest}
+    return Metric(stored.key, stored.value, stored.timestamp, stored.step, model_id, **links)
+
+
 class LoggedModels:
     """Logged models of one MLflow run."""
 
@@ -141,19 +147,7 @@ class LoggedModels:
 
         The run gets no duplicates, because value, time and step are equal.
         """
-        points = [
-            Metric(
-                one.key,
-                one.value,
-                one.timestamp,
-                one.step,
-                other.model_id,
-                dataset_name=one.dataset_name,
-                dataset_digest=one.dataset_digest,
-            )
-            for one in first.metrics or ()
-        ]
-        self.add_metrics(other, points)
+        self.add_metrics(other, [linked_metric(one, other.model_id, one) for one in first.metrics or ()])
         return self._client.get_logged_model(other.model_id)
 
     def find_tagged(self, commit: str, tag: str, value: str) -> LoggedModel | None:

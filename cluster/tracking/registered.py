@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from m2f.cluster.environment import environment
 from m2f.cluster.tracking.store import TrackingError, brief, checked_uri, connect
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.errors import UserError
@@ -104,13 +105,10 @@ def registry_client(uri: str) -> MlflowClient:
 @contextmanager
 def using_store(uri: str) -> Iterator[None]:
     """Set the store for MLflow's functions that take no URI, and restore the previous one at exit."""
-    before, env_uri = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(checked_uri(uri))  # also sets MLFLOW_TRACKING_URI
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
-        if env_uri is None:
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-        else:
-            os.environ["MLFLOW_TRACKING_URI"] = env_uri
+    before = mlflow.get_tracking_uri()
+    with environment({"MLFLOW_TRACKING_URI": checked_uri(uri)}):  # `set_tracking_uri` also sets the variable
+        mlflow.set_tracking_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)

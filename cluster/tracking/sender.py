@@ -15,6 +15,7 @@ from m2f.cluster.tracking.journal import Entry, Journal, Kind, kind_of
 from m2f.cluster.tracking.logged_models import (
     KeptCheckpoints,
     LoggedModels,
+    linked_metric,
     parse_evaluation,
     write_table,
 )
@@ -167,15 +168,7 @@ class Sender:
             return metric
         history = client.get_metric_history(self._run.run_id, metric.key)
         stored = max((point for point in history if point.step == metric.step), key=lambda point: point.timestamp)
-        return Metric(
-            stored.key,
-            stored.value,
-            stored.timestamp,
-            stored.step,
-            metric.model_id,
-            dataset_name=metric.dataset_name,
-            dataset_digest=metric.dataset_digest,
-        )
+        return linked_metric(stored, metric.model_id, metric)
 
     def _logged_models(self, client: MlflowClient) -> LoggedModels:
         if self._models is None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from m2f.cluster.terminal import print_err
-from m2f.cluster.train.failure_policy import root_cause
 from m2f.cluster.train.processes import RankProcesses
 from m2f.cluster.train.signals import handling_signals
 from m2f.model.errors import UserError
@@ -60,11 +59,9 @@ def launch(
         with handling_signals(stop):
             while ranks.running:
                 ranks.receive(POLL_S)
-    if not ranks.errors:
+    if (found := ranks.first_error()) is None:
         return
-    failure = root_cause({rank: rank_error.error for rank, rank_error in ranks.errors.items()})
-    first = min(ranks.errors) if failure.rank is None else failure.rank
-    rank_error = ranks.errors[first]
-    if isinstance(rank_error.error, UserError):
-        raise rank_error.error
-    raise LaunchError(f"rank {first}: {failure.message}\n(exit codes: {ranks.exit_codes})\n{rank_error.trace}".rstrip())
+    error, report = found
+    if isinstance(error, UserError):
+        raise error
+    raise LaunchError(report)

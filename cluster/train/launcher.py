@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, Self
 
 from m2f.cluster.evaluation.manager import EvaluationStatus
-from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.cluster.train.failure_policy import AttemptError
 from m2f.trainer.job import TrainJob
@@ -29,12 +28,8 @@ class Evaluations(Protocol):
         """Return the entries of the queue and the running evaluation; None while they are unknown."""
         ...
 
-    def entries(self) -> tuple[Entry, ...]:
-        """Return the stored entries of the evaluation queue."""
-        ...
-
-    def close(self) -> tuple[Entry, ...]:
-        """Stop evaluating, and return the stored entries."""
+    def close(self) -> None:
+        """Stop evaluating."""
         ...
 
 

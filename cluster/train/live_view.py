@@ -23,6 +23,7 @@ from m2f.cluster.evaluation.lines import headline
 from m2f.cluster.evaluation.manager import EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.terminal import format_duration, print_err, print_out
+from m2f.model.format_count import format_count
 from m2f.trainer.reporting import CommitReport, Event, Notice, NoticeKind, StepReport
 from m2f.trainer.telemetry.numbers import StepMetrics, SystemUse
 
@@ -165,11 +166,10 @@ class LiveView:
         return row
 
     def _subtitle(self) -> str:
-        noun = "worker" if self._workers == 1 else "workers"
-        alive = f"{self._workers} {noun}" if self._stage != "starting" else f"starting {self._workers} {noun}"
-        parts = [alive] if self._stage == "starting" else [self._stage, alive]
+        workers = format_count(self._workers, "worker")
+        parts = [f"starting {workers}"] if self._stage == "starting" else [self._stage, workers]
         if self._restarts > 0:
-            parts.append(f"{self._restarts} {'restart' if self._restarts == 1 else 'restarts'}")
+            parts.append(format_count(self._restarts, "restart"))
         if self._is_silent():
             parts.append(f"no report for {format_duration(self._clock() - self._reported_at)}")
         if self._key_hint:

@@ -12,17 +12,15 @@ import torch
 
 from m2f.cluster.evaluation.local_pool import LocalPool
 from m2f.cluster.evaluation.manager import EvaluationStatus
-from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
 from m2f.cluster.evaluation.service import EvaluationService
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.start.settling import local_devices, settled_run
 from m2f.cluster.terminal import print_out
 from m2f.cluster.tracking.tracking import TrackedRun
-from m2f.cluster.train.failure_policy import AttemptError, root_cause
+from m2f.cluster.train.failure_policy import AttemptError
 from m2f.cluster.train.local_rank import train_rank, worker_environment
 from m2f.cluster.train.processes import RankProcesses
 from m2f.cluster.train.supervisor import RunSummary, run_supervised
-from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.job import TrainJob
 from m2f.trainer.reporting import Event
 
@@ -93,14 +91,9 @@ class LocalLauncher:
     def attempt_error(self) -> AttemptError | None:
         """Return the errors of the ranks, with the traceback of the rank that caused them; None if none failed."""
         assert self._ranks is not None
-        found = self._ranks.errors
-        if not found:
+        if (found := self._ranks.first_error()) is None:
             return None
-        errors = {rank: rank_error.error for rank, rank_error in found.items()}
-        root_rank = root_cause(errors).rank
-        rank = min(errors) if root_rank is None else root_rank
-        details = f"rank {rank}: {errors[rank]}\n(exit codes: {self._ranks.exit_codes})\n{found[rank].trace}"
-        return AttemptError(errors, f"{details.rstrip()}\n")
+        return AttemptError({rank: failed.error for rank, failed in self._ranks.errors.items()}, f"{found[1]}\n")
 
     @property
     def is_draining(self) -> bool:
@@ -138,15 +131,10 @@ class LocalEvaluations:
         """Return the state of the evaluations; None before they begin."""
         return None if self._service is None else self._service.status()
 
-    def entries(self) -> tuple[Entry, ...]:
-        """Return the stored entries of the evaluation queue."""
-        return read_entries(Storage(self._config.storage), queue_url(self._config))
-
-    def close(self) -> tuple[Entry, ...]:
-        """Send pending MLflow entries if no evaluation is running, and return the stored entries.
+    def close(self) -> None:
+        """Send pending MLflow entries if no evaluation is running.
 
         A running evaluation is lost when this process ends, and repeated when the run is continued.
         """
         if self._service is not None and self._service.status().idle:
             self._service.close()
-        return self.entries()

@@ -22,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Self
 
 from m2f.cluster.exit_status import end_process
+from m2f.cluster.train.failure_policy import root_cause
 from m2f.cluster.train.orphans import end_with_parent
 from m2f.cluster.train.signals import signal_name
 from m2f.trainer.errors import RankDiedError
@@ -135,10 +136,19 @@ class RankProcesses:
         """Errors of failed ranks, by rank. The errors are complete once no process is running."""
         return {rank.index: rank.error for rank in self._ranks if rank.error is not None}
 
-    @property
-    def exit_codes(self) -> str:
-        """Exit statuses of all ranks as text."""
-        return ", ".join(f"rank {rank.index}: {rank.process.exitcode}" for rank in self._ranks)
+    def first_error(self) -> tuple[BaseException, str] | None:
+        """Return the error that caused those of other ranks, and a report with its traceback; None if no rank failed.
+
+        The report names the lowest rank whose failure is not a consequence of another rank's, and all exit statuses.
+        """
+        errors = self.errors
+        if not errors:
+            return None
+        failure = root_cause({rank: found.error for rank, found in errors.items()})
+        rank = min(errors) if failure.rank is None else failure.rank
+        exit_codes = ", ".join(f"rank {one.index}: {one.process.exitcode}" for one in self._ranks)
+        report = f"rank {rank}: {failure.message}\n(exit codes: {exit_codes})\n{errors[rank].trace}"
+        return errors[rank].error, report.rstrip()
 
     def receive(self, wait_s: float) -> list[Any]:
         """Wait up to `wait_s` seconds for a message and return the messages of all ranks.

@@ -17,14 +17,14 @@ from typing import Literal
 from m2f.cluster.evaluation.early_stopping import EarlyStop, early_stop, unknown_metrics
 from m2f.cluster.evaluation.evaluate import check_sets
 from m2f.cluster.evaluation.publication import kept_checkpoints
-from m2f.cluster.evaluation.queue import Entry
+from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
 from m2f.cluster.evaluation.rebuild import restore_queue
 from m2f.cluster.evaluation.service import poll_interval_s
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.pinned_weights import with_pinned_weights
 from m2f.cluster.start.continuation import check_continuation
 from m2f.cluster.start.epochs import with_steps
-from m2f.cluster.terminal import format_duration, print_err, print_out
+from m2f.cluster.terminal import first_line, format_duration, print_err, print_out
 from m2f.cluster.tracking.logged_models import KeptCheckpoints
 from m2f.cluster.tracking.record import record_evaluations
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, create_run
@@ -40,7 +40,7 @@ from m2f.cluster.train.failure_policy import (
     classify_attempt,
     decide,
 )
-from m2f.cluster.train.launcher import Evaluations, Launcher
+from m2f.cluster.train.launcher import Launcher
 from m2f.cluster.train.live_view import LiveView
 from m2f.cluster.train.relay import RunRelay
 from m2f.cluster.train.signals import handling_signals
@@ -124,7 +124,7 @@ class _Supervisor:
         if config.evaluation.sets and (restored := restore_queue(config, storage)) is not None:
             print_err(restored)
         self._evaluations = launcher.evaluations(self._tracked) if config.evaluation.sets else None
-        stored_entries = self._evaluations.entries() if self._evaluations else ()
+        stored_entries = self._stored_entries()
         settled = [entry for entry in stored_entries if entry.settled]
         self._relay = RunRelay(config.training.max_steps, self._tracked, tuple(settled), view)
         if self._tracked.recreated:
@@ -160,7 +160,9 @@ class _Supervisor:
         finally:
             kept = None
             try:
-                entries = self._evaluations.close() if self._evaluations is not None else ()
+                if self._evaluations is not None:
+                    self._evaluations.close()
+                entries = self._stored_entries()
                 kept = self._delete_old() if ended else None
             except LeaseLostError:
                 status = "lost"
@@ -224,7 +226,7 @@ class _Supervisor:
                 return "drained"
             if decision.change is not None:
                 self._lease.check()
-                reason = f"{_first_line(failure.message)}: {decision.reason}"
+                reason = f"{first_line(failure.message)}: {decision.reason}"
                 self._adjustments = adjust(self._storage, self._config.run_folder, decision.change, reason)
             self._pause(decision.delay_s)
             if self._interrupts:
@@ -258,7 +260,7 @@ class _Supervisor:
     ) -> None:
         """Print the failure and the decision, and write the details to a file in `failures/`."""
         where = "" if failure.rank is None else f" on rank {failure.rank}"
-        print_err(f"attempt {number} ended{where} after checkpoint step {step}: {_first_line(failure.message)}")
+        print_err(f"attempt {number} ended{where} after checkpoint step {step}: {first_line(failure.message)}")
         if error is not None:
             url = join(self._config.run_folder, "failures", f"{time.strftime('%Y%m%d-%H%M%S')}.txt")
             self._storage.put(url, error.details.encode())
@@ -301,16 +303,16 @@ class _Supervisor:
         if self._evaluations is None:
             return "finished"
         self._evaluations.training_ended()
-        while not (are_settled := self._are_commits_settled(self._evaluations)) and not self._interrupts:
+        while not (are_settled := self._are_commits_settled()) and not self._interrupts:
             if self._evaluations.failure_reason is not None:
                 break
             self._pause(poll_interval_s(self._config.run_folder))
         self._update(0.0)
         return "stopped" if self._interrupts and not are_settled else "finished"
 
-    def _are_commits_settled(self, evaluations: Evaluations) -> bool:
+    def _are_commits_settled(self) -> bool:
         try:
-            settled = {entry.commit for entry in evaluations.entries() if entry.settled}
+            settled = {entry.commit for entry in self._stored_entries() if entry.settled}
             return {commit.name for commit in list_commits(self._storage, self._config.run_folder)} <= settled
         except StorageError as error:  # training is done, so it does no harm to wait for the storage
             LOGGER.warning("evaluations are waiting for the storage: %s", error)
@@ -352,6 +354,10 @@ class _Supervisor:
         self._lease.check()
         repair_commits(self._storage, self._config.run_folder, self._job.evaluates)
 
+    def _stored_entries(self) -> tuple[Entry, ...]:
+        """Return the entries of the evaluation queue; none if the run does not evaluate."""
+        return () if self._evaluations is None else read_entries(self._storage, queue_url(self._config))
+
     def _newest(self) -> CommittedCheckpoint | None:
         return newest_undamaged(self._storage, self._config.run_folder)
 
@@ -388,7 +394,3 @@ class _SilenceWarning:
             f"no report from the workers for {format_duration(now - self._started_at)}"
             f"{f'; {reason}' if reason else ''}{self._hint}"
         )
-
-
-def _first_line(message: str) -> str:
-    return next((line for line in message.splitlines() if line.strip()), "unknown")[:300]

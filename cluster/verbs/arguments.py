@@ -15,9 +15,7 @@ OVERRIDE = "section.key=value"
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add arguments for the recipe and its overrides."""
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file, or a name such as coco_panoptic_r50+cross_attention"
-    )
+    _add_recipe(parser)
     add_overrides(parser)
 
 
@@ -28,10 +26,27 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
     """Add arguments for the recipe, followed by names or paths and overrides in any order; `what` is their help."""
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file, or a name such as coco_panoptic_r50+cross_attention"
-    )
+    _add_recipe(parser)
     parser.add_argument("words", nargs="*", metavar=metavar, help=f"{what}; {OVERRIDE} overrides a setting")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    what = "YAML file, or a name such as coco_panoptic_r50+cross_attention"
+    parser.add_argument("recipe", metavar="RECIPE", help=what)
+
+
+def add_env(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--env` of verbs that submit jobs, see `m2f.cluster.submit.environment`."""
+    what = "environment variable of the job (no secrets); repeatable"
+    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help=what)
+
+
+def add_threads_and_report(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add options of verbs that read many files: `--threads`, whose help names what is read, and `--report`."""
+    parser.add_argument(
+        "--threads", type=count, metavar="N", help=f"{what} to read in parallel (default: number of cores)"
+    )
+    parser.add_argument("--report", metavar="FILE", help="JSON file or URL for the complete report")
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

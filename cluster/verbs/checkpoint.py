@@ -62,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _delete_leftovers(storage: Storage, run_folder: str, dry_run: bool) -> int:
     """Print files that are no longer needed, and delete them under the lease of the run folder unless `dry_run`."""
-    from m2f.cluster.terminal import print_err
     from m2f.trainer.checkpoint.lease import hold_lease
     from m2f.trainer.checkpoint.lease_record import newest_number
     from m2f.trainer.checkpoint.leftovers import find_leftovers, lease_in_use
@@ -71,14 +70,10 @@ def _delete_leftovers(storage: Storage, run_folder: str, dry_run: bool) -> int:
         raise ConfigError(f"{run_folder} is empty or does not exist; give the recipe or folder of a run")
     if dry_run:
         oldest_lease_in_use = lease_in_use(storage, run_folder)
-        if oldest_lease_in_use <= newest_number(storage, run_folder):
+        is_only_writer = oldest_lease_in_use > newest_number(storage, run_folder)
+        if not is_only_writer:
             print_err(f"{run_folder}: a process may be training here; files that it is writing are not listed")
-        leftovers = find_leftovers(
-            storage,
-            run_folder,
-            oldest_lease_in_use,
-            is_only_writer=oldest_lease_in_use > newest_number(storage, run_folder),
-        )
+        leftovers = find_leftovers(storage, run_folder, oldest_lease_in_use, is_only_writer=is_only_writer)
         print_out("\n".join([*leftovers.describe(), f"{len(leftovers)} to delete; nothing was changed"]))
         return ExitStatus.DONE
     with hold_lease(storage, run_folder, print_err) as lease:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from m2f.cluster.terminal import print_err
-from m2f.cluster.verbs.arguments import add_overrides, enable_token_authentication
+from m2f.cluster.verbs.arguments import add_env, add_overrides, enable_token_authentication
 
 if TYPE_CHECKING:
     from m2f.cluster.doctor.finding import Finding
@@ -23,13 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL|ADDRESS",
         help="check every node of a cluster: http://HEAD:8265 submits a job; HEAD:6379 or auto connects from a node",
     )
-    parser.add_argument(
-        "--env",
-        action="append",
-        default=[],
-        metavar="NAME[=VALUE]",
-        help="environment variable of the job (no secrets); repeatable",
-    )
+    add_env(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_out
-from m2f.cluster.verbs.arguments import count, format_faults
+from m2f.cluster.verbs.arguments import add_threads_and_report, count, format_faults
 from m2f.model.errors import ConfigError
 from m2f.model.format_count import format_count
 
@@ -39,10 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-pixels", type=count, metavar="N", help="refuse images with more pixels (default 178956970)"
     )
     parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be indexed")
-    parser.add_argument(
-        "--threads", type=count, metavar="N", help="tars to read in parallel (default: number of cores)"
-    )
-    parser.add_argument("--report", metavar="FILE", help="JSON file or URL for the complete report")
+    add_threads_and_report(parser, "tars")
 
 
 def run(args: argparse.Namespace) -> int:

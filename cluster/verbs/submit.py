@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
-from m2f.cluster.verbs.arguments import add_overrides, enable_token_authentication
+from m2f.cluster.verbs.arguments import add_env, add_overrides, enable_token_authentication
 from m2f.model.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,13 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="FILE", help="with --kuberay: output file; default: standard output")
     parser.add_argument("--apply", action="store_true", help="with --kuberay: apply the RayJob with kubectl")
-    parser.add_argument(
-        "--env",
-        action="append",
-        default=[],
-        metavar="NAME[=VALUE]",
-        help="environment variable of the job (no secrets); repeatable",
-    )
+    add_env(parser)
     parser.add_argument(
         "--shared",
         action="append",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_out
-from m2f.cluster.verbs.arguments import count, format_faults
+from m2f.cluster.verbs.arguments import add_threads_and_report, format_faults
 from m2f.model.format_count import format_count
 
 if TYPE_CHECKING:
@@ -24,10 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="check the manifest, and existence and size of all shards (default)"
     )
     depth.add_argument("--full", action="store_true", help="read everything: check checksums, pixels and labels")
-    parser.add_argument(
-        "--threads", type=count, metavar="N", help="shards to read in parallel (default: number of cores)"
-    )
-    parser.add_argument("--report", metavar="FILE", help="JSON file or URL for the complete report")
+    add_threads_and_report(parser, "shards")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,5 +71,5 @@ def _summary(found: Verification, report: str | None) -> str:
             "all bytes and samples are valid" if found.depth == "full" else "all shards exist and have the right size"
         )
         return f"{found.url}: {what}: {read}"
-    lines = [f"{found.url}: {what}: {len(found.faults)} fault{'s' if len(found.faults) > 1 else ''}"]
+    lines = [f"{found.url}: {what}: {format_count(len(found.faults), 'fault')}"]
     return "\n".join(lines + format_faults(found.faults, report))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from m2f.data_pipeline.categories import TASKS, CategoryTable, Task
-from m2f.data_pipeline.readers.cityscapes import CATEGORIES as CITYSCAPES
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.transforms.collate import EvalBatch
 from m2f.eval.config import WHOLE_IMAGE, EvaluationConfig, ExtraMetric, TestTime, WholeImage
@@ -19,14 +19,13 @@ from m2f.eval.errors import EvaluationError
 from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
 from m2f.eval.inference.image_output import ImageOutput
 from m2f.eval.inference.test_time_augmentation import predict_in_passes
-from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
-from m2f.eval.metrics.box_average_precision import detection_boxes, match_boxes, truth_boxes
-from m2f.eval.metrics.cityscapes_ap import CityscapesDetection
 from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
-from m2f.eval.metrics.instance_matching import InstanceDetections, class_agnostic_detections, class_agnostic_truth
+from m2f.eval.metrics.extra.task_metric import ScoredImage, task_metrics
+from m2f.eval.metrics.instance_matching import InstanceDetections
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction
-from m2f.eval.metrics.rle import Rle, decode_mask, encode_masks
+from m2f.eval.metrics.rle import Rle, encode_masks
 from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
+from m2f.eval.metrics.truth import instance_truth, panoptic_truth, semantic_truth
 from m2f.eval.report.dump import ResultDump, image_file_name
 from m2f.eval.report.overlays import instance_overlays, panoptic_overlays, semantic_overlays
 from m2f.eval.report.panels import Overlay, render_panel
@@ -45,9 +44,6 @@ EVALUABLE_TASKS: dict[Task, tuple[Task, ...]] = {
     "semantic": ("semantic",),
 }
 """Tasks on which a model can be evaluated, by the task for which it was trained."""
-
-_CITYSCAPES = {(c.id, c.name) for c in CITYSCAPES.categories}
-"""Ids and names of the categories that the Cityscapes metrics require."""
 
 _MakeOverlays = Callable[[], tuple[Overlay, Overlay]]
 """Function that returns the overlays of truth and prediction of one image, called only if the image is drawn."""
@@ -88,12 +84,9 @@ def check_tasks(model_task: Task, tasks: Collection[Task]) -> None:
 
 
 def check_extra_metrics(categories: CategoryTable, metrics: Collection[ExtraMetric]) -> None:
-    """Raise ConfigError if Cityscapes metrics are requested for a data set with other classes."""
-    if "cityscapes" in metrics and {(c.id, c.name) for c in categories.categories} != _CITYSCAPES:
-        raise ConfigError(
-            "evaluation.extra_metrics has 'cityscapes', but the data set does not have the classes of Cityscapes; "
-            "remove the metric or evaluate on shards of Cityscapes"
-        )
+    """Raise ConfigError if one of the metrics does not apply to the classes of the data set."""
+    for metric in task_metrics(metrics):
+        metric.check_classes(categories)
 
 
 class Evaluator:
@@ -218,8 +211,7 @@ class Evaluator:
         labels = {segment.id: segment.label for segment in result.segments}
         prediction = PanopticPrediction(result.segment_map.cpu().numpy(), labels)
         states.panoptic.update(sample.image_id, truth, prediction)
-        if states.boundary_panoptic is not None:
-            states.boundary_panoptic.update(sample.image_id, truth, prediction)
+        self._update_extra("panoptic", sample, truth, prediction, states)
         candidates = panoptic_candidates(truth, prediction)
         if states.segments is not None:
             states.segments.update(sample.image_id, candidates)
@@ -238,17 +230,7 @@ class Evaluator:
             self._dump.add_instances(sample, detections)
         truth = instance_truth(sample, self._categories.labels("instance"))
         states.instance.update(sample.image_id, truth, detections)
-        if states.boundary_instance is not None:
-            states.boundary_instance.update(sample.image_id, truth, detections)
-        if states.box_instance is not None:
-            record = match_boxes(truth_boxes(truth), detection_boxes(detections), states.box_instance.max_dets[-1])
-            states.box_instance.add(sample.image_id, record)
-        if states.class_agnostic is not None:
-            one_class = class_agnostic_truth(truth), class_agnostic_detections(detections)
-            states.class_agnostic.update(sample.image_id, *one_class)
-        if states.cityscapes_instance is not None:
-            benchmark_detections = cityscapes_detections(detections, self._category_ids("instance"))
-            states.cityscapes_instance.update(sample.image_id, cityscapes_truth(sample), benchmark_detections)
+        self._update_extra("instance", sample, truth, detections, states)
         if states.segments is not None and states.panoptic is None:
             states.segments.update(sample.image_id, instance_candidates(truth, detections))
         if states.errors is not None and states.panoptic is None:
@@ -263,14 +245,17 @@ class Evaluator:
             self._dump.add_labels(sample, predicted)
         truth = semantic_truth(sample, self._categories.labels("semantic"))
         states.semantic.update(sample.image_id, truth, predicted)
-        if states.cityscapes_semantic is not None:
-            label_ids = self._category_ids("semantic")[predicted]
-            states.cityscapes_semantic.update(sample.image_id, cityscapes_truth(sample), label_ids)
+        self._update_extra("semantic", sample, truth, predicted, states)
         return partial(semantic_overlays, truth, predicted, states.semantic.num_classes)
 
-    def _category_ids(self, task: Task) -> np.ndarray:
-        """Return the category id of every class of a task."""
-        return np.array([c.id for c in self._categories.for_task(task)])
+    def _update_extra(
+        self, task: Task, sample: DecodedSample, truth: Any, prediction: Any, states: EvaluationStates
+    ) -> None:
+        """Add truth and prediction of one image to the extra metrics of a task."""
+        classes = self._categories.for_task(task)
+        image_id = sample.image_id
+        image = ScoredImage(image_id=image_id, truth=truth, prediction=prediction, classes=classes, sample=sample)
+        states.update_extra(task, image)
 
 
 def detect(output: ImageOutput, is_thing: Sequence[bool], config: PostprocessConfig) -> InstanceDetections:
@@ -285,10 +270,3 @@ def detect(output: ImageOutput, is_thing: Sequence[bool], config: PostprocessCon
         labels=ranking.labels.cpu().numpy(),
         scores=ranking.scores.cpu().numpy().astype(np.float64),
     )
-
-
-def cityscapes_detections(detections: InstanceDetections, category_ids: np.ndarray) -> Iterator[CityscapesDetection]:
-    """Yield detections in the benchmark's form, decoded one at a time; `category_ids` are indexed by class."""
-    columns = detections.mask_index, category_ids[detections.labels], detections.scores
-    for index, label, score in zip(*(column.tolist() for column in columns), strict=True):
-        yield CityscapesDetection(decode_mask(detections.masks[index]), label, score)

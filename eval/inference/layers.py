@@ -11,9 +11,9 @@ from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.transforms.collate import EvalBatch
 from m2f.eval.inference.evaluator import Evaluator, detect, image_outputs
 from m2f.eval.inference.image_output import ImageOutput
-from m2f.eval.inference.truth import instance_truth
 from m2f.eval.metrics.average_precision import AveragePrecisionState
 from m2f.eval.metrics.instance_matching import InstanceDetections, class_agnostic_truth
+from m2f.eval.metrics.truth import instance_truth
 from m2f.eval.results.results import EvaluationSubject, columns
 from m2f.eval.results.states import EvaluationStates
 from m2f.model.config import PostprocessConfig

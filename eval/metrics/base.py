@@ -39,6 +39,15 @@ UNREADABLE = (
 """Errors that numpy and zipfile raise for data that is not an npz file or is damaged."""
 
 
+Numbers = dict[str, float | None]
+"""Values by name, in per cent; None for an undefined value."""
+
+
+def percent(share: float | None) -> float | None:
+    """Convert a share to per cent. Return None for None and for -1, which COCO uses if there are no annotations."""
+    return None if share is None or share < 0 else 100 * share
+
+
 def column(dtype: str, *row: int, aligned_with: str | None = None) -> dict[str, Any]:
     """Return the metadata of a record's field: an array [rows, *row] of this dtype, with any number of rows per image.
 

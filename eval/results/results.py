@@ -15,6 +15,7 @@ import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.eval.metrics.average_precision import AveragePrecision
+from m2f.eval.metrics.base import percent
 from m2f.eval.metrics.error_types import ErrorCosts
 from m2f.eval.metrics.mean_iou import MeanIoU
 from m2f.eval.metrics.panoptic_quality import PanopticQuality, Quality
@@ -80,7 +81,7 @@ class EvaluationResults:
                 values |= {f"{name}{suffix}": value for name, value in _quality(quality).items()}
             values |= {f"PQ_{size}": _quality(quality)["PQ"] for size, quality in self.panoptic.by_size.items()}
         if self.instance is not None:
-            values |= {name: _defined(value) for name, value in self.instance.stats.items()}
+            values |= {name: percent(value) for name, value in self.instance.stats.items()}
         if self.semantic is not None:
             values |= _semantic(self.semantic)
         return values | self.extra.metrics()
@@ -105,9 +106,9 @@ class EvaluationResults:
                 row |= {"TP": q.true_positives, "FP": q.false_positives, "FN": q.false_negatives}
             if self.instance is not None:
                 stats = self.instance.class_stats(thing_labels[category.id]) if category.is_thing else {}
-                row |= {name: _defined(stats.get(name, -1.0)) for name in self.instance.stats}
+                row |= {name: percent(stats.get(name, -1.0)) for name in self.instance.stats}
             if self.semantic is not None:
-                row["IoU"] = _percent(self.semantic.per_class[label])
+                row["IoU"] = percent(self.semantic.per_class[label])
                 row["pixels"] = self.semantic.truth_pixels[label]
             rows.append(row | self.extra.class_values(category, label, thing_labels.get(category.id)))
         return rows
@@ -189,22 +190,13 @@ def _quality(quality: Quality | None) -> dict[str, float | None]:
 
 def _semantic(result: MeanIoU) -> dict[str, float | None]:
     return {
-        "mIoU": _percent(result.miou),
-        "fwIoU": _percent(result.fwiou),
-        "mACC": _percent(result.macc),
-        "pACC": _percent(result.pacc),
-        "mIoU_occurring": _percent(result.miou_occurring),
-        "mIoU_all": _percent(result.miou_all),
+        "mIoU": percent(result.miou),
+        "fwIoU": percent(result.fwiou),
+        "mACC": percent(result.macc),
+        "pACC": percent(result.pacc),
+        "mIoU_occurring": percent(result.miou_occurring),
+        "mIoU_all": percent(result.miou_all),
     }
-
-
-def _defined(value: float) -> float | None:
-    """Convert a COCO value, 0 to 1, to per cent. Return None for -1, which COCO uses if there are no annotations."""
-    return None if value < 0 else 100 * value
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
 
 
 def distinct_names(names: Iterable[str]) -> list[str]:

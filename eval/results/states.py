@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -15,10 +15,8 @@ from m2f.eval.config import ExtraMetric
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.average_precision import AveragePrecisionState
 from m2f.eval.metrics.base import UNREADABLE, MetricState
-from m2f.eval.metrics.boundary import BOUNDARY_RATIO
-from m2f.eval.metrics.cityscapes_ap import CityscapesAPState
-from m2f.eval.metrics.cityscapes_iou import CityscapesIoUState
 from m2f.eval.metrics.error_types import ErrorState
+from m2f.eval.metrics.extra.task_metric import ScoredImage, task_metrics
 from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoUState, split_cells
 from m2f.eval.metrics.panoptic_quality import PanopticQualityState
 from m2f.eval.metrics.segment_errors import SegmentErrorState
@@ -31,12 +29,6 @@ _STATE_TYPES = {
     "semantic": MeanIoUState,
     "segments": SegmentErrorState,
     "errors": ErrorState,
-    "boundary_panoptic": PanopticQualityState,
-    "boundary_instance": AveragePrecisionState,
-    "box_instance": AveragePrecisionState,
-    "class_agnostic": AveragePrecisionState,
-    "cityscapes_instance": CityscapesAPState,
-    "cityscapes_semantic": CityscapesIoUState,
 }
 
 
@@ -51,12 +43,8 @@ class EvaluationStates:
     """Segment errors of the panoptic task, else of the instance task; None if neither is requested."""
     errors: ErrorState | None = None
     """Error types of the same task."""
-    boundary_panoptic: PanopticQualityState | None = None
-    boundary_instance: AveragePrecisionState | None = None
-    box_instance: AveragePrecisionState | None = None
-    class_agnostic: AveragePrecisionState | None = None
-    cityscapes_instance: CityscapesAPState | None = None
-    cityscapes_semantic: CityscapesIoUState | None = None
+    extra: dict[str, MetricState] = field(default_factory=dict)
+    """States of the extra metrics by `TaskMetric.key`, in the order of `EXTRA_METRICS`."""
     panels: dict[int, bytes] = field(default_factory=dict)
 
     @classmethod
@@ -74,24 +62,20 @@ class EvaluationStates:
             num_classes = len(categories.for_task(segment_task))
             states.segments = SegmentErrorState(num_classes)
             states.errors = ErrorState(num_classes, "PQ" if segment_task == "panoptic" else "AP50")
-        if "boundary" in extra and "panoptic" in tasks:
-            states.boundary_panoptic = PanopticQualityState(is_thing, BOUNDARY_RATIO)
-        if "boundary" in extra and "instance" in tasks:
-            states.boundary_instance = AveragePrecisionState(len(things), boundary_ratio=BOUNDARY_RATIO)
-        if "box" in extra and "instance" in tasks:
-            states.box_instance = AveragePrecisionState(len(things))
-        if "class_agnostic" in extra and "instance" in tasks:
-            states.class_agnostic = AveragePrecisionState(1)
-        if "cityscapes" in extra and "instance" in tasks:
-            states.cityscapes_instance = CityscapesAPState()
-        if "cityscapes" in extra and "semantic" in tasks:
-            states.cityscapes_semantic = CityscapesIoUState()
+        requested = (metric for metric in task_metrics(extra) if metric.task in tasks)
+        states.extra = {metric.key: metric.empty_state(categories) for metric in requested}
         return states
 
     def metric_states(self) -> dict[str, MetricState]:
         """Return the states by name: those of tasks, segments, errors and extra metrics."""
         states = {name: getattr(self, name) for name in _STATE_TYPES}
-        return {task: state for task, state in states.items() if state is not None}
+        return {task: state for task, state in states.items() if state is not None} | self.extra
+
+    def update_extra(self, task: Task, image: ScoredImage) -> None:
+        """Add one image to the states of all extra metrics of a task."""
+        for metric in task_metrics():
+            if metric.task == task and metric.key in self.extra:
+                metric.update(self.extra[metric.key], image)
 
     @property
     def image_ids(self) -> tuple[int, ...]:
@@ -125,12 +109,8 @@ class EvaluationStates:
             segments=self.segments.compute() if self.segments is not None else None,
             errors=self.errors.compute() if self.errors is not None else None,
             pixels=self.semantic.confusion() if self.semantic is not None else None,
-            extra=self._extra_results(),
+            extra=ExtraResults({key: state.compute() for key, state in self.extra.items()}),
         )
-
-    def _extra_results(self) -> ExtraResults:
-        names = (f.name for f in fields(ExtraResults))
-        return ExtraResults(**{name: state.compute() for name in names if (state := getattr(self, name)) is not None})
 
     def to_bytes(self) -> bytes:
         """Return everything as one npz file without pickles. Equal states give equal bytes."""
@@ -145,6 +125,7 @@ class EvaluationStates:
     def from_bytes(cls, payload: bytes) -> Self:
         """Restore the output of `to_bytes`. Raises EvaluationError for any other content; never unpickles."""
         states = cls()
+        extra_types = {metric.key: metric.state_type for metric in task_metrics()}
         try:
             with np.load(io.BytesIO(payload), allow_pickle=False) as parts:
                 for name in parts.files:
@@ -152,6 +133,8 @@ class EvaluationStates:
                     part = parts[name].tobytes()
                     if kind == "panel":
                         states.panels[int(key)] = part
+                    elif key in extra_types:
+                        states.extra[key] = extra_types[key].from_bytes(part)
                     else:
                         setattr(states, key, _STATE_TYPES[key].from_bytes(part))
         except UNREADABLE as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from m2f.data_pipeline.folders import list_files
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES
 from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.base import percent
 from m2f.eval.metrics.cityscapes_ap import (
     CityscapesAP,
     CityscapesAPState,
@@ -31,7 +32,7 @@ from m2f.eval.metrics.cityscapes_iou import (
 )
 from m2f.eval.results.results import columns
 from m2f.eval.score.files import first_few, read_labels, require_folder
-from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, percent, score_report
+from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, score_report
 
 TRUTH_ENDING = "_gtFine_instanceIds.png"
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.eval.metrics.average_precision import AveragePrecision, AveragePrecisionState
-from m2f.eval.metrics.base import MetricState, Record
+from m2f.eval.metrics.base import MetricState, Record, percent
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
 from m2f.eval.metrics.box_average_precision import match_boxes
 from m2f.eval.metrics.error_types import ErrorState, instance_errors
+from m2f.eval.metrics.extra.box import BOX_INSTANCE
 from m2f.eval.metrics.instance_matching import (
     DetectionRecord,
     InstanceDetections,
@@ -63,7 +64,7 @@ from m2f.eval.score.options import (
     select_classes,
     unknown_notes,
 )
-from m2f.eval.score.scoring import MultiRecord, ScoreReport, Scoring, percent, score_report
+from m2f.eval.score.scoring import MultiRecord, ScoreReport, Scoring, score_report
 from m2f.eval.score.truth_doubts import TruthDoubts, instance_doubts, sampled
 from m2f.model.errors import UserError
 
@@ -181,7 +182,7 @@ def _results(
         instance=result,
         semantic=None,
         notes=notes,
-        extra=ExtraResults(box_instance=extra_states["box"].compute() if "box" in extra_states else None),
+        extra=ExtraResults({BOX_INSTANCE.key: extra_states["box"].compute()} if "box" in extra_states else {}),
         **details,
     )
 

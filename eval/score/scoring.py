@@ -124,8 +124,3 @@ class Scoring(Generic[Task, R, Result]):
                     self.extra_states[name].add(position, record)
             advance(1)
         return self.state.compute()
-
-
-def percent(share: float | None) -> float | None:
-    """Convert a share to per cent for tables. Return None for None and for pycocotools' undefined value (-1)."""
-    return None if share is None or share < 0 else 100 * share

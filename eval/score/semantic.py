@@ -13,6 +13,7 @@ from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.readers.files import files_below
 from m2f.data_pipeline.readers.map_reader import LOSSY_ENDINGS, OTHER_MAP_ENDINGS
 from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.base import percent
 from m2f.eval.metrics.mean_iou import (
     BINARY_MASK,
     ConfusionRecord,
@@ -32,7 +33,7 @@ from m2f.eval.score.options import (
     scope_notes,
     score_subject,
 )
-from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, percent, score_report
+from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, score_report
 from m2f.model.format_count import format_count
 
 MapPair = tuple[str, str]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.bench_train_step import _Case
 from benchmarks.measure import CPU
+from benchmarks.peers.bench_train_step import _Case
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks import bench_heads
+from benchmarks.peers import bench_heads
 
 
 def test_ours_agrees_with_the_official_order():

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_inference, bench_train_step
 from benchmarks.__main__ import ON_ANY_DEVICE, main
-from benchmarks.bench_train_step import _product_milliseconds
 from benchmarks.measure import CPU, Measurement, Times, compare, time_interleaved
+from benchmarks.peers import bench_inference, bench_train_step
+from benchmarks.peers.bench_train_step import _product_milliseconds
 from benchmarks.tables import Setting, json_lines, markdown, save
 from m2f.model.structures import Predictions
 
@@ -99,7 +99,7 @@ def test_inference_is_measured_with_weights_cast_once_and_deterministic_convolut
 
 def test_model_benchmarks_do_not_need_packages_of_other_benchmarks():
     repository = Path(__file__).resolve().parents[2]
-    modules = ["benchmarks.__main__", *(f"benchmarks.bench_{name}" for name in ON_ANY_DEVICE)]
+    modules = ["benchmarks.__main__", *(f"benchmarks.peers.bench_{name}" for name in ON_ANY_DEVICE)]
     command = [sys.executable, "tests/import_without.py", "boto3,webdataset,pycocotools,ray,mlflow", *modules]
     environment = os.environ | {"PYTHONPATH": str(repository)}
     done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)

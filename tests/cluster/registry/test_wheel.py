@@ -8,7 +8,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from m2f.cluster.registry.wheel import Project, exact_requirements, read_project, write_wheel
+from m2f.cluster.project import Project, read_project
+from m2f.cluster.registry.wheel import exact_requirements, write_wheel
 
 
 def test_wheel_contains_the_package_and_is_reproducible(tmp_path):

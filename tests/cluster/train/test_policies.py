@@ -1,6 +1,6 @@
 import pytest
 
-from m2f.cluster.evaluation.choice import QueueChoice, best_step, choose
+from m2f.cluster.evaluation.choice import best_step
 from m2f.cluster.train.failure_policy import (
     Attempt,
     AttemptHistory,
@@ -130,12 +130,6 @@ def test_loss_spike_skips_its_samples_and_counts_as_failure():
     once = AttemptHistory(0, (Attempt(failure, 4),))
     assert decide(once, max_failures=1).change == SkipPositions(PositionRange(8, 16))
     assert isinstance(decide(once.after(Attempt(failure, 4)), max_failures=1), Stop)
-
-
-def test_choose_follows_the_queue_policy():
-    assert choose([], "every") == QueueChoice(None)
-    assert choose([30, 10, 20], "every") == QueueChoice(10)
-    assert choose([30, 10, 20], "latest") == QueueChoice(30, (10, 20))
 
 
 def test_best_step_is_the_earliest_with_the_highest_value():

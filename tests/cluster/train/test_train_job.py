@@ -17,7 +17,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 from m2f.cluster.evaluation.client import NAMESPACE, EvaluationClient
 from m2f.cluster.evaluation.offline import evaluate_checkpoint
-from m2f.cluster.evaluation.queue import read_entries
+from m2f.cluster.evaluation.queue import queue_url, read_entries
 from m2f.cluster.ray_cluster import ClusterError, connect
 from m2f.cluster.recipe.config import RunConfig, TrackingConfig
 from m2f.cluster.recipe.load import parse_recipe
@@ -163,10 +163,11 @@ def test_killing_evaluation_service_and_actor_does_not_change_results(summary, c
     client = EvaluationClient(again, create_run(again))
     wait_until(lambda: (status := client.status()) and status.current)
     os.kill(ray_processes("EvaluationActor")[0].pid, signal.SIGKILL)
-    wait_until(lambda: any(entry.settled for entry in client.entries()))
+    wait_until(lambda: any(entry.settled for entry in read_entries(Storage(), queue_url(again))))
     os.kill(ray_processes("EvaluationService")[0].pid, signal.SIGKILL)
     wait_until(lambda: (status := client.status()) and len(status.entries) == 3 and status.idle)
-    entries = client.close()
+    client.close()
+    entries = read_entries(Storage(), queue_url(again))
     assert [(e.step, e.status, e.metrics) for e in entries] == [
         (e.step, "published", e.metrics) for e in summary.evaluations
     ]

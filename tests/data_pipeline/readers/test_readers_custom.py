@@ -21,7 +21,7 @@ from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.targets import image_targets
-from m2f.eval.inference.truth import instance_truth
+from m2f.eval.metrics.truth import instance_truth
 
 DOCUMENT = Path(m2f.__file__).parents[1] / "docs" / "datasets.md"
 H, W = 6, 8

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,16 +20,19 @@ from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES, InstanceIds
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.transforms.collate import collate_eval
-from m2f.eval.config import EvaluationConfig, EvaluationSet
+from m2f.eval.config import EXTRA_METRICS, EvaluationConfig, EvaluationSet, ExtraMetric, ExtraMetricEntry
 from m2f.eval.errors import EvaluationError
-from m2f.eval.inference.evaluator import Evaluator, cityscapes_detections, detect, image_outputs
-from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth
+from m2f.eval.inference.evaluator import Evaluator, detect, image_outputs
 from m2f.eval.metrics.average_precision import AveragePrecisionState
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
 from m2f.eval.metrics.cityscapes_ap import CityscapesAPState
 from m2f.eval.metrics.cityscapes_iou import CityscapesIoUState
+from m2f.eval.metrics.extra.cityscapes import cityscapes_detections, cityscapes_truth
+from m2f.eval.metrics.extra.task_metric import TaskMetric, task_metrics
 from m2f.eval.metrics.instance_matching import class_agnostic_detections, class_agnostic_truth
+from m2f.eval.metrics.mean_iou import MeanIoUState
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticQualityState
+from m2f.eval.metrics.truth import instance_truth, panoptic_truth
 from m2f.eval.results.results import EvaluationSubject
 from m2f.eval.results.states import EvaluationStates, check_complete
 from m2f.model.config import PostprocessConfig
@@ -170,7 +176,7 @@ def test_extra_metrics_are_in_every_output(evaluated):
 def test_missing_images_of_an_extra_metric_are_refused(evaluated):
     states = EvaluationStates.from_bytes(evaluated.to_bytes())
     check_complete(states, range(1, 5))
-    states.boundary_instance = EvaluationStates.empty(CATEGORIES, TASKS, EXTRA).boundary_instance
+    states.extra["boundary_instance"] = EvaluationStates.empty(CATEGORIES, TASKS, EXTRA).extra["boundary_instance"]
     with pytest.raises(EvaluationError, match="boundary_instance results are not published: 4 of 4 images"):
         check_complete(states, range(1, 5))
 
@@ -202,6 +208,50 @@ def test_extra_metrics_without_an_applicable_task_are_refused():
         "semantic",
         "cityscapes_semantic",
     }
+
+
+class PixelCount(TaskMetric):
+    key, task, title, prefix = "pixel_count", "semantic", "pixels", "made_"
+    state_type = MeanIoUState
+
+    def empty_state(self, categories):
+        return MeanIoUState(len(categories.for_task("semantic")))
+
+    def update(self, state, image):
+        state.update(image.image_id, image.truth, image.prediction)
+
+    def values(self, result):
+        return {"pixels": float(sum(result.truth_pixels))}
+
+    def class_values(self, result, category, label):
+        return {"pixels": float(result.truth_pixels[label])}
+
+
+def test_a_new_metric_needs_only_its_module_and_a_line_in_the_table(monkeypatch):
+    module = ModuleType("made_metric")
+    module.TASK_METRICS = (PixelCount(),)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(EXTRA_METRICS, "made", ExtraMetricEntry(module.__name__, ("semantic",)))
+    states = EvaluationStates.empty(CATEGORIES, TASKS, ("made",))
+    for image_id in (1, 2):
+        part = evaluator(extra=("made",)).evaluate_batch(batch_of(image_id))
+        states.merge(EvaluationStates.from_bytes(part.to_bytes()))
+    results = states.compute(CATEGORIES, SUBJECT)
+    rows = json.loads(results.to_json())["per_class"]
+    assert results.metrics()["made_pixels"] == sum(row["pixels"] for row in rows) > 0
+    assert [row["made_pixels"] for row in rows] == [row["pixels"] for row in rows]
+    assert "made_pixels" in results.table()
+    with pytest.raises(ConfigError, match=r"'made', which applies to semantic, but the tasks are \['instance'\]"):
+        EvaluationConfig(tasks=("instance",), extra_metrics=("made",))
+
+
+def test_the_table_of_extra_metrics_agrees_with_their_modules():
+    for name, entry in EXTRA_METRICS.items():
+        assert tuple(metric.task for metric in task_metrics([name])) == entry.tasks
+        assert all(metric.empty_state(CATEGORIES).name == metric.state_type.name for metric in task_metrics([name]))
+    keys = [metric.key for metric in task_metrics()]
+    assert len(set(keys)) == len(keys)
+    assert get_args(ExtraMetric) == tuple(EXTRA_METRICS)
 
 
 def test_cityscapes_metrics_require_cityscapes_classes():

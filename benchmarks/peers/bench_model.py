@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Measurement, compare
-from benchmarks.transformers_peer import twins
+from benchmarks.peers.transformers_peer import twins
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:

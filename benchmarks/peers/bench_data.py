@@ -31,8 +31,8 @@ import boto3
 import numpy as np
 import torch
 
-from benchmarks import data_peers as peer
 from benchmarks.measure import Measurement, time_interleaved
+from benchmarks.peers import data_peers as peer
 from benchmarks.synthetic_images import SIZE, TABLE, SyntheticImage, make_image, write_images, write_long_manifest
 from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem, StorageConfig
 from m2f.data_pipeline.errors import DataError

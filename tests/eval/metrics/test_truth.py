@@ -5,8 +5,9 @@ import pytest
 
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.eval.errors import EvaluationError
-from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
+from m2f.eval.metrics.extra.cityscapes import cityscapes_truth
 from m2f.eval.metrics.rle import decode_mask
+from m2f.eval.metrics.truth import instance_truth, panoptic_truth, semantic_truth
 
 LABELS = {7: 0, 9: 1, 40: 2}
 THING_LABELS = {7: 0, 9: 1}

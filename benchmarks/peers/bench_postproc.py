@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Measurement, compare
-from benchmarks.official_order import plain_instance, plain_panoptic, plain_semantic
+from benchmarks.peers.official_order import plain_instance, plain_panoptic, plain_semantic
 from benchmarks.synthetic_batches import confident_predictions
 from m2f.model.config import PostprocessConfig
 from m2f.model.inference.mask_resize import ImageGeometry

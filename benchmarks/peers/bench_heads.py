@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Measurement, compare
-from benchmarks.official_order import dense_attention_masks, official_loss
+from benchmarks.peers.official_order import dense_attention_masks, official_loss
+from benchmarks.peers.transformers_peer import transformers_criterion
 from benchmarks.synthetic_batches import CLASSES, LAYERS, QUERIES, dense_masks, make_batch, random_predictions
-from benchmarks.transformers_peer import transformers_criterion
 from m2f.model.attention import attention_mask, resize_for_attention
 from m2f.model.config import LossConfig
 from m2f.model.loss.criterion import compute_losses, count_normalizers, point_counts

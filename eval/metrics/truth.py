@@ -12,7 +12,6 @@ import numpy as np
 
 from m2f.data_pipeline.sample import DecodedSample, Segment
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.cityscapes_ap import FIRST_INSTANCE
 from m2f.eval.metrics.instance_matching import InstanceTruth
 from m2f.eval.metrics.mean_iou import ignore_label
 from m2f.eval.metrics.panoptic_quality import PanopticTruth, TruthSegment
@@ -28,7 +27,7 @@ def panoptic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> Panoptic
     `labels` maps category ids to classes. The pixels of a segment are counted if its stated area is 0, as in shards of
     earlier versions. Raises EvaluationError naming the image if the sample has no partition.
     """
-    id_map = _partition(sample, "panoptic quality", _INSTANCE_TASK)
+    id_map = partition(sample, "panoptic quality", _INSTANCE_TASK)
     segments = {
         s.id: TruthSegment(_label(sample, s, labels), s.area or float(np.count_nonzero(id_map == s.id)), s.is_crowd)
         for s in sample.annotation.segments
@@ -44,7 +43,7 @@ def instance_truth(sample: DecodedSample, labels: Mapping[int, int]) -> Instance
         layers = annotation.inst
         segments = [s for s in annotation.segments if s.map == "inst"]
     else:
-        layers = _partition(sample, "instances")[None]
+        layers = partition(sample, "instances")[None]
         segments = [s for s in annotation.segments if s.map == "seg" and s.is_thing]
     return InstanceTruth(
         masks=encode_masks(layers[s.layer] == s.id for s in segments),
@@ -60,7 +59,7 @@ def semantic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> np.ndarr
     The map is uint8, or uint16 for 256 or more classes. The Mask2Former paper evaluates the mIoU of panoptic models on
     the same map.
     """
-    id_map = _partition(sample, "semantic labels", _INSTANCE_TASK)
+    id_map = partition(sample, "semantic labels", _INSTANCE_TASK)
     ignore = ignore_label(len(labels))
     segments = [s for s in sample.annotation.segments if s.map == "seg"]
     label_of_id = np.full(np.iinfo(id_map.dtype).max + 1, ignore, dtype=np.uint8 if ignore == 255 else np.uint16)
@@ -69,29 +68,7 @@ def semantic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> np.ndarr
     return label_of_id[id_map]
 
 
-def cityscapes_truth(sample: DecodedSample) -> np.ndarray:
-    """Return ids [H, W] int32 as in gtFine_instanceIds.png, for a data set with the categories of Cityscapes.
-
-    Ids are label ids for stuff and groups, 1000 times the label id plus a number for instances, and 0 for void. Shards
-    contain only the 19 classes, so instances of caravans and trailers are void here. With the original files,
-    detections that overlap them are false positives.
-    """
-    id_map = _partition(sample, "Cityscapes metrics", "remove `cityscapes` from evaluation.extra_metrics")
-    ids = np.zeros(np.iinfo(id_map.dtype).max + 1, dtype=np.int32)
-    number: dict[int, int] = {}
-    for segment in sample.annotation.segments:
-        category = segment.category_id
-        if segment.map != "seg":
-            continue
-        if segment.is_thing and not segment.is_crowd:
-            ids[segment.id] = FIRST_INSTANCE * category + number.setdefault(category, 0)
-            number[category] += 1
-        else:
-            ids[segment.id] = category
-    return ids[id_map]
-
-
-def _partition(sample: DecodedSample, purpose: str, alternative: str | None = None) -> np.ndarray:
+def partition(sample: DecodedSample, purpose: str, alternative: str | None = None) -> np.ndarray:
     """Return `seg`. Raises EvaluationError if it is missing; the message suggests `alternative` as a remedy."""
     if sample.annotation.seg is None:
         remedies = [alternative] if alternative is not None else []

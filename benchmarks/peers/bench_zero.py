@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import CPU, Measurement, Times, compare
+from benchmarks.peers.transformers_peer import CONFIG
 from benchmarks.synthetic_batches import make_batch
-from benchmarks.transformers_peer import CONFIG
 from m2f.cluster.train.launch import launch
 from m2f.model.loss.criterion import count_normalizers
 from m2f.model.mask2former import build_model

@@ -28,8 +28,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from benchmarks import score_files
 from benchmarks.measure import Measurement, compare
+from benchmarks.peers import score_files
 from m2f.eval.metrics.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
 from m2f.eval.metrics.mean_iou import MeanIoUState
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticQualityState, PanopticTruth, TruthSegment

@@ -26,9 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Measurement, compare, without_tf32
-from benchmarks.official_order import official_loss, official_pixel_decoder
+from benchmarks.peers.official_order import official_loss, official_pixel_decoder
+from benchmarks.peers.transformers_peer import CONFIG, compile_parts, twins
 from benchmarks.synthetic_batches import LAYERS, OBJECTS, dense_masks, make_batch
-from benchmarks.transformers_peer import CONFIG, compile_parts, twins
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.loss import criterion
 from m2f.model.loss.criterion import Normalizers, count_normalizers, point_counts

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Measurement, compare
-from benchmarks.official_order import official_assignment
+from benchmarks.peers.official_order import official_assignment
 from benchmarks.synthetic_batches import LAYERS, dense_masks, make_batch, random_predictions
 from m2f.model.config import LossConfig
 from m2f.model.loss.criterion import point_counts

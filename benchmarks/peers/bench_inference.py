@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Measurement, compare, without_tf32
-from benchmarks.official_order import plain_panoptic
+from benchmarks.peers.official_order import plain_panoptic
+from benchmarks.peers.transformers_peer import CONFIG, twins
 from benchmarks.synthetic_batches import CLASSES, confident_predictions
-from benchmarks.transformers_peer import CONFIG, twins
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.inference.postprocess import panoptic
