@@ -407,7 +407,7 @@ class ModelConfig(Section):
             raise ConfigError(
                 f"model.freeze has backbone.vit, which backbone.kind {self.backbone.kind} does not have; use [backbone]"
             )
-        has_base = self.backbone.weights is not None or self.backbone.pretrained not in (None, False, "auto")
+        has_base = self.backbone.weights is not None or self.backbone.published_name is not None
         if self.weights_are_deltas and (self.weights is None or not has_base):
             raise ConfigError(
                 f"model.weights_are_deltas is true and model.weights is {self.weights}; it needs model.weights and the "

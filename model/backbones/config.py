@@ -37,6 +37,11 @@ class TimmBackboneConfig(Section):
     options: Mapping[str, Any] = field(default_factory=dict)
     """Additional keyword arguments of the timm model, for example `{drop_path_rate: 0.1}`."""
 
+    @property
+    def published_name(self) -> str | None:
+        """timm name of the published weights that the recipe requires, or None if it requires none."""
+        return self.name if self.pretrained is True else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class SwinBackboneConfig(Section):
@@ -64,6 +69,11 @@ class SwinBackboneConfig(Section):
     official Mask2Former. Read without executing pickles."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
+
+    @property
+    def published_name(self) -> str | None:
+        """timm name of the published weights that the recipe requires, or None if it requires none."""
+        return self.pretrained
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,3 +115,8 @@ class ViTAdapterBackboneConfig(Section):
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Additional keyword arguments of the timm model."""
+
+    @property
+    def published_name(self) -> str | None:
+        """timm name of the published weights that the recipe requires, or None if it requires none."""
+        return self.name if self.pretrained else None
