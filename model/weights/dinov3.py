@@ -1,8 +1,7 @@
 """Convert between the weight names of DINOv3's segmentation head (ViT-Adapter and Mask2Former) and ours.
 
 The head equals that of the official Mask2Former under other names, so its tensors are converted through the canonical
-names. The published file has no vision transformer, which is published separately. DINOv3's transformer is also read
-as transformers stores it.
+names. The published file has no vision transformer, which is published separately.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from m2f.model.errors import WeightsError
-from m2f.model.weights.packing import attention_packs, pack
 from m2f.model.weights.tables import NameTable
 
 _AUTHORS_BACKBONE = "segmentation_model.0"
@@ -71,38 +69,6 @@ _HEAD = NameTable(
     (f"{_AUTHORS_QUERIES}.post_norm.*", f"{_QUERIES}.decoder_norm.*"),
     (f"{_AUTHORS_QUERIES}.*", f"{_QUERIES}.*"),
 )
-# Names of DINOv3ViTModel in transformers (left) and of timm (right), with separate attention projections.
-_TRANSFORMERS_VIT = NameTable(
-    ("embeddings.cls_token", "cls_token"),
-    ("embeddings.register_tokens", "reg_token"),
-    ("embeddings.patch_embeddings.*", "patch_embed.proj.*"),
-    *((f"layer.#.layer_scale{i}.lambda1", f"blocks.#.gamma_{i}") for i in (1, 2)),
-    *((f"layer.#.attention.{i}_proj.bias", f"blocks.#.attn.{i}_bias") for i in ("q", "v")),
-    ("layer.#.attention.o_proj.*", "blocks.#.attn.proj.*"),
-    ("layer.#.attention.*", "blocks.#.attn.*"),
-    ("layer.#.mlp.gate_proj.*", "blocks.#.mlp.fc1_g.*"),
-    ("layer.#.mlp.up_proj.*", "blocks.#.mlp.fc1.*"),
-    ("layer.#.mlp.down_proj.*", "blocks.#.mlp.fc2.*"),
-    ("layer.#.*", "blocks.#.*"),
-    ("norm.*", "norm.*"),
-)
-
-
-def is_transformers_vit(names: Iterable[str]) -> bool:
-    """Return whether these are names of DINOv3ViTModel in transformers, in a file or in memory."""
-    return any(name.removeprefix("model.") == "layer.0.attention.o_proj.weight" for name in names)
-
-
-def transformers_vit_to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a DINOv3ViTModel under timm's names. Names without a rule stay unchanged."""
-    gated = any(".mlp.gate_proj." in name for name in state)
-    renamed: dict[str, Tensor] = {}
-    for theirs, tensor in state.items():
-        if theirs == "embeddings.mask_token":  # used only to pretrain it
-            continue
-        name = _TRANSFORMERS_VIT.forward(theirs.removeprefix("model.")) or theirs
-        renamed[name.replace(".mlp.fc1.", ".mlp.fc1_x.") if gated else name] = tensor
-    return pack(renamed, attention_packs(renamed))
 
 
 def is_dinov3(names: Iterable[str]) -> bool:

@@ -17,20 +17,13 @@ from torch import Tensor
 
 from m2f.model.backbones.swin_weights import official_swin_names
 from m2f.model.errors import WeightsError
-from m2f.model.weights.dinov3 import (
-    backbone_to_dinov3,
-    dinov3_to_canonical,
-    head_to_dinov3,
-    is_dinov3,
-    is_transformers_vit,
-    lacks_vit,
-    transformers_vit_to_timm,
-)
+from m2f.model.weights.dinov3 import backbone_to_dinov3, dinov3_to_canonical, head_to_dinov3, is_dinov3, lacks_vit
 from m2f.model.weights.eomt import eomt_to_own, is_eomt
 from m2f.model.weights.maskformer import is_maskformer, maskformer_to_own
 from m2f.model.weights.packing import PackedNames, attention_packs, pack, unpack
 from m2f.model.weights.pmt import is_pmt, pmt_to_own
 from m2f.model.weights.tables import CANONICAL_TO_OWN, HUGGING_FACE_TO_CANONICAL, NameTable
+from m2f.model.weights.transformers_vit import is_transformers_vit, transformers_vit_to_timm
 
 Layout = Literal["own", "official", "hugging_face", "eomt", "pmt", "dinov3", "backbone"]
 """Naming scheme of a state dict; `backbone` means published weights of a backbone alone."""
@@ -212,9 +205,9 @@ def _no_counterpart(target: str, names: list[str]) -> str:
 
 
 def to_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a backbone alone, with Detectron2's ResNets and transformers' DINOv3 under timm's names.
+    """Return the weights of a backbone alone, with those of Detectron2 and transformers under timm's names.
 
-    Weights of other backbones stay unchanged; timm reads the names of their authors.
+    These are ResNets, DINOv2 and DINOv3. Others stay unchanged; timm reads the names of their authors.
     """
     if is_transformers_vit(state):
         return transformers_vit_to_timm(state)
@@ -226,7 +219,8 @@ def to_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _backbone_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a backbone's published weights under our names.
 
-    Supported are Detectron2's ResNets, transformers' DINOv3, Swin of Microsoft and of timm, and timm's other models.
+    Supported are Detectron2's ResNets, DINOv2 and DINOv3 of transformers, Swin of Microsoft and of timm, and timm's
+    other models.
     """
     if is_transformers_vit(state):
         state = transformers_vit_to_timm(state)

@@ -1,4 +1,4 @@
-"""`model.backbone.weights`: the backbones of whole models, and the DINOv3 of transformers."""
+"""`model.backbone.weights`: the backbones of whole models, and DINOv2 and DINOv3 of transformers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def assert_equal_states(found: nn.Module, expected: nn.Module):
         assert torch.equal(state[name], tensor) or name.endswith("num_batches_tracked"), name
 
 
-# DINOv3 of transformers
+# Vision transformers of transformers
 
 
 def transformers_vit(**settings):
@@ -98,6 +98,26 @@ def test_dinov3_of_transformers_gives_the_same_tokens(name, settings, options, t
     with torch.no_grad():
         expected = theirs(images).last_hidden_state
         torch.testing.assert_close(ours(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov2_of_transformers_gives_the_same_tokens(gated, tmp_path):
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14, use_swiglu_ffn=gated
+    )
+    theirs = randomised(transformers.Dinov2WithRegistersModel(config))
+    theirs.save_pretrained(tmp_path)
+    options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 56, "patch_size": 14}
+    ours = TimmBackboneConfig(
+        name="vit_giant_patch14_reg4_dinov2" if gated else DINOV2,
+        features="tokens",
+        options=options | {"mlp_ratio": 5.5 if gated else 4.0},
+        weights=str(tmp_path),
+    )
+    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = build_backbone(ours).eval()(images)
+        torch.testing.assert_close(found, theirs(images).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
 def test_dinov3_of_transformers_starts_every_kind_of_backbone(tmp_path):
