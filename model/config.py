@@ -361,8 +361,8 @@ class ModelConfig(Section):
     """Number of classes without "no object". None until the category table of the data is read."""
     weights: str | None = None
     """Initial weights: a path, a URL, or `hub:OWNER/NAME[@REVISION]` for a model of the Hugging Face hub. A file may be
-    one of this project, an official checkpoint, a Hugging Face folder, or published weights of the backbone alone. None
-    keeps the random initialisation."""
+    one of this project, an official checkpoint, a Hugging Face folder, or published weights of the backbone alone. The
+    folder of a run stands for its newest checkpoint. None keeps the random initialisation."""
     weights_are_deltas: bool = False
     """The backbone in `weights` is a difference to be added to the weights of `backbone.pretrained` or
     `backbone.weights`. The authors of EoMT publish their DINOv3 models as differences because the licence of DINOv3
@@ -382,18 +382,10 @@ class ModelConfig(Section):
         if (self.weights or "").startswith(HUB):
             HubAddress.parse(self.weights or "")
         if (self.backbone.weights or "").startswith(HUB):
-            raise ConfigError(
-                f"model.backbone.weights is {self.backbone.weights}, a hub model, which only model.weights accepts; "
-                "set that instead"
-            )
+            HubAddress.parse(self.backbone.weights or "", "model.backbone.weights")
         self._check_package()
         self._check_parts()
         self._check_pilots()
-        if "://" in (self.backbone.weights or ""):
-            raise ConfigError(
-                f"model.backbone.weights is {self.backbone.weights}, a URL, which only model.weights accepts; set "
-                "that instead, which also accepts weights of a backbone alone"
-            )
 
     def require_trainable(self) -> None:
         """Raise ConfigError if `freeze` leaves nothing to train. Evaluation accepts such a model."""
@@ -407,7 +399,7 @@ class ModelConfig(Section):
             raise ConfigError(
                 f"model.freeze has backbone.vit, which backbone.kind {self.backbone.kind} does not have; use [backbone]"
             )
-        has_base = self.backbone.weights is not None or self.backbone.pretrained not in (None, False, "auto")
+        has_base = self.backbone.weights is not None or self.backbone.published_name is not None
         if self.weights_are_deltas and (self.weights is None or not has_base):
             raise ConfigError(
                 f"model.weights_are_deltas is true and model.weights is {self.weights}; it needs model.weights and the "

@@ -155,6 +155,12 @@ def test_finetune_recipes_match_the_model_of_the_published_weights(tuned, publis
     assert size in recipe.model.weights
 
 
+def test_the_ade20k_panoptic_recipe_of_eomt_starts_from_coco_weights_of_the_same_model():
+    recipe, coco = load_config("eomt_ade20k_panoptic_l_640"), load_config("eomt_coco_panoptic_l_640")
+    assert recipe.model.weights == "hub:tue-mps/coco_panoptic_eomt_large_640"
+    assert model_changes(dump_recipe(coco), dump_recipe(recipe)) == ()
+
+
 # Facts of the official configurations
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.config import ModelConfig
 from m2f.model.mask2former import build_model
 from m2f.model.segmenter import Segmenter
 from m2f.model.weights.build import build_with_weights
@@ -13,6 +14,7 @@ from m2f.trainer.checkpoint.identity import StartWeights
 from m2f.trainer.checkpoint.weights import (
     backbone_start,
     check_start_weights,
+    fetched_backbone,
     fetched_weights,
     known_class_rows,
     read_identity,
@@ -38,10 +40,18 @@ def start_model(
     reports them; on all others the second value is empty.
     """
     torch.manual_seed(job.seed)  # equal on all ranks, each of which keeps only its part under ZeRO-3
-    source = job.model.weights
+    with fetched_backbone(job.model, storage) as config:
+        return _start_model(job, config, storage, reporter)
+
+
+def _start_model(
+    job: TrainJob, config: ModelConfig, storage: Storage, reporter: Reporter | None
+) -> tuple[Segmenter, tuple[StartWeights, ...]]:
+    """Start the model of a job. `config` are its settings with the weights of the backbone at a local path."""
+    source, backbone_source = job.model.weights, job.model.backbone.weights
     if source is None:
-        model = build_model(job.model)
-        start = backbone_start(job.model.backbone) if reporter is not None else ()
+        model = build_model(config)
+        start = backbone_start(backbone_source, config.backbone) if reporter is not None else ()
         _report_start(reporter, start)
         return model, start
     check_start_weights(job.identity, job.model, storage)
@@ -50,13 +60,12 @@ def start_model(
     with fetched_weights(file, storage) as path:
         # Weights that m2f exported have an identity. They are complete, even if their training started from deltas.
         deltas = job.model.weights_are_deltas and read_identity(str(path), storage) is None
-        model, report = build_with_weights(job.model, path, rows, deltas=deltas)
-        backbone = job.model.backbone
+        model, report = build_with_weights(config, path, rows, deltas=deltas)
         start: tuple[StartWeights, ...] = ()
         if reporter is not None:
             start = (
                 start_weights("model.weights", source, path),
-                *(backbone_start(backbone) if report.head_alone else ()),
+                *(backbone_start(backbone_source, config.backbone) if report.head_alone else ()),
             )
     _report_start(reporter, start, report)
     return model, start

@@ -17,6 +17,7 @@ from m2f.model.export.graphs import (
     write_onnx,
     write_program,
 )
+from m2f.model.export.hugging_face import class_in_transformers
 from m2f.model.export.official import write_official
 from m2f.trainer.checkpoint.identity import METADATA_KEY
 
@@ -55,7 +56,7 @@ def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple
             return "checkpoint with the official parameter names"
         case "hugging_face":
             _write_atomically(output, lambda path: _write_hugging_face(trained, path))
-            return f"Hugging Face Mask2FormerForUniversalSegmentation with {len(trained.classes)} classes"
+            return f"Hugging Face {class_in_transformers(output)} with {len(trained.classes)} classes"
         case "torch_export" | "onnx":
             model = trained.model.cpu()
             program = export_program(model, size)

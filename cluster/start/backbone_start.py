@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from m2f.cluster.recipe.config import RunConfig
-from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig, ViTAdapterBackboneConfig
+from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig
 from m2f.model.errors import ConfigError
 
 _REMEDY = (
@@ -47,40 +47,35 @@ def settle_backbone(
         is_frozen: returns whether a backbone has frozen norms.
 
     Raises:
-        ConfigError: the recipe requires published weights, and a new run cannot get them.
+        ConfigError: the recipe requires published weights, and a new run cannot get them. Or it freezes a backbone that
+            would start from random weights without `pretrained: false`, which is accepted with a warning.
     """
     backbone = config.model.backbone
     if stored is not None or config.model.weights is not None or backbone.weights is not None:
         return BackboneStart(_with_pretrained(config, bool(stored)))
+    if (name := backbone.published_name) is not None:
+        if _OWN_SOURCES.isdisjoint(getattr(backbone, "options", ())):
+            _require_published("true" if backbone.pretrained is True else name, name, find_problem)
+        return BackboneStart(config)
     match backbone:
-        case SwinBackboneConfig(pretrained=name):
-            if name is None:
-                example = (
-                    "set model.backbone.pretrained to published ones, such as swin_tiny_patch4_window7_224.ms_in1k"
-                )
-                return BackboneStart(config, warning=_warning("Swin", f"the recipe sets no weights; {example}", ""))
-            _require_published(name, name, find_problem)
-            return BackboneStart(config)
-        case TimmBackboneConfig(pretrained=True, name=name) | ViTAdapterBackboneConfig(pretrained=True, name=name):
-            if _OWN_SOURCES.isdisjoint(backbone.options):
-                _require_published("true", name, find_problem)
-            return BackboneStart(config)
-        case ViTAdapterBackboneConfig():
-            return BackboneStart(config)
-        case TimmBackboneConfig(pretrained=False):
-            return _random(config, backbone, "model.backbone.pretrained is false", is_frozen, is_explicit=True)
-        case TimmBackboneConfig(norm="group"):  # `group` suits random weights; published ones have different norms
-            return BackboneStart(_with_pretrained(config, False))
-        case TimmBackboneConfig(options=options) if options:
+        case SwinBackboneConfig():
+            example = "set model.backbone.pretrained to published ones, such as swin_tiny_patch4_window7_224.ms_in1k"
+            return _random(config, f"the recipe sets no weights; {example}", is_frozen)
+        case TimmBackboneConfig(pretrained="auto", norm="group"):
+            reason = "published ones have other norms than model.backbone.norm: group, which suits random weights"
+            return _random(config, reason, is_frozen, is_intended=True)
+        case TimmBackboneConfig(pretrained="auto", options=options) if options:
             reason = (
                 "published ones may not fit model.backbone.options; model.backbone.pretrained: true uses them anyway"
             )
-            return _random(_with_pretrained(config, False), backbone, reason, is_frozen)
-        case TimmBackboneConfig(name=name):
-            reason = find_problem(name)
-            if reason is not None:
-                return _random(_with_pretrained(config, False), backbone, reason, is_frozen)
+            return _random(config, reason, is_frozen)
+        case TimmBackboneConfig(pretrained="auto", name=name):
+            if (reason := find_problem(name)) is not None:
+                return _random(config, reason, is_frozen)
             return BackboneStart(_with_pretrained(config, True), f"backbone: timm's published weights of {name}")
+        case _:
+            reason = "model.backbone.pretrained is false"
+            return _random(config, reason, is_frozen, is_intended=True, is_explicit=True)
 
 
 def _require_published(setting: str, name: str, find_problem: Callable[[str], str | None]) -> None:
@@ -102,21 +97,29 @@ def _with_pretrained(config: RunConfig, pretrained: bool) -> RunConfig:
 
 def _random(
     config: RunConfig,
-    backbone: TimmBackboneConfig,
     reason: str,
     is_frozen: Callable[[BackboneConfig], bool],
+    *,
+    is_intended: bool = False,
     is_explicit: bool = False,
 ) -> BackboneStart:
     """Return a start from random weights, with a warning.
 
-    If the recipe requests random weights (`is_explicit`), the warning is given only for frozen norms.
+    If the recipe intends random weights (`is_intended`), the warning is given only if something of them is frozen.
+
+    Raises ConfigError if `model.freeze` keeps the random weights and the recipe does not request them (`is_explicit`).
     """
-    frozen = backbone.norm == "frozen_batch" and is_frozen(backbone)
-    if is_explicit and not frozen:
-        return BackboneStart(config)
-    return BackboneStart(config, warning=_warning(backbone.name, reason, _FROZEN if frozen else ""))
-
-
-def _warning(name: str, reason: str, frozen: str) -> str:
-    parts = [f"the backbone {name} starts from random weights: {reason}", frozen, _REMEDY]
-    return ". ".join(part for part in parts if part)
+    config = _with_pretrained(config, False)
+    backbone, freeze = config.model.backbone, list(config.model.freeze)
+    start = f"the backbone {getattr(backbone, 'name', 'Swin')} starts from random weights: {reason}"
+    if any(part.partition(".")[0] == "backbone" for part in freeze):
+        if not is_explicit:
+            raise ConfigError(
+                f"model.freeze is {freeze}, but {start}. Random weights that are never trained are useless; remove the "
+                f"backbone from model.freeze, or start from trained weights. {_REMEDY}"
+            )
+        kept = f"model.freeze is {freeze}, so they stay random and the model can hardly learn"
+        return BackboneStart(config, warning=f"{start}. {kept}. {_REMEDY}")
+    if isinstance(backbone, TimmBackboneConfig) and backbone.norm == "frozen_batch" and is_frozen(backbone):
+        return BackboneStart(config, warning=f"{start}. {_FROZEN}. {_REMEDY}")
+    return BackboneStart(config, warning=None if is_intended else f"{start}. {_REMEDY}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from m2f.model.backbones.model_weights import is_model, load_from_model
 from m2f.model.backbones.plain_vit import PlainVit
 from m2f.model.backbones.swin import SwinTransformer
 from m2f.model.backbones.swin_weights import load_swin_weights
@@ -19,6 +20,14 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
 
     Raises ConfigError for an unknown name, unusable options or weights, or a model without suitable features.
     """
+    if not pretrained or config.weights is None or not is_model(config.weights):
+        return _build(config, pretrained=pretrained)
+    backbone = _build(config, pretrained=False)
+    load_from_model(backbone, config.weights)
+    return backbone
+
+
+def _build(config: BackboneConfig, *, pretrained: bool) -> Backbone:
     match config:
         case TimmBackboneConfig(features="tokens"):
             return PlainVit(config, pretrained=pretrained)

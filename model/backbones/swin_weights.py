@@ -12,6 +12,7 @@ from m2f.model.backbones.swin import SwinTransformer
 from m2f.model.config import SwinBackboneConfig
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.weights.files import read_state
+from m2f.model.weights.packages import weights_path
 
 _CLASSIFIER_NAMES = re.compile(r"^(norm|head|fc)\.")
 _BUFFER_NAMES = re.compile(r"\.(relative_position_index|attn_mask)$")
@@ -28,7 +29,7 @@ def load_swin_weights(backbone: SwinTransformer, config: SwinBackboneConfig) -> 
     if config.weights is not None:
         setting, source = "weights", config.weights
         try:
-            state: Mapping[str, Tensor] = read_state(config.weights)
+            state: Mapping[str, Tensor] = read_state(weights_path(config.weights))
         except WeightsError as error:
             raise ConfigError(f"model.backbone.weights: {error}") from error
     elif config.pretrained is not None:
@@ -55,18 +56,16 @@ def load_swin_weights(backbone: SwinTransformer, config: SwinBackboneConfig) -> 
 
 
 def official_swin_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the backbone's weights from a state dict of timm, the Swin authors or a whole official model.
+    """Return the backbone's weights from a state dict of timm or of the Swin authors.
 
-    The three differ only in a prefix and in the merging between two stages, which timm assigns to the later stage. The
-    norms of the outputs, `norm0` to `norm3`, exist in segmentation models only.
+    The two differ only in the merging between two stages, which timm assigns to the later stage. The norms of the
+    outputs, `norm0` to `norm3`, exist in segmentation models only.
     """
-    prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
     weights = {
-        key.removeprefix(prefix): tensor
+        key: tensor
         for key, tensor in state.items()
-        if key.startswith(prefix) and not _BUFFER_NAMES.search(key)
+        if not _BUFFER_NAMES.search(key) and not _CLASSIFIER_NAMES.match(key)
     }
-    weights = {key: tensor for key, tensor in weights.items() if not _CLASSIFIER_NAMES.match(key)}
     if "layers.0.downsample.reduction.weight" in weights:
         return weights
     return {

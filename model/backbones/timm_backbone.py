@@ -28,6 +28,8 @@ from m2f.model.weights.sources import PACKAGE
 
 STRIDES = (4, 8, 16, 32)
 """Strides of the four maps that pixel decoders expect."""
+_MAX_REASON = 400
+"""Maximum number of characters of torch's list of missing and unexpected names in an error message."""
 _VIT_PATCH = 16
 """Patch size of plain transformers in pixels. The simple feature pyramid expects maps of this stride."""
 
@@ -171,6 +173,12 @@ def create_timm_model(config: TimmBackboneConfig, use_pretrained: bool, **settin
     try:
         model = timm.create_model(config.name, pretrained=use_pretrained, **settings)
     except Exception as error:
+        if state and "loading state_dict" in str(error):  # torch's list of missing and unexpected names
+            raise ConfigError(
+                f"model.backbone.weights is {config.weights}, which does not fit {config.name!r} with options "
+                f"{dict(config.options)}: {' '.join(str(error).split())[:_MAX_REASON]}; set model.backbone (name, "
+                "options) to that of the file, or choose other weights"
+            ) from error
         raise ConfigError(
             f"model.backbone: timm cannot build {config.name!r} with options {dict(config.options)} and weights "
             f"{config.weights!r}: {error}"

@@ -39,6 +39,8 @@ class ViTAdapter(nn.Module):
 
     channels: tuple[int, ...]
     """Channels of the maps at strides 4, 8, 16, 32; all equal those of the transformer."""
+    first_part = "vit"
+    """Name of the submodule whose layers all come before the others. Rates that decay with depth count from it."""
 
     def __init__(self, config: ViTAdapterBackboneConfig, *, pretrained: bool = True) -> None:
         """Build the model. Raises ConfigError if the transformer is not supported or does not fit the adapter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,12 @@ def annealing_steps(config: EomtDecoderConfig, max_steps: int) -> tuple[tuple[in
     sixth = max_steps / 6
     gaps = max(1, config.num_layers - 1)
     starts = [sixth * (1 + 3 * block / gaps) for block in range(config.num_layers)]
-    return tuple((round(start), round(start + sixth)) for start in starts)
+    return tuple((_nearest(start), _nearest(start + sixth)) for start in starts)
+
+
+def _nearest(step: float) -> int:
+    """Return the nearest step; a half is rounded up, as in the published schedules (`round` prefers even numbers)."""
+    return math.floor(step + 0.5)
 
 
 def mask_probabilities(config: EomtDecoderConfig, step: int, max_steps: int) -> tuple[float, ...]:

@@ -120,6 +120,14 @@ def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
     )
 
 
+def class_in_transformers(folder: str | Path) -> str:
+    """Return the name of the class that opens a folder, as `write_hugging_face_config` stores it.
+
+    Raises WeightsError if `config.json` cannot be read.
+    """
+    return str(_read_json(Path(folder) / CONFIG)["architectures"][0])
+
+
 def _read_mask2former(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return backbone, pixel decoder and transformer decoder of a Mask2Former."""
     _require(path, values, _SUPPORTED)

@@ -44,14 +44,16 @@ def require_same_architecture(folder: Path, model: ModelConfig, source: str) -> 
     _require_none(differing, stored, model, source)
 
 
-def require_stored_architecture(stored: Mapping[str, object], model: ModelConfig, source: str) -> None:
+def require_stored_architecture(
+    stored: Mapping[str, object], model: ModelConfig, source: str, setting: str = "model.weights"
+) -> None:
     """Raise WeightsError if a recipe's model differs from `stored`, the `model` section of a recipe as parsed YAML.
 
     Settings that `stored` lacks are ignored, because it may be of another version of m2f. The message lists the
-    settings that differ.
+    settings that differ, and names the `setting` whose value is `source`.
     """
     differing = [name for name in _differing(stored, model) if _value(stored, name) is not None]
-    _require_none(differing, stored, model, source)
+    _require_none(differing, stored, model, source, setting)
 
 
 def _differing(stored: ModelConfig | Mapping[str, object], model: ModelConfig) -> list[str]:
@@ -59,12 +61,16 @@ def _differing(stored: ModelConfig | Mapping[str, object], model: ModelConfig) -
 
 
 def _require_none(
-    differing: Sequence[str], stored: ModelConfig | Mapping[str, object], model: ModelConfig, source: str
+    differing: Sequence[str],
+    stored: ModelConfig | Mapping[str, object],
+    model: ModelConfig,
+    source: str,
+    setting: str = "model.weights",
 ) -> None:
     if differing:
         rows = [f"model.{name}: {_text(_value(stored, name))} -> {_text(_value(model, name))}" for name in differing]
         raise WeightsError(
-            f"model.weights is {source}, whose model differs from the recipe's (weights -> recipe); change these "
+            f"{setting} is {source}, whose model differs from the recipe's (weights -> recipe); change these "
             "settings, or choose other weights (docs/models.md lists them):\n  " + "\n  ".join(rows)
         )
 

@@ -29,7 +29,7 @@ def build_with_weights(
     """
     state, backbone = read_state(source), config.backbone
     head_alone = is_head_alone(state)
-    if head_alone and backbone.weights is None and backbone.pretrained is not True:
+    if head_alone and backbone.weights is None and backbone.published_name is None:
         raise WeightsError(
             f"{source} contains a head without a backbone, and the recipe names no backbone weights; set "
             "model.backbone.pretrained to true, or model.backbone.weights to a file"

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -69,6 +70,21 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not state:
         raise WeightsError(f"weights {path} contain a {type(content).__name__} without named tensors")
     return state
+
+
+def read_names(path: str | Path) -> tuple[str, ...]:
+    """Return the names of the tensors that `read_state` returns. Of safetensors files, only the header is read.
+
+    Raises WeightsError as `read_state` does.
+    """
+    names: list[str] = []
+    for file in weights_files(Path(path)):
+        try:
+            with safetensors.safe_open(file, framework="pt") as tensors:
+                names += tensors.keys()
+        except (safetensors.SafetensorError, OSError):  # another format, or damaged
+            names += read_state(file)
+    return tuple(names)
 
 
 def count_classes(path: str | Path) -> int | None:

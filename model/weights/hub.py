@@ -23,9 +23,10 @@ _TIMM_WEIGHTS = (_WEIGHTS, "pytorch_model.bin", "open_clip_model.safetensors", "
 _TIMEOUT_S = 4.0
 """Maximum seconds to wait for the hub's answer. Name resolution alone could otherwise take longer."""
 _REMEDY = (
-    "set model.weights to a folder that was downloaded elsewhere, set HF_ENDPOINT to a mirror, or set "
-    "HF_HUB_OFFLINE=1 with a cache (HF_HOME) that contains the model"
+    "to a folder that was downloaded elsewhere, set HF_ENDPOINT to a mirror, or set HF_HUB_OFFLINE=1 with a cache "
+    "(HF_HOME) that contains the model"
 )
+"""End of a message, after `set` and the name of the setting."""
 
 _T = TypeVar("_T")
 
@@ -38,48 +39,49 @@ class _Listing:
     files: tuple[str, ...]
 
 
-def pin_revision(text: str) -> str:
+def pin_revision(text: str, setting: str = "model.weights") -> str:
     """Return the address with its revision replaced by the current commit, or by the cached one if offline.
 
-    Raises WeightsError if the hub has no such model, if neither hub nor cache knows the revision (after at most 5 s),
-    or if `config.json` cannot be downloaded.
+    Raises WeightsError, which names `setting`, if the hub has no such model, if neither hub nor cache knows the
+    revision (after at most 5 s), or if `config.json` cannot be downloaded.
     """
-    address = HubAddress.parse(text)
+    address = HubAddress.parse(text, setting)
     if address.is_commit:
         return text
-    found = _query_hub(address)
+    found = _query_hub(address, setting)
     if not isinstance(found, _Listing):
         folder = _cached_folder(address)
         if folder is None:
-            raise _unavailable_error(address, found)
+            raise _unavailable_error(address, found, setting)
         return str(HubAddress(address.repo, folder.name))
     if _CONFIGS[0] not in found.files:
         return str(HubAddress(address.repo, found.commit))
     # Download by the revision's name, so that the cache can resolve it later without a network.
-    return str(HubAddress(address.repo, _download(address, [_CONFIGS[0]]).name))
+    return str(HubAddress(address.repo, _download(address, [_CONFIGS[0]], setting).name))
 
 
-def hub_folder(text: str, *, weights: bool = True) -> Path:
+def hub_folder(text: str, *, weights: bool = True, setting: str = "model.weights") -> Path:
     """Return the local folder of a hub model, as `save_pretrained` writes it.
 
     Without `weights`, the folder holds config files only. Files in the cache are not downloaded again. Raises
     WeightsError if the hub is not reachable, has no such model, or has no safetensors files for it.
     """
-    address = HubAddress.parse(pin_revision(text))
+    address = HubAddress.parse(pin_revision(text, setting))
     cached = _cached_folder(address)
     if cached is not None and (_has_weights(cached) or (not weights and (cached / _CONFIGS[0]).is_file())):
         return cached
-    listing = _query_hub(address)  # fails within 5 s; a download without a network would be retried for minutes
+    # This fails within 5 s; a download without a network would be retried for minutes.
+    listing = _query_hub(address, setting)
     if not isinstance(listing, _Listing):
-        raise _unavailable_error(address, listing)
+        raise _unavailable_error(address, listing, setting)
     if weights and not {_WEIGHTS, _INDEX} & set(listing.files):
         raise WeightsError(
-            f"model.weights is {text}, which has neither {_WEIGHTS} nor {_INDEX}; other files may contain code and "
-            "are not downloaded. Choose a model with safetensors, or convert it and set model.weights to the folder"
+            f"{setting} is {text}, which has neither {_WEIGHTS} nor {_INDEX}; other files may contain code and "
+            f"are not downloaded. Choose a model with safetensors, or convert it and set {setting} to the folder"
         )
     patterns = [*_CONFIGS, _WEIGHTS] if _WEIGHTS in listing.files else [*_CONFIGS, _INDEX, _SHARDS]
     names = [name for name in listing.files if any(fnmatch(name, pattern) for pattern in patterns)]
-    return _download(address, names if weights else [name for name in names if name in _CONFIGS])
+    return _download(address, names if weights else [name for name in names if name in _CONFIGS], setting)
 
 
 def unavailable_reason(repo: str) -> str | None:
@@ -98,20 +100,20 @@ def unavailable_reason(repo: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _download(address: HubAddress, names: list[str]) -> Path:
+def _download(address: HubAddress, names: list[str], setting: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     if not names:
-        raise WeightsError(f"model.weights is {address}, which has no {_CONFIGS[0]}; choose a transformers model")
+        raise WeightsError(f"{setting} is {address}, which has no {_CONFIGS[0]}; choose a transformers model")
     try:
         paths = [Path(hf_hub_download(address.repo, name, revision=address.revision)) for name in names]
     except Exception as error:  # downloads fail with many exception types
         reason = f"the download failed ({_first_line(error)}){_token_remedy(error)}"
-        raise WeightsError(f"model.weights is {address}, but {reason}; {_REMEDY}") from error
+        raise WeightsError(f"{setting} is {address}, but {reason}; set {setting} {_REMEDY}") from error
     return paths[0].parent
 
 
-def _query_hub(address: HubAddress) -> _Listing | str:
+def _query_hub(address: HubAddress, setting: str = "model.weights") -> _Listing | str:
     """Return the hub's listing, or why the hub gives none. Raises WeightsError if the hub has no such model."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
@@ -129,7 +131,7 @@ def _query_hub(address: HubAddress) -> _Listing | str:
         )
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise WeightsError(
-            f"model.weights is {address}, but {constants.ENDPOINT} has no such model or revision, or requires a token "
+            f"{setting} is {address}, but {constants.ENDPOINT} has no such model or revision, or requires a token "
             "for it (HF_TOKEN); check owner, name and revision"
         ) from error
     except HfHubHTTPError as error:
@@ -143,8 +145,8 @@ def _query_hub(address: HubAddress) -> _Listing | str:
     return _Listing(info.sha, tuple(sibling.rfilename for sibling in info.siblings or ()))
 
 
-def _unavailable_error(address: HubAddress, reason: str) -> WeightsError:
-    return WeightsError(f"model.weights is {address}, which is not in the cache, and {reason}; {_REMEDY}")
+def _unavailable_error(address: HubAddress, reason: str, setting: str) -> WeightsError:
+    return WeightsError(f"{setting} is {address}, which is not in the cache, and {reason}; set {setting} {_REMEDY}")
 
 
 def _cached_folder(address: HubAddress) -> Path | None:

@@ -28,6 +28,14 @@ _RELATIVE_POSITIONS = "relative_position_bias_table"
 _PARTS = ("backbone.", "pixel_decoder.", "transformer_decoder.")
 _NORM = re.compile(r"\.0(\.(weight|bias|running\.mean|running\.var|num\.batches\.tracked))$")
 """Place of a norm in a sequence, if a name has dots instead of underscores."""
+_CONTAINER = re.compile(r"^backbone\.(body\.(model\.)?|vit\.)")
+"""Prefix of a timm model inside our backbones."""
+_TOKENS = (
+    ("backbone.embed.proj.", "backbone.patch_embed.proj."),
+    ("backbone.embed.norm.", "backbone.norm_pre."),
+    ("backbone.embed.", "backbone."),
+)
+"""Names of the layers before the blocks of a vision transformer: of our `PatchTokens`, and of timm."""
 _STATISTICS = re.compile(r"\.running_(mean|var)$")
 """Statistics of a BatchNorm. A GroupNorm in its place does not have them."""
 _MAX_LISTED = 8
@@ -110,7 +118,7 @@ def load_weights(
         own = to_own_names(state, layout, count_levels(target))
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from error
-    converted = _match_backbone_names(target, own)
+    converted = match_backbone_names(target, own)
     if layout in ("eomt", "pmt") and _MASK_PROBABILITIES in target:  # files of finished training runs may not have them
         converted.setdefault(_MASK_PROBABILITIES, torch.zeros_like(target[_MASK_PROBABILITIES]))
     if layout == "official" and is_maskformer(state):
@@ -173,19 +181,24 @@ def _describe_rows(rows: Sequence[int | None]) -> str:
     )
 
 
-def _match_backbone_names(target: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map backbone names of timm's models to those of the model's backbone, which may differ in two ways.
+def match_backbone_names(target: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Map backbone names of timm's models to those of the model's backbone, which may differ in three ways.
 
     timm's feature models have names such as `stages_0` for `stages.0`. A replaced norm that timm fuses with an
-    activation is `bn1.0` instead of `bn1` (see `replace_batch_norms`).
+    activation is `bn1.0` instead of `bn1` (see `replace_batch_norms`). The same vision transformer may provide tokens
+    or maps, or be inside an adapter, each with other prefixes.
     """
-    model_names = {_plain(key): key for key in target if key.startswith("backbone.")}
-    new_names = {key: key if key in target else model_names.get(_plain(key), key) for key in state}
+    model_names = {plain_name(key): key for key in target if key.startswith("backbone.")}
+    new_names = {key: key if key in target else model_names.get(plain_name(key), key) for key in state}
     return {key if (new := new_names[key]) in state else new: tensor for key, tensor in state.items()}
 
 
-def _plain(name: str) -> str:
-    return _NORM.sub(r"\1", name.replace("_", ".").replace(".body.model.", ".body."))
+def plain_name(name: str) -> str:
+    """Return the name of a backbone's weight in a form that is equal for all modules that contain the same layers."""
+    name = _CONTAINER.sub("backbone.", name)
+    for ours, timms in _TOKENS:
+        name = name.replace(ours, timms)
+    return _NORM.sub(r"\1", name.replace("_", "."))
 
 
 def _require_depth(state: Mapping[str, Tensor], target: Mapping[str, Tensor], layout: Layout, name: str) -> None:

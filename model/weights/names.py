@@ -10,7 +10,7 @@ values. It has one matrix for query and key of a self-attention.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from m2f.model.weights.maskformer import is_maskformer, maskformer_to_own
 from m2f.model.weights.packing import PackedNames, attention_packs, pack, unpack
 from m2f.model.weights.pmt import is_pmt, pmt_to_own
 from m2f.model.weights.tables import CANONICAL_TO_OWN, HUGGING_FACE_TO_CANONICAL, NameTable
+from m2f.model.weights.transformers_vit import is_transformers_vit, transformers_vit_to_timm
 
 Layout = Literal["own", "official", "hugging_face", "eomt", "pmt", "dinov3", "backbone"]
 """Naming scheme of a state dict; `backbone` means published weights of a backbone alone."""
@@ -52,19 +53,19 @@ _NEW_HUGGING_FACE = (
 )
 
 
-def detect_layout(state: Mapping[str, Tensor]) -> Layout:
-    """Return the naming scheme of a state dict."""
-    if any(name.startswith("sem_seg_head.") for name in state):
+def detect_layout(names: Collection[str]) -> Layout:
+    """Return the naming scheme of a state dict, given its names."""
+    if any(name.startswith("sem_seg_head.") for name in names):
         return "official"
-    if is_eomt(state):
+    if is_eomt(names):
         return "eomt"
-    if is_pmt(state):
+    if is_pmt(names):
         return "pmt"
-    if is_dinov3(state):
+    if is_dinov3(names):
         return "dinov3"
-    if any(name.startswith("model.pixel_level_module.") for name in state):
+    if any(name.startswith("model.pixel_level_module.") for name in names):
         return "hugging_face"
-    if any(name.startswith(("backbone.", "pixel_decoder.", "transformer_decoder.")) for name in state):
+    if any(name.startswith(("backbone.", "pixel_decoder.", "transformer_decoder.")) for name in names):
         return "own"
     return "backbone"
 
@@ -204,7 +205,12 @@ def _no_counterpart(target: str, names: list[str]) -> str:
 
 
 def to_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return backbone weights with a Detectron2 ResNet renamed to the names that torchvision and timm share."""
+    """Return the weights of a backbone alone, with those of Detectron2 and transformers under timm's names.
+
+    These are ResNets, DINOv2 and DINOv3. Others stay unchanged; timm reads the names of their authors.
+    """
+    if is_transformers_vit(state):
+        return transformers_vit_to_timm(state)
     if not _is_detectron_resnet(state):
         return dict(state)
     return {name.removeprefix("backbone.body."): tensor for name, tensor in _backbone_to_own(state).items()}
@@ -213,8 +219,11 @@ def to_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _backbone_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a backbone's published weights under our names.
 
-    Supported are Detectron2's ResNets, Swin of Microsoft and of timm, and timm's other models.
+    Supported are Detectron2's ResNets, DINOv2 and DINOv3 of transformers, Swin of Microsoft and of timm, and timm's
+    other models.
     """
+    if is_transformers_vit(state):
+        state = transformers_vit_to_timm(state)
     if _is_detectron_resnet(state):
         return _canonical_to_own({f"backbone.{name}": tensor for name, tensor in state.items()})
     if "patch_embed.proj.weight" in state and "layers.0.blocks.0.attn.qkv.weight" in state:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from m2f.model.errors import ConfigError
-from m2f.model.weights.sources import PACKAGE
+from m2f.model.weights.hub import hub_folder
+from m2f.model.weights.sources import HUB, PACKAGE
 
 _T = TypeVar("_T")
 
@@ -61,10 +62,19 @@ def packaged_weights(weights: str) -> PackagedWeights:
 
 
 def weights_path(weights: str) -> Path:
-    """Return the path of the file that `model.backbone.weights` names, either directly or as `package:NAME`.
+    """Return the local file or folder that `model.backbone.weights` names: a path, `package:NAME` or `hub:OWNER/NAME`.
 
-    Raises ConfigError if the package is not installed or its file has an unexpected checksum.
+    A model of the hub is downloaded into its cache if necessary.
+
+    Raises ConfigError for a URL, which only training runs can read, and if the package is not installed or its file has
+    an unexpected checksum. Raises WeightsError if the hub does not provide the model.
     """
+    if weights.startswith(HUB):
+        return hub_folder(weights, setting="model.backbone.weights")
+    if "://" in weights:
+        raise ConfigError(
+            f"model.backbone.weights is {weights}, a URL, which only a training run can read; copy it to a local path"
+        )
     if not weights.startswith(PACKAGE):
         return Path(weights)
     known = packaged_weights(weights)

@@ -14,7 +14,13 @@ PACKAGE = "package:"
 """Prefix of weights in an installed Python package: `package:NAME`."""
 
 _HUB = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_SUFFIXES = ("safetensors", "pt", "pth", "pkl", "bin")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_file(weights: str) -> bool:
+    """Return whether a path or URL names a file of weights, by its suffix, rather than a folder."""
+    return weights.rsplit("/", 1)[-1].rpartition(".")[2] in _SUFFIXES
 
 
 def is_path(weights: str) -> bool:

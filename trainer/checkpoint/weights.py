@@ -18,18 +18,15 @@ from m2f.model.weights.architecture import require_same_architecture, require_st
 from m2f.model.weights.files import frozen_file, weights_files, weights_sha256
 from m2f.model.weights.hub import hub_folder
 from m2f.model.weights.packages import weights_path
-from m2f.model.weights.sources import HUB
+from m2f.model.weights.sources import HUB, PACKAGE, is_file
 from m2f.trainer.checkpoint.folder import AVERAGE, MANIFEST, WEIGHTS, file_entry, is_frozen, read_manifest
 from m2f.trainer.checkpoint.identity import IDENTITY, METADATA_KEY, ModelIdentity, StartWeights, read_metadata
 from m2f.trainer.errors import CheckpointError
 
-_SUFFIXES = ("safetensors", "pt", "pth", "pkl", "bin")
-
 
 def weights_url(checkpoint: str, storage: Storage) -> str:
     """Return the weights file of a checkpoint folder, preferably the moving average; other paths are unchanged."""
-    is_file = checkpoint.rsplit("/", 1)[-1].rpartition(".")[2] in _SUFFIXES
-    if is_file:
+    if is_file(checkpoint):
         return checkpoint
     found = (url for name in (AVERAGE, WEIGHTS) if storage.exists(url := join(checkpoint, name)))
     return next(found, checkpoint)
@@ -45,16 +42,15 @@ def manifest_sha256(weights: str, storage: Storage) -> str | None:
 
 
 def resolve_start_weights(weights: str, storage: Storage) -> str:
-    """Return the path that a value of `model.weights` refers to.
+    """Return the path that a value of `model.weights` or `model.backbone.weights` refers to.
 
     For a checkpoint folder, this is the file of its weights, not of their moving average. For a model of the hub, it is
     the cache folder, to which the model is downloaded if necessary. Other values are returned unchanged.
     """
     if weights.startswith(HUB):
         return str(hub_folder(weights))
-    is_file = weights.rsplit("/", 1)[-1].rpartition(".")[2] in _SUFFIXES
     url = join(weights, WEIGHTS)
-    return url if not is_file and storage.exists(url) else weights
+    return url if not is_file(weights) and storage.exists(url) else weights
 
 
 def check_start_weights(identity: ModelIdentity | None, model: ModelConfig, storage: Storage) -> None:
@@ -64,7 +60,7 @@ def check_start_weights(identity: ModelIdentity | None, model: ModelConfig, stor
     weights, and for a model of Hugging Face or of m2f with another architecture or pixel mean.
     """
     if model.weights is None:
-        _require_files("model.backbone.weights", model.backbone.weights)
+        _check_backbone(model, storage)
         return
     _require_files("model.weights", model.weights)
     is_hub = model.weights.startswith(HUB)
@@ -75,6 +71,18 @@ def check_start_weights(identity: ModelIdentity | None, model: ModelConfig, stor
     elif found is not None:
         require_stored_architecture(_stored_model(found), model, model.weights)
     _match_rows(identity, found, weights)
+
+
+def _check_backbone(model: ModelConfig, storage: Storage) -> None:
+    """Raise WeightsError if `model.backbone.weights` is missing, or states another pixel mean or deviation."""
+    weights = model.backbone.weights
+    _require_files("model.backbone.weights", weights)
+    if weights is None or weights.startswith((HUB, PACKAGE)):
+        return
+    found = read_identity(resolve_start_weights(weights, storage), storage)
+    if found is not None:
+        rules = {"pixel_mean": found.input.pixel_mean, "pixel_std": found.input.pixel_std}
+        require_stored_architecture(rules, model, weights, "model.backbone.weights")
 
 
 def _require_files(setting: str, weights: str | None) -> None:
@@ -92,11 +100,28 @@ def start_weights(setting: str, source: str, path: Path) -> StartWeights:
     return StartWeights(setting=setting, source=source, sha256=weights_sha256(path))
 
 
-def backbone_start(backbone: BackboneConfig) -> tuple[StartWeights, ...]:
-    """Return `model.backbone.weights` with its digest; empty for weights that timm downloads, or without weights."""
-    if backbone.weights is None:
+def backbone_start(source: str | None, backbone: BackboneConfig) -> tuple[StartWeights, ...]:
+    """Return `model.backbone.weights` with its digest; empty for weights that timm downloads, or without weights.
+
+    `source` is the value in the recipe, and `backbone` are the settings that `fetched_backbone` provides.
+    """
+    if source is None or backbone.weights is None:
         return ()
-    return (start_weights("model.backbone.weights", backbone.weights, weights_path(backbone.weights)),)
+    return (start_weights("model.backbone.weights", source, weights_path(backbone.weights)),)
+
+
+@contextmanager
+def fetched_backbone(model: ModelConfig, storage: Storage) -> Iterator[ModelConfig]:
+    """Provide the settings of a model with `backbone.weights` at a local path; see `fetched_weights`.
+
+    The value for a model of the hub or a package stays unchanged.
+    """
+    weights = model.backbone.weights
+    if weights is None or weights.startswith((HUB, PACKAGE)):
+        yield model
+        return
+    with fetched_weights(resolve_start_weights(weights, storage), storage) as path:
+        yield replace(model, backbone=replace(model.backbone, weights=str(path)))
 
 
 @contextmanager

@@ -28,7 +28,8 @@ def build_param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[s
     Norms, `nn.Embedding` and the position tables of Swin have no weight decay, unless `decay_everything` is set. All
     other parameters decay, including biases. Parameters under the submodule `backbone` use
     `lr * backbone_lr_multiplier`, multiplied by `layer_decay` for every block between the parameter and the head.
-    Raises TrainingError if nothing is trainable, or if `layer_decay` is not 1 for a backbone without blocks.
+    Raises TrainingError if nothing is trainable, or if `layer_decay` is not 1 and the trained part of the backbone has
+    no blocks, or fewer than `layer_decay_spared`.
     """
     merged: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
@@ -63,12 +64,14 @@ def _depths(model: nn.Module, config: OptimizerConfig) -> dict[nn.Parameter, int
     """Return, for every backbone parameter, the exponent of `layer_decay` in its learning rate.
 
     Parameters outside blocks (downsampling, norms) have the exponent of the block before them. Those before the first
-    block have the largest exponent. An adapter's parameters count as after the last block of its transformer.
+    block have the largest exponent. Parameters outside a backbone's `first_part` count as after its last block.
     """
     named = [
         (name, p) for name, p in model.named_parameters() if p.requires_grad and _in_backbone(name.rpartition(".")[0])
     ]
-    named.sort(key=lambda item: "backbone.vit." not in item[0])  # torch lists an adapter's own parameters first
+    parts = [(name, getattr(module, "first_part", None)) for name, module in model.named_modules()]
+    first = tuple(f"{name}.{part}." for name, part in parts if part is not None)
+    named.sort(key=lambda item: not item[0].startswith(first))  # torch lists a module's own parameters first
     blocks: list[str] = []
     index: dict[nn.Parameter, int] = {}
     for name, parameter in named:
@@ -76,12 +79,35 @@ def _depths(model: nn.Module, config: OptimizerConfig) -> dict[nn.Parameter, int
         if block is not None and block[1] not in blocks:
             blocks.append(block[1])
         index[parameter] = len(blocks)
-    if named and not blocks:
-        raise TrainingError("training.optimizer.layer_decay needs a backbone with blocks; set it to 1")
+    _require_blocks(model, bool(named), len(blocks), config)
     full = len(blocks) if config.layer_decay_from == "top" else len(blocks) + 1
     lowest = 1 if config.layer_decay_from == "top" else 0
     num_decayed = len(blocks) - config.layer_decay_spared
     return {p: full - max(place, lowest) if place <= num_decayed else 0 for p, place in index.items()}
+
+
+def _require_blocks(model: nn.Module, is_trained: bool, count: int, config: OptimizerConfig) -> None:
+    """Raise TrainingError if the `count` trained blocks of the backbone do not suit `layer_decay`.
+
+    A backbone that is not trained at all suits every value.
+    """
+    if not is_trained:
+        return
+    if count == 0:
+        has_frozen = any(
+            not p.requires_grad and _in_backbone(name.rpartition(".")[0]) and _BLOCK.match(name)
+            for name, p in model.named_parameters()
+        )
+        problem = "the blocks of the backbone are frozen (model.freeze)" if has_frozen else "the backbone has no blocks"
+        raise TrainingError(
+            f"training.optimizer.layer_decay is {config.layer_decay}, which needs a backbone with trained blocks, but "
+            f"{problem}; set it to 1"
+        )
+    if config.layer_decay_spared > count:
+        raise TrainingError(
+            f"training.optimizer.layer_decay_spared is {config.layer_decay_spared}, but the backbone has only {count} "
+            f"trained blocks; set it to at most {count}"
+        )
 
 
 def _decays(module: nn.Module, name: str) -> bool:

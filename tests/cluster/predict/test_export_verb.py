@@ -18,10 +18,12 @@ from m2f.cluster.recipe.load import load_recipe
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.model.config import (
+    EomtDecoderConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
+    UpscalePixelDecoderConfig,
 )
 from m2f.model.export.graphs import export_hugging_face
 from m2f.model.mask2former import build_model
@@ -99,6 +101,21 @@ def test_hugging_face_folder_can_predict_and_be_exported_again(tmp_path, capsys,
     assert second.evaluation == first.evaluation
     assert (second.evaluation.shortest_edge, second.evaluation.max_size) == (64, 96)
     assert all(torch.equal(value, second.model.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_export_states_the_class_that_opens_the_folder(tmp_path, capsys, hugging_face):
+    vit = {"embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
+    config = ModelConfig(
+        backbone=TimmBackboneConfig(name="vit_small_patch16_dinov3_qkvb", features="tokens", options=vit),
+        pixel_decoder=UpscalePixelDecoderConfig(),
+        transformer_decoder=EomtDecoderConfig(num_queries=5, num_layers=2),
+        num_classes=2,
+    )
+    export_hugging_face(build_model(config), config, tmp_path / "eomt", ["cat", "sky"], shortest_edge=64, max_size=64)
+    for folder, name in ((tmp_path / "eomt", "EomtDinov3"), (hugging_face, "Mask2Former")):
+        status, text = m2f(capsys, "export", folder, "--format", "hugging_face", "--output", folder / "again")
+        assert status == 0, text
+        assert f"Hugging Face {name}ForUniversalSegmentation with" in text
 
 
 def test_hugging_face_folder_predicts_with_the_settings_of_its_recipe(tmp_path, capsys, caplog, recipe):

@@ -20,8 +20,8 @@ CONFIG = RunConfig(
 )
 
 
-def start(backbone, stored=None, problem=None, frozen=True, weights=None):
-    config = replace(CONFIG, model=ModelConfig(backbone=backbone, weights=weights))
+def start(backbone, stored=None, problem=None, frozen=True, weights=None, freeze=()):
+    config = replace(CONFIG, model=ModelConfig(backbone=backbone, weights=weights, freeze=freeze))
     return settle_backbone(config, stored, lambda name: problem, lambda config: frozen)
 
 
@@ -46,6 +46,15 @@ def start(backbone, stored=None, problem=None, frozen=True, weights=None):
         (TimmBackboneConfig(pretrained=True), {"stored": False, "problem": NO_HUB}, True, ()),
         (SwinBackboneConfig(), {}, None, ("random weights", "swin_tiny_patch4_window7_224")),
         (SwinBackboneConfig(pretrained="swin_tiny"), {}, "swin_tiny", ()),
+        (ViTAdapterBackboneConfig(), {}, True, ()),
+        (ViTAdapterBackboneConfig(pretrained=False), {}, False, ()),
+        (TimmBackboneConfig(pretrained=False), {"freeze": ["backbone"]}, False, ("model.freeze is ['backbone'], so",)),
+        (
+            ViTAdapterBackboneConfig(pretrained=False),
+            {"freeze": ["backbone.vit"]},
+            False,
+            ("stay random", "HF_ENDPOINT"),
+        ),
     ],
 )
 def test_initial_weights_of_the_backbone_and_warnings(backbone, options, pretrained, warning):
@@ -71,6 +80,24 @@ def test_a_new_run_is_refused_if_the_weights_that_it_requires_are_not_available(
     with pytest.raises(ConfigError, match=f"{message}.*HF_ENDPOINT.*HF_HUB_OFFLINE=1"):
         start(backbone, problem=NO_HUB)
     assert start(backbone).config.model.backbone == backbone
+
+
+@pytest.mark.parametrize(
+    ("backbone", "problem", "reason"),
+    [
+        (TimmBackboneConfig(), NO_HUB, NO_HUB),
+        (TimmBackboneConfig(norm="group"), None, "other norms than model.backbone.norm: group"),
+        (TimmBackboneConfig(options={"channels": [8]}), None, "model.backbone.options"),
+        (SwinBackboneConfig(), None, "the recipe sets no weights"),
+    ],
+)
+def test_a_new_run_must_not_freeze_a_backbone_that_starts_from_random_weights(backbone, problem, reason):
+    with pytest.raises(ConfigError, match=r"model\.freeze is \['backbone'\], but the backbone .*random") as raised:
+        start(backbone, problem=problem, freeze=("backbone",))
+    assert reason in str(raised.value)
+    assert "remove the backbone from model.freeze, or start from trained weights" in str(raised.value)
+    for given in ({"stored": False}, {"weights": "model.pth"}, {"freeze": ("pixel_decoder",)}):
+        assert start(backbone, **({"problem": problem, "freeze": ("backbone",)} | given)).config.model.freeze
 
 
 def test_has_frozen_norms_detects_frozen_batch_norms():

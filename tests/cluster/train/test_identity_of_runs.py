@@ -9,14 +9,18 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from m2f.cluster.cli import main
 from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.recipe.load import dump_recipe, load_recipe
+from m2f.cluster.recipe.pinned_weights import with_pinned_weights
+from m2f.cluster.recipe.stored import STORED_RECIPE
 from m2f.cluster.start.continuation import check_continuation
 from m2f.cluster.train.compose import compose_job
 from m2f.cluster.train.local import train_locally
@@ -35,6 +39,7 @@ from m2f.trainer.checkpoint.identity import METADATA_KEY, read_metadata
 from m2f.trainer.checkpoint.weights import known_class_rows
 from m2f.trainer.config import CheckpointConfig
 from m2f.trainer.errors import CheckpointError
+from m2f.trainer.start_model import start_model
 from tests.cluster.tiny_run import small_sets, tiny_config
 from tests.data_pipeline.coco_set import CocoSet
 
@@ -278,3 +283,32 @@ def test_weights_with_contradicting_classes_are_rejected(run, tmp_path):
     config = replace(config, name="finer", model=model, datasets={"train": dataset})
     with pytest.raises(DataError, match=rf"'{stuff.name}' \(thing\).*'{stuff.name}' \(stuff\)"):
         check_continuation(compose_job(replace(config, data=replace(config.data, task="instance"))), Storage())
+
+
+def test_the_backbone_of_a_run_starts_another_run_from_its_newest_checkpoint(run):
+    config, url = run
+    backbone = replace(config.model.backbone, weights=config.run_folder)
+    other = replace(config, name="other", model=replace(config.model, backbone=backbone, freeze=("backbone",)))
+    pinned = with_pinned_weights(other, Storage())
+    assert pinned.model.backbone.weights == url
+    assert with_pinned_weights(pinned, Storage()) == pinned
+    notices = []
+    job = compose_job(pinned)
+    check_continuation(job, Storage())
+    model, start = start_model(job, Storage(), SimpleNamespace(report=notices.append))
+    state = load_file(f"{url}/weights.safetensors")
+    assert all(torch.equal(t, state[f"backbone.{name}"]) for name, t in model.backbone.state_dict().items())
+    assert [(weights.setting, weights.source) for weights in start] == [("model.backbone.weights", url)]
+    assert start[0].sha256 in notices[0].message
+
+
+def test_a_resumed_run_keeps_the_checkpoint_that_its_backbone_started_from(run, tmp_path):
+    config, _ = run
+    backbone = replace(config.model.backbone, weights=str(tmp_path / "source"))
+    resumed = replace(config, output=str(tmp_path), name="resumed")
+    resumed = replace(resumed, model=replace(resumed.model, backbone=backbone))
+    shutil.copytree(config.run_folder, resumed.run_folder)
+    first = f"{tmp_path}/source/checkpoints/step_00000001-1"
+    stored = replace(resumed, model=replace(resumed.model, backbone=replace(backbone, weights=first)))
+    Path(resumed.run_folder, STORED_RECIPE).write_text(dump_recipe(stored))
+    assert with_pinned_weights(resumed, Storage()).model.backbone.weights == first

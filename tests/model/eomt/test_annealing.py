@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from m2f.model.config import EomtDecoderConfig, ModelConfig, TimmBackboneConfig, UpscalePixelDecoderConfig
-from m2f.model.eomt.annealing import uniform_draws
+from m2f.model.eomt.annealing import annealing_steps, uniform_draws
 from m2f.model.mask2former import build_model
 from m2f.model.segmenter import TrainingContext
 from m2f.trainer.engine.compile import compile_regions
@@ -69,6 +69,19 @@ def test_training_step_derives_mask_probabilities_from_progress():
         halves[1:], model(images[1:], context([4])).mask_logits(), rtol=1e-4, atol=1e-5
     )
     assert not torch.allclose(halves, model(images, context([30, 40])).mask_logits(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "starts"),
+    [
+        (3, [14782, 36955, 59128]),
+        (4, [14782, 29564, 44346, 59128]),
+        (5, [14782, 25869, 36955, 48042, 59128]),
+    ],
+)
+def test_annealing_steps_equal_the_published_ones_for_coco(layers, starts):
+    expected = tuple((start, start + 14782) for start in starts)
+    assert annealing_steps(EomtDecoderConfig(num_layers=layers), 88692) == expected
 
 
 @pytest.mark.parametrize(("power", "expected"), [(1.0, 0.25), (2.0, 0.0625), (0.0, 1.0)])

@@ -1,6 +1,7 @@
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import huggingface_hub.constants
 import pytest
@@ -8,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import m2f.model.weights.hub
+from m2f.model.backbones.build import build_backbone
+from m2f.model.config import ModelConfig, TimmBackboneConfig
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.weights.hub import _Listing, hub_folder, pin_revision, unavailable_reason
 from m2f.model.weights.sources import HubAddress
@@ -91,7 +94,7 @@ def test_an_answer_that_is_an_error_is_not_called_silence(hub, status, reason):
 
 
 def test_a_refused_download_names_the_token(hub, monkeypatch):
-    monkeypatch.setattr(m2f.model.weights.hub, "_query_hub", lambda address: _Listing(COMMIT, ("config.json",)))
+    monkeypatch.setattr(m2f.model.weights.hub, "_query_hub", lambda *_: _Listing(COMMIT, ("config.json",)))
     hub.failure = 401
     with pytest.raises(WeightsError, match=r"the download failed \(.*\); set HF_TOKEN to a token that may read it; "):
         pin_revision(ADDRESS)
@@ -181,3 +184,15 @@ def test_missing_network_is_a_one_line_error(tmp_path, monkeypatch, answers):
     message = done.stdout.strip()
     assert all(text in message for text in ("does not answer", "HF_ENDPOINT", "HF_HUB_OFFLINE=1"))
     assert len(message.splitlines()) == 1
+
+
+def test_a_backbone_starts_from_a_model_of_the_hub(hub, model, tmp_path):
+    config = TimmBackboneConfig(name="resnet10t", options={"channels": (8, 16, 16, 32)}, norm="native")
+    source = build_backbone(config)
+    save_file({f"backbone.{name}": t for name, t in source.state_dict().items()}, model / "model.safetensors")
+    loaded = build_backbone(replace(config, weights=f"{ADDRESS}@{COMMIT}"))
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    with pytest.raises(ConfigError, match=r"model\.backbone\.weights is hub:someone/else.*no such model or revision"):
+        build_backbone(replace(config, weights="hub:someone/else"))
+    with pytest.raises(ConfigError, match=r"model\.backbone\.weights is 'hub:someone'; write hub:OWNER/NAME"):
+        ModelConfig(backbone=replace(config, weights="hub:someone"))

@@ -183,9 +183,9 @@ def test_weights_of_msra_are_refused(small):
         load_weights(small, {"conv1_w": torch.zeros(1), "res2_0_branch2a_w": torch.zeros(1)})
 
 
-def test_a_url_of_a_backbone_is_refused_early():
-    with pytest.raises(ConfigError, match=r"model\.backbone\.weights is s3://b/r50\.pkl, a URL.*set that instead"):
-        ModelConfig(backbone=TimmBackboneConfig(weights="s3://b/r50.pkl"))
+def test_a_url_of_a_backbone_is_refused_outside_a_training_run():
+    with pytest.raises(ConfigError, match=r"backbone\.weights is s3://b/r50\.pkl, a URL, .*copy it to a local path"):
+        build_backbone(TimmBackboneConfig(weights="s3://b/r50.pkl"))
 
 
 def test_names_of_old_official_files_are_recognised():

@@ -14,6 +14,8 @@ from m2f.data_pipeline.label_space import LabelSpace
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import MaskedTransformerDecoderConfig, ModelConfig, TimmBackboneConfig
 from m2f.model.errors import WeightsError
+from m2f.model.weights.files import read_state
+from m2f.trainer.checkpoint.folder import MANIFEST, WEIGHTS, CheckpointManifest, file_entry
 from m2f.trainer.checkpoint.identity import (
     METADATA_KEY,
     InputRules,
@@ -21,7 +23,7 @@ from m2f.trainer.checkpoint.identity import (
     read_metadata,
     require_own_checkpoint,
 )
-from m2f.trainer.checkpoint.weights import check_start_weights, known_class_rows
+from m2f.trainer.checkpoint.weights import check_start_weights, fetched_backbone, known_class_rows
 from m2f.trainer.errors import CheckpointError
 
 CLASSES = (Category(7, "car", True, (1, 2, 3)), Category(2, "sky", False, (4, 5, 6)))
@@ -98,6 +100,38 @@ def test_start_weights_with_another_pixel_mean_or_number_of_heads_are_refused(tm
         check_start_weights(IDENTITY, config, Storage())
     decoder = MaskedTransformerDecoderConfig(num_heads=4)
     check_start_weights(IDENTITY, replace(config, transformer_decoder=decoder), Storage())
+
+
+def test_start_weights_of_a_backbone_with_another_pixel_mean_are_refused(tmp_path):
+    rules = replace(DEFAULT_RULES, pixel_std=(128.0, 128.0, 128.0))
+    recipe = "model: {transformer_decoder: {kind: masked, num_heads: 4}}\n"  # the head may differ
+    backbone = TimmBackboneConfig(weights=stored_weights(tmp_path, replace(IDENTITY, input=rules, recipe=recipe)))
+    with pytest.raises(WeightsError, match=r"^model\.backbone\.weights is .*\n  model\.pixel_std: .*-> \[58\.395"):
+        check_start_weights(IDENTITY, ModelConfig(backbone=backbone), Storage())
+    check_start_weights(IDENTITY, ModelConfig(backbone=backbone, pixel_std=rules.pixel_std), Storage())
+
+
+def test_backbone_weights_of_a_url_are_fetched_and_those_of_a_checkpoint_are_verified(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "a" / "checkpoints" / "step_00000007"
+    folder.mkdir(parents=True)
+    save_file({"backbone.a": torch.ones(2)}, file := folder / WEIGHTS)
+    (folder / MANIFEST).write_bytes(CheckpointManifest(7, 1, 1, {WEIGHTS: file_entry(file)}).to_json())
+
+    def backbone_of(weights):
+        with fetched_backbone(ModelConfig(backbone=TimmBackboneConfig(weights=weights)), Storage()) as model:
+            return model.backbone.weights, None if weights is None else list(read_state(str(model.backbone.weights)))
+
+    assert backbone_of(None) == (None, None)
+    assert backbone_of(str(folder)) == (str(file), ["backbone.a"])
+    monkeypatch.setattr(Storage, "get_file", lambda self, url, path: path.write_bytes(file.read_bytes()))
+    monkeypatch.setattr(Storage, "exists", lambda self, url: url == f"s3://box/step/{WEIGHTS}")
+    path, names = backbone_of("s3://box/step")
+    assert names == ["backbone.a"]
+    assert "://" not in path
+    monkeypatch.undo()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=r"step_00000007 is damaged: the checksum of weights\.safetensors"):
+        backbone_of(str(folder))
 
 
 def test_missing_start_weights_are_refused_by_the_name_of_their_setting(tmp_path):

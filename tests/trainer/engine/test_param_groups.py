@@ -12,6 +12,10 @@ from m2f.trainer.config import OptimizerConfig
 from m2f.trainer.engine.param_groups import build_param_groups
 from m2f.trainer.errors import TrainingError
 
+SMALL_ADAPTER = ViTAdapterBackboneConfig(
+    name="vit_small_patch16_dinov3_qkvb", options={"embed_dim": 32, "depth": 4, "num_heads": 2}
+)
+
 
 def settings_by_name(model):
     groups = build_param_groups(model, OptimizerConfig())
@@ -102,8 +106,7 @@ def test_blocks_are_found_in_convolutional_backbones(name, options, blocks):
 
 
 def test_an_adapter_is_adjacent_to_the_head_although_torch_lists_its_embedding_first():
-    options = {"embed_dim": 32, "depth": 4, "num_heads": 2}
-    found = rates(ViTAdapterBackboneConfig(name="vit_small_patch16_dinov3_qkvb", options=options))
+    found = rates(SMALL_ADAPTER)
     expected = {
         "vit.embed.cls_token": 5e-6,
         "vit.blocks.0.mlp.fc1.weight": 5e-5,
@@ -116,5 +119,23 @@ def test_an_adapter_is_adjacent_to_the_head_although_torch_lists_its_embedding_f
 
 
 def test_a_backbone_without_blocks_cannot_have_layer_decay():
-    with pytest.raises(TrainingError, match="layer_decay needs a backbone with blocks"):
+    with pytest.raises(TrainingError, match=r"layer_decay is 0\.9, .*but the backbone has no blocks; set it to 1"):
         build_param_groups(Toy(), OptimizerConfig(layer_decay=0.9))
+
+
+def test_layer_decay_with_a_frozen_transformer_is_refused_with_the_reason():
+    model = nn.Module()
+    model.backbone = build_backbone(SMALL_ADAPTER, pretrained=False)
+    model.backbone.vit.requires_grad_(False)
+    with pytest.raises(TrainingError, match=r"blocks of the backbone are frozen \(model\.freeze\); set it to 1"):
+        build_param_groups(model, OptimizerConfig(layer_decay=0.9))
+
+
+def test_sparing_more_blocks_than_there_are_is_refused():
+    model = nn.Module()
+    model.backbone = build_backbone(SMALL_ADAPTER, pretrained=False)
+    config = OptimizerConfig(layer_decay=0.9, layer_decay_spared=4)
+    rates_found = sorted({group["lr"] for group in build_param_groups(model, config)})
+    assert rates_found == pytest.approx([1e-5 * 0.9**5, 1e-5])
+    with pytest.raises(TrainingError, match="layer_decay_spared is 5, but the backbone has only 4 trained blocks"):
+        build_param_groups(model, OptimizerConfig(layer_decay=0.9, layer_decay_spared=5))
