@@ -107,7 +107,8 @@ def _steps(job: TrainJob) -> dict:
         found = [engine.accumulate(batch, normalizers) for batch in batches]
         assert engine.finish_step(step + 1).applied
         losses.append(sum_over_ranks(loss_terms(found), ranks).total)
-    same = {name for name, tensor in engine.weights().items() if torch.equal(tensor, start[name])}
+    weights = engine.weights() | engine.weights(frozen=True)
+    same = {name for name, tensor in weights.items() if torch.equal(tensor, start[name])}
     frozen = {name for name in start if name.startswith(f"{part}.")}
     in_optimizer = sum(state["exp_avg"].numel() for state in engine._adamw.state.values())
     return {
