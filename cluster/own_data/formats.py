@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from m2f.cluster.own_data.map_pairs import describe_unpaired_maps, find_map_formats
+from m2f.cluster.own_data.hints import describe_unsupported
+from m2f.cluster.own_data.map_pairs import find_map_formats
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, annotation_path, choose_sets, split_from_path
 from m2f.cluster.own_data.yolo import detect_yolo
 from m2f.data_pipeline.documents import DocumentError, parse_json
@@ -32,6 +33,8 @@ _NUM_LOOKED_UP = 20
 """Number of images that are looked up in each folder. More would make the search slow in large trees of folders."""
 _VOC_LEGENDS = ("labelmap.txt", "class_names.txt")
 """Legends of the VOC format: the first is written by CVAT and datumaro, the second by labelme's conversion."""
+_LABELME_MAPS = ("SegmentationClassPNG", "SegmentationObjectPNG")
+"""Folders of maps that labelme's conversion writes if SegmentationClass holds arrays (.npy)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def choose_format(folder: Path, requested: str | None) -> DataFormat:
         raise ConfigError(
             f"{folder} is not in a supported format: found no data.yaml with labels/, COCO or labelme JSON, CVAT XML, "
             "SegmentationClass/, or folders of images and maps with equal names."
-            f"{describe_unpaired_maps(folder)} docs/own_data.md lists the formats"
+            f"{describe_unsupported(folder)} docs/own_data.md lists the formats"
         )
     if not chosen:
         raise ConfigError(f"{folder} does not match --format {requested}; it matches:\n{listed}")
@@ -276,12 +279,9 @@ def _detect_cvat(folder: Path) -> DataFormat | None:
 def _detect_voc(folder: Path) -> DataFormat | None:
     """Detect Pascal VOC with grey or palette maps. RGB maps with a legend are a different format."""
     parents = sorted(Path(parent) for parent, _ in walk_folders(str(folder)))
-    roots = [
-        p for p in parents if (p / "SegmentationObject").is_dir() and _visible_files(p / "SegmentationClass", ".png")
-    ]
-    if not roots or not all(map(_has_indexed_classes, roots)):
+    sources = {root: source for root in parents if (source := _voc_source(root)) is not None}
+    if not sources or not all(_has_indexed_classes(Path(source.class_maps)) for source in sources.values()):
         return None
-    sources = {root: _voc_source(root) for root in roots}
     sets = tuple(entry for root, source in sources.items() for entry in _voc_sets(folder, root, source))
     legend = next(iter(sources.values())).legend
     origin_of_classes = (
@@ -292,21 +292,25 @@ def _detect_voc(folder: Path) -> DataFormat | None:
     return DataFormat("voc", f"folders SegmentationClass and SegmentationObject, {origin_of_classes}", sets)
 
 
-def _has_indexed_classes(root: Path) -> bool:
+def _has_indexed_classes(class_maps: Path) -> bool:
     try:
-        mode = read_header(_visible_files(root / "SegmentationClass", ".png")[0].read_bytes()).mode
+        mode = read_header(_visible_files(class_maps, ".png")[0].read_bytes()).mode
     except BrokenImageError:
         return False
     return mode in ("gray", "palette")
 
 
-def _voc_source(root: Path) -> VocSource:
-    return VocSource(
-        images=f"{root}/JPEGImages",
-        class_maps=f"{root}/SegmentationClass",
-        object_maps=f"{root}/SegmentationObject",
-        legend=next((str(root / name) for name in _VOC_LEGENDS if (root / name).is_file()), None),
-    )
+def _voc_source(root: Path) -> VocSource | None:
+    """Return the source in a folder; None if the folder has no maps of classes and objects."""
+    for classes, objects in (("SegmentationClass", "SegmentationObject"), _LABELME_MAPS):
+        if (root / objects).is_dir() and _visible_files(root / classes, ".png"):
+            return VocSource(
+                images=f"{root}/JPEGImages",
+                class_maps=f"{root}/{classes}",
+                object_maps=f"{root}/{objects}",
+                legend=next((str(root / name) for name in _VOC_LEGENDS if (root / name).is_file()), None),
+            )
+    return None
 
 
 def _voc_sets(folder: Path, root: Path, source: VocSource) -> list[SourceSet]:

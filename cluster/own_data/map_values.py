@@ -125,8 +125,7 @@ def _read_name_list(path: Path, first: Path) -> dict[int, str]:
     if path.name in COLOR_LEGENDS:
         palette = _palette(first)
         return {palette.index(c.color): c.name for c in categories if c.color in palette}
-    offset = categories[0].name == "__ignore__"  # labelme numbers this first class -1
-    return {category.id - offset: category.name for category in categories[offset:]}
+    return {category.id: category.name for category in categories}
 
 
 def _palette(path: Path) -> list[tuple[int, ...]]:

@@ -205,6 +205,21 @@ def pair_files(
     return PairedFiles(records, tuple(unusable))
 
 
+def pair_files_with_suffixes(images: Path, maps: Path, image_suffix: str, map_suffix: str) -> PairedFiles:
+    """Pair images with PNG, TIFF or BMP maps. Their stems end before the suffixes: see `LabelMapSource`.
+
+    Raises DataError as `pair_files` does.
+    """
+    endings = tuple(map_suffix + ending for ending in (".png", *OTHER_MAP_ENDINGS))
+    return pair_files(
+        images,
+        maps,
+        image_endings=tuple(image_suffix + ending for ending in IMAGE_ENDINGS),
+        map_endings=endings[:1],
+        other_map_endings=endings[1:],
+    )
+
+
 def _refuse_unpaired(
     images: Path,
     folder: Path,

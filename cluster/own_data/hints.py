@@ -1,0 +1,91 @@
+"""Say why a folder is in no supported format, and what its user can do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+from m2f.cluster.own_data.pair_folders import is_map, is_named_like_maps
+from m2f.data_pipeline.folders import walk_folders
+from m2f.data_pipeline.image_file import is_hidden_copy
+from m2f.model.format_count import format_count
+
+_LOSSY_KINDS = (("JPEG", (".jpg", ".jpeg")), ("WebP", (".webp",)), ("GIF", (".gif",)))
+"""Kinds of images that are not maps, with their endings."""
+_OTHER_ENDINGS = (
+    (("json", "ndjson", "jsonl", "csv"), "export COCO JSON from the tool that wrote them"),
+    (("xml",), "if they contain only boxes, export polygons or masks"),
+    (("parquet", "arrow", "npy", "npz", "mat", "h5"), "write their images and maps to PNG files"),
+)
+"""Endings of annotation files in other forms, with the remedy."""
+
+
+_LAYOUTS = (
+    (
+        r"_gtFine_labelIds\.png$",
+        " It has the files of Cityscapes, for which configs/cityscapes has recipes: their kind `cityscapes` reads "
+        "leftImg8bit/ and gtFine/.",
+    ),
+    (
+        r"^task-\d+-annotation-\d+-by-",
+        " It has masks that Label Studio exports as PNG or NumPy files, whose names do not name their images; export "
+        "COCO instead.",
+    ),
+)
+"""Patterns of file names in layouts that are not read, with the remedy as a sentence."""
+
+
+def describe_unsupported(folder: Path) -> str:
+    """Return what a folder contains instead of a supported format, as sentences; empty if that is unknown."""
+    names = [(Path(parent).relative_to(folder), files) for parent, files in sorted(walk_folders(str(folder)))]
+    return _known_layout(names) or _unpaired_maps(names) or _other_files(names)
+
+
+_Folders = Sequence[tuple[PurePath, Sequence[str]]]
+
+
+def _known_layout(folders: _Folders) -> str:
+    """Return the hint for the first layout in `_LAYOUTS` that has a file in the folder; empty if there is none."""
+    all_names = [name for _, names in folders for name in names]
+    return next((hint for pattern, hint in _LAYOUTS if any(re.search(pattern, name) for name in all_names)), "")
+
+
+def _unpaired_maps(folders: _Folders) -> str:
+    """Return why the first folder that is named like maps has no images; empty if there is none."""
+    for path, files in folders:
+        if not any(is_named_like_maps(Path(part)) for part in path.parts):
+            continue
+        if num_maps := sum(map(is_map, files)):
+            listed = f" {path}/ has {format_count(num_maps, 'map')}"
+            images = next((names for other, names in folders if other == path.parent / "images"), ())
+            if len(images) == 1 < num_maps:
+                return (
+                    f"{listed} for the image in {path.parent}/images/: one map for each object is not read. Combine "
+                    "them with the script in docs/own_data.md (masks to convert)."
+                )
+            return (
+                f"{listed}, but no folder has images with their names; if the export lacks the images, copy them to "
+                "images/, or give images and maps equal names."
+            )
+        for kind, endings in _LOSSY_KINDS:
+            if count := sum(name.lower().endswith(endings) for name in files):
+                reason = "GIF files are not read" if kind == "GIF" else f"{kind} changes values"
+                listed = f" {path}/ has {format_count(count, f'{kind} file')}"
+                return (
+                    f"{listed}; if these are maps, export them as PNG, because {reason}. docs/own_data.md has a script "
+                    "for masks of two values."
+                )
+    return ""
+
+
+def _other_files(folders: _Folders) -> str:
+    """Return which annotation files are in another form; empty if there are none."""
+    found = [path / name for path, names in folders for name in names if not is_hidden_copy(name)]
+    sentences = ""
+    for endings, remedy in _OTHER_ENDINGS:
+        files = [path for path in found if path.suffix.lower().removeprefix(".") in endings]
+        if files:
+            count = format_count(len(files), f"{files[0].suffix.lower()} file")
+            sentences += f" It has {count} in another form, for example {files[0]}; {remedy}."
+    return sentences
