@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from m2f.cluster.own_data.hints import describe_unsupported
+from m2f.cluster.own_data.hints import describe_public_data, describe_unsupported
 from m2f.cluster.own_data.map_pairs import find_map_formats
+from m2f.cluster.own_data.map_values import require_equal_palettes
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, annotation_path, choose_sets, split_from_path
 from m2f.cluster.own_data.yolo import detect_yolo
 from m2f.data_pipeline.documents import DocumentError, parse_json
@@ -44,7 +45,10 @@ class _JsonFile:
 
 
 def find_formats(folder: Path) -> list[DataFormat]:
-    """Return all formats that fit the folder. Folders of maps are considered only if no other format fits."""
+    """Return all formats that fit the folder. Folders of maps are considered only if no other format fits.
+
+    Raises ConfigError if a format is damaged, or the folder is a public data set that has a reader of its own.
+    """
     detected = [
         detect_yolo(folder),
         *_detect_json_formats(folder),
@@ -52,6 +56,8 @@ def find_formats(folder: Path) -> list[DataFormat]:
         _detect_voc(folder),
     ]
     formats = [data_format for data_format in detected if data_format is not None]
+    if not formats and (hint := describe_public_data(folder)):
+        raise ConfigError(f"{folder} {hint}")
     return formats or find_map_formats(folder)
 
 
@@ -138,6 +144,8 @@ def _coco_formats(folder: Path, files: Sequence[_JsonFile]) -> list[DataFormat]:
         files = [file for file in files if not _has_keypoints(file)]
         notes = (f"not used, because they annotate keypoints: {format_list(keypoints)}",)
     for file in files:
+        if file.path.name.startswith("cityscapes_panoptic_"):
+            continue  # names no files of images; another reader finds them (describe_public_data)
         split = _split_of(file.path, folder)
         entries = [e for e in file.content["annotations"] if isinstance(e, dict)]
         first = next(iter(entries), {})
@@ -159,9 +167,16 @@ def _coco_formats(folder: Path, files: Sequence[_JsonFile]) -> list[DataFormat]:
                 images=str(images), instances_json=str(file.path), crowds_are_objects=any(map(_is_cvat_mask, entries))
             )
             sets["coco_instances"].append(SourceSet(split, source))
-    names = ", ".join(str(file.path.relative_to(folder)) for file in files[:4])
-    evidence = f"COCO annotations in {names}"
-    return [DataFormat(kind, evidence, tuple(found), notes=notes) for kind, found in sets.items() if found]
+    return [
+        DataFormat(kind, f"COCO annotations in {_listed_paths(folder, found)}", tuple(found), notes=notes)
+        for kind, found in sets.items()
+        if found
+    ]
+
+
+def _listed_paths(folder: Path, sets: Sequence[SourceSet]) -> str:
+    """Return the annotation files of the first four sets, relative to the user's folder, as text."""
+    return ", ".join(os.path.relpath(annotation_path(entry.source), folder) for entry in sets[:4])
 
 
 def _has_keypoints(file: _JsonFile) -> bool:
@@ -282,6 +297,7 @@ def _detect_voc(folder: Path) -> DataFormat | None:
     sources = {root: source for root in parents if (source := _voc_source(root)) is not None}
     if not sources or not all(_has_indexed_classes(Path(source.class_maps)) for source in sources.values()):
         return None
+    require_equal_palettes([_visible_files(Path(source.class_maps), ".png") for source in sources.values()])
     sets = tuple(entry for root, source in sources.items() for entry in _voc_sets(folder, root, source))
     legend = next(iter(sources.values())).legend
     origin_of_classes = (

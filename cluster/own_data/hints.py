@@ -21,12 +21,20 @@ _OTHER_ENDINGS = (
 """Endings of annotation files in other forms, with the remedy."""
 
 
-_LAYOUTS = (
+_PUBLIC_DATA = (
     (
         r"_gtFine_labelIds\.png$",
-        " It has the files of Cityscapes, for which configs/cityscapes has recipes: their kind `cityscapes` reads "
-        "leftImg8bit/ and gtFine/.",
+        "is in the layout of Cityscapes: take a recipe of configs/cityscapes, whose kinds `cityscapes` and "
+        "`cityscapes_panoptic` read leftImg8bit/ and gtFine/",
     ),
+    (
+        r"^(objectInfo150\.txt|ADE_(train|val|frame)_\d+_seg\.png)$",
+        "is in a layout of ADE20K: take a recipe of configs/ade20k, and the kind `ade20k` for the files of the "
+        "challenge or `ade20k_full` for the full release (docs/datasets.md)",
+    ),
+)
+"""Patterns of file names in public data sets that have readers of their own, with the remedy."""
+_OTHER_LAYOUTS = (
     (
         r"^task-\d+-annotation-\d+-by-",
         " It has masks that Label Studio exports as PNG or NumPy files, whose names do not name their images; export "
@@ -39,16 +47,22 @@ _LAYOUTS = (
 def describe_unsupported(folder: Path) -> str:
     """Return what a folder contains instead of a supported format, as sentences; empty if that is unknown."""
     names = [(Path(parent).relative_to(folder), files) for parent, files in sorted(walk_folders(str(folder)))]
-    return _known_layout(names) or _unpaired_maps(names) or _other_files(names)
+    return _known_layout(names, _OTHER_LAYOUTS) or _unpaired_maps(names) or _other_files(names)
+
+
+def describe_public_data(folder: Path) -> str:
+    """Return that the folder is a public data set, and how to read it; empty if it is none."""
+    names = [(Path(parent), files) for parent, files in walk_folders(str(folder))]
+    return _known_layout(names, _PUBLIC_DATA)
 
 
 _Folders = Sequence[tuple[PurePath, Sequence[str]]]
 
 
-def _known_layout(folders: _Folders) -> str:
-    """Return the hint for the first layout in `_LAYOUTS` that has a file in the folder; empty if there is none."""
+def _known_layout(folders: _Folders, layouts: Sequence[tuple[str, str]]) -> str:
+    """Return the hint for the first layout whose pattern fits a file name; empty if none fits."""
     all_names = [name for _, names in folders for name in names]
-    return next((hint for pattern, hint in _LAYOUTS if any(re.search(pattern, name) for name in all_names)), "")
+    return next((hint for pattern, hint in layouts if any(re.search(pattern, name) for name in all_names)), "")
 
 
 def _unpaired_maps(folders: _Folders) -> str:

@@ -11,6 +11,7 @@ from m2f.cluster.own_data.map_values import (
     LISTS_BY_VALUE,
     MAX_CLASSES,
     ColoredValue,
+    describe_repeated_value,
     find_repeated_value,
     has_colors,
     read_class_names,
@@ -120,7 +121,9 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[Pair]) -> list[DataFormat]:
 def _location(folder: Path, pair: Pair) -> str:
     """Return the folders of a pair relative to the user's folder, and the form of the names if they differ."""
     images, maps = (f"{path.relative_to(folder)}/" for path in (pair.images, pair.maps))
-    if pair.images == pair.maps or pair.image_suffix:
+    if pair.images == pair.maps and not pair.suffix and not pair.image_suffix:
+        maps += " with equal names"
+    elif pair.images == pair.maps or pair.image_suffix:
         maps += f" with NAME{pair.image_suffix} and NAME{pair.suffix}"
     return maps if pair.images == pair.maps else f"{images} and {maps}"
 
@@ -191,10 +194,8 @@ def _palette_format(
                 _color_map_formats(pairs, legend, None, evidence)[0],
                 evidence=f"{evidence}: palette maps whose palettes differ, with {legend.name}",
             )
-    one, other = (next(path for path in files if entry in values_in(path)) for entry in repeated)
     raise ConfigError(
-        f"the palettes of {one} and {other} differ: value {repeated[0][0]} is {repeated[0][1]} in the first, "
-        f"{repeated[1][1]} in the second. If colours are classes, add a legend of all colours "
+        f"{describe_repeated_value(files, repeated)}. If colours are classes, add a legend of all colours "
         f"({', '.join(COLOR_LEGENDS)}) to PNG maps. If values are classes, save the maps as grey images"
     )
 

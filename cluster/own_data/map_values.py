@@ -16,6 +16,7 @@ from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.map_reader import read_color_map, read_index_map
+from m2f.model.errors import ConfigError
 
 COLOR_LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt")
 """Files with the names of classes and their colours."""
@@ -150,3 +151,26 @@ def find_repeated_value(found: Set[ColoredValue]) -> tuple[ColoredValue, Colored
     """Return the smallest value that has different colours in two palettes, with two of its colours; None if none."""
     colored = sorted((value, color) for value, color in found if color is not None)
     return next(((one, other) for one, other in pairwise(colored) if one[0] == other[0]), None)
+
+
+def describe_repeated_value(files: Sequence[Path], repeated: tuple[ColoredValue, ColoredValue]) -> str:
+    """Return which two of the maps have different colours for a value, as found by `find_repeated_value`."""
+    one, other = (next(path for path in files if entry in values_in(path)) for entry in repeated)
+    return (
+        f"the palettes of {one} and {other} differ: value {repeated[0][0]} is {repeated[0][1]} in the first, "
+        f"{repeated[1][1]} in the second"
+    )
+
+
+def require_equal_palettes(files: Sequence[Sequence[Path]]) -> None:
+    """Raise ConfigError if the palettes of class maps differ, because their values are then not classes.
+
+    Args:
+        files: paths of the maps in each folder, of which `_NUM_SAMPLED_MAPS` per folder are read.
+    """
+    sample = sample_maps(files)
+    if repeated := find_repeated_value(set[ColoredValue]().union(*map(values_in, sample))):
+        raise ConfigError(
+            f"{describe_repeated_value(sample, repeated)}. Export RGB maps with a legend of all colours "
+            f"({', '.join(COLOR_LEGENDS)}) instead. If values are classes, save the maps as grey images"
+        )

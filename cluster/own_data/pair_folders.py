@@ -56,13 +56,17 @@ def find_pairs(folder: Path) -> tuple[list[Pair], list[Path]]:
     one nearest to the maps is used.
     """
     stems: dict[Path, dict[str, str]] = {}
+    pairs: list[Pair] = []
     for parent, files in sorted(walk_folders(str(folder))):
-        found = {Path(name).stem: name for name in sorted(files) if is_image_name(os.path.join(parent, name))}
-        if found:
+        images = [name for name in sorted(files) if is_image_name(os.path.join(parent, name))]
+        found = {Path(name).stem: name for name in images}
+        if _has_maps_with_equal_stems(Path(parent), images):
+            pairs.append(Pair(folder, Path(parent), Path(parent), "", ""))
+        elif found:
             stems[Path(parent)] = found
     like_maps = {path for path, names in stems.items() if _looks_like_maps(path.relative_to(folder), names)}
     images_below = {path: names for path, names in stems.items() if path not in like_maps}
-    pairs, unpaired = [], []
+    unpaired = []
     for maps, names in stems.items():
         if (suffixes := _suffixes_in_folder(names)) is not None:
             pairs.append(Pair(folder, maps, maps, *suffixes))
@@ -82,6 +86,13 @@ def find_pairs(folder: Path) -> tuple[list[Pair], list[Path]]:
     if not pairs and (matched := _find_nested_pairs(folder, stems) or _find_pairs_by_content(folder, stems)):
         return matched, []
     return pairs, unpaired
+
+
+def _has_maps_with_equal_stems(folder: Path, names: Sequence[str]) -> bool:
+    """Return whether a folder has an image beside each map, such as `a.jpg` and `a.png`, which is grey or a palette."""
+    maps = {Path(name).stem: folder / name for name in names if is_map(name)}
+    others = {Path(name).stem for name in names if not is_map(name)}
+    return bool(maps) and maps.keys() <= others and _has_one_channel(list(maps.values()))
 
 
 def _find_pairs_by_content(folder: Path, stems: Mapping[Path, Mapping[str, str]]) -> list[Pair]:

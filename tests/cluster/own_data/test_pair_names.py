@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def write_map(path: Path, values: np.ndarray, **options: int) -> None:
         ("train/{}_sat.jpg", "train/{}_mask.png", ("_sat", "_mask")),
         ("imagesTr/case_{}_0000.png", "labelsTr/case_{}.png", ("_0000", "")),
         ("images/p{}/a_rgb.png", "labels/p{}/a_labelIds.png", ("_rgb", "_labelIds")),
+        ("data/{}.jpg", "data/{}.png", ("", "")),
         ("RGB/top_{}_RGB.tif", "Labels/top_{}_label.tif", ("_RGB", "_label")),
     ],
 )
@@ -122,7 +124,8 @@ def write_class_folders(folder: Path) -> None:
         ("ds/ann/a.jpg.json", r"1 \.json file in another form, for example ds/ann/a\.jpg\.json; export COCO JSON"),
         ("export.ndjson", r"1 \.ndjson file in another form, .* export COCO JSON"),
         ("data/train-00000.parquet", r"1 \.parquet file in another form, .* to PNG files"),
-        ("gtFine/train/a/a_gtFine_labelIds.png", r"the files of Cityscapes, .*configs/cityscapes"),
+        ("gtFine/train/a/a_gtFine_labelIds.png", r"the layout of Cityscapes: take a recipe of configs/cityscapes"),
+        ("images/ADE_train_00000001_seg.png", r"a layout of ADE20K: .* `ade20k_full` for the full release"),
         ("task-1-annotation-7-by-1-tag-cell-0.png", r"Label Studio exports .* export COCO instead"),
     ],
 )
@@ -132,6 +135,38 @@ def test_other_forms_are_refused_with_a_remedy(name, message, tmp_path):
     path.write_text("{}")
     with pytest.raises(ConfigError, match=message):
         choose_format(tmp_path, None)
+
+
+def test_panoptic_files_of_cityscapes_are_no_coco_files(tmp_path):
+    write_map(tmp_path / "gtFine/train/a/a_gtFine_labelIds.png", class_map(0))
+    empty = {"images": [], "annotations": [], "categories": []}
+    (tmp_path / "gtFine/cityscapes_panoptic_train.json").write_text(json.dumps(empty))
+    with pytest.raises(ConfigError, match="layout of Cityscapes"):
+        choose_format(tmp_path, None)
+
+
+def test_the_formats_of_a_folder_name_their_own_files(tmp_path):
+    write_image(tmp_path / "0.png", 0)
+    for name, annotation in (("a", {"image_id": 1, "segments_info": []}), ("b", {"image_id": 1})):
+        images = [{"id": 1, "file_name": "0.png"}]
+        document = {"images": images, "annotations": [annotation], "categories": [{"id": 1, "name": "x"}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    evidence = {data_format.kind: data_format.evidence for data_format in find_formats(tmp_path)}
+    assert evidence == {
+        f"coco_{k}": f"COCO annotations in {n}.json" for k, n in (("panoptic", "a"), ("instances", "b"))
+    }
+
+
+def test_palettes_of_voc_must_be_equal(tmp_path):
+    for number, colors in enumerate(([0, 0, 0, 128, 0, 0, 0, 128, 0], [0, 128, 0, 128, 0, 0, 0, 0, 0])):
+        write_image(tmp_path / f"JPEGImages/{number}.jpg", number)
+        for name in ("SegmentationClass", "SegmentationObject"):
+            image = Image.fromarray(class_map(number)).convert("P")
+            image.putpalette(colors)
+            (tmp_path / name).mkdir(exist_ok=True)
+            image.save(tmp_path / name / f"{number}.png")
+    with pytest.raises(ConfigError, match=r"0\.png and .*1\.png differ: value 0 is \(0, 0, 0\) .* Export RGB maps"):
+        find_formats(tmp_path)
 
 
 def test_a_mask_for_each_object_is_refused_with_a_script(tmp_path):
