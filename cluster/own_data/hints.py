@@ -47,7 +47,8 @@ _OTHER_LAYOUTS = (
 def describe_unsupported(folder: Path) -> str:
     """Return what a folder contains instead of a supported format, as sentences; empty if that is unknown."""
     names = [(Path(parent).relative_to(folder), files) for parent, files in sorted(walk_folders(str(folder)))]
-    return _known_layout(names, _OTHER_LAYOUTS) or _unpaired_maps(names) or _other_files(names)
+    layout = _known_layout(names, _OTHER_LAYOUTS)
+    return layout or _inner_yolo(folder, names) or _unpaired_maps(names) or _other_files(names)
 
 
 def describe_public_data(folder: Path) -> str:
@@ -63,6 +64,15 @@ def _known_layout(folders: _Folders, layouts: Sequence[tuple[str, str]]) -> str:
     """Return the hint for the first layout whose pattern fits a file name; empty if none fits."""
     all_names = [name for _, names in folders for name in names]
     return next((hint for pattern, hint in layouts if any(re.search(pattern, name) for name in all_names)), "")
+
+
+def _inner_yolo(folder: Path, folders: _Folders) -> str:
+    """Return which folder is an export for YOLO, if it lies too deep to be detected; empty if there is none."""
+    for path, files in folders:
+        has_classes = any(name == "classes.txt" or name.lower().endswith((".yaml", ".yml")) for name in files)
+        if has_classes and all((folder / path / name).is_dir() for name in ("images", "labels")):
+            return f" {path}/ seems to be a YOLO export: give `m2f init` that folder."
+    return ""
 
 
 def _unpaired_maps(folders: _Folders) -> str:

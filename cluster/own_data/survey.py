@@ -77,7 +77,8 @@ class Survey:
 
 def fault_kind(message: str) -> str:
     """Return the kind of a fault: its message without paths, quoted names and numbers, at most 120 characters."""
-    text = re.sub(r"\S*/\S*?(: |$|\s)", "", message)
+    text = re.sub(r"^[^:]*/[^:]*: ", "", message)  # a path, which may have spaces
+    text = re.sub(r"\([^()]*/[^()]*\)|\S*/\S*?(: |$|\s)", "", text)
     return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"'[^']*'", "'...'", text)).strip()[:120]
 
 

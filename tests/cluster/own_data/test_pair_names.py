@@ -169,6 +169,14 @@ def test_palettes_of_voc_must_be_equal(tmp_path):
         find_formats(tmp_path)
 
 
+def test_an_inner_yolo_export_is_named(tmp_path):
+    for name in ("images", "labels"):
+        (tmp_path / f"data/cells/{name}").mkdir(parents=True)
+    (tmp_path / "data/cells/classes.txt").write_text("cell")
+    with pytest.raises(ConfigError, match="data/cells/ seems to be a YOLO export: give `m2f init` that folder"):
+        choose_format(tmp_path, None)
+
+
 def test_a_mask_for_each_object_is_refused_with_a_script(tmp_path):
     write_object_masks(tmp_path)
     with pytest.raises(ConfigError, match=r"a/masks/ has 2 maps for the image in stage1_train/a/images/: one map for"):
