@@ -22,6 +22,8 @@ COLOR_LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt")
 """Files with the names of classes and their colours."""
 _NAMES_BY_VALUE_FILE = "id2label.json"
 """File of Hugging Face: a JSON object with the class name of each map value."""
+_NNUNET_FILE = "dataset.json"
+"""File of nnU-Net with an object `labels` of class names and map values."""
 LISTS_BY_VALUE = (_NAMES_BY_VALUE_FILE, "_classes.csv")
 """Files that state the map value of each class, so that colours do not matter."""
 _NAME_LISTS = ("_classes.csv", "class_names.txt", "classes.txt", "labels.txt")
@@ -100,8 +102,9 @@ def read_class_names(roots: Sequence[Path], first: Path, values: Sequence[int]) 
         values: values that are classes.
     """
     notes = []
-    for path in (root / name for root in roots for name in (_NAMES_BY_VALUE_FILE, *_NAME_LISTS, *COLOR_LEGENDS)):
-        if path.name == _NAMES_BY_VALUE_FILE:
+    files = (_NAMES_BY_VALUE_FILE, _NNUNET_FILE, *_NAME_LISTS, *COLOR_LEGENDS)
+    for path in (root / name for root in roots for name in files):
+        if path.name in (_NAMES_BY_VALUE_FILE, _NNUNET_FILE):
             if (stated := _read_names_by_value(path)) is not None:
                 return stated, notes
         elif path.is_file():
@@ -142,6 +145,10 @@ def _read_names_by_value(path: Path) -> dict[int, str] | None:
         document = parse_json(path.read_bytes())
     except (OSError, DocumentError):
         return None
+    if path.name == _NNUNET_FILE:
+        document = document.get("labels") if isinstance(document, dict) else None
+        if isinstance(document, dict) and all(isinstance(value, int) for value in document.values()):
+            document = {str(value): name for name, value in document.items()}
     if not isinstance(document, dict) or not all(key.isdecimal() and int(key) < 65536 for key in document):
         return None
     return {int(key): str(name) for key, name in document.items()}

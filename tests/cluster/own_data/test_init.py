@@ -162,6 +162,19 @@ def test_faults_are_counted_by_kind(tmp_path, capsys, monkeypatch):
     assert printed.splitlines()[-2] == "  m2f shard set.yaml --skip-bad"
 
 
+def test_images_without_objects_are_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS["label_studio"](tmp_path / "set")
+    path = tmp_path / "set/result.json"
+    document = json.loads(path.read_text())
+    empty = document["images"][0]["id"]
+    document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] != empty]
+    path.write_text(json.dumps(document))
+    assert main(["init", "set"]) == 0
+    assert "1 of 6 images without a segment: training leaves them out" in capsys.readouterr().out
+
+
 def test_counts_of_large_sets_name_the_images_that_were_read(tmp_path, monkeypatch):
     """Missing files are found among all images, and other faults only in the images that are read."""
     monkeypatch.setattr("m2f.cluster.own_data.survey._NUM_SURVEYED", 2)

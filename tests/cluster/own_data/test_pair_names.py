@@ -51,6 +51,17 @@ def _with_classes(source: LabelMapSource, folder: Path) -> LabelMapSource:
     return LabelMapSource(**{**vars(source), "categories": str(categories)})
 
 
+@pytest.mark.parametrize(
+    "labels", [{"background": 0, "cell": 1, "dirt": 2}, {"0": "background", "1": "cell", "2": "dirt"}]
+)
+def test_dataset_json_of_nnunet_names_the_classes(labels, tmp_path):
+    for number in range(2):
+        write_image(tmp_path / f"imagesTr/case_{number}_0000.png", number)
+        write_map(tmp_path / f"labelsTr/case_{number}.png", class_map(number))
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    assert dict(find_formats(tmp_path)[0].classes) == {0: "background", 1: "cell", 2: "dirt"}
+
+
 def test_an_image_suffix_changes_the_fingerprint(tmp_path):
     plain = _with_classes(LabelMapSource(images="a", labels="b", categories=""), tmp_path)
     changed = LabelMapSource(**{**vars(plain), "image_suffix": "_sat"})
