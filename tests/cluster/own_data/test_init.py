@@ -282,7 +282,7 @@ def test_choices_depend_on_machine_and_data(machine, crop, micro):
 
 
 def test_fault_kind_ignores_names_and_numbers():
-    assert fault_kind("/d 1/Foto 9 .jpg: it has no map (/d 1/m 2/Foto 9 .png)") == "it has no map"
+    assert fault_kind("/d 1/im 9 .jpg: it has no map (/d 1/m 2/im 9 .png)") == "it has no map"
     assert fault_kind("/a/b.txt: line 3 has class 9") == fault_kind("/a/c.txt: line 14 has class 12")
 
 
