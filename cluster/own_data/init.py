@@ -228,8 +228,9 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
         print_out(f"pixels without an object get the class {added!r}")
     with _write_category_file(data_format, options, args.overwrite), _restored_on_failure(output):
         datasets = build_datasets(data_format, options)
-        found = survey(tuple(datasets.values()))
-        readers = {name: open_dataset(dataset)[0] for name, dataset in datasets.items()}
+        opened = {name: open_dataset(dataset) for name, dataset in datasets.items()}
+        readers = {name: reader for name, (reader, _) in opened.items()}
+        found = survey(tuple(opened.values()))
         require_distinct_images(datasets, readers)
         for name, reader in readers.items():
             require_classes(reader.categories, choose_task(data_format, options), name)

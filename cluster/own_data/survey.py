@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.partition import UnknownValueError
-from m2f.data_pipeline.readers import open_dataset
+from m2f.data_pipeline.readers import Reader
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.model.format_count import format_count
 
 _NUM_SURVEYED = 500
@@ -90,16 +90,15 @@ def fault_kind(message: str) -> str:
     return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"'[^']*'", "'...'", text)).strip()[:120]
 
 
-def survey(datasets: Sequence[DatasetConfig]) -> Survey:
-    """Survey the sources of data sets. Raises DataError if a source cannot be opened or no image can be read."""
+def survey(opened: Sequence[tuple[Reader, tuple[UnusableAnnotation, ...]]]) -> Survey:
+    """Survey data sets, given the results of `open_dataset`. Raises DataError if no image can be read."""
     faults: list[str] = []
     counts: Counter[str] = Counter()
     repairs: Counter[str] = Counter()
     long_sides, shares, per_image, areas = [], [], [0], [0]
     num_images = num_crowds = num_unknown = num_empty = 0
     is_sampled = False
-    for dataset in datasets:
-        reader, unusable = open_dataset(dataset)
+    for reader, unusable in opened:
         faults += [f"{entry.source}: {entry.message}" for entry in unusable]
         names = {category.id: category.name for category in reader.categories.categories}
         counts.update(dict.fromkeys(names.values(), 0))

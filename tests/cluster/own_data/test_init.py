@@ -182,7 +182,7 @@ def test_counts_of_large_sets_name_the_images_that_were_read(tmp_path, monkeypat
     for number in (1, 4):
         (tmp_path / f"images/im{number}.png").unlink()
     source = CocoInstancesSource(images=str(tmp_path), instances_json=f"{tmp_path}/result.json")
-    lines = survey([DatasetConfig(shards="unused", source=source)]).lines()
+    lines = survey([open_dataset(DatasetConfig(shards="unused", source=source))]).lines()
     assert lines[1] == "segments by class in the 2 images read: cell 2, dirt 2"
     assert lines[2] == "2 faults; the images that were not read may have more:"
     assert lines[3] == "  2 x does not exist; the annotations refer to it"
@@ -279,6 +279,18 @@ def test_choices_depend_on_machine_and_data(machine, crop, micro):
     choices = choose_settings(found, 100, machine)
     assert (choices.crop.value, choices.micro_batch.value, choices.queries.value) == (crop, micro, 200)
     assert choices.global_batch == micro * max(1, machine.num_gpus)
+
+
+def test_each_data_set_is_opened_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS["roboflow"](tmp_path / "set")
+    opened = []
+    monkeypatch.setattr(
+        "m2f.cluster.own_data.init.open_dataset", lambda d: (opened.append(d.shards), open_dataset(d))[1]
+    )
+    assert main(["init", "set"]) == 0
+    assert opened == ["data/set/train", "data/set/val"]
 
 
 def test_fault_kind_ignores_names_and_numbers():
