@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from m2f.data_pipeline.image_file import BrokenImageError, is_image_name, read_h
 from m2f.data_pipeline.readers.files import files_below
 from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS
 
-_SUFFIXES = ("_mask", "_masks", "_L", "_label", "_labels", "_gt", "_seg")
-"""Name suffixes of maps that are in the same folder as their images."""
+_SUFFIX = re.compile(r"[_. -](L|(?i:[^\W_]*(mask|label|annot|seg|gt|ground|target)[^\W_]*))$")
+"""Name suffix of maps that are in the same folder as their images, for example `_mask`; `_L` is that of CamVid."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,10 @@ def _nearness(pair: Pair) -> tuple[bool, bool, int, int]:
 
 def _suffixes_in_folder(names: Mapping[str, str]) -> tuple[str, str] | None:
     """Return the name suffixes of images and maps if about half of the files in a folder are maps, else None."""
-    for suffix in _SUFFIXES:
+    found = Counter(match[0] for stem in names if (match := _SUFFIX.search(stem)))
+    for suffix, count in sorted(found.items()):
+        if 2 * count < 0.9 * len(names):
+            continue
         maps = {stem for stem in names if stem.endswith(suffix) and is_map(names[stem])}
         others = names.keys() - maps
         for image_suffix in ("", *_common_suffixes(others)) if maps else ():

@@ -31,6 +31,7 @@ def write_map(path: Path, values: np.ndarray, **options: int) -> None:
         ("imagesTr/case_{}_0000.png", "labelsTr/case_{}.png", ("_0000", "")),
         ("images/p{}/a_rgb.png", "labels/p{}/a_labelIds.png", ("_rgb", "_labelIds")),
         ("data/{}.jpg", "data/{}.png", ("", "")),
+        ("data/{}.png", "data/{}-Segmentation.png", ("", "-Segmentation")),
         ("RGB/top_{}_RGB.tif", "Labels/top_{}_label.tif", ("_RGB", "_label")),
     ],
 )
