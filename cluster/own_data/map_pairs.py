@@ -11,6 +11,7 @@ from m2f.cluster.own_data.map_values import (
     LISTS_BY_VALUE,
     MAX_CLASSES,
     ColoredValue,
+    colors_in,
     describe_repeated_value,
     find_repeated_value,
     has_colors,
@@ -35,7 +36,8 @@ _CATEGORY_FILES = ("classes.json", "categories.json")
 _MIN_BLURRED_VALUES = 16
 """Smallest number of values of blurred masks. JPEG creates dozens of values; a low limit would refuse class maps."""
 _NUM_NUMBERED_MAPS = 20
-"""Number of maps whose values are compared: enough to differ in their numbers of objects, read in a second."""
+"""Number of maps whose values or colours are listed or compared: enough to differ in their numbers of objects, and read
+in a second."""
 NO_CATEGORY_FILE = ""
 """Placeholder for the path of a category file that is not written yet."""
 
@@ -160,10 +162,13 @@ def _color_map_formats(
             DataFormat("huggingface", f"{evidence}: RGB maps, with {category_file.name}", _source_sets(pairs, ids))
         )
     if not formats:
+        colors = colors_in(pairs[0].map_files()[:_NUM_NUMBERED_MAPS])
+        count = format_count(len(colors), "colour")
         raise ConfigError(
             f"{pairs[0].maps} contains RGB maps without a legend of their colours; add class_dict.csv beside it, with "
             "one line for each class, for example `road,128,64,128` (name and colour). If red is the class and green "
-            "the object, add classes.json instead (docs/datasets.md)"
+            f"the object, add classes.json instead (docs/datasets.md). The first maps have {count}: "
+            f"{format_list(colors, 20)}"
         )
     return formats
 

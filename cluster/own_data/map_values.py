@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -78,6 +80,15 @@ def has_colors(path: Path) -> bool:
     except DataError:
         return False
     return bool((ids != (ids & 255) * np.uint32(0x010101)).any())
+
+
+def colors_in(files: Sequence[Path]) -> list[tuple[int, int, int]]:
+    """Return the colours (R, G, B) in colour maps, those in most maps first. Unreadable maps are left out."""
+    counts = Counter[int]()
+    for path in files:
+        with suppress(DataError):
+            counts.update(np.unique(read_color_map(path, _MAX_PIXELS)).tolist())
+    return [(value & 255, value >> 8 & 255, value >> 16) for value, _ in counts.most_common()]
 
 
 def values_in(path: Path) -> Set[ColoredValue]:

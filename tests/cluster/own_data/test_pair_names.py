@@ -169,6 +169,15 @@ def test_the_formats_of_a_folder_name_their_own_files(tmp_path):
     }
 
 
+def test_colors_of_maps_without_a_legend_are_listed(tmp_path):
+    colors = np.array([[0, 0, 0], [255, 0, 0], [0, 9, 255]], np.uint8)
+    for number in range(2):
+        write_image(tmp_path / f"images/{number}.png", number)
+        write_map(tmp_path / f"labels/{number}.png", colors[np.minimum(class_map(number), 1 + number)])
+    with pytest.raises(ConfigError, match=r"3 colours: \(0, 0, 0\), \(255, 0, 0\), \(0, 9, 255\)"):
+        find_formats(tmp_path)
+
+
 def test_palettes_of_voc_must_be_equal(tmp_path):
     for number, colors in enumerate(([0, 0, 0, 128, 0, 0, 0, 128, 0], [0, 128, 0, 128, 0, 0, 0, 0, 0])):
         write_image(tmp_path / f"JPEGImages/{number}.jpg", number)
