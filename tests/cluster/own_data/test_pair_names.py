@@ -178,6 +178,19 @@ def test_colors_of_maps_without_a_legend_are_listed(tmp_path):
         find_formats(tmp_path)
 
 
+@pytest.mark.parametrize(("suffix", "ignored"), [("PNG", ""), ("", "__ignore__\n")])
+def test_maps_of_labelme_conversions_have_the_classes_of_the_list(suffix, ignored, tmp_path):
+    write_image(tmp_path / "JPEGImages/0.jpg", 0)
+    (tmp_path / "SegmentationClass").mkdir()  # holds arrays if the maps are in SegmentationClassPNG
+    for name in ("SegmentationClass", "SegmentationObject"):
+        write_map(tmp_path / f"{name}{suffix}/0.png", class_map(0))
+    (tmp_path / "class_names.txt").write_text(f"{ignored}_background_\ncell\ndirt")
+    reader = open_reader(find_formats(tmp_path)[0].sets[0].source)
+    names = {category.id: category.name for category in reader.categories.categories}
+    assert names == {0: "background", 1: "cell", 2: "dirt"}
+    assert [names[s.category_id] for s in reader.read(0).annotation.segments] == list(names.values())
+
+
 def test_palettes_of_voc_must_be_equal(tmp_path):
     for number, colors in enumerate(([0, 0, 0, 128, 0, 0, 0, 128, 0], [0, 128, 0, 128, 0, 0, 0, 0, 0])):
         write_image(tmp_path / f"JPEGImages/{number}.jpg", number)

@@ -150,29 +150,13 @@ def test_a_yolo_export_with_only_boxes_is_refused(task, folder, capsys):
     assert not Path("set.yaml").exists()
 
 
-def write_labelme_voc(folder: Path, suffix: str = "") -> None:
-    """Write the result of labelme's conversion, in which folders of maps may have a suffix."""
-    for number in range(4):
-        write_image(folder / f"JPEGImages/im{number}.png", number)
-        for name in (f"SegmentationClass{suffix}", f"SegmentationObject{suffix}"):
-            (folder / name).mkdir(exist_ok=True)
-            (folder / name / f"im{number}.png").write_bytes(encode_png(class_map(number)))
-
-
-@pytest.mark.parametrize(("suffix", "ignored"), [("PNG", ""), ("", "__ignore__\n")])
-def test_maps_of_labelme_conversions_have_the_classes_of_the_list(suffix, ignored, folder):
-    write_labelme_voc(folder, suffix)
-    (folder / "SegmentationClass").mkdir(exist_ok=True)  # holds arrays if the maps are in SegmentationClassPNG
-    (folder / "class_names.txt").write_text(f"{ignored}_background_\ncell\ndirt")
-    reader, _ = open_dataset(init_datasets()["train"])
-    names = {category.id: category.name for category in reader.categories.categories}
-    assert names == {0: "background", 1: "cell", 2: "dirt"}
-    assert [names[s.category_id] for s in reader.read(0).annotation.segments] == list(names.values())
-
-
 @pytest.mark.parametrize("named", [True, False])
 def test_voc_uses_labelme_class_names_or_reports_the_default(named, folder, capsys):
-    write_labelme_voc(folder)
+    for number in range(4):
+        write_image(folder / f"JPEGImages/im{number}.png", number)
+        for name in ("SegmentationClass", "SegmentationObject"):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / f"im{number}.png").write_bytes(encode_png(class_map(number)))
     if named:
         (folder / "class_names.txt").write_text("_background_\ncell\ndirt spot")
     reader, _ = open_dataset(init_datasets()["train"])
