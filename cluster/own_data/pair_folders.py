@@ -57,17 +57,17 @@ def find_pairs(folder: Path) -> tuple[list[Pair], list[Path]]:
     one nearest to the maps is used.
     """
     stems: dict[Path, dict[str, str]] = {}
-    pairs: list[Pair] = []
+    beside: list[Pair] = []
     for parent, files in sorted(walk_folders(str(folder))):
         images = [name for name in sorted(files) if is_image_name(os.path.join(parent, name))]
         found = {Path(name).stem: name for name in images}
         if _has_maps_with_equal_stems(Path(parent), images):
-            pairs.append(Pair(folder, Path(parent), Path(parent), "", ""))
-        elif found:
+            beside.append(Pair(folder, Path(parent), Path(parent), "", ""))
+        if found:
             stems[Path(parent)] = found
     like_maps = {path for path, names in stems.items() if _looks_like_maps(path.relative_to(folder), names)}
     images_below = {path: names for path, names in stems.items() if path not in like_maps}
-    unpaired = []
+    pairs, unpaired = [], []
     for maps, names in stems.items():
         if (suffixes := _suffixes_in_folder(names)) is not None:
             pairs.append(Pair(folder, maps, maps, *suffixes))
@@ -84,8 +84,9 @@ def find_pairs(folder: Path) -> tuple[list[Pair], list[Path]]:
             pairs.append(max(fitting, key=_nearness))
         else:
             unpaired.append(maps)
-    if not pairs and (matched := _find_nested_pairs(folder, stems) or _find_pairs_by_content(folder, stems)):
-        return matched, []
+    if not pairs:
+        matched = _find_nested_pairs(folder, stems) or _find_pairs_by_content(folder, stems) or beside
+        return matched, [] if matched else unpaired
     return pairs, unpaired
 
 

@@ -92,6 +92,15 @@ def test_images_without_a_suffix_are_preferred(tmp_path):
     assert find_formats(tmp_path)[0].sets[0].source.images == str(tmp_path / "images")
 
 
+def test_grey_copies_beside_images_are_no_maps_if_there_is_a_folder_of_maps(tmp_path):
+    for number in range(3):
+        write_image(tmp_path / f"images/{number}.jpg", number)
+        write_map(tmp_path / f"images/{number}.png", class_map(number))
+        write_map(tmp_path / f"masks/{number}.png", class_map(number))
+    (entry,) = find_formats(tmp_path)[0].sets
+    assert entry.source.labels == str(tmp_path / "masks")
+
+
 def write_masks(folder: Path, ending: str, **options: int) -> None:
     """Write images, and masks of 0 and 255 that JPEG has changed."""
     for number in range(3):
