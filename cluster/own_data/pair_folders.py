@@ -140,12 +140,12 @@ def _find_nested_pairs(folder: Path, stems: Mapping[Path, Mapping[str, str]]) ->
             continue
         fitting = []
         for images, names in nested.items():
+            if (suffixes := _name_suffixes(names, nested[maps])) is None:
+                continue  # checked first, because comparing paths is slower
             differing = images.relative_to(os.path.commonpath((images, maps)))
             if images.is_relative_to(maps) or is_named_like_maps(images.relative_to(folder)):
                 continue  # also labels/train, as images of the maps in labels/val
-            if any(is_named_like_maps(Path(part)) for part in differing.parts):
-                continue
-            if (suffixes := _name_suffixes(names, nested[maps])) is not None:
+            if not any(is_named_like_maps(Path(part)) for part in differing.parts):
                 fitting.append(Pair(folder, images, maps, *suffixes))
         pairs += [max(fitting, key=_nearness)] if fitting else []
     return pairs
