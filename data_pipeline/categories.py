@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.printable import to_ascii
 from m2f.model.format_count import format_count
 
 Task = Literal["panoptic", "instance", "semantic"]
@@ -73,6 +74,11 @@ def require_classes(categories: CategoryTable, task: Task, name: str) -> None:
             f"{name} has {count} but no thing, so a model for the task {task} would have no class. Use the task "
             "semantic, or annotations that separate objects"
         )
+
+
+def drawn_name(category: Category) -> str:
+    """Return the name as pictures show it: names with non-ASCII letters become ASCII and are preceded by their id."""
+    return category.name if category.name.isascii() else f"{category.id}: {to_ascii(category.name)}"
 
 
 def distinct_color(number: int) -> tuple[int, int, int]:

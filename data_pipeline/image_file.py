@@ -193,7 +193,10 @@ def decode_index_map(data: bytes) -> np.ndarray:
     if (values[..., :3] != values[..., :1]).any():
         raise BrokenImageError("a label map must be grey or have a palette, but this file is in colour")
     if values.shape[2] == 4 and (values[..., 3] != 255).any():
-        raise BrokenImageError("a label map must not be transparent; save it without an alpha channel")
+        raise BrokenImageError(
+            "a label map must not be transparent; save it without an alpha channel, or, if that channel is the mask, "
+            "save only that channel as a grey image"
+        )
     return np.ascontiguousarray(values[..., 0])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from contextlib import suppress
 from typing import TextIO
 
@@ -23,6 +24,12 @@ def printable(text: str, colors: bool = False) -> str:
     if colors:
         return _UNPRINTABLE_BUT_COLORS.sub(lambda match: match[1] or ascii(match[0])[1:-1], text)
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def to_ascii(text: str) -> str:
+    """Return a text without accents and with ? for other non-ASCII letters, which the fonts of pictures lack."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(letters).encode("ascii", "replace").decode()
 
 
 def print_line(stream: TextIO, text: str, colors: bool = False) -> None:

@@ -87,6 +87,8 @@ class LabelMapSource(Section):
     """Pixel values without a label."""
     suffix: str = ""
     """Text between the image's stem and the extension of its map. With `_mask`, `a.jpg` belongs to `a_mask.png`."""
+    image_suffix: str = ""
+    """Text between the stem and the extension of the images. With `_sat`, the stem of `a_sat.jpg` is `a`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +190,8 @@ class ColorMapSource(Section):
     """Names in the legend that are not classes; case is ignored. Their pixels have no label."""
     suffix: str = ""
     """Text between the image's stem and the extension of its map. With `_L`, `a.png` belongs to `a_L.png`."""
+    image_suffix: str = ""
+    """Text between the stem and the extension of the images. With `_sat`, the stem of `a_sat.jpg` is `a`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from m2f.cluster.own_data.map_pairs import describe_unpaired_maps, find_map_formats
+from m2f.cluster.own_data.hints import describe_public_data, describe_unsupported
+from m2f.cluster.own_data.map_pairs import find_map_formats
+from m2f.cluster.own_data.map_values import require_equal_palettes
 from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, annotation_path, choose_sets, split_from_path
 from m2f.cluster.own_data.yolo import detect_yolo
 from m2f.data_pipeline.documents import DocumentError, parse_json
@@ -32,6 +34,8 @@ _NUM_LOOKED_UP = 20
 """Number of images that are looked up in each folder. More would make the search slow in large trees of folders."""
 _VOC_LEGENDS = ("labelmap.txt", "class_names.txt")
 """Legends of the VOC format: the first is written by CVAT and datumaro, the second by labelme's conversion."""
+_LABELME_MAPS = ("SegmentationClassPNG", "SegmentationObjectPNG")
+"""Folders of maps that labelme's conversion writes if SegmentationClass holds arrays (.npy)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,10 @@ class _JsonFile:
 
 
 def find_formats(folder: Path) -> list[DataFormat]:
-    """Return all formats that fit the folder. Folders of maps are considered only if no other format fits."""
+    """Return all formats that fit the folder. Folders of maps are considered only if no other format fits.
+
+    Raises ConfigError if a format is damaged, or the folder is a public data set that has a reader of its own.
+    """
     detected = [
         detect_yolo(folder),
         *_detect_json_formats(folder),
@@ -49,6 +56,8 @@ def find_formats(folder: Path) -> list[DataFormat]:
         _detect_voc(folder),
     ]
     formats = [data_format for data_format in detected if data_format is not None]
+    if not formats and (hint := describe_public_data(folder)):
+        raise ConfigError(f"{folder} {hint}")
     return formats or find_map_formats(folder)
 
 
@@ -67,7 +76,7 @@ def choose_format(folder: Path, requested: str | None) -> DataFormat:
         raise ConfigError(
             f"{folder} is not in a supported format: found no data.yaml with labels/, COCO or labelme JSON, CVAT XML, "
             "SegmentationClass/, or folders of images and maps with equal names."
-            f"{describe_unpaired_maps(folder)} docs/own_data.md lists the formats"
+            f"{describe_unsupported(folder)} docs/own_data.md lists the formats"
         )
     if not chosen:
         raise ConfigError(f"{folder} does not match --format {requested}; it matches:\n{listed}")
@@ -135,6 +144,8 @@ def _coco_formats(folder: Path, files: Sequence[_JsonFile]) -> list[DataFormat]:
         files = [file for file in files if not _has_keypoints(file)]
         notes = (f"not used, because they annotate keypoints: {format_list(keypoints)}",)
     for file in files:
+        if file.path.name.startswith("cityscapes_panoptic_"):
+            continue  # names no files of images; another reader finds them (describe_public_data)
         split = _split_of(file.path, folder)
         entries = [e for e in file.content["annotations"] if isinstance(e, dict)]
         first = next(iter(entries), {})
@@ -156,9 +167,16 @@ def _coco_formats(folder: Path, files: Sequence[_JsonFile]) -> list[DataFormat]:
                 images=str(images), instances_json=str(file.path), crowds_are_objects=any(map(_is_cvat_mask, entries))
             )
             sets["coco_instances"].append(SourceSet(split, source))
-    names = ", ".join(str(file.path.relative_to(folder)) for file in files[:4])
-    evidence = f"COCO annotations in {names}"
-    return [DataFormat(kind, evidence, tuple(found), notes=notes) for kind, found in sets.items() if found]
+    return [
+        DataFormat(kind, f"COCO annotations in {_listed_paths(folder, found)}", tuple(found), notes=notes)
+        for kind, found in sets.items()
+        if found
+    ]
+
+
+def _listed_paths(folder: Path, sets: Sequence[SourceSet]) -> str:
+    """Return the annotation files of the first four sets, relative to the user's folder, as text."""
+    return ", ".join(os.path.relpath(annotation_path(entry.source), folder) for entry in sets[:4])
 
 
 def _has_keypoints(file: _JsonFile) -> bool:
@@ -276,12 +294,10 @@ def _detect_cvat(folder: Path) -> DataFormat | None:
 def _detect_voc(folder: Path) -> DataFormat | None:
     """Detect Pascal VOC with grey or palette maps. RGB maps with a legend are a different format."""
     parents = sorted(Path(parent) for parent, _ in walk_folders(str(folder)))
-    roots = [
-        p for p in parents if (p / "SegmentationObject").is_dir() and _visible_files(p / "SegmentationClass", ".png")
-    ]
-    if not roots or not all(map(_has_indexed_classes, roots)):
+    sources = {root: source for root in parents if (source := _voc_source(root)) is not None}
+    if not sources or not all(_has_indexed_classes(Path(source.class_maps)) for source in sources.values()):
         return None
-    sources = {root: _voc_source(root) for root in roots}
+    require_equal_palettes([_visible_files(Path(source.class_maps), ".png") for source in sources.values()])
     sets = tuple(entry for root, source in sources.items() for entry in _voc_sets(folder, root, source))
     legend = next(iter(sources.values())).legend
     origin_of_classes = (
@@ -292,21 +308,25 @@ def _detect_voc(folder: Path) -> DataFormat | None:
     return DataFormat("voc", f"folders SegmentationClass and SegmentationObject, {origin_of_classes}", sets)
 
 
-def _has_indexed_classes(root: Path) -> bool:
+def _has_indexed_classes(class_maps: Path) -> bool:
     try:
-        mode = read_header(_visible_files(root / "SegmentationClass", ".png")[0].read_bytes()).mode
+        mode = read_header(_visible_files(class_maps, ".png")[0].read_bytes()).mode
     except BrokenImageError:
         return False
     return mode in ("gray", "palette")
 
 
-def _voc_source(root: Path) -> VocSource:
-    return VocSource(
-        images=f"{root}/JPEGImages",
-        class_maps=f"{root}/SegmentationClass",
-        object_maps=f"{root}/SegmentationObject",
-        legend=next((str(root / name) for name in _VOC_LEGENDS if (root / name).is_file()), None),
-    )
+def _voc_source(root: Path) -> VocSource | None:
+    """Return the source in a folder; None if the folder has no maps of classes and objects."""
+    for classes, objects in (("SegmentationClass", "SegmentationObject"), _LABELME_MAPS):
+        if (root / objects).is_dir() and _visible_files(root / classes, ".png"):
+            return VocSource(
+                images=f"{root}/JPEGImages",
+                class_maps=f"{root}/{classes}",
+                object_maps=f"{root}/{objects}",
+                legend=next((str(root / name) for name in _VOC_LEGENDS if (root / name).is_file()), None),
+            )
+    return None
 
 
 def _voc_sets(folder: Path, root: Path, source: VocSource) -> list[SourceSet]:

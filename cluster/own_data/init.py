@@ -34,7 +34,6 @@ from m2f.data_pipeline.readers import Reader, open_dataset, open_reader
 from m2f.data_pipeline.sources import CocoInstancesSource
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError
-from m2f.model.export.hugging_face import known_labels, read_hugging_face_config
 from m2f.model.format_count import format_count
 from m2f.model.weights.hub import hub_folder
 from m2f.model.weights.sources import HUB
@@ -50,6 +49,8 @@ def published_model(weights: str | None) -> ModelConfig | None:
     """
     if weights is None:
         return None
+    from m2f.model.export.hugging_face import known_labels, read_hugging_face_config  # PyTorch takes seconds to import
+
     folder = hub_folder(weights, weights=False) if weights.startswith(HUB) else Path(weights)
     return None if known_labels(folder) is None else read_hugging_face_config(folder).config
 
@@ -227,8 +228,9 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
         print_out(f"pixels without an object get the class {added!r}")
     with _write_category_file(data_format, options, args.overwrite), _restored_on_failure(output):
         datasets = build_datasets(data_format, options)
-        found = survey(tuple(datasets.values()))
-        readers = {name: open_dataset(dataset)[0] for name, dataset in datasets.items()}
+        opened = {name: open_dataset(dataset) for name, dataset in datasets.items()}
+        readers = {name: reader for name, (reader, _) in opened.items()}
+        found = survey(tuple(opened.values()))
         require_distinct_images(datasets, readers)
         for name, reader in readers.items():
             require_classes(reader.categories, choose_task(data_format, options), name)

@@ -1,11 +1,9 @@
-"""Detect pairs of folders with images and maps whose file names match."""
+"""Detect the format of pairs of folders with images and maps."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 
 from m2f.cluster.own_data.map_values import (
@@ -13,6 +11,8 @@ from m2f.cluster.own_data.map_values import (
     LISTS_BY_VALUE,
     MAX_CLASSES,
     ColoredValue,
+    colors_in,
+    describe_repeated_value,
     find_repeated_value,
     has_colors,
     read_class_names,
@@ -20,49 +20,26 @@ from m2f.cluster.own_data.map_values import (
     sample_maps,
     values_in,
 )
-from m2f.cluster.own_data.sets import DataFormat, SourceSet, Split, split_from_path
+from m2f.cluster.own_data.pair_folders import Pair, find_pairs
+from m2f.cluster.own_data.sets import DataFormat, SourceSet, split_from_path
 from m2f.data_pipeline.errors import DataError, format_list
-from m2f.data_pipeline.folders import walk_folders
-from m2f.data_pipeline.image_file import BrokenImageError, is_image_name, read_header
+from m2f.data_pipeline.image_file import BrokenImageError, read_header
 from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.files import files_below
-from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS
 from m2f.data_pipeline.sources import CocoStuffSource, ColorMapSource, HuggingFaceSource, LabelMapSource
 from m2f.model.errors import ConfigError
 from m2f.model.format_count import format_count
 
 _LEGENDS = (*COLOR_LEGENDS, "labels.txt")
 _CATEGORY_FILES = ("classes.json", "categories.json")
-_SUFFIXES = ("_mask", "_L", "_label", "_labels", "_gt", "_seg")
-"""Name suffixes of maps that are in the same folder as their images."""
+_MIN_BLURRED_VALUES = 16
+"""Smallest number of values of blurred masks. JPEG creates dozens of values; a low limit would refuse class maps."""
+_NUM_NUMBERED_MAPS = 20
+"""Number of maps whose values or colours are listed or compared: enough to differ in their numbers of objects, and read
+in a second."""
 NO_CATEGORY_FILE = ""
 """Placeholder for the path of a category file that is not written yet."""
-
-
-@dataclass(frozen=True)
-class _Pair:
-    root: Path
-    """Folder in which both folders were found."""
-    images: Path
-    maps: Path
-    suffix: str
-
-    @property
-    def split(self) -> Split | None:
-        """Split that the folder of the maps names, or else that of the images; None if they name none."""
-        splits = (split_from_path(str(folder.relative_to(self.root))) for folder in (self.maps, self.images))
-        return next(filter(None, splits), None)
-
-    def map_files(self) -> list[Path]:
-        """Return the paths of the maps, sorted. As in the readers, subfolders are included, and PNG has precedence."""
-        found = [p for p in files_below(self.maps, "") if _is_map(p.name) and p.stem.endswith(self.suffix)]
-        found.sort(key=lambda path: path.suffix.lower() == ".png")
-        return sorted({path.with_suffix(""): path for path in found}.values())
-
-
-def _is_map(name: str) -> bool:
-    return name.lower().endswith((".png", *OTHER_MAP_ENDINGS)) and is_image_name(name)
 
 
 def find_map_formats(folder: Path) -> list[DataFormat]:
@@ -70,7 +47,7 @@ def find_map_formats(folder: Path) -> list[DataFormat]:
 
     Raises ConfigError for RGB maps without a legend, and for maps with too many values to be classes.
     """
-    pairs, unpaired = _find_pairs(folder)
+    pairs, unpaired = find_pairs(folder)
     if not pairs:
         return []
     _require_one_map_folder(pairs)
@@ -87,7 +64,7 @@ def find_map_formats(folder: Path) -> list[DataFormat]:
     return [replace(data_format, notes=(*data_format.notes, *notes)) for data_format in formats]
 
 
-def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
+def _formats_of_pairs(folder: Path, pairs: Sequence[Pair]) -> list[DataFormat]:
     files = [pair.map_files() for pair in pairs]
     first = files[0][0]
     try:
@@ -97,10 +74,7 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
     roots = (folder, *dict.fromkeys(parent for pair in pairs for parent in (pair.maps.parent, pair.maps)))
     legend = next((r / n for r in roots for n in _LEGENDS if (r / n).is_file()), None)
     category_file = next((r / n for r in roots for n in _CATEGORY_FILES if (r / n).is_file()), None)
-    location = f"{pairs[0].images.name}/ and {pairs[0].maps.name}/"
-    if pairs[0].images == pairs[0].maps:
-        location = f"{pairs[0].images.name}/ with NAME and NAME{pairs[0].suffix}"
-    evidence = f"{format_count(len(pairs), 'pair')} of images and maps, the first {location}"
+    evidence = f"{format_count(len(pairs), 'pair')} of images and maps, the first {_location(folder, pairs[0])}"
     if mode not in ("gray", "gray_alpha", "palette"):
         if (legend is not None and legend.name in COLOR_LEGENDS) or any(map(has_colors, sample_maps(files))):
             return _color_map_formats(pairs, legend, category_file, evidence)
@@ -113,6 +87,8 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
     if not are_values_named and (repeated := find_repeated_value(found)):
         return [_palette_format(pairs, legend, evidence, found, repeated)]
     values = tuple(sorted({value for value, _ in found}))
+    if not are_values_named:
+        _refuse_blurred_masks(pairs[0].maps, values)
     is_binary = values == (0, 255)
     void = () if is_binary else _without_classes((255,), category_file)
     sets = [
@@ -122,6 +98,7 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
             categories=str(category_file or NO_CATEGORY_FILE),
             void=void,
             suffix=pair.suffix,
+            image_suffix=pair.image_suffix,
         )
         for pair in pairs
     ]
@@ -129,9 +106,11 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
     if len(class_values) > MAX_CLASSES:
         raise ConfigError(
             f"{pairs[0].maps}: the maps have {len(class_values)} different values, probably ids of objects, not "
-            "classes; write a categories file (docs/datasets.md), or export in another format"
+            "classes; write a categories file (docs/datasets.md), or export in another format. For ids of objects, "
+            "docs/own_data.md has a script (masks to convert)"
         )
     names, notes = read_class_names(roots, first, class_values) if class_values else ({}, [])
+    notes += [] if category_file or names else _object_number_notes(files)
     classes = {value: names.get(value) for value in (*class_values, *names)}
     if 255 in values and 255 in void:
         notes.append("pixels of value 255 have no label (source.void)")
@@ -141,18 +120,35 @@ def _formats_of_pairs(folder: Path, pairs: Sequence[_Pair]) -> list[DataFormat]:
     return [DataFormat("label_maps", f"{evidence}: {mode} maps", source_sets, classes, tuple(notes))]
 
 
+def _location(folder: Path, pair: Pair) -> str:
+    """Return the folders of a pair relative to the user's folder, and the form of the names if they differ."""
+    images, maps = (f"{path.relative_to(folder)}/" for path in (pair.images, pair.maps))
+    if pair.images == pair.maps and not pair.suffix and not pair.image_suffix:
+        maps += " with equal names"
+    elif pair.images == pair.maps or pair.image_suffix:
+        maps += f" with NAME{pair.image_suffix} and NAME{pair.suffix}"
+    return maps if pair.images == pair.maps else f"{images} and {maps}"
+
+
 def _color_map_formats(
-    pairs: Sequence[_Pair], legend: Path | None, category_file: Path | None, evidence: str
+    pairs: Sequence[Pair], legend: Path | None, category_file: Path | None, evidence: str
 ) -> list[DataFormat]:
     formats = []
     if legend is not None:
         colors = [
-            ColorMapSource(images=str(p.images), labels=str(p.maps), legend=str(legend), suffix=p.suffix) for p in pairs
+            ColorMapSource(
+                images=str(p.images),
+                labels=str(p.maps),
+                legend=str(legend),
+                suffix=p.suffix,
+                image_suffix=p.image_suffix,
+            )
+            for p in pairs
         ]
         formats.append(
             DataFormat("color_maps", f"{evidence}: RGB maps, with {legend.name}", _source_sets(pairs, colors))
         )
-    if category_file is not None and not any(pair.suffix for pair in pairs):
+    if category_file is not None and not any(pair.suffix or pair.image_suffix for pair in pairs):
         ids = [
             HuggingFaceSource(
                 images=str(p.images),
@@ -166,16 +162,19 @@ def _color_map_formats(
             DataFormat("huggingface", f"{evidence}: RGB maps, with {category_file.name}", _source_sets(pairs, ids))
         )
     if not formats:
+        colors = colors_in(pairs[0].map_files()[:_NUM_NUMBERED_MAPS])
+        count = format_count(len(colors), "colour")
         raise ConfigError(
             f"{pairs[0].maps} contains RGB maps without a legend of their colours; add class_dict.csv beside it, with "
             "one line for each class, for example `road,128,64,128` (name and colour). If red is the class and green "
-            "the object, add classes.json instead (docs/datasets.md)"
+            f"the object, add classes.json instead (docs/datasets.md). The first maps have {count}: "
+            f"{format_list(colors, 20)}"
         )
     return formats
 
 
 def _palette_format(
-    pairs: Sequence[_Pair],
+    pairs: Sequence[Pair],
     legend: Path | None,
     evidence: str,
     found: Set[ColoredValue],
@@ -200,10 +199,8 @@ def _palette_format(
                 _color_map_formats(pairs, legend, None, evidence)[0],
                 evidence=f"{evidence}: palette maps whose palettes differ, with {legend.name}",
             )
-    one, other = (next(path for path in files if entry in values_in(path)) for entry in repeated)
     raise ConfigError(
-        f"the palettes of {one} and {other} differ: value {repeated[0][0]} is {repeated[0][1]} in the first, "
-        f"{repeated[1][1]} in the second. If colours are classes, add a legend of all colours "
+        f"{describe_repeated_value(files, repeated)}. If colours are classes, add a legend of all colours "
         f"({', '.join(COLOR_LEGENDS)}) to PNG maps. If values are classes, save the maps as grey images"
     )
 
@@ -217,21 +214,56 @@ def _without_classes(void: tuple[int, ...], category_file: Path | None) -> tuple
     return tuple(value for value in void if table is None or value not in table.by_id)
 
 
-def _require_one_map_folder(pairs: Sequence[_Pair]) -> None:
+def _refuse_blurred_masks(maps: Path, values: Sequence[int]) -> None:
+    """Raise ConfigError if values are those of masks of 0 and 255 that JPEG or resizing has blurred.
+
+    Blurred masks have many values near both ends. Class maps have few values above 223, such as 254 and 255 for void.
+    """
+    near_white = sum(224 <= value < 255 for value in values)
+    if len(values) >= _MIN_BLURRED_VALUES and {values[0], values[-1]} == {0, 255} and near_white >= 3:
+        raise ConfigError(
+            f"{maps}: the maps have {len(values)} different values from 0 to 255. They are probably masks of 0 and 255 "
+            "that JPEG or resizing has changed, or ids of objects. docs/own_data.md has scripts for both (masks to "
+            "convert)"
+        )
+
+
+def _object_number_notes(files: Sequence[Sequence[Path]]) -> list[str]:
+    """Return a note if the values of each map are 1 to n, with another n in each map, as numbers of objects are."""
+    sample = [{value for value, _ in values_in(path)} - {0} for path in sample_maps(files)[:_NUM_NUMBERED_MAPS]]
+    counts = {len(values) for values in sample}
+    if len(counts) < 2 or max(counts) < 3 or any(values != set(range(1, len(values) + 1)) for values in sample):
+        return []
+    return [
+        f"the values of each map are 1 to n, with n up to {max(counts)}. If they number objects instead of classes, "
+        "convert the maps with the script in docs/own_data.md (masks to convert)"
+    ]
+
+
+def _require_one_map_folder(pairs: Sequence[Pair]) -> None:
     """Raise ConfigError if several folders have maps of the images in one folder, such as class and object maps."""
-    maps: dict[Path, list[str]] = {}
+    by_images: dict[Path, list[Pair]] = {}
     for pair in pairs:
-        maps.setdefault(pair.images, []).append(str(pair.maps.relative_to(pair.root)))
-    for images, names in maps.items():
-        if len(names) > 1:
-            raise ConfigError(
-                f"{images} has maps in {len(names)} folders: {format_list(names)}. Keep the folder whose values are "
-                f"classes, and move the others out of {pairs[0].root}; or divide the images like the maps"
+        by_images.setdefault(pair.images, []).append(pair)
+    for images, several in by_images.items():
+        if len(several) == 1:
+            continue
+        names = format_list(pair.maps.relative_to(pair.root) for pair in several)
+        if all(len(values_in(path)) <= 2 for pair in several for path in pair.map_files()[:_NUM_NUMBERED_MAPS]):
+            remedy = (
+                "Each seems to have the masks of one class: combine them with the script in docs/own_data.md (masks to "
+                "convert)"
             )
+        else:
+            remedy = (
+                f"Keep the folder whose values are classes, and move the others out of {pairs[0].root}; or divide the "
+                "images like the maps"
+            )
+        raise ConfigError(f"{images} has maps in {len(several)} folders: {names}. {remedy}")
 
 
 def _source_sets(
-    pairs: Sequence[_Pair], sources: Sequence[LabelMapSource | ColorMapSource | CocoStuffSource | HuggingFaceSource]
+    pairs: Sequence[Pair], sources: Sequence[LabelMapSource | ColorMapSource | CocoStuffSource | HuggingFaceSource]
 ) -> tuple[SourceSet, ...]:
     return tuple(SourceSet(pair.split, source) for pair, source in zip(pairs, sources, strict=True))
 
@@ -241,151 +273,3 @@ def _is_coco_stuff(legend: Path) -> bool:
         return read_legend(str(legend)).categories[0].name == "unlabeled"
     except DataError:
         return False
-
-
-def _find_pairs(folder: Path) -> tuple[list[_Pair], list[Path]]:
-    """Return pairs of folders in which at least 90 % of the maps are named after an image, and unpaired map folders.
-
-    One folder may hold both images and maps. If several folders contain the images, because splits repeat names, the
-    one nearest to the maps is used.
-    """
-    stems: dict[Path, dict[str, str]] = {}
-    for parent, files in sorted(walk_folders(str(folder))):
-        found = {Path(name).stem: name for name in sorted(files) if is_image_name(os.path.join(parent, name))}
-        if found:
-            stems[Path(parent)] = found
-    like_maps = {path for path, names in stems.items() if _looks_like_maps(path.relative_to(folder), names)}
-    images_below = {path: names for path, names in stems.items() if path not in like_maps}
-    pairs, unpaired = [], []
-    for maps, names in stems.items():
-        if (suffix := _map_suffix_in_folder(names)) is not None:
-            pairs.append(_Pair(folder, maps, maps, suffix))
-            continue
-        if maps not in like_maps:
-            continue
-        if maps.name == "SegmentationObject" and maps.with_name("SegmentationClass") in stems:
-            continue  # the values of these maps are object numbers, not classes
-        fitting = []
-        for images, others in images_below.items() if all(map(_is_map, names.values())) else ():
-            if (suffix := _map_suffix(others, names)) is not None:
-                fitting.append(_Pair(folder, images, maps, suffix))
-        if fitting:
-            pairs.append(max(fitting, key=_nearness))
-        else:
-            unpaired.append(maps)
-    if not pairs and (matched := _find_nested_pairs(folder, stems) or _find_pairs_by_content(folder, stems)):
-        return matched, []
-    return pairs, unpaired
-
-
-def _find_pairs_by_content(folder: Path, stems: Mapping[Path, Mapping[str, str]]) -> list[_Pair]:
-    """Return pairs of folders with equal stems of which only one has grey or palette maps, whatever their names are."""
-    maps = {path for path, names in stems.items() if _has_one_channel([path / name for name in names.values()])}
-    pairs: list[_Pair] = []
-    for path in sorted(maps):
-        names = stems[path].keys()
-        fitting = [_Pair(folder, p, path, "") for p in stems if p not in maps and names <= stems[p].keys()]
-        pairs += [max(fitting, key=_nearness)] if fitting else []
-    return pairs
-
-
-def _has_one_channel(paths: Sequence[Path]) -> bool:
-    """Return whether all files have the ending of a map, and the first 20 have one channel."""
-    if not all(_is_map(path.name) for path in paths):
-        return False
-    try:
-        return all(read_header(path.read_bytes()).mode in ("gray", "palette") for path in paths[:20])
-    except (OSError, BrokenImageError):
-        return False
-
-
-def describe_unpaired_maps(folder: Path) -> str:
-    """Return why the first folder that is named like maps has no images, as a sentence; empty if there is none."""
-    for parent, files in sorted(walk_folders(str(folder))):
-        path = Path(parent).relative_to(folder)
-        if not any(_is_named_like_maps(Path(part)) for part in path.parts):
-            continue
-        if num_maps := sum(map(_is_map, files)):
-            return (
-                f" {path}/ has {format_count(num_maps, 'map')}, but no folder has images with their names; if the "
-                "export lacks the images, copy them to images/."
-            )
-        for kind, endings in (("JPEG", (".jpg", ".jpeg")), ("WebP", (".webp",)), ("GIF", (".gif",))):
-            if count := sum(name.lower().endswith(endings) for name in files):
-                reason = "GIF files are not read" if kind == "GIF" else f"{kind} changes values"
-                listed = f" {path}/ has {format_count(count, f'{kind} file')}"
-                return f"{listed}; if these are maps, export them as PNG, because {reason}."
-    return ""
-
-
-def _find_nested_pairs(folder: Path, stems: Mapping[Path, Mapping[str, str]]) -> list[_Pair]:
-    """Return pairs of folders whose images and maps are in subfolders of the same names, for example of patients.
-
-    The outermost folder that is named like maps is paired, or its subfolders that are named after splits.
-    """
-    parts = {part for path in stems for part in path.relative_to(folder).parts}
-    if not any(_is_named_like_maps(Path(part)) for part in parts):
-        return []  # joining all names is slow, and pointless if no folder is named like maps
-    nested: dict[Path, dict[str, str]] = {}
-    for parent, names in stems.items():
-        for root in (path for path in (parent, *parent.parents) if path.is_relative_to(folder)):
-            below = parent.relative_to(root)
-            nested.setdefault(root, {}).update({(below / stem).as_posix(): name for stem, name in names.items()})
-    pairs: list[_Pair] = []
-    for maps in sorted(nested):
-        if not _is_named_like_maps(maps.relative_to(folder)) or not all(map(_is_map, nested[maps].values())):
-            continue
-        inside = (str(path.relative_to(maps)) for path in nested if path.is_relative_to(maps))
-        if any(maps.is_relative_to(pair.maps) for pair in pairs) or any(map(split_from_path, inside)):
-            continue
-        fitting = []
-        for images, names in nested.items():
-            differing = images.relative_to(os.path.commonpath((images, maps)))
-            if not images.is_relative_to(maps) and not any(_is_named_like_maps(Path(part)) for part in differing.parts):
-                suffix = _map_suffix(names, nested[maps])
-                fitting += [] if suffix is None else [_Pair(folder, images, maps, suffix)]
-        pairs += [max(fitting, key=_nearness)] if fitting else []
-    return pairs
-
-
-def _nearness(pair: _Pair) -> tuple[bool, int]:
-    """Return a key that ranks pairs: equal splits first, then the length of the common path."""
-    images, maps = str(pair.images), str(pair.maps)
-    return split_from_path(images) == split_from_path(maps), len(os.path.commonpath((images, maps)))
-
-
-def _map_suffix_in_folder(names: dict[str, str]) -> str | None:
-    """Return the maps' name suffix if about half of the files in a folder are maps of the other half, else None."""
-    for suffix in _SUFFIXES:
-        maps = [stem for stem in names if stem.endswith(suffix) and _is_map(names[stem])]
-        partners = sum(stem.removesuffix(suffix) in names for stem in maps)
-        if maps and partners == len(maps) and 2 * partners >= 0.9 * len(names):
-            return suffix
-    return None
-
-
-def _looks_like_maps(folder: Path, names: dict[str, str]) -> bool:
-    """Return whether a folder or its first file is named like maps. Contents do not help: images may also be grey.
-
-    The path of the folder is relative to the user's folder, whose own name, such as `segmentation`, says nothing.
-    """
-    return _is_named_like_maps(folder) or next(iter(names)).endswith(("_mask", "_L"))
-
-
-def _is_named_like_maps(folder: Path) -> bool:
-    """Return whether a folder is named like maps, or its parent if the folder is named after a split."""
-    words = r"mask|label|annot|(?<![a-z])ann(?![a-z])|seg|gt|ground|stuff|map|target"  # ann_dir of mmsegmentation
-    name = "/".join(folder.parts[-2:]) if split_from_path(folder.name) else folder.name
-    return re.search(words, name.lower()) is not None
-
-
-def _map_suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
-    """Return the part of the maps' names after the stem of the image, or None if fewer than 90 % of the maps match."""
-    first = next(iter(maps))
-    for stem in sorted(images, key=len, reverse=True):
-        if first.startswith(stem):
-            suffix = first[len(stem) :]
-            fitting = sum(name.endswith(suffix) and name.removesuffix(suffix) in images for name in maps)
-            if fitting >= 0.9 * len(maps):
-                return suffix
-    return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,11 +18,14 @@ from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.map_reader import read_color_map, read_index_map
+from m2f.model.errors import ConfigError
 
 COLOR_LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt")
 """Files with the names of classes and their colours."""
 _NAMES_BY_VALUE_FILE = "id2label.json"
 """File of Hugging Face: a JSON object with the class name of each map value."""
+_NNUNET_FILE = "dataset.json"
+"""File of nnU-Net with an object `labels` of class names and map values."""
 LISTS_BY_VALUE = (_NAMES_BY_VALUE_FILE, "_classes.csv")
 """Files that state the map value of each class, so that colours do not matter."""
 _NAME_LISTS = ("_classes.csv", "class_names.txt", "classes.txt", "labels.txt")
@@ -77,6 +82,15 @@ def has_colors(path: Path) -> bool:
     return bool((ids != (ids & 255) * np.uint32(0x010101)).any())
 
 
+def colors_in(files: Sequence[Path]) -> list[tuple[int, int, int]]:
+    """Return the colours (R, G, B) in colour maps, those in most maps first. Unreadable maps are left out."""
+    counts = Counter[int]()
+    for path in files:
+        with suppress(DataError):
+            counts.update(np.unique(read_color_map(path, _MAX_PIXELS)).tolist())
+    return [(value & 255, value >> 8 & 255, value >> 16) for value, _ in counts.most_common()]
+
+
 def values_in(path: Path) -> Set[ColoredValue]:
     """Return the values in a map; an empty set if it cannot be read."""
     try:
@@ -99,8 +113,9 @@ def read_class_names(roots: Sequence[Path], first: Path, values: Sequence[int]) 
         values: values that are classes.
     """
     notes = []
-    for path in (root / name for root in roots for name in (_NAMES_BY_VALUE_FILE, *_NAME_LISTS, *COLOR_LEGENDS)):
-        if path.name == _NAMES_BY_VALUE_FILE:
+    files = (_NAMES_BY_VALUE_FILE, _NNUNET_FILE, *_NAME_LISTS, *COLOR_LEGENDS)
+    for path in (root / name for root in roots for name in files):
+        if path.name in (_NAMES_BY_VALUE_FILE, _NNUNET_FILE):
             if (stated := _read_names_by_value(path)) is not None:
                 return stated, notes
         elif path.is_file():
@@ -125,8 +140,7 @@ def _read_name_list(path: Path, first: Path) -> dict[int, str]:
     if path.name in COLOR_LEGENDS:
         palette = _palette(first)
         return {palette.index(c.color): c.name for c in categories if c.color in palette}
-    offset = categories[0].name == "__ignore__"  # labelme numbers this first class -1
-    return {category.id - offset: category.name for category in categories[offset:]}
+    return {category.id: category.name for category in categories}
 
 
 def _palette(path: Path) -> list[tuple[int, ...]]:
@@ -142,6 +156,10 @@ def _read_names_by_value(path: Path) -> dict[int, str] | None:
         document = parse_json(path.read_bytes())
     except (OSError, DocumentError):
         return None
+    if path.name == _NNUNET_FILE:
+        document = document.get("labels") if isinstance(document, dict) else None
+        if isinstance(document, dict) and all(isinstance(value, int) for value in document.values()):
+            document = {str(value): name for name, value in document.items()}
     if not isinstance(document, dict) or not all(key.isdecimal() and int(key) < 65536 for key in document):
         return None
     return {int(key): str(name) for key, name in document.items()}
@@ -151,3 +169,26 @@ def find_repeated_value(found: Set[ColoredValue]) -> tuple[ColoredValue, Colored
     """Return the smallest value that has different colours in two palettes, with two of its colours; None if none."""
     colored = sorted((value, color) for value, color in found if color is not None)
     return next(((one, other) for one, other in pairwise(colored) if one[0] == other[0]), None)
+
+
+def describe_repeated_value(files: Sequence[Path], repeated: tuple[ColoredValue, ColoredValue]) -> str:
+    """Return which two of the maps have different colours for a value, as found by `find_repeated_value`."""
+    one, other = (next(path for path in files if entry in values_in(path)) for entry in repeated)
+    return (
+        f"the palettes of {one} and {other} differ: value {repeated[0][0]} is {repeated[0][1]} in the first, "
+        f"{repeated[1][1]} in the second"
+    )
+
+
+def require_equal_palettes(files: Sequence[Sequence[Path]]) -> None:
+    """Raise ConfigError if the palettes of class maps differ, because their values are then not classes.
+
+    Args:
+        files: paths of the maps in each folder, of which `_NUM_SAMPLED_MAPS` per folder are read.
+    """
+    sample = sample_maps(files)
+    if repeated := find_repeated_value(set[ColoredValue]().union(*map(values_in, sample))):
+        raise ConfigError(
+            f"{describe_repeated_value(sample, repeated)}. Export RGB maps with a legend of all colours "
+            f"({', '.join(COLOR_LEGENDS)}) instead. If values are classes, save the maps as grey images"
+        )

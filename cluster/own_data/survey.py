@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.partition import UnknownValueError
-from m2f.data_pipeline.readers import open_dataset
+from m2f.data_pipeline.readers import Reader
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.model.format_count import format_count
 
 _NUM_SURVEYED = 500
@@ -44,6 +44,8 @@ class Survey:
     """Number of segments that are crowds: groups of objects that are not separated."""
     faults: tuple[str, ...]
     """Messages about images and annotations that cannot be used."""
+    num_empty: int = 0
+    """Number of images without a segment."""
     num_unknown: int = 0
     """Number of images whose maps have values without a class."""
     is_sampled: bool = False
@@ -61,6 +63,12 @@ class Survey:
             f"covers {self.median_object_share:.2%}",
             f"segments by class{self._scope()}: {classes}{more}",
         ]
+        if self.num_empty:
+            lines.append(
+                f"{self.num_empty} of {format_count(self.num_read, 'image')} without a segment: training leaves them "
+                "out (data.skip_images_without_targets), and evaluation counts every detection in them as wrong; "
+                "remove images that are not annotated yet"
+            )
         lines += [f"{count} {what}{self._scope()}" for what, count in self.repairs]
         if self.faults:
             kinds = Counter(fault_kind(fault) for fault in self.faults)
@@ -77,20 +85,20 @@ class Survey:
 
 def fault_kind(message: str) -> str:
     """Return the kind of a fault: its message without paths, quoted names and numbers, at most 120 characters."""
-    text = re.sub(r"\S*/\S*?(: |$|\s)", "", message)
+    text = re.sub(r"^[^:]*/[^:]*: ", "", message)  # a path, which may have spaces
+    text = re.sub(r"\([^()]*/[^()]*\)|\S*/\S*?(: |$|\s)", "", text)
     return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"'[^']*'", "'...'", text)).strip()[:120]
 
 
-def survey(datasets: Sequence[DatasetConfig]) -> Survey:
-    """Survey the sources of data sets. Raises DataError if a source cannot be opened or no image can be read."""
+def survey(opened: Sequence[tuple[Reader, tuple[UnusableAnnotation, ...]]]) -> Survey:
+    """Survey data sets, given the results of `open_dataset`. Raises DataError if no image can be read."""
     faults: list[str] = []
     counts: Counter[str] = Counter()
     repairs: Counter[str] = Counter()
     long_sides, shares, per_image, areas = [], [], [0], [0]
-    num_images = num_crowds = num_unknown = 0
+    num_images = num_crowds = num_unknown = num_empty = 0
     is_sampled = False
-    for dataset in datasets:
-        reader, unusable = open_dataset(dataset)
+    for reader, unusable in opened:
         faults += [f"{entry.source}: {entry.message}" for entry in unusable]
         names = {category.id: category.name for category in reader.categories.categories}
         counts.update(dict.fromkeys(names.values(), 0))
@@ -118,6 +126,7 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
                 for s in sample.annotation.segments
                 if s.map == "inst" or "inst" not in maps or not s.is_thing
             )
+            num_empty += not segments
             num_crowds += sum(segment.is_crowd for segment in segments)
             long_sides.append(max(sample.height, sample.width))
             areas.append(pixels)
@@ -136,6 +145,7 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
         largest_megapixels=max(areas) / 1e6,
         num_crowds=num_crowds,
         num_unknown=num_unknown,
+        num_empty=num_empty,
         is_sampled=is_sampled,
         faults=tuple(dict.fromkeys(faults)),  # the training and validation parts of one source report the same faults
         repairs=tuple(sorted(repairs.items())),

@@ -206,13 +206,7 @@ def _postprocess(task: Task, queries: int) -> list[str]:
 
 def _with_category_file(source: SourceConfig, options: InitOptions) -> SourceConfig:
     if isinstance(source, LabelMapSource) and source.categories == NO_CATEGORY_FILE:
-        return LabelMapSource(
-            images=source.images,
-            labels=source.labels,
-            categories=str(category_file_path(options)),
-            void=source.void,
-            suffix=source.suffix,
-        )
+        return replace(source, categories=str(category_file_path(options)))
     return source
 
 

@@ -19,9 +19,9 @@ _SPLITS: tuple[tuple[str, Split], ...] = (("train", "train"), ("val", "val"), ("
 
 
 def detect_yolo(folder: Path) -> DataFormat | None:
-    """Return the format of a folder, or of its only subfolder with this format, as in unpacked archives.
+    """Return the format of a folder, or of all its subfolders with this format, as in unpacked archives.
 
-    The folder has a data.yaml, or a classes.txt as in exports of Label Studio.
+    A folder has a data.yaml, or a classes.txt as in exports of Label Studio.
 
     Raises:
         ConfigError: data.yaml is damaged, names images that do not exist, or uses the same images for two splits.
@@ -31,7 +31,10 @@ def detect_yolo(folder: Path) -> DataFormat | None:
         return found
     inner = [path for path in sorted(folder.iterdir()) if os.access(path, os.R_OK | os.X_OK) and path.is_dir()]
     formats = [found for path in inner if (found := _detect_in(path)) is not None]
-    return formats[0] if len(formats) == 1 else None
+    if not formats:
+        return None
+    where = f", in {len(formats)} folders" if len(formats) > 1 else ""
+    return DataFormat("yolo_seg", formats[0].evidence + where, tuple(entry for f in formats for entry in f.sets))
 
 
 def _detect_in(folder: Path) -> DataFormat | None:

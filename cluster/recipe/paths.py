@@ -12,6 +12,9 @@ from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.sources import SourceConfig
 from m2f.model.weights.sources import is_path
 
+_NO_PATHS = ("kind", "subset", "suffix", "image_suffix")
+"""Settings of sources whose texts are not paths."""
+
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Return the recipe with relative paths resolved against the current directory; URLs stay unchanged."""
@@ -35,11 +38,11 @@ def _dataset(dataset: DatasetConfig) -> DatasetConfig:
 
 
 def _source(source: SourceConfig) -> SourceConfig:
-    """Return the source with absolute paths. All its strings are paths, except `kind`, `subset` and `suffix`."""
+    """Return the source with absolute paths. All its strings are paths, except those in `_NO_PATHS`."""
     paths: dict[str, Any] = {}
     for field in fields(source):
         value = getattr(source, field.name)
-        if isinstance(value, str) and field.name not in ("kind", "subset", "suffix"):
+        if isinstance(value, str) and field.name not in _NO_PATHS:
             paths[field.name] = _absolute(value)
     return replace(source, **paths)
 

@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe.load import load_recipe
+    from m2f.data_pipeline.categories import drawn_name
     from m2f.data_pipeline.shards.manifest import Manifest
-    from m2f.data_pipeline.shards.preview import drawn_name, spread_indices, write_contact_sheet
+    from m2f.data_pipeline.shards.preview import spread_indices, write_contact_sheet
     from m2f.data_pipeline.storage.storage import Storage
 
     names, overrides = split_overrides(args.words)

@@ -219,8 +219,8 @@ def source_fingerprint(source: SourceConfig, *, earlier: bool = False) -> str:
             files = (source.instances_json,)
         case LabelMapSource() | HuggingFaceSource():
             digest.update(repr(source.void).encode())
-            if isinstance(source, LabelMapSource) and source.suffix:  # left out if empty, to keep old digests
-                digest.update(source.suffix.encode())
+            if isinstance(source, LabelMapSource):  # empty suffixes add nothing, which keeps old digests
+                digest.update(source.suffix.encode() + _image_suffix_bytes(source))
             files = (source.categories,)
         case YoloSegSource():
             texts = _files_below(source.labels, ".txt")
@@ -238,7 +238,7 @@ def source_fingerprint(source: SourceConfig, *, earlier: bool = False) -> str:
         case VocSource():
             files = (source.image_set, source.legend)
         case ColorMapSource():
-            digest.update(repr((source.void, source.suffix)).encode())
+            digest.update(repr((source.void, source.suffix)).encode() + _image_suffix_bytes(source))
             files = (source.legend,)
         case CocoStuffSource():
             files = (source.label_names,)
@@ -264,3 +264,8 @@ def source_fingerprint(source: SourceConfig, *, earlier: bool = False) -> str:
 
 def _files_below(folder: str, ending: str) -> tuple[str, ...]:
     return tuple(str(path) for path in files_below(require_folder(folder), ending))
+
+
+def _image_suffix_bytes(source: LabelMapSource | ColorMapSource) -> bytes:
+    """Return the text that an image suffix adds to a digest; empty without a suffix, to keep old digests."""
+    return f" of images {source.image_suffix}".encode() if source.image_suffix else b""

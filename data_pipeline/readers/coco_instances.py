@@ -119,7 +119,7 @@ def check_annotations(
     unusable: list[UnusableAnnotation] = []
     usable: dict[str, list[Mapping[str, Any]]] = {image: [] for image in groups}
     for image, group in groups.items():
-        for entry in group:
+        for entry in map(coco_json.with_listed_rings, group):
             try:
                 where = f"annotation {str(entry.get('id'))[:40]}"
                 coco_json.require_category(entry, categories, where)

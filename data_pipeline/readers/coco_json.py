@@ -19,6 +19,8 @@ from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 Box = tuple[float, float, float, float]
 RENUMBERED_FIELD = "/numbered"
 """Field that marks annotations with a new id instead of the one in the file."""
+FLAT_FIELD = "/flat"
+"""Field that marks annotations whose `segmentation` in the file is one polygon instead of a list of polygons."""
 SIZES_FROM_FILES = "images without a size in the JSON (read from the files)"
 FOUND_BY_FILE_NAME = "images whose path in the JSON does not exist (found in the image folder by their file name)"
 MAX_CATEGORY_ID = 2**31 - 1
@@ -134,6 +136,15 @@ def read_categories(document: Mapping[str, Any], path: str, things_only: bool) -
     if not categories:
         raise DataError(f"{path} lists no category")
     return CategoryTable(tuple(categories))
+
+
+def with_listed_rings(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an annotation whose polygons are a list. VIA 2 writes one polygon without the list around it."""
+    match entry.get("segmentation"):
+        case [int() | float(), *_] as ring:
+            return {**entry, "segmentation": [ring], FLAT_FIELD: True}
+        case _:
+            return entry
 
 
 def read_color(entry: Mapping[str, Any], number: int, where: str) -> tuple[int, int, int]:

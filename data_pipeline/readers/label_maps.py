@@ -9,7 +9,7 @@ from pathlib import Path
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.readers.files import require_folder
-from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS, MapReader, pair_files, read_index_map
+from m2f.data_pipeline.readers.map_reader import MapReader, pair_files_with_suffixes, read_index_map
 from m2f.data_pipeline.sample import Annotation
 from m2f.data_pipeline.sources import LabelMapSource
 
@@ -24,8 +24,7 @@ def open_label_maps(source: LabelMapSource, max_pixels: int) -> MapReader:
     categories, void = read_category_file(source.categories, source.void, things=False)
     regions: dict[int, Region | None] = {c.id: Region(c, c.id) for c in categories.categories}
     decoder = LabelMaps(regions | dict.fromkeys(void))
-    endings = tuple(source.suffix + ending for ending in (".png", *OTHER_MAP_ENDINGS))
-    pairs = pair_files(images, labels, map_endings=endings[:1], other_map_endings=endings[1:])
+    pairs = pair_files_with_suffixes(images, labels, source.image_suffix, source.suffix)
     return MapReader(images, categories, decoder, pairs.records, max_pixels, pairs.unusable)
 
 

@@ -174,9 +174,11 @@ def pair_files(
     Raises:
         DataError: there is no image, no image has a map in one of the folders, or two files have the same stem or key.
     """
+    map_suffixes = tuple(ending.lower() for ending in (*map_endings, *other_map_endings))
+    if images in maps:  # the folder also holds the maps, for example `a.jpg` and `a.png`
+        image_endings = tuple(ending for ending in image_endings if ending.lower() not in map_suffixes)
     image_names = _names_by_stem(images, image_endings)
-    if images in maps:  # the folder also holds the maps, for example `a.png` and `a_mask.png`
-        map_suffixes = tuple(ending.lower() for ending in (*map_endings, *other_map_endings))
+    if images in maps:  # for example `a.png` and `a_mask.png`
         image_names = {stem: name for stem, name in image_names.items() if not name.lower().endswith(map_suffixes)}
     if not image_names:
         raise DataError(f"{images} contains no image ({', '.join(image_endings)}); the data set is empty")
@@ -203,6 +205,21 @@ def pair_files(
         for i, (stem, key) in enumerate(zip(stems, keys, strict=True))
     )
     return PairedFiles(records, tuple(unusable))
+
+
+def pair_files_with_suffixes(images: Path, maps: Path, image_suffix: str, map_suffix: str) -> PairedFiles:
+    """Pair images with PNG, TIFF or BMP maps. Their stems end before the suffixes: see `LabelMapSource`.
+
+    Raises DataError as `pair_files` does.
+    """
+    endings = tuple(map_suffix + ending for ending in (".png", *OTHER_MAP_ENDINGS))
+    return pair_files(
+        images,
+        maps,
+        image_endings=tuple(image_suffix + ending for ending in IMAGE_ENDINGS),
+        map_endings=endings[:1],
+        other_map_endings=endings[1:],
+    )
 
 
 def _refuse_unpaired(

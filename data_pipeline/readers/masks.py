@@ -13,13 +13,14 @@ from pycocotools import mask as coco_mask
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.json_fields import optional_flag
-from m2f.data_pipeline.readers.coco_json import RENUMBERED_FIELD, Box, optional_area, optional_box
+from m2f.data_pipeline.readers.coco_json import FLAT_FIELD, RENUMBERED_FIELD, Box, optional_area, optional_box
 from m2f.data_pipeline.readers.run_lengths import DamagedRunsError, check_counts, text_areas
 from m2f.data_pipeline.sample import Segment, id_dtype
 
 _MAX_POLYGON_EXTENT = 10
 """Limit of polygon coordinates as a multiple of the longer image side. Larger ones are refused."""
 RENUMBERED_IDS = "annotations with a missing, repeated or unusable id, renumbered"
+FLAT_RINGS = "objects whose polygon is not in a list of polygons (VIA writes this), read as one polygon"
 SHORT_RINGS = "objects with stray rings of at most two points, which were left out"
 NO_PIXELS = "objects whose mask has no pixel (normalised coordinates?)"
 OUTSIDE = "objects outside the frame of their image (rescaled images, or x and y swapped?)"
@@ -93,6 +94,7 @@ def instance_layers(
             )
         )
     repairs = [RENUMBERED_IDS for entry in usable if RENUMBERED_FIELD in entry]
+    repairs += [FLAT_RINGS for entry in usable if FLAT_FIELD in entry]
     outside = [share_outside(segment.polygons or (), height, width) for segment in segments]
     repairs += [OUTSIDE if share == 1 else PARTLY_OUTSIDE for share in outside if share > _MAX_SHARE_OUTSIDE]
     repairs += area_mismatches(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.categories import Category, CategoryTable, drawn_name
 from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.printable import to_ascii
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
@@ -172,19 +172,8 @@ def _legend(categories: Sequence[Category], width: int) -> np.ndarray:
 
 def _text_line(text: str, width: int) -> np.ndarray:
     line = np.full((_LINE, width, 3), _BACKGROUND, dtype=np.uint8)
-    cv2.putText(line, _ascii(text), (2, 14), _FONT, 0.42, _TEXT_COLOR, 1, cv2.LINE_AA)
+    cv2.putText(line, to_ascii(text), (2, 14), _FONT, 0.42, _TEXT_COLOR, 1, cv2.LINE_AA)
     return line
-
-
-def drawn_name(category: Category) -> str:
-    """Return the name as it is drawn. A name with non-ASCII letters is preceded by its id and converted to ASCII."""
-    return category.name if category.name.isascii() else f"{category.id}: {_ascii(category.name)}"
-
-
-def _ascii(text: str) -> str:
-    """Return a text without accents and with ? for other non-ASCII letters, which OpenCV's fonts lack."""
-    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return "".join(letters).encode("ascii", "replace").decode()
 
 
 def _stack_horizontally(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:

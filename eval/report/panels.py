@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.categories import Category, drawn_name
+from m2f.data_pipeline.printable import to_ascii
 from m2f.data_pipeline.sample import VOID_ID
 
 COLUMN_PIXELS = (560, 960)
@@ -192,7 +193,7 @@ def _draw_outline(image: np.ndarray, edge: np.ndarray) -> np.ndarray:
 
 def _with_title(column: np.ndarray, title: str) -> np.ndarray:
     header = Image.new("RGB", (column.shape[1], HEADER), BACKGROUND_COLOR)
-    ImageDraw.Draw(header).text((6, HEADER // 2), title, TEXT_COLOR, _font(FONT_SIZE + 1), anchor="lm")
+    ImageDraw.Draw(header).text((6, HEADER // 2), to_ascii(title), TEXT_COLOR, _font(FONT_SIZE + 1), anchor="lm")
     return np.concatenate([np.asarray(header), column])
 
 
@@ -259,7 +260,7 @@ def _write_names(
             continue
         segment = overlay.segments[segment_id]
         score = "" if segment.score is None else f" {100 * segment.score:.0f}"
-        text = classes[segment.label].name + score
+        text = drawn_name(classes[segment.label]) + score
         mask = positions == position
         x, y, margin = _innermost_point(mask)
         left, top, right, bottom = draw.textbbox((x, y), text, font, anchor="mm")

@@ -7,6 +7,7 @@ from tests.waiting import PATIENCE_S
 
 HEAVY_PACKAGES = ("ray", "mlflow", "torch")
 MODULES = {
+    "m2f.cluster.own_data.init": HEAVY_PACKAGES,
     "m2f.cluster.recipe.config": HEAVY_PACKAGES,
     "m2f.cluster.recipe.load": HEAVY_PACKAGES,
     "m2f.cluster.train.driver_restarts": HEAVY_PACKAGES,
@@ -18,7 +19,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_local_launcher_modules_load_no_heavy_package(module):
+def test_modules_that_need_no_heavy_package_load_none(module):
     code = f"import {module}, sys; print(sorted(set({MODULES[module]}) & set(sys.modules)))"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S)

@@ -11,7 +11,7 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.files import require_folder
-from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS, MapReader, pair_files, read_color_map
+from m2f.data_pipeline.readers.map_reader import MapReader, pair_files_with_suffixes, read_color_map
 from m2f.data_pipeline.sample import Annotation
 from m2f.data_pipeline.sources import ColorMapSource
 
@@ -36,8 +36,7 @@ def open_color_maps(source: ColorMapSource, max_pixels: int) -> MapReader:
         regions[color] = None if category.name.lower() in void else Region(category, category.id)
     categories = CategoryTable(tuple(category for category in listed if category.name.lower() not in void))
     decoder = ColorMaps(regions)
-    endings = tuple(source.suffix + ending for ending in (".png", *OTHER_MAP_ENDINGS))
-    pairs = pair_files(images, labels, map_endings=endings[:1], other_map_endings=endings[1:])
+    pairs = pair_files_with_suffixes(images, labels, source.image_suffix, source.suffix)
     return MapReader(images, categories, decoder, pairs.records, max_pixels, pairs.unusable)
 
 

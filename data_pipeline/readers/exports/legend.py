@@ -23,7 +23,7 @@ _NAME_PATTERN = r"(?P<name>[^:,]+)"
 def read_legend(path: str) -> CategoryTable:
     """Return the classes of a legend, all as stuff, in file order. Classes without an id are numbered from 0.
 
-    labelme's `_background_` is renamed `background`.
+    labelme's `_background_` is renamed `background`. Its first line `__ignore__`, which has the number -1, is skipped.
 
     Raises:
         DataError: the file is missing, a line is invalid, or there is no class.
@@ -37,6 +37,8 @@ def read_legend(path: str) -> CategoryTable:
         if any(re.fullmatch(pattern, row) for pattern in _LINE_PATTERNS for row in rows)
         else (_NAME_PATTERN,)
     )
+    if rows and rows[0] == "__ignore__":
+        rows = rows[1:]
     for row in rows:
         matched = next((match for pattern in patterns if (match := re.fullmatch(pattern, row))), None)
         if matched is None:

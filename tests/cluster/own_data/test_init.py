@@ -162,6 +162,19 @@ def test_faults_are_counted_by_kind(tmp_path, capsys, monkeypatch):
     assert printed.splitlines()[-2] == "  m2f shard set.yaml --skip-bad"
 
 
+def test_images_without_objects_are_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS["label_studio"](tmp_path / "set")
+    path = tmp_path / "set/result.json"
+    document = json.loads(path.read_text())
+    empty = document["images"][0]["id"]
+    document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] != empty]
+    path.write_text(json.dumps(document))
+    assert main(["init", "set"]) == 0
+    assert "1 of 6 images without a segment: training leaves them out" in capsys.readouterr().out
+
+
 def test_counts_of_large_sets_name_the_images_that_were_read(tmp_path, monkeypatch):
     """Missing files are found among all images, and other faults only in the images that are read."""
     monkeypatch.setattr("m2f.cluster.own_data.survey._NUM_SURVEYED", 2)
@@ -169,7 +182,7 @@ def test_counts_of_large_sets_name_the_images_that_were_read(tmp_path, monkeypat
     for number in (1, 4):
         (tmp_path / f"images/im{number}.png").unlink()
     source = CocoInstancesSource(images=str(tmp_path), instances_json=f"{tmp_path}/result.json")
-    lines = survey([DatasetConfig(shards="unused", source=source)]).lines()
+    lines = survey([open_dataset(DatasetConfig(shards="unused", source=source))]).lines()
     assert lines[1] == "segments by class in the 2 images read: cell 2, dirt 2"
     assert lines[2] == "2 faults; the images that were not read may have more:"
     assert lines[3] == "  2 x does not exist; the annotations refer to it"
@@ -268,7 +281,20 @@ def test_choices_depend_on_machine_and_data(machine, crop, micro):
     assert choices.global_batch == micro * max(1, machine.num_gpus)
 
 
+def test_each_data_set_is_opened_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS["roboflow"](tmp_path / "set")
+    opened = []
+    monkeypatch.setattr(
+        "m2f.cluster.own_data.init.open_dataset", lambda d: (opened.append(d.shards), open_dataset(d))[1]
+    )
+    assert main(["init", "set"]) == 0
+    assert opened == ["data/set/train", "data/set/val"]
+
+
 def test_fault_kind_ignores_names_and_numbers():
+    assert fault_kind("/d 1/im 9 .jpg: it has no map (/d 1/m 2/im 9 .png)") == "it has no map"
     assert fault_kind("/a/b.txt: line 3 has class 9") == fault_kind("/a/c.txt: line 14 has class 12")
 
 

@@ -97,6 +97,18 @@ def test_an_export_may_be_one_folder_deeper(tmp_path):
     assert found_keys(tmp_path) == [("train", "im0 im1")]
 
 
+def test_exports_side_by_side_are_sets_whose_classes_are_matched_by_name(tmp_path):
+    for name, classes in (("a", "cell\ndirt"), ("b", "dirt\ncell")):
+        write_image(tmp_path / f"{name}/images/{name}.png", 0)
+        (tmp_path / f"{name}/labels").mkdir()
+        (tmp_path / f"{name}/labels/{name}.txt").write_text("0 0.1 0.1 0.6 0.1 0.6 0.6\n")
+        (tmp_path / f"{name}/classes.txt").write_text(classes)
+    (data_format,) = find_formats(tmp_path)
+    readers = [open_reader(entry.source) for entry in data_format.sets]
+    found = [reader.categories.by_id[reader.read(0).annotation.segments[0].category_id].name for reader in readers]
+    assert (found, data_format.evidence[-14:]) == (["cell", "dirt"], ", in 2 folders")
+
+
 @pytest.mark.parametrize("line", [b"\t- x", "# Gr\u00fcner Fleck".encode("cp1252")])
 def test_a_damaged_data_yaml_is_named(tmp_path, line):
     write_yolo(tmp_path, "train: images/train", {"images/train": 2})

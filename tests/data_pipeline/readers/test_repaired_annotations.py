@@ -13,6 +13,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.readers.coco_json import SIZES_FROM_FILES
 from m2f.data_pipeline.readers.masks import (
     AREA_MISMATCH,
+    FLAT_RINGS,
     NO_PIXELS,
     OUTSIDE,
     PARTLY_OUTSIDE,
@@ -105,6 +106,14 @@ def test_rings_of_at_most_two_points_are_ignored(coco, ring, first):
     assert sample.annotation.segments == intact.segments
     assert sample.repairs == (SHORT_RINGS,)
     assert read_rle([ring, POLYGON], H, W, "x") == read_rle([POLYGON], H, W, "x"), "as `m2f score` reads it"
+
+
+def test_a_polygon_without_a_list_around_it_is_one_polygon(coco):
+    intact = _read(coco).annotation
+    coco.instances[0]["segmentation"] = POLYGON  # as VIA 2 writes it
+    sample = _read(coco)
+    np.testing.assert_array_equal(sample.annotation.inst, intact.inst)
+    assert (sample.annotation.segments, sample.repairs) == (intact.segments, (FLAT_RINGS,))
 
 
 def test_shard_parts_count_left_out_and_repaired_annotations(coco):

@@ -2,14 +2,13 @@ import cv2
 import numpy as np
 import pytest
 
-from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.categories import Category, CategoryTable, drawn_name
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.sample import Annotation, Segment
 from m2f.data_pipeline.shards.preview import (
     contact_sheet,
     draw_annotation,
-    drawn_name,
     spread_indices,
     write_contact_sheet,
 )

@@ -44,6 +44,15 @@ def test_panels_are_deterministic_and_segments_are_tinted():
     assert tinted[0] > tinted[1] + 40
 
 
+def test_names_that_are_not_ascii_are_drawn_without_missing_letters():
+    image = np.full((60, 60, 3), 128, np.uint8)
+    panels = [
+        render_panel(image, title, [overlay((60, 60))], (Category(1, name, True, (220, 20, 60)),))
+        for title, name in (("bild ü", "Käfer"), ("bild u", "1: Kafer"))
+    ]
+    assert panels[0] == panels[1]
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1)])
 def test_tiny_images_and_empty_overlays_are_drawn(size):
     empty = Overlay("prediction", np.zeros(size, np.int32), {})
