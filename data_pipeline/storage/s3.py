@@ -175,10 +175,7 @@ class S3Store:
         config = TransferConfig(multipart_threshold=_COPY_PART_BYTES, multipart_chunksize=_COPY_PART_BYTES)
         address = _address(url)
         try:
-            self._with_retries(
-                source,
-                lambda client: client.copy(_address(source), address["Bucket"], address["Key"], Config=config),
-            )
+            self._with_retries(source, lambda client: client.copy(_address(source), **address, Config=config))
         except (MissingObjectError, OutageError):
             raise
         except StorageError as error:
