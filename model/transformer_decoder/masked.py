@@ -201,7 +201,7 @@ class MaskedTransformerDecoder(nn.Module):
             memory([features[level] for level in group], [embeddings[level] for level in group])
             for memory, group in zip(self.memories, self.groups, strict=True)
         ]
-        queries, position = self._initial_queries(len(mask_features))
+        queries, position = self._initial_queries(mask_features.shape[0])
         attn_mask = self._attention_masks(features, mask_features, queries, position)
         self_mask = None
         if pilots is not None:
