@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_GRAPHS_READ_CONSTANTS = torch.__version__ >= (2, 15)
+_GRAPHS_READ_CONSTANTS = torch.__version__ >= "2.15"
 """Whether torch.compile can break a graph after a constant tensor. Torch 2.11 and 2.13 raise AssertionError."""
 
 _reusable: dict[Hashable, object] | None = None
