@@ -231,9 +231,10 @@ class EvaluationConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Numeric precision of the forward pass in evaluations and in `m2f predict`. bf16: products and convolutions in
     bfloat16 with weights cast once; intended for GPUs, and scores differ slightly. fp32: full precision."""
-    cuda_graphs: bool = False
-    """On GPUs, replay the model as one CUDA graph per image size, starting with the third image of a size. Results are
-    the same. This saves about a thousand kernel launches per image, which matters for small images of few sizes."""
+    cuda_graphs: bool = True
+    """On GPUs, replay the model as one CUDA graph per image size, starting with the third image of a size. This saves
+    about a thousand kernel launches per image. Each graph must first reproduce the normal predictions; otherwise the
+    model runs without graphs, with a warning. Graphs take memory; set false if the GPU lacks it."""
     hang_s: Annotated[float, SECONDS] = 1800.0
     """Seconds without an answer to a call of eight images after which an actor is presumed hung and replaced."""
     panels: Annotated[int, FROM_0] = 8

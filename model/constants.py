@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from typing import ParamSpec, TypeVar, cast
 
 import torch
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_GRAPHS_READ_CONSTANTS = torch.__version__ >= "2.15"
+"""Whether torch.compile can break a graph after a constant tensor. Torch 2.11 and 2.13 raise AssertionError."""
 
 _reusable: dict[Hashable, object] | None = None
 """Constants of the current `reusable_constants` by function and arguments; None outside of it."""
@@ -35,9 +39,10 @@ def reusable_constants() -> Iterator[dict[Hashable, object]]:
 def cache_constants(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Cache the last `size` results of a function with hashable arguments. Callers must not write to the results.
 
-    The cache is bypassed during compilation and export, under a dispatch mode, and while a CUDA graph is recorded,
-    except with `reusable_constants`. In these cases tensors may belong to a graph or have no values, so the function
-    runs uncached.
+    The cache is bypassed during export, under a dispatch mode, and while a CUDA graph is recorded, except with
+    `reusable_constants`. In these cases tensors may belong to a graph or have no values, so the function runs uncached.
+    The result must be one tensor. A graph of torch.compile reads it as a constant, unless a size is symbolic or torch
+    is older than 2.15; then the graph computes it.
     """
 
     def decorate(make: Callable[P, R]) -> Callable[P, R]:
@@ -48,6 +53,8 @@ def cache_constants(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(make)
         def get(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_dynamo_compiling() and _can_be_constant((*args, *kwargs.values())):
+                return get_for_graph(*args, **kwargs)
             if not _have_values():
                 return make(*args, **kwargs)
             key = (make, args, *kwargs.items())
@@ -58,9 +65,25 @@ def cache_constants(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 _reusable[key] = constant
             return constant
 
+        @torch.compiler.assume_constant_result
+        def get_for_graph(*args: P.args, **kwargs: P.kwargs) -> R:
+            return get(*args, **kwargs)  # not traced
+
         return get
 
     return decorate
+
+
+def _can_be_constant(arguments: tuple[object, ...]) -> bool:
+    """Return whether a graph that is being compiled can read the result for these arguments as a constant."""
+    return _GRAPHS_READ_CONSTANTS and all(map(_is_static, arguments))
+
+
+def _is_static(argument: object) -> bool:
+    """Return whether torch.compile knows the value of an argument, not only its symbol."""
+    if isinstance(argument, tuple):
+        return all(map(_is_static, argument))
+    return not isinstance(argument, int | float) or has_static_value(argument)
 
 
 def can_cache() -> bool:

@@ -124,7 +124,7 @@ class PredictionFolder:
                 overlay = predicted_instances(prediction, (height, width), self._shown_score)
                 self.num_empty += not bool((prediction.scores >= self._shown_score).any())
             case SemanticResult():
-                labels = prediction.label_map.cpu().numpy()
+                labels = prediction.label_map.numpy()
                 self._write(f"labels/{image.name}.png", label_png(labels, self._classes))
                 overlay = predicted_labels(labels, len(self._classes))
             case _:
@@ -140,7 +140,7 @@ class PredictionFolder:
         self._num_labels += len(results)
 
     def _add_segments(self, image: ImageInput, result: PanopticResult) -> Overlay:
-        name, id_map = f"{image.name}.png", result.segment_map.cpu().numpy()
+        name, id_map = f"{image.name}.png", result.segment_map.numpy()
         self._write(f"panoptic/{name}", panoptic_png(id_map))
         self._annotations.append(panoptic_annotation(image.id, name, result.segments, self._classes))
         labels, scores = ({s.id: value(s) for s in result.segments} for value in (lambda s: s.label, lambda s: s.score))

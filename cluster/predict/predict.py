@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -28,7 +28,8 @@ from m2f.model.errors import ConfigError
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.inference.postprocess import panoptic, semantic
 from m2f.model.inference.precision import deterministic_convolutions, set_precision
-from m2f.model.structures import Predictions, SemanticResult
+from m2f.model.inference.result_copies import ResultCopy
+from m2f.model.structures import PanopticResult, Predictions, SemanticResult
 
 MAX_WAITING_BATCHES = 4
 """Images wait for others of equal input size. If this many batches of images wait, the largest group is predicted."""
@@ -105,7 +106,8 @@ class Predictor:
         samples = [_without_annotation(image) for image in images]
         if not isinstance(settings.test_time, WholeImage):
             for sample in samples:
-                yield self._predict_in_passes(sample, settings.test_time, tasks)
+                found = self._predict_in_passes(sample, settings.test_time, tasks)
+                yield _on_host(found.items())
             return
         batch = collate_eval(
             samples,
@@ -116,7 +118,7 @@ class Predictor:
             settings.pads_to_squares,
         )
         for output in image_outputs(batch, self._forward(batch.images, batch.sizes)):
-            yield {task: self._postprocess_output(output, task) for task in tasks}
+            yield _on_host((task, self._postprocess_output(output, task)) for task in tasks)
 
     def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
         device = next(self._model.parameters()).device
@@ -153,6 +155,27 @@ class Predictor:
                 return semantic(*output, self._postprocess, self._min_score)
             case _:
                 assert_never(task)
+
+
+def _on_host(predictions: Iterable[tuple[Task, Prediction]]) -> dict[Task, Prediction]:
+    """Return predictions by task, in host memory. Each is copied while the device computes the next one."""
+    copies = {task: _start_copy(prediction) for task, prediction in predictions}
+    return {task: wait() for task, wait in copies.items()}
+
+
+def _start_copy(prediction: Prediction) -> Callable[[], Prediction]:
+    """Start copying a prediction to the host, and return a function that waits for the copy and returns it."""
+    match prediction:
+        case PanopticResult():
+            segments = ResultCopy(prediction.segment_map)
+            return lambda: replace(prediction, segment_map=segments.wait())
+        case SemanticResult():
+            labels = ResultCopy(prediction.label_map)
+            return lambda: SemanticResult(labels.wait())
+        case InstanceDetections():
+            return lambda: prediction
+        case _:
+            assert_never(prediction)
 
 
 def prepare_model(trained: TrainedModel) -> None:

@@ -35,6 +35,7 @@ from m2f.model.errors import ConfigError
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.inference.postprocess import panoptic, semantic, stream_instances
 from m2f.model.inference.precision import deterministic_convolutions
+from m2f.model.inference.result_copies import ResultCopy
 from m2f.model.segmenter import Segmenter
 from m2f.model.structures import PanopticResult, Predictions
 
@@ -205,11 +206,13 @@ class Evaluator:
     def _panoptic(self, sample: DecodedSample, result: PanopticResult, states: EvaluationStates) -> _MakeOverlays:
         """Add the panoptic result of one image to dump and states, and return the function that makes its overlays."""
         assert states.panoptic is not None
+        copy = ResultCopy(result.segment_map)
+        truth = panoptic_truth(sample, self._categories.labels("panoptic"))  # meanwhile
+        result = replace(result, segment_map=copy.wait())
         if self._dump is not None:
             self._dump.add_panoptic(sample, result)
-        truth = panoptic_truth(sample, self._categories.labels("panoptic"))
         labels = {segment.id: segment.label for segment in result.segments}
-        prediction = PanopticPrediction(result.segment_map.cpu().numpy(), labels)
+        prediction = PanopticPrediction(result.segment_map.numpy(), labels)
         states.panoptic.update(sample.image_id, truth, prediction)
         self._update_extra("panoptic", sample, truth, prediction, states)
         candidates = panoptic_candidates(truth, prediction)
@@ -240,10 +243,11 @@ class Evaluator:
     def _semantic(self, sample: DecodedSample, labels: Tensor, states: EvaluationStates) -> _MakeOverlays:
         """Add the label map of one image, as `_panoptic` does."""
         assert states.semantic is not None
-        predicted = labels.cpu().numpy()
+        copy = ResultCopy(labels)
+        truth = semantic_truth(sample, self._categories.labels("semantic"))  # meanwhile
+        predicted = copy.wait().numpy()
         if self._dump is not None:
             self._dump.add_labels(sample, predicted)
-        truth = semantic_truth(sample, self._categories.labels("semantic"))
         states.semantic.update(sample.image_id, truth, predicted)
         self._update_extra("semantic", sample, truth, predicted, states)
         return partial(semantic_overlays, truth, predicted, states.semantic.num_classes)
@@ -259,11 +263,24 @@ class Evaluator:
 
 
 def detect(output: ImageOutput, is_thing: Sequence[bool], config: PostprocessConfig) -> InstanceDetections:
-    """Return detections of one image, labelled by column of the class logits. Masks are encoded group by group."""
+    """Return detections of one image, labelled by column of the class logits.
+
+    Masks are encoded group by group, while the device computes the next group.
+    """
     masks: list[Rle] = []
-    ranking = stream_instances(
-        *output, is_thing, config, consume=lambda group: masks.extend(encode_masks(group.cpu().numpy()))
-    )
+    copies: list[ResultCopy] = []
+
+    def encode_first() -> None:
+        masks.extend(encode_masks(copies.pop(0).wait().numpy()))
+
+    def consume(group: Tensor) -> None:
+        copies.append(ResultCopy(group))
+        if len(copies) > 1 or not copies[0].was_needed:  # a group that need not be copied would only take memory
+            encode_first()
+
+    ranking = stream_instances(*output, is_thing, config, consume)
+    if copies:
+        encode_first()
     return InstanceDetections(
         masks=tuple(masks),
         mask_index=ranking.mask_index.cpu().numpy(),

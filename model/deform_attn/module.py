@@ -92,22 +92,29 @@ class SamplingGrid(NamedTuple):
     @staticmethod
     def of_pixels(shapes: Shapes, device: torch.device | str = "cpu") -> SamplingGrid:
         """Return the grid in which every pixel of every level is a query at its own centre (Q = S)."""
-        return SamplingGrid(shapes, *_sizes_and_centres(tuple((height, width) for height, width in shapes), device))
+        shapes = tuple((height, width) for height, width in shapes)
+        return SamplingGrid(shapes, _level_sizes(shapes, device), _pixel_centres(shapes, device))
 
 
 @cache_constants(4)
-def _sizes_and_centres(shapes: Shapes, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Return `sizes` and `reference` of `SamplingGrid.of_pixels`."""
+def _level_sizes(shapes: Shapes, device: torch.device | str) -> Tensor:
+    """Return `sizes` of `SamplingGrid`."""
     # Filled on the device, because a copy from the host would wait for all queued work.
     extents = [torch.sym_float(extent) for height, width in shapes for extent in (width, height)]
     sizes = torch.stack([torch.full((), extent, dtype=torch.float32, device=device) for extent in extents])
+    return sizes.view(-1, 1, 2)
+
+
+@cache_constants(4)
+def _pixel_centres(shapes: Shapes, device: torch.device | str) -> Tensor:
+    """Return `reference` of `SamplingGrid.of_pixels`."""
     levels = []
     for height, width in shapes:
         y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
         x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
         centres = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
         levels.append(centres.flatten(0, 1))
-    return sizes.view(-1, 1, 2), torch.cat(levels)[None, :, None]
+    return torch.cat(levels)[None, :, None]
 
 
 class Float32Linear(nn.Linear):

@@ -21,7 +21,7 @@ from m2f.model.config import ModelConfig
 from m2f.model.eomt.annealing import mask_probabilities, uniform_draws
 from m2f.model.eomt.config import EomtDecoderConfig
 from m2f.model.errors import ConfigError
-from m2f.model.layers import DoubleSize
+from m2f.model.layers import DoubleSize, Table
 from m2f.model.segmenter import Segmenter, TrainingContext
 from m2f.model.structures import Predictions
 
@@ -57,7 +57,7 @@ class QueryHeads(nn.Module):
     def __init__(self, num_queries: int, num_layers: int, dim: int, num_classes: int) -> None:
         super().__init__()
         self.num_layers = num_layers
-        self.query_feat = nn.Embedding(num_queries, dim)
+        self.query_feat = Table(num_queries, dim)
         self.class_embed = nn.Linear(dim, num_classes + 1)
         hidden = (nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU())
         self.mask_embed = nn.Sequential(*hidden, nn.Linear(dim, dim))
@@ -79,8 +79,7 @@ class QueryHeads(nn.Module):
 
     def tokens(self, images: int) -> Tensor:
         """Return the queries [B, Q, C] for a number of images."""
-        rows = torch.arange(self.query_feat.num_embeddings, device=self.attn_mask_probs.device)
-        return self.query_feat(rows).expand(images, -1, -1)
+        return self.query_feat().expand(images, -1, -1)
 
 
 class Encoded(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -46,13 +47,16 @@ class ReplayedForward:
 
     The first pass runs everything that a graph cannot contain, such as compiling kernels and choosing algorithms. A
     recording must reproduce the direct result. Otherwise it is dropped with a warning and recording stops. The
-    `max_recordings` most recently used sizes are kept.
+    `max_recordings` most recently used sizes are kept. A size whose recording was dropped is not recorded again: with
+    many sizes, recording would take longer than replaying saves. Threads may share an instance.
     """
 
     def __init__(self, forward: Forward, max_recordings: int = 16) -> None:
         self._forward, self._max_recordings = forward, max_recordings
         self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
         """Recording by the images' shape, strides and dtype, and by autocast; None if seen only once."""
+        self._dropped: set[Any] = set()
+        self._lock = threading.Lock()  # replays share their input and output
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._is_enabled = True
@@ -60,18 +64,20 @@ class ReplayedForward:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Predictions:
         """Return the model's predictions for images [B, 3, H, W]."""
-        with torch.cuda.device_of(images):  # a graph on another current device would be empty
+        with self._lock, torch.cuda.device_of(images):  # a graph on another current device would be empty
             return self._run(images)
 
     def _run(self, images: Tensor) -> Predictions:
-        if not self._is_enabled:
-            return self._forward(images)
         size = (images.shape, images.stride(), images.dtype, torch.is_autocast_enabled("cuda"))
+        if not self._is_enabled or size in self._dropped:
+            return self._forward(images)
         is_new = size not in self._recordings
         recording = self._recordings.setdefault(size, None)
         self._recordings.move_to_end(size)
         if len(self._recordings) > self._max_recordings:
-            self._recordings.popitem(last=False)
+            oldest, dropped = self._recordings.popitem(last=False)
+            if dropped is not None:
+                self._dropped.add(oldest)
         if recording is not None:
             return recording.replay(images)
         with reusable_constants() as constants:

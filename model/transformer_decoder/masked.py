@@ -21,6 +21,7 @@ from m2f.model.attention import (
     to_at_least_float32,
 )
 from m2f.model.config import MaskedTransformerDecoderConfig
+from m2f.model.layers import Table
 from m2f.model.pilots import PilotGuides
 from m2f.model.pixel_decoder import convolution
 from m2f.model.position_encoding import sine_position_embedding
@@ -175,9 +176,9 @@ class MaskedTransformerDecoder(nn.Module):
         self.groups = groups[: config.num_layers]
         self.zero_initialised = config.queries == "zero"
         if not self.zero_initialised:
-            self.query_feat = nn.Embedding(config.num_queries, dim)
-        self.query_embed = nn.Embedding(config.num_queries, dim)
-        self.level_embed = nn.Embedding(len(self.levels), dim)
+            self.query_feat = Table(config.num_queries, dim)
+        self.query_embed = Table(config.num_queries, dim)
+        self.level_embed = Table(len(self.levels), dim)
         layers_of_group = [len(range(first, config.num_layers, len(groups))) for first in range(len(self.groups))]
         self.memories = nn.ModuleList(LevelMemory(in_dim, config, count) for count in layers_of_group)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
@@ -195,13 +196,12 @@ class MaskedTransformerDecoder(nn.Module):
 
         `features` are [B, C', h, w] in the order 1/32, 1/16, 1/8; `mask_features` is [B, mask_dim, h, w].
         """
-        rows = torch.arange(len(self.levels), device=mask_features.device)
-        embeddings = dict(zip(self.levels, self.level_embed(rows), strict=True))
+        embeddings = dict(zip(self.levels, self.level_embed(), strict=True))
         memories = [
             memory([features[level] for level in group], [embeddings[level] for level in group])
             for memory, group in zip(self.memories, self.groups, strict=True)
         ]
-        queries, position = self._initial_queries(mask_features)
+        queries, position = self._initial_queries(mask_features.shape[0])
         attn_mask = self._attention_masks(features, mask_features, queries, position)
         self_mask = None
         if pilots is not None:
@@ -228,13 +228,12 @@ class MaskedTransformerDecoder(nn.Module):
 
         return mask
 
-    def _initial_queries(self, mask_features: Tensor) -> tuple[Tensor, Tensor]:
+    def _initial_queries(self, images: int) -> tuple[Tensor, Tensor]:
         """Return the features and the positional embeddings of the initial queries, [B, Q, C] each."""
-        indices = torch.arange(self.query_embed.num_embeddings, device=mask_features.device)
-        position = self.query_embed(indices).expand(mask_features.shape[0], -1, -1)
+        position = self.query_embed().expand(images, -1, -1)
         if self.zero_initialised:
             return torch.zeros_like(position), position
-        return self.query_feat(indices).expand(mask_features.shape[0], -1, -1), position
+        return self.query_feat().expand(images, -1, -1), position
 
     def _attention_masks(
         self, features: Sequence[Tensor], mask_features: Tensor, queries: Tensor, position: Tensor

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from m2f.model.config import MaskedTransformerDecoderConfig, StandardTransformerDecoderConfig
+from m2f.model.layers import Table
 from m2f.model.structures import Predictions
 from m2f.model.transformer_decoder.masked import DecoderLayer, LevelMemory, mask_head
 
@@ -34,7 +35,7 @@ class StandardTransformerDecoder(nn.Module):
             attention="cross",
             cross_attention_first=False,
         )
-        self.query_embed = nn.Embedding(config.num_queries, dim)
+        self.query_embed = Table(config.num_queries, dim)
         self.memory = LevelMemory(in_dim, layer, config.num_layers)
         self.layers = nn.ModuleList(DecoderLayer(layer) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(dim)
@@ -48,8 +49,7 @@ class StandardTransformerDecoder(nn.Module):
         [B, mask_dim, h, w].
         """
         memory = self.memory(features[:1], (0.0,))
-        indices = torch.arange(self.query_embed.num_embeddings, device=mask_features.device)
-        position = self.query_embed(indices).expand(mask_features.shape[0], -1, -1)
+        position = self.query_embed().expand(mask_features.shape[0], -1, -1)
         queries, states = torch.zeros_like(position), []
         for layer, keys_and_values in zip(self.layers, memory, strict=True):
             queries = layer(queries, position, keys_and_values, None)

@@ -35,8 +35,8 @@ def test_graphs_of_a_training_step_stay_within_their_operation_counts():
     backbone, pixel_decoder, transformer_decoder = counts
     assert pixel_decoder.fused_attention == 2
     assert backbone.forward <= 240
-    assert pixel_decoder.forward + pixel_decoder.backward <= 400
-    assert transformer_decoder.forward + transformer_decoder.backward <= 720
+    assert pixel_decoder.forward + pixel_decoder.backward <= 310
+    assert transformer_decoder.forward + transformer_decoder.backward <= 640
     assert min(kept.values()) > 20
 
 
@@ -47,6 +47,6 @@ def test_inductor_fuses_a_training_step_into_few_kernels():
     with fake_tensors():
         model = build_model(CONFIG, pretrained_backbone=False).train()
         backbone, pixel_decoder, transformer_decoder = count_kernels(model, lambda: torch.zeros(2, 3, 64, 64))
-    for region, most in ((backbone, 70), (pixel_decoder, 120), (transformer_decoder, 200)):
+    for region, most in ((backbone, 70), (pixel_decoder, 100), (transformer_decoder, 165)):
         assert region.forward.library >= 10
         assert region.forward.generated + region.forward.library <= most

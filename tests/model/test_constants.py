@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from m2f.model import constants
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
 from m2f.model.constants import cache_constants, reusable_constants
 from m2f.model.position_encoding import sine_position_embedding
@@ -48,12 +49,12 @@ def test_graph_reads_the_constants_of_the_pass_before_its_recording(counted_ones
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing[0])
     ones(3)
-    with reusable_constants() as constants:
+    with reusable_constants() as reused:
         before = ones(3)
         is_capturing[0] = True
         assert ones(3) is before
         of_the_graph = ones(4)  # no earlier pass used it
-        assert [id(constant) for constant in constants.values()] == [id(before)]
+        assert [id(constant) for constant in reused.values()] == [id(before)]
     assert ones(3) is not before
     is_capturing[0] = False
     assert ones(4) is not of_the_graph
@@ -69,10 +70,46 @@ def test_constants_made_in_inference_mode_can_be_used_in_training(counted_ones):
     assert weight.grad.tolist() == [1, 1, 1]
 
 
-def test_compiled_function_computes_constants_in_its_graph():
+def calls_in_graphs(function, sides, **options):
+    """Compile `function` of a tensor [side, 2, 8], compare its results, and return the number of calls per graph."""
     torch.compiler.reset()
-    compiled = torch.compile(lambda x: x + sine_position_embedding(3, 2, 8), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(torch.zeros(3, 2, 8)), sine_position_embedding(3, 2, 8))
+    graphs = []
+
+    def collect(graph, inputs):
+        graphs.append(sum(node.op.startswith("call_") for node in graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(function, backend=collect, **options)
+    for side in sides:
+        assert torch.equal(compiled(torch.ones(side, 2, 8)), function(torch.ones(side, 2, 8)))
+    return graphs
+
+
+def add_positions(x):
+    return x + sine_position_embedding(len(x), 2, 8, x.device)
+
+
+def test_compiled_function_reads_constants():
+    graphs = calls_in_graphs(add_positions, (3, 4, 3), fullgraph=True, dynamic=False)
+    if constants._GRAPHS_READ_CONSTANTS:
+        assert graphs == [1, 1]
+    else:
+        assert min(graphs) > 20
+
+
+def test_compiled_function_computes_tensors_of_symbolic_sizes():
+    (calls,) = calls_in_graphs(add_positions, (3, 4, 3), fullgraph=True, dynamic=True)
+    assert calls > 20
+
+
+def test_graph_may_break_after_a_constant():
+    def multiply_later(x):
+        positions = sine_position_embedding(3, 2, 8, x.device)
+        total = x + positions
+        torch._dynamo.graph_break()
+        return total * positions
+
+    assert len(calls_in_graphs(multiply_later, (3,))) == 2
 
 
 def frozen_norm():

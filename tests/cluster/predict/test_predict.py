@@ -31,6 +31,7 @@ from m2f.eval.inference.evaluator import Evaluator
 from m2f.model.config import ModelConfig, PostprocessConfig
 from m2f.model.errors import ConfigError
 from m2f.model.mask2former import build_model
+from m2f.model.structures import PanopticResult, SemanticResult
 from tests.cluster.evaluation.test_evaluate import RECIPE
 from tests.cluster.painted_scenes import CATEGORIES, SceneModel, write_painted_scenes
 
@@ -425,3 +426,23 @@ def test_no_submission_is_written_with_missing_images(painted, scenes, tmp_path,
     assert main([*words, "--image-info", str(tmp_path / "in/image_info_x.json")]) == 1
     assert "no submission was written: it would lack 1 image" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.zip"))
+
+
+def test_copies_of_all_tasks_start_before_the_first_is_awaited(monkeypatch):
+    events = []
+
+    class Copy:
+        def __init__(self, result):
+            self.result = result
+            events.append("start")
+
+        def wait(self):
+            events.append("wait")
+            return self.result
+
+    monkeypatch.setattr(prediction, "ResultCopy", Copy)
+    segments, labels = PanopticResult(torch.ones(2, 3), ()), SemanticResult(torch.zeros(2, 3))
+    found = prediction._on_host([("panoptic", segments), ("semantic", labels)])
+    assert found["panoptic"].segment_map is segments.segment_map
+    assert found["semantic"].label_map is labels.label_map
+    assert events == ["start", "start", "wait", "wait"]

@@ -14,7 +14,7 @@ from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.transforms.collate import collate_eval
 from m2f.eval.config import EvaluationConfig
 from m2f.eval.errors import EvaluationError
-from m2f.eval.inference.evaluator import Evaluator, check_tasks
+from m2f.eval.inference.evaluator import Evaluator, check_tasks, detect
 from m2f.eval.inference.image_output import ImageOutput
 from m2f.eval.report.panels import decode_picture
 from m2f.eval.results.results import EvaluationSubject
@@ -27,6 +27,7 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.model.errors import ConfigError
+from m2f.model.inference import postprocess
 from m2f.model.inference.mask_resize import ImageGeometry, MaskResize
 from m2f.model.inference.postprocess import panoptic
 from m2f.model.mask2former import build_model
@@ -218,3 +219,30 @@ def test_square_images_and_panoptic_results_equal_those_of_the_authors_of_eomt(a
         pairs = torch.stack((found.segment_map.long(), theirs[..., 1]), -1).flatten(0, 1).unique(dim=0)
         assert len(found.segments) >= 2
         assert len(pairs) == len(pairs[:, 0].unique()) == len(pairs[:, 1].unique()) == 1 + len(found.segments)
+
+
+def test_masks_are_encoded_while_the_next_group_is_computed(monkeypatch):
+    events = []
+
+    class Copy:
+        was_needed = True  # as on a GPU
+
+        def __init__(self, group):
+            self.group = group
+            events.append("start")
+
+        def wait(self):
+            events.append("wait")
+            return self.group
+
+    torch.manual_seed(0)
+    output = ImageOutput(
+        torch.randn(3, 2), torch.randn(3, 4), torch.randn(4, 8, 8), ImageGeometry((32, 32), (32, 32), (32, 32))
+    )
+    expected = detect(output, (True,), PostprocessConfig())
+    monkeypatch.setattr("m2f.eval.inference.evaluator.ResultCopy", Copy)
+    monkeypatch.setattr(postprocess, "MASK_GROUP_BYTES", 1)
+    found = detect(output, (True,), PostprocessConfig())
+    assert events == ["start", "start", "wait", "start", "wait", "wait"]
+    assert found.masks == expected.masks
+    assert np.array_equal(found.scores, expected.scores)

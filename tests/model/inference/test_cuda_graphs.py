@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -116,6 +117,36 @@ def test_only_the_most_recently_used_sizes_are_kept(monkeypatch):
     assert model.runs == runs
     assert_correct(forward(images(3, 8)), 3)
     assert model.runs == runs + 1
+
+
+def test_size_whose_recording_was_dropped_is_not_recorded_again(monkeypatch):
+    model = Model()
+    gpu = Gpu(model, monkeypatch)
+    forward = ReplayedForward(model, max_recordings=1)
+    for value, size in enumerate((4, 4, 8, 8, 4, 4, 4, 8)):
+        assert_correct(forward(images(value, size)), value)
+    assert len(gpu.graphs) == 2
+
+
+def test_threads_do_not_overwrite_the_input_of_a_replay(monkeypatch):
+    model, in_replay = Model(), threading.Event()
+    Gpu(model, monkeypatch)
+    forward = ReplayedForward(model)
+    for value in (1, 2):
+        forward(images(value))
+    replay = Graph.replay
+
+    def slow_replay(graph):
+        monkeypatch.setattr(Graph, "replay", replay)
+        in_replay.set()
+        second.join(0.2)  # without the lock, the second thread would finish here
+        replay(graph)
+
+    monkeypatch.setattr(Graph, "replay", slow_replay)
+    second = threading.Thread(target=lambda: in_replay.wait() and forward(images(5)))
+    second.start()
+    assert_correct(forward(images(3)), 3)
+    second.join()
 
 
 def test_recording_with_wrong_predictions_is_not_used(monkeypatch):

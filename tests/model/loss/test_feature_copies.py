@@ -15,18 +15,19 @@ from tests.model.loss_oracle import CLASSES, make_predictions, make_targets
 from tests.model.test_waits import FakeCopy
 
 BOXES = LossConfig(num_points=96, matching_box_share=0.5, supervision_box_share=0.5)
-COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+CASTS = (torch.ops.aten._to_copy.default,)
+COPIES = (*CASTS, torch.ops.aten.clone.default)
 
 
 class CountCopies(TorchDispatchMode):
     """Counts copies of tensors with `size` elements."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, operations: tuple[torch._ops.OpOverload, ...] = COPIES) -> None:
         super().__init__()
-        self.size, self.count = size, 0
+        self.size, self.operations, self.count = size, operations, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in COPIES and args[0].numel() == self.size
+        self.count += func in self.operations and args[0].numel() == self.size
         return func(*args, **(kwargs or {}))
 
 
@@ -45,6 +46,17 @@ def test_matching_and_losses_share_one_copy(config, monkeypatch):
         with CountCopies(predictions.mask_features.numel()) as copies:
             compute_losses(on_gpu, targets, CounterPoints(0), normalizers, config, CLASSES)
     assert copies.count == 1
+
+
+@pytest.mark.parametrize("config", [LossConfig(num_points=96), BOXES], ids=["uniform points", "box points"])
+def test_matching_and_losses_on_a_cpu_share_one_cast(config):
+    """The matcher also copies the layout, which on a CPU is faster than converting the gradient of the losses."""
+    targets, predictions = make_targets((3, 5)), make_predictions(2)
+    predictions = Predictions(*(one.detach().bfloat16().requires_grad_() for one in predictions[:3]))
+    normalizers = count_normalizers(targets, predictions.class_logits.shape[2], config)
+    with torch.autocast("cpu", torch.bfloat16), CountCopies(predictions.mask_features.numel(), CASTS) as casts:
+        compute_losses(predictions, targets, CounterPoints(0), normalizers, config, CLASSES)
+    assert casts.count == 1
 
 
 def test_attention_masks_of_all_levels_share_one_copy():
