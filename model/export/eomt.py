@@ -1,18 +1,23 @@
-"""Convert between Hugging Face's `config.json` of EoMT and settings: `eomt` (DINOv2) and `eomt_dinov3`."""
+"""Export EoMT under its authors' names, and convert between its `config.json` in Hugging Face and settings."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from m2f.model.backbones.plain_vit import PlainVit
 from m2f.model.config import EomtDecoderConfig, ModelConfig, TimmBackboneConfig, UpscalePixelDecoderConfig
 from m2f.model.errors import WeightsError
+from m2f.model.segmenter import Segmenter
+from m2f.model.weights.eomt import eomt_to_authors
 
 EOMT_TYPES = ("eomt", "eomt_dinov3")
+"""Types of these models in `config.json`: with DINOv2 and with DINOv3."""
 _NAMES = {
     "eomt": {384: "vit_small_patch14_reg4_dinov2", 768: "vit_base_patch14_reg4_dinov2"}
     | {1024: "vit_large_patch14_reg4_dinov2", 1536: "vit_giant_patch14_reg4_dinov2"},
@@ -44,6 +49,19 @@ _DEFAULTS: dict[str, Any] = {
     "drop_path_rate": 0.0,
 }
 """The library's defaults, which files may leave out."""
+
+
+def export_eomt(model: Segmenter) -> OrderedDict[str, Tensor]:
+    """Return weights under the names of EoMT's authors, on the CPU, with the backbone and the input normalisation.
+
+    Weights of a DINOv3 are complete, not differences from the published ones.
+    """
+    state = OrderedDict(
+        (name, tensor.cpu().contiguous()) for name, tensor in eomt_to_authors(model.state_dict()).items()
+    )
+    for name, values in (("pixel_mean", model.pixel_mean), ("pixel_std", model.pixel_std)):
+        state[f"network.encoder.{name}"] = torch.tensor(values).view(1, 3, 1, 1) / 255
+    return state
 
 
 def read_eomt(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from m2f.model.backbones.timm_names import without_tag
 from m2f.model.config import (
+    EomtDecoderConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
@@ -20,6 +21,7 @@ from m2f.model.config import (
 )
 from m2f.model.errors import WeightsError
 from m2f.model.export.dinov3 import export_dinov3
+from m2f.model.export.eomt import export_eomt
 from m2f.model.segmenter import Segmenter
 from m2f.model.weights.names import to_official_names
 from m2f.model.weights.pmt import pmt_to_authors
@@ -53,14 +55,16 @@ def export_official(model: Segmenter, config: ModelConfig) -> OrderedDict[str, T
 def write_official(model: Segmenter, config: ModelConfig, path: Path, notes: Mapping[str, str] | None = None) -> None:
     """Write `export_official` as a Detectron2 checkpoint `{"model": ...}` (.pth) that also contains the notes.
 
-    A model with a ViT-Adapter is written as a DINOv3 checkpoint, and one with the decoder `pmt` as one of PMT's
-    authors. Both contain tensors only.
+    A model with a ViT-Adapter is written as a DINOv3 checkpoint, and one with the decoder `eomt` or `pmt` as one of
+    its authors. These contain tensors only.
     """
     if isinstance(config.backbone, ViTAdapterBackboneConfig):
         torch.save(export_dinov3(model, config), path)
     elif isinstance(config.transformer_decoder, PmtDecoderConfig):
         theirs = pmt_to_authors(model.state_dict(), backbone="backbone" not in config.freeze)
         torch.save(OrderedDict((name, tensor.cpu().contiguous()) for name, tensor in theirs.items()), path)
+    elif isinstance(config.transformer_decoder, EomtDecoderConfig):
+        torch.save(export_eomt(model), path)
     else:
         torch.save({"model": export_official(model, config), **(notes or {})}, path)
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from m2f.model.config import EomtDecoderConfig, ModelConfig, TimmBackboneConfig, UpscalePixelDecoderConfig
 from m2f.model.eomt import eomt
+from m2f.model.export.official import write_official
 from m2f.model.mask2former import build_model
 from m2f.model.segmenter import TrainingContext
 from m2f.model.weights.eomt import eomt_to_authors
@@ -20,21 +21,18 @@ CASES = ("eomt_dinov2_patch14", "eomt_dinov2_patch16_nonsquare", "eomt_dinov3_pa
 NAMES = {"dinov2_registers": "vit_large_patch14_reg4_dinov2", "dinov3": "vit_small_patch16_dinov3_qkvb"}
 
 
-def model_of(config: dict):
+def config_of(config: dict) -> ModelConfig:
     options = {key: config[key] for key in ("embed_dim", "depth", "num_heads", "patch_size")}
     options |= {"img_size": config["image_size"], "init_values": 1.0}
     if "mlp_hidden" in config:
         options["mlp_ratio"] = config["mlp_hidden"] / config["embed_dim"]
     backbone = TimmBackboneConfig(name=NAMES[config["backbone_kind"]], features="tokens", options=options)
     decoder = EomtDecoderConfig(num_queries=config["num_queries"], num_layers=config["num_query_blocks"])
-    return build_model(
-        ModelConfig(
-            backbone=backbone,
-            pixel_decoder=UpscalePixelDecoderConfig(),
-            transformer_decoder=decoder,
-            num_classes=config["num_classes"],
-        ),
-        pretrained_backbone=False,
+    return ModelConfig(
+        backbone=backbone,
+        pixel_decoder=UpscalePixelDecoderConfig(),
+        transformer_decoder=decoder,
+        num_classes=config["num_classes"],
     )
 
 
@@ -77,7 +75,7 @@ def run(described: dict, model, images, draws, monkeypatch, masks):
 def test_equals_the_authors_code(case, dtype, monkeypatch):
     described, weights, inputs, outputs, doubles = case
     expected = outputs if dtype == torch.float32 else doubles
-    model = model_of(described["config"]).to(dtype)
+    model = build_model(config_of(described["config"]), pretrained_backbone=False).to(dtype)
     report = load_weights(model, weights)
     assert not report.missing
     assert {name.rpartition(".")[2] for name in report.unexpected} <= {"pixel_mean", "pixel_std"}
@@ -101,6 +99,22 @@ def test_equals_the_authors_code(case, dtype, monkeypatch):
                 assert torch.equal(given[0][:, 0], expected[key].bool()), key
         largest = max(largest, scalar_and_gradients(model, found, name, expected))
     assert largest <= (2e-5 if dtype == torch.float32 else 1e-6)
+
+
+def test_official_export_has_the_names_and_values_of_the_authors(case, tmp_path):
+    described, weights, *_ = case
+    config = config_of(described["config"])
+    model = build_model(config, pretrained_backbone=False)
+    load_weights(model, weights)
+    write_official(model, config, tmp_path / "eomt.pth")
+    written = torch.load(tmp_path / "eomt.pth", weights_only=True)
+    assert written.keys() == weights.keys()
+    for name, tensor in weights.items():
+        tolerance = 1e-7 if "pixel_" in name else 0.0  # the settings have 255 times these values
+        torch.testing.assert_close(written[name].view_as(tensor), tensor, rtol=tolerance, atol=0.0)
+    again = build_model(config, pretrained_backbone=False)
+    assert not load_weights(again, written).missing
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def scalar_and_gradients(model, found, name, expected) -> float:

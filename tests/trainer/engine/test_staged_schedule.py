@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from m2f.model.eomt.annealing import mask_probabilities
 from m2f.model.eomt.config import EomtDecoderConfig
+from m2f.model.mask2former import build_model
 from m2f.model.weights.eomt import eomt_to_authors
 from m2f.trainer.config import OptimizerConfig, StagedPolySchedule
 from m2f.trainer.engine.param_groups import build_param_groups
 from m2f.trainer.engine.schedule import backbone_lr_factor, lr_factor
-from tests.model.eomt.test_eomt_parity import model_of
+from tests.model.eomt.test_eomt_parity import config_of
 
 CASES = {
     "dinov2_default": ("eomt_dinov2_patch14", {}),
@@ -33,7 +34,7 @@ def schedules(authors_goldens: Path) -> dict:
 def test_learning_rates_equal_those_of_the_authors(schedules, authors_goldens, name):
     expected, (case, options) = schedules[name], CASES[name]
     described = json.loads((authors_goldens / "eomt" / case / "case.json").read_text())
-    model = model_of(described["config"])
+    model = build_model(config_of(described["config"]), pretrained_backbone=False)
     settings = expected["settings"]
     config = OptimizerConfig(
         lr=settings["lr"],
