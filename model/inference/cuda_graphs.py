@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -23,7 +24,15 @@ def replay_forward(model: nn.Module) -> None:
     For inference only. Weights may change in place, but hooks and Python code inside the model no longer run.
     """
     if next(model.parameters()).device.type == "cuda":
-        model.forward = ReplayedForward(model.forward)
+        # A model that refers to itself would keep its memory, and that of its graphs, until a garbage collection.
+        method = weakref.WeakMethod(model.forward)
+
+        def forward(images: Tensor) -> Predictions:
+            bound = method()
+            assert bound is not None, "the model is in use"
+            return bound(images)
+
+        model.forward = ReplayedForward(forward)
 
 
 class _Recording(NamedTuple):

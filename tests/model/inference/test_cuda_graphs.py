@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,3 +215,24 @@ def test_model_on_a_cpu_is_left_unchanged():
     model = nn.Linear(2, 2)
     replay_forward(model)
     assert "forward" not in vars(model)
+
+
+def test_a_replayed_model_is_freed_with_its_last_reference():
+    class OnGpu:
+        def parameters(self):
+            yield SimpleNamespace(device=torch.device("cuda"))
+
+        def forward(self, images):
+            return images
+
+    model = OnGpu()
+    replay_forward(model)  # type: ignore[arg-type]
+    assert isinstance(model.forward, ReplayedForward)
+    assert model.forward._forward(1) == 1
+    freed = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert freed() is None
+    finally:
+        gc.enable()
