@@ -55,8 +55,10 @@ class Table(nn.Embedding):
     # pyrefly: ignore[bad-override] - the input of nn.Embedding is missing on purpose
     def forward(self) -> Tensor:
         """Return the rows [N, C]."""
-        # A view, because ZeRO-3 empties the parameter itself when this call ends.
-        return self.weight.view_as(self.weight)
+        rows = self.weight.view_as(self.weight)  # because ZeRO-3 empties the parameter itself when this call ends
+        # In inference mode, a view of a parameter requires gradients but has no function for them, which torch's
+        # FlopCounterMode does not support.
+        return rows if torch.is_grad_enabled() else rows.detach()
 
 
 class GroupNorm(nn.GroupNorm):

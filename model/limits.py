@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from m2f.model.errors import ConfigError
@@ -23,6 +24,8 @@ class Range:
     """Whether `low` itself is excluded."""
     below: bool = False
     """Whether `high` itself is excluded."""
+    rising: bool = False
+    """Whether each number in a list must be larger than the previous one."""
     unit: str = ""
     """Unit shown in messages and in the documentation; empty if there is none."""
 
@@ -39,6 +42,8 @@ class Range:
             parts.append(f"{'above' if self.above else 'at least'} {self.low:g}")
         if self.high < math.inf:
             parts.append(f"{'below' if self.below else 'at most'} {self.high:g}")
+        if self.rising:
+            parts.append("larger than the previous one")
         return " and ".join(parts) or "finite"
 
 
@@ -53,6 +58,7 @@ PIXELS = Range(1, unit="pixels")
 MEGAPIXELS = Range(0, unit="megapixels")
 STEPS = Range(1, unit="steps")
 STEPS_FROM_0 = Range(0, unit="steps")
+RISING_STEPS = Range(1, rising=True, unit="steps")
 SECONDS = Range(0, above=True, unit="seconds")
 SECONDS_FROM_0 = Range(0, unit="seconds")
 MEGABYTES = Range(0, above=True, unit="MB")
@@ -81,13 +87,14 @@ def ranges_of(section: type) -> dict[str, Range]:
 
 
 def range_problems(name: str, value: Any, allowed: Range | None) -> list[str]:
-    """Return one message if any number in the value is out of range, otherwise an empty list.
+    """Return one message if any number in the value is out of range or out of order, otherwise an empty list.
 
     Without a range, every number must be finite.
     """
     allowed = allowed or FINITE
-    wrong = [number for number in _numbers(value) if number not in allowed]
-    if not wrong:
+    numbers = list(_numbers(value))
+    wrong = [number for number in numbers if number not in allowed]
+    if not wrong and not (allowed.rising and any(after <= before for before, after in pairwise(numbers))):
         return []
     shown = list(value) if isinstance(value, tuple) else value
     which = "each" if isinstance(value, tuple | Mapping) else "it"

@@ -11,6 +11,7 @@ from m2f.model.limits import (
     BELOW_1,
     FROM_0,
     FROM_1,
+    RISING_STEPS,
     SECONDS,
     SECONDS_FROM_0,
     SHARE_ABOVE_0,
@@ -67,19 +68,12 @@ class MultiStepSchedule(Section):
     """The learning rate is multiplied by `gamma` at every milestone (COCO recipes)."""
 
     kind: Literal["multi_step"] = "multi_step"
-    milestones: Annotated[tuple[int, ...], STEPS]
-    """Steps at which the learning rate drops, in increasing order."""
+    milestones: Annotated[tuple[int, ...], RISING_STEPS]
+    """Steps at which the learning rate drops."""
     gamma: Annotated[float, ABOVE_0] = 0.1
     """Factor on the learning rate at every milestone."""
     warmup_steps: Annotated[int, STEPS_FROM_0] = 0
     """Steps over which the learning rate rises linearly to that of the schedule."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ConfigError(
-                f"training.schedule.milestones is {list(self.milestones)}; each must be larger than the previous one"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,7 +124,9 @@ class ReplayedForward:
         uncached = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
         )
-        with uncached, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads may allocate memory meanwhile, for example to pin batches or to post-process results.
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with uncached, capture:
             predictions = self._forward(static)
         return _Recording(graph, static, predictions, constants)
 

@@ -72,10 +72,11 @@ class Restart:
             load_weights(model, self.folder / WEIGHTS)
         elif self.frozen is not None:
             frozen = safetensors.torch.load_file(self.folder / self.frozen)
-            if missing := sorted(model.frozen_names() - frozen.keys()):
+            if differing := sorted(model.frozen_names() ^ frozen.keys()):
                 raise CheckpointError(
-                    f"checkpoint {self.checkpoint.url} is rejected: {self.frozen} lacks {', '.join(missing[:3])} and "
-                    "other weights that model.freeze freezes; restore the setting, or start a new run from its weights"
+                    f"checkpoint {self.checkpoint.url} is rejected: model.freeze no longer freezes what {self.frozen} "
+                    f"contains ({', '.join(differing[:3])}, ...); restore the setting, or start a new run from its "
+                    "weights"
                 )
             model.load_state_dict(frozen, strict=False)
 

@@ -197,7 +197,10 @@ def test_flatten_has_one_entry_per_setting():
 def test_explain_shows_types_defaults_and_docstrings():
     text = explain("training.schedule")
     assert "## training.schedule (kind: poly)" in text
-    assert "- `milestones` (tuple[int, ...], required, at least 1, in steps): Steps at which the learning rate" in text
+    assert (
+        "- `milestones` (tuple[int, ...], required, at least 1 and larger than the previous one, in steps): Steps"
+        in text
+    )
     assert "- `every_steps` (int, default 5000, at least 1, in steps)" in explain("training")
 
 
@@ -300,7 +303,10 @@ def test_all_numbers_out_of_range_are_listed_at_once():
         ("data.augment={kind: lsj, min_scale: 2, max_scale: 1}", "data.augment.min_scale is 2, above max_scale"),
         ("data.augment={kind: scale, max_size: 100}", "data.augment.max_size is 100, below the smallest"),
         ("data.augment={kind: scale, shortest_edges: []}", "data.augment.shortest_edges is empty"),
-        ("training.schedule={kind: multi_step, milestones: [5, 3]}", "each must be larger than the previous one"),
+        (
+            "training.schedule={kind: multi_step, milestones: [5, 3]}",
+            "each must be at least 1 and larger than the previous one",
+        ),
         ("evaluation.max_size=10", "evaluation.max_size is 10, below evaluation.shortest_edge"),
     ],
 )

@@ -23,7 +23,7 @@ PROBLEMS = [
     "training.global_batch is 0; it must be at least 1",
     "training.optimizer.lr is inf; it must be finite, above 0",
     "training.optimizer.betas is [1.5, 0.999]; each must be at least 0 and below 1",
-    "training.schedule.milestones is [8, 4]; each must be larger than the previous one",
+    "training.schedule.milestones is [8, 4]; each must be at least 1 and larger than the previous one",
     "`model.backbone.name` is 'resnet500', which timm does not have; did you mean resnet50, ",
 ]
 
@@ -36,7 +36,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_checks_across_settings_run_beside_invalid_settings_that_they_do_not_read(recipe):
-    schedule = "training.schedule={kind: multi_step, milestones: [8, 4], warmup_steps: -1}"
+    schedule = "training.schedule={kind: multi_step, milestones: [8, -4], warmup_steps: -1}"
     scales = ["data.augment.min_scale=2", "data.augment.max_scale=1"]
     with pytest.raises(ConfigError) as caught:
         load_recipe(recipe, [schedule, *scales, "training.optimizer={lr: -1}", "training.max_steps=0"])
@@ -44,7 +44,7 @@ def test_checks_across_settings_run_beside_invalid_settings_that_they_do_not_rea
         "data.augment.size is -5",
         "data.augment.min_scale is 2, above max_scale, which is 1",
         "training.schedule.warmup_steps is -1",
-        "training.schedule.milestones is [8, 4]; each",
+        "training.schedule.milestones is [8, -4]; each must be at least 1 and larger than the previous one",
         "neither training.max_steps nor training.max_epochs is set",
     ):
         assert problem in str(caught.value)

@@ -63,8 +63,9 @@ class Gpu:
         return name
 
     @contextmanager
-    def capture(self, graph, pool, stream):
+    def capture(self, graph, pool, stream, capture_error_mode):
         assert (pool, stream) == ("pool", "stream")
+        assert capture_error_mode == "thread_local"  # other threads may allocate memory
         self.use("record")
         self.model.captured = graph.captured
         yield

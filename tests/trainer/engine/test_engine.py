@@ -175,13 +175,13 @@ def test_deepspeed_config_states_16_bits_and_offload():
     assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
 
 
-def test_stored_copies_of_16_bit_weights_leave_out_buffers_that_are_not_persistent(monkeypatch):
+def test_stored_copies_of_16_bit_weights_include_buffers(monkeypatch):
     model = torch.nn.Linear(2, 2).bfloat16()
     model.register_buffer("mean", torch.ones(2))
     model.register_buffer("index", torch.ones(2), persistent=False)
     monkeypatch.setattr("deepspeed.utils.safe_get_full_fp32_param", lambda parameter: parameter.detach().float())
     monkeypatch.setattr("m2f.trainer.engine.engine.dist.get_rank", lambda: 0)
-    assert _master_weights(model).keys() == {"weight", "bias", "mean"}
+    assert _master_weights(model, list(model.state_dict())).keys() == {"weight", "bias", "mean"}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -45,7 +45,9 @@ def test_learning_rate_is_multiplied_by_gamma_at_each_milestone():
 
 
 def test_milestones_must_increase():
-    with pytest.raises(ConfigError, match=r"milestones is \[20, 10\]; each must be larger than the previous one"):
+    with pytest.raises(
+        ConfigError, match=r"milestones is \[20, 10\]; each must be at least 1 and larger than the previous one"
+    ):
         MultiStepSchedule(milestones=(20, 10))
 
 
