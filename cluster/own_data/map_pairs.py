@@ -52,7 +52,12 @@ def find_map_formats(folder: Path) -> list[DataFormat]:
         return []
     _require_one_map_folder(pairs)
     formats = _formats_of_pairs(folder, pairs)
-    notes = []
+    notes = [
+        f"the images are those in {pair.images.relative_to(folder)}/, but {format_list(others)} may have them as well; "
+        "check with m2f preview, and move folders that are not to be used"
+        for pair in pairs
+        if (others := [f"{path.relative_to(folder)}/" for path in pair.equal])
+    ]
     if unpaired:
         listed = format_list(path.relative_to(folder) for path in unpaired)
         notes.append(

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from m2f.cluster.own_data.sets import Split, split_from_path
@@ -31,6 +31,8 @@ class Pair:
     """Text between the stem and the extension of the images."""
     suffix: str
     """Text between the stem of the image and the extension of its map."""
+    equal: tuple[Path, ...] = ()
+    """Other folders that may have the images of these maps as well, because they are equally near."""
 
     @property
     def split(self) -> Split | None:
@@ -81,7 +83,7 @@ def find_pairs(folder: Path) -> tuple[list[Pair], list[Path]]:
             if (suffixes := _name_suffixes(others, names)) is not None:
                 fitting.append(Pair(folder, images, maps, *suffixes))
         if fitting:
-            pairs.append(max(fitting, key=_nearness))
+            pairs.append(_nearest(fitting))
         else:
             unpaired.append(maps)
     if not pairs:
@@ -104,7 +106,7 @@ def _find_pairs_by_content(folder: Path, stems: Mapping[Path, Mapping[str, str]]
     for path in sorted(maps):
         names = stems[path].keys()
         fitting = [Pair(folder, p, path, "", "") for p in stems if p not in maps and names <= stems[p].keys()]
-        pairs += [max(fitting, key=_nearness)] if fitting else []
+        pairs += [_nearest(fitting)] if fitting else []
     return pairs
 
 
@@ -147,8 +149,14 @@ def _find_nested_pairs(folder: Path, stems: Mapping[Path, Mapping[str, str]]) ->
                 continue  # also labels/train, as images of the maps in labels/val
             if not any(is_named_like_maps(Path(part)) for part in differing.parts):
                 fitting.append(Pair(folder, images, maps, *suffixes))
-        pairs += [max(fitting, key=_nearness)] if fitting else []
+        pairs += [_nearest(fitting)] if fitting else []
     return pairs
+
+
+def _nearest(fitting: Sequence[Pair]) -> Pair:
+    """Return the pair whose images are nearest to the maps, the first one if several are."""
+    best = max(fitting, key=_nearness)
+    return replace(best, equal=tuple(p.images for p in fitting if p is not best and _nearness(p) == _nearness(best)))
 
 
 def _nearness(pair: Pair) -> tuple[bool, bool, int, int]:

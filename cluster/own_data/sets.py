@@ -33,7 +33,7 @@ class DataFormat:
     classes: Mapping[int, str | None] = field(default_factory=dict)
     """Names by value of label maps (None if unknown); empty if the format or a category file defines the classes."""
     notes: tuple[str, ...] = ()
-    """Messages for the user about files that are not used."""
+    """Messages for the user about files that are not used, and about choices to check."""
 
 
 @dataclass(frozen=True)

@@ -65,18 +65,19 @@ class Restart:
     def load_model(self, model: Segmenter) -> None:
         """Load what `load_engine` does not: frozen weights or, if `reshard` or `weights_only` is true, all weights.
 
-        Call this before the engine exists. DeepSpeed's universal format lacks buffers. Raises CheckpointError if frozen
-        weights are missing.
+        Call this before the engine exists. DeepSpeed's universal format lacks buffers. Raises CheckpointError if
+        `model.freeze` freezes other weights than when the checkpoint was written.
         """
         if self.reshard or self.weights_only:
             load_weights(model, self.folder / WEIGHTS)
         elif self.frozen is not None:
             frozen = safetensors.torch.load_file(self.folder / self.frozen)
-            if differing := sorted(model.frozen_names() ^ frozen.keys()):
+            now = model.frozen_names()
+            if differing := [name for name in model.state_dict() if (name in now) != (name in frozen)]:
                 raise CheckpointError(
-                    f"checkpoint {self.checkpoint.url} is rejected: model.freeze no longer freezes what {self.frozen} "
-                    f"contains ({', '.join(differing[:3])}, ...); restore the setting, or start a new run from its "
-                    "weights"
+                    f"checkpoint {self.checkpoint.url} is rejected: model.freeze does not freeze what {self.frozen} "
+                    f"contains; they differ in {', '.join(differing[:3])} and others. Restore the setting, or start a "
+                    "new run from its weights"
                 )
             model.load_state_dict(frozen, strict=False)
 

@@ -92,6 +92,16 @@ def test_images_without_a_suffix_are_preferred(tmp_path):
     assert find_formats(tmp_path)[0].sets[0].source.images == str(tmp_path / "images")
 
 
+@pytest.mark.parametrize("suffixes", [("", ""), ("_depth", "_rgb")])
+def test_folders_that_may_have_the_images_as_well_are_named(suffixes, tmp_path):
+    for number in range(3):
+        for folder, suffix in zip(("depth", "rgb"), suffixes, strict=True):
+            write_image(tmp_path / folder / f"s{number}{suffix}.png", number)
+        write_map(tmp_path / f"masks/s{number}.png", class_map(number))
+    (found,) = find_formats(tmp_path)
+    assert [note for note in found.notes if "the images are those in depth/, but rgb/ may have them as well" in note]
+
+
 def test_grey_copies_beside_images_are_no_maps_if_there_is_a_folder_of_maps(tmp_path):
     for number in range(3):
         write_image(tmp_path / f"images/{number}.jpg", number)

@@ -1,5 +1,6 @@
 """Reading checkpoints with frozen weights in a separate file: weights, exported files and packages are complete."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,16 @@ from m2f.cluster.verbs.checkpoint import _export
 from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import WeightsError
+from m2f.model.mask2former import build_model
 from m2f.model.weights.files import FROZEN_KEY, read_state
 from m2f.trainer.checkpoint.folder import MANIFEST, CheckpointManifest, file_entry, frozen_name, read_manifest
 from m2f.trainer.checkpoint.frozen import write_frozen
+from m2f.trainer.checkpoint.resume import Restart
 from m2f.trainer.checkpoint.weights import fetched_weights, manifest_sha256, weights_url
 from m2f.trainer.errors import CheckpointError
+from m2f.trainer.reporting import CommittedCheckpoint
+from m2f.trainer.state import TrainState
+from tests.trainer.tiny_job import MODEL
 
 STATE = {"backbone.w": torch.ones(3), "transformer_decoder.w": torch.zeros(2)}
 
@@ -104,3 +110,19 @@ def test_a_registered_package_contains_the_frozen_weights(checkpoint, tmp_path):
     with fetched_weights(str(folder / "ema.safetensors"), Storage()) as path:
         assert_complete(read_state(path))
     assert read_manifest(Storage(), str(folder)).frozen == read_manifest(Storage(), str(checkpoint)).frozen
+
+
+def test_a_resumed_run_must_freeze_what_the_file_contains(tmp_path):
+    def model_with(*freeze: str):
+        return build_model(replace(MODEL, freeze=freeze), pretrained_backbone=False)
+
+    first = model_with("backbone")
+    weights = {name: tensor + 1 for name, tensor in first.state_dict().items() if name in first.frozen_names()}
+    name = frozen_name(write_frozen(weights, tmp_path))
+    state = TrainState(order_fingerprint="", seed=0, world_size=1, zero_stage=1)
+    restart = Restart(CommittedCheckpoint(4, "run/checkpoints/step_00000004-1"), state, tmp_path, True, 1, name)
+    restart.load_model(first)
+    assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in weights.items())
+    for freeze, differing in (((), "backbone"), (("backbone", "pixel_decoder"), "pixel_decoder")):
+        with pytest.raises(CheckpointError, match=rf"-1 is rejected: model.freeze .* they differ in {differing}\."):
+            restart.load_model(model_with(*freeze))
