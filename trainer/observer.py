@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from datetime import datetime
 from types import TracebackType
 from typing import Any
 
@@ -35,7 +35,7 @@ class Observer:
 
     def __init__(self, run: Run, reporter: Reporter) -> None:
         job, self._run, self._reporter = run.job, run, reporter
-        attempt = job.attempt or run.ranks.broadcast(time.strftime("%Y%m%d-%H%M%S"))
+        attempt = job.attempt or run.ranks.broadcast(datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
         self._clock = phase_clock(run.engine.device)
         self._stopwatch = Stopwatch()
         self._traffic = Traffic(run.storage.counters)

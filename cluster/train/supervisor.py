@@ -262,7 +262,7 @@ class _Supervisor:
         where = "" if failure.rank is None else f" on rank {failure.rank}"
         print_err(f"attempt {number} ended{where} after checkpoint step {step}: {first_line(failure.message)}")
         if error is not None:
-            url = join(self._config.run_folder, "failures", f"{time.strftime('%Y%m%d-%H%M%S')}.txt")
+            url = join(self._config.run_folder, "failures", f"{time.strftime('%Y%m%d-%H%M%S')}-{number}.txt")
             self._storage.put(url, error.details.encode())
             print_err(f"  details: {url}")
         match decision:
