@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class PixelDecoder(nn.Module):
         raise NotImplementedError
 
 
-def run_layer(layer: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
+def run_layer(layer: Callable[..., Tensor], checkpointing: bool, *inputs: Any) -> Tensor:
     """Return `layer(*inputs)`. With `checkpointing`, keep only the inputs and run the layer again in the backward pass.
 
     Dropout draws the same numbers in both runs.
@@ -105,19 +105,21 @@ def output(in_channels: int, channels: int) -> nn.Sequential:
 
 
 class DoubleSize(nn.ConvTranspose2d):
-    """Transposed convolution with a 2 x 2 kernel and stride 2, computed as one matrix product.
+    """Transposed convolution with a 2 x 2 kernel and stride 2 of channels-last maps, the layout that tokens have.
 
-    This works because the outputs do not overlap. On a CPU, the backward pass of torch's own layer takes about twice as
-    long for channels-last maps, the layout that tokens have.
+    Outputs do not overlap, so one matrix product computes them. On CPUs without AVX-512, the backward pass of torch's
+    own layer takes about twice as long as the product. On an AMD EPYC with AVX-512, it takes 0.6 to 0.7 of the time.
     """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__(in_dim, out_dim, 2, stride=2)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - torch's names
-        """Upsample [B, C, H, W] to [B, C', 2 H, 2 W], channels-last in memory."""
+        """Upsample [B, C, H, W] to [B, C', 2 H, 2 W], channels-last in memory if the input is."""
         assert self.bias is not None
         assert output_size is None
+        if input.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+            return super().forward(input)
         kernel = self.weight.permute(2, 3, 1, 0).flatten(0, 2)
         pixels = F.linear(input.permute(0, 2, 3, 1), kernel, self.bias.repeat(4))
         pixels = pixels.unflatten(3, (2, 2, self.out_channels)).transpose(2, 3)

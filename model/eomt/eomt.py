@@ -21,7 +21,7 @@ from m2f.model.config import ModelConfig
 from m2f.model.eomt.annealing import mask_probabilities, uniform_draws
 from m2f.model.eomt.config import EomtDecoderConfig
 from m2f.model.errors import ConfigError
-from m2f.model.layers import DoubleSize, Table
+from m2f.model.layers import DoubleSize, Table, run_layer
 from m2f.model.segmenter import Segmenter, TrainingContext
 from m2f.model.structures import Predictions
 
@@ -48,7 +48,11 @@ class _UpscaleStep(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-6)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.norm(self.conv2(F.gelu(self.conv1(features))))
+        # The backward pass repeats the activation, which is cheaper than to keep the largest maps of the model twice.
+        return self.norm(run_layer(self._activate_and_filter, True, self.conv1(features)))
+
+    def _activate_and_filter(self, features: Tensor) -> Tensor:
+        return self.conv2(F.gelu(features))
 
 
 class QueryHeads(nn.Module):

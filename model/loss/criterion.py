@@ -214,11 +214,16 @@ def _assigned_mask_logits(embeddings: Tensor, maps: Sequence[Tensor], assignment
     """
     pairs = (assignment.query_index >= 0).sum(axis=2)  # [L, B]
     rows = pairs.T.reshape(pairs.shape[1] * len(maps), -1).sum(1).tolist()
-    features = [
-        feature for image in zip(*(feature_map.flatten(2) for feature_map in maps), strict=True) for feature in image
-    ]
+    features = [feature for image in zip(*map(_flat_features, maps), strict=True) for feature in image]
     products = [embedding @ feature for embedding, feature in zip(embeddings.split(rows), features, strict=True)]
     return torch.cat(products).unflatten(1, maps[0].shape[2:])
+
+
+def _flat_features(features: Tensor) -> list[Tensor]:
+    """Return the features [C, h * w] of each image, without a copy and so that gradients keep the memory format."""
+    if features.is_contiguous(memory_format=torch.channels_last):
+        return [pixels.T for pixels in features.permute(0, 2, 3, 1).flatten(1, 2)]
+    return list(features.flatten(2))
 
 
 def _losses_at_points(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +16,10 @@ MaskLoss = Literal["bce", "focal"]
 
 FOCAL_ALPHA = 0.25
 """Weight of pixels inside the target; pixels outside have weight 1 - alpha (Lin et al., ICCV 2017)."""
+
+_PRODUCT_ROUNDS = 4
+"""Number of times that pairs of sigmoids are multiplied before the logarithm is taken. A product of three per round is
+the longest, 81 in all, and at least 2^-81; fp32 ends at 2^-126."""
 
 
 def row_losses(logits: Tensor, labels: Tensor, kind: MaskLoss, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -65,9 +70,9 @@ def pairwise_sums(logits: Tensor, labels: Tensor, kind: MaskLoss, weights: Tenso
     """
     if weights is not None:
         labels = labels * weights[..., None, :]
-    targets = labels.transpose(-1, -2)
     if kind == "bce":
-        loss = _row_sums(F.softplus(logits), weights) - logits @ targets
+        outside = _softplus_sums(logits) if weights is None else _row_sums(F.softplus(logits), weights)
+        loss = outside - _pair_sums(logits, labels)
         probabilities = logits.sigmoid_()
     else:
         outside = (1 - FOCAL_ALPHA) * F.softplus(logits)
@@ -75,9 +80,40 @@ def pairwise_sums(logits: Tensor, labels: Tensor, kind: MaskLoss, weights: Tenso
         probabilities = logits.sigmoid_()
         outside *= probabilities.square()
         inside *= (1 - probabilities).square()
-        loss = _row_sums(outside, weights) - (outside - inside) @ targets
+        loss = _row_sums(outside, weights) - _pair_sums(outside - inside, labels)
     area = _row_sums(probabilities, weights) + labels.sum(-1)[..., None, :]
-    return PairwiseSums(loss, probabilities @ targets, area)
+    return PairwiseSums(loss, _pair_sums(probabilities, labels), area)
+
+
+def _pair_sums(values: Tensor, labels: Tensor) -> Tensor:
+    """Return the sums [..., Q, N] of values [..., Q, P] times labels [..., N, P].
+
+    With the few labels on the left, a CPU needs half the time, and an eighth if Q is the contiguous axis of `values`.
+    """
+    return (labels @ values.transpose(-1, -2)).transpose(-1, -2)
+
+
+def _softplus_sums(logits: Tensor) -> Tensor:
+    """Return the sums [..., Q, 1] of log(1 + exp(x)) over the logits [..., Q, P].
+
+    On a CPU, torch's softplus takes 3 to 13 times as long as this form: max(x, 0) - log(sigmoid(|x|)), with one
+    logarithm for the product of at least 16 sigmoids. Sigmoids of positive numbers are at least 1/2, so the product
+    does not underflow.
+    """
+    if logits.device.type != "cpu":
+        return F.softplus(logits).sum(-1, keepdim=True)
+    buffer = logits.abs()
+    factors = buffer.sigmoid_()
+    for _ in range(_PRODUCT_ROUNDS):
+        half, is_odd = divmod(factors.shape[-1], 2)
+        if half == 0:
+            break
+        products = factors[..., :half] * factors[..., half : 2 * half]
+        if is_odd:
+            products[..., :1] *= factors[..., -1:]
+        factors = products
+    logarithms = factors.log_().sum(-1, keepdim=True)
+    return torch.clamp_min(logits, 0, out=buffer).sum(-1, keepdim=True) - logarithms
 
 
 def _row_sums(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -143,7 +143,7 @@ def _cost_at_points(
     """Return [L, B, Q, N] costs, computed for a few predictions at a time.
 
     Mask logits at the points are products of the embeddings with sampled features. Sampling is linear, so this equals
-    sampling the dense logits.
+    sampling the dense logits, which is faster if the maps have fewer pixels than there are points.
     """
     _, num_images, num_queries, _ = predictions.class_logits.shape
     num_points, num_targets = points.shape[2], targets.labels.shape[1]
@@ -156,6 +156,7 @@ def _cost_at_points(
     groups = zip(
         maps, predictions.mask_embeddings.float().split(layers_per_map), points.split(layers_per_map), strict=True
     )
+    sample_logits = _sample_dense_logits if maps[0].shape[-2:].numel() < num_points else _multiply_sampled_features
     costs = []
     for feature_map, embeddings, points_of_map in groups:
         features = feature_map.float().permute(0, 2, 3, 1).contiguous()
@@ -163,11 +164,22 @@ def _cost_at_points(
             weights = None
             if boxes is not None:
                 at, weights = assign_to_boxes(at, boxes, targets.valid, num_in_boxes)
-            logits = torch.einsum("lbqc,lbpc->lbqp", embedding, sample_features(features, at))
+            logits = sample_logits(embedding, features, at)
             labels = label_maps.images(targets.layer, targets.local_id, at)
             sums = pairwise_sums(logits, labels, config.mask_loss, weights)
             costs.append(sums.cost(num_points, config.mask_weight, config.dice_weight))
     return torch.cat(costs)
+
+
+def _multiply_sampled_features(embeddings: Tensor, features: Tensor, points: Tensor) -> Tensor:
+    """Return logits [l, B, Q, P] at points [l, B, P, 2] from embeddings [l, B, Q, C] and features [B, h, w, C]."""
+    return torch.einsum("lbqc,lbpc->lbqp", embeddings, sample_features(features, points))
+
+
+def _sample_dense_logits(embeddings: Tensor, features: Tensor, points: Tensor) -> Tensor:
+    """Return the same as `_multiply_sampled_features`."""
+    logits = torch.einsum("lbqc,bhwc->lbhwq", embeddings, features).flatten(0, 1)
+    return sample_features(logits, points.flatten(0, 1)[None]).unflatten(1, points.shape[:2])[0].transpose(-1, -2)
 
 
 def _cost_of_whole_masks(predictions: Predictions, targets: Targets, config: LossConfig) -> Tensor:

@@ -219,5 +219,5 @@ def test_number_of_operations_per_micro_batch_is_bounded(counts, config, monkeyp
         losses = ours(predictions, targets, config, normalizers=normalizers)
     with CountOperations() as backward:
         losses.total.backward()
-    assert forward.count <= (300 if config is SMALL else 410)
+    assert forward.count <= (306 if config is SMALL else 410)  # sums of softplus are one operation on accelerators
     assert backward.count <= 70

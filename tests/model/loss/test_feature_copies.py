@@ -84,3 +84,17 @@ def test_losses_do_not_depend_on_the_layout_of_the_features(monkeypatch):
         lambda maps: [one.float().contiguous(memory_format=torch.channels_last) for one in maps],
     )
     torch.testing.assert_close(losses_and_gradients(), as_on_cpus, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_gradients_of_features_keep_their_memory_format(memory_format):
+    targets, predictions = make_targets((3, 5)), make_predictions(2)
+    features = predictions.mask_features.detach().contiguous(memory_format=memory_format).requires_grad_()
+    config = LossConfig(num_points=96)
+    normalizers = count_normalizers(targets, predictions.class_logits.shape[2], config)
+    seen = []
+    copied = features.clone()  # a leaf would give the gradient its own format
+    copied.register_hook(seen.append)
+    predictions = predictions._replace(mask_features=copied)
+    compute_losses(predictions, targets, CounterPoints(0), normalizers, config, CLASSES).total.backward()
+    assert seen[0].is_contiguous(memory_format=memory_format)

@@ -10,6 +10,7 @@ import torch
 from transformers.models.mask2former import modeling_mask2former as hf
 
 from m2f.model.config import LossConfig
+from m2f.model.loss import matcher
 from m2f.model.loss.matcher import assign, match, matching_cost
 from m2f.model.loss.point_sampling import LabelMaps, chunk_elements
 from m2f.model.structures import Predictions, Targets
@@ -18,7 +19,9 @@ CLASSES, QUERIES, LAYERS, POINTS = 5, 8, 3, 64
 CONFIG = LossConfig(num_points=POINTS)
 
 
-def scene(counts, *, pad=1, seed=0, size=(30, 44)) -> tuple[Predictions, Targets, LabelMaps, torch.Tensor]:
+def scene(
+    counts, *, pad=1, seed=0, size=(30, 44), num_points=POINTS
+) -> tuple[Predictions, Targets, LabelMaps, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     images, most = len(counts), max(counts) + pad
     predictions = Predictions(
@@ -38,16 +41,17 @@ def scene(counts, *, pad=1, seed=0, size=(30, 44)) -> tuple[Predictions, Targets
         dataset=torch.zeros(images, dtype=torch.int64),
         position=torch.arange(images),
     )
-    points = torch.rand(LAYERS, images, POINTS, 2, generator=g)
+    points = torch.rand(LAYERS, images, num_points, 2, generator=g)
     return predictions, targets, LabelMaps.pack(targets.id_maps), points
 
 
+@pytest.mark.parametrize("num_points", [POINTS, 3 * POINTS], ids=["fewer points than pixels", "more"])
 @pytest.mark.parametrize("counts", [(3, 5), (0, 4), (8, 11), (12,)], ids=str)
-def test_equals_transformers(counts, monkeypatch):
-    predictions, targets, label_maps, points = scene(counts)
+def test_equals_transformers(counts, num_points, monkeypatch):
+    predictions, targets, label_maps, points = scene(counts, num_points=num_points)
     query_index = match(predictions, targets, label_maps, points, CONFIG).query_index
-    matcher = hf.Mask2FormerHungarianMatcher(
-        CONFIG.class_weight, CONFIG.mask_weight, CONFIG.dice_weight, num_points=POINTS
+    oracle = hf.Mask2FormerHungarianMatcher(
+        CONFIG.class_weight, CONFIG.mask_weight, CONFIG.dice_weight, num_points=num_points
     )
     for layer in range(LAYERS):
         draws = iter(points[layer])
@@ -57,7 +61,7 @@ def test_equals_transformers(counts, monkeypatch):
             for b in range(len(counts))
         ]
         labels = [targets.labels[b, targets.valid[b]] for b in range(len(counts))]
-        pairs = matcher(predictions.mask_logits(layer), predictions.class_logits[layer], masks, labels)
+        pairs = oracle(predictions.mask_logits(layer), predictions.class_logits[layer], masks, labels)
         for image, (queries, columns) in enumerate(pairs):
             expected = torch.full((targets.valid.shape[1],), -1)
             expected[columns] = queries
@@ -65,8 +69,20 @@ def test_equals_transformers(counts, monkeypatch):
             assert (expected >= 0).sum() == min(QUERIES, counts[image])
 
 
-def test_matching_does_not_depend_on_layer_chunks(monkeypatch):
-    inputs = scene((3, 5))
+@pytest.mark.parametrize("layers", [1, 3])
+def test_sampling_dense_logits_equals_multiplying_sampled_features(layers):
+    g = torch.Generator().manual_seed(0)
+    embeddings, features = torch.randn(layers, 2, QUERIES, 6, generator=g), torch.randn(2, 9, 11, 6, generator=g)
+    points = torch.rand(layers, 2, POINTS, 2, generator=g)
+    expected = matcher._multiply_sampled_features(embeddings, features, points)
+    actual = matcher._sample_dense_logits(embeddings, features, points)
+    assert expected.shape == (layers, 2, QUERIES, POINTS)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_points", [POINTS, 3 * POINTS])
+def test_matching_does_not_depend_on_layer_chunks(num_points, monkeypatch):
+    inputs = scene((3, 5), num_points=num_points)
     monkeypatch.setattr("m2f.model.loss.matcher.chunk_elements", lambda device: 10**9)
     whole = matching_cost(*inputs, CONFIG)
     monkeypatch.setattr("m2f.model.loss.matcher.chunk_elements", lambda device: 1)
