@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import re
 from collections.abc import Callable
-from pathlib import Path
+from itertools import accumulate
 
 import torch
-
-_STATUS = Path("/proc/self/status")
-_RESET = Path("/proc/self/clear_refs")
+from torch.profiler import ProfilerActivity, profile
 
 
-def peak_growth(run: Callable[[], object], device: torch.device) -> float | None:
-    """Return the GiB that `run` adds at its peak to the memory in use; None if the system does not report it."""
+def peak_growth(run: Callable[[], object], device: torch.device) -> float:
+    """Return the GiB that the tensors of `run` add at their peak to the memory in use.
+
+    Buffers that libraries allocate outside torch do not count.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -25,16 +24,10 @@ def peak_growth(run: Callable[[], object], device: torch.device) -> float | None
         run()
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**30
-    if not _RESET.exists():
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that the allocator still holds would hide new allocations
-    _RESET.write_text("5")  # resets the peak, see proc(5)
-    before = _kibibytes("VmRSS")
-    run()
-    return (_kibibytes("VmHWM") - before) / 2**20
-
-
-def _kibibytes(field: str) -> int:
-    match = re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-    assert match is not None
-    return int(match[1])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_order = sorted(events, key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in in_order), initial=0)) / 2**30

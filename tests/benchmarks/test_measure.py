@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.__main__ import ON_ANY_DEVICE, main
 from benchmarks.measure import CPU, Measurement, Times, compare, time_interleaved
+from benchmarks.memory import peak_growth
 from benchmarks.peers import bench_inference, bench_train_step
 from benchmarks.peers.bench_train_step import _product_milliseconds
 from benchmarks.tables import Setting, json_lines, markdown, save
@@ -104,6 +105,18 @@ def test_model_benchmarks_do_not_need_packages_of_other_benchmarks():
     environment = os.environ | {"PYTHONPATH": str(repository)}
     done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_peak_memory_counts_tensors_that_exist_at_the_same_time():
+    kept = []
+
+    def run():
+        first = torch.empty(2**20, dtype=torch.uint8)
+        del first
+        kept.append(torch.empty(3 * 2**20, dtype=torch.uint8))
+        torch.empty(2**20, dtype=torch.uint8)
+
+    assert peak_growth(run, CPU) == 4 / 1024
 
 
 def test_both_sides_run_in_turn():
