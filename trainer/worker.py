@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from m2f.model.cpu_products import fast_cpu_products
 from m2f.trainer.data import OpenData, open_shards
 from m2f.trainer.device import select_device
 from m2f.trainer.engine.compile import keep_compiled_code
@@ -42,7 +43,7 @@ def run_worker(
     `train`.
     """
     device = prepare_process(job)
-    with process_group(device, job.training.collective_timeout_s):
+    with process_group(device, job.training.collective_timeout_s), fast_cpu_products(device):
         log = LogReporter(job.training.max_steps, sys.stdout if dist.get_rank() == 0 else StringIO())
         return train(job, reporter or log, control or ManualControl(), open_data)
 

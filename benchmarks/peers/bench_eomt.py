@@ -16,6 +16,7 @@ from benchmarks.measure import Measurement, compare, relative_error
 from benchmarks.synthetic_batches import CLASSES, dense_masks, make_batch
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.config import EomtDecoderConfig, ModelConfig, TimmBackboneConfig, UpscalePixelDecoderConfig
+from m2f.model.cpu_products import fast_cpu_products
 from m2f.model.loss.criterion import count_normalizers
 from m2f.model.mask2former import build_model
 from m2f.model.segmenter import Segmenter
@@ -39,6 +40,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
     module = TrainingModule(ours, config, 0, "fp32")
     masks, labels = dense_masks(batch.targets), list(batch.targets.labels)
 
+    @fast_cpu_products(device)
     def our_step() -> Sequence[Tensor]:
         module.zero_grad()
         total = module(batch, count_normalizers(batch.targets, QUERIES, config.loss)).total

@@ -17,6 +17,7 @@ from benchmarks.measure import Measurement, compare, without_tf32
 from benchmarks.peers.official_order import plain_panoptic
 from benchmarks.peers.transformers_peer import CONFIG, twins
 from benchmarks.synthetic_batches import CLASSES, confident_predictions
+from m2f.model.cpu_products import fast_cpu_products
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.inference.postprocess import panoptic
@@ -76,7 +77,7 @@ def _product_forward(model: nn.Module, precision: Literal["fp32", "bf16"]) -> Ca
     replay_forward(model)
 
     def forward(pixels: Tensor) -> Predictions:
-        with deterministic_convolutions():
+        with deterministic_convolutions(), fast_cpu_products(pixels.device):
             return model(pixels)
 
     return forward

@@ -30,6 +30,7 @@ from benchmarks.peers.official_order import official_loss, official_pixel_decode
 from benchmarks.peers.transformers_peer import CONFIG, compile_parts, twins
 from benchmarks.synthetic_batches import LAYERS, OBJECTS, dense_masks, make_batch
 from m2f.data_pipeline.transforms.collate import Batch
+from m2f.model.cpu_products import fast_cpu_products
 from m2f.model.loss import criterion
 from m2f.model.loss.criterion import Normalizers, count_normalizers, point_counts
 from m2f.model.loss.matcher import Matching
@@ -152,7 +153,8 @@ class _Workload(NamedTuple):
     def our_step(self) -> Step:
         precision = "fp32" if self.case.precision == "fp32" else "bf16_autocast"
         module = TrainingModule(self.ours, CONFIG, seed=0, precision=precision)
-        return _step(self.ours, lambda: module(self.batch, self.normalizers).total)
+        step = _step(self.ours, lambda: module(self.batch, self.normalizers).total)
+        return fast_cpu_products(self.case.device)(step)  # as in a rank
 
     def transformers_step(self, memory_format: torch.memory_format = torch.contiguous_format) -> Step:
         pixels = self.ours.normalise(self.batch.images).contiguous(memory_format=memory_format)

@@ -24,6 +24,7 @@ from m2f.eval.inference.evaluator import check_finite, check_tasks, detect, imag
 from m2f.eval.inference.image_output import ImageOutput
 from m2f.eval.inference.test_time_augmentation import predict_in_passes
 from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.model.cpu_products import fast_cpu_products
 from m2f.model.errors import ConfigError
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.inference.postprocess import panoptic, semantic
@@ -122,7 +123,7 @@ class Predictor:
 
     def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
         device = next(self._model.parameters()).device
-        with deterministic_convolutions():  # as in evaluation
+        with deterministic_convolutions(), fast_cpu_products(device):  # as in evaluation
             return self._model(self._model.normalise(images.to(device), sizes.to(device)))
 
     def _predict_in_passes(

@@ -31,6 +31,7 @@ from m2f.eval.report.overlays import instance_overlays, panoptic_overlays, seman
 from m2f.eval.report.panels import Overlay, render_panel
 from m2f.eval.results.states import EvaluationStates
 from m2f.model.config import PostprocessConfig
+from m2f.model.cpu_products import fast_cpu_products
 from m2f.model.errors import ConfigError
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.inference.postprocess import panoptic, semantic, stream_instances
@@ -165,7 +166,7 @@ class Evaluator:
 
     def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
         """Return the predictions of all layers for the evaluated classes."""
-        with deterministic_convolutions():
+        with deterministic_convolutions(), fast_cpu_products(self._device):
             predictions = self._model(self._model.normalise(images.to(self._device), sizes.to(self._device)))
         expected = len(self._classes.model_classes)
         if predictions.class_logits.shape[-1] != expected + 1:
