@@ -125,7 +125,7 @@ def _convolve(
     matrix = weight.flatten(1)
     if images.is_contiguous(memory_format=torch.channels_last):
         return _maps(_product(_pixels(images), matrix.T, bias), images)
-    products = torch.stack([_product(matrix, image) for image in images.flatten(2)])
+    products = _stack([_product(matrix, image) for image in images.flatten(2)])
     if bias is not None:
         products += bias[:, None]
     return products.unflatten(2, images.shape[2:])
@@ -158,11 +158,16 @@ def _convolve_backward(
     else:
         maps = gradient.flatten(2)
         if output_mask[0]:
-            of_images = torch.stack([_product(matrix.T, one) for one in maps]).view_as(images)
+            of_images = _stack([_product(matrix.T, one) for one in maps]).view_as(images)
         if output_mask[1]:
             products = [_product(one, image.T) for one, image in zip(maps, images.flatten(2), strict=True)]
             of_weight = functools.reduce(Tensor.add_, products).view_as(weight)
     return of_images, of_weight, gradient.sum((0, 2, 3)) if output_mask[2] else None
+
+
+def _stack(matrices: list[Tensor]) -> Tensor:
+    """Return matrices [M, N] as [B, M, N], without a copy if there is only one."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 def _pixels(maps: Tensor) -> Tensor:

@@ -49,6 +49,11 @@ def keep_in_graph(used: Tensor, others: Sequence[Tensor]) -> Tensor:
     return sum(nothing, start=used)
 
 
+def relu_of_new(values: Tensor) -> Tensor:
+    """Return the ReLU of a tensor that nothing else reads. Without gradients, it is computed in place."""
+    return values.relu() if torch.is_grad_enabled() else values.relu_()
+
+
 class Table(nn.Embedding):
     """Learned rows of which every forward pass uses all, so that no indices are needed."""
 

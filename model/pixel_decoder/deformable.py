@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from m2f.model.config import MSDeformAttnPixelDecoderConfig
 from m2f.model.deform_attn.module import MSDeformAttn, SamplingGrid
-from m2f.model.layers import PixelDecoder, convolution, group_norm, lateral, output, run_layer
+from m2f.model.layers import PixelDecoder, convolution, group_norm, lateral, output, relu_of_new, run_layer
 from m2f.model.position_encoding import sine_position_embedding
 
 
@@ -39,7 +39,7 @@ class EncoderLayer(nn.Module):
         """Update `source` [B, S, C]; `position` [S, C] is added to the queries only."""
         attended = self.attention(source + position, source, grid)
         source = self.norm1(source + self.dropout(attended))
-        expanded = self.linear2(self.dropout(self.linear1(source).relu()))
+        expanded = self.linear2(self.dropout(relu_of_new(self.linear1(source))))
         return self.norm2(source + self.dropout(expanded))
 
 
@@ -65,7 +65,10 @@ class MSDeformAttnPixelDecoder(PixelDecoder):
         projected = [proj(feature) for proj, feature in zip(self.input_proj, reversed(others), strict=True)]
         maps = self._encode(projected)
         fused = self.lateral(stride4)
-        fused = fused + F.interpolate(maps[-1].to(fused.dtype), fused.shape[-2:], mode="bilinear", align_corners=False)
+        coarse = maps[-1].to(fused.dtype)
+        if coarse.is_cpu:  # tokens are channels-last, `fused` is not: convert the smaller map
+            coarse = coarse.contiguous()
+        fused = fused + F.interpolate(coarse, fused.shape[-2:], mode="bilinear", align_corners=False)
         return self.mask_features(self.output(fused)), maps
 
     def _encode(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:

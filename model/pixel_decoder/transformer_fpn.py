@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from m2f.model.attention import ProjectedAttention, packed_xavier_
 from m2f.model.config import TransformerFPNPixelDecoderConfig
-from m2f.model.layers import PixelDecoder, convolution, run_layer
+from m2f.model.layers import PixelDecoder, convolution, relu_of_new, run_layer
 from m2f.model.pixel_decoder.fpn import FeaturePyramid
 from m2f.model.position_encoding import sine_position_embedding
 
@@ -38,7 +38,7 @@ class EncoderLayer(nn.Module):
         """Update the S pixels `source` [B, S, C] of a map; `position` [S, C] is added to queries and keys."""
         query, key = self.query_key(source + position).chunk(2, dim=-1)
         source = self.attention.norm(source + self.attention(query, key, self.value(source)))
-        expanded = self.linear2(self.dropout(self.linear1(source).relu()))
+        expanded = self.linear2(self.dropout(relu_of_new(self.linear1(source))))
         return self.norm(source + self.dropout(expanded))
 
 

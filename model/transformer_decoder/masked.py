@@ -21,7 +21,7 @@ from m2f.model.attention import (
     to_at_least_float32,
 )
 from m2f.model.config import MaskedTransformerDecoderConfig
-from m2f.model.layers import Table
+from m2f.model.layers import Table, relu_of_new
 from m2f.model.pilots import PilotGuides
 from m2f.model.pixel_decoder import convolution
 from m2f.model.position_encoding import sine_position_embedding
@@ -98,7 +98,7 @@ class DecoderLayer(nn.Module):
             return self.self_attention(query, key, self.self_value(source), self_mask)
 
         def feed_forward(source: Tensor) -> Tensor:
-            return self.dropout(self.linear2(self.dropout(self.linear1(source).relu())))
+            return self.dropout(self.linear2(self.dropout(relu_of_new(self.linear1(source)))))
 
         attentions = [(cross, self.cross.norm), (self_attention, self.self_attention.norm)]
         for block, norm in attentions if self.cross_first else reversed(attentions):
