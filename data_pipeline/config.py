@@ -74,6 +74,8 @@ class LargeScaleJitter(Section):
     """Smallest random scale. At scale 1 the longer side of the image equals the side of the square."""
     max_scale: Annotated[float, ABOVE_0] = 2.0
     """Largest random scale. Scales are drawn uniformly between `min_scale` and `max_scale`."""
+    color: bool = False
+    """Apply random changes of brightness, contrast, saturation and hue; see `color` of `shortest_edge`."""
     shrink: Literal["area", "bilinear"] = "area"
     """Interpolation for resizing. `area`: area averaging if the image shrinks, otherwise bilinear. `bilinear`: Pillow's
     antialiased interpolation, equal to the official code pixel for pixel. It resizes the whole image before the crop,

@@ -161,6 +161,18 @@ def test_the_ade20k_panoptic_recipe_of_eomt_starts_from_coco_weights_of_the_same
     assert model_changes(dump_recipe(coco), dump_recipe(recipe)) == ()
 
 
+@pytest.mark.parametrize("name", [name for name in HEAD_RECIPES if re.match("(eomt|pmt)_(?!shapes)", name)])
+def test_eomt_and_pmt_recipes_augment_images_as_their_authors(name):
+    config = load_config(name)
+    augment, is_semantic = config.data.augment, config.data.task == "semantic"
+    assert isinstance(augment, LargeScaleJitter)
+    assert augment.color == ("_coco_" not in name)
+    assert (augment.min_scale, augment.max_scale) == (0.5 if is_semantic else 0.1, 2.0)
+    assert str(augment.size) in name.split("_")
+    assert config.model.transformer_decoder.num_queries == (100 if is_semantic else 200)
+    assert config.training.optimizer.clip_norm == 0.01
+
+
 # Facts of the official configurations
 
 

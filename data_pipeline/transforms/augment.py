@@ -9,7 +9,7 @@ With `shrink: bilinear`, Pillow resizes the whole image first. The result equals
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 import cv2
@@ -119,10 +119,11 @@ def draw_params(rng: np.random.Generator, size: tuple[int, int], config: Augment
 
 
 def draw_large_scale_jitter(rng: np.random.Generator, size: tuple[int, int], config: LargeScaleJitter) -> AugmentParams:
-    """Draw a flip with probability 1/2, and a uniform scale and crop position."""
+    """Draw a flip with probability 1/2, a uniform scale and crop position, and colour jitter if configured."""
     flip, scale, crop_position = rng.random(3)
     scale = config.min_scale + (config.max_scale - config.min_scale) * float(scale)
-    return large_scale_jitter(size, config, flip=bool(flip < 0.5), scale=scale, crop_position=float(crop_position))
+    params = large_scale_jitter(size, config, flip=bool(flip < 0.5), scale=scale, crop_position=float(crop_position))
+    return replace(params, color=draw_color_jitter(rng)) if config.color else params
 
 
 def large_scale_jitter(

@@ -112,6 +112,15 @@ def test_color_jitter_equals_the_official_code(goldens, case):
     assert np.abs(difference).max() <= 1
 
 
+def test_large_scale_jitter_changes_colours_only_on_request():
+    plain, colored = LargeScaleJitter(size=64), LargeScaleJitter(size=64, color=True)
+    for seed in range(20):
+        without, with_color = (draw_params(np.random.default_rng(seed), (45, 61), one) for one in (plain, colored))
+        assert without.color is None
+        assert with_color.color is not None
+        assert dataclasses.replace(with_color, color=None) == without  # the geometry stays the same
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     size=st.tuples(st.integers(3, 120), st.integers(3, 120)),
