@@ -118,6 +118,9 @@ def test_unsupported_values_are_named_in_the_error(values, message, tmp_path):
 def test_exported_graph_gives_the_same_outputs(family, size, onnx, tmp_path):
     model = trained_model(family)
     program = export_program(model, size)
+    attention = [node for node in program.graph.nodes if "scaled_dot_product_attention" in str(node.target)]
+    assert len(attention) == OPTIONS["depth"]
+    assert all((*node.args[3:4], node.kwargs.get("attn_mask"))[0] is None for node in attention)  # no masks
     images = torch.rand(1, 3, *(size or (96, 160))) * 255
     with torch.no_grad():
         expected = Inference(model)(images)
