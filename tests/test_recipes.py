@@ -36,6 +36,7 @@ from m2f.model.mask2former import build_model
 from m2f.trainer.config import MultiStepSchedule, OptimizerConfig, PolySchedule
 from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.engine.schedule import lr_factor
+from m2f.trainer.memory.plan import plan_memory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"
@@ -171,6 +172,14 @@ def test_eomt_and_pmt_recipes_augment_images_as_their_authors(name):
     assert str(augment.size) in name.split("_")
     assert config.model.transformer_decoder.num_queries == (100 if is_semantic else 200)
     assert config.training.optimizer.clip_norm == 0.01
+
+
+@pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if re.search(r"of \d+ GB", path.read_text())])
+def test_recipes_fit_into_the_gpus_that_they_name(name):
+    config, gigabytes = load_config(name), re.search(r"GPUs of (\d+) GB", RECIPES[name].read_text())
+    model = replace(config.model, num_classes=150)
+    plan = plan_memory(model, config.data, config.training, config.cluster.num_workers, targets=100)
+    assert plan.micro_batch == config.training.micro_batch <= plan.largest_micro_batch(float(gigabytes[1]) * 1e9)
 
 
 # Facts of the official configurations
