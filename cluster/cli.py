@@ -66,7 +66,7 @@ RAY_NOISE = "|".join(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status.
 
-    Without `argv`, the words come from the command line, and a process that has loaded PyTorch ends here.
+    Without `argv`, this reads the arguments from the command line, and exits instead of returning if PyTorch is loaded.
     """
     status: int = ExitStatus.DONE
     words = list(sys.argv[1:] if argv is None else argv)
@@ -170,7 +170,13 @@ def _stdout_is_closed() -> bool:
 def parse_verb(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     """Return the module of a known verb and its parsed arguments. Raises SystemExit as argparse does."""
     module = importlib.import_module(VERBS[words[0]])
-    parser = _Parser(prog=f"m2f {words[0]}", description=module.SUMMARY, allow_abbrev=False)
+    parser = _Parser(
+        prog=f"m2f {words[0]}",
+        description=module.SUMMARY,
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line
+        allow_abbrev=False,
+    )
     module.add_arguments(parser)
     # Positional arguments and options may be mixed, except in verbs with subparsers: argparse does not support both.
     parse = parser.parse_args if hasattr(module, "KINDS") else parser.parse_intermixed_args

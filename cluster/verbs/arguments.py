@@ -55,7 +55,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         metavar="STEP|best|last|PATH",
         help="step of a checkpoint, best or last checkpoint of the run, checkpoint folder, or weight file "
-        "(default last)",
+        "(default: last)",
     )
 
 

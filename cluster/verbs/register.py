@@ -11,6 +11,7 @@ from m2f.cluster.verbs.arguments import add_overrides
 from m2f.model.errors import ConfigError
 
 SUMMARY = "register a checkpoint in MLflow, with everything needed to serve it"
+EXAMPLE = "m2f register runs/cells --alias champion"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,26 +20,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         default="best",
-        metavar="C",
-        help="best (default), last or a step; it is pinned, so that it is never deleted",
+        metavar="STEP|best|last",
+        help="step of a checkpoint, or best or last checkpoint of the run (default: best); it is pinned, so that it is "
+        "never deleted",
     )
-    parser.add_argument("--name", metavar="NAME", help="name of the registered model; default: the run's name")
+    parser.add_argument("--name", metavar="NAME", help="name of the registered model (default: the run's name)")
     parser.add_argument(
         "--alias",
         action="append",
         default=[],
-        metavar="A",
+        metavar="ALIAS",
         help="alias for the new version, for example champion; repeatable",
     )
     parser.add_argument(
         "--if-better",
-        metavar="A",
+        metavar="ALIAS",
         help="register only if the model is better than the version with this alias on the same images (95 %% interval "
         "of the paired difference above 0), and move the alias; otherwise exit status 1",
     )
-    parser.add_argument("--set", metavar="SET", help="evaluation set for the comparison; default: the recipe's first")
+    parser.add_argument("--set", metavar="SET", help="evaluation set for the comparison (default: the recipe's first)")
     parser.add_argument(
-        "--metric", choices=("PQ", "AP", "mIoU"), help="metric for the comparison; default: the first that both have"
+        "--metric", choices=("PQ", "AP", "mIoU"), help="metric for the comparison (default: the first that both have)"
     )
     parser.add_argument(
         "--precision",

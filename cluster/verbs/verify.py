@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from m2f.data_pipeline.storage.storage import Storage
 
 SUMMARY = "verify sharded data sets: sizes only, or every byte, sample and label"
+EXAMPLE = "m2f verify shards/cells/train --full"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

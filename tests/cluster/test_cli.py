@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from m2f.cluster.cli import VERBS, main
+from m2f.cluster.cli import VERBS, main, parse_verb
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
 from m2f.cluster.recipe.load import load_recipe
@@ -135,6 +135,17 @@ def test_the_overview_lists_every_verb(capsys):
     assert status == 0
     assert all(f"  {verb} " in out for verb in VERBS)
     assert run(capsys)[0] == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_ends_with_an_example_that_the_verb_accepts(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    *_, heading, example = capsys.readouterr().out.splitlines()
+    assert heading == "example:"
+    program, *words = example.split()
+    assert (program, words[0]) == ("m2f", verb)
+    parse_verb(words)  # raises SystemExit for unknown options
 
 
 def test_unknown_verb_suggests_a_similar_one(capsys):
