@@ -193,10 +193,12 @@ def _choose_metrics(by_run: Sequence[Mapping[str, float]], requested: Sequence[s
     if not requested:
         return [name for name in known if not is_training_metric(name)]
     chosen: list[str] = []
-    for one in requested:
-        found = [name for name in known if one in (name, split_metric_name(name)[1])]
+    for requested_name in requested:
+        found = [name for name in known if requested_name in (name, split_metric_name(name)[1])]
         if not found:
-            raise CompareError(f"no run has the metric {one!r} at the compared step; available: {', '.join(known)}")
+            raise CompareError(
+                f"no run has the metric {requested_name!r} at the compared step; available: {', '.join(known)}"
+            )
         chosen += found
     return list(dict.fromkeys(chosen))
 
@@ -315,7 +317,7 @@ def _class_tables(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[ClassT
     for dataset in sets:
         found = [run.results.get(dataset) for run in runs]
         for metric in CLASS_METRICS:
-            by_run = [_values_by_class(one, metric) if one else {} for one in found]
+            by_run = [_values_by_class(result, metric) if result else {} for result in found]
             names = dict.fromkeys(name for values in by_run for name in values)
             rows = [_run_values(name, [values.get(name) for values in by_run]) for name in names]
             rows = [row for row in rows if any(value.value is not None for value in row.values)]
@@ -382,11 +384,11 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
     notes = []
     for dataset in sets:
         found = [(run.name, run.results[dataset]) for run in runs if dataset in run.results]
-        if len({one.fingerprint for _, one in found}) > 1:
-            data = ", ".join(f"{name} {one.fingerprint[:12]}" for name, one in found)
+        if len({result.fingerprint for _, result in found}) > 1:
+            data = ", ".join(f"{name} {result.fingerprint[:12]}" for name, result in found)
             notes.append(f"{dataset}: the runs were evaluated on different data ({data}); do not compare the numbers")
-        if len({(one.subset, one.num_images) for _, one in found}) > 1:
-            images = ", ".join(f"{name} {one.subset or f'all {one.num_images}'}" for name, one in found)
+        if len({(result.subset, result.num_images) for _, result in found}) > 1:
+            images = ", ".join(f"{name} {result.subset or f'all {result.num_images}'}" for name, result in found)
             notes.append(f"{dataset}: the runs were evaluated on different images ({images})")
         notes += _settings_notes(dataset, found)
         steps = {at for run in runs if (at := compared_step(dataset, run.curves, step)) is not None}
@@ -405,7 +407,7 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
 
 def _settings_notes(dataset: str, found: Sequence[tuple[str, SetResult]]) -> list[str]:
     """Return one message for each evaluation setting that differs, and one if only some results state settings."""
-    known = [(name, dict(one.settings)) for name, one in found if one.settings is not None]
+    known = [(name, dict(result.settings)) for name, result in found if result.settings is not None]
     names = dict.fromkeys(setting for _, settings in known for setting in settings if setting not in IGNORED_SETTINGS)
     notes = []
     for setting in names:
@@ -414,7 +416,7 @@ def _settings_notes(dataset: str, found: Sequence[tuple[str, SetResult]]) -> lis
             notes.append(
                 f"{dataset}: evaluated with different `{setting}` ({values}); this alone may change the numbers"
             )
-    unknown = [name for name, one in found if one.settings is None]
+    unknown = [name for name, result in found if result.settings is None]
     if known and unknown:
         notes.append(
             f"{dataset}: the results of {', '.join(unknown)} do not state the settings of the evaluation, which may "

@@ -93,12 +93,12 @@ def read_runs(
     by_filter = query is not None or (experiment is not None and not requested)
     records: list[RunRecord] = []
     store: _Store | None = None
-    for one in requested:
-        if _is_run_folder(one):
-            records.append(_read_folder(one, step))
+    for requested_run in requested:
+        if _is_run_folder(requested_run):
+            records.append(_read_folder(requested_run, step))
         else:
-            store = store or _open_store(uri, one, experiment)
-            records.append(store.read(store.find(one), step))
+            store = store or _open_store(uri, requested_run, experiment)
+            records.append(store.read(store.find(requested_run), step))
     if by_filter:
         store = store or _open_store(uri, experiment or "m2f", experiment)
         records += [replace(store.read(run, step), is_selected=True) for run in store.search(query)]

@@ -45,7 +45,7 @@ def parse_results(payload: bytes | str, where: str) -> SetResult:
     """Parse a results.json. Raises CompareError if it is damaged. The message names the file, which is `where`."""
     try:
         content = parse_json(payload)
-        values = {one.name: content[one.name] for one in fields(SetResult) if one.name != "settings"}
+        values = {field.name: content[field.name] for field in fields(SetResult) if field.name != "settings"}
         values["settings"] = content.get("settings")
         _check_types(values, _TYPES)
         if not 0 <= (values["step"] or 0) < _MAX_STEP:

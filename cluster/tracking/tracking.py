@@ -178,7 +178,8 @@ class Tracking:
     ) -> None:
         """Log an evaluation: metrics at the checkpoint's step, its logged model, and tables of classes."""
         named = [
-            replace(one, metrics={store_key(name): float(value) for name, value in one.metrics.items()}) for one in sets
+            replace(set_metrics, metrics={store_key(name): float(value) for name, value in set_metrics.metrics.items()})
+            for set_metrics in sets
         ]
         self._append(evaluation_entry(checkpoint, named, time.time_ns() // 1_000_000, replaces))
 

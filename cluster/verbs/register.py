@@ -99,11 +99,14 @@ def run(args: argparse.Namespace) -> int:
     if outcome.version is None:
         print_err(f"step {outcome.step} is not better than {outcome.name}@{args.if_better}, so it is not registered")
         return ExitStatus.FAILED
-    for name, one in (outcome.thresholds.classes if outcome.thresholds else {}).items():
-        if one.threshold is None:
+    for name, class_threshold in (outcome.thresholds.classes if outcome.thresholds else {}).items():
+        if class_threshold.threshold is None:
             print_out(f"{name}: no threshold reaches the precision, so all detections of this class are rejected")
         else:
-            print_out(f"{name}: {one.threshold:.3f} (precision {one.precision:.3f}, recall {one.recall or 0:.3f})")
+            print_out(
+                f"{name}: {class_threshold.threshold:.3f} (precision {class_threshold.precision:.3f}, "
+                f"recall {class_threshold.recall or 0:.3f})"
+            )
     how = "registered" if outcome.uploaded else "registered (already uploaded)"
     print_out(f"step {outcome.step} {how}: {outcome.name}, version {outcome.version}, in {outcome.store}")
     alias = (args.alias or [args.if_better])[0]

@@ -270,7 +270,7 @@ def _pair_ious(pairs: _Pairs, detections: _BatchDetections, masks: _BatchMasks) 
     for (start, end), image_number in zip(_run_bounds(starts, len(truths)), image[starts].tolist(), strict=True):
         detected = masks.detected[image_number]
         rows = {mask: row for row, mask in enumerate(dict.fromkeys(index[start:end]))}
-        columns = {one: column for column, one in enumerate(dict.fromkeys(truths[start:end]))}
+        columns = {truth: column for column, truth in enumerate(dict.fromkeys(truths[start:end]))}
         table = pairwise_ious(
             chosen_masks(detected, rows), [masks.annotated[i] for i in columns], [masks.is_crowd[i] for i in columns]
         ).tolist()

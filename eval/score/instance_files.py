@@ -342,4 +342,6 @@ def _masks(
         raise EvaluationError(name(position) + (what or " has no `segmentation`")) from None
     if pixels is not None:
         return tuple(segmentations)
-    return tuple(read_rle(one, image.height, image.width, name(i)) for i, one in enumerate(segmentations))
+    return tuple(
+        read_rle(segmentation, image.height, image.width, name(i)) for i, segmentation in enumerate(segmentations)
+    )

@@ -39,8 +39,8 @@ def twins(config):
 
 def test_both_trainings_have_the_same_losses(config):
     losses = losses_of_recipe(config, STEPS, torch.float64)
-    assert len({one.ours for one in losses}) == STEPS
-    assert max(one.error for one in losses) < 1e-5
+    assert len({step.ours for step in losses}) == STEPS
+    assert max(step.error for step in losses) < 1e-5
     assert torch.get_default_dtype() == torch.float32
 
 
