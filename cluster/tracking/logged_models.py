@@ -305,7 +305,7 @@ def _table_rows(client: MlflowClient, run_id: str, path: str) -> list[dict[str, 
 def evaluation_entry(
     checkpoint: EvaluatedCheckpoint, sets: Sequence[SetMetrics], time_ms: int, replaces: bool
 ) -> dict[str, Any]:
-    """Return the journal entry of an evaluation."""
+    """Return an evaluation as a JSON object for the journal. `replaces`: see `Tracking.log_metrics`."""
     rows = [asdict(set_metrics) for set_metrics in sets]
     return {"evaluation": asdict(checkpoint), "sets": rows, "time_ms": time_ms, "replaces": replaces}
 

@@ -262,7 +262,7 @@ class _BatchMasks(NamedTuple):
 
 
 def _pair_ious(pairs: _Pairs, detections: _BatchDetections, masks: _BatchMasks) -> np.ndarray:
-    """Return the IoU [P] of the pairs."""
+    """Return the mask IoU [P] of every pair. Each mask is compared once, even if several pairs share it."""
     image, label = detections.image[pairs.detection], detections.label[pairs.detection]
     starts = np.flatnonzero(np.diff(image, prepend=-1) | np.diff(label, prepend=-1))
     index, truths = masks.index[pairs.detection].tolist(), pairs.truth.tolist()

@@ -115,7 +115,7 @@ def join_dump(storage: Storage, url: str, calls: int, categories: CategoryTable)
 
 
 def _entries(content: bytes) -> list[dict[str, Any]]:
-    """Return the entries of a part."""
+    """Parse a part file, which contains JSON objects separated by commas, without enclosing brackets."""
     return json.loads(b"[" + content + b"]")
 
 

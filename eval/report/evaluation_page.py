@@ -107,7 +107,7 @@ def details_json(results: EvaluationResults) -> str:
 
 
 def to_jpeg(png: bytes) -> bytes:
-    """Convert a panel to a JPEG that is small enough for a page with many of them."""
+    """Convert a PNG file to a JPEG of at most PICTURE_WIDTH pixels in width, so that pages stay small."""
     image = decode_picture(png)
     height, width = image.shape[:2]
     if width > PICTURE_WIDTH:

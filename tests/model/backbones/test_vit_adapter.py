@@ -105,7 +105,7 @@ def maps_and_predictions(model: Segmenter, images: torch.Tensor) -> tuple[list[t
     return maps, predictions
 
 
-def test_equals_the_authors_code(case):
+def test_the_adapter_equals_the_authors_code(case):
     described, weights, inputs, outputs, _ = case
     model, names = loaded(described, weights), ("eval", "train_no_drop_path")
     images = model.normalise(inputs["image_uint8"])
