@@ -48,8 +48,8 @@ class AnalysisSubject:
     @property
     def title(self) -> str:
         """Title with data set, number of images and checkpoint; a second line if only some classes are evaluated."""
-        what = "weights" if self.step is None else f"checkpoint of step {self.step}"
-        title = f"{self.dataset}: {len(self.indices)} of {format_count(self.manifest.num_samples, 'image')}, {what}"
+        weights = "weights" if self.step is None else f"checkpoint of step {self.step}"
+        title = f"{self.dataset}: {len(self.indices)} of {format_count(self.manifest.num_samples, 'image')}, {weights}"
         return title if self.classes.note is None else f"{title}\nSOME CLASSES: {self.classes.note}"
 
 

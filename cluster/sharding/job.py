@@ -324,7 +324,7 @@ def _stored_report(name: str, plan: ShardPlan, shards: Sequence[dict[str, int]],
     try:
         stored = parse_json(storage.get(url)) if storage.exists(url) else {"problems": []}
         problems = tuple(SampleProblem(**problem) for problem in stored["problems"])
-        repairs = tuple((what, count) for what, count in stored.get("repairs", ()))
+        repairs = tuple((repair, count) for repair, count in stored.get("repairs", ()))
     except (DocumentError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ShardJobError(
             f"{url} cannot be read ({type(error).__name__}: {error}); delete it, the shards do not need it"

@@ -68,5 +68,5 @@ class ShardReport:
         lines += [f"  {note}" for note in self.notes]
         problems = [problem.line for problem in self.problems]
         lines += first_lines(problems, MAX_SHOWN_PROBLEMS, f" in {join(self.target, REPORT_FILE)}")
-        lines += [f"  {count:,} {what}" for what, count in self.repairs]
+        lines += [f"  {count:,} {repair}" for repair, count in self.repairs]
         return "\n".join(lines)

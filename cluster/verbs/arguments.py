@@ -31,14 +31,14 @@ def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: st
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    what = "YAML file, or a name such as coco_panoptic_r50+cross_attention"
-    parser.add_argument("recipe", metavar="RECIPE", help=what)
+    help_text = "YAML file, or a name such as coco_panoptic_r50+cross_attention"
+    parser.add_argument("recipe", metavar="RECIPE", help=help_text)
 
 
 def add_env(parser: argparse.ArgumentParser) -> None:
     """Add the option `--env` of verbs that submit jobs, see `m2f.cluster.submit.environment`."""
-    what = "environment variable of the job (no secrets); repeatable"
-    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help=what)
+    help_text = "environment variable of the job (no secrets); repeatable"
+    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help=help_text)
 
 
 def add_threads_and_report(parser: argparse.ArgumentParser, what: str) -> None:

@@ -97,13 +97,13 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _summary(found: IndexReport, target: str, report: str | None) -> str:
     """Return text that states what was indexed and lists the faults."""
     samples, tars = format_count(found.num_samples, "sample"), format_count(found.num_shards, "tar")
-    what = f"{samples} of {tars}, {found.num_bytes / 1e6:,.1f} MB"
+    size = f"{samples} of {tars}, {found.num_bytes / 1e6:,.1f} MB"
     if isinstance(found.form, str):
         description = "shards of m2f"
     else:
         description = f"image .{' or .'.join(found.form.images)}, {found.form.labels} in .{found.form.map}"
         description += f" and .{found.form.json}" if found.form.json else ""
-    lines = [f"{target}: {what} ({description})", *format_faults(found.faults, report)]
+    lines = [f"{target}: {size} ({description})", *format_faults(found.faults, report)]
     if found.renumbered:
         lines.append("image ids in the tars repeat; the manifest replaces them by the positions of the samples")
     if not found.committed:

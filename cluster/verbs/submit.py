@@ -24,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address", metavar="URL", help="dashboard of the cluster, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)"
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument(
         "--detach", action="store_true", help="return after submitting the job (default: follow its output)"
     )
-    what.add_argument("--stop", action="store_true", help="stop the run's job after it has saved a checkpoint")
-    what.add_argument("--status", action="store_true", help="show the status of the run's jobs")
-    what.add_argument(
+    actions.add_argument("--stop", action="store_true", help="stop the run's job after it has saved a checkpoint")
+    actions.add_argument("--status", action="store_true", help="show the status of the run's jobs")
+    actions.add_argument(
         "--kuberay",
         metavar="TEMPLATE",
         nargs="?",

@@ -286,7 +286,10 @@ def _pair_ious(pairs: _Pairs, detections: _BatchDetections, masks: _BatchMasks) 
 def _with_boundaries(masks: _BatchMasks, pairs: _Pairs, detections: _BatchDetections, ratio: float) -> _BatchMasks:
     """Return the masks, with those that occur in `pairs` reduced to their boundaries."""
     images, index = detections.image[pairs.detection], masks.index[pairs.detection]
-    detected = [_replace_by_boundaries(own, index[images == image], ratio) for image, own in enumerate(masks.detected)]
+    detected = [
+        _replace_by_boundaries(image_masks, index[images == image], ratio)
+        for image, image_masks in enumerate(masks.detected)
+    ]
     return masks._replace(detected=detected, annotated=_replace_by_boundaries(masks.annotated, pairs.truth, ratio))
 
 

@@ -177,8 +177,8 @@ def _class_denominator(targets: Targets, num_queries: int, normalizers: Normaliz
     """
     denominator = normalizers.class_weight_sum
     if config.class_norm == "per_rank":
-        own = count_normalizers(targets, num_queries, config).class_weight_sum
-        denominator = own * normalizers.num_micro_batches
+        own_sum = count_normalizers(targets, num_queries, config).class_weight_sum
+        denominator = own_sum * normalizers.num_micro_batches
     return torch.where(denominator > 0, denominator, 1.0)  # if all weights are 0, every numerator is 0 as well
 
 

@@ -82,5 +82,5 @@ def test_table_states_whether_losses_agree():
 def test_dense_masks_contain_the_valid_targets_of_every_image():
     targets = make_targets([3, 0], layers=2)
     masks = dense_masks(targets)
-    assert [len(own) for own in masks] == [3, 0]
-    assert all(torch.equal(own, one_hot(targets, image)) for image, own in enumerate(masks))
+    assert [len(image_masks) for image_masks in masks] == [3, 0]
+    assert all(torch.equal(image_masks, one_hot(targets, image)) for image, image_masks in enumerate(masks))
