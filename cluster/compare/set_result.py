@@ -33,7 +33,9 @@ class SetResult:
     step: int | None
     """Optimizer step; None for weights that are not a checkpoint of the run."""
     fingerprint: str
+    """Fingerprint of the evaluated data set."""
     subset: str | None
+    """Description of the subset that was evaluated; None for the whole set."""
     num_images: int
     metrics: Mapping[str, float | None]
     per_class: Sequence[Mapping[str, Any]]

@@ -97,9 +97,9 @@ def group_note(group: str, datasets: Mapping[str, DatasetConfig], readers: Mappi
     keys = [key for reader in readers.values() for key in _image_keys(reader)]
     if max(total.values()) == 1:
         raise ConfigError(
-            f"--group {group!r} leaves each of {format_count(len(keys), 'image')} alone. It is matched at the start of "
-            "keys: paths of images without ending, in which - replaces all characters other than A-Z, a-z, 0-9 and _. "
-            f"Such keys end with a digest. Keys of these images: {format_list(keys, 3)}"
+            f"--group {group!r} puts each of {format_count(len(keys), 'image')} into a separate group. It is matched "
+            "at the start of keys: paths of images without extension, in which - replaces all characters other than "
+            f"A-Z, a-z, 0-9 and _. Such keys end with a digest. Keys of these images: {format_list(keys, 3)}"
         )
     for name in filter(_is_val, groups):
         for other in (other for other in groups if not _is_val(other)):
@@ -107,10 +107,10 @@ def group_note(group: str, datasets: Mapping[str, DatasetConfig], readers: Mappi
                 sources = [datasets[n].source for n in (other, name)]
                 listed = " and ".join(annotation_path(source) for source in sources if source is not None)
                 whole = all(dataset.part is None for dataset in datasets.values())
-                remedy = "leave out --group, since no set is divided, or m" if whole else "M"
+                remedy = "Leave out --group, since no set is divided, or move" if whole else "Move"
                 raise ConfigError(
                     f"--group {group!r}: the group {shared[0]!r} is in the training images of one set and the "
-                    f"validation images of another: {listed}. {remedy}ove the sets into folders named train and val"
+                    f"validation images of another: {listed}. {remedy} the sets into folders named train and val"
                 )
     return f"the images form {format_count(len(total), 'group')}, for example {format_list(sorted(total), 3)}"
 
