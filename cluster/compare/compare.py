@@ -183,8 +183,8 @@ def _metric_values(run: RunRecord, step: int | None) -> dict[str, float]:
         if is_training_metric(name):
             values[name] = curve[-1][1]
         else:
-            at = compared_step(split_metric_name(name)[0], run.curves, step)
-            values |= {name: value for evaluated, value in curve if evaluated == at}  # noqa: B035 (at most one)
+            compared = compared_step(split_metric_name(name)[0], run.curves, step)
+            values |= {name: value for evaluated, value in curve if evaluated == compared}  # noqa: B035 (at most one)
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
@@ -391,15 +391,15 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
             images = ", ".join(f"{name} {result.subset or f'all {result.num_images}'}" for name, result in found)
             notes.append(f"{dataset}: the runs were evaluated on different images ({images})")
         notes += _settings_notes(dataset, found)
-        steps = {at for run in runs if (at := compared_step(dataset, run.curves, step)) is not None}
+        steps = {found_step for run in runs if (found_step := compared_step(dataset, run.curves, step)) is not None}
         if len(steps) > 1 and step is None:
             notes.append(
                 f"{dataset}: the newest evaluations are of different steps; use --step N to compare at the same step"
             )
         missing = [run.name for run in runs if compared_step(dataset, run.curves, step) is None]
         if missing:
-            at = "" if step is None else f" at step {step}"
-            notes.append(f"{dataset}: not evaluated{at}: {', '.join(missing)}")
+            at_step = "" if step is None else f" at step {step}"
+            notes.append(f"{dataset}: not evaluated{at_step}: {', '.join(missing)}")
     notes += [f"{run.name} is still running" for run in runs if run.status == "RUNNING"]
     notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
     return notes

@@ -20,7 +20,8 @@ def as_page(comparison: Comparison) -> str:
     report = build_report(comparison)
     differences, names = report.differences, [run.name for run in comparison.runs]
     steps = [
-        [f"step of {name}", *("-" if s is None else f"{s:,}" for s in of)] for name, of in comparison.steps.items()
+        [f"step of {name}", *("-" if s is None else f"{s:,}" for s in steps)]
+        for name, steps in comparison.steps.items()
     ]
     paper = "" if report.paper is None else paragraph(f"Paper: {report.paper}.", "faint")
     sections = [Section("Metrics", _table(report.metrics) + paper + table(["evaluated", *names], steps))]

@@ -164,10 +164,10 @@ class _Store:
         results: dict[str, SetResult] = {}
         images: dict[str, ImageRecords] = {}
         for name in dict.fromkeys(split_metric_name(key)[0] for key in curves if not is_training_metric(key)):
-            at = compared_step(name, curves, step)
-            if at is None:
+            evaluated_step = compared_step(name, curves, step)
+            if evaluated_step is None:
                 continue
-            folder = f"evaluations/step_{at:08d}/{name}"
+            folder = f"evaluations/step_{evaluated_step:08d}/{name}"
             if (text := self._artifact(run, f"{folder}/results.json", notes)) is not None:
                 results[name] = parse_results(text, f"{folder}/results.json of run {run_id}")
                 if (records := self._images(run, folder, notes)) is not None:
@@ -279,13 +279,15 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
         raise CompareError(f"{folder} cannot be read as a run folder: {error}") from error
     record = _tracked_record(storage, folder, known)
     points: dict[str, dict[int, float]] = {}
-    for (_, name, at), result in found.items():
+    for (_, name, result_step), result in found.items():
         for metric, value in result.metrics.items():
             if value is not None:
-                points.setdefault(f"{name}/{metric}", {})[at] = value
+                points.setdefault(f"{name}/{metric}", {})[result_step] = value
     curves = dict(record.curves) | {key: tuple(sorted(values.items())) for key, values in points.items()}
     compared = {
-        name: (url, result) for (url, name, at), result in found.items() if at == compared_step(name, curves, step)
+        name: (url, result)
+        for (url, name, result_step), result in found.items()
+        if result_step == compared_step(name, curves, step)
     }
     notes = [*record.notes, *omitted]
     return replace(

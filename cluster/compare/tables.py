@@ -75,13 +75,13 @@ def _interval_table(comparison: Comparison) -> Table:
     rows = []
     for interval in comparison.intervals:
         value = f"{interval.value:.2f}" if interval.baseline is None else f"{interval.value:+.2f}"
-        of = f"{interval.run}, mean" if interval.baseline is None else f"{interval.run} - {interval.baseline}"
-        over = (
+        estimate = f"{interval.run}, mean" if interval.baseline is None else f"{interval.run} - {interval.baseline}"
+        sample = (
             f"{interval.images:,} images"
             if interval.kind == "images"
             else f"{' and '.join(map(str, interval.runs))} seeds"
         )
-        rows.append((interval.metric, of, value, f"{interval.low:.2f} to {interval.high:.2f}", over))
+        rows.append((interval.metric, estimate, value, f"{interval.low:.2f} to {interval.high:.2f}", sample))
     return Table("Intervals", head, tuple(rows))
 
 

@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{name}: {class_threshold.threshold:.3f} (precision {class_threshold.precision:.3f}, "
                 f"recall {class_threshold.recall or 0:.3f})"
             )
-    how = "registered" if outcome.uploaded else "registered (already uploaded)"
-    print_out(f"step {outcome.step} {how}: {outcome.name}, version {outcome.version}, in {outcome.store}")
+    state = "registered" if outcome.uploaded else "registered (already uploaded)"
+    print_out(f"step {outcome.step} {state}: {outcome.name}, version {outcome.version}, in {outcome.store}")
     alias = (args.alias or [args.if_better])[0]
     address = f"models:/{outcome.name}@{alias}" if alias else f"models:/{outcome.name}/{outcome.version}"
     print_out(f"serve it: MLFLOW_TRACKING_URI={outcome.store} mlflow models serve --env-manager local -m {address}")

@@ -70,9 +70,9 @@ class _Axes:
 
     def locate(self, x: float, y: float) -> tuple[float, float]:
         """Return the position of a point in the picture."""
-        across = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
-        up = (y - self.ys[0]) / (self.ys[-1] - self.ys[0])
-        return _LEFT + across * (WIDTH - _LEFT - _RIGHT), _TOP + (1 - up) * _PLOT_HEIGHT
+        x_share = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
+        y_share = (y - self.ys[0]) / (self.ys[-1] - self.ys[0])
+        return _LEFT + x_share * (WIDTH - _LEFT - _RIGHT), _TOP + (1 - y_share) * _PLOT_HEIGHT
 
     def lines(self, x_label: str) -> list[str]:
         """Return grid lines, tick labels and the label of the x axis."""
@@ -112,8 +112,8 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, limits: Limit
     if not points:
         return _svg(80, title, [heading, _text(_LEFT, 60, "no values")])
     x_values, y_values = zip(*points, strict=True)
-    across, up = limits or ((min(x_values), max(x_values)), (min(y_values), max(y_values)))
-    axes = _Axes(ticks(*across), ticks(*up))
+    x_limits, y_limits = limits or ((min(x_values), max(x_values)), (min(y_values), max(y_values)))
+    axes = _Axes(ticks(*x_limits), ticks(*y_limits))
     parts = [heading, *axes.lines(x_label)]
     bottom = _TOP + _PLOT_HEIGHT + _BOTTOM
     for position, line in enumerate(series):
@@ -130,8 +130,8 @@ def small_chart(title: str, note: str, series: Sequence[Series]) -> str:
     side, top = SMALL_SIDE, 20
     parts = [_text(0, 12, shorten(title, 16), size=10), _text(side, 12, note, anchor="end", size=10, faint=True)]
     for tick in (0, 50, 100):
-        across = tick / 100 * side
-        parts += [_line(0, top + across, side, top + across), _line(across, top, across, top + side)]
+        offset = tick / 100 * side
+        parts += [_line(0, top + offset, side, top + offset), _line(offset, top, offset, top + side)]
     for position, line in enumerate(series):
         path = " ".join(f"{x / 100 * side:.1f},{top + (1 - y / 100) * side:.1f}" for x, y in line.points)
         parts.append(f'<polyline points="{path}" {_stroke(position)}><title>{escape(line.name)}</title></polyline>')
