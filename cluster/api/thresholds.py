@@ -94,8 +94,8 @@ def accepted(prediction: Prediction, min_scores: np.ndarray | None) -> Predictio
     """
     if min_scores is None or not isinstance(prediction, InstanceDetections):
         return prediction
-    kept = prediction.scores >= min_scores[prediction.labels]
-    columns = {name: getattr(prediction, name)[kept] for name in ("mask_index", "labels", "scores")}
+    is_kept = prediction.scores >= min_scores[prediction.labels]
+    columns = {name: getattr(prediction, name)[is_kept] for name in ("mask_index", "labels", "scores")}
     return replace(prediction, **columns)
 
 

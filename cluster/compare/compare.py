@@ -229,8 +229,8 @@ def _run_values(
     name: str, values: Sequence[float | None], *, higher: bool | None = None, paper: float | None = None
 ) -> RunValues:
     higher = "loss" not in name if higher is None else higher
-    known = [value for value in values if value is not None]
-    best = (max(known) if higher else min(known)) if len(set(known)) > 1 else None
+    defined_values = [value for value in values if value is not None]
+    best = (max(defined_values) if higher else min(defined_values)) if len(set(defined_values)) > 1 else None
     baseline = values[0]
     return RunValues(
         name=name,
@@ -302,12 +302,12 @@ def _training_hours(step_times: Curve) -> float | None:
 
 def _differences(runs: Sequence[RunRecord]) -> tuple[Difference, ...]:
     """Return the settings that differ between runs, in the order of the recipe. Runs without a recipe are ignored."""
-    known = [run.recipe for run in runs if run.recipe]
-    settings = dict.fromkeys(setting for recipe in known for setting in recipe)
+    recipes = [run.recipe for run in runs if run.recipe]
+    settings = dict.fromkeys(setting for recipe in recipes for setting in recipe)
     return tuple(
         Difference(setting=setting, values=tuple(run.recipe.get(setting) for run in runs))
         for setting in settings
-        if setting not in IDENTITY_SETTINGS and len({recipe.get(setting) for recipe in known}) > 1
+        if setting not in IDENTITY_SETTINGS and len({recipe.get(setting) for recipe in recipes}) > 1
     )
 
 

@@ -274,10 +274,10 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
         recipe = flatten_tree(parse_yaml(storage.get(trained_recipe_url(storage, folder, step))))
         found = _folder_results(storage, folder, omitted)
         record_url = join(folder, "tracking.json")
-        known = parse_json(storage.get(record_url)) if storage.exists(record_url) else None
+        tracking_record = parse_json(storage.get(record_url)) if storage.exists(record_url) else None
     except UserError as error:
         raise CompareError(f"{folder} cannot be read as a run folder: {error}") from error
-    record = _tracked_record(storage, folder, known)
+    record = _tracked_record(storage, folder, tracking_record)
     points: dict[str, dict[int, float]] = {}
     for (_, name, result_step), result in found.items():
         for metric, value in result.metrics.items():

@@ -46,14 +46,15 @@ def compare_checkpoints(champion: RunRecord, candidate: RunRecord, dataset: str,
     """
     results = [_result(record, dataset) for record in (champion, candidate)]
     _check_comparable(champion, candidate, dataset, *results)
-    known = [name for name in HEADLINE if all(result.metrics.get(name) is not None for result in results)]
-    if metric is not None and metric not in known:
+    shared_metrics = [name for name in HEADLINE if all(result.metrics.get(name) is not None for result in results)]
+    if metric is not None and metric not in shared_metrics:
         raise RegistryError(
-            f"--metric is {metric}, which is not available for {dataset}; choose one of: {', '.join(known) or 'none'}"
+            f"--metric is {metric}, which is not available for {dataset}; choose one of: "
+            f"{', '.join(shared_metrics) or 'none'}"
         )
-    if not known:
+    if not shared_metrics:
         raise RegistryError(f"{dataset}: {champion.name} and {candidate.name} have no metric in common")
-    name = f"{dataset}/{metric or known[0]}"
+    name = f"{dataset}/{metric or shared_metrics[0]}"
     found = image_intervals([champion, candidate], [name], NUM_DRAWS)
     if not found:
         raise RegistryError(

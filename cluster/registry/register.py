@@ -133,9 +133,9 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 def _check_names(options: RegisterOptions) -> None:
     """Raise ConfigError for a name or alias that MLflow would refuse. MLflow checks them only after the upload."""
-    given = [("--alias", alias) for alias in options.aliases]
-    given += [] if options.if_better is None else [("--if-better", options.if_better)]
-    for option, alias in given:
+    aliases = [("--alias", alias) for alias in options.aliases]
+    aliases += [] if options.if_better is None else [("--if-better", options.if_better)]
+    for option, alias in aliases:
         if not re.fullmatch(r"[\w-]{1,255}", alias) or re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
             raise ConfigError(
                 f"{option} is {alias!r}; an alias has 1 to 255 letters, digits, '_' and '-', and is neither 'latest' "
@@ -282,8 +282,8 @@ class _Registration:
         model = models.ensure(checkpoint)
         if model is None:
             raise RegistryError(f"{self._run.uri} does not support logged models; registering needs an MLflow 3 server")
-        if (known := models.find_tagged(checkpoint.commit, PACKAGE_TAG, digest)) is not None:
-            return models.with_metrics_of(model, known), False
+        if (existing_model := models.find_tagged(checkpoint.commit, PACKAGE_TAG, digest)) is not None:
+            return models.with_metrics_of(model, existing_model), False
         if PACKAGE_TAG in model.tags:  # it has different content, such as different thresholds or hosts
             another = models.create_another(checkpoint, f"{checkpoint.model_name}-{digest[:8]}")
             model = models.with_metrics_of(model, another)

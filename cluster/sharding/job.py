@@ -257,10 +257,10 @@ def _new_problems(problems: Iterable[SampleProblem], stored: ShardReport | None)
     A left-out sample is known if the data set also leaves it out. A left-out annotation is known if the data set has
     any problem with its sample.
     """
-    known = set[tuple[str, bool]]()
+    known_keys = set[tuple[str, bool]]()
     for problem in () if stored is None else stored.problems:
-        known |= {(problem.key, True), (problem.key, problem.is_in_shard)}
-    return [problem for problem in problems if (problem.key, problem.is_in_shard) not in known]
+        known_keys |= {(problem.key, True), (problem.key, problem.is_in_shard)}
+    return [problem for problem in problems if (problem.key, problem.is_in_shard) not in known_keys]
 
 
 def _permitted_shards(plan: ShardPlan, problems: Iterable[SampleProblem], max_pixels: int) -> frozenset[int]:

@@ -276,8 +276,8 @@ def write_table(client: MlflowClient, run_id: str, step: int, set_metrics: SetMe
         _put_rows(client, run_id, path, step, new_rows)
         if sum(row.get("step") == step for row in _table_rows(client, run_id, path)) == len(new_rows):
             break
-    known = client.get_run(run_id).data.tags.get(TABLES_TAG)
-    named = parse_json(known) if known else []
+    tag = client.get_run(run_id).data.tags.get(TABLES_TAG)
+    named = parse_json(tag) if tag else []
     entry = {"path": path, "type": "table"}
     if entry not in named:
         client.set_tag(run_id, TABLES_TAG, json.dumps([*named, entry]))

@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_hosts(hosts: Sequence[str]) -> None:
     """Raise ConfigError if a value is not HOST or HOST:PORT, because such a value would never match a URL's host."""
-    for given in hosts:
-        if not given or any(c in "/@" or c.isspace() for c in given):
-            host = given.strip().rpartition("://")[2].partition("/")[0].rpartition("@")[2]
+    for value in hosts:
+        if not value or any(c in "/@" or c.isspace() for c in value):
+            host = value.strip().rpartition("://")[2].partition("/")[0].rpartition("@")[2]
             advice = (
                 f"--allow-url {host}" if host and not any(c.isspace() for c in host) else "a host such as host.example"
             )

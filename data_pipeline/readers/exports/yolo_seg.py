@@ -107,10 +107,10 @@ def _listed_images(file: str, images: Path, names: Sequence[str]) -> list[str]:
     Raises:
         DataError: the file lists another image, or an image twice, or cannot be read.
     """
-    known, found, missing = set(names), [], []
+    image_names, found, missing = set(names), [], []
     for path in read_image_paths(file):
         ends = [(i, "/".join(path.parts[i:])) for i in range(len(path.parts))]
-        listed = [name for i, name in ends if name in known and (i == 0 or path.parts[i - 1] == images.name)]
+        listed = [name for i, name in ends if name in image_names and (i == 0 or path.parts[i - 1] == images.name)]
         found += listed[:1]
         missing += [] if listed else [path]
     if missing:
