@@ -53,6 +53,8 @@ def run(tiny: bool) -> list[Measurement]:
 
 @dataclass(frozen=True)
 class _IdMaps:
+    """Annotated and predicted id map of one generated image."""
+
     truth: np.ndarray
     """[H, W] uint8 ids: things in front of stuff, with a strip of void (0)."""
     predicted: np.ndarray
@@ -76,6 +78,7 @@ def _id_maps(seed: int) -> _IdMaps:
 
 
 def _present_labels(id_map: np.ndarray, maps: _IdMaps) -> dict[int, int]:
+    """Return the class of every id that occurs in `id_map`, without void."""
     return {i: maps.label_of[i] for i in np.unique(id_map).tolist() if i}
 
 
@@ -91,7 +94,7 @@ def _pairs(images: Sequence[_IdMaps]) -> list[tuple[PanopticTruth, PanopticPredi
 
 def _panoptic_quality(images: Sequence[_IdMaps]) -> list[Measurement]:
     pairs = _pairs(images)
-    files = [tuple(_as_png(id_map) for id_map in (s.truth, s.predicted)) for s in images]
+    files = [tuple(_as_png(id_map) for id_map in (maps.truth, maps.predicted)) for maps in images]
 
     def ours() -> Sequence[Tensor]:
         state = PanopticQualityState([k > 1 for k in range(CLASSES)])

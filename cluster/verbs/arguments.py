@@ -91,7 +91,8 @@ def enable_token_authentication() -> None:
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split words into names or paths, and overrides.
 
-    An override has `=` without `/` before it, so `s3://box/day=1/` is none. It is not an existing file or folder.
+    An override has `=` without `/` before it, so `s3://box/day=1/` is not an override. Existing files and folders are
+    not overrides either.
     """
     overrides = [w for w in words if "=" in w and "/" not in w.partition("=")[0] and not Path(w).exists()]
     return [word for word in words if word not in overrides], overrides
