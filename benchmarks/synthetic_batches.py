@@ -51,7 +51,7 @@ def make_batch(images: int, size: int, objects: int, seed: int = 0) -> Batch:
 
 
 def random_predictions(images: int, size: int, device: torch.device) -> Predictions:
-    """Return random predictions of ten decoder layers with 100 queries, for images of `size` x `size` pixels."""
+    """Return ten random predictions of 100 queries (nine decoder layers and the initial queries) for square images."""
     generator = torch.Generator().manual_seed(0)
     shape = (LAYERS, images, QUERIES)
     tensors = (

@@ -49,6 +49,22 @@ VERBS = {
     "config": "m2f.cluster.verbs.config",
 }
 
+SECTIONS = {
+    "first steps": ("demo", "init", "config", "doctor"),
+    "data": ("shard", "index", "verify", "stats", "preview"),
+    "training": ("plan", "train", "submit", "checkpoint"),
+    "evaluation": ("eval", "score", "compare", "analyze"),
+    "trained models": ("predict", "export", "register"),
+}
+"""Sections of `m2f --help`: heading, and the verbs below it. Every verb is in one section."""
+
+MORE_HELP = {
+    "m2f VERB --help": "options of a verb, and an example",
+    "m2f config --explain": "all settings of recipes",
+    "m2f --version": "installed version",
+}
+"""Last section of `m2f --help`: commands and what they print."""
+
 ONLY_PRINTING = ("stats", "plan", "config")
 """Verbs that only print. If `| head` closes the pipe, they end quietly, as nothing is left to do."""
 
@@ -66,7 +82,7 @@ RAY_NOISE = "|".join(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status.
 
-    Without `argv`, the words come from the command line, and a process that has loaded PyTorch ends here.
+    Without `argv`, this reads the arguments from the command line, and exits instead of returning if PyTorch is loaded.
     """
     status: int = ExitStatus.DONE
     words = list(sys.argv[1:] if argv is None else argv)
@@ -170,7 +186,13 @@ def _stdout_is_closed() -> bool:
 def parse_verb(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     """Return the module of a known verb and its parsed arguments. Raises SystemExit as argparse does."""
     module = importlib.import_module(VERBS[words[0]])
-    parser = _Parser(prog=f"m2f {words[0]}", description=module.SUMMARY, allow_abbrev=False)
+    parser = _Parser(
+        prog=f"m2f {words[0]}",
+        description=module.SUMMARY,
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line
+        allow_abbrev=False,
+    )
     module.add_arguments(parser)
     # Positional arguments and options may be mixed, except in verbs with subparsers: argparse does not support both.
     parse = parser.parse_args if hasattr(module, "KINDS") else parser.parse_intermixed_args
@@ -191,16 +213,13 @@ def _fail(message: str, status: ExitStatus = ExitStatus.USER_ERROR) -> int:
 
 
 def _overview() -> str:
-    lines = ["usage: m2f VERB ...", "", "Train Mask2Former-class segmentation models at scale.", "", "verbs:"]
-    lines += [f"  {verb:<11}{importlib.import_module(module).SUMMARY}" for verb, module in VERBS.items()]
+    lines = ["usage: m2f VERB ...", "", "Train Mask2Former-class segmentation models at scale."]
+    for heading, verbs in SECTIONS.items():
+        summaries = {verb: importlib.import_module(VERBS[verb]).SUMMARY for verb in verbs}
+        lines += ["", f"{heading}:", *(f"  {verb:<11}{summary}" for verb, summary in summaries.items())]
     lines += ["", "exit statuses:", *(f"  {status:<11d}{MEANINGS[status]}" for status in ExitStatus)]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "m2f VERB --help: options of a verb; m2f config --explain: all settings; m2f --version: installed version.",
-        ]
-    )
+    lines += ["", "more help:", *(f"  {command:<22}{text}" for command, text in MORE_HELP.items())]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Exit statuses of `m2f`. `m2f train --restart`, alone or in a job of `m2f submit`, decides on a restart by them."""
+"""Exit statuses of `m2f`. They tell `m2f train --restart`, alone or in a job of `m2f submit`, whether to restart."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ RESTARTED_VARIABLE = "M2F_RESTARTED"
 def flush_output() -> None:
     """Flush both standard streams.
 
-    What a disk or terminal refuses is discarded, because Python would end with status 120 instead of the verb's.
-    Raises BrokenPipeError if the reader of a pipe has ended.
+    Output that cannot be written, for example to a full disk, is discarded. Otherwise Python would exit with status 120
+    instead of the verb's. Raises BrokenPipeError if the reader of a pipe has ended.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

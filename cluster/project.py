@@ -36,7 +36,10 @@ def read_project() -> Project:
     return Project(
         m2f.__version__,
         table["requires-python"],
-        (*table["dependencies"], *(_with_extra_marker(one, name) for name, needs in extras.items() for one in needs)),
+        (
+            *table["dependencies"],
+            *(_with_extra_marker(requirement, name) for name, needs in extras.items() for requirement in needs),
+        ),
     )
 
 

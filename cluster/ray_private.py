@@ -1,6 +1,7 @@
 """Functions that wrap everything m2f uses from Ray's private modules, tested with the versions in TESTED_VERSIONS.
 
-No other module imports from these. Each function imports only the parts of Ray that it needs, to save import time.
+Other modules of m2f never import Ray's private modules. Each function imports only the parts of Ray that it needs, to
+save import time.
 """
 
 from __future__ import annotations

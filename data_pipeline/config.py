@@ -222,9 +222,9 @@ class DataConfig(Section):
     chunk_mb: Annotated[float, MEGABYTES] = 4.0
     """Size of one ranged read in MB (10^6 bytes)."""
     lanes: Annotated[int, FROM_1] = 192
-    """Independent chunk streams of the order. If the number of ranks divides it, almost every chunk is read once,
-    otherwise several times. 192 is divisible by 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192. `m2f plan`
-    computes the cost for other numbers."""
+    """Number of streams of samples from which the order takes samples in turn. If the number of ranks divides it,
+    almost every chunk is read once, otherwise several times. 192 is divisible by 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48,
+    64, 96 and 192. `m2f plan` computes the cost for other numbers."""
     window: Annotated[int, FROM_1] = 32
     """Shuffle window of a lane, in samples. All ranks together hold the files of about lanes x window samples."""
     cache: CacheConfig | None = None

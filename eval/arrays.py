@@ -88,13 +88,13 @@ def checked_panoptic(image: object, where: str, error: type[UserError] = Evaluat
     id_map, fields = image.id_map, _Fields(where, error)
     if id_map.dtype.kind not in "iub" or id_map.ndim != 2:
         raise error(f"{where} is a {id_map.dtype} map of shape {list(id_map.shape)}; it must be integers [H, W]")
-    given = fields.by_id("labels", image.labels)
+    labels_by_id = fields.by_id("labels", image.labels)
     crowds = fields.ids("crowds", image.crowds)
     areas = fields.by_id("areas", image.areas)
     for name, ids in (("crowds", crowds), ("areas", areas)):
-        if unknown := [i for i in ids if i not in given]:
+        if unknown := [i for i in ids if i not in labels_by_id]:
             raise error(f"{where}: {name} has the id {unknown[0]}, which labels does not have; use ids of segments")
-    labels = {i: fields.label(label, f"segment {i}") for i, label in given.items() if i != VOID_ID}
+    labels = {i: fields.label(label, f"segment {i}") for i, label in labels_by_id.items() if i != VOID_ID}
     stated = {i: fields.area(area, i, i in crowds) for i, area in areas.items() if i != VOID_ID}
     return replace(image, labels=labels, crowds=frozenset(crowds), areas=stated)
 
@@ -115,9 +115,9 @@ def checked_instances(image: object, where: str, error: type[UserError] = Evalua
         raise error(f"{where}: masks is {masks.dtype} of shape {list(masks.shape)}; it must be [N, H, W]")
     labels = fields.column("labels", image.labels, len(masks))
     with np.errstate(invalid="ignore"):  # NaN and infinity are refused below
-        whole = labels.astype(np.int64)
+        whole_labels = labels.astype(np.int64)
     if labels.dtype.kind == "f":
-        fields.refuse("labels", labels, whole != labels, "whole numbers")
+        fields.refuse("labels", labels, whole_labels != labels, "whole numbers")
     scores, crowd, areas = (
         None if values is None else fields.column(name, values, len(masks))
         for name, values in (("scores", image.scores), ("is_crowd", image.is_crowd), ("areas", image.areas))
@@ -128,7 +128,7 @@ def checked_instances(image: object, where: str, error: type[UserError] = Evalua
         fields.refuse("areas", areas, ~(np.isfinite(areas) & (areas >= 0)), "numbers of pixels, or no areas")
     return replace(
         image,
-        labels=whole,
+        labels=whole_labels,
         scores=None if scores is None else scores.astype(np.float64),
         is_crowd=None if crowd is None else crowd.astype(bool),
         areas=None if areas is None else areas.astype(np.float64),
@@ -150,12 +150,12 @@ class _Fields:
 
     def ids(self, name: str, values: object) -> list[int]:
         """Return segment ids as int. Flags are refused, because True would be the id 1."""
-        given = values.tolist() if hasattr(values, "tolist") else values
-        if not isinstance(given, Collection) or isinstance(given, str | bytes | Mapping):
+        listed = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(listed, Collection) or isinstance(listed, str | bytes | Mapping):
             raise self.error(f"{self.where}: {name} is {values!r:.50}; give a list of segment ids")
-        numbers = [None if isinstance(value, bool | np.bool_) else _whole_number(value) for value in given]
+        numbers = [None if isinstance(value, bool | np.bool_) else _whole_number(value) for value in listed]
         if None in numbers:
-            wrong = list(given)[numbers.index(None)]
+            wrong = list(listed)[numbers.index(None)]
             raise self.error(f"{self.where}: {name} has {wrong!r:.50}, which is not a segment id; ids are integers")
         return [number for number in numbers if number is not None]
 

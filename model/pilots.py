@@ -98,11 +98,11 @@ class PilotGuides(NamedTuple):
         All rows may attend to the Q queries that are not pilots. Pilots may also attend to valid pilots, and padding to
         itself. Nothing else attends to padding, so the result for an image does not depend on the amount of padding.
         """
-        images, number = self.valid.shape
-        is_pilot = torch.arange(number + num_queries, device=self.valid.device) < number
+        images, num_pilots = self.valid.shape
+        is_pilot = torch.arange(num_pilots + num_queries, device=self.valid.device) < num_pilots
         visible_to_pilots = torch.cat((self.valid, self.valid.new_ones(images, num_queries)), dim=1)[:, None]
         allowed = torch.where(is_pilot[:, None], visible_to_pilots, ~is_pilot)
-        identity = torch.eye(number + num_queries, dtype=torch.bool, device=self.valid.device)
+        identity = torch.eye(num_pilots + num_queries, dtype=torch.bool, device=self.valid.device)
         return (allowed | identity)[:, None]
 
 
@@ -126,22 +126,26 @@ class PilotQueries(nn.Module):
         images, num_targets = targets.valid.shape
         device = targets.valid.device
         chosen = min(num_targets, self.settings.max_targets)
-        number = padded_number(chosen, self.settings.max_targets)
+        num_pilots = padded_number(chosen, self.settings.max_targets)
         image_keys = mix(targets.position + signed((self.seed ^ _SALT) * GOLDEN))
         keys = mix(image_keys[:, None] + torch.arange(1, num_targets + 1, device=device) * GOLDEN)
         target = choose(targets.valid, keys, chosen)
         keys, labels, valid = (values.gather(1, target) for values in (keys, targets.labels, targets.valid))
-        target, keys, labels, valid = (F.pad(values, (0, number - chosen)) for values in (target, keys, labels, valid))
+        target, keys, labels, valid = (
+            F.pad(values, (0, num_pilots - chosen)) for values in (target, keys, labels, valid)
+        )
 
         place = torch.where(valid, target, num_targets)
-        pilot_of_target = torch.full((images, num_targets + 1), number, dtype=torch.int16, device=device)
-        pilot_of_target.scatter_(1, place, torch.arange(number, dtype=torch.int16, device=device).expand(images, -1))
+        pilot_of_target = torch.full((images, num_targets + 1), num_pilots, dtype=torch.int16, device=device)
+        pilot_of_target.scatter_(
+            1, place, torch.arange(num_pilots, dtype=torch.int16, device=device).expand(images, -1)
+        )
         content = self.class_query(self._with_label_noise(labels, keys))
         return Pilots(
             content=torch.where(valid[..., None], content, 0.0),
             target=target,
             valid=valid,
-            owners=pixel_owners(targets, pilot_of_target[:, :num_targets], number),
+            owners=pixel_owners(targets, pilot_of_target[:, :num_targets], num_pilots),
             keys=keys,
             mask_noise=self.settings.mask_noise,
             first_prediction=self.first_prediction,

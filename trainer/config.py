@@ -78,7 +78,10 @@ class MultiStepSchedule(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class StagedPolySchedule(Section):
-    """The backbone has rate 0 while all else warms up; then it warms up too. Afterwards, each decreases as `poly`."""
+    """The backbone keeps learning rate 0 while the rest of the model warms up, then warms up too.
+
+    After its warm-up, each of the two decreases as `poly`.
+    """
 
     kind: Literal["staged_poly"] = "staged_poly"
     power: Annotated[float, FROM_0] = 0.9
@@ -169,7 +172,7 @@ class SpikeConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Section):
-    """Settings of a training run."""
+    """Number of steps, batch sizes, precision, optimizer, checkpoints and reactions to failures."""
 
     max_steps: Annotated[int, STEPS_FROM_0] = 0
     """Number of optimizer steps; 0: derived from `max_epochs`."""

@@ -52,7 +52,7 @@ class ShardedData:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the order."""
+        """Hash of everything that determines the order; a run resumes its order only if this is unchanged."""
         return self.order.fingerprint
 
     @property

@@ -125,17 +125,17 @@ class _Loop:
 
         An error on any rank is raised on all.
         """
-        batches, on_device, own, error = None, None, StepFacts(), None
+        batches, on_device, own_facts, error = None, None, StepFacts(), None
         self._observer.enter("data")
         try:
             batches = next(self._run.batches)
             with self._convert_out_of_memory(batches, state):
                 on_device = self._copies.start(batches.micro_batches)
-            own = self._step_facts(batches)
+            own_facts = self._step_facts(batches)
         except Exception as caught:
             error = caught
         self._observer.enter("exchange")
-        facts = self._run.ranks.exchange(own, error)
+        facts = self._run.ranks.exchange(own_facts, error)
         assert batches is not None
         assert on_device is not None
         if facts.committed:

@@ -101,9 +101,11 @@ class Observer:
         """
         run, stopwatch = self._run, self._stopwatch
         traffic = self._traffic.read(run.ranks)
-        own = measure_rank(run.ranks.rank, stopwatch.steps, stopwatch.phases, self._micro_batch, run.job.run_folder)
-        numbers = run.ranks.gather(own)
-        self._reporter.report(RankReport(state.step, own))
+        own_numbers = measure_rank(
+            run.ranks.rank, stopwatch.steps, stopwatch.phases, self._micro_batch, run.job.run_folder
+        )
+        numbers = run.ranks.gather(own_numbers)
+        self._reporter.report(RankReport(state.step, own_numbers))
         if not run.ranks.is_first:
             stopwatch.reset()
             return None

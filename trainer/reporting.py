@@ -44,7 +44,7 @@ class CommittedCheckpoint:
 
     @property
     def name(self) -> str:
-        """Name of the folder."""
+        """Last part of `url`, for example `step_00000042-3`."""
         return self.url.rstrip("/").rpartition("/")[2]
 
 

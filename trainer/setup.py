@@ -42,6 +42,7 @@ class Run:
     batches: Iterator[StepBatches]
     state: TrainState
     resumed: CommittedCheckpoint | None
+    """Checkpoint from which the run resumes; None for a new run."""
 
 
 @contextmanager
@@ -104,8 +105,9 @@ def prepare_device(ranks: Ranks, reporter: Reporter) -> torch.device:
 def _seed_dropout(seed: int, rank: int, step: int) -> None:
     """Seed torch's generators, from which dropout and drop path draw, differently on every rank.
 
-    Initial weights, which are equal on all ranks, must exist before. The step gives a run that goes on with another
-    number of ranks new numbers; with the same number, the checkpoint restores the generators.
+    Call this after the initial weights are drawn, because these must be equal on all ranks. If a run resumes with
+    another number of ranks, the step makes its random numbers new. With the same number of ranks, the checkpoint
+    restores the generators afterwards.
     """
     torch.manual_seed(random_words(seed, Stream.DROPOUT, rank, step, count=1).item())
 

@@ -24,7 +24,7 @@ class TrainState:
     skipped_total: int = 0
     order_fingerprint: str
     order_start: int = 0
-    """Position at which this order started; above 0 only if the run's data were changed."""
+    """Position at which this order started; above 0 only if the run's data was changed."""
     seed: int
     world_size: int
     zero_stage: int

@@ -94,7 +94,7 @@ def _inputs(images: list[SyntheticImage], manifest: Manifest) -> _Inputs:
     return _Inputs(
         images=[by_name[key] for key in manifest.key],
         members=members,
-        samples=[decode(one) for one in members],
+        samples=[decode(member) for member in members],
         params=[draw_params(rng, SIZE, AREA_AUGMENT) for rng in rngs],
     )
 
@@ -166,7 +166,7 @@ def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Measu
     def theirs() -> list[str]:
         transform, keys = _transform(AREA_AUGMENT), []
         for pair in _pairs(enumerate(peer.stream(urls, storage))):
-            keys += collate([make_example(decode(one), 0, n, transform) for n, one in pair], (1024, 1024)).keys
+            keys += collate([make_example(decode(member), 0, n, transform) for n, member in pair], (1024, 1024)).keys
         return keys
 
     assert sorted(ours()) == sorted(theirs()), "not the same images"

@@ -46,13 +46,15 @@ def run(tiny: bool) -> list[Measurement]:
     """Measure PQ, mIoU and AP on generated images; times are per image."""
     count = 10 if tiny else 300
     images = [_id_maps(seed) for seed in range(count)]
-    detections = [_detections(one, seed) for seed, one in enumerate(images)]
+    detections = [_detections(maps, seed) for seed, maps in enumerate(images)]
     rows = [*_panoptic_quality(images), _mean_iou(images), _average_precision(images, detections)]
     return [*rows, *_from_files(images, detections, 1 if tiny else 3)]
 
 
 @dataclass(frozen=True)
 class _IdMaps:
+    """Annotated and predicted id map of one generated image."""
+
     truth: np.ndarray
     """[H, W] uint8 ids: things in front of stuff, with a strip of void (0)."""
     predicted: np.ndarray
@@ -75,23 +77,24 @@ def _id_maps(seed: int) -> _IdMaps:
     return _IdMaps(truth, predicted, label_of)
 
 
-def _present_labels(id_map: np.ndarray, one: _IdMaps) -> dict[int, int]:
-    return {i: one.label_of[i] for i in np.unique(id_map).tolist() if i}
+def _present_labels(id_map: np.ndarray, maps: _IdMaps) -> dict[int, int]:
+    """Return the class of every id that occurs in `id_map`, without void."""
+    return {i: maps.label_of[i] for i in np.unique(id_map).tolist() if i}
 
 
 def _pairs(images: Sequence[_IdMaps]) -> list[tuple[PanopticTruth, PanopticPrediction]]:
     pairs = []
-    for one in images:
-        areas = np.bincount(one.truth.ravel())
-        segments = {i: TruthSegment(k, float(areas[i]), False) for i, k in _present_labels(one.truth, one).items()}
-        prediction = PanopticPrediction(one.predicted, _present_labels(one.predicted, one))
-        pairs.append((PanopticTruth(one.truth, segments), prediction))
+    for maps in images:
+        areas = np.bincount(maps.truth.ravel())
+        segments = {i: TruthSegment(k, float(areas[i]), False) for i, k in _present_labels(maps.truth, maps).items()}
+        prediction = PanopticPrediction(maps.predicted, _present_labels(maps.predicted, maps))
+        pairs.append((PanopticTruth(maps.truth, segments), prediction))
     return pairs
 
 
 def _panoptic_quality(images: Sequence[_IdMaps]) -> list[Measurement]:
     pairs = _pairs(images)
-    files = [tuple(_as_png(id_map) for id_map in (s.truth, s.predicted)) for s in images]
+    files = [tuple(_as_png(id_map) for id_map in (maps.truth, maps.predicted)) for maps in images]
 
     def ours() -> Sequence[Tensor]:
         state = PanopticQualityState([k > 1 for k in range(CLASSES)])
@@ -179,7 +182,7 @@ def _from_files(images: Sequence[_IdMaps], detections: Sequence[InstanceDetectio
     """Measure AP and PQ on the same images, read from files."""
     coco, results = _as_coco(_truths(images), detections)
     pairs = _pairs(images)
-    pngs = [tuple(_as_png(id_map) for id_map in (one.truth, one.predicted)) for one in images]
+    pngs = [tuple(_as_png(id_map) for id_map in (maps.truth, maps.predicted)) for maps in images]
     categories = [{"id": k, "name": str(k), "isthing": int(k > 1)} for k in range(CLASSES)]
     sides: dict[str, list[dict[str, Any]]] = {"truth": [], "found": []}
     with tempfile.TemporaryDirectory() as name:
@@ -213,8 +216,8 @@ def _from_files(images: Sequence[_IdMaps], detections: Sequence[InstanceDetectio
 
 
 def _mean_iou(images: Sequence[_IdMaps]) -> Measurement:
-    def labels(id_map: np.ndarray, one: _IdMaps, void: int) -> np.ndarray:
-        return np.array([void, *(one.label_of[i] for i in range(1, 14))], np.uint8)[id_map]
+    def labels(id_map: np.ndarray, image: _IdMaps, void: int) -> np.ndarray:
+        return np.array([void, *(image.label_of[i] for i in range(1, 14))], np.uint8)[id_map]
 
     maps = [(labels(s.truth, s, 255), labels(s.predicted, s, 0)) for s in images]
 
@@ -236,23 +239,23 @@ def _mean_iou(images: Sequence[_IdMaps]) -> Measurement:
     return _per_image(measurement, len(images))
 
 
-def _detections(one: _IdMaps, seed: int) -> InstanceDetections:
+def _detections(maps: _IdMaps, seed: int) -> InstanceDetections:
     """Return 100 detections that share 40 masks of shifted things; half of them have a random class."""
     rng = np.random.default_rng(seed)
-    ids = [i for i in _present_labels(one.truth, one) if i > 2]
+    ids = [i for i in _present_labels(maps.truth, maps) if i > 2]
     chosen = rng.choice(ids, 40)
-    masks = np.stack([np.roll(one.truth == i, rng.integers(-12, 13, 2), axis=(0, 1)) for i in chosen])
+    masks = np.stack([np.roll(maps.truth == i, rng.integers(-12, 13, 2), axis=(0, 1)) for i in chosen])
     index = rng.integers(0, 40, 100)
-    labels = np.array([one.label_of[int(chosen[m])] for m in index])
+    labels = np.array([maps.label_of[int(chosen[m])] for m in index])
     labels = np.where(rng.random(100) < 0.5, labels, rng.integers(2, CLASSES, 100))
     return InstanceDetections(encode_masks(masks), index, labels, rng.random(100))
 
 
 def _truths(images: Sequence[_IdMaps]) -> list[InstanceTruth]:
     truths = []
-    for one in images:
-        things = {i: k for i, k in _present_labels(one.truth, one).items() if i > 2}
-        masks = encode_masks(np.stack([one.truth == i for i in things]))
+    for maps in images:
+        things = {i: k for i, k in _present_labels(maps.truth, maps).items() if i > 2}
+        masks = encode_masks(np.stack([maps.truth == i for i in things]))
         crowd = np.zeros(len(things), dtype=bool)
         truths.append(InstanceTruth(masks, np.array(list(things.values())), mask_areas(masks), crowd))
     return truths

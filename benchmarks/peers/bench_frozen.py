@@ -53,7 +53,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
     shape, repeats = f"1 x {size} x {size}", 2 if tiny else 3
     measurements = []
     for name, config in CONFIGS.items():
-        frozen, trained = (_Step(one, batch, device) for one in (config, replace(config, freeze=())))
+        frozen, trained = (_Step(model_config, batch, device) for model_config in (config, replace(config, freeze=())))
         case, peer = f"training step, {name}, ViT-S frozen", "ViT-S trained"
         # Only the first step is compared, because both models then have equal weights.
         step = compare(case, shape, frozen, peer, trained, 1e-4, repeats, device, memory=True)

@@ -26,7 +26,7 @@ HEADS = 8
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """Return one measurement per number of objects (on a GPU also per number of images), and one of `_criteria`."""
+    """Return a measurement per number of objects (on a GPU also per number of images), and one of `_criteria`."""
     if device.type == "cpu":
         size, objects = (256, (5, 25)) if tiny else (1024, (5, 11, 25, 60, 100))
         measurements = [_case(1, size, count, device, repeats=3) for count in objects]

@@ -2,7 +2,7 @@
 
 The peers have the same weights, images and targets:
 
-- `transformers` as it is and, on a GPU, in its fastest form (channels-last weights, compiled parts). It draws its own
+- `transformers` unmodified and, on a GPU, in its fastest form (channels-last weights, compiled parts). It draws its own
   random points, so its losses may differ from ours, but class and mask logits must agree.
 - The published code's order of operations.
 - Our own step without matching, which shows the cost of matching.

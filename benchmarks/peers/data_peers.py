@@ -61,12 +61,12 @@ def segment_ids(colors: np.ndarray) -> np.ndarray:
 
 def collate(mapped: Sequence[Mapped]) -> tuple[Tensor, list[Tensor]]:
     """Stack the images to [B, 3, H, W], and pad the masks of each image to [n, H, W]."""
-    images = torch.stack([one.image for one in mapped])
+    images = torch.stack([example.image for example in mapped])
     height, width = images.shape[-2:]
     padded = []
-    for one in mapped:
-        masks = torch.zeros((len(one.masks), height, width), dtype=torch.bool)
-        masks[:, : one.masks.shape[1], : one.masks.shape[2]] = one.masks
+    for example in mapped:
+        masks = torch.zeros((len(example.masks), height, width), dtype=torch.bool)
+        masks[:, : example.masks.shape[1], : example.masks.shape[2]] = example.masks
         padded.append(masks)
     return images, padded
 

@@ -71,7 +71,7 @@ def official_loss(
     config: LossConfig,
 ) -> Tensor:
     """Return the total loss of a micro-batch; `truth` contains the masks [N, H, W] of each image."""
-    num_masks = sum(len(own) for own in labels)
+    num_masks = sum(len(image_labels) for image_labels in labels)
     total = predictions.class_logits.new_zeros(())
     for layer, (logits, classes) in enumerate(zip(masks, predictions.class_logits, strict=True)):
         pairs = [

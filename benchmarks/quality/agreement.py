@@ -132,12 +132,18 @@ def table(name: str, double: Sequence[StepLosses], single: Sequence[StepLosses])
     verdict = "agree" if agree(double) else "differ (FAILS)"
     head = (
         f"{name}: the losses of {len(double)} steps {verdict}. The largest relative difference is "
-        f"{max(one.error for one in double):.1e} in 64 bits (limit {TOLERANCE:g}) and "
-        f"{max(one.error for one in single):.1e} in 32 bits."
+        f"{max(step.error for step in double):.1e} in 64 bits (limit {TOLERANCE:g}) and "
+        f"{max(step.error for step in single):.1e} in 32 bits."
     )
     rows = [
-        [str(step), f"{one.ours:.5f}", f"{one.theirs:.5f}", f"{one.error:.1e}", f"{other.error:.1e}"]
-        for step, (one, other) in enumerate(zip(double, single, strict=True), start=1)
+        [
+            str(step),
+            f"{in_64_bits.ours:.5f}",
+            f"{in_64_bits.theirs:.5f}",
+            f"{in_64_bits.error:.1e}",
+            f"{in_32_bits.error:.1e}",
+        ]
+        for step, (in_64_bits, in_32_bits) in enumerate(zip(double, single, strict=True), start=1)
     ]
     columns = ["step", "ours", "transformers", "difference", "difference in 32 bits"]
     return f"{head}\n\n{markdown(columns, rows)}"
@@ -145,14 +151,14 @@ def table(name: str, double: Sequence[StepLosses], single: Sequence[StepLosses])
 
 def agree(losses: Sequence[StepLosses]) -> bool:
     """Return whether all steps are within the tolerance."""
-    return all(one.error <= TOLERANCE for one in losses)
+    return all(step.error <= TOLERANCE for step in losses)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; return exit status 0 if all losses agree in 64 bits."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.agreement", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder for shards")
-    parser.add_argument("--sets", nargs="+", choices=[one.name for one in IMAGE_SETS], default=["shapes"])
+    parser.add_argument("--sets", nargs="+", choices=[image_set.name for image_set in IMAGE_SETS], default=["shapes"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings for all runs")

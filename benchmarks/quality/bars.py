@@ -68,7 +68,7 @@ class Part:
 
 _POINTS = ("base", *_BOX_ARMS, _UNIFORM)
 PARTS = (
-    *(Part("box points", one.name, _POINTS, one.seeds) for one in IMAGE_SETS),
+    *(Part("box points", image_set.name, _POINTS, image_set.seeds) for image_set in IMAGE_SETS),
     Part("beside transformers", "shapes", ("base", "transformers"), 2),
     Part("beside transformers", "camvid", ("base", "transformers"), 2),
     Part("pilots", "shapes", ("base", *(arm.name for arm in PILOT_ARMS)), JUDGED_SEEDS),
@@ -106,12 +106,12 @@ def _verdict(bar: Bar, difference: Difference) -> str:
 def judge_costs(costs: Iterable[Costs]) -> list[str]:
     """Return a verdict on the cost of box points for every measured micro-batch."""
     lines = []
-    for one in costs:
+    for cost in costs:
         for arm in _BOX_ARMS:
-            ratio = one.milliseconds[arm] / one.milliseconds[_UNIFORM]
+            ratio = cost.milliseconds[arm] / cost.milliseconds[_UNIFORM]
             verdict = "holds" if ratio <= MAX_COST else "FAILS"
-            what = f"{arm} takes at most {MAX_COST:g} of the CPU time of {_UNIFORM} in matching and losses"
-            lines.append(f"{verdict}: {what} ({one.sizes}): {ratio:.2f}")
+            claim = f"{arm} takes at most {MAX_COST:g} of the CPU time of {_UNIFORM} in matching and losses"
+            lines.append(f"{verdict}: {claim} ({cost.sizes}): {ratio:.2f}")
     return lines
 
 
@@ -140,6 +140,6 @@ def _format_runs(runs: Sequence[tuple[str, int]]) -> str:
 
 def _format_seeds(seeds: Sequence[int]) -> str:
     """Format ascending numbers; consecutive ones become a range."""
-    starts = [one for one in seeds if one - 1 not in seeds]
-    ends = [one for one in seeds if one + 1 not in seeds]
+    starts = [seed for seed in seeds if seed - 1 not in seeds]
+    ends = [seed for seed in seeds if seed + 1 not in seeds]
     return " ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))

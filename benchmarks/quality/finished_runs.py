@@ -37,7 +37,7 @@ def read_run(folders: Sequence[Path], run: Run) -> RunResult | None:
     evaluations = [(result, folder) for folder in folders if (result := _newest_evaluation(folder, run)) is not None]
     if not evaluations:
         return None
-    path, folder = max(evaluations, key=lambda one: one[0].parts[-3])
+    path, folder = max(evaluations, key=lambda evaluation: evaluation[0].parts[-3])
     result = parse_results(path.read_bytes(), str(path))
     metrics = {name: value for name, value in result.metrics.items() if value is not None}
     return RunResult(result.step, result.num_images, metrics, read_cpu(_cpu_record(folder, run)))

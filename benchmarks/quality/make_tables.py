@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     costs = read_costs(folders)
     if costs:
         print_out(f"## Cost of points\n\n{costs_table(costs)}\n")
-    finished = {one.name: _finished(one, results[one.name], arguments.overrides) for one in IMAGE_SETS}
+    finished = {
+        image_set.name: _finished(image_set, results[image_set.name], arguments.overrides) for image_set in IMAGE_SETS
+    }
     if arguments.keep is not None:
         _keep(finished, folders, arguments.keep)
     print_out("## Bars and missing runs\n")

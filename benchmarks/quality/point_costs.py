@@ -91,7 +91,9 @@ def measure_all(all_sizes: Sequence[Sizes], repeats: int) -> list[Costs]:
     losses = [Run(IMAGE_SETS[0], arm, 0).config(Path("unused")).model.loss for arm in arms]
     names = [arm.name for arm in arms]
     return [
-        Costs(str(sizes), dict(zip(names, (1000 * one for one in measure(sizes, losses, repeats)), strict=True)))
+        Costs(
+            str(sizes), dict(zip(names, (1000 * seconds for seconds in measure(sizes, losses, repeats)), strict=True))
+        )
         for sizes in all_sizes
     ]
 
@@ -101,13 +103,13 @@ def read_costs(folders: Sequence[Path]) -> list[Costs]:
     costs: list[Costs] = []
     for path in (folder / COSTS_FILE for folder in folders):
         listed = [Costs(**content) for content in json.loads(path.read_text())] if path.exists() else []
-        costs += [one for one in listed if one not in costs]
+        costs += [cost for cost in listed if cost not in costs]
     return costs
 
 
 def write_costs(costs: Sequence[Costs], folder: Path) -> None:
     """Write measurements to a folder in place of those that it holds."""
-    (folder / COSTS_FILE).write_text(json.dumps([asdict(one) for one in costs], indent=1))
+    (folder / COSTS_FILE).write_text(json.dumps([asdict(cost) for cost in costs], indent=1))
 
 
 def costs_table(costs: Sequence[Costs]) -> str:
@@ -115,10 +117,10 @@ def costs_table(costs: Sequence[Costs]) -> str:
     names = list(costs[0].milliseconds)
     rows = [
         [
-            one.sizes,
-            *(f"{value:.1f} ({value / one.milliseconds[names[-1]]:.2f})" for value in one.milliseconds.values()),
+            cost.sizes,
+            *(f"{value:.1f} ({value / cost.milliseconds[names[-1]]:.2f})" for value in cost.milliseconds.values()),
         ]
-        for one in costs
+        for cost in costs
     ]
     return markdown(["micro-batch", *(f"{name}, ms (ratio)" for name in names)], rows)
 

@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train the requested runs; return exit status 0 if all are finished, else 1."""
     arguments = parse(argv)
     folder = arguments.folder.absolute()
-    sets = [one for one in IMAGE_SETS if one.name in arguments.sets]
-    arms = [one for one in ALL_ARMS if one.name in arguments.arms]
+    sets = [image_set for image_set in IMAGE_SETS if image_set.name in arguments.sets]
+    arms = [arm for arm in ALL_ARMS if arm.name in arguments.arms]
     pool = Pool(folder, arguments.overrides, arguments.processes, arguments.kept)
     return pool.train(list_runs(sets, arms, arguments.seeds), 60 * arguments.minutes)
 
@@ -43,9 +43,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.quality.run_arms", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder for shards, runs, logs and CPU records")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings for all runs")
-    parser.add_argument("--sets", nargs="+", choices=[one.name for one in IMAGE_SETS], default=["shapes"])
-    names = [one.name for one in ALL_ARMS]
-    m2f_arms = [one.name for one in ARMS if one.trainer == "m2f"]
+    parser.add_argument("--sets", nargs="+", choices=[image_set.name for image_set in IMAGE_SETS], default=["shapes"])
+    names = [arm.name for arm in ALL_ARMS]
+    m2f_arms = [arm.name for arm in ARMS if arm.trainer == "m2f"]
     parser.add_argument(
         "--arms",
         nargs="+",

@@ -70,7 +70,7 @@ def find_run(image_set: str, arm: str, seed: str) -> Run:
     """Return the run that these names from the command line select."""
     from benchmarks.quality.arms import ALL_ARMS, IMAGE_SETS, Run
 
-    sets, arms = ({one.name: one for one in table} for table in (IMAGE_SETS, ALL_ARMS))
+    sets, arms = ({entry.name: entry for entry in table} for table in (IMAGE_SETS, ALL_ARMS))
     return Run(sets[image_set], arms[arm], int(seed))
 
 

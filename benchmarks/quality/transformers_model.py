@@ -55,7 +55,7 @@ def transformers_twin(ours: Mask2Former, config: ModelConfig) -> Mask2FormerForU
 
 def transformers_loss(theirs: Mask2FormerForUniversalSegmentation, pixels: Tensor, targets: Targets) -> Tensor:
     """Return the total loss [] of a micro-batch; `pixels` [B, 3, H, W] are normalised by our model."""
-    labels = [own[valid] for own, valid in zip(targets.labels, targets.valid, strict=True)]
+    labels = [image_labels[valid] for image_labels, valid in zip(targets.labels, targets.valid, strict=True)]
     return theirs(pixel_values=pixels, mask_labels=dense_masks(targets), class_labels=labels).loss.view(())
 
 

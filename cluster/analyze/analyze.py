@@ -48,8 +48,8 @@ class AnalysisSubject:
     @property
     def title(self) -> str:
         """Title with data set, number of images and checkpoint; a second line if only some classes are evaluated."""
-        what = "weights" if self.step is None else f"checkpoint of step {self.step}"
-        title = f"{self.dataset}: {len(self.indices)} of {format_count(self.manifest.num_samples, 'image')}, {what}"
+        weights = "weights" if self.step is None else f"checkpoint of step {self.step}"
+        title = f"{self.dataset}: {len(self.indices)} of {format_count(self.manifest.num_samples, 'image')}, {weights}"
         return title if self.classes.note is None else f"{title}\nSOME CLASSES: {self.classes.note}"
 
 
@@ -62,8 +62,8 @@ def open_subject(
     """
     torch.set_num_threads(config.evaluation.threads)
     manifest, url = Manifest.load(config.datasets[dataset].shards, storage), weights_url(weights.url, storage)
-    known = model_classes(config, url, storage)
-    classes = evaluated_classes(manifest.categories, known, config.data.task, dataset)
+    known_classes = model_classes(config, url, storage)
+    classes = evaluated_classes(manifest.categories, known_classes, config.data.task, dataset)
     model = model_with_weights(replace(config.model, num_classes=len(classes.model_classes)), url, storage)
     indices = spread_indices(manifest, num_images)
     return AnalysisSubject(config, model, dataset, manifest, classes, indices, storage, weights.step)

@@ -89,8 +89,18 @@ def cpu_seconds_per_image(config: ModelConfig, size: Size) -> float:
 
 def format_model_table(rows: Sequence[ModelSize], size: Size, *, markdown: bool) -> str:
     """Format the table with aligned columns for a terminal, or as Markdown."""
-    at = f"{size[0]}x{size[1]}"
-    head = ["model", "table", "M params", "paper", "GFLOPs", "paper", f"official {at}", f"executed {at}", f"CPU s {at}"]
+    size_text = f"{size[0]}x{size[1]}"
+    head = [
+        "model",
+        "table",
+        "M params",
+        "paper",
+        "GFLOPs",
+        "paper",
+        f"official {size_text}",
+        f"executed {size_text}",
+        f"CPU s {size_text}",
+    ]
     cells = [
         [
             row.name,

@@ -255,11 +255,11 @@ def _thresholds(trained: TrainedModel) -> Thresholds | None:
 
 
 def to_overrides(settings: Mapping[str, Any] | None) -> list[str]:
-    """Convert settings to `name=value` words, as `m2f` takes them on the command line.
+    """Convert settings to overrides `section.key=value`, as `m2f` accepts them on the command line.
 
-    Dictionaries are merged into the recipe: each of their settings becomes a word of its own. Lists, and dictionaries
+    Dictionaries are merged into the recipe: each of their settings becomes a separate override. Lists, and dictionaries
     with `kind`, replace the recipe's value. So do dictionaries with a `.` or `=` in a name, such as that of a Ray
-    resource, because a word cannot name their entries.
+    resource, because an override cannot name their entries.
 
     Raises ConfigError, which names the setting, for a value that is not a dictionary, list, string, path, number or
     None.

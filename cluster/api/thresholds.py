@@ -75,7 +75,16 @@ class Thresholds:
         The score is infinity if no threshold reaches the precision for a class, and 0 if the class is not listed.
         """
         found = [self.classes.get(category.name) for category in classes]
-        return np.array([0.0 if one is None else np.inf if one.threshold is None else one.threshold for one in found])
+        return np.array(
+            [
+                0.0
+                if class_threshold is None
+                else np.inf
+                if class_threshold.threshold is None
+                else class_threshold.threshold
+                for class_threshold in found
+            ]
+        )
 
 
 def accepted(prediction: Prediction, min_scores: np.ndarray | None) -> Prediction:
@@ -85,8 +94,8 @@ def accepted(prediction: Prediction, min_scores: np.ndarray | None) -> Predictio
     """
     if min_scores is None or not isinstance(prediction, InstanceDetections):
         return prediction
-    kept = prediction.scores >= min_scores[prediction.labels]
-    columns = {name: getattr(prediction, name)[kept] for name in ("mask_index", "labels", "scores")}
+    is_kept = prediction.scores >= min_scores[prediction.labels]
+    columns = {name: getattr(prediction, name)[is_kept] for name in ("mask_index", "labels", "scores")}
     return replace(prediction, **columns)
 
 

@@ -183,8 +183,8 @@ def _metric_values(run: RunRecord, step: int | None) -> dict[str, float]:
         if is_training_metric(name):
             values[name] = curve[-1][1]
         else:
-            at = compared_step(split_metric_name(name)[0], run.curves, step)
-            values |= {name: value for evaluated, value in curve if evaluated == at}  # noqa: B035 (at most one)
+            compared = compared_step(split_metric_name(name)[0], run.curves, step)
+            values |= {name: value for evaluated, value in curve if evaluated == compared}  # noqa: B035 (at most one)
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
@@ -193,10 +193,12 @@ def _choose_metrics(by_run: Sequence[Mapping[str, float]], requested: Sequence[s
     if not requested:
         return [name for name in known if not is_training_metric(name)]
     chosen: list[str] = []
-    for one in requested:
-        found = [name for name in known if one in (name, split_metric_name(name)[1])]
+    for requested_name in requested:
+        found = [name for name in known if requested_name in (name, split_metric_name(name)[1])]
         if not found:
-            raise CompareError(f"no run has the metric {one!r} at the compared step; available: {', '.join(known)}")
+            raise CompareError(
+                f"no run has the metric {requested_name!r} at the compared step; available: {', '.join(known)}"
+            )
         chosen += found
     return list(dict.fromkeys(chosen))
 
@@ -227,8 +229,8 @@ def _run_values(
     name: str, values: Sequence[float | None], *, higher: bool | None = None, paper: float | None = None
 ) -> RunValues:
     higher = "loss" not in name if higher is None else higher
-    known = [value for value in values if value is not None]
-    best = (max(known) if higher else min(known)) if len(set(known)) > 1 else None
+    defined_values = [value for value in values if value is not None]
+    best = (max(defined_values) if higher else min(defined_values)) if len(set(defined_values)) > 1 else None
     baseline = values[0]
     return RunValues(
         name=name,
@@ -300,12 +302,12 @@ def _training_hours(step_times: Curve) -> float | None:
 
 def _differences(runs: Sequence[RunRecord]) -> tuple[Difference, ...]:
     """Return the settings that differ between runs, in the order of the recipe. Runs without a recipe are ignored."""
-    known = [run.recipe for run in runs if run.recipe]
-    settings = dict.fromkeys(setting for recipe in known for setting in recipe)
+    recipes = [run.recipe for run in runs if run.recipe]
+    settings = dict.fromkeys(setting for recipe in recipes for setting in recipe)
     return tuple(
         Difference(setting=setting, values=tuple(run.recipe.get(setting) for run in runs))
         for setting in settings
-        if setting not in IDENTITY_SETTINGS and len({recipe.get(setting) for recipe in known}) > 1
+        if setting not in IDENTITY_SETTINGS and len({recipe.get(setting) for recipe in recipes}) > 1
     )
 
 
@@ -315,7 +317,7 @@ def _class_tables(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[ClassT
     for dataset in sets:
         found = [run.results.get(dataset) for run in runs]
         for metric in CLASS_METRICS:
-            by_run = [_values_by_class(one, metric) if one else {} for one in found]
+            by_run = [_values_by_class(result, metric) if result else {} for result in found]
             names = dict.fromkeys(name for values in by_run for name in values)
             rows = [_run_values(name, [values.get(name) for values in by_run]) for name in names]
             rows = [row for row in rows if any(value.value is not None for value in row.values)]
@@ -382,22 +384,22 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
     notes = []
     for dataset in sets:
         found = [(run.name, run.results[dataset]) for run in runs if dataset in run.results]
-        if len({one.fingerprint for _, one in found}) > 1:
-            data = ", ".join(f"{name} {one.fingerprint[:12]}" for name, one in found)
+        if len({result.fingerprint for _, result in found}) > 1:
+            data = ", ".join(f"{name} {result.fingerprint[:12]}" for name, result in found)
             notes.append(f"{dataset}: the runs were evaluated on different data ({data}); do not compare the numbers")
-        if len({(one.subset, one.num_images) for _, one in found}) > 1:
-            images = ", ".join(f"{name} {one.subset or f'all {one.num_images}'}" for name, one in found)
+        if len({(result.subset, result.num_images) for _, result in found}) > 1:
+            images = ", ".join(f"{name} {result.subset or f'all {result.num_images}'}" for name, result in found)
             notes.append(f"{dataset}: the runs were evaluated on different images ({images})")
         notes += _settings_notes(dataset, found)
-        steps = {at for run in runs if (at := compared_step(dataset, run.curves, step)) is not None}
+        steps = {found_step for run in runs if (found_step := compared_step(dataset, run.curves, step)) is not None}
         if len(steps) > 1 and step is None:
             notes.append(
                 f"{dataset}: the newest evaluations are of different steps; use --step N to compare at the same step"
             )
         missing = [run.name for run in runs if compared_step(dataset, run.curves, step) is None]
         if missing:
-            at = "" if step is None else f" at step {step}"
-            notes.append(f"{dataset}: not evaluated{at}: {', '.join(missing)}")
+            at_step = "" if step is None else f" at step {step}"
+            notes.append(f"{dataset}: not evaluated{at_step}: {', '.join(missing)}")
     notes += [f"{run.name} is still running" for run in runs if run.status == "RUNNING"]
     notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
     return notes
@@ -405,7 +407,7 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
 
 def _settings_notes(dataset: str, found: Sequence[tuple[str, SetResult]]) -> list[str]:
     """Return one message for each evaluation setting that differs, and one if only some results state settings."""
-    known = [(name, dict(one.settings)) for name, one in found if one.settings is not None]
+    known = [(name, dict(result.settings)) for name, result in found if result.settings is not None]
     names = dict.fromkeys(setting for _, settings in known for setting in settings if setting not in IGNORED_SETTINGS)
     notes = []
     for setting in names:
@@ -414,7 +416,7 @@ def _settings_notes(dataset: str, found: Sequence[tuple[str, SetResult]]) -> lis
             notes.append(
                 f"{dataset}: evaluated with different `{setting}` ({values}); this alone may change the numbers"
             )
-    unknown = [name for name, one in found if one.settings is None]
+    unknown = [name for name, result in found if result.settings is None]
     if known and unknown:
         notes.append(
             f"{dataset}: the results of {', '.join(unknown)} do not state the settings of the evaluation, which may "

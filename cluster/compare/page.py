@@ -20,7 +20,8 @@ def as_page(comparison: Comparison) -> str:
     report = build_report(comparison)
     differences, names = report.differences, [run.name for run in comparison.runs]
     steps = [
-        [f"step of {name}", *("-" if s is None else f"{s:,}" for s in of)] for name, of in comparison.steps.items()
+        [f"step of {name}", *("-" if s is None else f"{s:,}" for s in steps)]
+        for name, steps in comparison.steps.items()
     ]
     paper = "" if report.paper is None else paragraph(f"Paper: {report.paper}.", "faint")
     sections = [Section("Metrics", _table(report.metrics) + paper + table(["evaluated", *names], steps))]
@@ -68,18 +69,19 @@ def _cell(cell: str | Number, kind: str) -> Cell:
 def _classes(comparison: Comparison, report: Report) -> str:
     """Return charts of gains and losses, and collapsed tables of all classes."""
     others = list(enumerate(comparison.runs))[1:]
-    charts = [_change_chart(one, position, run.name) for one in comparison.classes for position, run in others]
+    charts = [_change_chart(classes, position, run.name) for classes in comparison.classes for position, run in others]
     tables = [
         collapsible(
-            f"{one.dataset}/{one.metric} for {format_count(len(one.rows), 'class', 'classes')}", _table(content)
+            f"{classes.dataset}/{classes.metric} for {format_count(len(classes.rows), 'class', 'classes')}",
+            _table(content),
         )
-        for one, content in zip(comparison.classes, report.classes, strict=True)
+        for classes, content in zip(comparison.classes, report.classes, strict=True)
     ]
     return grid([chart for chart in charts if chart]) + "".join(tables)
 
 
-def _change_chart(one: ClassTable, position: int, name: str) -> str:
+def _change_chart(classes: ClassTable, position: int, name: str) -> str:
     """Return a chart of the gains and losses of one run, or "" if no class can be compared."""
-    changes, _ = largest_changes(one, position, SHOWN_CLASSES)
+    changes, _ = largest_changes(classes, position, SHOWN_CLASSES)
     bars = [Bar(row.name, delta, f"{delta:+.1f}", GOOD if delta >= 0 else BAD) for row, delta in changes]
-    return bar_chart(f"{one.dataset}/{one.metric}: {name}", bars) if bars else ""
+    return bar_chart(f"{classes.dataset}/{classes.metric}: {name}", bars) if bars else ""

@@ -93,12 +93,12 @@ def read_runs(
     by_filter = query is not None or (experiment is not None and not requested)
     records: list[RunRecord] = []
     store: _Store | None = None
-    for one in requested:
-        if _is_run_folder(one):
-            records.append(_read_folder(one, step))
+    for requested_run in requested:
+        if _is_run_folder(requested_run):
+            records.append(_read_folder(requested_run, step))
         else:
-            store = store or _open_store(uri, one, experiment)
-            records.append(store.read(store.find(one), step))
+            store = store or _open_store(uri, requested_run, experiment)
+            records.append(store.read(store.find(requested_run), step))
     if by_filter:
         store = store or _open_store(uri, experiment or "m2f", experiment)
         records += [replace(store.read(run, step), is_selected=True) for run in store.search(query)]
@@ -164,10 +164,10 @@ class _Store:
         results: dict[str, SetResult] = {}
         images: dict[str, ImageRecords] = {}
         for name in dict.fromkeys(split_metric_name(key)[0] for key in curves if not is_training_metric(key)):
-            at = compared_step(name, curves, step)
-            if at is None:
+            evaluated_step = compared_step(name, curves, step)
+            if evaluated_step is None:
                 continue
-            folder = f"evaluations/step_{at:08d}/{name}"
+            folder = f"evaluations/step_{evaluated_step:08d}/{name}"
             if (text := self._artifact(run, f"{folder}/results.json", notes)) is not None:
                 results[name] = parse_results(text, f"{folder}/results.json of run {run_id}")
                 if (records := self._images(run, folder, notes)) is not None:
@@ -274,18 +274,20 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
         recipe = flatten_tree(parse_yaml(storage.get(trained_recipe_url(storage, folder, step))))
         found = _folder_results(storage, folder, omitted)
         record_url = join(folder, "tracking.json")
-        known = parse_json(storage.get(record_url)) if storage.exists(record_url) else None
+        tracking_record = parse_json(storage.get(record_url)) if storage.exists(record_url) else None
     except UserError as error:
         raise CompareError(f"{folder} cannot be read as a run folder: {error}") from error
-    record = _tracked_record(storage, folder, known)
+    record = _tracked_record(storage, folder, tracking_record)
     points: dict[str, dict[int, float]] = {}
-    for (_, name, at), result in found.items():
+    for (_, name, result_step), result in found.items():
         for metric, value in result.metrics.items():
             if value is not None:
-                points.setdefault(f"{name}/{metric}", {})[at] = value
+                points.setdefault(f"{name}/{metric}", {})[result_step] = value
     curves = dict(record.curves) | {key: tuple(sorted(values.items())) for key, values in points.items()}
     compared = {
-        name: (url, result) for (url, name, at), result in found.items() if at == compared_step(name, curves, step)
+        name: (url, result)
+        for (url, name, result_step), result in found.items()
+        if result_step == compared_step(name, curves, step)
     }
     notes = [*record.notes, *omitted]
     return replace(

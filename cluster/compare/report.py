@@ -64,9 +64,9 @@ def as_json(comparison: Comparison) -> str:
 def _finite(value: Any) -> Any:
     """Return a tree of values with None for infinite values and NaN, which a diverged loss has and JSON lacks."""
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

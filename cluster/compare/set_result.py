@@ -33,7 +33,9 @@ class SetResult:
     step: int | None
     """Optimizer step; None for weights that are not a checkpoint of the run."""
     fingerprint: str
+    """Fingerprint of the evaluated data set."""
     subset: str | None
+    """Description of the subset that was evaluated; None for the whole set."""
     num_images: int
     metrics: Mapping[str, float | None]
     per_class: Sequence[Mapping[str, Any]]
@@ -45,7 +47,7 @@ def parse_results(payload: bytes | str, where: str) -> SetResult:
     """Parse a results.json. Raises CompareError if it is damaged. The message names the file, which is `where`."""
     try:
         content = parse_json(payload)
-        values = {one.name: content[one.name] for one in fields(SetResult) if one.name != "settings"}
+        values = {field.name: content[field.name] for field in fields(SetResult) if field.name != "settings"}
         values["settings"] = content.get("settings")
         _check_types(values, _TYPES)
         if not 0 <= (values["step"] or 0) < _MAX_STEP:

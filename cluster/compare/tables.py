@@ -63,7 +63,8 @@ def build_report(comparison: Comparison) -> Report:
         intervals=_interval_table(comparison),
         speed=_table("Speed and memory", "measure", names, comparison.speed),
         classes=tuple(
-            _table(f"{one.dataset}: {one.metric} by class", "class", names, one.rows) for one in comparison.classes
+            _table(f"{classes.dataset}: {classes.metric} by class", "class", names, classes.rows)
+            for classes in comparison.classes
         ),
         differences=Table("Recipe differences", ("setting", *names), tuple(settings)),
     )
@@ -72,11 +73,15 @@ def build_report(comparison: Comparison) -> Report:
 def _interval_table(comparison: Comparison) -> Table:
     head = ("metric", "runs", "value", "95 % interval", "computed over")
     rows = []
-    for one in comparison.intervals:
-        value = f"{one.value:.2f}" if one.baseline is None else f"{one.value:+.2f}"
-        of = f"{one.run}, mean" if one.baseline is None else f"{one.run} - {one.baseline}"
-        over = f"{one.images:,} images" if one.kind == "images" else f"{' and '.join(map(str, one.runs))} seeds"
-        rows.append((one.metric, of, value, f"{one.low:.2f} to {one.high:.2f}", over))
+    for interval in comparison.intervals:
+        value = f"{interval.value:.2f}" if interval.baseline is None else f"{interval.value:+.2f}"
+        estimate = f"{interval.run}, mean" if interval.baseline is None else f"{interval.run} - {interval.baseline}"
+        sample = (
+            f"{interval.images:,} images"
+            if interval.kind == "images"
+            else f"{' and '.join(map(str, interval.runs))} seeds"
+        )
+        rows.append((interval.metric, estimate, value, f"{interval.low:.2f} to {interval.high:.2f}", sample))
     return Table("Intervals", head, tuple(rows))
 
 

@@ -101,8 +101,8 @@ def check_tracking(config: RunConfig | None) -> Finding:
     from m2f.cluster.tracking.tracking import tracking_uri
 
     try:
-        given = os.environ.get("MLFLOW_TRACKING_URI")
-        uri = tracking_uri(config) if config is not None else given and checked_uri(given)
+        environment_uri = os.environ.get("MLFLOW_TRACKING_URI")
+        uri = tracking_uri(config) if config is not None else environment_uri and checked_uri(environment_uri)
     except UserError as error:
         return Finding("MLflow", "failed", str(error), "set tracking.uri to a tracking server")
     if not uri:
@@ -173,11 +173,11 @@ def check_ray_token(dashboard: str | None = None) -> Finding:
     if mode == "disabled":
         detail = "RAY_AUTH_MODE=disabled: anyone who can reach a port of Ray can run code on its nodes"
         return Finding("Ray token", "warning", detail, _TOKEN_REMEDY)
-    given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    if mode == "token" and not given and not (Path.home() / ".ray" / "auth_token").is_file():
+    has_token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if mode == "token" and not has_token and not (Path.home() / ".ray" / "auth_token").is_file():
         remedy = "set RAY_AUTH_TOKEN to the output of `ray get-auth-token` on the head"
         return Finding("Ray token", "failed", "RAY_AUTH_MODE=token, but no token is set", remedy)
-    return Finding("Ray token", "ok", "set" if given else "not set; m2f generates one for each local cluster")
+    return Finding("Ray token", "ok", "set" if has_token else "not set; m2f generates one for each local cluster")
 
 
 def _query_without_token(dashboard: str) -> Finding:

@@ -67,7 +67,7 @@ def kept_checkpoints(storage: Storage, run_folder: str) -> KeptCheckpoints:
 
 def _data(config: RunConfig, storage: Storage, name: str, fingerprint: str, images: int) -> DataInput:
     """Describe the evaluated data set from its manifest, or from the results if the shards have changed since."""
-    known = data_input(config, "evaluation", name, storage)
-    if known is not None and known.fingerprint == fingerprint:
-        return known
+    current = data_input(config, "evaluation", name, storage)
+    if current is not None and current.fingerprint == fingerprint:
+        return current
     return DataInput(name, "evaluation", config.datasets[name].shards, fingerprint, images, "{}")

@@ -105,12 +105,12 @@ class _Results:
 def _results_of(config: RunConfig, storage: Storage, step: int) -> _Results | None:
     """Read the results of a step; None if a set has no intact results, or if the sets name different weights."""
     weights, metrics = set[str | None](), dict[str, float]()
-    for evaluated in config.evaluation.sets:
-        content = read_results(config, storage, step, evaluated.label)
+    for evaluation_set in config.evaluation.sets:
+        content = read_results(config, storage, step, evaluation_set.label)
         try:
             weights.add((content.get("settings") or {}).get("weights"))
             defined = ((name, value) for name, value in content["metrics"].items() if value is not None)
-            metrics |= {f"{evaluated.label}/{name}": float(value) for name, value in defined}
+            metrics |= {f"{evaluation_set.label}/{name}": float(value) for name, value in defined}
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
     return _Results(weights.pop(), metrics) if len(weights) == 1 else None

@@ -40,10 +40,10 @@ def divide(sources: Sequence[SourceConfig], task: Task, val_share: float, group:
     classes = [{(c.name, c.is_thing) for c in reader.categories.for_task(task)} for reader in readers]
     largest = max(range(len(sources)), key=lambda i: len(classes[i]))  # defines the model's classes: never validation
     sizes = [len(reader.keys) for reader in readers]
-    whole = _whole_uses(sizes, val_share, largest)
-    share = sum(size for size, use in zip(sizes, whole, strict=True) if use == "val") / sum(sizes)
+    whole_uses = _whole_uses(sizes, val_share, largest)
+    share = sum(size for size, use in zip(sizes, whole_uses, strict=True) if use == "val") / sum(sizes)
     if abs(share - val_share) <= val_share / 2:
-        return whole
+        return whole_uses
     num_groups = [len({group_of(key, group) for key in reader.keys}) for reader in readers]
     if max(num_groups) > 1:
         return tuple("both" if count > 1 else "train" for count in num_groups)
@@ -54,11 +54,11 @@ def divide(sources: Sequence[SourceConfig], task: Task, val_share: float, group:
 def _whole_uses(sizes: Sequence[int], val_share: float, never: int) -> tuple[Use, ...]:
     """Return uses in which the validation sources are spread evenly. The source at position `never` is not chosen."""
     uses: list[Use] = []
-    seen = chosen = 0
+    num_seen = num_val = 0
     for index, size in enumerate(sizes):
-        seen += size
-        is_val = index != never and chosen + size / 2 <= val_share * seen
-        chosen += size * is_val
+        num_seen += size
+        is_val = index != never and num_val + size / 2 <= val_share * num_seen
+        num_val += size * is_val
         uses.append("val" if is_val else "train")
     return tuple(uses)
 
@@ -97,20 +97,20 @@ def group_note(group: str, datasets: Mapping[str, DatasetConfig], readers: Mappi
     keys = [key for reader in readers.values() for key in _image_keys(reader)]
     if max(total.values()) == 1:
         raise ConfigError(
-            f"--group {group!r} leaves each of {format_count(len(keys), 'image')} alone. It is matched at the start of "
-            "keys: paths of images without ending, in which - replaces all characters other than A-Z, a-z, 0-9 and _. "
-            f"Such keys end with a digest. Keys of these images: {format_list(keys, 3)}"
+            f"--group {group!r} puts each of {format_count(len(keys), 'image')} into a separate group. It is matched "
+            "at the start of keys: paths of images without extension, in which - replaces all characters other than "
+            f"A-Z, a-z, 0-9 and _. Such keys end with a digest. Keys of these images: {format_list(keys, 3)}"
         )
     for name in filter(_is_val, groups):
         for other in (other for other in groups if not _is_val(other)):
             if shared := sorted(groups[name].keys() & groups[other].keys()):
                 sources = [datasets[n].source for n in (other, name)]
                 listed = " and ".join(annotation_path(source) for source in sources if source is not None)
-                whole = all(dataset.part is None for dataset in datasets.values())
-                remedy = "leave out --group, since no set is divided, or m" if whole else "M"
+                are_whole = all(dataset.part is None for dataset in datasets.values())
+                remedy = "Leave out --group, since no set is divided, or move" if are_whole else "Move"
                 raise ConfigError(
                     f"--group {group!r}: the group {shared[0]!r} is in the training images of one set and the "
-                    f"validation images of another: {listed}. {remedy}ove the sets into folders named train and val"
+                    f"validation images of another: {listed}. {remedy} the sets into folders named train and val"
                 )
     return f"the images form {format_count(len(total), 'group')}, for example {format_list(sorted(total), 3)}"
 

@@ -211,10 +211,10 @@ def _image_folder(folder: Path, annotations: Path, listed: Sequence[Sequence[str
     nearby = (annotations.parent, annotations.parent / "images", folder, folder / "images")
     folders = list(dict.fromkeys((*nearby, *sorted(Path(parent) for parent, _ in walk_folders(str(folder))))))
     hits = {path: sum(stored_name(path, *names) is not None for names in sample) for path in folders}
-    split, most = _split_of(annotations, folder), max(hits.values())
+    split, most_hits = _split_of(annotations, folder), max(hits.values())
 
     def order(path: Path) -> tuple[bool, bool, bool, bool, bool, int, int, int]:
-        has_few, path_split = 2 * hits[path] < most, _split_of(path, folder)
+        has_few, path_split = 2 * hits[path] < most_hits, _split_of(path, folder)
         is_named = annotations.stem.lower().endswith(f"_{path.name.lower()}")  # instances_Train.json and images/Train
         return (
             has_few and not is_named and (path_split is None or path_split != split),

@@ -52,7 +52,7 @@ def describe_unsupported(folder: Path) -> str:
 
 
 def describe_public_data(folder: Path) -> str:
-    """Return that the folder is a public data set, and how to read it; empty if it is none."""
+    """Return a message that the folder is a public data set, and how to read it; empty if it is not."""
     names = [(Path(parent), files) for parent, files in walk_folders(str(folder))]
     return _known_layout(names, _PUBLIC_DATA)
 

@@ -174,8 +174,8 @@ def choose_first_set(datasets: Mapping[str, DatasetConfig], readers: Mapping[str
         for name, reader in readers.items()
         if name.startswith("train")
     }
-    union = {entry for own in classes.values() for entry in own}
-    if first := next((name for name, own in classes.items() if own.keys() == union), None):
+    union = {entry for class_names in classes.values() for entry in class_names}
+    if first := next((name for name, class_names in classes.items() if class_names.keys() == union), None):
         return first
     sources = {name: datasets[name].source for name in classes}
     listed = [

@@ -50,9 +50,9 @@ def read_map_values(files: Sequence[Sequence[Path]], *, sampled: bool) -> Set[Co
 
     Unreadable maps are left out, because the survey reports them as faults.
 
-    A class may occur in very few maps, so all maps are read. There are two exceptions: at most `_NUM_SAMPLED_MAPS`
-    evenly spaced maps per pair are read if they have too many values for classes, or if `sampled` is set and they have
-    several values.
+    A class may occur in very few maps, so all maps are read, with two exceptions. At most `_NUM_SAMPLED_MAPS` evenly
+    spaced maps per pair are read if these have too many values to be classes. The same holds if `sampled` is set and
+    they have several values.
     """
     sample = sample_maps(files)
     values = set[ColoredValue]().union(*map(values_in, sample))

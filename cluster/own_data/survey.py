@@ -69,7 +69,7 @@ class Survey:
                 "out (data.skip_images_without_targets), and evaluation counts every detection in them as wrong; "
                 "remove images that are not annotated yet"
             )
-        lines += [f"{count} {what}{self._scope()}" for what, count in self.repairs]
+        lines += [f"{count} {repair}{self._scope()}" for repair, count in self.repairs]
         if self.faults:
             kinds = Counter(fault_kind(fault) for fault in self.faults)
             more = "; the images that were not read may have more" if self.is_sampled else ""

@@ -123,8 +123,8 @@ def _best_step(config: RunConfig, storage: Storage, steps: Set[int]) -> int:
     best = None if metric is None else best_step({entry.step: entry.metrics for entry in entries}, metric)
     if best is None:
         if entries:
-            what = f"no published evaluation has {metric}"
+            problem = f"no published evaluation has {metric}"
         else:
-            what = "the evaluated checkpoints were deleted" if published else "no evaluation is published"
-        raise ConfigError(f"--checkpoint best: {what} in {config.run_folder}; give `last` or a step")
+            problem = "the evaluated checkpoints were deleted" if published else "no evaluation is published"
+        raise ConfigError(f"--checkpoint best: {problem} in {config.run_folder}; give `last` or a step")
     return best

@@ -239,6 +239,6 @@ def _without_annotation(loaded: LoadedImage) -> DecodedSample:
 def _filter_by_score(detections: InstanceDetections, min_score: float | None) -> InstanceDetections:
     if min_score is None:
         return detections
-    kept = detections.scores >= min_score
-    columns = {name: getattr(detections, name)[kept] for name in ("mask_index", "labels", "scores")}
+    is_kept = detections.scores >= min_score
+    columns = {name: getattr(detections, name)[is_kept] for name in ("mask_index", "labels", "scores")}
     return replace(detections, **columns)

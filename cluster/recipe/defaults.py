@@ -44,10 +44,10 @@ def fill_input_rules(tree: dict[str, Any]) -> list[str]:
     if not isinstance(model, dict) or not isinstance(weights, str) or not weights.startswith(PACKAGE):
         return []
     try:
-        known = packaged_weights(weights)
+        package = packaged_weights(weights)
     except ConfigError:
         return []  # the checks of the whole recipe report this
-    rules = {"pixel_mean": list(known.pixel_mean), "pixel_std": list(known.pixel_std)}
+    rules = {"pixel_mean": list(package.pixel_mean), "pixel_std": list(package.pixel_std)}
     filled = {name: values for name, values in rules.items() if name not in model}
     conflicting = {name: values for name, values in rules.items() if name in model and model[name] != values}
     model.update(filled)

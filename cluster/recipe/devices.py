@@ -169,14 +169,14 @@ def describe(config: RunConfig, devices: AvailableDevices) -> str:
         where = f"{cluster.gpus_per_worker:g} {name} each" if cluster.gpus_per_worker != 1 else f"one {name} each"
         where = f"{count}, {where}"
     else:
-        why = "as the recipe says" if devices.gpus else f"as {devices.no_gpu_text}"
-        where = f"{count} on the CPU, {why}"
+        reason = "as the recipe says" if devices.gpus else f"as {devices.no_gpu_text}"
+        where = f"{count} on the CPU, {reason}"
     rest = ""
     if evaluation.sets:
         actor_gpus = evaluation.gpus_per_actor
         rest = f"; evaluation on {'the CPU' if not actor_gpus else f'{actor_gpus:g} GPU'}"
-    how = f"precision {config.training.precision}{', compiled' if config.training.settled_compile else ''}"
-    return f"device: {where}; {how}{rest}"
+    mode = f"precision {config.training.precision}{', compiled' if config.training.settled_compile else ''}"
+    return f"device: {where}; {mode}{rest}"
 
 
 def evaluation_devices(config: RunConfig, devices: AvailableDevices) -> Settled:

@@ -242,17 +242,19 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
         return
     node: Any = tree
     for depth, key in enumerate(keys):
-        here = ".".join(keys[:depth])
+        parent_path = ".".join(keys[:depth])
         last = depth == len(keys) - 1
         if isinstance(node, list):
             if not key.isdecimal() or int(key) >= len(node):
-                problems.append(f"`{override}`: `{here}` is a list of length {len(node)}; `{key}` is not a valid index")
+                problems.append(
+                    f"`{override}`: `{parent_path}` is a list of length {len(node)}; `{key}` is not a valid index"
+                )
                 return
             key = int(key)
         elif isinstance(node, dict):
             key = next((name for name in node if str(name) == key), key)  # YAML reads the name 2017 as a number
         else:
-            problems.append(f"`{override}`: `{here}` is {_describe_value(node)}, not a section")
+            problems.append(f"`{override}`: `{parent_path}` is {_describe_value(node)}, not a section")
             return
         if last:
             node[key] = value

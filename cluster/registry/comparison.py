@@ -24,11 +24,11 @@ class Verdict:
     interval: Interval
 
     def __str__(self) -> str:
-        one = self.interval
-        name = one.metric.rpartition("/")[2]
+        interval = self.interval
+        name = interval.metric.rpartition("/")[2]
         return (
-            f"{one.metric} of {one.run} minus {one.baseline}: {one.value:+.2f} {name}, 95 % interval "
-            f"{one.low:+.2f} to {one.high:+.2f} over {one.images} images"
+            f"{interval.metric} of {interval.run} minus {interval.baseline}: {interval.value:+.2f} {name}, "
+            f"95 % interval {interval.low:+.2f} to {interval.high:+.2f} over {interval.images} images"
         )
 
 
@@ -46,14 +46,15 @@ def compare_checkpoints(champion: RunRecord, candidate: RunRecord, dataset: str,
     """
     results = [_result(record, dataset) for record in (champion, candidate)]
     _check_comparable(champion, candidate, dataset, *results)
-    known = [name for name in HEADLINE if all(one.metrics.get(name) is not None for one in results)]
-    if metric is not None and metric not in known:
+    shared_metrics = [name for name in HEADLINE if all(result.metrics.get(name) is not None for result in results)]
+    if metric is not None and metric not in shared_metrics:
         raise RegistryError(
-            f"--metric is {metric}, which is not available for {dataset}; choose one of: {', '.join(known) or 'none'}"
+            f"--metric is {metric}, which is not available for {dataset}; choose one of: "
+            f"{', '.join(shared_metrics) or 'none'}"
         )
-    if not known:
+    if not shared_metrics:
         raise RegistryError(f"{dataset}: {champion.name} and {candidate.name} have no metric in common")
-    name = f"{dataset}/{metric or known[0]}"
+    name = f"{dataset}/{metric or shared_metrics[0]}"
     found = image_intervals([champion, candidate], [name], NUM_DRAWS)
     if not found:
         raise RegistryError(
@@ -101,7 +102,7 @@ def _check_comparable(
             f"{dataset}: {names} were evaluated on different data ({first.fingerprint[:12]} with {first.num_images} "
             f"images, {second.fingerprint[:12]} with {second.num_images}); evaluate both on one set with m2f eval"
         )
-    settings = [{**(one.settings or {}), "weights": None} for one in (first, second)]
+    settings = [{**(result.settings or {}), "weights": None} for result in (first, second)]
     if settings[0] != settings[1]:
         differing = sorted(k for k in {*settings[0], *settings[1]} if settings[0].get(k) != settings[1].get(k))
         raise RegistryError(

@@ -123,7 +123,7 @@ def register(options: RegisterOptions, report: Callable[[str], None] = lambda li
 
 def _check_overrides(overrides: Sequence[str]) -> None:
     """Raise ConfigError for settings that have no effect, because a served model uses the recipe in its checkpoint."""
-    ignored = [one for one in overrides if not one.lstrip("+").startswith(_STORE_PREFIXES)]
+    ignored = [override for override in overrides if not override.lstrip("+").startswith(_STORE_PREFIXES)]
     if ignored:
         raise ConfigError(
             f"{', '.join(ignored)}: a registered model uses the settings that its checkpoint was trained with; "
@@ -133,9 +133,9 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 def _check_names(options: RegisterOptions) -> None:
     """Raise ConfigError for a name or alias that MLflow would refuse. MLflow checks them only after the upload."""
-    given = [("--alias", alias) for alias in options.aliases]
-    given += [] if options.if_better is None else [("--if-better", options.if_better)]
-    for option, alias in given:
+    aliases = [("--alias", alias) for alias in options.aliases]
+    aliases += [] if options.if_better is None else [("--if-better", options.if_better)]
+    for option, alias in aliases:
         if not re.fullmatch(r"[\w-]{1,255}", alias) or re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
             raise ConfigError(
                 f"{option} is {alias!r}; an alias has 1 to 255 letters, digits, '_' and '-', and is neither 'latest' "
@@ -168,7 +168,7 @@ class _Registration:
         self._client = registry_client(run.uri)
         labels = [evaluation_set.label for evaluation_set in config.evaluation.sets]
         self._dataset = options.dataset or (labels[0] if labels else None)
-        needs_results = any(one is not None for one in (options.dataset, options.precision, options.if_better))
+        needs_results = any(option is not None for option in (options.dataset, options.precision, options.if_better))
         self._record = self._read_candidate() if needs_results else None
 
     def run(self) -> RegistrationResult:
@@ -282,8 +282,8 @@ class _Registration:
         model = models.ensure(checkpoint)
         if model is None:
             raise RegistryError(f"{self._run.uri} does not support logged models; registering needs an MLflow 3 server")
-        if (known := models.find_tagged(checkpoint.commit, PACKAGE_TAG, digest)) is not None:
-            return models.with_metrics_of(model, known), False
+        if (existing_model := models.find_tagged(checkpoint.commit, PACKAGE_TAG, digest)) is not None:
+            return models.with_metrics_of(model, existing_model), False
         if PACKAGE_TAG in model.tags:  # it has different content, such as different thresholds or hosts
             another = models.create_another(checkpoint, f"{checkpoint.model_name}-{digest[:8]}")
             model = models.with_metrics_of(model, another)
@@ -354,7 +354,9 @@ class _Registration:
         if verdict is not None:
             lines += ["", f"{verdict}."]
         if thresholds is not None:
-            unreachable_classes = [name for name, one in thresholds.classes.items() if one.threshold is None]
+            unreachable_classes = [
+                name for name, class_threshold in thresholds.classes.items() if class_threshold.threshold is None
+            ]
             lines += ["", f"Thresholds by class for a precision of {thresholds.precision:g} on {thresholds.dataset}."]
             lines += [f"No threshold reaches it for: {', '.join(unreachable_classes)}."] if unreachable_classes else []
         return "\n".join(lines)

@@ -102,6 +102,6 @@ class ServedModel(PythonModel):
         size = (pixels.shape[0], pixels.shape[1])
         classes = self._trained.classes
         return [
-            (task, make_result(one, classes, source=IMAGE, size=size, read=lambda: pixels))
-            for task, one in found.items()
+            (task, make_result(predicted, classes, source=IMAGE, size=size, read=lambda: pixels))
+            for task, predicted in found.items()
         ]

@@ -56,8 +56,12 @@ def exact_requirements(project: Project) -> tuple[str, ...]:
     They are sorted by name. Packages that are not installed are omitted, because m2f has run without them.
     """
     found: dict[str, str] = {}
-    pending = [Requirement(one) for one in (*project.dependencies, *SERVING_REQUIREMENTS)]
-    pending = [one for one in pending if one.marker is None or one.marker.evaluate({"extra": ""})]
+    pending = [Requirement(line) for line in (*project.dependencies, *SERVING_REQUIREMENTS)]
+    pending = [
+        requirement
+        for requirement in pending
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]
     visited: set[tuple[str, str]] = set()
     while pending:
         requirement = pending.pop()
@@ -71,8 +75,12 @@ def exact_requirements(project: Project) -> tuple[str, ...]:
             except PackageNotFoundError:
                 continue
             found[name] = version(name).partition("+")[0]  # package indexes lack local builds such as 2.11.0+cpu
-            needs = [Requirement(one) for one in installed.requires or ()]
-            pending += [one for one in needs if one.marker is None or one.marker.evaluate({"extra": extra})]
+            needs = [Requirement(line) for line in installed.requires or ()]
+            pending += [
+                requirement
+                for requirement in needs
+                if requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+            ]
     return tuple(f"{name}=={found[name]}" for name in sorted(found))
 
 
@@ -89,9 +97,9 @@ def _package_files(home: Path) -> Iterator[tuple[str, Path]]:
 def _metadata(project: Project) -> bytes:
     lines = ["Metadata-Version: 2.1", f"Name: {PACKAGE}", f"Version: {project.version}"]
     lines += [f"Requires-Python: {project.python}"]
-    extras = {match[1] for one in project.dependencies if (match := re.search(r"extra == ['\"]([\w.-]+)", one))}
+    extras = {match[1] for line in project.dependencies if (match := re.search(r"extra == ['\"]([\w.-]+)", line))}
     lines += [f"Provides-Extra: {name}" for name in sorted(extras)]
-    lines += [f"Requires-Dist: {one}" for one in project.dependencies]
+    lines += [f"Requires-Dist: {line}" for line in project.dependencies]
     return ("\n".join(lines) + "\n").encode()
 
 

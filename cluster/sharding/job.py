@@ -257,10 +257,10 @@ def _new_problems(problems: Iterable[SampleProblem], stored: ShardReport | None)
     A left-out sample is known if the data set also leaves it out. A left-out annotation is known if the data set has
     any problem with its sample.
     """
-    known = set[tuple[str, bool]]()
+    known_keys = set[tuple[str, bool]]()
     for problem in () if stored is None else stored.problems:
-        known |= {(problem.key, True), (problem.key, problem.is_in_shard)}
-    return [problem for problem in problems if (problem.key, problem.is_in_shard) not in known]
+        known_keys |= {(problem.key, True), (problem.key, problem.is_in_shard)}
+    return [problem for problem in problems if (problem.key, problem.is_in_shard) not in known_keys]
 
 
 def _permitted_shards(plan: ShardPlan, problems: Iterable[SampleProblem], max_pixels: int) -> frozenset[int]:
@@ -324,7 +324,7 @@ def _stored_report(name: str, plan: ShardPlan, shards: Sequence[dict[str, int]],
     try:
         stored = parse_json(storage.get(url)) if storage.exists(url) else {"problems": []}
         problems = tuple(SampleProblem(**problem) for problem in stored["problems"])
-        repairs = tuple((what, count) for what, count in stored.get("repairs", ()))
+        repairs = tuple((repair, count) for repair, count in stored.get("repairs", ()))
     except (DocumentError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ShardJobError(
             f"{url} cannot be read ({type(error).__name__}: {error}); delete it, the shards do not need it"

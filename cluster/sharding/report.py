@@ -56,9 +56,9 @@ class ShardReport:
 
     def summary(self) -> str:
         """Return the report as text: counts, messages, and the first problems."""
-        kept = self.num_samples - sum(not problem.is_in_shard for problem in self.problems)
+        num_kept = self.num_samples - sum(not problem.is_in_shard for problem in self.problems)
         lines = [
-            f"{self.dataset}: {format_count(kept, 'sample')} in {format_count(self.num_shards, 'shard')}, "
+            f"{self.dataset}: {format_count(num_kept, 'sample')} in {format_count(self.num_shards, 'shard')}, "
             f"{self.num_bytes / 1e6:.1f} MB"
         ]
         if not self.written_shards:
@@ -68,5 +68,5 @@ class ShardReport:
         lines += [f"  {note}" for note in self.notes]
         problems = [problem.line for problem in self.problems]
         lines += first_lines(problems, MAX_SHOWN_PROBLEMS, f" in {join(self.target, REPORT_FILE)}")
-        lines += [f"  {count:,} {what}" for what, count in self.repairs]
+        lines += [f"  {count:,} {repair}" for repair, count in self.repairs]
         return "\n".join(lines)

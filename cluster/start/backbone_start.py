@@ -118,8 +118,8 @@ def _random(
                 f"model.freeze is {freeze}, but {start}. Random weights that are never trained are useless; remove the "
                 f"backbone from model.freeze, or start from trained weights. {_REMEDY}"
             )
-        kept = f"model.freeze is {freeze}, so they stay random and the model can hardly learn"
-        return BackboneStart(config, warning=f"{start}. {kept}. {_REMEDY}")
+        consequence = f"model.freeze is {freeze}, so they stay random and the model can hardly learn"
+        return BackboneStart(config, warning=f"{start}. {consequence}. {_REMEDY}")
     if isinstance(backbone, TimmBackboneConfig) and backbone.norm == "frozen_batch" and is_frozen(backbone):
         return BackboneStart(config, warning=f"{start}. {_FROZEN}. {_REMEDY}")
     return BackboneStart(config, warning=None if is_intended else f"{start}. {_REMEDY}")

@@ -119,7 +119,7 @@ class JobClient:
         return [_job_info(job) for job in jobs if job.submission_id is not None]
 
     def job(self, job_id: str) -> JobInfo:
-        """Return the job with this id."""
+        """Return the state of a job. Raises JobError if the cluster does not know the id."""
         with _convert_errors(self.address):
             return _job_info(self._client.get_job_info(job_id))
 

@@ -50,8 +50,8 @@ _FOLDER_VALUES = (
 
 def local_database(run_folder: str) -> Path:
     """Return the sqlite file of a run that sets no store: its own file if that holds a run, else that of `output`."""
-    own, shared = _databases(run_folder)
-    return own if own.exists() and _holds_runs(own) else shared
+    own_database, shared_database = _databases(run_folder)
+    return own_database if own_database.exists() and _holds_runs(own_database) else shared_database
 
 
 def is_shared(run_folder: str, database: Path) -> bool:

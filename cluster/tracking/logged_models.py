@@ -147,7 +147,7 @@ class LoggedModels:
 
         The run gets no duplicates, because value, time and step are equal.
         """
-        self.add_metrics(other, [linked_metric(one, other.model_id, one) for one in first.metrics or ()])
+        self.add_metrics(other, [linked_metric(metric, other.model_id, metric) for metric in first.metrics or ()])
         return self._client.get_logged_model(other.model_id)
 
     def find_tagged(self, commit: str, tag: str, value: str) -> LoggedModel | None:
@@ -177,8 +177,15 @@ class LoggedModels:
     def link_data(self, sets: Sequence[SetMetrics]) -> None:
         """Log the evaluated data sets as inputs of the run, except those that are already logged."""
         inputs = self._client.get_run(self._run_id).inputs
-        known = {(one.dataset.name, one.dataset.digest) for one in (inputs.dataset_inputs if inputs else ())}
-        new = [one.data for one in sets if (one.data.name, short_digest(one.data)) not in known]
+        known = {
+            (dataset_input.dataset.name, dataset_input.dataset.digest)
+            for dataset_input in (inputs.dataset_inputs if inputs else ())
+        }
+        new = [
+            set_metrics.data
+            for set_metrics in sets
+            if (set_metrics.data.name, short_digest(set_metrics.data)) not in known
+        ]
         if new:
             self._client.log_inputs(self._run_id, [dataset_input(data) for data in new])
 
@@ -269,8 +276,8 @@ def write_table(client: MlflowClient, run_id: str, step: int, set_metrics: SetMe
         _put_rows(client, run_id, path, step, new_rows)
         if sum(row.get("step") == step for row in _table_rows(client, run_id, path)) == len(new_rows):
             break
-    known = client.get_run(run_id).data.tags.get(TABLES_TAG)
-    named = parse_json(known) if known else []
+    tag = client.get_run(run_id).data.tags.get(TABLES_TAG)
+    named = parse_json(tag) if tag else []
     entry = {"path": path, "type": "table"}
     if entry not in named:
         client.set_tag(run_id, TABLES_TAG, json.dumps([*named, entry]))
@@ -298,12 +305,12 @@ def _table_rows(client: MlflowClient, run_id: str, path: str) -> list[dict[str, 
 def evaluation_entry(
     checkpoint: EvaluatedCheckpoint, sets: Sequence[SetMetrics], time_ms: int, replaces: bool
 ) -> dict[str, Any]:
-    """Return the journal entry of an evaluation."""
-    rows = [asdict(one) for one in sets]
+    """Return an evaluation as a JSON object for the journal. `replaces`: see `Tracking.log_metrics`."""
+    rows = [asdict(set_metrics) for set_metrics in sets]
     return {"evaluation": asdict(checkpoint), "sets": rows, "time_ms": time_ms, "replaces": replaces}
 
 
 def parse_evaluation(entry: Mapping[str, Any]) -> tuple[EvaluatedCheckpoint, tuple[SetMetrics, ...]]:
     """Return the evaluation of a journal entry. Raises TypeError or LookupError if another version wrote the entry."""
-    sets = tuple(SetMetrics(**one | {"data": DataInput(**one["data"])}) for one in entry["sets"])
+    sets = tuple(SetMetrics(**entry_set | {"data": DataInput(**entry_set["data"])}) for entry_set in entry["sets"])
     return EvaluatedCheckpoint(**entry["evaluation"]), sets

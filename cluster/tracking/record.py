@@ -26,7 +26,7 @@ class RunRecord:
 
 
 def record_url(run_folder: str) -> str:
-    """Return the URL of the record."""
+    """Return the path or URL of the file in the run folder that stores the `RunRecord`."""
     return join(run_folder, "tracking.json")
 
 

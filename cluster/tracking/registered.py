@@ -71,8 +71,8 @@ def _location(address: str, client: MlflowClient) -> str:
     MLflow's own resolution of addresses uses the process-wide store instead.
     """
     words = address.removeprefix("models:/").strip("/")
-    name, at, alias = words.rpartition("@")
-    if at:
+    name, separator, alias = words.rpartition("@")
+    if separator:
         return client.get_model_version_download_uri(name, client.get_model_version_by_alias(name, alias).version)
     name, slash, version = words.rpartition("/")
     if slash:

@@ -94,24 +94,24 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
     storage = Storage(config.storage)
     inputs = data_inputs(config, storage)
     facts = code_facts() | data_facts(inputs)
-    known = _known_run(config, storage, uri)
+    record = _known_run(config, storage, uri)
     run_lease = RunLease(config.run_folder, lease, config.storage) if lease else None
-    stored = None if known is None else _find_continued_run(config, known, uri)
-    if known is not None and stored is not None:
-        recreated = known.lacks_evaluations
-        run = TrackedRun(uri=uri, run_id=known.run_id, spool=spool, lease=run_lease, recreated=recreated)
-        _continue_journals(run, (known.parameters or parameters) | (known.facts or facts), parameters | facts)
+    stored = None if record is None else _find_continued_run(config, record, uri)
+    if record is not None and stored is not None:
+        recreated = record.lacks_evaluations
+        run = TrackedRun(uri=uri, run_id=record.run_id, spool=spool, lease=run_lease, recreated=recreated)
+        _continue_journals(run, (record.parameters or parameters) | (record.facts or facts), parameters | facts)
         if stored.folder != config.run_folder:  # a moved folder; the tag restores a damaged `tracking.json`
             Journal(run.journal("driver")).append({"tag": FOLDER_TAG, "value": config.run_folder})
     else:
         run_id = _start_run(config, uri, parameters, facts, inputs)
-        run = TrackedRun(uri=uri, run_id=run_id, spool=spool, lease=run_lease, recreated=known is not None)
-        if known is not None:
+        run = TrackedRun(uri=uri, run_id=run_id, spool=spool, lease=run_lease, recreated=record is not None)
+        if record is not None:
             LOGGER.warning(
-                f"tracking: found no MLflow run {known.run_id} of this run folder (recorded in {known.uri}); "
+                f"tracking: found no MLflow run {record.run_id} of this run folder (recorded in {record.uri}); "
                 f"creating it again in {uri} from the metrics and evaluations in the run folder"
             )
-    if known is None or known.uri != uri or known.run_id != run.run_id or known.parameters is None:
+    if record is None or record.uri != uri or record.run_id != run.run_id or record.parameters is None:
         write_record(storage, config.run_folder, RunRecord(uri, run.run_id, parameters, facts, run.recreated))
     return run
 
@@ -122,13 +122,13 @@ def find_run(config: RunConfig) -> TrackedRun | None:
     Its store is that of the settings if that contains the run, otherwise the one in `tracking.json`.
     """
     uri = tracking_uri(config)
-    known = _known_run(config, Storage(config.storage), uri)
-    if known is None:
+    record = _known_run(config, Storage(config.storage), uri)
+    if record is None:
         return None
-    if known.uri == uri or not _contains_run(config, known, uri):
-        uri = current_uri(config.run_folder, known.uri, known.run_id)
+    if record.uri == uri or not _contains_run(config, record, uri):
+        uri = current_uri(config.run_folder, record.uri, record.run_id)
     _prepare(config, uri)
-    return TrackedRun(uri=uri, run_id=known.run_id, spool=_spool_folder(config))
+    return TrackedRun(uri=uri, run_id=record.run_id, spool=_spool_folder(config))
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -178,7 +178,8 @@ class Tracking:
     ) -> None:
         """Log an evaluation: metrics at the checkpoint's step, its logged model, and tables of classes."""
         named = [
-            replace(one, metrics={store_key(name): float(value) for name, value in one.metrics.items()}) for one in sets
+            replace(set_metrics, metrics={store_key(name): float(value) for name, value in set_metrics.metrics.items()})
+            for set_metrics in sets
         ]
         self._append(evaluation_entry(checkpoint, named, time.time_ns() // 1_000_000, replaces))
 

@@ -76,7 +76,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class AttemptError:
-    """Errors of the ranks of an attempt."""
+    """What went wrong in an attempt: the error of each failed rank, or an error outside the ranks."""
 
     by_rank: Mapping[int, BaseException]
     details: str

@@ -1,4 +1,7 @@
-"""End a process when its parent dies: `python -m m2f.cluster.train.orphans PARENT COMMAND...` runs a command so."""
+"""End a process when its parent dies.
+
+`python -m m2f.cluster.train.orphans PARENT COMMAND...` runs a command that ends when the process PARENT ends.
+"""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ class RankProcesses:
             return None
         failure = root_cause({rank: found.error for rank, found in errors.items()})
         rank = min(errors) if failure.rank is None else failure.rank
-        exit_codes = ", ".join(f"rank {one.index}: {one.process.exitcode}" for one in self._ranks)
+        exit_codes = ", ".join(f"rank {rank.index}: {rank.process.exitcode}" for rank in self._ranks)
         report = f"rank {rank}: {failure.message}\n(exit codes: {exit_codes})\n{errors[rank].trace}"
         return errors[rank].error, report.rstrip()
 

@@ -158,17 +158,17 @@ class _Supervisor:
             status = "lost"
             raise
         finally:
-            kept = None
+            kept_checkpoints = None
             try:
                 if self._evaluations is not None:
                     self._evaluations.close()
                 entries = self._stored_entries()
-                kept = self._delete_old() if ended else None
+                kept_checkpoints = self._delete_old() if ended else None
             except LeaseLostError:
                 status = "lost"
                 raise
             finally:
-                self._relay.close(_TRACKED_STATUS[status], kept)
+                self._relay.close(_TRACKED_STATUS[status], kept_checkpoints)
         waiting = sum(not entry.settled for entry in entries)
         if waiting:
             print_out(f"{format_count(waiting, 'evaluation')} pending until the run is continued")

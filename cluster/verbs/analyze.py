@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from m2f.cluster.analyze.analyze import AnalysisSubject
 
 SUMMARY = "analyze models: size and speed, quality by decoder layer, distribution of attention"
+EXAMPLE = "m2f analyze layers cells.yaml val --images 50"
 ANALYSES = {
     "table": "parameters and multiply-adds of the models of recipes; without a recipe, of all models of the paper",
     "layers": "metrics of the predictions of each decoder layer, and recall of their masks as proposals",
@@ -32,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_checkpoint(parser)
     parser.add_argument(
-        "--images", type=count, default=100, metavar="N", help="number of images, evenly spaced (default 100)"
+        "--images", type=count, default=100, metavar="N", help="number of images, evenly spaced (default: 100)"
     )
     parser.add_argument(
-        "--pictures", type=int, default=8, metavar="N", help="attention: number of pictures (default 8)"
+        "--pictures", type=int, default=8, metavar="N", help="attention: number of pictures (default: 8)"
     )
     parser.add_argument("--output", metavar="DIR", help="folder for JSON results and pictures (default: none)")
     parser.add_argument(
-        "--size", default="512x512", metavar="HxW", help="table: input size in pixels (default 512x512)"
+        "--size", default="512x512", metavar="HxW", help="table: input size in pixels (default: 512x512)"
     )
     parser.add_argument("--seconds", action="store_true", help="table: also measure CPU seconds per forward pass")
     parser.add_argument("--markdown", action="store_true", help="table: print Markdown")

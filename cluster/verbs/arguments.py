@@ -31,14 +31,14 @@ def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: st
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    what = "YAML file, or a name such as coco_panoptic_r50+cross_attention"
-    parser.add_argument("recipe", metavar="RECIPE", help=what)
+    help_text = "YAML file, or a name such as coco_panoptic_r50+cross_attention"
+    parser.add_argument("recipe", metavar="RECIPE", help=help_text)
 
 
 def add_env(parser: argparse.ArgumentParser) -> None:
     """Add the option `--env` of verbs that submit jobs, see `m2f.cluster.submit.environment`."""
-    what = "environment variable of the job (no secrets); repeatable"
-    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help=what)
+    help_text = "environment variable of the job (no secrets); repeatable"
+    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help=help_text)
 
 
 def add_threads_and_report(parser: argparse.ArgumentParser, what: str) -> None:
@@ -55,7 +55,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         metavar="STEP|best|last|PATH",
         help="step of a checkpoint, best or last checkpoint of the run, checkpoint folder, or weight file "
-        "(default last)",
+        "(default: last)",
     )
 
 
@@ -91,7 +91,8 @@ def enable_token_authentication() -> None:
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split words into names or paths, and overrides.
 
-    An override has `=` without `/` before it, so `s3://box/day=1/` is none. It is not an existing file or folder.
+    An override has `=` without `/` before it, so `s3://box/day=1/` is not an override. Existing files and folders are
+    not overrides either.
     """
     overrides = [w for w in words if "=" in w and "/" not in w.partition("=")[0] and not Path(w).exists()]
     return [word for word in words if word not in overrides], overrides

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from m2f.trainer.reporting import CommittedCheckpoint
 
 SUMMARY = "list, verify or export the checkpoints of a run, or delete leftover files"
+EXAMPLE = "m2f checkpoint ls cells.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "committed, are damaged or were committed too late, and incomplete files and uploads; refused during training",
     )
     add_recipe(parser)
-    parser.add_argument("--step", type=int, help="only this checkpoint; default: all (export: the newest)")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="step of the only checkpoint to use (default: all; export: the newest)"
+    )
     parser.add_argument("--output", metavar="PATH", help="export: file to create, NAME.safetensors")
     parser.add_argument("--dry-run", action="store_true", help="gc: list files without deleting them")
     parser.add_argument(

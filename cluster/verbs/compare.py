@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from m2f.cluster.compare.compare import Comparison
 
 SUMMARY = "compare runs: metrics, recipes, classes, curves and speed"
+EXAMPLE = "m2f compare runs/cells runs/wider --output compare.html"
 FORMAT_BY_SUFFIX = {".md": "markdown", ".html": "html", ".htm": "html", ".json": "json", ".txt": "text"}
 
 
@@ -25,11 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", help="run folder, or id or name of an MLflow run; the first is the baseline"
     )
-    parser.add_argument("--experiment", metavar="E", help="MLflow experiment; without RUN, all its runs, newest first")
+    parser.add_argument(
+        "--experiment", metavar="NAME", help="MLflow experiment; without RUN, all its runs, newest first"
+    )
     parser.add_argument(
         "--filter", metavar="F", help="MLflow search filter, for example: params.seed = '0' and metrics.\"val/PQ\" > 50"
     )
-    parser.add_argument("--tracking", metavar="URI", help="MLflow server; default: MLFLOW_TRACKING_URI")
+    parser.add_argument("--tracking", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI)")
     parser.add_argument(
         "--metric",
         action="append",
@@ -38,19 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="metric to compare, for example PQ, val/PQ or train/loss/total; repeatable",
     )
     parser.add_argument(
-        "--step", type=int, metavar="N", help="step of the evaluations; default: the newest of each run"
+        "--step", type=int, metavar="N", help="step of the evaluations (default: the newest of each run)"
     )
     parser.add_argument(
         "--draws",
         type=int,
         default=1000,
         metavar="N",
-        help="bootstrap samples for intervals, at least 40; 0: no intervals over images (default 1000)",
+        help="bootstrap samples for intervals, at least 40; 0: no intervals over images (default: 1000)",
     )
     parser.add_argument(
         "--format",
         choices=("text", "markdown", "html", "json"),
-        help="default: from the extension of --output, otherwise text",
+        help="output format (default: that of the extension of --output, otherwise text)",
     )
     parser.add_argument(
         "--output", metavar="FILE", help="file to write; for Markdown, the curves are written beside it as .svg"

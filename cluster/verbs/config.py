@@ -11,6 +11,7 @@ from m2f.cluster.verbs.arguments import add_overrides
 from m2f.model.errors import ConfigError
 
 SUMMARY = "print the complete recipe with all defaults, or explain its settings"
+EXAMPLE = "m2f config --explain training.optimizer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,11 @@ from m2f.cluster.verbs.arguments import add_overrides
 from m2f.cluster.verbs.train import EXIT_STATUS
 
 SUMMARY = "run the whole workflow on synthetic data, in minutes on a laptop"
+EXAMPLE = "m2f demo --output runs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="runs", metavar="DIR", help="output folder (default runs)")
+    parser.add_argument("--output", default="runs", metavar="DIR", help="output folder (default: runs)")
     add_overrides(parser)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from m2f.cluster.recipe.config import RunConfig
 
 SUMMARY = "check this machine or a cluster, optionally for a recipe, and suggest remedies"
+EXAMPLE = "m2f doctor cells.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,13 +10,14 @@ from m2f.cluster.verbs.arguments import add_checkpoint, add_overrides
 from m2f.model.errors import ConfigError
 
 SUMMARY = "evaluate a checkpoint on the recipe's evaluation sets"
+EXAMPLE = "m2f eval runs/cells --checkpoint best"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RECIPE|FOLDER", help="YAML file of a run, or folder of a run or checkpoint")
     add_overrides(parser)
     add_checkpoint(parser)
-    parser.add_argument("--output", metavar="DIR", help="folder for results; default: evaluations/ in the run folder")
+    parser.add_argument("--output", metavar="DIR", help="folder for results (default: evaluations/ in the run folder)")
     parser.add_argument(
         "--dump", metavar="DIR", help="folder or URL for predictions by data set, in COCO formats and as label maps"
     )

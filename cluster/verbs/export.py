@@ -9,6 +9,7 @@ from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_checkpoint, add_model_source, add_overrides
 
 SUMMARY = "export a trained model as official checkpoint, Hugging Face folder, torch.export program or ONNX"
+EXAMPLE = "m2f export runs/cells --format onnx --output cells.onnx"
 FORMATS = ("official", "hugging_face", "torch_export", "onnx")
 
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         type=int,
         metavar=("HEIGHT", "WIDTH"),
-        help="fixed input size of torch_export and onnx, divisible by 32; default: any size divisible by 32",
+        help="fixed input size of torch_export and onnx, divisible by 32 (default: any size divisible by 32)",
     )
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from m2f.data_pipeline.shards.index import IndexReport
 
 SUMMARY = "write a manifest for existing WebDataset tars, without changing them"
+EXAMPLE = "m2f index s3://bucket/tars --output s3://bucket/cells --categories categories.json --labels panoptic"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,16 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels",
         choices=("classes", "instances", "panoptic"),
         help="encoding of the maps: classes: grey values; instances: class in red, instance in green and blue; "
-        "panoptic: COCO panoptic PNG with segments_info in JSON. Not needed for shards of m2f",
+        "panoptic: COCO panoptic PNG with segments_info in JSON. Not needed for shards that m2f wrote",
     )
-    parser.add_argument("--image", default="jpg", metavar="EXT", help="extension of the image (default jpg or jpeg)")
-    parser.add_argument("--map", default="png", metavar="EXT", help="extension of the label map (default png)")
-    parser.add_argument("--json", default="json", metavar="EXT", help="panoptic: extension of the JSON (default json)")
+    parser.add_argument("--image", default="jpg", metavar="EXT", help="extension of the image (default: jpg or jpeg)")
+    parser.add_argument("--map", default="png", metavar="EXT", help="extension of the label map (default: png)")
+    parser.add_argument("--json", default="json", metavar="EXT", help="panoptic: extension of the JSON (default: json)")
     parser.add_argument(
         "--void", metavar="N,N", default="", help="labels of void pixels, in addition to 255 (and 0 for instances)"
     )
     parser.add_argument(
-        "--max-pixels", type=count, metavar="N", help="refuse images with more pixels (default 178956970)"
+        "--max-pixels", type=count, metavar="N", help="refuse images with more pixels (default: 178956970)"
     )
     parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be indexed")
     add_threads_and_report(parser, "tars")
@@ -96,13 +97,13 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _summary(found: IndexReport, target: str, report: str | None) -> str:
     """Return text that states what was indexed and lists the faults."""
     samples, tars = format_count(found.num_samples, "sample"), format_count(found.num_shards, "tar")
-    what = f"{samples} of {tars}, {found.num_bytes / 1e6:,.1f} MB"
+    size = f"{samples} of {tars}, {found.num_bytes / 1e6:,.1f} MB"
     if isinstance(found.form, str):
         description = "shards of m2f"
     else:
         description = f"image .{' or .'.join(found.form.images)}, {found.form.labels} in .{found.form.map}"
         description += f" and .{found.form.json}" if found.form.json else ""
-    lines = [f"{target}: {what} ({description})", *format_faults(found.faults, report)]
+    lines = [f"{target}: {size} ({description})", *format_faults(found.faults, report)]
     if found.renumbered:
         lines.append("image ids in the tars repeat; the manifest replaces them by the positions of the samples")
     if not found.committed:

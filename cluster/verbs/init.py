@@ -11,6 +11,7 @@ from m2f.cluster.terminal import print_err, print_out
 from m2f.model.errors import ConfigError
 
 SUMMARY = "write a recipe for a folder of images and annotations"
+EXAMPLE = "m2f init cells --task instance"
 
 
 class _FormOption(argparse.Action):
@@ -30,24 +31,27 @@ class _FormOption(argparse.Action):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="folder with the unpacked export of a labelling tool")
     parser.add_argument(
-        "--output", metavar="FILE", help="recipe to write; default: FOLDER's name with .yaml, in the current folder"
+        "--output", metavar="FILE", help="recipe to write (default: FOLDER's name with .yaml, in the current folder)"
     )
     parser.add_argument("--format", metavar="KIND", help="format of the data, if several match")
     parser.add_argument("--form", dest="format", action=_FormOption, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--task", choices=("panoptic", "instance", "semantic"), help="default: the task that the format is meant for"
+        "--task",
+        choices=("panoptic", "instance", "semantic"),
+        help="task of the recipe (default: the task that the format is meant for)",
     )
     parser.add_argument(
         "--val-share",
         type=float,
         default=0.2,
-        help="share of images for validation if the data have no split (default 0.2)",
+        metavar="X",
+        help="share of the images for validation if the data has no split, between 0 and 1 (default: 0.2)",
     )
     parser.add_argument(
         "--group",
         metavar="REGEX",
-        help="put images whose keys (names without ending, other characters than letters, digits, _ become -) start "
-        "with the same match into the same split",
+        help="put images whose keys start with the same match into the same split; a key is the file name without its "
+        "extension, in which characters other than letters, digits and _ become -",
     )
     parser.add_argument("--tiles", action="store_true", help="cut images of more than 20 megapixels into tiles")
     parser.add_argument("--weights", metavar="FILE|URL|hub:OWNER/NAME", help="trained model to start from")

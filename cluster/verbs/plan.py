@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from m2f.cluster.recipe.config import RunConfig
 
 SUMMARY = "predict requests, traffic, cache, memory and maximum micro-batch of training on N ranks"
+EXAMPLE = "m2f plan coco_panoptic_r50 --world 8 --gpu-gb 40"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images per rank and step (default: training.global_batch divided by the ranks)",
     )
-    parser.add_argument("--per-machine", type=count, default=8, metavar="N", help="ranks per machine (default 8)")
-    parser.add_argument("--speed", type=float, default=40.0, metavar="X", help="images/s per rank (default 40)")
-    parser.add_argument("--gpu-gb", type=float, default=80.0, metavar="X", help="memory per GPU in GB (default 80)")
+    parser.add_argument("--per-machine", type=count, default=8, metavar="N", help="ranks per machine (default: 8)")
+    parser.add_argument("--speed", type=float, default=40.0, metavar="X", help="images/s per rank (default: 40)")
+    parser.add_argument("--gpu-gb", type=float, default=80.0, metavar="X", help="memory per GPU in GB (default: 80)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from m2f.model.errors import ConfigError
 from m2f.model.format_count import format_count
 
 SUMMARY = "predict images, and write pictures and files in COCO formats or label maps"
+EXAMPLE = "m2f predict runs/cells photos --output found"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="output folder")
     parser.add_argument(
-        "--task", choices=("panoptic", "instance", "semantic"), help="default: the task that the model was trained for"
+        "--task",
+        choices=("panoptic", "instance", "semantic"),
+        help="task to predict (default: the task that the model was trained for)",
     )
     parser.add_argument(
         "--min-score",
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("fp32", "bf16"), help="precision of the forward pass (default: evaluation.precision)"
     )
     parser.add_argument(
-        "--batch", type=count, default=1, metavar="N", help="images of equal shape per batch (default 1)"
+        "--batch", type=count, default=1, metavar="N", help="images of equal shape per batch (default: 1)"
     )
     parser.add_argument("--no-pictures", action="store_true", help="write only the files")
     parser.add_argument(
@@ -50,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--algorithm",
         default="mask2former",
         metavar="NAME",
-        help="name of the algorithm in the submission's file names",
+        help="name of the algorithm in the submission's file names (default: mask2former)",
     )
 
 

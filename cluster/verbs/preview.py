@@ -11,13 +11,14 @@ from m2f.model.errors import ConfigError
 from m2f.model.format_count import format_count
 
 SUMMARY = "draw a contact sheet of images and annotations from the shards"
+EXAMPLE = "m2f preview cells.yaml train --images 20"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_and_names(parser, "DATASET", "name under `datasets` (default: the first)")
-    parser.add_argument("--output", default="sheet.png", metavar="FILE", help="PNG file or URL (default sheet.png)")
+    parser.add_argument("--output", default="sheet.png", metavar="FILE", help="PNG file or URL (default: sheet.png)")
     parser.add_argument(
-        "--images", type=count, default=12, metavar="N", help="number of images, evenly spaced (default 12)"
+        "--images", type=count, default=12, metavar="N", help="number of images, evenly spaced (default: 12)"
     )
 
 

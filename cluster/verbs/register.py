@@ -11,6 +11,7 @@ from m2f.cluster.verbs.arguments import add_overrides
 from m2f.model.errors import ConfigError
 
 SUMMARY = "register a checkpoint in MLflow, with everything needed to serve it"
+EXAMPLE = "m2f register runs/cells --alias champion"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,26 +20,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         default="best",
-        metavar="C",
-        help="best (default), last or a step; it is pinned, so that it is never deleted",
+        metavar="STEP|best|last",
+        help="step of a checkpoint, or best or last checkpoint of the run (default: best); it is pinned, so that it is "
+        "never deleted",
     )
-    parser.add_argument("--name", metavar="NAME", help="name of the registered model; default: the run's name")
+    parser.add_argument("--name", metavar="NAME", help="name of the registered model (default: the run's name)")
     parser.add_argument(
         "--alias",
         action="append",
         default=[],
-        metavar="A",
+        metavar="ALIAS",
         help="alias for the new version, for example champion; repeatable",
     )
     parser.add_argument(
         "--if-better",
-        metavar="A",
+        metavar="ALIAS",
         help="register only if the model is better than the version with this alias on the same images (95 %% interval "
         "of the paired difference above 0), and move the alias; otherwise exit status 1",
     )
-    parser.add_argument("--set", metavar="SET", help="evaluation set for the comparison; default: the recipe's first")
+    parser.add_argument("--set", metavar="SET", help="evaluation set for the comparison (default: the recipe's first)")
     parser.add_argument(
-        "--metric", choices=("PQ", "AP", "mIoU"), help="metric for the comparison; default: the first that both have"
+        "--metric", choices=("PQ", "AP", "mIoU"), help="metric for the comparison (default: the first that both have)"
     )
     parser.add_argument(
         "--precision",
@@ -58,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_hosts(hosts: Sequence[str]) -> None:
     """Raise ConfigError if a value is not HOST or HOST:PORT, because such a value would never match a URL's host."""
-    for given in hosts:
-        if not given or any(c in "/@" or c.isspace() for c in given):
-            host = given.strip().rpartition("://")[2].partition("/")[0].rpartition("@")[2]
+    for value in hosts:
+        if not value or any(c in "/@" or c.isspace() for c in value):
+            host = value.strip().rpartition("://")[2].partition("/")[0].rpartition("@")[2]
             advice = (
                 f"--allow-url {host}" if host and not any(c.isspace() for c in host) else "a host such as host.example"
             )
@@ -97,13 +99,16 @@ def run(args: argparse.Namespace) -> int:
     if outcome.version is None:
         print_err(f"step {outcome.step} is not better than {outcome.name}@{args.if_better}, so it is not registered")
         return ExitStatus.FAILED
-    for name, one in (outcome.thresholds.classes if outcome.thresholds else {}).items():
-        if one.threshold is None:
+    for name, class_threshold in (outcome.thresholds.classes if outcome.thresholds else {}).items():
+        if class_threshold.threshold is None:
             print_out(f"{name}: no threshold reaches the precision, so all detections of this class are rejected")
         else:
-            print_out(f"{name}: {one.threshold:.3f} (precision {one.precision:.3f}, recall {one.recall or 0:.3f})")
-    how = "registered" if outcome.uploaded else "registered (already uploaded)"
-    print_out(f"step {outcome.step} {how}: {outcome.name}, version {outcome.version}, in {outcome.store}")
+            print_out(
+                f"{name}: {class_threshold.threshold:.3f} (precision {class_threshold.precision:.3f}, "
+                f"recall {class_threshold.recall or 0:.3f})"
+            )
+    state = "registered" if outcome.uploaded else "registered (already uploaded)"
+    print_out(f"step {outcome.step} {state}: {outcome.name}, version {outcome.version}, in {outcome.store}")
     alias = (args.alias or [args.if_better])[0]
     address = f"models:/{outcome.name}@{alias}" if alias else f"models:/{outcome.name}/{outcome.version}"
     print_out(f"serve it: MLFLOW_TRACKING_URI={outcome.store} mlflow models serve --env-manager local -m {address}")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from m2f.eval.score.scoring import ScoreReport, Scoring
 
 SUMMARY = "score result files: panoptic, instances, semantic or Cityscapes"
+EXAMPLE = "m2f score instances --truth instances_val.json --predictions results.json"
 KINDS = {
     "panoptic": "PQ of COCO panoptic results, equal to panopticapi and boundary-iou-api",
     "instances": "mask AP of COCO results, equal to pycocotools and boundary-iou-api",
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument(
             "--output", type=Path, metavar="FILE", help="JSON file for all numbers, with ratios from 0 to 1"
         )
-        kind.add_argument("--workers", type=count, metavar="N", help="number of processes (default: one per core)")
+        kind.add_argument("--workers", type=count, metavar="N", help="number of processes (default: number of cores)")
     _add_options(parsers)
     panoptic, instances, semantic = (parsers[name] for name in ("panoptic", "instances", "semantic"))
     panoptic.add_argument(
@@ -56,18 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     instances.add_argument(
         "--class-agnostic", action="store_true", help="treat all classes as one, as for proposals; adds AR1000"
     )
-    semantic.add_argument("--num-classes", required=True, type=int, metavar="K", help="labels are 0 to K - 1")
+    semantic.add_argument(
+        "--num-classes", required=True, type=int, metavar="K", help="number of classes, with labels 0 to K - 1"
+    )
     semantic.add_argument(
         "--ignore",
         type=int,
         metavar="V",
-        help="value of pixels without a label (default 255; 65535 for 256 or more classes)",
+        help="value of pixels without a label (default: 255; 65535 for 256 or more classes)",
     )
     semantic.add_argument(
         "--void",
         type=int,
         metavar="V",
-        help="value of pixels predicted without a class, counted as wrong (default 255; 65535 for 256 or more classes)",
+        help="value of pixels predicted without a class, which count as wrong (default: 255; 65535 for 256 or "
+        "more classes)",
     )
 
 
@@ -97,7 +101,7 @@ def _add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
             nargs=2,
             type=float,
             metavar="A",
-            help="minimum areas of medium and large segments in pixels (default 1024 9216)",
+            help="minimum areas of medium and large segments in pixels (default: 1024 9216)",
         )
     parsers["panoptic"].add_argument(
         "--by-size", action="store_true", help="also compute PQ of small, medium and large segments (slower)"
@@ -107,7 +111,11 @@ def _add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
         "--boxes", action="store_true", help="also compute box AP, from given boxes or boxes around masks"
     )
     instances.add_argument(
-        "--max-dets", nargs="+", type=int, metavar="N", help="maximum detections per image and class (default 1 10 100)"
+        "--max-dets",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="maximum detections per image and class (default: 1 10 100)",
     )
     parsers["semantic"].add_argument(
         "--class-names", type=Path, metavar="FILE", help="file with class names, one per line"

@@ -10,6 +10,7 @@ from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, s
 from m2f.model.errors import ConfigError, UserError
 
 SUMMARY = "write raw data sets as shards; resumes after an interruption and rewrites shards of changed files"
+EXAMPLE = "m2f shard cells.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, s
 from m2f.model.format_count import format_count
 
 SUMMARY = "show images, segments and pixels by class of sharded data sets"
+EXAMPLE = "m2f stats cells.yaml train"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,28 +15,29 @@ if TYPE_CHECKING:
     from m2f.cluster.submit.ray_jobs import JobClient, JobInfo
 
 SUMMARY = "train a recipe on a Ray cluster or on Kubernetes; a second call follows the running job"
+EXAMPLE = "m2f submit cells.yaml --address http://HEAD:8265"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE|ID", help="recipe; --stop and --status also accept the id of a job")
     add_overrides(parser)
     parser.add_argument(
-        "--address", metavar="URL", help="dashboard of the cluster, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS"
+        "--address", metavar="URL", help="dashboard of the cluster, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)"
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--detach", action="store_true", help="return after submitting the job; default: follow its output"
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument(
+        "--detach", action="store_true", help="return after submitting the job (default: follow its output)"
     )
-    what.add_argument("--stop", action="store_true", help="stop the run's job after it has saved a checkpoint")
-    what.add_argument("--status", action="store_true", help="show the status of the run's jobs")
-    what.add_argument(
+    actions.add_argument("--stop", action="store_true", help="stop the run's job after it has saved a checkpoint")
+    actions.add_argument("--status", action="store_true", help="show the status of the run's jobs")
+    actions.add_argument(
         "--kuberay",
         metavar="TEMPLATE",
         nargs="?",
         const="",
         help="write a RayJob for Kubernetes from a template such as cluster/cloud/kuberay.yaml",
     )
-    parser.add_argument("--output", metavar="FILE", help="with --kuberay: output file; default: standard output")
+    parser.add_argument("--output", metavar="FILE", help="with --kuberay: output file (default: standard output)")
     parser.add_argument("--apply", action="store_true", help="with --kuberay: apply the RayJob with kubectl")
     add_env(parser)
     parser.add_argument(

@@ -23,6 +23,7 @@ EXIT_STATUS = {
 """Exit status by the status of the run."""
 
 SUMMARY = "train a recipe; a second start resumes from the last checkpoint"
+EXAMPLE = "m2f train cells.yaml training.max_steps=2000"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         choices=("ray", "local"),
         default="ray",
-        help="ray (default): evaluates during training; local: plain processes on this machine, evaluates after the "
-        "last step, or during training with training.early_stopping",
+        help="ray: Ray workers, and evaluations during training; local: processes on this machine without Ray, and "
+        "evaluations after the last step, or during training with training.early_stopping (default: ray)",
     )
     parser.add_argument(
         "--restart",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from m2f.data_pipeline.storage.storage import Storage
 
 SUMMARY = "verify sharded data sets: sizes only, or every byte, sample and label"
+EXAMPLE = "m2f verify shards/cells/train --full"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,12 +65,12 @@ def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verificat
 
 def _summary(found: Verification, report: str | None) -> str:
     """Return text that states that the data set is complete, or lists its faults."""
-    what = f"{format_count(found.num_samples, 'sample')} in {format_count(found.num_shards, 'shard')}"
-    what += f", {found.num_bytes / 1e6:,.1f} MB"
+    size = f"{format_count(found.num_samples, 'sample')} in {format_count(found.num_shards, 'shard')}"
+    size += f", {found.num_bytes / 1e6:,.1f} MB"
     if found.passed:
         read = (
             "all bytes and samples are valid" if found.depth == "full" else "all shards exist and have the right size"
         )
-        return f"{found.url}: {what}: {read}"
-    lines = [f"{found.url}: {what}: {format_count(len(found.faults), 'fault')}"]
+        return f"{found.url}: {size}: {read}"
+    lines = [f"{found.url}: {size}: {format_count(len(found.faults), 'fault')}"]
     return "\n".join(lines + format_faults(found.faults, report))

@@ -165,21 +165,21 @@ def mixture_labels(manifests: Sequence[Manifest], task: Task) -> list[dict[int, 
 
 def _labels_in(first: Manifest, other: Manifest, task: Task) -> dict[int, int]:
     """Return the mapping from the ids of `other` to the classes of `first`. Raises DataError as `mixture_labels`."""
-    known, own = ([(c.name, c.is_thing) for c in m.categories.for_task(task)] for m in (first, other))
-    if known == own:
+    known_classes, classes = ([(c.name, c.is_thing) for c in m.categories.for_task(task)] for m in (first, other))
+    if known_classes == classes:
         return other.categories.labels(task)
-    if unknown := [name for name, is_thing in own if (name, is_thing) not in known]:
+    if unknown := [name for name, is_thing in classes if (name, is_thing) not in known_classes]:
         raise DataError(
             f"the first data set of a mixture defines the classes, but {first.url} does not have {unknown[:5]} of "
             f"{other.url} (matched by name and by thing or stuff); list the one with all classes first, or shard "
             "them with the same categories"
         )
-    if repeated := [name for name, is_thing in own if known.count((name, is_thing)) > 1]:
+    if repeated := [name for name, is_thing in classes if known_classes.count((name, is_thing)) > 1]:
         raise DataError(
             f"{first.url} has several classes named {repeated[0]!r}, so that of {other.url} cannot be matched by name; "
             "rename them, or shard both data sets with the same categories"
         )
-    return {c.id: known.index((c.name, c.is_thing)) for c in other.categories.for_task(task)}
+    return {c.id: known_classes.index((c.name, c.is_thing)) for c in other.categories.for_task(task)}
 
 
 def eval_batches(

@@ -211,7 +211,7 @@ class MixtureOrder:
 
 @dataclass(frozen=True)
 class OffsetOrder:
-    """An order that begins at a later position. A run uses it to continue after its data have changed."""
+    """An order that begins at a later position. A run uses it to continue after its data has changed."""
 
     order: Order
     start: int
@@ -294,7 +294,7 @@ def chunk_bytes(config: DataConfig) -> int:
 
 
 def look_ahead(config: DataConfig, world: int) -> int:
-    """Return how far ahead a rank looks, as a number of its own samples. Once read, samples in this range are kept.
+    """Return for how many of its next samples a rank keeps data that it has already read.
 
     A chunk of at most `window` samples lies in at most two windows of a lane, so the range covers all its uses, unless
     it is limited by _MAX_LOOK_AHEAD. With copy-paste, a sample is first used up to one window before its own position.

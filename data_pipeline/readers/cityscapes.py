@@ -20,6 +20,7 @@ from m2f.data_pipeline.readers.files import files_below, make_key, read_bytes, r
 from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
 from m2f.data_pipeline.sample import Annotation
 from m2f.data_pipeline.sources import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource
+from m2f.model.format_count import format_count
 
 _IMAGE_ENDING = "_leftImg8bit.png"
 _MAP_ENDINGS = ("_gtFine_instanceIds.png", "_gtCoarse_instanceIds.png")
@@ -83,8 +84,8 @@ def open_cityscapes_panoptic(source: CityscapesPanopticSource, max_pixels: int) 
     missing = [image_id for image_id in ids if image_id not in by_id]
     if missing:
         raise DataError(
-            f"{images} lacks {len(missing)} images of {path}, named <id>{_IMAGE_ENDING}: {format_list(missing)}; "
-            "set source.images to leftImg8bit or to its folder of this split"
+            f"{images} lacks {format_count(len(missing), 'image')} of {path}, named <id>{_IMAGE_ENDING}: "
+            f"{format_list(missing)}; set source.images to leftImg8bit or to its folder of this split"
         )
     if "images" not in document:
         document["images"] = [_image_entry(image_id, images / by_id[image_id]) for image_id in ids]

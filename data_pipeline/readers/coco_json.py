@@ -31,7 +31,7 @@ MAX_AREA = 1e15
 
 @dataclass(frozen=True, slots=True)
 class CocoImage:
-    """An entry of `images`."""
+    """One image that a COCO JSON file lists under `images`."""
 
     id: int
     """Id in the file if all ids in it are integers of at most 18 digits (COCO), otherwise the position of the image in

@@ -33,6 +33,7 @@ from m2f.data_pipeline.readers.masks import area_mismatches, instance_layers, pi
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample, Segment, id_dtype
 from m2f.data_pipeline.sources import CocoPanopticSource
+from m2f.model.format_count import format_count
 
 Instances = Sequence[Mapping[str, Any]]
 """COCO instance annotations of one image."""
@@ -266,7 +267,8 @@ def _with_instances(
     missing = {record.image.source_id for record in records} - images
     if missing:
         raise DataError(
-            f"{path} lacks {len(missing)} images of the panoptic annotations: {format_list(sorted(missing))}"
+            f"{path} lacks {format_count(len(missing), 'image')} of the panoptic annotations: "
+            f"{format_list(sorted(missing))}; set source.instances_json to the file of the same images, or leave it out"
         )
     by_image, unlisted = coco_json.group_by_image(document, images, path)
     by_image = {record.image.source_id: by_image[record.image.source_id] for record in records}

@@ -240,7 +240,7 @@ class Manifest:
         return manifest
 
     def shard_url(self, shard: int) -> str:
-        """Return the full URL of a shard."""
+        """Return the path or URL of the shard with this number. Manifests of foreign tars may store absolute ones."""
         name = self.shards[shard].name
         return name if _is_absolute(name) else join(self.url, name)
 

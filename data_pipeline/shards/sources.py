@@ -152,8 +152,8 @@ def require_source_files(reader: Reader, keys: Iterable[str], target: str, *, sk
     Raises:
         DataError: files do not exist or cannot be read.
     """
-    wanted = set(keys)
-    samples = [reader.files(i) for i, key in enumerate(reader.keys) if key in wanted]
+    wanted_keys = set(keys)
+    samples = [reader.files(i) for i, key in enumerate(reader.keys) if key in wanted_keys]
     files = tuple(dict.fromkeys(path for sample in samples for path in sample))
     with ThreadPoolExecutor(_THREADS) as pool:
         readable = pool.map(lambda path: os.access(path, os.R_OK), files)

@@ -34,7 +34,7 @@ _PROGRESS_INTERVAL_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Result of a verification."""
+    """Faults that `verify` found in a data set, and what it checked."""
 
     url: str
     depth: Depth

@@ -144,9 +144,9 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
 def complete_parts(plan: ShardPlan, storage: Storage, changes: SourceChanges | None = None) -> tuple[ShardPart, ...]:
     """Claim the target for this plan, and return the parts that need not be written again.
 
-    Such a part has a receipt and a shard of the right size. If the manifest is not committed, or if `changes` names
-    shards, the part must also be current: it has the current encoding, nothing was left out, and `changes` does not
-    name it.
+    Such a part has a receipt and a shard of the right size. The part must also be current if the manifest is not
+    committed, or if `changes` names shards. A current part has the current encoding, nothing was left out of it, and
+    `changes` does not name it.
 
     Raises:
         DataError: the target belongs to another plan.

@@ -295,11 +295,11 @@ class S3Store:
             raise StorageError(
                 f"{url}: the store does not answer ({summary}); check storage.endpoint_url and the network"
             ) from error
-        what, remedy = "the store has not answered", "Restart the run when the store is available again"
+        problem, remedy = "the store has not answered", "Restart the run when the store is available again"
         if _lacks_credentials(error):
-            what, remedy = "valid AWS credentials have been missing", "Renew the credentials and restart the run"
+            problem, remedy = "valid AWS credentials have been missing", "Renew the credentials and restart the run"
         raise OutageError(
-            f"{url}: {what} for longer than storage.patience_s ({self._config.patience_s:g} s; {summary}). {remedy}"
+            f"{url}: {problem} for longer than storage.patience_s ({self._config.patience_s:g} s; {summary}). {remedy}"
         ) from error
 
     def _report_wait(self, url: str, error: Exception, seconds: float) -> None:
@@ -466,9 +466,9 @@ def _fail(url: str, error: Exception) -> NoReturn:
 
     status, code = _response_error(error)
     if status == 404:
-        what = f"bucket {split_url(url)[0]!r}" if code == "NoSuchBucket" else "the object"
+        missing = f"bucket {split_url(url)[0]!r}" if code == "NoSuchBucket" else "the object"
         raise MissingObjectError(
-            f"{url}: {what} does not exist (404); check the URL and storage.endpoint_url"
+            f"{url}: {missing} does not exist (404); check the URL and storage.endpoint_url"
         ) from error
     if status == 412 and getattr(error, "operation_name", "") == "GetObject":
         _fail_replaced(url)

@@ -44,10 +44,10 @@ class EvaluatedClasses:
 
     def restrict(self, batch: EvalBatch) -> EvalBatch:
         """Return the batch without annotations of classes that the model lacks; their pixels in `seg` become void."""
-        known = self.categories.by_id.keys()
-        if all(s.category_id in known for sample in batch.samples for s in sample.annotation.segments):
+        known_ids = self.categories.by_id.keys()
+        if all(s.category_id in known_ids for sample in batch.samples for s in sample.annotation.segments):
             return batch
-        return replace(batch, samples=tuple(_restricted(sample, known) for sample in batch.samples))
+        return replace(batch, samples=tuple(_restricted(sample, known_ids) for sample in batch.samples))
 
 
 def evaluated_classes(
@@ -85,11 +85,11 @@ def select_columns(class_logits: Tensor, columns: Sequence[int]) -> Tensor:
     return torch.cat([class_logits[..., list(columns)], no_object], dim=-1)
 
 
-def _restricted(sample: DecodedSample, known: Collection[int]) -> DecodedSample:
+def _restricted(sample: DecodedSample, known_ids: Collection[int]) -> DecodedSample:
     annotation = sample.annotation
-    kept = tuple(s for s in annotation.segments if s.category_id in known)
+    kept_segments = tuple(s for s in annotation.segments if s.category_id in known_ids)
     seg = annotation.seg
     if seg is not None:
-        removed_ids = [s.id for s in annotation.segments if s.map == "seg" and s.category_id not in known]
+        removed_ids = [s.id for s in annotation.segments if s.map == "seg" and s.category_id not in known_ids]
         seg = np.where(np.isin(seg, removed_ids), seg.dtype.type(VOID_ID), seg)
-    return replace(sample, annotation=Annotation(seg=seg, inst=annotation.inst, segments=kept))
+    return replace(sample, annotation=Annotation(seg=seg, inst=annotation.inst, segments=kept_segments))

@@ -99,10 +99,12 @@ class PanopticMerge:
         for root, segment in zip(roots, self._segments, strict=True):
             scores[root] = max(scores.get(root, 0.0), segment.score)
             largest[root] = max(largest.get(root, 0), segment.area if segment.is_thing else 0)
-        kept = self._areas(self._segment_numbers, roots)
+        kept_areas = self._areas(self._segment_numbers, roots)
         numbers = _nearest(self._segment_numbers, original_size)
         areas = self._areas(numbers, roots)
-        present = [root for root in sorted(scores) if areas[root] and kept[root] >= MIN_KEPT_SHARE * largest[root]]
+        present = [
+            root for root in sorted(scores) if areas[root] and kept_areas[root] >= MIN_KEPT_SHARE * largest[root]
+        ]
         ids = {root: position for position, root in enumerate(present, 1)}
         table = np.array([0, *(ids.get(root, 0) for root in roots)], dtype=np.int32)
         segments = (
@@ -218,10 +220,10 @@ class InstanceMerge:
     def _is_kept(self, parts: Sequence[int], areas: np.ndarray) -> bool:
         """Return whether an object keeps at least MIN_KEPT_SHARE of its largest part. `areas` are those of `_cores`."""
         distinct = sorted(set(parts))
-        kept = sum(areas[distinct])
+        kept_area = sum(areas[distinct])
         if len({self._cores[part][0] for part in distinct}) < len(distinct):  # two masks of one window may share pixels
-            kept = mask_areas([self._mask(distinct, self._size)])[0]
-        return bool(kept > 0 and kept >= MIN_KEPT_SHARE * max(self._window_areas[part] for part in distinct))
+            kept_area = mask_areas([self._mask(distinct, self._size)])[0]
+        return bool(kept_area > 0 and kept_area >= MIN_KEPT_SHARE * max(self._window_areas[part] for part in distinct))
 
     def _mask(self, parts: Sequence[int], original_size: tuple[int, int]) -> Rle:
         """Return the union of the parts, decoded only in the columns that they span: most objects are small."""
@@ -231,9 +233,9 @@ class InstanceMerge:
         for core, mask in pieces:
             canvas[core.slices(Area(0, left, 0, right))] |= decode_mask(mask)
         if original_size != self._size:
-            whole = np.zeros(self._size, dtype=bool)
-            whole[:, left:right] = canvas
-            return encode_masks([_nearest(whole, original_size)])[0]
+            full_mask = np.zeros(self._size, dtype=bool)
+            full_mask[:, left:right] = canvas
+            return encode_masks([_nearest(full_mask, original_size)])[0]
         return encode_columns(canvas, left, original_size)
 
 

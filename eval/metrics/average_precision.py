@@ -60,8 +60,8 @@ class AveragePrecision:
 
     def class_stats(self, label: int) -> dict[str, float]:
         """Return the numbers of `stats` for one class; -1 if undefined."""
-        at = slice(label, label + 1)
-        return AveragePrecision(self.max_dets, self.precision[:, :, at], self.recall[:, at]).stats
+        chosen = slice(label, label + 1)
+        return AveragePrecision(self.max_dets, self.precision[:, :, chosen], self.recall[:, chosen]).stats
 
     @property
     def per_class(self) -> tuple[float, ...]:

@@ -84,11 +84,11 @@ def _record(per_class: Mapping[int, Mapping[str, Any]]) -> PanopticRecord:
     """Build the record of one image from its sums by class, in ascending order of class."""
     labels = list(per_class)
     sums = per_class.values()
-    matches = [one["tp"] for one in sums]
-    means = [one["iou"] / one["tp"] if one["tp"] else 0.0 for one in sums]
+    matches = [counts["tp"] for counts in sums]
+    means = [counts["iou"] / counts["tp"] if counts["tp"] else 0.0 for counts in sums]
     return PanopticRecord(
         matched_label=np.repeat(labels, matches),
         matched_iou=np.repeat(means, matches),
-        false_positive=np.repeat(labels, [one["fp"] for one in sums]),
-        false_negative=np.repeat(labels, [one["fn"] for one in sums]),
+        false_positive=np.repeat(labels, [counts["fp"] for counts in sums]),
+        false_negative=np.repeat(labels, [counts["fn"] for counts in sums]),
     )

@@ -262,7 +262,7 @@ class _BatchMasks(NamedTuple):
 
 
 def _pair_ious(pairs: _Pairs, detections: _BatchDetections, masks: _BatchMasks) -> np.ndarray:
-    """Return the IoU [P] of the pairs."""
+    """Return the mask IoU [P] of every pair. Each mask is compared once, even if several pairs share it."""
     image, label = detections.image[pairs.detection], detections.label[pairs.detection]
     starts = np.flatnonzero(np.diff(image, prepend=-1) | np.diff(label, prepend=-1))
     index, truths = masks.index[pairs.detection].tolist(), pairs.truth.tolist()
@@ -270,7 +270,7 @@ def _pair_ious(pairs: _Pairs, detections: _BatchDetections, masks: _BatchMasks) 
     for (start, end), image_number in zip(_run_bounds(starts, len(truths)), image[starts].tolist(), strict=True):
         detected = masks.detected[image_number]
         rows = {mask: row for row, mask in enumerate(dict.fromkeys(index[start:end]))}
-        columns = {one: column for column, one in enumerate(dict.fromkeys(truths[start:end]))}
+        columns = {truth: column for column, truth in enumerate(dict.fromkeys(truths[start:end]))}
         table = pairwise_ious(
             chosen_masks(detected, rows), [masks.annotated[i] for i in columns], [masks.is_crowd[i] for i in columns]
         ).tolist()
@@ -286,7 +286,10 @@ def _pair_ious(pairs: _Pairs, detections: _BatchDetections, masks: _BatchMasks) 
 def _with_boundaries(masks: _BatchMasks, pairs: _Pairs, detections: _BatchDetections, ratio: float) -> _BatchMasks:
     """Return the masks, with those that occur in `pairs` reduced to their boundaries."""
     images, index = detections.image[pairs.detection], masks.index[pairs.detection]
-    detected = [_replace_by_boundaries(own, index[images == image], ratio) for image, own in enumerate(masks.detected)]
+    detected = [
+        _replace_by_boundaries(image_masks, index[images == image], ratio)
+        for image, image_masks in enumerate(masks.detected)
+    ]
     return masks._replace(detected=detected, annotated=_replace_by_boundaries(masks.annotated, pairs.truth, ratio))
 
 

@@ -70,9 +70,9 @@ class _Axes:
 
     def locate(self, x: float, y: float) -> tuple[float, float]:
         """Return the position of a point in the picture."""
-        across = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
-        up = (y - self.ys[0]) / (self.ys[-1] - self.ys[0])
-        return _LEFT + across * (WIDTH - _LEFT - _RIGHT), _TOP + (1 - up) * _PLOT_HEIGHT
+        x_share = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
+        y_share = (y - self.ys[0]) / (self.ys[-1] - self.ys[0])
+        return _LEFT + x_share * (WIDTH - _LEFT - _RIGHT), _TOP + (1 - y_share) * _PLOT_HEIGHT
 
     def lines(self, x_label: str) -> list[str]:
         """Return grid lines, tick labels and the label of the x axis."""
@@ -87,13 +87,13 @@ class _Axes:
             parts.append(_text(x, bottom + 14, tick_label(tick, self.xs), anchor="middle"))
         return [*parts, _text(WIDTH - _RIGHT, bottom + 28, x_label, anchor="end", faint=True)]
 
-    def curve(self, one: Series, position: int) -> list[str]:
+    def curve(self, line: Series, position: int) -> list[str]:
         """Return the line of a series, interrupted at gaps. `position` selects the colour."""
         parts = []
-        for piece in _finite_runs(downsample(one.points)):
+        for piece in _finite_runs(downsample(line.points)):
             located = [self.locate(x, y) for x, y in piece]
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in located)
-            name = f"<title>{escape(one.name)}</title>"
+            name = f"<title>{escape(line.name)}</title>"
             parts.append(f'<polyline points="{path}" {_stroke(position)}>{name}</polyline>')
             if len(located) <= MAX_DOTTED_POINTS:
                 color = series_color(position)
@@ -107,20 +107,20 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, limits: Limit
     A series without points is not drawn, but keeps its colour for other charts. `limits` fixes the range of both axes,
     which otherwise covers the points.
     """
-    points = [p for one in series for p in one.points if math.isfinite(p[1])]
+    points = [p for line in series for p in line.points if math.isfinite(p[1])]
     heading = _text(0, 14, title, weight="bold")
     if not points:
         return _svg(80, title, [heading, _text(_LEFT, 60, "no values")])
     x_values, y_values = zip(*points, strict=True)
-    across, up = limits or ((min(x_values), max(x_values)), (min(y_values), max(y_values)))
-    axes = _Axes(ticks(*across), ticks(*up))
+    x_limits, y_limits = limits or ((min(x_values), max(x_values)), (min(y_values), max(y_values)))
+    axes = _Axes(ticks(*x_limits), ticks(*y_limits))
     parts = [heading, *axes.lines(x_label)]
     bottom = _TOP + _PLOT_HEIGHT + _BOTTOM
-    for position, one in enumerate(series):
-        if one.points:
-            parts += axes.curve(one, position)
+    for position, line in enumerate(series):
+        if line.points:
+            parts += axes.curve(line, position)
             parts.append(f'<path d="M{_LEFT} {bottom + 8}h22" {_stroke(position)}/>')
-            parts.append(_text(_LEFT + 28, bottom + 12, shorten(one.name, 52)))
+            parts.append(_text(_LEFT + 28, bottom + 12, shorten(line.name, 52)))
             bottom += ROW_HEIGHT
     return _svg(bottom, title, parts)
 
@@ -130,11 +130,11 @@ def small_chart(title: str, note: str, series: Sequence[Series]) -> str:
     side, top = SMALL_SIDE, 20
     parts = [_text(0, 12, shorten(title, 16), size=10), _text(side, 12, note, anchor="end", size=10, faint=True)]
     for tick in (0, 50, 100):
-        across = tick / 100 * side
-        parts += [_line(0, top + across, side, top + across), _line(across, top, across, top + side)]
-    for position, one in enumerate(series):
-        path = " ".join(f"{x / 100 * side:.1f},{top + (1 - y / 100) * side:.1f}" for x, y in one.points)
-        parts.append(f'<polyline points="{path}" {_stroke(position)}><title>{escape(one.name)}</title></polyline>')
+        offset = tick / 100 * side
+        parts += [_line(0, top + offset, side, top + offset), _line(offset, top, offset, top + side)]
+    for position, line in enumerate(series):
+        path = " ".join(f"{x / 100 * side:.1f},{top + (1 - y / 100) * side:.1f}" for x, y in line.points)
+        parts.append(f'<polyline points="{path}" {_stroke(position)}><title>{escape(line.name)}</title></polyline>')
     return _svg(top + side + 4, title, parts, width=side)
 
 

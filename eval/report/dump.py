@@ -115,7 +115,7 @@ def join_dump(storage: Storage, url: str, calls: int, categories: CategoryTable)
 
 
 def _entries(content: bytes) -> list[dict[str, Any]]:
-    """Return the entries of a part."""
+    """Parse a part file, which contains JSON objects separated by commas, without enclosing brackets."""
     return json.loads(b"[" + content + b"]")
 
 
@@ -125,7 +125,7 @@ def _annotations(parts: Iterable[bytes]) -> Iterator[bytes]:
     for part in parts:
         annotations = as_annotations(_entries(part), first_id)
         first_id += len(annotations)
-        yield _SEPARATOR.join(json.dumps(one).encode() for one in annotations)
+        yield _SEPARATOR.join(json.dumps(annotation).encode() for annotation in annotations)
 
 
 def _join(parts: Iterable[bytes], storage: Storage, url: str, enclosing: tuple[str, str]) -> None:

@@ -107,7 +107,7 @@ def details_json(results: EvaluationResults) -> str:
 
 
 def to_jpeg(png: bytes) -> bytes:
-    """Convert a panel to a JPEG that is small enough for a page with many of them."""
+    """Convert a PNG file to a JPEG of at most PICTURE_WIDTH pixels in width, so that pages stay small."""
     image = decode_picture(png)
     height, width = image.shape[:2]
     if width > PICTURE_WIDTH:
@@ -198,12 +198,14 @@ def _confusion(results: EvaluationResults) -> str:
         matrices.append(("segments", [*_segment_names(results), NO_PARTNER], results.segments.confusion))
     if results.pixels is not None:
         matrices.append(("pixels", _class_names(results, "semantic"), results.pixels))
-    matrices = [one for one in matrices if one[2].any()]
+    matrices = [matrix for matrix in matrices if matrix[2].any()]
     if not matrices:
         return ""
     explained = "Rows: truth; columns: prediction; per cent of the row. Segments are paired as under Errors."
     lead = paragraph(f"{explained} Bad outlines are included.", "faint")
-    return lead + grid([_matrix(*one) for one in matrices]) + grid([_top_confusions(*one) for one in matrices])
+    return (
+        lead + grid([_matrix(*matrix) for matrix in matrices]) + grid([_top_confusions(*matrix) for matrix in matrices])
+    )
 
 
 def _matrix(unit: str, names: Sequence[str], counts: np.ndarray) -> str:

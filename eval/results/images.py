@@ -106,7 +106,7 @@ def image_table(records: ImageRecords, names: Mapping[int, str] | None = None) -
     columns |= records.per_image_values()
     for task in ("panoptic", "instance", "semantic"):
         if (images := getattr(records, task)) is not None:
-            columns |= {f"{task}_{one.name}": getattr(images, one.name) for one in fields(images)}
+            columns |= {f"{task}_{field.name}": getattr(images, field.name) for field in fields(images)}
     return table_bytes(columns)
 
 
@@ -126,7 +126,7 @@ def read_image_records(payload: bytes) -> ImageRecords:
 
 def _from_columns(kind: type[_ImagesT], task: str, columns: Mapping[str, np.ndarray | Ragged]) -> _ImagesT | None:
     """Return the records of a task; None if the file has no columns of this task."""
-    names = [one.name for one in fields(kind)]
+    names = [field.name for field in fields(kind)]
     if f"{task}_{names[0]}" not in columns:
         return None
     image_columns = {name: columns[f"{task}_{name}"] for name in names}
@@ -138,9 +138,9 @@ def _from_columns(kind: type[_ImagesT], task: str, columns: Mapping[str, np.ndar
 def _from_state(kind: type[_ImagesT], state: MetricState) -> _ImagesT:
     """Return the columns of a state's records. Of columns by area range, only the first range (all areas) is kept."""
     columns = {}
-    for one in fields(kind):
-        values = state.rows(one.name)
-        columns[one.name] = Ragged(values if values.ndim == 1 else values[:, 0], state.row_counts(one.name))
+    for field in fields(kind):
+        values = state.rows(field.name)
+        columns[field.name] = Ragged(values if values.ndim == 1 else values[:, 0], state.row_counts(field.name))
     return kind(**columns)
 
 
@@ -165,7 +165,7 @@ def _semantic_images(state: MeanIoUState, classes: Collection[int] | None) -> Se
 
 def _per_image(images: _ImagesT, metric: Callable[[_ImagesT, np.ndarray], np.ndarray]) -> np.ndarray:
     """Return a metric of every single image: [I]."""
-    columns = {one.name: getattr(images, one.name) for one in fields(images)}
+    columns = {field.name: getattr(images, field.name) for field in fields(images)}
     count = len(next(iter(columns.values())).counts)
     results = []
     for first in range(0, count, _IMAGES_PER_CHUNK):

@@ -139,7 +139,7 @@ def _score_semantic(pair: tuple[Path, Path]) -> CityscapesPixels:
 def _report_instances(num_images: int, result: CityscapesAP) -> ScoreReport:
     per_class = {str(k): v and {"AP": v[0], "AP50": v[1]} for k, v in result.per_class.items()}
     scores: dict[str, tuple[float | None, float | None]] = {
-        CATEGORIES.by_id[k].name: known or (None, None) for k, known in result.per_class.items()
+        CATEGORIES.by_id[k].name: class_scores or (None, None) for k, class_scores in result.per_class.items()
     }
     scores["all"] = (result.ap, result.ap50)
     table = columns(
@@ -162,8 +162,8 @@ def _report_semantic(num_images: int, result: CityscapesIoU) -> ScoreReport:
     }
     named = {CATEGORIES.by_id[k].name: scores for k, scores in classes.items()}
     tables = [
-        columns([what, "IoU", "iIoU"], [[name, percent(iou), percent(iiou)] for name, (iou, iiou) in rows.items()])
-        for what, rows in (
+        columns([level, "IoU", "iIoU"], [[name, percent(iou), percent(iiou)] for name, (iou, iiou) in rows.items()])
+        for level, rows in (
             ("class", named | {"all": (result.iou, result.iiou)}),
             ("category", groups | {"all": (result.group_iou, result.group_iiou)}),
         )

@@ -84,11 +84,11 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
     if any("segments_info" in entry for entry in document["annotations"][:1] if isinstance(entry, dict)):
         raise EvaluationError(f"{truth} has panoptic annotations; use instances, such as instances_val2017.json")
     images = _listed_images(document["images"], truth)
-    what = f"{truth}: an annotation"
+    where = f"{truth}: an annotation"
     has_text_ids = any(isinstance(image_id, str) for image_id in images)
     # Subsets of a data set often list fewer images, but keep the annotations of all.
     for position, entry in enumerate(document["annotations"]):
-        image_id = require_field(entry, "image_id", what)
+        image_id = require_field(entry, "image_id", where)
         if not isinstance(image_id, int | float | str):
             raise EvaluationError(
                 f"{truth}: image_id of annotation number {position} is {str(image_id)[:40]}, not an id"
@@ -338,8 +338,10 @@ def _masks(
         segmentations = [entry["segmentation"] for entry in entries]
     except KeyError:
         position = next(i for i, entry in enumerate(entries) if "segmentation" not in entry)
-        what = " has a box but no `segmentation`; scoring requires masks" if "bbox" in entries[position] else ""
-        raise EvaluationError(name(position) + (what or " has no `segmentation`")) from None
+        problem = " has a box but no `segmentation`; scoring requires masks" if "bbox" in entries[position] else ""
+        raise EvaluationError(name(position) + (problem or " has no `segmentation`")) from None
     if pixels is not None:
         return tuple(segmentations)
-    return tuple(read_rle(one, image.height, image.width, name(i)) for i, one in enumerate(segmentations))
+    return tuple(
+        read_rle(segmentation, image.height, image.width, name(i)) for i, segmentation in enumerate(segmentations)
+    )

@@ -159,7 +159,10 @@ def _unknown_categories(
 ) -> frozenset[int]:
     """Return category ids of the results that are neither known nor dropped."""
     category_ids = {
-        one for image in images for result in image.results if isinstance(one := get_category_id(result), int)
+        category_id
+        for image in images
+        for result in image.results
+        if isinstance(category_id := get_category_id(result), int)
     }
     return frozenset(category_ids - known.keys() - set(dropped))
 
@@ -239,7 +242,7 @@ class _ScoreExtras:
     def __call__(self, images: Sequence[ImageEntries]) -> list[MultiRecord[DetectionRecord]]:
         pairs = self.image.read(images)
         records = self.image.match(pairs)
-        return [self._score_image(*one) for one in zip(images, records, pairs, strict=True)]
+        return [self._score_image(*image_inputs) for image_inputs in zip(images, records, pairs, strict=True)]
 
     def _score_image(
         self, image: ImageEntries, record: DetectionRecord, pair: tuple[InstanceTruth, InstanceDetections]

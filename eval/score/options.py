@@ -72,8 +72,8 @@ def chosen_images(listed: Iterable[object], options: ScoreOptions, where: str) -
     """Return the chosen ids as text; None: all. Raises EvaluationError for ids that the truth does not list."""
     if options.images is None:
         return None
-    known = {str(one) for one in listed}
-    if missing := [one for one in options.images if one not in known]:
+    known = {str(image_id) for image_id in listed}
+    if missing := [image_id for image_id in options.images if image_id not in known]:
         raise EvaluationError(f"{where} does not list {len(missing)} of the images to score: {first_few(missing)}")
     return frozenset(options.images)
 

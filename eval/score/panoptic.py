@@ -185,7 +185,7 @@ def _unknown_categories(
     """Return category ids of the predictions that are neither known nor dropped."""
     lists = (listed for i in ids if isinstance(listed := predictions[i].get("segments_info"), list))
     entries = (entry for listed in lists for entry in listed if isinstance(entry, dict))
-    category_ids = {one for entry in entries if isinstance(one := entry.get("category_id"), int)}
+    category_ids = {category_id for entry in entries if isinstance(category_id := entry.get("category_id"), int)}
     return frozenset(category_ids - known.keys() - set(dropped))
 
 

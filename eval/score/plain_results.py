@@ -32,7 +32,7 @@ _DECODER = msgspec.json.Decoder(list[PlainResult])
 
 
 def read_plain_results(data: bytes) -> list[PlainResult] | None:
-    """Parse the results; return None if an entry has another form or the data are not JSON."""
+    """Parse the results; return None if an entry has another form or the data is not JSON."""
     try:
         return _DECODER.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -67,7 +67,7 @@ def semantic_scoring(
     categories = tuple(ScoredCategory(label, name, False) for label, name in enumerate(shown))
     chosen = chosen_labels(categories, options, "the table of classes")
     pairs, notes = label_maps(truth, predictions)
-    selected = chosen_images((one for name, _ in pairs for one in (name, _stem(name))), options, str(truth))
+    selected = chosen_images((alias for name, _ in pairs for alias in (name, _stem(name))), options, str(truth))
     pairs = [(name, p) for name, p in pairs if selected is None or name in selected or _stem(name) in selected]
     names = [name for name, _ in pairs]
     if ignore is None and is_binary_mask(_label_values(truth, names), ignore, num_classes):
@@ -153,7 +153,7 @@ def _by_stem(names: Sequence[str], endings: Collection[str]) -> dict[str, list[s
 def _prediction(predictions: Path, name: str) -> str | None:
     """Return the relative name of the prediction for a map; None if it does not exist."""
     others = (_stem(name) + ending for ending in (".png", *OTHER_MAP_ENDINGS))
-    return next((one for one in (name, *others) if (predictions / one).is_file()), None)
+    return next((candidate for candidate in (name, *others) if (predictions / candidate).is_file()), None)
 
 
 def _stem(name: str) -> str:

@@ -47,12 +47,12 @@ class TruthDoubts:
         if self.wrong_areas > MIN_SHARE * self.segments:
             lines.append(
                 f"{self.wrong_areas} of {self.segments} annotated segments have less than half or more than twice the "
-                f"pixels of their stated area (rescaled images, or shares?); {effect}"
+                f"pixels of their stated area; perhaps images were rescaled, or areas are shares of the image; {effect}"
             )
         if self.without_pixels:
             lines.append(
-                f"{self.without_pixels} of {self.segments} annotated segments have no pixel (normalised coordinates, "
-                "or a map of another version?)"
+                f"{self.without_pixels} of {self.segments} annotated segments have no pixel; perhaps coordinates "
+                "are normalised, or the map is of another version"
             )
         if self.unlisted:
             lines.append(

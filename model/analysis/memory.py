@@ -169,7 +169,7 @@ def _loss(predictions: Predictions, model: ModelConfig, targets: int, pilots: Pi
         of_pilots = predictions.mask_embeddings[pilots.first_prediction :, :, :known].float()
         rows = torch.cat((rows, of_pilots.transpose(0, 1).flatten(1, 2)), dim=1)
     features = [of_map[image] for image in range(images) for of_map in maps]
-    logits = torch.cat([one @ pixels.flatten(1) for one, pixels in zip(rows, features, strict=True)])
+    logits = torch.cat([embedding @ pixels.flatten(1) for embedding, pixels in zip(rows, features, strict=True)])
     counts = point_counts(config)
     matching = layers * images * (maps[0].shape[1] + 2 * queries + targets) * counts.matching
     largest = max(matching, 8 * len(logits) * counts.candidates)

@@ -79,10 +79,10 @@ def _backbone_of(path: Path) -> dict[str, Tensor]:
     """Return the backbone of a model under our names. Raises ConfigError if the file is unreadable or has none."""
     try:
         state = read_state(path)
-        own = to_own_names(state, detect_layout(state))
+        own_state = to_own_names(state, detect_layout(state))
     except WeightsError as error:
         raise ConfigError(f"model.backbone.weights: {error}") from error
-    found = {name: tensor for name, tensor in own.items() if name.startswith(_PREFIX) and not is_ignored(name)}
+    found = {name: tensor for name, tensor in own_state.items() if name.startswith(_PREFIX) and not is_ignored(name)}
     if not found:
         raise ConfigError(
             f"model.backbone.weights: {path} contains a model without a backbone; set model.weights to it, and "

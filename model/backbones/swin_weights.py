@@ -38,13 +38,13 @@ def load_swin_weights(backbone: SwinTransformer, config: SwinBackboneConfig) -> 
     else:
         return
     weights = official_swin_names(state)
-    own = backbone.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in weights and not _OUTPUT_NORM_NAMES.match(key)]
-    problems += [f"{key} is unknown" for key in weights if key not in own]
+    own_state = backbone.state_dict()
+    problems = [f"{key} is missing" for key in own_state if key not in weights and not _OUTPUT_NORM_NAMES.match(key)]
+    problems += [f"{key} is unknown" for key in weights if key not in own_state]
     problems += [
-        f"{key} has shape {tuple(tensor.shape)}, expected {tuple(own[key].shape)}"
+        f"{key} has shape {tuple(tensor.shape)}, expected {tuple(own_state[key].shape)}"
         for key, tensor in weights.items()
-        if key in own and tensor.shape != own[key].shape
+        if key in own_state and tensor.shape != own_state[key].shape
     ]
     if problems:
         raise ConfigError(

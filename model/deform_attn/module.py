@@ -98,7 +98,7 @@ class SamplingGrid(NamedTuple):
 
 @cache_constants(4)
 def _level_sizes(shapes: Shapes, device: torch.device | str) -> Tensor:
-    """Return `sizes` of `SamplingGrid`."""
+    """Return the tensor [L, 1, 2] for `SamplingGrid.sizes`."""
     # Filled on the device, because a copy from the host would wait for all queued work.
     extents = [torch.sym_float(extent) for height, width in shapes for extent in (width, height)]
     sizes = torch.stack([torch.full((), extent, dtype=torch.float32, device=device) for extent in extents])
@@ -107,7 +107,7 @@ def _level_sizes(shapes: Shapes, device: torch.device | str) -> Tensor:
 
 @cache_constants(4)
 def _pixel_centres(shapes: Shapes, device: torch.device | str) -> Tensor:
-    """Return `reference` of `SamplingGrid.of_pixels`."""
+    """Return the tensor [1, S, 1, 2] for `SamplingGrid.reference`: the centre of every pixel, level by level."""
     levels = []
     for height, width in shapes:
         y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height

@@ -176,7 +176,7 @@ class QuerySegmenter(Segmenter):
         """Combine the predictions and remove the padding. `size` is (height, width) of the images."""
         rows, columns = (-(-side // self.pixel_decoder.stride) for side in size)
         classes, embeddings, features = zip(*predictions, strict=True)
-        *earlier, last = (one[..., :rows, :columns] for one in features)
+        *earlier, last = (feature[..., :rows, :columns] for feature in features)
         return Predictions(torch.stack(classes), torch.stack(embeddings), last, tuple(earlier))
 
 

@@ -137,8 +137,10 @@ def eomt_values(config: ModelConfig) -> dict[str, Any]:
         "drop_path_rate": backbone.options.get("drop_path_rate", 0.0),
     }
     if is_dinov3:
-        own = {"intermediate_size": hidden, "query_bias": True, "key_bias": False, "value_bias": True}
-        return {name: value for name, value in values.items() if name not in ("mlp_ratio", "use_swiglu_ffn")} | own
+        dinov3_values = {"intermediate_size": hidden, "query_bias": True, "key_bias": False, "value_bias": True}
+        return {
+            name: value for name, value in values.items() if name not in ("mlp_ratio", "use_swiglu_ffn")
+        } | dinov3_values
     ratio = 4 if gated else hidden / vit.width
     return {name: value for name, value in values.items() if name not in ("intermediate_size", "use_gated_mlp")} | {
         "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio,

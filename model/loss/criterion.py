@@ -177,8 +177,8 @@ def _class_denominator(targets: Targets, num_queries: int, normalizers: Normaliz
     """
     denominator = normalizers.class_weight_sum
     if config.class_norm == "per_rank":
-        own = count_normalizers(targets, num_queries, config).class_weight_sum
-        denominator = own * normalizers.num_micro_batches
+        own_sum = count_normalizers(targets, num_queries, config).class_weight_sum
+        denominator = own_sum * normalizers.num_micro_batches
     return torch.where(denominator > 0, denominator, 1.0)  # if all weights are 0, every numerator is 0 as well
 
 
@@ -239,15 +239,15 @@ def _losses_at_points(
 
     With `boxes` [R, 4] of the rows' targets, some of the points lie in them, and all points are weighted.
     """
-    at, labels, share = _training_points(logits.detach(), targets, label_maps, rows, drawn, config, boxes)
-    values = sample_maps(logits, at)
+    points, labels, share = _training_points(logits.detach(), targets, label_maps, rows, drawn, config, boxes)
+    values = sample_maps(logits, points)
     weights = None
     if boxes is not None:
         in_box = _points_in_box(config)
         num_kept = config.num_points - point_counts(config).fresh
         num_others = config.num_points - in_box - num_kept
         omega = importance_density(values.detach(), num_kept, num_others, share)
-        weights = box_weights(at, boxes, omega, in_box)
+        weights = box_weights(points, boxes, omega, in_box)
     return row_losses(values, labels, config.mask_loss, weights)
 
 

@@ -160,12 +160,12 @@ def _cost_at_points(
     costs = []
     for feature_map, embeddings, points_of_map in groups:
         features = feature_map.float().permute(0, 2, 3, 1).contiguous()
-        for embedding, at in zip(embeddings.split(layers), points_of_map.split(layers), strict=True):
+        for embedding, chunk_points in zip(embeddings.split(layers), points_of_map.split(layers), strict=True):
             weights = None
             if boxes is not None:
-                at, weights = assign_to_boxes(at, boxes, targets.valid, num_in_boxes)
-            logits = sample_logits(embedding, features, at)
-            labels = label_maps.images(targets.layer, targets.local_id, at)
+                chunk_points, weights = assign_to_boxes(chunk_points, boxes, targets.valid, num_in_boxes)
+            logits = sample_logits(embedding, features, chunk_points)
+            labels = label_maps.images(targets.layer, targets.local_id, chunk_points)
             sums = pairwise_sums(logits, labels, config.mask_loss, weights)
             costs.append(sums.cost(num_points, config.mask_weight, config.dice_weight))
     return torch.cat(costs)

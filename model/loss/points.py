@@ -4,7 +4,7 @@ A training step draws uniform points for three purposes (paper section 3.3):
 
 - matching: one set per image and prediction;
 - candidates: a larger set per matched mask, of which the most uncertain are kept;
-- fresh points: a few per matched mask.
+- fresh points: a smaller set per matched mask, all of which are used.
 """
 
 from __future__ import annotations

@@ -95,7 +95,9 @@ class Pmt(QuerySegmenter):
         decoder = self.transformer_decoder
         assert isinstance(decoder, PmtDecoder)
         features, table, grid = self.backbone.levels(images, self.levels)
-        tokens = torch.stack([lateral(one) for lateral, one in zip(decoder.laterals, features, strict=True)]).sum(0)
+        tokens = torch.stack(
+            [lateral(feature) for lateral, feature in zip(decoder.laterals, features, strict=True)]
+        ).sum(0)
         if table is None:
             table = self._own_positions(grid, images.device, context)
         encoded = Encoded(tokens, table, grid, (images.shape[-2], images.shape[-1]))

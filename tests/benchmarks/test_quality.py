@@ -251,7 +251,7 @@ def test_verdict_lists_missing_runs(tmp_path):
     write_pairs(tmp_path, [10.0] * 2, [12.0] * 2)
     results = read_results([tmp_path], SMALL_SHAPES)
     assert judge(SMALL_OBJECTS, results).endswith("not run: box_points 2-4, base 2-4")
-    part = next(one for one in PARTS if one.image_set == "small_shapes")
+    part = next(part for part in PARTS if part.image_set == "small_shapes")
     assert missing_runs(part, results) == (
         "FAILS: box points on small_shapes: 4 of 20 runs are finished; missing: base 2-4, box_matching 0-4, "
         "box_points 2-4, uniform_8192 0-4"

@@ -39,8 +39,8 @@ def twins(config):
 
 def test_both_trainings_have_the_same_losses(config):
     losses = losses_of_recipe(config, STEPS, torch.float64)
-    assert len({one.ours for one in losses}) == STEPS
-    assert max(one.error for one in losses) < 1e-5
+    assert len({step.ours for step in losses}) == STEPS
+    assert max(step.error for step in losses) < 1e-5
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -82,5 +82,5 @@ def test_table_states_whether_losses_agree():
 def test_dense_masks_contain_the_valid_targets_of_every_image():
     targets = make_targets([3, 0], layers=2)
     masks = dense_masks(targets)
-    assert [len(own) for own in masks] == [3, 0]
-    assert all(torch.equal(own, one_hot(targets, image)) for image, own in enumerate(masks))
+    assert [len(image_masks) for image_masks in masks] == [3, 0]
+    assert all(torch.equal(image_masks, one_hot(targets, image)) for image, image_masks in enumerate(masks))

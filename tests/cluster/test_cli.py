@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from m2f.cluster.cli import VERBS, main
+from m2f.cluster.cli import SECTIONS, VERBS, main, parse_verb
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
 from m2f.cluster.recipe.load import load_recipe
@@ -130,11 +130,23 @@ def test_help_takes_less_than_a_second_of_cpu_time():
     assert min(times) < 1.0, times
 
 
-def test_the_overview_lists_every_verb(capsys):
+def test_the_overview_lists_every_verb_in_one_section(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
     assert all(f"  {verb} " in out for verb in VERBS)
+    assert sorted(verb for verbs in SECTIONS.values() for verb in verbs) == sorted(VERBS)
     assert run(capsys)[0] == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_ends_with_an_example_that_the_verb_accepts(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    *_, heading, example = capsys.readouterr().out.splitlines()
+    assert heading == "example:"
+    program, *words = example.split()
+    assert (program, words[0]) == ("m2f", verb)
+    parse_verb(words)  # raises SystemExit for unknown options
 
 
 def test_unknown_verb_suggests_a_similar_one(capsys):

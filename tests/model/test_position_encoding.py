@@ -6,7 +6,7 @@ from m2f.model.position_encoding import sine_position_embedding
 
 
 @pytest.mark.parametrize(("key", "height", "width"), [("pe_16_5x7", 5, 7), ("pe_128_2x3", 2, 3)])
-def test_equals_the_official_embedding(goldens, key, height, width):
+def test_sine_embedding_equals_the_official_one(goldens, key, height, width):
     expected = torch.from_numpy(np.load(goldens / "b_position_embedding.npz")[key][0])
     actual = sine_position_embedding(height, width, expected.shape[0]).permute(2, 0, 1)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)

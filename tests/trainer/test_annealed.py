@@ -38,7 +38,7 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(runs, stage):
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_every_stage_gives_the_same_losses(runs, stage):
-    plain, sharded = (runs.result(f"annealed:{one}")["whole"]["losses"] for one in ("0", stage))
+    plain, sharded = (runs.result(f"annealed:{zero_stage}")["whole"]["losses"] for zero_stage in ("0", stage))
     assert list(sharded.values()) == pytest.approx(list(plain.values()), rel=1e-4)
 
 

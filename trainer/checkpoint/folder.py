@@ -191,9 +191,9 @@ def _accepted_folders(storage: Storage, run_folder: str, folders: Iterable[_Fold
     """Return the folders whose commits are valid under the leases of the run."""
     newest, accepted = newest_number(storage, run_folder), set[_Folder]()
     for lease in {folder.lease for folder in folders}:
-        own = [folder for folder in folders if folder.lease == lease]
-        names = accepted_names(storage, run_folder, newest, lease, [folder.name for folder in own])
-        accepted |= {folder for folder in own if folder.name in names}
+        lease_folders = [folder for folder in folders if folder.lease == lease]
+        names = accepted_names(storage, run_folder, newest, lease, [folder.name for folder in lease_folders])
+        accepted |= {folder for folder in lease_folders if folder.name in names}
     return accepted
 
 

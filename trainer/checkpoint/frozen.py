@@ -39,7 +39,7 @@ def shares_frozen(storage: Storage, checkpoint: CommittedCheckpoint | None, entr
 
 
 def join_frozen(path: Path) -> None:
-    """Add the frozen weights to a weights file that names a file of them in the same folder."""
+    """Rewrite a weights file so that it contains the frozen weights, whose file must lie in the same folder."""
     with safetensors.safe_open(path, "pt") as file:
         metadata = {key: text for key, text in (file.metadata() or {}).items() if key != FROZEN_KEY}
     state = read_state(path)

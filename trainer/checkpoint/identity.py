@@ -73,7 +73,7 @@ class ModelIdentity:
 
     @property
     def recipe_sha256(self) -> str:
-        """SHA-256 of the effective recipe."""
+        """Hexadecimal SHA-256 of the text of the recipe."""
         return hashlib.sha256(self.recipe.encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -169,8 +169,8 @@ def _download(
     if restart.reshard:
         restart = replace(restart, folder=_machine_folder(ranks, folder))
     paths = _paths(restart, manifest, ranks.rank) if restart.folder == folder else []
-    own = ranks.run_on_all(lambda: _try_fetch(storage, checkpoint.url, paths, manifest, folder))
-    problem = next(filter(None, ranks.gather(own)), None)
+    own_problem = ranks.run_on_all(lambda: _try_fetch(storage, checkpoint.url, paths, manifest, folder))
+    problem = next(filter(None, ranks.gather(own_problem)), None)
     if problem is None and restart.reshard:
         ranks.run_on_all(lambda: _convert(checkpoint.url, folder) if paths else None)
     return problem or restart
@@ -221,8 +221,8 @@ def _paths(restart: Restart, manifest: CheckpointManifest, rank: int) -> list[st
     if restart.reshard:
         return [path for path in manifest.files if path.startswith(f"{ENGINE}/")] + [WEIGHTS, *model]
     names = ("mp_rank_00_", f"zero_pp_rank_{rank}_", f"bf16_zero_pp_rank_{rank}_")  # the first is shared by all ranks
-    own = tuple(f"{ENGINE}/{name}" for name in names)
-    engine = [path for path in manifest.files if path.startswith(own)] + model
+    own_prefixes = tuple(f"{ENGINE}/{name}" for name in names)
+    engine = [path for path in manifest.files if path.startswith(own_prefixes)] + model
     return [*engine, rng_path(rank)] if restart.same_ranks else engine
 
 

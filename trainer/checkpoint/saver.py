@@ -85,8 +85,8 @@ class CheckpointSaver:
         of all ranks. Raises StorageError on all ranks if one has too little space.
         """
         ranks, host = self._ranks, socket.gethostname()
-        own = checkpoint_bytes(engine.module.model, self._job.training, ranks.world_size, ranks.is_first)
-        sizes = ranks.gather((host, own))
+        own_bytes = checkpoint_bytes(engine.module.model, self._job.training, ranks.world_size, ranks.is_first)
+        sizes = ranks.gather((host, own_bytes))
         machine_bytes = sum(size for other, size in sizes if other == host)
         ranks.run_on_all(lambda: require_free_space(machine_bytes, "a checkpoint of the ranks of this machine"))
         run_folder = self._job.run_folder

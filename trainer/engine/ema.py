@@ -48,8 +48,8 @@ class WeightAverage:
         """Restore this rank's part of an earlier result of `gather`, from any number of ranks."""
         for name, part in self._parts.items():
             start = _part_size(self._parameters[name]) * dist.get_rank()
-            own = weights[name].flatten()[start : start + part.numel()]
-            part[: own.numel()] = own
+            own_weights = weights[name].flatten()[start : start + part.numel()]
+            part[: own_weights.numel()] = own_weights
 
 
 def _own_part(parameter: nn.Parameter) -> Tensor:

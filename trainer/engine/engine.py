@@ -207,8 +207,8 @@ class Engine:
 
     def _load_trained_state(self, src: dict[str, Tensor], dst: torch.nn.Module) -> None:
         """Load a state dict from DeepSpeed's files, which must have every weight except the frozen ones."""
-        own = dst.state_dict()
-        dst.load_state_dict({name: own[name] for name in (f"model.{name}" for name in self._frozen)} | src)
+        state = dst.state_dict()
+        dst.load_state_dict({name: state[name] for name in (f"model.{name}" for name in self._frozen)} | src)
 
     def _clip_plain_gradients(self) -> Tensor:
         """Clip the gradients without ZeRO, because DeepSpeed would then apply updates with non-finite gradients."""

@@ -72,10 +72,12 @@ class DeviceSkips:
         import deepspeed.comm
 
         assert self._zero is not None
-        own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)][: len(params)]
+        own_gradients = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)][
+            : len(params)
+        ]
         total = torch.zeros((), device=self._zero.device)
-        if own:
-            norms = torch._foreach_norm(own, 2.0, dtype=torch.float64)
+        if own_gradients:
+            norms = torch._foreach_norm(own_gradients, 2.0, dtype=torch.float64)
             total = torch.stack(norms).pow(2.0).sum().float()
         deepspeed.comm.all_reduce(total, op=deepspeed.comm.ReduceOp.SUM, group=self._zero.dp_process_group)
         return total.pow(0.5)

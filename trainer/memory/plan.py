@@ -48,7 +48,7 @@ def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, 
     size = largest_shape(data.augment)
     dtype = WEIGHT_DTYPES.get(training.settled_precision, torch.float32)
     fp32 = training.pixel_decoder_fp32 or training.settled_precision == "fp16_autocast"
-    one, two = (
+    one_image, two_images = (
         count_activations(
             model, images, size, targets, training.settled_precision != "fp32", dtype, pixel_decoder_fp32=fp32
         ).peak
@@ -60,8 +60,8 @@ def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, 
         size=size,
         micro_batch=len(step_positions(0, training.global_batch, 0, world, training.micro_batch)[0]),
         states=state_bytes(count_parameters(shapes) - frozen, training, world, frozen),
-        fixed=max(0, 2 * one - two),
-        per_image=two - one,
+        fixed=max(0, 2 * one_image - two_images),
+        per_image=two_images - one_image,
     )
 
 

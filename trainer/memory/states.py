@@ -22,15 +22,15 @@ def state_bytes(weights: int, training: TrainingConfig, world: int, frozen: int 
     """
     zero = training.zero
     width = 2 if training.settled_precision in WEIGHT_DTYPES else FP32_BYTES
-    own = -(-weights // world)
-    stored_weights = own + -(-frozen // world) if zero.stage == 3 else weights + frozen
-    stored_gradients = own if zero.stage >= 2 else weights
-    optimizer = ADAM_BYTES * weights if zero.stage == 0 else (FP32_BYTES + ADAM_BYTES) * own
+    own_weights = -(-weights // world)
+    stored_weights = own_weights + -(-frozen // world) if zero.stage == 3 else weights + frozen
+    stored_gradients = own_weights if zero.stage >= 2 else weights
+    optimizer = ADAM_BYTES * weights if zero.stage == 0 else (FP32_BYTES + ADAM_BYTES) * own_weights
     if zero.offload_optimizer:
         optimizer = 0
     overlaps = deepspeed_config(training, world)["zero_optimization"]["overlap_comm"]
     buckets = (1 + overlaps) * min(zero.reduce_bucket_size, weights) if zero.stage else 0
-    average = FP32_BYTES * own if training.ema_decay else 0
+    average = FP32_BYTES * own_weights if training.ema_decay else 0
     return width * (stored_weights + stored_gradients + buckets) + optimizer + average
 
 

@@ -87,10 +87,10 @@ def non_finite_keys(keys: Sequence[Sequence[str]], losses: Sequence[Losses], ran
 
     Every rank must call it.
     """
-    own = [
+    own_keys = [
         key
         for batch_keys, loss in zip(keys, losses, strict=True)
         for key, finite in zip(batch_keys, loss.per_image.isfinite().tolist(), strict=True)
         if not finite
     ]
-    return sorted(key for found in ranks.gather(own) for key in found)
+    return sorted(key for found in ranks.gather(own_keys) for key in found)

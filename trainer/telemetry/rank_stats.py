@@ -113,9 +113,9 @@ class SlowRank:
     """Time of the median rank."""
 
     def __str__(self) -> str:
-        what = "waiting for data" if self.work == "data" else "on forward passes"
+        activity = "waiting for data" if self.work == "data" else "on forward passes"
         return (
-            f"rank {self.rank} on {self.host} spends {self.seconds:.2f} s per step {what}, "
+            f"rank {self.rank} on {self.host} spends {self.seconds:.2f} s per step {activity}, "
             f"the median rank {self.median:.2f} s"
         )
 

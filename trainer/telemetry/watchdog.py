@@ -133,10 +133,10 @@ class Watchdog:
     def _abort(self) -> None:
         """Write this rank's stacks and exit the process. The lowest rank that answers joins the stacks of all first."""
         try:
-            own = self._capture_stacks()
-            self._storage.put(self._url(own.rank), json.dumps(asdict(own)).encode())
+            own_stacks = self._capture_stacks()
+            self._storage.put(self._url(own_stacks.rank), json.dumps(asdict(own_stacks)).encode())
             found = self._gather()
-            if min(stacks.rank for stacks in found) == own.rank:
+            if min(stacks.rank for stacks in found) == own_stacks.rank:
                 self._report(found)
             else:
                 self._wait_for_report()

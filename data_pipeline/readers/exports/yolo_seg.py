@@ -20,6 +20,7 @@ from m2f.data_pipeline.readers.exports.object_parts import (
 from m2f.data_pipeline.readers.files import displayed_size, files_below, read_bytes, require_file, require_folder
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sources import YoloSegSource
+from m2f.model.format_count import format_count
 
 
 def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader:
@@ -106,14 +107,15 @@ def _listed_images(file: str, images: Path, names: Sequence[str]) -> list[str]:
     Raises:
         DataError: the file lists another image, or an image twice, or cannot be read.
     """
-    known, found, missing = set(names), [], []
+    image_names, found, missing = set(names), [], []
     for path in read_image_paths(file):
         ends = [(i, "/".join(path.parts[i:])) for i in range(len(path.parts))]
-        listed = [name for i, name in ends if name in known and (i == 0 or path.parts[i - 1] == images.name)]
+        listed = [name for i, name in ends if name in image_names and (i == 0 or path.parts[i - 1] == images.name)]
         found += listed[:1]
         missing += [] if listed else [path]
     if missing:
-        raise DataError(f"{file} lists {len(missing)} images that are not in {images}: {format_list(missing)}")
+        count = format_count(len(missing), "image")
+        raise DataError(f"{file} lists {count} not in {images}: {format_list(missing)}; add them or remove their lines")
     require_unique(found, f"images in {file}")
     return sorted(found)
 

@@ -11,7 +11,7 @@ from m2f.eval.metrics.panoptic_quality import PanopticQuality, PanopticQualitySt
 
 
 class BoundaryPanoptic(TaskMetric):
-    """Boundary PQ."""
+    """PQ in which the overlap of two segments is the smaller of their mask IoU and boundary IoU."""
 
     key, task, title, prefix = "boundary_panoptic", "panoptic", "boundary", "boundary_"
     state_type = PanopticQualityState
@@ -37,7 +37,7 @@ class BoundaryPanoptic(TaskMetric):
 
 
 class BoundaryInstance(TaskMetric):
-    """Boundary AP."""
+    """AP in which the overlap of two masks is the smaller of their mask IoU and boundary IoU."""
 
     key, task, title, prefix = "boundary_instance", "instance", "boundary mask", "boundary_"
     state_type = AveragePrecisionState

@@ -10,7 +10,7 @@ from m2f.eval.metrics.extra.task_metric import ScoredImage, TaskMetric
 
 
 class BoxInstance(TaskMetric):
-    """Box AP."""
+    """AP of the boxes around annotated and detected masks."""
 
     key, task, title, prefix = "box_instance", "instance", "box", "box_"
     state_type = AveragePrecisionState

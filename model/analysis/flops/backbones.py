@@ -13,23 +13,23 @@ def resnet(blocks: tuple[int, ...], size: tuple[int, int]) -> int:
 
     torchvision and the official configs use this variant.
     """
-    at = MapSize(*size).strided(2)
-    total, channels = _batch_normed(at, 3, 64, 7), 64
-    at = at.strided(2)  # max pooling
+    map_size = MapSize(*size).strided(2)
+    total, channels = _batch_normed(map_size, 3, 64, 7), 64
+    map_size = map_size.strided(2)  # max pooling
     for stage, count in enumerate(blocks):
-        width, before = 64 * 2**stage, at
-        at = at.strided(1 if stage == 0 else 2)
+        width, before = 64 * 2**stage, map_size
+        map_size = map_size.strided(1 if stage == 0 else 2)
         for block in range(count):
-            total += _batch_normed(before if block == 0 else at, channels, width)
-            total += _batch_normed(at, width, width, 3) + _batch_normed(at, width, 4 * width)
+            total += _batch_normed(before if block == 0 else map_size, channels, width)
+            total += _batch_normed(map_size, width, width, 3) + _batch_normed(map_size, width, 4 * width)
             if block == 0:
-                total += _batch_normed(at, channels, 4 * width)
+                total += _batch_normed(map_size, channels, 4 * width)
             channels = 4 * width
     return total
 
 
-def _batch_normed(at: MapSize, inputs: int, outputs: int, kernel: int = 1) -> int:
-    return convolution(at.pixels, inputs, outputs, kernel) + BATCH_NORM * at.pixels * outputs
+def _batch_normed(map_size: MapSize, inputs: int, outputs: int, kernel: int = 1) -> int:
+    return convolution(map_size.pixels, inputs, outputs, kernel) + BATCH_NORM * map_size.pixels * outputs
 
 
 def swin(embed_dim: int, depths: tuple[int, ...], window_size: int, size: tuple[int, int]) -> int:
@@ -38,21 +38,21 @@ def swin(embed_dim: int, depths: tuple[int, ...], window_size: int, size: tuple[
     Maps are padded to whole windows inside each block.
     """
     patch = 4
-    at = MapSize(*size).strided(patch)
+    map_size = MapSize(*size).strided(patch)
     channels = embed_dim
-    total = convolution(at.pixels, 3, channels, patch) + NORM * at.pixels * channels
+    total = convolution(map_size.pixels, 3, channels, patch) + NORM * map_size.pixels * channels
     for stage, depth in enumerate(depths):
         if stage > 0:
-            at = at.strided(2)
-            total += NORM * at.pixels * 4 * channels + convolution(at.pixels, 4 * channels, 2 * channels)
+            map_size = map_size.strided(2)
+            total += NORM * map_size.pixels * 4 * channels + convolution(map_size.pixels, 4 * channels, 2 * channels)
             channels *= 2
-        total += depth * _swin_block(at, channels, window_size) + NORM * at.pixels * channels
+        total += depth * _swin_block(map_size, channels, window_size) + NORM * map_size.pixels * channels
     return total
 
 
-def _swin_block(at: MapSize, channels: int, window_size: int) -> int:
-    padded = at.strided(window_size)
+def _swin_block(map_size: MapSize, channels: int, window_size: int) -> int:
+    padded = map_size.strided(window_size)
     tokens = padded.pixels * window_size**2
     total = convolution(tokens, channels, 4 * channels)  # queries, keys, values and output
     total += attention(tokens, window_size**2, channels)
-    return total + feed_forward(at.pixels, channels, 4 * channels) + 2 * NORM * at.pixels * channels
+    return total + feed_forward(map_size.pixels, channels, 4 * channels) + 2 * NORM * map_size.pixels * channels

@@ -84,7 +84,10 @@ def _executed(model: Segmenter, size: tuple[int, int], parts: Sequence[str]) -> 
         with _counter() as counter:
             model(torch.zeros(1, 3, *size)).mask_logits()
     # Names begin with the class name of the model.
-    counts = {name.partition(".")[2]: sum(of.values()) / 2 for name, of in counter.get_flop_counts().items()}
+    counts = {
+        name.partition(".")[2]: sum(module_counts.values()) / 2
+        for name, module_counts in counter.get_flop_counts().items()
+    }
     return [_sum_part(counts, part) if part else counter.get_total_flops() / 2 for part in parts]
 
 

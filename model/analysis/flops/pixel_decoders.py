@@ -48,8 +48,8 @@ def pixel_decoder(config: MultiScalePixelDecoderConfig, channels: Sequence[int],
 def _ms_deform_attn(config: MSDeformAttnPixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     """Return the cost of the deformable encoder over strides 8 to 32 and one FPN step to stride 4."""
     dim, (stride4, *others) = config.conv_dim, maps
-    pixels = sum(at.pixels for at in others)
-    projections = sum(group_normed(at.pixels, width, dim) for at, width in zip(others, channels[1:], strict=True))
+    pixels = sum(level.pixels for level in others)
+    projections = sum(group_normed(level.pixels, width, dim) for level, width in zip(others, channels[1:], strict=True))
     samples = config.num_heads * len(others) * config.num_points
     layer = convolution(pixels, dim, 3 * samples)  # offsets and weights
     layer += 2 * convolution(pixels, dim, dim)  # values and output
@@ -67,8 +67,12 @@ def _pyramid(dim: int, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     """
     *finer, coarsest = maps
     total = group_normed(coarsest.pixels, channels[-1], dim, 3)
-    for at, width in zip(finer, channels[:-1], strict=True):
-        total += group_normed(at.pixels, width, dim) + NEAREST * at.pixels * dim + group_normed(at.pixels, dim, dim, 3)
+    for level, width in zip(finer, channels[:-1], strict=True):
+        total += (
+            group_normed(level.pixels, width, dim)
+            + NEAREST * level.pixels * dim
+            + group_normed(level.pixels, dim, dim, 3)
+        )
     return total
 
 
@@ -81,30 +85,32 @@ def _semantic_fpn(config: SemanticFPNPixelDecoderConfig, channels: Sequence[int]
     dim = config.conv_dim
     total = _pyramid(dim, channels, maps) + group_normed(maps[0].pixels, dim, dim, 3) + _mask_features(config, maps)
     for level in range(1, len(maps)):
-        for at, finer in zip(maps[level:0:-1], maps[level - 1 :: -1], strict=True):
-            total += group_normed(at.pixels, dim, dim, 3) + BILINEAR * finer.pixels * dim
+        for coarser, finer in zip(maps[level:0:-1], maps[level - 1 :: -1], strict=True):
+            total += group_normed(coarser.pixels, dim, dim, 3) + BILINEAR * finer.pixels * dim
     return total
 
 
 def _bifpn(config: BiFPNPixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     dim = config.conv_dim
     total = _mask_features(config, maps)
-    for at, width in zip(maps, channels, strict=True):
-        total += group_normed(at.pixels, width, dim) + group_normed(at.pixels, dim, dim, 3)
+    for level, width in zip(maps, channels, strict=True):
+        total += group_normed(level.pixels, width, dim) + group_normed(level.pixels, dim, dim, 3)
     nodes = [*maps[:-1], *maps[1:]]  # down to the finest and up again
-    fusions = sum(convolution(at.pixels, dim, dim, 3, groups=dim) + group_normed(at.pixels, dim, dim) for at in nodes)
-    return total + config.num_layers * (fusions + sum(NEAREST * at.pixels * dim for at in nodes))
+    fusions = sum(
+        convolution(node.pixels, dim, dim, 3, groups=dim) + group_normed(node.pixels, dim, dim) for node in nodes
+    )
+    return total + config.num_layers * (fusions + sum(NEAREST * node.pixels * dim for node in nodes))
 
 
 def _fapn(config: FaPNPixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     dim, (*finer, coarsest) = config.conv_dim, maps
     total = _mask_features(config, maps) + group_normed(coarsest.pixels, channels[-1], dim)
-    for at, width in zip(finer, channels[:-1], strict=True):
-        total += convolution(1, width, width) + convolution(at.pixels, width, dim)  # importance and selection
-        total += BILINEAR * at.pixels * dim + group_normed(at.pixels, 2 * dim, dim)
-        total += convolution(at.pixels, dim, 27 * config.offset_groups, 3)  # two offsets and a factor for 9 samples
-        total += convolution(at.pixels, dim, dim, 3)  # deformable
-        total += group_normed(at.pixels, dim, dim, 3)
+    for level, width in zip(finer, channels[:-1], strict=True):
+        total += convolution(1, width, width) + convolution(level.pixels, width, dim)  # importance and selection
+        total += BILINEAR * level.pixels * dim + group_normed(level.pixels, 2 * dim, dim)
+        total += convolution(level.pixels, dim, 27 * config.offset_groups, 3)  # two offsets and a factor for 9 samples
+        total += convolution(level.pixels, dim, dim, 3)  # deformable
+        total += group_normed(level.pixels, dim, dim, 3)
     return total
 
 

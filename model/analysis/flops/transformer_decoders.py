@@ -21,7 +21,7 @@ def masked(
     `maps` are at strides 4, 8, 16, 32; `in_dim` is the number of channels of the features.
     """
     queries, dim, mask_pixels = config.num_queries, config.hidden_dim, maps[0].pixels
-    tokens_of_layers = _tokens_of_groups(config, [at.pixels for at in maps[1:]])
+    tokens_of_layers = _tokens_of_groups(config, [level.pixels for level in maps[1:]])
     total = 0
     if in_dim != dim:
         total += convolution(sum(tokens_of_layers), in_dim, dim)

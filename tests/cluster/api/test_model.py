@@ -157,8 +157,8 @@ def test_all_image_types_give_the_same_prediction(painted_model, scenes):
         assert (found.image == rgb).all()
     assert (painted_model.predict(cv2.imread(str(path)), channels="bgr").panoptic == expected.panoptic).all()
     mixed = painted_model.predict([rgb, path, chw], batch=2)
-    assert [one.source for one in mixed] == ["image 0", str(path), "image 2"]
-    assert all((one.panoptic == expected.panoptic).all() for one in mixed)
+    assert [result.source for result in mixed] == ["image 0", str(path), "image 2"]
+    assert all((result.panoptic == expected.panoptic).all() for result in mixed)
     assert painted_model.predict([]) == []
 
 

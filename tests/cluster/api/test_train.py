@@ -160,7 +160,7 @@ def test_label_maps_of_every_array_type_give_equal_shards(scenes, tmp_path):
     masked = np.ma.masked_array(np.where(ids == 0, 0, label_map), mask=ids == 0)
     mapped = np.load(tmp_path / "map.npy", mmap_mode="r")
     for truth in (label_map, mapped, masked, torch.from_numpy(label_map), label_map.tolist()):
-        # A second write into the folder is refused unless its data are equal.
+        # A second write into the folder is refused unless its data is equal.
         assert m2f.Dataset([image], [truth], ["ground", "box"]).write(tmp_path / "shards") == 1
 
 

@@ -115,7 +115,10 @@ def test_sides_with_one_run_are_named():
         make_run("lone", make_records(72, seed=4), lr="3", value=58.0),
     ]
     comparison = compare_runs(runs)
-    assert [(one.run, one.kind) for one in comparison.intervals[-2:]] == [("lone", "images"), ("b0", "seeds")]
+    assert [(interval.run, interval.kind) for interval in comparison.intervals[-2:]] == [
+        ("lone", "images"),
+        ("b0", "seeds"),
+    ]
     (note,) = comparison.notes
     assert note.startswith(TRAINED_ONCE.format("lone"))
     (note,) = compare_runs([runs[0], *runs[2:]]).notes  # the baseline has one seed
@@ -152,13 +155,13 @@ def test_metrics_of_detections_have_intervals_over_images_and_other_metrics_are_
         run = make_run(name, image_records(None, state, None), lr=name)
         runs.append(replace(run, curves={f"val/{metric}": ((5, value),) for metric, value in values.items()}))
     comparison = compare_runs(runs, ["AP75", "AP50", "APs"])
-    assert [one.metric for one in comparison.intervals] == ["val/AP50", "val/AP75"]
+    assert [interval.metric for interval in comparison.intervals] == ["val/AP50", "val/AP75"]
     differences = {row.name: row.values[1].delta for row in comparison.metrics}
-    for one in comparison.intervals:
-        assert one.value == pytest.approx(differences[one.metric])
-        assert one.low < one.value < one.high
+    for interval in comparison.intervals:
+        assert interval.value == pytest.approx(differences[interval.metric])
+        assert interval.low < interval.value < interval.high
     assert comparison.notes[0] == ("no intervals over images for val/APs; they exist only for PQ, AP, AP50, AP75, mIoU")
-    assert [one.metric for one in compare_runs(runs).intervals] == ["val/AP"]
+    assert [interval.metric for interval in compare_runs(runs).intervals] == ["val/AP"]
 
 
 def test_single_group_of_seeds_gets_an_interval_of_its_mean():
@@ -180,8 +183,8 @@ def test_different_evaluation_settings_are_noted():
 def test_results_without_settings_beside_results_with_settings_are_noted():
     stated, old = make_run("stated", results=result(shrink="area")), make_run("old", lr="2")
     note = "val: the results of old do not state the settings of the evaluation, which may differ"
-    assert any(one.startswith(note) for one in compare_runs([stated, old]).notes)
-    assert not any("settings" in one for one in compare_runs([old, replace(old, name="older")]).notes)
+    assert any(line.startswith(note) for line in compare_runs([stated, old]).notes)
+    assert not any("settings" in line for line in compare_runs([old, replace(old, name="older")]).notes)
 
 
 def test_settings_are_those_of_the_compared_checkpoint(tmp_path):

@@ -120,7 +120,7 @@ def test_an_expression_that_groups_no_images_is_refused(folder, capsys):
     write_frames(folder, "patient {patient} frame {number}")
     assert main(["init", "set", "--group", r"patient \d+"]) == 2
     message = capsys.readouterr().err
-    assert r"--group 'patient \\d+' leaves each of 15 images alone" in message
+    assert r"--group 'patient \\d+' puts each of 15 images into a separate group" in message
     assert "Keys of these images: patient-" in message
     assert not Path("set.yaml").exists()
     assert main(["init", "set", "--group", "patient (["]) == 2

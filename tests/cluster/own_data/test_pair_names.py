@@ -1,4 +1,4 @@
-"""Tests of `m2f init` with names of images and maps that differ, and with masks that are no class maps."""
+"""Tests of `m2f init` with names of images and maps that differ, and with masks that are not class maps."""
 
 from __future__ import annotations
 

@@ -89,7 +89,9 @@ def test_checkpoint_is_registered_once_and_predicts_in_another_environment(folde
     needed = (package / "requirements.txt").read_text().split()
     assert f"code/{wheel.name}" in needed
     assert f"numpy=={np.__version__}" in needed
-    assert all("==" in one and "+" not in one for one in needed if not one.startswith("code/"))
+    assert all(
+        "==" in requirement and "+" not in requirement for requirement in needed if not requirement.startswith("code/")
+    )
 
     # The model must load without the shards and the run folder, and from another working directory.
     moved = Path(folder).rename(Path(folder).with_name("moved away"))
@@ -289,7 +291,8 @@ def test_changed_code_registers_a_new_version(folder, monkeypatch, capfd):
 def metrics_of(client, version):
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     return {
-        (one.key, one.step, one.value, one.timestamp, one.dataset_name, one.dataset_digest) for one in model.metrics
+        (metric.key, metric.step, metric.value, metric.timestamp, metric.dataset_name, metric.dataset_digest)
+        for metric in model.metrics
     }
 
 

@@ -23,7 +23,7 @@ def with_test_time(trained, test_time):
     return replace(trained, evaluation=replace(trained.evaluation, test_time=test_time))
 
 
-LARGE_IDS = replace(PAINTED, classes=tuple(replace(one, id=one.id + 65_530) for one in PAINTED.classes))
+LARGE_IDS = replace(PAINTED, classes=tuple(replace(category, id=category.id + 65_530) for category in PAINTED.classes))
 INSTANCE = replace(PAINTED, task="instance")
 
 

@@ -44,15 +44,15 @@ def test_pip_installs_the_wheel(tmp_path):
 
 def test_requirements_pin_installed_packages_and_their_dependencies():
     found = exact_requirements(read_project())
-    names = {Requirement(one).name for one in found}
+    names = {Requirement(requirement).name for requirement in found}
     assert {"torch", "numpy", "mlflow", "safetensors", "filelock"} <= names
     assert not {"ray", "deepspeed", "webdataset", "m2f", "pytest"} & names
     assert f"numpy=={version('numpy')}" in found
-    assert not [one for one in found if "+" in one]
+    assert not [requirement for requirement in found if "+" in requirement]
 
 
 def test_extras_and_missing_packages_are_omitted():
     project = Project("1", ">=3.11", ("numpy>=1", "ray; extra == 'train'", "no-such-package-exists>=1"))
-    names = {Requirement(one).name for one in exact_requirements(project)}
+    names = {Requirement(requirement).name for requirement in exact_requirements(project)}
     assert "numpy" in names
     assert not {"ray", "no-such-package-exists"} & names

@@ -99,7 +99,7 @@ def test_started_ranks_are_killed_if_a_later_one_cannot_start(monkeypatch):
     assert started[0].exitcode == -signal.SIGKILL
 
 
-def test_describe_exit():
+def test_describe_exit_names_statuses_and_signals():
     assert describe_exit(3) == "exited with status 3"
     assert describe_exit(-15) == "was killed by SIGTERM"
     assert describe_exit(-40) == "was killed by signal 40"  # a real-time signal without a name

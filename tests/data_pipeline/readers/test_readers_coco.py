@@ -22,7 +22,7 @@ def coco(tmp_path):
     return CocoSet(tmp_path)
 
 
-def test_panoptic_sample(coco):
+def test_panoptic_segments_are_read_with_their_pixels(coco):
     sample = coco.read_panoptic()
     assert (sample.key, sample.image_id, sample.source) == ("a", 40, "images/a.jpg")
     assert sample.image == coco.files["a.jpg"]
@@ -42,7 +42,7 @@ def test_missing_area_and_box_are_computed_from_the_pixels(coco):
     assert (cat.area, cat.bbox) == (50.0, (5, 4, 10, 5))
 
 
-def test_instances_sample(coco):
+def test_overlapping_instances_are_stored_in_layers(coco):
     sample = coco.read_instances()
     annotation = sample.annotation
     assert annotation.seg is None
@@ -59,7 +59,7 @@ def test_instances_sample(coco):
         assert np.array_equal(annotation.inst[segment.layer] == segment.id, mask.astype(bool))
 
 
-def test_panoptic_with_instances(coco):
+def test_instances_of_the_same_images_are_added_to_the_panoptic_map(coco):
     coco.write()
     source = CocoPanopticSource(
         **{f: getattr(coco.panoptic_source, f) for f in ("images", "panoptic_json", "panoptic_masks")},
@@ -74,7 +74,7 @@ def test_panoptic_with_instances(coco):
     (coco.root / "instances.json").write_text(
         json.dumps({"images": coco.images, "annotations": coco.instances, "categories": coco.categories})
     )
-    with pytest.raises(DataError, match=r"instances.json lacks 1 images.*40"):
+    with pytest.raises(DataError, match=r"instances.json lacks 1 image of .*40"):
         open_reader(source)
 
 

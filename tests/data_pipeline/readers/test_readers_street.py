@@ -109,7 +109,7 @@ def test_missing_cityscapes_image_raises_error_with_its_id(tmp_path):
     source = CityscapesPanopticSource(
         images=f"{tmp_path}/images", panoptic_json=f"{tmp_path}/p.json", panoptic_masks=f"{tmp_path}/masks"
     )
-    with pytest.raises(DataError, match=r"lacks 1 images of .*p.json, named <id>_leftImg8bit.png: ulm_1; set"):
+    with pytest.raises(DataError, match=r"lacks 1 image of .*p.json, named <id>_leftImg8bit.png: ulm_1; set"):
         open_reader(source)
 
 

@@ -109,8 +109,8 @@ def test_a_yolo_list_selects_images(tmp_path, prefix):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("im0.png\nim4.png\n", r"train\.txt lists 1 images that are not in .*images/train: im4\.png"),
-        ("images/val/im0.png\n", r"lists 1 images that are not in .*: images/val/im0\.png"),
+        ("im0.png\nim4.png\n", r"train\.txt lists 1 image not in .*images/train: im4\.png"),
+        ("images/val/im0.png\n", r"lists 1 image not in .*: images/val/im0\.png"),
         ("im0.png\n./im0.png\n", r"images in .*train\.txt must be unique; these appear more than once: im0\.png"),
     ],
 )

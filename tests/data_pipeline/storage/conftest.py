@@ -1,4 +1,4 @@
-"""Fixtures of the tests of storage: short pauses between attempts, made credentials, and no known endpoints."""
+"""Fixtures of the tests of storage: short pauses between attempts, fictitious credentials, and no known endpoints."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_only_one_of_many_conditional_writers_wins(storage_and_root):
     assert storage.get(join(root, "race")) == b"%d" % winners[0]
 
 
-def test_list_and_delete(storage_and_root):
+def test_prefixes_end_at_slashes_and_deleting_twice_is_allowed(storage_and_root):
     storage, root = storage_and_root
     urls = [join(root, name) for name in ("x/1", "x/2", "x/y/3", "xx/4")]
     assert storage.list(root) == ()

@@ -68,7 +68,7 @@ def slow_values(states, image_ids):
             copy.add(position, state.record(image_id))
     quality, precision, iou = (copy.compute() for copy in copies)
     averages = [precision.stats[name] for name in ("AP", "AP50", "AP75")]
-    values = quality.all and quality.all.pq, *(one if one >= 0 else None for one in averages), iou.miou
+    values = quality.all and quality.all.pq, *(average if average >= 0 else None for average in averages), iou.miou
     return [np.nan if value is None else 100 * value for value in values]
 
 

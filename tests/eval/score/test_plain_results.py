@@ -75,7 +75,7 @@ def test_both_readers_give_the_same_metrics(tmp_path):
             top, left = rng.integers(0, 20, 2)
             mask[top : top + rng.integers(3, 20), left : left + rng.integers(3, 20)] = 1
             moved = np.roll(mask, rng.integers(-2, 3), axis=1)
-            rles = [coco_masks.encode(np.asfortranarray(one)) for one in (mask, moved)]
+            rles = [coco_masks.encode(np.asfortranarray(binary_mask)) for binary_mask in (mask, moved)]
             texts = [{"size": list(size), "counts": rle["counts"].decode()} for rle in rles]
             entry = {"image_id": image_id, "category_id": int(rng.integers(2))}
             area = int(mask.sum())

@@ -80,7 +80,7 @@ def coco(tmp_path):
 
 
 def with_boxes(results):
-    return [one | {"bbox": coco_masks.toBbox(one["segmentation"]).tolist()} for one in results]
+    return [result | {"bbox": coco_masks.toBbox(result["segmentation"]).tolist()} for result in results]
 
 
 def oracle(truth, results, kind, **params):
@@ -125,7 +125,7 @@ def test_box_and_mask_ap_equal_pycocotools(coco, stated):
 def test_zero_boxes_are_replaced_by_mask_boxes_and_invalid_boxes_are_refused(coco, capsys):
     folder, _, results, _ = coco
     before = scored(folder, "--boxes")
-    (folder / "results.json").write_text(json.dumps([one | {"bbox": [0, 0, 0, 0]} for one in results]))
+    (folder / "results.json").write_text(json.dumps([result | {"bbox": [0, 0, 0, 0]} for result in results]))
     assert scored(folder, "--boxes") == before
     words = ["--truth", str(folder / "truth.json"), "--predictions", str(folder / "results.json"), "--boxes"]
     for box in ([0, 0, -1, 2], [1, 2, 3], ["a", 0, 0, 0], [float("nan"), 1, 1, 1], 7):
@@ -197,7 +197,7 @@ def test_per_image_values_count_as_many_detections_as_the_table(tmp_path):
     mask[:, :9, :9] = True
     wrong = np.roll(mask[0], 50, axis=1)
     results = [{"image_id": 1, "category_id": 1, "segmentation": rle(m)} for m in [mask[0], *[wrong] * 100, mask[0]]]
-    results = [one | {"score": 1 - i / 200} for i, one in enumerate(results)]
+    results = [result | {"score": 1 - i / 200} for i, result in enumerate(results)]
     annotation = {"image_id": 1, "category_id": 1, "area": 81, "iscrowd": 0}
     masks = (mask[0], np.roll(mask[0], 1, axis=0))
     truth = {

@@ -105,7 +105,7 @@ def maps_and_predictions(model: Segmenter, images: torch.Tensor) -> tuple[list[t
     return maps, predictions
 
 
-def test_equals_the_authors_code(case):
+def test_the_adapter_equals_the_authors_code(case):
     described, weights, inputs, outputs, _ = case
     model, names = loaded(described, weights), ("eval", "train_no_drop_path")
     images = model.normalise(inputs["image_uint8"])
@@ -117,8 +117,8 @@ def test_equals_the_authors_code(case):
         scalar = sum(0.5 * found.square().mean(tuple(range(1, found.ndim))) for found in (masks, predictions[0])).sum()
         scalar.backward()
         found = {"scalar": scalar[None]} | {f"adapter_output{i}": level for i, level in enumerate(maps, 1)}
-        found |= {f"mask_logits_layer{i}": one for i, one in enumerate(masks)}
-        found |= {f"class_logits_layer{i}": one for i, one in enumerate(predictions.class_logits)}
+        found |= {f"mask_logits_layer{i}": logits for i, logits in enumerate(masks)}
+        found |= {f"class_logits_layer{i}": logits for i, logits in enumerate(predictions.class_logits)}
         gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         found |= {f"grad/{key}": gradient for key, gradient in to_dinov3_names(gradients).items()}
         buffers = to_dinov3_names(dict(model.state_dict()))

@@ -46,7 +46,7 @@ def pixel_loop(value, shapes, locations, weights):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", ["c0", "c1", "c2"])
-def test_equals_the_official_operator_and_its_gradients(goldens, case, form):
+def test_attention_and_its_gradients_equal_the_official_operator(goldens, case, form):
     golden = np.load(goldens / "a_msda.npz")
     names = ("value", "sampling_locations", "attention_weights")
     inputs = [torch.from_numpy(golden[f"{case}_{name}"]).requires_grad_() for name in names]

@@ -79,7 +79,7 @@ def run(described: dict, model, images, draws, monkeypatch, masks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_equals_the_authors_code(case, dtype, monkeypatch):
+def test_eomt_equals_the_authors_code(case, dtype, monkeypatch):
     described, weights, inputs, outputs, doubles = case
     expected = outputs if dtype == torch.float32 else doubles
     model = build_model(config_of(described["config"]), pretrained_backbone=False).to(dtype)

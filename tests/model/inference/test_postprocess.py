@@ -97,7 +97,7 @@ def geometry(request):
 
 @pytest.mark.usefixtures("band_size")
 @pytest.mark.parametrize("seed", range(3))
-def test_panoptic_equals_official(geometry, seed):
+def test_panoptic_results_equal_the_official_procedure(geometry, seed):
     outputs = predictions(geometry, seed=seed)
     expected_map, expected_segments = official_panoptic(*outputs, geometry, LOOSE)
     result = panoptic(*outputs, geometry, IS_THING, LOOSE)
@@ -108,7 +108,7 @@ def test_panoptic_equals_official(geometry, seed):
 
 @pytest.mark.usefixtures("band_size")
 @pytest.mark.parametrize("is_thing", [IS_THING, (True,) * CLASSES], ids=["panoptic model", "instance model"])
-def test_instance_equals_official(geometry, is_thing):
+def test_instance_results_equal_the_official_procedure(geometry, is_thing):
     outputs = predictions(geometry)
     expected = official_instances(*outputs, geometry, is_thing, LOOSE)
     result = instance(*outputs, geometry, is_thing, LOOSE)
@@ -135,7 +135,7 @@ def test_masks_of_large_images_are_streamed_in_bounded_groups(geometry, monkeypa
 
 
 @pytest.mark.usefixtures("band_size")
-def test_semantic_equals_official(geometry):
+def test_semantic_results_equal_the_official_procedure(geometry):
     class_logits, embeddings, features = predictions(geometry)
     masks = full_size_logits(embeddings, features, geometry).sigmoid()
     expected = torch.einsum("qk,qhw->khw", class_logits.softmax(-1)[:, :-1], masks).argmax(0)

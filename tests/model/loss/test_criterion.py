@@ -54,7 +54,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("class_norm", ["global", "per_rank"])
-def test_equals_transformers(case, class_norm, monkeypatch):
+def test_losses_and_gradients_equal_those_of_transformers(case, class_norm, monkeypatch):
     config = LossConfig(num_points=96, class_norm=class_norm)
     targets = make_targets(**case)
     predictions = make_predictions(len(case["counts"]))

@@ -40,7 +40,10 @@ def test_matching_and_losses_share_one_copy(config, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         targets = targets.to("cuda", non_blocking=True)
         on_gpu = Predictions(
-            *(torch.empty_like(one, dtype=torch.bfloat16, device="cuda").requires_grad_() for one in predictions[:3])
+            *(
+                torch.empty_like(tensor, dtype=torch.bfloat16, device="cuda").requires_grad_()
+                for tensor in predictions[:3]
+            )
         )
         normalizers = count_normalizers(targets, predictions.class_logits.shape[2], config)
         with CountCopies(predictions.mask_features.numel()) as copies:
@@ -52,7 +55,7 @@ def test_matching_and_losses_share_one_copy(config, monkeypatch):
 def test_matching_and_losses_on_a_cpu_share_one_cast(config):
     """The matcher also copies the layout, which on a CPU is faster than converting the gradient of the losses."""
     targets, predictions = make_targets((3, 5)), make_predictions(2)
-    predictions = Predictions(*(one.detach().bfloat16().requires_grad_() for one in predictions[:3]))
+    predictions = Predictions(*(tensor.detach().bfloat16().requires_grad_() for tensor in predictions[:3]))
     normalizers = count_normalizers(targets, predictions.class_logits.shape[2], config)
     with torch.autocast("cpu", torch.bfloat16), CountCopies(predictions.mask_features.numel(), CASTS) as casts:
         compute_losses(predictions, targets, CounterPoints(0), normalizers, config, CLASSES)
@@ -81,7 +84,7 @@ def test_losses_do_not_depend_on_the_layout_of_the_features(monkeypatch):
     monkeypatch.setattr(
         criterion,
         "_full_precision_maps",
-        lambda maps: [one.float().contiguous(memory_format=torch.channels_last) for one in maps],
+        lambda maps: [tensor.float().contiguous(memory_format=torch.channels_last) for tensor in maps],
     )
     torch.testing.assert_close(losses_and_gradients(), as_on_cpus, rtol=1e-5, atol=1e-6)
 

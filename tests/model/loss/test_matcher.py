@@ -47,7 +47,7 @@ def scene(
 
 @pytest.mark.parametrize("num_points", [POINTS, 3 * POINTS], ids=["fewer points than pixels", "more"])
 @pytest.mark.parametrize("counts", [(3, 5), (0, 4), (8, 11), (12,)], ids=str)
-def test_equals_transformers(counts, num_points, monkeypatch):
+def test_matching_equals_that_of_transformers(counts, num_points, monkeypatch):
     predictions, targets, label_maps, points = scene(counts, num_points=num_points)
     query_index = match(predictions, targets, label_maps, points, CONFIG).query_index
     oracle = hf.Mask2FormerHungarianMatcher(

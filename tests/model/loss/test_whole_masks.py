@@ -153,7 +153,7 @@ def test_all_combinations_equal_the_reference_arithmetic(config, counts):
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16], ids=str)
-def test_equals_transformers_maskformer(counts, dtype):
+def test_losses_on_whole_masks_equal_those_of_maskformer_in_transformers(counts, dtype):
     predictions, targets = scene(counts, dtype=dtype)
     weights = {"loss_cross_entropy": 1.0, "loss_mask": 20.0, "loss_dice": 1.0}
     matcher = hf.MaskFormerHungarianMatcher(cost_class=1.0, cost_mask=20.0, cost_dice=1.0)

@@ -19,7 +19,7 @@ def own_names(golden, prefix):
     return {key.removeprefix("pixel_decoder."): value for key, value in to_own_names(official, "official").items()}
 
 
-def test_equals_the_official_pixel_decoder_and_its_gradients(goldens):
+def test_pixel_decoder_and_its_gradients_equal_the_official_ones(goldens):
     golden = np.load(goldens / "b_pixel_decoder_reduced.npz")
     decoder = MSDeformAttnPixelDecoder(SMALL, CHANNELS)
     decoder.load_state_dict(own_names(golden, "w_"))

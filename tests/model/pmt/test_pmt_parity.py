@@ -78,7 +78,7 @@ def run(described: dict, model, images, draws, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_equals_the_authors_code(case, dtype, monkeypatch):
+def test_pmt_equals_the_authors_code(case, dtype, monkeypatch):
     described, weights, inputs, outputs, doubles = case
     expected = outputs if dtype == torch.float32 else doubles
     model = model_of(described["config"]).to(dtype)

@@ -164,7 +164,7 @@ def attention(module, query, key, value, bias):
 
 @pytest.mark.parametrize("config", VARIANTS, ids=name_of)
 @torch.no_grad()
-def test_equals_the_reference_arithmetic(config):
+def test_decoder_variants_equal_the_reference_arithmetic(config):
     decoder = build(config)
     features, mask_features = inputs()
     predictions = decoder(features, mask_features)
