@@ -26,37 +26,41 @@ from m2f.data_pipeline.printable import has_lost_output, printable
 from m2f.model.errors import UserError
 from m2f.model.extras import missing_extra
 
-VERBS = {
-    "demo": "m2f.cluster.verbs.demo",
-    "init": "m2f.cluster.verbs.init",
-    "shard": "m2f.cluster.verbs.shard",
-    "index": "m2f.cluster.verbs.index",
-    "verify": "m2f.cluster.verbs.verify",
-    "stats": "m2f.cluster.verbs.stats",
-    "preview": "m2f.cluster.verbs.preview",
-    "plan": "m2f.cluster.verbs.plan",
-    "train": "m2f.cluster.verbs.train",
-    "eval": "m2f.cluster.verbs.evaluate",
-    "score": "m2f.cluster.verbs.score",
-    "predict": "m2f.cluster.verbs.predict",
-    "export": "m2f.cluster.verbs.export",
-    "analyze": "m2f.cluster.verbs.analyze",
-    "compare": "m2f.cluster.verbs.compare",
-    "register": "m2f.cluster.verbs.register",
-    "checkpoint": "m2f.cluster.verbs.checkpoint",
-    "submit": "m2f.cluster.verbs.submit",
-    "doctor": "m2f.cluster.verbs.doctor",
-    "config": "m2f.cluster.verbs.config",
-}
-
 SECTIONS = {
-    "first steps": ("demo", "init", "config", "doctor"),
-    "data": ("shard", "index", "verify", "stats", "preview"),
-    "training": ("plan", "train", "submit", "checkpoint"),
-    "evaluation": ("eval", "score", "compare", "analyze"),
-    "trained models": ("predict", "export", "register"),
+    "first steps": {
+        "demo": "m2f.cluster.verbs.demo",
+        "init": "m2f.cluster.verbs.init",
+        "config": "m2f.cluster.verbs.config",
+        "doctor": "m2f.cluster.verbs.doctor",
+    },
+    "data": {
+        "shard": "m2f.cluster.verbs.shard",
+        "index": "m2f.cluster.verbs.index",
+        "verify": "m2f.cluster.verbs.verify",
+        "stats": "m2f.cluster.verbs.stats",
+        "preview": "m2f.cluster.verbs.preview",
+    },
+    "training": {
+        "plan": "m2f.cluster.verbs.plan",
+        "train": "m2f.cluster.verbs.train",
+        "submit": "m2f.cluster.verbs.submit",
+        "checkpoint": "m2f.cluster.verbs.checkpoint",
+    },
+    "evaluation": {
+        "eval": "m2f.cluster.verbs.evaluate",
+        "score": "m2f.cluster.verbs.score",
+        "compare": "m2f.cluster.verbs.compare",
+        "analyze": "m2f.cluster.verbs.analyze",
+    },
+    "trained models": {
+        "predict": "m2f.cluster.verbs.predict",
+        "export": "m2f.cluster.verbs.export",
+        "register": "m2f.cluster.verbs.register",
+    },
 }
-"""Sections of `m2f --help`: heading, and the verbs below it. Every verb is in one section."""
+"""Sections of `m2f --help`: heading, and the verbs below it with their modules."""
+
+VERBS = {verb: module for verbs in SECTIONS.values() for verb, module in verbs.items()}
 
 MORE_HELP = {
     "m2f VERB --help": "options of a verb, and an example",
@@ -215,7 +219,7 @@ def _fail(message: str, status: ExitStatus = ExitStatus.USER_ERROR) -> int:
 def _overview() -> str:
     lines = ["usage: m2f VERB ...", "", "Train Mask2Former-class segmentation models at scale."]
     for heading, verbs in SECTIONS.items():
-        summaries = {verb: importlib.import_module(VERBS[verb]).SUMMARY for verb in verbs}
+        summaries = {verb: importlib.import_module(module).SUMMARY for verb, module in verbs.items()}
         lines += ["", f"{heading}:", *(f"  {verb:<11}{summary}" for verb, summary in summaries.items())]
     lines += ["", "exit statuses:", *(f"  {status:<11d}{MEANINGS[status]}" for status in ExitStatus)]
     lines += ["", "more help:", *(f"  {command:<22}{text}" for command, text in MORE_HELP.items())]
