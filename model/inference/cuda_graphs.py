@@ -57,17 +57,22 @@ class ReplayedForward:
     The first pass runs everything that a graph cannot contain, such as compiling kernels and choosing algorithms. A
     recording must reproduce the direct result. Otherwise it is dropped with a warning and recording stops. The
     `max_recordings` most recently used sizes are kept. A size whose recording was dropped is not recorded again: with
-    many sizes, recording would take longer than replaying saves. Threads may share an instance.
+    many sizes, recording would take longer than replaying saves. Threads may share an instance, also on different
+    streams.
     """
 
     def __init__(self, forward: Forward, max_recordings: int = 16) -> None:
         self._forward, self._max_recordings = forward, max_recordings
-        self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
-        """Recording by the images' shape, strides and dtype, and by autocast; None if seen only once."""
+        self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
+        """Recordings by the images' shape, strides and dtype, and by autocast."""
+        self._seen: set[Any] = set()
+        """Sizes that ran directly and may be recorded next time."""
         self._dropped: set[Any] = set()
         self._lock = threading.Lock()  # replays share their input and output
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._replayed: torch.cuda.Event | None = None
+        """The end of the last replay, for which replays on other streams wait."""
         self._is_enabled = True
 
     @torch.inference_mode()
@@ -80,20 +85,32 @@ class ReplayedForward:
         size = (images.shape, images.stride(), images.dtype, torch.is_autocast_enabled("cuda"))
         if not self._is_enabled or size in self._dropped:
             return self._forward(images)
-        is_new = size not in self._recordings
-        recording = self._recordings.setdefault(size, None)
-        self._recordings.move_to_end(size)
-        if len(self._recordings) > self._max_recordings:
-            oldest, dropped = self._recordings.popitem(last=False)
-            if dropped is not None:
-                self._dropped.add(oldest)
-        if recording is not None:
-            return recording.replay(images)
+        if size in self._recordings:
+            self._recordings.move_to_end(size)
+            return self._replay(self._recordings[size], images)
+        is_new = size not in self._seen
         with reusable_constants() as constants:
             expected = self._forward(images)
             if not is_new:
-                self._recordings[size] = self._checked(images, expected, constants)
+                self._keep(size, self._checked(images, expected, constants))
+        self._seen.add(size)
         return expected
+
+    def _replay(self, recording: _Recording, images: Tensor) -> Predictions:
+        if self._replayed is None:
+            self._replayed = torch.cuda.Event()
+        else:
+            self._replayed.wait()
+        predictions = recording.replay(images)
+        self._replayed.record()
+        return predictions
+
+    def _keep(self, size: Any, recording: _Recording | None) -> None:
+        """Keep a recording, and drop the one that was used least recently if there are too many."""
+        if recording is not None:
+            self._recordings[size] = recording
+        if len(self._recordings) > self._max_recordings:
+            self._dropped.add(self._recordings.popitem(last=False)[0])
 
     def _checked(self, images: Tensor, expected: Predictions, constants: dict[Hashable, object]) -> _Recording | None:
         """Return a recording that reproduces `expected`.
@@ -104,7 +121,7 @@ class ReplayedForward:
             recording = self._record(images, constants)
             for tensor in recording.predictions[:3]:
                 tensor.fill_(torch.nan)  # so that a graph that writes nothing does not pass the check
-            if _agree(recording.replay(images), expected):
+            if _agree(self._replay(recording, images), expected):
                 return recording
             problem = "its predictions differ"
         except RuntimeError as error:

@@ -39,11 +39,12 @@ class Gpu:
 
     def __init__(self, model, monkeypatch, error=0.0):
         self.model, self.error, self.graphs = model, error, []
-        self.is_selected, self.uses = False, []
+        self.is_selected, self.uses, self.order = False, [], []
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
         monkeypatch.setattr(torch.cuda, "Stream", lambda: self.use("stream"))
+        monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
         monkeypatch.setattr(torch.cuda, "device_of", self.device_of)
         monkeypatch.setattr("torch.autocast", lambda *a, **k: torch.inference_mode())
 
@@ -72,12 +73,26 @@ class Gpu:
         self.model.captured = None
 
 
+class Event:
+    """Notes in the GPU's order when a stream records it or waits for it."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def wait(self):
+        self.gpu.order.append("wait")
+
+    def record(self):
+        self.gpu.order.append("record")
+
+
 class Graph:
     def __init__(self, gpu):
         self.gpu, self.captured, self.replays = gpu, [], 0
 
     def replay(self):
         self.gpu.use("replay")
+        self.gpu.order.append("replay")
         self.replays += 1
         for images, predictions in self.captured:
             predictions.class_logits.copy_(images[:, :1] * 2 + self.gpu.error)
@@ -121,6 +136,28 @@ def test_only_the_most_recently_used_sizes_are_kept(monkeypatch):
     assert model.runs == runs
     assert_correct(forward(images(3, 8)), 3)
     assert model.runs == runs + 1
+
+
+def test_sizes_seen_once_do_not_replace_recordings(monkeypatch):
+    model = Model()
+    gpu = Gpu(model, monkeypatch)
+    forward = ReplayedForward(model, max_recordings=1)
+    for size in (4, 4, 5, 6, 7, 8):
+        forward(images(1, size))
+    runs = model.runs
+    assert_correct(forward(images(3, 4)), 3)
+    assert model.runs == runs
+    assert len(gpu.graphs) == 1
+
+
+def test_a_replay_waits_for_the_copies_of_the_one_before(monkeypatch):
+    """Threads may use different streams, which share the recording's input and output."""
+    model = Model()
+    gpu = Gpu(model, monkeypatch)
+    forward = ReplayedForward(model)
+    for value in (1, 2, 3, 4):
+        forward(images(value))
+    assert gpu.order == ["replay", "record", "wait", "replay", "record", "wait", "replay", "record"]
 
 
 def test_size_whose_recording_was_dropped_is_not_recorded_again(monkeypatch):
@@ -180,7 +217,7 @@ def test_recording_owns_the_constants_of_its_model(monkeypatch):
     forward = ReplayedForward(lambda images: model(images * ones(images.shape[-1])))
     for size in (4, 4, 8):
         forward(images(1, size))
-    (recording,) = filter(None, forward._recordings.values())
+    (recording,) = forward._recordings.values()
     assert [constant.tolist() for constant in recording.constants.values()] == [[1.0] * 4]
     assert len(gpu.graphs) == 1
 
