@@ -7,6 +7,8 @@ AVX-512 there. On one core of an AMD EPYC, 2688 x 256 by 256 x 1024 takes 6 inst
 from __future__ import annotations
 
 import functools
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,17 +56,57 @@ def is_onednn_faster() -> bool:
 def onednn_products() -> Iterator[None]:
     """Replace torch's CPU kernels of `mm`, `addmm` and 1 x 1 convolutions in this process while the context is active.
 
-    Other data types than fp32 and other convolutions still reach torch's own code. Contexts may overlap.
+    Other data types than fp32 and other convolutions still reach torch's own code. Contexts of several threads may
+    overlap; the kernels return with the end of the last one.
     """
-    library = Library("aten", "IMPL")
-    library.impl("mm", _mm, "CPU")
-    library.impl("addmm", _addmm, "CPU")
-    library.impl("_slow_conv2d_forward", _convolve, "CPU")
-    library.impl("_slow_conv2d_backward.output_mask", _convolve_backward, "CPU")
+    _replacement.enter()
     try:
         yield
     finally:
-        library._destroy()
+        _replacement.leave()
+
+
+class _Replacement:
+    """Replaced kernels, counted because torch refuses to replace a kernel twice."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._contexts = 0
+        self._library: Library | None = None
+
+    def enter(self) -> None:
+        """Count a context; the first one replaces the kernels."""
+        with self._lock:
+            if self._library is None:
+                _use_up_warning()
+                self._library = Library("aten", "IMPL")
+                self._library.impl("mm", _mm, "CPU")
+                self._library.impl("addmm", _addmm, "CPU")
+                self._library.impl("_slow_conv2d_forward", _convolve, "CPU")
+                self._library.impl("_slow_conv2d_backward.output_mask", _convolve_backward, "CPU")
+            self._contexts += 1
+
+    def leave(self) -> None:
+        """Remove a context; the last one restores the kernels."""
+        with self._lock:
+            self._contexts -= 1
+            if self._contexts == 0 and self._library is not None:
+                self._library._destroy()
+                self._library = None
+
+
+_replacement = _Replacement()
+"""The replacement of this process."""
+
+
+@functools.cache
+def _use_up_warning() -> None:
+    """Replace a kernel for a moment, because torch 2.11 warns when a process does so for the first time."""
+    library = Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library.impl("mm", _mm, "CPU")
+    library._destroy()
 
 
 def _is_correct() -> bool:

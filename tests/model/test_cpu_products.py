@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ def one_thread():
 
 
 def is_replaced():
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with patch.object(cpu_products, "_product", side_effect=cpu_products._product) as own_product:
         torch.ones(2, 3) @ torch.ones(3, 4)
-    return any("_linear_pointwise" in event.name for event in profiler.events())
+    return own_product.called
 
 
 def outputs_and_gradients(compute, *inputs):
