@@ -36,13 +36,6 @@ def fast_cpu_products(device: torch.device) -> Iterator[None]:
         yield
 
 
-def describe_cpu_products(device: torch.device) -> str | None:
-    """Return one line for the log if `fast_cpu_products` changes anything on this device, else None."""
-    if device.type != "cpu" or not is_onednn_faster():
-        return None
-    return "fp32 matrix products use oneDNN, because MKL has no AVX-512 code for this processor"
-
-
 @functools.cache
 def is_onednn_faster() -> bool:
     """Return whether the processor has AVX-512 and is not from Intel, and oneDNN passes a test."""

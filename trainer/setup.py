@@ -12,7 +12,6 @@ from m2f.data_pipeline.loading.loader import StepBatches
 from m2f.data_pipeline.randomness import Stream, random_words
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.attention_backends import select_attention_backends
-from m2f.model.cpu_products import describe_cpu_products
 from m2f.trainer.checkpoint.folder import list_checkpoints
 from m2f.trainer.checkpoint.identity import require_own_checkpoint
 from m2f.trainer.checkpoint.resume import open_restart
@@ -96,9 +95,9 @@ def prepare_device(ranks: Ranks, reporter: Reporter) -> torch.device:
     """
     device = selected_device()
     require_exclusive_device(device, ranks)
-    for line in (select_attention_backends(device), describe_cpu_products(device)):
-        if line is not None and ranks.is_first:
-            reporter.report(Notice("device", 0, line))
+    attention = select_attention_backends(device)
+    if attention is not None and ranks.is_first:
+        reporter.report(Notice("device", 0, attention))
     return device
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from m2f.model import cpu_products
-from m2f.model.cpu_products import describe_cpu_products, fast_cpu_products, onednn_products
+from m2f.model.cpu_products import fast_cpu_products, onednn_products
 
 CPU = torch.device("cpu")
 
@@ -144,7 +144,6 @@ def test_products_are_replaced_only_on_processors_that_gain(
     monkeypatch.setattr(cpu_products, "is_onednn_faster", cpu_products.is_onednn_faster.__wrapped__)
     with fast_cpu_products(device):
         assert is_replaced() == is_used
-    assert (describe_cpu_products(device) is not None) == is_used
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError])

@@ -170,7 +170,10 @@ def test_annotations_of_unlisted_images_are_counted(tmp_path):
     ("annotation", "note"),
     [
         ({"area": 0.4}, "1 of 1 annotated segments have less than half or more than twice the pixels of their"),
-        ({"segmentation": [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]}, "1 of 1 annotated segments have no pixel (normalised"),
+        (
+            {"segmentation": [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]},
+            "1 of 1 annotated segments have no pixel; perhaps coordinates are normalised",
+        ),
     ],
 )
 def test_wrong_areas_and_masks_without_pixels_are_noted(tmp_path, annotation, note):
