@@ -62,6 +62,8 @@ def find_images(words: Sequence[str], storage: Storage) -> tuple[str, ...]:
     """
     found: list[str] = []
     for word in words:
+        if not word.strip():
+            raise DataError("an image name is empty; give a file, a folder or a pattern (is a shell variable not set?)")
         matches = _find_in_storage(word, storage) if "://" in word else _find_on_disk(word)
         if not matches:
             shown = word if len(word) <= _MAX_SHOWN else f"{word[:_MAX_SHOWN]}..."

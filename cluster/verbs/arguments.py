@@ -63,10 +63,17 @@ def add_model_source(parser: argparse.ArgumentParser) -> None:
     """Add the argument for a trained model, for `m2f.cluster.predict.trained_model.open_trained`."""
     parser.add_argument(
         "source",
+        type=_model_name,
         metavar="RECIPE|FOLDER",
         help="recipe of a run, run folder, checkpoint folder, weight file, Hugging Face folder, hub:OWNER/NAME, or "
         "models:/NAME@ALIAS",
     )
+
+
+def _model_name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a recipe or a folder (is a shell variable not set?)")
+    return text
 
 
 def count(text: str) -> int:

@@ -170,6 +170,7 @@ def test_unknown_verb_suggests_a_similar_one(capsys):
         (["eval", "RECIPE"], "has no checkpoint; train first"),
         (["eval", "RECIPE", "--checkpoint", "12"], "has no checkpoint; train first"),
         (["predict", "RECIPE", "nowhere.jpg", "--output", "out"], "nowhere.jpg: no such image"),
+        (["predict", "RECIPE", "", "--output", "out"], "m2f predict: an image name is empty; give a file"),
     ],
 )
 def test_user_error_prints_one_message_and_returns_status_2(capsys, recipe, tmp_path, words, expected):
@@ -178,6 +179,12 @@ def test_user_error_prints_one_message_and_returns_status_2(capsys, recipe, tmp_
     assert status == 2
     assert expected in err
     assert "Traceback" not in err
+
+
+def test_empty_name_of_a_model_is_refused_with_a_remedy(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["predict", "", "photo.jpg", "--output", "out"])
+    assert "m2f predict: error: argument RECIPE|FOLDER: is empty; give a recipe or a folder" in capsys.readouterr().err
 
 
 def test_config_prints_a_recipe_that_loads_again(capsys, recipe, tmp_path):
