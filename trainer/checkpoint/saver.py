@@ -154,11 +154,9 @@ class CheckpointSaver:
         return scratch
 
     def _store_frozen(self, folder: Path, frozen: Mapping[str, Tensor]) -> dict[str, str]:
-        """Write frozen weights, unless the newest commit has them; return the metadata for the weights files."""
+        """Write frozen weights if there are any; return the metadata for the weights files."""
         if frozen:
             self._frozen = write_frozen(frozen, folder)
-            if shares_frozen(self._storage, self._committed, self._frozen):  # of the checkpoint that the run resumed
-                (folder / frozen_name(self._frozen)).unlink()
         return {} if self._frozen is None else {FROZEN_KEY: frozen_name(self._frozen)}
 
     def _clear(self, url: str) -> None:
@@ -186,14 +184,18 @@ class CheckpointSaver:
 
     def _publish(self, scratch: ScratchFolder, url: str, state: TrainState, metrics: Mapping[int, StepMetrics]) -> None:
         with scratch as folder:
+            frozen = self._frozen
+            if frozen is not None and shares_frozen(self._storage, self._committed, frozen):
+                # The first save after a restart wrote the file, although the checkpoint that it resumed has it.
+                (folder / frozen_name(frozen)).unlink(missing_ok=True)
             paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".py"]
             files = {path.relative_to(folder).as_posix(): file_entry(path) for path in paths}
             for path in paths:
                 self._storage.put_file(join(url, path.relative_to(folder).as_posix()), path)
-            if self._frozen is not None and (name := frozen_name(self._frozen)) not in files:
+            if frozen is not None and (name := frozen_name(frozen)) not in files:
                 assert self._committed is not None
                 self._storage.copy(join(self._committed.url, name), join(url, name))
-                files[name] = self._frozen
+                files[name] = frozen
             write_receipt(self._storage, url, self._ranks.rank, Receipt(self._attempt, files))
         if self._ranks.is_first:
             self._commit(url, state, metrics)

@@ -76,6 +76,15 @@ class RefusingStorage(Storage):
         super().put_file(url, path)
 
 
+class StorageWithoutSizes(Storage):
+    """Storage that answers no question about the size of frozen weights."""
+
+    def size(self, url):
+        if "/frozen-" in url:
+            raise StorageError(f"{url}: the store refuses to read (AccessDenied); check its rights")
+        return super().size(url)
+
+
 class Meeting:
     """Values that the threads of two ranks exchange."""
 
@@ -210,6 +219,30 @@ def test_frozen_weights_that_were_deleted_are_written_again(ranks, job):
     verify_sizes(Storage(), second.url)
     with pytest.raises(CheckpointError, match=r"step_00000001 is incomplete: .*/frozen-"):
         verify_sizes(Storage(), first.url)
+
+
+def test_failed_search_for_frozen_weights_after_a_restart_stops_all_ranks(job):
+    """Rank 0 alone asks the store, and the other ranks must not wait for it."""
+    meeting = Meeting()
+
+    def start(rank, storage, resumed):
+        return closing(CheckpointSaver(job, storage, ThreadRanks(rank, meeting), resumed))
+
+    def save_and_restart(rank):
+        try:
+            with start(rank, Storage(), None) as saver:
+                saver.save(FrozenEngine(), state_at(1), {})
+                resumed = saver.finish()
+            with start(rank, StorageWithoutSizes(), resumed) as saver:
+                saver.save(FrozenEngine(), state_at(2), {})
+                with pytest.raises(PeersError, match=r"rank 0: StorageError: .*/frozen-.* refuses to read"):
+                    saver.finish()
+        except BaseException:
+            meeting.barrier.abort()  # the other rank would wait for PATIENCE_S
+            raise
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(save_and_restart, (0, 1)))
 
 
 @pytest.mark.parametrize(
