@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -34,6 +35,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the maximum wait of tests and of their subprocesses below pytest's timeout of a test."""
     limit = config.getoption("timeout") or config.getini("timeout")
     os.environ["M2F_TEST_PATIENCE_S"] = f"{0.8 * float(limit)}"  # read by tests.waiting, which is imported later
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End a process that has loaded Ray without the interpreter's shutdown, in which one of its threads has crashed."""
+    session = config.pluginmanager.get_plugin("session")
+    if "ray" in sys.modules and isinstance(session, pytest.Session) and not hasattr(config, "workerinput"):
+        from m2f.cluster.exit_status import end_process
+
+        config.get_terminal_writer().flush()
+        end_process(int(session.exitstatus))
 
 
 @pytest.fixture(autouse=True, scope="session")
