@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
 import threading
 import time
 from collections import deque
@@ -385,6 +386,8 @@ def _worker_context() -> BaseContext:
 
 
 def _start_worker(_: int) -> None:
+    # A terminal sends SIGINT to all processes, but only the trainer decides: it still needs batches until it stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)
     threading.Thread(target=_exit_with_parent, name="exit-with-parent", daemon=True).start()
 

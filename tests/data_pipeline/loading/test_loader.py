@@ -470,10 +470,11 @@ def leftovers():
     return multiprocessing.active_children() + threads
 
 
-def test_killed_worker_raises_error_instead_of_hanging(boxes):
-    loader = open_loader(boxes, workers=1)
-    next(loader)
+def test_worker_outlives_ctrl_c_and_a_killed_one_raises_error_instead_of_hanging(boxes):
+    next(loader := open_loader(boxes, workers=1))
     (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)  # by a terminal; the run needs its loader until its checkpoint
+    assert len(list(itertools.islice(loader, 20))) == 20
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(LoaderDiedError, match=r"a loader process died .*data\.workers"):
         list(itertools.islice(loader, 20))
