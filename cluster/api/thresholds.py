@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -74,17 +75,13 @@ class Thresholds:
 
         The score is infinity if no threshold reaches the precision for a class, and 0 if the class is not listed.
         """
-        found = [self.classes.get(category.name) for category in classes]
-        return np.array(
-            [
-                0.0
-                if class_threshold is None
-                else np.inf
-                if class_threshold.threshold is None
-                else class_threshold.threshold
-                for class_threshold in found
-            ]
-        )
+        return np.array([_min_score(self.classes.get(category.name)) for category in classes])
+
+
+def _min_score(threshold: ClassThreshold | None) -> float:
+    if threshold is None:
+        return 0.0
+    return math.inf if threshold.threshold is None else threshold.threshold
 
 
 def accepted(prediction: Prediction, min_scores: np.ndarray | None) -> Prediction:

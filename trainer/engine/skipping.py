@@ -72,9 +72,8 @@ class DeviceSkips:
         import deepspeed.comm
 
         assert self._zero is not None
-        own_gradients = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)][
-            : len(params)
-        ]
+        unpadded = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        own_gradients = unpadded[: len(params)]
         total = torch.zeros((), device=self._zero.device)
         if own_gradients:
             norms = torch._foreach_norm(own_gradients, 2.0, dtype=torch.float64)
